@@ -1,0 +1,46 @@
+"""Where the benchmark scripts write what they measured: marked sections of docs/results.md."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results.md"
+TITLE = "# Results\n\nEvery section is written by the script that it names; run that script to renew it.\n"
+
+
+def write_section(name: str, markdown: str, path: Path = RESULTS) -> None:
+    """Put `markdown` between the marks of section `name`; a section that is not there yet goes to the end.
+
+    Raises:
+        ValueError: the file has only one of the two marks, or one of them twice.
+    """
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    text = path.read_text(encoding="utf-8") if path.exists() else TITLE
+    section = f"{begin}\n{markdown.strip()}\n{end}"
+    counts = (text.count(begin), text.count(end))
+    if counts == (0, 0):
+        text = f"{text.rstrip()}\n\n{section}\n"
+    elif counts == (1, 1) and text.index(begin) < text.index(end):
+        pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+        text = pattern.sub(lambda _: section, text)
+    else:
+        raise ValueError(f"{path} needs one '{begin}' and, after it, one '{end}'")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def provenance(command: str, machine: str) -> str:
+    """One paragraph: how, when and on what a section was measured."""
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "timm"))
+    today = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
+    return f"`{command}`, {today}, on {machine}; Python {platform.python_version()}, {versions}."
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; every column but the first is aligned to the right."""
+    rule = ["---"] + ["--:"] * (len(columns) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, rule, *rows))

@@ -1,0 +1,266 @@
+"""Bring a plan to life: the only file that hooks a model.
+
+Forward hooks do it all. At each site one hook per tap remembers a tensor that the metric asks for, and a hook on the
+block scores the tokens, chooses, and hands the reduced stream back in place of the block's output. The model's own
+code runs unchanged, so a library's next version does not rot a copied `forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repshift_cli.errors import ModelError, RecipeError, UsageError
+from repshift_cli.families import Family, Probe, Site, match
+from repshift_cli.metrics import Metric, SiteContext, build_metric
+from repshift_cli.plan import Layout, Plan, PlanSite
+from repshift_cli.recipe import Place
+from repshift_cli.reducers import Reducer, build_reducer
+from repshift_cli.tokens import TokenState, keep_top
+
+__all__ = ["CompressedModel", "Trace", "attach", "check_feeds"]
+
+
+class _SiteHook:
+    """Scores and reduces at one site. A plain object: bound methods of it survive `deepcopy` and `pickle`."""
+
+    def __init__(self, planned: PlanSite, context: SiteContext, metric: Metric, reducer: Reducer) -> None:
+        self.planned = planned
+        self.context = context
+        self.metric = metric
+        self.reducer = reducer
+        self.enabled = True
+        self.seen: dict[str, Tensor] = {}
+        self.recorded: list[Tensor] | None = None
+
+    def on_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+        """Replace the output of the block by what is left of it."""
+        if not self.enabled:
+            return output
+        self._check(output, kwargs)
+        wanted = self.metric.taps()
+        if "block_input" in wanted:
+            self.seen["block_input"] = args[0]
+        if "block_output" in wanted:
+            self.seen["block_output"] = output
+        scores = self.metric.score(self.seen, self.context)
+        self.seen = {}
+        keep = keep_top(scores if self.metric.keeps_largest else -scores, self.planned.tokens_out - self.context.prefix)
+        if self.recorded is not None:
+            self.recorded.append(keep)
+        return self.reducer.reduce(output, keep, self.context.prefix)
+
+    def _check(self, output: Tensor, kwargs: dict[str, Any]) -> None:
+        if output.shape[1] != self.planned.tokens_in:
+            raise UsageError(
+                f"{self.planned.site} got {output.shape[1]} tokens, but the plan is for {self.planned.tokens_in}",
+                "A plan holds for one input size: compress the model again for this one.",
+            )
+        if kwargs.get("attn_mask") is not None:
+            raise UsageError(
+                f"{self.planned.site} was called with an attention mask, which would not fit the tokens that are left",
+                "Run without a mask, or inside `with model.dense():`.",
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # tensors of a pass in flight are nobody's business but that pass's
+        return {**self.__dict__, "seen": {}, "recorded": None}
+
+
+class _TapHook:
+    """Remembers one tensor for the hook on the block."""
+
+    def __init__(self, owner: _SiteHook, name: str, probe: Probe) -> None:
+        self.owner = owner
+        self.name = name
+        self.side = probe.side
+        self.view = probe.view
+
+    def on_forward(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Store the tensor that passes."""
+        if not self.owner.enabled:
+            return
+        value = args[0] if self.side == "input" else output
+        self.owner.seen[self.name] = self.view(value) if self.view else value
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Which patches were still there after each site, for one batch.
+
+    Attributes:
+        output: what the model returned.
+        kept: int64 `[B, K]` for each site's layer: original patch positions (row-major in the patch grid), ascending.
+    """
+
+    output: Tensor
+    kept: dict[int, Tensor]
+
+
+class CompressedModel(nn.Module):
+    """A model that lets tokens go between layers: same parameters, same `state_dict` keys, fewer tokens.
+
+    Made by `attach`. `self.model` is the hooked model itself and can be used on its own.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, plan: Plan, metrics: list[Metric], reducer: Reducer) -> None:
+        super().__init__()
+        self.model = model
+        self.plan = plan
+        self.family = family
+        layout = family.layout(model)
+        sites = {site.name: site for site in family.sites(model)}
+        self._hooks: list[_SiteHook] = []
+        self._handles: list[Any] = []
+        for planned, metric in zip(plan.sites, metrics, strict=True):
+            self._install(sites[planned.site], planned, metric, reducer, layout)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own forward."""
+        return self.model(*args, **kwargs)
+
+    @contextmanager
+    def dense(self) -> Iterator[nn.Module]:
+        """Inside the context the model runs as the original, on the same weights."""
+        before = [hook.enabled for hook in self._hooks]
+        self._enable([False] * len(before))
+        try:
+            yield self.model
+        finally:
+            self._enable(before)
+
+    @torch.no_grad()
+    def trace(self, images: Tensor) -> Trace:
+        """Run the model and tell which patches it kept.
+
+        Args:
+            images: `[B, C, H, W]`, preprocessed.
+        """
+        records: list[list[Tensor]] = [[] for _ in self._hooks]
+        for hook, record in zip(self._hooks, records, strict=True):
+            hook.recorded = record
+        try:
+            output = self.model(images)
+        finally:
+            for hook in self._hooks:
+                hook.recorded = None
+        state = TokenState.start(images.shape[0], self.plan.patch_tokens, images.device)
+        kept = {}
+        for hook, record in zip(self._hooks, records, strict=True):
+            state = state.keep(record[-1])
+            kept[hook.planned.layer] = state.index
+        return Trace(output, kept)
+
+    def macs(self) -> int:
+        """Multiply-accumulates of one image, from the shapes alone, the products of the metric included."""
+        sites = {site.name: site for site in self.family.sites(self.model)}
+        scores = sum(
+            hook.metric.macs(hook.planned.tokens_in, sites[hook.planned.site].attention_channels)
+            for hook in self._hooks
+        )
+        return self.family.macs(self.model, self.plan) + scores
+
+    def dense_macs(self) -> int:
+        """Multiply-accumulates of one image through the original model."""
+        return self.family.macs(self.model, None)
+
+    def detach(self) -> nn.Module:
+        """Take all hooks off and return the model as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._hooks = [], []
+        return self.model
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original keys, without a prefix for this wrapper."""
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes the original keys."""
+        return self.model.load_state_dict(*args, **kwargs)
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: dense feature maps need the tokens that are gone."""
+        raise UsageError(
+            "a compressed model has no dense feature maps: the tokens for them are gone",
+            "Use `with model.dense() as dense: dense.forward_intermediates(...)`.",
+        )
+
+    def _enable(self, values: list[bool]) -> None:
+        for hook, value in zip(self._hooks, values, strict=True):
+            hook.enabled = value
+
+    def _install(self, site: Site, planned: PlanSite, metric: Metric, reducer: Reducer, layout: Layout) -> None:
+        context = SiteContext(site.layer, layout.prefix_tokens, layout.class_token)
+        hook = _SiteHook(planned, context, metric, reducer)
+        for name in sorted(metric.taps() - {"block_input", "block_output"}):
+            probe = site.probes[name]
+            tap = _TapHook(hook, name, probe)
+            self._handles.append(probe.module.register_forward_hook(tap.on_forward))
+        self._handles.append(site.block.register_forward_hook(hook.on_block, with_kwargs=True))
+        self._hooks.append(hook)
+
+
+def attach(model: nn.Module, plan: Plan) -> CompressedModel:
+    """Hook a model so that it follows the plan.
+
+    Args:
+        model: dense, of a supported family; it is changed in place (`detach` undoes it).
+        plan: made by `plan.resolve` for this model.
+
+    Raises:
+        ModelError: the model is not supported, or is compressed already.
+        RecipeError: the plan does not fit the model, or a metric asks for what a block cannot show.
+    """
+    if _is_attached(model):
+        raise ModelError("the model is compressed already", "Call `detach()` first, or start from the dense model.")
+    family = match(model)
+    layout = family.layout(model)
+    _check_fit(plan, layout)
+    metrics = [build_metric(planned.metric).with_defaults() for planned in plan.sites]
+    sites = {site.name: site for site in family.sites(model)}
+    for planned, metric in zip(plan.sites, metrics, strict=True):
+        check_feeds(metric, sites[planned.site])
+    return CompressedModel(model, family, plan, metrics, build_reducer(plan.reducer))
+
+
+def check_feeds(metric: Metric, site: Site, place: Place | None = None) -> None:
+    """Refuse a metric that asks for a tensor which the block at `site` cannot show.
+
+    Raises:
+        RecipeError: with the reason that the family gives.
+    """
+    lacking = sorted(metric.taps() - set(site.probes) - {"block_input", "block_output"})
+    if lacking:
+        reason = site.missing.get(lacking[0]) or site.missing.get("*", "the family does not show it")
+        where = f"{place.at(('metric',))}: " if place else ""
+        raise RecipeError(
+            f"{where}{metric.kind} needs {lacking[0]}, which {site.name} cannot show: {reason}",
+            "representation_shift with operation: block works on every block.",
+        )
+
+
+def _check_fit(plan: Plan, layout: Layout) -> None:
+    expected = (layout.family, layout.prefix_tokens, layout.patch_tokens)
+    if (plan.family, plan.prefix_tokens, plan.patch_tokens) != expected:
+        raise RecipeError(
+            f"the plan is for {plan.family} with {plan.prefix_tokens} + {plan.patch_tokens} tokens, "
+            f"the model is {layout.family} with {layout.prefix_tokens} + {layout.patch_tokens}"
+        )
+    names = {site.name for site in layout.sites}
+    for planned in plan.sites:
+        if planned.site not in names:
+            raise RecipeError(f"the plan names {planned.site}, which the model does not have")
+
+
+def _is_attached(model: nn.Module) -> bool:
+    return any(
+        isinstance(getattr(hook, "__self__", None), _SiteHook)
+        for module in model.modules()
+        for hook in module._forward_hooks.values()
+    )

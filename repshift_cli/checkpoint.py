@@ -1,0 +1,440 @@
+"""Read a checkpoint and tell which model it is.
+
+Loading is safe: safetensors, or `torch.load(weights_only=True)`; no code from a checkpoint is ever run. Weights of a
+safetensors file stay memory-mapped and are held once: the model's parameters are the mapped tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from repshift_cli.errors import CheckpointError, UsageError
+from repshift_cli.identify import Identity, identify
+from repshift_cli.preprocessing import Preprocessing
+from repshift_cli.recipe import nearest
+
+__all__ = [
+    "BUILTIN",
+    "METADATA_KEY",
+    "LoadedModel",
+    "ModelDescription",
+    "Source",
+    "Weights",
+    "build",
+    "load",
+    "read_weights",
+]
+
+METADATA_KEY = "repshift"
+"""Under this key the metadata of a safetensors file holds our JSON document (see docs/artifact.md)."""
+
+BUILTIN = {
+    "builtin:vit-digits": "vit_digits.safetensors",
+    "builtin:vit-digits-small": "vit_digits_small.safetensors",
+}
+
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+_SHOWN_KEYS = 5
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """All that is needed to build the model again without its weights.
+
+    Attributes:
+        name: what people call it: the timm name, or words for a shape that timm has no name for.
+        architecture: name in timm's registry, or None to build a `VisionTransformer` from `args` alone.
+        args: keyword arguments for the builder.
+        preprocessing: the model's own evaluation transform.
+    """
+
+    name: str
+    architecture: str | None
+    args: dict[str, Any]
+    preprocessing: Preprocessing
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelDescription:
+        """From the form that `to_dict` gives.
+
+        Raises:
+            CheckpointError: a key is missing or of a wrong type.
+        """
+        try:
+            name, architecture, args = values["name"], values["architecture"], values["args"]
+            preprocessing = Preprocessing.from_dict(values["preprocessing"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"the description of the model in the file is incomplete: {error!r}") from error
+        if not (isinstance(name, str) and isinstance(architecture, str | None) and isinstance(args, dict)):
+            raise CheckpointError("the description of the model in the file has values of the wrong type")
+        return cls(name, architecture, args, preprocessing)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights came from. `sha256` is None where there is no file (random weights, a model in memory)."""
+
+    origin: Literal["file", "folder", "cache", "random", "builtin", "object"]
+    path: str | None
+    sha256: str | None
+
+
+@dataclass
+class Weights:
+    """What a file holds: tensors under the model's keys, and our document where there is one."""
+
+    tensors: dict[str, Tensor]
+    document: dict[str, Any] | None
+    source: Source
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LoadedModel:
+    """A dense model in eval mode on the CPU, with what is known of it.
+
+    Attributes:
+        tensors: the weights as they were read (dtype included), under the model's keys.
+        notes: what was assumed rather than told by the file, in words for the user.
+        document: our metadata of the file, which holds a plan if it is a compressed checkpoint.
+    """
+
+    model: nn.Module
+    description: ModelDescription
+    source: Source
+    tensors: dict[str, Tensor]
+    notes: list[str] = field(default_factory=list)
+    document: dict[str, Any] | None = None
+
+
+def load(name: str | Path, model_name: str | None = None, heads: int | None = None) -> LoadedModel:
+    """Load a dense model from a file, a folder, a timm name or a `builtin:` name.
+
+    A compressed checkpoint gives its dense model; its plan is in `document`.
+
+    Args:
+        name: what to load.
+        model_name: timm name to use where the file does not tell.
+        heads: attention heads, for a shape that no convention covers.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, unsafe, or fits no model that is known.
+        UsageError: an unknown `builtin:` name, or a `model_name` that timm does not have.
+    """
+    _check_model_name(model_name)
+    text = str(name)
+    if text.startswith("builtin:"):
+        return _load_builtin(text)
+    path = Path(name)
+    if path.is_dir():
+        return _load_folder(path, model_name)
+    if path.exists():
+        return _from_weights(read_weights(path), model_name, heads, hint=path.stem)
+    if _is_timm_name(text):
+        return _load_timm(text)
+    raise _not_found(text)
+
+
+def read_weights(path: Path) -> Weights:
+    """Read the tensors of a `.safetensors` or a PyTorch file, unwrapped (`model`, `state_dict`, `module.`, ...).
+
+    Raises:
+        CheckpointError: the file is empty, damaged, of an unknown kind, or a pickle that would run code.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file")
+    try:
+        size = path.stat().st_size
+        if size == 0:
+            raise CheckpointError(f"{path} is empty")
+        if path.suffix == ".safetensors":
+            tensors, document = _read_safetensors(path)
+            notes: list[str] = []
+        elif path.suffix in _TORCH_SUFFIXES:
+            tensors, notes = _unwrap(_read_torch(path), path)
+            document = None
+        else:
+            allowed = ", ".join((".safetensors", *_TORCH_SUFFIXES))
+            raise CheckpointError(f"{path} has an ending that is not known", f"Known are {allowed}.")
+        source = Source("file", str(path), _sha256(path))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    return Weights(tensors, document, source, notes)
+
+
+def build(description: ModelDescription, tensors: Mapping[str, Tensor], where: str) -> nn.Module:
+    """Build the model of a description around these weights (float32, eval mode, CPU).
+
+    Raises:
+        CheckpointError: the weights do not fit; the message says which keys and shapes.
+    """
+    try:
+        with torch.device("meta"):
+            model = _construct(description)
+    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{where}: {description.name} cannot be built: {error}") from error
+    _check_fit(model, tensors, description.name, where)
+    model.load_state_dict(dict(tensors), strict=True, assign=True)
+    if any(buffer.is_meta for buffer in model.buffers()):
+        # A buffer that is not stored has to be computed, which needs a real device.
+        model = _construct(description)
+        model.load_state_dict(dict(tensors), strict=True, assign=True)
+    return model.float().eval().requires_grad_(False)
+
+
+def _construct(description: ModelDescription) -> nn.Module:
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    if description.architecture is None:
+        return VisionTransformer(**description.args)
+    if not _is_timm_name(description.architecture):
+        raise CheckpointError(f"timm has no model named {description.architecture!r}")
+    model: nn.Module = timm.create_model(description.architecture, pretrained=False, **description.args)
+    return model
+
+
+def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], name: str, where: str) -> None:
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    given = {key: tuple(value.shape) for key, value in tensors.items()}
+    problems = []
+    for label, keys in (("missing", expected.keys() - given.keys()), ("not known", given.keys() - expected.keys())):
+        if keys:
+            problems.append(f"{label}: {_some(sorted(keys))}")
+    wrong = [
+        f"{key} is {list(given[key])}, not {list(shape)}"
+        for key, shape in expected.items()
+        if key in given and given[key] != shape
+    ]
+    if wrong:
+        problems.append(f"shapes: {_some(wrong)}")
+    if problems:
+        raise CheckpointError(f"{where}: the weights do not fit {name}: {'; '.join(problems)}")
+
+
+def _some(words: list[str]) -> str:
+    rest = len(words) - _SHOWN_KEYS
+    return ", ".join(words[:_SHOWN_KEYS]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _from_weights(weights: Weights, model_name: str | None, heads: int | None, hint: str) -> LoadedModel:
+    """Which model it is: from our metadata, else from the name that the user gives, else from the tensors."""
+    where = weights.source.path or hint
+    if weights.document is not None and isinstance(weights.document.get("model"), Mapping):
+        description = ModelDescription.from_dict(weights.document["model"])
+        if model_name and model_name not in (description.name, description.architecture):
+            raise UsageError(f"{where} says that it is {description.name}, not {model_name}", "Leave --model out.")
+        return _assemble(description, weights, weights.tensors, [])
+    identity = identify(weights.tensors, where, model_name, heads, hint)
+    return _from_identity(identity, weights)
+
+
+def _from_identity(identity: Identity, weights: Weights) -> LoadedModel:
+    description = ModelDescription(identity.name, identity.architecture, identity.args, identity.preprocessing)
+    return _assemble(description, weights, identity.tensors, identity.notes)
+
+
+def _assemble(
+    description: ModelDescription, weights: Weights, tensors: dict[str, Tensor], notes: list[str]
+) -> LoadedModel:
+    model = build(description, tensors, weights.source.path or description.name)
+    return LoadedModel(model, description, weights.source, tensors, weights.notes + notes, weights.document)
+
+
+def _load_builtin(name: str) -> LoadedModel:
+    if name not in BUILTIN:
+        raise UsageError(f"there is no {name}", f"{nearest(name, BUILTIN)}Built in are {', '.join(BUILTIN)}.")
+    with as_file(files("repshift_cli").joinpath("assets", BUILTIN[name])) as path:
+        loaded = _from_weights(read_weights(path), None, None, name)
+    loaded.source = Source("builtin", name, loaded.source.sha256)
+    return loaded
+
+
+def _load_folder(folder: Path, model_name: str | None) -> LoadedModel:
+    """A folder as timm and the hub write it: `config.json` beside `model.safetensors`."""
+    config_path = folder / "config.json"
+    found = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
+    if not config_path.is_file() or not found:
+        raise CheckpointError(
+            f"{folder} is not a model folder", "It needs config.json, and model.safetensors or pytorch_model.bin."
+        )
+    config = _read_config(config_path)
+    weights = read_weights(found[0])
+    weights.source = Source("folder", str(folder), weights.source.sha256)
+    if weights.document is not None:
+        return _from_weights(weights, model_name, None, folder.name)
+    identity = identify(weights.tensors, str(folder), model_name or config["architecture"], None, folder.name)
+    identity.args.update(config.get("model_args") or {})
+    loaded = _from_identity(identity, weights)
+    told = dict(config.get("pretrained_cfg") or {})
+    merged = {**loaded.description.preprocessing.to_dict(), **{key: told[key] for key in told if told[key] is not None}}
+    merged["input_size"] = loaded.description.preprocessing.input_size
+    preprocessing = Preprocessing.from_dict(merged)
+    loaded.description = ModelDescription(
+        loaded.description.name, loaded.description.architecture, loaded.description.args, preprocessing
+    )
+    return loaded
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    if isinstance(config, dict) and "architectures" in config and "architecture" not in config:
+        kind = ", ".join(map(str, config["architectures"] or ()))
+        raise CheckpointError(
+            f"{path} describes a model of the transformers library ({kind}), which is not supported",
+            "Use the timm checkpoint of the same model.",
+        )
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise CheckpointError(f"{path} has no key 'architecture'", "timm writes one with save_for_hf.")
+    if not _is_timm_name(config["architecture"]):
+        raise CheckpointError(f"{path}: timm has no model named {config['architecture']!r}")
+    return config
+
+
+def _load_timm(name: str) -> LoadedModel:
+    """A timm model by name: cached weights where they are on this machine, else random ones. Never a download."""
+    import timm
+
+    cached = _cached_weights(name)
+    if cached is not None:
+        weights = read_weights(cached)
+        weights.source = Source("cache", str(cached), weights.source.sha256)
+        loaded = _from_identity(identify(weights.tensors, str(cached), name, None, name), weights)
+        loaded.notes.append(f"pretrained weights of {name} from the local cache: {cached}")
+        return loaded
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model(name, pretrained=False).eval().requires_grad_(False)
+    description = ModelDescription(name, name, {}, Preprocessing.of_model(model))
+    note = f"{name} has RANDOM weights (seed 0): none are cached here. Good for speed, meaningless for accuracy."
+    return LoadedModel(model, description, Source("random", None, None), dict(model.state_dict()), [note])
+
+
+def _cached_weights(name: str) -> Path | None:
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        return None
+    identity = config.hf_hub_id
+    if identity.endswith("/"):
+        identity += f"{config.architecture}.{config.tag}" if config.tag else str(config.architecture)
+    found = try_to_load_from_cache(identity, config.hf_hub_filename or "model.safetensors")
+    return Path(found) if isinstance(found, str) else None
+
+
+def _check_model_name(model_name: str | None) -> None:
+    if model_name is not None and not _is_timm_name(model_name):
+        import timm
+
+        raise UsageError(f"--model: timm has no model named {model_name!r}", nearest(model_name, timm.list_models()))
+
+
+def _is_timm_name(name: str) -> bool:
+    import timm
+
+    # timm also takes "hf-hub:" and "local-dir:" names, which would download or read elsewhere
+    return ":" not in name and timm.is_model(name)
+
+
+def _not_found(name: str) -> CheckpointError:
+    import timm
+
+    looks_like_path = "/" in name or Path(name).suffix in (".safetensors", *_TORCH_SUFFIXES)
+    if looks_like_path:
+        return CheckpointError(f"there is no file {name}")
+    hint = f"{nearest(name, [*timm.list_models(), *BUILTIN])}Give a file, a folder with config.json, or a timm name."
+    return CheckpointError(f"{name} is neither a file nor a model of timm", hint)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as archive:  # type: ignore[no-untyped-call]
+            metadata = archive.metadata() or {}
+            tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a safetensors file, or is damaged: {error}", "Copy or download it again."
+        ) from error
+    return tensors, _read_document(metadata.get(METADATA_KEY), path)
+
+
+def _read_document(text: str | None, path: Path) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its repshift metadata is damaged: {error}") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: its repshift metadata is damaged: not a mapping")
+    return document
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        # DeiT's own checkpoints carry their command line options, which are plain data
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "lobal" in str(error) or "class" in str(error):
+            raise CheckpointError(
+                f"{path} holds Python objects beside weights; loading them could run code, so it was refused",
+                "Save only the weights, torch.save(model.state_dict(), ...), better still as safetensors.",
+            ) from error
+        raise CheckpointError(f"{path} is not a PyTorch weights file, or is damaged") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a PyTorch weights file, or is damaged: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Take the weights out of what training scripts put around them."""
+    notes = []
+    while isinstance(content, Mapping) and (wrapper := next((key for key in _WRAPPERS if key in content), None)):
+        if not isinstance(content[wrapper], Mapping):
+            break
+        if "ema" in wrapper:
+            notes.append(f"{path.name}: averaged weights ({wrapper}) are used, not the raw ones")
+        content = content[wrapper]
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a table of weights")
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    for prefix in _PREFIXES:
+        if tensors and all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors", f"Its keys: {_some([str(key) for key in content])}.")
+    return tensors, notes
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while chunk := handle.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,21 @@
+"""Options that several commands share, so that they read the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["AsJson", "BatchSize", "DataDir", "Device", "Dtype", "Force", "ModelName", "Threads"]
+
+ModelName = Annotated[
+    str | None, typer.Option("--model", metavar="NAME", help="The timm name of the model, where the file does not tell.")
+]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Where the dataset lies (or REPSHIFT_DATA_DIR).")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: as many as cores).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output, and go on where a check says no.")]

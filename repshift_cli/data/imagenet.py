@@ -1,0 +1,347 @@
+"""The ImageNet-1k validation set (ILSVRC 2012), in the layouts that people have it in.
+
+The label of a picture is always the place of its WordNet id among the 1000 sorted ids, which is what ImageNet models
+are trained with. The development kit numbers the classes in another order; those numbers are only used together with
+a table that says which id each of them stands for.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import tarfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from repshift_cli.data.base import ImageDataset, UnreadableSample, decode_bytes
+from repshift_cli.data.folder import FileDataset, class_folders, find_pictures
+from repshift_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["imagenet_wnids", "open_imagenet_val"]
+
+_NAME = "imagenet-val"
+_TAR = "ILSVRC2012_img_val.tar"
+_VAL_COUNT = 50_000
+_PICTURE = re.compile(r"ILSVRC2012_val_(\d{8})(\.\w+)?", re.IGNORECASE)
+_WNID = re.compile(r"n\d{8}")
+
+_PICTURE_PLACES = (
+    ".",
+    "val",
+    "validation",
+    "ILSVRC2012_img_val",
+    "ILSVRC2012_img_val/val",
+    "Data/CLS-LOC/val",
+    "ILSVRC/Data/CLS-LOC/val",
+)
+_LABEL_PLACES = (".", "..", "data", "devkit/data", "ILSVRC2012_devkit_t12", "ILSVRC2012_devkit_t12/data")
+_SYNSET_FILES = (
+    "imagenet_2012_validation_synset_labels.txt",
+    "validation_synset_labels.txt",
+    "val_synsets.txt",
+    "synset_labels.txt",
+)
+_KAGGLE_FILE = "LOC_val_solution.csv"
+_TRUTH_FILE = "ILSVRC2012_validation_ground_truth.txt"
+_META_FILE = "meta.mat"
+_CLASS_MAP_FILE = "map_clsloc.txt"
+
+_LAYOUT = f"""The set has to be fetched from https://image-net.org by hand. Any of these layouts of DIR is read:
+  DIR/n01440764/*.JPEG, DIR/n01443537/*.JPEG, ...   (or below DIR/val)
+  DIR/ILSVRC2012_val_00000001.JPEG, ...             (or below DIR/val) with a label file
+  DIR/{_TAR}                        with a label file
+A label file is {_SYNSET_FILES[0]}, {_KAGGLE_FILE}, or the development kit's {_TRUTH_FILE} with {_META_FILE}.
+Name the folder with --data-dir DIR or REPSHIFT_DATA_DIR."""
+
+
+@lru_cache(maxsize=1)
+def imagenet_wnids() -> tuple[str, ...]:
+    """The 1000 WordNet ids in label order, which is sorted order."""
+    from timm.data.imagenet_info import ImageNetInfo
+
+    info: Any = ImageNetInfo("imagenet-1k")
+    return tuple(info.label_names())
+
+
+def open_imagenet_val(data_dir: Path | None) -> ImageDataset:
+    """The validation pictures below `data_dir`: class folders, a flat folder, or the official tar read in place.
+
+    Raises:
+        DataError: nothing is there, the labels are missing or cannot be told, or a file of labels is damaged.
+    """
+    if data_dir is None:
+        raise DataError(f"the dataset {_NAME} needs a folder", _LAYOUT)
+    if not data_dir.exists():
+        raise DataError(f"the folder {data_dir} does not exist", _LAYOUT)
+    if data_dir.is_file():
+        return _TarValidation(data_dir, _Labels.find(data_dir.parent, data_dir.parent))
+    places = [data_dir / place for place in _PICTURE_PLACES if (data_dir / place).is_dir()]
+    for place in places:
+        if any(_WNID.fullmatch(folder.name) for folder in class_folders(place)):
+            return _open_class_folders(place)
+        if flat := _flat_pictures(place):
+            return _open_flat(place, flat, _Labels.find(place, data_dir))
+    for place in places:
+        if (place / _TAR).is_file():
+            return _TarValidation(place / _TAR, _Labels.find(place, data_dir))
+    raise DataError(f"no ImageNet validation pictures were found in {data_dir}", _LAYOUT)
+
+
+def _open_class_folders(root: Path) -> FileDataset:
+    wnids = imagenet_wnids()
+    places = {wnid: label for label, wnid in enumerate(wnids)}
+    samples: list[tuple[Path, int]] = []
+    strangers: list[str] = []
+    for folder in class_folders(root):
+        pictures = find_pictures(folder)
+        if folder.name in places:
+            samples += [(picture, places[folder.name]) for picture in pictures]
+        elif pictures:
+            strangers.append(folder.name)
+    if strangers:
+        raise DataError(
+            f"{len(strangers)} folders in {root} hold pictures but are no ImageNet-1k classes: {_some(strangers)}",
+            "Take them out, or use `--dataset folder --data-dir DIR` for classes of your own.",
+        )
+    if not samples:
+        raise DataError(f"the class folders in {root} hold no pictures", _LAYOUT)
+    return FileDataset(_NAME, root, samples, wnids)
+
+
+def _flat_pictures(root: Path) -> list[tuple[Path, int]]:
+    """Files with official names right in `root`, each with its number, in the order of the numbers."""
+    matches = ((path, _PICTURE.fullmatch(path.name)) for path in root.iterdir())
+    return sorted(((path, int(match[1])) for path, match in matches if match), key=lambda entry: (entry[1], entry[0]))
+
+
+def _open_flat(root: Path, pictures: list[tuple[Path, int]], labels: _Labels) -> FileDataset:
+    samples = [(path, labels.of(path.name, number)) for path, number in pictures]
+    return FileDataset(_NAME, root, samples, imagenet_wnids())
+
+
+class _TarValidation(ImageDataset):
+    """The official tar; only places and lengths of its members are kept, so any process can read any picture."""
+
+    name = _NAME
+
+    def __init__(self, path: Path, labels: _Labels) -> None:
+        self.path = path
+        self.members = [(name, start, size, labels.of(name, number)) for name, number, start, size in _tar_index(path)]
+        if not self.members:
+            raise DataError(f"there are no ImageNet validation pictures in {path}", _LAYOUT)
+
+    @property
+    def description(self) -> str:
+        return f"{len(self)} pictures in {self.path}"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return imagenet_wnids()
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def sample_id(self, index: int) -> str:
+        return f"{self.path}:{self.members[index][0]}"
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        _, start, size, label = self.members[index]
+        try:
+            with self.path.open("rb") as archive:
+                archive.seek(start)
+                content = archive.read(size)
+        except OSError as error:
+            raise UnreadableSample(self.sample_id(index), error.strerror or str(error)) from error
+        return decode_bytes(content, self.sample_id(index)), label
+
+    def fingerprint(self, index: int) -> str:
+        name, _, size, _ = self.members[index]
+        return f"{name}:{size}"
+
+
+def _tar_index(path: Path) -> list[tuple[str, int, int, int]]:
+    """Name, number, first byte and length of each picture in an uncompressed tar, in the order of the numbers."""
+    found: list[tuple[str, int, int, int]] = []
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                match = _PICTURE.fullmatch(Path(member.name).name)
+                if match and member.isfile():
+                    found.append((Path(member.name).name, int(match[1]), member.offset_data, member.size))
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(
+            f"{path} cannot be read as an uncompressed tar: {error}", "Fetch it again, or unpack what it holds."
+        ) from error
+    return sorted(found, key=lambda entry: entry[1])
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """Labels of validation pictures, by official number from 1.
+
+    Attributes:
+        path: the file that they come from.
+        by_number: label 0..999 of each number that the file knows.
+    """
+
+    path: Path
+    by_number: Mapping[int, int]
+
+    def of(self, name: str, number: int) -> int:
+        """The label of a picture.
+
+        Raises:
+            DataError: the file of labels does not know it.
+        """
+        if number not in self.by_number:
+            raise DataError(f"{self.path} has no label for {name}", "Take the file that belongs to the whole set.")
+        return self.by_number[number]
+
+    @classmethod
+    def find(cls, *roots: Path) -> _Labels:
+        """Read the first file of labels that lies in or near one of the folders.
+
+        Raises:
+            DataError: there is none, or what is there does not tell the classes.
+        """
+        for name in _SYNSET_FILES:
+            if path := _find_file(roots, name):
+                return cls(path, _read_synsets(path))
+        if path := _find_file(roots, _KAGGLE_FILE):
+            return cls(path, _read_kaggle(path))
+        if path := _find_file(roots, _TRUTH_FILE):
+            return cls(path, _read_truth(path, roots))
+        raise DataError(
+            f"the pictures in {roots[0]} have no labels",
+            f"Put one of these beside them: {', '.join((*_SYNSET_FILES, _KAGGLE_FILE))}, or {_TRUTH_FILE} together "
+            f"with {_META_FILE} from the development kit (ILSVRC2012_devkit_t12.tar.gz).",
+        )
+
+
+def _find_file(roots: Iterable[Path], name: str) -> Path | None:
+    candidates = (root / place / name for root in roots for place in _LABEL_PLACES)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _read_synsets(path: Path) -> dict[int, int]:
+    """Lines of `wnid` (line i is picture i, so all 50,000 have to be there) or of `file-name wnid`."""
+    rows = [line.split() for line in _lines(path)]
+    if all(len(row) == 1 for row in rows):
+        _check_count(path, len(rows))
+        return {number: _label(row[0], path, number) for number, row in enumerate(rows, 1)}
+    labels: dict[int, int] = {}
+    for line, row in enumerate(rows, 1):
+        match = _PICTURE.fullmatch(Path(row[0]).name) if len(row) > 1 else None
+        if match is None:
+            raise DataError(
+                f"{path}, line {line}: {' '.join(row)!r} is not understood", "Expected `FILE WNID` or `WNID`."
+            )
+        labels[int(match[1])] = _label(row[1], path, line)
+    return labels
+
+
+def _read_kaggle(path: Path) -> dict[int, int]:
+    """Rows of `ImageId,PredictionString`, where the string starts with the wnid and goes on with boxes."""
+    labels: dict[int, int] = {}
+    for line, row in enumerate(csv.reader(_lines(path)), 1):
+        match = _PICTURE.fullmatch(row[0].strip()) if len(row) > 1 else None
+        if match is not None and row[1].split():
+            labels[int(match[1])] = _label(row[1].split()[0], path, line)
+        elif line > 1:  # the first line is the header
+            raise DataError(f"{path}, line {line} is not understood", "Expected ImageId,PredictionString.")
+    return labels
+
+
+def _read_truth(path: Path, roots: tuple[Path, ...]) -> dict[int, int]:
+    """Lines of ILSVRC2012_ID (1..1000), which only the kit's own tables turn into wnids."""
+    if meta := _find_file((path.parent, *roots), _META_FILE):
+        table, table_path = _read_meta(meta), meta
+    elif classes := _find_file((path.parent, *roots), _CLASS_MAP_FILE):
+        table, table_path = _read_class_map(classes), classes
+    else:
+        raise DataError(
+            f"{path} numbers the classes in the order of the development kit, which is not the order of the labels",
+            f"Put the kit's {_META_FILE} (folder data/ of ILSVRC2012_devkit_t12.tar.gz) or {_CLASS_MAP_FILE} beside "
+            f"it, or use a file with WordNet ids instead, such as {_SYNSET_FILES[0]}.",
+        )
+    if len(table) != len(imagenet_wnids()) or set(table.values()) != set(imagenet_wnids()):
+        raise DataError(f"{table_path} does not name the 1000 classes of ILSVRC 2012", "Fetch it again.")
+    lines = _lines(path)
+    _check_count(path, len(lines))
+    labels: dict[int, int] = {}
+    for number, text in enumerate(lines, 1):
+        wnid = table.get(int(text)) if text.isdecimal() else None
+        if wnid is None:
+            raise DataError(f"{path}, line {number}: {text!r} is not a class number from 1 to 1000")
+        labels[number] = _label(wnid, path, number)
+    return labels
+
+
+def _read_meta(path: Path) -> dict[int, str]:
+    """ILSVRC2012_ID to wnid for the 1000 classes of the challenge, from the kit's MATLAB file."""
+    try:
+        loadmat = import_module("scipy.io").loadmat
+    except ImportError as error:
+        raise DataError(
+            f"reading {path} takes SciPy, which is not installed",
+            f"Run `pip install scipy`, or put {_CLASS_MAP_FILE} or {_SYNSET_FILES[0]} beside the pictures.",
+        ) from error
+    try:
+        synsets: Any = loadmat(path, squeeze_me=True)["synsets"]
+        pairs = (
+            (int(number), str(wnid)) for number, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
+        )
+        return {number: wnid for number, wnid in pairs if 1 <= number <= len(imagenet_wnids())}
+    except Exception as error:  # a damaged MATLAB file fails in many ways
+        raise DataError(f"{path} cannot be read as the kit's {_META_FILE}: {error}", "Fetch the kit again.") from error
+
+
+def _read_class_map(path: Path) -> dict[int, str]:
+    """Class number to wnid, from lines of `wnid number name`."""
+    table: dict[int, str] = {}
+    for line, text in enumerate(_lines(path), 1):
+        words = text.split()
+        if len(words) < 2 or not _WNID.fullmatch(words[0]) or not words[1].isdecimal():  # noqa: PLR2004
+            raise DataError(f"{path}, line {line}: {text!r} is not understood", "Expected `WNID NUMBER NAME`.")
+        table[int(words[1])] = words[0]
+    return table
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file without blanks around them or empty ones at the end."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as text: {error}") from error
+
+
+def _check_count(path: Path, count: int) -> None:
+    if count != _VAL_COUNT:
+        raise DataError(
+            f"{path} has {count} lines, one for each picture, but the set has {_VAL_COUNT} pictures",
+            "Take the file that belongs to the whole set, or one whose lines are `FILE WNID`.",
+        )
+
+
+def _label(wnid: str, path: Path, line: int) -> int:
+    label = _label_places().get(wnid)
+    if label is None:
+        raise DataError(f"{path}, line {line}: {wnid!r} is no class of ImageNet-1k", "Expected ids such as n01440764.")
+    return label
+
+
+@lru_cache(maxsize=1)
+def _label_places() -> dict[str, int]:
+    return {wnid: label for label, wnid in enumerate(imagenet_wnids())}
+
+
+def _some(names: list[str], count: int = 5) -> str:
+    rest = len(names) - count
+    return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")

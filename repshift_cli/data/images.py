@@ -1,0 +1,161 @@
+"""Unlabelled pictures, ready for the model: what calibration and agreement are measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from repshift_cli.data.base import ImageDataset, UnreadableSample, decode_file
+from repshift_cli.errors import DataError, UsageError
+from repshift_cli.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+__all__ = ["ImageBatch", "load_images"]
+
+_SCENES = "builtin:digits"
+
+_SCENE_SEED = 20_000
+"""Added to the seed of built-in scenes: the built-in models were trained on others, and the test draws others."""
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Pictures that went through the model's own transform.
+
+    Attributes:
+        tensor: float32 `[n, C, H, W]`.
+        identity: what names these pictures: `where`, `count`, `seed`, `sha256` (of names and sizes, or of the
+            parameters of scenes).
+        description: one line for people.
+        builtin: whether these are the built-in scenes rather than pictures of the user.
+        skipped: pictures that were drawn but could not be read, each with the reason; others took their places.
+    """
+
+    tensor: Tensor
+    identity: dict[str, Any]
+    description: str
+    builtin: bool
+    skipped: list[str] = field(default_factory=list)
+
+
+def load_images(where: str | Path | None, count: int, preprocessing: Preprocessing, seed: int) -> ImageBatch:
+    """Draw pictures for calibration; the same arguments and files give the same pictures.
+
+    Args:
+        where: a folder, searched at any depth; the name of a dataset (labels are not used); None for built-in scenes
+            (of the training digits, which no evaluation uses).
+        count: how many; fewer come where there are fewer.
+        preprocessing: the model's own transform.
+        seed: which ones are drawn.
+
+    Raises:
+        DataError: there is no picture, or none that can be read.
+        UsageError: the count is not positive.
+    """
+    if count < 1:
+        raise UsageError(f"{count} images were asked for", "Give a number of 1 or more.")
+    source, builtin = _open(where, count, seed)
+    transform = preprocessing.transform()
+    tensors: list[Tensor] = []
+    prints: list[str] = []
+    skipped: list[str] = []
+    for index in _draw(source, builtin, seed):
+        try:
+            picture, _ = source.load(index)
+        except UnreadableSample as problem:
+            skipped.append(f"{problem.sample}: {problem.reason}")
+            continue
+        tensors.append(transform(picture))
+        prints.append(source.fingerprint(index))
+        if len(tensors) == count:
+            break
+    return _batch(source, tensors, prints, skipped, seed=seed, builtin=builtin)
+
+
+def _batch(
+    source: ImageDataset, tensors: list[Tensor], prints: list[str], skipped: list[str], *, seed: int, builtin: bool
+) -> ImageBatch:
+    import torch
+
+    if not tensors:
+        raise DataError(f"none of the {len(skipped)} pictures of {source.name} can be read; {skipped[0]}")
+    digest = sha256("\n".join(prints).encode()).hexdigest()
+    identity = {"where": source.name, "count": len(tensors), "seed": seed, "sha256": digest}
+    what = "built-in training scenes" if builtin else f"of {len(source)} pictures in {source.name}"
+    description = f"{len(tensors)} {what}, seed {seed}"
+    return ImageBatch(torch.stack(tensors), identity, description, builtin, skipped)
+
+
+def _open(where: str | Path | None, count: int, seed: int) -> tuple[ImageDataset, bool]:
+    from repshift_cli.data import is_dataset_name, open_dataset
+
+    if where is None or where == _SCENES:
+        from repshift_cli.data.digits import DigitDataset
+
+        return DigitDataset("train", count, _SCENE_SEED + seed), True
+    if isinstance(where, str) and is_dataset_name(where):
+        return open_dataset(where, None), False
+    return _open_tree(Path(where).expanduser()), False
+
+
+def _draw(source: ImageDataset, builtin: bool, seed: int) -> Iterator[int]:
+    """Places in the source, in the order in which they are tried."""
+    import numpy as np
+
+    if builtin or not source.random_access:
+        yield from range(len(source))
+        return
+    yield from (int(index) for index in np.random.default_rng(seed).permutation(len(source)))
+
+
+def _open_tree(root: Path) -> ImageDataset:
+    from repshift_cli.data import dataset_names
+    from repshift_cli.data.folder import PICTURE_SUFFIXES, find_pictures
+
+    endings = ", ".join(sorted(suffix[1:] for suffix in PICTURE_SUFFIXES))
+    hint = f"Give a folder with pictures ({endings}; class folders or not), or a dataset: {', '.join(dataset_names())}."
+    if not root.exists():
+        raise DataError(f"the folder {root} does not exist", hint)
+    if not root.is_dir():
+        raise DataError(f"{root} is a file, not a folder", hint)
+    paths = find_pictures(root)
+    if not paths:
+        raise DataError(f"there are no pictures in {root}", hint)
+    return _PictureTree(root, paths)
+
+
+class _PictureTree(ImageDataset):
+    """Pictures without labels, at any depth below a folder."""
+
+    def __init__(self, root: Path, paths: list[Path]) -> None:
+        self.name = str(root)
+        self.root = root
+        self.paths = paths
+
+    @property
+    def description(self) -> str:
+        return f"{len(self)} pictures in {self.root}"
+
+    @property
+    def classes(self) -> None:
+        return None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def sample_id(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        return decode_file(self.paths[index]), -1
+
+    def fingerprint(self, index: int) -> str:
+        from repshift_cli.data.folder import file_fingerprint
+
+        return file_fingerprint(self.paths[index], self.root)

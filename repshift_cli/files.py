@@ -1,0 +1,70 @@
+"""Writing files so that nothing is lost: a temporary neighbour first, then a rename."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from repshift_cli.errors import OutputError, UsageError
+
+__all__ = ["atomic_output", "check_output", "write_text"]
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Refuse an output that could not be written, before any work is done for it.
+
+    Raises:
+        UsageError: the file exists and `force` is off, or the path is a folder.
+        OutputError: the folder is missing or cannot be written to.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", "Give the name of a file with -o.")
+    if path.exists() and not force:
+        raise UsageError(f"{path} already exists", "Add --force to replace it, or choose another name with -o.")
+    folder = path.parent
+    if not folder.is_dir():
+        raise OutputError(f"the folder {folder} does not exist", "Create it first, or choose another place with -o.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"the folder {folder} cannot be written to", "Choose another place with -o.")
+
+
+@contextmanager
+def atomic_output(path: Path, force: bool) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it takes the place of `path`, on any failure it vanishes.
+
+    Raises:
+        UsageError, OutputError: as `check_output`.
+        OutputError: the system could not write (a full disk, for example).
+    """
+    check_output(path, force)
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
+    except OSError as error:
+        raise OutputError(f"cannot write to {path.parent}: {error.strerror or error}") from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}", "Nothing was left under its name.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, force: bool) -> None:
+    """Write a text file atomically; errors as `atomic_output`."""
+    with atomic_output(path, force) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,79 @@
+"""How a picture becomes the input of a model: size, crop, interpolation, mean and standard deviation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from repshift_cli.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor, nn
+
+__all__ = ["Preprocessing"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The evaluation transform of a model, as timm describes it.
+
+    Attributes:
+        input_size: channels, height and width.
+        mean, std: one value per channel, of pixels in 0..1.
+        interpolation: `bicubic`, `bilinear`, ...
+        crop_pct: share of the resized side that the crop takes.
+        crop_mode: `center`, `squash` or `border`.
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str = "center"
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> Preprocessing:
+        """What timm's own configuration of this model says."""
+        from timm.data import resolve_model_data_config
+
+        return cls.from_dict(resolve_model_data_config(model))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """From the keys of a timm data configuration.
+
+        Raises:
+            CheckpointError: a key is missing or has a wrong form.
+        """
+        try:
+            channels, height, width = (int(size) for size in values["input_size"])
+            return cls(
+                input_size=(channels, height, width),
+                mean=tuple(float(value) for value in values["mean"]),
+                std=tuple(float(value) for value in values["std"]),
+                interpolation=str(values["interpolation"]),
+                crop_pct=float(values["crop_pct"]),
+                crop_mode=str(values.get("crop_mode", "center")),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the preprocessing of the model cannot be read: {error!r}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """The transform: an RGB picture to a float32 tensor `[C, H, W]`."""
+        from timm.data import create_transform
+
+        return create_transform(**self.to_dict(), is_training=False)
+
+    def __str__(self) -> str:
+        channels, height, width = self.input_size
+        mean, std = (", ".join(f"{value:.3f}" for value in values) for values in (self.mean, self.std))
+        return (
+            f"{height}x{width}x{channels}, {self.interpolation}, crop {self.crop_pct:g} ({self.crop_mode}), "
+            f"mean {mean}, std {std}"
+        )

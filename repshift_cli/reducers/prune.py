@@ -1,0 +1,21 @@
+"""Pruning: the tokens that are not kept are gone."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from repshift_cli.reducers.base import Reducer
+from repshift_cli.tokens import gather_tokens
+
+__all__ = ["Prune"]
+
+
+class Prune(Reducer):
+    """Keep the chosen tokens unchanged and in order, drop the others."""
+
+    kind: ClassVar[str] = "prune"
+
+    def reduce(self, tokens: Tensor, keep: Tensor, prefix: int) -> Tensor:
+        return gather_tokens(tokens, keep, prefix)

@@ -1,0 +1,44 @@
+"""Registries that find their members by themselves: one file in a folder is one metric, reducer or family."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from repshift_cli.errors import RecipeError
+from repshift_cli.recipe import Part, Place, nearest, validate
+
+__all__ = ["build_part", "members"]
+
+_Base = TypeVar("_Base")
+
+
+def members(package: str, base: type[_Base]) -> Iterator[type[_Base]]:
+    """The concrete subclasses of `base` that are defined in the modules of `package`, by module name."""
+    folder = importlib.import_module(package)
+    for module_info in sorted(pkgutil.iter_modules(folder.__path__), key=lambda info: info.name):
+        module = importlib.import_module(f"{package}.{module_info.name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__:
+                if not getattr(value, "__abstractmethods__", None) and value is not base:
+                    yield value
+
+
+def build_part(part: Part, known: dict[str, Any], what: str, place: Place) -> Any:
+    """The metric or reducer that a recipe names, with its options checked.
+
+    Args:
+        part: kind and options.
+        known: pydantic models by kind.
+        what: key in the recipe, `metric` or `reducer`.
+        place: where the recipe stands, for messages.
+
+    Raises:
+        RecipeError: an unknown kind, or an option that cannot be.
+    """
+    if part.kind not in known:
+        hint = f"{nearest(part.kind, known)}Allowed: {', '.join(known)}."
+        raise RecipeError(f"{place.at((what, 'kind'))}: {what}.kind: there is no {what} {part.kind!r}", hint)
+    return validate(known[part.kind], part.options, place, (what,))

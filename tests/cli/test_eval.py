@@ -1,0 +1,127 @@
+"""`repshift eval` as people call it: a process of its own, its output and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+KEYS = {"dataset", "images", "skipped", "top1", "top5", "images_per_s", "gmacs"}
+
+
+def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    surroundings = {key: value for key, value in os.environ.items() if key != "REPSHIFT_DATA_DIR"}
+    return subprocess.run(
+        [sys.executable, "-m", "repshift_cli", "eval", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**surroundings, "COLUMNS": "80", **environment},
+    )
+
+
+def document(*arguments: str) -> Any:
+    done = call(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    """Ten class folders of built-in scenes, named as the classes of the built-in model."""
+    from repshift_cli.data.digits import DigitScenes
+
+    for label in range(10):
+        (tmp_path / "digits" / str(label)).mkdir(parents=True)
+    scenes = DigitScenes("test", 30)
+    for index in range(len(scenes)):
+        picture, label = scenes[index]
+        picture.save(tmp_path / "digits" / str(label) / f"{index}.png")
+    return tmp_path / "digits"
+
+
+def test_without_arguments_the_builtin_model_meets_its_data() -> None:
+    result = document("--limit", "200")
+    assert set(result) >= KEYS
+    assert (result["dataset"], result["images"], result["skipped"]) == ("builtin:digits", 200, 0)
+    assert 80 < result["top1"] <= result["top5"] <= 100
+    low, high = result["top1_interval"]
+    assert low < result["top1"] < high or result["top1"] == 100
+    assert "dense" not in result
+
+
+def test_table_fits_80_columns() -> None:
+    done = call("--limit", "20")
+    assert done.returncode == 0, done.stderr
+    assert "top-1" in done.stdout
+    assert "preprocessing: 72x72x3" in done.stdout
+    row = next(line for line in done.stdout.splitlines() if line.startswith("dense"))
+    assert len(row.rstrip()) <= 80
+    assert len(row.split()) == 8  # the interval is three words
+
+
+def test_same_numbers_from_files_and_from_scenes(digits: Path) -> None:
+    scenes = document("--limit", "30")
+    files = document("builtin:vit-digits", "--dataset", str(digits), "--workers", "1")
+    assert (files["images"], files["top1"], files["top5"]) == (30, scenes["top1"], scenes["top5"])
+
+
+def test_unreadable_pictures_are_listed_on_stderr(digits: Path) -> None:
+    (digits / "0" / "broken.png").write_bytes(b"")
+    done = call("builtin:vit-digits", "--dataset", str(digits), "--json")
+    assert done.returncode == 0
+    result = json.loads(done.stdout)
+    assert (result["images"], result["skipped"]) == (30, 1)
+    assert result["skipped_files"][0]["file"].endswith("broken.png")
+    assert "broken.png: the file is empty" in done.stderr
+
+
+def test_strict_stops(digits: Path) -> None:
+    (digits / "0" / "broken.png").write_bytes(b"")
+    done = call("builtin:vit-digits", "--dataset", str(digits), "--strict")
+    assert done.returncode == 4
+    assert "broken.png" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_compare_dense_needs_a_compressed_model() -> None:
+    done = call("--limit", "5", "--compare-dense")
+    assert done.returncode == 2
+    assert "is dense itself" in done.stderr
+
+
+def test_a_dataset_is_required_for_other_models(tmp_path: Path) -> None:
+    done = call(str(tmp_path / "some.safetensors"))
+    assert done.returncode == 2
+    assert "--dataset" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "imagenet"], "Did you mean imagenet-val"),
+        (["--dataset", "imagenet-val"], "ILSVRC2012_img_val.tar"),
+        (["--dataset", "./nowhere"], "does not exist"),
+    ],
+)
+def test_data_errors_end_with_4(arguments: list[str], message: str) -> None:
+    done = call(*arguments)
+    assert done.returncode == 4, done.stderr
+    assert message in done.stderr
+    assert done.stdout == ""
+
+
+def test_classes_that_do_not_fit_the_head(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (20, 20)).save(tmp_path / name / "1.png")
+    done = call("--dataset", str(tmp_path))
+    assert done.returncode == 4
+    assert "has 2 classes, but the head of the model has 10" in done.stderr
