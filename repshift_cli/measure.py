@@ -353,7 +353,7 @@ def peak_memory(run: Callable[[Tensor], Any], inputs: Tensor) -> int:
         return _peak_on_cuda(run, inputs)
     # Not inference_mode: with it, composite operations would arrive whole and hide the tensors inside them.
     tracker = _StorageTracker()
-    with torch.no_grad(), tracker:
+    with torch.inference_mode(False), torch.no_grad(), tracker:
         run(inputs)
     return tracker.peak
 
@@ -489,7 +489,8 @@ def observed_attention(run: Callable[[Tensor], Any], inputs: Tensor) -> str:
         model itself forms; `none`. Several are joined with `+`.
     """
     operations, calls = _AttentionOperations(), _AttentionCalls()
-    with torch.no_grad(), operations, calls:
+    # In inference mode composite operations reach a dispatch mode whole, so the kernels inside would go unseen.
+    with torch.inference_mode(False), torch.no_grad(), operations, calls:
         run(inputs)
     found = set(operations.backends)
     math_calls = calls.count - operations.fused_calls

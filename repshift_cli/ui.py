@@ -17,7 +17,7 @@ from rich.table import Table
 from repshift_cli.errors import RepshiftError
 from repshift_cli.progress import Task
 
-__all__ = ["Screen", "error", "print_json", "print_table", "print_text", "warn"]
+__all__ = ["Screen", "error", "print_json", "print_table", "print_text", "remark", "warn"]
 
 
 def _stdout() -> Console:
@@ -55,6 +55,11 @@ def warn(text: str) -> None:
     _stderr().print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
 
 
+def remark(text: str) -> None:
+    """A remark on stderr."""
+    _stderr().print(escape(text), style="dim", soft_wrap=True)
+
+
 def error(problem: RepshiftError) -> None:
     """An error on stderr: what is wrong, then what to do."""
     console = _stderr()
@@ -88,4 +93,4 @@ class Screen:
             yield _BarTask(bars, bars.add_task(label, total=total))
 
     def note(self, text: str) -> None:
-        self._console.print(escape(text), style="dim", soft_wrap=True)
+        remark(text)

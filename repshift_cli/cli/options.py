@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["AsJson", "BatchSize", "DataDir", "Device", "Dtype", "Force", "ModelName", "Threads"]
+__all__ = ["AsJson", "BatchSize", "DataDir", "Device", "Dtype", "Force", "Heads", "MeasureDtype", "ModelName", "Seed", "Threads"]
 
 ModelName = Annotated[
     str | None, typer.Option("--model", metavar="NAME", help="The timm name of the model, where the file does not tell.")
@@ -19,3 +19,10 @@ BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Image
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: as many as cores).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output, and go on where a check says no.")]
+Heads = Annotated[
+    int | None, typer.Option("--heads", min=1, help="Attention heads, for a shape that no timm model has.")
+]
+MeasureDtype = Annotated[
+    str, typer.Option("--dtype", help="float32, bfloat16 or float16, to run in; the file keeps its own.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Which pictures are drawn.")]

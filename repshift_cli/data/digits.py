@@ -9,6 +9,7 @@ Scene `i` of a split and seed depends on nothing else, so any subset, order or n
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from typing import Literal
@@ -18,7 +19,7 @@ from PIL import Image
 
 from repshift_cli.data.base import ImageDataset
 
-__all__ = ["SCENE_SIZE", "DigitDataset", "DigitScenes", "Split", "load_digits"]
+__all__ = ["SCENE_SIZE", "DigitDataset", "DigitScenes", "Placed", "Split", "load_digits"]
 
 Split = Literal["train", "test"]
 
@@ -29,6 +30,7 @@ _SPLIT_SEED = 2025
 _TRAIN_SHARE = 0.75
 _DIGIT_SIZES = (16, 24)
 _FRAGMENTS = (6, 10)
+_TRIES = 10
 _SPLIT_STREAM = {"train": 0, "test": 1}
 
 
@@ -49,6 +51,16 @@ def load_digits(split: Split) -> tuple[np.ndarray, np.ndarray]:
     return images[chosen], labels[chosen]
 
 
+@dataclass(frozen=True)
+class Placed:
+    """A whole digit in a scene: which one, and its square in pixels."""
+
+    label: int
+    left: int
+    top: int
+    side: int
+
+
 class DigitScenes:
     """Scenes as a map-style dataset: `scenes[i]` is `(RGB picture, label)`.
 
@@ -56,43 +68,42 @@ class DigitScenes:
         split: digits to draw from.
         count: number of scenes.
         seed: another seed gives other scenes of the same digits.
+        whole: whole digits in each scene. More than one is for training only: it teaches what digits look like
+            several times faster.
     """
 
     classes = tuple(str(digit) for digit in range(10))
 
-    def __init__(self, split: Split = "test", count: int = 1000, seed: int = 0) -> None:
+    def __init__(self, split: Split = "test", count: int = 1000, seed: int = 0, whole: int = 1) -> None:
         self.split: Split = split
         self.count = count
         self.seed = seed
+        self.whole = whole
         self.images, self.labels = load_digits(split)
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        scene, label, _ = self.render(index)
-        return Image.fromarray(scene).convert("RGB"), label
+        scene, placed = self.render(index)
+        return Image.fromarray(scene).convert("RGB"), placed[-1].label
 
-    def render(self, index: int) -> tuple[np.ndarray, int, tuple[int, int, int]]:
-        """Draw one scene.
-
-        Returns:
-            scene: uint8 `[SCENE_SIZE, SCENE_SIZE]`.
-            label: the digit.
-            box: left, top and side of the whole digit, in pixels.
-        """
+    def render(self, index: int) -> tuple[np.ndarray, list[Placed]]:
+        """Draw one scene: uint8 `[SCENE_SIZE, SCENE_SIZE]` and the whole digits in it; the last is never covered."""
         if not 0 <= index < self.count:
             raise IndexError(index)
         rng = np.random.default_rng([self.seed, _SPLIT_STREAM[self.split], index])
         scene = _background(rng)
         for _ in range(rng.integers(*_FRAGMENTS)):
-            _paste(scene, _fragment(self.images[rng.integers(len(self.images))], rng), *rng.random(2))
-        chosen = rng.integers(len(self.images))
-        digit = _slanted(self.images[chosen], int(rng.integers(*_DIGIT_SIZES)), rng)
-        x, y = rng.random(2)
-        left, top = _paste(scene, digit, x, y, clear=True)
+            _paste(scene, _fragment(self.images[rng.integers(len(self.images))], rng), *_place(rng))
+        placed: list[Placed] = []
+        for _ in range(self.whole):
+            chosen = rng.integers(len(self.images))
+            digit = _slanted(self.images[chosen], int(rng.integers(*_DIGIT_SIZES)), rng)
+            left, top = _paste(scene, digit, *_free_place(placed, digit.shape[0], rng), clear=True)
+            placed.append(Placed(int(self.labels[chosen]), left, top, digit.shape[0]))
         scene += rng.normal(0.0, 10.0, scene.shape).astype(np.float32)
-        return np.clip(scene, 0, 255).astype(np.uint8), int(self.labels[chosen]), (left, top, digit.shape[0])
+        return np.clip(scene, 0, 255).astype(np.uint8), placed
 
 
 class DigitDataset(ImageDataset):
@@ -127,6 +138,29 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     slope_x, slope_y = rng.uniform(-25.0, 25.0, 2)
     wave: np.ndarray = (40.0 + slope_x * axis[None, :] + slope_y * axis[:, None]).astype(np.float32)
     return wave
+
+
+def _place(rng: np.random.Generator) -> tuple[float, float]:
+    """A place in the scene, x and y in 0..1."""
+    x, y = rng.random(2)
+    return float(x), float(y)
+
+
+def _free_place(placed: list[Placed], side: int, rng: np.random.Generator) -> tuple[float, float]:
+    """A place where a square of `side` pixels covers no other digit, if a few tries find one."""
+    room = SCENE_SIZE - side + 1
+    for _ in range(_TRIES):
+        x, y = _place(rng)
+        left, top = int(x * room), int(y * room)
+        if not any(
+            left < other.left + other.side
+            and other.left < left + side
+            and top < other.top + other.side
+            and other.top < top + side
+            for other in placed
+        ):
+            break
+    return x, y
 
 
 def _slanted(digit: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -95,10 +95,15 @@ class Metric(BaseModel, ABC):
 
     def part(self) -> Part:
         """The metric as a recipe names it, open fields left out."""
-        return Part(kind=self.kind, **self.model_dump(mode="json", exclude_none=True))
+        return Part(kind=self.kind, **self._filled())
+
+    def _filled(self) -> dict[str, Any]:
+        """The fields that are not open, polarity last: people read what is measured before which end is kept."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        return {key: values[key] for key in sorted(values, key=lambda key: key == "polarity")}
 
     def __str__(self) -> str:
-        values = ", ".join(str(value) for value in self.model_dump(exclude_none=True).values())
+        values = ", ".join(str(value) for value in self._filled().values())
         return f"{self.kind} ({values})" if values else self.kind
 
 

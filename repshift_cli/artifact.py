@@ -1,0 +1,173 @@
+"""Write and read compressed checkpoints.
+
+A compressed checkpoint is one `.safetensors`: the tensors of the dense model under their own keys, so that any other
+tool opens it as that model, and in the metadata a JSON document that says how to let the tokens go. Loading replays
+the plan; nothing is decided again.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from repshift_cli import checkpoint
+from repshift_cli.attach import CompressedModel, attach
+from repshift_cli.checkpoint import METADATA_KEY, LoadedModel
+from repshift_cli.errors import CheckpointError, OutputError
+from repshift_cli.families import match
+from repshift_cli.files import atomic_output
+from repshift_cli.metrics import build_metric
+from repshift_cli.plan import Plan, resolve
+from repshift_cli.recipe import Recipe
+from repshift_cli.reducers import build_reducer
+
+__all__ = ["FORMAT_VERSION", "Opened", "compress_dense", "load", "make_document", "open_model", "save", "stored_plan"]
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class Opened:
+    """A model that is ready to run, dense or compressed.
+
+    Attributes:
+        loaded: the dense model and what is known of it.
+        compressed: the same model with its plan attached, None for a dense checkpoint.
+    """
+
+    loaded: LoadedModel
+    compressed: CompressedModel | None
+
+    @property
+    def module(self) -> nn.Module:
+        """What to run."""
+        return self.compressed if self.compressed is not None else self.loaded.model
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per image of `module`."""
+        return self.compressed.macs() if self.compressed is not None else self.dense_macs
+
+    @property
+    def dense_macs(self) -> int:
+        """Multiply-accumulates per image of the dense model."""
+        return match(self.loaded.model).macs(self.loaded.model, None)
+
+
+def open_model(name: str | Path, model_name: str | None = None, heads: int | None = None) -> Opened:
+    """Load any model: a compressed checkpoint with its plan at work, or a dense one.
+
+    Args:
+        name, model_name, heads: as for `checkpoint.load`.
+
+    Raises:
+        CheckpointError: as `checkpoint.load`; also a compressed checkpoint that is damaged or from a newer version.
+    """
+    loaded = checkpoint.load(name, model_name, heads)
+    plan = stored_plan(loaded)
+    return Opened(loaded, attach(loaded.model, plan) if plan else None)
+
+
+def load(path: str | Path) -> CompressedModel:
+    """Load a compressed checkpoint as a model that is ready to run.
+
+    Raises:
+        CheckpointError: it cannot be read, or is a dense checkpoint.
+    """
+    opened = open_model(path)
+    if opened.compressed is None:
+        raise CheckpointError(f"{path} is a dense checkpoint", "Compress it first, or load it with timm.")
+    return opened.compressed
+
+
+def compress_dense(name: str | Path, *, recipe_name: str | Path, model_name: str | None = None) -> Opened:
+    """Load a dense model and attach a recipe, uncalibrated: open choices are taken as the paper has them.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded or is compressed already.
+        RecipeError: the recipe cannot be followed.
+    """
+    recipe = Recipe.load(recipe_name)
+    loaded = checkpoint.load(name, model_name)
+    if stored_plan(loaded) is not None:
+        raise CheckpointError(f"{name} is compressed already", "Give the dense checkpoint, or leave the recipe out.")
+    metric, _ = build_metric(recipe.metric, recipe.place), build_reducer(recipe.reducer, recipe.place)
+    plan = resolve(recipe, match(loaded.model).layout(loaded.model)).with_metric(metric.with_defaults().part())
+    return Opened(loaded, attach(loaded.model, plan))
+
+
+def stored_plan(loaded: LoadedModel) -> Plan | None:
+    """The plan in the metadata of a checkpoint, None for a dense one.
+
+    Raises:
+        CheckpointError: the document is of a newer version, or its plan cannot be.
+    """
+    document = loaded.document
+    if document is None or "plan" not in document:
+        return None
+    where, version = loaded.source.path or "the checkpoint", document.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointError(f"{where}: the version of its metadata, {version!r}, is not a number from 1")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where} was written by a newer repshift (format {version}, this one knows {FORMAT_VERSION})",
+            "Upgrade: pip install --upgrade repshift-cli. As a dense model the file still opens in timm.",
+        )
+    try:
+        return Plan.model_validate(document["plan"])
+    except ValidationError as error:
+        raise CheckpointError(f"{where}: its plan is damaged: {error.errors()[0]['msg']}") from error
+
+
+def make_document(
+    loaded: LoadedModel, plan: Plan, recipe: Recipe, calibration: Mapping[str, Any] | None, measured: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The JSON document of a compressed checkpoint."""
+    import timm
+
+    from repshift_cli import __version__
+
+    source = loaded.source
+    return {
+        "format_version": FORMAT_VERSION,
+        "repshift_version": __version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": loaded.description.to_dict(),
+        "plan": plan.model_dump(mode="json"),
+        "recipe": {"name": recipe.place.name, "text": recipe.text},
+        "source": {
+            "origin": source.origin,
+            "name": Path(source.path).name if source.path else None,
+            "sha256": source.sha256,
+        },
+        "calibration": calibration,
+        "measured": dict(measured),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+    }
+
+
+def save(path: Path, loaded: LoadedModel, document: Mapping[str, Any], force: bool = False) -> None:
+    """Write a compressed checkpoint; nothing half-written ever stands under `path`.
+
+    Raises:
+        UsageError: the file exists and `force` is off.
+        OutputError: it cannot be written.
+    """
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(document, allow_nan=False)}
+    tensors = {key: value.contiguous() for key, value in loaded.tensors.items()}
+    with atomic_output(path, force) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise OutputError(f"cannot write {path}: {error}", "Nothing was left under its name.") from error

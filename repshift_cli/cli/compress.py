@@ -1,0 +1,190 @@
+"""`repshift compress`: a checkpoint and a recipe in, a faster checkpoint out, with a table that says by how much."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from repshift_cli.cli import options
+
+if TYPE_CHECKING:
+    from repshift_cli.calibrate import Calibration
+    from repshift_cli.compress import CompressReport, Measured
+
+__all__ = ["command", "show"]
+
+_SHOWN_CANDIDATES = 5
+_LOUD = ("NOT CALIBRATED", "RANDOM", "no candidate")
+
+
+def command(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A .safetensors, .pth or .pt file, a folder with config.json, a timm name, builtin:...")
+    ],
+    *,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="A YAML file or a shipped recipe (repshift recipes list).")
+    ] = None,
+    model: options.ModelName = None,
+    heads: options.Heads = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Where the result goes.", show_default="<checkpoint>_repshift.safetensors"),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Pictures to compare predictions on: a folder or a dataset.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option("--calibration", help="Unlabelled pictures of the model's own kind, to choose the score.")
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate/--no-calibrate", help="Choose what the recipe leaves open on pictures.")
+    ] = True,
+    calibration_images: Annotated[int, typer.Option(min=8, help="How many pictures calibration uses.")] = 128,
+    device: options.Device = "cpu",
+    dtype: options.MeasureDtype = "float32",
+    batch_size: options.BatchSize = 8,
+    threads: options.Threads = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time for the latency measurement.")] = 10.0,
+    seed: options.Seed = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; run, measure and write nothing.")] = False,
+    json: options.AsJson = False,
+    force: options.Force = False,
+) -> None:
+    """Make a checkpoint faster by letting unimportant tokens go, and measure it."""
+    from repshift_cli import ui
+    from repshift_cli.compress import Settings, compress_checkpoint
+    from repshift_cli.measure import threads as using_threads
+
+    settings = Settings(
+        recipe=recipe,
+        model_name=model,
+        heads=heads,
+        output=output or default_output(checkpoint),
+        data=data,
+        calibration=calibration,
+        calibrate=calibrate,
+        calibration_images=calibration_images,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        seconds=seconds,
+        seed=seed,
+        force=force,
+    )
+    with using_threads(threads):
+        report = compress_checkpoint(checkpoint, settings, ui.Screen(), dry_run)
+    for note in report.notes:
+        (ui.warn if any(word in note for word in _LOUD) else ui.remark)(note)
+    if json:
+        ui.print_json(report.to_dict())
+    else:
+        show(report)
+
+
+def default_output(checkpoint: str) -> Path:
+    """`<name>_repshift.safetensors` in the current folder."""
+    name = checkpoint.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:")
+    stem = name.rsplit(".", 1)[0] if Path(name).suffix in (".safetensors", ".pth", ".pt", ".bin", ".ckpt") else name
+    return Path(f"{stem}_repshift.safetensors")
+
+
+def show(report: CompressReport) -> None:
+    """Print the report for people, in 80 columns."""
+    from repshift_cli import ui
+
+    plan = report.plan
+    params = sum(tensor.numel() for tensor in report.loaded.tensors.values())
+    ui.print_text(f"model   {report.loaded.description.name} ({report.family}), {params:,} parameters, kept as they are")
+    ui.print_text(f"recipe  {report.recipe.place.name}")
+    ui.print_text(f"score   {_describe(plan.sites[0].metric.model_dump())}, reducer: {plan.reducer.kind}")
+    if report.calibration:
+        _show_calibration(report.calibration)
+    ui.print_text("")
+    rows = [[site.site, str(site.tokens_in), str(site.tokens_out)] for site in plan.sites]
+    ui.print_table("Plan: tokens through each site", ["after", "tokens in", "tokens out"], rows)
+    if report.measured:
+        _show_measured(report.measured)
+    else:
+        ratio = report.dense_macs / report.macs
+        ui.print_text(f"{report.dense_macs / 1e9:.2f} -> {report.macs / 1e9:.2f} GMACs per image ({ratio:.2f}x less)")
+        ui.print_text("Dry run: nothing was run, measured or written.")
+    if report.output:
+        size = report.output.stat().st_size / 1e6
+        ui.print_text(f"wrote   {report.output} ({size:.1f} MB; tokens go, weights stay, so the size is the same)")
+
+
+def _show_measured(measured: Measured) -> None:
+    from repshift_cli import ui
+
+    before, after = measured.dense, measured.compressed
+    rows = [
+        ["GMACs per image", f"{before.macs / 1e9:.3f}", f"{after.macs / 1e9:.3f}", f"{before.macs / after.macs:.2f}x"],
+        [
+            "latency, median ms",
+            _milliseconds(before.latency.median),
+            _milliseconds(after.latency.median),
+            f"{measured.speedup.ratio:.2f}x",
+        ],
+        [
+            "  p10 - p90",
+            f"{_milliseconds(before.latency.p10)} - {_milliseconds(before.latency.p90)}",
+            f"{_milliseconds(after.latency.p10)} - {_milliseconds(after.latency.p90)}",
+            "",
+        ],
+        [
+            "images per second",
+            f"{before.throughput:.1f}",
+            f"{after.throughput:.1f}",
+            f"{after.throughput / before.throughput:.2f}x",
+        ],
+        [
+            "peak memory, MB",
+            f"{before.peak_bytes / 1e6:.0f}",
+            f"{after.peak_bytes / 1e6:.0f}",
+            f"{before.peak_bytes / after.peak_bytes:.2f}x",
+        ],
+    ]
+    title = f"Measured: batch {measured.batch_size}, {measured.dtype}, {measured.threads} threads, {measured.attention}"
+    ui.print_table(title, ["", "dense", "compressed", "ratio"], rows)
+    ui.print_text(f"speed   {measured.speedup}")
+    if measured.agreement is not None:
+        told = f"{measured.agreement:.1%} of predictions unchanged (mean KL {measured.divergence:.4f} nats)"
+    else:
+        told = f"features differ by {measured.divergence:.4f} (one minus cosine; the model has no head)"
+    ui.print_text(f"quality {told} on {measured.images.description}")
+
+
+def _show_calibration(calibration: Calibration) -> None:
+    from repshift_cli import ui
+
+    images, seconds = calibration.images, calibration.seconds
+    verdict = "clearly better than random" if calibration.clear else "NOT clearly better than random"
+    ui.print_text(f"chosen  on {images} unlabelled images in {seconds:.0f} s; {verdict} ({calibration.sigmas:.1f} sigma)")
+    ui.print_text("")
+    rows = [
+        [_describe(candidate.metric.part().model_dump()), *_cells(candidate.to_dict())]
+        for candidate in calibration.candidates[:_SHOWN_CANDIDATES]
+    ]
+    rows.append(["dropped at random", *_cells(calibration.random.to_dict())])
+    more = len(calibration.candidates) - _SHOWN_CANDIDATES
+    title = "Calibration" + (f" (best {_SHOWN_CANDIDATES} of {len(calibration.candidates)})" if more > 0 else "")
+    ui.print_table(title, ["operation, distance, reading, polarity", "images", "KL", "unchanged"], rows)
+
+
+def _cells(result: dict[str, object]) -> list[str]:
+    agreement = result["agreement"]
+    same = f"{agreement:.1%}" if isinstance(agreement, float) else "-"
+    return [str(result["images"]), f"{result['divergence']:.4f}", same]
+
+
+def _describe(metric: dict[str, object]) -> str:
+    """`mlp, l2, update, largest` for a shift, the kind and its options for other scores."""
+    values = ", ".join(str(value) for key, value in metric.items() if key != "kind")
+    return values if metric["kind"] == "representation_shift" else f"{metric['kind']} ({values})"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"  # noqa: PLR2004 (a second)

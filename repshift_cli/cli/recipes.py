@@ -1,0 +1,62 @@
+"""`repshift recipes`: the recipes that come with the tool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command("list")
+def list_shipped() -> None:
+    """List the shipped recipes."""
+    from repshift_cli import ui
+    from repshift_cli.recipe import Recipe, shipped_recipes
+
+    recipes = {name: Recipe.parse(text, f"{name}.yaml") for name, text in shipped_recipes().items()}
+    rows = [[name, recipe.description or ""] for name, recipe in recipes.items()]
+    ui.print_table(None, ["name", "what it does"], rows, left=2)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A shipped recipe, `default`, or a compressed checkpoint.")],
+    blocks: Annotated[int, typer.Option(min=1, help="Depth of the model, for `default`.")] = 12,
+) -> None:
+    """Print a recipe as YAML, ready to be saved and changed."""
+    typer.echo(_text(name, blocks), nl=False)
+
+
+@app.command()
+def check(file: Annotated[str, typer.Argument(help="A recipe file or a shipped name.")]) -> None:
+    """Check a recipe without a model: keys, types, metric and reducer."""
+    from repshift_cli.metrics import build_metric
+    from repshift_cli.recipe import Recipe
+    from repshift_cli.reducers import build_reducer
+
+    recipe = Recipe.load(file)
+    build_metric(recipe.metric, recipe.place)
+    build_reducer(recipe.reducer, recipe.place)
+    typer.echo(f"{file}: fine ({len(recipe.layers)} sites)")
+
+
+def _text(name: str, blocks: int) -> str:
+    from repshift_cli.errors import CheckpointError
+    from repshift_cli.recipe import Recipe, default_recipe
+
+    if name == "default":
+        return default_recipe(blocks).text
+    if Path(name).suffix != ".safetensors":
+        return Recipe.load(name).text
+    from repshift_cli.checkpoint import read_weights
+
+    document = read_weights(Path(name)).document
+    stored = document.get("recipe") if document else None
+    if not isinstance(stored, dict) or not isinstance(stored.get("text"), str):
+        raise CheckpointError(f"{name} holds no recipe", "It is not a compressed checkpoint.")
+    return str(stored["text"])

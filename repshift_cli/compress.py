@@ -1,0 +1,493 @@
+"""The main job: a dense checkpoint and a recipe in, a checked, measured and compressed checkpoint out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repshift_cli import artifact, checkpoint, measure
+from repshift_cli.attach import CompressedModel, attach, check_feeds
+from repshift_cli.calibrate import Calibration, agreement, calibrate, divergence
+from repshift_cli.checkpoint import LoadedModel, ModelDescription, Source
+from repshift_cli.data.images import ImageBatch, load_images
+from repshift_cli.errors import CheckFailed, CheckpointError, DataError, ModelError, RecipeError
+from repshift_cli.families import Family, match
+from repshift_cli.files import check_output
+from repshift_cli.measure import Speedup, Spread, Subject
+from repshift_cli.metrics import Metric, build_metric
+from repshift_cli.plan import Plan, resolve
+from repshift_cli.preprocessing import Preprocessing
+from repshift_cli.progress import Progress, Silent
+from repshift_cli.recipe import Recipe, default_recipe
+from repshift_cli.reducers import build_reducer
+
+__all__ = ["CompressReport", "Measured", "Settings", "Side", "compress", "compress_checkpoint"]
+
+_MIN_RUNS = 5
+_WARMUP_ROUNDS = 1
+_TOLERANCE_MACS = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to compress and measure.
+
+    Attributes:
+        recipe: file or shipped name; None for the default schedule.
+        output: where the checkpoint goes; None to write none.
+        data: pictures on which agreement is measured (folder or dataset); None for built-in scenes.
+        calibration: pictures for calibration; None for `data`, or built-in scenes where the model is built in.
+        calibrate: whether open fields of the metric are calibrated at all.
+        seconds: time for the latency measurement.
+    """
+
+    recipe: str | None = None
+    model_name: str | None = None
+    heads: int | None = None
+    output: Path | None = None
+    data: str | None = None
+    calibration: str | None = None
+    calibrate: bool = True
+    calibration_images: int = 128
+    agreement_images: int = 32
+    device: str = "cpu"
+    dtype: str = "float32"
+    batch_size: int = 8
+    seconds: float = 10.0
+    seed: int = 0
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Side:
+    """What was measured of one side of the comparison."""
+
+    macs: int
+    latency: Spread
+    throughput: float
+    peak_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "gmacs": self.macs / 1e9,
+            "latency_ms": self.latency.to_dict(),
+            "throughput": float(f"{self.throughput:.4g}"),
+            "peak_memory_mb": round(self.peak_bytes / 1e6, 3),
+        }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Dense and compressed, side by side, on one machine in one run.
+
+    Attributes:
+        agreement: share of images whose predicted class is unchanged, None where the model has no head.
+        divergence: mean KL in nats (or one minus the cosine of features) against the dense model.
+        images: what agreement was measured on.
+    """
+
+    dense: Side
+    compressed: Side
+    speedup: Speedup
+    agreement: float | None
+    divergence: float
+    images: ImageBatch
+    batch_size: int
+    device: str
+    dtype: str
+    attention: str
+    threads: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "dense": self.dense.to_dict(),
+            "compressed": self.compressed.to_dict(),
+            "ratio": {
+                "macs": float(f"{self.dense.macs / self.compressed.macs:.4g}"),
+                "latency": float(f"{self.speedup.ratio:.4g}"),
+                "latency_clear": self.speedup.clear,
+            },
+            "agreement": self.agreement,
+            "divergence": round(self.divergence, 6),
+            "images": self.images.identity,
+            "batch": self.batch_size,
+            "device": self.device,
+            "dtype": self.dtype,
+            "threads": self.threads,
+            "attention": self.attention,
+        }
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """All that `repshift compress` tells.
+
+    Attributes:
+        measured: None for a dry run.
+        calibration: None where nothing was calibrated.
+        notes: what was assumed or not checked.
+    """
+
+    loaded: LoadedModel
+    family: str
+    recipe: Recipe
+    plan: Plan
+    dense_macs: int
+    macs: int
+    calibration: Calibration | None
+    measured: Measured | None
+    output: Path | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        document: dict[str, Any] = {
+            "output": str(self.output) if self.output else None,
+            "model": {
+                "name": self.loaded.description.name,
+                "family": self.family,
+                "params": sum(tensor.numel() for tensor in self.loaded.tensors.values()),
+            },
+            "recipe": self.recipe.place.name,
+            "metric": self.plan.sites[0].metric.model_dump(),
+            "plan": self.plan.summary(),
+            "dense": {"gmacs": self.dense_macs / 1e9},
+            "compressed": {"gmacs": self.macs / 1e9},
+            "ratio": {"macs": float(f"{self.dense_macs / self.macs:.4g}")},
+            "calibration": self.calibration.to_dict() if self.calibration else None,
+            "notes": list(self.notes),
+        }
+        return document | (self.measured.to_dict() if self.measured else {})
+
+
+def compress(
+    model: nn.Module | str | Path,
+    recipe: Recipe | str | Path | None = None,
+    *,
+    calibration: Tensor | str | Path | None = None,
+    progress: Progress | None = None,
+) -> CompressedModel:
+    """Attach a recipe to a model, without measuring or writing anything.
+
+    Args:
+        model: a supported model in eval mode, or whatever `checkpoint.load` takes.
+        recipe: a recipe, its file or shipped name; None for the default schedule.
+        calibration: images for open fields of the metric: `[n, C, H, W]` preprocessed, or a folder or dataset.
+            Without them open fields are as the paper has them.
+
+    Raises:
+        RepshiftError: as the parts that it calls.
+    """
+    listener = progress or Silent()
+    loaded = _wrap(model) if isinstance(model, nn.Module) else checkpoint.load(model)
+    job = _Job(loaded, recipe if isinstance(recipe, Recipe) else None, recipe, force=False)
+    plan = job.plan.with_metric(job.metric.with_defaults().part())
+    if calibration is not None and len(job.metric.variants()) > 1:
+        if isinstance(calibration, Tensor):
+            images, identity = calibration, {"where": "tensor", "count": len(calibration)}
+        else:
+            batch = load_images(str(calibration), 128, loaded.description.preprocessing, 0)
+            images, identity = batch.tensor, batch.identity
+        found = calibrate(loaded.model, job.family, job.plan, job.metric, images, identity, 16, listener)
+        plan = job.plan.with_metric(found.chosen.part())
+    return attach(loaded.model, plan)
+
+
+def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_run: bool = False) -> CompressReport:
+    """Carry out `repshift compress`.
+
+    Args:
+        name: what to compress, see `checkpoint.load`.
+        dry_run: stop after the plan: nothing is run, measured or written.
+
+    Raises:
+        RepshiftError: of the kind and exit code that says what went wrong.
+    """
+    if settings.output and not dry_run:
+        check_output(settings.output, settings.force)
+    recipe = Recipe.load(settings.recipe) if settings.recipe else None
+    if recipe is not None:
+        # what cannot be is said before the weights are read
+        build_metric(recipe.metric, recipe.place)
+        build_reducer(recipe.reducer, recipe.place)
+    device, dtype = measure.resolve_device(settings.device), measure.resolve_dtype(settings.dtype)
+    loaded = checkpoint.load(name, settings.model_name or (recipe.model if recipe else None), settings.heads)
+    job = _Job(loaded, recipe, settings.recipe, settings.force)
+    if dry_run:
+        plan = job.plan.with_metric(job.metric.with_defaults().part())
+        return job.report(plan, None, None, None)
+    loaded.model.to(device=device, dtype=dtype)
+    images = _Images(loaded, settings, job.metric)
+    plan, calibration = _choose_metric(job, images, settings, progress)
+    compressed = attach(loaded.model, plan)
+    checked = images.for_agreement.tensor.to(device=device, dtype=dtype)
+    _check(compressed, loaded, checked[:2])
+    measured = _measure(compressed, images.for_agreement, checked, settings, progress)
+    if settings.output:
+        kept = calibration.to_dict() if calibration else None
+        document = artifact.make_document(loaded, plan, job.recipe, kept, measured.to_dict())
+        artifact.save(settings.output, loaded, document, settings.force)
+    return job.report(plan, calibration, measured, settings.output)
+
+
+class _Job:
+    """A model and a recipe that were found to go together."""
+
+    def __init__(self, loaded: LoadedModel, recipe: Recipe | None, named: Any, force: bool) -> None:
+        self.loaded = loaded
+        self.notes: list[str] = list(loaded.notes)
+        self._refuse_compressed(force)
+        self.family: Family = match(loaded.model)
+        layout = self.family.layout(loaded.model)
+        if recipe is None and named is not None:
+            recipe = Recipe.load(named)
+        if recipe is None:
+            blocks = len(layout.sites)
+            recipe = default_recipe(blocks)
+            self.notes.append(
+                f"no recipe was given: the paper's schedule scaled to {blocks} blocks is used "
+                f"(to see or change it: repshift recipes show default --blocks {blocks})"
+            )
+        self.recipe = recipe
+        self._check_model_name()
+        self.metric: Metric = build_metric(recipe.metric, recipe.place)
+        build_reducer(recipe.reducer, recipe.place)
+        self.plan = resolve(recipe, layout)
+        self._check_feeds()
+
+    def report(
+        self, plan: Plan, calibration: Calibration | None, measured: Measured | None, output: Path | None
+    ) -> CompressReport:
+        """Gather what was found."""
+        compressed = attach(self.loaded.model, plan) if measured is None else None
+        macs = measured.compressed.macs if measured else compressed.macs() if compressed else 0
+        dense = self.family.macs(self.loaded.model, None)
+        if compressed is not None:
+            compressed.detach()
+        return CompressReport(
+            loaded=self.loaded,
+            family=self.family.name,
+            recipe=self.recipe,
+            plan=plan,
+            dense_macs=dense,
+            macs=macs,
+            calibration=calibration,
+            measured=measured,
+            output=output,
+            notes=tuple(self.notes),
+        )
+
+    def _refuse_compressed(self, force: bool) -> None:
+        if artifact.stored_plan(self.loaded) is None:
+            return
+        where = self.loaded.source.path or "the model"
+        if not force:
+            raise CheckpointError(
+                f"{where} is compressed already: its own plan would be lost",
+                "Start from the dense checkpoint, or add --force to compress its dense weights anew.",
+            )
+        self.notes.append(f"{where} was compressed already; its dense weights are compressed anew")
+
+    def _check_model_name(self) -> None:
+        wanted, description = self.recipe.model, self.loaded.description
+        if wanted is None or wanted in (description.name, description.architecture):
+            return
+        where = self.recipe.place.at(("model",))
+        raise RecipeError(
+            f"{where}: the recipe is for {wanted}, but the model is {description.name}",
+            f"Use a recipe for {description.name}, or take the key `model` out of a copy of this one.",
+        )
+
+    def _check_feeds(self) -> None:
+        sites = {site.name: site for site in self.family.sites(self.loaded.model)}
+        variants = self.metric.variants()
+        if len(variants) == 1:
+            for planned in self.plan.sites:
+                check_feeds(variants[0], sites[planned.site], self.recipe.place)
+
+
+class _Images:
+    """The pictures of one run: some for calibration, others for agreement, never the same."""
+
+    def __init__(self, loaded: LoadedModel, settings: Settings, metric: Metric) -> None:
+        self.notes: list[str] = []
+        self.for_calibration: ImageBatch | None = None
+        preprocessing = loaded.description.preprocessing
+        wanted = len(metric.variants()) > 1 and settings.calibrate
+        where = settings.calibration or settings.data
+        fits = loaded.source.origin == "builtin" or loaded.description.name in _builtin_names()
+        if not wanted or (where is None and not fits):
+            self.for_agreement = self._load(settings.data, settings.agreement_images, preprocessing, settings.seed)
+            return
+        # drawn together and then split, so that no picture serves both ends
+        if settings.data in (None, where):
+            total = settings.calibration_images + settings.agreement_images
+            both = self._load(where, total, preprocessing, settings.seed)
+            self.for_calibration, self.for_agreement = _split(both, settings.calibration_images)
+        else:
+            count = settings.calibration_images
+            self.for_calibration = self._load(where, count, preprocessing, settings.seed)
+            self.for_agreement = self._load(settings.data, settings.agreement_images, preprocessing, settings.seed)
+
+    def _load(self, where: str | None, count: int, preprocessing: Preprocessing, seed: int) -> ImageBatch:
+        batch = load_images(where, count, preprocessing, seed)
+        if batch.skipped:
+            self.notes.append(f"{len(batch.skipped)} pictures could not be read: {'; '.join(batch.skipped[:3])}")
+        return batch
+
+
+def _builtin_names() -> set[str]:
+    return {name.removeprefix("builtin:") for name in checkpoint.BUILTIN}
+
+
+def _split(batch: ImageBatch, count: int) -> tuple[ImageBatch, ImageBatch]:
+    """The first `count` pictures and the rest; where there are few, a fifth goes to the rest."""
+    total = len(batch.tensor)
+    border = min(count, max(total - max(total // 5, 1), 1))
+    if border >= total:
+        raise DataError(f"{total} pictures are too few to calibrate on some and check on others", "Give more.")
+    parts = []
+    for name, part in (("calibration", batch.tensor[:border]), ("agreement", batch.tensor[border:])):
+        identity = {**batch.identity, "count": len(part), "part": name}
+        kind = "built-in scenes" if batch.builtin else f"pictures of {batch.identity['where']}"
+        parts.append(ImageBatch(part, identity, f"{len(part)} {kind}, seed {batch.identity['seed']}", batch.builtin))
+    return parts[0], parts[1]
+
+
+def _choose_metric(
+    job: _Job, images: _Images, settings: Settings, progress: Progress
+) -> tuple[Plan, Calibration | None]:
+    """Fill the open fields of the metric, by calibration where there are pictures for it."""
+    job.notes += images.notes
+    if len(job.metric.variants()) == 1:
+        return job.plan.with_metric(job.metric.with_defaults().part()), None
+    if images.for_calibration is None:
+        why = "--no-calibrate was given" if not settings.calibrate else "there are no images of the model's own kind"
+        job.notes.append(
+            f"NOT CALIBRATED: {why}. The paper's choice ({job.metric.with_defaults()}) is used; whether it keeps the "
+            "right tokens of this model was not checked. Give unlabelled images with --calibration DIR"
+        )
+        return job.plan.with_metric(job.metric.with_defaults().part()), None
+    sample = next(job.loaded.model.parameters())
+    tensor = images.for_calibration.tensor.to(device=sample.device, dtype=sample.dtype)
+    found = calibrate(
+        job.loaded.model,
+        job.family,
+        job.plan,
+        job.metric,
+        tensor,
+        images.for_calibration.identity,
+        settings.batch_size,
+        progress,
+    )
+    if not found.clear:
+        told = (
+            f"no candidate beats random dropping clearly: the best, {found.chosen}, has divergence "
+            f"{found.candidates[0].divergence:.4f} against {found.random.divergence:.4f} of random "
+            f"({found.sigmas:.1f} standard errors, on {found.images} images)"
+        )
+        if not settings.force:
+            hint = "Calibrate on more images of the model's own kind, drop fewer tokens, or add --force."
+            raise CheckFailed(told, hint)
+        job.notes.append(told)
+    return job.plan.with_metric(found.chosen.part()), found
+
+
+@torch.inference_mode()
+def _check(compressed: CompressedModel, loaded: LoadedModel, images: Tensor) -> None:
+    """One real forward: shapes, finite values, and the count of operations against the analytic one.
+
+    Raises:
+        CheckFailed: something is off.
+    """
+    with compressed.dense():
+        wanted = compressed(images)
+    output = compressed(images)
+    if output.shape != wanted.shape or not bool(output.isfinite().all()):
+        raise CheckFailed(
+            f"the compressed model returned {tuple(output.shape)} with non-finite values "
+            if output.shape == wanted.shape
+            else f"the compressed model returned the shape {tuple(output.shape)}, the dense one {tuple(wanted.shape)}"
+        )
+    size = loaded.description.preprocessing.input_size
+    for label, module, analytic in (
+        ("compressed", compressed.model, compressed.macs()),
+        ("dense", compressed, compressed.dense_macs()),
+    ):
+        if label == "dense":
+            with compressed.dense():
+                counted = measure.count_macs(compressed.model, size)
+        else:
+            counted = measure.count_macs(module, size)
+        if counted != analytic:
+            raise CheckFailed(f"the {label} model runs {counted} multiply-accumulates, its plan says {analytic}")
+
+
+@torch.inference_mode()
+def _measure(
+    compressed: CompressedModel, batch: ImageBatch, images: Tensor, settings: Settings, progress: Progress
+) -> Measured:
+    """Latency in turn, memory, and agreement of predictions."""
+    repeats = -(-settings.batch_size // len(images))
+    inputs = images.repeat(repeats, 1, 1, 1)[: settings.batch_size].contiguous()
+    subjects = [Subject("dense", compressed, compressed.dense), Subject("compressed", compressed)]
+    times = measure.measure_latency(
+        subjects,
+        inputs,
+        max_seconds=settings.seconds,
+        warmup=_WARMUP_ROUNDS,
+        min_runs=_MIN_RUNS,
+        progress=progress,
+    )
+    weights = measure.parameter_bytes(compressed.model)
+    sides = {}
+    for subject, macs in zip(subjects, (compressed.dense_macs(), compressed.macs()), strict=True):
+        latency = times[subject.name].spread
+        with subject.context():
+            peak = weights + measure.peak_memory(subject.run, inputs)
+        sides[subject.name] = Side(macs, latency, settings.batch_size * 1e3 / latency.median, peak)
+    unchanged, distance = _compare(compressed, images, settings.batch_size, progress)
+    return Measured(
+        dense=sides["dense"],
+        compressed=sides["compressed"],
+        speedup=measure.speedup(times["dense"], times["compressed"]),
+        agreement=unchanged,
+        divergence=distance,
+        images=batch,
+        batch_size=settings.batch_size,
+        device=measure.device_name(inputs.device),
+        dtype=settings.dtype,
+        attention=measure.observed_attention(compressed, inputs[:1]),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _compare(
+    compressed: CompressedModel, images: Tensor, batch_size: int, progress: Progress
+) -> tuple[float | None, float]:
+    """Share of unchanged predictions (None without a head) and mean divergence from the dense model."""
+    has_head = getattr(compressed.model, "num_classes", 0) > 0
+    same, distances = 0.0, 0.0
+    with progress.task("comparing predictions", len(images)) as task:
+        for part in images.split(batch_size):
+            with compressed.dense():
+                wanted = compressed(part)
+            output = compressed(part)
+            same += float(agreement(wanted, output).sum()) if has_head else 0.0
+            distances += float(divergence(wanted, output, has_head).sum())
+            task.advance(len(part))
+    return (same / len(images) if has_head else None), distances / len(images)
+
+
+def _wrap(model: nn.Module) -> LoadedModel:
+    """A model in memory, described as far as it tells."""
+    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    name = str(config.get("architecture") or type(model).__name__)
+    if not hasattr(model, "patch_embed") and not config:
+        raise ModelError(f"models of the kind {type(model).__name__} are not supported")
+    description = ModelDescription(name, None, {}, Preprocessing.of_model(model))
+    return LoadedModel(model, description, Source("object", None, None), dict(model.state_dict()))
