@@ -108,6 +108,7 @@ def calibrate(
     family: Family,
     plan: Plan,
     metric: Metric,
+    *,
     images: Tensor,
     identity: Mapping[str, Any],
     batch_size: int,
@@ -131,10 +132,12 @@ def calibrate(
         raise DataError(f"calibration needs at least {_MIN_IMAGES} images, there are {len(images)}")
     begin = time.monotonic()
     candidates = [CandidateResult(variant) for variant in _runnable(metric, family, model, plan)]
-    draws = [CandidateResult(build_metric(Part(kind="random", seed=seed))) for seed in _RANDOM_SEEDS]
+    draws = [
+        CandidateResult(build_metric(Part.model_validate({"kind": "random", "seed": seed}))) for seed in _RANDOM_SEEDS
+    ]
     with progress.task("calibrating", _steps(len(candidates), len(images))) as task:
         reference = _outputs(model, images, batch_size, task)
-        runner = _Runner(model, plan, images, reference, batch_size, task)
+        runner = _Runner(model, plan, images, reference, batch_size=batch_size, task=task)
         alive, seen = candidates, 0
         for share, survivors in _ROUNDS:
             until = max(seen, math.ceil(share * len(images)))
@@ -174,7 +177,7 @@ class _Runner:
     """Runs candidates on slices of the images and appends what comes out to their results."""
 
     def __init__(
-        self, model: nn.Module, plan: Plan, images: Tensor, reference: Tensor, batch_size: int, task: Task
+        self, model: nn.Module, plan: Plan, images: Tensor, reference: Tensor, *, batch_size: int, task: Task
     ) -> None:
         self.model = model
         self.plan = plan

@@ -261,7 +261,7 @@ def _assemble(
 def _load_builtin(name: str) -> LoadedModel:
     if name not in BUILTIN:
         raise UsageError(f"there is no {name}", f"{nearest(name, BUILTIN)}Built in are {', '.join(BUILTIN)}.")
-    with as_file(files("repshift_cli").joinpath("assets", BUILTIN[name])) as path:
+    with as_file(files("repshift_cli").joinpath("assets").joinpath(BUILTIN[name])) as path:
         loaded = _from_weights(read_weights(path), None, None, name)
     loaded.source = Source("builtin", name, loaded.source.sha256)
     return loaded
@@ -370,7 +370,7 @@ def _not_found(name: str) -> CheckpointError:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     try:
-        with safe_open(path, framework="pt", device="cpu") as archive:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt", device="cpu") as archive:
             metadata = archive.metadata() or {}
             tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, ValueError) as error:

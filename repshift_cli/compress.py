@@ -30,7 +30,6 @@ __all__ = ["CompressReport", "Measured", "Settings", "Side", "compress", "compre
 
 _MIN_RUNS = 5
 _WARMUP_ROUNDS = 1
-_TOLERANCE_MACS = 0
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,16 @@ def compress(
         else:
             batch = load_images(str(calibration), 128, loaded.description.preprocessing, 0)
             images, identity = batch.tensor, batch.identity
-        found = calibrate(loaded.model, job.family, job.plan, job.metric, images, identity, 16, listener)
+        found = calibrate(
+            loaded.model,
+            job.family,
+            job.plan,
+            job.metric,
+            images=images,
+            identity=identity,
+            batch_size=16,
+            progress=listener,
+        )
         plan = job.plan.with_metric(found.chosen.part())
     return attach(loaded.model, plan)
 
@@ -379,10 +387,10 @@ def _choose_metric(
         job.family,
         job.plan,
         job.metric,
-        tensor,
-        images.for_calibration.identity,
-        settings.batch_size,
-        progress,
+        images=tensor,
+        identity=images.for_calibration.identity,
+        batch_size=settings.batch_size,
+        progress=progress,
     )
     if not found.clear:
         told = (

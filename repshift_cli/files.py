@@ -53,7 +53,9 @@ def atomic_output(path: Path, force: bool) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}", "Nothing was left under its name.") from error
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}", "Nothing was left under its name."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -111,7 +111,7 @@ def _named(name: str, tensors: Mapping[str, Tensor], where: str) -> Identity:
     return Identity(name, name, args, Preprocessing.of_model(model), _native_keys(tensors, model), notes)
 
 
-def _size_args(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _size_args(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """How image size and number of classes of the weights differ from the model's own."""
     args: dict[str, Any] = {}
     head = tensors.get("head.weight", tensors.get("fc.weight"))
@@ -119,17 +119,13 @@ def _size_args(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any
     if classes != getattr(model, "num_classes", classes):
         args["num_classes"] = classes
     position, own = tensors.get("pos_embed"), getattr(model, "pos_embed", None)
-    if position is not None and position.ndim == _dims(own) and position.shape[1] != own.shape[1]:  # type: ignore[union-attr]
-        extra = own.shape[1] - model.patch_embed.num_patches  # type: ignore[union-attr, operator]
-        side = math.isqrt(max(position.shape[1] - int(extra), 0))
-        patch = model.patch_embed.patch_size[0]  # type: ignore[union-attr, index]
-        args["img_size"] = side * int(patch)
+    if position is None or not isinstance(own, Tensor) or position.ndim != own.ndim:
+        return args
+    if position.shape[1] != own.shape[1]:
+        without_place = own.shape[1] - model.patch_embed.num_patches
+        side = math.isqrt(max(position.shape[1] - without_place, 0))
+        args["img_size"] = side * model.patch_embed.patch_size[0]
     return args
-
-
-def _dims(tensor: Any) -> int:
-    """Number of dimensions of a tensor, -1 where there is none."""
-    return tensor.ndim if isinstance(tensor, Tensor) else -1
 
 
 def _on_meta(name: str, args: Mapping[str, Any]) -> nn.Module:

@@ -369,11 +369,11 @@ def _peak_on_cuda(run: Callable[[Tensor], Any], inputs: Tensor) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-class _StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _StorageTracker(TorchDispatchMode):
     """Adds up the storages that operations return, and takes each off when its last tensor is gone."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.peak = 0
         self._live = 0
         # By identity, since storages compare by value, and by weak reference, so as not to keep them alive.
@@ -521,11 +521,11 @@ class _AttentionCalls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _AttentionOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _AttentionOperations(TorchDispatchMode):
     """Notes the fused attention operations and the softmax operations that run."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.backends: set[str] = set()
         self.fused_calls = 0
         self.softmax_calls = 0

@@ -206,7 +206,7 @@ def _explain(detail: Any, kind: type[BaseModel], data: Any, place: Place, path: 
     start = f"{place.at(where)}: "
     if detail["type"] == "extra_forbidden":
         owner = _owner(kind, inner[:-1])
-        allowed = [name for name in owner.model_fields]
+        allowed = list(owner.model_fields)
         hint = f"{nearest(str(inner[-1]), allowed)}Allowed keys: {', '.join(allowed)}."
         return RecipeError(f"{start}unknown key {key}", hint)
     if detail["type"] == "missing":
@@ -224,12 +224,10 @@ def _existing(loc: _Path, data: Any) -> _Path:
     """The part of a pydantic location that is a real path in `data` (it adds names of union members)."""
     found: list[str | int] = []
     for step in loc:
-        if isinstance(data, Mapping) and step in data:
-            data = data[step]
-        elif isinstance(data, list | tuple) and isinstance(step, int) and step < len(data):
-            data = data[step]
-        else:
+        in_list = isinstance(data, list | tuple) and isinstance(step, int) and step < len(data)
+        if not in_list and not (isinstance(data, Mapping) and step in data):
             break
+        data = data[step]
         found.append(step)
     return tuple(found)
 
@@ -288,5 +286,6 @@ def _collect_marks(node: yaml.Node | None, path: _Path, marks: dict[_Path, tuple
             _collect_marks(value, inner, marks, name)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            marks[(*path, index)] = (value.start_mark.line + 1, value.start_mark.column + 1)
-            _collect_marks(value, (*path, index), marks, name)
+            item = (*path, index)
+            marks[item] = (value.start_mark.line + 1, value.start_mark.column + 1)
+            _collect_marks(value, item, marks, name)

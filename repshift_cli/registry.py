@@ -21,9 +21,10 @@ def members(package: str, base: type[_Base]) -> Iterator[type[_Base]]:
     for module_info in sorted(pkgutil.iter_modules(folder.__path__), key=lambda info: info.name):
         module = importlib.import_module(f"{package}.{module_info.name}")
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__:
-                if not getattr(value, "__abstractmethods__", None) and value is not base:
-                    yield value
+            if not (isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__):
+                continue
+            if value is not base and not getattr(value, "__abstractmethods__", None):
+                yield value
 
 
 def build_part(part: Part, known: dict[str, Any], what: str, place: Place) -> Any:

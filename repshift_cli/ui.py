@@ -86,9 +86,8 @@ class Screen:
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Task]:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        bars = Bars(
-            *columns, TimeRemainingColumn(), console=self._console, transient=True, disable=not self._console.is_terminal
-        )
+        shown = self._console.is_terminal
+        bars = Bars(*columns, TimeRemainingColumn(), console=self._console, transient=True, disable=not shown)
         with bars:
             yield _BarTask(bars, bars.add_task(label, total=total))
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from repshift_cli.cli import bench, compress, demo, evaluate, inspect, recipes
+from repshift_cli.cli import bench, compress, demo, evaluate, inspect, recipes, visualize
 
 __all__ = ["app", "main"]
 
@@ -25,6 +25,7 @@ app.command("compress")(compress.command)
 app.command("bench")(bench.command)
 app.command("eval")(evaluate.command)
 app.command("inspect")(inspect.command)
+app.command("visualize")(visualize.command)
 app.command("demo")(demo.command)
 app.add_typer(recipes.app, name="recipes")
 
@@ -72,5 +73,7 @@ def _explain(problem: Exception) -> int:
         ui.error(problem)
         return problem.exit_code
     text = f"{type(problem).__name__}: {problem}"
-    ui.error(RepshiftError(f"unexpected: {text}", "Run again as `repshift --debug ...` for the traceback, and report it."))
+    ui.error(
+        RepshiftError(f"unexpected: {text}", "Run again as `repshift --debug ...` for the traceback, and report it.")
+    )
     return 1

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from repshift_cli.benchmark import BenchReport
     from repshift_cli.measure import Spread
 
-__all__ = ["command"]
+__all__ = ["command", "show"]
 
 DEFAULT_MODEL = "deit_small_patch16_224"
 DEFAULT_RECIPE = "deit_small_paper"
@@ -93,7 +93,7 @@ def command(
     if json:
         ui.print_json(report.to_dict())
     else:
-        _show(report, opened)
+        show(report, opened)
 
 
 def _parse_batches(values: Sequence[str]) -> list[int]:
@@ -172,7 +172,8 @@ def _write_outputs(report: BenchReport, csv: Path | None, plot: Path | None, for
             benchmark.plot(report, temporary, _plot_format(plot))
 
 
-def _show(report: BenchReport, opened: dict[str, Opened]) -> None:
+def show(report: BenchReport, opened: dict[str, Opened]) -> None:
+    """Print the report for people, in 80 columns."""
     import torch
 
     from repshift_cli import ui

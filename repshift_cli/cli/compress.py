@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from repshift_cli.calibrate import Calibration
     from repshift_cli.compress import CompressReport, Measured
 
-__all__ = ["command", "show"]
+__all__ = ["command", "show", "show_notes"]
 
 _SHOWN_CANDIDATES = 5
 _LOUD = ("NOT CALIBRATED", "RANDOM", "no candidate")
@@ -21,7 +22,8 @@ _LOUD = ("NOT CALIBRATED", "RANDOM", "no candidate")
 
 def command(
     checkpoint: Annotated[
-        str, typer.Argument(help="A .safetensors, .pth or .pt file, a folder with config.json, a timm name, builtin:...")
+        str,
+        typer.Argument(help="A .safetensors, .pth or .pt file, a folder with config.json, a timm name, builtin:..."),
     ],
     *,
     recipe: Annotated[
@@ -37,7 +39,8 @@ def command(
         str | None, typer.Option("--data", help="Pictures to compare predictions on: a folder or a dataset.")
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option("--calibration", help="Unlabelled pictures of the model's own kind, to choose the score.")
+        str | None,
+        typer.Option("--calibration", help="Unlabelled pictures of the model's own kind, to choose the score."),
     ] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate/--no-calibrate", help="Choose what the recipe leaves open on pictures.")
@@ -76,8 +79,7 @@ def command(
     )
     with using_threads(threads):
         report = compress_checkpoint(checkpoint, settings, ui.Screen(), dry_run)
-    for note in report.notes:
-        (ui.warn if any(word in note for word in _LOUD) else ui.remark)(note)
+    show_notes(report.notes)
     if json:
         ui.print_json(report.to_dict())
     else:
@@ -91,13 +93,23 @@ def default_output(checkpoint: str) -> Path:
     return Path(f"{stem}_repshift.safetensors")
 
 
+def show_notes(notes: Iterable[str]) -> None:
+    """Print remarks on stderr, those that must not be missed as warnings."""
+    from repshift_cli import ui
+
+    for note in notes:
+        (ui.warn if any(word in note for word in _LOUD) else ui.remark)(note)
+
+
 def show(report: CompressReport) -> None:
     """Print the report for people, in 80 columns."""
     from repshift_cli import ui
 
     plan = report.plan
     params = sum(tensor.numel() for tensor in report.loaded.tensors.values())
-    ui.print_text(f"model   {report.loaded.description.name} ({report.family}), {params:,} parameters, kept as they are")
+    ui.print_text(
+        f"model   {report.loaded.description.name} ({report.family}), {params:,} parameters, kept as they are"
+    )
     ui.print_text(f"recipe  {report.recipe.place.name}")
     ui.print_text(f"score   {_describe(plan.sites[0].metric.model_dump())}, reducer: {plan.reducer.kind}")
     if report.calibration:
@@ -162,7 +174,9 @@ def _show_calibration(calibration: Calibration) -> None:
 
     images, seconds = calibration.images, calibration.seconds
     verdict = "clearly better than random" if calibration.clear else "NOT clearly better than random"
-    ui.print_text(f"chosen  on {images} unlabelled images in {seconds:.0f} s; {verdict} ({calibration.sigmas:.1f} sigma)")
+    ui.print_text(
+        f"chosen  on {images} unlabelled images in {seconds:.0f} s; {verdict} ({calibration.sigmas:.1f} sigma)"
+    )
     ui.print_text("")
     rows = [
         [_describe(candidate.metric.part().model_dump()), *_cells(candidate.to_dict())]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from repshift_cli.evaluate import Evaluation, Score
     from repshift_cli.preprocessing import Preprocessing
 
-__all__ = ["command"]
+__all__ = ["command", "document", "head_size", "models_of", "show"]
 
 _DEFAULT_MODEL = "builtin:vit-digits"
 _DEFAULT_DATASET = "builtin:digits"
@@ -74,7 +74,7 @@ def command(
     where, number_type = measure.resolve_device(device), measure.resolve_dtype(dtype)
     data = open_dataset(name, data_dir, limit, seed)
     opened = open_model(model, model_name)
-    models = _models(opened, compare_dense, model)
+    models = models_of(opened, compare_dense, model)
     preprocessing = opened.loaded.description.preprocessing
     screen = ui.Screen()
     for note in opened.loaded.notes:
@@ -91,15 +91,15 @@ def command(
             dtype=number_type,
             workers=workers,
             strict=strict,
-            num_classes=_head_size(opened.loaded.model),
+            num_classes=head_size(opened.loaded.model),
             progress=screen,
         )
     _report_skipped(result)
     macs = {_COMPRESSED: opened.macs, _DENSE: opened.dense_macs}
     if json:
-        ui.print_json(_document(result, macs, model, preprocessing))
+        ui.print_json(document(result, macs, model, preprocessing))
     else:
-        _show(result, macs)
+        show(result, macs)
 
 
 def _dataset_of(model: str, dataset: str | None) -> str:
@@ -118,7 +118,7 @@ def _dataset_of(model: str, dataset: str | None) -> str:
     )
 
 
-def _models(opened: Opened, compare_dense: bool, name: str) -> dict[str, nn.Module]:
+def models_of(opened: Opened, compare_dense: bool, name: str) -> dict[str, nn.Module]:
     """The modules to run, by name; the first one is what was asked for.
 
     Raises:
@@ -153,7 +153,12 @@ def _dense_view(compressed: Any) -> nn.Module:
     return DenseView()
 
 
-def _head_size(model: nn.Module) -> int:
+def head_size(model: nn.Module) -> int:
+    """How many classes the head of a model has.
+
+    Raises:
+        ModelError: the model does not tell.
+    """
     size = getattr(model, "num_classes", None)
     if not isinstance(size, int):
         raise ModelError("the model does not say how many classes its head has, so it cannot be evaluated on labels")
@@ -180,7 +185,8 @@ def _report_skipped(result: Evaluation) -> None:
     ui.warn("\n".join(lines))
 
 
-def _show(result: Evaluation, macs: Mapping[str, int]) -> None:
+def show(result: Evaluation, macs: Mapping[str, int]) -> None:
+    """Print the result for people, in 80 columns; `macs` per image, by the names of the models."""
     from repshift_cli import ui
 
     columns = ("model", "top-1 %", "95% interval", "top-5 %", "GMACs", "images/s")
@@ -207,9 +213,10 @@ def _row(name: str, score: Score, macs: int) -> tuple[str, ...]:
     )
 
 
-def _document(result: Evaluation, macs: Mapping[str, int], model: str, preprocessing: Preprocessing) -> dict[str, Any]:
+def document(result: Evaluation, macs: Mapping[str, int], model: str, preprocessing: Preprocessing) -> dict[str, Any]:
+    """The JSON document of the command."""
     first, *others = result.scores
-    document = {
+    found = {
         "model": model,
         "dataset": result.dataset,
         "images": result.images,
@@ -220,9 +227,9 @@ def _document(result: Evaluation, macs: Mapping[str, int], model: str, preproces
         "preprocessing": preprocessing.to_dict(),
     }
     if others:
-        document["dense"] = _numbers(result.scores[others[0]], macs[others[0]])
-        document["agreement"] = result.agreement
-    return document
+        found["dense"] = _numbers(result.scores[others[0]], macs[others[0]])
+        found["agreement"] = result.agreement
+    return found
 
 
 def _numbers(score: Score, macs: int) -> dict[str, Any]:

@@ -81,7 +81,9 @@ def _show(opened: Opened, document: dict[str, Any]) -> None:
     from repshift_cli import ui
 
     model = document["model"]
-    ui.print_text(f"model    {model['name']} ({model['family']}), {model['params']:,} parameters, {model['classes']} classes")
+    ui.print_text(
+        f"model    {model['name']} ({model['family']}), {model['params']:,} parameters, {model['classes']} classes"
+    )
     ui.print_text(f"input    {opened.loaded.description.preprocessing}")
     prefix, patches = document["prefix_tokens"], document["patch_tokens"]
     ui.print_text(f"tokens   {prefix} prefix (never dropped) + {patches} patches")

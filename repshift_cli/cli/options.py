@@ -7,10 +7,23 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["AsJson", "BatchSize", "DataDir", "Device", "Dtype", "Force", "Heads", "MeasureDtype", "ModelName", "Seed", "Threads"]
+__all__ = [
+    "AsJson",
+    "BatchSize",
+    "DataDir",
+    "Device",
+    "Dtype",
+    "Force",
+    "Heads",
+    "MeasureDtype",
+    "ModelName",
+    "Seed",
+    "Threads",
+]
 
 ModelName = Annotated[
-    str | None, typer.Option("--model", metavar="NAME", help="The timm name of the model, where the file does not tell.")
+    str | None,
+    typer.Option("--model", metavar="NAME", help="The timm name of the model, where the file does not tell."),
 ]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Where the dataset lies (or REPSHIFT_DATA_DIR).")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]

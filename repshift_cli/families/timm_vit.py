@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from timm.layers import Attention
 from timm.models.vision_transformer import (
@@ -34,8 +34,8 @@ class TimmViT(Family):
     def accepts(self, model: nn.Module) -> bool:
         return isinstance(model, VisionTransformer)
 
-    def refusal(self, model: nn.Module) -> str | None:
-        for index, block in enumerate(model.blocks):  # type: ignore[arg-type]
+    def refusal(self, model: Any) -> str | None:
+        for index, block in enumerate(model.blocks):
             if _block_probes(block) is None:
                 known = ", ".join(kind.__name__ for kind in _PROBES)
                 return f"blocks.{index} is a {type(block).__name__}, which is not known (known: {known})"
@@ -45,32 +45,32 @@ class TimmViT(Family):
             return "it was built with dynamic_img_size, and token counts are planned for one input size"
         return None
 
-    def layout(self, model: nn.Module) -> Layout:
-        blocks: nn.Sequential = model.blocks  # type: ignore[assignment]
+    def layout(self, model: Any) -> Layout:
+        blocks = list(model.blocks)
         return Layout(
             family=self.name,
-            prefix_tokens=int(model.num_prefix_tokens),  # type: ignore[arg-type]
-            patch_tokens=int(model.patch_embed.num_patches),  # type: ignore[union-attr, arg-type]
+            prefix_tokens=int(model.num_prefix_tokens),
+            patch_tokens=int(model.patch_embed.num_patches),
             class_token=bool(model.has_class_token),
             sites=tuple(SiteInfo(f"blocks.{index}", index) for index in range(len(blocks))),
         )
 
-    def sites(self, model: nn.Module) -> list[Site]:
+    def sites(self, model: Any) -> list[Site]:
         found = []
-        for index, block in enumerate(model.blocks):  # type: ignore[arg-type]
+        for index, block in enumerate(model.blocks):
             probes = _block_probes(block) or {}
-            channels = sum(int(part.num_heads * part.head_dim) for part in block.modules() if hasattr(part, "head_dim"))
+            channels = sum(part.num_heads * part.head_dim for part in _attentions(block))
             found.append(Site(f"blocks.{index}", index, block, probes, _missing(block, probes), channels))
         return found
 
-    def macs(self, model: nn.Module, plan: Plan | None) -> int:
+    def macs(self, model: Any, plan: Plan | None) -> int:
         layout = self.layout(model)
-        blocks = list(model.blocks)  # type: ignore[arg-type]
+        blocks = list(model.blocks)
         dense = (layout.prefix_tokens + layout.patch_tokens,) * (len(blocks) + 1)
         tokens = plan.tokens_at(len(blocks)) if plan else dense
         embedding = sum(
             layout.patch_tokens * part.weight.numel()
-            for part in model.patch_embed.modules()  # type: ignore[union-attr]
+            for part in model.patch_embed.modules()
             if isinstance(part, nn.Conv2d | nn.Linear)
         )
         body = sum(_block_macs(block, count) for block, count in zip(blocks, tokens, strict=False))
@@ -85,50 +85,50 @@ def _block_probes(block: nn.Module) -> dict[str, Probe] | None:
     return None
 
 
-def _pre_norm_probes(block: nn.Module) -> dict[str, Probe]:
+def _pre_norm_probes(block: Any) -> dict[str, Probe]:
     """`x += ls1(attn(norm1(x))); x += ls2(mlp(norm2(x)))`."""
     return {
-        "attention_update": Probe(block.ls1),  # type: ignore[arg-type]
-        "mlp_update": Probe(block.ls2),  # type: ignore[arg-type]
-        "mlp_stream": Probe(block.norm2, "input"),  # type: ignore[arg-type]
-        **_attention_probes(block.attn),  # type: ignore[arg-type]
+        "attention_update": Probe(block.ls1),
+        "mlp_update": Probe(block.ls2),
+        "mlp_stream": Probe(block.norm2, "input"),
+        **_attention_probes(block.attn),
     }
 
 
-def _post_norm_probes(block: nn.Module) -> dict[str, Probe]:
+def _post_norm_probes(block: Any) -> dict[str, Probe]:
     """`x += norm1(attn(x)); x += norm2(mlp(x))`."""
     return {
-        "attention_update": Probe(block.norm1),  # type: ignore[arg-type]
-        "mlp_update": Probe(block.norm2),  # type: ignore[arg-type]
-        "mlp_stream": Probe(block.mlp, "input"),  # type: ignore[arg-type]
-        **_attention_probes(block.attn),  # type: ignore[arg-type]
+        "attention_update": Probe(block.norm1),
+        "mlp_update": Probe(block.norm2),
+        "mlp_stream": Probe(block.mlp, "input"),
+        **_attention_probes(block.attn),
     }
 
 
-def _parallel_scaling_probes(block: nn.Module) -> dict[str, Probe]:
+def _parallel_scaling_probes(block: Any) -> dict[str, Probe]:
     """`x += ls(attn_out_proj(a) + mlp_out_proj(m))`, both branches read the same normed `x`."""
-    offset = block.in_split[0]  # type: ignore[index]
+    offset = block.in_split[0]
     heads, size = block.num_heads, block.head_dim
     query = partial(_heads, start=offset, heads=heads, size=size, norm=block.q_norm)
-    key = partial(_heads, start=offset + heads * size, heads=heads, size=size, norm=block.k_norm)  # type: ignore[operator]
+    key = partial(_heads, start=offset + heads * size, heads=heads, size=size, norm=block.k_norm)
     probes = {
-        "mlp_stream": Probe(block.in_norm, "input"),  # type: ignore[arg-type]
-        "attention_query": Probe(block.in_proj, "output", query),  # type: ignore[arg-type]
-        "attention_key": Probe(block.in_proj, "output", key),  # type: ignore[arg-type]
+        "mlp_stream": Probe(block.in_norm, "input"),
+        "attention_query": Probe(block.in_proj, "output", query),
+        "attention_key": Probe(block.in_proj, "output", key),
     }
     if block.out_proj is None:
-        scale: nn.Module = block.ls  # type: ignore[assignment]
-        probes["attention_update"] = Probe(block.attn_out_proj, "output", partial(_scaled, scale=scale))  # type: ignore[arg-type]
-        probes["mlp_update"] = Probe(block.mlp_out_proj, "output", partial(_scaled, scale=scale))  # type: ignore[arg-type]
+        scale = block.ls
+        probes["attention_update"] = Probe(block.attn_out_proj, "output", partial(_scaled, scale=scale))
+        probes["mlp_update"] = Probe(block.mlp_out_proj, "output", partial(_scaled, scale=scale))
     return probes
 
 
-def _parallel_things_probes(block: nn.Module) -> dict[str, Probe]:
+def _parallel_things_probes(block: Any) -> dict[str, Probe]:
     """Several attentions side by side, then several MLPs: only the block as a whole is one update."""
-    return {"mlp_stream": Probe(block.ffns[0], "input")}  # type: ignore[index, arg-type]
+    return {"mlp_stream": Probe(block.ffns[0], "input")}
 
 
-_PROBES: dict[type[nn.Module], Callable[[nn.Module], dict[str, Probe]]] = {
+_PROBES: dict[type[nn.Module], Callable[[Any], dict[str, Probe]]] = {
     Block: _pre_norm_probes,
     ResPostBlock: _post_norm_probes,
     ParallelScalingBlock: _parallel_scaling_probes,
@@ -144,14 +144,14 @@ def _missing(block: nn.Module, probes: dict[str, Probe]) -> dict[str, str]:
     return {"*": f"the queries and keys of its {type(getattr(block, 'attn', block)).__name__} are not known"}
 
 
-def _attention_probes(attention: nn.Module) -> dict[str, Probe]:
+def _attention_probes(attention: Any) -> dict[str, Probe]:
     """Queries and keys of timm's `Attention`, read off the output of its fused projection."""
     projection = getattr(attention, "qkv", None)
     if type(attention) is not Attention or not isinstance(projection, nn.Linear):
         return {}
     heads, size = attention.num_heads, attention.head_dim
     query = partial(_heads, start=0, heads=heads, size=size, norm=attention.q_norm)
-    key = partial(_heads, start=heads * size, heads=heads, size=size, norm=attention.k_norm)  # type: ignore[operator]
+    key = partial(_heads, start=heads * size, heads=heads, size=size, norm=attention.k_norm)
     return {
         "attention_query": Probe(projection, "output", query),
         "attention_key": Probe(projection, "output", key),
@@ -173,30 +173,35 @@ def _scaled(update: Tensor, scale: nn.Module) -> Tensor:
 def _block_macs(block: nn.Module, tokens: int) -> int:
     """Every linear layer on every token, and the products `q k^T` and `attention v` of T x T x channels."""
     linear = sum(part.weight.numel() for part in block.modules() if isinstance(part, nn.Linear))
-    attention = sum(_attention_channels(part) for part in block.modules() if hasattr(part, "head_dim"))
+    attention = sum(_attention_channels(part) for part in _attentions(block))
     return tokens * linear + tokens * tokens * attention
 
 
-def _attention_channels(attention: nn.Module) -> int:
+def _attentions(block: nn.Module) -> list[Any]:
+    """The modules that attend; a parallel block does so itself."""
+    return [part for part in block.modules() if hasattr(part, "head_dim")]
+
+
+def _attention_channels(attention: Any) -> int:
     """Channels of `q k^T` and of `attention v` together, over all heads."""
-    width = int(attention.num_heads * attention.head_dim)  # type: ignore[operator]
+    width = int(attention.num_heads * attention.head_dim)
     # Differential attention runs two maps, each on half-size queries and full-size values: 2 * (1 + 2) of its width.
     return 6 * width if hasattr(attention, "lambda_init") else 2 * width
 
 
-def _pool_macs(model: nn.Module, tokens: int, prefix: int) -> int:
+def _pool_macs(model: Any, tokens: int, prefix: int) -> int:
     """Attention pooling (SigLIP's `map`): a few latent queries against all tokens that are left."""
     pool = model.attn_pool
-    if not isinstance(pool, nn.Module):
+    if pool is None:
         return 0
     seen = tokens if model.pool_include_prefix else tokens - prefix
-    latents, width = int(pool.latent_len), int(pool.num_heads * pool.head_dim)  # type: ignore[arg-type, operator]
+    latents, width = int(pool.latent_len), int(pool.num_heads * pool.head_dim)
     per_latent = sum(
         part.weight.numel() for name, part in pool.named_modules() if isinstance(part, nn.Linear) and name != "kv"
     )
-    return latents * per_latent + seen * int(pool.kv.weight.numel()) + 2 * latents * seen * width  # type: ignore[union-attr, operator]
+    return latents * per_latent + seen * int(pool.kv.weight.numel()) + 2 * latents * seen * width
 
 
-def _head_macs(model: nn.Module) -> int:
+def _head_macs(model: Any) -> int:
     heads = (getattr(model, "head", None), getattr(model, "head_dist", None))
     return sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear))

@@ -1,0 +1,142 @@
+"""`repshift visualize`: a picture of the tokens that a compressed model keeps, and their indices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from repshift_cli.cli import options
+from repshift_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from repshift_cli.artifact import Opened
+    from repshift_cli.visualize import View
+
+__all__ = ["command", "document", "show"]
+
+_SCENES = "builtin:digits"
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint that `repshift compress` wrote.")],
+    *,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="FOLDER",
+            help="A folder with pictures, or a dataset. Default: built-in scenes, for a built-in model.",
+            show_default=False,
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=1, max=64, help="How many pictures.")] = 6,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The picture (.png, .svg or .pdf).")
+    ] = Path("kept.png"),
+    indices: Annotated[
+        Path | None, typer.Option("--indices", metavar="FILE", help="Write the kept indices to this file, as JSON.")
+    ] = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    force: options.Force = False,
+    json: options.AsJson = False,
+) -> None:
+    """Show which patches of some pictures a compressed model keeps, site by site."""
+    from repshift_cli import measure, ui
+    from repshift_cli.artifact import open_model
+    from repshift_cli.visualize import check_picture, view_kept
+
+    check_picture(output, force)
+    _check_indices(indices, output, force)
+    where = measure.resolve_device(device)
+    opened = open_model(model)
+    if opened.compressed is None:
+        raise UsageError(
+            f"{model} is dense: it keeps all tokens, so there is nothing to show",
+            f"Compress it first: repshift compress {model}",
+        )
+    pictures = data or _default_data(opened, model)
+    opened.module.to(where)
+    for note in opened.loaded.notes:
+        ui.remark(note)
+    view = view_kept(opened, pictures, count, seed)
+    for reason in view.samples.skipped:
+        ui.warn(f"left out: {reason}")
+    write(view, output, indices, force)
+    if json:
+        ui.print_json(document(view, model, output, indices))
+    else:
+        show(view, output, indices)
+
+
+def write(view: View, output: Path, indices: Path | None, force: bool) -> None:
+    """Write the picture and, where asked for, the indices; errors as `files.atomic_output`."""
+    import json
+
+    from repshift_cli.files import write_text
+    from repshift_cli.visualize import save_figure
+
+    save_figure(view.figure(), output, force)
+    if indices is not None:
+        write_text(indices, json.dumps(view.indices()) + "\n", force)
+
+
+def show(view: View, output: Path, indices: Path | None) -> None:
+    """Print for people what was written, in 80 columns."""
+    from repshift_cli import ui
+
+    total, shown = view.patches.patches, len(view.readings)
+    stages = ", ".join(f"{rows.shape[1]} after block {layer}" for layer, rows in view.kept.items())
+    ui.print_text(f"kept    of {total} patches: {stages}")
+    if view.unchanged is not None:
+        ui.print_text(f"classes {view.unchanged} of {shown} predictions are the same as the dense model's")
+    ui.print_text(f"wrote   {output} ({view.samples.description})")
+    if indices is not None:
+        ui.print_text(f"wrote   {indices} (indices of the kept patches)")
+
+
+def document(view: View, model: str, output: Path, indices: Path | None) -> dict[str, Any]:
+    """The JSON document of the command: what was seen, without the lists of indices."""
+    known = view.indices()
+    return {
+        "model": model,
+        "output": str(output),
+        "indices": None if indices is None else str(indices),
+        "data": view.samples.description,
+        "skipped": list(view.samples.skipped),
+        **{key: known[key] for key in ("grid", "patch", "layers")},
+        "unchanged": view.unchanged,
+        "images": [reading.to_dict() for reading in view.readings],
+    }
+
+
+def _check_indices(indices: Path | None, output: Path, force: bool) -> None:
+    """Refuse a file for the indices that could not be written.
+
+    Raises:
+        UsageError, OutputError: as `files.check_output`; or both outputs go to the same file.
+    """
+    from repshift_cli.files import check_output
+
+    if indices is None:
+        return
+    if indices.resolve() == output.resolve():
+        raise UsageError(f"--output and --indices both name {output}", "Give two different files.")
+    check_output(indices, force)
+
+
+def _default_data(opened: Opened, model: str) -> str:
+    """The scenes that a built-in model was made for.
+
+    Raises:
+        UsageError: it is another model.
+    """
+    from repshift_cli.checkpoint import BUILTIN
+
+    if f"builtin:{opened.loaded.description.name}" in BUILTIN:
+        return _SCENES
+    raise UsageError(
+        f"no pictures were named for {model}", f"Add --data FOLDER (or --data {_SCENES} for built-in scenes)."
+    )
