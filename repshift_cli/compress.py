@@ -226,6 +226,10 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
     loaded = checkpoint.load(name, settings.model_name or (recipe.model if recipe else None), settings.heads)
     job = _Job(loaded, recipe, settings.recipe, settings.force)
     if dry_run:
+        if len(job.metric.variants()) > 1:
+            job.notes.append(
+                f"the score is left to calibration; without images it is the paper's, {job.metric.with_defaults()}"
+            )
         plan = job.plan.with_metric(job.metric.with_defaults().part())
         return job.report(plan, None, None, None)
     loaded.model.to(device=device, dtype=dtype)

@@ -270,12 +270,20 @@ def _read_yaml(text: str, name: str) -> tuple[Any, Place]:
     if not isinstance(data, dict):
         raise RecipeError(f"{name}:1:1: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
     marks: dict[_Path, tuple[int, int]] = {}
-    _collect_marks(node, (), marks, name)
+    _collect_marks(node, (), marks, name, set())
     return data, Place(name, marks)
 
 
-def _collect_marks(node: yaml.Node | None, path: _Path, marks: dict[_Path, tuple[int, int]], name: str) -> None:
-    """Fill `marks`; a key that stands twice is refused (YAML readers keep the last one without a word)."""
+def _collect_marks(
+    node: yaml.Node | None, path: _Path, marks: dict[_Path, tuple[int, int]], name: str, seen: set[int]
+) -> None:
+    """Fill `marks`; a key that stands twice is refused (YAML readers keep the last one without a word).
+
+    What an alias stands for is visited once: aliases may nest without end, or fan out without bound.
+    """
+    if id(node) in seen:
+        return
+    seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             inner = (*path, str(key.value))
@@ -283,9 +291,9 @@ def _collect_marks(node: yaml.Node | None, path: _Path, marks: dict[_Path, tuple
                 line = key.start_mark.line + 1
                 raise RecipeError(f"{name}:{line}:{key.start_mark.column + 1}: the key {_dotted(inner)} stands twice")
             marks[inner] = (key.start_mark.line + 1, key.start_mark.column + 1)
-            _collect_marks(value, inner, marks, name)
+            _collect_marks(value, inner, marks, name, seen)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             item = (*path, index)
             marks[item] = (value.start_mark.line + 1, value.start_mark.column + 1)
-            _collect_marks(value, item, marks, name)
+            _collect_marks(value, item, marks, name, seen)

@@ -20,10 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from repshift_cli.checkpoint import METADATA_KEY, ModelDescription
 from repshift_cli.data.digits import SCENE_SIZE, DigitScenes
+from repshift_cli.preprocessing import Preprocessing
 
 ASSETS = Path(__file__).resolve().parents[1] / "repshift_cli" / "assets"
 BACKGROUND = 10
@@ -166,13 +169,15 @@ def main() -> None:
     model = train(setup, options.minutes)
     top1 = accuracy(model, setup)
     print(f"{options.name}: top-1 {top1:.4f} on 2048 test scenes")
-    save(model, setup, top1, options.output or ASSETS / f"{options.name.replace('-', '_')}.safetensors")
+    save(model, setup, options.name, options.output or ASSETS / f"{options.name.replace('-', '_')}.safetensors")
 
 
-def save(model: nn.Module, setup: Setup, top1: float, path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file(model.state_dict(), path, metadata={"args": json.dumps(model_args(setup)), "top1": str(top1)})
+def save(model: nn.Module, setup: Setup, name: str, path: Path) -> None:
+    """Write a checkpoint that says itself how to build the model."""
+    preprocessing = Preprocessing((3, SCENE_SIZE, SCENE_SIZE), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
+    description = ModelDescription(name, None, model_args(setup), preprocessing)
+    document = json.dumps({"model": description.to_dict()})
+    save_file(model.state_dict(), path, metadata={"format": "pt", METADATA_KEY: document})
     print(f"{path}: {path.stat().st_size} bytes")
 
 

@@ -98,7 +98,11 @@ def test_a_small_ratio_of_few_tokens_drops_none() -> None:
     [
         ("[{layer: 12, drop_ratio: 0.2}]", "r.yaml:2:10: layers[0]: the model has no layer 12", "0 (blocks.0) to 11"),
         ("[{layer: block.3, drop_ratio: 0.2}]", "the model has no layer block.3", "Did you mean blocks.3?"),
-        ("[{layer: 1, drop_ratio: 0.2}, {layer: 1, drop_ratio: 0.2}]", "r.yaml:2:40: layers[1]: layer 1 stands twice", None),
+        (
+            "[{layer: 1, drop_ratio: 0.2}, {layer: 1, drop_ratio: 0.2}]",
+            "r.yaml:2:39: layers[1]: layer 1 stands twice",
+            None,
+        ),
         ("[{layer: 1, drop_ratio: 0.2}, {layer: blocks.1, keep_tokens: 9}]", "layer blocks.1 stands twice", None),
         ("[{layer: 0, keep_tokens: 197}]", "keep_tokens is 197, but only 196 patch tokens reach blocks.0", None),
         ("[{layer: 3, keep_tokens: 9}, {layer: 0, keep_tokens: 8}]", "layers[0]: keep_tokens is 9, but only 8", None),

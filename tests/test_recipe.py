@@ -60,10 +60,25 @@ def test_a_recipe_cannot_be_changed() -> None:
         ("version: 1", "version: '1'", "r.yaml:1:1: version: should be 1 (it is '1')", None),
         ("version: 1\n", "", "r.yaml:1:1: the key version is missing", None),
         ("metric:", "metrics:", "r.yaml:2:1: unknown key metrics", "Did you mean metric? Allowed keys: version"),
-        ("drop_ratio: 0.2", "drop_rate: 0.2", "r.yaml:7:16: unknown key layers[0].drop_rate", "Did you mean drop_ratio?"),
-        ("  operation: mlp", "  operations: mlp", "r.yaml:4:3: unknown key metric.operations", "Did you mean operation?"),
+        (
+            "drop_ratio: 0.2",
+            "drop_rate: 0.2",
+            "r.yaml:7:16: unknown key layers[0].drop_rate",
+            "Did you mean drop_ratio?",
+        ),
+        (
+            "  operation: mlp",
+            "  operations: mlp",
+            "r.yaml:4:3: unknown key metric.operations",
+            "Did you mean operation?",
+        ),
         ("{kind: prune}", "{kind: prune, x: 1}", "r.yaml:5:24: unknown key reducer.x", None),
-        ("{kind: prune}", "{kind: prun}", "r.yaml:5:11: reducer.kind: there is no reducer 'prun'", "Did you mean prune?"),
+        (
+            "{kind: prune}",
+            "{kind: prun}",
+            "r.yaml:5:11: reducer.kind: there is no reducer 'prun'",
+            "Did you mean prune?",
+        ),
         (
             "kind: representation_shift",
             "kind: representation_shft",
@@ -73,14 +88,24 @@ def test_a_recipe_cannot_be_changed() -> None:
         ("{kind: prune}", "prune", "r.yaml:5:1: reducer: should be a mapping with the key kind", None),
         ("{kind: prune}", "{}", "r.yaml:5:1: the key reducer.kind is missing", None),
         ("{kind: prune}", "{kind: 3}", "r.yaml:5:11: reducer.kind: should be a valid string (it is 3)", None),
-        ("operation: mlp", "operation: mpl", "r.yaml:4:3: metric.operation: should be 'mlp', 'attention' or 'block'", None),
+        (
+            "operation: mlp",
+            "operation: mpl",
+            "r.yaml:4:3: metric.operation: should be 'mlp', 'attention' or 'block'",
+            None,
+        ),
         ("drop_ratio: 0.2", "drop_ratio: 0.0", "r.yaml:7:16: layers[0].drop_ratio: should be greater than 0", None),
         ("drop_ratio: 0.2", "drop_ratio: 1.0", "r.yaml:7:16: layers[0].drop_ratio: should be less than 1", None),
         ("drop_ratio: 0.2", "drop_ratio: -0.1", "layers[0].drop_ratio: should be greater than 0 (it is -0.1)", None),
         ("drop_ratio: 0.2", "drop_ratio: .nan", "layers[0].drop_ratio: should be", None),
         ("drop_ratio: 0.2", "drop_ratio: half", "layers[0].drop_ratio: should be a valid number (it is 'half')", None),
         ("drop_ratio: 0.2", "drop_ratio: true", "layers[0].drop_ratio: should be a valid number (it is True)", None),
-        ("keep_tokens: 40", "keep_tokens: 0", "r.yaml:9:5: layers[1].keep_tokens: should be greater than or equal", None),
+        (
+            "keep_tokens: 40",
+            "keep_tokens: 0",
+            "r.yaml:9:5: layers[1].keep_tokens: should be greater than or equal",
+            None,
+        ),
         ("keep_tokens: 40", "keep_tokens: 4.5", "layers[1].keep_tokens: should be a valid integer (it is 4.5)", None),
         ("layer: 0", "layer: -1", "layers[0].layer: should be greater than or equal to 0 (it is -1)", None),
         ("drop_ratio: 0.2", "drop_ratio: 0.2, keep_tokens: 3", "layers[0]: give exactly one of drop_ratio and", None),
@@ -109,12 +134,15 @@ def test_what_is_wrong_is_told_with_its_place(old: str, new: str, message: str, 
         ("just words", "r.yaml:1:1: a recipe is a mapping"),
         ("version: 1\nlayers: [{layer: 0\n", "r.yaml:3:1: this is not YAML"),
         ("version: 1\n\tlayers: 1\n", "r.yaml:2:1: this is not YAML: found character '\\t'"),
-        ("a: !!python/object/apply:os.system [ls]\n", "r.yaml:1:4: this is not YAML: could not determine a constructor"),
+        (
+            "a: !!python/object/apply:os.system [ls]\n",
+            "r.yaml:1:4: this is not YAML: could not determine a constructor",
+        ),
         ("version: 1\nversion: 1\nlayers: []\n", "r.yaml:2:1: the key version stands twice"),
         ("version: 1\nlayers:\n  - {layer: 0, layer: 1}\n", "r.yaml:3:16: the key layers[0].layer stands twice"),
         ("version: 1\nlayers: &a [*a]\n", "layers[0]: should be a"),
         ("version: 1\n? [a]\n: 1\n", "this is not YAML"),
-        ("version: 1\n7: 8\nlayers: []\n", "7"),
+        ("version: 1\nlayers: [{layer: 0, drop_ratio: 0.1}]\n7: 8\n", "r.yaml:3:1: unknown key 7"),
         ("a: \x00", "this is not YAML"),
         ("version: 1\n---\nversion: 1\n", "r.yaml:2:1: this is not YAML: but found another document"),
     ],
@@ -159,7 +187,7 @@ class TestLoad:
         assert Recipe.load(path).place.at(("layers", 1)) == f"{path}:8:5"
 
     def test_shipped_name_with_and_without_ending(self) -> None:
-        assert Recipe.load("deit_small_paper") == Recipe.load("deit_small_paper.yaml")
+        assert Recipe.load("deit_small_paper").text == Recipe.load("deit_small_paper.yaml").text
 
     def test_unknown_name_has_a_nearest_match(self) -> None:
         with pytest.raises(RecipeError, match="no recipe deit_smal_paper") as caught:
@@ -184,11 +212,13 @@ class TestLoad:
 def test_to_yaml_reads_back_as_the_same_recipe() -> None:
     recipe = Recipe.parse(GOOD)
     again = Recipe.parse(recipe.to_yaml())
-    assert again == recipe
+    assert again.model_dump() == recipe.model_dump()
     assert "null" not in recipe.to_yaml()
 
 
-@pytest.mark.parametrize(("blocks", "layers"), [(12, [0, 3, 6]), (24, [0, 6, 12]), (4, [0, 1, 2]), (1, [0]), (2, [0, 1])])
+@pytest.mark.parametrize(
+    ("blocks", "layers"), [(12, [0, 3, 6]), (24, [0, 6, 12]), (4, [0, 1, 2]), (1, [0]), (2, [0, 1])]
+)
 def test_the_default_recipe_is_the_papers_scaled(blocks: int, layers: list[int]) -> None:
     recipe = default_recipe(blocks)
     assert [drop.layer for drop in recipe.layers] == layers

@@ -1,0 +1,180 @@
+"""Accuracy of every score on the built-in models at the paper's schedule, and what calibration picks.
+
+    python benchmarks/builtin_accuracy.py
+
+For each built-in model: top-1 on test scenes of several seeds with 20% of the patch tokens dropped after blocks 0, 3
+and 6, for every variant of representation shift and for the baselines; then calibration on 128 unlabelled training
+scenes, several times, and how its choice does on the test scenes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from _results import provenance, table, write_section
+from torch import Tensor
+
+from repshift_cli import checkpoint
+from repshift_cli.attach import attach
+from repshift_cli.calibrate import calibrate
+from repshift_cli.checkpoint import BUILTIN, LoadedModel
+from repshift_cli.data.digits import DigitScenes
+from repshift_cli.data.images import load_images
+from repshift_cli.families import match
+from repshift_cli.measure import device_name
+from repshift_cli.metrics import Metric, build_metric
+from repshift_cli.plan import Plan, resolve
+from repshift_cli.progress import Silent
+from repshift_cli.recipe import Part, default_recipe
+
+RANDOM_DRAWS = 5
+CALIBRATION_IMAGES = 128
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Test scenes of one seed: images `[n, C, H, W]` and labels `[n]`."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """A score and its top-1 in percent on the scenes of each seed."""
+
+    name: str
+    top1: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.top1)
+
+    @property
+    def spread(self) -> float:
+        return statistics.stdev(self.top1) if len(self.top1) > 1 else 0.0
+
+
+def part(**options: object) -> Metric:
+    return build_metric(Part.model_validate(options))
+
+
+def draw(loaded: LoadedModel, seed: int, count: int) -> Scenes:
+    transform = loaded.description.preprocessing.transform()
+    pairs = [DigitScenes("test", count, seed)[index] for index in range(count)]
+    return Scenes(
+        torch.stack([transform(picture) for picture, _ in pairs]), torch.tensor([label for _, label in pairs])
+    )
+
+
+@torch.inference_mode()
+def top1(model: torch.nn.Module, scenes: Scenes, batch: int = 64) -> float:
+    right = sum(
+        int((model(images).argmax(-1) == labels).sum())
+        for images, labels in zip(scenes.images.split(batch), scenes.labels.split(batch), strict=True)
+    )
+    return 100.0 * right / len(scenes.labels)
+
+
+def accuracy(loaded: LoadedModel, plan: Plan, metric: Metric, seeds: Sequence[Scenes]) -> tuple[float, ...]:
+    compressed = attach(loaded.model, plan.with_metric(metric.part()))
+    try:
+        return tuple(top1(compressed, scenes) for scenes in seeds)
+    finally:
+        compressed.detach()
+
+
+def study(name: str, count: int, seeds: Sequence[int], calibrations: int) -> str:
+    loaded = checkpoint.load(name)
+    family = match(loaded.model)
+    plan = resolve(default_recipe(12), family.layout(loaded.model))
+    sets = [draw(loaded, seed, count) for seed in seeds]
+    dense = Row("dense", tuple(top1(loaded.model, scenes) for scenes in sets))
+    shifts = {
+        metric: Row(str(metric).removeprefix("representation_shift "), accuracy(loaded, plan, metric, sets))
+        for metric in part(kind="representation_shift").variants()
+    }
+    baselines = [
+        Row("class attention", accuracy(loaded, plan, part(kind="class_attention"), sets)),
+        *(
+            Row(f"token norm ({end})", accuracy(loaded, plan, part(kind="token_norm", polarity=end), sets))
+            for end in ("largest", "smallest")
+        ),
+    ]
+    draws = [accuracy(loaded, plan, part(kind="random", seed=seed), sets) for seed in range(RANDOM_DRAWS)]
+    baselines.append(
+        Row(f"random ({RANDOM_DRAWS} draws)", tuple(statistics.fmean(c) for c in zip(*draws, strict=True)))
+    )
+    ratio = family.macs(loaded.model, plan) / family.macs(loaded.model, None)
+    lines = [
+        f"### {name}: dense {dense.mean:.1f}%, MAC ratio {ratio:.3f}",
+        "",
+        f"{len(seeds)} seeds of {count} test scenes; mean and standard deviation over the seeds.",
+        "",
+        score_table(dense, [*shifts.values(), *baselines]),
+        "",
+        f"Calibration on {CALIBRATION_IMAGES} unlabelled training scenes:",
+        "",
+        calibration_table(loaded, plan, shifts, dense, baselines[-1], calibrations),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def score_table(dense: Row, rows: Sequence[Row]) -> str:
+    ranked = sorted(rows, key=lambda row: -row.mean)
+    cells = [[row.name, f"{row.mean:.2f} +- {row.spread:.2f}", f"{row.mean - dense.mean:+.2f}"] for row in ranked]
+    return table(
+        ["score", "top-1, %", "against dense"], [["dense", f"{dense.mean:.2f} +- {dense.spread:.2f}", ""], *cells]
+    )
+
+
+def calibration_table(
+    loaded: LoadedModel, plan: Plan, shifts: dict[Metric, Row], dense: Row, random: Row, times: int
+) -> str:
+    best = max(row.mean for row in shifts.values())
+    rows = []
+    for seed in range(times):
+        batch = load_images(None, CALIBRATION_IMAGES, loaded.description.preprocessing, seed)
+        found = calibrate(
+            loaded.model,
+            match(loaded.model),
+            plan,
+            part(kind="representation_shift"),
+            images=batch.tensor,
+            identity=batch.identity,
+            batch_size=32,
+            progress=Silent(),
+        )
+        got = shifts[found.chosen].mean
+        cells = [str(seed), shifts[found.chosen].name, f"{got:.2f}", f"{got - best:+.2f}", f"{got - dense.mean:+.2f}"]
+        rows.append([*cells, f"{got - random.mean:+.2f}", f"{found.sigmas:.0f}", f"{found.seconds:.0f}"])
+    columns = ["seed", "chosen", "top-1, %", "against best", "against dense", "against random", "sigmas", "seconds"]
+    return table(columns, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenes", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--calibrations", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    parts = [study(name, options.scenes, options.seeds, options.calibrations) for name in BUILTIN]
+    command = f"python benchmarks/builtin_accuracy.py --scenes {options.scenes}"
+    write_section(
+        "builtin_accuracy",
+        "\n".join(
+            ["## Accuracy on the built-in models", "", *parts, provenance(command, device_name(torch.device("cpu")))]
+        ),
+    )
+    print("\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Compress a model, compare it with its dense self on the same weights, and see which patches it keeps.
+
+    python examples/compress_in_python.py
+
+Runs in seconds on the built-in model and its scenes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from repshift_cli import Recipe, compress
+from repshift_cli.checkpoint import load as load_dense
+from repshift_cli.data.images import load_images
+
+RECIPE = """
+version: 1
+metric: {kind: representation_shift}      # operation, distance, reading and polarity are chosen below, on images
+reducer: {kind: prune}
+layers:
+  - {layer: 3, drop_ratio: 0.3}
+  - {layer: 6, drop_ratio: 0.3}
+"""
+
+
+@torch.inference_mode()
+def main() -> None:
+    dense = load_dense("builtin:vit-digits")
+    images = load_images("builtin:digits", 64, dense.description.preprocessing, seed=0).tensor
+    for_calibration, others = images[:48], images[48:]
+
+    # a model in memory works as well as the name of a checkpoint
+    model = compress(dense.model, Recipe.parse(RECIPE), calibration=for_calibration)
+    print(f"score: {model.plan.sites[0].metric.options}")
+    for site in model.plan.sites:
+        print(f"{site.site}: {site.tokens_in} -> {site.tokens_out} tokens")
+    print(f"multiply-accumulates: {model.dense_macs() / 1e6:.1f} -> {model.macs() / 1e6:.1f} million per image")
+
+    # the same weights, with and without the reduction
+    compressed = model(others)
+    with model.dense() as original:
+        before = original(others)
+    same = (compressed.argmax(-1) == before.argmax(-1)).sum()
+    print(f"predictions: {same} of {len(others)} are the same")
+
+    # which patches are left, as places in the patch grid (row * columns + column)
+    for layer, kept in model.trace(others[:1]).kept.items():
+        print(f"kept after block {layer}: {kept[0].tolist()}")
+
+
+if __name__ == "__main__":
+    main()
