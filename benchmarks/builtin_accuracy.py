@@ -119,7 +119,7 @@ def study(name: str, count: int, seeds: Sequence[int], calibrations: int) -> str
         "",
         f"Calibration on {CALIBRATION_IMAGES} unlabelled training scenes:",
         "",
-        calibration_table(loaded, plan, shifts, dense, baselines[-1], calibrations),
+        calibration_table(loaded, plan, shifts, dense=dense, random=baselines[-1], times=calibrations),
         "",
     ]
     return "\n".join(lines)
@@ -134,7 +134,7 @@ def score_table(dense: Row, rows: Sequence[Row]) -> str:
 
 
 def calibration_table(
-    loaded: LoadedModel, plan: Plan, shifts: dict[Metric, Row], dense: Row, random: Row, times: int
+    loaded: LoadedModel, plan: Plan, shifts: dict[Metric, Row], *, dense: Row, random: Row, times: int
 ) -> str:
     best = max(row.mean for row in shifts.values())
     rows = []

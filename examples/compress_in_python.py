@@ -26,8 +26,8 @@ layers:
 @torch.inference_mode()
 def main() -> None:
     dense = load_dense("builtin:vit-digits")
-    images = load_images("builtin:digits", 64, dense.description.preprocessing, seed=0).tensor
-    for_calibration, others = images[:48], images[48:]
+    images = load_images("builtin:digits", 128, dense.description.preprocessing, seed=0).tensor
+    for_calibration, others = images[:96], images[96:]
 
     # a model in memory works as well as the name of a checkpoint
     model = compress(dense.model, Recipe.parse(RECIPE), calibration=for_calibration)

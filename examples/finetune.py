@@ -1,4 +1,4 @@
-"""Fine-tune a compressed model: gradients flow through the tokens that are kept, and training is faster too.
+"""Fine-tune a compressed model: gradients flow through the tokens that are kept.
 
     python examples/finetune.py
 

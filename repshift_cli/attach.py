@@ -53,6 +53,8 @@ class _SiteHook:
         keep = keep_top(scores if self.metric.keeps_largest else -scores, self.planned.tokens_out - self.context.prefix)
         if self.recorded is not None:
             self.recorded.append(keep)
+        if self.planned.tokens_out == self.planned.tokens_in:
+            return output  # a copy could differ in its strides, and then in the last bits of what follows
         return self.reducer.reduce(output, keep, self.context.prefix)
 
     def _check(self, output: Tensor, kwargs: dict[str, Any]) -> None:
@@ -252,10 +254,10 @@ def _check_fit(plan: Plan, layout: Layout) -> None:
             f"the plan is for {plan.family} with {plan.prefix_tokens} + {plan.patch_tokens} tokens, "
             f"the model is {layout.family} with {layout.prefix_tokens} + {layout.patch_tokens}"
         )
-    names = {site.name for site in layout.sites}
+    known = {(site.name, site.layer) for site in layout.sites}
     for planned in plan.sites:
-        if planned.site not in names:
-            raise RecipeError(f"the plan names {planned.site}, which the model does not have")
+        if (planned.site, planned.layer) not in known:
+            raise RecipeError(f"the plan names {planned.site} as layer {planned.layer}, which the model does not have")
 
 
 def _is_attached(model: nn.Module) -> bool:

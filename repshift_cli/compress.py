@@ -179,13 +179,16 @@ def compress(
             Without them open fields are as the paper has them.
 
     Raises:
+        CheckFailed: calibration found nothing that beats random dropping clearly.
         RepshiftError: as the parts that it calls.
     """
-    listener = progress or Silent()
-    loaded = _wrap(model) if isinstance(model, nn.Module) else checkpoint.load(model)
-    job = _Job(loaded, recipe if isinstance(recipe, Recipe) else None, recipe, force=False)
-    plan = job.plan.with_metric(job.metric.with_defaults().part())
-    if calibration is not None and len(job.metric.variants()) > 1:
+    if recipe is not None and not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe)
+    named = recipe.model if recipe else None
+    loaded = _wrap(model) if isinstance(model, nn.Module) else checkpoint.load(model, named)
+    job = _Job(loaded, recipe, force=False)
+    plan = job.default_plan()
+    if calibration is not None and job.open:
         if isinstance(calibration, Tensor):
             images, identity = calibration, {"where": "tensor", "count": len(calibration)}
         else:
@@ -199,8 +202,10 @@ def compress(
             images=images,
             identity=identity,
             batch_size=16,
-            progress=listener,
+            progress=progress or Silent(),
         )
+        if not found.clear:
+            raise _not_clear(found)
         plan = job.plan.with_metric(found.chosen.part())
     return attach(loaded.model, plan)
 
@@ -224,16 +229,15 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
         build_reducer(recipe.reducer, recipe.place)
     device, dtype = measure.resolve_device(settings.device), measure.resolve_dtype(settings.dtype)
     loaded = checkpoint.load(name, settings.model_name or (recipe.model if recipe else None), settings.heads)
-    job = _Job(loaded, recipe, settings.recipe, settings.force)
+    job = _Job(loaded, recipe, settings.force)
     if dry_run:
-        if len(job.metric.variants()) > 1:
+        if job.open:
             job.notes.append(
                 f"the score is left to calibration; without images it is the paper's, {job.metric.with_defaults()}"
             )
-        plan = job.plan.with_metric(job.metric.with_defaults().part())
-        return job.report(plan, None, None, None)
+        return job.report(job.default_plan(), None, None, None)
     loaded.model.to(device=device, dtype=dtype)
-    images = _Images(loaded, settings, job.metric)
+    images = _Images(loaded, settings, wanted=job.open and settings.calibrate)
     plan, calibration = _choose_metric(job, images, settings, progress)
     compressed = attach(loaded.model, plan)
     checked = images.for_agreement.tensor.to(device=device, dtype=dtype)
@@ -249,14 +253,12 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
 class _Job:
     """A model and a recipe that were found to go together."""
 
-    def __init__(self, loaded: LoadedModel, recipe: Recipe | None, named: Any, force: bool) -> None:
+    def __init__(self, loaded: LoadedModel, recipe: Recipe | None, force: bool) -> None:
         self.loaded = loaded
         self.notes: list[str] = list(loaded.notes)
         self._refuse_compressed(force)
         self.family: Family = match(loaded.model)
         layout = self.family.layout(loaded.model)
-        if recipe is None and named is not None:
-            recipe = Recipe.load(named)
         if recipe is None:
             blocks = len(layout.sites)
             recipe = default_recipe(blocks)
@@ -271,21 +273,30 @@ class _Job:
         self.plan = resolve(recipe, layout)
         self._check_feeds()
 
+    @property
+    def open(self) -> bool:
+        """Whether the recipe leaves something for calibration to choose."""
+        return len(self.metric.variants()) > 1
+
+    def default_plan(self) -> Plan:
+        """The plan with open fields as the paper has them."""
+        return self.plan.with_metric(self.metric.with_defaults().part())
+
     def report(
         self, plan: Plan, calibration: Calibration | None, measured: Measured | None, output: Path | None
     ) -> CompressReport:
         """Gather what was found."""
-        compressed = attach(self.loaded.model, plan) if measured is None else None
-        macs = measured.compressed.macs if measured else compressed.macs() if compressed else 0
-        dense = self.family.macs(self.loaded.model, None)
-        if compressed is not None:
-            compressed.detach()
+        if measured:
+            macs, dense_macs = measured.compressed.macs, measured.dense.macs
+        else:
+            compressed = attach(self.loaded.model, plan)
+            macs, dense_macs = compressed.macs(), compressed.dense_macs()
         return CompressReport(
             loaded=self.loaded,
             family=self.family.name,
             recipe=self.recipe,
             plan=plan,
-            dense_macs=dense,
+            dense_macs=dense_macs,
             macs=macs,
             calibration=calibration,
             measured=measured,
@@ -316,20 +327,18 @@ class _Job:
 
     def _check_feeds(self) -> None:
         sites = {site.name: site for site in self.family.sites(self.loaded.model)}
-        variants = self.metric.variants()
-        if len(variants) == 1:
+        if not self.open:
             for planned in self.plan.sites:
-                check_feeds(variants[0], sites[planned.site], self.recipe.place)
+                check_feeds(self.metric.variants()[0], sites[planned.site], self.recipe.place)
 
 
 class _Images:
     """The pictures of one run: some for calibration, others for agreement, never the same."""
 
-    def __init__(self, loaded: LoadedModel, settings: Settings, metric: Metric) -> None:
+    def __init__(self, loaded: LoadedModel, settings: Settings, wanted: bool) -> None:
         self.notes: list[str] = []
         self.for_calibration: ImageBatch | None = None
         preprocessing = loaded.description.preprocessing
-        wanted = len(metric.variants()) > 1 and settings.calibrate
         where = settings.calibration or settings.data
         fits = loaded.source.origin == "builtin" or loaded.description.name in _builtin_names()
         if not wanted or (where is None and not fits):
@@ -375,15 +384,15 @@ def _choose_metric(
 ) -> tuple[Plan, Calibration | None]:
     """Fill the open fields of the metric, by calibration where there are pictures for it."""
     job.notes += images.notes
-    if len(job.metric.variants()) == 1:
-        return job.plan.with_metric(job.metric.with_defaults().part()), None
+    if not job.open:
+        return job.default_plan(), None
     if images.for_calibration is None:
         why = "--no-calibrate was given" if not settings.calibrate else "there are no images of the model's own kind"
         job.notes.append(
             f"NOT CALIBRATED: {why}. The paper's choice ({job.metric.with_defaults()}) is used; whether it keeps the "
             "right tokens of this model was not checked. Give unlabelled images with --calibration DIR"
         )
-        return job.plan.with_metric(job.metric.with_defaults().part()), None
+        return job.default_plan(), None
     sample = next(job.loaded.model.parameters())
     tensor = images.for_calibration.tensor.to(device=sample.device, dtype=sample.dtype)
     found = calibrate(
@@ -397,16 +406,20 @@ def _choose_metric(
         progress=progress,
     )
     if not found.clear:
-        told = (
-            f"no candidate beats random dropping clearly: the best, {found.chosen}, has divergence "
-            f"{found.candidates[0].divergence:.4f} against {found.random.divergence:.4f} of random "
-            f"({found.sigmas:.1f} standard errors, on {found.images} images)"
-        )
+        problem = _not_clear(found)
         if not settings.force:
-            hint = "Calibrate on more images of the model's own kind, drop fewer tokens, or add --force."
-            raise CheckFailed(told, hint)
-        job.notes.append(told)
+            raise problem
+        job.notes.append(problem.message)
     return job.plan.with_metric(found.chosen.part()), found
+
+
+def _not_clear(found: Calibration) -> CheckFailed:
+    return CheckFailed(
+        f"no candidate beats random dropping clearly: the best, {found.chosen}, has divergence "
+        f"{found.candidates[0].divergence:.4f} against {found.random.divergence:.4f} of random "
+        f"({found.sigmas:.1f} standard errors, on {found.images} images)",
+        "Calibrate on more images of the model's own kind, drop fewer tokens, or add --force.",
+    )
 
 
 @torch.inference_mode()
@@ -416,27 +429,21 @@ def _check(compressed: CompressedModel, loaded: LoadedModel, images: Tensor) -> 
     Raises:
         CheckFailed: something is off.
     """
+    size = loaded.description.preprocessing.input_size
     with compressed.dense():
         wanted = compressed(images)
+        _check_count("dense", measure.count_macs(compressed.model, size), compressed.dense_macs())
     output = compressed(images)
-    if output.shape != wanted.shape or not bool(output.isfinite().all()):
-        raise CheckFailed(
-            f"the compressed model returned {tuple(output.shape)} with non-finite values "
-            if output.shape == wanted.shape
-            else f"the compressed model returned the shape {tuple(output.shape)}, the dense one {tuple(wanted.shape)}"
-        )
-    size = loaded.description.preprocessing.input_size
-    for label, module, analytic in (
-        ("compressed", compressed.model, compressed.macs()),
-        ("dense", compressed, compressed.dense_macs()),
-    ):
-        if label == "dense":
-            with compressed.dense():
-                counted = measure.count_macs(compressed.model, size)
-        else:
-            counted = measure.count_macs(module, size)
-        if counted != analytic:
-            raise CheckFailed(f"the {label} model runs {counted} multiply-accumulates, its plan says {analytic}")
+    _check_count("compressed", measure.count_macs(compressed.model, size), compressed.macs())
+    if output.shape != wanted.shape:
+        raise CheckFailed(f"the compressed model returns {list(output.shape)}, the dense one {list(wanted.shape)}")
+    if not bool(output.isfinite().all()):
+        raise CheckFailed("the compressed model returns values that are not finite", "Does the dense one? Try float32.")
+
+
+def _check_count(side: str, counted: int, planned: int) -> None:
+    if counted != planned:
+        raise CheckFailed(f"the {side} model runs {counted} multiply-accumulates, by its plan it should be {planned}")
 
 
 @torch.inference_mode()

@@ -201,10 +201,12 @@ _PLAIN_WORDS = {
 
 def _explain(detail: Any, kind: type[BaseModel], data: Any, place: Place, path: _Path) -> RecipeError:
     inner = _existing(tuple(detail["loc"]), data)
+    if detail["type"] == "invalid_key":
+        inner = (*inner[:-1], str(inner[-1]))
     where = (*path, *inner)
     key = _dotted(where)
     start = f"{place.at(where)}: "
-    if detail["type"] == "extra_forbidden":
+    if detail["type"] in ("extra_forbidden", "invalid_key"):
         owner = _owner(kind, inner[:-1])
         allowed = list(owner.model_fields)
         hint = f"{nearest(str(inner[-1]), allowed)}Allowed keys: {', '.join(allowed)}."

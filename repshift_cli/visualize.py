@@ -18,7 +18,7 @@ from repshift_cli.attach import CompressedModel
 from repshift_cli.benchmark import PLOT_FORMATS
 from repshift_cli.data.base import ImageDataset, UnreadableSample
 from repshift_cli.errors import DataError, ModelError, UsageError
-from repshift_cli.files import atomic_output, check_output
+from repshift_cli.files import atomic_output
 from repshift_cli.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ __all__ = [
     "Reading",
     "Samples",
     "View",
-    "check_picture",
     "draw_samples",
     "fade_dropped",
     "kept_indices_document",
@@ -502,12 +501,12 @@ def kept_tokens_figure(
     sheet = _Sheet(len(pictures), len(kept) + 1, height, width, _caption_width(captions))
     figure = Figure(figsize=(sheet.width / _DPI, sheet.height / _DPI), dpi=_DPI, facecolor="white")
     sheet.write(figure, _MARGIN, _MARGIN, title, size=10, weight="bold")
-    sheet.write(figure, _MARGIN, _MARGIN + 40, remark, size=7.5, color=_PALE)
-    _draw_column(figure, sheet, 0, pictures, "original", f"{patches.patches} patches")
+    sheet.write(figure, _MARGIN, _MARGIN + 40, remark, size=_TEXT, color=_PALE)
+    _draw_column(figure, sheet, 0, pictures, ("original", f"{patches.patches} patches"))
     for column, (layer, rows) in enumerate(kept.items(), start=1):
         faded = fade_dropped(pictures, kept_masks(rows, patches, height, width))
         counted = f"{rows.shape[1]} of {patches.patches} kept"
-        axes = _draw_column(figure, sheet, column, faded, f"after block {layer}", counted)
+        axes = _draw_column(figure, sheet, column, faded, (f"after block {layer}", counted))
         for panel, cells in zip(axes, kept_cells(rows, patches), strict=True):
             _outline(panel, cells, patches)
     for row, lines in enumerate(captions):
@@ -515,33 +514,18 @@ def kept_tokens_figure(
     return figure
 
 
-def check_picture(path: Path, force: bool) -> None:
-    """Refuse a place for a picture that could not be written, before any work is done for it.
-
-    Raises:
-        UsageError: the ending tells no format that can be drawn, or the file exists and `force` is off.
-        OutputError: as `files.check_output`.
-    """
-    _picture_format(path)
-    check_output(path, force)
-
-
 def save_figure(figure: Figure, path: Path, force: bool) -> None:
     """Write a figure, in the format that the ending tells; nothing half-written ever stands under `path`.
 
     Raises:
-        UsageError, OutputError: as `check_picture`.
+        UsageError: the ending tells no format that can be drawn, or the file exists and `force` is off.
+        OutputError: as `files.atomic_output`.
     """
-    kind = _picture_format(path)
-    with atomic_output(path, force) as temporary:
-        figure.savefig(temporary, format=kind, dpi=_DPI)
-
-
-def _picture_format(path: Path) -> str:
     kind = path.suffix.lower().removeprefix(".")
     if kind not in PLOT_FORMATS:
         raise UsageError(f"{path} has no ending that tells a picture format", "Allowed are .png, .svg and .pdf.")
-    return kind
+    with atomic_output(path, force) as temporary:
+        figure.savefig(temporary, format=kind, dpi=_DPI)
 
 
 class _Sheet:
@@ -579,11 +563,12 @@ class _Sheet:
 
 
 def _draw_column(
-    figure: Figure, sheet: _Sheet, column: int, pictures: np.ndarray, title: str, remark: str
+    figure: Figure, sheet: _Sheet, column: int, pictures: np.ndarray, words: tuple[str, str]
 ) -> list[Axes]:
+    """One panel per picture, below two lines of words."""
     middle = sheet.left + column * sheet.column + (sheet.column - _GAP) / 2
-    sheet.write(figure, middle, sheet.top - _HEADER, title, size=8.5, weight="bold", ha="center")
-    sheet.write(figure, middle, sheet.top - _HEADER + 38, remark, size=7.5, color=_PALE, ha="center")
+    sheet.write(figure, middle, sheet.top - _HEADER, words[0], size=8.5, weight="bold", ha="center")
+    sheet.write(figure, middle, sheet.top - _HEADER + 38, words[1], size=_TEXT, color=_PALE, ha="center")
     height, width = pictures.shape[1:3]
     panels = []
     for row, picture in enumerate(pictures):

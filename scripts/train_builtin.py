@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +40,7 @@ class Setup:
     width: int
     heads: int
     seed: int
+    steps: int
     depth: int = 12
     patch: int = 8
     batch: int = 64
@@ -49,8 +49,8 @@ class Setup:
 
 
 SETUPS = {
-    "vit-digits": Setup(width=96, heads=3, seed=0),
-    "vit-digits-small": Setup(width=64, heads=2, seed=1),
+    "vit-digits": Setup(width=96, heads=3, seed=0, steps=3000),
+    "vit-digits-small": Setup(width=64, heads=2, seed=1, steps=2600),
 }
 
 
@@ -113,7 +113,7 @@ def patch_weight(share: float) -> float:
     return 1.0 if share < CROWDED_SHARE else max(0.0, 1.0 - (share - CROWDED_SHARE) / 0.3)
 
 
-def train(setup: Setup, minutes: float) -> nn.Module:
+def train(setup: Setup) -> nn.Module:
     torch.manual_seed(setup.seed)
     model = build(setup)
     patch_head = nn.Linear(setup.width, BACKGROUND + 1)
@@ -122,8 +122,9 @@ def train(setup: Setup, minutes: float) -> nn.Module:
     crowded = DigitScenes("train", count=10**9, seed=2000 + setup.seed, whole=CROWD)
     single = DigitScenes("train", count=10**9, seed=1000 + setup.seed)
     model.train()
-    begin, step, history = time.monotonic(), 0, []
-    while (share := (time.monotonic() - begin) / (60 * minutes)) < 1.0:
+    history = []
+    for step in range(setup.steps):
+        share = step / setup.steps
         scenes = crowded if share < CROWDED_SHARE else single
         images, digits, patches = draw_batch(scenes, step * setup.batch, setup)
         for group in optimizer.param_groups:
@@ -135,13 +136,12 @@ def train(setup: Setup, minutes: float) -> nn.Module:
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        step += 1
         on_digit = patches < BACKGROUND
         top1 = (logits.argmax(-1) == digits.argmax(-1)).float().mean().item()
         history.append((top1, (read.argmax(-1) == patches)[on_digit].float().mean().item()))
-        if step % 100 == 0:
+        if (step + 1) % 100 == 0:
             top1, patch_top1 = (sum(column) / len(history) for column in zip(*history, strict=True))
-            words = f"step {step}  loss {loss.item():.3f}  top-1 {top1:.3f}  patches {patch_top1:.3f}"
+            words = f"step {step + 1}  loss {loss.item():.3f}  top-1 {top1:.3f}  patches {patch_top1:.3f}"
             print(f"{share:6.1%}  {words}", flush=True)
             history = []
     return model.eval()
@@ -160,13 +160,12 @@ def accuracy(model: nn.Module, setup: Setup, count: int = 2048) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=SETUPS)
-    parser.add_argument("--minutes", type=float, default=45.0, help="length of the run (the schedule is laid over it)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     setup = SETUPS[options.name]
-    model = train(setup, options.minutes)
+    model = train(setup)
     top1 = accuracy(model, setup)
     print(f"{options.name}: top-1 {top1:.4f} on 2048 test scenes")
     save(model, setup, options.name, options.output or ASSETS / f"{options.name.replace('-', '_')}.safetensors")

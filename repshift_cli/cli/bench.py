@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from repshift_cli.benchmark import BenchReport
     from repshift_cli.measure import Spread
 
-__all__ = ["command", "show"]
+__all__ = ["check_picture_format", "command", "show"]
 
 DEFAULT_MODEL = "deit_small_patch16_224"
 DEFAULT_RECIPE = "deit_small_paper"
@@ -119,15 +119,25 @@ def _check_outputs(csv: Path | None, plot: Path | None, force: bool) -> None:
     """
     from repshift_cli.files import check_output
 
-    if plot is not None and _plot_format(plot) not in ("png", "svg", "pdf"):
-        raise UsageError(
-            f"--plot: {plot} has no ending that tells a picture format", "Allowed are .png, .svg and .pdf."
-        )
+    if plot is not None:
+        check_picture_format("--plot", plot)
     if csv is not None and plot is not None and csv.resolve() == plot.resolve():
         raise UsageError(f"--csv and --plot both name {csv}", "Give two different files.")
     for path in (csv, plot):
         if path is not None:
             check_output(path, force)
+
+
+def check_picture_format(option: str, path: Path) -> None:
+    """Refuse a file whose ending tells no format that can be drawn, before anything heavy is imported.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if _plot_format(path) not in ("png", "svg", "pdf"):
+        raise UsageError(
+            f"{option}: {path} has no ending that tells a picture format", "Allowed are .png, .svg and .pdf."
+        )
 
 
 def _plot_format(path: Path) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from repshift_cli.cli import options
+from repshift_cli.cli.bench import check_picture_format
 from repshift_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,12 +45,12 @@ def command(
     json: options.AsJson = False,
 ) -> None:
     """Show which patches of some pictures a compressed model keeps, site by site."""
+    _check_outputs(output, indices, force)
+
     from repshift_cli import measure, ui
     from repshift_cli.artifact import open_model
-    from repshift_cli.visualize import check_picture, view_kept
+    from repshift_cli.visualize import view_kept
 
-    check_picture(output, force)
-    _check_indices(indices, output, force)
     where = measure.resolve_device(device)
     opened = open_model(model)
     if opened.compressed is None:
@@ -112,19 +113,21 @@ def document(view: View, model: str, output: Path, indices: Path | None) -> dict
     }
 
 
-def _check_indices(indices: Path | None, output: Path, force: bool) -> None:
-    """Refuse a file for the indices that could not be written.
+def _check_outputs(output: Path, indices: Path | None, force: bool) -> None:
+    """Refuse what could not be written, before any work is done for it.
 
     Raises:
-        UsageError, OutputError: as `files.check_output`; or both outputs go to the same file.
+        UsageError, OutputError: as `files.check_output`; or the ending of the picture is none that can be drawn, or
+            both go to the same file.
     """
     from repshift_cli.files import check_output
 
-    if indices is None:
-        return
-    if indices.resolve() == output.resolve():
+    check_picture_format("--output", output)
+    if indices is not None and indices.resolve() == output.resolve():
         raise UsageError(f"--output and --indices both name {output}", "Give two different files.")
-    check_output(indices, force)
+    for path in (output, indices):
+        if path is not None:
+            check_output(path, force)
 
 
 def _default_data(opened: Opened, model: str) -> str:

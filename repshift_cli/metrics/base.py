@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from repshift_cli.recipe import Part, Place
 from repshift_cli.registry import build_part, members
 
-__all__ = ["Metric", "SiteContext", "Tap", "build_metric", "metric_kinds"]
+__all__ = ["Metric", "SiteContext", "Tap", "build_metric", "metric_kinds", "norms"]
 
 Tap = Literal[
     "block_input",  # the stream before the block, [B, T, C]
@@ -105,6 +107,12 @@ class Metric(BaseModel, ABC):
     def __str__(self) -> str:
         values = ", ".join(str(value) for value in self._filled().values())
         return f"{self.kind} ({values})" if values else self.kind
+
+
+def norms(tokens: Tensor, order: int = 2) -> Tensor:
+    """Norm of each token, `[B, N, C]` to float32 `[B, N]`; half-precision tokens are summed in float32."""
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    return vector_norm(tokens, ord=order, dim=-1, dtype=dtype).float()
 
 
 def metric_kinds() -> dict[str, type[Metric]]:

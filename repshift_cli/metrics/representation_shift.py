@@ -8,9 +8,8 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
-from repshift_cli.metrics.base import Metric, Polarity, SiteContext, Tap
+from repshift_cli.metrics.base import Metric, Polarity, SiteContext, Tap, norms
 
 __all__ = ["RepresentationShift"]
 
@@ -89,7 +88,7 @@ class RepresentationShift(Metric):
 
 
 def _norm(distance: Distance, difference: Tensor) -> Tensor:
-    return vector_norm(difference, ord=1 if distance == "l1" else 2, dim=-1, dtype=torch.float32)
+    return norms(difference, 1 if distance == "l1" else 2)
 
 
 def _distance(distance: Distance, after: Tensor, before: Tensor) -> Tensor:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
-from repshift_cli.metrics.base import Metric, Polarity, SiteContext, Tap
+from repshift_cli.metrics.base import Metric, Polarity, SiteContext, Tap, norms
 
 __all__ = ["TokenNorm"]
 
@@ -25,4 +23,4 @@ class TokenNorm(Metric):
         return frozenset({"block_output"})
 
     def score(self, seen: Mapping[str, Tensor], site: SiteContext) -> Tensor:
-        return vector_norm(seen["block_output"][:, site.prefix :], dim=-1, dtype=torch.float32)
+        return norms(seen["block_output"][:, site.prefix :])

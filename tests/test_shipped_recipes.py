@@ -1,0 +1,61 @@
+"""Every recipe that is shipped can be followed by the model that it names."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from repshift_cli.attach import attach, check_feeds
+from repshift_cli.families import match
+from repshift_cli.measure import count_macs
+from repshift_cli.metrics import build_metric
+from repshift_cli.plan import Plan, resolve
+from repshift_cli.recipe import Recipe, shipped_recipes
+from repshift_cli.reducers import build_reducer
+
+
+def on_meta(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name).eval()
+
+
+def planned(recipe: Recipe, model: nn.Module) -> Plan:
+    return resolve(recipe, match(model).layout(model)).with_metric(build_metric(recipe.metric).with_defaults().part())
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_its_model_can_follow_it(name: str) -> None:
+    recipe = Recipe.load(name)
+    assert recipe.description
+    assert recipe.model
+    model = on_meta(recipe.model)
+    metric, plan = build_metric(recipe.metric, recipe.place), planned(recipe, model)
+    build_reducer(recipe.reducer, recipe.place)
+    for site in match(model).sites(model):
+        check_feeds(metric.with_defaults(), site, recipe.place)
+    compressed = attach(model, plan)
+    assert compressed.macs() < compressed.dense_macs()
+
+
+@pytest.mark.parametrize(
+    ("name", "dense", "after"),
+    [("deit_small_paper", "4.60", "2.99"), ("deit_base_paper", "17.56", "11.50"), ("deit_tiny_paper", "1.25", "0.80")],
+)
+def test_the_papers_counts(name: str, dense: str, after: str) -> None:
+    recipe = Recipe.load(name)
+    model = on_meta(str(recipe.model))
+    compressed = attach(model, planned(recipe, model))
+    assert f"{compressed.dense_macs() / 1e9:.2f}" == dense
+    assert f"{compressed.macs() / 1e9:.2f}" == after
+    assert f"{dense} -> {after} GMACs" in str(recipe.description)
+
+
+def test_vit_base_with_137_96_67_tokens_to_the_last_digit() -> None:
+    layers = "[{layer: 3, keep_tokens: 137}, {layer: 6, keep_tokens: 96}, {layer: 9, keep_tokens: 67}]"
+    model = on_meta("vit_base_patch16_224")
+    compressed = attach(model, planned(Recipe.parse(f"version: 1\nlayers: {layers}"), model))
+    assert compressed.dense_macs() == 17_563_828_224
+    assert compressed.macs() == 12_030_011_904
+    assert count_macs(model, (3, 224, 224)) == 12_030_011_904

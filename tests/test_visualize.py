@@ -1,0 +1,375 @@
+"""The picture of kept tokens: what is computed, what is drawn, what is written, and the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import DEPTH, PATCHES, compressed, images, make_recipe, tiny_vit
+from torch import nn
+
+from repshift_cli.artifact import Opened
+from repshift_cli.checkpoint import LoadedModel, ModelDescription, Source
+from repshift_cli.data.imagenet import imagenet_wnids
+from repshift_cli.errors import DataError, ModelError, UsageError
+from repshift_cli.preprocessing import Preprocessing
+from repshift_cli.visualize import (
+    Guess,
+    PatchGrid,
+    Reading,
+    _readable,
+    draw_samples,
+    fade_dropped,
+    kept_indices_document,
+    kept_masks,
+    kept_tokens_figure,
+    observe,
+    patch_grid,
+    restore_pictures,
+    save_figure,
+    view_kept,
+)
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+PREPROCESSING = Preprocessing((3, 32, 32), MEAN, STD, "bicubic", 1.0)
+ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": DEPTH, "num_heads": 2, "num_classes": 10}
+
+
+def opened(model: nn.Module, preprocessing: Preprocessing = PREPROCESSING, *, dense: bool = False) -> Opened:
+    loaded = LoadedModel(model, ModelDescription("tiny", None, {}, preprocessing), Source("object", None, None), {})
+    return Opened(loaded, None if dense else compressed(model))
+
+
+def save_pictures(folder: Path, count: int, size: tuple[int, int] = (40, 40)) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        noise = np.random.default_rng(index).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{index}.png")
+
+
+class TestPatches:
+    def test_of_a_square_model(self) -> None:
+        assert patch_grid(tiny_vit()) == PatchGrid(4, 4, 8, 8)
+
+    def test_neither_grid_nor_patch_need_be_square(self) -> None:
+        found = patch_grid(tiny_vit(img_size=(48, 64), patch_size=(8, 16), reg_tokens=3))
+        assert found == PatchGrid(rows=6, columns=4, height=8, width=16)
+        assert found.patches == 24
+
+    def test_a_model_that_does_not_tell(self) -> None:
+        with pytest.raises(ModelError, match="Linear does not tell"):
+            patch_grid(nn.Linear(2, 2))
+
+    def test_masks_cover_exactly_the_patches(self) -> None:
+        patches = PatchGrid(rows=2, columns=3, height=4, width=5)
+        mask = kept_masks(np.array([[1, 5]]), patches, 8, 15)[0]
+        assert mask[:4, 5:10].all()
+        assert mask[4:, 10:].all()
+        assert mask.sum() == 2 * 4 * 5
+
+    def test_pixels_beyond_the_last_patch_are_not_kept(self) -> None:
+        mask = kept_masks(np.array([[0, 1, 2, 3]]), PatchGrid(2, 2, 4, 4), 9, 10)[0]
+        assert mask[:8, :8].all()
+        assert mask.sum() == 64
+
+
+class TestPixels:
+    def test_normalisation_is_undone(self) -> None:
+        pixels = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        restored = restore_pictures((pixels / 255 - mean) / std, MEAN, STD)
+        assert restored.dtype == np.uint8
+        assert np.array_equal(restored, pixels.permute(0, 2, 3, 1).numpy())
+
+    def test_values_outside_are_clipped(self) -> None:
+        restored = restore_pictures(torch.tensor([-9.0, 9.0]).view(1, 1, 1, 2), (0.5,), (0.5,))
+        assert restored.tolist() == [[[[0, 0, 0], [255, 255, 255]]]]
+
+    def test_four_channels_are_refused(self) -> None:
+        with pytest.raises(ModelError, match="4 channels"):
+            restore_pictures(torch.zeros(1, 4, 2, 2), (0.5,) * 4, (0.5,) * 4)
+
+    def test_kept_pixels_stay_and_others_fade_to_grey(self) -> None:
+        pictures = np.random.default_rng(0).integers(0, 256, (1, 6, 6, 3), dtype=np.uint8)
+        masks = np.zeros((1, 6, 6), dtype=bool)
+        masks[:, :3] = True
+        faded = fade_dropped(pictures, masks)
+        assert np.array_equal(faded[masks], pictures[masks])
+        rest = faded[~masks]
+        assert (rest == rest[:, :1]).all()  # no colour
+        assert rest.min() >= 170
+        assert rest.max() - rest.min() > 10  # but shapes still show
+
+
+class TestObserve:
+    def test_agrees_with_the_model(self) -> None:
+        model, batch = compressed(), images(3)
+        found = observe(model, batch)
+        trace = model.trace(batch)
+        assert torch.equal(found.compressed, trace.output)
+        with model.dense() as original, torch.inference_mode():
+            assert torch.equal(found.dense, original(batch))
+        assert list(found.kept) == [0, 2]
+        for layer, rows in found.kept.items():
+            assert np.array_equal(rows, trace.kept[layer].numpy())
+
+    def test_more_images_than_one_batch(self) -> None:
+        model, batch = compressed(), images(20)
+        found = observe(model, batch)
+        assert {layer: rows.shape for layer, rows in found.kept.items()} == {0: (20, 12), 2: (20, 5)}
+        alone = observe(model, batch[17:18])
+        assert np.array_equal(found.kept[2][17:18], alone.kept[2])
+
+    def test_indices_ascend_and_later_ones_are_among_earlier(self) -> None:
+        kept = observe(compressed(), images(4)).kept
+        for early, late in zip(kept[0], kept[2], strict=True):
+            assert (np.diff(early) > 0).all()
+            assert set(late) <= set(early) <= set(range(PATCHES))
+
+
+class TestSamples:
+    def test_scenes_have_labels_and_follow_the_seed(self) -> None:
+        first, again, other = (draw_samples("builtin:digits", 3, PREPROCESSING, 10, seed) for seed in (0, 0, 1))
+        assert torch.equal(first.tensor, again.tensor)
+        assert not torch.equal(first.tensor, other.tensor)
+        assert all(label is not None for label in first.labels)
+        assert first.classes is not None
+        assert first.tensor.shape == (3, 3, 32, 32)
+
+    def test_scenes_for_another_head_have_no_labels(self) -> None:
+        found = draw_samples("builtin:digits", 2, PREPROCESSING, 1000, 0)
+        assert (found.labels, found.classes) == ((None, None), None)
+
+    def test_class_folders_that_fit_the_head(self, tmp_path: Path) -> None:
+        for name in ("cat", "dog"):
+            save_pictures(tmp_path / name, 2)
+        found = draw_samples(str(tmp_path), 4, PREPROCESSING, 2, 0)
+        assert found.classes == ("cat", "dog")
+        assert sorted(found.labels) == [0, 0, 1, 1]  # type: ignore[type-var]
+        for name, label in zip(found.names, found.labels, strict=True):
+            assert Path(name).parent.name == ("cat", "dog")[label or 0]
+
+    def test_other_folders_have_no_labels(self, tmp_path: Path) -> None:
+        save_pictures(tmp_path / "holiday" / "beach", 2)
+        save_pictures(tmp_path, 1)
+        found = draw_samples(str(tmp_path), 9, PREPROCESSING, 10, 0)
+        assert found.labels == (None, None, None)
+
+    def test_a_picture_that_cannot_be_read_is_left_out(self, tmp_path: Path) -> None:
+        save_pictures(tmp_path, 2)
+        (tmp_path / "broken.png").write_bytes(b"")
+        found = draw_samples(str(tmp_path), 3, PREPROCESSING, 10, 0)
+        assert len(found.tensor) == 2
+        assert len(found.skipped) == 1
+        assert "broken.png: the file is empty" in found.skipped[0]
+
+    def test_nothing_to_draw(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="no pictures"):
+            draw_samples(str(tmp_path), 3, PREPROCESSING, 10, 0)
+        (tmp_path / "broken.png").write_bytes(b"x")
+        with pytest.raises(DataError, match="none of the 1 pictures"):
+            draw_samples(str(tmp_path), 3, PREPROCESSING, 10, 0)
+        with pytest.raises(DataError, match="does not exist"):
+            draw_samples(str(tmp_path / "nowhere"), 3, PREPROCESSING, 10, 0)
+        with pytest.raises(DataError, match="no dataset 'builtin:digit'"):
+            draw_samples("builtin:digit", 3, PREPROCESSING, 10, 0)
+
+    def test_imagenet_classes_are_words(self) -> None:
+        classes = _readable(imagenet_wnids())
+        assert classes is not None
+        assert (classes[0], classes[281], len(classes)) == ("tench", "tabby", 1000)
+        assert _readable(("a", "b")) == ("a", "b")
+
+
+class TestView:
+    def test_of_a_model_with_registers(self) -> None:
+        view = view_kept(opened(tiny_vit(reg_tokens=3)), "builtin:digits", 3)
+        assert view.pictures.shape == (3, 32, 32, 3)
+        assert [reading.label is not None for reading in view.readings] == [True] * 3
+        assert view.unchanged is not None
+        assert 0 <= view.unchanged <= 3
+        assert "fewer MACs" in view.remark
+
+    def test_without_a_head_features_are_compared(self) -> None:
+        view = view_kept(opened(tiny_vit(num_classes=0)), "builtin:digits", 2)
+        assert view.unchanged is None
+        for reading in view.readings:
+            assert reading.dense is reading.compressed is None
+            assert reading.cosine is not None
+            assert -1 <= reading.cosine <= 1.0001
+
+    def test_a_dense_model_is_refused(self) -> None:
+        with pytest.raises(UsageError, match="nothing to show"):
+            view_kept(opened(tiny_vit(), dense=True), "builtin:digits", 2)
+
+    def test_no_picture_asked_for(self) -> None:
+        with pytest.raises(UsageError, match="0 pictures"):
+            view_kept(opened(tiny_vit()), "builtin:digits", 0)
+
+
+class TestDocument:
+    def test_holds_every_index_of_every_image(self) -> None:
+        kept = {0: np.array([[0, 2, 3], [1, 2, 3]]), 2: np.array([[2], [3]])}
+        readings = (Reading("a.png", 1, "one", Guess(1, "one", 0.5), Guess(0, "zero", 0.25)), Reading("b.png"))
+        document = json.loads(json.dumps(kept_indices_document(kept, PatchGrid(2, 2, 4, 8), readings)))
+        assert document["grid"] == {"rows": 2, "columns": 2}
+        assert document["patch"] == {"height": 4, "width": 8}
+        assert document["layers"] == [{"layer": 0, "kept": 3}, {"layer": 2, "kept": 1}]
+        first, second = document["images"]
+        assert first["kept"] == {"0": [0, 2, 3], "2": [2]}
+        assert first["compressed"] == {"class": 0, "name": "zero", "probability": 0.25}
+        assert (second["image"], second["label"], second["dense"]) == ("b.png", None, None)
+
+
+def texts(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.texts]
+
+
+class TestFigure:
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 24, 48, 3), dtype=np.uint8)
+    patches = PatchGrid(rows=3, columns=3, height=8, width=16)
+    kept = {1: np.array([[0, 1, 4, 8], [2, 3, 4, 5]]), 5: np.array([[4], [5]])}  # noqa: RUF012
+
+    def test_one_row_per_picture_and_one_column_per_site(self) -> None:
+        figure = kept_tokens_figure(self.pictures, self.kept, self.patches)
+        assert len(figure.axes) == 2 * 3
+        written = texts(figure)
+        for text in ("original", "9 patches", "after block 1", "4 of 9 kept", "after block 5", "1 of 9 kept"):
+            assert text in written
+
+    def test_pixels_are_sharp(self, tmp_path: Path) -> None:
+        figure = kept_tokens_figure(self.pictures, self.kept, self.patches, [Reading("a.png"), Reading("b.png")])
+        save_figure(figure, tmp_path / "kept.png", False)
+        png = np.asarray(Image.open(tmp_path / "kept.png").convert("RGB"))
+        for row, panel in enumerate(figure.axes[:2]):  # the originals
+            box = panel.get_window_extent()
+            left, right, top = round(box.x0), round(box.x1), png.shape[0] - round(box.y1)
+            scale, rest = divmod(right - left, 48)
+            assert (rest, scale >= 7) == (0, True)
+            shown = png[top : top + scale * 24, left:right]
+            blocks = shown.reshape(24, scale, 48, scale, 3)
+            assert (blocks == self.pictures[row][:, None, :, None]).all()
+
+    def test_words_beside_a_row(self) -> None:
+        right, wrong = Guess(7, "seven", 0.98), Guess(1, "one", 0.51)
+        readings = [Reading("x/a.png", 7, "seven", right, wrong), Reading("b.png", cosine=0.987)]
+        written = texts(kept_tokens_figure(self.pictures, self.kept, self.patches, readings))
+        assert "true: seven" in written
+        assert "dense: seven (98%)" in written
+        assert "compressed: one (51%) \N{BALLOT X}" in written
+        assert "a.png" in written
+        assert "features: cosine 0.987" in written
+
+    def test_without_a_label_a_changed_prediction_is_marked(self) -> None:
+        same, other = Guess(7, "seven", 0.98), Guess(1, "one", 0.51)
+        readings = [Reading("a.png", dense=same, compressed=other), Reading("b.png", dense=same, compressed=same)]
+        written = texts(kept_tokens_figure(self.pictures, self.kept, self.patches, readings))
+        assert written.count("compressed: one (51%) \N{BALLOT X}") == 1
+        assert "compressed: seven (98%)" in written
+
+    def test_long_words_are_cut_and_dollars_are_no_formula(self, tmp_path: Path) -> None:
+        readings = [Reading(f"{'long' * 20}.png", 0, "$x$ " + "w" * 80)] * 2
+        figure = kept_tokens_figure(self.pictures, self.kept, self.patches, readings, title="$_{", remark="$^{")
+        assert max(map(len, texts(figure))) < 40
+        save_figure(figure, tmp_path / "kept.svg", False)
+
+    @pytest.mark.parametrize(("ending", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF")])
+    def test_the_ending_tells_the_format(self, tmp_path: Path, ending: str, start: bytes) -> None:
+        path = tmp_path / f"kept.{ending}"
+        save_figure(kept_tokens_figure(self.pictures, self.kept, self.patches), path, False)
+        assert path.read_bytes().startswith(start)
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_no_format_and_no_overwriting(self, tmp_path: Path) -> None:
+        figure = kept_tokens_figure(self.pictures, self.kept, self.patches)
+        with pytest.raises(UsageError, match=r"kept\.tiff has no ending"):
+            save_figure(figure, tmp_path / "kept.tiff", False)
+        path = tmp_path / "kept.png"
+        path.write_text("precious")
+        with pytest.raises(UsageError, match="already exists"):
+            save_figure(figure, path, False)
+        assert path.read_text() == "precious"
+        save_figure(figure, path, True)
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def call(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "repshift_cli", "visualize", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "80", "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `dense.safetensors` and `compressed.safetensors` of one tiny model."""
+    from repshift_cli.artifact import make_document, save
+    from repshift_cli.checkpoint import load
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    description = ModelDescription("tiny", None, ARGS, PREPROCESSING)
+    metadata = {"repshift": json.dumps({"model": description.to_dict()})}
+    save_file(tiny_vit().state_dict(), folder / "dense.safetensors", metadata=metadata)
+    loaded = load(folder / "dense.safetensors")
+    plan = compressed(loaded.model).plan
+    save(folder / "compressed.safetensors", loaded, make_document(loaded, plan, make_recipe(), None, {}))
+    return folder
+
+
+class TestCommand:
+    def test_writes_a_picture_and_the_indices(self, checkpoints: Path, tmp_path: Path) -> None:
+        model = str(checkpoints / "compressed.safetensors")
+        save_pictures(tmp_path / "photos", 3, size=(60, 40))
+        done = call(model, "--data", "photos", "--count", "2", "--indices", "kept.json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "12 after block 0, 5 after block 2" in done.stdout
+        assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
+        document = json.loads((tmp_path / "kept.json").read_text())
+        assert len(document["images"]) == 2
+        for entry in document["images"]:
+            assert {layer: len(kept) for layer, kept in entry["kept"].items()} == {"0": 12, "2": 5}
+
+    def test_json_and_nothing_else(self, checkpoints: Path, tmp_path: Path) -> None:
+        model = str(checkpoints / "compressed.safetensors")
+        done = call(model, "--data", "builtin:digits", "--count", "2", "-o", "a.svg", "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        document = json.loads(done.stdout)
+        assert (document["output"], document["indices"]) == ("a.svg", None)
+        assert document["layers"] == [{"layer": 0, "kept": 12}, {"layer": 2, "kept": 5}]
+        assert [entry["image"] for entry in document["images"]] == [f"builtin:digits/test/0/{i}" for i in range(2)]
+
+    @pytest.mark.parametrize(
+        ("arguments", "code", "message"),
+        [
+            (["dense"], 2, "Compress it first: repshift compress"),
+            (["compressed"], 2, "Add --data FOLDER"),
+            (["compressed", "-o", "kept.gif"], 2, "--output: kept.gif has no ending"),
+            (["compressed", "-o", "old.png"], 2, "already exists"),
+            (["compressed", "-o", "a.png", "--indices", "a.png"], 2, "both name a.png"),
+            (["compressed", "--data", "./nowhere"], 4, "does not exist"),
+            (["none"], 3, "there is no file"),
+        ],
+    )
+    def test_mistakes_are_told_before_anything_is_written(
+        self, checkpoints: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+    ) -> None:
+        (tmp_path / "old.png").write_text("precious")
+        done = call(str(checkpoints / f"{arguments[0]}.safetensors"), *arguments[1:], cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (code, ""), done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["old.png"]
