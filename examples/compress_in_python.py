@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 
 from repshift_cli import Recipe, compress
-from repshift_cli.checkpoint import load as load_dense
-from repshift_cli.data.images import load_images
+from repshift_cli.data.digits import DigitScenes
 
 RECIPE = """
 version: 1
@@ -25,18 +24,16 @@ layers:
 
 @torch.inference_mode()
 def main() -> None:
-    dense = load_dense("builtin:vit-digits")
-    images = load_images("builtin:digits", 128, dense.description.preprocessing, seed=0).tensor
-    for_calibration, others = images[:96], images[96:]
-
-    # a model in memory works as well as the name of a checkpoint
-    model = compress(dense.model, Recipe.parse(RECIPE), calibration=for_calibration)
+    # a file, a timm name or a model in memory; calibrated on pictures (here built-in ones, else a folder of yours)
+    model = compress("builtin:vit-digits", Recipe.parse(RECIPE), calibration="builtin:digits")
     print(f"score: {model.plan.sites[0].metric.options}")
     for site in model.plan.sites:
         print(f"{site.site}: {site.tokens_in} -> {site.tokens_out} tokens")
     print(f"multiply-accumulates: {model.dense_macs() / 1e6:.1f} -> {model.macs() / 1e6:.1f} million per image")
 
     # the same weights, with and without the reduction
+    transform = model.preprocessing.transform()
+    others = torch.stack([transform(picture) for picture, _ in (DigitScenes("test", 32)[i] for i in range(32))])
     compressed = model(others)
     with model.dense() as original:
         before = original(others)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from repshift_cli import Recipe, compress
-from repshift_cli.checkpoint import load as load_dense
 from repshift_cli.data.digits import DigitScenes
 from repshift_cli.preprocessing import Preprocessing
 
@@ -49,11 +48,10 @@ def judge(model: nn.Module, images: Tensor, labels: Tensor) -> str:
 
 def main() -> None:
     torch.manual_seed(0)
-    dense = load_dense("builtin:vit-digits")
-    preprocessing = dense.description.preprocessing
-    test = draw(DigitScenes("test", 256), 0, 256, preprocessing)
     # a loaded model is frozen and its weights may be a view of the file, so training takes a copy
-    model = compress(copy.deepcopy(dense.model), Recipe.parse(RECIPE)).requires_grad_(True)
+    model = copy.deepcopy(compress("builtin:vit-digits", Recipe.parse(RECIPE))).requires_grad_(True)
+    preprocessing = model.preprocessing
+    test = draw(DigitScenes("test", 256), 0, 256, preprocessing)
     with model.dense():
         print(f"dense:  {judge(model, *test)}")
     print(f"before: {judge(model, *test)}  ({model.dense_macs() / model.macs():.2f}x fewer multiply-accumulates)")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from repshift_cli.artifact import load
     from repshift_cli.attach import CompressedModel, Trace
-    from repshift_cli.compress import compress
+    from repshift_cli.compression import compress
     from repshift_cli.errors import RepshiftError
     from repshift_cli.recipe import Recipe
 
@@ -30,7 +30,7 @@ _HOME = {
     "Recipe": "recipe",
     "RepshiftError": "errors",
     "Trace": "attach",
-    "compress": "compress",
+    "compress": "compression",
     "load": "artifact",
 }
 

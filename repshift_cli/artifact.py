@@ -32,7 +32,17 @@ from repshift_cli.plan import Plan, resolve
 from repshift_cli.recipe import Recipe
 from repshift_cli.reducers import build_reducer
 
-__all__ = ["FORMAT_VERSION", "Opened", "compress_dense", "load", "make_document", "open_model", "save", "stored_plan"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Opened",
+    "attach_loaded",
+    "compress_dense",
+    "load",
+    "make_document",
+    "open_model",
+    "save",
+    "stored_plan",
+]
 
 FORMAT_VERSION = 1
 
@@ -76,7 +86,14 @@ def open_model(name: str | Path, model_name: str | None = None, heads: int | Non
     """
     loaded = checkpoint.load(name, model_name, heads)
     plan = stored_plan(loaded)
-    return Opened(loaded, attach(loaded.model, plan) if plan else None)
+    return Opened(loaded, attach_loaded(loaded, plan) if plan else None)
+
+
+def attach_loaded(loaded: LoadedModel, plan: Plan) -> CompressedModel:
+    """Attach a plan to a loaded model, and keep the preprocessing beside it; errors as `attach`."""
+    compressed = attach(loaded.model, plan)
+    compressed.preprocessing = loaded.description.preprocessing
+    return compressed
 
 
 def load(path: str | Path) -> CompressedModel:
@@ -104,7 +121,7 @@ def compress_dense(name: str | Path, *, recipe_name: str | Path, model_name: str
         raise CheckpointError(f"{name} is compressed already", "Give the dense checkpoint, or leave the recipe out.")
     metric, _ = build_metric(recipe.metric, recipe.place), build_reducer(recipe.reducer, recipe.place)
     plan = resolve(recipe, match(loaded.model).layout(loaded.model)).with_metric(metric.with_defaults().part())
-    return Opened(loaded, attach(loaded.model, plan))
+    return Opened(loaded, attach_loaded(loaded, plan))
 
 
 def stored_plan(loaded: LoadedModel) -> Plan | None:

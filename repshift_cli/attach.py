@@ -19,6 +19,7 @@ from repshift_cli.errors import ModelError, RecipeError, UsageError
 from repshift_cli.families import Family, Probe, Site, match
 from repshift_cli.metrics import Metric, SiteContext, build_metric
 from repshift_cli.plan import Layout, Plan, PlanSite
+from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.recipe import Place
 from repshift_cli.reducers import Reducer, build_reducer
 from repshift_cli.tokens import TokenState, keep_top
@@ -108,7 +109,14 @@ class CompressedModel(nn.Module):
     """A model that lets tokens go between layers: same parameters, same `state_dict` keys, fewer tokens.
 
     Made by `attach`. `self.model` is the hooked model itself and can be used on its own.
+
+    Attributes:
+        model: the hooked model.
+        plan: what it follows.
+        preprocessing: the evaluation transform of the model where it is known (`load` and `compress` set it).
     """
+
+    preprocessing: Preprocessing | None = None
 
     def __init__(self, model: nn.Module, family: Family, plan: Plan, metrics: list[Metric], reducer: Reducer) -> None:
         super().__init__()

@@ -143,9 +143,13 @@ def load(name: str | Path, model_name: str | None = None, heads: int | None = No
     if text.startswith("builtin:"):
         return _load_builtin(text)
     path = Path(name)
-    if path.is_dir():
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    if is_folder:
         return _load_folder(path, model_name)
-    if path.exists():
+    if is_there:
         return _from_weights(read_weights(path), model_name, heads, hint=path.stem)
     if _is_timm_name(text):
         return _load_timm(text)
@@ -280,10 +284,10 @@ def _load_folder(folder: Path, model_name: str | None) -> LoadedModel:
     weights.source = Source("folder", str(folder), weights.source.sha256)
     if weights.document is not None:
         return _from_weights(weights, model_name, None, folder.name)
-    identity = identify(weights.tensors, str(folder), model_name or config["architecture"], None, folder.name)
-    identity.args.update(config.get("model_args") or {})
-    loaded = _from_identity(identity, weights)
-    told = dict(config.get("pretrained_cfg") or {})
+    name = model_name or config["architecture"]
+    args = config["model_args"] if name == config["architecture"] else {}
+    loaded = _from_identity(identify(weights.tensors, str(folder), name, None, folder.name, args=args), weights)
+    told = config["pretrained_cfg"]
     merged = {**loaded.description.preprocessing.to_dict(), **{key: told[key] for key in told if told[key] is not None}}
     merged["input_size"] = loaded.description.preprocessing.input_size
     preprocessing = Preprocessing.from_dict(merged)
@@ -308,6 +312,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has no key 'architecture'", "timm writes one with save_for_hf.")
     if not _is_timm_name(config["architecture"]):
         raise CheckpointError(f"{path}: timm has no model named {config['architecture']!r}")
+    for key in ("model_args", "pretrained_cfg"):
+        config[key] = config.get(key) or {}
+        if not isinstance(config[key], dict):
+            raise CheckpointError(f"{path}: {key} is not a mapping")
     return config
 
 

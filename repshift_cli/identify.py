@@ -79,7 +79,13 @@ class VitShape:
 
 
 def identify(
-    tensors: Mapping[str, Tensor], where: str, model_name: str | None, heads: int | None, hint: str
+    tensors: Mapping[str, Tensor],
+    where: str,
+    model_name: str | None,
+    heads: int | None,
+    hint: str,
+    *,
+    args: Mapping[str, Any] | None = None,
 ) -> Identity:
     """Find the model that the weights belong to.
 
@@ -89,25 +95,33 @@ def identify(
         model_name: the model's timm name, where the user or the file tells it.
         heads: attention heads, where the user tells them.
         hint: the file's name, which may name one of several that fit.
+        args: what the builder of `model_name` is known to need.
 
     Raises:
         CheckpointError: no model that is known fits, or several do.
     """
     if model_name:
-        return _named(model_name, tensors, where)
-    shape = _read_shape(tensors, where)
+        return _named(model_name, tensors, where, args or {})
+    try:
+        shape = _read_shape(tensors, where)
+    except IndexError:
+        raise CheckpointError(f"{where}: a tensor has fewer dimensions than it has in a Vision Transformer") from None
     fitting = _registered(shape, tensors)
     if heads is None and fitting:
         return _choose(fitting, tensors, where, hint)
     return _unregistered(shape, tensors, where, heads)
 
 
-def _named(name: str, tensors: Mapping[str, Tensor], where: str) -> Identity:
-    """The user says which model it is: only image size and classes are read off the weights."""
-    default = _on_meta(name, {})
-    args = _size_args(default, tensors)
-    model = _on_meta(name, args) if args else default
-    notes = [f"{key} {value} is read off the weights" for key, value in args.items()]
+def _named(name: str, tensors: Mapping[str, Tensor], where: str, given: Mapping[str, Any]) -> Identity:
+    """The user or the file says which model it is: only image size and classes are read off the weights."""
+    try:
+        default = _on_meta(name, given)
+        read = _size_args(default, tensors)
+        args = {**given, **read}
+        model = _on_meta(name, args) if read else default
+    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{where}: {name} cannot be built: {error}") from error
+    notes = [f"{key} {value} is read off the weights" for key, value in read.items()]
     return Identity(name, name, args, Preprocessing.of_model(model), _native_keys(tensors, model), notes)
 
 
@@ -274,7 +288,7 @@ def _choose(
     heads = next((part.num_heads for part in model.modules() if hasattr(part, "num_heads")), "unknown")
     notes = [f"taken for {name} by its tensors ({heads} heads by its convention)"]
     others = [other for other in fitting if Preprocessing.of_model(fitting[other][0]) != preprocessing]
-    if others and not hinted:
+    if others and name not in hint:
         notes.append(
             f"its preprocessing is assumed too; {', '.join(others[:3])} with the same tensors has another: "
             "say so with --model if that is what the file holds"

@@ -36,10 +36,16 @@ class Preprocessing:
 
     @classmethod
     def of_model(cls, model: nn.Module) -> Preprocessing:
-        """What timm's own configuration of this model says."""
+        """What timm's own configuration of this model says, at the image size that the model was built for."""
         from timm.data import resolve_model_data_config
 
-        return cls.from_dict(resolve_model_data_config(model))
+        config = resolve_model_data_config(model)
+        # timm's configuration is that of the pretrained weights, whatever size the model was built with
+        patches = getattr(model, "patch_embed", None)
+        size, projection = getattr(patches, "img_size", None), getattr(patches, "proj", None)
+        if size is not None:
+            config["input_size"] = (getattr(projection, "in_channels", config["input_size"][0]), *size)
+        return cls.from_dict(config)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:

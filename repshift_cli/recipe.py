@@ -120,7 +120,7 @@ class Recipe(_Strict):
             RecipeError: there is no such file or recipe, or what it says cannot be; the message names file, line, key.
         """
         path = Path(source)
-        if path.is_file():
+        if _is_file(path):
             return cls.parse(_read(path), str(source))
         shipped = shipped_recipes()
         if (found := shipped.get(path.name.removesuffix(".yaml"))) is not None and path.parent == Path():
@@ -246,6 +246,13 @@ def _dotted(path: _Path) -> str:
     for step in path:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else str(step)
     return text
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for any file, such as the text of a recipe
+        return False
 
 
 def _read(path: Path) -> str:

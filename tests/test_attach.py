@@ -51,7 +51,9 @@ each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 def build(variant: str, metric: str, reducer: str = "prune", layers: str | None = None) -> CompressedModel:
     arguments = (layers,) if layers else ()
-    return compressed(tiny_vit(**VARIANTS[variant]), make_recipe(*arguments, metric=f"{{kind: {metric}}}", reducer=reducer))
+    return compressed(
+        tiny_vit(**VARIANTS[variant]), make_recipe(*arguments, metric=f"{{kind: {metric}}}", reducer=reducer)
+    )
 
 
 def block_recipe(layers: str | None = None) -> Recipe:

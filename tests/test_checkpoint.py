@@ -248,7 +248,9 @@ class TestDamage:
         path.write_bytes(whole[: max(1, int(share * len(whole)))])
         assert "is not a PyTorch weights file, or is damaged" in refusal(path).message
 
-    @pytest.mark.parametrize("content", [b"\x00", b"hello world", b"\xff" * 4096, b"\x80\x04", b"PK\x03\x04" + b"\x00" * 99])
+    @pytest.mark.parametrize(
+        "content", [b"\x00", b"hello world", b"\xff" * 4096, b"\x80\x04", b"PK\x03\x04" + b"\x00" * 99]
+    )
     @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
     def test_other_bytes(self, suffix: str, content: bytes, tmp_path: Path) -> None:
         path = tmp_path / f"weights{suffix}"

@@ -29,7 +29,10 @@ def parts_of(block: Any, stream: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         attention = (logits.softmax(-1) @ heads[2]).transpose(1, 2).flatten(2)
         mlp = mlp if block.mlp_bias is None else mlp + block.mlp_bias
         attention_update = block.ls(block.attn_out_proj(attention))
-        return {"attention": (stream, attention_update), "mlp": (stream, block.ls(block.mlp_out_proj(block.mlp_act(mlp))))}
+        return {
+            "attention": (stream, attention_update),
+            "mlp": (stream, block.ls(block.mlp_out_proj(block.mlp_act(mlp)))),
+        }
     if kind == "ResPostBlock":
         attention_update = block.norm1(block.attn(stream))
         between = stream + attention_update
@@ -161,7 +164,9 @@ def test_token_norm_is_the_norm_after_the_block(monkeypatch: pytest.MonkeyPatch)
 
 class TestRandom:
     def scores(self, seed: int, monkeypatch: pytest.MonkeyPatch, batch: Tensor) -> list[Tensor]:
-        recipe = make_recipe("[{layer: 0, drop_ratio: 0.25}, {layer: 2, drop_ratio: 0.25}]", f"{{kind: random, seed: {seed}}}")
+        recipe = make_recipe(
+            "[{layer: 0, drop_ratio: 0.25}, {layer: 2, drop_ratio: 0.25}]", f"{{kind: random, seed: {seed}}}"
+        )
         with monkeypatch.context() as patch:
             return scores_at(compressed(tiny_vit(), recipe), batch, patch)
 

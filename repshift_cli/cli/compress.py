@@ -12,7 +12,7 @@ from repshift_cli.cli import options
 
 if TYPE_CHECKING:
     from repshift_cli.calibrate import Calibration
-    from repshift_cli.compress import CompressReport, Measured
+    from repshift_cli.compression import CompressReport, Measured
 
 __all__ = ["command", "show", "show_notes"]
 
@@ -58,7 +58,7 @@ def command(
 ) -> None:
     """Make a checkpoint faster by letting unimportant tokens go, and measure it."""
     from repshift_cli import ui
-    from repshift_cli.compress import Settings, compress_checkpoint
+    from repshift_cli.compression import Settings, compress_checkpoint
     from repshift_cli.measure import threads as using_threads
 
     settings = Settings(

@@ -15,7 +15,7 @@ from repshift_cli.cli import bench, compress, evaluate, options, visualize
 if TYPE_CHECKING:
     from repshift_cli.artifact import Opened
     from repshift_cli.benchmark import BenchReport
-    from repshift_cli.compress import CompressReport
+    from repshift_cli.compression import CompressReport
     from repshift_cli.evaluate import Evaluation
     from repshift_cli.progress import Progress
     from repshift_cli.visualize import View
@@ -130,7 +130,7 @@ class _Run:
         self.quiet = quiet
 
     def compress(self) -> CompressReport:
-        from repshift_cli.compress import Settings, compress_checkpoint
+        from repshift_cli.compression import Settings, compress_checkpoint
 
         self._announce(
             1,

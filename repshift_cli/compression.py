@@ -207,7 +207,7 @@ def compress(
         if not found.clear:
             raise _not_clear(found)
         plan = job.plan.with_metric(found.chosen.part())
-    return attach(loaded.model, plan)
+    return artifact.attach_loaded(loaded, plan)
 
 
 def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_run: bool = False) -> CompressReport:
