@@ -19,12 +19,12 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from repshift_cli import checkpoint
 from repshift_cli.attach import CompressedModel, attach
-from repshift_cli.checkpoint import METADATA_KEY, LoadedModel
-from repshift_cli.errors import CheckpointError, OutputError
+from repshift_cli.checkpoint import FORMAT_VERSION, METADATA_KEY, LoadedModel
+from repshift_cli.errors import CheckpointError, OutputError, RecipeError
 from repshift_cli.families import match
 from repshift_cli.files import atomic_output
 from repshift_cli.metrics import build_metric
@@ -43,8 +43,6 @@ __all__ = [
     "save",
     "stored_plan",
 ]
-
-FORMAT_VERSION = 1
 
 
 @dataclass
@@ -86,7 +84,10 @@ def open_model(name: str | Path, model_name: str | None = None, heads: int | Non
     """
     loaded = checkpoint.load(name, model_name, heads)
     plan = stored_plan(loaded)
-    return Opened(loaded, attach_loaded(loaded, plan) if plan else None)
+    try:
+        return Opened(loaded, attach_loaded(loaded, plan) if plan else None)
+    except RecipeError as error:
+        raise CheckpointError(f"{loaded.source.path}: its plan is damaged: {error.message}") from error
 
 
 def attach_loaded(loaded: LoadedModel, plan: Plan) -> CompressedModel:
@@ -128,21 +129,14 @@ def stored_plan(loaded: LoadedModel) -> Plan | None:
     """The plan in the metadata of a checkpoint, None for a dense one.
 
     Raises:
-        CheckpointError: the document is of a newer version, or its plan cannot be.
+        CheckpointError: the plan cannot be.
     """
     document = loaded.document
-    if document is None or "plan" not in document:
+    if document is None or not {"plan", "format_version"} & document.keys():
         return None
-    where, version = loaded.source.path or "the checkpoint", document.get("format_version")
-    if not isinstance(version, int) or version < 1:
-        raise CheckpointError(f"{where}: the version of its metadata, {version!r}, is not a number from 1")
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{where} was written by a newer repshift (format {version}, this one knows {FORMAT_VERSION})",
-            "Upgrade: pip install --upgrade repshift-cli. As a dense model the file still opens in timm.",
-        )
+    where = loaded.source.path or "the checkpoint"
     try:
-        return Plan.model_validate(document["plan"])
+        return Plan.model_validate(document.get("plan"))
     except ValidationError as error:
         raise CheckpointError(f"{where}: its plan is damaged: {error.errors()[0]['msg']}") from error
 
@@ -182,9 +176,20 @@ def save(path: Path, loaded: LoadedModel, document: Mapping[str, Any], force: bo
         OutputError: it cannot be written.
     """
     metadata = {"format": "pt", METADATA_KEY: json.dumps(document, allow_nan=False)}
-    tensors = {key: value.contiguous() for key, value in loaded.tensors.items()}
+    tensors = _apart(loaded.tensors)
     with atomic_output(path, force) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:
             raise OutputError(f"cannot write {path}: {error}", "Nothing was left under its name.") from error
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors contiguous and each in memory of its own, as safetensors wants them (tied weights are copied)."""
+    apart: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for key, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        apart[key] = value.clone() if place in places else value.contiguous()
+        places.add(place)
+    return apart

@@ -7,6 +7,7 @@ safetensors file stay memory-mapped and are held once: the model's parameters ar
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import pickle
@@ -27,6 +28,7 @@ from repshift_cli.recipe import nearest
 
 __all__ = [
     "BUILTIN",
+    "FORMAT_VERSION",
     "METADATA_KEY",
     "LoadedModel",
     "ModelDescription",
@@ -36,6 +38,9 @@ __all__ = [
     "load",
     "read_weights",
 ]
+
+FORMAT_VERSION = 1
+"""Version of that document. Readers refuse newer ones: raise it with any change that an older reader would miss."""
 
 METADATA_KEY = "repshift"
 """Under this key the metadata of a safetensors file holds our JSON document (see docs/artifact.md)."""
@@ -189,6 +194,8 @@ def build(description: ModelDescription, tensors: Mapping[str, Tensor], where: s
     Raises:
         CheckpointError: the weights do not fit; the message says which keys and shapes.
     """
+    if description.architecture is not None and not _is_timm_name(description.architecture):
+        raise CheckpointError(f"{where}: timm has no model named {description.architecture!r}")
     try:
         with torch.device("meta"):
             model = _construct(description)
@@ -209,8 +216,6 @@ def _construct(description: ModelDescription) -> nn.Module:
 
     if description.architecture is None:
         return VisionTransformer(**description.args)
-    if not _is_timm_name(description.architecture):
-        raise CheckpointError(f"timm has no model named {description.architecture!r}")
     model: nn.Module = timm.create_model(description.architecture, pretrained=False, **description.args)
     return model
 
@@ -241,13 +246,22 @@ def _some(words: list[str]) -> str:
 def _from_weights(weights: Weights, model_name: str | None, heads: int | None, hint: str) -> LoadedModel:
     """Which model it is: from our metadata, else from the name that the user gives, else from the tensors."""
     where = weights.source.path or hint
-    if weights.document is not None and isinstance(weights.document.get("model"), Mapping):
-        description = ModelDescription.from_dict(weights.document["model"])
+    if weights.document is not None:
+        description = _described(weights.document, where)
         if model_name and model_name not in (description.name, description.architecture):
             raise UsageError(f"{where} says that it is {description.name}, not {model_name}", "Leave --model out.")
         return _assemble(description, weights, weights.tensors, [])
     identity = identify(weights.tensors, where, model_name, heads, hint)
     return _from_identity(identity, weights)
+
+
+def _described(document: Mapping[str, Any], where: str) -> ModelDescription:
+    try:
+        return ModelDescription.from_dict(document["model"])
+    except KeyError:
+        raise CheckpointError(f"{where}: its repshift metadata is damaged: it has no key 'model'") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error.message}") from error
 
 
 def _from_identity(identity: Identity, weights: Weights) -> LoadedModel:
@@ -397,6 +411,14 @@ def _read_document(text: str | None, path: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{path}: its repshift metadata is damaged: {error}") from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: its repshift metadata is damaged: not a mapping")
+    version = document.get("format_version", FORMAT_VERSION)
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointError(f"{path}: the version of its metadata, {version!r}, is not a number from 1")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} was written by a newer repshift (format {version}, this one knows {FORMAT_VERSION})",
+            "Upgrade: pip install --upgrade repshift-cli. As a dense model the file still opens in timm.",
+        )
     return document
 
 
@@ -406,11 +428,16 @@ def _read_torch(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "lobal" in str(error) or "class" in str(error):
+        # "Unsupported global", "unsupported GLOBAL posix.system whose module is blocked", "unsupported class"
+        if "global" in str(error).lower() or "class" in str(error):
             raise CheckpointError(
                 f"{path} holds Python objects beside weights; loading them could run code, so it was refused",
                 "Save only the weights, torch.save(model.state_dict(), ...), better still as safetensors.",
             ) from error
+        raise CheckpointError(f"{path} is not a PyTorch weights file, or is damaged") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # torch seeks to nowhere in a file that was cut short
+            raise
         raise CheckpointError(f"{path} is not a PyTorch weights file, or is damaged") from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} is not a PyTorch weights file, or is damaged: {_first_line(error)}") from error

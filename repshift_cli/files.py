@@ -20,9 +20,13 @@ def check_output(path: Path, force: bool) -> None:
         UsageError: the file exists and `force` is off, or the path is a folder.
         OutputError: the folder is missing or cannot be written to.
     """
-    if path.is_dir():
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    if is_folder:
         raise UsageError(f"{path} is a folder", "Give the name of a file with -o.")
-    if path.exists() and not force:
+    if is_there and not force:
         raise UsageError(f"{path} already exists", "Add --force to replace it, or choose another name with -o.")
     folder = path.parent
     if not folder.is_dir():

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from repshift_cli.errors import RecipeError
 from repshift_cli.recipe import LayerDrop, Part, Place, Recipe, nearest
@@ -70,7 +70,7 @@ class Plan(_Frozen):
     family: str
     prefix_tokens: NonNegativeInt
     patch_tokens: PositiveInt
-    sites: tuple[PlanSite, ...]
+    sites: Annotated[tuple[PlanSite, ...], Field(min_length=1)]
     reducer: Part
 
     @model_validator(mode="after")

@@ -120,12 +120,16 @@ class Recipe(_Strict):
             RecipeError: there is no such file or recipe, or what it says cannot be; the message names file, line, key.
         """
         path = Path(source)
-        if _is_file(path):
+        try:
+            is_file, is_folder = path.is_file(), path.is_dir()
+        except OSError:  # too long for the name of a file, such as the text of a recipe
+            is_file = is_folder = False
+        if is_file:
             return cls.parse(_read(path), str(source))
         shipped = shipped_recipes()
         if (found := shipped.get(path.name.removesuffix(".yaml"))) is not None and path.parent == Path():
             return cls.parse(found, f"{path.name.removesuffix('.yaml')}.yaml")
-        if path.is_dir():
+        if is_folder:
             raise RecipeError(f"{source} is a folder, not a recipe", "Give a YAML file.")
         hint = nearest(path.name.removesuffix(".yaml"), shipped) + "`repshift recipes list` shows the shipped ones."
         raise RecipeError(f"no recipe {source}: no such file, and none of that name is shipped", hint)
@@ -246,13 +250,6 @@ def _dotted(path: _Path) -> str:
     for step in path:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else str(step)
     return text
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name too long for any file, such as the text of a recipe
-        return False
 
 
 def _read(path: Path) -> str:

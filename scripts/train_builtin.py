@@ -49,7 +49,7 @@ class Setup:
 
 
 SETUPS = {
-    "vit-digits": Setup(width=96, heads=3, seed=0, steps=3000),
+    "vit-digits": Setup(width=96, heads=3, seed=0, steps=3100),
     "vit-digits-small": Setup(width=64, heads=2, seed=1, steps=2600),
 }
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DEPTH, KEEP_ALL, PATCHES, VARIANTS, compressed, images, make_plan, make_recipe, save_weights, tiny_vit
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import ParallelScalingBlock
+from tiny import DEPTH, KEEP_ALL, PATCHES, VARIANTS, compressed, images, make_plan, make_recipe, save_weights, tiny_vit
 from torch import Tensor, nn
 
 from repshift_cli import checkpoint

@@ -14,8 +14,8 @@ import safetensors.torch
 import timm
 import torch
 from safetensors.torch import save_file
-from tiny import images, save_weights, tiny_vit
 from timm.models import save_for_hf
+from tiny import images, save_weights, tiny_vit
 from torch import nn
 
 from repshift_cli import checkpoint
@@ -71,7 +71,7 @@ class TestContainers:
     def test_torch_files(self, name: str, model: nn.Module, tmp_path: Path) -> None:
         path = tmp_path / "weights.pth"
         torch.save(CONTAINERS[name](model.state_dict()), path)
-        loaded = checkpoint.load(path)
+        loaded = checkpoint.load(path, model_name=NAME)
         assert same(loaded, model)
         assert list(loaded.tensors) == list(model.state_dict())
 
@@ -79,7 +79,7 @@ class TestContainers:
     def test_averaged_weights_win_and_are_told(self, key: str, model: nn.Module, tmp_path: Path) -> None:
         path = tmp_path / "weights.pth"
         torch.save({"model": timm_model(num_classes=5).state_dict(), key: model.state_dict()}, path)
-        loaded = checkpoint.load(path)
+        loaded = checkpoint.load(path, model_name=NAME)
         assert same(loaded, model)
         assert any(f"averaged weights ({key}) are used" in note for note in loaded.notes)
 
@@ -87,12 +87,12 @@ class TestContainers:
     def test_endings_of_torch_files(self, suffix: str, model: nn.Module, tmp_path: Path) -> None:
         path = tmp_path / f"weights{suffix}"
         torch.save(model.state_dict(), path)
-        assert same(checkpoint.load(path), model)
+        assert same(checkpoint.load(path, model_name=NAME), model)
 
     def test_the_old_torch_format(self, model: nn.Module, tmp_path: Path) -> None:
         path = tmp_path / "weights.pth"
         torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)
-        assert same(checkpoint.load(path), model)
+        assert same(checkpoint.load(path, model_name=NAME), model)
 
     def test_safetensors(self, model: nn.Module, tmp_path: Path) -> None:
         loaded = checkpoint.load(save_weights(model, tmp_path / "weights.safetensors"))
@@ -109,12 +109,12 @@ class TestContainers:
         import hashlib
 
         path = save_weights(model, tmp_path / "weights.safetensors")
-        assert checkpoint.load(path).source.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert checkpoint.load(path, model_name=NAME).source.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
     def test_loading_leaves_the_random_numbers_alone(self, model: nn.Module, tmp_path: Path) -> None:
         path = save_weights(model, tmp_path / "weights.safetensors")
         torch.manual_seed(1)
-        checkpoint.load(path)
+        checkpoint.load(path, model_name=NAME)
         checkpoint.load("test_vit")
         found = torch.rand(1)
         torch.manual_seed(1)
@@ -160,7 +160,10 @@ class TestFolder:
             ('{"architecture": "vit_tiny_patch16_224", "model_args": {"no_such": 1}}', "cannot be built"),
             ('{"architecture": "vit_tiny_patch16_224", "model_args": [1]}', "model_args"),
             ('{"architecture": "vit_tiny_patch16_224", "pretrained_cfg": 4}', "pretrained_cfg"),
-            ('{"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"mean": "x"}}', "preprocessing"),
+            (
+                '{"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"mean": "x"}}',
+                "the preprocessing of the model",
+            ),
             ('{"architecture": "deit_small_patch16_224"}', "do not fit deit_small_patch16_224"),
         ],
     )

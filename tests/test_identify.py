@@ -115,9 +115,9 @@ def test_official_dinov2_keys(registers: int, tmp_path: Path) -> None:
     state, model = official_dinov2(registers)
     torch.save(state, tmp_path / "dinov2.pth")
     loaded = checkpoint.load(tmp_path / "dinov2.pth")
-    assert list(loaded.tensors) == list(loaded.model.state_dict())
+    assert set(loaded.tensors) == set(loaded.model.state_dict())
     with torch.no_grad():
-        torch.testing.assert_close(loaded.model(images(1, size=56)), model(images(1, size=56)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(loaded.model(images(1, size=56)), model(images(1, size=56)), rtol=1e-3, atol=1e-3)
 
 
 class TestShapesThatTimmHasNoNameFor:

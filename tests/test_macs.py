@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tiny import VARIANTS, compressed, make_recipe, tiny_vit
 from timm.layers import SwiGLUPacked
+from tiny import VARIANTS, compressed, make_recipe, tiny_vit
 
 from repshift_cli.families import match
 from repshift_cli.measure import count_macs

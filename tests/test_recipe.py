@@ -202,6 +202,10 @@ class TestLoad:
         with pytest.raises(RecipeError, match="is a folder, not a recipe"):
             Recipe.load(tmp_path)
 
+    def test_the_text_of_a_recipe_in_place_of_its_name(self) -> None:
+        with pytest.raises(RecipeError, match="no such file"):
+            Recipe.load(GOOD * 50)
+
     def test_not_text(self, tmp_path: Path) -> None:
         path = tmp_path / "r.yaml"
         path.write_bytes(b"\xff\xfe\x00\x9f")

@@ -12,6 +12,9 @@ from repshift_cli.cli import bench, compress, demo, evaluate, inspect, recipes, 
 
 __all__ = ["app", "main"]
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
 app = typer.Typer(
     name="repshift",
     help="Make trained vision models faster by letting unimportant tokens go between layers.",
@@ -54,10 +57,12 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in sys.argv
     try:
-        app()
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
+        app(prog_name="repshift")
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
+            raise
+        typer.echo("interrupted; nothing half-done was left behind", err=True)
+        sys.exit(INTERRUPTED)
     except Exception as problem:
         if debug:
             raise

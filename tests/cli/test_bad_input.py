@@ -1,0 +1,276 @@
+"""What goes wrong is said in one message, with the exit code of its kind, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from outcome import Command, Outcome
+from safetensors.torch import load_file, save_file
+from tiny import save_weights, tiny_vit
+
+QUICK = ("--seconds", "0", "--batch-size", "2")
+
+
+def explained(outcome: Outcome, rc: int, *words: str) -> None:
+    """The command ended with this code, told all this on stderr, and printed no result and no traceback."""
+    assert outcome.rc == rc, outcome.stderr
+    assert outcome.stdout == ""
+    assert "Traceback" not in outcome.stderr
+    assert "unexpected" not in outcome.stderr
+    said = " ".join(outcome.stderr.split())
+    for word in words:
+        assert word in said
+
+
+RECIPES = [
+    ("version: 1\nlayer: [{layer: 0, drop_ratio: 0.2}]\n", ["2:1", "unknown key layer", "Did you mean layers?"]),
+    ("version: one\nlayers: [{layer: 0, drop_ratio: 0.2}]\n", ["1:1", "version: should be 1 (it is 'one')"]),
+    ("version: 3\nlayers: [{layer: 0, drop_ratio: 0.2}]\n", ["version: should be 1 (it is 3)"]),
+    ("version: 1\nlayers: [{layer: 9, drop_ratio: 0.2}]\n", ["2:10", "no layer 9", "0 (blocks.0) to 3 (blocks.3)"]),
+    ("version: 1\nlayers: [{layer: 0, drop_ratio: 0.2}, {layer: 0, drop_ratio: 0.2}]\n", ["layer 0 stands twice"]),
+    ("version: 1\nlayers: [{layer: 0, drop_ratio: 1.5}]\n", ["layers[0].drop_ratio: should be less than 1"]),
+    ("version: 1\nlayers: [{layer: 0, drop_ratio: 0.0}]\n", ["should be greater than 0"]),
+    ("version: 1\nlayers: []\n", ["layers: is empty"]),
+    ("version: 1\nlayers: [{layer: 0, keep_tokens: 17}]\n", ["keep_tokens is 17, but only 16 patch tokens"]),
+    ("version: 1\nlayers: [{layer: 0, keep_tokens: 0}]\n", ["keep_tokens: should be greater than or equal to 1"]),
+    ("version: 1\nlayers: [{layer: 0\n", ["3:1", "this is not YAML"]),
+    ("- 1\n", ["a recipe is a mapping"]),
+    ("version: 1\nversion: 1\nlayers: []\n", ["2:1", "the key version stands twice"]),
+    ("version: 1\nmetric: {kind: magic}\nlayers: [{layer: 0, drop_ratio: 0.2}]\n", ["2:10", "no metric 'magic'"]),
+    (
+        "version: 1\nreducer: {kind: prune, hard: true}\nlayers: [{layer: 0, drop_ratio: 0.2}]\n",
+        ["unknown key reducer.hard"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), RECIPES)
+def test_recipes(text: str, words: list[str], cli: Command, dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    explained(cli("compress", dense, "--recipe", "bad.yaml", "-o", "out.safetensors"), 2, "bad.yaml", *words)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_recipe_for_another_model(cli: Command, tmp_path: Path) -> None:
+    outcome = cli(
+        "compress", "deit_tiny_patch16_224", "--model", "deit_tiny_patch16_224", "--recipe", "deit_small_paper"
+    )
+    explained(outcome, 2, "the recipe is for deit_small_patch16_224, but the model is deit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize("name", ["deit_smal_paper", "missing.yaml"])
+def test_a_recipe_that_is_not_there(name: str, cli: Command, dense: Path) -> None:
+    explained(cli("compress", dense, "-r", name), 2, f"no recipe {name}", "repshift recipes list")
+
+
+def damaged(path: Path, kind: str) -> Path:
+    """Make a checkpoint that cannot be used."""
+    model = tiny_vit(embed_dim=128)
+    state = model.state_dict()
+    path = path / {"pickle": "code.pth", "truncated_torch": "half.pth"}.get(kind, "bad.safetensors")
+    if kind == "empty":
+        path.touch()
+    elif kind == "truncated":
+        whole = save_weights(model, path).read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    elif kind == "truncated_torch":
+        torch.save(state, path)
+        path.write_bytes(path.read_bytes()[:5000])
+    elif kind == "text":
+        path.write_text("these are no weights")
+    elif kind == "pickle":
+        torch.save({"model": state, "args": Payload(path.parent / "marker")}, path)
+    elif kind == "resnet":
+        save_weights(timm.create_model("resnet18"), path)
+    elif kind == "heads":
+        save_weights(tiny_vit(embed_dim=96, num_heads=3), path)
+    elif kind == "misfit":
+        save_file({**state, "blocks.0.mlp.fc1.weight": torch.zeros(3, 3)}, path)
+    return path
+
+
+class Payload:
+    """Unpickling it would create a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = str(marker)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.marker,)
+
+
+CHECKPOINTS = [
+    ("missing", ["there is no file"]),
+    ("empty", ["is empty"]),
+    ("truncated", ["is not a safetensors file, or is damaged"]),
+    ("truncated_torch", ["is not a PyTorch weights file, or is damaged"]),
+    ("text", ["is not a safetensors file, or is damaged"]),
+    ("pickle", ["loading them could run code, so it was refused"]),
+    ("resnet", ["looks like a ResNet, which is not supported"]),
+    ("heads", ["the number of attention heads cannot be told", "Give --heads; possible are 1, 2, 3, 4, 6."]),
+    ("misfit", ["blocks.0.mlp.fc1.weight is [3, 3], not [512, 128]"]),
+]
+
+
+@pytest.mark.parametrize("command", ["compress", "inspect", "bench"])
+@pytest.mark.parametrize(("kind", "words"), CHECKPOINTS)
+def test_checkpoints(kind: str, words: list[str], command: str, cli: Command, tmp_path: Path) -> None:
+    path = damaged(tmp_path, kind)
+    before = sorted(tmp_path.iterdir())
+    explained(cli(command, path), 3, *words)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", ["inspect", "compress", "bench", "eval"])
+def test_an_unknown_builtin_model(command: str, cli: Command) -> None:
+    explained(cli(command, "builtin:vit-digit"), 2, "there is no builtin:vit-digit", "Did you mean builtin:vit-digits?")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "tpu"], ["unknown device 'tpu'"]),
+        (["--device", "meta"], ["device 'meta' is not supported"]),
+        (["--dtype", "int8"], ["unknown dtype 'int8'", "float32, bfloat16, float16"]),
+        (["--batch-size", "0"], ["--batch-size"]),
+        (["--threads", "0"], ["--threads"]),
+        (["--heads", "0"], ["--heads"]),
+        (["--seconds", "-1"], ["--seconds"]),
+        (["--calibration-images", "3"], ["--calibration-images"]),
+        (["--model", "vit_bas_patch16_224"], ["timm has no model named 'vit_bas_patch16_224'", "Did you mean"]),
+        (["--no-such-option"], ["--no-such-option"]),
+        (["-o", "."], ["is a folder"]),
+    ],
+)
+def test_options_of_compress(arguments: list[str], words: list[str], cli: Command, dense: Path) -> None:
+    explained(cli("compress", dense, *arguments), 2, *words)
+
+
+def test_cuda_without_cuda(cli: Command, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    explained(cli("compress", dense, "--device", "cuda"), 2, "torch sees no CUDA device", "Use --device cpu.")
+
+
+class TestOutput:
+    def test_it_exists(self, cli: Command, dense: Path, recipe: Path, tmp_path: Path) -> None:
+        (tmp_path / "out.safetensors").write_text("precious")
+        outcome = cli("compress", dense, "-r", recipe, "-o", "out.safetensors")
+        explained(outcome, 2, "out.safetensors already exists", "--force")
+        assert (tmp_path / "out.safetensors").read_text() == "precious"
+
+    def test_its_folder_is_missing(self, cli: Command, dense: Path, recipe: Path) -> None:
+        explained(cli("compress", dense, "-r", recipe, "-o", "no/out.safetensors"), 1, "folder no does not exist")
+
+    def test_its_folder_takes_no_files(self, cli: Command, dense: Path, recipe: Path) -> None:
+        outcome = cli("compress", dense, "-r", recipe, *QUICK, "-o", "/proc/out.safetensors")
+        explained(outcome, 1, "cannot")
+
+    def test_the_disk_fills_up(self, cli: Command, dense: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from repshift_cli import artifact
+
+        def half(tensors: object, path: Path, metadata: object) -> None:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(artifact, "save_file", half)
+        before = sorted(dense.parent.iterdir())
+        explained(cli("compress", dense, "-r", recipe, *QUICK, "-o", "out.safetensors"), 1, "No space left on device")
+        assert sorted(dense.parent.iterdir()) == before
+
+
+class TestCompressedAlready:
+    @pytest.fixture
+    def small(self, cli: Command, dense: Path, recipe: Path, tmp_path: Path) -> Path:
+        outcome = cli("compress", dense, "-r", recipe, *QUICK, "-o", "small.safetensors")
+        assert outcome.rc == 0, outcome.stderr
+        return tmp_path / "small.safetensors"
+
+    def change(self, path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as archive:
+            document = json.loads(archive.metadata()["repshift"])
+        edit(document)
+        save_file(load_file(path), path, metadata={"format": "pt", "repshift": json.dumps(document)})
+
+    def test_compressing_it_again(self, small: Path, cli: Command) -> None:
+        explained(cli("compress", small), 3, "is compressed already: its own plan would be lost", "--force")
+
+    @pytest.mark.parametrize("command", ["inspect", "bench", "compress"])
+    def test_a_newer_format(self, command: str, small: Path, cli: Command) -> None:
+        self.change(small, lambda document: document.update(format_version=7))
+        explained(cli(command, small), 3, "written by a newer repshift (format 7", "pip install --upgrade repshift-cli")
+
+    @pytest.mark.parametrize("command", ["inspect", "bench"])
+    def test_a_damaged_plan(self, command: str, small: Path, cli: Command) -> None:
+        self.change(small, lambda document: document["plan"]["sites"][0].update(tokens_out=99))
+        explained(cli(command, small), 3, "its plan is damaged")
+
+
+class TestCalibrationData:
+    @pytest.mark.parametrize("option", ["--calibration", "--data"])
+    def test_a_folder_that_is_missing(self, option: str, cli: Command, dense: Path) -> None:
+        explained(cli("compress", dense, option, "./nowhere"), 4, "nowhere does not exist")
+
+    def test_a_folder_without_pictures(self, cli: Command, dense: Path, tmp_path: Path) -> None:
+        (tmp_path / "none").mkdir()
+        explained(cli("compress", dense, "--calibration", "./none"), 4, "there are no pictures in none")
+
+    def test_too_few_pictures(self, cli: Command, dense: Path, pictures: Path) -> None:
+        for path in sorted(pictures.iterdir())[3:]:
+            path.unlink()
+        outcome = cli("compress", dense, "--calibration", pictures)
+        explained(outcome, 4, "calibration needs at least 8 images")
+
+    def test_nothing_clear(self, cli: Command, dense: Path, pictures: Path, tmp_path: Path) -> None:
+        outcome = cli("compress", dense, "--calibration", pictures, *QUICK, "-o", "out.safetensors")
+        explained(outcome, 5, "no candidate beats random dropping clearly", "--force")
+        assert not (tmp_path / "out.safetensors").exists()
+
+
+class TestRecipesCommand:
+    def test_show_of_an_unknown_name(self, cli: Command) -> None:
+        explained(cli("recipes", "show", "deit_smal_paper"), 2, "Did you mean deit_small_paper?")
+
+    def test_show_of_a_dense_checkpoint(self, cli: Command, dense: Path) -> None:
+        explained(cli("recipes", "show", dense), 3, "holds no recipe")
+
+    def test_check_of_a_wrong_one(self, cli: Command, tmp_path: Path) -> None:
+        (tmp_path / "bad.yaml").write_text("version: 1\nmetric: {kind: x}\nlayers: [{layer: 0, drop_ratio: 0.2}]\n")
+        explained(cli("recipes", "check", "bad.yaml"), 2, "bad.yaml:2:10: metric.kind: there is no metric 'x'")
+
+
+def test_an_unknown_command(cli: Command) -> None:
+    explained(cli("compres"), 2, "compres")
+
+
+def test_an_error_nobody_foresaw_is_one_message(cli: Command, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from repshift_cli import checkpoint
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("by [nothing]")
+
+    monkeypatch.setattr(checkpoint, "load", broken)
+    outcome = cli("inspect", dense)
+    assert outcome.rc == 1
+    assert "unexpected: ZeroDivisionError: by [nothing]" in outcome.stderr
+    assert "repshift --debug" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_debug_shows_the_traceback(shell: Command) -> None:
+    outcome = shell("--debug", "recipes", "show", "missing.yaml")
+    assert outcome.rc == 1
+    assert "Traceback" in outcome.stderr
+    assert "RecipeError" in outcome.stderr
+
+
+def test_names_with_brackets_are_printed_as_they_are(cli: Command) -> None:
+    explained(cli("inspect", "a[bold]b.safetensors"), 3, "there is no file a[bold]b.safetensors")

@@ -1,0 +1,207 @@
+"""Calibration finds what a model needs, and says when it found nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tiny import PATCHES, VARIANTS, images, make_plan, make_recipe, tiny_vit
+from torch import Tensor, nn
+
+from repshift_cli.calibrate import Calibration, _sigmas, _steps, agreement, calibrate, divergence
+from repshift_cli.errors import DataError, RecipeError
+from repshift_cli.families import match
+from repshift_cli.metrics import build_metric
+from repshift_cli.progress import Silent
+from repshift_cli.recipe import Part
+
+OPEN_POLARITY = {"operation": "block", "distance": "l2", "reading": "update"}
+LAYERS = "[{layer: 0, keep_tokens: 8}]"
+
+
+class Counting:
+    """Counts the steps that work announces and those that it makes."""
+
+    def __init__(self) -> None:
+        self.announced = 0
+        self.made = 0
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Counting]:
+        self.announced += total
+        yield self
+
+    def advance(self, steps: int = 1) -> None:
+        self.made += steps
+
+    def note(self, text: str) -> None:
+        raise AssertionError(text)
+
+
+def planted(side: str) -> tuple[nn.Module, Tensor]:
+    """A model whose first block moves half of the patches far, and whose head hears only one half.
+
+    Patches are bright or dark. The MLP of block 0 adds a large constant to the bright ones. Of the classes, all see
+    the bright (`largest`) or the dark patches (`smallest`) alone, through the mean over patches.
+    """
+    width, classes = 32, 5
+    model = tiny_vit(class_token=False, global_pool="avg", embed_dim=width, depth=1, num_classes=classes, fc_norm=False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.norm, model.blocks[0].norm1, model.blocks[0].norm2 = nn.Identity(), nn.Identity(), nn.Identity()
+        # channel 0: how bright; channels 1 to 15: what bright patches show; channels 16 to 30: what dark ones show
+        kernel = torch.zeros(width, 3, 8, 8)
+        kernel[0, 0] = 1 / 64
+        kernel[1:16, 1] = torch.randn(15, 8, 8, generator=generator) / 8
+        kernel[16:31, 2] = torch.randn(15, 8, 8, generator=generator) / 8
+        model.patch_embed.proj.weight.copy_(kernel)
+        model.blocks[0].mlp.fc1.weight[0, 0] = 1.0
+        model.blocks[0].mlp.fc2.weight[31, 0] = 9.0
+        heard = slice(1, 16) if side == "largest" else slice(16, 31)
+        model.head.weight[:, heard] = 8 * torch.randn(classes, 15, generator=generator)
+    batch = torch.zeros(48, 3, 32, 32)
+    for image in batch:
+        bright = torch.randperm(PATCHES, generator=generator)[: PATCHES // 2]
+        for place in range(PATCHES):
+            row, column = 8 * (place // 4), 8 * (place % 4)
+            shown = 1 if place in bright else 2
+            image[0, row : row + 8, column : column + 8] = 3.0 if place in bright else 0.0
+            image[shown, row : row + 8, column : column + 8] = torch.randn(8, 8, generator=generator)
+    return model.eval(), batch
+
+
+def run(
+    model: nn.Module, batch: Tensor, metric: dict[str, object] | None = None, layers: str = LAYERS, batch_size: int = 16
+) -> Calibration:
+    opened = build_metric(Part(kind="representation_shift", **(metric or {})))
+    plan = make_plan(model, make_recipe(layers))
+    family, listener = match(model), Silent()
+    return calibrate(
+        model, family, plan, opened, images=batch, identity={"where": "here"}, batch_size=batch_size, progress=listener
+    )
+
+
+class TestChoice:
+    @pytest.mark.parametrize("side", ["largest", "smallest"])
+    def test_the_planted_polarity_is_found(self, side: str) -> None:
+        found = run(*planted(side), OPEN_POLARITY)
+        assert found.chosen.polarity == side
+        assert found.clear
+        assert found.candidates[0].divergence < 0.5 * found.random.divergence
+        assert found.candidates[0].agreement == 1.0
+        assert found.candidates[1].agreement < 0.6
+
+    @pytest.mark.parametrize("side", ["largest", "smallest"])
+    def test_it_is_found_among_all_thirty(self, side: str) -> None:
+        found = run(*planted(side))
+        assert len(found.candidates) == 30
+        assert found.chosen.polarity == side
+        assert found.clear
+
+    def test_where_nothing_tells_the_tokens_apart_it_is_not_clear(self) -> None:
+        model, _ = planted("largest")
+        found = run(model, images(48), {**OPEN_POLARITY, "polarity": "largest"})
+        assert not found.clear
+
+    def test_the_same_numbers_each_time_and_for_each_batch_size(self) -> None:
+        model, batch = tiny_vit(), images(24)
+        first, again, other = run(model, batch), run(model, batch), run(model, batch, batch_size=5)
+        assert first.to_dict() == again.to_dict()
+        assert first.chosen == other.chosen
+        assert first.candidates[0].divergence == pytest.approx(other.candidates[0].divergence, rel=1e-3)
+
+    def test_the_model_is_left_as_it_was(self) -> None:
+        model = tiny_vit()
+        with torch.no_grad():
+            wanted = model(images())
+        run(model, images(8), OPEN_POLARITY)
+        assert not any(part._forward_hooks for part in model.modules())
+        assert torch.equal(model(images()), wanted)
+
+
+class TestRounds:
+    @pytest.mark.parametrize(
+        ("count", "seen"), [(128, [16, 48, 128]), (24, [3, 9, 24]), (8, [1, 3, 8]), (9, [2, 4, 9])]
+    )
+    def test_fewer_candidates_see_more_images(self, count: int, seen: list[int]) -> None:
+        found = run(tiny_vit(), images(count), layers="[{layer: 0, keep_tokens: 12}]")
+        numbers = [len(candidate.divergences) for candidate in found.candidates]
+        assert numbers == [seen[2]] * 3 + [seen[1]] * 3 + [seen[0]] * 24
+        assert len(found.random.divergences) == count
+        assert all(len(result.agreeing) == len(result.divergences) for result in found.candidates)
+
+    def test_the_best_of_the_last_round_is_chosen(self) -> None:
+        found = run(tiny_vit(), images(32))
+        assert found.chosen == found.candidates[0].metric
+        last = found.candidates[:3]
+        assert [result.divergence for result in last] == sorted(result.divergence for result in last)
+
+    @pytest.mark.parametrize("count", [8, 11, 40])
+    @pytest.mark.parametrize("metric", [{}, OPEN_POLARITY, {"operation": "mlp", "distance": "l2"}])
+    def test_announced_steps_are_made(self, metric: dict[str, object], count: int) -> None:
+        model, progress = tiny_vit(), Counting()
+        opened = build_metric(Part(kind="representation_shift", **metric))
+        plan = make_plan(model, make_recipe(LAYERS))
+        batch = images(count)
+        calibrate(model, match(model), plan, opened, images=batch, identity={}, batch_size=7, progress=progress)
+        assert progress.made == progress.announced == _steps(len(opened.variants()), count)
+
+    def test_blocks_that_hide_their_parts_leave_the_whole_block(self) -> None:
+        found = run(tiny_vit(**VARIANTS["parallel_things_block"]), images(8))
+        assert {candidate.metric.part().options["operation"] for candidate in found.candidates} == {"block"}
+        assert len(found.candidates) == 6
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("count", [0, 1, 7])
+    def test_too_few_images(self, count: int) -> None:
+        with pytest.raises(DataError, match=f"at least 8 images, there are {count}") as caught:
+            run(tiny_vit(), images(count))
+        assert caught.value.exit_code == 4
+
+    def test_no_variant_can_run(self) -> None:
+        with pytest.raises(RecipeError, match="no variant of representation_shift can run"):
+            run(tiny_vit(**VARIANTS["parallel_things_block"]), images(8), {"operation": "mlp"})
+
+
+class TestMeasures:
+    def test_divergence_is_kullback_leibler_in_nats(self) -> None:
+        reference, output = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[1.0, 1.0, 0.0]])
+        p, q = reference.double().softmax(-1), output.double().softmax(-1)
+        assert float(divergence(reference, output, has_head=True)) == pytest.approx(float((p * (p / q).log()).sum()))
+        assert divergence(reference, reference, has_head=True).tolist() == [0.0]
+
+    def test_divergence_of_features_is_one_minus_cosine(self) -> None:
+        one, other = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 2.0], [3.0, 0.0]])
+        assert divergence(one, other, has_head=False).tolist() == pytest.approx([1.0, 0.0])
+
+    def test_agreement(self) -> None:
+        assert agreement(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 9.0]])).tolist() == [
+            1,
+            0,
+        ]
+
+    def test_a_model_without_a_head_has_no_agreement(self) -> None:
+        found = run(tiny_vit(num_classes=0), images(8), OPEN_POLARITY)
+        assert found.candidates[0].agreement is None
+        assert math.isfinite(found.candidates[0].divergence)
+
+    def test_sigmas(self) -> None:
+        assert _sigmas([2.0, 4.0], [1.0, 1.0]) == pytest.approx(2.0)
+        assert _sigmas([1.0, 1.0], [1.0, 1.0]) == 0.0
+        assert _sigmas([2.0, 2.0], [1.0, 1.0]) == 99.0
+        assert _sigmas([1.0, 1.0], [2.0, 2.0]) == -99.0
+
+
+def test_the_record_holds_what_was_measured() -> None:
+    record = run(tiny_vit(), images(16), OPEN_POLARITY).to_dict()
+    assert record.keys() == {"chosen", "clear", "sigmas", "images", "data", "random", "candidates"}
+    assert record["data"] == {"where": "here"}
+    assert record["chosen"]["kind"] == "representation_shift"
+    assert record["candidates"][0].keys() == {"metric", "images", "divergence", "agreement"}
+    assert record["random"].keys() == {"images", "divergence", "agreement"}
