@@ -7,7 +7,7 @@ code runs unchanged, so a library's next version does not rot a copied `forward`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,17 +24,22 @@ from repshift_cli.recipe import Place
 from repshift_cli.reducers import Reducer, build_reducer
 from repshift_cli.tokens import TokenState, keep_top
 
-__all__ = ["CompressedModel", "Trace", "attach", "check_feeds"]
+__all__ = ["CompressedModel", "Trace", "attach", "branch", "check_feeds"]
 
 
 class _SiteHook:
-    """Scores and reduces at one site. A plain object: bound methods of it survive `deepcopy` and `pickle`."""
+    """Scores and reduces at one site. A plain object: bound methods of it survive `deepcopy` and `pickle`.
 
-    def __init__(self, planned: PlanSite, context: SiteContext, metric: Metric, reducer: Reducer) -> None:
+    With several metrics the stream branches here: the batch that goes on holds the first one's choice for all images,
+    then the second one's, and so on.
+    """
+
+    def __init__(self, planned: PlanSite, context: SiteContext, metrics: tuple[Metric, ...], reducer: Reducer) -> None:
         self.planned = planned
         self.context = context
-        self.metric = metric
+        self.metrics = metrics
         self.reducer = reducer
+        self.wanted = frozenset[str]().union(*(metric.taps() for metric in metrics))
         self.enabled = True
         self.seen: dict[str, Tensor] = {}
         self.recorded: list[Tensor] | None = None
@@ -44,14 +49,17 @@ class _SiteHook:
         if not self.enabled:
             return output
         self._check(output, kwargs)
-        wanted = self.metric.taps()
-        if "block_input" in wanted:
+        if "block_input" in self.wanted:
             self.seen["block_input"] = args[0]
-        if "block_output" in wanted:
+        if "block_output" in self.wanted:
             self.seen["block_output"] = output
-        scores = self.metric.score(self.seen, self.context)
+        branches = [self._reduce(metric, output) for metric in self.metrics]
         self.seen = {}
-        keep = keep_top(scores if self.metric.keeps_largest else -scores, self.planned.tokens_out - self.context.prefix)
+        return branches[0] if len(branches) == 1 else torch.cat(branches)
+
+    def _reduce(self, metric: Metric, output: Tensor) -> Tensor:
+        scores = metric.score(self.seen, self.context)
+        keep = keep_top(scores if metric.keeps_largest else -scores, self.planned.tokens_out - self.context.prefix)
         if self.recorded is not None:
             self.recorded.append(keep)
         if self.planned.tokens_out == self.planned.tokens_in:
@@ -118,7 +126,9 @@ class CompressedModel(nn.Module):
 
     preprocessing: Preprocessing | None = None
 
-    def __init__(self, model: nn.Module, family: Family, plan: Plan, metrics: list[Metric], reducer: Reducer) -> None:
+    def __init__(
+        self, model: nn.Module, family: Family, plan: Plan, metrics: list[tuple[Metric, ...]], reducer: Reducer
+    ) -> None:
         super().__init__()
         self.model = model
         self.plan = plan
@@ -127,8 +137,8 @@ class CompressedModel(nn.Module):
         sites = {site.name: site for site in family.sites(model)}
         self._hooks: list[_SiteHook] = []
         self._handles: list[Any] = []
-        for planned, metric in zip(plan.sites, metrics, strict=True):
-            self._install(sites[planned.site], planned, metric, reducer, layout)
+        for planned, here in zip(plan.sites, metrics, strict=True):
+            self._install(sites[planned.site], layout, planned, here, reducer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own forward."""
@@ -170,8 +180,9 @@ class CompressedModel(nn.Module):
         """Multiply-accumulates of one image, from the shapes alone, the products of the metric included."""
         sites = {site.name: site for site in self.family.sites(self.model)}
         scores = sum(
-            hook.metric.macs(hook.planned.tokens_in, sites[hook.planned.site].attention_channels)
+            metric.macs(hook.planned.tokens_in, sites[hook.planned.site].attention_channels)
             for hook in self._hooks
+            for metric in hook.metrics
         )
         return self.family.macs(self.model, self.plan) + scores
 
@@ -205,10 +216,12 @@ class CompressedModel(nn.Module):
         for hook, value in zip(self._hooks, values, strict=True):
             hook.enabled = value
 
-    def _install(self, site: Site, planned: PlanSite, metric: Metric, reducer: Reducer, layout: Layout) -> None:
+    def _install(
+        self, site: Site, layout: Layout, planned: PlanSite, metrics: tuple[Metric, ...], reducer: Reducer
+    ) -> None:
         context = SiteContext(site.layer, layout.prefix_tokens, layout.class_token)
-        hook = _SiteHook(planned, context, metric, reducer)
-        for name in sorted(metric.taps() - {"block_input", "block_output"}):
+        hook = _SiteHook(planned, context, metrics, reducer)
+        for name in sorted(hook.wanted - {"block_input", "block_output"}):
             probe = site.probes[name]
             tap = _TapHook(hook, name, probe)
             self._handles.append(probe.module.register_forward_hook(tap.on_forward))
@@ -227,15 +240,29 @@ def attach(model: nn.Module, plan: Plan) -> CompressedModel:
         ModelError: the model is not supported, or is compressed already.
         RecipeError: the plan does not fit the model, or a metric asks for what a block cannot show.
     """
+    return _attach(model, plan, [(build_metric(planned.metric).with_defaults(),) for planned in plan.sites])
+
+
+def branch(model: nn.Module, plan: Plan, metrics: Sequence[Metric]) -> CompressedModel:
+    """Hook a model so that at the last site of the plan each of several metrics makes its own choice.
+
+    What lies before that site runs once for all of them. The output of a batch of B images has `len(metrics) * B`
+    rows: those of the first metric, then those of the second, and so on. Errors as `attach`.
+    """
+    before = [(build_metric(planned.metric).with_defaults(),) for planned in plan.sites[:-1]]
+    return _attach(model, plan, [*before, tuple(metrics)])
+
+
+def _attach(model: nn.Module, plan: Plan, metrics: list[tuple[Metric, ...]]) -> CompressedModel:
     if _is_attached(model):
         raise ModelError("the model is compressed already", "Call `detach()` first, or start from the dense model.")
     family = match(model)
     layout = family.layout(model)
     _check_fit(plan, layout)
-    metrics = [build_metric(planned.metric).with_defaults() for planned in plan.sites]
     sites = {site.name: site for site in family.sites(model)}
-    for planned, metric in zip(plan.sites, metrics, strict=True):
-        check_feeds(metric, sites[planned.site])
+    for planned, here in zip(plan.sites, metrics, strict=True):
+        for metric in here:
+            check_feeds(metric, sites[planned.site])
     return CompressedModel(model, family, plan, metrics, build_reducer(plan.reducer))
 
 

@@ -1,35 +1,41 @@
-"""Choose the score by what it does to the predictions on unlabelled images.
+"""Choose the score of each site by what it does to the predictions on unlabelled images.
 
-Which operation, distance, reading and sign of the shift is the right one is a property of the model: on some the
-paper's choice is far worse than chance and its opposite nearly lossless (docs/results.md). So every way to fill the
-fields that the recipe leaves open is tried, and the one whose predictions stay nearest to the dense model's is taken.
+Which operation, distance, reading and sign of the shift is the right one is a property of the model, and of the layer:
+on the built-in ViT the tokens that block 0 moves most must stay, and those that block 3 moves least (docs/results.md).
+So every way to fill the fields that the recipe leaves open is tried at the first site, the one whose predictions stay
+nearest to the dense model's is taken, then the next site, given the choice before it, and so on.
 
-The candidates run in rounds, all on a few images, then fewer on more: bad ones show at once.
+At each site the candidates run in rounds, all on a few images, then fewer on more: bad ones show at once. They share
+what lies before the site (`attach.branch`). In the end the choices together are checked on images that took no part in
+choosing, beside random dropping and the paper's choice.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from repshift_cli.attach import attach
+from repshift_cli.attach import attach, branch
 from repshift_cli.errors import DataError, RecipeError
-from repshift_cli.families import Family
+from repshift_cli.families import Family, Site
 from repshift_cli.metrics import Metric, build_metric
 from repshift_cli.plan import Plan
 from repshift_cli.progress import Progress, Task
 from repshift_cli.recipe import Part
 
-__all__ = ["Calibration", "CandidateResult", "agreement", "calibrate", "divergence"]
+__all__ = ["Calibration", "CandidateResult", "SiteChoice", "agreement", "calibrate", "divergence"]
 
-_ROUNDS = ((1 / 8, 6), (3 / 8, 3), (1.0, 1))
-"""Share of the images that have been seen after each round, and how many candidates survive it."""
+_ROUNDS = ((1 / 8, 5), (3 / 8, 2), (1.0, 1))
+"""Share of the choosing images that have been seen after each round, and how many candidates survive it."""
+
+_CHOOSING_SHARE = 0.5
+"""Share of all images on which is chosen; the others check the result."""
 
 _RANDOM_SEEDS = (0, 1)
 _CLEAR_SIGMAS = 3.0
@@ -61,8 +67,11 @@ class CandidateResult:
         return math.fsum(self.agreeing) / len(self.agreeing) if self.agreeing else None
 
     def to_dict(self) -> dict[str, Any]:
+        return {"metric": self.metric.part().model_dump(), **self.numbers()}
+
+    def numbers(self) -> dict[str, Any]:
+        """Images seen, mean divergence and share of unchanged predictions."""
         return {
-            "metric": self.metric.part().model_dump(),
             "images": len(self.divergences),
             "divergence": round(self.divergence, 6),
             "agreement": None if self.agreement is None else round(self.agreement, 6),
@@ -70,35 +79,61 @@ class CandidateResult:
 
 
 @dataclass(frozen=True)
+class SiteChoice:
+    """What was found at one site: every candidate, best first; those that fell out early saw fewer images."""
+
+    site: str
+    candidates: tuple[CandidateResult, ...]
+
+    @property
+    def chosen(self) -> Metric:
+        """The best candidate."""
+        return self.candidates[0].metric
+
+    def to_dict(self) -> dict[str, Any]:
+        candidates = [candidate.to_dict() for candidate in self.candidates]
+        return {"site": self.site, "chosen": self.chosen.part().model_dump(), "candidates": candidates}
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What calibration found.
 
     Attributes:
-        chosen: the metric to use, all fields filled.
-        candidates: every candidate, best first; those that were dropped early saw fewer images.
-        random: the same cost with tokens dropped at random, mean of several draws.
-        sigmas: how many standard errors the chosen one is better than random, over paired images.
+        sites: the choice at each site.
+        result: all choices together, on the images that took no part in choosing.
+        random: the same cost with tokens dropped at random, mean of several draws, on the same images.
+        default: the recipe's open fields as the paper has them, on the same images; None where the model cannot.
+        sigmas: how many standard errors the result is better than random, over paired images.
         clear: whether that is a clear margin.
+        images: how many images were used, for choosing and checking together.
+        identity: what they were.
     """
 
-    chosen: Metric
-    candidates: tuple[CandidateResult, ...]
+    sites: tuple[SiteChoice, ...]
+    result: CandidateResult
     random: CandidateResult
+    default: CandidateResult | None
     sigmas: float
     clear: bool
     images: int
     identity: Mapping[str, Any]
     seconds: float
 
+    @property
+    def parts(self) -> list[Part]:
+        """The chosen metric of each site, as a plan names it."""
+        return [choice.chosen.part() for choice in self.sites]
+
     def to_dict(self) -> dict[str, Any]:
+        checked = {"chosen": self.result, "random": self.random, "default": self.default}
         return {
-            "chosen": self.chosen.part().model_dump(),
             "clear": self.clear,
             "sigmas": round(self.sigmas, 2),
             "images": self.images,
             "data": dict(self.identity),
-            "random": {key: value for key, value in self.random.to_dict().items() if key != "metric"},
-            "candidates": [candidate.to_dict() for candidate in self.candidates],
+            "checked": {name: result.numbers() if result else None for name, result in checked.items()},
+            "sites": [choice.to_dict() for choice in self.sites],
         }
 
 
@@ -114,7 +149,7 @@ def calibrate(
     batch_size: int,
     progress: Progress,
 ) -> Calibration:
-    """Fill the open fields of a metric.
+    """Fill the open fields of a metric, site by site.
 
     Args:
         model: dense, in eval mode, on the device and in the dtype to calibrate in.
@@ -131,26 +166,50 @@ def calibrate(
     if len(images) < _MIN_IMAGES:
         raise DataError(f"calibration needs at least {_MIN_IMAGES} images, there are {len(images)}")
     begin = time.monotonic()
-    candidates = [CandidateResult(variant) for variant in _runnable(metric, family, model, plan)]
-    draws = [
-        CandidateResult(build_metric(Part.model_validate({"kind": "random", "seed": seed}))) for seed in _RANDOM_SEEDS
-    ]
-    with progress.task("calibrating", _steps(len(candidates), len(images))) as task:
-        reference = _outputs(model, images, batch_size, task)
-        runner = _Runner(model, plan, images, reference, batch_size=batch_size, task=task)
-        alive, seen = candidates, 0
-        for share, survivors in _ROUNDS:
-            until = max(seen, math.ceil(share * len(images)))
-            for candidate in [*alive, *draws]:
-                runner.run(candidate, seen, until)
-            alive = sorted(alive, key=lambda candidate: candidate.divergence)[:survivors]
-            seen = until
-    best, random = alive[0], _mean_of(draws)
-    sigmas = _sigmas(random.divergences, best.divergences)
-    clear = sigmas >= _CLEAR_SIGMAS and best.divergence <= _CLEAR_SHARE * random.divergence
+    sites = {site.name: site for site in family.sites(model)}
+    variants = [_runnable(metric, sites[planned.site]) for planned in plan.sites]
+    usable = all(_feeds(metric.with_defaults(), sites[planned.site]) for planned in plan.sites)
+    default = metric.with_defaults() if usable else None
+    border = math.ceil(_CHOOSING_SHARE * len(images))
+    with progress.task("calibrating", _steps([len(found) for found in variants], len(images), default)) as task:
+        run = _Run(model, images, _outputs(model, images, batch_size, task), batch_size, task)
+        choices: list[SiteChoice] = []
+        for planned, candidates in zip(plan.sites, variants, strict=True):
+            before = [choice.chosen.part() for choice in choices]
+            choices.append(_choose(run, plan.with_metrics([*before, planned.metric]), candidates, border))
+        result = run.check(plan.with_metrics([choice.chosen.part() for choice in choices]), border)
+        draws = [run.check(plan.with_metric(part), border) for part in _random_parts()]
+        usual = run.check(plan.with_metric(default.part()), border) if default else None
+    random = _mean_of(draws)
+    sigmas = _sigmas(random.divergences, result.divergences)
+    return Calibration(
+        sites=tuple(choices),
+        result=result,
+        random=random,
+        default=usual,
+        sigmas=sigmas,
+        clear=sigmas >= _CLEAR_SIGMAS and result.divergence <= _CLEAR_SHARE * random.divergence,
+        images=len(images),
+        identity=identity,
+        seconds=time.monotonic() - begin,
+    )
+
+
+def _choose(run: _Run, plan: Plan, variants: Sequence[Metric], count: int) -> SiteChoice:
+    """The best metric for the last site of the plan, on the first `count` images."""
+    candidates = [CandidateResult(variant) for variant in variants]
+    alive, seen = candidates, 0
+    for until, survivors in _rounds(count):
+        run.compare(plan, alive, seen, until)
+        alive = sorted(alive, key=lambda candidate: candidate.divergence)[:survivors]
+        seen = until
     ranked = sorted(candidates, key=lambda result: (-len(result.divergences), result.divergence))
-    seconds = time.monotonic() - begin
-    return Calibration(best.metric, tuple(ranked), random, sigmas, clear, len(images), identity, seconds)
+    return SiteChoice(plan.sites[-1].site, tuple(ranked))
+
+
+def _rounds(count: int) -> list[tuple[int, int]]:
+    """Images that have been seen after each round, and candidates that survive it."""
+    return [(math.ceil(share * count), survivors) for share, survivors in _ROUNDS]
 
 
 def divergence(reference: Tensor, output: Tensor, has_head: bool) -> Tensor:
@@ -173,43 +232,66 @@ def agreement(reference: Tensor, output: Tensor) -> Tensor:
     return (reference.argmax(-1) == output.argmax(-1)).float()
 
 
-class _Runner:
-    """Runs candidates on slices of the images and appends what comes out to their results."""
+class _Run:
+    """The images, what the dense model makes of them, and how far others are from that."""
 
-    def __init__(
-        self, model: nn.Module, plan: Plan, images: Tensor, reference: Tensor, *, batch_size: int, task: Task
-    ) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, reference: Tensor, batch_size: int, task: Task) -> None:
         self.model = model
-        self.plan = plan
         self.images = images
         self.reference = reference
         self.batch_size = batch_size
         self.task = task
         self.has_head = getattr(model, "num_classes", 0) > 0
 
-    def run(self, candidate: CandidateResult, start: int, stop: int) -> None:
-        compressed = attach(self.model, self.plan.with_metric(candidate.metric.part()))
+    def compare(self, plan: Plan, candidates: Sequence[CandidateResult], start: int, stop: int) -> None:
+        """Append to each candidate for the last site what the images from `start` to `stop` show."""
+        branched = branch(self.model, plan, [candidate.metric for candidate in candidates])
+        # as many rows at a time as four plain batches have, whatever the number of candidates
+        size = max(1, 4 * self.batch_size // len(candidates))
         try:
-            output = _outputs(compressed, self.images[start:stop], self.batch_size, self.task)
+            for first in range(start, stop, size):
+                last = min(first + size, stop)
+                outputs = branched(self.images[first:last]).unflatten(0, (len(candidates), last - first))
+                for candidate, output in zip(candidates, outputs, strict=True):
+                    self._note(candidate, first, output)
+                self.task.advance(len(candidates) * (last - first))
+        finally:
+            branched.detach()
+
+    def check(self, plan: Plan, start: int) -> CandidateResult:
+        """A whole plan on the images from `start` on."""
+        compressed = attach(self.model, plan)
+        try:
+            output = _outputs(compressed, self.images[start:], self.batch_size, self.task)
         finally:
             compressed.detach()
-        wanted = self.reference[start:stop]
+        result = CandidateResult(build_metric(plan.sites[0].metric))
+        self._note(result, start, output)
+        return result
+
+    def _note(self, candidate: CandidateResult, start: int, output: Tensor) -> None:
+        wanted = self.reference[start : start + len(output)]
         candidate.divergences += divergence(wanted, output, self.has_head).tolist()
         if self.has_head:
             candidate.agreeing += agreement(wanted, output).tolist()
 
 
-def _runnable(metric: Metric, family: Family, model: nn.Module, plan: Plan) -> Iterator[Metric]:
-    """The variants that every site of the plan can feed."""
-    sites = {site.name: site for site in family.sites(model)}
-    always = {"block_input", "block_output"}
-    found = False
-    for variant in metric.variants():
-        if all(variant.taps() <= always | set(sites[planned.site].probes) for planned in plan.sites):
-            found = True
-            yield variant
+def _random_parts() -> list[Part]:
+    return [Part.model_validate({"kind": "random", "seed": seed}) for seed in _RANDOM_SEEDS]
+
+
+def _runnable(metric: Metric, site: Site) -> list[Metric]:
+    """The variants that a site can feed."""
+    found = [variant for variant in metric.variants() if _feeds(variant, site)]
     if not found:
-        raise RecipeError(f"no variant of {metric.kind} can run on this model", "operation: block always can.")
+        raise RecipeError(
+            f"no variant of {metric.kind} can run at {site.name} of this model", "operation: block always can."
+        )
+    return found
+
+
+def _feeds(metric: Metric, site: Site) -> bool:
+    return metric.taps() <= {"block_input", "block_output", *site.probes}
 
 
 def _outputs(model: nn.Module, images: Tensor, batch_size: int, task: Task) -> Tensor:
@@ -220,13 +302,16 @@ def _outputs(model: nn.Module, images: Tensor, batch_size: int, task: Task) -> T
     return torch.cat(parts)
 
 
-def _steps(candidates: int, images: int) -> int:
-    """Forward passes of single images that all rounds take together, the dense one included."""
-    steps, seen, alive = images, 0, candidates
-    for share, survivors in _ROUNDS:
-        until = max(seen, math.ceil(share * images))
-        steps += (alive + len(_RANDOM_SEEDS)) * (until - seen)
-        seen, alive = until, min(alive, survivors)
+def _steps(variants: Sequence[int], images: int, default: Metric | None) -> int:
+    """Images that go through a model or a branch of it, all rounds and the dense pass together."""
+    border = math.ceil(_CHOOSING_SHARE * images)
+    checks = 1 + len(_RANDOM_SEEDS) + (default is not None)
+    steps = images + checks * (images - border)
+    for count in variants:
+        seen, alive = 0, count
+        for until, survivors in _rounds(border):
+            steps += alive * (until - seen)
+            seen, alive = until, min(alive, survivors)
     return steps
 
 

@@ -152,7 +152,6 @@ class CompressReport:
                 "params": sum(tensor.numel() for tensor in self.loaded.tensors.values()),
             },
             "recipe": self.recipe.place.name,
-            "metric": self.plan.sites[0].metric.model_dump(),
             "plan": self.plan.summary(),
             "dense": {"gmacs": self.dense_macs / 1e9},
             "compressed": {"gmacs": self.macs / 1e9},
@@ -206,7 +205,7 @@ def compress(
         )
         if not found.clear:
             raise _not_clear(found)
-        plan = job.plan.with_metric(found.chosen.part())
+        plan = job.plan.with_metrics(found.parts)
     return artifact.attach_loaded(loaded, plan)
 
 
@@ -410,14 +409,14 @@ def _choose_metric(
         if not settings.force:
             raise problem
         job.notes.append(problem.message)
-    return job.plan.with_metric(found.chosen.part()), found
+    return job.plan.with_metrics(found.parts), found
 
 
 def _not_clear(found: Calibration) -> CheckFailed:
     return CheckFailed(
-        f"no candidate beats random dropping clearly: the best, {found.chosen}, has divergence "
-        f"{found.candidates[0].divergence:.4f} against {found.random.divergence:.4f} of random "
-        f"({found.sigmas:.1f} standard errors, on {found.images} images)",
+        f"no candidate beats random dropping clearly: the best at each site together have divergence "
+        f"{found.result.divergence:.4f} against {found.random.divergence:.4f} of random "
+        f"({found.sigmas:.1f} standard errors, on {len(found.result.divergences)} images)",
         "Calibrate on more images of the model's own kind, drop fewer tokens, or add --force.",
     )
 

@@ -5,6 +5,7 @@ Integers only; nothing here needs torch. Counts depend on the recipe and the inp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any
@@ -93,14 +94,17 @@ class Plan(_Frozen):
         return tuple(counts)
 
     def with_metric(self, metric: Part) -> Plan:
-        """The same counts with another score at every site."""
-        return self.model_copy(
-            update={"sites": tuple(site.model_copy(update={"metric": metric}) for site in self.sites)}
-        )
+        """The same counts with another score, the same at every site."""
+        return self.with_metrics([metric] * len(self.sites))
+
+    def with_metrics(self, metrics: Sequence[Part]) -> Plan:
+        """The same counts with another score for each site; for fewer scores than sites, the plan ends earlier."""
+        sites = (site.model_copy(update={"metric": metric}) for site, metric in zip(self.sites, metrics, strict=False))
+        return self.model_copy(update={"sites": tuple(sites)})
 
     def summary(self) -> list[dict[str, Any]]:
-        """The rows that `compress` prints: site, layer, tokens_in, tokens_out."""
-        return [site.model_dump(exclude={"metric"}) for site in self.sites]
+        """The rows that `compress` prints: site, layer, tokens_in, tokens_out and the metric."""
+        return [site.model_dump() for site in self.sites]
 
 
 def tokens_dropped(drop: LayerDrop, patch_tokens: int) -> int:

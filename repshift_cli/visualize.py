@@ -422,9 +422,8 @@ def view_kept(opened: Opened, where: str, count: int, seed: int = 0) -> View:
     classes = int(getattr(opened.loaded.model, "num_classes", 0))
     samples = draw_samples(where, count, description.preprocessing, classes, seed)
     observed = observe(opened.compressed, samples.tensor)
-    metric = opened.compressed.plan.sites[0].metric
-    options = ", ".join(str(value) for value in metric.options.values())
-    score = metric.kind.replace("_", " ") + (f" ({options})" if options else "")
+    kinds = dict.fromkeys(site.metric.kind.replace("_", " ") for site in opened.compressed.plan.sites)
+    score = ", ".join(kinds)
     return View(
         title=f"{description.name}: tokens that are kept",
         remark=f"{score}; {opened.dense_macs / opened.macs:.2f}x fewer MACs than dense",

@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     from repshift_cli.calibrate import Calibration
     from repshift_cli.compression import CompressReport, Measured
 
-__all__ = ["command", "show", "show_notes"]
+__all__ = ["command", "describe_metric", "show", "show_notes"]
 
-_SHOWN_CANDIDATES = 5
 _LOUD = ("NOT CALIBRATED", "RANDOM", "no candidate")
 
 
@@ -111,12 +110,15 @@ def show(report: CompressReport) -> None:
         f"model   {report.loaded.description.name} ({report.family}), {params:,} parameters, kept as they are"
     )
     ui.print_text(f"recipe  {report.recipe.place.name}")
-    ui.print_text(f"score   {_describe(plan.sites[0].metric.model_dump())}, reducer: {plan.reducer.kind}")
+    ui.print_text(f"reducer {plan.reducer.kind}")
+    ui.print_text("")
     if report.calibration:
         _show_calibration(report.calibration)
-    ui.print_text("")
-    rows = [[site.site, str(site.tokens_in), str(site.tokens_out)] for site in plan.sites]
-    ui.print_table("Plan: tokens through each site", ["after", "tokens in", "tokens out"], rows)
+    rows = [
+        [site.site, describe_metric(site.metric.model_dump()), str(site.tokens_in), str(site.tokens_out)]
+        for site in plan.sites
+    ]
+    ui.print_table("Plan: tokens through each site", ["after", "kept by", "tokens in", "tokens out"], rows, left=2)
     if report.measured:
         _show_measured(report.measured)
     else:
@@ -172,20 +174,16 @@ def _show_measured(measured: Measured) -> None:
 def _show_calibration(calibration: Calibration) -> None:
     from repshift_cli import ui
 
-    images, seconds = calibration.images, calibration.seconds
+    rows = [["chosen, site by site", *_cells(calibration.result.numbers())]]
+    if calibration.default:
+        rows.append(["the paper's choice", *_cells(calibration.default.numbers())])
+    rows.append(["dropped at random", *_cells(calibration.random.numbers())])
+    tried = sum(len(choice.candidates) for choice in calibration.sites)
+    title = f"Calibration: {tried} candidates on {calibration.images} unlabelled images, {calibration.seconds:.0f} s"
+    ui.print_table(title, ["on the half that took no part in choosing", "images", "KL", "unchanged"], rows)
     verdict = "clearly better than random" if calibration.clear else "NOT clearly better than random"
-    ui.print_text(
-        f"chosen  on {images} unlabelled images in {seconds:.0f} s; {verdict} ({calibration.sigmas:.1f} sigma)"
-    )
+    ui.print_text(f"        {verdict} ({calibration.sigmas:.1f} standard errors)")
     ui.print_text("")
-    rows = [
-        [_describe(candidate.metric.part().model_dump()), *_cells(candidate.to_dict())]
-        for candidate in calibration.candidates[:_SHOWN_CANDIDATES]
-    ]
-    rows.append(["dropped at random", *_cells(calibration.random.to_dict())])
-    more = len(calibration.candidates) - _SHOWN_CANDIDATES
-    title = "Calibration" + (f" (best {_SHOWN_CANDIDATES} of {len(calibration.candidates)})" if more > 0 else "")
-    ui.print_table(title, ["operation, distance, reading, polarity", "images", "KL", "unchanged"], rows)
 
 
 def _cells(result: dict[str, object]) -> list[str]:
@@ -194,7 +192,7 @@ def _cells(result: dict[str, object]) -> list[str]:
     return [str(result["images"]), f"{result['divergence']:.4f}", same]
 
 
-def _describe(metric: dict[str, object]) -> str:
+def describe_metric(metric: dict[str, object]) -> str:
     """`mlp, l2, update, largest` for a shift, the kind and its options for other scores."""
     values = ", ".join(str(value) for key, value in metric.items() if key != "kind")
     return values if metric["kind"] == "representation_shift" else f"{metric['kind']} ({values})"

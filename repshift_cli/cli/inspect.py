@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from repshift_cli.cli import options
+from repshift_cli.cli.compress import describe_metric
 
 if TYPE_CHECKING:
     from repshift_cli.artifact import Opened
@@ -72,7 +73,6 @@ def _describe(opened: Opened) -> dict[str, Any]:
         "dense_gmacs": opened.dense_macs / 1e9,
         "compressed": plan is not None,
         "plan": plan.summary() if plan else None,
-        "metric": plan.sites[0].metric.model_dump() if plan else None,
         "sites": sites,
     }
 
@@ -91,9 +91,8 @@ def _show(opened: Opened, document: dict[str, Any]) -> None:
     if document["compressed"]:
         told += f", {document['gmacs']:.3f} with its plan"
     ui.print_text(f"cost     {told}")
-    if document["metric"]:
-        metric = document["metric"]
-        ui.print_text(f"score    {metric['kind']} " + ", ".join(str(metric[key]) for key in metric if key != "kind"))
+    for row in document["plan"] or ():
+        ui.print_text(f"kept     after {row['site']} by {describe_metric(row['metric'])}")
     ui.print_text("")
     dropping = {row["site"]: row["tokens_out"] for row in document["plan"] or ()}
     rows = []
