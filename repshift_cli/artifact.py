@@ -22,15 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from repshift_cli import checkpoint
-from repshift_cli.attach import CompressedModel, attach
+from repshift_cli.attach import CompressedModel, attach, check_parts, with_defaults
 from repshift_cli.checkpoint import FORMAT_VERSION, METADATA_KEY, LoadedModel
 from repshift_cli.errors import CheckpointError, OutputError, RecipeError
 from repshift_cli.families import match
 from repshift_cli.files import atomic_output
-from repshift_cli.metrics import build_metric
 from repshift_cli.plan import Plan, resolve
 from repshift_cli.recipe import Recipe
-from repshift_cli.reducers import build_reducer
 
 __all__ = [
     "FORMAT_VERSION",
@@ -120,8 +118,8 @@ def compress_dense(name: str | Path, *, recipe_name: str | Path, model_name: str
     loaded = checkpoint.load(name, model_name)
     if stored_plan(loaded) is not None:
         raise CheckpointError(f"{name} is compressed already", "Give the dense checkpoint, or leave the recipe out.")
-    metric, _ = build_metric(recipe.metric, recipe.place), build_reducer(recipe.reducer, recipe.place)
-    plan = resolve(recipe, match(loaded.model).layout(loaded.model)).with_metric(metric.with_defaults().part())
+    check_parts(recipe)
+    plan = with_defaults(resolve(recipe, match(loaded.model).layout(loaded.model)))
     return Opened(loaded, attach_loaded(loaded, plan))
 
 

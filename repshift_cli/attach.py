@@ -20,11 +20,20 @@ from repshift_cli.families import Family, Probe, Site, match
 from repshift_cli.metrics import Metric, SiteContext, build_metric
 from repshift_cli.plan import Layout, Plan, PlanSite
 from repshift_cli.preprocessing import Preprocessing
-from repshift_cli.recipe import Place
+from repshift_cli.recipe import Place, Recipe
 from repshift_cli.reducers import Reducer, build_reducer
 from repshift_cli.tokens import TokenState, keep_top
 
-__all__ = ["CompressedModel", "Trace", "attach", "branch", "check_feeds"]
+__all__ = [
+    "CompressedModel",
+    "Trace",
+    "attach",
+    "branch",
+    "check_feeds",
+    "check_parts",
+    "has_open_fields",
+    "with_defaults",
+]
 
 
 class _SiteHook:
@@ -264,6 +273,29 @@ def _attach(model: nn.Module, plan: Plan, metrics: list[tuple[Metric, ...]]) -> 
         for metric in here:
             check_feeds(metric, sites[planned.site])
     return CompressedModel(model, family, plan, metrics, build_reducer(plan.reducer))
+
+
+def check_parts(recipe: Recipe) -> None:
+    """Build every metric and the reducer that a recipe names, to refuse what cannot be before any work.
+
+    Raises:
+        RecipeError: an unknown kind or option, with its place in the recipe.
+    """
+    build_metric(recipe.metric, recipe.place)
+    for index, drop in enumerate(recipe.layers):
+        if drop.metric is not None:
+            build_metric(drop.metric, recipe.place, ("layers", index, "metric"))
+    build_reducer(recipe.reducer, recipe.place)
+
+
+def has_open_fields(plan: Plan) -> bool:
+    """Whether the plan leaves something for calibration to choose."""
+    return any(len(build_metric(planned.metric).variants()) > 1 for planned in plan.sites)
+
+
+def with_defaults(plan: Plan) -> Plan:
+    """The plan with the open fields of its metrics as the paper has them."""
+    return plan.with_metrics([build_metric(planned.metric).with_defaults().part() for planned in plan.sites])
 
 
 def check_feeds(metric: Metric, site: Site, place: Place | None = None) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repshift_cli.attach import attach, branch
+from repshift_cli.attach import attach, branch, with_defaults
 from repshift_cli.errors import DataError, RecipeError
 from repshift_cli.families import Family, Site
 from repshift_cli.metrics import Metric, build_metric
@@ -142,20 +142,18 @@ def calibrate(
     model: nn.Module,
     family: Family,
     plan: Plan,
-    metric: Metric,
     *,
     images: Tensor,
     identity: Mapping[str, Any],
     batch_size: int,
     progress: Progress,
 ) -> Calibration:
-    """Fill the open fields of a metric, site by site.
+    """Fill the open fields of the metrics of a plan, site by site.
 
     Args:
         model: dense, in eval mode, on the device and in the dtype to calibrate in.
         family: the model's family.
-        plan: how many tokens go where.
-        metric: some of its fields are open.
+        plan: how many tokens go where; some fields of its metrics are open.
         images: `[n, C, H, W]`, preprocessed, unlabelled; at least 8.
         identity: what the images are, for the record.
 
@@ -167,11 +165,13 @@ def calibrate(
         raise DataError(f"calibration needs at least {_MIN_IMAGES} images, there are {len(images)}")
     begin = time.monotonic()
     sites = {site.name: site for site in family.sites(model)}
-    variants = [_runnable(metric, sites[planned.site]) for planned in plan.sites]
-    usable = all(_feeds(metric.with_defaults(), sites[planned.site]) for planned in plan.sites)
-    default = metric.with_defaults() if usable else None
+    variants = [_runnable(build_metric(planned.metric), sites[planned.site]) for planned in plan.sites]
+    usual = with_defaults(plan)
+    runs = all(_feeds(build_metric(planned.metric), sites[planned.site]) for planned in usual.sites)
     border = math.ceil(_CHOOSING_SHARE * len(images))
-    with progress.task("calibrating", _steps([len(found) for found in variants], len(images), default)) as task:
+    with progress.task(
+        "calibrating", _steps([len(found) for found in variants], len(images), len(_RANDOM_SEEDS) + 1 + runs)
+    ) as task:
         run = _Run(model, images, _outputs(model, images, batch_size, task), batch_size, task)
         choices: list[SiteChoice] = []
         for planned, candidates in zip(plan.sites, variants, strict=True):
@@ -179,14 +179,14 @@ def calibrate(
             choices.append(_choose(run, plan.with_metrics([*before, planned.metric]), candidates, border))
         result = run.check(plan.with_metrics([choice.chosen.part() for choice in choices]), border)
         draws = [run.check(plan.with_metric(part), border) for part in _random_parts()]
-        usual = run.check(plan.with_metric(default.part()), border) if default else None
+        default = run.check(usual, border) if runs else None
     random = _mean_of(draws)
     sigmas = _sigmas(random.divergences, result.divergences)
     return Calibration(
         sites=tuple(choices),
         result=result,
         random=random,
-        default=usual,
+        default=default,
         sigmas=sigmas,
         clear=sigmas >= _CLEAR_SIGMAS and result.divergence <= _CLEAR_SHARE * random.divergence,
         images=len(images),
@@ -302,10 +302,9 @@ def _outputs(model: nn.Module, images: Tensor, batch_size: int, task: Task) -> T
     return torch.cat(parts)
 
 
-def _steps(variants: Sequence[int], images: int, default: Metric | None) -> int:
-    """Images that go through a model or a branch of it, all rounds and the dense pass together."""
+def _steps(variants: Sequence[int], images: int, checks: int) -> int:
+    """Images that go through a model or a branch of it: the dense pass, all rounds, and the checks in the end."""
     border = math.ceil(_CHOOSING_SHARE * images)
-    checks = 1 + len(_RANDOM_SEEDS) + (default is not None)
     steps = images + checks * (images - border)
     for count in variants:
         seen, alive = 0, count

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli import artifact, checkpoint, measure
-from repshift_cli.attach import CompressedModel, attach, check_feeds
+from repshift_cli.attach import CompressedModel, attach, check_feeds, check_parts, has_open_fields, with_defaults
 from repshift_cli.calibrate import Calibration, agreement, calibrate, divergence
 from repshift_cli.checkpoint import LoadedModel, ModelDescription, Source
 from repshift_cli.data.images import ImageBatch, load_images
@@ -19,12 +19,11 @@ from repshift_cli.errors import CheckFailed, CheckpointError, DataError, ModelEr
 from repshift_cli.families import Family, match
 from repshift_cli.files import check_output
 from repshift_cli.measure import Speedup, Spread, Subject
-from repshift_cli.metrics import Metric, build_metric
+from repshift_cli.metrics import build_metric
 from repshift_cli.plan import Plan, resolve
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.progress import Progress, Silent
 from repshift_cli.recipe import Recipe, default_recipe
-from repshift_cli.reducers import build_reducer
 
 __all__ = ["CompressReport", "Measured", "Settings", "Side", "compress", "compress_checkpoint"]
 
@@ -197,7 +196,6 @@ def compress(
             loaded.model,
             job.family,
             job.plan,
-            job.metric,
             images=images,
             identity=identity,
             batch_size=16,
@@ -224,16 +222,13 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
     recipe = Recipe.load(settings.recipe) if settings.recipe else None
     if recipe is not None:
         # what cannot be is said before the weights are read
-        build_metric(recipe.metric, recipe.place)
-        build_reducer(recipe.reducer, recipe.place)
+        check_parts(recipe)
     device, dtype = measure.resolve_device(settings.device), measure.resolve_dtype(settings.dtype)
     loaded = checkpoint.load(name, settings.model_name or (recipe.model if recipe else None), settings.heads)
     job = _Job(loaded, recipe, settings.force)
     if dry_run:
         if job.open:
-            job.notes.append(
-                f"the score is left to calibration; without images it is the paper's, {job.metric.with_defaults()}"
-            )
+            job.notes.append("the score is left to calibration; without images it is the paper's, as shown")
         return job.report(job.default_plan(), None, None, None)
     loaded.model.to(device=device, dtype=dtype)
     images = _Images(loaded, settings, wanted=job.open and settings.calibrate)
@@ -267,19 +262,18 @@ class _Job:
             )
         self.recipe = recipe
         self._check_model_name()
-        self.metric: Metric = build_metric(recipe.metric, recipe.place)
-        build_reducer(recipe.reducer, recipe.place)
+        check_parts(recipe)
         self.plan = resolve(recipe, layout)
         self._check_feeds()
 
     @property
     def open(self) -> bool:
         """Whether the recipe leaves something for calibration to choose."""
-        return len(self.metric.variants()) > 1
+        return has_open_fields(self.plan)
 
     def default_plan(self) -> Plan:
         """The plan with open fields as the paper has them."""
-        return self.plan.with_metric(self.metric.with_defaults().part())
+        return with_defaults(self.plan)
 
     def report(
         self, plan: Plan, calibration: Calibration | None, measured: Measured | None, output: Path | None
@@ -326,9 +320,10 @@ class _Job:
 
     def _check_feeds(self) -> None:
         sites = {site.name: site for site in self.family.sites(self.loaded.model)}
-        if not self.open:
-            for planned in self.plan.sites:
-                check_feeds(self.metric.variants()[0], sites[planned.site], self.recipe.place)
+        for planned in self.plan.sites:
+            metric = build_metric(planned.metric)
+            if len(metric.variants()) == 1:
+                check_feeds(metric, sites[planned.site], self.recipe.place)
 
 
 class _Images:
@@ -388,8 +383,8 @@ def _choose_metric(
     if images.for_calibration is None:
         why = "--no-calibrate was given" if not settings.calibrate else "there are no images of the model's own kind"
         job.notes.append(
-            f"NOT CALIBRATED: {why}. The paper's choice ({job.metric.with_defaults()}) is used; whether it keeps the "
-            "right tokens of this model was not checked. Give unlabelled images with --calibration DIR"
+            f"NOT CALIBRATED: {why}. The paper's choice is used; whether it keeps the right tokens of this "
+            "model was not checked. Give unlabelled images with --calibration DIR"
         )
         return job.default_plan(), None
     sample = next(job.loaded.model.parameters())
@@ -398,7 +393,6 @@ def _choose_metric(
         job.loaded.model,
         job.family,
         job.plan,
-        job.metric,
         images=tensor,
         identity=images.for_calibration.identity,
         batch_size=settings.batch_size,

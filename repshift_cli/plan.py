@@ -157,7 +157,7 @@ def _count(recipe: Recipe, layout: Layout, chosen: list[tuple[int, SiteInfo]]) -
                 layer=site.layer,
                 tokens_in=layout.prefix_tokens + patches,
                 tokens_out=layout.prefix_tokens + patches - dropped,
-                metric=recipe.metric,
+                metric=recipe.layers[index].metric or recipe.metric,
             )
         )
         patches -= dropped

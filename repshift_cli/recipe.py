@@ -61,11 +61,13 @@ class LayerDrop(_Strict):
         layer: index of the block from 0, or the name of the site (`blocks.3`).
         drop_ratio: share of the patch tokens that are there now; `floor(ratio * tokens)` go.
         keep_tokens: number of patch tokens that stay.
+        metric: the score at this site, where it is not that of the whole recipe.
     """
 
     layer: Annotated[StrictInt, Field(ge=0)] | StrictStr
     drop_ratio: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
     keep_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    metric: Part | None = None
 
     @model_validator(mode="after")
     def _one_amount(self) -> LayerDrop:
@@ -208,7 +210,7 @@ def _explain(detail: Any, kind: type[BaseModel], data: Any, place: Place, path: 
     if detail["type"] == "invalid_key":
         inner = (*inner[:-1], str(inner[-1]))
     where = (*path, *inner)
-    key = _dotted(where)
+    key = dotted(where)
     start = f"{place.at(where)}: "
     if detail["type"] in ("extra_forbidden", "invalid_key"):
         owner = _owner(kind, inner[:-1])
@@ -216,7 +218,7 @@ def _explain(detail: Any, kind: type[BaseModel], data: Any, place: Place, path: 
         hint = f"{nearest(str(inner[-1]), allowed)}Allowed keys: {', '.join(allowed)}."
         return RecipeError(f"{start}unknown key {key}", hint)
     if detail["type"] == "missing":
-        missing = _dotted((*path, *detail["loc"]))
+        missing = dotted((*path, *detail["loc"]))
         return RecipeError(f"{start}the key {missing} is missing")
     message = _PLAIN_WORDS.get(detail["type"]) or detail["msg"].removeprefix("Value error, ")
     message = message.replace("Input should", "should")
@@ -245,7 +247,8 @@ def _owner(kind: type[BaseModel], path: _Path) -> type[BaseModel]:
     return kind
 
 
-def _dotted(path: _Path) -> str:
+def dotted(path: _Path) -> str:
+    """A key path as people write it: `layers[0].metric.kind`."""
     text = ""
     for step in path:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else str(step)
@@ -295,7 +298,7 @@ def _collect_marks(
             inner = (*path, str(key.value))
             if inner in marks:
                 line = key.start_mark.line + 1
-                raise RecipeError(f"{name}:{line}:{key.start_mark.column + 1}: the key {_dotted(inner)} stands twice")
+                raise RecipeError(f"{name}:{line}:{key.start_mark.column + 1}: the key {dotted(inner)} stands twice")
             marks[inner] = (key.start_mark.line + 1, key.start_mark.column + 1)
             _collect_marks(value, inner, marks, name, seen)
     elif isinstance(node, yaml.SequenceNode):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from repshift_cli.errors import RecipeError
-from repshift_cli.recipe import Part, Place, nearest, validate
+from repshift_cli.recipe import Part, Place, dotted, nearest, validate
 
 __all__ = ["build_part", "members"]
 
@@ -27,19 +27,20 @@ def members(package: str, base: type[_Base]) -> Iterator[type[_Base]]:
                 yield value
 
 
-def build_part(part: Part, known: dict[str, Any], what: str, place: Place) -> Any:
+def build_part(part: Part, known: dict[str, Any], place: Place, path: tuple[str | int, ...]) -> Any:
     """The metric or reducer that a recipe names, with its options checked.
 
     Args:
         part: kind and options.
         known: pydantic models by kind.
-        what: key in the recipe, `metric` or `reducer`.
         place: where the recipe stands, for messages.
+        path: where the part stands in the recipe; its last key is `metric` or `reducer`.
 
     Raises:
         RecipeError: an unknown kind, or an option that cannot be.
     """
     if part.kind not in known:
         hint = f"{nearest(part.kind, known)}Allowed: {', '.join(known)}."
-        raise RecipeError(f"{place.at((what, 'kind'))}: {what}.kind: there is no {what} {part.kind!r}", hint)
-    return validate(known[part.kind], part.options, place, (what,))
+        where = (*path, "kind")
+        raise RecipeError(f"{place.at(where)}: {dotted(where)}: there is no {path[-1]} {part.kind!r}", hint)
+    return validate(known[part.kind], part.options, place, path)

@@ -11,10 +11,12 @@ import torch
 from tiny import PATCHES, VARIANTS, images, make_plan, make_recipe, tiny_vit
 from torch import Tensor, nn
 
-from repshift_cli.calibrate import Calibration, _sigmas, _steps, agreement, calibrate, divergence
+from repshift_cli.attach import attach
+from repshift_cli.calibrate import Calibration, _rounds, _sigmas, _steps, agreement, calibrate, divergence
 from repshift_cli.errors import DataError, RecipeError
 from repshift_cli.families import match
 from repshift_cli.metrics import build_metric
+from repshift_cli.plan import Plan
 from repshift_cli.progress import Silent
 from repshift_cli.recipe import Part
 
@@ -78,29 +80,36 @@ def planted(side: str) -> tuple[nn.Module, Tensor]:
 def run(
     model: nn.Module, batch: Tensor, metric: dict[str, object] | None = None, layers: str = LAYERS, batch_size: int = 16
 ) -> Calibration:
-    opened = build_metric(Part(kind="representation_shift", **(metric or {})))
-    plan = make_plan(model, make_recipe(layers))
+    plan = open_plan(model, metric or {}, layers)
     family, listener = match(model), Silent()
     return calibrate(
-        model, family, plan, opened, images=batch, identity={"where": "here"}, batch_size=batch_size, progress=listener
+        model, family, plan, images=batch, identity={"where": "here"}, batch_size=batch_size, progress=listener
     )
+
+
+def open_plan(model: nn.Module, metric: dict[str, object], layers: str = LAYERS) -> Plan:
+    """The plan of a recipe whose metric has only these fields filled."""
+    part = Part(kind="representation_shift", **metric)
+    return make_plan(model, make_recipe(layers)).with_metric(part)
 
 
 class TestChoice:
     @pytest.mark.parametrize("side", ["largest", "smallest"])
     def test_the_planted_polarity_is_found(self, side: str) -> None:
         found = run(*planted(side), OPEN_POLARITY)
-        assert found.chosen.polarity == side
+        (choice,) = found.sites
+        assert choice.chosen.polarity == side
         assert found.clear
-        assert found.candidates[0].divergence < 0.5 * found.random.divergence
-        assert found.candidates[0].agreement == 1.0
-        assert found.candidates[1].agreement < 0.6
+        assert found.result.divergence < 0.5 * found.random.divergence
+        assert found.result.agreement == 1.0
+        assert choice.candidates[1].agreement < 0.6
 
     @pytest.mark.parametrize("side", ["largest", "smallest"])
     def test_it_is_found_among_all_thirty(self, side: str) -> None:
         found = run(*planted(side))
-        assert len(found.candidates) == 30
-        assert found.chosen.polarity == side
+        (choice,) = found.sites
+        assert len(choice.candidates) == 30
+        assert choice.chosen.polarity == side
         assert found.clear
 
     def test_where_nothing_tells_the_tokens_apart_it_is_not_clear(self) -> None:
@@ -112,8 +121,8 @@ class TestChoice:
         model, batch = tiny_vit(), images(24)
         first, again, other = run(model, batch), run(model, batch), run(model, batch, batch_size=5)
         assert first.to_dict() == again.to_dict()
-        assert first.chosen == other.chosen
-        assert first.candidates[0].divergence == pytest.approx(other.candidates[0].divergence, rel=1e-3)
+        assert first.parts == other.parts
+        assert first.result.divergence == pytest.approx(other.result.divergence, rel=1e-3)
 
     def test_the_model_is_left_as_it_was(self) -> None:
         model = tiny_vit()
@@ -126,35 +135,71 @@ class TestChoice:
 
 class TestRounds:
     @pytest.mark.parametrize(
-        ("count", "seen"), [(128, [16, 48, 128]), (24, [3, 9, 24]), (8, [1, 3, 8]), (9, [2, 4, 9])]
+        ("count", "seen", "checked"),
+        [(128, [8, 24, 64], 64), (24, [2, 5, 12], 12), (8, [1, 2, 4], 4), (9, [1, 2, 5], 4)],
     )
-    def test_fewer_candidates_see_more_images(self, count: int, seen: list[int]) -> None:
-        found = run(tiny_vit(), images(count), layers="[{layer: 0, keep_tokens: 12}]")
-        numbers = [len(candidate.divergences) for candidate in found.candidates]
-        assert numbers == [seen[2]] * 3 + [seen[1]] * 3 + [seen[0]] * 24
-        assert len(found.random.divergences) == count
-        assert all(len(result.agreeing) == len(result.divergences) for result in found.candidates)
+    def test_fewer_candidates_see_more_images(self, count: int, seen: list[int], checked: int) -> None:
+        found = run(tiny_vit(), images(count), layers="[{layer: 0, keep_tokens: 12}, {layer: 2, keep_tokens: 9}]")
+        for choice in found.sites:
+            numbers = [len(candidate.divergences) for candidate in choice.candidates]
+            assert numbers == [seen[2]] * 2 + [seen[1]] * 3 + [seen[0]] * 25
+            assert all(len(result.agreeing) == len(result.divergences) for result in choice.candidates)
+        assert [len(each.divergences) for each in (found.result, found.random, found.default)] == [checked] * 3
 
     def test_the_best_of_the_last_round_is_chosen(self) -> None:
-        found = run(tiny_vit(), images(32))
-        assert found.chosen == found.candidates[0].metric
-        last = found.candidates[:3]
+        (choice,) = run(tiny_vit(), images(32)).sites
+        assert choice.chosen == choice.candidates[0].metric
+        last = choice.candidates[:2]
         assert [result.divergence for result in last] == sorted(result.divergence for result in last)
+
+    def test_a_candidate_in_a_branch_is_what_it_is_alone(self) -> None:
+        """Branches share what lies before the site; each must still be the model with that metric alone."""
+        model, batch = tiny_vit(), images(16)
+        layers = "[{layer: 0, keep_tokens: 12}, {layer: 2, keep_tokens: 7}]"
+        found = run(model, batch, layers=layers)
+        plan = make_plan(model, make_recipe(layers))
+        with torch.no_grad():
+            reference = model(batch)
+        for candidate in found.sites[1].candidates:
+            compressed = attach(model, plan.with_metrics([found.parts[0], candidate.metric.part()]))
+            with torch.no_grad():
+                alone = divergence(reference, compressed(batch), has_head=True)
+            compressed.detach()
+            assert candidate.divergences == pytest.approx(alone[: len(candidate.divergences)].tolist(), abs=1e-5)
+
+    def test_the_result_is_judged_on_images_that_took_no_part(self) -> None:
+        model, batch = tiny_vit(), images(16)
+        found = run(model, batch)
+        compressed = attach(model, make_plan(model, make_recipe(LAYERS)).with_metrics(found.parts))
+        with torch.no_grad():
+            output = compressed(batch[8:])
+            with compressed.dense():
+                wanted = divergence(compressed(batch[8:]), output, has_head=True)
+        assert found.result.divergences == pytest.approx(wanted.tolist(), abs=1e-5)
 
     @pytest.mark.parametrize("count", [8, 11, 40])
     @pytest.mark.parametrize("metric", [{}, OPEN_POLARITY, {"operation": "mlp", "distance": "l2"}])
     def test_announced_steps_are_made(self, metric: dict[str, object], count: int) -> None:
         model, progress = tiny_vit(), Counting()
-        opened = build_metric(Part(kind="representation_shift", **metric))
-        plan = make_plan(model, make_recipe(LAYERS))
-        batch = images(count)
-        calibrate(model, match(model), plan, opened, images=batch, identity={}, batch_size=7, progress=progress)
-        assert progress.made == progress.announced == _steps(len(opened.variants()), count)
+        plan = open_plan(model, metric)
+        candidates = len(build_metric(plan.sites[0].metric).variants())
+        calibrate(model, match(model), plan, images=images(count), identity={}, batch_size=7, progress=progress)
+        expected = _steps([candidates], count, checks=4)
+        assert progress.made == progress.announced == expected
+
+    def test_rounds_never_shrink(self) -> None:
+        for count in range(4, 200):
+            seen = [until for until, _ in _rounds(count)]
+            assert seen == sorted(seen)
+            assert seen[0] >= 1
+            assert seen[-1] == count
 
     def test_blocks_that_hide_their_parts_leave_the_whole_block(self) -> None:
         found = run(tiny_vit(**VARIANTS["parallel_things_block"]), images(8))
-        assert {candidate.metric.part().options["operation"] for candidate in found.candidates} == {"block"}
-        assert len(found.candidates) == 6
+        (choice,) = found.sites
+        assert {candidate.metric.part().options["operation"] for candidate in choice.candidates} == {"block"}
+        assert len(choice.candidates) == 6
+        assert found.default is None  # the paper's choice needs the MLP
 
 
 class TestRefusals:
@@ -165,7 +210,7 @@ class TestRefusals:
         assert caught.value.exit_code == 4
 
     def test_no_variant_can_run(self) -> None:
-        with pytest.raises(RecipeError, match="no variant of representation_shift can run"):
+        with pytest.raises(RecipeError, match=r"no variant of representation_shift can run at blocks\.0"):
             run(tiny_vit(**VARIANTS["parallel_things_block"]), images(8), {"operation": "mlp"})
 
 
@@ -188,8 +233,8 @@ class TestMeasures:
 
     def test_a_model_without_a_head_has_no_agreement(self) -> None:
         found = run(tiny_vit(num_classes=0), images(8), OPEN_POLARITY)
-        assert found.candidates[0].agreement is None
-        assert math.isfinite(found.candidates[0].divergence)
+        assert found.result.agreement is None
+        assert math.isfinite(found.result.divergence)
 
     def test_sigmas(self) -> None:
         assert _sigmas([2.0, 4.0], [1.0, 1.0]) == pytest.approx(2.0)
@@ -200,8 +245,11 @@ class TestMeasures:
 
 def test_the_record_holds_what_was_measured() -> None:
     record = run(tiny_vit(), images(16), OPEN_POLARITY).to_dict()
-    assert record.keys() == {"chosen", "clear", "sigmas", "images", "data", "random", "candidates"}
+    assert record.keys() == {"clear", "sigmas", "images", "data", "checked", "sites"}
     assert record["data"] == {"where": "here"}
-    assert record["chosen"]["kind"] == "representation_shift"
-    assert record["candidates"][0].keys() == {"metric", "images", "divergence", "agreement"}
-    assert record["random"].keys() == {"images", "divergence", "agreement"}
+    assert record["checked"].keys() == {"chosen", "random", "default"}
+    assert record["checked"]["chosen"].keys() == {"images", "divergence", "agreement"}
+    (site,) = record["sites"]
+    assert site.keys() == {"site", "chosen", "candidates"}
+    assert site["chosen"]["kind"] == "representation_shift"
+    assert site["candidates"][0].keys() == {"metric", "images", "divergence", "agreement"}

@@ -59,7 +59,7 @@ def naive_shift(block: nn.Module, stream: Tensor, operation: str, distance: str,
 def scores_at(model: CompressedModel, batch: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """What the metric returned at each site."""
     found: list[Tensor] = []
-    kind = type(model._hooks[0].metric)
+    kind = type(model._hooks[0].metrics[0])
     score: Callable[..., Tensor] = kind.score
 
     def watch(self: Any, *arguments: Any) -> Tensor:

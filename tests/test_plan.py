@@ -71,10 +71,12 @@ def test_a_plan_follows_the_tokens(data: st.DataObject, patches: int, prefix: in
 
 def test_the_papers_schedule_on_deit() -> None:
     plan = resolve(Recipe.load("deit_small_paper"), layout())
+    score = {"kind": "representation_shift", "operation": "mlp", "distance": "l2"}
+    score |= {"reading": "update", "polarity": "largest"}
     assert plan.summary() == [
-        {"site": "blocks.0", "layer": 0, "tokens_in": 197, "tokens_out": 158},
-        {"site": "blocks.3", "layer": 3, "tokens_in": 158, "tokens_out": 127},
-        {"site": "blocks.6", "layer": 6, "tokens_in": 127, "tokens_out": 102},
+        {"site": "blocks.0", "layer": 0, "tokens_in": 197, "tokens_out": 158, "metric": score},
+        {"site": "blocks.3", "layer": 3, "tokens_in": 158, "tokens_out": 127, "metric": score},
+        {"site": "blocks.6", "layer": 6, "tokens_in": 127, "tokens_out": 102, "metric": score},
     ]
     assert plan.tokens_at(12) == (197, 158, 158, 158, 127, 127, 127, 102, 102, 102, 102, 102, 102)
 
@@ -133,8 +135,23 @@ def test_with_metric_changes_the_score_at_each_site_and_nothing_else() -> None:
     plan = resolve(recipe("[{layer: 0, drop_ratio: 0.2}, {layer: 3, drop_ratio: 0.2}]"), layout())
     changed = plan.with_metric(Part(kind="random", seed=3))
     assert {site.metric for site in changed.sites} == {Part(kind="random", seed=3)}
-    assert changed.summary() == plan.summary()
+    assert counts(changed) == counts(plan)
     assert plan.sites[0].metric.kind == "representation_shift"
+
+
+def test_with_metrics_gives_each_site_its_own_and_may_end_earlier() -> None:
+    plan = resolve(recipe("[{layer: 0, drop_ratio: 0.2}, {layer: 3, drop_ratio: 0.2}]"), layout())
+    parts = [Part(kind="random", seed=1), Part(kind="random", seed=2)]
+    assert [site.metric for site in plan.with_metrics(parts).sites] == parts
+    assert counts(plan.with_metrics(parts)) == counts(plan)
+    assert counts(plan.with_metrics(parts[:1])) == counts(plan)[:1]
+
+
+def test_a_layer_may_have_a_score_of_its_own() -> None:
+    layers = "[{layer: 0, drop_ratio: 0.2, metric: {kind: random, seed: 4}}, {layer: 3, drop_ratio: 0.2}]"
+    plan = resolve(recipe(layers), layout())
+    assert [site.metric.kind for site in plan.sites] == ["random", "representation_shift"]
+    assert plan.sites[0].metric.options == {"seed": 4}
 
 
 def stored(**changes: Any) -> dict[str, Any]:

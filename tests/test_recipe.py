@@ -7,6 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from repshift_cli.attach import check_parts
 from repshift_cli.errors import RecipeError
 from repshift_cli.metrics import build_metric, metric_kinds
 from repshift_cli.recipe import LayerDrop, Recipe, default_recipe, nearest, shipped_recipes
@@ -169,6 +170,20 @@ json_like = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("{kind: mlp}", r"r\.yaml:3:42: layers\[0\]\.metric\.kind: there is no metric 'mlp'"),
+        ("{kind: random, sed: 3}", r"r\.yaml:3:56: unknown key layers\[0\]\.metric\.sed"),
+        ("{kind: token_norm, polarity: up}", r"r\.yaml:3:60: layers\[0\]\.metric\.polarity: should be"),
+    ],
+)
+def test_the_score_of_one_layer_is_checked_in_its_place(metric: str, message: str) -> None:
+    text = f"version: 1\nlayers:\n  - {{layer: 0, drop_ratio: 0.2, metric: {metric}}}\n"
+    with pytest.raises(RecipeError, match=message):
+        check_parts(Recipe.parse(text, "r.yaml"))
 
 
 @given(st.sampled_from(["version", "metric", "reducer", "layers", "model", "description"]), json_like)

@@ -35,13 +35,11 @@ def show(
 @app.command()
 def check(file: Annotated[str, typer.Argument(help="A recipe file or a shipped name.")]) -> None:
     """Check a recipe without a model: keys, types, metric and reducer."""
-    from repshift_cli.metrics import build_metric
+    from repshift_cli.attach import check_parts
     from repshift_cli.recipe import Recipe
-    from repshift_cli.reducers import build_reducer
 
     recipe = Recipe.load(file)
-    build_metric(recipe.metric, recipe.place)
-    build_reducer(recipe.reducer, recipe.place)
+    check_parts(recipe)
     typer.echo(f"{file}: fine ({len(recipe.layers)} sites)")
 
 

@@ -121,11 +121,11 @@ def metric_kinds() -> dict[str, type[Metric]]:
     return {found.kind: found for found in members("repshift_cli.metrics", Metric)}  # type: ignore[type-abstract]
 
 
-def build_metric(part: Part, place: Place | None = None) -> Metric:
-    """The metric that a recipe names.
+def build_metric(part: Part, place: Place | None = None, path: tuple[str | int, ...] = ("metric",)) -> Metric:
+    """The metric that a recipe names at `path`.
 
     Raises:
         RecipeError: an unknown kind or option, with its place in the recipe.
     """
-    metric: Metric = build_part(part, metric_kinds(), "metric", place or Place("metric", {}))
+    metric: Metric = build_part(part, metric_kinds(), place or Place("metric", {}), path)
     return metric

@@ -47,5 +47,5 @@ def build_reducer(part: Part, place: Place | None = None) -> Reducer:
     Raises:
         RecipeError: an unknown kind or option, with its place in the recipe.
     """
-    reducer: Reducer = build_part(part, reducer_kinds(), "reducer", place or Place("reducer", {}))
+    reducer: Reducer = build_part(part, reducer_kinds(), place or Place("reducer", {}), ("reducer",))
     return reducer

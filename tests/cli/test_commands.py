@@ -122,7 +122,7 @@ class TestCompress:
         outcome = cli("compress", dense, "--calibration", pictures, *QUICK, "--force", "--json")
         assert outcome.rc == 0, outcome.stderr
         found = json.loads(outcome.stdout)["calibration"]
-        assert len(found["candidates"]) == 30
+        assert all(len(site["candidates"]) == 30 for site in found["sites"])
         assert found["images"] == 16
 
     def test_the_builtin_model_calibrates_itself(self, shell: Command, tmp_path: Path) -> None:
@@ -130,7 +130,9 @@ class TestCompress:
         assert outcome.rc == 0, outcome.stderr
         document = json.loads(outcome.stdout)
         assert document["calibration"]["clear"] is True
-        assert document["calibration"]["chosen"]["polarity"] in ("largest", "smallest")
+        chosen = [site["chosen"] for site in document["calibration"]["sites"]]
+        assert chosen == [row["metric"] for row in document["plan"]]
+        assert {metric["polarity"] for metric in chosen} == {"largest", "smallest"}
         assert document["agreement"] > 0.8
         assert document["ratio"]["macs"] > 1.2
 
