@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 import torch
 from _results import provenance, table, write_section
 
-from repshift_cli.artifact import compress_dense
 from repshift_cli.benchmark import (
     BenchReport,
     BenchSettings,
@@ -28,6 +27,7 @@ from repshift_cli.benchmark import (
     contenders_of,
     run_bench,
 )
+from repshift_cli.compression import compress_dense
 from repshift_cli.measure import Speedup, Spread, speedup
 from repshift_cli.progress import Progress
 from repshift_cli.ui import Screen

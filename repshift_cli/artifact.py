@@ -22,19 +22,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from repshift_cli import checkpoint
-from repshift_cli.attach import CompressedModel, attach, check_parts, with_defaults
+from repshift_cli.attach import CompressedModel, attach
 from repshift_cli.checkpoint import FORMAT_VERSION, METADATA_KEY, LoadedModel
 from repshift_cli.errors import CheckpointError, OutputError, RecipeError
 from repshift_cli.families import match
 from repshift_cli.files import atomic_output
-from repshift_cli.plan import Plan, resolve
+from repshift_cli.plan import Plan
 from repshift_cli.recipe import Recipe
 
 __all__ = [
     "FORMAT_VERSION",
     "Opened",
     "attach_loaded",
-    "compress_dense",
     "load",
     "make_document",
     "open_model",
@@ -105,22 +104,6 @@ def load(path: str | Path) -> CompressedModel:
     if opened.compressed is None:
         raise CheckpointError(f"{path} is a dense checkpoint", "Compress it first, or load it with timm.")
     return opened.compressed
-
-
-def compress_dense(name: str | Path, *, recipe_name: str | Path, model_name: str | None = None) -> Opened:
-    """Load a dense model and attach a recipe, uncalibrated: open choices are taken as the paper has them.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be loaded or is compressed already.
-        RecipeError: the recipe cannot be followed.
-    """
-    recipe = Recipe.load(recipe_name)
-    loaded = checkpoint.load(name, model_name)
-    if stored_plan(loaded) is not None:
-        raise CheckpointError(f"{name} is compressed already", "Give the dense checkpoint, or leave the recipe out.")
-    check_parts(recipe)
-    plan = with_defaults(resolve(recipe, match(loaded.model).layout(loaded.model)))
-    return Opened(loaded, attach_loaded(loaded, plan))
 
 
 def stored_plan(loaded: LoadedModel) -> Plan | None:

@@ -7,7 +7,7 @@ code runs unchanged, so a library's next version does not rot a copied `forward`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,7 @@ __all__ = [
     "branch",
     "check_feeds",
     "check_parts",
+    "feeds",
     "has_open_fields",
     "with_defaults",
 ]
@@ -293,25 +294,38 @@ def has_open_fields(plan: Plan) -> bool:
     return any(len(build_metric(planned.metric).variants()) > 1 for planned in plan.sites)
 
 
-def with_defaults(plan: Plan) -> Plan:
-    """The plan with the open fields of its metrics as the paper has them."""
-    return plan.with_metrics([build_metric(planned.metric).with_defaults().part() for planned in plan.sites])
+def with_defaults(plan: Plan, sites: Mapping[str, Site]) -> Plan:
+    """The plan with the open fields of its metrics as the paper has them, or as a site allows where it cannot."""
+    chosen = []
+    for planned in plan.sites:
+        metric = build_metric(planned.metric)
+        choices = [metric.with_defaults(), *metric.variants()]
+        chosen.append(next((choice for choice in choices if feeds(choice, sites[planned.site])), choices[0]).part())
+    return plan.with_metrics(chosen)
 
 
-def check_feeds(metric: Metric, site: Site, place: Place | None = None) -> None:
-    """Refuse a metric that asks for a tensor which the block at `site` cannot show.
+def feeds(metric: Metric, site: Site) -> bool:
+    """Whether the block at `site` can show every tensor that the metric asks for."""
+    return metric.taps() <= {"block_input", "block_output", *site.probes}
+
+
+def check_feeds(
+    metric: Metric, site: Site, place: Place | None = None, path: tuple[str | int, ...] = ("metric",)
+) -> None:
+    """Refuse a metric, which stands at `path` of a recipe, if the block at `site` can feed no variant of it.
 
     Raises:
         RecipeError: with the reason that the family gives.
     """
-    lacking = sorted(metric.taps() - set(site.probes) - {"block_input", "block_output"})
-    if lacking:
-        reason = site.missing.get(lacking[0]) or site.missing.get("*", "the family does not show it")
-        where = f"{place.at(('metric',))}: " if place else ""
-        raise RecipeError(
-            f"{where}{metric.kind} needs {lacking[0]}, which {site.name} cannot show: {reason}",
-            "representation_shift with operation: block works on every block.",
-        )
+    if any(feeds(variant, site) for variant in metric.variants()):
+        return
+    lacking = min(metric.variants()[0].taps() - set(site.probes) - {"block_input", "block_output"})
+    reason = site.missing.get(lacking) or site.missing.get("*", "the family does not show it")
+    where = f"{place.at(path)}: " if place else ""
+    raise RecipeError(
+        f"{where}{metric.kind} needs {lacking}, which {site.name} cannot show: {reason}",
+        "representation_shift with operation: block works on every block.",
+    )
 
 
 def _check_fit(plan: Plan, layout: Layout) -> None:

@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repshift_cli.attach import attach, branch, with_defaults
-from repshift_cli.errors import DataError, RecipeError
+from repshift_cli.attach import attach, branch, feeds, with_defaults
+from repshift_cli.errors import CheckFailed, DataError, RecipeError
 from repshift_cli.families import Family, Site
 from repshift_cli.metrics import Metric, build_metric
 from repshift_cli.plan import Plan
 from repshift_cli.progress import Progress, Task
 from repshift_cli.recipe import Part
 
-__all__ = ["Calibration", "CandidateResult", "SiteChoice", "agreement", "calibrate", "divergence"]
+__all__ = ["Calibration", "CandidateResult", "Outcome", "SiteChoice", "agreement", "calibrate", "divergence"]
 
 _ROUNDS = ((1 / 8, 5), (3 / 8, 2), (1.0, 1))
 """Share of the choosing images that have been seen after each round, and how many candidates survive it."""
@@ -44,15 +44,14 @@ _MIN_IMAGES = 8
 
 
 @dataclass
-class CandidateResult:
-    """One candidate and how far its predictions are from the dense model's, image by image.
+class Outcome:
+    """How far predictions are from the dense model's, image by image.
 
     Attributes:
         divergences: per image: KL(dense || compressed) in nats, or one minus the cosine where there is no head.
         agreeing: per image: 1.0 where the predicted class is the same. Empty where there is no head.
     """
 
-    metric: Metric
     divergences: list[float] = field(default_factory=list)
     agreeing: list[float] = field(default_factory=list)
 
@@ -66,16 +65,23 @@ class CandidateResult:
         """Share of unchanged predictions."""
         return math.fsum(self.agreeing) / len(self.agreeing) if self.agreeing else None
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"metric": self.metric.part().model_dump(), **self.numbers()}
-
     def numbers(self) -> dict[str, Any]:
         """Images seen, mean divergence and share of unchanged predictions."""
         return {
             "images": len(self.divergences),
-            "divergence": round(self.divergence, 6),
+            "divergence": round(self.divergence, 6) if math.isfinite(self.divergence) else None,
             "agreement": None if self.agreement is None else round(self.agreement, 6),
         }
+
+
+@dataclass
+class CandidateResult(Outcome):
+    """One candidate and what it does."""
+
+    metric: Metric = field(kw_only=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"metric": self.metric.part().model_dump(), **self.numbers()}
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ class Calibration:
         sites: the choice at each site.
         result: all choices together, on the images that took no part in choosing.
         random: the same cost with tokens dropped at random, mean of several draws, on the same images.
-        default: the recipe's open fields as the paper has them, on the same images; None where the model cannot.
+        default: what would be used without calibration, on the same images.
         sigmas: how many standard errors the result is better than random, over paired images.
         clear: whether that is a clear margin.
         images: how many images were used, for choosing and checking together.
@@ -111,9 +117,9 @@ class Calibration:
     """
 
     sites: tuple[SiteChoice, ...]
-    result: CandidateResult
-    random: CandidateResult
-    default: CandidateResult | None
+    result: Outcome
+    random: Outcome
+    default: Outcome
     sigmas: float
     clear: bool
     images: int
@@ -132,7 +138,7 @@ class Calibration:
             "sigmas": round(self.sigmas, 2),
             "images": self.images,
             "data": dict(self.identity),
-            "checked": {name: result.numbers() if result else None for name, result in checked.items()},
+            "checked": {name: result.numbers() for name, result in checked.items()},
             "sites": [choice.to_dict() for choice in self.sites],
         }
 
@@ -160,26 +166,28 @@ def calibrate(
     Raises:
         DataError: too few images.
         RecipeError: no candidate can run on this model.
+        CheckFailed: the dense model itself returns values that are not finite.
     """
     if len(images) < _MIN_IMAGES:
         raise DataError(f"calibration needs at least {_MIN_IMAGES} images, there are {len(images)}")
     begin = time.monotonic()
+    sample = next(model.parameters())
+    images = images.to(device=sample.device, dtype=sample.dtype)
     sites = {site.name: site for site in family.sites(model)}
     variants = [_runnable(build_metric(planned.metric), sites[planned.site]) for planned in plan.sites]
-    usual = with_defaults(plan)
-    runs = all(_feeds(build_metric(planned.metric), sites[planned.site]) for planned in usual.sites)
     border = math.ceil(_CHOOSING_SHARE * len(images))
-    with progress.task(
-        "calibrating", _steps([len(found) for found in variants], len(images), len(_RANDOM_SEEDS) + 1 + runs)
-    ) as task:
-        run = _Run(model, images, _outputs(model, images, batch_size, task), batch_size, task)
+    with progress.task("calibrating", _steps([len(found) for found in variants], len(images))) as task:
+        reference = _outputs(model, images, batch_size, task)
+        if not bool(reference.isfinite().all()):
+            raise CheckFailed("the dense model returns values that are not finite", "Calibrate in float32.")
+        run = _Run(model, images, reference, batch_size, task)
         choices: list[SiteChoice] = []
         for planned, candidates in zip(plan.sites, variants, strict=True):
             before = [choice.chosen.part() for choice in choices]
             choices.append(_choose(run, plan.with_metrics([*before, planned.metric]), candidates, border))
         result = run.check(plan.with_metrics([choice.chosen.part() for choice in choices]), border)
         draws = [run.check(plan.with_metric(part), border) for part in _random_parts()]
-        default = run.check(usual, border) if runs else None
+        default = run.check(with_defaults(plan, sites), border)
     random = _mean_of(draws)
     sigmas = _sigmas(random.divergences, result.divergences)
     return Calibration(
@@ -197,7 +205,9 @@ def calibrate(
 
 def _choose(run: _Run, plan: Plan, variants: Sequence[Metric], count: int) -> SiteChoice:
     """The best metric for the last site of the plan, on the first `count` images."""
-    candidates = [CandidateResult(variant) for variant in variants]
+    candidates = [CandidateResult(metric=variant) for variant in variants]
+    if len(candidates) == 1:
+        return SiteChoice(plan.sites[-1].site, tuple(candidates))
     alive, seen = candidates, 0
     for until, survivors in _rounds(count):
         run.compare(plan, alive, seen, until)
@@ -246,7 +256,7 @@ class _Run:
     def compare(self, plan: Plan, candidates: Sequence[CandidateResult], start: int, stop: int) -> None:
         """Append to each candidate for the last site what the images from `start` to `stop` show."""
         branched = branch(self.model, plan, [candidate.metric for candidate in candidates])
-        # as many rows at a time as four plain batches have, whatever the number of candidates
+        # about as many rows at a time as four plain batches have, whatever the number of candidates
         size = max(1, 4 * self.batch_size // len(candidates))
         try:
             for first in range(start, stop, size):
@@ -258,20 +268,21 @@ class _Run:
         finally:
             branched.detach()
 
-    def check(self, plan: Plan, start: int) -> CandidateResult:
+    def check(self, plan: Plan, start: int) -> Outcome:
         """A whole plan on the images from `start` on."""
         compressed = attach(self.model, plan)
         try:
             output = _outputs(compressed, self.images[start:], self.batch_size, self.task)
         finally:
             compressed.detach()
-        result = CandidateResult(build_metric(plan.sites[0].metric))
+        result = Outcome()
         self._note(result, start, output)
         return result
 
-    def _note(self, candidate: CandidateResult, start: int, output: Tensor) -> None:
+    def _note(self, candidate: Outcome, start: int, output: Tensor) -> None:
         wanted = self.reference[start : start + len(output)]
-        candidate.divergences += divergence(wanted, output, self.has_head).tolist()
+        far = divergence(wanted, output, self.has_head)
+        candidate.divergences += torch.where(far.isfinite(), far, math.inf).tolist()
         if self.has_head:
             candidate.agreeing += agreement(wanted, output).tolist()
 
@@ -282,16 +293,12 @@ def _random_parts() -> list[Part]:
 
 def _runnable(metric: Metric, site: Site) -> list[Metric]:
     """The variants that a site can feed."""
-    found = [variant for variant in metric.variants() if _feeds(variant, site)]
+    found = [variant for variant in metric.variants() if feeds(variant, site)]
     if not found:
         raise RecipeError(
             f"no variant of {metric.kind} can run at {site.name} of this model", "operation: block always can."
         )
     return found
-
-
-def _feeds(metric: Metric, site: Site) -> bool:
-    return metric.taps() <= {"block_input", "block_output", *site.probes}
 
 
 def _outputs(model: nn.Module, images: Tensor, batch_size: int, task: Task) -> Tensor:
@@ -302,11 +309,12 @@ def _outputs(model: nn.Module, images: Tensor, batch_size: int, task: Task) -> T
     return torch.cat(parts)
 
 
-def _steps(variants: Sequence[int], images: int, checks: int) -> int:
+def _steps(variants: Sequence[int], images: int) -> int:
     """Images that go through a model or a branch of it: the dense pass, all rounds, and the checks in the end."""
     border = math.ceil(_CHOOSING_SHARE * images)
+    checks = 2 + len(_RANDOM_SEEDS)
     steps = images + checks * (images - border)
-    for count in variants:
+    for count in (count for count in variants if count > 1):
         seen, alive = 0, count
         for until, survivors in _rounds(border):
             steps += alive * (until - seen)
@@ -314,11 +322,10 @@ def _steps(variants: Sequence[int], images: int, checks: int) -> int:
     return steps
 
 
-def _mean_of(draws: list[CandidateResult]) -> CandidateResult:
+def _mean_of(draws: list[Outcome]) -> Outcome:
     columns = zip(*(draw.divergences for draw in draws), strict=True)
     agreeing = zip(*(draw.agreeing for draw in draws), strict=True)
-    return CandidateResult(
-        draws[0].metric,
+    return Outcome(
         [math.fsum(column) / len(column) for column in columns],
         [math.fsum(column) / len(column) for column in agreeing],
     )
@@ -328,6 +335,8 @@ def _sigmas(worse: list[float], better: list[float]) -> float:
     """By how many standard errors the paired mean of `worse - better` lies above zero."""
     gaps = [first - second for first, second in zip(worse, better, strict=True)]
     mean = math.fsum(gaps) / len(gaps)
+    if not math.isfinite(mean):
+        return 99.0 if mean > 0 else 0.0
     variance = math.fsum((gap - mean) ** 2 for gap in gaps) / max(len(gaps) - 1, 1)
     if variance == 0.0:
         return math.copysign(99.0, mean) if mean else 0.0

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from repshift_cli.errors import CheckpointError, UsageError
-from repshift_cli.identify import Identity, identify
+from repshift_cli.identify import Identity, check_heads, create, identify
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.recipe import nearest
 
@@ -52,6 +52,7 @@ BUILTIN = {
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
+_MOST_WRAPPERS = 8  # a pickle can hold a mapping that holds itself
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 _SHOWN_KEYS = 5
 
@@ -129,7 +130,9 @@ class LoadedModel:
     document: dict[str, Any] | None = None
 
 
-def load(name: str | Path, model_name: str | None = None, heads: int | None = None) -> LoadedModel:
+def load(
+    name: str | Path, model_name: str | None = None, heads: int | None = None, fallback_name: str | None = None
+) -> LoadedModel:
     """Load a dense model from a file, a folder, a timm name or a `builtin:` name.
 
     A compressed checkpoint gives its dense model; its plan is in `document`.
@@ -138,26 +141,29 @@ def load(name: str | Path, model_name: str | None = None, heads: int | None = No
         name: what to load.
         model_name: timm name to use where the file does not tell.
         heads: attention heads, for a shape that no convention covers.
+        fallback_name: timm name that a recipe gives. Only where nothing else tells which model it is, and only if
+            the weights fit it.
 
     Raises:
-        CheckpointError: the file is missing, damaged, unsafe, or fits no model that is known.
+        CheckpointError: the file is missing, damaged, unsafe, or fits no model that is known; or `heads` are not
+            those of the model that it is.
         UsageError: an unknown `builtin:` name, or a `model_name` that timm does not have.
     """
     _check_model_name(model_name)
     text = str(name)
     if text.startswith("builtin:"):
-        return _load_builtin(text)
+        return _load_builtin(text, heads)
     path = Path(name)
     try:
         is_folder, is_there = path.is_dir(), path.exists()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     if is_folder:
-        return _load_folder(path, model_name)
+        return _load_folder(path, model_name, heads)
     if is_there:
-        return _from_weights(read_weights(path), model_name, heads, hint=path.stem)
+        return _from_weights(read_weights(path), model_name, heads, path.stem, fallback_name)
     if _is_timm_name(text):
-        return _load_timm(text)
+        return _load_timm(text, heads)
     raise _not_found(text)
 
 
@@ -198,26 +204,16 @@ def build(description: ModelDescription, tensors: Mapping[str, Tensor], where: s
         raise CheckpointError(f"{where}: timm has no model named {description.architecture!r}")
     try:
         with torch.device("meta"):
-            model = _construct(description)
+            model = create(description.architecture, description.args, where)
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{where}: {description.name} cannot be built: {error}") from error
     _check_fit(model, tensors, description.name, where)
     model.load_state_dict(dict(tensors), strict=True, assign=True)
     if any(buffer.is_meta for buffer in model.buffers()):
         # A buffer that is not stored has to be computed, which needs a real device.
-        model = _construct(description)
+        model = create(description.architecture, description.args, where)
         model.load_state_dict(dict(tensors), strict=True, assign=True)
     return model.float().eval().requires_grad_(False)
-
-
-def _construct(description: ModelDescription) -> nn.Module:
-    import timm
-    from timm.models.vision_transformer import VisionTransformer
-
-    if description.architecture is None:
-        return VisionTransformer(**description.args)
-    model: nn.Module = timm.create_model(description.architecture, pretrained=False, **description.args)
-    return model
 
 
 def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], name: str, where: str) -> None:
@@ -234,6 +230,10 @@ def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], name: str, where
     ]
     if wrong:
         problems.append(f"shapes: {_some(wrong)}")
+    parameters = [key for key, _ in model.named_parameters() if key in tensors]
+    whole = [f"{key} is {tensors[key].dtype}" for key in parameters if not tensors[key].is_floating_point()]
+    if whole:
+        problems.append(f"not floating point: {_some(whole)}")
     if problems:
         raise CheckpointError(f"{where}: the weights do not fit {name}: {'; '.join(problems)}")
 
@@ -243,15 +243,20 @@ def _some(words: list[str]) -> str:
     return ", ".join(words[:_SHOWN_KEYS]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _from_weights(weights: Weights, model_name: str | None, heads: int | None, hint: str) -> LoadedModel:
+def _from_weights(
+    weights: Weights, model_name: str | None, heads: int | None, hint: str, fallback_name: str | None = None
+) -> LoadedModel:
     """Which model it is: from our metadata, else from the name that the user gives, else from the tensors."""
     where = weights.source.path or hint
     if weights.document is not None:
         description = _described(weights.document, where)
         if model_name and model_name not in (description.name, description.architecture):
             raise UsageError(f"{where} says that it is {description.name}, not {model_name}", "Leave --model out.")
-        return _assemble(description, weights, weights.tensors, [])
-    identity = identify(weights.tensors, where, model_name, heads, hint)
+        loaded = _assemble(description, weights, weights.tensors, [])
+        check_heads(loaded.model, description.name, heads, where)
+        return loaded
+    fallback = fallback_name if fallback_name is not None and _is_timm_name(fallback_name) else None
+    identity = identify(weights.tensors, where, model_name, heads, hint, fallback=fallback)
     return _from_identity(identity, weights)
 
 
@@ -276,16 +281,16 @@ def _assemble(
     return LoadedModel(model, description, weights.source, tensors, weights.notes + notes, weights.document)
 
 
-def _load_builtin(name: str) -> LoadedModel:
+def _load_builtin(name: str, heads: int | None) -> LoadedModel:
     if name not in BUILTIN:
         raise UsageError(f"there is no {name}", f"{nearest(name, BUILTIN)}Built in are {', '.join(BUILTIN)}.")
     with as_file(files("repshift_cli").joinpath("assets").joinpath(BUILTIN[name])) as path:
-        loaded = _from_weights(read_weights(path), None, None, name)
+        loaded = _from_weights(read_weights(path), None, heads, name)
     loaded.source = Source("builtin", name, loaded.source.sha256)
     return loaded
 
 
-def _load_folder(folder: Path, model_name: str | None) -> LoadedModel:
+def _load_folder(folder: Path, model_name: str | None, heads: int | None) -> LoadedModel:
     """A folder as timm and the hub write it: `config.json` beside `model.safetensors`."""
     config_path = folder / "config.json"
     found = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
@@ -297,10 +302,10 @@ def _load_folder(folder: Path, model_name: str | None) -> LoadedModel:
     weights = read_weights(found[0])
     weights.source = Source("folder", str(folder), weights.source.sha256)
     if weights.document is not None:
-        return _from_weights(weights, model_name, None, folder.name)
+        return _from_weights(weights, model_name, heads, folder.name)
     name = model_name or config["architecture"]
     args = config["model_args"] if name == config["architecture"] else {}
-    loaded = _from_identity(identify(weights.tensors, str(folder), name, None, folder.name, args=args), weights)
+    loaded = _from_identity(identify(weights.tensors, str(folder), name, heads, folder.name, args=args), weights)
     told = config["pretrained_cfg"]
     merged = {**loaded.description.preprocessing.to_dict(), **{key: told[key] for key in told if told[key] is not None}}
     merged["input_size"] = loaded.description.preprocessing.input_size
@@ -333,20 +338,22 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _load_timm(name: str) -> LoadedModel:
+def _load_timm(name: str, heads: int | None) -> LoadedModel:
     """A timm model by name: cached weights where they are on this machine, else random ones. Never a download."""
     import timm
 
+    _check_tag(name)
     cached = _cached_weights(name)
     if cached is not None:
         weights = read_weights(cached)
         weights.source = Source("cache", str(cached), weights.source.sha256)
-        loaded = _from_identity(identify(weights.tensors, str(cached), name, None, name), weights)
+        loaded = _from_identity(identify(weights.tensors, str(cached), name, heads, name), weights)
         loaded.notes.append(f"pretrained weights of {name} from the local cache: {cached}")
         return loaded
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = timm.create_model(name, pretrained=False).eval().requires_grad_(False)
+    check_heads(model, name, heads, name)
     description = ModelDescription(name, name, {}, Preprocessing.of_model(model))
     note = f"{name} has RANDOM weights (seed 0): none are cached here. Good for speed, meaningless for accuracy."
     return LoadedModel(model, description, Source("random", None, None), dict(model.state_dict()), [note])
@@ -366,11 +373,32 @@ def _cached_weights(name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+def _check_tag(name: str) -> None:
+    """Refuse a known timm name whose tag, the part after the dot, names no weights.
+
+    Raises:
+        CheckpointError: with the nearest name, and all tags of the model.
+    """
+    import timm
+
+    try:
+        timm.get_pretrained_cfg(name)
+    except (RuntimeError, ValueError) as error:
+        known = timm.list_pretrained(f"{name.partition('.')[0]}.*")
+        tags = ", ".join(full.partition(".")[2] for full in known)
+        raise CheckpointError(
+            f"timm has no weights named {name}", f"{nearest(name, known)}Its tags are {tags}." if known else ""
+        ) from error
+
+
 def _check_model_name(model_name: str | None) -> None:
-    if model_name is not None and not _is_timm_name(model_name):
+    if model_name is None:
+        return
+    if not _is_timm_name(model_name):
         import timm
 
         raise UsageError(f"--model: timm has no model named {model_name!r}", nearest(model_name, timm.list_models()))
+    _check_tag(model_name)
 
 
 def _is_timm_name(name: str) -> bool:
@@ -399,7 +427,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | N
         raise CheckpointError(
             f"{path} is not a safetensors file, or is damaged: {error}", "Copy or download it again."
         ) from error
-    return tensors, _read_document(metadata.get(METADATA_KEY), path)
+    return _without_prefixes(tensors), _read_document(metadata.get(METADATA_KEY), path)
 
 
 def _read_document(text: str | None, path: Path) -> dict[str, Any] | None:
@@ -450,8 +478,9 @@ def _first_line(error: Exception) -> str:
 def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Take the weights out of what training scripts put around them."""
     notes = []
-    while isinstance(content, Mapping) and (wrapper := next((key for key in _WRAPPERS if key in content), None)):
-        if not isinstance(content[wrapper], Mapping):
+    for _ in range(_MOST_WRAPPERS):
+        wrapper = _wrapper_of(content)
+        if wrapper is None:
             break
         if "ema" in wrapper:
             notes.append(f"{path.name}: averaged weights ({wrapper}) are used, not the raw ones")
@@ -459,12 +488,25 @@ def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a table of weights")
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    for prefix in _PREFIXES:
-        if tensors and all(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors", f"Its keys: {_some([str(key) for key in content])}.")
-    return tensors, notes
+    return _without_prefixes(tensors), notes
+
+
+def _wrapper_of(content: Any) -> str | None:
+    """The first key under which weights can be: an averaged copy that was not made is None, or empty."""
+    if not isinstance(content, Mapping):
+        return None
+    return next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping) and content[key]), None)
+
+
+def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keys without what wrappers of the model put before all of them, in whatever order and number."""
+    while prefix := next(
+        (each for each in _PREFIXES if tensors and all(key.startswith(each) for key in tensors)), None
+    ):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
 
 
 def _sha256(path: Path) -> str:

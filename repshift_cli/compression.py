@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli import artifact, checkpoint, measure
+from repshift_cli.artifact import Opened
 from repshift_cli.attach import CompressedModel, attach, check_feeds, check_parts, has_open_fields, with_defaults
 from repshift_cli.calibrate import Calibration, agreement, calibrate, divergence
 from repshift_cli.checkpoint import LoadedModel, ModelDescription, Source
 from repshift_cli.data.images import ImageBatch, load_images
 from repshift_cli.errors import CheckFailed, CheckpointError, DataError, ModelError, RecipeError
-from repshift_cli.families import Family, match
+from repshift_cli.families import Family, Site, match
 from repshift_cli.files import check_output
 from repshift_cli.measure import Speedup, Spread, Subject
 from repshift_cli.metrics import build_metric
@@ -25,7 +26,7 @@ from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.progress import Progress, Silent
 from repshift_cli.recipe import Recipe, default_recipe
 
-__all__ = ["CompressReport", "Measured", "Settings", "Side", "compress", "compress_checkpoint"]
+__all__ = ["CompressReport", "Measured", "Settings", "Side", "compress", "compress_checkpoint", "compress_dense"]
 
 _MIN_RUNS = 5
 _WARMUP_ROUNDS = 1
@@ -182,10 +183,9 @@ def compress(
     """
     if recipe is not None and not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
-    named = recipe.model if recipe else None
-    loaded = _wrap(model) if isinstance(model, nn.Module) else checkpoint.load(model, named)
-    job = _Job(loaded, recipe, force=False)
-    plan = job.default_plan()
+    listener = progress or Silent()
+    job = _Job(_wrap(model) if isinstance(model, nn.Module) else _load(model, recipe), recipe, listener)
+    loaded, plan = job.loaded, job.default_plan()
     if calibration is not None and job.open:
         if isinstance(calibration, Tensor):
             images, identity = calibration, {"where": "tensor", "count": len(calibration)}
@@ -199,12 +199,31 @@ def compress(
             images=images,
             identity=identity,
             batch_size=16,
-            progress=progress or Silent(),
+            progress=listener,
         )
         if not found.clear:
             raise _not_clear(found)
         plan = job.plan.with_metrics(found.parts)
     return artifact.attach_loaded(loaded, plan)
+
+
+def compress_dense(
+    name: str | Path,
+    recipe_name: str | Path,
+    model_name: str | None = None,
+    heads: int | None = None,
+    progress: Progress | None = None,
+) -> Opened:
+    """Load a dense model and attach a recipe, uncalibrated: open fields are as the paper has them.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded or is compressed already.
+        RecipeError: the recipe cannot be followed.
+    """
+    recipe = Recipe.load(recipe_name)
+    check_parts(recipe)
+    job = _Job(_load(name, recipe, model_name, heads), recipe, progress or Silent())
+    return Opened(job.loaded, artifact.attach_loaded(job.loaded, job.default_plan()))
 
 
 def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_run: bool = False) -> CompressReport:
@@ -224,14 +243,14 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
         # what cannot be is said before the weights are read
         check_parts(recipe)
     device, dtype = measure.resolve_device(settings.device), measure.resolve_dtype(settings.dtype)
-    loaded = checkpoint.load(name, settings.model_name or (recipe.model if recipe else None), settings.heads)
-    job = _Job(loaded, recipe, settings.force)
+    loaded = _load(name, recipe, settings.model_name, settings.heads)
+    job = _Job(loaded, recipe, progress, settings.force)
     if dry_run:
         if job.open:
-            job.notes.append("the score is left to calibration; without images it is the paper's, as shown")
+            job.note("the score is left to calibration; shown is what is used without images")
         return job.report(job.default_plan(), None, None, None)
     loaded.model.to(device=device, dtype=dtype)
-    images = _Images(loaded, settings, wanted=job.open and settings.calibrate)
+    images = _Images(job, settings)
     plan, calibration = _choose_metric(job, images, settings, progress)
     compressed = attach(loaded.model, plan)
     checked = images.for_agreement.tensor.to(device=device, dtype=dtype)
@@ -247,16 +266,19 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
 class _Job:
     """A model and a recipe that were found to go together."""
 
-    def __init__(self, loaded: LoadedModel, recipe: Recipe | None, force: bool) -> None:
+    def __init__(self, loaded: LoadedModel, recipe: Recipe | None, progress: Progress, force: bool = False) -> None:
         self.loaded = loaded
-        self.notes: list[str] = list(loaded.notes)
+        self.progress = progress
+        self.notes: list[str] = []
+        for text in loaded.notes:
+            (self.warn if loaded.source.origin == "random" else self.note)(text)
         self._refuse_compressed(force)
         self.family: Family = match(loaded.model)
         layout = self.family.layout(loaded.model)
         if recipe is None:
             blocks = len(layout.sites)
             recipe = default_recipe(blocks)
-            self.notes.append(
+            self.note(
                 f"no recipe was given: the paper's schedule scaled to {blocks} blocks is used "
                 f"(to see or change it: repshift recipes show default --blocks {blocks})"
             )
@@ -272,8 +294,18 @@ class _Job:
         return has_open_fields(self.plan)
 
     def default_plan(self) -> Plan:
-        """The plan with open fields as the paper has them."""
-        return with_defaults(self.plan)
+        """The plan with open fields as the paper has them, or as the model allows."""
+        return with_defaults(self.plan, self._sites())
+
+    def note(self, text: str) -> None:
+        """Tell the user at once, and keep it for the report."""
+        self.notes.append(text)
+        self.progress.note(text)
+
+    def warn(self, text: str) -> None:
+        """As `note`, so that it is not missed."""
+        self.notes.append(text)
+        self.progress.warn(text)
 
     def report(
         self, plan: Plan, calibration: Calibration | None, measured: Measured | None, output: Path | None
@@ -306,11 +338,13 @@ class _Job:
                 f"{where} is compressed already: its own plan would be lost",
                 "Start from the dense checkpoint, or add --force to compress its dense weights anew.",
             )
-        self.notes.append(f"{where} was compressed already; its dense weights are compressed anew")
+        self.note(f"{where} was compressed already; its dense weights are compressed anew")
 
     def _check_model_name(self) -> None:
         wanted, description = self.recipe.model, self.loaded.description
-        if wanted is None or wanted in (description.name, description.architecture):
+        # the tag of the weights (.augreg_in21k) does not change what the recipe is for
+        names = {(name or "").partition(".")[0] for name in (description.name, description.architecture)}
+        if wanted is None or wanted.partition(".")[0] in names:
             return
         where = self.recipe.place.at(("model",))
         raise RecipeError(
@@ -319,40 +353,52 @@ class _Job:
         )
 
     def _check_feeds(self) -> None:
-        sites = {site.name: site for site in self.family.sites(self.loaded.model)}
+        sites = self._sites()
         for planned in self.plan.sites:
-            metric = build_metric(planned.metric)
-            if len(metric.variants()) == 1:
-                check_feeds(metric, sites[planned.site], self.recipe.place)
+            own = [
+                index
+                for index, drop in enumerate(self.recipe.layers)
+                if drop.metric is not None and drop.layer in (planned.layer, planned.site)
+            ]
+            path = ("layers", own[0], "metric") if own else ("metric",)
+            check_feeds(build_metric(planned.metric), sites[planned.site], self.recipe.place, path)
+
+    def _sites(self) -> dict[str, Site]:
+        return {site.name: site for site in self.family.sites(self.loaded.model)}
 
 
 class _Images:
     """The pictures of one run: some for calibration, others for agreement, never the same."""
 
-    def __init__(self, loaded: LoadedModel, settings: Settings, wanted: bool) -> None:
-        self.notes: list[str] = []
+    def __init__(self, job: _Job, settings: Settings) -> None:
+        self.job = job
+        self.seed = settings.seed
         self.for_calibration: ImageBatch | None = None
-        preprocessing = loaded.description.preprocessing
+        loaded = job.loaded
         where = settings.calibration or settings.data
         fits = loaded.source.origin == "builtin" or loaded.description.name in _builtin_names()
-        if not wanted or (where is None and not fits):
-            self.for_agreement = self._load(settings.data, settings.agreement_images, preprocessing, settings.seed)
-            return
-        # drawn together and then split, so that no picture serves both ends
-        if settings.data in (None, where):
-            total = settings.calibration_images + settings.agreement_images
-            both = self._load(where, total, preprocessing, settings.seed)
+        if not (job.open and settings.calibrate) or (where is None and not fits):
+            if settings.calibration:
+                job.note("nothing is calibrated, so the pictures of --calibration only serve the comparison")
+            self.for_agreement = self._load(settings.data or where, settings.agreement_images)
+        elif settings.data is None or _same_place(settings.data, where):
+            # drawn together and then split, so that no picture serves both ends
+            both = self._load(where, settings.calibration_images + settings.agreement_images)
             self.for_calibration, self.for_agreement = _split(both, settings.calibration_images)
         else:
-            count = settings.calibration_images
-            self.for_calibration = self._load(where, count, preprocessing, settings.seed)
-            self.for_agreement = self._load(settings.data, settings.agreement_images, preprocessing, settings.seed)
+            self.for_calibration = self._load(where, settings.calibration_images)
+            self.for_agreement = self._load(settings.data, settings.agreement_images)
 
-    def _load(self, where: str | None, count: int, preprocessing: Preprocessing, seed: int) -> ImageBatch:
-        batch = load_images(where, count, preprocessing, seed)
+    def _load(self, where: str | None, count: int) -> ImageBatch:
+        batch = load_images(where, count, self.job.loaded.description.preprocessing, self.seed)
         if batch.skipped:
-            self.notes.append(f"{len(batch.skipped)} pictures could not be read: {'; '.join(batch.skipped[:3])}")
+            self.job.warn(f"{len(batch.skipped)} pictures could not be read: {'; '.join(batch.skipped[:3])}")
         return batch
+
+
+def _same_place(one: str, other: str | None) -> bool:
+    """Whether two names of picture folders mean the same folder."""
+    return other is not None and (one == other or Path(one).resolve() == Path(other).resolve())
 
 
 def _builtin_names() -> set[str]:
@@ -377,23 +423,20 @@ def _choose_metric(
     job: _Job, images: _Images, settings: Settings, progress: Progress
 ) -> tuple[Plan, Calibration | None]:
     """Fill the open fields of the metric, by calibration where there are pictures for it."""
-    job.notes += images.notes
     if not job.open:
         return job.default_plan(), None
     if images.for_calibration is None:
         why = "--no-calibrate was given" if not settings.calibrate else "there are no images of the model's own kind"
-        job.notes.append(
+        job.warn(
             f"NOT CALIBRATED: {why}. The paper's choice is used; whether it keeps the right tokens of this "
             "model was not checked. Give unlabelled images with --calibration DIR"
         )
         return job.default_plan(), None
-    sample = next(job.loaded.model.parameters())
-    tensor = images.for_calibration.tensor.to(device=sample.device, dtype=sample.dtype)
     found = calibrate(
         job.loaded.model,
         job.family,
         job.plan,
-        images=tensor,
+        images=images.for_calibration.tensor,
         identity=images.for_calibration.identity,
         batch_size=settings.batch_size,
         progress=progress,
@@ -402,7 +445,7 @@ def _choose_metric(
         problem = _not_clear(found)
         if not settings.force:
             raise problem
-        job.notes.append(problem.message)
+        job.warn(problem.message)
     return job.plan.with_metrics(found.parts), found
 
 
@@ -493,6 +536,13 @@ def _compare(
             distances += float(divergence(wanted, output, has_head).sum())
             task.advance(len(part))
     return (same / len(images) if has_head else None), distances / len(images)
+
+
+def _load(
+    name: str | Path, recipe: Recipe | None, model_name: str | None = None, heads: int | None = None
+) -> LoadedModel:
+    """Load a checkpoint; where nothing else tells which model it is, the recipe does."""
+    return checkpoint.load(name, model_name, heads, fallback_name=recipe.model if recipe else None)
 
 
 def _wrap(model: nn.Module) -> LoadedModel:

@@ -26,6 +26,8 @@ def check_output(path: Path, force: bool) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     if is_folder:
         raise UsageError(f"{path} is a folder", "Give the name of a file with -o.")
+    if is_there and not path.is_file():
+        raise UsageError(f"{path} is not a regular file", "Give the name of a file with -o.")
     if is_there and not force:
         raise UsageError(f"{path} already exists", "Add --force to replace it, or choose another name with -o.")
     folder = path.parent

@@ -19,10 +19,34 @@ from torch import Tensor, nn
 from repshift_cli.errors import CheckpointError
 from repshift_cli.preprocessing import Preprocessing
 
-__all__ = ["Identity", "VitShape", "identify"]
+__all__ = ["Identity", "VitShape", "check_heads", "create", "identify"]
 
 _HEAD_SIZE = 64
 """Channels per head in nearly every ViT (Dosovitskiy et al. 2021, table 1)."""
+
+_CHANNELS = 3
+"""Pictures are read as RGB."""
+
+_NOT_FOR_FILES = frozenset(
+    {
+        "cache_dir",
+        "checkpoint_path",
+        "exportable",
+        "feature_cfg",
+        "features_only",
+        "kwargs_filter",
+        "no_jit",
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "pretrained_filter_fn",
+        "pretrained_model_args",
+        "pretrained_strict",
+        "pruned",
+        "scriptable",
+    }
+)
+"""Arguments of `timm.create_model` that read or download something, or give another kind of module."""
 
 _OTHER_KINDS = {
     "layer1.0.conv1.weight": "a ResNet",
@@ -86,6 +110,7 @@ def identify(
     hint: str,
     *,
     args: Mapping[str, Any] | None = None,
+    fallback: str | None = None,
 ) -> Identity:
     """Find the model that the weights belong to.
 
@@ -96,33 +121,103 @@ def identify(
         heads: attention heads, where the user tells them.
         hint: the file's name, which may name one of several that fit.
         args: what the builder of `model_name` is known to need.
+        fallback: the timm name that a recipe gives: goes before a guess if the tensors fit it, else is ignored.
 
     Raises:
-        CheckpointError: no model that is known fits, or several do.
+        CheckpointError: no model that is known fits, or several do; or the heads are not those of `model_name`.
     """
+    _check_channels(tensors, where)
     if model_name:
-        return _named(model_name, tensors, where, args or {})
+        return _named(model_name, tensors, where, args or {}, heads)[0]
+    if fallback and (identity := _fallback(fallback, tensors, where, heads)):
+        return identity
     try:
         shape = _read_shape(tensors, where)
     except IndexError:
         raise CheckpointError(f"{where}: a tensor has fewer dimensions than it has in a Vision Transformer") from None
     fitting = _registered(shape, tensors)
-    if heads is None and fitting:
+    if heads is not None:
+        fitting = {name: found for name, found in fitting.items() if _head_count(found[0]) == heads}
+    if fitting:
         return _choose(fitting, tensors, where, hint)
     return _unregistered(shape, tensors, where, heads)
 
 
-def _named(name: str, tensors: Mapping[str, Tensor], where: str, given: Mapping[str, Any]) -> Identity:
-    """The user or the file says which model it is: only image size and classes are read off the weights."""
+def create(name: str | None, args: Mapping[str, Any], where: str) -> nn.Module:
+    """Build a model of timm without weights; without a name, a `VisionTransformer` from `args` alone.
+
+    Raises:
+        CheckpointError: `args`, which may come from a file, would make timm read or download something.
+        Exception: of any kind, from timm, where `args` are not those of the model.
+    """
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    if refused := sorted(_NOT_FOR_FILES & args.keys()):
+        raise CheckpointError(
+            f"{where}: the arguments of the model hold {', '.join(refused)}, which no checkpoint may set",
+            "Only arguments that shape the model are taken, such as img_size or num_heads.",
+        )
+    if name is None:
+        return VisionTransformer(**args)
+    model: nn.Module = timm.create_model(name, pretrained=False, **args)
+    return model
+
+
+def check_heads(model: nn.Module, name: str, heads: int | None, where: str) -> None:
+    """Refuse the user's number of heads where what the model is has another.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    count = _head_count(model)
+    if heads is not None and count is not None and heads != count:
+        raise CheckpointError(f"{where}: {name} has {count} attention heads, not {heads}", "Leave --heads out.")
+
+
+def _head_count(model: nn.Module) -> int | None:
+    counts = (getattr(part, "num_heads", None) for part in model.modules())
+    return next((count for count in counts if isinstance(count, int)), None)
+
+
+def _check_channels(tensors: Mapping[str, Tensor], where: str) -> None:
+    patches = tensors.get("patch_embed.proj.weight")
+    if patches is not None and patches.ndim == 4 and patches.shape[1] != _CHANNELS:  # noqa: PLR2004 (a convolution's)
+        raise CheckpointError(
+            f"{where}: {_CHANNELS} input channels are supported, these weights take {patches.shape[1]}"
+        )
+
+
+def _fallback(name: str, tensors: Mapping[str, Tensor], where: str, heads: int | None) -> Identity | None:
+    """The model that a recipe names, where the weights fit it one by one."""
     try:
-        default = _on_meta(name, given)
+        identity, model = _named(name, tensors, where, {}, heads)
+    except CheckpointError:
+        return None
+    if _shapes(model.state_dict()) != _shapes(identity.tensors):
+        return None
+    identity.notes.insert(0, f"taken for {name}, which the recipe names: the tensors fit it")
+    return identity
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in tensors.items()}
+
+
+def _named(
+    name: str, tensors: Mapping[str, Tensor], where: str, given: Mapping[str, Any], heads: int | None
+) -> tuple[Identity, nn.Module]:
+    """Somebody says which model it is: only image size and classes are read off the weights."""
+    try:
+        default = _on_meta(name, given, where)
         read = _size_args(default, tensors)
         args = {**given, **read}
-        model = _on_meta(name, args) if read else default
+        model = _on_meta(name, args, where) if read else default
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{where}: {name} cannot be built: {error}") from error
+    check_heads(model, name, heads, where)
     notes = [f"{key} {value} is read off the weights" for key, value in read.items()]
-    return Identity(name, name, args, Preprocessing.of_model(model), _native_keys(tensors, model), notes)
+    return Identity(name, name, args, Preprocessing.of_model(model), _native_keys(tensors, model), notes), model
 
 
 def _size_args(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -142,12 +237,9 @@ def _size_args(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return args
 
 
-def _on_meta(name: str, args: Mapping[str, Any]) -> nn.Module:
-    import timm
-
+def _on_meta(name: str, args: Mapping[str, Any], where: str) -> nn.Module:
     with torch.device("meta"):
-        model: nn.Module = timm.create_model(name, pretrained=False, **args)
-    return model
+        return create(name, args, where)
 
 
 def _native_keys(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -257,14 +349,13 @@ def _agreeing(
     # nothing is computed on meta, yet going through the initialisation there takes ten times longer than building
     skip = {"weight_init": "skip"}
     for name in names:
-        model = _on_meta(name, skip)
+        model = _on_meta(name, skip, name)
         if len(getattr(model, "blocks", ())) != shape.depth or getattr(model, "embed_dim", 0) != shape.width:
             continue
         args = _size_args(model, tensors)
         if args:
-            model = _on_meta(name, args | skip)
-        own = {key: value.shape for key, value in model.state_dict().items()}
-        if own == {key: value.shape for key, value in _native_keys(tensors, model).items()}:
+            model = _on_meta(name, args | skip, name)
+        if _shapes(model.state_dict()) == _shapes(_native_keys(tensors, model)):
             fitting[name] = (model, args)
     return fitting
 
@@ -285,8 +376,7 @@ def _choose(
     name = names[0]
     model, args = fitting[name]
     preprocessing = Preprocessing.of_model(model)
-    heads = next((part.num_heads for part in model.modules() if hasattr(part, "num_heads")), "unknown")
-    notes = [f"taken for {name} by its tensors ({heads} heads by its convention)"]
+    notes = [f"taken for {name} by its tensors ({_head_count(model) or 'unknown'} heads by its convention)"]
     others = [other for other in fitting if Preprocessing.of_model(fitting[other][0]) != preprocessing]
     if others and name not in hint:
         notes.append(

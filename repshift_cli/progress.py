@@ -16,11 +16,13 @@ class Task(Protocol):
 
 
 class Progress(Protocol):
-    """Opens tasks and takes remarks; the command line shows both on stderr."""
+    """Opens tasks, takes remarks, and warnings that must not be missed; the command line shows all on stderr."""
 
     def task(self, label: str, total: int) -> AbstractContextManager[Task]: ...
 
     def note(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None: ...
 
 
 class _SilentTask:
@@ -36,4 +38,7 @@ class Silent:
         yield _SilentTask()
 
     def note(self, text: str) -> None:
+        pass
+
+    def warn(self, text: str) -> None:
         pass

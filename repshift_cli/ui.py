@@ -91,5 +91,8 @@ class Screen:
         with bars:
             yield _BarTask(bars, bars.add_task(label, total=total))
 
+    def warn(self, text: str) -> None:
+        warn(text)
+
     def note(self, text: str) -> None:
         remark(text)

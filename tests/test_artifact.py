@@ -22,6 +22,7 @@ import repshift_cli
 from repshift_cli import artifact, checkpoint
 from repshift_cli.attach import attach
 from repshift_cli.checkpoint import METADATA_KEY, LoadedModel
+from repshift_cli.compression import compress_dense
 from repshift_cli.errors import CheckpointError, OutputError, UsageError
 from repshift_cli.metrics import metric_kinds
 from repshift_cli.recipe import Recipe
@@ -270,7 +271,7 @@ class TestOpened:
 
     def test_a_recipe_on_top_of_a_plan_is_refused(self, small: Path) -> None:
         with pytest.raises(CheckpointError, match="compressed already"):
-            artifact.compress_dense(small, recipe_name="deit_small_paper")
+            compress_dense(small, recipe_name="deit_small_paper")
 
 
 class TestWriting:

@@ -42,6 +42,9 @@ class Counting:
     def note(self, text: str) -> None:
         raise AssertionError(text)
 
+    def warn(self, text: str) -> None:
+        raise AssertionError(text)
+
 
 def planted(side: str) -> tuple[nn.Module, Tensor]:
     """A model whose first block moves half of the patches far, and whose head hears only one half.
@@ -184,7 +187,7 @@ class TestRounds:
         plan = open_plan(model, metric)
         candidates = len(build_metric(plan.sites[0].metric).variants())
         calibrate(model, match(model), plan, images=images(count), identity={}, batch_size=7, progress=progress)
-        expected = _steps([candidates], count, checks=4)
+        expected = _steps([candidates], count)
         assert progress.made == progress.announced == expected
 
     def test_rounds_never_shrink(self) -> None:
@@ -199,7 +202,7 @@ class TestRounds:
         (choice,) = found.sites
         assert {candidate.metric.part().options["operation"] for candidate in choice.candidates} == {"block"}
         assert len(choice.candidates) == 6
-        assert found.default is None  # the paper's choice needs the MLP
+        assert math.isfinite(found.default.divergence)  # the paper's choice needs the MLP; another takes its place
 
 
 class TestRefusals:

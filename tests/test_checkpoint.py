@@ -62,6 +62,8 @@ CONTAINERS: dict[str, Wrap] = {
     "compiled": lambda state: {f"_orig_mod.{key}": value for key, value in state.items()},
     "compiled_inside_module": lambda state: {f"module._orig_mod.{key}": value for key, value in state.items()},
     "state_dict_of_module": lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}},
+    "prefixes_in_turn": lambda state: {f"_orig_mod.module._orig_mod.{key}": value for key, value in state.items()},
+    "no_averaged_weights": lambda state: {"model_ema": None, "state_dict_ema": {}, "model": state},
     "deit": lambda state: {"model": state, "args": argparse.Namespace(lr=1e-4, data_path="/data"), "epoch": 299},
 }
 
@@ -104,6 +106,19 @@ class TestContainers:
         assert loaded.description.preprocessing.input_size == (3, 32, 32)
         assert loaded.source.origin == "file"
         assert loaded.document is None
+
+    def test_safetensors_with_prefixes(self, model: nn.Module, tmp_path: Path) -> None:
+        path = tmp_path / "weights.safetensors"
+        save_file({f"_orig_mod.module.{key}": value for key, value in model.state_dict().items()}, path)
+        loaded = checkpoint.load(path)
+        assert same(loaded, model)
+        assert loaded.tensors.keys() == model.state_dict().keys()
+
+    def test_a_mapping_that_holds_itself(self, tmp_path: Path) -> None:
+        content: dict[str, Any] = {"epoch": 3}
+        content["model"] = content
+        torch.save(content, tmp_path / "weights.pth")
+        assert "holds no tensors" in refusal(tmp_path / "weights.pth").message
 
     def test_the_hash_is_the_files(self, model: nn.Module, tmp_path: Path) -> None:
         import hashlib
@@ -173,6 +188,25 @@ class TestFolder:
             (tmp_path / "config.json").write_text(config)
         assert message in refusal(tmp_path).message
 
+    @pytest.mark.parametrize("key", ["checkpoint_path", "pretrained", "pretrained_cfg", "cache_dir", "features_only"])
+    def test_arguments_that_would_read_elsewhere(self, key: str, model: nn.Module, tmp_path: Path) -> None:
+        save_weights(model, tmp_path / "model.safetensors")
+        config = {"architecture": NAME, "model_args": {key: "elsewhere"}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert f"the arguments of the model hold {key}" in refusal(tmp_path).message
+        description = ModelDescription("a ViT", NAME, {key: "elsewhere"}, Preprocessing.of_model(model))
+        with pytest.raises(CheckpointError, match=f"hold {key}, which no checkpoint may set"):
+            checkpoint.build(description, model.state_dict(), "weights.safetensors")
+
+    def test_what_it_says_goes_before_a_recipe(self, model: nn.Module, tmp_path: Path) -> None:
+        save_for_hf(model, tmp_path, safe_serialization=True)
+        assert checkpoint.load(tmp_path, fallback_name="deit_tiny_patch16_224").description.name == NAME
+
+    def test_heads_that_contradict_it(self, model: nn.Module, tmp_path: Path) -> None:
+        save_for_hf(model, tmp_path, safe_serialization=True)
+        assert "has 3 attention heads, not 6" in refusal(tmp_path, heads=6).message
+        assert same(checkpoint.load(tmp_path, heads=3), model)
+
     def test_no_weights(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({"architecture": NAME}))
         assert "model.safetensors or pytorch_model.bin" in str(refusal(tmp_path))
@@ -223,6 +257,24 @@ class TestNames:
         with pytest.raises(UsageError, match="timm has no model named 'vit_tiny_patch16_24'") as caught:
             checkpoint.load(path, model_name="vit_tiny_patch16_24")
         assert "Did you mean vit_tiny_patch16_224?" in str(caught.value)
+
+    def test_a_tag_that_timm_does_not_have(self, model: nn.Module, tmp_path: Path) -> None:
+        error = refusal("vit_base_patch16_224.augreg_in22k")
+        assert "timm has no weights named vit_base_patch16_224.augreg_in22k" in error.message
+        assert "Did you mean vit_base_patch16_224.augreg_in21k?" in str(error)
+        path = save_weights(model, tmp_path / "weights.safetensors")
+        assert "timm has no weights" in refusal(path, model_name=f"{NAME}.no_such_tag").message
+
+    @pytest.mark.parametrize("name", ["test_vit", "builtin:vit-digits"])
+    def test_heads_that_contradict_a_name(self, name: str) -> None:
+        assert "attention heads, not 7" in refusal(name, heads=7).message
+
+    def test_the_name_that_a_recipe_gives(self, model: nn.Module, tmp_path: Path) -> None:
+        path = save_weights(model, tmp_path / "weights.safetensors")
+        loaded = checkpoint.load(path, fallback_name="deit_tiny_patch16_224")
+        assert loaded.description.name == "deit_tiny_patch16_224"
+        assert same(loaded, model)
+        assert checkpoint.load(path, fallback_name="no_such_model").description.name == NAME
 
     def test_a_name_that_is_too_long_for_a_file(self) -> None:
         refusal("x" * 5000)
@@ -366,6 +418,20 @@ class TestFit:
         assert "missing: norm.weight" in message
         assert "not known: surprise" in message
         assert "blocks.0.mlp.fc1.weight is [5, 192], not [768, 192]" in message
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8])
+    def test_whole_numbers_are_no_weights(self, dtype: torch.dtype, model: nn.Module, tmp_path: Path) -> None:
+        state = dict(model.state_dict())
+        state["blocks.0.mlp.fc1.weight"] = state["blocks.0.mlp.fc1.weight"].to(dtype)
+        save_file(state, tmp_path / "weights.safetensors")
+        message = refusal(tmp_path / "weights.safetensors").message
+        assert f"not floating point: blocks.0.mlp.fc1.weight is {dtype}" in message
+
+    def test_quantised_tensors_are_no_weights(self, model: nn.Module, tmp_path: Path) -> None:
+        state = dict(model.state_dict())
+        state["head.weight"] = torch.quantize_per_tensor(state["head.weight"], 0.1, 0, torch.qint8)
+        torch.save(state, tmp_path / "weights.pth")
+        assert "not floating point: head.weight is torch.qint8" in refusal(tmp_path / "weights.pth").message
 
     def test_many_keys_are_cut_short(self, model: nn.Module, tmp_path: Path) -> None:
         path = save_weights(model, tmp_path / "weights.safetensors")

@@ -24,7 +24,8 @@ def weights_of(name: str, **options: Any) -> dict[str, Tensor]:
 
 
 def found(tensors: dict[str, Tensor], hint: str = "weights", **options: Any) -> Identity:
-    return identify(tensors, "weights.pth", options.get("model_name"), options.get("heads"), hint)
+    model_name, heads = options.pop("model_name", None), options.pop("heads", None)
+    return identify(tensors, "weights.pth", model_name, heads, hint, **options)
 
 
 def refusal(tensors: dict[str, Tensor], hint: str = "weights", **options: Any) -> CheckpointError:
@@ -94,6 +95,58 @@ def test_models_that_compute_different_things_are_listed() -> None:
     assert found(tensors, model_name="vit_base_patch32_clip_quickgelu_224").name.endswith("quickgelu_224")
 
 
+class TestTheNameThatARecipeGives:
+    def test_it_goes_before_a_guess(self) -> None:
+        identity = found(weights_of("vit_small_patch16_224", num_classes=5), fallback="deit_small_patch16_224")
+        assert (identity.name, identity.args) == ("deit_small_patch16_224", {"num_classes": 5})
+        assert "taken for deit_small_patch16_224, which the recipe names: the tensors fit it" in identity.notes
+
+    def test_it_tells_which_of_several_it_is(self) -> None:
+        name = "vit_base_patch32_clip_quickgelu_224"
+        assert found(weights_of("vit_base_patch32_clip_224"), fallback=name).name == name
+
+    def test_it_names_what_no_convention_covers(self) -> None:
+        tensors = weights_of("beit_base_patch16_224")
+        assert "without a position table" in refusal(tensors).message
+        assert found(tensors, fallback="beit_base_patch16_224").name == "beit_base_patch16_224"
+
+    @pytest.mark.parametrize("fallback", ["deit_tiny_patch16_224", "resnet18", "deit_small_patch16_224.no_such_tag"])
+    def test_one_that_does_not_fit_is_ignored(self, fallback: str) -> None:
+        tensors = weights_of("vit_small_patch16_224")
+        assert found(tensors, fallback=fallback) == found(tensors)
+
+    def test_the_users_word_goes_before_it(self) -> None:
+        tensors = weights_of("vit_small_patch16_224")
+        identity = found(tensors, model_name="vit_small_patch16_224", fallback="deit_small_patch16_224")
+        assert identity.name == "vit_small_patch16_224"
+
+    def test_the_users_heads_go_before_it(self) -> None:
+        identity = found(weights_of("vit_small_patch16_224"), heads=12, fallback="deit_small_patch16_224")
+        assert (identity.architecture, identity.args["num_heads"]) == (None, 12)
+
+
+class TestHeads:
+    def test_registered_models_are_found_with_their_own(self) -> None:
+        assert found(weights_of("vit_small_patch16_224"), heads=6).name == "vit_small_patch16_224"
+
+    def test_others_are_of_a_model_without_a_name(self) -> None:
+        identity = found(weights_of("vit_small_patch16_224"), heads=12)
+        assert (identity.architecture, identity.args["num_heads"]) == (None, 12)
+
+    def test_against_the_named_model(self) -> None:
+        tensors = weights_of("vit_small_patch16_224")
+        error = refusal(tensors, model_name="deit_small_patch16_224", heads=3)
+        assert "deit_small_patch16_224 has 6 attention heads, not 3" in error.message
+        assert found(tensors, model_name="deit_small_patch16_224", heads=6).name == "deit_small_patch16_224"
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("model_name", [None, "vit_tiny_patch16_224"])
+def test_other_numbers_of_channels(channels: int, model_name: str | None) -> None:
+    error = refusal(weights_of("vit_tiny_patch16_224", in_chans=channels), model_name=model_name)
+    assert f"3 input channels are supported, these weights take {channels}" in error.message
+
+
 def official_dinov2(registers: int) -> tuple[dict[str, Tensor], nn.Module]:
     """Weights under the keys that DINOv2's authors use, and the timm model that they are."""
     name = f"vit_small_patch14_{'reg4_' if registers else ''}dinov2"
@@ -134,7 +187,6 @@ class TestShapesThatTimmHasNoNameFor:
             {"mlp_ratio": 3},
             {"class_token": False, "global_pool": "map"},
             {"num_classes": 0},
-            {"in_chans": 1},
             {"reg_tokens": 2, "no_embed_class": True},
             {"global_pool": "avg"},
         ],
@@ -144,9 +196,8 @@ class TestShapesThatTimmHasNoNameFor:
         loaded = checkpoint.load(save_weights(model, tmp_path / "weights.safetensors"))
         assert loaded.description.architecture is None
         assert any("built as a ViT of width 128, depth 4, patch 8 with 2 heads" in note for note in loaded.notes)
-        batch = images(2)[:, : options.get("in_chans", 3)]
         with torch.no_grad():
-            assert torch.equal(loaded.model(batch), model(batch))
+            assert torch.equal(loaded.model(images(2)), model(images(2)))
 
     def test_heads_are_asked_for_where_nothing_tells_them(self, tmp_path: Path) -> None:
         model = tiny_vit(embed_dim=96, num_heads=3)

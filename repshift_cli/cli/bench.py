@@ -53,6 +53,7 @@ def command(
         str | None, typer.Option("--recipe", metavar="RECIPE", help="Compress dense models by this recipe first.")
     ] = None,
     model: options.ModelName = None,
+    heads: options.Heads = None,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     threads: options.Threads = None,
@@ -85,7 +86,7 @@ def command(
         attention=attention.value,
     )
     screen = ui.Screen()
-    opened = _open_all(models or [], model, recipe)
+    opened = _open_all(models or [], model, recipe, heads)
     for note in (note for each in opened.values() for note in each.loaded.notes):
         screen.note(note)
     report = run_bench(contenders_of(opened), batches, settings, screen)
@@ -144,17 +145,19 @@ def _plot_format(path: Path) -> str:
     return path.suffix.lower().removeprefix(".")
 
 
-def _open_all(names: Sequence[str], model_name: str | None, recipe: str | None) -> dict[str, Opened]:
+def _open_all(names: Sequence[str], model_name: str | None, recipe: str | None, heads: int | None) -> dict[str, Opened]:
     """Open the models, by label; without names, the default one."""
-    from repshift_cli.artifact import compress_dense, open_model
+    from repshift_cli.artifact import open_model
+    from repshift_cli.compression import compress_dense
 
     if not names:
-        opened = compress_dense(model_name or DEFAULT_MODEL, recipe_name=recipe or DEFAULT_RECIPE)
+        opened = compress_dense(model_name or DEFAULT_MODEL, recipe_name=recipe or DEFAULT_RECIPE, heads=heads)
         return {opened.loaded.description.name: opened}
     if recipe is None:
-        return {label: open_model(name, model_name) for label, name in _labels(names).items()}
+        return {label: open_model(name, model_name, heads) for label, name in _labels(names).items()}
     return {
-        label: compress_dense(name, recipe_name=recipe, model_name=model_name) for label, name in _labels(names).items()
+        label: compress_dense(name, recipe_name=recipe, model_name=model_name, heads=heads)
+        for label, name in _labels(names).items()
     }
 
 

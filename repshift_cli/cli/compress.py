@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,9 +13,7 @@ if TYPE_CHECKING:
     from repshift_cli.calibrate import Calibration
     from repshift_cli.compression import CompressReport, Measured
 
-__all__ = ["command", "describe_metric", "show", "show_notes"]
-
-_LOUD = ("NOT CALIBRATED", "RANDOM", "no candidate")
+__all__ = ["command", "describe_metric", "show"]
 
 
 def command(
@@ -78,7 +75,6 @@ def command(
     )
     with using_threads(threads):
         report = compress_checkpoint(checkpoint, settings, ui.Screen(), dry_run)
-    show_notes(report.notes)
     if json:
         ui.print_json(report.to_dict())
     else:
@@ -90,14 +86,6 @@ def default_output(checkpoint: str) -> Path:
     name = checkpoint.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:")
     stem = name.rsplit(".", 1)[0] if Path(name).suffix in (".safetensors", ".pth", ".pt", ".bin", ".ckpt") else name
     return Path(f"{stem}_repshift.safetensors")
-
-
-def show_notes(notes: Iterable[str]) -> None:
-    """Print remarks on stderr, those that must not be missed as warnings."""
-    from repshift_cli import ui
-
-    for note in notes:
-        (ui.warn if any(word in note for word in _LOUD) else ui.remark)(note)
 
 
 def show(report: CompressReport) -> None:
@@ -175,8 +163,7 @@ def _show_calibration(calibration: Calibration) -> None:
     from repshift_cli import ui
 
     rows = [["chosen, site by site", *_cells(calibration.result.numbers())]]
-    if calibration.default:
-        rows.append(["the paper's choice", *_cells(calibration.default.numbers())])
+    rows.append(["without calibration (the paper's choice)", *_cells(calibration.default.numbers())])
     rows.append(["dropped at random", *_cells(calibration.random.numbers())])
     tried = sum(len(choice.candidates) for choice in calibration.sites)
     title = f"Calibration: {tried} candidates on {calibration.images} unlabelled images, {calibration.seconds:.0f} s"
@@ -189,7 +176,8 @@ def _show_calibration(calibration: Calibration) -> None:
 def _cells(result: dict[str, object]) -> list[str]:
     agreement = result["agreement"]
     same = f"{agreement:.1%}" if isinstance(agreement, float) else "-"
-    return [str(result["images"]), f"{result['divergence']:.4f}", same]
+    far = result["divergence"]
+    return [str(result["images"]), f"{far:.4f}" if isinstance(far, float) else "-", same]
 
 
 def describe_metric(metric: dict[str, object]) -> str:

@@ -139,7 +139,6 @@ class _Run:
         )
         settings = Settings(output=self.files.model, seconds=_COMPRESS_SECONDS, force=self.force)
         report = compress_checkpoint(_MODEL, settings, self.progress)
-        compress.show_notes(report.notes)
         if not self.quiet:
             compress.show(report)
         return report

@@ -52,6 +52,7 @@ def command(
         bool, typer.Option("--compare-dense", help="Evaluate the original model too, on the same pictures.")
     ] = False,
     model_name: options.ModelName = None,
+    heads: options.Heads = None,
     batch_size: options.BatchSize = 64,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
@@ -73,7 +74,7 @@ def command(
 
     where, number_type = measure.resolve_device(device), measure.resolve_dtype(dtype)
     data = open_dataset(name, data_dir, limit, seed)
-    opened = open_model(model, model_name)
+    opened = open_model(model, model_name, heads)
     models = models_of(opened, compare_dense, model)
     preprocessing = opened.loaded.description.preprocessing
     screen = ui.Screen()

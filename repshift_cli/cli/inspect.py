@@ -37,6 +37,7 @@ def command(
 
 
 def _describe(opened: Opened) -> dict[str, Any]:
+    from repshift_cli.attach import feeds
     from repshift_cli.families import match
     from repshift_cli.metrics import metric_kinds
 
@@ -46,17 +47,19 @@ def _describe(opened: Opened) -> dict[str, Any]:
     plan = opened.compressed.plan if opened.compressed else None
     counts = plan.tokens_at(len(layout.sites)) if plan else None
     total = layout.prefix_tokens + layout.patch_tokens
-    metrics = {kind: found().with_defaults() for kind, found in metric_kinds().items()}
+    metrics = {kind: found() for kind, found in metric_kinds().items()}
     sites = []
     for index, site in enumerate(family.sites(loaded.model)):
-        seen = {"block_input", "block_output", *site.probes}
-        lacking = {
-            kind: site.missing.get("*", "not shown")
-            for kind, metric in metrics.items()
-            if any(tap not in seen for tap in metric.taps())
-        }
+        variants = {kind: metric.variants() for kind, metric in metrics.items()}
+        possible = {kind: sum(feeds(each, site) for each in found) for kind, found in variants.items()}
         entry = {"site": site.name, "layer": site.layer, "block": type(site.block).__name__}
-        entry |= {"tokens": counts[index] if counts else total, "not_possible": lacking}
+        entry |= {"tokens": counts[index] if counts else total}
+        entry["scores"] = [kind for kind, count in possible.items() if count]
+        entry["limited"] = {
+            kind: f"{count} of {len(variants[kind])} variants: {site.missing.get('*', 'not shown')}"
+            for kind, count in possible.items()
+            if count < len(variants[kind])
+        }
         sites.append(entry)
     return {
         "model": {
@@ -98,9 +101,10 @@ def _show(opened: Opened, document: dict[str, Any]) -> None:
     rows = []
     for site in document["sites"]:
         after = f"-> {dropping[site['site']]}" if site["site"] in dropping else ""
-        cannot = "; ".join(f"{kind}: {why}" for kind, why in site["not_possible"].items()) or "all"
-        rows.append([site["site"], site["block"], f"{site['tokens']} {after}".strip(), cannot])
-    ui.print_table("Sites", ["after", "block", "tokens", "scores that work here"], _same_as_above(rows), left=4)
+        limits = "; ".join(f"{kind}, {why}" for kind, why in site["limited"].items())
+        scores = f"limited: {limits}" if limits else "all"
+        rows.append([site["site"], site["block"], f"{site['tokens']} {after}".strip(), scores])
+    ui.print_table("Sites", ["after", "block", "tokens", "scores"], _same_as_above(rows), left=4)
 
 
 def _same_as_above(rows: list[list[str]]) -> list[list[str]]:

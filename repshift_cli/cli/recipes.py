@@ -27,9 +27,12 @@ def list_shipped() -> None:
 def show(
     name: Annotated[str, typer.Argument(help="A shipped recipe, `default`, or a compressed checkpoint.")],
     blocks: Annotated[int, typer.Option(min=1, help="Depth of the model, for `default`.")] = 12,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrated", help="Of a compressed checkpoint: with what calibration chose at each site.")
+    ] = False,
 ) -> None:
     """Print a recipe as YAML, ready to be saved and changed."""
-    typer.echo(_text(name, blocks), nl=False)
+    typer.echo(_calibrated(name) if calibrated else _text(name, blocks), nl=False)
 
 
 @app.command()
@@ -41,6 +44,23 @@ def check(file: Annotated[str, typer.Argument(help="A recipe file or a shipped n
     recipe = Recipe.load(file)
     check_parts(recipe)
     typer.echo(f"{file}: fine ({len(recipe.layers)} sites)")
+
+
+def _calibrated(name: str) -> str:
+    """The plan of a compressed checkpoint as a recipe that leaves nothing open."""
+    from repshift_cli.artifact import open_model
+    from repshift_cli.errors import CheckpointError
+    from repshift_cli.recipe import LayerDrop, Recipe
+
+    compressed = open_model(name).compressed
+    if compressed is None:
+        raise CheckpointError(f"{name} holds no plan", "It is not a compressed checkpoint.")
+    plan = compressed.plan
+    layers = tuple(
+        LayerDrop(layer=site.layer, keep_tokens=site.tokens_out - plan.prefix_tokens, metric=site.metric)
+        for site in plan.sites
+    )
+    return Recipe(version=1, metric=plan.sites[0].metric, reducer=plan.reducer, layers=layers).to_yaml()
 
 
 def _text(name: str, blocks: int) -> str:

@@ -39,6 +39,7 @@ def command(
     indices: Annotated[
         Path | None, typer.Option("--indices", metavar="FILE", help="Write the kept indices to this file, as JSON.")
     ] = None,
+    heads: options.Heads = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     force: options.Force = False,
@@ -52,7 +53,7 @@ def command(
     from repshift_cli.visualize import view_kept
 
     where = measure.resolve_device(device)
-    opened = open_model(model)
+    opened = open_model(model, heads=heads)
     if opened.compressed is None:
         raise UsageError(
             f"{model} is dense: it keeps all tokens, so there is nothing to show",
