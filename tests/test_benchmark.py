@@ -213,7 +213,7 @@ class TestCommand:
 
     @pytest.fixture(autouse=True)
     def _toy(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(bench, "_open_all", lambda names, model_name, recipe: {"toy": opened()})
+        monkeypatch.setattr(bench, "_open_all", lambda names, *options: {"toy": opened()})
 
     @staticmethod
     def run(**kwargs: object) -> None:

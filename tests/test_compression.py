@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from tiny import images, make_recipe, save_weights, tiny_vit
@@ -180,15 +181,34 @@ class TestRefusals:
 
     def test_a_recipe_for_another_model(self, dense: Path, tmp_path: Path) -> None:
         model = "model: deit_small_patch16_224\n"
-        with pytest.raises(CheckpointError, match="do not fit deit_small_patch16_224"):
+        with pytest.raises(RecipeError, match="is for deit_small_patch16_224, but the model is ViT of width 64"):
             run(dense, recipe=recipe_file(tmp_path, extra=model))
+
+    def test_weights_that_do_not_fit_the_named_model(self, dense: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"do not fit deit_small_patch16_224: .*missing: .*shapes: "):
+            run(dense, model_name="deit_small_patch16_224", heads=None)
+
+    @pytest.mark.parametrize("name", ["deit_tiny_patch16_224.fb_in1k", "deit_tiny_patch16_224"])
+    def test_a_tag_does_not_change_what_a_recipe_is_for(self, name: str) -> None:
+        settings = replace(QUICK, recipe="deit_tiny_paper", heads=None)
+        assert compress_checkpoint(name, settings, Silent(), dry_run=True).plan.sites[0].tokens_out == 158
+
+    def test_a_recipe_says_which_of_two_equal_shapes_it_is(self, tmp_path: Path) -> None:
+        weights = save_weights(timm.create_model("deit_tiny_patch16_224"), tmp_path / "weights.safetensors")
+        settings = replace(QUICK, heads=None)
+        guessed = compress_checkpoint(str(weights), settings, Silent(), dry_run=True)
+        told = compress_checkpoint(str(weights), replace(settings, recipe="deit_tiny_paper"), Silent(), dry_run=True)
+        assert guessed.loaded.description.name == "vit_tiny_patch16_224"
+        assert told.loaded.description.name == "deit_tiny_patch16_224"
 
     def test_a_recipe_for_another_model_than_the_user_says(self, tmp_path: Path) -> None:
         path = recipe_file(tmp_path, extra="model: deit_small_patch16_224\n")
         with pytest.raises(
             RecipeError, match="the recipe is for deit_small_patch16_224, but the model is deit_tiny"
         ) as caught:
-            compress_checkpoint("deit_tiny_patch16_224", replace(QUICK, recipe=path), Silent(), dry_run=True)
+            compress_checkpoint(
+                "deit_tiny_patch16_224", replace(QUICK, recipe=path, heads=None), Silent(), dry_run=True
+            )
         assert caught.value.message.startswith(f"{path}:5:1: ")
         assert caught.value.exit_code == 2
 
@@ -309,3 +329,48 @@ class TestModelInMemory:
         path = save_weights(tiny_vit(embed_dim=128), tmp_path / "dense.safetensors")
         model = compress(path, recipe_file(tmp_path))
         assert model(images()).shape == (2, 10)
+
+
+class TestPictures:
+    """Which pictures serve which end."""
+
+    OPEN = "{kind: representation_shift, operation: block, distance: l2, reading: update}"
+
+    def test_the_same_folder_under_two_names_is_still_split(
+        self, dense: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        recipe = recipe_file(tmp_path, self.OPEN)
+        report = run(dense, recipe=recipe, calibration="pictures", data=str(pictures), force=True)
+        assert report.measured is not None
+        assert report.calibration is not None
+        assert report.measured.images.identity["part"] == "agreement"
+        assert report.calibration.identity["part"] == "calibration"
+
+    def test_pictures_of_calibration_serve_the_comparison_where_nothing_is_open(
+        self, dense: Path, pictures: Path, tmp_path: Path
+    ) -> None:
+        report = run(dense, recipe=recipe_file(tmp_path), calibration=str(pictures))
+        assert report.measured is not None
+        assert report.measured.images.identity["where"].endswith("pictures")
+        assert any("only serve the comparison" in note for note in report.notes)
+
+    def test_a_folder_that_is_missing_is_told_even_then(self, dense: Path, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="does not exist"):
+            run(dense, recipe=recipe_file(tmp_path), calibration=str(tmp_path / "none"))
+
+
+def test_parallel_blocks_work_without_a_recipe_and_without_pictures() -> None:
+    settings = replace(QUICK, heads=None)
+    report = compress_checkpoint("vit_small_patch16_18x2_224", settings, Silent(), dry_run=True)
+    assert {site.metric.options["operation"] for site in report.plan.sites} == {"block"}
+
+
+def test_a_score_of_one_layer_that_cannot_be_fed_is_blamed_in_its_place(tmp_path: Path) -> None:
+    layers = "[{layer: 0, drop_ratio: 0.2, metric: {kind: class_attention}}]"
+    path = recipe_file(tmp_path, FIXED.replace("mlp", "block"), layers=layers)
+    settings = replace(QUICK, heads=None, recipe=path)
+    with pytest.raises(RecipeError, match=r"r\.yaml:\d+:\d+: class_attention needs attention_key") as caught:
+        compress_checkpoint("vit_small_patch16_18x2_224", settings, Silent(), dry_run=True)
+    line = int(caught.value.message.split(":")[1])
+    assert "class_attention" in Path(path).read_text().splitlines()[line - 1]
