@@ -1,0 +1,64 @@
+"""What the README tells people to type is what the commands take, and its Python runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from repshift_cli.cli.app import app
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+COMMANDS = [
+    line.removeprefix("$ ").partition("#")[0].strip()
+    for _, text in BLOCKS
+    for line in text.splitlines()
+    if line.removeprefix("$ ").startswith("repshift ")
+]
+
+
+def test_the_readme_shows_each_command() -> None:
+    assert {shlex.split(line)[1] for line in COMMANDS} >= {"compress", "bench", "eval", "visualize"}
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_of_the_readme_is_taken(line: str) -> None:
+    command: Any = typer.main.get_command(app)
+    name, *arguments = shlex.split(line)[1:]
+    found = command.commands[name]
+    context = found.make_context(name, arguments)
+    assert context.command is found
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = [text for language, text in BLOCKS if language == "python"]
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["fast"].shape == names["slow"].shape == (2, 10)
+    assert not names["fast"].equal(names["slow"])
+
+
+def test_what_the_readme_links_to_is_there() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    assert all((ROOT / link).exists() for link in links if not link.startswith("https://"))
+
+
+def test_the_recipe_of_the_readme_is_fine() -> None:
+    from repshift_cli.attach import check_parts
+    from repshift_cli.recipe import Recipe
+
+    (text,) = [text for language, text in BLOCKS if language == "yaml"]
+    check_parts(Recipe.parse(text))
+
+
+def test_the_test_command_of_the_readme_is_what_ci_runs() -> None:
+    assert "python -m pytest" in README
+    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").rstrip().endswith("\npython -m pytest")
