@@ -47,9 +47,15 @@ class Site:
 
 
 class Family(ABC):
-    """One kind of model."""
+    """One kind of model.
+
+    Attributes:
+        name: what plans call it.
+        covers: the models that it covers, in words for people.
+    """
 
     name: ClassVar[str]
+    covers: ClassVar[str]
 
     @abstractmethod
     def accepts(self, model: nn.Module) -> bool:
@@ -93,8 +99,8 @@ def match(model: nn.Module) -> Family:
             if reason:
                 raise ModelError(f"{type(model).__name__} cannot be reduced: {reason}")
             return family
-    supported = ", ".join(family.name for family in families())
+    supported = "; ".join(f"{family.name} ({family.covers})" for family in families())
     raise ModelError(
         f"models of the kind {type(model).__name__} are not supported",
-        f"Supported families: {supported}. `repshift inspect --help` says more.",
+        f"Supported: {supported}.",
     )

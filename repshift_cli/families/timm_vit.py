@@ -30,6 +30,7 @@ class TimmViT(Family):
     """Plain, distilled and register ViTs; class token, mean or attention pooling."""
 
     name: ClassVar[str] = "timm_vit"
+    covers: ClassVar[str] = "timm's Vision Transformers: ViT, DeiT, DINOv2, SigLIP and their kin"
 
     def accepts(self, model: nn.Module) -> bool:
         return isinstance(model, VisionTransformer)
