@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from repshift_cli.errors import CheckpointError, UsageError
+from repshift_cli.files import TORCH_SUFFIXES, WEIGHT_SUFFIXES
 from repshift_cli.identify import Identity, check_heads, create, identify
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.recipe import nearest
@@ -53,7 +54,6 @@ BUILTIN = {
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 _MOST_WRAPPERS = 8  # a pickle can hold a mapping that holds itself
-_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 _SHOWN_KEYS = 5
 
 
@@ -182,11 +182,11 @@ def read_weights(path: Path) -> Weights:
         if path.suffix == ".safetensors":
             tensors, document = _read_safetensors(path)
             notes: list[str] = []
-        elif path.suffix in _TORCH_SUFFIXES:
+        elif path.suffix in TORCH_SUFFIXES:
             tensors, notes = _unwrap(_read_torch(path), path)
             document = None
         else:
-            allowed = ", ".join((".safetensors", *_TORCH_SUFFIXES))
+            allowed = ", ".join(WEIGHT_SUFFIXES)
             raise CheckpointError(f"{path} has an ending that is not known", f"Known are {allowed}.")
         source = Source("file", str(path), _sha256(path))
     except OSError as error:
@@ -411,7 +411,7 @@ def _is_timm_name(name: str) -> bool:
 def _not_found(name: str) -> CheckpointError:
     import timm
 
-    looks_like_path = "/" in name or Path(name).suffix in (".safetensors", *_TORCH_SUFFIXES)
+    looks_like_path = "/" in name or Path(name).suffix in WEIGHT_SUFFIXES
     if looks_like_path:
         return CheckpointError(f"there is no file {name}")
     hint = f"{nearest(name, [*timm.list_models(), *BUILTIN])}Give a file, a folder with config.json, or a timm name."

@@ -181,8 +181,7 @@ def compress(
         CheckFailed: calibration found nothing that beats random dropping clearly.
         RepshiftError: as the parts that it calls.
     """
-    if recipe is not None and not isinstance(recipe, Recipe):
-        recipe = Recipe.load(recipe)
+    recipe = _checked(recipe)
     listener = progress or Silent()
     job = _Job(_wrap(model) if isinstance(model, nn.Module) else _load(model, recipe), recipe, listener)
     loaded, plan = job.loaded, job.default_plan()
@@ -220,8 +219,7 @@ def compress_dense(
         CheckpointError: the checkpoint cannot be loaded or is compressed already.
         RecipeError: the recipe cannot be followed.
     """
-    recipe = Recipe.load(recipe_name)
-    check_parts(recipe)
+    recipe = _checked(recipe_name)
     job = _Job(_load(name, recipe, model_name, heads), recipe, progress or Silent())
     return Opened(job.loaded, artifact.attach_loaded(job.loaded, job.default_plan()))
 
@@ -238,10 +236,7 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
     """
     if settings.output and not dry_run:
         check_output(settings.output, settings.force)
-    recipe = Recipe.load(settings.recipe) if settings.recipe else None
-    if recipe is not None:
-        # what cannot be is said before the weights are read
-        check_parts(recipe)
+    recipe = _checked(settings.recipe)
     device, dtype = measure.resolve_device(settings.device), measure.resolve_dtype(settings.dtype)
     loaded = _load(name, recipe, settings.model_name, settings.heads)
     job = _Job(loaded, recipe, progress, settings.force)
@@ -263,8 +258,17 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
     return job.report(plan, calibration, measured, settings.output)
 
 
+def _checked(recipe: Recipe | str | Path | None) -> Recipe | None:
+    """The recipe, loaded and with its parts checked: what cannot be is said before any weights are read."""
+    if recipe is not None and not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe)
+    if recipe is not None:
+        check_parts(recipe)
+    return recipe
+
+
 class _Job:
-    """A model and a recipe that were found to go together."""
+    """A model and a checked recipe that were found to go together."""
 
     def __init__(self, loaded: LoadedModel, recipe: Recipe | None, progress: Progress, force: bool = False) -> None:
         self.loaded = loaded
@@ -284,7 +288,6 @@ class _Job:
             )
         self.recipe = recipe
         self._check_model_name()
-        check_parts(recipe)
         self.plan = resolve(recipe, layout)
         self._check_feeds()
 

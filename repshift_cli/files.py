@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from repshift_cli.errors import OutputError, UsageError
 
-__all__ = ["atomic_output", "check_output", "write_text"]
+__all__ = [
+    "TORCH_SUFFIXES",
+    "WEIGHT_SUFFIXES",
+    "atomic_output",
+    "check_output",
+    "check_outputs",
+    "weight_stem",
+    "write_text",
+]
+
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+"""Endings of files that hold weights."""
 
 
 def check_output(path: Path, force: bool) -> None:
@@ -35,6 +47,34 @@ def check_output(path: Path, force: bool) -> None:
         raise OutputError(f"the folder {folder} does not exist", "Create it first, or choose another place with -o.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"the folder {folder} cannot be written to", "Choose another place with -o.")
+
+
+def check_outputs(named: Mapping[str, Path | None], force: bool) -> None:
+    """Refuse outputs that could not all be written.
+
+    Args:
+        named: by option, the file that it names, if any.
+
+    Raises:
+        UsageError: two options name one file; or as `check_output`.
+        OutputError: as `check_output`.
+    """
+    seen: dict[Path, str] = {}
+    for option, path in named.items():
+        if path is None:
+            continue
+        other = seen.setdefault(path.resolve(), option)
+        if other != option:
+            raise UsageError(f"{other} and {option} both name {path}", "Give two different files.")
+    for path in named.values():
+        if path is not None:
+            check_output(path, force)
+
+
+def weight_stem(name: str) -> str:
+    """A file's name without its folder and without an ending of weights; other names as they are."""
+    path = Path(name)
+    return path.stem if path.suffix in WEIGHT_SUFFIXES else name
 
 
 @contextmanager

@@ -531,8 +531,8 @@ class _Sheet:
     """Where things stand on the page, in pixels from its upper left corner."""
 
     def __init__(self, rows: int, columns: int, height: int, width: int, caption: int) -> None:
-        scale = max(1, -(-_LONGER_SIDE // max(height, width)))
-        self.panel_height, self.panel_width = scale * height, scale * width
+        self.scale = max(1, -(-_LONGER_SIDE // max(height, width)))
+        self.panel_height, self.panel_width = self.scale * height, self.scale * width
         self.row = max(self.panel_height, _LEAST_ROW if caption else 0) + _GAP
         self.column = max(self.panel_width, _LEAST_COLUMN) + _GAP
         self.left = _MARGIN + caption
@@ -572,7 +572,11 @@ def _draw_column(
     panels = []
     for row, picture in enumerate(pictures):
         panel = sheet.axes(figure, row, column)
-        panel.imshow(picture, extent=(0, width, height, 0), interpolation="nearest", aspect="auto")
+        panel.set(xlim=(0, width), ylim=(height, 0))
+        # laid on the page pixel by pixel: an image inside axes is resampled, which older matplotlib rounds unevenly
+        left, top = sheet.corner(row, column)
+        enlarged = picture.repeat(sheet.scale, axis=0).repeat(sheet.scale, axis=1)
+        figure.figimage(enlarged, left, sheet.height - top - sheet.panel_height, zorder=-1)  # below the outlines
         panels.append(panel)
     return panels
 

@@ -22,7 +22,6 @@ __all__ = ["check_picture_format", "command", "show"]
 DEFAULT_MODEL = "deit_small_patch16_224"
 DEFAULT_RECIPE = "deit_small_paper"
 DEFAULT_BATCHES = ["1,8"]
-_WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 _DECIMALS = ((0.1, 4), (1, 3), (10, 2), (100, 1))  # below this limit, so many places after the point
 
 
@@ -118,15 +117,11 @@ def _check_outputs(csv: Path | None, plot: Path | None, force: bool) -> None:
         UsageError, OutputError: as `files.check_output`; or the ending of the plot is none that can be drawn, or both
             go to the same file.
     """
-    from repshift_cli.files import check_output
+    from repshift_cli.files import check_outputs
 
     if plot is not None:
         check_picture_format("--plot", plot)
-    if csv is not None and plot is not None and csv.resolve() == plot.resolve():
-        raise UsageError(f"--csv and --plot both name {csv}", "Give two different files.")
-    for path in (csv, plot):
-        if path is not None:
-            check_output(path, force)
+    check_outputs({"--csv": csv, "--plot": plot}, force)
 
 
 def check_picture_format(option: str, path: Path) -> None:
@@ -167,7 +162,9 @@ def _labels(names: Sequence[str]) -> dict[str, str]:
     Raises:
         UsageError: one model is named twice.
     """
-    stems = [Path(name).stem if name.endswith(_WEIGHT_ENDINGS) else name for name in names]
+    from repshift_cli.files import weight_stem
+
+    stems = [weight_stem(name) for name in names]
     labels = {name if stems.count(stem) > 1 else stem: name for name, stem in zip(names, stems, strict=True)}
     if len(labels) < len(names):
         raise UsageError("one model is given twice", f"Given were: {', '.join(names)}.")

@@ -83,9 +83,10 @@ def command(
 
 def default_output(checkpoint: str) -> Path:
     """`<name>_repshift.safetensors` in the current folder."""
+    from repshift_cli.files import weight_stem
+
     name = checkpoint.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:")
-    stem = name.rsplit(".", 1)[0] if Path(name).suffix in (".safetensors", ".pth", ".pt", ".bin", ".ckpt") else name
-    return Path(f"{stem}_repshift.safetensors")
+    return Path(f"{weight_stem(name)}_repshift.safetensors")
 
 
 def show(report: CompressReport) -> None:

@@ -121,14 +121,10 @@ def _check_outputs(output: Path, indices: Path | None, force: bool) -> None:
         UsageError, OutputError: as `files.check_output`; or the ending of the picture is none that can be drawn, or
             both go to the same file.
     """
-    from repshift_cli.files import check_output
+    from repshift_cli.files import check_outputs
 
     check_picture_format("--output", output)
-    if indices is not None and indices.resolve() == output.resolve():
-        raise UsageError(f"--output and --indices both name {output}", "Give two different files.")
-    for path in (output, indices):
-        if path is not None:
-            check_output(path, force)
+    check_outputs({"--output": output, "--indices": indices}, force)
 
 
 def _default_data(opened: Opened, model: str) -> str:
