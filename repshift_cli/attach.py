@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli.errors import ModelError, RecipeError, UsageError
-from repshift_cli.families import Family, Probe, Site, match
+from repshift_cli.families import Family, Probe, Site, Stream, match
 from repshift_cli.metrics import Metric, SiteContext, build_metric
 from repshift_cli.plan import Layout, Plan, PlanSite
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.recipe import Place, Recipe
 from repshift_cli.reducers import Reducer, build_reducer
-from repshift_cli.tokens import TokenState, keep_top
+from repshift_cli.tokens import MapState, TokenState
 
 __all__ = [
     "CompressedModel",
@@ -44,8 +44,17 @@ class _SiteHook:
     then the second one's, and so on.
     """
 
-    def __init__(self, planned: PlanSite, context: SiteContext, metrics: tuple[Metric, ...], reducer: Reducer) -> None:
+    def __init__(
+        self,
+        planned: PlanSite,
+        stream: Stream,
+        context: SiteContext,
+        *,
+        metrics: tuple[Metric, ...],
+        reducer: Reducer,
+    ) -> None:
         self.planned = planned
+        self.stream = stream
         self.context = context
         self.metrics = metrics
         self.reducer = reducer
@@ -54,32 +63,33 @@ class _SiteHook:
         self.seen: dict[str, Tensor] = {}
         self.recorded: list[Tensor] | None = None
 
-    def on_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+    def on_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Replace the output of the block by what is left of it."""
         if not self.enabled:
             return output
         self._check(output, kwargs)
         if "block_input" in self.wanted:
-            self.seen["block_input"] = args[0]
+            self.seen["block_input"] = self.stream.block_input(args, output)
         if "block_output" in self.wanted:
-            self.seen["block_output"] = output
+            self.seen["block_output"] = self.stream.block_output(output)
         branches = [self._reduce(metric, output) for metric in self.metrics]
         self.seen = {}
-        return branches[0] if len(branches) == 1 else torch.cat(branches)
+        return branches[0] if len(branches) == 1 else self.stream.join(branches)
 
-    def _reduce(self, metric: Metric, output: Tensor) -> Tensor:
+    def _reduce(self, metric: Metric, output: Any) -> Any:
         scores = metric.score(self.seen, self.context)
-        keep = keep_top(scores if metric.keeps_largest else -scores, self.planned.tokens_out - self.context.prefix)
+        keep = self.stream.choose(scores if metric.keeps_largest else -scores, output, self.planned)
         if self.recorded is not None:
             self.recorded.append(keep)
         if self.planned.tokens_out == self.planned.tokens_in:
             return output  # a copy could differ in its strides, and then in the last bits of what follows
-        return self.reducer.reduce(output, keep, self.context.prefix)
+        return self.stream.reduce(output, keep, self.planned, self.reducer.reduce)
 
-    def _check(self, output: Tensor, kwargs: dict[str, Any]) -> None:
-        if output.shape[1] != self.planned.tokens_in:
+    def _check(self, output: Any, kwargs: dict[str, Any]) -> None:
+        shape, expected = self.stream.shape(output), self.planned.shape_in
+        if shape != expected:
             raise UsageError(
-                f"{self.planned.site} got {output.shape[1]} tokens, but the plan is for {self.planned.tokens_in}",
+                f"{self.planned.site} got {_words(shape)} tokens, but the plan is for {_words(expected)}",
                 "A plan holds for one input size: compress the model again for this one.",
             )
         if kwargs.get("attn_mask") is not None:
@@ -116,7 +126,8 @@ class Trace:
 
     Attributes:
         output: what the model returned.
-        kept: int64 `[B, K]` for each site's layer: original patch positions (row-major in the patch grid), ascending.
+        kept: int64 `[B, K]` for each site's layer: original patch positions (row-major in the patch grid, or in the map
+            that the dense model has there), ascending.
     """
 
     output: Tensor
@@ -131,6 +142,7 @@ class CompressedModel(nn.Module):
     Attributes:
         model: the hooked model.
         plan: what it follows.
+        layout: the tokens and sites of the dense model.
         preprocessing: the evaluation transform of the model where it is known (`load` and `compress` set it).
     """
 
@@ -143,12 +155,15 @@ class CompressedModel(nn.Module):
         self.model = model
         self.plan = plan
         self.family = family
-        layout = family.layout(model)
+        self.layout = family.layout(model)
+        stream, class_token = family.stream(model), self.layout.class_token
         sites = {site.name: site for site in family.sites(model)}
         self._hooks: list[_SiteHook] = []
         self._handles: list[Any] = []
         for planned, here in zip(plan.sites, metrics, strict=True):
-            self._install(sites[planned.site], layout, planned, here, reducer)
+            context = SiteContext(planned.layer, stream.prefix, class_token)
+            hook = _SiteHook(planned, stream, context, metrics=here, reducer=reducer)
+            self._install(sites[planned.site], hook)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own forward."""
@@ -179,11 +194,14 @@ class CompressedModel(nn.Module):
         finally:
             for hook in self._hooks:
                 hook.recorded = None
-        state = TokenState.start(images.shape[0], self.plan.patch_tokens, images.device)
-        kept = {}
-        for hook, record in zip(self._hooks, records, strict=True):
-            state = state.keep(record[-1])
-            kept[hook.planned.layer] = state.index
+        found = {hook.planned.layer: (hook, record[-1]) for hook, record in zip(self._hooks, records, strict=True)}
+        state, kept = _start(self.layout, images), {}
+        for site in self.layout.sites:
+            state = state.through(site.windows)
+            if site.layer in found:
+                hook, index = found[site.layer]
+                state = state.keep(index, hook.planned.grid_out)
+                kept[site.layer] = state.index
         return Trace(output, kept)
 
     def macs(self) -> int:
@@ -226,11 +244,7 @@ class CompressedModel(nn.Module):
         for hook, value in zip(self._hooks, values, strict=True):
             hook.enabled = value
 
-    def _install(
-        self, site: Site, layout: Layout, planned: PlanSite, metrics: tuple[Metric, ...], reducer: Reducer
-    ) -> None:
-        context = SiteContext(site.layer, layout.prefix_tokens, layout.class_token)
-        hook = _SiteHook(planned, context, metrics, reducer)
+    def _install(self, site: Site, hook: _SiteHook) -> None:
         for name in sorted(hook.wanted - {"block_input", "block_output"}):
             probe = site.probes[name]
             tap = _TapHook(hook, name, probe)
@@ -328,6 +342,17 @@ def check_feeds(
     )
 
 
+def _start(layout: Layout, images: Tensor) -> TokenState | MapState:
+    """The tokens before the first site."""
+    if layout.map_size is None:
+        return TokenState.start(images.shape[0], layout.patch_tokens, images.device)
+    return MapState.start(images.shape[0], layout.map_size, images.device)
+
+
+def _words(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
 def _check_fit(plan: Plan, layout: Layout) -> None:
     expected = (layout.family, layout.prefix_tokens, layout.patch_tokens)
     if (plan.family, plan.prefix_tokens, plan.patch_tokens) != expected:
@@ -339,6 +364,13 @@ def _check_fit(plan: Plan, layout: Layout) -> None:
     for planned in plan.sites:
         if (planned.site, planned.layer) not in known:
             raise RecipeError(f"the plan names {planned.site} as layer {planned.layer}, which the model does not have")
+    arriving = {site.layer: grid for site, grid in layout.grids(plan.grids_kept)} if layout.map_size else {}
+    for planned in plan.sites:
+        if planned.grid_in != arriving.get(planned.layer):
+            raise RecipeError(
+                f"the plan has {_words(planned.shape_in)} tokens at {planned.site}, "
+                f"the model has {_words(arriving.get(planned.layer) or ())}"
+            )
 
 
 def _is_attached(model: nn.Module) -> bool:

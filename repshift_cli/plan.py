@@ -5,25 +5,78 @@ Integers only; nothing here needs torch. Counts depend on the recipe and the inp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from repshift_cli.errors import RecipeError
 from repshift_cli.recipe import LayerDrop, Part, Place, Recipe, nearest
 
-__all__ = ["Layout", "Plan", "PlanSite", "SiteInfo", "resolve", "tokens_dropped"]
+__all__ = ["Grid", "Layout", "Plan", "PlanSite", "SiteInfo", "Window", "lines_kept", "resolve", "tokens_dropped"]
+
+Grid = tuple[int, int]
+"""Rows and columns."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A convolution or a pooling, which reads a map through a window and may change its size; per axis.
+
+    Attributes:
+        name: of the module.
+        ceil: whether a last window that sticks out counts too.
+    """
+
+    name: str
+    kernel: Grid
+    stride: Grid = (1, 1)
+    padding: Grid = (0, 0)
+    dilation: Grid = (1, 1)
+    ceil: bool = False
+
+    def output(self, grid: Grid) -> Grid:
+        """Rows and columns that come out; below 1 where the window does not fit."""
+        return (self._side(0, grid[0]), self._side(1, grid[1]))
+
+    def least(self) -> Grid:
+        """The smallest map on which every tap of the window reads the map somewhere, and not padding alone."""
+        reach = ((d * (k - 1) - p + 1) for k, d, p in zip(self.kernel, self.dilation, self.padding, strict=True))
+        return cast(Grid, tuple(max(1, side) for side in reach))
+
+    def _side(self, axis: int, side: int) -> int:
+        room = side + 2 * self.padding[axis] - self.dilation[axis] * (self.kernel[axis] - 1) - 1
+        if room < 0:
+            return 0
+        count = room // self.stride[axis] + 1
+        # as torch: a window more, unless it would begin in the padding behind the map
+        more = self.ceil and room % self.stride[axis] and count * self.stride[axis] < side + self.padding[axis]
+        return count + bool(more)
 
 
 @dataclass(frozen=True)
 class SiteInfo:
-    """A place where tokens can go: after the block `name`, which is the `layer`-th from 0."""
+    """A place where tokens can go: after the block `name`, which is the `layer`-th from 0.
+
+    Attributes:
+        windows: what the map goes through from the site before (or the input) to this one.
+    """
 
     name: str
     layer: int
+    windows: tuple[Window, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,9 +86,14 @@ class Layout:
     Attributes:
         family: the family's name.
         prefix_tokens: class, distillation and register tokens, which never go.
-        patch_tokens: tokens that stand for a place in the input.
+        patch_tokens: tokens that stand for a place in the input; where their number changes from layer to layer,
+            those at the first site.
         class_token: whether the first prefix token is a class token.
         sites: in the order of the forward pass.
+        map_size: rows and columns of the input where tokens form a feature map, from which only whole rows and
+            columns can go; None where they are a sequence.
+        tail: what the map goes through after the last site.
+        barred: blocks that are no sites, with the reason.
     """
 
     family: str
@@ -43,6 +101,22 @@ class Layout:
     patch_tokens: int
     class_token: bool
     sites: tuple[SiteInfo, ...]
+    map_size: Grid | None = None
+    tail: tuple[Window, ...] = ()
+    barred: Mapping[str, str] = field(default_factory=dict)
+
+    def grids(self, kept: Mapping[int, Grid] | None = None) -> Iterator[tuple[SiteInfo, Grid]]:
+        """Each site with the map that reaches it, given what is kept at the layers before; for feature maps."""
+        grid = self.map_size or (1, self.patch_tokens)
+        for site in self.sites:
+            for window in site.windows:
+                grid = window.output(grid)
+            yield site, grid
+            grid = (kept or {}).get(site.layer, grid)
+
+    def tokens(self, kept: Mapping[int, Grid] | None = None) -> dict[int, int]:
+        """Tokens that reach the site of each layer, prefix tokens included; for feature maps."""
+        return {site.layer: self.prefix_tokens + math.prod(grid) for site, grid in self.grids(kept)}
 
 
 class _Frozen(BaseModel):
@@ -50,19 +124,43 @@ class _Frozen(BaseModel):
 
 
 class PlanSite(_Frozen):
-    """Tokens that pass one site, prefix tokens included, and the score that chooses among them."""
+    """Tokens that pass one site, prefix tokens included, and the score that chooses among them.
+
+    Attributes:
+        grid_in, grid_out: rows and columns of a feature map, whose positions are its tokens; None for sequences.
+    """
 
     site: str
     layer: NonNegativeInt
     tokens_in: PositiveInt
     tokens_out: PositiveInt
+    grid_in: tuple[PositiveInt, PositiveInt] | None = None
+    grid_out: tuple[PositiveInt, PositiveInt] | None = None
     metric: Part
+
+    @property
+    def shape_in(self) -> tuple[int, ...]:
+        """Rows and columns of a map, or the length of a sequence."""
+        return self.grid_in or (self.tokens_in,)
 
     @model_validator(mode="after")
     def _shrinks(self) -> PlanSite:
         if self.tokens_out > self.tokens_in:
             raise ValueError(f"{self.site}: more tokens out ({self.tokens_out}) than in ({self.tokens_in})")
+        if self.grid_in is None and self.grid_out is None:
+            return self
+        if self.grid_in is None or self.grid_out is None:
+            raise ValueError(f"{self.site}: a map on one side only")
+        if (math.prod(self.grid_in), math.prod(self.grid_out)) != (self.tokens_in, self.tokens_out):
+            raise ValueError(f"{self.site}: the tokens are not those of the map")
+        if any(out > side for out, side in zip(self.grid_out, self.grid_in, strict=True)):
+            raise ValueError(f"{self.site}: more rows or columns out than in")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty_grids(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # a sequence has no grid, and readers of earlier versions know no such keys
+        return {key: value for key, value in handler(self).items() if value is not None}
 
 
 class Plan(_Frozen):
@@ -78,15 +176,23 @@ class Plan(_Frozen):
     def _counts_follow(self) -> Plan:
         tokens, layer = self.prefix_tokens + self.patch_tokens, -1
         for site in self.sites:
-            if site.tokens_in != tokens or site.layer <= layer:
+            if site.layer <= layer:
+                raise ValueError(f"{site.site}: layer {site.layer} comes after layer {layer}")
+            # what happens to a map between two sites is known to the model's layout alone
+            if site.grid_in is None and site.tokens_in != tokens:
                 raise ValueError(f"{site.site}: {site.tokens_in} tokens in, but {tokens} arrive")
             if site.tokens_out <= self.prefix_tokens:
                 raise ValueError(f"{site.site}: no patch token is left")
             tokens, layer = site.tokens_out, site.layer
         return self
 
+    @property
+    def grids_kept(self) -> dict[int, Grid]:
+        """Rows and columns that are left after each layer where some go; empty for sequences."""
+        return {site.layer: site.grid_out for site in self.sites if site.grid_out is not None}
+
     def tokens_at(self, blocks: int) -> tuple[int, ...]:
-        """How many tokens enter each of `blocks` blocks, and after them the head: `blocks + 1` numbers."""
+        """How many tokens of a sequence enter each of `blocks` blocks, and then the head: `blocks + 1` numbers."""
         drops = {site.layer: site.tokens_out for site in self.sites}
         counts = [self.prefix_tokens + self.patch_tokens]
         for layer in range(blocks):
@@ -119,6 +225,30 @@ def tokens_dropped(drop: LayerDrop, patch_tokens: int) -> int:
     return 0
 
 
+def lines_kept(drop: LayerDrop, grid: Grid) -> Grid:
+    """Rows and columns of a map of `grid` that stay.
+
+    With `drop_ratio` at most that share of the positions goes, as evenly from both axes as whole lines allow: as few
+    rows as hold their part, the root of the share that stays, then as few columns as hold the rest.
+    """
+    if drop.keep_grid is not None:
+        return drop.keep_grid
+    if drop.drop_ratio is None:
+        return grid
+    rows, columns = grid
+    share = 1 - Fraction(str(drop.drop_ratio))
+    # the smallest h with h >= rows * sqrt(share), in whole numbers: h^2 * denominator >= rows^2 * numerator
+    kept_rows = _root_up(-(-(rows * rows * share.numerator) // share.denominator))
+    kept_columns = math.ceil(share * rows * columns / kept_rows)
+    return kept_rows, min(kept_columns, columns)
+
+
+def _root_up(number: int) -> int:
+    """The smallest whole number whose square is at least `number`."""
+    root = math.isqrt(number)
+    return root if root * root == number else root + 1
+
+
 def resolve(recipe: Recipe, layout: Layout) -> Plan:
     """Lay a recipe over a model.
 
@@ -131,24 +261,31 @@ def resolve(recipe: Recipe, layout: Layout) -> Plan:
         if site.layer in chosen:
             raise RecipeError(f"{_where(recipe.place, index)}: layer {drop.layer} stands twice")
         chosen[site.layer] = (index, site)
+    count = _count if layout.map_size is None else _count_lines
     return Plan(
         family=layout.family,
         prefix_tokens=layout.prefix_tokens,
         patch_tokens=layout.patch_tokens,
-        sites=_count(recipe, layout, [chosen[layer] for layer in sorted(chosen)]),
+        sites=count(recipe, layout, [chosen[layer] for layer in sorted(chosen)]),
         reducer=recipe.reducer,
     )
 
 
 def _count(recipe: Recipe, layout: Layout, chosen: list[tuple[int, SiteInfo]]) -> tuple[PlanSite, ...]:
-    """Follow the tokens through the chosen sites, first to last."""
+    """Follow the tokens of a sequence through the chosen sites, first to last."""
     sites, patches = [], layout.patch_tokens
     for index, site in chosen:
-        dropped = tokens_dropped(recipe.layers[index], patches)
-        where = _where(recipe.place, index)
+        drop, where = recipe.layers[index], _where(recipe.place, index)
+        if drop.keep_grid is not None:
+            raise RecipeError(
+                f"{where}: keep_grid is for feature maps, and the tokens of this model form a sequence",
+                "Give keep_tokens or drop_ratio.",
+            )
+        dropped = tokens_dropped(drop, patches)
         if dropped < 0:
-            kept = recipe.layers[index].keep_tokens
-            raise RecipeError(f"{where}: keep_tokens is {kept}, but only {patches} patch tokens reach {site.name}")
+            raise RecipeError(
+                f"{where}: keep_tokens is {drop.keep_tokens}, but only {patches} patch tokens reach {site.name}"
+            )
         if dropped >= patches:
             raise RecipeError(f"{where}: nothing is left after {site.name}: all {patches} patch tokens would go")
         sites.append(
@@ -157,21 +294,80 @@ def _count(recipe: Recipe, layout: Layout, chosen: list[tuple[int, SiteInfo]]) -
                 layer=site.layer,
                 tokens_in=layout.prefix_tokens + patches,
                 tokens_out=layout.prefix_tokens + patches - dropped,
-                metric=recipe.layers[index].metric or recipe.metric,
+                metric=drop.metric or recipe.metric,
             )
         )
         patches -= dropped
     return tuple(sites)
 
 
+def _count_lines(recipe: Recipe, layout: Layout, chosen: list[tuple[int, SiteInfo]]) -> tuple[PlanSite, ...]:
+    """Follow a feature map through the chosen sites: rows and columns go there, strides shrink it in between."""
+    sites: list[PlanSite] = []
+    kept: dict[int, Grid] = {}
+    for index, site in chosen:
+        drop, where = recipe.layers[index], _where(recipe.place, index)
+        grid = next(grid for found, grid in layout.grids(kept) if found.layer == site.layer)
+        if drop.keep_tokens is not None:
+            raise RecipeError(
+                f"{where}: keep_tokens is for sequences; from a feature map whole rows and columns go",
+                f"Give drop_ratio, or keep_grid: [rows, columns] of the {grid[0]}x{grid[1]} that reach {site.name}.",
+            )
+        left = lines_kept(drop, grid)
+        if left[0] > grid[0] or left[1] > grid[1]:
+            raise RecipeError(
+                f"{where}: keep_grid is {left[0]}x{left[1]}, but only {grid[0]}x{grid[1]} reach {site.name}"
+            )
+        kept[site.layer] = left
+        _check_windows(layout, kept, site, where)
+        sites.append(
+            PlanSite(
+                site=site.name,
+                layer=site.layer,
+                tokens_in=math.prod(grid),
+                tokens_out=math.prod(left),
+                grid_in=grid,
+                grid_out=left,
+                metric=drop.metric or recipe.metric,
+            )
+        )
+    return tuple(sites)
+
+
+def _check_windows(layout: Layout, kept: Mapping[int, Grid], site: SiteInfo, where: str) -> None:
+    """Refuse a map that is too small for what comes after `site`, if the dense map is not.
+
+    Raises:
+        RecipeError: naming the map and the module whose kernel it is too small for.
+    """
+    grid = dense = layout.map_size or (1, 1)
+    passages = [(found.layer, found.windows) for found in layout.sites] + [(-1, layout.tail)]
+    for layer, windows in passages:
+        for window in windows:
+            least = tuple(min(pair) for pair in zip(window.least(), dense, strict=True))
+            if any(side < need for side, need in zip(grid, least, strict=True)):
+                raise RecipeError(
+                    f"{where}: of the map, {kept[site.layer][0]}x{kept[site.layer][1]} would be left after "
+                    f"{site.name}, and {grid[0]}x{grid[1]} at {window.name}, smaller than its "
+                    f"{window.kernel[0]}x{window.kernel[1]} kernel can use",
+                    f"There it must be at least {least[0]}x{least[1]}: drop fewer, or after a later layer.",
+                )
+            grid, dense = window.output(grid), window.output(dense)
+        grid = kept.get(layer, grid)
+
+
 def _find_site(drop: LayerDrop, layout: Layout, place: Place, index: int) -> SiteInfo:
     for site in layout.sites:
         if drop.layer in (site.layer, site.name):
             return site
+    where = f"{_where(place, index)}:"
+    if (reason := layout.barred.get(str(drop.layer))) is not None:
+        names = ", ".join(site.name for site in layout.sites)
+        raise RecipeError(f"{where} nothing can go after {drop.layer}: {reason}", f"Possible are {names}.")
     first, last = layout.sites[0], layout.sites[-1]
     allowed = f"It has the layers {first.layer} ({first.name}) to {last.layer} ({last.name})."
     hint = nearest(str(drop.layer), [site.name for site in layout.sites]) + allowed
-    raise RecipeError(f"{_where(place, index)}: the model has no layer {drop.layer}", hint)
+    raise RecipeError(f"{where} the model has no layer {drop.layer}", hint)
 
 
 def _where(place: Place, index: int) -> str:

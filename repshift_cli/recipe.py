@@ -7,7 +7,7 @@ there are (see `metrics/` and `reducers/`), so that a new one needs no change he
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -55,24 +55,28 @@ class Part(BaseModel):
 
 
 class LayerDrop(_Strict):
-    """What happens after one layer. Exactly one of `drop_ratio` and `keep_tokens` is given.
+    """What happens after one layer. Exactly one of `drop_ratio`, `keep_tokens` and `keep_grid` is given.
 
     Attributes:
         layer: index of the block from 0, or the name of the site (`blocks.3`).
-        drop_ratio: share of the patch tokens that are there now; `floor(ratio * tokens)` go.
+        drop_ratio: share of the patch tokens that are there now; `floor(ratio * tokens)` go. Of a feature map, share
+            of its positions; as many whole rows and columns go as hold no more than that.
         keep_tokens: number of patch tokens that stay.
+        keep_grid: rows and columns of a feature map that stay.
         metric: the score at this site, where it is not that of the whole recipe.
     """
 
     layer: Annotated[StrictInt, Field(ge=0)] | StrictStr
     drop_ratio: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
     keep_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    keep_grid: tuple[Annotated[StrictInt, Field(ge=1)], Annotated[StrictInt, Field(ge=1)]] | None = None
     metric: Part | None = None
 
     @model_validator(mode="after")
     def _one_amount(self) -> LayerDrop:
-        if (self.drop_ratio is None) == (self.keep_tokens is None):
-            raise ValueError("give exactly one of drop_ratio and keep_tokens")
+        given = [amount for amount in (self.drop_ratio, self.keep_tokens, self.keep_grid) if amount is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of drop_ratio, keep_tokens and keep_grid")
         return self
 
 
@@ -151,13 +155,18 @@ class Recipe(_Strict):
         return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
 
 
-def default_recipe(blocks: int) -> Recipe:
-    """The paper's schedule scaled to a model of `blocks` blocks: 0.2 after the first, at a quarter and at half.
+def default_recipe(blocks: int, layers: Sequence[int] | None = None) -> Recipe:
+    """The paper's schedule scaled to a model: 0.2 after the first block, at a quarter and at half of them.
 
     The metric's options are left open, so that calibration chooses them.
+
+    Args:
+        blocks: how many blocks there are at which tokens can go.
+        layers: the index of each among all blocks, where some are left out.
     """
-    layers = sorted({0, blocks // 4, blocks // 2})
-    drops = "\n".join(f"  - {{layer: {layer}, drop_ratio: {PAPER_DROP_RATIO}}}" for layer in layers)
+    places = sorted({0, blocks // 4, blocks // 2})
+    chosen = [layers[place] for place in places] if layers else places
+    drops = "\n".join(f"  - {{layer: {layer}, drop_ratio: {PAPER_DROP_RATIO}}}" for layer in chosen)
     text = (
         f"# The schedule of the Representation Shift paper, scaled to {blocks} blocks.\n"
         "# Operation, distance, reading and polarity are left to calibration.\n"

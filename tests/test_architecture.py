@@ -16,7 +16,8 @@ LAYERS = (
     {"errors"},
     {"progress", "files"},
     {"recipe"},
-    {"registry", "plan", "tokens"},
+    {"registry", "plan"},
+    {"tokens", "models"},
     {"metrics", "reducers", "families"},
     {"preprocessing", "measure"},
     {"identify", "attach", "data"},
@@ -120,7 +121,7 @@ def test_commands_hold_no_tensor_code(file: str) -> None:
 
 def test_timm_is_known_to_families_and_loading_only() -> None:
     using = {part_of(file) for file in FILES if "timm" in outside(file, top_level=False)}
-    assert using == {"families", "identify", "checkpoint", "preprocessing", "artifact", "data", "visualize"}
+    assert using == {"families", "models", "identify", "checkpoint", "preprocessing", "artifact", "data", "visualize"}
 
 
 @pytest.mark.parametrize("package", ["metrics", "reducers", "families"])

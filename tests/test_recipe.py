@@ -92,7 +92,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         (
             "operation: mlp",
             "operation: mpl",
-            "r.yaml:4:3: metric.operation: should be 'mlp', 'attention' or 'block'",
+            "r.yaml:4:3: metric.operation: should be 'mlp', 'attention', 'mixer' or 'block'",
             None,
         ),
         ("drop_ratio: 0.2", "drop_ratio: 0.0", "r.yaml:7:16: layers[0].drop_ratio: should be greater than 0", None),
@@ -109,8 +109,13 @@ def test_a_recipe_cannot_be_changed() -> None:
         ),
         ("keep_tokens: 40", "keep_tokens: 4.5", "layers[1].keep_tokens: should be a valid integer (it is 4.5)", None),
         ("layer: 0", "layer: -1", "layers[0].layer: should be greater than or equal to 0 (it is -1)", None),
-        ("drop_ratio: 0.2", "drop_ratio: 0.2, keep_tokens: 3", "layers[0]: give exactly one of drop_ratio and", None),
-        (", drop_ratio: 0.2", "", "layers[0]: give exactly one of drop_ratio and keep_tokens", None),
+        (
+            "drop_ratio: 0.2",
+            "drop_ratio: 0.2, keep_tokens: 3",
+            "layers[0]: give exactly one of drop_ratio, keep_tokens and keep_grid",
+            None,
+        ),
+        (", drop_ratio: 0.2", "", "layers[0]: give exactly one of drop_ratio, keep_tokens", None),
         ("{layer: 0, drop_ratio: 0.2}", "{drop_ratio: 0.2}", "r.yaml:7:5: the key layers[0].layer is missing", None),
         ("{layer: 0, drop_ratio: 0.2}", "0", "r.yaml:7:5: layers[0]: should be a", None),
     ],
@@ -242,7 +247,7 @@ def test_the_default_recipe_is_the_papers_scaled(blocks: int, layers: list[int])
     recipe = default_recipe(blocks)
     assert [drop.layer for drop in recipe.layers] == layers
     assert {drop.drop_ratio for drop in recipe.layers} == {0.2}
-    assert len(build_metric(recipe.metric).variants()) == 30
+    assert len(build_metric(recipe.metric).variants()) == 42
 
 
 def test_nearest() -> None:
@@ -263,8 +268,8 @@ class TestParts:
     @pytest.mark.parametrize(
         ("fixed", "count"),
         [
-            ({}, 30),
-            ({"polarity": "largest"}, 15),
+            ({}, 42),
+            ({"polarity": "largest"}, 21),
             ({"operation": "block"}, 6),
             ({"operation": "block", "reading": "literal"}, 6),
             ({"operation": "mlp", "distance": "l2", "reading": "update", "polarity": "smallest"}, 1),

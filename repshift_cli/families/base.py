@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from repshift_cli.errors import ModelError
-from repshift_cli.plan import Layout, Plan
+from repshift_cli.plan import Layout, Plan, PlanSite
 from repshift_cli.registry import members
+from repshift_cli.tokens import keep_top
 
-__all__ = ["Family", "Probe", "Site", "families", "match"]
+__all__ = ["Family", "Probe", "Reduce", "Site", "Stream", "families", "match"]
+
+Reduce = Callable[[Tensor, Tensor, int], Tensor]
+"""What a reducer does: tokens `[B, prefix + N, C]`, kept places int64 `[B, K]`, prefix; to `[B, prefix + K, C]`."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Site:
     Attributes:
         name: as the model names the module, `blocks.3`.
         layer: index of the block.
-        block: its output is the token stream `[B, T, C]`.
+        block: its output is what the family's `Stream` can read.
         probes: where the tensors that metrics ask for can be seen. `block_input` and `block_output` need none.
         missing: why a tensor cannot be seen here, for messages; the key `*` stands for every tensor.
         attention_channels: heads times channels per head of its attention, 0 where it has none.
@@ -46,16 +51,66 @@ class Site:
     attention_channels: int = 0
 
 
+class Stream:
+    """How tokens travel from block to block, and so how the hook on a block reads and reduces them.
+
+    This one is the plain form, a tensor `[B, prefix + N, C]`; other families override what differs with them.
+
+    Attributes:
+        prefix: tokens at the front that metrics do not score.
+    """
+
+    def __init__(self, prefix: int = 0) -> None:
+        self.prefix = prefix
+
+    def shape(self, value: Any) -> tuple[int, ...]:
+        """What `PlanSite.shape_in` is compared with: how many tokens there are."""
+        return (value.shape[1],)
+
+    def block_input(self, args: tuple[Any, ...], output: Any) -> Tensor:
+        """The tokens that entered a block, `[B, prefix + N, C]`, given its arguments and its output."""
+        entered: Tensor = args[0]
+        return entered
+
+    def block_output(self, output: Any) -> Tensor:
+        """The tokens that leave a block, `[B, prefix + N, C]`."""
+        left: Tensor = output
+        return left
+
+    def choose(self, scores: Tensor, output: Any, planned: PlanSite) -> Tensor:
+        """The patch tokens that stay.
+
+        Args:
+            scores: float32, one for each token that metrics see without the prefix; the largest stay.
+            output: of the block.
+            planned: how many.
+
+        Returns:
+            int64 `[B, K]`, ascending places among the patch tokens.
+        """
+        return keep_top(scores, planned.tokens_out - self.prefix)
+
+    def reduce(self, output: Any, keep: Tensor, planned: PlanSite, reduce: Reduce) -> Any:
+        """The output of the block with only the patch tokens at `keep` left, by way of a reducer."""
+        return reduce(output, keep, self.prefix)
+
+    def join(self, outputs: Sequence[Any]) -> Any:
+        """One batch after the other."""
+        return torch.cat(list(outputs))
+
+
 class Family(ABC):
     """One kind of model.
 
     Attributes:
         name: what plans call it.
         covers: the models that it covers, in words for people.
+        shows: the tensors that its sites can show beside `block_input` and `block_output`.
     """
 
     name: ClassVar[str]
     covers: ClassVar[str]
+    shows: ClassVar[frozenset[str]]
 
     @abstractmethod
     def accepts(self, model: nn.Module) -> bool:
@@ -77,8 +132,17 @@ class Family(ABC):
     def macs(self, model: nn.Module, plan: Plan | None) -> int:
         """Multiply-accumulates of one image, from the shapes alone; None is the dense model.
 
-        Counts matrix products and convolutions, as the field does; norms, activations and scores are left out.
+        Counts matrix products and convolutions, as the field does, and the products of a scan; norms, activations and
+        scores are left out.
         """
+
+    def scan_macs(self, model: nn.Module, plan: Plan | None) -> int:
+        """The part of `macs` that is element by element, which counters of operations do not see."""
+        return 0
+
+    def stream(self, model: nn.Module) -> Stream:
+        """How tokens travel between the blocks of the model."""
+        return Stream(self.layout(model).prefix_tokens)
 
 
 def families() -> list[Family]:

@@ -31,6 +31,9 @@ class TimmViT(Family):
 
     name: ClassVar[str] = "timm_vit"
     covers: ClassVar[str] = "timm's Vision Transformers: ViT, DeiT, DINOv2, SigLIP and their kin"
+    shows: ClassVar[frozenset[str]] = frozenset(
+        {"attention_update", "mlp_update", "mlp_stream", "attention_query", "attention_key"}
+    )
 
     def accepts(self, model: nn.Module) -> bool:
         return isinstance(model, VisionTransformer)

@@ -13,19 +13,19 @@ from repshift_cli.metrics.base import Metric, Polarity, SiteContext, Tap, norms
 
 __all__ = ["RepresentationShift"]
 
-Operation = Literal["mlp", "attention", "block"]
+Operation = Literal["mlp", "attention", "mixer", "block"]
 Distance = Literal["l2", "l1", "cosine"]
 Reading = Literal["update", "literal"]
 
-_UPDATE: dict[Operation, Tap] = {"mlp": "mlp_update", "attention": "attention_update"}
-_STREAM: dict[Operation, Tap] = {"mlp": "mlp_stream", "attention": "block_input"}
+_UPDATE: dict[Operation, Tap] = {"mlp": "mlp_update", "attention": "attention_update", "mixer": "mixer_update"}
+_STREAM: dict[Operation, Tap] = {"mlp": "mlp_stream", "attention": "block_input", "mixer": "mixer_stream"}
 
 
 class RepresentationShift(Metric):
     """`s_i = D(F(x)_i, x_i)` for a layer F and a distance D.
 
     Attributes:
-        operation: F is the MLP sublayer, the attention sublayer or the whole block.
+        operation: F is the MLP sublayer, the attention sublayer, the mixer of a state space model, or the whole block.
         distance: D is the L2 or the L1 norm of the difference, or one minus the cosine.
         reading: `update` compares the stream after the sublayer with the stream before it (for L2: the norm of what
             the sublayer adds); `literal` compares the branch output without its residual with the stream, as the

@@ -1,0 +1,1 @@
+"""Model definitions that no well-kept library ships."""
