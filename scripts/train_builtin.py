@@ -2,11 +2,14 @@
 
     python scripts/train_builtin.py vit-digits
     python scripts/train_builtin.py vit-digits-small
+    python scripts/train_builtin.py cnn-digits
 
-A `VisionTransformer` of timm is trained with AdamW on fresh scenes of the training digits, in two parts. First the
-scenes are crowded with whole digits and a second, temporary head reads each patch (the digit that covers it, or
-background), as in token labelling (Jiang et al. 2021). Then come scenes with one whole digit among fragments, as in
-the test; the patch loss fades out and its head is not stored.
+Each model is trained with AdamW on fresh scenes of the training digits, in two parts. First the scenes are crowded
+with whole digits and a second, temporary head reads each patch (the digit that covers it, or background), as in token
+labelling (Jiang et al. 2021). Then come scenes with one whole digit among fragments, as in the test; the patch loss
+fades out and its head is not stored.
+
+The CNN needs both too: a run of 400 steps gets to 92%, without the patch loss to 56%, without the crowd to 33%.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +30,7 @@ from torch.nn.functional import cross_entropy
 
 from repshift_cli.checkpoint import METADATA_KEY, ModelDescription
 from repshift_cli.data.digits import SCENE_SIZE, DigitScenes
+from repshift_cli.identify import create
 from repshift_cli.preprocessing import Preprocessing
 
 ASSETS = Path(__file__).resolve().parents[1] / "repshift_cli" / "assets"
@@ -33,48 +39,117 @@ CROWD = 5
 CROWDED_SHARE = 0.4
 
 
-@dataclass(frozen=True)
-class Setup:
-    """One built-in model and how it is trained."""
+@dataclass(frozen=True, kw_only=True)
+class Setup(ABC):
+    """One built-in model and how it is trained; each kind of model is a subclass.
 
-    width: int
-    heads: int
+    Attributes:
+        architecture: how a checkpoint names the kind, see `ModelDescription`.
+        patch: side in pixels of the squares that the patch loss reads.
+    """
+
+    architecture: ClassVar[str | None]
     seed: int
     steps: int
-    depth: int = 12
     patch: int = 8
     batch: int = 64
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
 
+    @property
+    @abstractmethod
+    def patch_width(self) -> int:
+        """Channels of the features of a patch."""
 
-SETUPS = {
-    "vit-digits": Setup(width=96, heads=3, seed=0, steps=3100),
-    "vit-digits-small": Setup(width=64, heads=2, seed=1, steps=2600),
+    @abstractmethod
+    def args(self) -> dict[str, Any]:
+        """What the builder of the architecture needs, as JSON holds it."""
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The untrained model."""
+
+    @abstractmethod
+    def read(self, model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the model: logits `[B, 10]`, and the features of each patch in rows from the top, `[B, N, C]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitSetup(Setup):
+    """A `VisionTransformer` of timm; the patch loss reads its last tokens."""
+
+    architecture: ClassVar[str | None] = None
+    width: int
+    heads: int
+    depth: int = 12
+
+    @property
+    def patch_width(self) -> int:
+        return self.width
+
+    def args(self) -> dict[str, Any]:
+        return {
+            "img_size": SCENE_SIZE,
+            "patch_size": self.patch,
+            "embed_dim": self.width,
+            "depth": self.depth,
+            "num_heads": self.heads,
+            "num_classes": 10,
+        }
+
+    def build(self) -> nn.Module:
+        """Xavier weights and sin-cos positions suit a narrow ViT better than timm's defaults."""
+        from timm.layers import build_sincos2d_pos_embed
+        from timm.models.vision_transformer import VisionTransformer
+
+        model = VisionTransformer(**self.args(), weight_init="jax")
+        side = SCENE_SIZE // self.patch
+        with torch.no_grad():
+            model.get_parameter("pos_embed")[:, 1:] = build_sincos2d_pos_embed([side, side], self.width).unsqueeze(0)
+        return model
+
+    def read(self, model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = model.forward_features(images)
+        return model.forward_head(tokens), tokens[:, 1:]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CnnSetup(Setup):
+    """A `ResNet` of timm; the patch loss reads the map of the second stage, whose stride is the 8 pixels of a patch."""
+
+    architecture: ClassVar[str | None] = "resnet18"
+    stem: int
+    channels: tuple[int, int, int, int]
+    layers: tuple[int, int, int, int]
+
+    @property
+    def patch_width(self) -> int:
+        return self.channels[1]
+
+    def args(self) -> dict[str, Any]:
+        return {
+            "num_classes": 10,
+            "stem_type": "deep",
+            "stem_width": self.stem,
+            "channels": list(self.channels),
+            "layers": list(self.layers),
+        }
+
+    def build(self) -> nn.Module:
+        return create(self.architecture, self.args(), "the setup")
+
+    def read(self, model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+        last, (second,) = model.forward_intermediates(images, indices=[2])
+        return model.forward_head(last), second.flatten(2).mT
+
+
+SETUPS: dict[str, Setup] = {
+    "vit-digits": VitSetup(width=96, heads=3, seed=0, steps=3100),
+    "vit-digits-small": VitSetup(width=64, heads=2, seed=1, steps=2600),
+    "cnn-digits": CnnSetup(
+        stem=12, channels=(24, 64, 128, 128), layers=(3, 4, 3, 1), seed=2, steps=1600, learning_rate=2e-3
+    ),
 }
-
-
-def build(setup: Setup) -> nn.Module:
-    """The untrained model. Xavier weights and sin-cos positions suit a narrow ViT better than timm's defaults."""
-    from timm.layers import build_sincos2d_pos_embed
-    from timm.models.vision_transformer import VisionTransformer
-
-    model = VisionTransformer(**model_args(setup), weight_init="jax")
-    side = SCENE_SIZE // setup.patch
-    with torch.no_grad():
-        model.pos_embed[:, 1:] = build_sincos2d_pos_embed([side, side], setup.width).unsqueeze(0)
-    return model
-
-
-def model_args(setup: Setup) -> dict[str, int]:
-    return {
-        "img_size": SCENE_SIZE,
-        "patch_size": setup.patch,
-        "embed_dim": setup.width,
-        "depth": setup.depth,
-        "num_heads": setup.heads,
-        "num_classes": 10,
-    }
 
 
 def draw_batch(scenes: DigitScenes, start: int, setup: Setup) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,8 +190,8 @@ def patch_weight(share: float) -> float:
 
 def train(setup: Setup) -> nn.Module:
     torch.manual_seed(setup.seed)
-    model = build(setup)
-    patch_head = nn.Linear(setup.width, BACKGROUND + 1)
+    model = setup.build()
+    patch_head = nn.Linear(setup.patch_width, BACKGROUND + 1)
     parameters = [*model.parameters(), *patch_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=setup.weight_decay, betas=(0.9, 0.98), fused=True)
     crowded = DigitScenes("train", count=10**9, seed=2000 + setup.seed, whole=CROWD)
@@ -129,8 +204,8 @@ def train(setup: Setup) -> nn.Module:
         images, digits, patches = draw_batch(scenes, step * setup.batch, setup)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(share, setup)
-        tokens = model.forward_features(images)
-        logits, read = model.forward_head(tokens), patch_head(tokens[:, 1:])
+        logits, features = setup.read(model, images)
+        read = patch_head(features)
         loss = cross_entropy(logits, digits) + patch_weight(share) * cross_entropy(read.mT, patches)
         optimizer.zero_grad()
         loss.backward()
@@ -174,7 +249,7 @@ def main() -> None:
 def save(model: nn.Module, setup: Setup, name: str, path: Path) -> None:
     """Write a checkpoint that says itself how to build the model."""
     preprocessing = Preprocessing((3, SCENE_SIZE, SCENE_SIZE), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
-    description = ModelDescription(name, None, model_args(setup), preprocessing)
+    description = ModelDescription(name, setup.architecture, setup.args(), preprocessing)
     document = json.dumps({"model": description.to_dict()})
     save_file(model.state_dict(), path, metadata={"format": "pt", METADATA_KEY: document})
     print(f"{path}: {path.stat().st_size} bytes")
