@@ -70,16 +70,19 @@ class Opened:
         return match(self.loaded.model).macs(self.loaded.model, None)
 
 
-def open_model(name: str | Path, model_name: str | None = None, heads: int | None = None) -> Opened:
+def open_model(
+    name: str | Path, model_name: str | None = None, heads: int | None = None, img_size: int | None = None
+) -> Opened:
     """Load any model: a compressed checkpoint with its plan at work, or a dense one.
 
     Args:
-        name, model_name, heads: as for `checkpoint.load`.
+        name, model_name, heads, img_size: as for `checkpoint.load`.
 
     Raises:
         CheckpointError: as `checkpoint.load`; also a compressed checkpoint that is damaged or from a newer version.
+        UsageError: as `checkpoint.load`.
     """
-    loaded = checkpoint.load(name, model_name, heads)
+    loaded = checkpoint.load(name, model_name, heads, img_size)
     plan = stored_plan(loaded)
     try:
         return Opened(loaded, attach_loaded(loaded, plan) if plan else None)

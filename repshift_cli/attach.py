@@ -204,19 +204,27 @@ class CompressedModel(nn.Module):
                 kept[site.layer] = state.index
         return Trace(output, kept)
 
-    def macs(self) -> int:
-        """Multiply-accumulates of one image, from the shapes alone, the products of the metric included."""
+    def macs(self, counted: bool = False) -> int:
+        """Multiply-accumulates of one image, from the shapes alone, the products of the metric included.
+
+        Args:
+            counted: leave out those that counters of operations do not see, the products of a scan.
+        """
         sites = {site.name: site for site in self.family.sites(self.model)}
         scores = sum(
             metric.macs(hook.planned.tokens_in, sites[hook.planned.site].attention_channels)
             for hook in self._hooks
             for metric in hook.metrics
         )
-        return self.family.macs(self.model, self.plan) + scores
+        return self._family_macs(self.plan, counted) + scores
 
-    def dense_macs(self) -> int:
-        """Multiply-accumulates of one image through the original model."""
-        return self.family.macs(self.model, None)
+    def dense_macs(self, counted: bool = False) -> int:
+        """Multiply-accumulates of one image through the original model; `counted` as for `macs`."""
+        return self._family_macs(None, counted)
+
+    def _family_macs(self, plan: Plan | None, counted: bool) -> int:
+        unseen = self.family.scan_macs(self.model, plan) if counted else 0
+        return self.family.macs(self.model, plan) - unseen
 
     def detach(self) -> nn.Module:
         """Take all hooks off and return the model as it was."""

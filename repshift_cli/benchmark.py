@@ -29,6 +29,7 @@ __all__ = [
     "BenchReport",
     "BenchSettings",
     "Contender",
+    "MemoryFormat",
     "Ratio",
     "Run",
     "attention_mode",
@@ -39,6 +40,7 @@ __all__ = [
 
 PLOT_FORMATS = ("png", "svg", "pdf")
 AttentionMode = Literal["auto", "sdpa", "explicit"]
+MemoryFormat = Literal["contiguous", "channels_last"]
 
 # Enough for caches and allocators on the CPU; a graphics card also raises its clock during the first runs.
 _WARMUP_ROUNDS = {"cpu": 3, "cuda": 50}
@@ -73,6 +75,7 @@ class BenchSettings:
         seconds: time for each model at each batch size; more is taken where `min_runs` needs it.
         min_runs: least number of timed runs of each model.
         threads: CPU threads, None for torch's own choice.
+        memory_format: of weights and images; convolutions of many libraries are made for channels_last.
     """
 
     device: torch.device
@@ -81,6 +84,7 @@ class BenchSettings:
     min_runs: int = 10
     threads: int | None = None
     attention: AttentionMode = "auto"
+    memory_format: MemoryFormat = "contiguous"
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,7 @@ class BenchReport:
     attention: str
     runs: tuple[Run, ...]
     ratios: tuple[Ratio, ...]
+    memory_format: MemoryFormat = "contiguous"
 
     @property
     def machine(self) -> str:
@@ -171,6 +176,7 @@ class BenchReport:
             "dtype": self.dtype,
             "threads": self.threads,
             "attention": self.attention,
+            "memory_format": self.memory_format,
             "torch": torch.__version__,
             "runs": [run.to_dict() for run in self.runs],
             "ratios": [ratio.to_dict() for ratio in self.ratios],
@@ -246,7 +252,7 @@ def run_bench(
     """
     modules = _distinct([contender.module for contender in contenders])
     for module in modules:
-        module.to(settings.device, settings.dtype)
+        module.to(settings.device, settings.dtype).to(memory_format=_memory_format(settings))
     runs: list[Run] = []
     attention: set[str] = set()
     with measure.threads(settings.threads) as threads, ExitStack() as switched:
@@ -264,6 +270,7 @@ def run_bench(
         dtype=str(settings.dtype).removeprefix("torch."),
         threads=threads,
         attention=", ".join(sorted(attention)),
+        memory_format=settings.memory_format,
         runs=tuple(runs),
         ratios=tuple(_ratios(contenders, runs)),
     )
@@ -298,7 +305,11 @@ def _observed(contender: Contender, inputs: Tensor) -> str:
 
 def _random_images(batch: int, size: tuple[int, int, int], settings: BenchSettings) -> Tensor:
     images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
-    return images.to(settings.device, settings.dtype)
+    return images.to(settings.device, settings.dtype, memory_format=_memory_format(settings))
+
+
+def _memory_format(settings: BenchSettings) -> torch.memory_format:
+    return torch.channels_last if settings.memory_format == "channels_last" else torch.contiguous_format
 
 
 def _ratios(contenders: Sequence[Contender], runs: Sequence[Run]) -> Iterator[Ratio]:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +23,18 @@ from torch import Tensor, nn
 
 from repshift_cli.errors import CheckpointError, UsageError
 from repshift_cli.files import TORCH_SUFFIXES, WEIGHT_SUFFIXES
-from repshift_cli.identify import Identity, check_heads, create, identify
-from repshift_cli.preprocessing import Preprocessing
+from repshift_cli.identify import (
+    VIM,
+    Identity,
+    build_on_meta,
+    canonical_name,
+    check_heads,
+    create,
+    identify,
+    is_model_name,
+    model_names,
+)
+from repshift_cli.preprocessing import LARGEST_SIDE, Preprocessing, fixed_size
 from repshift_cli.recipe import nearest
 
 __all__ = [
@@ -38,6 +48,7 @@ __all__ = [
     "build",
     "load",
     "read_weights",
+    "set_image_size",
 ]
 
 FORMAT_VERSION = 1
@@ -49,6 +60,8 @@ METADATA_KEY = "repshift"
 BUILTIN = {
     "builtin:vit-digits": "vit_digits.safetensors",
     "builtin:vit-digits-small": "vit_digits_small.safetensors",
+    "builtin:cnn-digits": "cnn_digits.safetensors",
+    "builtin:vim-digits": "vim_digits.safetensors",
 }
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -62,8 +75,9 @@ class ModelDescription:
     """All that is needed to build the model again without its weights.
 
     Attributes:
-        name: what people call it: the timm name, or words for a shape that timm has no name for.
-        architecture: name in timm's registry, or None to build a `VisionTransformer` from `args` alone.
+        name: what people call it: the name of the model, or words for a shape that has none.
+        architecture: name in timm's registry or of one of Vim's models; or what is built from `args` alone: None for a
+            `VisionTransformer`, "vim" for a `VisionMamba`.
         args: keyword arguments for the builder.
         preprocessing: the model's own evaluation transform.
     """
@@ -130,40 +144,57 @@ class LoadedModel:
     document: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class _Told:
+    """What the user, or a recipe for him, tells of a model; see `load`."""
+
+    model_name: str | None = None
+    heads: int | None = None
+    img_size: int | None = None
+    fallback_name: str | None = None
+
+
 def load(
-    name: str | Path, model_name: str | None = None, heads: int | None = None, fallback_name: str | None = None
+    name: str | Path,
+    model_name: str | None = None,
+    heads: int | None = None,
+    img_size: int | None = None,
+    fallback_name: str | None = None,
 ) -> LoadedModel:
-    """Load a dense model from a file, a folder, a timm name or a `builtin:` name.
+    """Load a dense model from a file, a folder, the name of a model or a `builtin:` name.
 
     A compressed checkpoint gives its dense model; its plan is in `document`.
 
     Args:
         name: what to load.
-        model_name: timm name to use where the file does not tell.
+        model_name: name of the model, where the file does not tell.
         heads: attention heads, for a shape that no convention covers.
-        fallback_name: timm name that a recipe gives. Only where nothing else tells which model it is, and only if
-            the weights fit it.
+        img_size: side of the image: any for a convolutional network, else that of the weights.
+        fallback_name: name of the model that a recipe gives. Only where nothing else tells which model it is, and only
+            if the weights fit it.
 
     Raises:
         CheckpointError: the file is missing, damaged, unsafe, or fits no model that is known; or `heads` are not
             those of the model that it is.
-        UsageError: an unknown `builtin:` name, or a `model_name` that timm does not have.
+        UsageError: an unknown `builtin:` name, a `model_name` that there is not, or an `img_size` that the weights do
+            not fit.
     """
     _check_model_name(model_name)
+    told = _Told(model_name, heads, img_size, fallback_name)
     text = str(name)
     if text.startswith("builtin:"):
-        return _load_builtin(text, heads)
+        return _load_builtin(text, told)
     path = Path(name)
     try:
         is_folder, is_there = path.is_dir(), path.exists()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     if is_folder:
-        return _load_folder(path, model_name, heads)
+        return _load_folder(path, told)
     if is_there:
-        return _from_weights(read_weights(path), model_name, heads, path.stem, fallback_name)
-    if _is_timm_name(text):
-        return _load_timm(text, heads)
+        return _from_weights(read_weights(path), told, path.stem)
+    if is_model_name(text):
+        return _load_name(canonical_name(text), told)
     raise _not_found(text)
 
 
@@ -200,20 +231,58 @@ def build(description: ModelDescription, tensors: Mapping[str, Tensor], where: s
     Raises:
         CheckpointError: the weights do not fit; the message says which keys and shapes.
     """
-    if description.architecture is not None and not _is_timm_name(description.architecture):
-        raise CheckpointError(f"{where}: timm has no model named {description.architecture!r}")
-    try:
-        with torch.device("meta"):
-            model = create(description.architecture, description.args, where)
-    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{where}: {description.name} cannot be built: {error}") from error
+    architecture = description.architecture
+    if architecture not in (None, VIM) and not is_model_name(architecture):
+        raise CheckpointError(f"{where}: timm has no model named {architecture!r}")
+    model = build_on_meta(architecture, description.args, where, tensors, description.name)
     _check_fit(model, tensors, description.name, where)
     model.load_state_dict(dict(tensors), strict=True, assign=True)
     if any(buffer.is_meta for buffer in model.buffers()):
         # A buffer that is not stored has to be computed, which needs a real device.
-        model = create(description.architecture, description.args, where)
+        model = create(architecture, description.args, where)
         model.load_state_dict(dict(tensors), strict=True, assign=True)
+    _configure(model, description.preprocessing)
     return model.float().eval().requires_grad_(False)
+
+
+def _configure(model: nn.Module, preprocessing: Preprocessing) -> None:
+    """Let the model's own configuration say what is known of its images: a convolutional network takes any size."""
+    config = dict(getattr(model, "pretrained_cfg", None) or {})
+    model.pretrained_cfg = {**config, **preprocessing.to_dict()}  # type: ignore[assignment]
+
+
+def set_image_size(loaded: LoadedModel, img_size: int | None) -> None:
+    """Let a model take images of another size, where its weights fit any; None leaves it as it is.
+
+    Raises:
+        UsageError: the weights fit one size only, or what was decided for it does.
+    """
+    preprocessing = loaded.description.preprocessing
+    channels, *size = preprocessing.input_size
+    if img_size is None or size == [img_size, img_size]:
+        return
+    what, now = loaded.source.path or loaded.description.name, f"{size[0]}x{size[1]}"
+    _checked_size(img_size)
+    if loaded.document is not None and "plan" in loaded.document:
+        raise UsageError(
+            f"--img-size {img_size}: {what} was compressed for images of {now}, and its plan holds for no other size",
+            f"Leave --img-size out, or compress the dense checkpoint again with --img-size {img_size}.",
+        )
+    if fixed_size(loaded.model):
+        raise UsageError(
+            f"--img-size {img_size}: {what} takes images of {now}: its positions are made for that size",
+            "Leave --img-size out, or resize the position table first.",
+        )
+    changed = replace(preprocessing, input_size=(channels, img_size, img_size))
+    loaded.description = replace(loaded.description, preprocessing=changed)
+    loaded.notes.append(f"images of {img_size}x{img_size} are used instead of {now}, as --img-size says")
+    _configure(loaded.model, changed)
+
+
+def _checked_size(img_size: int) -> int:
+    if not 1 <= img_size <= LARGEST_SIDE:
+        raise UsageError(f"--img-size: {img_size} is not a number from 1 to {LARGEST_SIDE}")
+    return img_size
 
 
 def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], name: str, where: str) -> None:
@@ -243,21 +312,34 @@ def _some(words: list[str]) -> str:
     return ", ".join(words[:_SHOWN_KEYS]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _from_weights(
-    weights: Weights, model_name: str | None, heads: int | None, hint: str, fallback_name: str | None = None
-) -> LoadedModel:
+def _from_weights(weights: Weights, told: _Told, hint: str) -> LoadedModel:
     """Which model it is: from our metadata, else from the name that the user gives, else from the tensors."""
     where = weights.source.path or hint
     if weights.document is not None:
         description = _described(weights.document, where)
-        if model_name and model_name not in (description.name, description.architecture):
-            raise UsageError(f"{where} says that it is {description.name}, not {model_name}", "Leave --model out.")
+        names = (description.name, description.architecture)
+        if told.model_name and canonical_name(told.model_name) not in names:
+            raise UsageError(f"{where} says that it is {description.name}, not {told.model_name}", "Leave --model out.")
         loaded = _assemble(description, weights, weights.tensors, [])
-        check_heads(loaded.model, description.name, heads, where)
-        return loaded
-    fallback = fallback_name if fallback_name is not None and _is_timm_name(fallback_name) else None
-    identity = identify(weights.tensors, where, model_name, heads, hint, fallback=fallback)
-    return _from_identity(identity, weights)
+        _check_size_told(loaded, where)
+        check_heads(loaded.model, description.name, told.heads, where)
+    else:
+        fallback = told.fallback_name if told.fallback_name and is_model_name(told.fallback_name) else None
+        identity = identify(
+            weights.tensors, where, told.model_name, told.heads, hint, fallback=fallback, img_size=told.img_size
+        )
+        loaded = _from_identity(identity, weights)
+    set_image_size(loaded, told.img_size)
+    return loaded
+
+
+def _check_size_told(loaded: LoadedModel, where: str) -> None:
+    """Refuse metadata that names another image size than the one that the model is built for."""
+    size, told = fixed_size(loaded.model), loaded.description.preprocessing.input_size[1:]
+    if size and size != told:
+        raise CheckpointError(
+            f"{where}: its metadata names images of {told[0]}x{told[1]}, but the model takes {size[0]}x{size[1]}"
+        )
 
 
 def _described(document: Mapping[str, Any], where: str) -> ModelDescription:
@@ -281,16 +363,16 @@ def _assemble(
     return LoadedModel(model, description, weights.source, tensors, weights.notes + notes, weights.document)
 
 
-def _load_builtin(name: str, heads: int | None) -> LoadedModel:
+def _load_builtin(name: str, told: _Told) -> LoadedModel:
     if name not in BUILTIN:
         raise UsageError(f"there is no {name}", f"{nearest(name, BUILTIN)}Built in are {', '.join(BUILTIN)}.")
     with as_file(files("repshift_cli").joinpath("assets").joinpath(BUILTIN[name])) as path:
-        loaded = _from_weights(read_weights(path), None, heads, name)
+        loaded = _from_weights(read_weights(path), _Told(heads=told.heads, img_size=told.img_size), name)
     loaded.source = Source("builtin", name, loaded.source.sha256)
     return loaded
 
 
-def _load_folder(folder: Path, model_name: str | None, heads: int | None) -> LoadedModel:
+def _load_folder(folder: Path, told: _Told) -> LoadedModel:
     """A folder as timm and the hub write it: `config.json` beside `model.safetensors`."""
     config_path = folder / "config.json"
     found = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
@@ -302,17 +384,18 @@ def _load_folder(folder: Path, model_name: str | None, heads: int | None) -> Loa
     weights = read_weights(found[0])
     weights.source = Source("folder", str(folder), weights.source.sha256)
     if weights.document is not None:
-        return _from_weights(weights, model_name, heads, folder.name)
-    name = model_name or config["architecture"]
+        return _from_weights(weights, told, folder.name)
+    name = told.model_name or config["architecture"]
     args = config["model_args"] if name == config["architecture"] else {}
-    loaded = _from_identity(identify(weights.tensors, str(folder), name, heads, folder.name, args=args), weights)
-    told = config["pretrained_cfg"]
-    merged = {**loaded.description.preprocessing.to_dict(), **{key: told[key] for key in told if told[key] is not None}}
-    merged["input_size"] = loaded.description.preprocessing.input_size
-    preprocessing = Preprocessing.from_dict(merged)
-    loaded.description = ModelDescription(
-        loaded.description.name, loaded.description.architecture, loaded.description.args, preprocessing
-    )
+    identity = identify(weights.tensors, str(folder), name, told.heads, folder.name, args=args, img_size=told.img_size)
+    loaded = _from_identity(identity, weights)
+    known = {key: value for key, value in config["pretrained_cfg"].items() if value is not None}
+    if fixed_size(loaded.model):
+        known["input_size"] = loaded.description.preprocessing.input_size
+    preprocessing = Preprocessing.from_dict({**loaded.description.preprocessing.to_dict(), **known})
+    loaded.description = replace(loaded.description, preprocessing=preprocessing)
+    _configure(loaded.model, preprocessing)
+    set_image_size(loaded, told.img_size)
     return loaded
 
 
@@ -329,7 +412,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         )
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise CheckpointError(f"{path} has no key 'architecture'", "timm writes one with save_for_hf.")
-    if not _is_timm_name(config["architecture"]):
+    if not is_model_name(config["architecture"]):
         raise CheckpointError(f"{path}: timm has no model named {config['architecture']!r}")
     for key in ("model_args", "pretrained_cfg"):
         config[key] = config.get(key) or {}
@@ -338,23 +421,33 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _load_timm(name: str, heads: int | None) -> LoadedModel:
-    """A timm model by name: cached weights where they are on this machine, else random ones. Never a download."""
-    import timm
-
+def _load_name(name: str, told: _Told) -> LoadedModel:
+    """A model by name: cached weights where they are on this machine, else random ones. Never a download."""
     _check_tag(name)
     cached = _cached_weights(name)
     if cached is not None:
         weights = read_weights(cached)
         weights.source = Source("cache", str(cached), weights.source.sha256)
-        loaded = _from_identity(identify(weights.tensors, str(cached), name, heads, name), weights)
+        identity = identify(weights.tensors, str(cached), name, told.heads, name, img_size=told.img_size)
+        loaded = _from_identity(identity, weights)
         loaded.notes.append(f"pretrained weights of {name} from the local cache: {cached}")
-        return loaded
+    else:
+        loaded = _with_random_weights(name, told.img_size)
+        check_heads(loaded.model, name, told.heads, name)
+    set_image_size(loaded, told.img_size)
+    return loaded
+
+
+def _with_random_weights(name: str, img_size: int | None) -> LoadedModel:
+    model = build_on_meta(name, {}, name, {})
+    # weights that are drawn anew fit any size
+    args = {"img_size": _checked_size(img_size)} if img_size is not None and fixed_size(model) else {}
+    if args:
+        build_on_meta(name, args, name, {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = timm.create_model(name, pretrained=False).eval().requires_grad_(False)
-    check_heads(model, name, heads, name)
-    description = ModelDescription(name, name, {}, Preprocessing.of_model(model))
+        model = create(name, args, name).eval().requires_grad_(False)
+    description = ModelDescription(name, name, args, Preprocessing.of_model(model))
     note = f"{name} has RANDOM weights (seed 0): none are cached here. Good for speed, meaningless for accuracy."
     return LoadedModel(model, description, Source("random", None, None), dict(model.state_dict()), [note])
 
@@ -363,7 +456,7 @@ def _cached_weights(name: str) -> Path | None:
     import timm
     from huggingface_hub import try_to_load_from_cache
 
-    config = timm.get_pretrained_cfg(name)
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     if config is None or not config.hf_hub_id:
         return None
     identity = config.hf_hub_id
@@ -381,6 +474,8 @@ def _check_tag(name: str) -> None:
     """
     import timm
 
+    if not timm.is_model(name):
+        return
     try:
         timm.get_pretrained_cfg(name)
     except (RuntimeError, ValueError) as error:
@@ -394,27 +489,16 @@ def _check_tag(name: str) -> None:
 def _check_model_name(model_name: str | None) -> None:
     if model_name is None:
         return
-    if not _is_timm_name(model_name):
-        import timm
-
-        raise UsageError(f"--model: timm has no model named {model_name!r}", nearest(model_name, timm.list_models()))
+    if not is_model_name(model_name):
+        raise UsageError(f"--model: timm has no model named {model_name!r}", nearest(model_name, model_names()))
     _check_tag(model_name)
 
 
-def _is_timm_name(name: str) -> bool:
-    import timm
-
-    # timm also takes "hf-hub:" and "local-dir:" names, which would download or read elsewhere
-    return ":" not in name and timm.is_model(name)
-
-
 def _not_found(name: str) -> CheckpointError:
-    import timm
-
     looks_like_path = "/" in name or Path(name).suffix in WEIGHT_SUFFIXES
     if looks_like_path:
         return CheckpointError(f"there is no file {name}")
-    hint = f"{nearest(name, [*timm.list_models(), *BUILTIN])}Give a file, a folder with config.json, or a timm name."
+    hint = f"{nearest(name, [*model_names(), *BUILTIN])}Give a file, a folder with config.json, or a timm name."
     return CheckpointError(f"{name} is neither a file nor a model of timm", hint)
 
 

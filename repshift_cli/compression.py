@@ -16,9 +16,10 @@ from repshift_cli.attach import CompressedModel, attach, check_feeds, check_part
 from repshift_cli.calibrate import Calibration, agreement, calibrate, divergence
 from repshift_cli.checkpoint import LoadedModel, ModelDescription, Source
 from repshift_cli.data.images import ImageBatch, load_images
-from repshift_cli.errors import CheckFailed, CheckpointError, DataError, ModelError, RecipeError
+from repshift_cli.errors import CheckFailed, CheckpointError, DataError, RecipeError
 from repshift_cli.families import Family, Site, match
 from repshift_cli.files import check_output
+from repshift_cli.identify import canonical_name
 from repshift_cli.measure import Speedup, Spread, Subject
 from repshift_cli.metrics import build_metric
 from repshift_cli.plan import Plan, resolve
@@ -48,6 +49,7 @@ class Settings:
     recipe: str | None = None
     model_name: str | None = None
     heads: int | None = None
+    img_size: int | None = None
     output: Path | None = None
     data: str | None = None
     calibration: str | None = None
@@ -149,7 +151,7 @@ class CompressReport:
             "model": {
                 "name": self.loaded.description.name,
                 "family": self.family,
-                "params": sum(tensor.numel() for tensor in self.loaded.tensors.values()),
+                "params": sum(parameter.numel() for parameter in self.loaded.model.parameters()),
             },
             "recipe": self.recipe.place.name,
             "plan": self.plan.summary(),
@@ -167,6 +169,7 @@ def compress(
     recipe: Recipe | str | Path | None = None,
     *,
     calibration: Tensor | str | Path | None = None,
+    img_size: int | None = None,
     progress: Progress | None = None,
 ) -> CompressedModel:
     """Attach a recipe to a model, without measuring or writing anything.
@@ -176,14 +179,18 @@ def compress(
         recipe: a recipe, its file or shipped name; None for the default schedule.
         calibration: images for open fields of the metric: `[n, C, H, W]` preprocessed, or a folder or dataset.
             Without them open fields are as the paper has them.
+        img_size: side of the images that a convolutional network is to take, which the plan then holds for. The images
+            of other models are as large as their weights have it.
 
     Raises:
         CheckFailed: calibration found nothing that beats random dropping clearly.
+        UsageError: the weights do not fit `img_size`.
         RepshiftError: as the parts that it calls.
     """
     recipe = _checked(recipe)
     listener = progress or Silent()
-    job = _Job(_wrap(model) if isinstance(model, nn.Module) else _load(model, recipe), recipe, listener)
+    wrapped = _wrap(model, img_size) if isinstance(model, nn.Module) else _load(model, recipe, img_size=img_size)
+    job = _Job(wrapped, recipe, listener)
     loaded, plan = job.loaded, job.default_plan()
     if calibration is not None and job.open:
         if isinstance(calibration, Tensor):
@@ -200,7 +207,7 @@ def compress(
             batch_size=16,
             progress=listener,
         )
-        if not found.clear:
+        if not (found.clear or found.mild):
             raise _not_clear(found)
         plan = job.plan.with_metrics(found.parts)
     return artifact.attach_loaded(loaded, plan)
@@ -211,6 +218,8 @@ def compress_dense(
     recipe_name: str | Path,
     model_name: str | None = None,
     heads: int | None = None,
+    img_size: int | None = None,
+    *,
     progress: Progress | None = None,
 ) -> Opened:
     """Load a dense model and attach a recipe, uncalibrated: open fields are as the paper has them.
@@ -218,9 +227,10 @@ def compress_dense(
     Raises:
         CheckpointError: the checkpoint cannot be loaded or is compressed already.
         RecipeError: the recipe cannot be followed.
+        UsageError: the weights do not fit `img_size`.
     """
     recipe = _checked(recipe_name)
-    job = _Job(_load(name, recipe, model_name, heads), recipe, progress or Silent())
+    job = _Job(_load(name, recipe, model_name, heads, img_size), recipe, progress or Silent())
     return Opened(job.loaded, artifact.attach_loaded(job.loaded, job.default_plan()))
 
 
@@ -238,7 +248,7 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
         check_output(settings.output, settings.force)
     recipe = _checked(settings.recipe)
     device, dtype = measure.resolve_device(settings.device), measure.resolve_dtype(settings.dtype)
-    loaded = _load(name, recipe, settings.model_name, settings.heads)
+    loaded = _load(name, recipe, settings.model_name, settings.heads, settings.img_size)
     job = _Job(loaded, recipe, progress, settings.force)
     if dry_run:
         if job.open:
@@ -281,7 +291,7 @@ class _Job:
         layout = self.family.layout(loaded.model)
         if recipe is None:
             blocks = len(layout.sites)
-            recipe = default_recipe(blocks)
+            recipe = default_recipe(blocks, [site.layer for site in layout.sites])
             self.note(
                 f"no recipe was given: the paper's schedule scaled to {blocks} blocks is used "
                 f"(to see or change it: repshift recipes show default --blocks {blocks})"
@@ -347,7 +357,7 @@ class _Job:
         wanted, description = self.recipe.model, self.loaded.description
         # the tag of the weights (.augreg_in21k) does not change what the recipe is for
         names = {(name or "").partition(".")[0] for name in (description.name, description.architecture)}
-        if wanted is None or wanted.partition(".")[0] in names:
+        if wanted is None or canonical_name(wanted.partition(".")[0]) in names:
             return
         where = self.recipe.place.at(("model",))
         raise RecipeError(
@@ -444,7 +454,12 @@ def _choose_metric(
         batch_size=settings.batch_size,
         progress=progress,
     )
-    if not found.clear:
+    if found.mild and not found.clear:
+        job.note(
+            f"so few tokens go that dropping them at random changes {1 - (found.random.agreement or 0):.1%} of the "
+            "predictions: which ones go hardly matters, and was not put to the test"
+        )
+    elif not found.clear:
         problem = _not_clear(found)
         if not settings.force:
             raise problem
@@ -454,9 +469,9 @@ def _choose_metric(
 
 def _not_clear(found: Calibration) -> CheckFailed:
     return CheckFailed(
-        f"no candidate beats random dropping clearly: the best at each site together have divergence "
-        f"{found.result.divergence:.4f} against {found.random.divergence:.4f} of random "
-        f"({found.sigmas:.1f} standard errors, on {len(found.result.divergences)} images)",
+        f"no candidate beats random dropping clearly: the best at each site together change predictions by "
+        f"{found.result.distance:.4f} against {found.random.distance:.4f} of random "
+        f"(Hellinger; {found.sigmas:.1f} standard errors, on {len(found.result.distances)} images)",
         "Calibrate on more images of the model's own kind, drop fewer tokens, or add --force.",
     )
 
@@ -471,9 +486,9 @@ def _check(compressed: CompressedModel, loaded: LoadedModel, images: Tensor) -> 
     size = loaded.description.preprocessing.input_size
     with compressed.dense():
         wanted = compressed(images)
-        _check_count("dense", measure.count_macs(compressed.model, size), compressed.dense_macs())
+        _check_count("dense", measure.count_macs(compressed.model, size), compressed.dense_macs(counted=True))
     output = compressed(images)
-    _check_count("compressed", measure.count_macs(compressed.model, size), compressed.macs())
+    _check_count("compressed", measure.count_macs(compressed.model, size), compressed.macs(counted=True))
     if output.shape != wanted.shape:
         raise CheckFailed(f"the compressed model returns {list(output.shape)}, the dense one {list(wanted.shape)}")
     if not bool(output.isfinite().all()):
@@ -542,17 +557,22 @@ def _compare(
 
 
 def _load(
-    name: str | Path, recipe: Recipe | None, model_name: str | None = None, heads: int | None = None
+    name: str | Path,
+    recipe: Recipe | None,
+    model_name: str | None = None,
+    heads: int | None = None,
+    img_size: int | None = None,
 ) -> LoadedModel:
     """Load a checkpoint; where nothing else tells which model it is, the recipe does."""
-    return checkpoint.load(name, model_name, heads, fallback_name=recipe.model if recipe else None)
+    return checkpoint.load(name, model_name, heads, img_size, recipe.model if recipe else None)
 
 
-def _wrap(model: nn.Module) -> LoadedModel:
-    """A model in memory, described as far as it tells."""
+def _wrap(model: nn.Module, img_size: int | None) -> LoadedModel:
+    """A model in memory, described as far as it tells; where it tells no image size, 224 is assumed, as timm does."""
+    match(model)
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     name = str(config.get("architecture") or type(model).__name__)
-    if not hasattr(model, "patch_embed") and not config:
-        raise ModelError(f"models of the kind {type(model).__name__} are not supported")
     description = ModelDescription(name, None, {}, Preprocessing.of_model(model))
-    return LoadedModel(model, description, Source("object", None, None), dict(model.state_dict()))
+    loaded = LoadedModel(model, description, Source("object", None, None), dict(model.state_dict()))
+    checkpoint.set_image_size(loaded, img_size)
+    return loaded

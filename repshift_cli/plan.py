@@ -52,7 +52,10 @@ class Window:
         return (self._side(0, grid[0]), self._side(1, grid[1]))
 
     def least(self) -> Grid:
-        """The smallest map on which every tap of the window reads the map somewhere, and not padding alone."""
+        """The smallest map on which every tap of the window reads the map somewhere, and not padding alone.
+
+        (For a stride of one; with a longer one some tap may still miss a map of this size.)
+        """
         reach = ((d * (k - 1) - p + 1) for k, d, p in zip(self.kernel, self.dilation, self.padding, strict=True))
         return cast(Grid, tuple(max(1, side) for side in reach))
 

@@ -12,7 +12,13 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
-__all__ = ["Preprocessing"]
+__all__ = ["LARGEST_SIDE", "Preprocessing", "fixed_size"]
+
+LARGEST_SIDE = 16384
+"""Pixels; what a file says beyond that is damage."""
+
+
+_LARGEST_CROP = 10
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,8 @@ class Preprocessing:
 
         config = resolve_model_data_config(model)
         # timm's configuration is that of the pretrained weights, whatever size the model was built with
-        patches = getattr(model, "patch_embed", None)
-        size, projection = getattr(patches, "img_size", None), getattr(patches, "proj", None)
-        if size is not None:
+        if size := fixed_size(model):
+            projection = getattr(model.patch_embed, "proj", None)
             config["input_size"] = (getattr(projection, "in_channels", config["input_size"][0]), *size)
         return cls.from_dict(config)
 
@@ -52,11 +57,11 @@ class Preprocessing:
         """From the keys of a timm data configuration.
 
         Raises:
-            CheckpointError: a key is missing or has a wrong form.
+            CheckpointError: a key is missing, or has a wrong form or a value that cannot be.
         """
         try:
             channels, height, width = (int(size) for size in values["input_size"])
-            return cls(
+            found = cls(
                 input_size=(channels, height, width),
                 mean=tuple(float(value) for value in values["mean"]),
                 std=tuple(float(value) for value in values["std"]),
@@ -64,8 +69,23 @@ class Preprocessing:
                 crop_pct=float(values["crop_pct"]),
                 crop_mode=str(values.get("crop_mode", "center")),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"the preprocessing of the model cannot be read: {error!r}") from error
+        found._check()
+        return found
+
+    def _check(self) -> None:
+        """Refuse values that no model has, which would end in endless work or in nothing."""
+        possible = {
+            "input_size": self.input_size[0] >= 1 and all(1 <= side <= LARGEST_SIDE for side in self.input_size[1:]),
+            "std": all(value > 0 for value in self.std),
+            "crop_pct": 0 < self.crop_pct <= _LARGEST_CROP,
+        }
+        for key, fine in possible.items():
+            if not fine:
+                raise CheckpointError(
+                    f"the preprocessing of the model has a {key} that cannot be: {getattr(self, key)}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,3 +103,9 @@ class Preprocessing:
             f"{height}x{width}x{channels}, {self.interpolation}, crop {self.crop_pct:g} ({self.crop_mode}), "
             f"mean {mean}, std {std}"
         )
+
+
+def fixed_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width of the images that the model takes; None where its weights fit any size."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return None if size is None else (int(size[0]), int(size[1]))

@@ -161,4 +161,5 @@ def _middle_lines(lines: Tensor, window: Window, axis: int) -> Tensor:
     middle = window.dilation[axis] * (window.kernel[axis] - 1) // 2 - window.padding[axis]
     count = window.output(sides)[axis]
     taken = (torch.arange(count, device=lines.device) * stride + middle).clamp(0, side - 1)
-    return lines[:, taken] // stride
+    # with little padding the middle of the first window lies steps inside the map, and comes out as line 0
+    return lines[:, taken] // stride - middle // stride

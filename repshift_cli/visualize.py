@@ -5,6 +5,7 @@ The first half runs the model and turns tensors into plain arrays and words; the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ __all__ = [
     "kept_tokens_figure",
     "observe",
     "patch_grid",
+    "patch_grids",
     "restore_pictures",
     "save_figure",
     "view_kept",
@@ -84,8 +86,28 @@ def patch_grid(model: nn.Module) -> PatchGrid:
     if grid is None or patch is None:
         raise ModelError(f"{type(model).__name__} does not tell where its patches lie, so they cannot be shown")
     rows, columns = (int(number) for number in grid)
-    height, width = (int(number) for number in patch)
+    # patches may overlap: then each stands for the pixels up to the next one
+    height, width = (int(number) for number in getattr(embedding, "stride", patch))
     return PatchGrid(rows, columns, height, width)
+
+
+def patch_grids(model: CompressedModel) -> dict[int, PatchGrid]:
+    """Where the tokens that reach each site of the plan lie in the input, by layer; for a feature map, its positions.
+
+    Raises:
+        ModelError: as `patch_grid`.
+    """
+    layers = [site.layer for site in model.plan.sites]
+    if model.layout.map_size is None:
+        return dict.fromkeys(layers, patch_grid(model.model))
+    found: dict[int, PatchGrid] = {}
+    high = wide = 1
+    for site, (rows, columns) in model.layout.grids():
+        high *= math.prod(window.stride[0] for window in site.windows)
+        wide *= math.prod(window.stride[1] for window in site.windows)
+        if site.layer in layers:
+            found[site.layer] = PatchGrid(rows, columns, high, wide)
+    return found
 
 
 def restore_pictures(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -271,7 +293,7 @@ class Observed:
     """What a compressed model and its dense self make of some images.
 
     Attributes:
-        kept: int64 `[n, K]` by layer: places in the patch grid of what is left after it, ascending.
+        kept: int64 `[n, K]` by layer: places in the patch grid (or in the map) of what is left after it, ascending.
         dense, compressed: float32 `[n, K]`, what the two return.
     """
 
@@ -368,6 +390,7 @@ class View:
     """All that `repshift visualize` shows.
 
     Attributes:
+        patches: where the tokens that reach each layer lie.
         pictures: uint8 `[n, H, W, 3]`, what the model saw.
         kept: as in `Observed`.
     """
@@ -375,7 +398,7 @@ class View:
     title: str
     remark: str
     samples: Samples
-    patches: PatchGrid
+    patches: Mapping[int, PatchGrid]
     pictures: np.ndarray
     kept: dict[int, np.ndarray]
     readings: tuple[Reading, ...]
@@ -417,7 +440,7 @@ def view_kept(opened: Opened, where: str, count: int, seed: int = 0) -> View:
         )
     if count < 1:
         raise UsageError(f"{count} pictures were asked for", "Give a number of 1 or more.")
-    patches = patch_grid(opened.loaded.model)
+    patches = patch_grids(opened.compressed)
     description = opened.loaded.description
     classes = int(getattr(opened.loaded.model, "num_classes", 0))
     samples = draw_samples(where, count, description.preprocessing, classes, seed)
@@ -436,26 +459,38 @@ def view_kept(opened: Opened, where: str, count: int, seed: int = 0) -> View:
 
 
 def kept_indices_document(
-    kept: Mapping[int, np.ndarray], patches: PatchGrid, readings: Sequence[Reading]
+    kept: Mapping[int, np.ndarray], patches: Mapping[int, PatchGrid], readings: Sequence[Reading]
 ) -> dict[str, Any]:
     """The kept patches as plain numbers.
 
     Args:
         kept: int64 `[n, K]` by layer.
+        patches: the grid of each layer.
         readings: one per image.
 
     Returns:
-        For JSON: `grid` and `patch` (pixels), `layers` with the number kept, and per image what was read and `kept`:
-        the ascending indices by layer (row * columns + column in the grid).
+        For JSON: `grid` and `patch` (pixels) of the first layer, `layers` with the number kept and their own grid and
+        patch, and per image what was read and `kept`: the ascending indices by layer (row * columns + column in the
+        grid of that layer).
     """
     images = []
     for index, reading in enumerate(readings):
         images.append(reading.to_dict() | {"kept": {str(layer): rows[index].tolist() for layer, rows in kept.items()}})
+    grids = [_grid_words(patches[layer]) for layer in kept]
+    return {
+        **grids[0],
+        "layers": [
+            {"layer": layer, "kept": int(rows.shape[1]), **grid}
+            for (layer, rows), grid in zip(kept.items(), grids, strict=True)
+        ],
+        "images": images,
+    }
+
+
+def _grid_words(patches: PatchGrid) -> dict[str, Any]:
     return {
         "grid": {"rows": patches.rows, "columns": patches.columns},
         "patch": {"height": patches.height, "width": patches.width},
-        "layers": [{"layer": layer, "kept": int(rows.shape[1])} for layer, rows in kept.items()],
-        "images": images,
     }
 
 
@@ -480,7 +515,7 @@ _INK, _PALE, _WRONG, _EDGE = "#1a1a1a", "#767676", "#c23b00", "#d55e00"
 def kept_tokens_figure(
     pictures: np.ndarray,
     kept: Mapping[int, np.ndarray],
-    patches: PatchGrid,
+    patches: Mapping[int, PatchGrid],
     readings: Sequence[Reading] | None = None,
     *,
     title: str = "Tokens that are kept",
@@ -490,7 +525,8 @@ def kept_tokens_figure(
 
     Args:
         pictures: uint8 `[n, H, W, 3]`.
-        kept: int64 `[n, K]` by layer: places in the patch grid.
+        kept: int64 `[n, K]` by layer: places in the grid of that layer.
+        patches: the grid of each layer.
         readings: what to write beside each row.
     """
     from matplotlib.figure import Figure
@@ -501,13 +537,15 @@ def kept_tokens_figure(
     figure = Figure(figsize=(sheet.width / _DPI, sheet.height / _DPI), dpi=_DPI, facecolor="white")
     sheet.write(figure, _MARGIN, _MARGIN, title, size=10, weight="bold")
     sheet.write(figure, _MARGIN, _MARGIN + 40, remark, size=_TEXT, color=_PALE)
-    _draw_column(figure, sheet, 0, pictures, ("original", f"{patches.patches} patches"))
+    counts = {grid.patches for grid in patches.values()}
+    _draw_column(figure, sheet, 0, pictures, ("original", f"{counts.pop()} patches" if len(counts) == 1 else ""))
     for column, (layer, rows) in enumerate(kept.items(), start=1):
-        faded = fade_dropped(pictures, kept_masks(rows, patches, height, width))
-        counted = f"{rows.shape[1]} of {patches.patches} kept"
+        grid = patches[layer]
+        faded = fade_dropped(pictures, kept_masks(rows, grid, height, width))
+        counted = f"{rows.shape[1]} of {grid.patches} kept"
         axes = _draw_column(figure, sheet, column, faded, (f"after block {layer}", counted))
-        for panel, cells in zip(axes, kept_cells(rows, patches), strict=True):
-            _outline(panel, cells, patches)
+        for panel, cells in zip(axes, kept_cells(rows, grid), strict=True):
+            _outline(panel, cells, grid)
     for row, lines in enumerate(captions):
         _write_caption(figure, sheet, row, lines)
     return figure

@@ -3,6 +3,7 @@
     python scripts/train_builtin.py vit-digits
     python scripts/train_builtin.py vit-digits-small
     python scripts/train_builtin.py cnn-digits
+    python scripts/train_builtin.py vim-digits
 
 Each model is trained with AdamW on fresh scenes of the training digits, in two parts. First the scenes are crowded
 with whole digits and a second, temporary head reads each patch (the digit that covers it, or background), as in token
@@ -143,9 +144,51 @@ class CnnSetup(Setup):
         return model.forward_head(last), second.flatten(2).mT
 
 
+@dataclass(frozen=True, kw_only=True)
+class VimSetup(Setup):
+    """A `VisionMamba`; the patch loss reads its last patch tokens."""
+
+    architecture: ClassVar[str | None] = "vim"
+    width: int
+    depth: int
+    state: int
+
+    @property
+    def patch_width(self) -> int:
+        return self.width
+
+    def args(self) -> dict[str, Any]:
+        return {
+            "img_size": SCENE_SIZE,
+            "patch_size": self.patch,
+            "depth": self.depth,
+            "embed_dim": self.width,
+            "d_state": self.state,
+            "num_classes": 10,
+        }
+
+    def build(self) -> nn.Module:
+        """Sin-cos positions, as for the ViTs; the class token in the middle keeps its own."""
+        from timm.layers import build_sincos2d_pos_embed
+
+        model = create(self.architecture, self.args(), "the setup")
+        side = SCENE_SIZE // self.patch
+        half = side * side // 2
+        places = build_sincos2d_pos_embed([side, side], self.width)
+        with torch.no_grad():
+            positions = model.get_parameter("pos_embed")
+            positions[0, :half], positions[0, half + 1 :] = places[:half], places[half:]
+        return model
+
+    def read(self, model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+        stream = model.forward_features(images)
+        return model.head(model.pool(stream)), model.patch_features(stream)
+
+
 SETUPS: dict[str, Setup] = {
     "vit-digits": VitSetup(width=96, heads=3, seed=0, steps=3100),
     "vit-digits-small": VitSetup(width=64, heads=2, seed=1, steps=2600),
+    "vim-digits": VimSetup(width=64, depth=6, state=4, seed=0, steps=2400),
     "cnn-digits": CnnSetup(
         stem=12, channels=(24, 64, 128, 128), layers=(3, 4, 3, 1), seed=2, steps=1600, learning_rate=2e-3
     ),

@@ -170,7 +170,7 @@ class TestAttentionMode:
 class TestReport:
     def test_keys(self) -> None:
         found = report().to_dict()
-        assert set(found) == {"device", "dtype", "threads", "attention", "torch", "runs", "ratios"}
+        assert set(found) == {"device", "dtype", "threads", "attention", "memory_format", "torch", "runs", "ratios"}
         assert found["runs"][1] == {
             "name": "compressed",
             "batch": 4,

@@ -5,14 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import pytest
 import torch
 from tiny import PATCHES, VARIANTS, images, make_plan, make_recipe, tiny_vit
 from torch import Tensor, nn
 
-from repshift_cli.attach import attach
-from repshift_cli.calibrate import Calibration, _rounds, _sigmas, _steps, agreement, calibrate, divergence
+from repshift_cli.attach import attach, feeds
+from repshift_cli.calibrate import (
+    Calibration,
+    CandidateResult,
+    _choose,
+    _rounds,
+    _sigmas,
+    _steps,
+    agreement,
+    calibrate,
+    distance,
+    divergence,
+)
 from repshift_cli.errors import DataError, RecipeError
 from repshift_cli.families import match
 from repshift_cli.metrics import build_metric
@@ -103,7 +115,7 @@ class TestChoice:
         (choice,) = found.sites
         assert choice.chosen.polarity == side
         assert found.clear
-        assert found.result.divergence < 0.5 * found.random.divergence
+        assert found.result.distance < 0.5 * found.random.distance
         assert found.result.agreement == 1.0
         assert choice.candidates[1].agreement < 0.6
 
@@ -125,7 +137,7 @@ class TestChoice:
         first, again, other = run(model, batch), run(model, batch), run(model, batch, batch_size=5)
         assert first.to_dict() == again.to_dict()
         assert first.parts == other.parts
-        assert first.result.divergence == pytest.approx(other.result.divergence, rel=1e-3)
+        assert first.result.distance == pytest.approx(other.result.distance, rel=1e-3)
 
     def test_the_model_is_left_as_it_was(self) -> None:
         model = tiny_vit()
@@ -136,6 +148,9 @@ class TestChoice:
         assert torch.equal(model(images()), wanted)
 
 
+USUAL = build_metric(Part.model_validate({"kind": "representation_shift"})).with_defaults()
+
+
 class TestRounds:
     @pytest.mark.parametrize(
         ("count", "seen", "checked"),
@@ -144,16 +159,42 @@ class TestRounds:
     def test_fewer_candidates_see_more_images(self, count: int, seen: list[int], checked: int) -> None:
         found = run(tiny_vit(), images(count), layers="[{layer: 0, keep_tokens: 12}, {layer: 2, keep_tokens: 9}]")
         for choice in found.sites:
-            numbers = [len(candidate.divergences) for candidate in choice.candidates]
+            numbers = [len(candidate.distances) for candidate in choice.candidates]
             assert numbers == [seen[2]] * 2 + [seen[1]] * 3 + [seen[0]] * 25
-            assert all(len(result.agreeing) == len(result.divergences) for result in choice.candidates)
-        assert [len(each.divergences) for each in (found.result, found.random, found.default)] == [checked] * 3
+            assert all(len(result.agreeing) == len(result.distances) for result in choice.candidates)
+        assert [len(each.distances) for each in (found.result, found.random, found.default)] == [checked] * 3
 
     def test_the_best_of_the_last_round_is_chosen(self) -> None:
         (choice,) = run(tiny_vit(), images(32)).sites
         assert choice.chosen == choice.candidates[0].metric
-        last = choice.candidates[:2]
-        assert [result.divergence for result in last] == sorted(result.divergence for result in last)
+        usual = next(result for result in choice.candidates if result.metric == USUAL)
+        best = min((result for result in choice.candidates if len(result.distances) == 16), key=lambda r: r.distance)
+        clearly = _sigmas(usual.distances, best.distances) >= 1
+        assert choice.chosen == (best.metric if clearly else USUAL)
+        assert len(usual.distances) == 16, "the paper's choice runs to the end"
+
+    @pytest.mark.parametrize(("noise", "stays"), [(0.5, True), (0.01, False)])
+    def test_the_papers_choice_stays_unless_another_is_better_beyond_chance(self, noise: float, stays: bool) -> None:
+        model = tiny_vit()
+        plan = open_plan(model, {"operation": "mlp", "distance": "l2", "reading": "update"})
+        usual, other = build_metric(plan.sites[0].metric).variants()
+        swing = [0.05 + noise * (-1) ** index for index in range(32)]
+
+        class Draws:
+            def compare(self, _: Plan, candidates: list[CandidateResult], start: int, stop: int) -> None:
+                for candidate in candidates:
+                    candidate.distances += [1.0] * (stop - start)
+                    if candidate.metric == other:
+                        candidate.distances[start:stop] = [1.0 - gap for gap in swing[start:stop]]
+
+        choice = _choose(cast(Any, Draws()), plan, [usual, other], 32)
+        assert choice.chosen == (usual if stays else other)
+
+    def test_one_changed_mind_does_not_outweigh_all_others(self) -> None:
+        sure, other = torch.tensor([[40.0, 0.0]]), torch.tensor([[0.0, 40.0]])
+        assert float(divergence(sure, other, has_head=True)) > 39
+        assert float(distance(sure, other, has_head=True)) == pytest.approx(1.0, abs=1e-6)
+        assert float(distance(sure, sure, has_head=True)) == pytest.approx(0.0, abs=1e-6)
 
     def test_a_candidate_in_a_branch_is_what_it_is_alone(self) -> None:
         """Branches share what lies before the site; each must still be the model with that metric alone."""
@@ -166,9 +207,9 @@ class TestRounds:
         for candidate in found.sites[1].candidates:
             compressed = attach(model, plan.with_metrics([found.parts[0], candidate.metric.part()]))
             with torch.no_grad():
-                alone = divergence(reference, compressed(batch), has_head=True)
+                alone = distance(reference, compressed(batch), has_head=True)
             compressed.detach()
-            assert candidate.divergences == pytest.approx(alone[: len(candidate.divergences)].tolist(), abs=1e-5)
+            assert candidate.distances == pytest.approx(alone[: len(candidate.distances)].tolist(), abs=1e-5)
 
     def test_the_result_is_judged_on_images_that_took_no_part(self) -> None:
         model, batch = tiny_vit(), images(16)
@@ -177,15 +218,16 @@ class TestRounds:
         with torch.no_grad():
             output = compressed(batch[8:])
             with compressed.dense():
-                wanted = divergence(compressed(batch[8:]), output, has_head=True)
-        assert found.result.divergences == pytest.approx(wanted.tolist(), abs=1e-5)
+                wanted = distance(compressed(batch[8:]), output, has_head=True)
+        assert found.result.distances == pytest.approx(wanted.tolist(), abs=1e-5)
 
     @pytest.mark.parametrize("count", [8, 11, 40])
     @pytest.mark.parametrize("metric", [{}, OPEN_POLARITY, {"operation": "mlp", "distance": "l2"}])
     def test_announced_steps_are_made(self, metric: dict[str, object], count: int) -> None:
         model, progress = tiny_vit(), Counting()
         plan = open_plan(model, metric)
-        candidates = len(build_metric(plan.sites[0].metric).variants())
+        site = match(model).sites(model)[0]
+        candidates = sum(feeds(variant, site) for variant in build_metric(plan.sites[0].metric).variants())
         calibrate(model, match(model), plan, images=images(count), identity={}, batch_size=7, progress=progress)
         expected = _steps([candidates], count)
         assert progress.made == progress.announced == expected
@@ -202,7 +244,7 @@ class TestRounds:
         (choice,) = found.sites
         assert {candidate.metric.part().options["operation"] for candidate in choice.candidates} == {"block"}
         assert len(choice.candidates) == 6
-        assert math.isfinite(found.default.divergence)  # the paper's choice needs the MLP; another takes its place
+        assert math.isfinite(found.default.distance)  # the paper's choice needs the MLP; another takes its place
 
 
 class TestRefusals:
@@ -237,7 +279,7 @@ class TestMeasures:
     def test_a_model_without_a_head_has_no_agreement(self) -> None:
         found = run(tiny_vit(num_classes=0), images(8), OPEN_POLARITY)
         assert found.result.agreement is None
-        assert math.isfinite(found.result.divergence)
+        assert math.isfinite(found.result.distance)
 
     def test_sigmas(self) -> None:
         assert _sigmas([2.0, 4.0], [1.0, 1.0]) == pytest.approx(2.0)
@@ -248,11 +290,11 @@ class TestMeasures:
 
 def test_the_record_holds_what_was_measured() -> None:
     record = run(tiny_vit(), images(16), OPEN_POLARITY).to_dict()
-    assert record.keys() == {"clear", "sigmas", "images", "data", "checked", "sites"}
+    assert record.keys() == {"clear", "mild", "sigmas", "images", "data", "checked", "sites"}
     assert record["data"] == {"where": "here"}
     assert record["checked"].keys() == {"chosen", "random", "default"}
-    assert record["checked"]["chosen"].keys() == {"images", "divergence", "agreement"}
+    assert record["checked"]["chosen"].keys() == {"images", "distance", "agreement"}
     (site,) = record["sites"]
     assert site.keys() == {"site", "chosen", "candidates"}
     assert site["chosen"]["kind"] == "representation_shift"
-    assert site["candidates"][0].keys() == {"metric", "images", "divergence", "agreement"}
+    assert site["candidates"][0].keys() == {"metric", "images", "distance", "agreement"}

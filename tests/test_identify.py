@@ -126,6 +126,11 @@ class TestTheNameThatARecipeGives:
 
 
 class TestHeads:
+    @pytest.mark.parametrize("name", [None, "resnet18"])
+    def test_of_a_model_without_attention(self, name: str | None) -> None:
+        tensors = weights_of("resnet18")
+        assert "has no attention heads" in refusal(tensors, "resnet18", model_name=name, heads=3).message
+
     def test_registered_models_are_found_with_their_own(self) -> None:
         assert found(weights_of("vit_small_patch16_224"), heads=6).name == "vit_small_patch16_224"
 
@@ -220,10 +225,8 @@ class TestShapesThatTimmHasNoNameFor:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet18", "looks like a ResNet"),
-        ("resnet50", "looks like a ResNet"),
         ("swin_tiny_patch4_window7_224", "looks like a Swin Transformer, whose windows need the whole grid"),
-        ("convnext_tiny", "looks like a ConvNeXt"),
+        ("resnest14d", "it looks like a ResNet with stages of 1, 1, 1, 1 blocks, but timm has no name for one"),
         ("efficientnet_b0", "the tensors are those of no model that is known"),
         ("beit_base_patch16_224", "without a position table the image size cannot be told"),
     ],
@@ -232,6 +235,21 @@ def test_other_kinds_of_models_are_refused_with_the_reason(name: str, message: s
     error = refusal(weights_of(name))
     assert message in error.message
     assert error.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("vit.embeddings.cls_token", "a ViT of the transformers library"),
+        ("trunk_output.block1.block1-0.f.a.0.weight", "a RegNet of torchvision"),
+        ("backbone.layers.0.mixer.A_log", "a Mamba language model"),
+    ],
+)
+def test_what_is_supported_is_named(key: str, kind: str) -> None:
+    error = refusal({key: torch.zeros(3)})
+    assert f"looks like {kind}, which is not supported" in error.message
+    for family in ("Vision Transformers", "ResNet", "ConvNeXt", "RegNet", "Vision Mamba"):
+        assert family in str(error)
 
 
 def test_positions_that_make_no_grid() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import torch
 from torch import nn
 
 from repshift_cli.attach import attach, check_feeds
 from repshift_cli.families import match
+from repshift_cli.identify import create
 from repshift_cli.measure import count_macs
 from repshift_cli.metrics import build_metric
 from repshift_cli.plan import Plan, resolve
@@ -18,7 +18,7 @@ from repshift_cli.reducers import build_reducer
 
 def on_meta(name: str) -> nn.Module:
     with torch.device("meta"):
-        return timm.create_model(name).eval()
+        return create(name, {}, name).eval()
 
 
 def planned(recipe: Recipe, model: nn.Module) -> Plan:
@@ -41,7 +41,14 @@ def test_its_model_can_follow_it(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "dense", "after"),
-    [("deit_small_paper", "4.60", "2.99"), ("deit_base_paper", "17.56", "11.50"), ("deit_tiny_paper", "1.25", "0.80")],
+    [
+        ("deit_small_paper", "4.60", "2.99"),
+        ("deit_base_paper", "17.56", "11.50"),
+        ("deit_tiny_paper", "1.25", "0.80"),
+        ("resnet34_paper", "3.66", "2.53"),
+        ("resnet50_paper", "4.09", "2.70"),
+        ("vim_tiny_paper", "1.54", "1.29"),
+    ],
 )
 def test_the_papers_counts(name: str, dense: str, after: str) -> None:
     recipe = Recipe.load(name)
@@ -50,6 +57,14 @@ def test_the_papers_counts(name: str, dense: str, after: str) -> None:
     assert f"{compressed.dense_macs() / 1e9:.2f}" == dense
     assert f"{compressed.macs() / 1e9:.2f}" == after
     assert f"{dense} -> {after} GMACs" in str(recipe.description)
+
+
+@pytest.mark.parametrize(("name", "paper"), [("resnet34_paper", 2.5), ("resnet50_paper", 2.7), ("vim_tiny_paper", 1.3)])
+def test_the_cost_is_within_two_percent_of_the_papers(name: str, paper: float) -> None:
+    recipe = Recipe.load(name)
+    model = on_meta(str(recipe.model))
+    compressed = attach(model, planned(recipe, model))
+    assert compressed.macs() / 1e9 == pytest.approx(paper, rel=0.02)
 
 
 def test_vit_base_with_137_96_67_tokens_to_the_last_digit() -> None:

@@ -220,10 +220,12 @@ class TestDocument:
     def test_holds_every_index_of_every_image(self) -> None:
         kept = {0: np.array([[0, 2, 3], [1, 2, 3]]), 2: np.array([[2], [3]])}
         readings = (Reading("a.png", 1, "one", Guess(1, "one", 0.5), Guess(0, "zero", 0.25)), Reading("b.png"))
-        document = json.loads(json.dumps(kept_indices_document(kept, PatchGrid(2, 2, 4, 8), readings)))
+        grids = dict.fromkeys(kept, PatchGrid(2, 2, 4, 8))
+        document = json.loads(json.dumps(kept_indices_document(kept, grids, readings)))
         assert document["grid"] == {"rows": 2, "columns": 2}
         assert document["patch"] == {"height": 4, "width": 8}
-        assert document["layers"] == [{"layer": 0, "kept": 3}, {"layer": 2, "kept": 1}]
+        grid = {key: document[key] for key in ("grid", "patch")}
+        assert document["layers"] == [{"layer": 0, "kept": 3, **grid}, {"layer": 2, "kept": 1, **grid}]
         first, second = document["images"]
         assert first["kept"] == {"0": [0, 2, 3], "2": [2]}
         assert first["compressed"] == {"class": 0, "name": "zero", "probability": 0.25}
@@ -236,7 +238,7 @@ def texts(figure: Any) -> list[str]:
 
 class TestFigure:
     pictures = np.random.default_rng(0).integers(0, 256, (2, 24, 48, 3), dtype=np.uint8)
-    patches = PatchGrid(rows=3, columns=3, height=8, width=16)
+    patches = dict.fromkeys((1, 5), PatchGrid(rows=3, columns=3, height=8, width=16))
     kept = {1: np.array([[0, 1, 4, 8], [2, 3, 4, 5]]), 5: np.array([[4], [5]])}  # noqa: RUF012
 
     def test_one_row_per_picture_and_one_column_per_site(self) -> None:
@@ -336,7 +338,7 @@ class TestCommand:
         save_pictures(tmp_path / "photos", 3, size=(60, 40))
         done = call(model, "--data", "photos", "--count", "2", "--indices", "kept.json", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert "12 after block 0, 5 after block 2" in done.stdout
+        assert "12 of 16 after block 0, 5 of 16 after block 2" in done.stdout
         assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
         document = json.loads((tmp_path / "kept.json").read_text())
         assert len(document["images"]) == 2
@@ -349,7 +351,7 @@ class TestCommand:
         assert done.returncode == 0, done.stderr
         document = json.loads(done.stdout)
         assert (document["output"], document["indices"]) == ("a.svg", None)
-        assert document["layers"] == [{"layer": 0, "kept": 12}, {"layer": 2, "kept": 5}]
+        assert [(layer["layer"], layer["kept"]) for layer in document["layers"]] == [(0, 12), (2, 5)]
         assert [entry["image"] for entry in document["images"]] == [f"builtin:digits/test/0/{i}" for i in range(2)]
 
     @pytest.mark.parametrize(

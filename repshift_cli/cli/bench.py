@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,6 +33,13 @@ class Attention(str, Enum):
     EXPLICIT = "explicit"
 
 
+class MemoryFormat(str, Enum):
+    """What `--memory-format` takes."""
+
+    CONTIGUOUS = "contiguous"
+    CHANNELS_LAST = "channels_last"
+
+
 def command(
     models: Annotated[
         list[str] | None,
@@ -53,6 +60,7 @@ def command(
     ] = None,
     model: options.ModelName = None,
     heads: options.Heads = None,
+    img_size: options.ImgSize = None,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     threads: options.Threads = None,
@@ -60,6 +68,10 @@ def command(
         Attention,
         typer.Option("--attention", help="Fused or explicit attention, on both sides (auto: as the model has it)."),
     ] = Attention.AUTO,
+    memory_format: Annotated[
+        MemoryFormat,
+        typer.Option("--memory-format", help="How weights and images lie in memory; convolutions like channels_last."),
+    ] = MemoryFormat.CONTIGUOUS,
     seconds: Annotated[
         float, typer.Option("--seconds", min=0.0, help="Time for each model at each batch size.")
     ] = 10.0,
@@ -83,9 +95,10 @@ def command(
         min_runs=min_runs,
         threads=threads,
         attention=attention.value,
+        memory_format=memory_format.value,
     )
     screen = ui.Screen()
-    opened = _open_all(models or [], model, recipe, heads)
+    opened = _open_all(models or [], recipe, {"model_name": model, "heads": heads, "img_size": img_size})
     for note in (note for each in opened.values() for note in each.loaded.notes):
         screen.note(note)
     report = run_bench(contenders_of(opened), batches, settings, screen)
@@ -140,20 +153,18 @@ def _plot_format(path: Path) -> str:
     return path.suffix.lower().removeprefix(".")
 
 
-def _open_all(names: Sequence[str], model_name: str | None, recipe: str | None, heads: int | None) -> dict[str, Opened]:
-    """Open the models, by label; without names, the default one."""
+def _open_all(names: Sequence[str], recipe: str | None, told: dict[str, Any]) -> dict[str, Opened]:
+    """Open the models, by label; without names, the default one. `told` is what the options say of them."""
     from repshift_cli.artifact import open_model
     from repshift_cli.compression import compress_dense
 
     if not names:
-        opened = compress_dense(model_name or DEFAULT_MODEL, recipe_name=recipe or DEFAULT_RECIPE, heads=heads)
+        name = told.pop("model_name") or DEFAULT_MODEL
+        opened = compress_dense(name, recipe_name=recipe or DEFAULT_RECIPE, **told)
         return {opened.loaded.description.name: opened}
     if recipe is None:
-        return {label: open_model(name, model_name, heads) for label, name in _labels(names).items()}
-    return {
-        label: compress_dense(name, recipe_name=recipe, model_name=model_name, heads=heads)
-        for label, name in _labels(names).items()
-    }
+        return {label: open_model(name, **told) for label, name in _labels(names).items()}
+    return {label: compress_dense(name, recipe_name=recipe, **told) for label, name in _labels(names).items()}
 
 
 def _labels(names: Sequence[str]) -> dict[str, str]:
@@ -192,7 +203,9 @@ def show(report: BenchReport, opened: dict[str, Opened]) -> None:
     if random := [label for label, model in opened.items() if model.loaded.source.origin == "random"]:
         ui.print_text(f"random weights, which do not change the speed: {', '.join(random)}")
     ui.print_text(report.machine)
-    ui.print_text(f"attention {report.attention} on both sides, torch {torch.__version__}\n")
+    layout = "" if report.memory_format == "contiguous" else f", {report.memory_format} in memory"
+    attention = "no attention" if report.attention == "none" else f"attention {report.attention}"
+    ui.print_text(f"{attention}{layout} on both sides, torch {torch.__version__}\n")
     columns = ["batch", "model", "GMACs", "ms [p10-p90]", "images/s", "peak MB"]
     rows = [
         [

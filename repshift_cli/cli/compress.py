@@ -10,10 +10,12 @@ import typer
 from repshift_cli.cli import options
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from repshift_cli.calibrate import Calibration
     from repshift_cli.compression import CompressReport, Measured
 
-__all__ = ["command", "describe_metric", "show"]
+__all__ = ["command", "describe_metric", "describe_tokens", "show"]
 
 
 def command(
@@ -27,6 +29,7 @@ def command(
     ] = None,
     model: options.ModelName = None,
     heads: options.Heads = None,
+    img_size: options.ImgSize = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Where the result goes.", show_default="<checkpoint>_repshift.safetensors"),
@@ -61,6 +64,7 @@ def command(
         recipe=recipe,
         model_name=model,
         heads=heads,
+        img_size=img_size,
         output=output or default_output(checkpoint),
         data=data,
         calibration=calibration,
@@ -94,7 +98,7 @@ def show(report: CompressReport) -> None:
     from repshift_cli import ui
 
     plan = report.plan
-    params = sum(tensor.numel() for tensor in report.loaded.tensors.values())
+    params = sum(parameter.numel() for parameter in report.loaded.model.parameters())
     ui.print_text(
         f"model   {report.loaded.description.name} ({report.family}), {params:,} parameters, kept as they are"
     )
@@ -104,7 +108,12 @@ def show(report: CompressReport) -> None:
     if report.calibration:
         _show_calibration(report.calibration)
     rows = [
-        [site.site, describe_metric(site.metric.model_dump()), str(site.tokens_in), str(site.tokens_out)]
+        [
+            site.site,
+            describe_metric(site.metric.model_dump()),
+            describe_tokens(site.tokens_in, site.grid_in),
+            describe_tokens(site.tokens_out, site.grid_out),
+        ]
         for site in plan.sites
     ]
     ui.print_table("Plan: tokens through each site", ["after", "kept by", "tokens in", "tokens out"], rows, left=2)
@@ -117,6 +126,11 @@ def show(report: CompressReport) -> None:
     if report.output:
         size = report.output.stat().st_size / 1e6
         ui.print_text(f"wrote   {report.output} ({size:.1f} MB; tokens go, weights stay, so the size is the same)")
+
+
+def describe_tokens(tokens: int, grid: Sequence[int] | None) -> str:
+    """How many tokens there are, and for a feature map how they lie: `3136 (56x56)`."""
+    return f"{tokens} ({grid[0]}x{grid[1]})" if grid else str(tokens)
 
 
 def _show_measured(measured: Measured) -> None:
@@ -150,7 +164,8 @@ def _show_measured(measured: Measured) -> None:
             f"{before.peak_bytes / after.peak_bytes:.2f}x",
         ],
     ]
-    title = f"Measured: batch {measured.batch_size}, {measured.dtype}, {measured.threads} threads, {measured.attention}"
+    attention = "" if measured.attention == "none" else f", {measured.attention}"
+    title = f"Measured: batch {measured.batch_size}, {measured.dtype}, {measured.threads} threads{attention}"
     ui.print_table(title, ["", "dense", "compressed", "ratio"], rows)
     ui.print_text(f"speed   {measured.speedup}")
     if measured.agreement is not None:
@@ -168,8 +183,12 @@ def _show_calibration(calibration: Calibration) -> None:
     rows.append(["dropped at random", *_cells(calibration.random.numbers())])
     tried = sum(len(choice.candidates) for choice in calibration.sites)
     title = f"Calibration: {tried} candidates on {calibration.images} unlabelled images, {calibration.seconds:.0f} s"
-    ui.print_table(title, ["on the half that took no part in choosing", "images", "KL", "unchanged"], rows)
-    verdict = "clearly better than random" if calibration.clear else "NOT clearly better than random"
+    ui.print_table(title, ["on the half that took no part in choosing", "images", "change", "unchanged"], rows)
+    verdict = "NOT clearly better than random"
+    if calibration.clear or calibration.mild:
+        verdict = (
+            "clearly better than random" if calibration.clear else "not clearly better than random, which is mild too"
+        )
     ui.print_text(f"        {verdict} ({calibration.sigmas:.1f} standard errors)")
     ui.print_text("")
 
@@ -177,7 +196,7 @@ def _show_calibration(calibration: Calibration) -> None:
 def _cells(result: dict[str, object]) -> list[str]:
     agreement = result["agreement"]
     same = f"{agreement:.1%}" if isinstance(agreement, float) else "-"
-    far = result["divergence"]
+    far = result["distance"]
     return [str(result["images"]), f"{far:.4f}" if isinstance(far, float) else "-", same]
 
 

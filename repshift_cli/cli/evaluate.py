@@ -53,6 +53,7 @@ def command(
     ] = False,
     model_name: options.ModelName = None,
     heads: options.Heads = None,
+    img_size: options.ImgSize = None,
     batch_size: options.BatchSize = 64,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
@@ -74,7 +75,7 @@ def command(
 
     where, number_type = measure.resolve_device(device), measure.resolve_dtype(dtype)
     data = open_dataset(name, data_dir, limit, seed)
-    opened = open_model(model, model_name, heads)
+    opened = open_model(model, model_name, heads, img_size)
     models = models_of(opened, compare_dense, model)
     preprocessing = opened.loaded.description.preprocessing
     screen = ui.Screen()

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from repshift_cli.cli import options
-from repshift_cli.cli.compress import describe_metric
+from repshift_cli.cli.compress import describe_metric, describe_tokens
 
 if TYPE_CHECKING:
     from repshift_cli.artifact import Opened
+    from repshift_cli.plan import Layout, Plan
 
 __all__ = ["command"]
 
@@ -20,13 +21,14 @@ def command(
     *,
     model: options.ModelName = None,
     heads: options.Heads = None,
+    img_size: options.ImgSize = None,
     json: options.AsJson = False,
 ) -> None:
     """Show a model's blocks, tokens and sites, what can be reduced, and why something cannot."""
     from repshift_cli import ui
     from repshift_cli.artifact import open_model
 
-    opened = open_model(checkpoint, model, heads)
+    opened = open_model(checkpoint, model, heads, img_size)
     document = _describe(opened)
     for note in opened.loaded.notes:
         ui.remark(note)
@@ -45,27 +47,31 @@ def _describe(opened: Opened) -> dict[str, Any]:
     family = match(loaded.model)
     layout = family.layout(loaded.model)
     plan = opened.compressed.plan if opened.compressed else None
-    counts = plan.tokens_at(len(layout.sites)) if plan else None
-    total = layout.prefix_tokens + layout.patch_tokens
-    metrics = {kind: found() for kind, found in metric_kinds().items()}
+    counts = _tokens(layout, plan)
+    grids = {site.layer: list(grid) for site, grid in layout.grids(plan.grids_kept if plan else None)}
+    everywhere = {"block_input", "block_output", *family.shows}
+    # what no block of such a model has (a mixer in a ViT) is no limit of a block
+    known = {
+        kind: [each for each in found().variants() if each.taps() <= everywhere]
+        for kind, found in metric_kinds().items()
+    }
     sites = []
-    for index, site in enumerate(family.sites(loaded.model)):
-        variants = {kind: metric.variants() for kind, metric in metrics.items()}
-        possible = {kind: sum(feeds(each, site) for each in found) for kind, found in variants.items()}
+    for site in family.sites(loaded.model):
+        possible = {kind: sum(feeds(each, site) for each in variants) for kind, variants in known.items()}
         entry = {"site": site.name, "layer": site.layer, "block": type(site.block).__name__}
-        entry |= {"tokens": counts[index] if counts else total}
+        entry |= {"tokens": counts[site.layer]} | ({"grid": grids[site.layer]} if layout.map_size else {})
         entry["scores"] = [kind for kind, count in possible.items() if count]
         entry["limited"] = {
-            kind: f"{count} of {len(variants[kind])} variants: {site.missing.get('*', 'not shown')}"
+            kind: f"{count} of {len(known[kind])} variants: {site.missing.get('*', 'not shown')}"
             for kind, count in possible.items()
-            if count < len(variants[kind])
+            if count < len(known[kind])
         }
         sites.append(entry)
     return {
         "model": {
             "name": loaded.description.name,
             "family": family.name,
-            "params": sum(tensor.numel() for tensor in loaded.tensors.values()),
+            "params": sum(parameter.numel() for parameter in loaded.model.parameters()),
             "classes": getattr(loaded.model, "num_classes", None),
         },
         "source": {"origin": loaded.source.origin, "path": loaded.source.path, "sha256": loaded.source.sha256},
@@ -77,7 +83,17 @@ def _describe(opened: Opened) -> dict[str, Any]:
         "compressed": plan is not None,
         "plan": plan.summary() if plan else None,
         "sites": sites,
+        "barred": {name: why for name, why in layout.barred.items() if not name.isdigit()},
     }
+
+
+def _tokens(layout: Layout, plan: Plan | None) -> dict[int, int]:
+    """Tokens that enter (for a feature map: that leave) the block of each site, by layer."""
+    if layout.map_size:
+        return layout.tokens(plan.grids_kept if plan else None)
+    total = layout.prefix_tokens + layout.patch_tokens
+    counts = plan.tokens_at(len(layout.sites)) if plan else (total,) * len(layout.sites)
+    return {site.layer: count for site, count in zip(layout.sites, counts, strict=False)}
 
 
 def _show(opened: Opened, document: dict[str, Any]) -> None:
@@ -89,7 +105,10 @@ def _show(opened: Opened, document: dict[str, Any]) -> None:
     )
     ui.print_text(f"input    {opened.loaded.description.preprocessing}")
     prefix, patches = document["prefix_tokens"], document["patch_tokens"]
-    ui.print_text(f"tokens   {prefix} prefix (never dropped) + {patches} patches")
+    if prefix or "grid" not in document["sites"][0]:
+        ui.print_text(f"tokens   {prefix} prefix (never dropped) + {patches} patches")
+    else:
+        ui.print_text("tokens   positions of feature maps, of which whole rows and columns go")
     told = f"{document['dense_gmacs']:.3f} GMACs per image dense"
     if document["compressed"]:
         told += f", {document['gmacs']:.3f} with its plan"
@@ -97,14 +116,20 @@ def _show(opened: Opened, document: dict[str, Any]) -> None:
     for row in document["plan"] or ():
         ui.print_text(f"kept     after {row['site']} by {describe_metric(row['metric'])}")
     ui.print_text("")
-    dropping = {row["site"]: row["tokens_out"] for row in document["plan"] or ()}
+    dropping = {row["site"]: row for row in document["plan"] or ()}
     rows = []
     for site in document["sites"]:
-        after = f"-> {dropping[site['site']]}" if site["site"] in dropping else ""
+        tokens = describe_tokens(site["tokens"], site.get("grid"))
+        if (row := dropping.get(site["site"])) is not None:
+            tokens += f" -> {describe_tokens(row['tokens_out'], row.get('grid_out'))}"
         limits = "; ".join(f"{kind}, {why}" for kind, why in site["limited"].items())
-        scores = f"limited: {limits}" if limits else "all"
-        rows.append([site["site"], site["block"], f"{site['tokens']} {after}".strip(), scores])
+        scores = f"limited: {limits}" if limits else ", ".join(site["scores"])
+        rows.append([site["site"], site["block"], tokens, scores])
     ui.print_table("Sites", ["after", "block", "tokens", "scores"], _same_as_above(rows), left=4)
+    reasons = document["barred"]
+    for why in dict.fromkeys(reasons.values()):
+        names = ", ".join(name for name in reasons if reasons[name] == why)
+        ui.print_text(f"no site  {names}: {why}")
 
 
 def _same_as_above(rows: list[list[str]]) -> list[list[str]]:

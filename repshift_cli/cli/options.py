@@ -15,6 +15,7 @@ __all__ = [
     "Dtype",
     "Force",
     "Heads",
+    "ImgSize",
     "MeasureDtype",
     "ModelName",
     "Seed",
@@ -23,7 +24,7 @@ __all__ = [
 
 ModelName = Annotated[
     str | None,
-    typer.Option("--model", metavar="NAME", help="The timm name of the model, where the file does not tell."),
+    typer.Option("--model", metavar="NAME", help="The model's name in timm, or vim_..., where the file does not tell."),
 ]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Where the dataset lies (or REPSHIFT_DATA_DIR).")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
@@ -34,6 +35,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document an
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output, and go on where a check says no.")]
 Heads = Annotated[
     int | None, typer.Option("--heads", min=1, help="Attention heads, for a shape that no timm model has.")
+]
+ImgSize = Annotated[
+    int | None,
+    typer.Option("--img-size", min=1, metavar="N", help="Images of N x N, for a model whose weights fit any size."),
 ]
 MeasureDtype = Annotated[
     str, typer.Option("--dtype", help="float32, bfloat16 or float16, to run in; the file keeps its own.")

@@ -57,7 +57,9 @@ def _calibrated(name: str) -> str:
         raise CheckpointError(f"{name} holds no plan", "It is not a compressed checkpoint.")
     plan = compressed.plan
     layers = tuple(
-        LayerDrop(layer=site.layer, keep_tokens=site.tokens_out - plan.prefix_tokens, metric=site.metric)
+        LayerDrop(layer=site.layer, keep_grid=site.grid_out, metric=site.metric)
+        if site.grid_out
+        else LayerDrop(layer=site.layer, keep_tokens=site.tokens_out - plan.prefix_tokens, metric=site.metric)
         for site in plan.sites
     )
     return Recipe(version=1, metric=plan.sites[0].metric, reducer=plan.reducer, layers=layers).to_yaml()

@@ -40,6 +40,7 @@ def command(
         Path | None, typer.Option("--indices", metavar="FILE", help="Write the kept indices to this file, as JSON.")
     ] = None,
     heads: options.Heads = None,
+    img_size: options.ImgSize = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     force: options.Force = False,
@@ -53,7 +54,7 @@ def command(
     from repshift_cli.visualize import view_kept
 
     where = measure.resolve_device(device)
-    opened = open_model(model, heads=heads)
+    opened = open_model(model, heads=heads, img_size=img_size)
     if opened.compressed is None:
         raise UsageError(
             f"{model} is dense: it keeps all tokens, so there is nothing to show",
@@ -89,9 +90,10 @@ def show(view: View, output: Path, indices: Path | None) -> None:
     """Print for people what was written, in 80 columns."""
     from repshift_cli import ui
 
-    total, shown = view.patches.patches, len(view.readings)
-    stages = ", ".join(f"{rows.shape[1]} after block {layer}" for layer, rows in view.kept.items())
-    ui.print_text(f"kept    of {total} patches: {stages}")
+    shown = len(view.readings)
+    counts = ((rows.shape[1], view.patches[layer].patches, layer) for layer, rows in view.kept.items())
+    stages = ", ".join(f"{kept} of {total} after block {layer}" for kept, total, layer in counts)
+    ui.print_text(f"kept    {stages}")
     if view.unchanged is not None:
         ui.print_text(f"classes {view.unchanged} of {shown} predictions are the same as the dense model's")
     ui.print_text(f"wrote   {output} ({view.samples.description})")

@@ -48,6 +48,15 @@ _SEQUENCES = (nn.Sequential, ConvNormAct, Mlp, GlobalResponseNormMlp)
 """Modules that run their parts in the order in which they have them."""
 
 _NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, BatchNormAct2d, GlobalResponseNorm)
+_BY_POSITION = (
+    "torch.nn.modules.activation",
+    "torch.nn.modules.dropout",
+    "torch.nn.modules.linear",  # where Identity is
+    "timm.layers.activations",
+    "timm.layers.drop",
+)
+"""Where the modules without weights are defined that leave the size of a map as it is."""
+
 _LONG_SIDE = 64
 _GATES = (SEModule, EffectiveSEModule, EcaModule)
 
@@ -307,7 +316,7 @@ def _window(leaf: nn.Module, name: str) -> Window | None:
     if isinstance(leaf, BlurPool2d):
         before, after = leaf.padding[0], leaf.padding[-1]
         if before != after or leaf.pad_mode != "reflect":
-            raise _NotKnownError(f"{name} pads unevenly before it blurs")
+            raise _NotKnownError(f"{name} pads in a way that is not known before it blurs")
         return Window(name, _pair(leaf.filt_size), _pair(leaf.stride), _pair(before))
     if isinstance(leaf, nn.Conv2d):
         _check_type(leaf, (nn.Conv2d,))
@@ -315,7 +324,8 @@ def _window(leaf: nn.Module, name: str) -> Window | None:
             raise _NotKnownError(f"{name} has a convolution with the padding {leaf.padding!r}")
         window = Window(name, _pair(leaf.kernel_size), _pair(leaf.stride), _pair(leaf.padding), _pair(leaf.dilation))
         return None if window.kernel == window.stride == (1, 1) else window
-    if isinstance(leaf, (nn.Linear, *_NORMS, *_GATES)) or not list(leaf.parameters(recurse=False)):
+    plain = type(leaf).__module__.startswith(_BY_POSITION) and not list(leaf.parameters(recurse=False))
+    if plain or isinstance(leaf, (nn.Linear, *_NORMS, *_GATES)):
         return None
     raise _NotKnownError(f"a part of {name} is a {type(leaf).__name__}, which is not known")
 

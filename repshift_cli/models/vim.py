@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repshift_cli.errors import UsageError
 from repshift_cli.models import kernels
 from repshift_cli.models.scan import selective_scan
 
@@ -72,10 +73,14 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride)
 
     def forward(self, images: Tensor) -> Tensor:
-        """`[B, C, H, W]` to `[B, N, D]`."""
+        """`[B, C, H, W]` to `[B, N, D]`.
+
+        Raises:
+            UsageError: images of another size.
+        """
         if tuple(images.shape[-2:]) != self.img_size:
             height, width = images.shape[-2:]
-            raise ValueError(f"the model takes images of {self.img_size[0]}x{self.img_size[1]}, not {height}x{width}")
+            raise UsageError(f"the model takes images of {self.img_size[0]}x{self.img_size[1]}, not {height}x{width}")
         patches: Tensor = self.proj(images)
         return patches.flatten(2).transpose(1, 2)
 
@@ -129,7 +134,9 @@ class Mixer(nn.Module):
         delta = torch.baddbmm(self._pair("dt_proj", "bias").unsqueeze(1), steps, self._pair("dt_proj", "weight").mT)
         delta = functional.softplus(delta).unflatten(1, x.shape[:2])
         b, c = (part.unflatten(1, x.shape[:2]) for part in (b, c))
-        y = selective_scan(u, delta, -torch.stack((self.A_log, self.A_b_log)).float().exp(), b, c)
+        rates = torch.stack((self.A_log, self.A_b_log))
+        rates = -rates.to(torch.promote_types(rates.dtype, torch.float32)).exp()
+        y = selective_scan(u, delta, rates, b, c)
         y = torch.addcmul(y, u, torch.stack((self.D, self.D_b))[:, None, None].to(u.dtype))
         return y[0] + y[1].flip(1)
 

@@ -15,6 +15,8 @@ from outcome import Command, Outcome
 from safetensors.torch import load_file, save_file
 from tiny import save_weights, tiny_vit
 
+from repshift_cli.models.vim import VisionMamba
+
 QUICK = ("--seconds", "0", "--batch-size", "2")
 
 
@@ -87,8 +89,15 @@ def damaged(path: Path, kind: str) -> Path:
         path.write_text("these are no weights")
     elif kind == "pickle":
         torch.save({"model": state, "args": Payload(path.parent / "marker")}, path)
-    elif kind == "resnet":
+    elif kind == "other":
+        save_weights(timm.create_model("test_efficientnet"), path)
+    elif kind == "several":
         save_weights(timm.create_model("resnet18"), path)
+    elif kind == "no_name":
+        save_weights(timm.create_model("resnet18", layers=(1, 1, 2, 1)), path)
+    elif kind == "vim":
+        state = VisionMamba(img_size=32, patch_size=8, depth=1, embed_dim=32).state_dict()
+        save_file({key: value for key, value in state.items() if "A_b_log" not in key}, path)
     elif kind == "heads":
         save_weights(tiny_vit(embed_dim=96, num_heads=3), path)
     elif kind == "misfit":
@@ -113,7 +122,10 @@ CHECKPOINTS = [
     ("truncated_torch", ["is not a PyTorch weights file, or is damaged"]),
     ("text", ["is not a safetensors file, or is damaged"]),
     ("pickle", ["loading them could run code, so it was refused"]),
-    ("resnet", ["looks like a ResNet, which is not supported"]),
+    ("other", ["the tensors are those of no model that is known", "Supported are"]),
+    ("several", ["several models have exactly these tensors", "resnet18, resnetblur18", "--model"]),
+    ("no_name", ["it looks like a ResNet with stages of 1, 1, 2, 1 blocks, but timm has no name for one", "--model"]),
+    ("vim", ["looks like a Vision Mamba that is not supported: it reads the tokens in one direction only"]),
     ("heads", ["the number of attention heads cannot be told", "Give --heads; possible are 1, 2, 3, 4, 6."]),
     ("misfit", ["blocks.0.mlp.fc1.weight is [3, 3], not [512, 128]"]),
 ]
@@ -142,6 +154,8 @@ def test_an_unknown_builtin_model(command: str, cli: Command) -> None:
         (["--batch-size", "0"], ["--batch-size"]),
         (["--threads", "0"], ["--threads"]),
         (["--heads", "0"], ["--heads"]),
+        (["--img-size", "0"], ["--img-size"]),
+        (["--img-size", "64"], ["--img-size 64", "takes images of 32x32: its positions are made for that size"]),
         (["--seconds", "-1"], ["--seconds"]),
         (["--calibration-images", "3"], ["--calibration-images"]),
         (["--model", "vit_bas_patch16_224"], ["timm has no model named 'vit_bas_patch16_224'", "Did you mean"]),

@@ -1,8 +1,7 @@
-"""Tell from the names and shapes of its tensors which timm model a set of weights belongs to.
+"""timm's Vision Transformers.
 
-The shape gives width, depth, patch, image size, classes, prefix tokens, layer scale and pooling. A registered timm
-model whose tensors agree one by one gives the rest: heads, activation, preprocessing. Where several agree and would
-compute different things, the user has to say which.
+The shape gives width, depth, patch, image size, classes, prefix tokens, layer scale and pooling; a registered model
+whose tensors agree gives heads, activation and preprocessing.
 """
 
 from __future__ import annotations
@@ -10,74 +9,32 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from repshift_cli.errors import CheckpointError
+from repshift_cli.identify.building import head_count, quickly_on_meta, size_args
+from repshift_cli.identify.identity import Fitting, Identity, fitting_names, shapes, supported
 from repshift_cli.preprocessing import Preprocessing
 
-__all__ = ["Identity", "VitShape", "check_heads", "create", "identify"]
+__all__ = ["VitShape", "identify", "native_keys"]
 
 _HEAD_SIZE = 64
 """Channels per head in nearly every ViT (Dosovitskiy et al. 2021, table 1)."""
 
-_CHANNELS = 3
-"""Pictures are read as RGB."""
-
-_NOT_FOR_FILES = frozenset(
-    {
-        "cache_dir",
-        "checkpoint_path",
-        "exportable",
-        "feature_cfg",
-        "features_only",
-        "kwargs_filter",
-        "no_jit",
-        "pretrained",
-        "pretrained_cfg",
-        "pretrained_cfg_overlay",
-        "pretrained_filter_fn",
-        "pretrained_model_args",
-        "pretrained_strict",
-        "pruned",
-        "scriptable",
-    }
-)
-"""Arguments of `timm.create_model` that read or download something, or give another kind of module."""
-
 _OTHER_KINDS = {
-    "layer1.0.conv1.weight": "a ResNet",
-    "stages.0.blocks.0.conv_dw.weight": "a ConvNeXt",
-    "layers.0.mixer.A_log": "a Vision Mamba",
     "layers.0.blocks.0.attn.relative_position_bias_table": "a Swin Transformer, whose windows need the whole grid",
     "vit.embeddings.cls_token": "a ViT of the transformers library",
+    "resnet.embedder.embedder.convolution.weight": "a ResNet of the transformers library",
+    "encoder.layers.encoder_layer_0.self_attention.in_proj_weight": "a ViT of torchvision",
+    "features.1.0.block.0.weight": "a ConvNeXt or another model of torchvision",
+    "trunk_output.block1.block1-0.f.a.0.weight": "a RegNet of torchvision",
+    "backbone.layers.0.mixer.A_log": "a Mamba language model",
     "vision_encoder.patch_embed.proj.weight": "a video-text model (UMT)",
     "visual.proj": "an OpenAI CLIP model",
 }
-
-
-@dataclass
-class Identity:
-    """A model that fits the weights.
-
-    Attributes:
-        name: what people call it.
-        architecture: timm name, or None for a shape that timm has no name for.
-        args: what the builder needs beside the name.
-        preprocessing: the evaluation transform.
-        tensors: the weights under the model's own keys.
-        notes: what was assumed.
-    """
-
-    name: str
-    architecture: str | None
-    args: dict[str, Any]
-    preprocessing: Preprocessing
-    tensors: dict[str, Tensor]
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -102,147 +59,25 @@ class VitShape:
     hidden: int
 
 
-def identify(
-    tensors: Mapping[str, Tensor],
-    where: str,
-    model_name: str | None,
-    heads: int | None,
-    hint: str,
-    *,
-    args: Mapping[str, Any] | None = None,
-    fallback: str | None = None,
-) -> Identity:
-    """Find the model that the weights belong to.
-
-    Args:
-        tensors: weights as the file has them.
-        where: the file, for messages.
-        model_name: the model's timm name, where the user or the file tells it.
-        heads: attention heads, where the user tells them.
-        hint: the file's name, which may name one of several that fit.
-        args: what the builder of `model_name` is known to need.
-        fallback: the timm name that a recipe gives: goes before a guess if the tensors fit it, else is ignored.
+def identify(tensors: Mapping[str, Tensor], where: str, heads: int | None, hint: str) -> Identity:
+    """Find the ViT that the weights belong to.
 
     Raises:
-        CheckpointError: no model that is known fits, or several do; or the heads are not those of `model_name`.
+        CheckpointError: no model that is known fits, or several do.
     """
-    _check_channels(tensors, where)
-    if model_name:
-        return _named(model_name, tensors, where, args or {}, heads)[0]
-    if fallback and (identity := _fallback(fallback, tensors, where, heads)):
-        return identity
     try:
         shape = _read_shape(tensors, where)
     except IndexError:
         raise CheckpointError(f"{where}: a tensor has fewer dimensions than it has in a Vision Transformer") from None
     fitting = _registered(shape, tensors)
     if heads is not None:
-        fitting = {name: found for name, found in fitting.items() if _head_count(found[0]) == heads}
+        fitting = {name: found for name, found in fitting.items() if head_count(found[0]) == heads}
     if fitting:
         return _choose(fitting, tensors, where, hint)
     return _unregistered(shape, tensors, where, heads)
 
 
-def create(name: str | None, args: Mapping[str, Any], where: str) -> nn.Module:
-    """Build a model of timm without weights; without a name, a `VisionTransformer` from `args` alone.
-
-    Raises:
-        CheckpointError: `args`, which may come from a file, would make timm read or download something.
-        Exception: of any kind, from timm, where `args` are not those of the model.
-    """
-    import timm
-    from timm.models.vision_transformer import VisionTransformer
-
-    if refused := sorted(_NOT_FOR_FILES & args.keys()):
-        raise CheckpointError(
-            f"{where}: the arguments of the model hold {', '.join(refused)}, which no checkpoint may set",
-            "Only arguments that shape the model are taken, such as img_size or num_heads.",
-        )
-    if name is None:
-        return VisionTransformer(**args)
-    model: nn.Module = timm.create_model(name, pretrained=False, **args)
-    return model
-
-
-def check_heads(model: nn.Module, name: str, heads: int | None, where: str) -> None:
-    """Refuse the user's number of heads where what the model is has another.
-
-    Raises:
-        CheckpointError: naming both.
-    """
-    count = _head_count(model)
-    if heads is not None and count is not None and heads != count:
-        raise CheckpointError(f"{where}: {name} has {count} attention heads, not {heads}", "Leave --heads out.")
-
-
-def _head_count(model: nn.Module) -> int | None:
-    counts = (getattr(part, "num_heads", None) for part in model.modules())
-    return next((count for count in counts if isinstance(count, int)), None)
-
-
-def _check_channels(tensors: Mapping[str, Tensor], where: str) -> None:
-    patches = tensors.get("patch_embed.proj.weight")
-    if patches is not None and patches.ndim == 4 and patches.shape[1] != _CHANNELS:  # noqa: PLR2004 (a convolution's)
-        raise CheckpointError(
-            f"{where}: {_CHANNELS} input channels are supported, these weights take {patches.shape[1]}"
-        )
-
-
-def _fallback(name: str, tensors: Mapping[str, Tensor], where: str, heads: int | None) -> Identity | None:
-    """The model that a recipe names, where the weights fit it one by one."""
-    try:
-        identity, model = _named(name, tensors, where, {}, heads)
-    except CheckpointError:
-        return None
-    if _shapes(model.state_dict()) != _shapes(identity.tensors):
-        return None
-    identity.notes.insert(0, f"taken for {name}, which the recipe names: the tensors fit it")
-    return identity
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {key: value.shape for key, value in tensors.items()}
-
-
-def _named(
-    name: str, tensors: Mapping[str, Tensor], where: str, given: Mapping[str, Any], heads: int | None
-) -> tuple[Identity, nn.Module]:
-    """Somebody says which model it is: only image size and classes are read off the weights."""
-    try:
-        default = _on_meta(name, given, where)
-        read = _size_args(default, tensors)
-        args = {**given, **read}
-        model = _on_meta(name, args, where) if read else default
-    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{where}: {name} cannot be built: {error}") from error
-    check_heads(model, name, heads, where)
-    notes = [f"{key} {value} is read off the weights" for key, value in read.items()]
-    return Identity(name, name, args, Preprocessing.of_model(model), _native_keys(tensors, model), notes), model
-
-
-def _size_args(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """How image size and number of classes of the weights differ from the model's own."""
-    args: dict[str, Any] = {}
-    head = tensors.get("head.weight", tensors.get("fc.weight"))
-    classes = head.shape[0] if head is not None and head.ndim > 1 else 0
-    if classes != getattr(model, "num_classes", classes):
-        args["num_classes"] = classes
-    position, own = tensors.get("pos_embed"), getattr(model, "pos_embed", None)
-    if position is None or not isinstance(own, Tensor) or position.ndim != own.ndim:
-        return args
-    if position.shape[1] != own.shape[1]:
-        without_place = own.shape[1] - model.patch_embed.num_patches
-        side = math.isqrt(max(position.shape[1] - without_place, 0))
-        args["img_size"] = side * model.patch_embed.patch_size[0]
-    return args
-
-
-def _on_meta(name: str, args: Mapping[str, Any], where: str) -> nn.Module:
-    with torch.device("meta"):
-        return create(name, args, where)
-
-
-def _native_keys(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def native_keys(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Weights under timm's keys, where a file has those of DINOv2's authors or of OpenCLIP around a timm model."""
     foreign = "mask_token" in tensors or any(key.startswith("visual.trunk.") for key in tensors)
     if foreign:
@@ -318,7 +153,7 @@ def _pooling(tensors: Mapping[str, Tensor], class_token: bool) -> str:
     return "token"
 
 
-def _registered(shape: VitShape, tensors: Mapping[str, Tensor]) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+def _registered(shape: VitShape, tensors: Mapping[str, Tensor]) -> Fitting:
     """timm's models whose tensors agree with these one by one; those made for another image size only if need be."""
     import timm
 
@@ -342,48 +177,35 @@ def _may_fit(parts: list[str], shape: VitShape) -> bool:
     )
 
 
-def _agreeing(
-    names: list[str], shape: VitShape, tensors: Mapping[str, Tensor]
-) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+def _agreeing(names: list[str], shape: VitShape, tensors: Mapping[str, Tensor]) -> Fitting:
     fitting = {}
-    # nothing is computed on meta, yet going through the initialisation there takes ten times longer than building
     skip = {"weight_init": "skip"}
     for name in names:
-        model = _on_meta(name, skip, name)
+        model: Any = quickly_on_meta(name, skip)
         if len(getattr(model, "blocks", ())) != shape.depth or getattr(model, "embed_dim", 0) != shape.width:
             continue
-        args = _size_args(model, tensors)
+        args = size_args(model, tensors)
         if args:
-            model = _on_meta(name, args | skip, name)
-        if _shapes(model.state_dict()) == _shapes(_native_keys(tensors, model)):
+            model = quickly_on_meta(name, args | skip)
+        if shapes(model.state_dict()) == shapes(native_keys(tensors, model)):
             fitting[name] = (model, args)
     return fitting
 
 
-def _choose(
-    fitting: dict[str, tuple[nn.Module, dict[str, Any]]], tensors: Mapping[str, Tensor], where: str, hint: str
-) -> Identity:
+def _choose(fitting: Fitting, tensors: Mapping[str, Tensor], where: str, hint: str) -> Identity:
     """One of the models that fit: the one the file is named after, else the plainest, if all compute the same."""
-    hinted = [name for name in fitting if hint and (hint in name or name in hint)]
-    names = sorted(hinted or fitting, key=lambda name: ("img_size" in fitting[name][1], len(name), name))
     # vit_* before deit_* of the same length class: the family's own name is the plainest
-    names.sort(key=lambda name: ("img_size" in fitting[name][1], not hinted and not name.startswith("vit_")))
-    if len({repr(fitting[name][0]) for name in names}) > 1:
-        raise CheckpointError(
-            f"{where}: several models have exactly these tensors but compute different things: {', '.join(names)}",
-            "Say which it is with --model.",
-        )
-    name = names[0]
+    name = fitting_names(fitting, where, hint, plain="vit_")[0]
     model, args = fitting[name]
     preprocessing = Preprocessing.of_model(model)
-    notes = [f"taken for {name} by its tensors ({_head_count(model) or 'unknown'} heads by its convention)"]
+    notes = [f"taken for {name} by its tensors ({head_count(model) or 'unknown'} heads by its convention)"]
     others = [other for other in fitting if Preprocessing.of_model(fitting[other][0]) != preprocessing]
     if others and name not in hint:
         notes.append(
             f"its preprocessing is assumed too; {', '.join(others[:3])} with the same tensors has another: "
             "say so with --model if that is what the file holds"
         )
-    return Identity(name, name, args, preprocessing, _native_keys(tensors, model), notes)
+    return Identity(name, name, args, preprocessing, native_keys(tensors, model), notes)
 
 
 def _unregistered(shape: VitShape, tensors: Mapping[str, Tensor], where: str, heads: int | None) -> Identity:
@@ -445,11 +267,9 @@ def _imagenet_preprocessing(shape: VitShape) -> Preprocessing:
 def _unknown(tensors: Mapping[str, Tensor], where: str) -> CheckpointError:
     for key, kind in _OTHER_KINDS.items():
         if key in tensors:
-            return CheckpointError(
-                f"{where} looks like {kind}, which is not supported", "Supported are timm's Vision Transformers."
-            )
+            return CheckpointError(f"{where} looks like {kind}, which is not supported", supported())
     keys = ", ".join(list(tensors)[:5])
     return CheckpointError(
         f"{where}: the tensors are those of no model that is known (the first are {keys})",
-        "Supported are timm's Vision Transformers. If it is one under other names, say which with --model.",
+        f"{supported()} If it is one under other names, say which with --model.",
     )
