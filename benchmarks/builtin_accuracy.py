@@ -2,30 +2,33 @@
 
     python benchmarks/builtin_accuracy.py
 
-For each built-in model: top-1 on test scenes of several seeds with 20% of the patch tokens dropped after blocks 0, 3
-and 6, for every variant of representation shift and for the baselines; then calibration on 128 unlabelled training
-scenes, several times, and how its choice does on the test scenes.
+For each built-in model: top-1 on test scenes of several seeds with 20% of the tokens dropped at each of three sites
+(the default recipe), for every variant of representation shift that the model can show and for the baselines, which
+for a CNN are also smaller pictures at the same cost; then calibration on 128 unlabelled training scenes, several times,
+and how its choice does on the test scenes.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from _results import provenance, table, write_section
 from torch import Tensor
 
 from repshift_cli import checkpoint
-from repshift_cli.attach import attach
+from repshift_cli.attach import attach, feeds
 from repshift_cli.calibrate import calibrate
 from repshift_cli.checkpoint import BUILTIN, LoadedModel
 from repshift_cli.data.digits import DigitScenes
 from repshift_cli.data.images import load_images
 from repshift_cli.families import match
-from repshift_cli.measure import device_name
+from repshift_cli.measure import count_macs, device_name
 from repshift_cli.metrics import Metric, build_metric
 from repshift_cli.plan import Plan, resolve
 from repshift_cli.progress import Silent
@@ -63,8 +66,12 @@ def part(**options: object) -> Metric:
     return build_metric(Part.model_validate(options))
 
 
-def draw(loaded: LoadedModel, seed: int, count: int) -> Scenes:
-    transform = loaded.description.preprocessing.transform()
+def draw(loaded: LoadedModel, seed: int, count: int, side: int | None = None) -> Scenes:
+    """Test scenes as the model wants them, or smaller."""
+    preprocessing = loaded.description.preprocessing
+    if side is not None:
+        preprocessing = replace(preprocessing, input_size=(preprocessing.input_size[0], side, side))
+    transform = preprocessing.transform()
     pairs = [DigitScenes("test", count, seed)[index] for index in range(count)]
     return Scenes(
         torch.stack([transform(picture) for picture, _ in pairs]), torch.tensor([label for _, label in pairs])
@@ -88,10 +95,13 @@ def accuracy(loaded: LoadedModel, plan: Plan, seeds: Sequence[Scenes]) -> tuple[
         compressed.detach()
 
 
-def study(name: str, count: int, seeds: Sequence[int], calibrations: int) -> str:
-    loaded = checkpoint.load(name)
+def study(name: str, count: int, seeds: Sequence[int], calibrations: int, command: str) -> str:
+    loaded = checkpoint.load(f"builtin:{name}")
     family = match(loaded.model)
-    plan = resolve(default_recipe(12), family.layout(loaded.model))
+    layout = family.layout(loaded.model)
+    layers = [site.layer for site in layout.sites]
+    plan = resolve(default_recipe(len(layers), layers), layout)
+    site = next(site for site in family.sites(loaded.model) if site.layer == plan.sites[0].layer)
     sets = [draw(loaded, seed, count) for seed in seeds]
     dense = Row("dense", tuple(top1(loaded.model, scenes) for scenes in sets))
 
@@ -101,27 +111,48 @@ def study(name: str, count: int, seeds: Sequence[int], calibrations: int) -> str
     shifts = [
         row(metric, str(metric).removeprefix("representation_shift "))
         for metric in part(kind="representation_shift").variants()
+        if feeds(metric, site)
     ]
-    baselines = [row(part(kind="class_attention"), "class attention")]
+    attention = part(kind="class_attention")
+    baselines = [row(attention, "class attention")] if feeds(attention, site) else []
     baselines += [row(part(kind="token_norm", polarity=end), f"token norm ({end})") for end in ("largest", "smallest")]
     draws = [row(part(kind="random", seed=seed)).top1 for seed in range(RANDOM_DRAWS)]
     baselines.append(
         Row(f"random ({RANDOM_DRAWS} draws)", tuple(statistics.fmean(c) for c in zip(*draws, strict=True)))
     )
-    ratio = family.macs(loaded.model, plan) / family.macs(loaded.model, None)
+    share = family.macs(loaded.model, plan) / family.macs(loaded.model, None)
+    smaller = smaller_pictures(loaded, share, count, seeds) if layout.map_size else []
+    sites = ", ".join(f"{planned.site} ({planned.tokens_in} to {planned.tokens_out})" for planned in plan.sites)
     lines = [
-        f"### {name}: dense {dense.mean:.1f}%, MAC ratio {ratio:.3f}",
+        f"## Accuracy on builtin:{name}: dense {dense.mean:.1f}%, MAC ratio {share:.3f}",
         "",
-        f"{len(seeds)} seeds of {count} test scenes; mean and standard deviation over the seeds.",
+        provenance(command, device_name(torch.device("cpu"))),
         "",
-        score_table(dense, [*shifts, *baselines]),
+        f"{len(seeds)} seeds of {count} test scenes; mean and standard deviation. Tokens go after {sites}.",
+        "",
+        score_table(dense, [*shifts, *baselines, *smaller]),
         "",
         f"Calibration, site by site, on {CALIBRATION_IMAGES} unlabelled training scenes:",
         "",
         calibration_table(loaded, plan, shifts, sets, dense=dense, random=baselines[-1], times=calibrations),
-        "",
     ]
     return "\n".join(lines)
+
+
+def smaller_pictures(loaded: LoadedModel, share: float, count: int, seeds: Sequence[int]) -> list[Row]:
+    """The dense model on pictures so small that it costs the same: the next size below the share and the one above."""
+    channels, full, _ = loaded.description.preprocessing.input_size
+    dense = count_macs(loaded.model, (channels, full, full))
+    costs = {side: count_macs(loaded.model, (channels, side, side)) / dense for side in range(full // 2, full + 1)}
+    below = max(side for side, cost in costs.items() if cost <= share)
+    above = min(side for side, cost in costs.items() if cost > share)
+    return [
+        Row(
+            f"pictures of {side} px, MAC ratio {costs[side]:.3f}",
+            tuple(top1(loaded.model, draw(loaded, seed, count, side)) for seed in seeds),
+        )
+        for side in (below, above)
+    ]
 
 
 def score_table(dense: Row, rows: Sequence[Row]) -> str:
@@ -159,28 +190,28 @@ def calibration_table(
         names = "; ".join(str(choice.chosen).removeprefix("representation_shift ") for choice in found.sites)
         gaps = [f"{got - other:+.2f}" for other in (dense.mean, best, random.mean)]
         rows.append([names, str(seed), f"{got:.2f}", *gaps, f"{found.sigmas:.1f}"])
-    columns = ["chosen after blocks 0; 3; 6", "seed", "top-1, %", "against dense", "against the best single score"]
+    columns = ["chosen at the three sites", "seed", "top-1, %", "against dense", "against the best single score"]
     columns += ["against random", "standard errors over random"]
     return table(columns, rows)
 
 
 def main() -> None:
+    names = [name.removeprefix("builtin:") for name in BUILTIN]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=names, default=names)
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--calibrations", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dry-run", action="store_true", help="print the tables, leave docs/results.md as it is")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    parts = [study(name, options.scenes, options.seeds, options.calibrations) for name in BUILTIN]
-    command = f"python benchmarks/builtin_accuracy.py --scenes {options.scenes}"
-    write_section(
-        "builtin_accuracy",
-        "\n".join(
-            ["## Accuracy on the built-in models", "", *parts, provenance(command, device_name(torch.device("cpu")))]
-        ),
-    )
-    print("\n".join(parts))
+    command = shlex.join(["python", "benchmarks/builtin_accuracy.py", *sys.argv[1:]])
+    for name in options.models:
+        text = study(name, options.scenes, options.seeds, options.calibrations, command)
+        print(text)
+        if not options.dry_run:
+            write_section(f"builtin_accuracy_{name}", text)
 
 
 if __name__ == "__main__":

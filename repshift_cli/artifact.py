@@ -135,7 +135,8 @@ def make_document(
 
     source = loaded.source
     return {
-        "format_version": FORMAT_VERSION,
+        # readers of version 1 know sequences of vision transformers only
+        "format_version": 1 if plan.family == "timm_vit" else FORMAT_VERSION,
         "repshift_version": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": loaded.description.to_dict(),

@@ -380,10 +380,11 @@ def _mean_of(draws: list[Outcome]) -> Outcome:
 
 def _sigmas(worse: list[float], better: list[float]) -> float:
     """By how many standard errors the paired mean of `worse - better` lies above zero."""
+    if not all(map(math.isfinite, (*worse, *better))):
+        lost = sum(map(math.isinf, worse)) - sum(map(math.isinf, better))
+        return math.copysign(99.0, lost) if lost else 0.0
     gaps = [first - second for first, second in zip(worse, better, strict=True)]
     mean = math.fsum(gaps) / len(gaps)
-    if not math.isfinite(mean):
-        return 99.0 if mean > 0 else 0.0
     variance = math.fsum((gap - mean) ** 2 for gap in gaps) / max(len(gaps) - 1, 1)
     if variance == 0.0:
         return math.copysign(99.0, mean) if mean else 0.0

@@ -51,7 +51,7 @@ __all__ = [
     "set_image_size",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of that document. Readers refuse newer ones: raise it with any change that an older reader would miss."""
 
 METADATA_KEY = "repshift"
@@ -443,13 +443,26 @@ def _with_random_weights(name: str, img_size: int | None) -> LoadedModel:
     # weights that are drawn anew fit any size
     args = {"img_size": _checked_size(img_size)} if img_size is not None and fixed_size(model) else {}
     if args:
-        build_on_meta(name, args, name, {})
+        _check_buildable(name, args)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = create(name, args, name).eval().requires_grad_(False)
     description = ModelDescription(name, name, args, Preprocessing.of_model(model))
     note = f"{name} has RANDOM weights (seed 0): none are cached here. Good for speed, meaningless for accuracy."
     return LoadedModel(model, description, Source("random", None, None), dict(model.state_dict()), [note])
+
+
+def _check_buildable(name: str, args: dict[str, Any]) -> None:
+    """Refuse an image size that a model cannot be built for.
+
+    Raises:
+        UsageError: with the reason that the model gives.
+    """
+    try:
+        build_on_meta(name, args, name, {})
+    except CheckpointError as error:
+        reason = error.message.rpartition("cannot be built: ")[2]
+        raise UsageError(f"--img-size {args['img_size']} does not fit {name}: {reason}") from error
 
 
 def _cached_weights(name: str) -> Path | None:

@@ -290,12 +290,12 @@ class _Job:
         self.family: Family = match(loaded.model)
         layout = self.family.layout(loaded.model)
         if recipe is None:
-            blocks = len(layout.sites)
-            recipe = default_recipe(blocks, [site.layer for site in layout.sites])
-            self.note(
-                f"no recipe was given: the paper's schedule scaled to {blocks} blocks is used "
-                f"(to see or change it: repshift recipes show default --blocks {blocks})"
-            )
+            blocks, layers = len(layout.sites), [site.layer for site in layout.sites]
+            recipe = default_recipe(blocks, layers)
+            told = ", ".join(f"{{layer: {drop.layer}, drop_ratio: {drop.drop_ratio}}}" for drop in recipe.layers)
+            if layers == list(range(blocks)):
+                told = f"to see or change it: repshift recipes show default --blocks {blocks}"
+            self.note(f"no recipe was given: the paper's schedule scaled to {blocks} blocks is used ({told})")
         self.recipe = recipe
         self._check_model_name()
         self.plan = resolve(recipe, layout)

@@ -18,9 +18,14 @@ from timm.layers import (
     ConvNormAct,
     EcaModule,
     EffectiveSEModule,
+    FrozenBatchNormAct2d,
     GlobalResponseNormMlp,
     Mlp,
+    RmsNorm,
+    RmsNorm2d,
     SEModule,
+    SimpleNorm,
+    SimpleNorm2d,
 )
 from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
@@ -29,6 +34,7 @@ from timm.models.regnet import PreBottleneck, RegNet
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
+from repshift_cli.errors import UsageError
 from repshift_cli.families.base import Family, Reduce, Site, Stream
 from repshift_cli.plan import Grid, Layout, Plan, PlanSite, SiteInfo, Window
 from repshift_cli.tokens import keep_lines
@@ -47,7 +53,19 @@ _SHORTCUTS: dict[type[nn.Module], str] = {
 _SEQUENCES = (nn.Sequential, ConvNormAct, Mlp, GlobalResponseNormMlp)
 """Modules that run their parts in the order in which they have them."""
 
-_NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, BatchNormAct2d, GlobalResponseNorm)
+_NORMS = (
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    BatchNormAct2d,
+    FrozenBatchNormAct2d,
+    GlobalResponseNorm,
+    RmsNorm,
+    RmsNorm2d,
+    SimpleNorm,
+    SimpleNorm2d,
+)
 _BY_POSITION = (
     "torch.nn.modules.activation",
     "torch.nn.modules.dropout",
@@ -124,13 +142,11 @@ class ResidualCNN(Family):
             elif piece.block:
                 barred[piece.name] = barred[str(piece.layer)] = piece.barred
         size = _input_size(model)
-        grid = size
-        for window in sites[0].windows:
-            grid = window.output(grid)
+        _check_size(size, [*(window for site in sites for window in site.windows), *windows])
         return Layout(
             family=self.name,
             prefix_tokens=0,
-            patch_tokens=math.prod(grid),
+            patch_tokens=math.prod(_passed(size, sites[0].windows)),
             class_token=False,
             sites=tuple(sites),
             map_size=size,
@@ -224,7 +240,7 @@ class _Piece:
 
     def _steps(self, modules: Iterable[nn.Module]) -> Iterator[tuple[Window | None, nn.Module]]:
         for module in modules:
-            for leaf in _leaves(module):
+            for leaf in _leaves(module, self.name):
                 yield _window(leaf, self.name), leaf
 
 
@@ -293,15 +309,37 @@ def _block(name: str, module: nn.Module, layer: int) -> _Piece:
     return _Piece(name, module, layer, path, shortcut, barred)
 
 
-def _leaves(module: nn.Module) -> Iterator[nn.Module]:
+def _passed(grid: Grid, windows: Iterable[Window]) -> Grid:
+    for window in windows:
+        grid = window.output(grid)
+    return grid
+
+
+def _check_size(size: Grid, windows: Iterable[Window]) -> None:
+    """Refuse images of which nothing reaches the head.
+
+    Raises:
+        UsageError: naming the module at which nothing is left.
+    """
+    grid = size
+    for window in windows:
+        grid = window.output(grid)
+        if min(grid) < 1:
+            raise UsageError(
+                f"images of {size[0]}x{size[1]} are too small for this model: nothing is left at {window.name}",
+                "Take larger images.",
+            )
+
+
+def _leaves(module: nn.Module, name: str) -> Iterator[nn.Module]:
     """The parts of a module in the order in which they run."""
     if isinstance(module, _SEQUENCES):
         for part in module.children():
-            yield from _leaves(part)
+            yield from _leaves(part, name)
     elif isinstance(module, _GATES + _NORMS) or not list(module.children()):
         yield module
     else:
-        raise _NotKnownError(f"a part of it is a {type(module).__name__}, which is not known")
+        raise _NotKnownError(f"a part of {name} is a {type(module).__name__}, which is not known")
 
 
 def _window(leaf: nn.Module, name: str) -> Window | None:
@@ -311,7 +349,7 @@ def _window(leaf: nn.Module, name: str) -> Window | None:
         window = Window(
             name, _pair(leaf.kernel_size), _pair(leaf.stride), _pair(leaf.padding), dilation, leaf.ceil_mode
         )
-        _check_type(leaf, (nn.MaxPool2d, nn.AvgPool2d))
+        _check_type(leaf, (nn.MaxPool2d, nn.AvgPool2d), name)
         return window
     if isinstance(leaf, BlurPool2d):
         before, after = leaf.padding[0], leaf.padding[-1]
@@ -319,7 +357,7 @@ def _window(leaf: nn.Module, name: str) -> Window | None:
             raise _NotKnownError(f"{name} pads in a way that is not known before it blurs")
         return Window(name, _pair(leaf.filt_size), _pair(leaf.stride), _pair(before))
     if isinstance(leaf, nn.Conv2d):
-        _check_type(leaf, (nn.Conv2d,))
+        _check_type(leaf, (nn.Conv2d,), name)
         if isinstance(leaf.padding, str):
             raise _NotKnownError(f"{name} has a convolution with the padding {leaf.padding!r}")
         window = Window(name, _pair(leaf.kernel_size), _pair(leaf.stride), _pair(leaf.padding), _pair(leaf.dilation))
@@ -330,10 +368,10 @@ def _window(leaf: nn.Module, name: str) -> Window | None:
     raise _NotKnownError(f"a part of {name} is a {type(leaf).__name__}, which is not known")
 
 
-def _check_type(leaf: nn.Module, known: tuple[type[nn.Module], ...]) -> None:
+def _check_type(leaf: nn.Module, known: tuple[type[nn.Module], ...], name: str) -> None:
     """Subclasses of timm pad to the size of the map, which a window does not tell."""
     if type(leaf) not in known:
-        raise _NotKnownError(f"a part of it is a {type(leaf).__name__}, which is not known")
+        raise _NotKnownError(f"a part of {name} is a {type(leaf).__name__}, which is not known")
 
 
 def _pair(value: Any) -> Grid:

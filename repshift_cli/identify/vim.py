@@ -84,6 +84,9 @@ def named(
         raise CheckpointError(f"{where}: the weights do not fit {name}: missing: {_FIRST}A_log")
     shape, side = _read(tensors, where)
     own = _defaults() | MODELS[name] | dict(given)
+    for key in ("stride", "patch_size"):
+        if not ((isinstance(own[key], int) and own[key] > 0) or (key == "stride" and own[key] is None)):
+            raise CheckpointError(f"{where}: {key} is {own[key]!r}, not a number of pixels from 1 on")
     size, _, _ = _size(side, shape.patch_size, own["stride"] or own["patch_size"], img_size, where)
     found = {"num_classes": shape.num_classes, "class_token": shape.class_token, "img_size": size}
     read = {key: value for key, value in found.items() if own[key] != value}

@@ -95,4 +95,8 @@ def _distance(distance: Distance, after: Tensor, before: Tensor) -> Tensor:
     """Distance of each token, in float32: `[B, N, C]` twice to `[B, N]`."""
     if distance == "cosine":
         return 1.0 - torch.nn.functional.cosine_similarity(after.float(), before.float(), dim=-1)
-    return _norm(distance, after.float() - before.float())
+    after, before = after.float(), before.float()
+    if distance == "l2" and after.stride(-1) != 1:
+        # channel by channel in memory, as feature maps are: one pass for difference and square
+        return torch.nn.functional.mse_loss(after, before, reduction="none").sum(-1).sqrt()
+    return _norm(distance, after - before)

@@ -4,34 +4,51 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = ["causal_conv", "selective_scan", "usable"]
 
-_PACKAGES = ("mamba_ssm", "causal_conv1d")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CHANNEL_MULTIPLE = 8
+_MOST_STATES = 256
 
 
-def usable(x: Tensor) -> bool:
-    """Whether the kernels can run on this tensor: on CUDA, both packages there, and no graph is being traced.
+class _Kernels(NamedTuple):
+    causal_conv: Any
+    selective_scan: Any
+
+
+def usable(x: Tensor, d_state: int) -> bool:
+    """Whether the kernels can run on `[B, T, E]`: on CUDA, both packages there, and no graph is being traced.
 
     (A graph with foreign kernels would not run where they are not installed.)
     """
-    return x.is_cuda and not torch.compiler.is_compiling() and _installed()
+    if not x.is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    fits = x.dtype in _DTYPES and x.shape[-1] % _CHANNEL_MULTIPLE == 0 and d_state <= _MOST_STATES
+    return fits and _kernels() is not None
 
 
 @cache
-def _installed() -> bool:
-    return all(find_spec(package) is not None for package in _PACKAGES)
+def _kernels() -> _Kernels | None:
+    """Both kernels; None where a package is missing, or is there but was built for another torch."""
+    try:
+        return _Kernels(
+            import_module("causal_conv1d").causal_conv1d_fn,
+            import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn,
+        )
+    except Exception:  # a library that does not load fails in many ways; the pure way serves then
+        return None
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """SiLU of the causal depthwise convolution: `[B, E, T]` by `[E, width]` to `[B, E, T]`."""
-    kernel: Any = import_module("causal_conv1d").causal_conv1d_fn
-    convolved: Tensor = kernel(x, weight, bias, activation="silu")
+    kernels = _kernels()
+    assert kernels is not None
+    convolved: Tensor = kernels.causal_conv(x, weight, bias, activation="silu")
     return convolved
 
 
@@ -40,15 +57,15 @@ def selective_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, *,
 
     Args:
         u, delta: `[B, E, T]`.
-        a: `[E, N]`, negative.
-        b, c: `[B, N, T]`.
+        a: float32 `[E, N]`, negative.
+        b, c: `[B, N, T]`, in the dtype of `u`.
         skip, bias: float32 `[E]`.
 
     Returns:
         `[B, E, T]`.
     """
-    kernel: Any = import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
-    parts = (part.contiguous() for part in (delta, b, c))
-    delta, b, c = parts
-    scanned: Tensor = kernel(u, delta, a, b, c, skip, z=None, delta_bias=bias, delta_softplus=True)
+    kernels = _kernels()
+    assert kernels is not None
+    delta, b, c = (part.contiguous() for part in (delta, b, c))
+    scanned: Tensor = kernels.selective_scan(u, delta, a, b, c, skip, z=None, delta_bias=bias, delta_softplus=True)
     return scanned

@@ -121,7 +121,7 @@ class Mixer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """`[B, T, C]` to `[B, T, C]`."""
         x, z = self.in_proj(tokens).chunk(2, dim=-1)
-        mixed = self._with_kernels(x) if kernels.usable(x) else self._both_directions(x)
+        mixed = self._with_kernels(x) if kernels.usable(x, self.d_state) else self._both_directions(x)
         out: Tensor = self.out_proj(mixed * functional.silu(z) * 0.5)
         return out
 
@@ -271,14 +271,13 @@ class VisionMamba(nn.Module):
         batch, count = patches.shape[:2]
         if self.class_token == "double":  # noqa: S105
             parts = [self.cls_token_head.expand(batch, -1, -1), patches, self.cls_token_tail.expand(batch, -1, -1)]
-            places = [0, count + 1]
+            place = torch.arange(2, device=images.device) * (count + 1)
         else:
             half = count // 2
             parts = [patches[:, :half], self.cls_token.expand(batch, -1, -1), patches[:, half:]]
-            places = [half]
+            place = torch.full((1,), half, device=images.device)
         tokens = torch.cat(parts, dim=1) + self.pos_embed
-        place = torch.tensor(places, device=images.device).expand(batch, -1)
-        return VimStream(tokens, torch.zeros_like(tokens, dtype=torch.float32), place)
+        return VimStream(tokens, torch.zeros_like(tokens, dtype=torch.float32), place.expand(batch, -1))
 
     def pool(self, stream: VimStream) -> Tensor:
         """The class token after the last norm (the mean of the two), `[B, C]`."""

@@ -161,7 +161,7 @@ class TestWrittenOut:
             padded = functional.pad(x, (3, 0))
             return functional.silu(functional.conv1d(padded, weight[:, None], bias, groups=x.shape[1]))
 
-        monkeypatch.setattr(kernels, "usable", lambda x: True)
+        monkeypatch.setattr(kernels, "usable", lambda x, d_state: True)
         monkeypatch.setattr(kernels, "selective_scan", scan)
         monkeypatch.setattr(kernels, "causal_conv", convolve)
         found = model.trace(images)

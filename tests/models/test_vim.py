@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -274,7 +275,7 @@ def convolution_stand_in(  # noqa: PLR0917 (as in the package)
 
 class TestKernels:
     @pytest.fixture
-    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    def calls(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         """Stand-ins under the names of the packages; what is called."""
         calls: list[str] = []
 
@@ -292,8 +293,9 @@ class TestKernels:
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
         monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", scan)
         monkeypatch.setitem(sys.modules, "causal_conv1d", convolution)
-        monkeypatch.setattr(kernels, "_installed", lambda: True)
-        return calls
+        kernels._kernels.cache_clear()
+        yield calls
+        kernels._kernels.cache_clear()
 
     @each_variant
     def test_the_same_logits(self, variant: str, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,14 +304,14 @@ class TestKernels:
         with torch.no_grad():
             wanted = model(images)
             assert calls == []
-            monkeypatch.setattr(kernels, "usable", lambda x: True)
+            monkeypatch.setattr(kernels, "usable", lambda x, d_state: True)
             torch.testing.assert_close(model(images), wanted, rtol=1e-5, atol=1e-5)
         assert calls == ["convolution_stand_in", "scan_stand_in"] * 2 * DEPTH
 
     def test_half_precision(self, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         model = tiny_vim()
         images = vim_images(model)
-        monkeypatch.setattr(kernels, "usable", lambda x: True)
+        monkeypatch.setattr(kernels, "usable", lambda x, d_state: True)
         with torch.no_grad():
             wanted = model(images)
             logits = model.bfloat16()(images.bfloat16())
@@ -317,20 +319,40 @@ class TestKernels:
         assert (logits.float() - wanted).abs().max() < 0.1 * wanted.abs().max()
 
     def test_not_on_the_cpu(self, calls: list[str]) -> None:
-        assert not kernels.usable(torch.zeros(1))
+        assert kernels._kernels() is not None
+        assert not kernels.usable(torch.zeros(1, 1, 8), 4)
 
     @pytest.mark.parametrize(
-        ("installed", "compiling", "expected"), [(True, False, True), (False, False, False), (True, True, False)]
+        ("compiling", "dtype", "channels", "d_state", "expected"),
+        [
+            (False, torch.float32, 16, 16, True),
+            (False, torch.bfloat16, 16, 256, True),
+            (True, torch.float32, 16, 16, False),
+            (False, torch.float64, 16, 16, False),
+            (False, torch.float32, 12, 16, False),
+            (False, torch.float32, 16, 257, False),
+        ],
     )
-    def test_when(self, installed: bool, compiling: bool, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        class OnCuda:
-            is_cuda = True
-
-        monkeypatch.setattr(kernels, "_installed", lambda: installed)
+    def test_when(  # noqa: PLR0917 (one case)
+        self,
+        compiling: bool,
+        dtype: torch.dtype,
+        channels: int,
+        d_state: int,
+        expected: bool,
+        calls: list[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        tensor = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 5, channels))
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-        assert kernels.usable(OnCuda()) == expected  # type: ignore[arg-type]
+        assert kernels.usable(cast(Any, tensor), d_state) == expected
 
-    @pytest.mark.parametrize("missing", [None, "mamba_ssm", "causal_conv1d"])
-    def test_both_packages_have_to_be_there(self, missing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(kernels, "find_spec", lambda package: None if package == missing else object())
-        assert kernels._installed.__wrapped__() == (missing is None)
+    @pytest.mark.parametrize("broken", ["mamba_ssm.ops.selective_scan_interface", "causal_conv1d"])
+    def test_a_package_that_does_not_load_is_as_good_as_none(
+        self, broken: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert kernels._kernels() is not None
+        kernels._kernels.cache_clear()
+        monkeypatch.setitem(sys.modules, broken, None)
+        tensor = SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(1, 5, 8))
+        assert not kernels.usable(cast(Any, tensor), 4)
