@@ -140,12 +140,14 @@ def study(name: str, count: int, seeds: Sequence[int], calibrations: int, comman
 
 
 def smaller_pictures(loaded: LoadedModel, share: float, count: int, seeds: Sequence[int]) -> list[Row]:
-    """The dense model on pictures so small that it costs the same: the next size below the share and the one above."""
+    """The dense model on smaller pictures: the largest that cost no more than the share, and those for a tenth more.
+
+    (The cost is a staircase, because maps have whole sizes: what costs a little more may be much better.)
+    """
     channels, full, _ = loaded.description.preprocessing.input_size
     dense = count_macs(loaded.model, (channels, full, full))
     costs = {side: count_macs(loaded.model, (channels, side, side)) / dense for side in range(full // 2, full + 1)}
-    below = max(side for side, cost in costs.items() if cost <= share)
-    above = min(side for side, cost in costs.items() if cost > share)
+    below, above = (max(side for side, cost in costs.items() if cost <= most) for most in (share, 1.1 * share))
     return [
         Row(
             f"pictures of {side} px, MAC ratio {costs[side]:.3f}",
