@@ -233,7 +233,7 @@ def build(description: ModelDescription, tensors: Mapping[str, Tensor], where: s
     """
     architecture = description.architecture
     if architecture not in (None, VIM) and not is_model_name(architecture):
-        raise CheckpointError(f"{where}: timm has no model named {architecture!r}")
+        raise CheckpointError(f"{where}: there is no model named {architecture!r}")
     model = build_on_meta(architecture, description.args, where, tensors, description.name)
     _check_fit(model, tensors, description.name, where)
     model.load_state_dict(dict(tensors), strict=True, assign=True)
@@ -413,7 +413,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise CheckpointError(f"{path} has no key 'architecture'", "timm writes one with save_for_hf.")
     if not is_model_name(config["architecture"]):
-        raise CheckpointError(f"{path}: timm has no model named {config['architecture']!r}")
+        raise CheckpointError(f"{path}: there is no model named {config['architecture']!r}")
     for key in ("model_args", "pretrained_cfg"):
         config[key] = config.get(key) or {}
         if not isinstance(config[key], dict):
@@ -503,7 +503,7 @@ def _check_model_name(model_name: str | None) -> None:
     if model_name is None:
         return
     if not is_model_name(model_name):
-        raise UsageError(f"--model: timm has no model named {model_name!r}", nearest(model_name, model_names()))
+        raise UsageError(f"--model: there is no model named {model_name!r}", nearest(model_name, model_names()))
     _check_tag(model_name)
 
 
@@ -512,7 +512,7 @@ def _not_found(name: str) -> CheckpointError:
     if looks_like_path:
         return CheckpointError(f"there is no file {name}")
     hint = f"{nearest(name, [*model_names(), *BUILTIN])}Give a file, a folder with config.json, or a timm name."
-    return CheckpointError(f"{name} is neither a file nor a model of timm", hint)
+    return CheckpointError(f"{name} is neither a file nor the name of a model", hint)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

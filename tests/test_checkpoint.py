@@ -170,7 +170,7 @@ class TestFolder:
             ("[]", "has no key 'architecture'"),
             ("{}", "has no key 'architecture'"),
             ('{"architecture": 3}', "has no key 'architecture'"),
-            ('{"architecture": "nothing_like_it"}', "timm has no model named 'nothing_like_it'"),
+            ('{"architecture": "nothing_like_it"}', "there is no model named 'nothing_like_it'"),
             ('{"architectures": ["ViTForImageClassification"]}', "transformers library (ViTForImageClassification)"),
             ('{"architecture": "vit_tiny_patch16_224", "model_args": {"no_such": 1}}', "cannot be built"),
             ('{"architecture": "vit_tiny_patch16_224", "model_args": [1]}', "model_args"),
@@ -228,7 +228,7 @@ class TestNames:
 
     def test_an_unknown_name_has_a_nearest_match(self) -> None:
         error = refusal("vit_bas_patch16_224")
-        assert "neither a file nor a model of timm" in error.message
+        assert "neither a file nor the name of a model" in error.message
         assert "Did you mean vit_base_patch16_224?" in str(error)
 
     @pytest.mark.parametrize("name", ["missing.safetensors", "./missing", "folder/missing.pth"])
@@ -254,7 +254,7 @@ class TestNames:
 
     def test_a_model_name_that_timm_does_not_have(self, model: nn.Module, tmp_path: Path) -> None:
         path = save_weights(model, tmp_path / "weights.safetensors")
-        with pytest.raises(UsageError, match="timm has no model named 'vit_tiny_patch16_24'") as caught:
+        with pytest.raises(UsageError, match="there is no model named 'vit_tiny_patch16_24'") as caught:
             checkpoint.load(path, model_name="vit_tiny_patch16_24")
         assert "Did you mean vit_tiny_patch16_224?" in str(caught.value)
 

@@ -167,7 +167,7 @@ class TestNames:
         assert all(torch.equal(loaded.tensors[key], again.tensors[key]) for key in loaded.tensors)
 
     def test_wrong_names(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="neither a file nor a model") as caught:
+        with pytest.raises(CheckpointError, match="neither a file nor the name of a model") as caught:
             checkpoint.load("vim_tiny_patch16_stride4_224")
         assert "Did you mean vim_tiny_patch16_stride8_224?" in str(caught.value)
         path = save_weights(small(), tmp_path / "weights.safetensors")

@@ -106,7 +106,7 @@ def _show(opened: Opened, document: dict[str, Any]) -> None:
     ui.print_text(f"input    {opened.loaded.description.preprocessing}")
     prefix, patches = document["prefix_tokens"], document["patch_tokens"]
     if prefix or "grid" not in document["sites"][0]:
-        ui.print_text(f"tokens   {prefix} prefix (never dropped) + {patches} patches")
+        ui.print_text(f"tokens   {prefix} that never go (class, registers) + {patches} patches")
     else:
         ui.print_text("tokens   positions of feature maps, of which whole rows and columns go")
     told = f"{document['dense_gmacs']:.3f} GMACs per image dense"

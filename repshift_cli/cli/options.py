@@ -38,7 +38,7 @@ Heads = Annotated[
 ]
 ImgSize = Annotated[
     int | None,
-    typer.Option("--img-size", min=1, metavar="N", help="Images of N x N, for a model whose weights fit any size."),
+    typer.Option("--img-size", min=1, metavar="N", help="Images of N x N: any for a CNN, else as the weights allow."),
 ]
 MeasureDtype = Annotated[
     str, typer.Option("--dtype", help="float32, bfloat16 or float16, to run in; the file keeps its own.")

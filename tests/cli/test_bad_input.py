@@ -158,7 +158,7 @@ def test_an_unknown_builtin_model(command: str, cli: Command) -> None:
         (["--img-size", "64"], ["--img-size 64", "takes images of 32x32: its positions are made for that size"]),
         (["--seconds", "-1"], ["--seconds"]),
         (["--calibration-images", "3"], ["--calibration-images"]),
-        (["--model", "vit_bas_patch16_224"], ["timm has no model named 'vit_bas_patch16_224'", "Did you mean"]),
+        (["--model", "vit_bas_patch16_224"], ["there is no model named 'vit_bas_patch16_224'", "Did you mean"]),
         (["--no-such-option"], ["--no-such-option"]),
         (["-o", "."], ["is a folder"]),
     ],
