@@ -185,10 +185,10 @@ def _show_calibration(calibration: Calibration) -> None:
     title = f"Calibration: {tried} candidates on {calibration.images} unlabelled images, {calibration.seconds:.0f} s"
     ui.print_table(title, ["on the half that took no part in choosing", "images", "change", "unchanged"], rows)
     verdict = "NOT clearly better than random"
-    if calibration.clear or calibration.mild:
-        verdict = (
-            "clearly better than random" if calibration.clear else "not clearly better than random, which is mild too"
-        )
+    if calibration.clear:
+        verdict = "clearly better than random"
+    elif calibration.mild:
+        verdict = "so little goes that random hardly harms either"
     ui.print_text(f"        {verdict} ({calibration.sigmas:.1f} standard errors)")
     ui.print_text("")
 
