@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from types import GenericAlias
 from typing import Any, TypeVar
 
 from repshift_cli.errors import RecipeError
@@ -21,9 +22,12 @@ def members(package: str, base: type[_Base]) -> Iterator[type[_Base]]:
     for module_info in sorted(pkgutil.iter_modules(folder.__path__), key=lambda info: info.name):
         module = importlib.import_module(f"{package}.{module_info.name}")
         for value in vars(module).values():
-            if not (isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__):
+            # before Python 3.11 an alias such as tuple[int, int] says that it is a type
+            if isinstance(value, GenericAlias) or not isinstance(value, type) or not issubclass(value, base):
                 continue
-            if value is not base and not getattr(value, "__abstractmethods__", None):
+            if value.__module__ != module.__name__ or value is base:
+                continue
+            if not getattr(value, "__abstractmethods__", None):
                 yield value
 
 

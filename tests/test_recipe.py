@@ -256,6 +256,11 @@ def test_nearest() -> None:
 
 
 class TestParts:
+    def test_an_alias_of_a_type_is_no_member(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Before Python 3.11 `isinstance(tuple[int, int], type)` is true, and then `issubclass` fails."""
+        monkeypatch.setattr("repshift_cli.reducers.prune.Pair", tuple[int, int], raising=False)
+        assert set(reducer_kinds()) == {"prune"}
+
     def test_registries_hold_what_the_files_define(self) -> None:
         assert set(metric_kinds()) == {"class_attention", "random", "representation_shift", "token_norm"}
         assert set(reducer_kinds()) == {"prune"}
