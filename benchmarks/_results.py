@@ -8,6 +8,8 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
+from repshift_cli.measure import Speedup, Spread
+
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 TITLE = "# Results\n\nEvery section is written by the script that it names; run that script to renew it.\n"
 
@@ -38,6 +40,16 @@ def provenance(command: str, machine: str) -> str:
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "timm"))
     today = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
     return f"`{command}`, {today}, on {machine}; Python {platform.python_version()}, {versions}."
+
+
+def latency(spread: Spread) -> str:
+    """Milliseconds: median and the interval from p10 to p90."""
+    return f"{spread.median:.1f} [{spread.p10:.1f}-{spread.p90:.1f}]"
+
+
+def words(gain: Speedup) -> str:
+    """The ratio, marked where it may be noise."""
+    return f"{gain.ratio:.2f}x" if gain.clear or gain.clearly_slower else f"{gain.ratio:.2f}x (within noise)"
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:

@@ -10,7 +10,6 @@ efficient on smaller maps, and not in scoring and gathering. Weights are random,
 from __future__ import annotations
 
 import argparse
-import copy
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -18,9 +17,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from _results import provenance, table, write_section
+from _results import latency, provenance, table, words, write_section
 from torch import Tensor
 
+from repshift_cli import checkpoint
 from repshift_cli.benchmark import (
     BenchReport,
     BenchSettings,
@@ -32,7 +32,6 @@ from repshift_cli.benchmark import (
     run_bench,
 )
 from repshift_cli.compression import compress_dense
-from repshift_cli.measure import Speedup, Spread
 from repshift_cli.plan import Plan
 from repshift_cli.progress import Progress
 from repshift_cli.ui import Screen
@@ -103,26 +102,17 @@ def measure(published: Published, layout: MemoryFormat, options: argparse.Namesp
     )
     contenders = contenders_of({published.model: opened})
     if opened.compressed is not None and opened.compressed.plan.grids_kept:
-        contenders.append(cropped(contenders[-1], opened.loaded.model, opened.compressed.plan))
+        contenders.append(cropped(published.model, contenders[-1], opened.compressed.plan))
     return run_bench(contenders, options.batch_sizes, settings, progress)
 
 
-def cropped(compressed: Contender, model: torch.nn.Module, plan: Plan) -> Contender:
+def cropped(name: str, compressed: Contender, plan: Plan) -> Contender:
     """The dense model with its maps cut to the sizes of the plan, whatever is in them."""
-    with compressed.context():
-        copied: Any = compress_free(copy.deepcopy(model))
+    model = checkpoint.load(name).model
     for site in plan.sites:
         assert site.grid_out is not None
-        copied.get_submodule(site.site).register_forward_hook(partial(crop, grid=site.grid_out))
-    return replace(compressed, name=CROP, module=copied)
-
-
-def compress_free(model: torch.nn.Module) -> torch.nn.Module:
-    """The model without the hooks of its compression."""
-    for module in model.modules():
-        module._forward_hooks.clear()
-        module._forward_hooks_with_kwargs.clear()
-    return model
+        model.get_submodule(site.site).register_forward_hook(partial(crop, grid=site.grid_out))
+    return replace(compressed, name=CROP, module=model)
 
 
 def crop(module: torch.nn.Module, args: Any, output: Tensor, *, grid: tuple[int, int]) -> Tensor:
@@ -153,20 +143,11 @@ def row(layout: MemoryFormat, ratio: Ratio, runs: dict[tuple[int, str], Run]) ->
     dense, compressed = (runs[ratio.batch, name] for name in (ratio.against, ratio.name))
     return [
         f"batch {ratio.batch}, {layout}",
-        cell(dense.latency),
-        cell(compressed.latency),
+        latency(dense.latency),
+        latency(compressed.latency),
         words(ratio.speedup),
         f"{ratio.efficiency:.2f}",
     ]
-
-
-def cell(spread: Spread) -> str:
-    return f"{spread.median:.1f} [{spread.p10:.1f}-{spread.p90:.1f}]"
-
-
-def words(gain: Speedup) -> str:
-    """The ratio, marked where it may be noise."""
-    return f"{gain.ratio:.2f}x" if gain.clear or gain.clearly_slower else f"{gain.ratio:.2f}x (within noise)"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 import time
 
 import torch
-from _results import provenance, table, write_section
+from _results import latency, provenance, table, write_section
 from torch import Tensor
 
 from repshift_cli.measure import Spread, Subject, device_name, measure_latency, speedup, threads
@@ -69,12 +69,8 @@ def measure(batch: int, length: int, options: argparse.Namespace) -> list[str]:
     naive, sequential, blocked = (timings[name] for name in sides)
     ratios = [f"{speedup(slow, blocked).ratio:.2f}x" for slow in (naive, sequential)]
     per_token = f"{blocked.spread.median * 1e3 / (batch * length):.2f}"
-    cells = [words(timing.spread) for timing in (naive, sequential, blocked)]
+    cells = [latency(timing.spread) for timing in (naive, sequential, blocked)]
     return [f"batch {batch}, {length} tokens", *cells, *ratios, per_token]
-
-
-def words(spread: Spread) -> str:
-    return f"{spread.median:.1f} [{spread.p10:.1f}-{spread.p90:.1f}]"
 
 
 def random_inputs(batch: int, length: int, width: int, state: int) -> tuple[Tensor, ...]:
@@ -124,7 +120,7 @@ def train(options: argparse.Namespace) -> str:
                 torch.autograd.grad(y.sum(), inputs)
                 for samples, seconds in zip(times[name], (middle - start, time.perf_counter() - middle), strict=True):
                     samples.append(seconds)
-    rows = [[name, *(words(Spread.of_seconds(part)) for part in parts)] for name, parts in times.items()]
+    rows = [[name, *(latency(Spread.of_seconds(part)) for part in parts)] for name, parts in times.items()]
     return "With the gradient, B = 64, L = 82, E = 128, N = 8:\n\n" + table(["", "forward", "backward"], rows)
 
 

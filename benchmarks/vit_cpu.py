@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from _results import provenance, table, write_section
+from _results import latency, provenance, table, words, write_section
 
 from repshift_cli.benchmark import (
     BenchReport,
@@ -28,7 +28,7 @@ from repshift_cli.benchmark import (
     run_bench,
 )
 from repshift_cli.compression import compress_dense
-from repshift_cli.measure import Speedup, Spread, speedup
+from repshift_cli.measure import speedup
 from repshift_cli.progress import Progress
 from repshift_cli.ui import Screen
 
@@ -134,15 +134,6 @@ def render(published: Published, report: BenchReport) -> str:
 
 def cell(run: Run) -> str:
     return f"{latency(run.latency)}, {run.throughput:.1f}/s"
-
-
-def latency(spread: Spread) -> str:
-    return f"{spread.median:.1f} [{spread.p10:.1f}-{spread.p90:.1f}]"
-
-
-def words(gain: Speedup) -> str:
-    """The ratio, marked where it may be noise."""
-    return f"{gain.ratio:.2f}x" if gain.clear or gain.clearly_slower else f"{gain.ratio:.2f}x (within noise)"
 
 
 if __name__ == "__main__":
