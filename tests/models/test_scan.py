@@ -155,8 +155,20 @@ class TestBatch:
         inputs = inputs_of(Shape(2, 8, 60, width, 16))
         together = function(*inputs)
         for row in range(8):
+            u, delta, a, b, c = (tensor.clone() for tensor in inputs)
+            for tensor in (u, delta, b, c):
+                tensor[:, :row] *= 3
+                tensor[:, row + 1 :] *= 0.5
+            assert torch.equal(function(u, delta, a, b, c)[:, row], together[:, row])
+
+    @BOTH
+    @pytest.mark.parametrize("width", [5, 37, 384])
+    def test_their_number_only_rounds(self, function: Scan, width: int) -> None:
+        inputs = inputs_of(Shape(2, 8, 60, width, 16))
+        together = function(*inputs)
+        for row in range(8):
             alone = function(*rows_of(inputs, slice(row, row + 1)))
-            assert torch.equal(alone, together[:, row : row + 1])
+            assert (alone - together[:, row : row + 1]).abs().max() < TOLERANCE / 10 * together.abs().max()
 
     @BOTH
     def test_it_is_deterministic(self, function: Scan) -> None:
@@ -289,7 +301,7 @@ class TestGraphs:
 class TestMemory:
     @BOTH
     def test_it_is_linear_in_the_length(self, function: Scan) -> None:
-        short, long = (self.peak(function, length) for length in (512, 1024))
+        short, long = (self.peak(function, length) for length in (4096, 8192))
         assert 1.7 < long / short < 2.1
 
     def test_states_of_all_tokens_are_never_alive_at_once(self) -> None:
