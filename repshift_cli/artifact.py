@@ -27,6 +27,7 @@ from repshift_cli.checkpoint import FORMAT_VERSION, METADATA_KEY, LoadedModel
 from repshift_cli.errors import CheckpointError, OutputError, RecipeError
 from repshift_cli.families import match
 from repshift_cli.files import atomic_output
+from repshift_cli.identify import Clips
 from repshift_cli.plan import Plan
 from repshift_cli.recipe import Recipe
 
@@ -40,6 +41,10 @@ __all__ = [
     "save",
     "stored_plan",
 ]
+
+
+_OLDER_VERSIONS = {"timm_vit": 1, "resnet": 2, "vim": 2}
+"""The first version whose readers know all that stands in the plans of a family."""
 
 
 @dataclass
@@ -71,18 +76,23 @@ class Opened:
 
 
 def open_model(
-    name: str | Path, model_name: str | None = None, heads: int | None = None, img_size: int | None = None
+    name: str | Path,
+    model_name: str | None = None,
+    heads: int | None = None,
+    img_size: int | None = None,
+    *,
+    clips: Clips | None = None,
 ) -> Opened:
     """Load any model: a compressed checkpoint with its plan at work, or a dense one.
 
     Args:
-        name, model_name, heads, img_size: as for `checkpoint.load`.
+        name, model_name, heads, img_size, clips: as for `checkpoint.load`.
 
     Raises:
         CheckpointError: as `checkpoint.load`; also a compressed checkpoint that is damaged or from a newer version.
         UsageError: as `checkpoint.load`.
     """
-    loaded = checkpoint.load(name, model_name, heads, img_size)
+    loaded = checkpoint.load(name, model_name, heads, img_size, clips=clips)
     plan = stored_plan(loaded)
     try:
         return Opened(loaded, attach_loaded(loaded, plan) if plan else None)
@@ -135,8 +145,7 @@ def make_document(
 
     source = loaded.source
     return {
-        # readers of version 1 know sequences of vision transformers only
-        "format_version": 1 if plan.family == "timm_vit" else FORMAT_VERSION,
+        "format_version": _OLDER_VERSIONS.get(plan.family, FORMAT_VERSION),
         "repshift_version": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": loaded.description.to_dict(),

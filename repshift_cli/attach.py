@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from repshift_cli.errors import ModelError, RecipeError, UsageError
 from repshift_cli.families import Family, Probe, Site, Stream, match
 from repshift_cli.metrics import Metric, SiteContext, build_metric
-from repshift_cli.plan import Layout, Plan, PlanSite
+from repshift_cli.plan import After, Layout, Plan, PlanSite
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.recipe import Place, Recipe
-from repshift_cli.reducers import Reducer, build_reducer
+from repshift_cli.reducers import Chooser, Merger, Reducer, build_reducer
 from repshift_cli.tokens import MapState, TokenState
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "branch",
     "check_feeds",
     "check_parts",
+    "check_reducer",
     "feeds",
     "has_open_fields",
     "with_defaults",
@@ -63,12 +64,19 @@ class _SiteHook:
         self.seen: dict[str, Tensor] = {}
         self.recorded: list[Tensor] | None = None
 
+    @property
+    def tapped(self) -> frozenset[str]:
+        """The tensors that taps have to remember; the others the hook is handed itself."""
+        return self.wanted - (
+            {"block_output"} if self.planned.after == "attention" else {"block_input", "block_output"}
+        )
+
     def on_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Replace the output of the block by what is left of it."""
         if not self.enabled:
             return output
         self._check(output, kwargs)
-        if "block_input" in self.wanted:
+        if "block_input" in self.wanted - self.tapped:
             self.seen["block_input"] = self.stream.block_input(args, output)
         if "block_output" in self.wanted:
             self.seen["block_output"] = self.stream.block_output(output)
@@ -78,11 +86,21 @@ class _SiteHook:
 
     def _reduce(self, metric: Metric, output: Any) -> Any:
         scores = metric.score(self.seen, self.context)
-        keep = self.stream.choose(scores if metric.keeps_largest else -scores, output, self.planned)
+        if not metric.keeps_largest:
+            scores = -scores
+        everything = self.planned.tokens_out == self.planned.tokens_in
+        if isinstance(self.reducer, Merger) and not everything:
+            reduced, keep = self.stream.merge(output, scores, self.planned, self.reducer.merge)
+        else:
+            keep = self.stream.choose(scores, output, self.planned)
+            # a copy could differ in its strides, and then in the last bits of what follows
+            reduced = output if everything else self._choose(output, keep)
         if self.recorded is not None:
             self.recorded.append(keep)
-        if self.planned.tokens_out == self.planned.tokens_in:
-            return output  # a copy could differ in its strides, and then in the last bits of what follows
+        return reduced
+
+    def _choose(self, output: Any, keep: Tensor) -> Any:
+        assert isinstance(self.reducer, Chooser)
         return self.stream.reduce(output, keep, self.planned, self.reducer.reduce)
 
     def _check(self, output: Any, kwargs: dict[str, Any]) -> None:
@@ -156,6 +174,7 @@ class CompressedModel(nn.Module):
         self.plan = plan
         self.family = family
         self.layout = family.layout(model)
+        self._undo = family.adapt(model)
         stream, class_token = family.stream(model), self.layout.class_token
         sites = {site.name: site for site in family.sites(model)}
         self._hooks: list[_SiteHook] = []
@@ -205,7 +224,7 @@ class CompressedModel(nn.Module):
         return Trace(output, kept)
 
     def macs(self, counted: bool = False) -> int:
-        """Multiply-accumulates of one image, from the shapes alone, the products of the metric included.
+        """Multiply-accumulates of one image, from the shapes alone, those of metric and reducer included.
 
         Args:
             counted: leave out those that counters of operations do not see, the products of a scan.
@@ -216,7 +235,12 @@ class CompressedModel(nn.Module):
             for hook in self._hooks
             for metric in hook.metrics
         )
-        return self._family_macs(self.plan, counted) + scores
+        merging = sum(
+            hook.reducer.macs(hook.planned.tokens_in, sites[hook.planned.site].attention_channels)
+            for hook in self._hooks
+            if hook.planned.tokens_out < hook.planned.tokens_in
+        )
+        return self._family_macs(self.plan, counted) + scores + merging
 
     def dense_macs(self, counted: bool = False) -> int:
         """Multiply-accumulates of one image through the original model; `counted` as for `macs`."""
@@ -231,6 +255,7 @@ class CompressedModel(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles, self._hooks = [], []
+        self._undo()
         return self.model
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -253,11 +278,13 @@ class CompressedModel(nn.Module):
             hook.enabled = value
 
     def _install(self, site: Site, hook: _SiteHook) -> None:
-        for name in sorted(hook.wanted - {"block_input", "block_output"}):
+        for name in sorted(hook.tapped):
             probe = site.probes[name]
             tap = _TapHook(hook, name, probe)
             self._handles.append(probe.module.register_forward_hook(tap.on_forward))
-        self._handles.append(site.block.register_forward_hook(hook.on_block, with_kwargs=True))
+        place = site.attended if hook.planned.after == "attention" else site.block
+        assert place is not None
+        self._handles.append(place.register_forward_hook(hook.on_block, with_kwargs=True))
         self._hooks.append(hook)
 
 
@@ -291,11 +318,32 @@ def _attach(model: nn.Module, plan: Plan, metrics: list[tuple[Metric, ...]]) -> 
     family = match(model)
     layout = family.layout(model)
     _check_fit(plan, layout)
+    reducer = build_reducer(plan.reducer)
+    check_reducer(reducer, family, model)
     sites = {site.name: site for site in family.sites(model)}
     for planned, here in zip(plan.sites, metrics, strict=True):
+        if planned.after != reducer.after:
+            raise RecipeError(f"the plan reduces after the {planned.after}, which {reducer.kind} does not do")
         for metric in here:
-            check_feeds(metric, sites[planned.site])
-    return CompressedModel(model, family, plan, metrics, build_reducer(plan.reducer))
+            check_feeds(metric, sites[planned.site], planned.after)
+    return CompressedModel(model, family, plan, metrics, reducer)
+
+
+def check_reducer(reducer: Reducer, family: Family, model: nn.Module, place: Place | None = None) -> None:
+    """Refuse a reducer that the model's family cannot carry out.
+
+    Raises:
+        RecipeError: with its place in the recipe.
+    """
+    where = f"{place.at(('reducer',))}: " if place else ""
+    if isinstance(reducer, Merger) and not family.stream(model).merges:
+        raise RecipeError(
+            f"{where}{reducer.kind} merges tokens, and models of the family {family.name} do not carry how many tokens "
+            "each stands for",
+            "Use reducer: {kind: prune}.",
+        )
+    if reducer.after == "attention" and any(site.attended is None for site in family.sites(model)):
+        raise RecipeError(f"{where}{reducer.kind} acts after attention, where {family.name} models cannot be reduced")
 
 
 def check_parts(recipe: Recipe) -> None:
@@ -322,28 +370,43 @@ def with_defaults(plan: Plan, sites: Mapping[str, Site]) -> Plan:
     for planned in plan.sites:
         metric = build_metric(planned.metric)
         choices = [metric.with_defaults(), *metric.variants()]
-        chosen.append(next((choice for choice in choices if feeds(choice, sites[planned.site])), choices[0]).part())
+        fitting = (choice for choice in choices if feeds(choice, sites[planned.site], planned.after))
+        chosen.append(next(fitting, choices[0]).part())
     return plan.with_metrics(chosen)
 
 
-def feeds(metric: Metric, site: Site) -> bool:
-    """Whether the block at `site` can show every tensor that the metric asks for."""
-    return metric.taps() <= {"block_input", "block_output", *site.probes}
+def feeds(metric: Metric, site: Site, after: After = "block") -> bool:
+    """Whether the block at `site` can show every tensor that the metric asks for, at the time when it is asked."""
+    return metric.taps() <= _shown(site, after)
+
+
+def _shown(site: Site, after: After) -> frozenset[str]:
+    return site.early if after == "attention" else frozenset({"block_input", "block_output", *site.probes})
 
 
 def check_feeds(
-    metric: Metric, site: Site, place: Place | None = None, path: tuple[str | int, ...] = ("metric",)
+    metric: Metric,
+    site: Site,
+    after: After = "block",
+    place: Place | None = None,
+    path: tuple[str | int, ...] = ("metric",),
 ) -> None:
     """Refuse a metric, which stands at `path` of a recipe, if the block at `site` can feed no variant of it.
 
     Raises:
         RecipeError: with the reason that the family gives.
     """
-    if any(feeds(variant, site) for variant in metric.variants()):
+    if any(feeds(variant, site, after) for variant in metric.variants()):
         return
-    lacking = min(metric.variants()[0].taps() - set(site.probes) - {"block_input", "block_output"})
-    reason = site.missing.get(lacking) or site.missing.get("*", "the family does not show it")
+    lacking = min(metric.variants()[0].taps() - _shown(site, after))
     where = f"{place.at(path)}: " if place else ""
+    if after == "attention" and feeds(metric.variants()[0], site):
+        raise RecipeError(
+            f"{where}{metric.kind} needs {lacking}, which is not there yet after the attention of {site.name}, where "
+            "tokens are merged",
+            "Possible are representation_shift with operation: attention, attention_entropy and class_attention.",
+        )
+    reason = site.missing.get(lacking) or site.missing.get("*", "the family does not show it")
     raise RecipeError(
         f"{where}{metric.kind} needs {lacking}, which {site.name} cannot show: {reason}",
         "representation_shift with operation: block works on every block.",

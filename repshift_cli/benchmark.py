@@ -54,7 +54,7 @@ class Contender:
         name: unique in the comparison.
         module: takes images `[B, C, H, W]`.
         macs: multiply-accumulates per image.
-        input_size: channels, height and width.
+        input_size: of one input: `(C, H, W)`, or `(T, C, H, W)` for a clip.
         against: name of the dense contender that this one is compared with, if any.
         context: what must be entered for `module` to be this contender, such as the switch to its dense self.
     """
@@ -62,7 +62,7 @@ class Contender:
     name: str
     module: nn.Module
     macs: int
-    input_size: tuple[int, int, int]
+    input_size: tuple[int, ...]
     against: str | None = None
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
@@ -211,7 +211,7 @@ def contenders_of(opened: Mapping[str, Opened]) -> list[Contender]:
     compressed: list[Contender] = []
     for label, model in opened.items():
         description = model.loaded.description
-        size = description.preprocessing.input_size
+        size = description.preprocessing.shape
         key = (_weights_identity(model), description.name, size)
         if key not in dense:
             taken = {contender.name for contender in dense.values()} | set(opened)
@@ -303,7 +303,7 @@ def _observed(contender: Contender, inputs: Tensor) -> str:
         return measure.observed_attention(contender.module, inputs[:1])
 
 
-def _random_images(batch: int, size: tuple[int, int, int], settings: BenchSettings) -> Tensor:
+def _random_images(batch: int, size: tuple[int, ...], settings: BenchSettings) -> Tensor:
     images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
     return images.to(settings.device, settings.dtype, memory_format=_memory_format(settings))
 

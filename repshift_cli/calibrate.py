@@ -26,7 +26,7 @@ from repshift_cli.attach import attach, branch, feeds, with_defaults
 from repshift_cli.errors import CheckFailed, DataError, RecipeError
 from repshift_cli.families import Family, Site
 from repshift_cli.metrics import Metric, build_metric
-from repshift_cli.plan import Plan
+from repshift_cli.plan import Plan, PlanSite
 from repshift_cli.progress import Progress, Task
 from repshift_cli.recipe import Part
 
@@ -200,7 +200,7 @@ def calibrate(
     sample = next(model.parameters())
     images = images.to(device=sample.device, dtype=sample.dtype)
     sites = {site.name: site for site in family.sites(model)}
-    variants = [_runnable(build_metric(planned.metric), sites[planned.site]) for planned in plan.sites]
+    variants = [_runnable(planned, sites[planned.site]) for planned in plan.sites]
     border = math.ceil(_CHOOSING_SHARE * len(images))
     with progress.task("calibrating", _steps([len(found) for found in variants], len(images))) as task:
         reference = _outputs(model, images, batch_size, task)
@@ -338,9 +338,10 @@ def _random_parts() -> list[Part]:
     return [Part.model_validate({"kind": "random", "seed": seed}) for seed in _RANDOM_SEEDS]
 
 
-def _runnable(metric: Metric, site: Site) -> list[Metric]:
+def _runnable(planned: PlanSite, site: Site) -> list[Metric]:
     """The variants that a site can feed."""
-    found = [variant for variant in metric.variants() if feeds(variant, site)]
+    metric = build_metric(planned.metric)
+    found = [variant for variant in metric.variants() if feeds(variant, site, planned.after)]
     if not found:
         raise RecipeError(
             f"no variant of {metric.kind} can run at {site.name} of this model", "operation: block always can."

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from repshift_cli.errors import CheckpointError, UsageError
 from repshift_cli.files import TORCH_SUFFIXES, WEIGHT_SUFFIXES
 from repshift_cli.identify import (
+    UMT,
     VIM,
+    Clips,
     Identity,
     build_on_meta,
     canonical_name,
@@ -34,6 +36,7 @@ from repshift_cli.identify import (
     is_model_name,
     model_names,
 )
+from repshift_cli.models.umt import UmtModel
 from repshift_cli.preprocessing import LARGEST_SIDE, Preprocessing, fixed_size
 from repshift_cli.recipe import nearest
 
@@ -51,7 +54,7 @@ __all__ = [
     "set_image_size",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of that document. Readers refuse newer ones: raise it with any change that an older reader would miss."""
 
 METADATA_KEY = "repshift"
@@ -62,6 +65,8 @@ BUILTIN = {
     "builtin:vit-digits-small": "vit_digits_small.safetensors",
     "builtin:cnn-digits": "cnn_digits.safetensors",
     "builtin:vim-digits": "vim_digits.safetensors",
+    "builtin:umt-shapes": "umt_shapes.safetensors",
+    "builtin:umt-shapes-qa": "umt_shapes_qa.safetensors",
 }
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -77,7 +82,7 @@ class ModelDescription:
     Attributes:
         name: what people call it: the name of the model, or words for a shape that has none.
         architecture: name in timm's registry or of one of Vim's models; or what is built from `args` alone: None for a
-            `VisionTransformer`, "vim" for a `VisionMamba`.
+            `VisionTransformer`, "vim" for a `VisionMamba`, "umt" for a UMT.
         args: keyword arguments for the builder.
         preprocessing: the model's own evaluation transform.
     """
@@ -152,6 +157,7 @@ class _Told:
     heads: int | None = None
     img_size: int | None = None
     fallback_name: str | None = None
+    clips: Clips = field(default_factory=Clips)
 
 
 def load(
@@ -160,6 +166,8 @@ def load(
     heads: int | None = None,
     img_size: int | None = None,
     fallback_name: str | None = None,
+    *,
+    clips: Clips | None = None,
 ) -> LoadedModel:
     """Load a dense model from a file, a folder, the name of a model or a `builtin:` name.
 
@@ -172,6 +180,7 @@ def load(
         img_size: side of the image: any for a convolutional network, else that of the weights.
         fallback_name: name of the model that a recipe gives. Only where nothing else tells which model it is, and only
             if the weights fit it.
+        clips: what is known of the clips that a video model takes.
 
     Raises:
         CheckpointError: the file is missing, damaged, unsafe, or fits no model that is known; or `heads` are not
@@ -180,7 +189,7 @@ def load(
             not fit.
     """
     _check_model_name(model_name)
-    told = _Told(model_name, heads, img_size, fallback_name)
+    told = _Told(model_name, heads, img_size, fallback_name, clips or Clips())
     text = str(name)
     if text.startswith("builtin:"):
         return _load_builtin(text, told)
@@ -232,11 +241,13 @@ def build(description: ModelDescription, tensors: Mapping[str, Tensor], where: s
         CheckpointError: the weights do not fit; the message says which keys and shapes.
     """
     architecture = description.architecture
-    if architecture not in (None, VIM) and not is_model_name(architecture):
+    if architecture not in (None, VIM, UMT) and not is_model_name(architecture):
         raise CheckpointError(f"{where}: there is no model named {architecture!r}")
     model = build_on_meta(architecture, description.args, where, tensors, description.name)
     _check_fit(model, tensors, description.name, where)
     model.load_state_dict(dict(tensors), strict=True, assign=True)
+    if isinstance(model, UmtModel):
+        model.restore_buffers()
     if any(buffer.is_meta for buffer in model.buffers()):
         # A buffer that is not stored has to be computed, which needs a real device.
         model = create(architecture, description.args, where)
@@ -326,11 +337,35 @@ def _from_weights(weights: Weights, told: _Told, hint: str) -> LoadedModel:
     else:
         fallback = told.fallback_name if told.fallback_name and is_model_name(told.fallback_name) else None
         identity = identify(
-            weights.tensors, where, told.model_name, told.heads, hint, fallback=fallback, img_size=told.img_size
+            weights.tensors,
+            where,
+            told.model_name,
+            told.heads,
+            hint,
+            fallback=fallback,
+            img_size=told.img_size,
+            clips=told.clips,
         )
         loaded = _from_identity(identity, weights)
     set_image_size(loaded, told.img_size)
+    _check_clips(loaded, told.clips)
     return loaded
+
+
+def _check_clips(loaded: LoadedModel, clips: Clips) -> None:
+    """Refuse what the user tells of clips where the model takes others, or none.
+
+    Raises:
+        UsageError: naming both.
+    """
+    what, frames = loaded.source.path or loaded.description.name, loaded.description.preprocessing.frames
+    if frames is None and clips != Clips():
+        raise UsageError(f"{what} takes single pictures, no clips", "Leave --frames and --checkpoint-frames out.")
+    if clips.frames not in (None, frames):
+        raise UsageError(
+            f"--frames {clips.frames}: {what} takes clips of {frames} frames, as its metadata says",
+            "Leave --frames out, or start from the authors' checkpoint.",
+        )
 
 
 def _check_size_told(loaded: LoadedModel, where: str) -> None:
@@ -367,7 +402,9 @@ def _load_builtin(name: str, told: _Told) -> LoadedModel:
     if name not in BUILTIN:
         raise UsageError(f"there is no {name}", f"{nearest(name, BUILTIN)}Built in are {', '.join(BUILTIN)}.")
     with as_file(files("repshift_cli").joinpath("assets").joinpath(BUILTIN[name])) as path:
-        loaded = _from_weights(read_weights(path), _Told(heads=told.heads, img_size=told.img_size), name)
+        loaded = _from_weights(
+            read_weights(path), _Told(heads=told.heads, img_size=told.img_size, clips=told.clips), name
+        )
     loaded.source = Source("builtin", name, loaded.source.sha256)
     return loaded
 
@@ -428,20 +465,25 @@ def _load_name(name: str, told: _Told) -> LoadedModel:
     if cached is not None:
         weights = read_weights(cached)
         weights.source = Source("cache", str(cached), weights.source.sha256)
-        identity = identify(weights.tensors, str(cached), name, told.heads, name, img_size=told.img_size)
+        identity = identify(
+            weights.tensors, str(cached), name, told.heads, name, img_size=told.img_size, clips=told.clips
+        )
         loaded = _from_identity(identity, weights)
         loaded.notes.append(f"pretrained weights of {name} from the local cache: {cached}")
     else:
-        loaded = _with_random_weights(name, told.img_size)
+        loaded = _with_random_weights(name, told.img_size, told.clips)
         check_heads(loaded.model, name, told.heads, name)
     set_image_size(loaded, told.img_size)
+    _check_clips(loaded, told.clips)
     return loaded
 
 
-def _with_random_weights(name: str, img_size: int | None) -> LoadedModel:
+def _with_random_weights(name: str, img_size: int | None, clips: Clips) -> LoadedModel:
     model = build_on_meta(name, {}, name, {})
     # weights that are drawn anew fit any size
     args = {"img_size": _checked_size(img_size)} if img_size is not None and fixed_size(model) else {}
+    if isinstance(model, UmtModel):
+        args |= {key: value for key, value in asdict(clips).items() if value is not None}
     if args:
         _check_buildable(name, args)
     with torch.random.fork_rng(devices=[]):
@@ -453,7 +495,7 @@ def _with_random_weights(name: str, img_size: int | None) -> LoadedModel:
 
 
 def _check_buildable(name: str, args: dict[str, Any]) -> None:
-    """Refuse an image size that a model cannot be built for.
+    """Refuse an image size, or clips, that a model cannot be built for.
 
     Raises:
         UsageError: with the reason that the model gives.
@@ -462,7 +504,8 @@ def _check_buildable(name: str, args: dict[str, Any]) -> None:
         build_on_meta(name, args, name, {})
     except CheckpointError as error:
         reason = error.message.rpartition("cannot be built: ")[2]
-        raise UsageError(f"--img-size {args['img_size']} does not fit {name}: {reason}") from error
+        told = ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in args.items())
+        raise UsageError(f"{told} does not fit {name}: {reason}") from error
 
 
 def _cached_weights(name: str) -> Path | None:

@@ -12,10 +12,19 @@ from torch import Tensor, nn
 
 from repshift_cli import artifact, checkpoint, measure
 from repshift_cli.artifact import Opened
-from repshift_cli.attach import CompressedModel, attach, check_feeds, check_parts, has_open_fields, with_defaults
+from repshift_cli.attach import (
+    CompressedModel,
+    attach,
+    check_feeds,
+    check_parts,
+    check_reducer,
+    has_open_fields,
+    with_defaults,
+)
 from repshift_cli.calibrate import Calibration, agreement, calibrate, divergence
 from repshift_cli.checkpoint import LoadedModel, ModelDescription, Source
-from repshift_cli.data.images import ImageBatch, load_images
+from repshift_cli.data.clips import load_inputs
+from repshift_cli.data.images import ImageBatch
 from repshift_cli.errors import CheckFailed, CheckpointError, DataError, RecipeError
 from repshift_cli.families import Family, Site, match
 from repshift_cli.files import check_output
@@ -26,6 +35,7 @@ from repshift_cli.plan import Plan, resolve
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.progress import Progress, Silent
 from repshift_cli.recipe import Recipe, default_recipe
+from repshift_cli.reducers import Merger, build_reducer
 
 __all__ = ["CompressReport", "Measured", "Settings", "Side", "compress", "compress_checkpoint", "compress_dense"]
 
@@ -196,7 +206,7 @@ def compress(
         if isinstance(calibration, Tensor):
             images, identity = calibration, {"where": "tensor", "count": len(calibration)}
         else:
-            batch = load_images(str(calibration), 128, loaded.description.preprocessing, 0)
+            batch = load_inputs(str(calibration), 128, loaded.description.preprocessing, 0)
             images, identity = batch.tensor, batch.identity
         found = calibrate(
             loaded.model,
@@ -298,7 +308,10 @@ class _Job:
             self.note(f"no recipe was given: the paper's schedule scaled to {blocks} blocks is used ({told})")
         self.recipe = recipe
         self._check_model_name()
-        self.plan = resolve(recipe, layout)
+        reducer = build_reducer(recipe.reducer, recipe.place)
+        check_reducer(reducer, self.family, loaded.model, recipe.place)
+        most = reducer.most if isinstance(reducer, Merger) else None
+        self.plan = resolve(recipe, layout, reducer.after, most)
         self._check_feeds()
 
     @property
@@ -374,7 +387,7 @@ class _Job:
                 if drop.metric is not None and drop.layer in (planned.layer, planned.site)
             ]
             path = ("layers", own[0], "metric") if own else ("metric",)
-            check_feeds(build_metric(planned.metric), sites[planned.site], self.recipe.place, path)
+            check_feeds(build_metric(planned.metric), sites[planned.site], planned.after, self.recipe.place, path)
 
     def _sites(self) -> dict[str, Site]:
         return {site.name: site for site in self.family.sites(self.loaded.model)}
@@ -403,7 +416,7 @@ class _Images:
             self.for_agreement = self._load(settings.data, settings.agreement_images)
 
     def _load(self, where: str | None, count: int) -> ImageBatch:
-        batch = load_images(where, count, self.job.loaded.description.preprocessing, self.seed)
+        batch = load_inputs(where, count, self.job.loaded.description.preprocessing, self.seed)
         if batch.skipped:
             self.job.warn(f"{len(batch.skipped)} pictures could not be read: {'; '.join(batch.skipped[:3])}")
         return batch
@@ -483,7 +496,7 @@ def _check(compressed: CompressedModel, loaded: LoadedModel, images: Tensor) -> 
     Raises:
         CheckFailed: something is off.
     """
-    size = loaded.description.preprocessing.input_size
+    size = loaded.description.preprocessing.shape
     with compressed.dense():
         wanted = compressed(images)
         _check_count("dense", measure.count_macs(compressed.model, size), compressed.dense_macs(counted=True))
@@ -506,7 +519,7 @@ def _measure(
 ) -> Measured:
     """Latency in turn, memory, and agreement of predictions."""
     repeats = -(-settings.batch_size // len(images))
-    inputs = images.repeat(repeats, 1, 1, 1)[: settings.batch_size].contiguous()
+    inputs = torch.cat([images] * repeats)[: settings.batch_size].contiguous()
     subjects = [Subject("dense", compressed, compressed.dense), Subject("compressed", compressed)]
     times = measure.measure_latency(
         subjects,

@@ -18,7 +18,17 @@ from repshift_cli.errors import CheckFailed, DataError, ModelError, UsageError
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.progress import Progress, Task
 
-__all__ = ["Evaluation", "Score", "Skipped", "evaluate", "wilson_interval"]
+__all__ = [
+    "Evaluation",
+    "Score",
+    "Skipped",
+    "evaluate",
+    "explained_memory",
+    "finite",
+    "in_turn",
+    "wait_for",
+    "wilson_interval",
+]
 
 _TOP = 5
 _LOGITS_RANK = 2  # dimensions of logits: [B, K]
@@ -142,7 +152,11 @@ def evaluate(
     prepared = _Prepared(dataset, preprocessing)
     tally = _Tally({name: _Count() for name in models})
     started = time.perf_counter()
-    with torch.inference_mode(), _explained_memory(batch_size), progress.task("evaluate", len(dataset)) as task:
+    with (
+        torch.inference_mode(),
+        explained_memory(f"{batch_size} images"),
+        progress.task("evaluate", len(dataset)) as task,
+    ):
         for batch in _batches(prepared, task, batch_size=batch_size, workers=workers, pinned=device.type == "cuda"):
             _note_broken(batch, dataset, strict, tally)
             if batch.pixels is not None:
@@ -289,7 +303,7 @@ def _classify(
         for model in models.values():
             model(pixels)
     first: dict[str, Tensor] = {}
-    for name in _in_turn(list(models), tally.batches):
+    for name in in_turn(list(models), tally.batches):
         logits, seconds = _timed(models[name], pixels, device)
         _check_logits(name, logits, len(batch.indices), num_classes)
         ranked = logits.topk(min(_TOP, num_classes), dim=1).indices.cpu()
@@ -306,20 +320,21 @@ def _classify(
         tally.same += int((one == other).sum())
 
 
-def _in_turn(names: list[str], turn: int) -> list[str]:
+def in_turn(names: list[str], turn: int) -> list[str]:
     """The names, every second time in reverse, so that none always runs on the warmer caches."""
     return names[::-1] if turn % 2 else names
 
 
 def _timed(model: nn.Module, pixels: Tensor, device: torch.device) -> tuple[Tensor, float]:
-    _wait_for(device)
+    wait_for(device)
     started = time.perf_counter()
     logits = model(pixels)
-    _wait_for(device)
+    wait_for(device)
     return logits, time.perf_counter() - started
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until the device has done all that it was asked to; the CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -329,11 +344,21 @@ def _check_logits(name: str, logits: object, batch: int, num_classes: int) -> No
         raise ModelError(f"{name}: the model does not return class scores, so it cannot be evaluated on labels")
     if tuple(logits.shape) != (batch, num_classes):
         raise ModelError(f"{name}: the model returns {tuple(logits.shape)} where ({batch}, {num_classes}) is expected")
-    if not bool(torch.isfinite(logits).all()):
+    finite(name, logits)
+
+
+def finite(name: str, values: Tensor) -> Tensor:
+    """The values as they are.
+
+    Raises:
+        CheckFailed: one is not finite; `name` is what the model is called.
+    """
+    if not bool(torch.isfinite(values).all()):
         raise CheckFailed(
-            f"{name}: the model returns values that are not finite in {str(logits.dtype).removeprefix('torch.')}",
+            f"{name}: the model returns values that are not finite in {str(values.dtype).removeprefix('torch.')}",
             "Evaluate with --dtype float32 or bfloat16; if that fails as well, the weights are damaged.",
         )
+    return values
 
 
 def _check_classes(dataset: ImageDataset, num_classes: int) -> None:
@@ -377,10 +402,9 @@ def _check_labels(batch: _Batch, dataset: ImageDataset, num_classes: int) -> Non
 
 
 @contextmanager
-def _explained_memory(batch_size: int) -> Iterator[None]:
+def explained_memory(what: str) -> Iterator[None]:
+    """Turn an error of the device's memory into one that says what to do; `what` is in memory at a time."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UsageError(
-            f"the device has not enough memory for {batch_size} images at a time", "Lower --batch-size."
-        ) from error
+        raise UsageError(f"the device has not enough memory for {what} at a time", "Lower --batch-size.") from error

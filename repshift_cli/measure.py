@@ -271,7 +271,7 @@ def _no_garbage_collection() -> Iterator[None]:
 # Multiply-accumulates
 
 
-def count_macs(model: nn.Module, input_size: tuple[int, int, int], batch: int = 1) -> int:
+def count_macs(model: nn.Module, input_size: tuple[int, ...], batch: int = 1) -> int:
     """Multiply-accumulates per image, counted while a weightless copy of the model runs on the `meta` device.
 
     Matrix products, convolutions and attention count, fused or not; element-wise work, norms and sorting do not.
@@ -279,7 +279,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int], batch: int = 
 
     Args:
         model: on any device; it is not changed. The copy is in eval mode and keeps the hooks of the model.
-        input_size: channels, height and width of one image.
+        input_size: of one input: `(C, H, W)`, or `(T, C, H, W)` for a clip.
         batch: images in the counted run.
 
     Raises:

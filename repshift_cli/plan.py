@@ -6,10 +6,10 @@ Integers only; nothing here needs torch. Counts depend on the recipe and the inp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     BaseModel,
@@ -25,7 +25,21 @@ from pydantic import (
 from repshift_cli.errors import RecipeError
 from repshift_cli.recipe import LayerDrop, Part, Place, Recipe, nearest
 
-__all__ = ["Grid", "Layout", "Plan", "PlanSite", "SiteInfo", "Window", "lines_kept", "resolve", "tokens_dropped"]
+__all__ = [
+    "After",
+    "Grid",
+    "Layout",
+    "Plan",
+    "PlanSite",
+    "SiteInfo",
+    "Window",
+    "lines_kept",
+    "resolve",
+    "tokens_dropped",
+]
+
+After = Literal["block", "attention"]
+"""What of a block has been computed when its tokens are reduced: all of it, or its attention."""
 
 Grid = tuple[int, int]
 """Rows and columns."""
@@ -131,6 +145,7 @@ class PlanSite(_Frozen):
 
     Attributes:
         grid_in, grid_out: rows and columns of a feature map, whose positions are its tokens; None for sequences.
+        after: where in the block they go.
     """
 
     site: str
@@ -139,6 +154,7 @@ class PlanSite(_Frozen):
     tokens_out: PositiveInt
     grid_in: tuple[PositiveInt, PositiveInt] | None = None
     grid_out: tuple[PositiveInt, PositiveInt] | None = None
+    after: After = "block"
     metric: Part
 
     @property
@@ -161,9 +177,10 @@ class PlanSite(_Frozen):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_empty_grids(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # a sequence has no grid, and readers of earlier versions know no such keys
-        return {key: value for key, value in handler(self).items() if value is not None}
+        usual = {"grid_in": None, "grid_out": None, "after": "block"}
+        return {key: value for key, value in handler(self).items() if key not in usual or value != usual[key]}
 
 
 class Plan(_Frozen):
@@ -252,11 +269,16 @@ def _root_up(number: int) -> int:
     return root if root * root == number else root + 1
 
 
-def resolve(recipe: Recipe, layout: Layout) -> Plan:
+def resolve(recipe: Recipe, layout: Layout, after: After = "block", most: Callable[[int], int] | None = None) -> Plan:
     """Lay a recipe over a model.
 
+    Args:
+        after: where in a block the recipe's reducer acts.
+        most: how many of so many tokens it can take at one site; None for all.
+
     Raises:
-        RecipeError: a layer that the model lacks, a layer twice, more tokens kept than there are, or none left.
+        RecipeError: a layer that the model lacks, a layer twice, more tokens kept than there are, or none left; or more
+            dropped than the reducer can.
     """
     chosen: dict[int, tuple[int, SiteInfo]] = {}
     for index, drop in enumerate(recipe.layers):
@@ -265,13 +287,27 @@ def resolve(recipe: Recipe, layout: Layout) -> Plan:
             raise RecipeError(f"{_where(recipe.place, index)}: layer {drop.layer} stands twice")
         chosen[site.layer] = (index, site)
     count = _count if layout.map_size is None else _count_lines
+    sites = count(recipe, layout, [chosen[layer] for layer in sorted(chosen)])
+    if most is not None:
+        for planned in sites:
+            _check_most(recipe, chosen[planned.layer][0], planned, most)
     return Plan(
         family=layout.family,
         prefix_tokens=layout.prefix_tokens,
         patch_tokens=layout.patch_tokens,
-        sites=count(recipe, layout, [chosen[layer] for layer in sorted(chosen)]),
+        sites=tuple(planned.model_copy(update={"after": after}) for planned in sites),
         reducer=recipe.reducer,
     )
+
+
+def _check_most(recipe: Recipe, index: int, planned: PlanSite, most: Callable[[int], int]) -> None:
+    dropped, limit = planned.tokens_in - planned.tokens_out, most(planned.tokens_in)
+    if dropped > limit:
+        raise RecipeError(
+            f"{_where(recipe.place, index)}: {dropped} of {planned.tokens_in} tokens would go at {planned.site}, but "
+            f"{recipe.reducer.kind} can let {limit} go there",
+            f"Keep {planned.tokens_in - limit} or more.",
+        )
 
 
 def _count(recipe: Recipe, layout: Layout, chosen: list[tuple[int, SiteInfo]]) -> tuple[PlanSite, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from repshift_cli.errors import CheckpointError
@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
-__all__ = ["LARGEST_SIDE", "Preprocessing", "fixed_size"]
+__all__ = ["LARGEST_SIDE", "MOST_FRAMES", "Preprocessing", "fixed_size"]
 
 LARGEST_SIDE = 16384
 """Pixels; what a file says beyond that is damage."""
 
+
+MOST_FRAMES = 4096
+"""Of one clip; what a file says beyond that is damage."""
 
 _LARGEST_CROP = 10
 
@@ -31,6 +34,7 @@ class Preprocessing:
         interpolation: `bicubic`, `bilinear`, ...
         crop_pct: share of the resized side that the crop takes.
         crop_mode: `center`, `squash` or `border`.
+        frames: how many pictures make one input, a clip; None for models of single pictures.
     """
 
     input_size: tuple[int, int, int]
@@ -39,6 +43,12 @@ class Preprocessing:
     interpolation: str
     crop_pct: float
     crop_mode: str = "center"
+    frames: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one input: `(C, H, W)`, or `(T, C, H, W)` for a clip."""
+        return self.input_size if self.frames is None else (self.frames, *self.input_size)
 
     @classmethod
     def of_model(cls, model: nn.Module) -> Preprocessing:
@@ -48,9 +58,10 @@ class Preprocessing:
         config = resolve_model_data_config(model)
         # timm's configuration is that of the pretrained weights, whatever size the model was built with
         if size := fixed_size(model):
-            projection = getattr(model.patch_embed, "proj", None)
+            projection = getattr(getattr(model, "patch_embed", None), "proj", None)
             config["input_size"] = (getattr(projection, "in_channels", config["input_size"][0]), *size)
-        return cls.from_dict(config)
+        frames = (getattr(model, "pretrained_cfg", None) or {}).get("frames")  # timm knows no clips
+        return cls.from_dict({**config, "frames": frames})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
@@ -68,6 +79,7 @@ class Preprocessing:
                 interpolation=str(values["interpolation"]),
                 crop_pct=float(values["crop_pct"]),
                 crop_mode=str(values.get("crop_mode", "center")),
+                frames=None if values.get("frames") is None else int(values["frames"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"the preprocessing of the model cannot be read: {error!r}") from error
@@ -80,6 +92,7 @@ class Preprocessing:
             "input_size": self.input_size[0] >= 1 and all(1 <= side <= LARGEST_SIDE for side in self.input_size[1:]),
             "std": all(value > 0 for value in self.std),
             "crop_pct": 0 < self.crop_pct <= _LARGEST_CROP,
+            "frames": self.frames is None or 1 <= self.frames <= MOST_FRAMES,
         }
         for key, fine in possible.items():
             if not fine:
@@ -88,24 +101,26 @@ class Preprocessing:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As timm names it; `frames` only for clips."""
+        return {key: value for key, value in asdict(self).items() if key != "frames" or value is not None}
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """The transform: an RGB picture to a float32 tensor `[C, H, W]`."""
+        """The transform: an RGB picture (of a clip: each one) to a float32 tensor `[C, H, W]`."""
         from timm.data import create_transform
 
-        return create_transform(**self.to_dict(), is_training=False)
+        return create_transform(**replace(self, frames=None).to_dict(), is_training=False)
 
     def __str__(self) -> str:
         channels, height, width = self.input_size
         mean, std = (", ".join(f"{value:.3f}" for value in values) for values in (self.mean, self.std))
+        clip = "" if self.frames is None else f"{self.frames} frames of "
         return (
-            f"{height}x{width}x{channels}, {self.interpolation}, crop {self.crop_pct:g} ({self.crop_mode}), "
+            f"{clip}{height}x{width}x{channels}, {self.interpolation}, crop {self.crop_pct:g} ({self.crop_mode}), "
             f"mean {mean}, std {std}"
         )
 
 
 def fixed_size(model: nn.Module) -> tuple[int, int] | None:
     """Height and width of the images that the model takes; None where its weights fit any size."""
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", getattr(model, "img_size", None))
     return None if size is None else (int(size[0]), int(size[1]))

@@ -22,7 +22,7 @@ from repshift_cli.families import families, match
 from repshift_cli.metrics import Metric, metric_kinds
 from repshift_cli.plan import Plan
 from repshift_cli.recipe import Recipe
-from repshift_cli.reducers import reducer_kinds
+from repshift_cli.reducers import Chooser, reducer_kinds
 
 
 def possible(metric: Metric, variant: str) -> bool:
@@ -31,11 +31,14 @@ def possible(metric: Metric, variant: str) -> bool:
     return metric.taps() <= {"block_input", "block_output", *site.probes}
 
 
+CHOOSERS = [kind for kind, found in reducer_kinds().items() if issubclass(found, Chooser)]
+"""Those that merge need a family that carries sizes: tests/families/test_umt_family.py."""
+
 ALL = [
     (variant, metric, reducer)
     for variant in VARIANTS
     for metric in metric_kinds()
-    for reducer in reducer_kinds()
+    for reducer in CHOOSERS
     if possible(metric_kinds()[metric]().with_defaults(), variant)
 ]
 REFUSED = [
@@ -76,8 +79,8 @@ def token_counts(model: CompressedModel, batch: Tensor) -> list[int]:
 
 
 def test_most_pairs_are_possible() -> None:
-    assert len(ALL) > 3 * len(VARIANTS) * len(reducer_kinds())
-    assert [family.name for family in families()] == ["resnet", "timm_vit", "vim"]
+    assert len(ALL) > 3 * len(VARIANTS) * len(CHOOSERS)
+    assert [family.name for family in families()] == ["resnet", "timm_vit", "umt", "vim"]
 
 
 @everything
@@ -171,8 +174,10 @@ def test_a_metric_that_a_block_cannot_feed_is_refused_with_the_reason(variant: s
 
 def test_refused_are_only_the_pairs_that_cannot_be() -> None:
     assert REFUSED == [
+        ("parallel_things_block", "attention_entropy"),
         ("parallel_things_block", "class_attention"),
         ("parallel_things_block", "representation_shift"),
+        ("differential_attention", "attention_entropy"),
         ("differential_attention", "class_attention"),
     ]
 

@@ -100,7 +100,7 @@ class TestFile:
     def test_a_dry_run_writes_nothing_and_runs_nothing(
         self, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(compression, "load_images", None)
+        monkeypatch.setattr(compression, "load_inputs", None)
         monkeypatch.setattr(measure, "measure_latency", None)
         recipe = recipe_file(tmp_path)
         before = sorted(tmp_path.iterdir())

@@ -84,7 +84,7 @@ def test_a_recipe_cannot_be_changed() -> None:
             "kind: representation_shift",
             "kind: representation_shft",
             "r.yaml:3:3: metric.kind: there is no metric 'representation_shft'",
-            "Did you mean representation_shift? Allowed: class_attention",
+            "Did you mean representation_shift? Allowed: attention_entropy, class_attention",
         ),
         ("{kind: prune}", "prune", "r.yaml:5:1: reducer: should be a mapping with the key kind", None),
         ("{kind: prune}", "{}", "r.yaml:5:1: the key reducer.kind is missing", None),
@@ -259,11 +259,12 @@ class TestParts:
     def test_an_alias_of_a_type_is_no_member(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Before Python 3.11 `isinstance(tuple[int, int], type)` is true, and then `issubclass` fails."""
         monkeypatch.setattr("repshift_cli.reducers.prune.Pair", tuple[int, int], raising=False)
-        assert set(reducer_kinds()) == {"prune"}
+        assert set(reducer_kinds()) == {"prune", "vid_tldr"}
 
     def test_registries_hold_what_the_files_define(self) -> None:
-        assert set(metric_kinds()) == {"class_attention", "random", "representation_shift", "token_norm"}
-        assert set(reducer_kinds()) == {"prune"}
+        scores = {"attention_entropy", "class_attention", "random", "representation_shift", "token_norm"}
+        assert set(metric_kinds()) == scores
+        assert set(reducer_kinds()) == {"prune", "vid_tldr"}
 
     def test_part_of_a_metric_builds_it_again(self) -> None:
         for kind in metric_kinds().values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-__all__ = ["ImageBatch", "load_images"]
+__all__ = ["ImageBatch", "batch_of", "load_images"]
 
 _SCENES = "builtin:digits"
 
@@ -26,10 +26,10 @@ _SCENE_SEED = 20_000
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Pictures that went through the model's own transform.
+    """Pictures, or clips of them, that went through the model's own transform.
 
     Attributes:
-        tensor: float32 `[n, C, H, W]`.
+        tensor: float32 `[n, C, H, W]`, of clips `[n, T, C, H, W]`.
         identity: what names these pictures: `where`, `count`, `seed`, `sha256` (of names and sizes, or of the
             parameters of scenes).
         description: one line for people.
@@ -75,21 +75,29 @@ def load_images(where: str | Path | None, count: int, preprocessing: Preprocessi
         prints.append(source.fingerprint(index))
         if len(tensors) == count:
             break
-    return _batch(source, tensors, prints, skipped, seed=seed, builtin=builtin)
-
-
-def _batch(
-    source: ImageDataset, tensors: list[Tensor], prints: list[str], skipped: list[str], *, seed: int, builtin: bool
-) -> ImageBatch:
-    import torch
-
     if not tensors:
         raise DataError(f"none of the {len(skipped)} pictures of {source.name} can be read; {skipped[0]}")
-    digest = sha256("\n".join(prints).encode()).hexdigest()
-    identity = {"where": source.name, "count": len(tensors), "seed": seed, "sha256": digest}
     what = "built-in training scenes" if builtin else f"of {len(source)} pictures in {source.name}"
     description = f"{len(tensors)} {what}, seed {seed}"
-    return ImageBatch(torch.stack(tensors), identity, description, builtin, skipped)
+    return batch_of(source.name, description, tensors, prints, skipped, seed=seed, builtin=builtin)
+
+
+def batch_of(
+    where: str,
+    description: str,
+    tensors: Sequence[Tensor],
+    prints: Sequence[str],
+    skipped: Sequence[str] = (),
+    *,
+    seed: int,
+    builtin: bool = False,
+) -> ImageBatch:
+    """Inputs that were drawn, with the text that names each one (`prints`); the other arguments as `ImageBatch`."""
+    import torch
+
+    digest = sha256("\n".join(prints).encode()).hexdigest()
+    identity = {"where": where, "count": len(tensors), "seed": seed, "sha256": digest}
+    return ImageBatch(torch.stack(list(tensors)), identity, description, builtin, list(skipped))
 
 
 def _open(where: str | Path | None, count: int, seed: int) -> tuple[ImageDataset, bool]:

@@ -15,10 +15,13 @@ from repshift_cli.plan import Layout, Plan, PlanSite
 from repshift_cli.registry import members
 from repshift_cli.tokens import keep_top
 
-__all__ = ["Family", "Probe", "Reduce", "Site", "Stream", "families", "match"]
+__all__ = ["Family", "Merge", "Probe", "Reduce", "Site", "Stream", "families", "match"]
 
 Reduce = Callable[[Tensor, Tensor, int], Tensor]
 """What a reducer does: tokens `[B, prefix + N, C]`, kept places int64 `[B, K]`, prefix; to `[B, prefix + K, C]`."""
+
+Merge = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+"""What one that merges does: tokens `[B, N, C]`, sizes and scores `[B, N]`, how many go; to tokens, sizes, places."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,9 @@ class Site:
         probes: where the tensors that metrics ask for can be seen. `block_input` and `block_output` need none.
         missing: why a tensor cannot be seen here, for messages; the key `*` stands for every tensor.
         attention_channels: heads times channels per head of its attention, 0 where it has none.
+        attended: a module that passes on the stream between attention and MLP, where it can be reduced as well; None
+            where the block has none.
+        early: the tensors that can be seen by then; `block_output` is then what is there so far.
     """
 
     name: str
@@ -49,6 +55,8 @@ class Site:
     probes: Mapping[str, Probe]
     missing: Mapping[str, str]
     attention_channels: int = 0
+    attended: nn.Module | None = None
+    early: frozenset[str] = frozenset()
 
 
 class Stream:
@@ -58,7 +66,10 @@ class Stream:
 
     Attributes:
         prefix: tokens at the front that metrics do not score.
+        merges: whether it carries how many tokens each stands for, as reducers that merge need it.
     """
+
+    merges: ClassVar[bool] = False
 
     def __init__(self, prefix: int = 0) -> None:
         self.prefix = prefix
@@ -93,6 +104,10 @@ class Stream:
     def reduce(self, output: Any, keep: Tensor, planned: PlanSite, reduce: Reduce) -> Any:
         """The output of the block with only the patch tokens at `keep` left, by way of a reducer."""
         return reduce(output, keep, self.prefix)
+
+    def merge(self, output: Any, scores: Tensor, planned: PlanSite, merge: Merge) -> tuple[Any, Tensor]:
+        """What a reducer that merges makes of the stream, and the place of each token that is left, int64 `[B, K]`."""
+        raise NotImplementedError(type(self).__name__)
 
     def join(self, outputs: Sequence[Any]) -> Any:
         """One batch after the other."""
@@ -144,6 +159,10 @@ class Family(ABC):
         """How tokens travel between the blocks of the model."""
         return Stream(self.layout(model).prefix_tokens)
 
+    def adapt(self, model: nn.Module) -> Callable[[], None]:
+        """Prepare what comes behind the blocks for fewer tokens, in the dense pass as well; returns what undoes it."""
+        return _nothing
+
 
 def families() -> list[Family]:
     """One of each family."""
@@ -168,3 +187,7 @@ def match(model: nn.Module) -> Family:
         f"models of the kind {type(model).__name__} are not supported",
         f"Supported: {supported}.",
     )
+
+
+def _nothing() -> None:
+    """Undoes what was not done. A function with a name, since hooked models are pickled."""

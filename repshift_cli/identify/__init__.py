@@ -8,21 +8,23 @@ has to say which.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from repshift_cli.errors import CheckpointError, RepshiftError
-from repshift_cli.identify import cnn, vim, vit
-from repshift_cli.identify.building import VIM, build_on_meta, check_heads, create, size_args
+from repshift_cli.identify import cnn, umt, vim, vit
+from repshift_cli.identify.building import UMT, VIM, build_on_meta, check_heads, create, size_args
 from repshift_cli.identify.identity import Identity, shapes, supported
 from repshift_cli.identify.names import canonical_name, is_model_name, model_names
 from repshift_cli.identify.vit import VitShape
 from repshift_cli.preprocessing import Preprocessing
 
 __all__ = [
+    "UMT",
     "VIM",
+    "Clips",
     "Identity",
     "VitShape",
     "build_on_meta",
@@ -59,6 +61,7 @@ def identify(
     args: Mapping[str, Any] | None = None,
     fallback: str | None = None,
     img_size: int | None = None,
+    clips: Clips | None = None,
 ) -> Identity:
     """Find the model that the weights belong to.
 
@@ -71,17 +74,20 @@ def identify(
         args: what the builder of `model_name` is known to need.
         fallback: the name that a recipe gives: goes before a guess if the tensors fit it, else is ignored.
         img_size: side of the image, where the user tells it. Only used where it tells something of the model.
+        clips: what the user tells of the clips that a video model takes.
 
     Raises:
         CheckpointError: no model that is known fits, or several do; or the heads are not those of `model_name`.
         UsageError: the weights cannot be those of a model for images of `img_size`.
     """
     _check_channels(tensors, where)
-    told = _Told(heads, img_size)
+    told = _Told(heads, img_size, clips or Clips())
     if model_name:
         return _named(canonical_name(model_name), tensors, where, args or {}, told)[0]
     if fallback and (identity := _fallback(canonical_name(fallback), tensors, where, told)):
         return identity
+    if umt.recognises(tensors):
+        return umt.identify(tensors, where, heads=told.heads, img_size=told.img_size, **asdict(told.clips))
     if vim.recognises(tensors):
         return vim.identify(tensors, where, heads, img_size)
     if kind := cnn.kind_of(tensors):
@@ -90,11 +96,25 @@ def identify(
 
 
 @dataclass(frozen=True)
+class Clips:
+    """What a user can tell of the clips of a video model.
+
+    Attributes:
+        frames: of one clip.
+        checkpoint_frames: that the weights were trained on, where positions are to be interpolated in time.
+    """
+
+    frames: int | None = None
+    checkpoint_frames: int | None = None
+
+
+@dataclass(frozen=True)
 class _Told:
     """What the user tells beside the name of the model."""
 
     heads: int | None
     img_size: int | None
+    clips: Clips
 
 
 def _named(
@@ -104,6 +124,11 @@ def _named(
     if name in vim.MODELS:
         identity = vim.named(name, tensors, where, given, told.img_size)
         model = build_on_meta(name, identity.args, where, tensors)
+    elif name in umt.MODELS:
+        identity = umt.identify(
+            tensors, where, heads=told.heads, img_size=told.img_size, **asdict(told.clips), name=name
+        )
+        model = build_on_meta(UMT, identity.args, where, tensors)
     else:
         model = build_on_meta(name, given, where, tensors)
         read = size_args(model, tensors)

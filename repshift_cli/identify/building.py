@@ -11,12 +11,25 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from repshift_cli.errors import CheckpointError
-from repshift_cli.models import vim
+from repshift_cli.models import umt, vim
 
-__all__ = ["VIM", "build_on_meta", "check_heads", "classes", "create", "head_count", "quickly_on_meta", "size_args"]
+__all__ = [
+    "UMT",
+    "VIM",
+    "build_on_meta",
+    "check_heads",
+    "classes",
+    "create",
+    "head_count",
+    "quickly_on_meta",
+    "size_args",
+]
 
 VIM = "vim"
 """The architecture of a Vim of a shape that has no name."""
+
+UMT = "umt"
+"""The architecture of a UMT, whose sizes stand in the arguments."""
 
 _HEADS = ("head.weight", "fc.weight", "head.fc.weight", "visual.head.proj.weight", "visual.head.mlp.fc2.weight")
 """Where models keep their classifier."""
@@ -47,7 +60,7 @@ _NOT_FOR_FILES = frozenset(
 
 
 def create(name: str | None, args: Mapping[str, Any], where: str) -> nn.Module:
-    """Build a model without weights: by its registered name, a `VisionMamba` ("vim") or a `VisionTransformer` (None).
+    """Build a model without weights: by its registered name, a Vim ("vim"), a UMT ("umt") or a ViT of timm's (None).
 
     Raises:
         CheckpointError: `args`, which may come from a file, would make timm read or download something.
@@ -67,6 +80,10 @@ def create(name: str | None, args: Mapping[str, Any], where: str) -> nn.Module:
         return vim.VisionMamba(**args)
     if name in vim.MODELS:
         return vim.create(name, **args)
+    if name == UMT:
+        return umt.build(**args)
+    if name in umt.MODELS:
+        return umt.create(name, **args)
     model: nn.Module = timm.create_model(name, pretrained=False, **args)
     return model
 
@@ -100,6 +117,9 @@ def _told(error: Exception) -> str:
 def _check_depth(args: Mapping[str, Any], tensors: Mapping[str, Tensor], label: str, where: str) -> None:
     """Every block holds tensors: a model of more blocks than those would take long to build only to be refused."""
     for key, value in args.items():
+        if isinstance(value, Mapping):
+            _check_depth(value, tensors, label, where)
+            continue
         if not any(word in key for word in _DEPTHS):
             continue
         counts = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)

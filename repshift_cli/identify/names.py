@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repshift_cli.models import vim
+from repshift_cli.models import umt, vim
 
 __all__ = ["canonical_name", "is_model_name", "model_names"]
 
@@ -23,11 +23,11 @@ def is_model_name(name: str) -> bool:
     import timm
 
     # timm also takes "hf-hub:" and "local-dir:" names, which would download or read elsewhere
-    return ":" not in name and (canonical_name(name) in vim.MODELS or timm.is_model(name))
+    return ":" not in name and (canonical_name(name) in (*vim.MODELS, *umt.MODELS) or timm.is_model(name))
 
 
 def model_names() -> list[str]:
     """All of them, for the nearest match to a wrong one."""
     import timm
 
-    return [*timm.list_models(), *vim.MODELS]
+    return [*timm.list_models(), *vim.MODELS, *umt.MODELS]

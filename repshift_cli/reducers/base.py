@@ -3,23 +3,56 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from repshift_cli.plan import After
 from repshift_cli.recipe import Part, Place
 from repshift_cli.registry import build_part, members
 
-__all__ = ["Reducer", "build_reducer", "reducer_kinds"]
+__all__ = ["Chooser", "Merged", "Merger", "Reducer", "build_reducer", "reducer_kinds"]
+
+
+class Merged(NamedTuple):
+    """What a merge leaves.
+
+    Attributes:
+        tokens: `[B, K, C]`.
+        sizes: `[B, K]`, how many tokens each stands for; not always whole numbers.
+        places: int64 `[B, K]`, the place of each among the tokens before the merge.
+    """
+
+    tokens: Tensor
+    sizes: Tensor
+    places: Tensor
 
 
 class Reducer(BaseModel, ABC):
-    """A way to reduce. Its fields are the keys that a recipe may give under `reducer`."""
+    """A way to reduce. Its fields are the keys that a recipe may give under `reducer`.
+
+    Attributes:
+        after: what has been computed when it acts: the whole block, or its attention.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: ClassVar[str]
+    after: ClassVar[After] = "block"
+
+    def macs(self, tokens: int, channels: int) -> int:
+        """Multiply-accumulates of reducing one image that are matrix products.
+
+        Args:
+            tokens: tokens that reach the site.
+            channels: of each.
+        """
+        return 0
+
+
+class Chooser(Reducer):
+    """A reducer that leaves the tokens with the best scores, in order."""
 
     @abstractmethod
     def reduce(self, tokens: Tensor, keep: Tensor, prefix: int) -> Tensor:
@@ -35,10 +68,28 @@ class Reducer(BaseModel, ABC):
         """
 
 
+class Merger(Reducer):
+    """A reducer that lets tokens flow together, and so needs to know how many each stands for."""
+
+    @abstractmethod
+    def merge(self, tokens: Tensor, sizes: Tensor, scores: Tensor, count: int) -> Merged:
+        """Merge the tokens of one site.
+
+        Args:
+            tokens: `[B, N, C]`.
+            sizes: `[B, N]`, how many tokens each stands for.
+            scores: float32 `[B, N]`; large ones are important.
+            count: how many tokens disappear.
+        """
+
+    @abstractmethod
+    def most(self, tokens: int) -> int:
+        """How many of so many tokens can disappear at one site."""
+
+
 def reducer_kinds() -> dict[str, type[Reducer]]:
     """All reducers by kind."""
-    # mypy objects to an abstract class as argument, though `members` only compares with it
-    return {found.kind: found for found in members("repshift_cli.reducers", Reducer)}  # type: ignore[type-abstract]
+    return {found.kind: found for found in members("repshift_cli.reducers", Reducer)}
 
 
 def build_reducer(part: Part, place: Place | None = None) -> Reducer:

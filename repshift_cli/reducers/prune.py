@@ -6,13 +6,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from repshift_cli.reducers.base import Reducer
+from repshift_cli.reducers.base import Chooser
 from repshift_cli.tokens import gather_tokens
 
 __all__ = ["Prune"]
 
 
-class Prune(Reducer):
+class Prune(Chooser):
     """Keep the chosen tokens unchanged and in order, drop the others."""
 
     kind: ClassVar[str] = "prune"

@@ -1,0 +1,113 @@
+"""Texts as BERT reads them: a WordPiece tokenizer from a local vocabulary file, and batches of token numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from repshift_cli.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["TextBatch", "Tokenizer"]
+
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+_LARGEST_FILE = 1 << 24  # bytes; BERT's own vocabularies have 0.2 to 1 MB
+
+
+class TextBatch(NamedTuple):
+    """Token numbers of texts, filled up to one length.
+
+    Attributes:
+        ids: int64 `[n, L]`.
+        mask: int64 `[n, L]`, 1 where there is a token.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+
+class Tokenizer:
+    """BERT's lower-case WordPiece tokenizer.
+
+    Args:
+        vocabulary: a file with one token per line (`vocab.txt` of bert-base-uncased), or a folder that holds one.
+
+    Raises:
+        DataError: the file is missing, unreadable, or no such vocabulary.
+        UsageError: the package `tokenizers` is not installed.
+    """
+
+    def __init__(self, vocabulary: Path) -> None:
+        path = vocabulary / "vocab.txt" if vocabulary.is_dir() else vocabulary
+        places = _read(path)
+        self.path = path
+        self.size = len(places)
+        self.padding, _, self.start, self.end = (places[token] for token in _SPECIAL)
+        self._pieces = _word_pieces(places)
+
+    def texts(self, texts: Sequence[str], longest: int) -> TextBatch:
+        """`[CLS]` and the tokens of each text, cut to `longest` in all, as UMT reads captions and questions."""
+        return self._batch([self._pieces.encode(text).ids for text in texts], longest)
+
+    def answers(self, answers: Sequence[str], longest: int) -> TextBatch:
+        """`[CLS]`, the tokens of each answer and `[SEP]`, cut to `longest` in all, as UMT reads answers."""
+        return self._batch([[*self._pieces.encode(answer).ids, self.end] for answer in answers], longest)
+
+    def check_fits(self, vocabulary: int, what: str) -> None:
+        """Refuse a vocabulary of another size than the model's.
+
+        Raises:
+            DataError: naming both sizes.
+        """
+        if self.size != vocabulary:
+            raise DataError(
+                f"{self.path} has {self.size} tokens, but {what} was trained with {vocabulary}",
+                "Give the vocabulary of the checkpoint with --vocab; the authors' UMT uses that of bert-base-uncased.",
+            )
+
+    def _batch(self, rows: list[list[int]], longest: int) -> TextBatch:
+        import torch
+
+        rows = [[self.start, *row][:longest] for row in rows]
+        length = max((len(row) for row in rows), default=1)
+        ids = torch.tensor([[*row, *[self.padding] * (length - len(row))] for row in rows], dtype=torch.int64)
+        lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)
+        return TextBatch(ids.view(len(rows), length), (torch.arange(length) < lengths).long())
+
+
+def _read(path: Path) -> dict[str, int]:
+    """The tokens of a vocabulary file, each with its number."""
+    hint = "It is the file vocab.txt of a BERT model, one token on each line, such as that of bert-base-uncased."
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise DataError(f"{path} is too large to be a vocabulary", hint)
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not text", hint) from None
+    except OSError as error:
+        raise DataError(f"cannot read the vocabulary {path}: {error.strerror or error}", hint) from error
+    places = {token: place for place, token in enumerate(line.rstrip() for line in lines)}
+    if missing := [token for token in _SPECIAL if token not in places]:
+        raise DataError(f"{path} is not a vocabulary of BERT: it has no {', '.join(missing)}", hint)
+    if len(places) != len(lines):
+        raise DataError(f"{path} is not a vocabulary of BERT: {len(lines) - len(places)} tokens stand twice", hint)
+    return places
+
+
+def _word_pieces(places: dict[str, int]) -> Any:
+    try:
+        from tokenizers import Tokenizer as Backend
+        from tokenizers.models import WordPiece
+        from tokenizers.normalizers import BertNormalizer
+        from tokenizers.pre_tokenizers import BertPreTokenizer
+    except ImportError as error:
+        raise UsageError(
+            "texts need the package tokenizers", "Install it with: pip install 'repshift-cli[video]'"
+        ) from error
+    backend = Backend(WordPiece(places, unk_token="[UNK]", max_input_chars_per_word=100))  # noqa: S106
+    backend.normalizer = BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = BertPreTokenizer()
+    return backend

@@ -1,0 +1,128 @@
+"""UMT: video models that attend over all places of all frames at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from repshift_cli.families.base import Family, Merge, Probe, Reduce, Site, Stream
+from repshift_cli.models.umt import Block, UmtModel, UmtRetrieval, VideoTokens
+from repshift_cli.plan import Layout, Plan, PlanSite, SiteInfo
+
+__all__ = ["Umt", "UmtStream"]
+
+_EARLY = frozenset({"block_input", "block_output", "attention_update", "attention_query", "attention_key"})
+
+
+class UmtStream(Stream):
+    """Tokens `[B, N, C]`, and how many each stands for once some were merged."""
+
+    merges: ClassVar[bool] = True
+
+    def shape(self, value: VideoTokens) -> tuple[int, ...]:
+        return (value.tokens.shape[1],)
+
+    def block_input(self, args: tuple[Any, ...], output: VideoTokens) -> Tensor:
+        entered: VideoTokens = args[0]
+        return entered.tokens
+
+    def block_output(self, output: VideoTokens) -> Tensor:
+        return output.tokens
+
+    def choose(self, scores: Tensor, output: VideoTokens, planned: PlanSite) -> Tensor:
+        return super().choose(scores, output.tokens, planned)
+
+    def reduce(self, output: VideoTokens, keep: Tensor, planned: PlanSite, reduce: Reduce) -> VideoTokens:
+        sizes = None if output.sizes is None else output.sizes.gather(1, keep)
+        return VideoTokens(reduce(output.tokens, keep, 0), sizes)
+
+    def merge(self, output: VideoTokens, scores: Tensor, planned: PlanSite, merge: Merge) -> tuple[VideoTokens, Tensor]:
+        tokens, sizes = output
+        if sizes is None:
+            sizes = torch.ones(tokens.shape[:2], device=tokens.device)
+        tokens, sizes, index = merge(tokens, sizes, scores, planned.tokens_in - planned.tokens_out)
+        return VideoTokens(tokens, sizes), index
+
+    def join(self, outputs: Sequence[VideoTokens]) -> VideoTokens:
+        sizes = [output.sizes for output in outputs if output.sizes is not None]
+        return VideoTokens(torch.cat([output.tokens for output in outputs]), torch.cat(sizes) if sizes else None)
+
+
+class Umt(Family):
+    """The vision encoder of UMT, whichever text model reads its tokens."""
+
+    name: ClassVar[str] = "umt"
+    covers: ClassVar[str] = "UMT for text-video retrieval and video question answering"
+    shows: ClassVar[frozenset[str]] = frozenset(
+        {"attention_update", "mlp_update", "mlp_stream", "attention_query", "attention_key"}
+    )
+
+    def accepts(self, model: nn.Module) -> bool:
+        return isinstance(model, UmtModel)
+
+    def refusal(self, model: Any) -> str | None:
+        return None
+
+    def layout(self, model: Any) -> Layout:
+        names = (f"vision_encoder.encoder.blocks.{index}" for index in range(len(model.blocks)))
+        return Layout(
+            family=self.name,
+            prefix_tokens=0,
+            patch_tokens=model.vision.tokens,
+            class_token=False,
+            sites=tuple(SiteInfo(name, index) for index, name in enumerate(names)),
+        )
+
+    def sites(self, model: Any) -> list[Site]:
+        channels = model.vision.width
+        return [
+            Site(info.name, info.layer, block, _probes(block), {}, channels, attended=block.attended, early=_EARLY)
+            for info, block in zip(self.layout(model).sites, model.blocks, strict=True)
+        ]
+
+    def macs(self, model: Any, plan: Plan | None) -> int:
+        shape = model.vision
+        entering = plan.tokens_at(shape.depth) if plan else (shape.tokens,) * (shape.depth + 1)
+        early = {site.layer: site.tokens_out for site in plan.sites if site.after == "attention"} if plan else {}
+        total = shape.tokens * model.vision_encoder.encoder.patch_embed.proj.weight.numel()
+        for layer in range(shape.depth):
+            tokens = entering[layer]
+            total += tokens * 4 * shape.width**2 + 2 * tokens**2 * shape.width
+            total += early.get(layer, tokens) * 2 * shape.width * shape.hidden
+        return int(total) + self._head_macs(model)
+
+    def stream(self, model: Any) -> Stream:
+        return UmtStream()
+
+    def adapt(self, model: Any) -> Callable[[], None]:
+        before = model.pooling
+        model.pooling = "all"
+        return partial(setattr, model, "pooling", before)
+
+    def _head_macs(self, model: Any) -> int:
+        if not isinstance(model, UmtRetrieval):
+            return 0
+        pooled = model.vision.frames if model.pooling == "frames" else 1
+        return pooled * model.vision_proj.weight.numel()
+
+
+def _probes(block: Block) -> dict[str, Probe]:
+    attention = block.attn
+    heads, size = attention.num_heads, attention.head_dim
+    return {
+        "block_input": Probe(block.norm1, "input"),
+        "attention_update": Probe(attention),
+        "mlp_update": Probe(block.mlp),
+        "mlp_stream": Probe(block.norm2, "input"),
+        "attention_query": Probe(attention.qkv, "output", partial(_heads, part=0, heads=heads, size=size)),
+        "attention_key": Probe(attention.qkv, "output", partial(_heads, part=1, heads=heads, size=size)),
+    }
+
+
+def _heads(projected: Tensor, *, part: int, heads: int, size: int) -> Tensor:
+    """Queries (part 0) or keys (1) out of `[B, N, 3 C]`: `[B, heads, N, size]`."""
+    return projected.unflatten(-1, (3, heads, size))[:, :, part].transpose(1, 2)

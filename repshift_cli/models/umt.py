@@ -1,0 +1,436 @@
+"""UMT (Unmasked Teacher, arXiv 2303.16058): text-video retrieval and video question answering.
+
+The vision encoder attends over all places of all frames at once. Parameters carry the names of the authors'
+checkpoints, so those load unchanged. What a checkpoint does not tell (frames, image size, heads) stands in the
+arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from repshift_cli.models.bert import TextDecoder, TextEncoder, TextShape
+
+__all__ = [
+    "MODELS",
+    "Block",
+    "Pooling",
+    "UmtAnswering",
+    "UmtModel",
+    "UmtRetrieval",
+    "VideoTokens",
+    "VisionShape",
+    "create",
+    "position_table",
+]
+
+Pooling = Literal["frames", "all"]
+
+_NORM_EPS = 1e-6
+_MOST_TOKENS = 1 << 20
+_PATCH_EMBED_DIMS = 5
+
+
+class VideoTokens(NamedTuple):
+    """What travels from block to block.
+
+    Attributes:
+        tokens: `[B, N, C]`, frame by frame, row by row until some are let go.
+        sizes: `[B, N]`, how many tokens each stands for; None where each stands for itself.
+    """
+
+    tokens: Tensor
+    sizes: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """Sizes of a vision encoder.
+
+    Attributes:
+        img_size: side of a frame in pixels.
+        frames: frames of a clip.
+        patch_size: side of a patch.
+        width, depth, heads: of the transformer.
+        hidden: channels inside the MLP.
+        checkpoint_frames: frames that the weights were trained on, where positions are to be interpolated in time from
+            those; None counts on where a longer clip goes on.
+    """
+
+    img_size: int = 224
+    frames: int = 12
+    patch_size: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    checkpoint_frames: int | None = None
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of a frame."""
+        return self.img_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a clip."""
+        return self.frames * self.side**2
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Attention(nn.Module):
+    """Attention over all tokens of a clip; queries and values have a bias, keys have none.
+
+    Attributes:
+        fused_attn: whether torch's fused kernel runs, or the explicit form with its map of all pairs.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.head_dim = width // heads
+        self.fused_attn = True
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.qkv = _BiasedLinear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """`[B, N, C]` to the same; a token that stands for s others counts s times as a key."""
+        batch, count, width = tokens.shape
+        projected = self.qkv(tokens, torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias)))
+        query, key, value = projected.view(batch, count, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        bias = None if sizes is None else sizes.to(query.dtype).log()[:, None, None, :]
+        if self.fused_attn:
+            mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        else:
+            scores = (query * self.head_dim**-0.5) @ key.mT
+            mixed = (scores if bias is None else scores + bias).softmax(dim=-1) @ value
+        output: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, count, width))
+        return output
+
+
+class _BiasedLinear(nn.Linear):
+    """A projection whose bias is put together from other parameters, so that it can be seen like any other."""
+
+    def forward(self, inputs: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`[..., in]` and `[out]` to `[..., out]`."""
+        return functional.linear(inputs, self.weight, bias)
+
+
+class Mlp(nn.Module):
+    """Two layers with a GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`[B, N, C]` to the same."""
+        output: Tensor = self.fc2(functional.gelu(self.fc1(tokens)))
+        return output
+
+
+class Block(nn.Module):
+    """`x += attn(norm1(x)); x += mlp(norm2(x))`.
+
+    Attributes:
+        attended: passes on what is there after attention; a hook on it can take tokens away before the MLP.
+    """
+
+    def __init__(self, shape: VisionShape) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(shape.width, eps=_NORM_EPS)
+        self.attn = Attention(shape.width, shape.heads)
+        self.attended = nn.Identity()
+        self.norm2 = nn.LayerNorm(shape.width, eps=_NORM_EPS)
+        self.mlp = Mlp(shape.width, shape.hidden)
+
+    def forward(self, stream: VideoTokens) -> VideoTokens:
+        """Tokens to the same number of tokens."""
+        attended = stream.tokens + self.attn(self.norm1(stream.tokens), stream.sizes)
+        tokens, sizes = self.attended(VideoTokens(attended, stream.sizes))
+        return VideoTokens(tokens + self.mlp(self.norm2(tokens)), sizes)
+
+
+class PatchEmbed(nn.Module):
+    """Patches of each frame."""
+
+    def __init__(self, shape: VisionShape) -> None:
+        super().__init__()
+        side = shape.patch_size
+        self.proj = nn.Conv3d(3, shape.width, (1, side, side), (1, side, side))
+
+    def forward(self, video: Tensor) -> Tensor:
+        """`[B, T, 3, H, W]` to `[B, T * patches, C]`, frame by frame, row by row."""
+        weight = self.proj.weight.squeeze(2)
+        patches = functional.conv2d(video.flatten(0, 1), weight, self.proj.bias, stride=weight.shape[-2:])
+        return patches.flatten(2).mT.unflatten(0, video.shape[:2]).flatten(1, 2)
+
+
+class _Transformer(nn.Module):
+    """Patches, positions, blocks and the last norm."""
+
+    img_positions: Tensor
+    positions: Tensor
+
+    def __init__(self, shape: VisionShape) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(shape)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.depth))
+        self.norm = nn.LayerNorm(shape.width, eps=_NORM_EPS)
+        self.register_buffer("positions", position_table(shape), persistent=False)
+        self.register_buffer("img_positions", position_table(replace(shape, frames=1)), persistent=False)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """`[B, T, 3, H, W]` to `[B, N, C]`; N is T * patches unless tokens were let go."""
+        places = self.img_positions if video.shape[1] == 1 else self.positions
+        stream = VideoTokens(self.patch_embed(video) + places)
+        for block in self.blocks:
+            stream = block(stream)
+        output: Tensor = self.norm(stream.tokens)
+        return output
+
+
+class VisionEncoder(nn.Module):
+    """The encoder, and the norm behind pooling where the model pools."""
+
+    def __init__(self, shape: VisionShape, pools: bool) -> None:
+        super().__init__()
+        self.encoder = _Transformer(shape)
+        if pools:
+            self.pool_norm = nn.LayerNorm(shape.width, eps=_NORM_EPS)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """`[B, T, 3, H, W]` to `[B, N, C]`."""
+        tokens: Tensor = self.encoder(video)
+        return tokens
+
+
+class UmtModel(nn.Module):
+    """What both models share: a vision encoder and a text encoder whose upper layers look at its tokens.
+
+    Attributes:
+        vision: sizes of the vision encoder.
+        text: sizes of the text encoder.
+        pooling: over the tokens of each frame, as the authors evaluate retrieval, or over all tokens. Once tokens are
+            let go there are no whole frames.
+    """
+
+    def __init__(self, vision: VisionShape, text: TextShape, pools: bool) -> None:
+        super().__init__()
+        _check(vision)
+        self.vision, self.text = vision, text
+        self.pooling: Pooling = "frames"
+        self.vision_encoder = VisionEncoder(vision, pools)
+        self.text_encoder = TextEncoder(text, vision.width)
+        self.pretrained_cfg: dict[str, Any] = _configuration(vision)
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """Height and width of a frame."""
+        return (self.vision.img_size, self.vision.img_size)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks of the vision encoder."""
+        return list(self.vision_encoder.encoder.blocks)  # type: ignore[arg-type]
+
+    def restore_buffers(self) -> None:
+        """Compute anew what no checkpoint stores, for a model that was built without memory."""
+        encoder = self.vision_encoder.encoder
+        encoder.positions, encoder.img_positions = (
+            position_table(shape) for shape in (self.vision, replace(self.vision, frames=1))
+        )
+        for module in self.modules():
+            if (types := getattr(module, "token_type_ids", None)) is not None:
+                module.token_type_ids = torch.zeros(types.shape, dtype=types.dtype)
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """A clip `[B, T, 3, H, W]` to its tokens, `[B, N, C]`.
+
+        Raises:
+            ValueError: frames or sizes are not those that the positions are for.
+        """
+        expected = (self.vision.frames, 3, *self.img_size)
+        if tuple(video.shape[1:]) not in (expected, (1, *expected[1:])):
+            raise ValueError(f"clips of {expected} are expected, not of {tuple(video.shape[1:])}")
+        tokens: Tensor = self.vision_encoder(video)
+        return tokens
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """`[B, N, C]` to `[B, F, C]`: the mean over each frame, or (F = 1) over all tokens; see `pooling`."""
+        per_frame = self.vision.side**2
+        if self.pooling == "all" or tokens.shape[1] % per_frame:
+            return tokens.mean(dim=1, keepdim=True)
+        return tokens.unflatten(1, (-1, per_frame)).mean(dim=2)
+
+
+class UmtRetrieval(UmtModel):
+    """Retrieval: embeddings of video and text to compare, and a head that says whether a pair belongs together.
+
+    `forward` gives the embedding of a clip, `[B, E]`.
+    """
+
+    def __init__(self, vision: VisionShape, text: TextShape, embed_dim: int = 512) -> None:
+        super().__init__(vision, text, pools=True)
+        self.vision_proj = nn.Linear(vision.width, embed_dim)
+        self.text_proj = nn.Linear(text.width, embed_dim)
+        self.itm_head = nn.Linear(text.width, 2)
+        self.temp = nn.Parameter(torch.tensor(0.07))
+
+    def forward(self, video: Tensor) -> Tensor:
+        """`[B, T, 3, H, W]` to `[B, E]`: the mean of the embeddings of the frames."""
+        return self.project_video(self.encode_video(video)).mean(dim=1)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        pooled: Tensor = self.vision_encoder.pool_norm(super().pool(tokens))
+        return pooled
+
+    def project_video(self, tokens: Tensor) -> Tensor:
+        """`[B, N, C]` to embeddings of length one, `[B, F, E]`."""
+        return functional.normalize(self.vision_proj(self.pool(tokens)), dim=-1)
+
+    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """int64 `[B, L]` and its mask to hidden states `[B, L, D]`."""
+        return self.text_encoder.read(ids, mask)
+
+    def project_text(self, hidden: Tensor) -> Tensor:
+        """`[B, L, D]` to embeddings of length one, `[B, E]`."""
+        return functional.normalize(self.text_proj(hidden[:, 0]), dim=-1)
+
+    def match_logits(self, hidden: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+        """Whether pairs belong together: texts `[n, L, D]`, their mask, videos `[n, N, C]` to `[n, 2]`."""
+        logits: Tensor = self.itm_head(self.text_encoder.fuse(hidden, mask, tokens)[:, 0])
+        return logits
+
+    def match(self, hidden: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+        """The raw score of each pair, `[n]`; arguments as `match_logits`."""
+        return self.match_logits(hidden, mask, tokens)[:, 1]
+
+
+class UmtAnswering(UmtModel):
+    """Question answering: answers of a list are ranked by a decoder that reads the states of the question.
+
+    `forward` gives the mean token of a clip, `[B, C]`.
+    """
+
+    def __init__(self, vision: VisionShape, text: TextShape) -> None:
+        super().__init__(vision, text, pools=False)
+        self.pooling = "all"
+        self.text_decoder = TextDecoder(text)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """`[B, T, 3, H, W]` to `[B, C]`."""
+        return self.pool(self.encode_video(video)).mean(dim=1)
+
+    def encode_question(self, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+        """int64 `[B, L]`, its mask and the tokens of the videos `[B, N, C]` to states `[B, L, D]`."""
+        states: Tensor = self.text_encoder(ids, mask, tokens)
+        return states
+
+    def decode(self, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor) -> Tensor:
+        """Logits of the next token of answers; shapes as `TextDecoder`."""
+        logits: Tensor = self.text_decoder(ids, mask, states, states_mask)
+        return logits
+
+    def first_token_probabilities(self, states: Tensor, mask: Tensor, start: int) -> Tensor:
+        """What may follow the token `start` ([CLS]) as an answer: `[B, L, D]`, `[B, L]` to `[B, vocabulary]`."""
+        ids = torch.full((states.shape[0], 1), start, dtype=torch.int64, device=states.device)
+        return self.decode(ids, torch.ones_like(ids), states, mask)[:, 0].softmax(dim=-1)
+
+    def answer_loss(self, states: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
+        """Cross-entropy of each answer, summed over its tokens after the first: `[n, L, D]`, ..., `[n, A]` to `[n]`."""
+        logits = self.decode(answer_ids, answer_mask, states, mask)[:, :-1]
+        wanted = answer_ids[:, 1:].masked_fill(answer_mask[:, 1:] == 0, -100)
+        return functional.cross_entropy(logits.mT, wanted, ignore_index=-100, reduction="none").sum(dim=1)
+
+
+def position_table(shape: VisionShape) -> Tensor:
+    """Fixed sine and cosine positions of a clip, float32 `[1, tokens, C]` (Vaswani et al. 2017, section 3.5).
+
+    Counted on over all places of all frames; with `checkpoint_frames` made for so many frames and interpolated.
+    """
+    given = shape.checkpoint_frames
+    made = shape if given is None or shape.frames == 1 else replace(shape, frames=given)
+    places = torch.arange(made.tokens, dtype=torch.float64).unsqueeze(1)
+    channels = torch.arange(shape.width, dtype=torch.float64) // 2 * 2
+    angles = places / 10000 ** (channels / shape.width)
+    even = torch.arange(shape.width) % 2 == 0
+    table = torch.where(even, angles.sin(), angles.cos()).float()
+    if made.frames != shape.frames:
+        in_time = table.unflatten(0, (made.frames, -1)).permute(1, 2, 0)  # [places, C, frames]
+        table = functional.interpolate(in_time, size=shape.frames, mode="linear").permute(2, 0, 1).flatten(0, 1)
+    return table.unsqueeze(0)
+
+
+_BASE, _LARGE = VisionShape(), VisionShape(width=1024, depth=24, heads=16, hidden=4096)
+_TEXT_BASE = TextShape()
+_TEXT_LARGE = TextShape(width=1024, depth=24, heads=16, hidden=4096, fusion_layer=19)
+
+MODELS: dict[str, tuple[VisionShape, TextShape, int]] = {
+    "umt_base": (_BASE, _TEXT_BASE, 512),
+    "umt_large": (_LARGE, _TEXT_LARGE, 768),
+    "umt_base_qa": (_BASE, _TEXT_BASE, 0),
+    "umt_large_qa": (_LARGE, _TEXT_LARGE, 0),
+}
+"""The authors' models: sizes, and channels of the embeddings (0: a question answering model)."""
+
+
+def create(name: str, **changes: Any) -> UmtModel:
+    """One of `MODELS` with random weights.
+
+    Args:
+        name: which.
+        changes: `img_size`, `frames` or `checkpoint_frames` where they are not the authors'.
+    """
+    vision, text, embed_dim = MODELS[name]
+    return build(replace(vision, **changes).to_dict(), text.to_dict(), embed_dim)
+
+
+def build(vision: Mapping[str, Any], text: Mapping[str, Any], embed_dim: int = 0) -> UmtModel:
+    """A model of these sizes, as `VisionShape.to_dict` and `TextShape.to_dict` give them; see `MODELS`.
+
+    Raises:
+        TypeError, ValueError: the sizes cannot be.
+    """
+    shapes = VisionShape(**vision), TextShape(**text)
+    return UmtRetrieval(*shapes, embed_dim) if embed_dim else UmtAnswering(*shapes)
+
+
+def _check(shape: VisionShape) -> None:
+    if min(shape.img_size, shape.frames, shape.patch_size, shape.width, shape.depth, shape.heads, shape.hidden) < 1:
+        raise ValueError("all sizes of the vision encoder have to be at least 1")
+    if shape.checkpoint_frames is not None and shape.checkpoint_frames < 1:
+        raise ValueError("checkpoint_frames has to be at least 1")
+    if shape.tokens > _MOST_TOKENS:
+        raise ValueError(f"{shape.tokens} tokens are more than any model takes")
+    if shape.img_size % shape.patch_size:
+        raise ValueError(f"patches of {shape.patch_size} leave a rest of frames of {shape.img_size}")
+    if shape.width % shape.heads:
+        raise ValueError(f"{shape.heads} heads do not divide a width of {shape.width}")
+
+
+def _configuration(shape: VisionShape) -> dict[str, Any]:
+    """Preprocessing of the authors' evaluation, in timm's words, and the number of frames."""
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    return {
+        "input_size": (3, shape.img_size, shape.img_size),
+        "num_classes": 0,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+        "frames": shape.frames,
+    }
