@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from repshift_cli.errors import ModelError, RecipeError, UsageError
 from repshift_cli.families import Family, Probe, Site, Stream, match
 from repshift_cli.metrics import Metric, SiteContext, build_metric
-from repshift_cli.plan import After, Layout, Plan, PlanSite
+from repshift_cli.plan import After, Layout, Plan, PlanSite, resolve
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.recipe import Place, Recipe
 from repshift_cli.reducers import Chooser, Merger, Reducer, build_reducer
@@ -34,6 +34,7 @@ __all__ = [
     "check_reducer",
     "feeds",
     "has_open_fields",
+    "resolve_for",
     "with_defaults",
 ]
 
@@ -327,6 +328,19 @@ def _attach(model: nn.Module, plan: Plan, metrics: list[tuple[Metric, ...]]) -> 
         for metric in here:
             check_feeds(metric, sites[planned.site], planned.after)
     return CompressedModel(model, family, plan, metrics, reducer)
+
+
+def resolve_for(model: nn.Module, recipe: Recipe) -> Plan:
+    """Lay a recipe over a dense model of a supported family.
+
+    Raises:
+        ModelError: the model is not supported.
+        RecipeError: the recipe cannot be followed.
+    """
+    family, reducer = match(model), build_reducer(recipe.reducer, recipe.place)
+    check_reducer(reducer, family, model, recipe.place)
+    most = reducer.most if isinstance(reducer, Merger) else None
+    return resolve(recipe, family.layout(model), reducer.after, most)
 
 
 def check_reducer(reducer: Reducer, family: Family, model: nn.Module, place: Place | None = None) -> None:

@@ -42,6 +42,7 @@ PLOT_FORMATS = ("png", "svg", "pdf")
 AttentionMode = Literal["auto", "sdpa", "explicit"]
 MemoryFormat = Literal["contiguous", "channels_last"]
 
+_IMAGE_DIMS = 3
 # Enough for caches and allocators on the CPU; a graphics card also raises its clock during the first runs.
 _WARMUP_ROUNDS = {"cpu": 3, "cuda": 50}
 
@@ -251,6 +252,8 @@ def run_bench(
         UsageError: a batch does not fit into memory, or a model has no attention that can be switched as asked.
     """
     modules = _distinct([contender.module for contender in contenders])
+    if settings.memory_format == "channels_last" and any(len(each.input_size) > _IMAGE_DIMS for each in contenders):
+        raise UsageError("--memory-format channels_last is for images, and the model takes clips", "Leave it out.")
     for module in modules:
         module.to(settings.device, settings.dtype).to(memory_format=_memory_format(settings))
     runs: list[Run] = []

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -202,7 +203,10 @@ def calibrate(
     sites = {site.name: site for site in family.sites(model)}
     variants = [_runnable(planned, sites[planned.site]) for planned in plan.sites]
     border = math.ceil(_CHOOSING_SHARE * len(images))
-    with progress.task("calibrating", _steps([len(found) for found in variants], len(images))) as task:
+    with ExitStack() as stack:
+        stack.callback(family.adapt(model))  # the dense model is compared as it is beside a reduced one
+        steps = _steps([len(found) for found in variants], len(images))
+        task = stack.enter_context(progress.task("calibrating", steps))
         reference = _outputs(model, images, batch_size, task)
         if not bool(reference.isfinite().all()):
             raise CheckFailed("the dense model returns values that are not finite", "Calibrate in float32.")

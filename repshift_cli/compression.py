@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from repshift_cli.attach import (
     attach,
     check_feeds,
     check_parts,
-    check_reducer,
     has_open_fields,
+    resolve_for,
     with_defaults,
 )
 from repshift_cli.calibrate import Calibration, agreement, calibrate, divergence
@@ -28,19 +28,19 @@ from repshift_cli.data.images import ImageBatch
 from repshift_cli.errors import CheckFailed, CheckpointError, DataError, RecipeError
 from repshift_cli.families import Family, Site, match
 from repshift_cli.files import check_output
-from repshift_cli.identify import canonical_name
+from repshift_cli.identify import Clips, canonical_name, encoder_name
 from repshift_cli.measure import Speedup, Spread, Subject
 from repshift_cli.metrics import build_metric
-from repshift_cli.plan import Plan, resolve
+from repshift_cli.plan import Plan
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.progress import Progress, Silent
 from repshift_cli.recipe import Recipe, default_recipe
-from repshift_cli.reducers import Merger, build_reducer
 
 __all__ = ["CompressReport", "Measured", "Settings", "Side", "compress", "compress_checkpoint", "compress_dense"]
 
 _MIN_RUNS = 5
 _WARMUP_ROUNDS = 1
+_HEAVY_MACS = 20_000_000_000
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Settings:
         data: pictures on which agreement is measured (folder or dataset); None for built-in scenes.
         calibration: pictures for calibration; None for `data`, or built-in scenes where the model is built in.
         calibrate: whether open fields of the metric are calibrated at all.
+        calibration_images, agreement_images, batch_size: None for the `_Amounts` that suit the model.
         seconds: time for the latency measurement.
     """
 
@@ -60,15 +61,16 @@ class Settings:
     model_name: str | None = None
     heads: int | None = None
     img_size: int | None = None
+    clips: Clips = field(default_factory=Clips)
     output: Path | None = None
     data: str | None = None
     calibration: str | None = None
     calibrate: bool = True
-    calibration_images: int = 128
-    agreement_images: int = 32
+    calibration_images: int | None = None
+    agreement_images: int | None = None
     device: str = "cpu"
     dtype: str = "float32"
-    batch_size: int = 8
+    batch_size: int | None = None
     seconds: float = 10.0
     seed: int = 0
     force: bool = False
@@ -230,6 +232,7 @@ def compress_dense(
     heads: int | None = None,
     img_size: int | None = None,
     *,
+    clips: Clips | None = None,
     progress: Progress | None = None,
 ) -> Opened:
     """Load a dense model and attach a recipe, uncalibrated: open fields are as the paper has them.
@@ -240,7 +243,7 @@ def compress_dense(
         UsageError: the weights do not fit `img_size`.
     """
     recipe = _checked(recipe_name)
-    job = _Job(_load(name, recipe, model_name, heads, img_size), recipe, progress or Silent())
+    job = _Job(_load(name, recipe, model_name, heads, img_size, clips=clips), recipe, progress or Silent())
     return Opened(job.loaded, artifact.attach_loaded(job.loaded, job.default_plan()))
 
 
@@ -258,19 +261,20 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
         check_output(settings.output, settings.force)
     recipe = _checked(settings.recipe)
     device, dtype = measure.resolve_device(settings.device), measure.resolve_dtype(settings.dtype)
-    loaded = _load(name, recipe, settings.model_name, settings.heads, settings.img_size)
+    loaded = _load(name, recipe, settings.model_name, settings.heads, settings.img_size, clips=settings.clips)
     job = _Job(loaded, recipe, progress, settings.force)
     if dry_run:
         if job.open:
             job.note("the score is left to calibration; shown is what is used without images")
         return job.report(job.default_plan(), None, None, None)
     loaded.model.to(device=device, dtype=dtype)
-    images = _Images(job, settings)
-    plan, calibration = _choose_metric(job, images, settings, progress)
+    amounts = _Amounts.of(settings, loaded, job.family)
+    images = _Images(job, settings, amounts)
+    plan, calibration = _choose_metric(job, images, settings, amounts.batch)
     compressed = attach(loaded.model, plan)
     checked = images.for_agreement.tensor.to(device=device, dtype=dtype)
     _check(compressed, loaded, checked[:2])
-    measured = _measure(compressed, images.for_agreement, checked, settings, progress)
+    measured = _measure(compressed, images.for_agreement, checked, settings, amounts.batch, progress)
     if settings.output:
         kept = calibration.to_dict() if calibration else None
         document = artifact.make_document(loaded, plan, job.recipe, kept, measured.to_dict())
@@ -308,10 +312,7 @@ class _Job:
             self.note(f"no recipe was given: the paper's schedule scaled to {blocks} blocks is used ({told})")
         self.recipe = recipe
         self._check_model_name()
-        reducer = build_reducer(recipe.reducer, recipe.place)
-        check_reducer(reducer, self.family, loaded.model, recipe.place)
-        most = reducer.most if isinstance(reducer, Merger) else None
-        self.plan = resolve(recipe, layout, reducer.after, most)
+        self.plan = resolve_for(loaded.model, recipe)
         self._check_feeds()
 
     @property
@@ -369,8 +370,8 @@ class _Job:
     def _check_model_name(self) -> None:
         wanted, description = self.recipe.model, self.loaded.description
         # the tag of the weights (.augreg_in21k) does not change what the recipe is for
-        names = {(name or "").partition(".")[0] for name in (description.name, description.architecture)}
-        if wanted is None or canonical_name(wanted.partition(".")[0]) in names:
+        names = {encoder_name((name or "").partition(".")[0]) for name in (description.name, description.architecture)}
+        if wanted is None or encoder_name(canonical_name(wanted.partition(".")[0])) in names:
             return
         where = self.recipe.place.at(("model",))
         raise RecipeError(
@@ -393,10 +394,36 @@ class _Job:
         return {site.name: site for site in self.family.sites(self.loaded.model)}
 
 
+@dataclass(frozen=True)
+class _Amounts:
+    """How many inputs serve what: a clip of a large video model is as much work as a hundred pictures.
+
+    Attributes:
+        batch: at a time.
+        agreement: for the comparison with the dense model.
+        calibration: for calibration.
+    """
+
+    batch: int = 8
+    agreement: int = 32
+    calibration: int = 128
+
+    @classmethod
+    def of(cls, settings: Settings, loaded: LoadedModel, family: Family) -> _Amounts:
+        """What the user asks for, else what suits the model."""
+        clips = loaded.description.preprocessing.frames is not None
+        usual = cls(1, 4, 32) if clips and family.macs(loaded.model, None) > _HEAVY_MACS else cls()
+        return cls(
+            settings.batch_size or usual.batch,
+            settings.agreement_images or usual.agreement,
+            settings.calibration_images or usual.calibration,
+        )
+
+
 class _Images:
     """The pictures of one run: some for calibration, others for agreement, never the same."""
 
-    def __init__(self, job: _Job, settings: Settings) -> None:
+    def __init__(self, job: _Job, settings: Settings, amounts: _Amounts) -> None:
         self.job = job
         self.seed = settings.seed
         self.for_calibration: ImageBatch | None = None
@@ -406,14 +433,14 @@ class _Images:
         if not (job.open and settings.calibrate) or (where is None and not fits):
             if settings.calibration:
                 job.note("nothing is calibrated, so the pictures of --calibration only serve the comparison")
-            self.for_agreement = self._load(settings.data or where, settings.agreement_images)
+            self.for_agreement = self._load(settings.data or where, amounts.agreement)
         elif settings.data is None or _same_place(settings.data, where):
             # drawn together and then split, so that no picture serves both ends
-            both = self._load(where, settings.calibration_images + settings.agreement_images)
-            self.for_calibration, self.for_agreement = _split(both, settings.calibration_images)
+            both = self._load(where, amounts.calibration + amounts.agreement)
+            self.for_calibration, self.for_agreement = _split(both, amounts.calibration)
         else:
-            self.for_calibration = self._load(where, settings.calibration_images)
-            self.for_agreement = self._load(settings.data, settings.agreement_images)
+            self.for_calibration = self._load(where, amounts.calibration)
+            self.for_agreement = self._load(settings.data, amounts.agreement)
 
     def _load(self, where: str | None, count: int) -> ImageBatch:
         batch = load_inputs(where, count, self.job.loaded.description.preprocessing, self.seed)
@@ -445,9 +472,7 @@ def _split(batch: ImageBatch, count: int) -> tuple[ImageBatch, ImageBatch]:
     return parts[0], parts[1]
 
 
-def _choose_metric(
-    job: _Job, images: _Images, settings: Settings, progress: Progress
-) -> tuple[Plan, Calibration | None]:
+def _choose_metric(job: _Job, images: _Images, settings: Settings, batch_size: int) -> tuple[Plan, Calibration | None]:
     """Fill the open fields of the metric, by calibration where there are pictures for it."""
     if not job.open:
         return job.default_plan(), None
@@ -464,8 +489,8 @@ def _choose_metric(
         job.plan,
         images=images.for_calibration.tensor,
         identity=images.for_calibration.identity,
-        batch_size=settings.batch_size,
-        progress=progress,
+        batch_size=batch_size,
+        progress=job.progress,
     )
     if found.mild and not found.clear:
         job.note(
@@ -514,12 +539,17 @@ def _check_count(side: str, counted: int, planned: int) -> None:
 
 
 @torch.inference_mode()
-def _measure(
-    compressed: CompressedModel, batch: ImageBatch, images: Tensor, settings: Settings, progress: Progress
+def _measure(  # noqa: PLR0917
+    compressed: CompressedModel,
+    batch: ImageBatch,
+    images: Tensor,
+    settings: Settings,
+    batch_size: int,
+    progress: Progress,
 ) -> Measured:
     """Latency in turn, memory, and agreement of predictions."""
-    repeats = -(-settings.batch_size // len(images))
-    inputs = torch.cat([images] * repeats)[: settings.batch_size].contiguous()
+    repeats = -(-batch_size // len(images))
+    inputs = torch.cat([images] * repeats)[:batch_size].contiguous()
     subjects = [Subject("dense", compressed, compressed.dense), Subject("compressed", compressed)]
     times = measure.measure_latency(
         subjects,
@@ -535,8 +565,8 @@ def _measure(
         latency = times[subject.name].spread
         with subject.context():
             peak = weights + measure.peak_memory(subject.run, inputs)
-        sides[subject.name] = Side(macs, latency, settings.batch_size * 1e3 / latency.median, peak)
-    unchanged, distance = _compare(compressed, images, settings.batch_size, progress)
+        sides[subject.name] = Side(macs, latency, batch_size * 1e3 / latency.median, peak)
+    unchanged, distance = _compare(compressed, images, batch_size, progress)
     return Measured(
         dense=sides["dense"],
         compressed=sides["compressed"],
@@ -544,7 +574,7 @@ def _measure(
         agreement=unchanged,
         divergence=distance,
         images=batch,
-        batch_size=settings.batch_size,
+        batch_size=batch_size,
         device=measure.device_name(inputs.device),
         dtype=settings.dtype,
         attention=measure.observed_attention(compressed, inputs[:1]),
@@ -575,9 +605,11 @@ def _load(
     model_name: str | None = None,
     heads: int | None = None,
     img_size: int | None = None,
+    *,
+    clips: Clips | None = None,
 ) -> LoadedModel:
     """Load a checkpoint; where nothing else tells which model it is, the recipe does."""
-    return checkpoint.load(name, model_name, heads, img_size, recipe.model if recipe else None)
+    return checkpoint.load(name, model_name, heads, img_size, recipe.model if recipe else None, clips=clips)
 
 
 def _wrap(model: nn.Module, img_size: int | None) -> LoadedModel:

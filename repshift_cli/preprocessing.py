@@ -46,6 +46,11 @@ class Preprocessing:
     frames: int | None = None
 
     @property
+    def unit(self) -> str:
+        """What one input is called: `image` or `clip`."""
+        return "image" if self.frames is None else "clip"
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of one input: `(C, H, W)`, or `(T, C, H, W)` for a clip."""
         return self.input_size if self.frames is None else (self.frames, *self.input_size)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from repshift_cli.attach import attach, check_feeds
+from repshift_cli.attach import attach, check_feeds, resolve_for
 from repshift_cli.families import match
 from repshift_cli.identify import create
 from repshift_cli.measure import count_macs
 from repshift_cli.metrics import build_metric
-from repshift_cli.plan import Plan, resolve
+from repshift_cli.plan import Plan
 from repshift_cli.recipe import Recipe, shipped_recipes
 from repshift_cli.reducers import build_reducer
 
@@ -22,7 +22,8 @@ def on_meta(name: str) -> nn.Module:
 
 
 def planned(recipe: Recipe, model: nn.Module) -> Plan:
-    return resolve(recipe, match(model).layout(model)).with_metric(build_metric(recipe.metric).with_defaults().part())
+    plan = resolve_for(model, recipe)
+    return plan.with_metric(build_metric(recipe.metric).with_defaults().part())
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
@@ -34,7 +35,7 @@ def test_its_model_can_follow_it(name: str) -> None:
     metric, plan = build_metric(recipe.metric, recipe.place), planned(recipe, model)
     build_reducer(recipe.reducer, recipe.place)
     for site in match(model).sites(model):
-        check_feeds(metric.with_defaults(), site, recipe.place)
+        check_feeds(metric.with_defaults(), site, plan.sites[0].after, recipe.place)
     compressed = attach(model, plan)
     assert compressed.macs() < compressed.dense_macs()
 
@@ -48,6 +49,10 @@ def test_its_model_can_follow_it(name: str) -> None:
         ("resnet34_paper", "3.66", "2.53"),
         ("resnet50_paper", "4.09", "2.70"),
         ("vim_tiny_paper", "1.54", "1.29"),
+        ("umt_base_paper", "303.12", "151.26"),
+        ("umt_large_paper", "984.03", "495.24"),
+        ("umt_base_fast", "303.12", "87.42"),
+        ("umt_base_vidtldr", "303.12", "108.00"),
     ],
 )
 def test_the_papers_counts(name: str, dense: str, after: str) -> None:

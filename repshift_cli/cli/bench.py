@@ -61,6 +61,8 @@ def command(
     model: options.ModelName = None,
     heads: options.Heads = None,
     img_size: options.ImgSize = None,
+    frames: options.Frames = None,
+    checkpoint_frames: options.CheckpointFrames = None,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     threads: options.Threads = None,
@@ -87,6 +89,7 @@ def command(
 
     from repshift_cli import measure, ui
     from repshift_cli.benchmark import BenchSettings, contenders_of, run_bench
+    from repshift_cli.identify import Clips
 
     settings = BenchSettings(
         device=measure.resolve_device(device),
@@ -98,7 +101,8 @@ def command(
         memory_format=memory_format.value,
     )
     screen = ui.Screen()
-    opened = _open_all(models or [], recipe, {"model_name": model, "heads": heads, "img_size": img_size})
+    told = {"model_name": model, "heads": heads, "img_size": img_size, "clips": Clips(frames, checkpoint_frames)}
+    opened = _open_all(models or [], recipe, told)
     for note in (note for each in opened.values() for note in each.loaded.notes):
         screen.note(note)
     report = run_bench(contenders_of(opened), batches, settings, screen)
@@ -206,7 +210,9 @@ def show(report: BenchReport, opened: dict[str, Opened]) -> None:
     layout = "" if report.memory_format == "contiguous" else f", {report.memory_format} in memory"
     attention = "no attention" if report.attention == "none" else f"attention {report.attention}"
     ui.print_text(f"{attention}{layout} on both sides, torch {torch.__version__}\n")
-    columns = ["batch", "model", "GMACs", "ms [p10-p90]", "images/s", "peak MB"]
+    units = {model.loaded.description.preprocessing.unit for model in opened.values()}
+    speed = f"{units.pop()}s/s" if len(units) == 1 else "inputs/s"
+    columns = ["batch", "model", "GMACs", "ms [p10-p90]", speed, "peak MB"]
     rows = [
         [
             str(run.batch),

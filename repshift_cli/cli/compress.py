@@ -30,24 +30,36 @@ def command(
     model: options.ModelName = None,
     heads: options.Heads = None,
     img_size: options.ImgSize = None,
+    frames: options.Frames = None,
+    checkpoint_frames: options.CheckpointFrames = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Where the result goes.", show_default="<checkpoint>_repshift.safetensors"),
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", help="Pictures to compare predictions on: a folder or a dataset.")
+        str | None, typer.Option("--data", help="Pictures or videos to compare predictions on: a folder or a dataset.")
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option("--calibration", help="Unlabelled pictures of the model's own kind, to choose the score."),
+        typer.Option(
+            "--calibration", help="Unlabelled pictures or videos of the model's own kind, to choose the score."
+        ),
     ] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate/--no-calibrate", help="Choose what the recipe leaves open on pictures.")
     ] = True,
-    calibration_images: Annotated[int, typer.Option(min=8, help="How many pictures calibration uses.")] = 128,
+    calibration_images: Annotated[
+        int | None,
+        typer.Option(
+            min=8, help="How many pictures calibration uses (default: 128; 32 clips for a large video model)."
+        ),
+    ] = None,
     device: options.Device = "cpu",
     dtype: options.MeasureDtype = "float32",
-    batch_size: options.BatchSize = 8,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", "-b", min=1, help="Inputs at a time (default: 8; 1 for a large video model)."),
+    ] = None,
     threads: options.Threads = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for the latency measurement.")] = 10.0,
     seed: options.Seed = 0,
@@ -58,6 +70,7 @@ def command(
     """Make a checkpoint faster by letting unimportant tokens go, and measure it."""
     from repshift_cli import ui
     from repshift_cli.compression import Settings, compress_checkpoint
+    from repshift_cli.identify import Clips
     from repshift_cli.measure import threads as using_threads
 
     settings = Settings(
@@ -65,6 +78,7 @@ def command(
         model_name=model,
         heads=heads,
         img_size=img_size,
+        clips=Clips(frames, checkpoint_frames),
         output=output or default_output(checkpoint),
         data=data,
         calibration=calibration,
@@ -97,7 +111,7 @@ def show(report: CompressReport) -> None:
     """Print the report for people, in 80 columns."""
     from repshift_cli import ui
 
-    plan = report.plan
+    plan, unit = report.plan, report.loaded.description.preprocessing.unit
     params = sum(parameter.numel() for parameter in report.loaded.model.parameters())
     ui.print_text(
         f"model   {report.loaded.description.name} ({report.family}), {params:,} parameters, kept as they are"
@@ -118,10 +132,10 @@ def show(report: CompressReport) -> None:
     ]
     ui.print_table("Plan: tokens through each site", ["after", "kept by", "tokens in", "tokens out"], rows, left=2)
     if report.measured:
-        _show_measured(report.measured)
+        _show_measured(report.measured, unit)
     else:
         ratio = report.dense_macs / report.macs
-        ui.print_text(f"{report.dense_macs / 1e9:.2f} -> {report.macs / 1e9:.2f} GMACs per image ({ratio:.2f}x less)")
+        ui.print_text(f"{report.dense_macs / 1e9:.2f} -> {report.macs / 1e9:.2f} GMACs per {unit} ({ratio:.2f}x less)")
         ui.print_text("Dry run: nothing was run, measured or written.")
     if report.output:
         size = report.output.stat().st_size / 1e6
@@ -133,12 +147,17 @@ def describe_tokens(tokens: int, grid: Sequence[int] | None) -> str:
     return f"{tokens} ({grid[0]}x{grid[1]})" if grid else str(tokens)
 
 
-def _show_measured(measured: Measured) -> None:
+def _show_measured(measured: Measured, unit: str) -> None:
     from repshift_cli import ui
 
     before, after = measured.dense, measured.compressed
     rows = [
-        ["GMACs per image", f"{before.macs / 1e9:.3f}", f"{after.macs / 1e9:.3f}", f"{before.macs / after.macs:.2f}x"],
+        [
+            f"GMACs per {unit}",
+            f"{before.macs / 1e9:.3f}",
+            f"{after.macs / 1e9:.3f}",
+            f"{before.macs / after.macs:.2f}x",
+        ],
         [
             "latency, median ms",
             _milliseconds(before.latency.median),
@@ -152,7 +171,7 @@ def _show_measured(measured: Measured) -> None:
             "",
         ],
         [
-            "images per second",
+            f"{unit}s per second",
             f"{before.throughput:.1f}",
             f"{after.throughput:.1f}",
             f"{after.throughput / before.throughput:.2f}x",

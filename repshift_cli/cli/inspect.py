@@ -22,13 +22,16 @@ def command(
     model: options.ModelName = None,
     heads: options.Heads = None,
     img_size: options.ImgSize = None,
+    frames: options.Frames = None,
+    checkpoint_frames: options.CheckpointFrames = None,
     json: options.AsJson = False,
 ) -> None:
     """Show a model's blocks, tokens and sites, what can be reduced, and why something cannot."""
     from repshift_cli import ui
     from repshift_cli.artifact import open_model
+    from repshift_cli.identify import Clips
 
-    opened = open_model(checkpoint, model, heads, img_size)
+    opened = open_model(checkpoint, model, heads, img_size, clips=Clips(frames, checkpoint_frames))
     document = _describe(opened)
     for note in opened.loaded.notes:
         ui.remark(note)
@@ -100,16 +103,15 @@ def _show(opened: Opened, document: dict[str, Any]) -> None:
     from repshift_cli import ui
 
     model = document["model"]
-    ui.print_text(
-        f"model    {model['name']} ({model['family']}), {model['params']:,} parameters, {model['classes']} classes"
-    )
+    head = "no head" if model["classes"] is None else f"{model['classes']} classes"
+    ui.print_text(f"model    {model['name']} ({model['family']}), {model['params']:,} parameters, {head}")
     ui.print_text(f"input    {opened.loaded.description.preprocessing}")
     prefix, patches = document["prefix_tokens"], document["patch_tokens"]
     if prefix or "grid" not in document["sites"][0]:
         ui.print_text(f"tokens   {prefix} that never go (class, registers) + {patches} patches")
     else:
         ui.print_text("tokens   positions of feature maps, of which whole rows and columns go")
-    told = f"{document['dense_gmacs']:.3f} GMACs per image dense"
+    told = f"{document['dense_gmacs']:.3f} GMACs per {opened.loaded.description.preprocessing.unit} dense"
     if document["compressed"]:
         told += f", {document['gmacs']:.3f} with its plan"
     ui.print_text(f"cost     {told}")

@@ -10,10 +10,12 @@ import typer
 __all__ = [
     "AsJson",
     "BatchSize",
+    "CheckpointFrames",
     "DataDir",
     "Device",
     "Dtype",
     "Force",
+    "Frames",
     "Heads",
     "ImgSize",
     "MeasureDtype",
@@ -24,7 +26,7 @@ __all__ = [
 
 ModelName = Annotated[
     str | None,
-    typer.Option("--model", metavar="NAME", help="The model's name in timm, or vim_..., where the file does not tell."),
+    typer.Option("--model", metavar="NAME", help="The name (timm's, vim_..., umt_...), where the file does not tell."),
 ]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Where the dataset lies (or REPSHIFT_DATA_DIR).")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
@@ -44,3 +46,13 @@ MeasureDtype = Annotated[
     str, typer.Option("--dtype", help="float32, bfloat16 or float16, to run in; the file keeps its own.")
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Which pictures are drawn.")]
+Frames = Annotated[
+    int | None,
+    typer.Option("--frames", min=1, metavar="N", help="Frames of a clip, where the file of a video model tells none."),
+]
+CheckpointFrames = Annotated[
+    int | None,
+    typer.Option(
+        "--checkpoint-frames", min=1, metavar="N", help="Frames that it was trained on, to stretch its positions from."
+    ),
+]

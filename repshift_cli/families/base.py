@@ -38,7 +38,7 @@ class Site:
     """A block after which tokens can go.
 
     Attributes:
-        name: as the model names the module, `blocks.3`.
+        name: as the model names the module, `blocks.3`; where it holds several encoders, as the reduced one does.
         layer: index of the block.
         block: its output is what the family's `Stream` can read.
         probes: where the tensors that metrics ask for can be seen. `block_input` and `block_output` need none.

@@ -68,7 +68,7 @@ class Umt(Family):
         return None
 
     def layout(self, model: Any) -> Layout:
-        names = (f"vision_encoder.encoder.blocks.{index}" for index in range(len(model.blocks)))
+        names = (f"blocks.{index}" for index in range(len(model.blocks)))  # of the vision encoder
         return Layout(
             family=self.name,
             prefix_tokens=0,

@@ -17,7 +17,7 @@ from repshift_cli.errors import CheckpointError, RepshiftError
 from repshift_cli.identify import cnn, umt, vim, vit
 from repshift_cli.identify.building import UMT, VIM, build_on_meta, check_heads, create, size_args
 from repshift_cli.identify.identity import Identity, shapes, supported
-from repshift_cli.identify.names import canonical_name, is_model_name, model_names
+from repshift_cli.identify.names import canonical_name, encoder_name, is_model_name, model_names
 from repshift_cli.identify.vit import VitShape
 from repshift_cli.preprocessing import Preprocessing
 
@@ -31,6 +31,7 @@ __all__ = [
     "canonical_name",
     "check_heads",
     "create",
+    "encoder_name",
     "identify",
     "is_model_name",
     "model_names",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from repshift_cli.models import umt, vim
 
-__all__ = ["canonical_name", "is_model_name", "model_names"]
+__all__ = ["canonical_name", "encoder_name", "is_model_name", "model_names"]
 
 _VIM_DETAILS = "_bimambav2"
 _OTHER_VIMS = ("noclstok", "rope")
@@ -16,6 +16,11 @@ def canonical_name(name: str) -> str:
     if details and short in vim.MODELS and not any(word in rest for word in _OTHER_VIMS):
         return short
     return name
+
+
+def encoder_name(name: str) -> str:
+    """What recipes are for: UMT's models for retrieval and for questions have the same vision encoder."""
+    return name.removesuffix("_qa") if name in umt.MODELS else name
 
 
 def is_model_name(name: str) -> bool:
