@@ -159,11 +159,13 @@ class Naive:
     """One clip on its way.
 
     Attributes:
+        entered: of each block, `[N, C]` before it.
         attended: of each block, `[N, C]` after its attention, before its MLP.
         blocks: of each block, `[N, C]`, before any token goes.
         tokens: `[N, C]` behind the last norm.
     """
 
+    entered: list[Tensor] = field(default_factory=list)
     attended: list[Tensor] = field(default_factory=list)
     blocks: list[Tensor] = field(default_factory=list)
     tokens: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -186,13 +188,16 @@ def naive_vision(
     kernel = weights["patch_embed.proj.weight"][:, :, 0]
     frames = functional.conv2d(clip, kernel, weights["patch_embed.proj.bias"], stride=kernel.shape[-1])
     rows, columns = frames.shape[2:]
-    tokens = torch.stack([frame[:, row, column] for frame in frames for row in range(rows) for column in range(columns)])
+    tokens = torch.stack(
+        [frame[:, row, column] for frame in frames for row in range(rows) for column in range(columns)]
+    )
     tokens = tokens + places
     left = torch.arange(len(tokens))
     found = Naive()
     depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
     for index in range(depth):
         block = {key.split(".", 2)[2]: value for key, value in weights.items() if key.startswith(f"blocks.{index}.")}
+        found.entered.append(tokens)
         tokens = tokens + _attention(block, _norm(block, "norm1", tokens), heads)
         found.attended.append(tokens)
         hidden = _norm(block, "norm2", tokens) @ block["mlp.fc1.weight"].T + block["mlp.fc1.bias"]

@@ -1,13 +1,16 @@
-"""`repshift eval`: accuracy on a labelled dataset."""
+"""`repshift eval`: accuracy on a labelled dataset; of video-text models, retrieval and answers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from repshift_cli.cli import options
+from repshift_cli.cli import evaluate_video, options
+from repshift_cli.cli.evaluate_video import Pooling, VideoOptions
 from repshift_cli.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -17,15 +20,36 @@ if TYPE_CHECKING:
     from repshift_cli.data import ImageDataset
     from repshift_cli.evaluate import Evaluation, Score
     from repshift_cli.preprocessing import Preprocessing
+    from repshift_cli.ui import Screen
 
-__all__ = ["command", "document", "head_size", "models_of", "show"]
+__all__ = ["check_comparison", "command", "document", "head_size", "models_of", "show"]
 
 _DEFAULT_MODEL = "builtin:vit-digits"
 _DEFAULT_DATASET = "builtin:digits"
+_DEFAULT_VIDEOS = {"builtin:umt-shapes": "builtin:shapes", "builtin:umt-shapes-qa": "builtin:shapes-qa"}
 _BUILTIN = "builtin:"
 _DENSE = "dense"
 _COMPRESSED = "compressed"
 _SHOWN_SKIPPED = 10
+_IMAGES_AT_A_TIME, _VIDEOS_AT_A_TIME = 64, 8
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """How the command was told to run, for pictures and videos alike; device and dtype are those of torch."""
+
+    name: str
+    dataset: str | None
+    data_dir: Path | None
+    batch_size: int | None
+    device: Any
+    dtype: Any
+    workers: int
+    strict: bool
+    limit: int | None
+    seed: int
+    compare_dense: bool
+    json: bool
 
 
 def command(
@@ -38,101 +62,221 @@ def command(
         typer.Option(
             "--dataset",
             metavar="NAME",
-            help="imagenet-val, folder, builtin:digits, the path of a folder with class folders, "
-            "or a name that timm reads, such as torch/cifar10.",
+            help="imagenet-val, folder, builtin:digits, the path of a folder with class folders, or a name that timm "
+            "reads, such as torch/cifar10. For video models: msrvtt, msvd, activitynet, didemo, lsmdc, ssv2-label, "
+            "ssv2-template, msrvtt-qa, msvd-qa, builtin:shapes or builtin:shapes-qa.",
             show_default=False,
         ),
     ] = None,
     data_dir: options.DataDir = None,
     limit: Annotated[
         int | None,
-        typer.Option("--limit", min=1, metavar="N", help="Only N pictures, evenly spaced over the dataset."),
+        typer.Option(
+            "--limit", min=1, metavar="N", help="Only N pictures, videos or questions, evenly spaced over the dataset."
+        ),
     ] = None,
     compare_dense: Annotated[
-        bool, typer.Option("--compare-dense", help="Evaluate the original model too, on the same pictures.")
+        bool, typer.Option("--compare-dense", help="Evaluate the original model too, on the same inputs.")
     ] = False,
     model_name: options.ModelName = None,
     heads: options.Heads = None,
     img_size: options.ImgSize = None,
-    batch_size: options.BatchSize = 64,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size",
+            "-b",
+            min=1,
+            help=f"Inputs at a time. Default: {_IMAGES_AT_A_TIME} images, {_VIDEOS_AT_A_TIME} videos.",
+            show_default=False,
+        ),
+    ] = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     threads: options.Threads = None,
     workers: Annotated[
-        int, typer.Option("--workers", min=0, help="Processes that decode pictures (0: decode in this one).")
+        int, typer.Option("--workers", min=0, help="Processes that decode (0: decode in this one).")
     ] = 0,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first picture that cannot be read.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first picture or video that cannot be read.")
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which built-in scenes are drawn.")] = 0,
+    frames: options.Frames = None,
+    checkpoint_frames: options.CheckpointFrames = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option("--annotations", metavar="FILE", help="Captions or questions of videos, as UMT's JSON files."),
+    ] = None,
+    videos: Annotated[
+        Path | None, typer.Option("--videos", metavar="DIR", help="The folder that the annotations' videos lie in.")
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option("--answers", metavar="FILE", help="JSON list of the answers to choose from (default: all right)."),
+    ] = None,
+    vocab: Annotated[
+        Path | None, typer.Option("--vocab", metavar="FILE", help="vocab.txt of the BERT that reads the texts.")
+    ] = None,
+    rerank: Annotated[
+        bool | None,
+        typer.Option(
+            "--rerank/--no-rerank",
+            help="Retrieval: order the best of each query by the matching score (default), or by similarity alone.",
+            show_default=False,
+        ),
+    ] = None,
+    rerank_k: Annotated[
+        int | None,
+        typer.Option(
+            "--rerank-k", min=1, metavar="K", help="How many of each query are re-ranked (128).", show_default=False
+        ),
+    ] = None,
+    paragraph: Annotated[
+        bool | None,
+        typer.Option(
+            "--paragraph/--no-paragraph",
+            help="Whether a list of captions is one text (default: as the benchmark has it, else not).",
+            show_default=False,
+        ),
+    ] = None,
+    pooling: Annotated[
+        Pooling | None,
+        typer.Option(
+            "--pooling",
+            help="Dense models for retrieval: pool each frame, as UMT does (default), or all tokens, as compressed "
+            "models do.",
+            show_default=False,
+        ),
+    ] = None,
     json: options.AsJson = False,
 ) -> None:
-    """Measure accuracy on a labelled dataset, and the dense model beside it where asked."""
-    name = _dataset_of(model, dataset)
+    """Measure accuracy on a labelled dataset, and the dense model beside it where asked.
+
+    Models for video and text: retrieval in both directions, or answers to questions.
+    """
+    told = VideoOptions(annotations, videos, answers, vocab, rerank, rerank_k, paragraph, pooling)
+    chosen = _dataset_of(model, dataset, annotations)
 
     from repshift_cli import measure, ui
     from repshift_cli.artifact import open_model
-    from repshift_cli.data import open_dataset
-    from repshift_cli.evaluate import evaluate
+    from repshift_cli.identify import Clips
 
-    where, number_type = measure.resolve_device(device), measure.resolve_dtype(dtype)
-    data = open_dataset(name, data_dir, limit, seed)
-    opened = open_model(model, model_name, heads, img_size)
-    models = models_of(opened, compare_dense, model)
-    preprocessing = opened.loaded.description.preprocessing
+    setup = _Setup(
+        name=model,
+        dataset=chosen,
+        data_dir=data_dir,
+        batch_size=batch_size,
+        device=measure.resolve_device(device),
+        dtype=measure.resolve_dtype(dtype),
+        workers=workers,
+        strict=strict,
+        limit=limit,
+        seed=seed,
+        compare_dense=compare_dense,
+        json=json,
+    )
+    opened = open_model(model, model_name, heads, img_size, clips=Clips(frames, checkpoint_frames))
     screen = ui.Screen()
     for note in opened.loaded.notes:
         screen.note(note)
-    if not json:
-        _announce(opened, data, preprocessing)
     with measure.threads(threads):
-        result = evaluate(
-            models,
-            data,
-            preprocessing,
-            batch_size=batch_size,
-            device=where,
-            dtype=number_type,
-            workers=workers,
-            strict=strict,
-            num_classes=head_size(opened.loaded.model),
-            progress=screen,
-        )
+        if opened.loaded.description.preprocessing.frames is None:
+            _classify(opened, told, setup, screen)
+        else:
+            _watch(opened, told, setup, screen)
+
+
+def _classify(opened: Opened, told: VideoOptions, setup: _Setup, screen: Screen) -> None:
+    """Evaluate a model of single pictures."""
+    from repshift_cli import ui
+    from repshift_cli.data import open_dataset
+    from repshift_cli.evaluate import evaluate
+
+    evaluate_video.refuse(setup.name, setup.dataset, told)
+    assert setup.dataset is not None
+    data = open_dataset(setup.dataset, setup.data_dir, setup.limit, setup.seed)
+    models = models_of(opened, setup.compare_dense, setup.name)
+    preprocessing = opened.loaded.description.preprocessing
+    if not setup.json:
+        _announce(opened, data, preprocessing)
+    result = evaluate(
+        models,
+        data,
+        preprocessing,
+        batch_size=setup.batch_size or _IMAGES_AT_A_TIME,
+        device=setup.device,
+        dtype=setup.dtype,
+        workers=setup.workers,
+        strict=setup.strict,
+        num_classes=head_size(opened.loaded.model),
+        progress=screen,
+    )
     _report_skipped(result)
     macs = {_COMPRESSED: opened.macs, _DENSE: opened.dense_macs}
-    if json:
-        ui.print_json(document(result, macs, model, preprocessing))
+    if setup.json:
+        ui.print_json(document(result, macs, setup.name, preprocessing))
     else:
         show(result, macs)
 
 
-def _dataset_of(model: str, dataset: str | None) -> str:
-    """The dataset that was named, or the one that belongs to a built-in model.
+def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Screen) -> None:
+    """Evaluate a model for video and text."""
+    from repshift_cli.video_evaluation import DenseSelf, Settings, Wanted
+
+    check_comparison(opened, setup.compare_dense, setup.name)
+    compressed = opened.compressed
+    models: dict[str, Any] = {_DENSE if compressed is None else _COMPRESSED: opened.loaded.model}
+    if compressed is not None and setup.compare_dense:
+        models[_DENSE] = DenseSelf(compressed)
+    wanted = Wanted(
+        setup.dataset,
+        told.annotations,
+        told.videos,
+        told.answers,
+        setup.data_dir,
+        told.paragraph,
+        setup.limit,
+        setup.seed,
+    )
+    settings = Settings(setup.batch_size or _VIDEOS_AT_A_TIME, setup.device, setup.dtype, setup.workers, setup.strict)
+    evaluate_video.run(evaluate_video.Run(opened, setup.name, models, settings), wanted, told, screen, setup.json)
+
+
+def _dataset_of(model: str, dataset: str | None, annotations: Path | None) -> str | None:
+    """The dataset that was named, or the one that belongs to a built-in model; None for annotations alone.
 
     Raises:
         UsageError: none was named and the model is not built in.
     """
-    if dataset is not None:
+    if dataset is not None or annotations is not None:
         return dataset
     if model.startswith(_BUILTIN):
-        return _DEFAULT_DATASET
+        return _DEFAULT_VIDEOS.get(model, _DEFAULT_DATASET)
     raise UsageError(
         f"no dataset was named for {model}",
-        "Add --dataset imagenet-val --data-dir DIR, or --dataset FOLDER with one folder per class.",
+        "Add --dataset imagenet-val --data-dir DIR, or --dataset FOLDER with one folder per class. For video models: "
+        "--dataset msrvtt --data-dir DIR, or --annotations FILE --videos DIR.",
     )
 
 
-def models_of(opened: Opened, compare_dense: bool, name: str) -> dict[str, nn.Module]:
-    """The modules to run, by name; the first one is what was asked for.
+def check_comparison(opened: Opened, compare_dense: bool, name: str) -> None:
+    """Refuse to compare a dense model with itself.
 
     Raises:
         UsageError: a comparison was asked for, but the model is dense.
     """
+    if opened.compressed is None and compare_dense:
+        raise UsageError(
+            f"--compare-dense: {name} is dense itself, there is nothing to compare",
+            "Leave the option out, or give a checkpoint that `repshift compress` wrote.",
+        )
+
+
+def models_of(opened: Opened, compare_dense: bool, name: str) -> dict[str, nn.Module]:
+    """The modules to run, by name; the first one is what was asked for. Errors as `check_comparison`."""
+    check_comparison(opened, compare_dense, name)
     compressed = opened.compressed
     if compressed is None:
-        if compare_dense:
-            raise UsageError(
-                f"--compare-dense: {name} is dense itself, there is nothing to compare",
-                "Leave the option out, or give a checkpoint that `repshift compress` wrote.",
-            )
         return {_DENSE: opened.module}
     if not compare_dense:
         return {_COMPRESSED: compressed}

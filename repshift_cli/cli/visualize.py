@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["command", "document", "show"]
 
-_SCENES = "builtin:digits"
+_SCENES, _CLIP_SCENES = "builtin:digits", "builtin:shapes"
+_PICTURES, _CLIPS = 6, 3  # a clip takes several times the room of a picture
 
 
 def command(
@@ -28,11 +29,16 @@ def command(
         typer.Option(
             "--data",
             metavar="FOLDER",
-            help="A folder with pictures, or a dataset. Default: built-in scenes, for a built-in model.",
+            help="A folder with pictures (or videos), or a dataset. Default: built-in scenes, for a built-in model.",
             show_default=False,
         ),
     ] = None,
-    count: Annotated[int, typer.Option("--count", min=1, max=64, help="How many pictures.")] = 6,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            "--count", min=1, max=64, help="How many pictures or clips.", show_default=f"{_PICTURES}, or {_CLIPS} clips"
+        ),
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="The picture (.png, .svg or .pdf).")
     ] = Path("kept.png"),
@@ -46,7 +52,7 @@ def command(
     force: options.Force = False,
     json: options.AsJson = False,
 ) -> None:
-    """Show which patches of some pictures a compressed model keeps, site by site."""
+    """Show which patches of some pictures or clips a compressed model keeps, site by site."""
     _check_outputs(output, indices, force)
 
     from repshift_cli import measure, ui
@@ -60,11 +66,12 @@ def command(
             f"{model} is dense: it keeps all tokens, so there is nothing to show",
             f"Compress it first: repshift compress {model}",
         )
-    pictures = data or _default_data(opened, model)
+    of_clips = opened.loaded.description.preprocessing.frames is not None
+    samples = data or _default_data(opened, model, of_clips)
     opened.module.to(where)
     for note in opened.loaded.notes:
         ui.remark(note)
-    view = view_kept(opened, pictures, count, seed)
+    view = view_kept(opened, samples, count or (_CLIPS if of_clips else _PICTURES), seed)
     for reason in view.samples.skipped:
         ui.warn(f"left out: {reason}")
     write(view, output, indices, force)
@@ -93,12 +100,16 @@ def show(view: View, output: Path, indices: Path | None) -> None:
     shown = len(view.readings)
     counts = ((rows.shape[1], view.patches[layer].patches, layer) for layer, rows in view.kept.items())
     stages = ", ".join(f"{kept} of {total} after block {layer}" for kept, total, layer in counts)
-    ui.print_text(f"kept    {stages}")
+    ui.print_text(f"merged  into {stages}" if view.merged else f"kept    {stages}")
+    if view.of_clips:
+        moved = [reading.moved for reading in view.readings]
+        mean = sum(moved) / shown
+        ui.print_text(f"moved   features by {mean:.4f} on average, {max(moved):.4f} at most (1 - cosine)")
     if view.unchanged is not None:
         ui.print_text(f"classes {view.unchanged} of {shown} predictions are the same as the dense model's")
     ui.print_text(f"wrote   {output} ({view.samples.description})")
     if indices is not None:
-        ui.print_text(f"wrote   {indices} (indices of the kept patches)")
+        ui.print_text(f"wrote   {indices} (indices of the {'merged' if view.merged else 'kept'} patches)")
 
 
 def document(view: View, model: str, output: Path, indices: Path | None) -> dict[str, Any]:
@@ -110,9 +121,9 @@ def document(view: View, model: str, output: Path, indices: Path | None) -> dict
         "indices": None if indices is None else str(indices),
         "data": view.samples.description,
         "skipped": list(view.samples.skipped),
-        **{key: known[key] for key in ("grid", "patch", "layers")},
-        "unchanged": view.unchanged,
-        "images": [reading.to_dict() for reading in view.readings],
+        **{key: known[key] for key in ("grid", "patch", "layers", "tokens") if key in known},
+        **({} if view.of_clips else {"unchanged": view.unchanged}),
+        **view.samples_to_dict(),
     }
 
 
@@ -129,7 +140,7 @@ def _check_outputs(output: Path, indices: Path | None, force: bool) -> None:
     check_outputs({"--output": output, "--indices": indices}, force)
 
 
-def _default_data(opened: Opened, model: str) -> str:
+def _default_data(opened: Opened, model: str, of_clips: bool) -> str:
     """The scenes that a built-in model was made for.
 
     Raises:
@@ -137,8 +148,9 @@ def _default_data(opened: Opened, model: str) -> str:
     """
     from repshift_cli.checkpoint import BUILTIN
 
+    scenes, what = (_CLIP_SCENES, "videos") if of_clips else (_SCENES, "pictures")
     if f"builtin:{opened.loaded.description.name}" in BUILTIN:
-        return _SCENES
+        return scenes
     raise UsageError(
-        f"no pictures were named for {model}", f"Add --data FOLDER (or --data {_SCENES} for built-in scenes)."
+        f"no {what} were named for {model}", f"Add --data FOLDER (or --data {scenes} for built-in scenes)."
     )
