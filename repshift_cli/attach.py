@@ -146,7 +146,8 @@ class Trace:
     Attributes:
         output: what the model returned.
         kept: int64 `[B, K]` for each site's layer: original patch positions (row-major in the patch grid, or in the map
-            that the dense model has there), ascending.
+            that the dense model has there; frame by frame in a clip), ascending. Where tokens are merged, the positions
+            of those that the others went into.
     """
 
     output: Tensor
@@ -221,7 +222,8 @@ class CompressedModel(nn.Module):
             if site.layer in found:
                 hook, index = found[site.layer]
                 state = state.keep(index, hook.planned.grid_out)
-                kept[site.layer] = state.index
+                # a merge leaves its tokens in an order of its own
+                kept[site.layer] = state.index.sort(dim=1).values if hook.planned.after == "attention" else state.index
         return Trace(output, kept)
 
     def macs(self, counted: bool = False) -> int:

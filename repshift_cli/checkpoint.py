@@ -361,6 +361,13 @@ def _check_clips(loaded: LoadedModel, clips: Clips) -> None:
     what, frames = loaded.source.path or loaded.description.name, loaded.description.preprocessing.frames
     if frames is None and clips != Clips():
         raise UsageError(f"{what} takes single pictures, no clips", "Leave --frames and --checkpoint-frames out.")
+    made = loaded.model.vision.checkpoint_frames if isinstance(loaded.model, UmtModel) else None
+    if clips.checkpoint_frames not in (None, made):
+        raise UsageError(
+            f"--checkpoint-frames {clips.checkpoint_frames}: the positions of {what} are made already, as its metadata "
+            "says",
+            "Leave the option out, or start from the authors' checkpoint.",
+        )
     if clips.frames not in (None, frames):
         raise UsageError(
             f"--frames {clips.frames}: {what} takes clips of {frames} frames, as its metadata says",
@@ -375,6 +382,15 @@ def _check_size_told(loaded: LoadedModel, where: str) -> None:
         raise CheckpointError(
             f"{where}: its metadata names images of {told[0]}x{told[1]}, but the model takes {size[0]}x{size[1]}"
         )
+    frames, named = _frames(loaded.model), loaded.description.preprocessing.frames
+    if frames != named:
+        raise CheckpointError(
+            f"{where}: its metadata names {named or 'no'} frames, but the model takes {frames or 'single pictures'}"
+        )
+
+
+def _frames(model: nn.Module) -> int | None:
+    return model.vision.frames if isinstance(model, UmtModel) else None
 
 
 def _described(document: Mapping[str, Any], where: str) -> ModelDescription:

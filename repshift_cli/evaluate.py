@@ -181,7 +181,8 @@ def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> t
     spread = z * sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     middle = share + z * z / (2 * total)
     scale = 1 + z * z / total
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+    # the share lies inside, also where rounding says otherwise
+    return min(share, max(0.0, (middle - spread) / scale)), max(share, min(1.0, (middle + spread) / scale))
 
 
 @dataclass

@@ -63,7 +63,7 @@ class RetrievalModel(Protocol):
         ...
 
     def match(self, hidden: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-        """Of n pairs `[n, L, D']`, `[n, L]`, `[n, N, D]` the raw matching logits `[n]`."""
+        """The raw matching logits `[n]` of n texts `[n, L, D']`, `[n, L]` with one video `[1, N, D]`."""
         ...
 
     def to(self, *, device: torch.device, dtype: torch.dtype) -> object:
@@ -282,8 +282,8 @@ def matching_scores(
 ) -> Scores:
     """The matching score of the best `k` candidates of each query, in both directions.
 
-    A pair that both directions ask for is matched once. Pairs go video by video, so that only few videos' tokens are on
-    the device at a time, and each is copied there as seldom as possible.
+    A pair that both directions ask for is matched once. Pairs go video by video: its tokens are copied to the device
+    once, and its keys and values serve many texts.
 
     Args:
         model: on `device`, in eval mode.
@@ -302,25 +302,23 @@ def matching_scores(
         UsageError: not enough memory for the pairs.
     """
     for_video, for_text = _best(sim, k), _best(sim.T, k).T
-    pairs = (for_video | for_text).nonzero()  # row by row: sorted by video
+    pairs = int((for_video | for_text).sum())
     scores = torch.full(tuple(sim.shape), NOT_MATCHED)
     with (
         torch.inference_mode(),
         explained_memory(f"{pair_batch} pairs of video and text"),
-        progress.task(label, len(pairs)) as task,
+        progress.task(label, pairs) as task,
     ):
-        for chunk in pairs.split(pair_batch):
-            videos, place = chunk[:, 0].unique(return_inverse=True)
-            texts = chunk[:, 1].to(hidden.device)
-            logits = model.match(
-                hidden[texts].to(device),
-                mask[texts.to(mask.device)].to(device),
-                tokens[videos.to(tokens.device)].to(device)[place.to(device)],
-            )
-            if tuple(logits.shape) != (len(chunk),):
-                raise ModelError(f"{label}: {tuple(logits.shape)} is returned where ({len(chunk)},) is expected")
-            scores[chunk[:, 0], chunk[:, 1]] = finite(label, logits).float().cpu()
-            task.advance(len(chunk))
+        for video, wanted in enumerate(for_video | for_text):
+            seen = tokens[video : video + 1].to(device)
+            for texts in wanted.nonzero().squeeze(1).split(pair_batch):
+                logits = model.match(
+                    hidden[texts.to(hidden.device)].to(device), mask[texts.to(mask.device)].to(device), seen
+                )
+                if tuple(logits.shape) != (len(texts),):
+                    raise ModelError(f"{label}: {tuple(logits.shape)} is returned where ({len(texts)},) is expected")
+                scores[video, texts] = finite(label, logits).float().cpu()
+                task.advance(len(texts))
     return Scores(
         text_to_video=scores.where(for_text, NOT_MATCHED).T.contiguous(),
         video_to_text=scores.where(for_video, NOT_MATCHED),

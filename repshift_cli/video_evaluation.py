@@ -454,27 +454,24 @@ def _scenes_with_questions(name: str, wanted: Wanted) -> QuestionData:
 
 
 def _from_files(wanted: Wanted, task: Task, what: str) -> CaptionData | QuestionData:
-    annotations, videos, answers = (
-        path and path.expanduser() for path in (wanted.annotations, wanted.videos, wanted.answers)
-    )
     if wanted.dataset is None and wanted.data_dir is not None:
         raise UsageError("--data-dir has no meaning without the name of a benchmark", "Add --dataset, or --videos DIR.")
-    source = video_text._find(wanted.dataset, annotations, videos, answers, wanted.data_dir)
     if task == "retrieval" and wanted.answers is not None:
         raise UsageError(f"--answers has no meaning for {what}, a model for retrieval", "Leave --answers out.")
     if task == "qa" and wanted.paragraph is not None:
         raise UsageError("--paragraph has no meaning for questions", "Leave it out.")
     found = video_text.open_video_text(
         wanted.dataset,
-        annotations=source.annotations,
-        videos=source.videos,
-        answers=source.answers,
+        annotations=wanted.annotations,
+        videos=wanted.videos,
+        answers=wanted.answers,
         limit=wanted.limit,
         data_dir=wanted.data_dir,
         paragraph=wanted.paragraph,
     )
-    _check_task("qa" if isinstance(found, QaSet) else "retrieval", task, source.annotations, what)
-    told_by = Annotations(source.annotations, sha256(source.annotations.read_bytes()).hexdigest())
+    assert found.annotations is not None
+    _check_task("qa" if isinstance(found, QaSet) else "retrieval", task, found.annotations, what)
+    told_by = Annotations(found.annotations, sha256(found.annotations.read_bytes()).hexdigest())
     return _questions_of(found, told_by) if isinstance(found, QaSet) else _captions_of(found, told_by)
 
 

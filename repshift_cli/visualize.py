@@ -298,7 +298,7 @@ def draw_clips(where: str, count: int, preprocessing: Preprocessing, seed: int) 
     transform = preprocessing.transform()
     found: dict[str, Tensor] = {}
     skipped: list[str] = []
-    for path in clip_files._drawn(clip_files._find(root), seed):
+    for path in clip_files.drawn(clip_files.find_clips(root), seed):
         try:
             clip = read_clip(path, preprocessing.frames or 1)
         except UnreadableVideo as problem:
@@ -309,7 +309,7 @@ def draw_clips(where: str, count: int, preprocessing: Preprocessing, seed: int) 
             break
     if not found:
         raise DataError(f"none of the {len(skipped)} videos in {root} can be read; {skipped[0]}")
-    return _clip_samples(found, f"{len(found)} clips of {where}, seed {seed}", skipped)
+    return _clip_samples(found, f"{_clips(len(found))} of {where}, seed {seed}", skipped)
 
 
 def _clip_scenes(where: str, count: int, preprocessing: Preprocessing, seed: int) -> Samples:
@@ -320,7 +320,11 @@ def _clip_scenes(where: str, count: int, preprocessing: Preprocessing, seed: int
     for scene in moving_shapes.scenes(count, moving_shapes.TEST_SEED + seed):
         frames = moving_shapes.render(scene, preprocessing.frames or 1, preprocessing.input_size[1])
         found[moving_shapes.caption(scene)] = clip_files.scene_tensor(frames, transform)
-    return _clip_samples(found, f"{len(found)} clips of {where}, seed {seed}")
+    return _clip_samples(found, f"{_clips(len(found))} of {where}, seed {seed}")
+
+
+def _clips(count: int) -> str:
+    return "1 clip" if count == 1 else f"{count} clips"
 
 
 def _clip_samples(found: Mapping[str, Tensor], description: str, skipped: Sequence[str] = ()) -> Samples:

@@ -57,7 +57,7 @@ class Student(nn.Module):
         super().__init__()
         self.retrieval = UmtRetrieval(setup.vision, setup.text, setup.embed_dim)
         self.retrieval.pooling = "all"
-        self.answering = UmtAnswering(setup.vision, setup.text)
+        self.answering = UmtAnswering(setup.vision, setup.text, tied=False)
         self.answering.vision_encoder.encoder = self.retrieval.vision_encoder.encoder
         self.answering.text_encoder = self.retrieval.text_encoder
         outputs = len(world.SHAPES) + len(world.COLOURS) + len(world.MOTIONS) + 1

@@ -183,7 +183,8 @@ class Table(nn.Module):
         self.largest = 0
 
     def match(self, hidden: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-        videos, texts = tokens[:, 0, 0].long(), hidden[:, 0, 0].long()
+        assert len(tokens) == 1
+        videos, texts = tokens[:, 0, 0].long().expand(len(hidden)), hidden[:, 0, 0].long()
         assert bool((mask[:, 0] == texts).all())
         self.pairs += list(zip(videos.tolist(), texts.tolist(), strict=True))
         self.largest = max(self.largest, len(texts))
@@ -283,7 +284,8 @@ class Toy(nn.Module):
         return on_circle(hidden[:, 1, 0])
 
     def match(self, hidden: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-        assert len(hidden) == len(mask) == len(tokens)
+        assert len(hidden) == len(mask)
+        assert len(tokens) == 1
         return -(tokens[:, 0, 0] - hidden[:, 1, 0]).abs() - tokens[:, :, 1].sum(1) / 64
 
 

@@ -15,10 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import DEPTH, PATCHES, compressed, images, make_recipe, tiny_vit
+from tiny_umt import compressed_umt, tiny_umt, umt_clips, umt_recipe
 from torch import nn
 
 from repshift_cli.artifact import Opened
+from repshift_cli.attach import CompressedModel
 from repshift_cli.checkpoint import LoadedModel, ModelDescription, Source
+from repshift_cli.data import moving_shapes
 from repshift_cli.data.imagenet import imagenet_wnids
 from repshift_cli.errors import DataError, ModelError, UsageError
 from repshift_cli.preprocessing import Preprocessing
@@ -27,10 +30,14 @@ from repshift_cli.visualize import (
     PatchGrid,
     Reading,
     _readable,
+    draw_clips,
     draw_samples,
     fade_dropped,
+    kept_clips_document,
+    kept_clips_figure,
     kept_indices_document,
     kept_masks,
+    kept_per_frame,
     kept_tokens_figure,
     observe,
     patch_grid,
@@ -304,6 +311,245 @@ class TestFigure:
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
+CLIP_GRID = PatchGrid(rows=2, columns=2, height=8, width=8, frames=3)
+"""12 tokens: place 7 is the lower right patch of frame 1."""
+
+CLIP = Preprocessing((3, 32, 32), MEAN, STD, "bicubic", 1.0, "squash", frames=3)
+PRUNE = "{kind: representation_shift, operation: mlp, distance: l2, reading: update, polarity: largest}"
+STAGES = "[{layer: 0, drop_ratio: 0.25}, {layer: 2, drop_ratio: 0.5}]"
+
+
+def smaller_umt(reducer: str = "prune", **options: Any) -> CompressedModel:
+    """A tiny UMT with 3 frames of 4x4 patches that keeps 36, then 18 tokens."""
+    metric = PRUNE if reducer == "prune" else "{kind: attention_entropy}"
+    return compressed_umt(tiny_umt(**options), umt_recipe(STAGES, metric, reducer))
+
+
+def opened_umt(reducer: str = "prune", **options: Any) -> Opened:
+    model = smaller_umt(reducer, **options)
+    description = ModelDescription("tiny", "umt", {}, Preprocessing.of_model(model.model))
+    return Opened(LoadedModel(model.model, description, Source("object", None, None), {}), model)
+
+
+class TestClipPlaces:
+    def test_the_grid_of_a_model(self) -> None:
+        assert patch_grid(tiny_umt(img_size=48, frames=5)) == PatchGrid(6, 6, 8, 8, frames=5)
+        assert patch_grid(tiny_umt()).patches == 48
+
+    def test_every_place_is_the_patch_that_the_model_sees_there(self) -> None:
+        model = tiny_umt()
+        grid = patch_grid(model)
+        embed = model.vision_encoder.encoder.patch_embed
+        with torch.no_grad():
+            empty = embed(torch.zeros(1, 3, 3, 32, 32))
+            for place in range(grid.patches):
+                mask = kept_masks(np.array([[place]]), grid, 3 * 32, 32)
+                clip = torch.from_numpy(mask.reshape(1, 3, 1, 32, 32)).float().expand(-1, -1, 3, -1, -1)
+                lit = (embed(clip) != empty).any(dim=-1)[0]
+                assert lit.nonzero().flatten().tolist() == [place]
+
+    def test_frames_do_not_run_into_each_other(self) -> None:
+        mask = kept_masks(np.array([[3, 7]]), CLIP_GRID, 3 * 16, 16)[0].reshape(3, 16, 16)
+        assert mask[:2, 8:, 8:].all()
+        assert mask.sum() == 2 * 64
+
+    def test_tokens_of_each_frame(self) -> None:
+        assert kept_per_frame(np.array([[0, 1, 3, 11], [4, 5, 6, 7]]), CLIP_GRID).tolist() == [[3, 0, 1], [0, 4, 0]]
+
+    @pytest.mark.parametrize("reducer", ["prune", "vid_tldr"])
+    def test_observed_places_are_those_of_the_trace(self, reducer: str) -> None:
+        model = smaller_umt(reducer)
+        clips = umt_clips(model, 7)
+        found, trace = observe(model, clips), model.trace(clips)
+        assert {layer: rows.shape for layer, rows in found.kept.items()} == {0: (7, 36), 2: (7, 18)}
+        for layer, rows in found.kept.items():
+            assert (np.diff(rows, axis=1) > 0).all()
+            assert np.array_equal(rows, np.sort(trace.kept[layer].numpy(), axis=1))
+        torch.testing.assert_close(found.compressed, trace.output)
+
+
+class TestClipSamples:
+    def test_scenes_are_named_by_what_they_show(self) -> None:
+        first, again, other = (draw_clips("builtin:shapes", 3, CLIP, seed) for seed in (0, 0, 1))
+        assert first.tensor.shape == (3, 3, 3, 32, 32)
+        assert torch.equal(first.tensor, again.tensor)
+        assert not torch.equal(first.tensor, other.tensor)
+        scenes = moving_shapes.scenes(3, moving_shapes.TEST_SEED)
+        assert first.names == tuple(map(moving_shapes.caption, scenes))
+        pixels = restore_pictures(first.tensor, MEAN, STD)
+        assert np.array_equal(pixels[0], moving_shapes.render(scenes[0], 3, 32))
+
+    def test_folders_of_frames(self, tmp_path: Path) -> None:
+        for name in ("one", "two"):
+            save_pictures(tmp_path / name, 4)
+        (tmp_path / "broken").mkdir()
+        (tmp_path / "broken" / "0.png").write_bytes(b"x")
+        found = draw_clips(str(tmp_path), 5, CLIP, 0)
+        assert found.tensor.shape == (2, 3, 3, 32, 32)
+        assert sorted(found.names) == [str(tmp_path / "one"), str(tmp_path / "two")]
+        assert len(found.skipped) == 1
+        assert "broken" in found.skipped[0]
+
+    def test_nothing_to_draw(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="no clips of the name builtin:digits"):
+            draw_clips("builtin:digits", 1, CLIP, 0)
+        with pytest.raises(DataError, match="no videos in"):
+            draw_clips(str(tmp_path), 1, CLIP, 0)
+        (tmp_path / "0.png").write_bytes(b"x")
+        with pytest.raises(DataError, match="none of the 1 videos"):
+            draw_clips(str(tmp_path), 1, CLIP, 0)
+
+
+class TestClipView:
+    def test_of_kept_tokens(self) -> None:
+        view = view_kept(opened_umt(), "builtin:shapes", 2)
+        assert (view.of_clips, view.merged, view.unchanged) == (True, False, None)
+        assert view.pictures.shape == (2, 3, 32, 32, 3)
+        assert all(0 < reading.moved < 1 for reading in view.readings)
+        written = texts(view.figure())
+        assert "tiny: tokens that are kept" in written
+        assert written.count("18 of 48 kept") == 2
+        assert not any("dense:" in text or "compressed:" in text for text in written)
+
+    def test_of_merged_tokens(self) -> None:
+        view = view_kept(opened_umt("vid_tldr", embed_dim=0), "builtin:shapes", 1)
+        assert view.merged
+        assert view.indices()["tokens"] == "merged"
+        written = texts(view.figure())
+        assert "tiny: where tokens are left after merging" in written
+        assert "merged into 36 of 48" in written
+        assert not any("kept" in text for text in written)
+
+    def test_features_are_compared_with_the_dense_model(self) -> None:
+        opened = opened_umt()
+        assert opened.compressed is not None
+        view = view_kept(opened, "builtin:shapes", 1)
+        with torch.no_grad(), opened.compressed.dense() as dense:
+            original = dense(view.samples.tensor)
+        likeness = torch.nn.functional.cosine_similarity(original, opened.compressed(view.samples.tensor))
+        assert view.readings[0].moved == pytest.approx(1 - likeness.item(), abs=1e-6)
+
+    def test_what_cannot_be_shown(self) -> None:
+        with pytest.raises(UsageError, match="0 clips"):
+            view_kept(opened_umt(), "builtin:shapes", 0)
+        with pytest.raises(UsageError, match="64 clips with 2 sites do not fit one picture") as caught:
+            view_kept(opened_umt(), "builtin:shapes", 64)
+        assert caught.value.hint == "Give --count 32."
+
+
+class TestClipDocument:
+    def test_places_and_the_grid_that_they_count_in(self) -> None:
+        kept = {0: np.array([[0, 3, 4, 11], [4, 5, 6, 7]]), 2: np.array([[11], [4]])}
+        readings = (Reading("a/b.mp4", cosine=0.75), Reading("c"))
+        document = json.loads(json.dumps(kept_clips_document(kept, dict.fromkeys(kept, CLIP_GRID), readings, False)))
+        grid = {"grid": {"frames": 3, "rows": 2, "columns": 2}, "patch": {"height": 8, "width": 8}}
+        layers = [{"layer": 0, "kept": 4, **grid}, {"layer": 2, "kept": 1, **grid}]
+        first, second = document.pop("clips")
+        assert document == {**grid, "layers": layers, "tokens": "kept"}
+        assert first == {
+            "clip": "a/b.mp4",
+            "features_moved": 0.25,
+            "kept": {"0": [0, 3, 4, 11], "2": [11]},
+            "per_frame": {"0": [2, 1, 1], "2": [0, 0, 1]},
+        }
+        assert second["per_frame"] == {"0": [0, 4, 0], "2": [0, 1, 0]}
+
+
+class TestClipFigure:
+    clips = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16, 3), dtype=np.uint8)
+    patches = dict.fromkeys((1, 5), CLIP_GRID)
+    kept = {1: np.array([[0, 1, 2, 7], [4, 5, 6, 11]]), 5: np.array([[7], [5]])}  # noqa: RUF012
+
+    def test_words(self) -> None:
+        readings = [Reading("x/a.mp4", cosine=0.987), Reading("a ring moves up", cosine=1.0000001)]
+        written = texts(kept_clips_figure(self.clips, self.kept, self.patches, readings, remark="fast"))
+        for text in (
+            "input",
+            "12 patches",
+            "3 frames",
+            "after block 1",
+            "4 of 12 kept",
+            "after block 5",
+            "1 of 12 kept",
+        ):
+            assert written.count(text) == 2, text
+        assert {"a.mp4", "features moved by 0.0130 (1 - cosine)", "a ring moves up", "fast"} <= set(written)
+        assert "features moved by 0.0000 (1 - cosine)" in written
+        assert written.count("in 2 of 3 frames") == 2
+        assert [text for text in written if text.endswith("of 4")][:6] == [
+            "3 of 4", "1 of 4", "0 of 4", "0 of 4", "1 of 4", "0 of 4"
+        ]  # fmt: skip
+
+    def test_dropped_patches_fade_in_their_own_frame(self, tmp_path: Path) -> None:
+        figure = kept_clips_figure(self.clips, self.kept, self.patches)
+        save_figure(figure, tmp_path / "kept.png", False)
+        png = np.asarray(Image.open(tmp_path / "kept.png").convert("RGB"))
+        assert len(figure.axes) == 2 * 3 * 3
+        panels = iter(figure.axes)
+        for clip in range(2):
+            for kept in (np.arange(12), self.kept[1][clip], self.kept[5][clip]):
+                for frame in range(3):
+                    shown = self.panel(png, next(panels))
+                    for row, column in np.ndindex(2, 2):
+                        place = frame * 4 + row * 2 + column
+                        part = (slice(row * 8 + 1, row * 8 + 7), slice(column * 8 + 1, column * 8 + 7))  # no outline
+                        if place in kept:
+                            assert np.array_equal(shown[part], self.clips[clip, frame][part])
+                        else:
+                            assert (shown[part] == shown[part][..., :1]).all()
+                            assert shown[part].min() >= 170
+
+    @staticmethod
+    def panel(png: np.ndarray, panel: Any) -> np.ndarray:
+        """The pixels of a frame, each once, read in the middle of the square that shows it."""
+        box = panel.get_window_extent()
+        left, top, side = round(box.x0), png.shape[0] - round(box.y1), round(box.width)
+        scale, rest = divmod(side, 16)
+        assert (rest, side >= 200) == (0, True)
+        return png[top : top + side, left : left + side][scale // 2 :: scale, scale // 2 :: scale]
+
+    def test_kept_cells_are_outlined(self) -> None:
+        figure: Any = kept_clips_figure(self.clips[:1], {5: np.array([[7]])}, {5: CLIP_GRID})
+        lines = [panel.collections[0].get_segments() if panel.collections else [] for panel in figure.axes]
+        assert [len(segments) for segments in lines] == [0, 0, 0, 0, 2, 0]
+        assert sorted(np.array(lines[4]).tolist()) == [[[8, 8], [8, 16]], [[8, 8], [16, 8]]]
+
+    def test_of_many_frames_some_are_shown(self) -> None:
+        clips = np.repeat(self.clips[:1], 4, axis=1)
+        grid = PatchGrid(2, 2, 8, 8, frames=12)
+        figure = kept_clips_figure(clips, {1: np.array([[0, 23, 24]])}, {1: grid}, remark="fast", merged=True)
+        written = texts(figure)
+        assert len(figure.axes) == 2 * 8
+        assert "fast; 8 of 12 frames are shown" in written
+        assert [text for text in written if text.startswith("frame ")] == [
+            f"frame {frame}" for frame in (0, 1, 3, 4, 6, 7, 9, 10)
+        ]
+        assert {"merged into 3 of 48", "in 3 of 12 frames"} <= set(written)
+        counts = [text for text in written if text.endswith("of 4")]
+        assert counts == ["1 of 4"] + ["0 of 4"] * 3 + ["1 of 4"] + ["0 of 4"] * 3
+
+    @pytest.mark.parametrize("frames", [1, 3])
+    def test_no_words_overlap_or_leave_the_page(self, frames: int) -> None:
+        grid = PatchGrid(2, 2, 8, 8, frames=frames)
+        readings = [Reading("many words " * 20), Reading("/videos/a.mp4")]
+        figure = kept_clips_figure(
+            self.clips[:, :frames],
+            {1: np.array([[0], [1]])},
+            {1: grid},
+            readings,
+            title="a long title " * 4,
+            remark="fast",
+            merged=True,
+        )
+        figure.canvas.draw()
+        boxes = [text.get_window_extent() for text in figure.texts]
+        boxes += [panel.get_window_extent() for panel in figure.axes]
+        for index, box in enumerate(boxes):
+            assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+            assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+            assert not any(box.overlaps(other) for other in boxes[:index])
+
+
 def call(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "repshift_cli", "visualize", *arguments],
@@ -375,3 +621,47 @@ class TestCommand:
         assert message in done.stderr
         assert "Traceback" not in done.stderr
         assert [path.name for path in tmp_path.iterdir()] == ["old.png"]
+
+
+@pytest.fixture(scope="module")
+def clip_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A compressed tiny UMT under the name of a built-in one."""
+    from repshift_cli.artifact import make_document, save
+    from repshift_cli.checkpoint import load
+
+    folder = tmp_path_factory.mktemp("clips")
+    model = tiny_umt()
+    args = {"vision": model.vision.to_dict(), "text": model.text.to_dict(), "embed_dim": 24}
+    description = ModelDescription("umt-shapes", "umt", args, Preprocessing.of_model(model))
+    tensors = {key: value.clone().contiguous() for key, value in model.state_dict().items()}
+    save_file(
+        tensors, folder / "dense.safetensors", metadata={"repshift": json.dumps({"model": description.to_dict()})}
+    )
+    loaded, recipe = load(folder / "dense.safetensors"), umt_recipe(STAGES, PRUNE)
+    path = folder / "small.safetensors"
+    save(path, loaded, make_document(loaded, smaller_umt().plan, recipe, None, {}))
+    return str(path)
+
+
+class TestCommandOnClips:
+    def test_built_in_scenes_of_a_built_in_model(self, clip_model: str, tmp_path: Path) -> None:
+        done = call(clip_model, "--indices", "kept.json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "36 of 48 after block 0, 18 of 48 after block 2" in done.stdout
+        assert "moved   features by 0." in done.stdout
+        assert "3 clips of builtin:shapes" in done.stdout
+        assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
+        document = json.loads((tmp_path / "kept.json").read_text())
+        assert [list(map(len, clip["kept"].values())) for clip in document["clips"]] == [[36, 18]] * 3
+
+    def test_a_folder_as_json(self, clip_model: str, tmp_path: Path) -> None:
+        save_pictures(tmp_path / "videos" / "walk", 5)
+        done = call(clip_model, "--data", "videos", "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        document = json.loads(done.stdout)
+        assert document["grid"] == {"frames": 3, "rows": 4, "columns": 4}
+        assert document["tokens"] == "kept"
+        (clip,) = document["clips"]
+        assert clip["clip"] == "videos/walk"
+        assert 0 < clip["features_moved"] < 1
+        assert not {"images", "unchanged"} & set(document)

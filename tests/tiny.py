@@ -99,5 +99,6 @@ def compressed(model: nn.Module | None = None, recipe: Recipe | None = None) -> 
 
 def save_weights(model: nn.Module, path: Path) -> Path:
     """The weights of the model as safetensors, without any metadata."""
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+    # tied weights share memory, which safetensors does not take
+    save_file({key: value.clone().contiguous() for key, value in model.state_dict().items()}, path)
     return path

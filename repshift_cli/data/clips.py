@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-__all__ = ["load_clips", "load_inputs", "scene_tensor"]
+__all__ = ["drawn", "find_clips", "load_clips", "load_inputs", "scene_tensor"]
 
 _SCENES = "builtin:shapes"
 
@@ -79,22 +79,21 @@ def _scenes(count: int, preprocessing: Preprocessing, seed: int) -> ImageBatch:
 
 
 def _files(root: Path, count: int, preprocessing: Preprocessing, seed: int) -> ImageBatch:
-    from repshift_cli.data.folder import file_fingerprint
     from repshift_cli.data.video import UnreadableVideo, clip_tensor, read_clip
 
-    paths = _find(root)
+    paths = find_clips(root)
     transform = preprocessing.transform()
     tensors: list[Tensor] = []
     prints: list[str] = []
     skipped: list[str] = []
-    for path in _drawn(paths, seed):
+    for path in drawn(paths, seed):
         try:
             clip = read_clip(path, preprocessing.frames or 1)
         except UnreadableVideo as problem:
             skipped.append(f"{problem.sample}: {problem.reason}")
             continue
         tensors.append(clip_tensor(clip, transform))
-        prints.append(str(path) if path.is_dir() else file_fingerprint(path, root))
+        prints += _fingerprints(path, root)
         if len(tensors) == count:
             break
     if not tensors:
@@ -103,9 +102,18 @@ def _files(root: Path, count: int, preprocessing: Preprocessing, seed: int) -> I
     return batch_of(str(root), description, tensors, prints, skipped, seed=seed)
 
 
-def _find(root: Path) -> list[Path]:
+def _fingerprints(path: Path, root: Path) -> list[str]:
+    """Names and sizes of a video file, or of all frames of a clip."""
+    from repshift_cli.data.folder import file_fingerprint, find_pictures
+
+    if path.is_dir():
+        return [file_fingerprint(frame, root) for frame in find_pictures(path)]
+    return [file_fingerprint(path, root if root.is_dir() else root.parent)]
+
+
+def find_clips(root: Path) -> list[Path]:
     """Video files, and folders that hold pictures, at any depth, in the order of their names."""
-    from repshift_cli.data.folder import PICTURE_SUFFIXES, find_pictures
+    from repshift_cli.data.folder import PICTURE_SUFFIXES, find_files, find_pictures
     from repshift_cli.data.video import VIDEO_SUFFIXES
 
     endings = ", ".join(suffix[1:] for suffix in VIDEO_SUFFIXES)
@@ -115,15 +123,15 @@ def _find(root: Path) -> list[Path]:
         raise DataError(f"the folder {root} does not exist", hint)
     if root.is_file():
         return [root]
-    videos = [path for path in root.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()]
     clips = {path.parent for path in find_pictures(root)}
-    found = sorted([*videos, *clips])
+    found = sorted([*find_files(root, VIDEO_SUFFIXES), *clips])
     if not found:
         raise DataError(f"there are no videos in {root}", hint)
     return found
 
 
-def _drawn(paths: list[Path], seed: int) -> Iterator[Path]:
+def drawn(paths: list[Path], seed: int) -> Iterator[Path]:
+    """All of them, in the order in which a seed tries them."""
     import numpy as np
 
     yield from (paths[int(index)] for index in np.random.default_rng(seed).permutation(len(paths)))

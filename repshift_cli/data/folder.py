@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,14 +122,19 @@ def class_folders(root: Path) -> list[Path]:
 
 
 def find_pictures(root: Path) -> list[Path]:
-    """All picture files below `root`, at any depth, in an order that depends on their names only.
+    """All picture files below `root`; see `find_files`."""
+    return find_files(root, PICTURE_SUFFIXES)
 
-    Links to folders are followed once. A dangling link counts as a picture, so that it is reported when it is read.
+
+def find_files(root: Path, suffixes: Collection[str]) -> list[Path]:
+    """All files below `root` with these endings, at any depth, in an order that depends on their names only.
+
+    Links to folders are followed once. A dangling link counts as a file, so that it is reported when it is read.
 
     Raises:
         DataError: a folder cannot be listed.
     """
-    return sorted(_walk(root), key=lambda path: path.relative_to(root).parts)
+    return sorted(_walk(root, suffixes), key=lambda path: path.relative_to(root).parts)
 
 
 def file_fingerprint(path: Path, root: Path) -> str:
@@ -141,7 +146,7 @@ def file_fingerprint(path: Path, root: Path) -> str:
     return f"{path.relative_to(root).as_posix()}:{size}"
 
 
-def _walk(root: Path) -> Iterator[Path]:
+def _walk(root: Path, suffixes: Collection[str]) -> Iterator[Path]:
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_refuse):
         real = os.path.realpath(folder)
@@ -152,7 +157,7 @@ def _walk(root: Path) -> Iterator[Path]:
         subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
         for name in names:
             path = Path(folder, name)
-            if _is_picture_name(name) and (path.is_file() or path.is_symlink()):
+            if _has_ending(name, suffixes) and (path.is_file() or path.is_symlink()):
                 yield path
 
 
@@ -160,9 +165,9 @@ def _is_hidden(folder_name: str) -> bool:
     return folder_name.startswith(".") or folder_name == "__MACOSX"
 
 
-def _is_picture_name(name: str) -> bool:
+def _has_ending(name: str, suffixes: Collection[str]) -> bool:
     # macOS leaves "._name.jpg" beside each file that it copies; those are no pictures.
-    return not name.startswith(".") and Path(name).suffix.lower() in PICTURE_SUFFIXES
+    return not name.startswith(".") and Path(name).suffix.lower() in suffixes
 
 
 def _refuse(error: OSError) -> None:

@@ -41,8 +41,7 @@ class Tokenizer:
     """
 
     def __init__(self, vocabulary: Path) -> None:
-        path = vocabulary / "vocab.txt" if vocabulary.is_dir() else vocabulary
-        places = _read(path)
+        path, places = _read(vocabulary)
         self.path = path
         self.size = len(places)
         self.padding, _, self.start, self.end = (places[token] for token in _SPECIAL)
@@ -78,13 +77,15 @@ class Tokenizer:
         return TextBatch(ids.view(len(rows), length), (torch.arange(length) < lengths).long())
 
 
-def _read(path: Path) -> dict[str, int]:
-    """The tokens of a vocabulary file, each with its number."""
+def _read(path: Path) -> tuple[Path, dict[str, int]]:
+    """The vocabulary file, and its tokens, each with its number."""
     hint = "It is the file vocab.txt of a BERT model, one token on each line, such as that of bert-base-uncased."
     try:
+        path = path / "vocab.txt" if path.is_dir() else path
         if path.stat().st_size > _LARGEST_FILE:
             raise DataError(f"{path} is too large to be a vocabulary", hint)
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines: a token may be one of Unicode's own line breaks
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError:
         raise DataError(f"{path} is not text", hint) from None
     except OSError as error:
@@ -94,7 +95,7 @@ def _read(path: Path) -> dict[str, int]:
         raise DataError(f"{path} is not a vocabulary of BERT: it has no {', '.join(missing)}", hint)
     if len(places) != len(lines):
         raise DataError(f"{path} is not a vocabulary of BERT: {len(lines) - len(places)} tokens stand twice", hint)
-    return places
+    return path, places
 
 
 def _word_pieces(places: dict[str, int]) -> Any:

@@ -124,6 +124,7 @@ class RetrievalSet:
         missing: names in the annotations that no file belongs to; captions of no other video are left out.
         notes: what the user should know.
         protocol: None for annotations of the user's own.
+        annotations: the file that tells it.
     """
 
     name: str
@@ -133,6 +134,7 @@ class RetrievalSet:
     missing: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     protocol: Protocol | None = None
+    annotations: Path | None = None
 
     @property
     def captions_of_video(self) -> tuple[tuple[int, ...], ...]:
@@ -174,7 +176,7 @@ class QaSet:
         name: of the benchmark, or of the annotation file.
         items: the questions whose video is there.
         answers: all possible answers, as written.
-        missing, notes, protocol: as in `RetrievalSet`.
+        missing, notes, protocol, annotations: as in `RetrievalSet`.
     """
 
     name: str
@@ -183,6 +185,7 @@ class QaSet:
     missing: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     protocol: Protocol | None = None
+    annotations: Path | None = None
 
     @property
     def description(self) -> str:
@@ -491,6 +494,7 @@ def _captions(source: _Source, rows: Sequence[object], limit: int | None, paragr
         library.missing,
         notes,
         source.protocol,
+        source.annotations,
     )
     return whole if limit is None else _limited(whole, limit)
 
@@ -512,6 +516,7 @@ def _limited(whole: RetrievalSet, limit: int) -> RetrievalSet:
         whole.missing,
         whole.notes,
         whole.protocol,
+        whole.annotations,
     )
 
 
@@ -531,7 +536,7 @@ def _questions(source: _Source, rows: Sequence[object], limit: int | None) -> Qa
     kept = items if limit is None else [items[place] for place in even_indices(len(items), limit)]
     notes += _unanswerable(kept, answers)
     notes += _size_notes(source.protocol, len(library.known), len(rows), "questions")
-    return QaSet(source.name, tuple(kept), answers, library.missing, notes, source.protocol)
+    return QaSet(source.name, tuple(kept), answers, library.missing, notes, source.protocol, source.annotations)
 
 
 def _answers(source: _Source, own: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

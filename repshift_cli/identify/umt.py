@@ -52,7 +52,8 @@ def identify(
         UsageError: the image size does not fit the patches.
     """
     native, notes = _native(tensors)
-    vision, text, embed_dim = _vision(native, where, heads), _text(native, where), _embed_dim(native)
+    vision = _vision(native, where, heads)
+    text, embed_dim = _text(native, where, vision.width // vision.heads), _embed_dim(native)
     vision = replace(
         vision,
         img_size=img_size or vision.img_size,
@@ -136,7 +137,8 @@ def _heads(width: int, where: str) -> int:
     return width // _HEAD_SIZE
 
 
-def _text(tensors: Mapping[str, Tensor], where: str) -> TextShape:
+def _text(tensors: Mapping[str, Tensor], where: str, head_size: int) -> TextShape:
+    """Sizes of the text encoder; where its heads cannot be 64 wide, they are as wide as those of the vision encoder."""
     start = "text_encoder.embeddings."
     tables = [tensors.get(f"{start}{name}_embeddings.weight") for name in ("word", "position", "token_type")]
     hidden = tensors.get("text_encoder.encoder.layer.0.intermediate.dense.weight")
@@ -156,7 +158,7 @@ def _text(tensors: Mapping[str, Tensor], where: str) -> TextShape:
         vocabulary=words,
         width=width,
         depth=_count(tensors, r"text_encoder\.encoder\.layer\.(\d{1,4})\."),
-        heads=_heads(width, where),
+        heads=width // (head_size if width % _HEAD_SIZE else _HEAD_SIZE),
         hidden=hidden.shape[0],
         positions=positions,
         fusion_layer=min(crossing),

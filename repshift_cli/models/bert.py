@@ -91,13 +91,24 @@ class TextEncoder(nn.Module):
         return self._run(self.embeddings(input_ids=ids), mask, slice(0, self.fusion_layer))
 
     def fuse(self, hidden: Tensor, mask: Tensor, memory: Tensor) -> Tensor:
-        """The layers that attend to the memory too: `[B, L, C]`, `[B, L]`, `[B, N, M]` to `[B, L, C]`."""
+        """The layers that attend to the memory too.
+
+        Args:
+            hidden, mask: `[n, L, C]` and `[n, L]`.
+            memory: `[m, N, M]`; the first n / m texts look at the first one, and so on.
+
+        Returns:
+            `[n, L, C]`.
+        """
         return self._run(hidden, mask, slice(self.fusion_layer, None), memory)
 
     def _run(self, hidden: Tensor, mask: Tensor, layers: slice, memory: Tensor | None = None) -> Tensor:
         bias = _bias(mask, hidden.dtype)
         for layer in self._layers()[layers]:
-            hidden = _first(layer(hidden, attention_mask=bias, encoder_hidden_states=memory))
+            if memory is None:
+                hidden = _first(layer(hidden, attention_mask=bias))
+            else:
+                hidden = _fused(layer, hidden, bias, memory)
         return hidden
 
     def _layers(self) -> nn.ModuleList:
@@ -157,6 +168,18 @@ class TextDecoder(nn.Module):
         layers = encoder["layer"]
         assert isinstance(layers, nn.ModuleList)
         return layers
+
+
+def _fused(layer: Any, hidden: Tensor, bias: Tensor, memory: Tensor) -> Tensor:
+    """A layer with cross-attention, its parts called one by one.
+
+    Texts that look at the same memory do so as one long query, since keys and values of a video are most of the work.
+    """
+    attended = _first(layer.attention(hidden, attention_mask=bias))
+    together = attended.reshape(memory.shape[0], -1, attended.shape[-1])
+    seen = _first(layer.crossattention(together, encoder_hidden_states=memory)).reshape(attended.shape)
+    found: Tensor = layer.feed_forward_chunk(seen)
+    return found
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -309,7 +309,12 @@ class UmtRetrieval(UmtModel):
         return functional.normalize(self.text_proj(hidden[:, 0]), dim=-1)
 
     def match_logits(self, hidden: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-        """Whether pairs belong together: texts `[n, L, D]`, their mask, videos `[n, N, C]` to `[n, 2]`."""
+        """Whether pairs belong together, `[n, 2]`.
+
+        Args:
+            hidden, mask: of n texts, `[n, L, D]` and `[n, L]`.
+            tokens: of m videos, `[m, N, C]`; the first n / m texts belong to the first one, and so on.
+        """
         logits: Tensor = self.itm_head(self.text_encoder.fuse(hidden, mask, tokens)[:, 0])
         return logits
 
@@ -322,16 +327,35 @@ class UmtAnswering(UmtModel):
     """Question answering: answers of a list are ranked by a decoder that reads the states of the question.
 
     `forward` gives the mean token of a clip, `[B, C]`.
+
+    Args:
+        tied: whether the decoder and its head share their words, as the authors' models do.
     """
 
-    def __init__(self, vision: VisionShape, text: TextShape) -> None:
+    def __init__(self, vision: VisionShape, text: TextShape, tied: bool = True) -> None:
         super().__init__(vision, text, pools=False)
         self.pooling = "all"
         self.text_decoder = TextDecoder(text)
+        if tied:
+            self._tie()
 
     def forward(self, video: Tensor) -> Tensor:
         """`[B, T, 3, H, W]` to `[B, C]`."""
         return self.pool(self.encode_video(video)).mean(dim=1)
+
+    def restore_buffers(self) -> None:
+        super().restore_buffers()
+        self._tie(only_equal=True)
+
+    def _tie(self, only_equal: bool = False) -> None:
+        """Let the decoder's two tables of words be one; after loading, where they hold the same numbers."""
+        embeddings: Any = self.text_decoder.bert["embeddings"]
+        head: Any = self.text_decoder.cls.predictions
+        words = embeddings.word_embeddings
+        if not only_equal or torch.equal(head.decoder.weight, words.weight):
+            head.decoder.weight = words.weight
+        if not only_equal or torch.equal(head.decoder.bias, head.bias):
+            head.decoder.bias = head.bias
 
     def encode_question(self, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
         """int64 `[B, L]`, its mask and the tokens of the videos `[B, N, C]` to states `[B, L, D]`."""
@@ -412,8 +436,9 @@ def _check(shape: VisionShape) -> None:
         raise ValueError("all sizes of the vision encoder have to be at least 1")
     if shape.checkpoint_frames is not None and shape.checkpoint_frames < 1:
         raise ValueError("checkpoint_frames has to be at least 1")
-    if shape.tokens > _MOST_TOKENS:
-        raise ValueError(f"{shape.tokens} tokens are more than any model takes")
+    tokens = max(shape.frames, shape.checkpoint_frames or 1) * shape.side**2
+    if tokens > _MOST_TOKENS:
+        raise ValueError(f"{tokens} tokens are more than any model takes")
     if shape.img_size % shape.patch_size:
         raise ValueError(f"patches of {shape.patch_size} leave a rest of frames of {shape.img_size}")
     if shape.width % shape.heads:

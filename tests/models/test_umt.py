@@ -87,14 +87,15 @@ def vision_modules(model: UmtModel) -> dict[str, nn.Module]:
 
 
 def text_modules(model: UmtModel, name: str) -> dict[str, nn.Module]:
-    layers = {f"{name}_layer.{index}": layer for index, layer in enumerate(model.text_encoder.encoder["layer"])}
+    # the last part of each layer: those that fuse are called part by part
+    layers = {f"{name}_layer.{index}": layer.output for index, layer in enumerate(model.text_encoder.encoder["layer"])}
     return {f"{name}_embeddings": model.text_encoder.embeddings, **layers}
 
 
 def every_pair(model: Any, texts: tuple[Tensor, Tensor], tokens: Tensor) -> tuple[Tensor, Tensor]:
     """States after fusion `[videos, texts, L, C]` and matching logits `[videos, texts, 2]`."""
     hidden, mask = model.encode_text(*texts), texts[1]
-    videos = [video.expand(len(hidden), -1, -1) for video in tokens]
+    videos = tokens.split(1)  # one for all texts
     fused = [model.text_encoder.fuse(hidden, mask, video) for video in videos]
     return torch.stack(fused), torch.stack([model.match_logits(hidden, mask, video) for video in videos])
 
@@ -250,6 +251,14 @@ class TestRetrieval:
             progress=Silent(),
         )
         close(found.video_to_text, gallery["eval/full/i2t_x"], SCORES)
+
+    def test_one_video_for_each_text_or_for_all(self) -> None:
+        model, expected = RETRIEVAL.model(), RETRIEVAL.tensors
+        ids, mask = expected["in/input_ids"], expected["in/attention_mask"]
+        hidden, tokens = model.encode_text(ids, mask), model.encode_video(expected["in/video"])
+        twice = model.match_logits(hidden.repeat(2, 1, 1), mask.repeat(2, 1), tokens)
+        for video, logits in zip(tokens, twice.split(2), strict=True):
+            close(logits, model.match_logits(hidden, mask, video.expand(2, -1, -1)), SCORES)
 
 
 class TestAnswering:
