@@ -14,39 +14,56 @@ import argparse
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from _results import provenance, table, write_section
-from torch import Tensor, nn
+from torch import Tensor
 
-from repshift_cli import measure
+from repshift_cli import checkpoint, measure
 from repshift_cli.artifact import Opened
-from repshift_cli.attach import CompressedModel, attach, resolve_for, with_defaults
+from repshift_cli.attach import attach, resolve_for, with_defaults
 from repshift_cli.calibrate import calibrate
-from repshift_cli.checkpoint import load
 from repshift_cli.data.clips import load_clips
 from repshift_cli.data.moving_shapes import TEST_SEED, write_dataset
+from repshift_cli.data.video import frame_indices
 from repshift_cli.families import match
-from repshift_cli.models.umt import UmtModel, VideoTokens
+from repshift_cli.measure import count_macs
+from repshift_cli.models.umt import VideoTokens, VisionShape
 from repshift_cli.plan import Plan
-from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.progress import Silent
 from repshift_cli.recipe import Recipe
-from repshift_cli.video_evaluation import Settings, Wanted, answer, open_data, open_tokenizer, retrieve
+from repshift_cli.video_evaluation import Settings, Task, Wanted, answer, open_data, open_tokenizer, retrieve
 
 LAYERS = (0, 2, 4)
-CALIBRATION_CLIPS = 64
-SHIFT = "{kind: representation_shift}"
-ATTENTION_SHIFT = "{kind: representation_shift, operation: attention, distance: l2, polarity: largest}"
-OWN_SCORE = "{kind: attention_entropy}"
+OPEN = "{kind: representation_shift}"
+CALIBRATED = "shift, calibrated"
+SIDES = {
+    "shift (paper)": (
+        "{kind: representation_shift, operation: mlp, distance: l2, reading: update, polarity: largest}",
+        "prune",
+    ),
+    "shift, smallest": (
+        "{kind: representation_shift, operation: mlp, distance: l2, reading: update, polarity: smallest}",
+        "prune",
+    ),
+    CALIBRATED: (OPEN, "prune"),
+    "random": ("{kind: random}", "prune"),
+    "class attention": ("{kind: class_attention}", "prune"),
+    "vid-TLDR, own score": ("{kind: attention_entropy}", "vid_tldr"),
+    "vid-TLDR, shift": (
+        "{kind: representation_shift, operation: attention, distance: l2, polarity: largest}",
+        "vid_tldr",
+    ),
+}
 NOTE = (
-    "R@1 of text-to-video and of video-to-text by cosine, then re-ranked by the matching head (the best 16), and share "
-    "of questions answered right, in percent, mean over the seeds (each with its own videos). Every side pools over all "
+    "R@1 of text-to-video and of video-to-text by cosine, then re-ranked by the matching head (the best 16), and "
+    "share of questions answered right, in percent, mean over the seeds (each with its own videos). Every side pools over all "
     "tokens. `frames` is the dense model on fewer frames; the others have about its operations."
 )
 
@@ -70,6 +87,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--frames", nargs="+", type=int, default=[4, 3], help="frames that set the cost")
     parser.add_argument("--rerank", type=int, default=16)
+    parser.add_argument("--clips", type=int, default=64, help="for calibration")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dry-run", action="store_true", help="print the tables, leave docs/results.md as it is")
     return parser.parse_args()
@@ -96,10 +114,111 @@ def section(frames: int, options: argparse.Namespace) -> str:
 
 def results(videos: Path, frames: int, options: argparse.Namespace) -> Iterator[tuple[str, float, list[float]]]:
     """Name, cost relative to dense, and the five numbers of each side."""
-    retrieval, answering = (Opened(load(f"builtin:umt-shapes{end}"), None) for end in ("", "-qa"))
-    dense = [one.dense_macs for one in (retrieval, answering)]
-    fewer = [load(one.loaded.source.path, frames=None) if False else cost_of_frames(one, frames) for one in (retrieval, answering)]
-    ratio = fewer[0] / dense[0]
-    for name, cost, sides in all_sides(retrieval, answering, ratio, frames):
-        with sides as (first, second):
-            yield name, cost, [*look(first, retrieval, videos, options), ask(second, answering, videos, options)]
+    pair = tuple(Opened(checkpoint.load(f"builtin:umt-shapes{end}"), None) for end in ("", "-qa"))
+    for each in pair:
+        each.loaded.model.pooling = "all"
+    dense = pair[0].dense_macs
+    yield "dense", 1.0, measured(pair, videos, options)
+    with shown_frames(pair, frames) as macs:
+        yield f"frames, {frames} of 6", macs / dense, measured(pair, videos, options)
+    for name, plans in all_plans(pair, macs, options).items():
+        compressed = [attach(each.loaded.model, plan) for each, plan in zip(pair, plans, strict=True)]
+        try:
+            yield name, compressed[0].macs() / dense, measured(pair, videos, options)
+        finally:
+            for each in compressed:
+                each.detach()
+
+
+@contextmanager
+def shown_frames(pair: Sequence[Opened], frames: int) -> Iterator[int]:
+    """The dense models on evenly spaced frames, each at its own place in time; yields the operations of the first."""
+    encoders = [each.loaded.model.vision_encoder.encoder for each in pair]
+    before = [encoder.forward for encoder in encoders]
+    shape = pair[0].loaded.model.vision
+    try:
+        for encoder in encoders:
+            encoder.forward = partial(encode_frames, encoder, kept=frame_indices(shape.frames, frames), shape=shape)
+        yield count_macs(pair[0].loaded.model, (shape.frames, 3, shape.img_size, shape.img_size))
+    finally:
+        for encoder, forward in zip(encoders, before, strict=True):
+            encoder.forward = forward
+
+
+def encode_frames(encoder: Any, video: Tensor, *, kept: list[int], shape: VisionShape) -> Tensor:
+    places = encoder.positions.unflatten(1, (shape.frames, -1))[:, kept].flatten(1, 2)
+    stream = VideoTokens(encoder.patch_embed(video[:, kept]) + places)
+    for block in encoder.blocks:
+        stream = block(stream)
+    output: Tensor = encoder.norm(stream.tokens)
+    return output
+
+
+def all_plans(pair: Sequence[Opened], macs: int, options: argparse.Namespace) -> dict[str, list[Plan]]:
+    """By name, a plan for each of the two models, of at most so many operations."""
+    found = {}
+    for name, (metric, reducer) in SIDES.items():
+        plans = [plan_within(each, metric, reducer, macs) for each in pair]
+        if name == CALIBRATED:
+            plans = [calibrated(each, plan, options) for each, plan in zip(pair, plans, strict=True)]
+        found[name] = plans
+    return found
+
+
+def plan_within(opened: Opened, metric: str, reducer: str, macs: int) -> Plan:
+    """The mildest schedule, of one drop ratio at all sites, that costs at most so many operations."""
+    model = opened.loaded.model
+    for thousandths in range(20, 500, 2):
+        drops = ", ".join(f"{{layer: {layer}, drop_ratio: {thousandths / 1000}}}" for layer in LAYERS)
+        recipe = Recipe.parse(f"version: 1\nmetric: {metric}\nreducer: {{kind: {reducer}}}\nlayers: [{drops}]")
+        plan = resolve_for(model, recipe)
+        plan = with_defaults(plan, {site.name: site for site in match(model).sites(model)})
+        compressed = attach(model, plan)
+        cost = compressed.macs()
+        compressed.detach()
+        if cost <= macs:
+            return plan if metric != OPEN else resolve_for(model, recipe)
+    raise ValueError(f"no drop ratio comes down to {macs} operations")
+
+
+def calibrated(opened: Opened, plan: Plan, options: argparse.Namespace) -> Plan:
+    clips = load_clips(None, options.clips, opened.loaded.description.preprocessing, 0)
+    model = opened.loaded.model
+    result = calibrate(
+        model, match(model), plan, images=clips.tensor, identity=clips.identity, batch_size=16, progress=Silent()
+    )
+    return plan.with_metrics(result.parts)
+
+
+def measured(pair: Sequence[Opened], videos: Path, options: argparse.Namespace) -> list[float]:
+    """R@1 by cosine in both directions, by matching in both directions, and answers right; in percent."""
+    settings = Settings(16, torch.device("cpu"), torch.float32, rerank_k=options.rerank)
+    found, asked = (
+        run(each, videos, file, task, settings)
+        for each, file, task in zip(pair, ("retrieval.json", "qa.json"), ("retrieval", "qa"), strict=True)
+    )
+    score = found.scores["model"]
+    assert score.matching is not None
+    both = (score.vtc, score.matching)
+    ranks = [stats.r1 for directions in both for stats in (directions.text_to_video, directions.video_to_text)]
+    return [*ranks, asked.scores["model"].accuracy]
+
+
+def run(opened: Opened, videos: Path, file: str, task: Task, settings: Settings) -> Any:
+    answers = videos / "answers.json" if task == "qa" else None
+    data = open_data(Wanted(annotations=videos / file, videos=videos / "videos", answers=answers), task, task)
+    scorer = retrieve if task == "retrieval" else answer
+    result, _ = scorer(
+        {"model": opened.loaded.model},
+        data,  # type: ignore[arg-type]
+        preprocessing=opened.loaded.description.preprocessing,
+        tokenizer=open_tokenizer(None, opened, data),
+        positions=opened.loaded.model.text.positions,
+        settings=settings,
+        progress=Silent(),
+    )
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -40,6 +40,7 @@ __all__ = [
     "calibrate",
     "distance",
     "divergence",
+    "predictions",
 ]
 
 _ROUNDS = ((1 / 8, 5), (3 / 8, 2), (1.0, 1))
@@ -64,8 +65,8 @@ class Outcome:
 
     Attributes:
         distances: per image: squared Hellinger distance to the dense model's probabilities, or one minus the cosine
-            where there is no head.
-        agreeing: per image: 1.0 where the predicted class is the same. Empty where there is no head.
+            where there are none.
+        agreeing: per image: 1.0 where the prediction is the same. Empty where there is none.
     """
 
     distances: list[float] = field(default_factory=list)
@@ -210,7 +211,7 @@ def calibrate(
         reference = _outputs(model, images, batch_size, task)
         if not bool(reference.isfinite().all()):
             raise CheckFailed("the dense model returns values that are not finite", "Calibrate in float32.")
-        run = _Run(model, images, reference, batch_size, task)
+        run = _Run(model, images, predictions(model, reference), batch_size, task)
         choices: list[SiteChoice] = []
         for planned, candidates in zip(plan.sites, variants, strict=True):
             before = [choice.chosen.part() for choice in choices]
@@ -257,6 +258,42 @@ def _rounds(count: int) -> list[tuple[int, int]]:
     return [(math.ceil(share * count), survivors) for share, survivors in _ROUNDS]
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of inputs, in a form in which two models can be compared.
+
+    A classifier gives logits. A model that is there to compare embeddings (it has a `temperature`) is asked which of
+    the dense model's embeddings each of its own is like: what all embeddings have in common does not matter to a
+    ranking, and the cosine of an embedding with its dense self would count it.
+
+    Attributes:
+        reference: of the dense model, `[n, classes]`, or features `[n, channels]`.
+        gallery: its embeddings of length one, `[n, channels]`; None for other models.
+        temperature: of the similarities.
+        are_logits: whether `reference` are logits.
+    """
+
+    reference: Tensor
+    gallery: Tensor | None
+    temperature: float
+    are_logits: bool
+
+    def of(self, outputs: Tensor) -> Tensor:
+        """Outputs of another model for some of the inputs, in the form of `reference`."""
+        if self.gallery is None:
+            return outputs
+        return torch.nn.functional.normalize(outputs.float(), dim=-1) @ self.gallery.T / self.temperature
+
+
+def predictions(model: nn.Module, outputs: Tensor) -> Predictions:
+    """How to compare with a dense model, given its outputs `[n, channels]` for all inputs."""
+    temperature = getattr(model, "temperature", None)
+    if not isinstance(temperature, float):
+        return Predictions(outputs, None, 1.0, getattr(model, "num_classes", 0) > 0)
+    gallery = torch.nn.functional.normalize(outputs.float(), dim=-1)
+    return Predictions(gallery @ gallery.T / temperature, gallery, temperature, True)
+
+
 def divergence(reference: Tensor, output: Tensor, has_head: bool) -> Tensor:
     """How far outputs are from the dense model's, per image, in float32.
 
@@ -296,13 +333,12 @@ def agreement(reference: Tensor, output: Tensor) -> Tensor:
 class _Run:
     """The images, what the dense model makes of them, and how far others are from that."""
 
-    def __init__(self, model: nn.Module, images: Tensor, reference: Tensor, batch_size: int, task: Task) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, dense: Predictions, batch_size: int, task: Task) -> None:
         self.model = model
         self.images = images
-        self.reference = reference
+        self.dense = dense
         self.batch_size = batch_size
         self.task = task
-        self.has_head = getattr(model, "num_classes", 0) > 0
 
     def compare(self, plan: Plan, candidates: Sequence[CandidateResult], start: int, stop: int) -> None:
         """Append to each candidate for the last site what the images from `start` to `stop` show."""
@@ -331,11 +367,11 @@ class _Run:
         return result
 
     def _note(self, candidate: Outcome, start: int, output: Tensor) -> None:
-        wanted = self.reference[start : start + len(output)]
-        far = distance(wanted, output, self.has_head)
+        wanted, given = self.dense.reference[start : start + len(output)], self.dense.of(output)
+        far = distance(wanted, given, self.dense.are_logits)
         candidate.distances += torch.where(far.isfinite(), far, math.inf).tolist()
-        if self.has_head:
-            candidate.agreeing += agreement(wanted, output).tolist()
+        if self.dense.are_logits:
+            candidate.agreeing += agreement(wanted, given).tolist()
 
 
 def _random_parts() -> list[Part]:

@@ -21,7 +21,7 @@ from repshift_cli.attach import (
     resolve_for,
     with_defaults,
 )
-from repshift_cli.calibrate import Calibration, agreement, calibrate, divergence
+from repshift_cli.calibrate import Calibration, agreement, calibrate, divergence, predictions
 from repshift_cli.checkpoint import LoadedModel, ModelDescription, Source
 from repshift_cli.data.clips import load_inputs
 from repshift_cli.data.images import ImageBatch
@@ -99,7 +99,8 @@ class Measured:
     """Dense and compressed, side by side, on one machine in one run.
 
     Attributes:
-        agreement: share of images whose predicted class is unchanged, None where the model has no head.
+        agreement: share of images whose predicted class is unchanged, or of clips that are still most like themselves
+            among all; None where the model has no head.
         divergence: mean KL in nats (or one minus the cosine of features) against the dense model.
         images: what agreement was measured on.
     """
@@ -585,18 +586,18 @@ def _measure(  # noqa: PLR0917
 def _compare(
     compressed: CompressedModel, images: Tensor, batch_size: int, progress: Progress
 ) -> tuple[float | None, float]:
-    """Share of unchanged predictions (None without a head) and mean divergence from the dense model."""
-    has_head = getattr(compressed.model, "num_classes", 0) > 0
-    same, distances = 0.0, 0.0
+    """Share of unchanged predictions (None where there are none) and mean divergence from the dense model."""
+    dense, outputs = [], []
     with progress.task("comparing predictions", len(images)) as task:
         for part in images.split(batch_size):
             with compressed.dense():
-                wanted = compressed(part)
-            output = compressed(part)
-            same += float(agreement(wanted, output).sum()) if has_head else 0.0
-            distances += float(divergence(wanted, output, has_head).sum())
+                dense.append(compressed(part))
+            outputs.append(compressed(part))
             task.advance(len(part))
-    return (same / len(images) if has_head else None), distances / len(images)
+    wanted = predictions(compressed.model, torch.cat(dense))
+    given = wanted.of(torch.cat(outputs))
+    distance = float(divergence(wanted.reference, given, wanted.are_logits).mean())
+    return (float(agreement(wanted.reference, given).mean()) if wanted.are_logits else None), distance
 
 
 def _load(

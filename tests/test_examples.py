@@ -18,6 +18,7 @@ PRINTED = {
     "compress_in_python": r"predictions: \d+ of 32 are the same",
     "feature_extractor": r"feature map \(2, 384, 16, 16\)",
     "finetune": r"after:  loss [\d.]+, accuracy [\d.]+%",
+    "video_embedding": r"captions: \d+ of 32 find their clip",
 }
 
 

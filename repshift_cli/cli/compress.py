@@ -120,7 +120,7 @@ def show(report: CompressReport) -> None:
     ui.print_text(f"reducer {plan.reducer.kind}")
     ui.print_text("")
     if report.calibration:
-        _show_calibration(report.calibration)
+        _show_calibration(report.calibration, unit)
     rows = [
         [
             site.site,
@@ -187,22 +187,24 @@ def _show_measured(measured: Measured, unit: str) -> None:
     title = f"Measured: batch {measured.batch_size}, {measured.dtype}, {measured.threads} threads{attention}"
     ui.print_table(title, ["", "dense", "compressed", "ratio"], rows)
     ui.print_text(f"speed   {measured.speedup}")
-    if measured.agreement is not None:
+    if measured.agreement is not None and unit == "clip":
+        told = f"{measured.agreement:.1%} are still most like themselves among all"
+    elif measured.agreement is not None:
         told = f"{measured.agreement:.1%} of predictions unchanged (mean KL {measured.divergence:.4f} nats)"
     else:
         told = f"features differ by {measured.divergence:.4f} (one minus cosine; the model has no head)"
     ui.print_text(f"quality {told} on {measured.images.description}")
 
 
-def _show_calibration(calibration: Calibration) -> None:
+def _show_calibration(calibration: Calibration, unit: str) -> None:
     from repshift_cli import ui
 
     rows = [["chosen, site by site", *_cells(calibration.result.numbers())]]
     rows.append(["without calibration (the paper's choice)", *_cells(calibration.default.numbers())])
     rows.append(["dropped at random", *_cells(calibration.random.numbers())])
     tried = sum(len(choice.candidates) for choice in calibration.sites)
-    title = f"Calibration: {tried} candidates on {calibration.images} unlabelled images, {calibration.seconds:.0f} s"
-    ui.print_table(title, ["on the half that took no part in choosing", "images", "change", "unchanged"], rows)
+    title = f"Calibration: {tried} candidates on {calibration.images} unlabelled {unit}s, {calibration.seconds:.0f} s"
+    ui.print_table(title, ["on the half that took no part in choosing", f"{unit}s", "change", "unchanged"], rows)
     verdict = "NOT clearly better than random"
     if calibration.clear:
         verdict = "clearly better than random"

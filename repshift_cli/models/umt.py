@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ Pooling = Literal["frames", "all"]
 
 _NORM_EPS = 1e-6
 _MOST_TOKENS = 1 << 20
+_TEMPERATURE, _LEAST_TEMPERATURE = 0.07, 0.001
 _PATCH_EMBED_DIMS = 5
 
 
@@ -241,6 +242,12 @@ class UmtModel(nn.Module):
         return (self.vision.img_size, self.vision.img_size)
 
     @property
+    def temperature(self) -> float:
+        """By which similarities of embeddings are divided before a softmax."""
+        learned = getattr(self, "temp", None)
+        return _TEMPERATURE if learned is None else max(float(learned), _LEAST_TEMPERATURE)
+
+    @property
     def blocks(self) -> list[Block]:
         """The blocks of the vision encoder."""
         return list(self.vision_encoder.encoder.blocks)  # type: ignore[arg-type]
@@ -286,7 +293,7 @@ class UmtRetrieval(UmtModel):
         self.vision_proj = nn.Linear(vision.width, embed_dim)
         self.text_proj = nn.Linear(text.width, embed_dim)
         self.itm_head = nn.Linear(text.width, 2)
-        self.temp = nn.Parameter(torch.tensor(0.07))
+        self.temp = nn.Parameter(torch.tensor(_TEMPERATURE))
 
     def forward(self, video: Tensor) -> Tensor:
         """`[B, T, 3, H, W]` to `[B, E]`: the mean of the embeddings of the frames."""
@@ -421,14 +428,24 @@ def create(name: str, **changes: Any) -> UmtModel:
     return build(replace(vision, **changes).to_dict(), text.to_dict(), embed_dim)
 
 
-def build(vision: Mapping[str, Any], text: Mapping[str, Any], embed_dim: int = 0) -> UmtModel:
+def build(
+    vision: Mapping[str, Any], text: Mapping[str, Any], embed_dim: int = 0, pooling: Pooling | None = None
+) -> UmtModel:
     """A model of these sizes, as `VisionShape.to_dict` and `TextShape.to_dict` give them; see `MODELS`.
+
+    Args:
+        pooling: how it was trained, where that is not as the authors train.
 
     Raises:
         TypeError, ValueError: the sizes cannot be.
     """
     shapes = VisionShape(**vision), TextShape(**text)
-    return UmtRetrieval(*shapes, embed_dim) if embed_dim else UmtAnswering(*shapes)
+    model: UmtModel = UmtRetrieval(*shapes, embed_dim) if embed_dim else UmtAnswering(*shapes)
+    if pooling is not None:
+        if pooling not in get_args(Pooling):
+            raise ValueError(f"pooling is one of {', '.join(get_args(Pooling))}, not {pooling!r}")
+        model.pooling = pooling
+    return model
 
 
 def _check(shape: VisionShape) -> None:
