@@ -63,8 +63,8 @@ SIDES = {
 }
 NOTE = (
     "R@1 of text-to-video and of video-to-text by cosine, then re-ranked by the matching head (the best 16), and "
-    "share of questions answered right, in percent, mean over the seeds (each with its own videos). Every side pools over all "
-    "tokens. `frames` is the dense model on fewer frames; the others have about its operations."
+    "share of questions answered right, in percent, mean over the seeds (each with its own videos). Every side pools "
+    "over all tokens. `frames` is the dense model on fewer frames; the others have about its operations."
 )
 
 

@@ -232,7 +232,8 @@ def save(student: Student, setup: Setup, folder: Path) -> None:
         ("umt-shapes", student.retrieval, setup.embed_dim),
         ("umt-shapes-qa", student.answering, 0),
     ):
-        args = {"vision": setup.vision.to_dict(), "text": setup.text.to_dict(), "embed_dim": embed_dim, "pooling": "all"}
+        sizes = {"vision": setup.vision.to_dict(), "text": setup.text.to_dict(), "embed_dim": embed_dim}
+        args = {**sizes, "pooling": "all"}
         description = ModelDescription(name, "umt", args, preprocessing)
         tensors = {key: value.detach().clone().contiguous() for key, value in model.state_dict().items()}
         metadata = {"format": "pt", METADATA_KEY: json.dumps({"model": description.to_dict()})}
