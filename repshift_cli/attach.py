@@ -420,7 +420,7 @@ def check_feeds(
         raise RecipeError(
             f"{where}{metric.kind} needs {lacking}, which is not there yet after the attention of {site.name}, where "
             "tokens are merged",
-            "Possible are representation_shift with operation: attention, attention_entropy and class_attention.",
+            "Possible are representation_shift with operation: attention or block, and the other metrics.",
         )
     reason = site.missing.get(lacking) or site.missing.get("*", "the family does not show it")
     raise RecipeError(

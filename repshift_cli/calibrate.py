@@ -50,7 +50,7 @@ _CHOOSING_SHARE = 0.5
 """Share of all images on which is chosen; the others check the result."""
 
 _MARGIN_SIGMAS = 1.0
-"""By how many standard errors a candidate must be better than the paper's choice to take its place."""
+"""By how many standard errors a candidate must be better than the paper's choice to take its place; less is chance."""
 
 _RANDOM_SEEDS = (0, 1)
 _CLEAR_SIGMAS = 3.0
@@ -67,10 +67,12 @@ class Outcome:
         distances: per image: squared Hellinger distance to the dense model's probabilities, or one minus the cosine
             where there are none.
         agreeing: per image: 1.0 where the prediction is the same. Empty where there is none.
+        outputs: what the model returned, batch by batch.
     """
 
     distances: list[float] = field(default_factory=list)
     agreeing: list[float] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list, repr=False)
 
     @property
     def distance(self) -> float:
@@ -148,10 +150,13 @@ class Calibration:
 
     @property
     def mild(self) -> bool:
-        """Whether so little goes that it hardly matters what: random dropping leaves nine of ten predictions alone."""
+        """Whether so little goes that it hardly matters what: random dropping leaves nine of ten predictions alone.
+
+        And what was chosen is not worse than that by more than chance.
+        """
         agreement = self.random.agreement
         harmless = agreement is not None and agreement >= _MILD_AGREEMENT
-        return harmless and self.result.distance <= self.random.distance
+        return harmless and self.sigmas > -_MARGIN_SIGMAS
 
     @property
     def parts(self) -> list[Part]:
@@ -263,12 +268,12 @@ class Predictions:
     """What a model says of inputs, in a form in which two models can be compared.
 
     A classifier gives logits. A model that is there to compare embeddings (it has a `temperature`) is asked which of
-    the dense model's embeddings each of its own is like: what all embeddings have in common does not matter to a
-    ranking, and the cosine of an embedding with its dense self would count it.
+    the dense model's embeddings each of its own is like, both without their mean: what all embeddings have in common
+    does not matter to a ranking, yet it is most of what moves when the mean is taken over fewer tokens.
 
     Attributes:
         reference: of the dense model, `[n, classes]`, or features `[n, channels]`.
-        gallery: its embeddings of length one, `[n, channels]`; None for other models.
+        gallery: its embeddings without their mean, of length one, `[n, channels]`; None for other models.
         temperature: of the similarities.
         are_logits: whether `reference` are logits.
     """
@@ -279,10 +284,10 @@ class Predictions:
     are_logits: bool
 
     def of(self, outputs: Tensor) -> Tensor:
-        """Outputs of another model for some of the inputs, in the form of `reference`."""
+        """Outputs of another model for some of the inputs, all that there are, in the form of `reference`."""
         if self.gallery is None:
             return outputs
-        return torch.nn.functional.normalize(outputs.float(), dim=-1) @ self.gallery.T / self.temperature
+        return _centred(outputs) @ self.gallery.T / self.temperature
 
 
 def predictions(model: nn.Module, outputs: Tensor) -> Predictions:
@@ -290,8 +295,13 @@ def predictions(model: nn.Module, outputs: Tensor) -> Predictions:
     temperature = getattr(model, "temperature", None)
     if not isinstance(temperature, float):
         return Predictions(outputs, None, 1.0, getattr(model, "num_classes", 0) > 0)
-    gallery = torch.nn.functional.normalize(outputs.float(), dim=-1)
+    gallery = _centred(outputs)
     return Predictions(gallery @ gallery.T / temperature, gallery, temperature, True)
+
+
+def _centred(embeddings: Tensor) -> Tensor:
+    embeddings = torch.nn.functional.normalize(embeddings.float(), dim=-1)
+    return torch.nn.functional.normalize(embeddings - embeddings.mean(dim=0), dim=-1)
 
 
 def divergence(reference: Tensor, output: Tensor, has_head: bool) -> Tensor:
@@ -341,7 +351,10 @@ class _Run:
         self.task = task
 
     def compare(self, plan: Plan, candidates: Sequence[CandidateResult], start: int, stop: int) -> None:
-        """Append to each candidate for the last site what the images from `start` to `stop` show."""
+        """Add to each candidate for the last site what the images from `start` to `stop` show.
+
+        They have seen those before `start`.
+        """
         branched = branch(self.model, plan, [candidate.metric for candidate in candidates])
         # about as many rows at a time as four plain batches have, whatever the number of candidates
         size = max(1, 4 * self.batch_size // len(candidates))
@@ -350,10 +363,12 @@ class _Run:
                 last = min(first + size, stop)
                 outputs = branched(self.images[first:last]).unflatten(0, (len(candidates), last - first))
                 for candidate, output in zip(candidates, outputs, strict=True):
-                    self._note(candidate, first, output)
+                    candidate.outputs.append(output)
                 self.task.advance(len(candidates) * (last - first))
         finally:
             branched.detach()
+        for candidate in candidates:
+            self._judge(candidate, 0)
 
     def check(self, plan: Plan, start: int) -> Outcome:
         """A whole plan on the images from `start` on."""
@@ -362,16 +377,18 @@ class _Run:
             output = _outputs(compressed, self.images[start:], self.batch_size, self.task)
         finally:
             compressed.detach()
-        result = Outcome()
-        self._note(result, start, output)
+        result = Outcome(outputs=[output])
+        self._judge(result, start)
         return result
 
-    def _note(self, candidate: Outcome, start: int, output: Tensor) -> None:
-        wanted, given = self.dense.reference[start : start + len(output)], self.dense.of(output)
+    def _judge(self, outcome: Outcome, start: int) -> None:
+        """Compare all outputs that there are, which begin at image `start`, with those of the dense model."""
+        given = self.dense.of(torch.cat(outcome.outputs))
+        wanted = self.dense.reference[start : start + len(given)]
         far = distance(wanted, given, self.dense.are_logits)
-        candidate.distances += torch.where(far.isfinite(), far, math.inf).tolist()
+        outcome.distances = torch.where(far.isfinite(), far, math.inf).tolist()
         if self.dense.are_logits:
-            candidate.agreeing += agreement(wanted, given).tolist()
+            outcome.agreeing = agreement(wanted, given).tolist()
 
 
 def _random_parts() -> list[Part]:

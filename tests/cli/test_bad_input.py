@@ -268,7 +268,7 @@ def test_an_unknown_command(cli: Command) -> None:
 def test_an_error_nobody_foresaw_is_one_message(cli: Command, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from repshift_cli import checkpoint
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by [nothing]")
 
     monkeypatch.setattr(checkpoint, "load", broken)
