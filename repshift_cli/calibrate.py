@@ -57,6 +57,8 @@ _CLEAR_SIGMAS = 3.0
 _CLEAR_SHARE = 0.9
 _MIN_IMAGES = 8
 _MILD_AGREEMENT = 0.9
+_MIN_MILD = 16
+"""Fewer images say nothing of how often predictions change."""
 
 
 @dataclass
@@ -155,7 +157,8 @@ class Calibration:
         And what was chosen is not worse than that by more than chance.
         """
         agreement = self.random.agreement
-        harmless = agreement is not None and agreement >= _MILD_AGREEMENT
+        enough = len(self.random.agreeing) >= _MIN_MILD
+        harmless = enough and agreement is not None and agreement >= _MILD_AGREEMENT
         return harmless and self.sigmas > -_MARGIN_SIGMAS
 
     @property

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import as_file, files
@@ -69,7 +70,8 @@ BUILTIN = {
     "builtin:umt-shapes-qa": "umt_shapes_qa.safetensors",
 }
 
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
+_OPTIONS = ("utils.easydict.EasyDict", "easydict.EasyDict")
 _PREFIXES = ("module.", "_orig_mod.")
 _MOST_WRAPPERS = 8  # a pickle can hold a mapping that holds itself
 _SHOWN_KEYS = 5
@@ -440,7 +442,16 @@ def _load_folder(folder: Path, told: _Told) -> LoadedModel:
         return _from_weights(weights, told, folder.name)
     name = told.model_name or config["architecture"]
     args = config["model_args"] if name == config["architecture"] else {}
-    identity = identify(weights.tensors, str(folder), name, told.heads, folder.name, args=args, img_size=told.img_size)
+    identity = identify(
+        weights.tensors,
+        str(folder),
+        name,
+        told.heads,
+        folder.name,
+        args=args,
+        img_size=told.img_size,
+        clips=told.clips,
+    )
     loaded = _from_identity(identity, weights)
     known = {key: value for key, value in config["pretrained_cfg"].items() if value is not None}
     if fixed_size(loaded.model):
@@ -449,6 +460,7 @@ def _load_folder(folder: Path, told: _Told) -> LoadedModel:
     loaded.description = replace(loaded.description, preprocessing=preprocessing)
     _configure(loaded.model, preprocessing)
     set_image_size(loaded, told.img_size)
+    _check_clips(loaded, told.clips)
     return loaded
 
 
@@ -608,8 +620,8 @@ def _read_document(text: str | None, path: Path) -> dict[str, Any] | None:
 
 def _read_torch(path: Path) -> Any:
     try:
-        # DeiT's own checkpoints carry their command line options, which are plain data
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # Checkpoints of DeiT and of UMT carry their options, which are plain data; no code of theirs is looked up.
+        with torch.serialization.safe_globals([argparse.Namespace, *((OrderedDict, name) for name in _OPTIONS)]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # "Unsupported global", "unsupported GLOBAL posix.system whose module is blocked", "unsupported class"

@@ -41,6 +41,7 @@ __all__ = ["CompressReport", "Measured", "Settings", "Side", "compress", "compre
 _MIN_RUNS = 5
 _WARMUP_ROUNDS = 1
 _HEAVY_MACS = 20_000_000_000
+_IMAGE_DIMS = 4
 
 
 @dataclass(frozen=True)
@@ -468,7 +469,10 @@ def _split(batch: ImageBatch, count: int) -> tuple[ImageBatch, ImageBatch]:
     parts = []
     for name, part in (("calibration", batch.tensor[:border]), ("agreement", batch.tensor[border:])):
         identity = {**batch.identity, "count": len(part), "part": name}
-        kind = "built-in scenes" if batch.builtin else f"pictures of {batch.identity['where']}"
+        own, others = (
+            ("built-in clips", "clips") if batch.tensor.ndim > _IMAGE_DIMS else ("built-in scenes", "pictures")
+        )
+        kind = own if batch.builtin else f"{others} of {batch.identity['where']}"
         parts.append(ImageBatch(part, identity, f"{len(part)} {kind}, seed {batch.identity['seed']}", batch.builtin))
     return parts[0], parts[1]
 
@@ -510,8 +514,8 @@ def _not_clear(found: Calibration) -> CheckFailed:
     return CheckFailed(
         f"no candidate beats random dropping clearly: the best at each site together change predictions by "
         f"{found.result.distance:.4f} against {found.random.distance:.4f} of random "
-        f"(Hellinger; {found.sigmas:.1f} standard errors, on {len(found.result.distances)} images)",
-        "Calibrate on more images of the model's own kind, drop fewer tokens, or add --force.",
+        f"(Hellinger; {found.sigmas:.1f} standard errors, on {len(found.result.distances)} inputs)",
+        "Calibrate on more inputs of the model's own kind, drop fewer tokens, or add --force.",
     )
 
 

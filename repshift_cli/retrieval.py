@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -194,6 +194,7 @@ class RetrievalEvaluation:
         matching_agreement: by the matching score, where there are two models and re-ranking; else None.
         tokens_where: where the vision tokens waited for re-ranking; None without it.
         token_bytes: how large they were, for all models together.
+        text_bytes: of the states of the captions, which wait in memory; models with one text encoder share them.
         seconds: from the first text to the last result, decoding and all models included.
     """
 
@@ -208,6 +209,7 @@ class RetrievalEvaluation:
     matching_agreement: Agreement | None
     tokens_where: Literal["memory", "disk"] | None
     token_bytes: int
+    text_bytes: int
     seconds: float
 
 
@@ -381,10 +383,8 @@ def evaluate_retrieval(
     store = _Store(videos, token_bytes, spill_to) if rerank_k is not None else None
     with torch.inference_mode(), closing(store) if store is not None else nullcontext():
         with explained_memory(f"{batch_size} videos"):
-            sides = {
-                name: _encode_texts(name, model, texts, batch_size=batch_size, device=device, progress=progress)
-                for name, model in models.items()
-            }
+            encoder = _TextEncoder(texts, batch_size, device, progress, keep_states=store is not None)
+            sides = {name: _Side(name, model, encoder.captions(name, model)) for name, model in models.items()}
             gallery = _Gallery(videos, sample_id, strict)
             _encode_clips(sides, clips, gallery, store, device=device, dtype=dtype, progress=progress)
         truth = _Truth.of(texts.video_of_caption, gallery, dataset)
@@ -412,6 +412,7 @@ def evaluate_retrieval(
             matching_agreement=_agreement([result.matching_first for result in results.values()]),
             tokens_where=None if store is None else store.where,
             token_bytes=0 if store is None else store.bytes,
+            text_bytes=encoder.bytes,
             seconds=time.perf_counter() - started,
         )
 
@@ -545,15 +546,21 @@ class _Truth:
         return _Truth(captions, videos_of, asking, [captions_of[row] for row in asking])
 
 
+class _Captions(NamedTuple):
+    """What a model makes of all captions: embeddings `[S, E]`, states `[S, L, D']` (None if nothing asks) and mask."""
+
+    embeddings: Tensor
+    states: Tensor | None
+    mask: Tensor
+
+
 @dataclass
 class _Side:
-    """One model and what it made so far: text `[S, E]`, hidden `[S, L, D']`, mask `[S, L]`, video `[b, F, E]` each."""
+    """One model and what it made so far; video is `[b, F, E]` each."""
 
     name: str
     model: RetrievalModel
-    text: Tensor
-    hidden: Tensor
-    mask: Tensor
+    captions: _Captions
     video: list[Tensor] = field(default_factory=list)
     form: tuple[int, ...] | None = None
     seconds: float = 0.0
@@ -572,19 +579,45 @@ class _Result:
     matching_first: tuple[Tensor, Tensor] | None
 
 
-def _encode_texts(
-    name: str, model: RetrievalModel, texts: Texts, *, batch_size: int, device: torch.device, progress: Progress
-) -> _Side:
-    text, hidden = [], []
-    with progress.task("texts", len(texts.ids)) as task:
-        for ids, mask in zip(texts.ids.split(batch_size), texts.mask.split(batch_size), strict=True):
-            states = model.encode_text(ids.to(device), mask.to(device))
-            if states.dim() != _TOKENS_RANK or tuple(states.shape[:2]) != tuple(ids.shape):
-                raise ModelError(f"{name}: the texts {tuple(ids.shape)} become {tuple(states.shape)}")
-            text.append(finite(name, model.project_text(states)).float().cpu())
-            hidden.append(states.cpu())
-            task.advance(len(ids))
-    return _Side(name, model, torch.cat(text), torch.cat(hidden), texts.mask.cpu())
+class _TextEncoder:
+    """Encodes the captions once for all models that share a text encoder, as a model and its dense self do."""
+
+    def __init__(
+        self, texts: Texts, batch_size: int, device: torch.device, progress: Progress, *, keep_states: bool
+    ) -> None:
+        self._texts = texts
+        self._batch_size = batch_size
+        self._device = device
+        self._progress = progress
+        self._keep_states = keep_states
+        self._known: dict[int, _Captions] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Of the states that are kept."""
+        return sum(each.states.nbytes for each in self._known.values() if each.states is not None)
+
+    def captions(self, name: str, model: RetrievalModel) -> _Captions:
+        key = id(getattr(model, "text_encoder", model))
+        if key not in self._known:
+            self._known[key] = self._encode(name, model)
+        return self._known[key]
+
+    def _encode(self, name: str, model: RetrievalModel) -> _Captions:
+        texts, embeddings, kept, row = self._texts, [], None, 0
+        with self._progress.task("texts", len(texts.ids)) as task:
+            for ids, mask in zip(texts.ids.split(self._batch_size), texts.mask.split(self._batch_size), strict=True):
+                states = model.encode_text(ids.to(self._device), mask.to(self._device))
+                if states.dim() != _TOKENS_RANK or tuple(states.shape[:2]) != tuple(ids.shape):
+                    raise ModelError(f"{name}: the texts {tuple(ids.shape)} become {tuple(states.shape)}")
+                embeddings.append(finite(name, model.project_text(states)).float().cpu())
+                if self._keep_states:
+                    if kept is None:  # all at once: joining parts would hold them twice
+                        kept = torch.empty(len(texts.ids), *states.shape[1:], dtype=states.dtype)
+                    kept[row : row + len(ids)] = states
+                row += len(ids)
+                task.advance(len(ids))
+        return _Captions(torch.cat(embeddings), kept, texts.mask.cpu())
 
 
 def _encode_clips(
@@ -639,7 +672,7 @@ def _tokens(side: _Side, video: Tensor, count: int, device: torch.device) -> Ten
 def _projected(side: _Side, tokens: Tensor) -> Tensor:
     """The projection `[b, F, E]` of tokens, float32 on the CPU."""
     projected = finite(side.name, side.model.project_video(tokens)).float().cpu()
-    width = side.text.shape[-1]
+    width = side.captions.embeddings.shape[-1]
     if projected.dim() != _TOKENS_RANK or len(projected) != len(tokens) or projected.shape[-1] != width:
         raise ModelError(f"{side.name}: videos are projected to {tuple(projected.shape)}, texts to [., {width}]")
     return projected
@@ -656,18 +689,17 @@ def _score(
     progress: Progress,
 ) -> _Result:
     """Rank all queries by one model, by similarity and, with a store, by the matching score."""
-    kept = torch.tensor(truth.captions)
-    video = torch.cat(side.video)
-    sim = similarity(video, side.text[kept])
+    video, captions = torch.cat(side.video), _those_of(side.captions, truth.captions)
+    sim = similarity(video, captions.embeddings)
     by_similarity = Scores(text_to_video=sim.T, video_to_text=sim)
     by_match, seconds = None, None
-    if store is not None and rerank_k is not None:
+    if store is not None and rerank_k is not None and captions.states is not None:
         started = time.perf_counter()
         by_match = matching_scores(
             side.model,
             sim,
-            side.hidden[kept],
-            side.mask[kept],
+            captions.states,
+            captions.mask,
             store.of(side.name, len(video)),
             k=rerank_k,
             pair_batch=pair_batch,
@@ -678,7 +710,7 @@ def _score(
         seconds = time.perf_counter() - started
     score = RetrievalScore(
         videos=len(video),
-        captions=len(kept),
+        captions=len(truth.captions),
         vtc=_directions(by_similarity, truth),
         matching=None if by_match is None else _directions(by_match, truth),
         tokens=side.tokens,
@@ -686,6 +718,15 @@ def _score(
         matching_seconds=seconds,
     )
     return _Result(score, _first(by_similarity, truth), None if by_match is None else _first(by_match, truth))
+
+
+def _those_of(captions: _Captions, rows: Sequence[int]) -> _Captions:
+    """Without the captions of videos that could not be read; where there are none such, without a copy."""
+    if len(rows) == len(captions.embeddings):
+        return captions
+    kept = torch.tensor(rows)
+    states = None if captions.states is None else captions.states[kept]
+    return _Captions(captions.embeddings[kept], states, captions.mask[kept])
 
 
 def _directions(scores: Scores, truth: _Truth) -> Directions:

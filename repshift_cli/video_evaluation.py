@@ -42,6 +42,7 @@ __all__ = [
     "Videos",
     "Wanted",
     "answer",
+    "check_missing",
     "choose_pooling",
     "is_video_dataset",
     "open_data",
@@ -345,7 +346,7 @@ def retrieve(
     Raises:
         RepshiftError: as `evaluate_retrieval`; also PyAV is not installed, or (`strict`) a video is missing.
     """
-    _check_missing(data, settings)
+    check_missing(data, settings)
     padded: list[str] = []
     clips = (
         ClipBatch(batch.indices, batch.video, batch.broken)
@@ -384,7 +385,7 @@ def answer(
 
     Arguments, returns and errors as `retrieve`, with `AnsweringModel` and `evaluate_answers`.
     """
-    _check_missing(data, settings)
+    check_missing(data, settings)
     padded: list[str] = []
     batches = _batches(data.videos, preprocessing, settings, padded)
     answers = tokenizer.answers(data.answers, min(_LONGEST_ANSWER, positions))
@@ -504,7 +505,12 @@ def _questions_of(found: QaSet, annotations: Annotations) -> QuestionData:
     )
 
 
-def _check_missing(data: VideoData, settings: Settings) -> None:
+def check_missing(data: VideoData, settings: Settings) -> None:
+    """Refuse annotations of videos that are not there, where `strict` is on.
+
+    Raises:
+        DataError: naming the first.
+    """
     if settings.strict and data.missing:
         raise DataError(
             f"{len(data.missing)} videos of {data.name} are missing, the first is {data.missing[0]}",

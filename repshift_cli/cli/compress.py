@@ -188,7 +188,10 @@ def _show_measured(measured: Measured, unit: str) -> None:
     ui.print_table(title, ["", "dense", "compressed", "ratio"], rows)
     ui.print_text(f"speed   {measured.speedup}")
     if measured.agreement is not None and unit == "clip":
-        told = f"{measured.agreement:.1%} are still most like themselves among all"
+        told = (
+            f"{measured.agreement:.1%} are still most like themselves among all "
+            f"(mean KL of that {measured.divergence:.4f} nats)"
+        )
     elif measured.agreement is not None:
         told = f"{measured.agreement:.1%} of predictions unchanged (mean KL {measured.divergence:.4f} nats)"
     else:

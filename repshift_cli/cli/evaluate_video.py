@@ -99,13 +99,21 @@ def run(job: Run, wanted: Wanted, told: VideoOptions, screen: Screen, json: bool
         json: print one document instead of tables.
     """
     from repshift_cli import ui
-    from repshift_cli.video_evaluation import CaptionData, choose_pooling, open_data, open_tokenizer, task_of
+    from repshift_cli.video_evaluation import (
+        CaptionData,
+        check_missing,
+        choose_pooling,
+        open_data,
+        open_tokenizer,
+        task_of,
+    )
 
     opened = job.opened
     task = task_of(opened.loaded.model)
     job = replace(job, settings=replace(job.settings, rerank_k=_rerank_k(told, task, job.name)))
     pooling = choose_pooling(opened, None if told.pooling is None else told.pooling.value)
     data = open_data(wanted, task, job.name)
+    check_missing(data, job.settings)
     tokenizer = open_tokenizer(told.vocab, opened, data)
     for note in data.notes:
         screen.note(note)
@@ -261,7 +269,10 @@ def _show_retrieval(result: RetrievalEvaluation, macs: Mapping[str, int]) -> Non
             "what lies behind them is in no order"
         )
         where = "on disk" if result.tokens_where == "disk" else "in memory"
-        ui.print_text(f"the vision tokens waited for that {where}: {_size(result.token_bytes)}")
+        ui.print_text(
+            f"the vision tokens waited for that {where}: {_size(result.token_bytes)}; the captions in memory: "
+            f"{_size(result.text_bytes)}"
+        )
     _say_agreement(result)
     ui.print_text(f"GMACs and videos/s are those of the video side alone; all together took {result.seconds:.1f} s")
 
@@ -366,7 +377,11 @@ def _retrieval_document(result: RetrievalEvaluation, macs: Mapping[str, int]) ->
     found = {
         **_retrieval_numbers(result.scores[first], macs[first]),
         "rerank_k": result.rerank_k,
-        "memory": {"token_bytes": result.token_bytes, "where": result.tokens_where},
+        "memory": {
+            "token_bytes": result.token_bytes,
+            "where": result.tokens_where,
+            "text_bytes": result.text_bytes,
+        },
         "seconds": result.seconds,
     }
     if others and result.vtc_agreement is not None:

@@ -109,7 +109,7 @@ class Attention(nn.Module):
         batch, count, width = tokens.shape
         projected = self.qkv(tokens, torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias)))
         query, key, value = projected.view(batch, count, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        bias = None if sizes is None else sizes.to(query.dtype).log()[:, None, None, :]
+        bias = None if sizes is None else _log(sizes, query.dtype)[:, None, None, :]
         if self.fused_attn:
             mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         else:
@@ -117,6 +117,11 @@ class Attention(nn.Module):
             mixed = (scores if bias is None else scores + bias).softmax(dim=-1) @ value
         output: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, count, width))
         return output
+
+
+def _log(sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The logarithm, rounded once."""
+    return sizes.to(torch.promote_types(sizes.dtype, dtype)).log().to(dtype)
 
 
 class _BiasedLinear(nn.Linear):

@@ -115,6 +115,7 @@ class TestRetrieval:
         assert (found["scoring"], found["rerank_k"], found["pooling"]) == ("matching", 128, "all")
         assert set(found["text_to_video"]) >= {"r1", "r5", "r10", "median_rank", "mean_rank"}
         assert found["gmacs"] < found["dense"]["gmacs"]
+        assert found["memory"].pop("text_bytes") > 0
         assert found["memory"] == {"token_bytes": COUNT * (24 + 48) * 64 * 4, "where": "memory"}
         assert found["annotations"]["file"] == "retrieval.json"
         # every candidate is matched, so each list is the whole gallery in another order
@@ -135,7 +136,7 @@ class TestRetrieval:
         arguments = ("eval", folder / "umt-shapes.safetensors", "--dataset", "builtin:shapes", "--limit", 9, "--json")
         with_it, without = parsed(cli(*arguments)), parsed(cli(*arguments, "--no-rerank"))
         assert (without["scoring"], without["rerank_k"], without["videos"]) == ("vtc", None, 9)
-        assert without["memory"] == {"token_bytes": 0, "where": None}
+        assert without["memory"] == {"token_bytes": 0, "where": None, "text_bytes": 0}
         assert without["text_to_video"] == without["vtc"]["text_to_video"] == with_it["vtc"]["text_to_video"]
         assert without["pooling"] == "frames"
         text = "\n".join(lines_of(cli(*arguments[:-1], "--no-rerank")))
