@@ -53,16 +53,16 @@ NOTE = (
 
 def main() -> None:
     options = parse_options()
-    sections, machine = [], ""
-    for key in options.models:
-        report = measure(PUBLISHED[key], options)
-        machine = report.machine
-        sections += [render(PUBLISHED[key], report, batch) for batch in options.batch_sizes]
     command = shlex.join(["python", "benchmarks/video_cpu.py", *sys.argv[1:]])
-    text = "\n\n".join(["## Video on a CPU: UMT, 12 frames of 224", provenance(command, machine), *sections, NOTE])
-    print(text)
-    if not options.dry_run:
-        write_section("video_cpu", text)
+    for key in options.models:
+        published = PUBLISHED[key]
+        report = measure(published, options)
+        tables = [render(report, published, batch) for batch in options.batch_sizes]
+        title = f"## Video on a CPU: {published.title}, 12 frames of 224"
+        text = "\n\n".join([title, provenance(command, report.machine), *tables, NOTE])
+        print(text)
+        if not options.dry_run:
+            write_section(f"video_cpu_{key}", text)
 
 
 def parse_options() -> argparse.Namespace:
@@ -126,14 +126,14 @@ def both(
         yield
 
 
-def render(published: Published, report: BenchReport, batch: int) -> str:
+def render(report: BenchReport, published: Published, batch: int) -> str:
     runs = {run.name: run for run in report.runs if run.batch == batch}
     rows = [row(run, runs) for run in runs.values()]
     before, after = published.videos_s
     rows.append(["paper, GPU: dense, explicit", "-", f"{before} videos/s", "1.00x", "-", "-", "-"])
     rows.append(["paper, GPU: theirs", "-", f"{after} videos/s", f"{after / before:.2f}x", "-", "-", "-"])
     columns = ["", "GMACs", "ms", "over explicit", "over dense", "efficiency", "peak MB"]
-    return f"### {published.title}, batch {batch}\n\n{table(columns, rows)}"
+    return f"### Batch {batch}\n\n{table(columns, rows)}"
 
 
 def row(run: Run, runs: dict[str, Run]) -> list[str]:
