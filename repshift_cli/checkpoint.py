@@ -420,11 +420,9 @@ def _load_builtin(name: str, told: _Told) -> LoadedModel:
     if name not in BUILTIN:
         raise UsageError(f"there is no {name}", f"{nearest(name, BUILTIN)}Built in are {', '.join(BUILTIN)}.")
     with as_file(files("repshift_cli").joinpath("assets").joinpath(BUILTIN[name])) as path:
-        loaded = _from_weights(
-            read_weights(path), _Told(heads=told.heads, img_size=told.img_size, clips=told.clips), name
-        )
-    loaded.source = Source("builtin", name, loaded.source.sha256)
-    return loaded
+        weights = read_weights(path)
+        weights.source = Source("builtin", name, weights.source.sha256)
+        return _from_weights(weights, _Told(heads=told.heads, img_size=told.img_size, clips=told.clips), name)
 
 
 def _load_folder(folder: Path, told: _Told) -> LoadedModel:

@@ -486,6 +486,8 @@ def _captions(source: _Source, rows: Sequence[object], limit: int | None, paragr
             places += [found] * len(texts)
     library.check(source.annotations)
     notes = _size_notes(source.protocol, len(library.places) + len(library.missing), total, "captions")
+    if empty := captions.count(""):
+        notes += (f"{empty} captions are empty without their punctuation; they are compared all the same, as UMT does",)
     whole = RetrievalSet(
         source.name,
         tuple(library.places),
