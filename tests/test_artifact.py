@@ -180,16 +180,18 @@ def set_site(**changes: Any) -> Callable[[dict[str, Any]], None]:
 
 
 class TestDamage:
-    @pytest.mark.parametrize("version", [3, 99])
+    @pytest.mark.parametrize("version", [artifact.FORMAT_VERSION + 1, 99])
     def test_a_newer_format_says_what_to_do(self, version: int, small: Path) -> None:
         rewrite(small, lambda document: document.update(format_version=version))
-        with pytest.raises(CheckpointError, match=rf"written by a newer repshift \(format {version}, this one knows 2"):
+        known = artifact.FORMAT_VERSION
+        with pytest.raises(CheckpointError, match=rf"by a newer repshift \(format {version}, this one knows {known}"):
             artifact.load(small)
         with pytest.raises(CheckpointError, match="pip install --upgrade repshift-cli"):
             artifact.load(small)
 
     def test_a_newer_format_whose_model_is_told_otherwise(self, small: Path) -> None:
-        rewrite(small, lambda document: document.update(format_version=3, model={"graph": "something new"}))
+        newer = {"format_version": artifact.FORMAT_VERSION + 1, "model": {"graph": "something new"}}
+        rewrite(small, lambda document: document.update(newer))
         with pytest.raises(CheckpointError, match="written by a newer repshift"):
             artifact.load(small)
 
