@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from repshift_cli.errors import DataError, ModelError, UsageError
-from repshift_cli.evaluate import Skipped, explained_memory, finite, in_turn, wait_for, wilson_interval
+from repshift_cli.evaluate import (
+    Skipped,
+    explained_memory,
+    finite,
+    in_turn,
+    per_second,
+    percent_interval,
+    wait_for,
+)
 from repshift_cli.progress import Progress
 
 __all__ = [
@@ -135,18 +143,17 @@ class AnswerScore:
     @property
     def interval(self) -> tuple[float, float]:
         """95% interval of `accuracy`, in percent."""
-        low, high = wilson_interval(self.correct, self.questions)
-        return 100.0 * low, 100.0 * high
+        return percent_interval(self.correct, self.questions)
 
     @property
     def videos_per_s(self) -> float:
         """Videos per second of encoder time: no decoding, no copying."""
-        return self.videos / self.video_seconds if self.video_seconds > 0 else 0.0
+        return per_second(self.videos, self.video_seconds)
 
     @property
     def questions_per_s(self) -> float:
         """Questions per second of model time."""
-        return self.questions / self.seconds if self.seconds > 0 else 0.0
+        return per_second(self.questions, self.seconds)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ __all__ = [
     "Calibration",
     "CandidateResult",
     "Outcome",
+    "Predictions",
     "SiteChoice",
     "agreement",
     "calibrate",

@@ -26,6 +26,8 @@ __all__ = [
     "explained_memory",
     "finite",
     "in_turn",
+    "per_second",
+    "percent_interval",
     "wait_for",
     "wilson_interval",
 ]
@@ -71,13 +73,12 @@ class Score:
     @property
     def top1_interval(self) -> tuple[float, float]:
         """95% interval of `top1`, in percent."""
-        low, high = wilson_interval(self.top1_correct, self.images)
-        return 100.0 * low, 100.0 * high
+        return percent_interval(self.top1_correct, self.images)
 
     @property
     def images_per_s(self) -> float:
         """Images per second of model time: no decoding, no copying."""
-        return self.images / self.seconds if self.seconds > 0 else 0.0
+        return per_second(self.images, self.seconds)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Evaluation:
     @property
     def images_per_s(self) -> float:
         """Images per second end to end, for all models together."""
-        return self.images / self.seconds if self.seconds > 0 else 0.0
+        return per_second(self.images, self.seconds)
 
 
 def evaluate(
@@ -163,6 +164,17 @@ def evaluate(
                 _check_labels(batch, dataset, num_classes)
                 _classify(models, batch, tally, device=device, dtype=dtype, num_classes=num_classes)
     return tally.result(dataset, time.perf_counter() - started)
+
+
+def per_second(count: int, seconds: float) -> float:
+    """A rate; 0 where no time has passed."""
+    return count / seconds if seconds > 0 else 0.0
+
+
+def percent_interval(correct: int, total: int) -> tuple[float, float]:
+    """`wilson_interval` at 95%, in percent."""
+    low, high = wilson_interval(correct, total)
+    return 100.0 * low, 100.0 * high
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from repshift_cli.errors import DataError, ModelError, OutputError, UsageError
-from repshift_cli.evaluate import Skipped, explained_memory, finite, in_turn, wait_for
+from repshift_cli.evaluate import Skipped, explained_memory, finite, in_turn, per_second, wait_for
 from repshift_cli.progress import Progress
 
 __all__ = [
@@ -176,7 +176,7 @@ class RetrievalScore:
     @property
     def videos_per_s(self) -> float:
         """Videos per second of encoder time: no decoding, no copying."""
-        return self.videos / self.seconds if self.seconds > 0 else 0.0
+        return per_second(self.videos, self.seconds)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from repshift_cli.attach import CompressedModel
 from repshift_cli.benchmark import PLOT_FORMATS
 from repshift_cli.data import clips as clip_files
-from repshift_cli.data.base import ImageDataset, UnreadableSample
+from repshift_cli.data.base import ImageDataset, UnreadableSample, shuffled
 from repshift_cli.data.video import UnreadableVideo, clip_tensor, frame_indices, read_clip
 from repshift_cli.errors import DataError, ModelError, UsageError
 from repshift_cli.files import atomic_output
@@ -365,7 +365,7 @@ def _order(source: ImageDataset, seed: int) -> Sequence[int]:
     """Places in the order in which they are tried; scenes are random already, and streams are read from their start."""
     if source.name.startswith("builtin:") or not source.random_access:
         return range(len(source))
-    return [int(index) for index in np.random.default_rng(seed).permutation(len(source))]
+    return shuffled(len(source), seed)
 
 
 def _readable(classes: tuple[str, ...] | None) -> tuple[str, ...] | None:

@@ -131,19 +131,8 @@ def run(job: Run, wanted: Wanted, told: VideoOptions, screen: Screen, json: bool
 def _retrieve(job: Run, data: CaptionData, tokenizer: Tokenizer, screen: Screen, show: bool) -> dict[str, Any]:
     from repshift_cli.video_evaluation import retrieve
 
-    loaded = job.opened.loaded
-    model: Any = loaded.model
-    result, padded = retrieve(
-        job.models,
-        data,
-        preprocessing=loaded.description.preprocessing,
-        tokenizer=tokenizer,
-        positions=model.text.positions,
-        settings=job.settings,
-        progress=screen,
-    )
-    broken = {entry.sample: entry.reason for entry in result.skipped}
-    _report_broken(broken, padded)
+    result, padded = retrieve(job.models, data, settings=job.settings, progress=screen, **_reading(job, tokenizer))
+    broken = _reported(result, padded)
     if show:
         _show_retrieval(result, job.macs)
     return {
@@ -160,19 +149,8 @@ def _retrieve(job: Run, data: CaptionData, tokenizer: Tokenizer, screen: Screen,
 def _answer(job: Run, data: QuestionData, tokenizer: Tokenizer, screen: Screen, show: bool) -> dict[str, Any]:
     from repshift_cli.video_evaluation import answer
 
-    loaded = job.opened.loaded
-    model: Any = loaded.model
-    result, padded = answer(
-        job.models,
-        data,
-        preprocessing=loaded.description.preprocessing,
-        tokenizer=tokenizer,
-        positions=model.text.positions,
-        settings=job.settings,
-        progress=screen,
-    )
-    broken = {entry.sample: entry.reason for entry in result.skipped}
-    _report_broken(broken, padded)
+    result, padded = answer(job.models, data, settings=job.settings, progress=screen, **_reading(job, tokenizer))
+    broken = _reported(result, padded)
     if show:
         _show_answers(result, job.macs)
     return {
@@ -183,6 +161,24 @@ def _answer(job: Run, data: QuestionData, tokenizer: Tokenizer, screen: Screen, 
         **_answers_document(result, job.macs),
         **_inputs(job, tokenizer),
     }
+
+
+def _reading(job: Run, tokenizer: Tokenizer) -> dict[str, Any]:
+    """How the models read clips and texts, as the scorers of both tasks ask for it."""
+    loaded = job.opened.loaded
+    model: Any = loaded.model
+    return {
+        "preprocessing": loaded.description.preprocessing,
+        "tokenizer": tokenizer,
+        "positions": model.text.positions,
+    }
+
+
+def _reported(result: RetrievalEvaluation | AnswerEvaluation, padded: Sequence[str]) -> dict[str, str]:
+    """Tell which videos were left out or padded; returns the reason for each one that was left out."""
+    broken = {entry.sample: entry.reason for entry in result.skipped}
+    _report_broken(broken, padded)
+    return broken
 
 
 def _rerank_k(told: VideoOptions, task: Task, name: str) -> int | None:

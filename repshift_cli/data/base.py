@@ -6,14 +6,23 @@ import warnings
 from abc import ABC, abstractmethod
 from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, ClassVar
 
 from repshift_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["EvenSubset", "ImageDataset", "UnreadableSample", "decode_bytes", "decode_file", "even_indices", "limited"]
+__all__ = [
+    "EvenSubset",
+    "ImageDataset",
+    "UnreadableSample",
+    "decode_bytes",
+    "decode_file",
+    "even_indices",
+    "limited",
+    "shuffled",
+]
 
 
 class UnreadableSample(DataError):
@@ -22,10 +31,15 @@ class UnreadableSample(DataError):
     Args:
         sample: its path or name.
         reason: what the decoder says, in a few words.
+
+    Attributes:
+        what: how messages call it.
     """
 
+    what: ClassVar[str] = "picture"
+
     def __init__(self, sample: str, reason: str) -> None:
-        super().__init__(f"the picture {sample} cannot be read: {reason}")
+        super().__init__(f"the {self.what} {sample} cannot be read: {reason}")
         self.sample = sample
         self.reason = reason
 
@@ -112,6 +126,13 @@ class EvenSubset(ImageDataset):
 
     def for_head(self, num_classes: int) -> ImageDataset:
         return EvenSubset(self.whole.for_head(num_classes), len(self))
+
+
+def shuffled(count: int, seed: int) -> list[int]:
+    """The numbers `0 .. count - 1` in the order in which a seed tries them."""
+    import numpy as np
+
+    return [int(index) for index in np.random.default_rng(seed).permutation(count)]
 
 
 def even_indices(total: int, count: int) -> list[int]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from repshift_cli.data.base import shuffled
 from repshift_cli.data.images import ImageBatch, batch_of, load_images
 from repshift_cli.data.moving_shapes import TRAIN_SEED
 from repshift_cli.errors import DataError, UsageError
@@ -132,6 +133,4 @@ def find_clips(root: Path) -> list[Path]:
 
 def drawn(paths: list[Path], seed: int) -> Iterator[Path]:
     """All of them, in the order in which a seed tries them."""
-    import numpy as np
-
-    yield from (paths[int(index)] for index in np.random.default_rng(seed).permutation(len(paths)))
+    yield from (paths[index] for index in shuffled(len(paths), seed))

@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repshift_cli.data.base import ImageDataset, UnreadableSample, decode_file
+from repshift_cli.data.base import ImageDataset, UnreadableSample, decode_file, shuffled
 from repshift_cli.errors import DataError, UsageError
 from repshift_cli.preprocessing import Preprocessing
 
@@ -114,12 +114,7 @@ def _open(where: str | Path | None, count: int, seed: int) -> tuple[ImageDataset
 
 def _draw(source: ImageDataset, builtin: bool, seed: int) -> Iterator[int]:
     """Places in the source, in the order in which they are tried."""
-    import numpy as np
-
-    if builtin or not source.random_access:
-        yield from range(len(source))
-        return
-    yield from (int(index) for index in np.random.default_rng(seed).permutation(len(source)))
+    yield from range(len(source)) if builtin or not source.random_access else shuffled(len(source), seed)
 
 
 def _open_tree(root: Path) -> ImageDataset:

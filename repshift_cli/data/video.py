@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from repshift_cli.data.base import UnreadableSample, decode_file
 from repshift_cli.errors import DataError, UsageError
@@ -56,22 +56,10 @@ _LEAST_SHARE = 0.5
 """Of the frames that a container declares, as many must be there; a smaller rest is a truncated file."""
 
 
-class UnreadableVideo(DataError):
-    """One video that cannot be decoded.
+class UnreadableVideo(UnreadableSample):
+    """One video that cannot be decoded; arguments as `UnreadableSample`."""
 
-    Args:
-        sample: its path.
-        reason: what is wrong with it, in a few words.
-    """
-
-    def __init__(self, sample: str, reason: str) -> None:
-        super().__init__(f"the video {sample} cannot be read: {reason}")
-        self.sample = sample
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[type[UnreadableVideo], tuple[str, str]]:
-        # The default would rebuild it from the message alone, which fails on the way back from a loader process.
-        return type(self), (self.sample, self.reason)
+    what: ClassVar[str] = "video"
 
 
 @dataclass(frozen=True)
