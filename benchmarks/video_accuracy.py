@@ -27,22 +27,23 @@ from torch import Tensor
 
 from repshift_cli import checkpoint, measure
 from repshift_cli.artifact import Opened
-from repshift_cli.attach import attach, resolve_for, with_defaults
+from repshift_cli.attach import attach, has_open_fields, resolve_for, with_defaults
 from repshift_cli.calibrate import calibrate
 from repshift_cli.data.clips import load_clips
 from repshift_cli.data.moving_shapes import TEST_SEED, write_dataset
 from repshift_cli.data.video import frame_indices
 from repshift_cli.families import match
 from repshift_cli.measure import count_macs
-from repshift_cli.models.umt import VideoTokens, VisionShape
+from repshift_cli.models.umt import VisionShape
 from repshift_cli.plan import Plan
 from repshift_cli.progress import Silent
 from repshift_cli.recipe import Recipe
+from repshift_cli.tokens import Sized
 from repshift_cli.video_evaluation import Settings, Task, Wanted, answer, open_data, open_tokenizer, retrieve
 
 LAYERS = (0, 2, 4)
 OPEN = "{kind: representation_shift}"
-CALIBRATED = "shift, calibrated"
+FITTED = "{kind: fitted}"
 SIDES = {
     "shift (paper)": (
         "{kind: representation_shift, operation: mlp, distance: l2, reading: update, polarity: largest}",
@@ -52,7 +53,11 @@ SIDES = {
         "{kind: representation_shift, operation: mlp, distance: l2, reading: update, polarity: smallest}",
         "prune",
     ),
-    CALIBRATED: (OPEN, "prune"),
+    "shift, calibrated": (OPEN, "prune"),
+    "shift, calibrated, merged": (OPEN, "merge"),
+    "fitted": (FITTED, "prune"),
+    "fitted, merged": (FITTED, "merge"),
+    "ToMe": ("{kind: random}", "bipartite"),
     "random": ("{kind: random}", "prune"),
     "class attention": ("{kind: class_attention}", "prune"),
     "vid-TLDR, own score": ("{kind: attention_entropy}", "vid_tldr"),
@@ -147,7 +152,7 @@ def shown_frames(pair: Sequence[Opened], frames: int) -> Iterator[int]:
 
 def encode_frames(encoder: Any, video: Tensor, *, kept: list[int], shape: VisionShape) -> Tensor:
     places = encoder.positions.unflatten(1, (shape.frames, -1))[:, kept].flatten(1, 2)
-    stream = VideoTokens(encoder.patch_embed(video[:, kept]) + places)
+    stream = Sized(encoder.patch_embed(video[:, kept]) + places)
     for block in encoder.blocks:
         stream = block(stream)
     output: Tensor = encoder.norm(stream.tokens)
@@ -159,8 +164,10 @@ def all_plans(pair: Sequence[Opened], macs: int, options: argparse.Namespace) ->
     found = {}
     for name, (metric, reducer) in SIDES.items():
         plans = [plan_within(each, metric, reducer, macs) for each in pair]
-        if name == CALIBRATED:
+        if has_open_fields(plans[0]):
             plans = [calibrated(each, plan, options) for each, plan in zip(pair, plans, strict=True)]
+        else:
+            plans = [_filled(each, plan) for each, plan in zip(pair, plans, strict=True)]
         found[name] = plans
     return found
 
@@ -172,13 +179,18 @@ def plan_within(opened: Opened, metric: str, reducer: str, macs: int) -> Plan:
         drops = ", ".join(f"{{layer: {layer}, drop_ratio: {thousandths / 1000}}}" for layer in LAYERS)
         recipe = Recipe.parse(f"version: 1\nmetric: {metric}\nreducer: {{kind: {reducer}}}\nlayers: [{drops}]")
         plan = resolve_for(model, recipe)
-        plan = with_defaults(plan, {site.name: site for site in match(model).sites(model)})
-        compressed = attach(model, plan)
+        compressed = attach(model, _filled(opened, plan))
         cost = compressed.macs()
         compressed.detach()
         if cost <= macs:
-            return plan if metric != OPEN else resolve_for(model, recipe)
+            return plan
     raise ValueError(f"no drop ratio comes down to {macs} operations")
+
+
+def _filled(opened: Opened, plan: Plan) -> Plan:
+    """The plan with open fields as the paper has them."""
+    model = opened.loaded.model
+    return with_defaults(plan, {site.name: site for site in match(model).sites(model)})
 
 
 def calibrated(opened: Opened, plan: Plan, options: argparse.Namespace) -> Plan:

@@ -7,9 +7,10 @@ code runs unchanged, so a library's next version does not rot a copied `forward`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,20 +22,23 @@ from repshift_cli.metrics import Metric, SiteContext, build_metric
 from repshift_cli.plan import After, Layout, Plan, PlanSite, resolve
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.recipe import Place, Recipe
-from repshift_cli.reducers import Chooser, Merger, Reducer, build_reducer
+from repshift_cli.reducers import Chooser, Dims, Merger, Reducer, build_reducer
 from repshift_cli.tokens import MapState, TokenState
 
 __all__ = [
     "CompressedModel",
+    "Seen",
     "Trace",
     "attach",
     "branch",
     "check_feeds",
     "check_parts",
     "check_reducer",
+    "check_reducer_feeds",
     "feeds",
     "has_open_fields",
     "resolve_for",
+    "watching",
     "with_defaults",
 ]
 
@@ -60,7 +64,7 @@ class _SiteHook:
         self.context = context
         self.metrics = metrics
         self.reducer = reducer
-        self.wanted = frozenset[str]().union(*(metric.taps() for metric in metrics))
+        self.wanted = reducer.taps().union(*(metric.taps() for metric in metrics))
         self.enabled = True
         self.seen: dict[str, Tensor] = {}
         self.recorded: list[Tensor] | None = None
@@ -76,14 +80,15 @@ class _SiteHook:
         """Replace the output of the block by what is left of it."""
         if not self.enabled:
             return output
-        self._check(output, kwargs)
+        arrived = self.stream.enter(output)
+        self._check(arrived, kwargs)
         if "block_input" in self.wanted - self.tapped:
-            self.seen["block_input"] = self.stream.block_input(args, output)
+            self.seen["block_input"] = self.stream.block_input(args, arrived)
         if "block_output" in self.wanted:
-            self.seen["block_output"] = self.stream.block_output(output)
-        branches = [self._reduce(metric, output) for metric in self.metrics]
+            self.seen["block_output"] = self.stream.block_output(arrived)
+        branches = [self._reduce(metric, arrived) for metric in self.metrics]
         self.seen = {}
-        return branches[0] if len(branches) == 1 else self.stream.join(branches)
+        return self.stream.leave(branches[0] if len(branches) == 1 else self.stream.join(branches))
 
     def _reduce(self, metric: Metric, output: Any) -> Any:
         scores = metric.score(self.seen, self.context)
@@ -91,7 +96,7 @@ class _SiteHook:
             scores = -scores
         everything = self.planned.tokens_out == self.planned.tokens_in
         if isinstance(self.reducer, Merger) and not everything:
-            reduced, keep = self.stream.merge(output, scores, self.planned, self.reducer.merge)
+            reduced, keep = self.stream.merge(output, scores, self.planned, partial(self.reducer.merge, seen=self.seen))
         else:
             keep = self.stream.choose(scores, output, self.planned)
             # a copy could differ in its strides, and then in the last bits of what follows
@@ -116,10 +121,46 @@ class _SiteHook:
                 f"{self.planned.site} was called with an attention mask, which would not fit the tokens that are left",
                 "Run without a mask, or inside `with model.dense():`.",
             )
+        if isinstance(self.reducer, Merger) and kwargs.get("is_causal"):
+            raise UsageError(
+                f"{self.planned.site} was called with causal attention, but merged tokens have no order",
+                "Run without it, or inside `with model.dense():`.",
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         # tensors of a pass in flight are nobody's business but that pass's
         return {**self.__dict__, "seen": {}, "recorded": None}
+
+
+class _PassageHook:
+    """Changes what passes at one module while the sites are at work."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor | None]) -> None:
+        self.change = change
+
+    def on_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Before the module runs: its first argument."""
+        return (self.change(args[0]), *args[1:])
+
+    def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """After it: what it returns."""
+        return self.change(output)
+
+    def on_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Before it runs: the mask that it is handed."""
+        mask = self.change(args[0])
+        return args, kwargs if mask is None else {**kwargs, "attn_mask": mask}
+
+
+class _BeginHook:
+    """Tells the stream that a pass begins."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def on_begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before the first block."""
+        self.stream.begin()
 
 
 class _TapHook:
@@ -178,9 +219,10 @@ class CompressedModel(nn.Module):
         self.layout = family.layout(model)
         self._undo = family.adapt(model)
         stream, class_token = family.stream(model), self.layout.class_token
-        sites = {site.name: site for site in family.sites(model)}
         self._hooks: list[_SiteHook] = []
         self._handles: list[Any] = []
+        self._undo_sizes = self._heed_sizes(stream) if isinstance(reducer, Merger) else _nothing
+        sites = {site.name: site for site in family.sites(model)}
         for planned, here in zip(plan.sites, metrics, strict=True):
             context = SiteContext(planned.layer, stream.prefix, class_token)
             hook = _SiteHook(planned, stream, context, metrics=here, reducer=reducer)
@@ -222,8 +264,9 @@ class CompressedModel(nn.Module):
             if site.layer in found:
                 hook, index = found[site.layer]
                 state = state.keep(index, hook.planned.grid_out)
-                # a merge leaves its tokens in an order of its own
-                kept[site.layer] = state.index.sort(dim=1).values if hook.planned.after == "attention" else state.index
+                # some merges leave their tokens in an order of their own
+                merged = isinstance(hook.reducer, Merger)
+                kept[site.layer] = state.index.sort(dim=1).values if merged else state.index
         return Trace(output, kept)
 
     def macs(self, counted: bool = False) -> int:
@@ -239,7 +282,7 @@ class CompressedModel(nn.Module):
             for metric in hook.metrics
         )
         merging = sum(
-            hook.reducer.macs(hook.planned.tokens_in, sites[hook.planned.site].attention_channels)
+            _reducer_macs(hook, sites[hook.planned.site])
             for hook in self._hooks
             if hook.planned.tokens_out < hook.planned.tokens_in
         )
@@ -259,6 +302,7 @@ class CompressedModel(nn.Module):
             handle.remove()
         self._handles, self._hooks = [], []
         self._undo()
+        self._undo_sizes()
         return self.model
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -279,6 +323,20 @@ class CompressedModel(nn.Module):
     def _enable(self, values: list[bool]) -> None:
         for hook, value in zip(self._hooks, values, strict=True):
             hook.enabled = value
+
+    def _heed_sizes(self, stream: Stream) -> Callable[[], None]:
+        passages, undo = self.family.heed_sizes(self.model, stream)
+        first = self.family.sites(self.model)[0].block
+        self._handles.append(first.register_forward_pre_hook(_BeginHook(stream).on_begin))
+        for passage in passages:
+            hook, module = _PassageHook(passage.change), passage.module
+            if passage.side == "output":
+                self._handles.append(module.register_forward_hook(hook.on_output))
+            elif passage.side == "input":
+                self._handles.append(module.register_forward_pre_hook(hook.on_input))
+            else:
+                self._handles.append(module.register_forward_pre_hook(hook.on_mask, with_kwargs=True))
+        return undo
 
     def _install(self, site: Site, hook: _SiteHook) -> None:
         for name in sorted(hook.tapped):
@@ -329,7 +387,63 @@ def _attach(model: nn.Module, plan: Plan, metrics: list[tuple[Metric, ...]]) -> 
             raise RecipeError(f"the plan reduces after the {planned.after}, which {reducer.kind} does not do")
         for metric in here:
             check_feeds(metric, sites[planned.site], planned.after)
+            _check_channels(metric, sites[planned.site])
+        check_reducer_feeds(reducer, sites[planned.site])
     return CompressedModel(model, family, plan, metrics, reducer)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What left one block in a pass.
+
+    Attributes:
+        tokens: `[B, T, C]`, as metrics see them, without the prefix.
+        carrier: the tensor that what follows was computed from.
+        view: turns a tensor like `carrier` into one like `tokens`.
+    """
+
+    tokens: Tensor
+    carrier: Tensor
+    view: Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def watching(model: nn.Module, after: After = "block") -> Iterator[dict[int, Seen]]:
+    """Inside the context each pass of a dense model leaves what left each block, by layer.
+
+    Raises:
+        ModelError: the model is not supported.
+    """
+    family = match(model)
+    stream, seen = family.stream(model), dict[int, Seen]()
+    handles = []
+    for site in family.sites(model):
+        place = site.attended if after == "attention" else site.block
+        assert place is not None
+        handles.append(place.register_forward_hook(_Watch(stream, site.layer, seen).on_block))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Watch:
+    """Remembers what left one block."""
+
+    def __init__(self, stream: Stream, layer: int, seen: dict[int, Seen]) -> None:
+        self.stream = stream
+        self.layer = layer
+        self.seen = seen
+
+    def on_block(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Store it."""
+        value, prefix = self.stream.enter(output), self.stream.prefix
+        tokens = self.stream.block_output(value)[:, prefix:]
+        self.seen[self.layer] = Seen(tokens, self.stream.carrier(value), self._view)
+
+    def _view(self, value: Tensor) -> Tensor:
+        return self.stream.carried(value)[:, self.stream.prefix :]
 
 
 def resolve_for(model: nn.Module, recipe: Recipe) -> Plan:
@@ -342,7 +456,11 @@ def resolve_for(model: nn.Module, recipe: Recipe) -> Plan:
     family, reducer = match(model), build_reducer(recipe.reducer, recipe.place)
     check_reducer(reducer, family, model, recipe.place)
     most = reducer.most if isinstance(reducer, Merger) else None
-    return resolve(recipe, family.layout(model), reducer.after, most)
+    plan = resolve(recipe, family.layout(model), reducer.after, most)
+    sites = {site.name: site for site in family.sites(model)}
+    for planned in plan.sites:
+        check_reducer_feeds(reducer, sites[planned.site], recipe.place)
+    return plan
 
 
 def check_reducer(reducer: Reducer, family: Family, model: nn.Module, place: Place | None = None) -> None:
@@ -352,14 +470,25 @@ def check_reducer(reducer: Reducer, family: Family, model: nn.Module, place: Pla
         RecipeError: with its place in the recipe.
     """
     where = f"{place.at(('reducer',))}: " if place else ""
-    if isinstance(reducer, Merger) and not family.stream(model).merges:
-        raise RecipeError(
-            f"{where}{reducer.kind} merges tokens, and models of the family {family.name} do not carry how many tokens "
-            "each stands for",
-            "Use reducer: {kind: prune}.",
-        )
+    if isinstance(reducer, Merger) and (reason := family.merge_refusal(model)) is not None:
+        raise RecipeError(f"{where}{reducer.kind} merges tokens, and {reason}", "Use reducer: {kind: prune}.")
     if reducer.after == "attention" and any(site.attended is None for site in family.sites(model)):
         raise RecipeError(f"{where}{reducer.kind} acts after attention, where {family.name} models cannot be reduced")
+
+
+def check_reducer_feeds(reducer: Reducer, site: Site, place: Place | None = None) -> None:
+    """Refuse a reducer that asks for a tensor which the block at `site` cannot show when it acts.
+
+    Raises:
+        RecipeError: with the reason that the family gives, and its place in the recipe.
+    """
+    lacking = sorted(reducer.taps() - _shown(site, reducer.after))
+    if lacking:
+        where = f"{place.at(('reducer',))}: " if place else ""
+        raise RecipeError(
+            f"{where}{reducer.kind} needs {lacking[0]}, which {site.name} cannot show: {_reason(site, lacking[0])}",
+            "Use reducer: {kind: merge} (by the hidden state) or {kind: prune}.",
+        )
 
 
 def check_parts(recipe: Recipe) -> None:
@@ -377,7 +506,7 @@ def check_parts(recipe: Recipe) -> None:
 
 def has_open_fields(plan: Plan) -> bool:
     """Whether the plan leaves something for calibration to choose."""
-    return any(len(build_metric(planned.metric).variants()) > 1 for planned in plan.sites)
+    return any(build_metric(planned.metric).open for planned in plan.sites)
 
 
 def with_defaults(plan: Plan, sites: Mapping[str, Site]) -> Plan:
@@ -422,11 +551,33 @@ def check_feeds(
             "tokens are merged",
             "Possible are representation_shift with operation: attention or block, and the other metrics.",
         )
-    reason = site.missing.get(lacking) or site.missing.get("*", "the family does not show it")
     raise RecipeError(
-        f"{where}{metric.kind} needs {lacking}, which {site.name} cannot show: {reason}",
+        f"{where}{metric.kind} needs {lacking}, which {site.name} cannot show: {_reason(site, lacking)}",
         "representation_shift with operation: block works on every block.",
     )
+
+
+def _check_channels(metric: Metric, site: Site) -> None:
+    if site.width and metric.channels not in (None, site.width):
+        raise RecipeError(
+            f"{metric.kind} has weights for {metric.channels} channels, and tokens at {site.name} have {site.width}",
+            "Its weights are of another model: leave them out, and calibration fits them.",
+        )
+
+
+def _reason(site: Site, lacking: str) -> str:
+    return site.missing.get(lacking) or site.missing.get("*", "the family does not show it")
+
+
+def _reducer_macs(hook: _SiteHook, site: Site) -> int:
+    """Of one image, at a site where tokens go."""
+    planned = hook.planned
+    patches = planned.tokens_in - hook.stream.prefix
+    return hook.reducer.macs(patches, planned.tokens_in - planned.tokens_out, Dims(site.width, site.head))
+
+
+def _nothing() -> None:
+    """Undoes what was not done. A function with a name, since hooked models are pickled."""
 
 
 def _start(layout: Layout, images: Tensor) -> TokenState | MapState:

@@ -274,7 +274,7 @@ def resolve(recipe: Recipe, layout: Layout, after: After = "block", most: Callab
 
     Args:
         after: where in a block the recipe's reducer acts.
-        most: how many of so many tokens it can take at one site; None for all.
+        most: how many of so many patch tokens it can take at one site; None for all.
 
     Raises:
         RecipeError: a layer that the model lacks, a layer twice, more tokens kept than there are, or none left; or more
@@ -290,7 +290,7 @@ def resolve(recipe: Recipe, layout: Layout, after: After = "block", most: Callab
     sites = count(recipe, layout, [chosen[layer] for layer in sorted(chosen)])
     if most is not None:
         for planned in sites:
-            _check_most(recipe, chosen[planned.layer][0], planned, most)
+            _check_most(recipe, chosen[planned.layer][0], planned, layout.prefix_tokens, most)
     return Plan(
         family=layout.family,
         prefix_tokens=layout.prefix_tokens,
@@ -300,13 +300,14 @@ def resolve(recipe: Recipe, layout: Layout, after: After = "block", most: Callab
     )
 
 
-def _check_most(recipe: Recipe, index: int, planned: PlanSite, most: Callable[[int], int]) -> None:
-    dropped, limit = planned.tokens_in - planned.tokens_out, most(planned.tokens_in)
+def _check_most(recipe: Recipe, index: int, planned: PlanSite, prefix: int, most: Callable[[int], int]) -> None:
+    patches = planned.tokens_in - prefix
+    dropped, limit = planned.tokens_in - planned.tokens_out, most(patches)
     if dropped > limit:
         raise RecipeError(
-            f"{_where(recipe.place, index)}: {dropped} of {planned.tokens_in} tokens would go at {planned.site}, but "
+            f"{_where(recipe.place, index)}: {dropped} of {patches} tokens would go at {planned.site}, but "
             f"{recipe.reducer.kind} can let {limit} go there",
-            f"Keep {planned.tokens_in - limit} or more.",
+            f"Keep {patches - limit} or more.",
         )
 
 

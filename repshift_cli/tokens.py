@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from repshift_cli.plan import Grid, Window
 
-__all__ = ["MapState", "TokenState", "complement", "gather_tokens", "keep_lines", "keep_top"]
+__all__ = [
+    "MapState",
+    "Sized",
+    "TokenState",
+    "complement",
+    "gather_tokens",
+    "keep_lines",
+    "keep_top",
+    "split_top",
+    "with_prefix",
+]
 
 
 def keep_top(scores: Tensor, count: int) -> Tensor:
@@ -25,8 +36,21 @@ def keep_top(scores: Tensor, count: int) -> Tensor:
     Returns:
         int64 `[B, count]`.
     """
+    return split_top(scores, count)[0]
+
+
+def split_top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """As `keep_top`, and beside it the indices of the others, the best first: int64 `[B, count]`, `[B, N - count]`."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    return order[:, :count].sort(dim=-1).values
+    return order[:, :count].sort(dim=-1).values, order[:, count:]
+
+
+def with_prefix(index: Tensor, prefix: int) -> Tensor:
+    """Places among the patch tokens as places among all, the prefix in front: int64 `[B, K]` to `[B, prefix + K]`."""
+    if not prefix:
+        return index
+    front = torch.arange(prefix, device=index.device).expand(index.shape[0], -1)
+    return torch.cat((front, index + prefix), dim=1)
 
 
 def keep_lines(scores: Tensor, kept: Grid) -> Tensor:
@@ -58,9 +82,7 @@ def gather_tokens(tokens: Tensor, index: Tensor, prefix: int = 0) -> Tensor:
     """
     batch, total, channels = tokens.shape
     if tokens.stride(2) != 1 and tokens.mT.is_contiguous():
-        if prefix:
-            front = torch.arange(prefix, device=index.device).expand(batch, -1)
-            index = torch.cat((front, index + prefix), dim=1)
+        index = with_prefix(index, prefix)
         # `gather` along the last axis has a fast way for an index that is the same in all channels
         return tokens.mT.gather(2, index.unsqueeze(1).expand(-1, channels, -1)).mT
     # Whole rows of the flattened batch: on the CPU this is 7 to 10 times faster than `gather` channel by channel.
@@ -84,6 +106,18 @@ def complement(index: Tensor, count: int) -> Tensor:
     kept = torch.zeros(index.shape[0], count, dtype=torch.int8, device=index.device)
     kept.scatter_(1, index, 1)
     return kept.sort(dim=-1, stable=True).indices[:, : count - index.shape[1]].sort(dim=-1).values
+
+
+class Sized(NamedTuple):
+    """Tokens and how many each stands for.
+
+    Attributes:
+        tokens: `[B, T, C]`.
+        sizes: float32 `[B, T]`; None where each stands for itself.
+    """
+
+    tokens: Tensor
+    sizes: Tensor | None = None
 
 
 @dataclass

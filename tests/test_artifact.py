@@ -25,7 +25,7 @@ from repshift_cli.checkpoint import METADATA_KEY, LoadedModel
 from repshift_cli.compression import compress_dense
 from repshift_cli.errors import CheckpointError, OutputError, UsageError
 from repshift_cli.metrics import metric_kinds
-from repshift_cli.recipe import Recipe
+from repshift_cli.recipe import Part, Recipe
 
 OPTIONS = {"embed_dim": 64}
 DOCUMENT_KEYS = {
@@ -86,8 +86,25 @@ class TestRoundTrip:
                 assert torch.equal(again(images(3)), wanted(images(3)))
 
     def test_in_another_process(self, small: Path, tmp_path: Path) -> None:
+        self.run_elsewhere(small, tmp_path)
+
+    def test_merging_in_another_process(self, tmp_path: Path) -> None:
+        recipe = make_recipe(reducer="merge, similarity: keys")
+        model = tiny_vit(**OPTIONS, **VARIANTS["mean_pooling_with_class_token"])
+        path, loaded = write(model, tmp_path, recipe)
+        wanted, again = attach(loaded.model, make_plan(loaded.model, recipe)), artifact.load(path)
+        assert again.plan == wanted.plan
+        assert again.plan.reducer == Part(kind="merge", similarity="keys")
+        pruned = attach(tiny_vit(**OPTIONS, **VARIANTS["mean_pooling_with_class_token"]), make_plan(model))
         with torch.no_grad():
-            torch.save({"images": images(3), "output": artifact.load(small)(images(3))}, tmp_path / "wanted.pt")
+            assert torch.equal(again(images(3)), wanted(images(3)))
+            assert not torch.allclose(again(images(3)), pruned(images(3)), atol=1e-3)
+        self.run_elsewhere(path, tmp_path)
+
+    def run_elsewhere(self, path: Path, folder: Path) -> None:
+        """Load the compressed file in a fresh process, and compare what it returns with what it returns here."""
+        with torch.no_grad():
+            torch.save({"images": images(3), "output": artifact.load(path)(images(3))}, folder / "wanted.pt")
         program = (
             "import sys, torch, repshift_cli\n"
             "torch.set_num_threads(1)\n"
@@ -96,7 +113,7 @@ class TestRoundTrip:
             "    output = repshift_cli.load(sys.argv[1])(stored['images'])\n"
             "assert torch.equal(output, stored['output']), (output - stored['output']).abs().max()\n"
         )
-        command = [sys.executable, "-c", program, str(small), str(tmp_path / "wanted.pt")]
+        command = [sys.executable, "-c", program, str(path), str(folder / "wanted.pt")]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
         assert done.returncode == 0, done.stderr
 

@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import Attention, PatchEmbed
 from timm.models.vision_transformer import ParallelScalingBlock
-from tiny import DEPTH, KEEP_ALL, PATCHES, VARIANTS, compressed, images, make_plan, make_recipe, save_weights, tiny_vit
+from tiny import (
+    DEPTH,
+    DROPS,
+    KEEP_ALL,
+    PATCHES,
+    VARIANTS,
+    compressed,
+    images,
+    make_plan,
+    make_recipe,
+    save_weights,
+    tiny_vit,
+)
+from tiny_cnn import tiny_cnn
+from tiny_vim import tiny_vim
 from torch import Tensor, nn
 
 from repshift_cli import checkpoint
-from repshift_cli.attach import CompressedModel, attach
+from repshift_cli.attach import CompressedModel, attach, resolve_for
 from repshift_cli.errors import ModelError, RecipeError, UsageError
 from repshift_cli.families import families, match
+from repshift_cli.measure import count_macs
 from repshift_cli.metrics import Metric, metric_kinds
 from repshift_cli.plan import Plan
 from repshift_cli.recipe import Recipe
-from repshift_cli.reducers import Chooser, reducer_kinds
+from repshift_cli.reducers import Chooser, Merged, reducer_kinds
 
 
 def possible(metric: Metric, variant: str) -> bool:
@@ -32,7 +49,7 @@ def possible(metric: Metric, variant: str) -> bool:
 
 
 CHOOSERS = [kind for kind, found in reducer_kinds().items() if issubclass(found, Chooser)]
-"""Those that merge need a family that carries sizes: tests/families/test_umt_family.py."""
+"""Those that merge need a family that carries sizes: `TestMerging`, and tests/families/test_umt_family.py."""
 
 ALL = [
     (variant, metric, reducer)
@@ -436,3 +453,339 @@ def test_half_precision_files_are_run_in_float32(tmp_path: Any) -> None:
     loaded = checkpoint.load(save_weights(model, tmp_path / "half.safetensors"), heads=2)
     assert {value.dtype for value in loaded.tensors.values()} == {torch.float16}
     assert {value.dtype for value in loaded.model.parameters()} == {torch.float32}
+
+
+MERGES = {
+    "merge": "merge",
+    "merge_by_keys": "merge, similarity: keys",
+    "fuse": "fuse",
+    "fuse_carry": "fuse, carry: true",
+    "bipartite": "bipartite",
+}
+"""What a recipe says under `reducer` after `kind: `. vid_tldr acts where timm's blocks cannot be opened."""
+
+
+class Gated(Attention):
+    """Not a kind of attention, but how a block is told to make a plain one with a gate."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        return Attention(*args, gated=True, **options)
+
+
+MORE_VARIANTS: dict[str, dict[str, Any]] = {
+    "average_and_max_pooling": {"class_token": False, "global_pool": "avgmax"},
+    "mean_pooling_with_prefix": {"global_pool": "avg", "reg_tokens": 2, "pool_include_prefix": True},
+    "mean_pooling_behind_the_norm": {"global_pool": "avg", "fc_norm": False},
+    "max_pooling": {"global_pool": "max"},
+    "gated_attention": {"attn_layer": Gated},
+    "scaled_attention_norm": {"scale_attn_norm": True},
+    "no_pooling": {"global_pool": "", "num_classes": 0},
+}
+if "gated" not in inspect.signature(Attention).parameters:  # older timm
+    del MORE_VARIANTS["gated_attention"]
+
+MERGE_VARIANTS = {
+    name: options
+    for name, options in {**VARIANTS, **MORE_VARIANTS}.items()
+    if match(tiny_vit(**options)).merge_refusal(tiny_vit(**options)) is None
+}
+WITH_KEYS = ("merge_by_keys", "bipartite")
+MERGING = [
+    (variant, merge)
+    for variant in MERGE_VARIANTS
+    for merge in MERGES
+    if not (merge in WITH_KEYS and variant == "parallel_things_block")
+]
+MERGE_DROPS = "[{layer: 0, drop_ratio: 0.25}, {layer: 2, keep_tokens: 7}]"
+MERGE_COUNTS = [16, 12, 12, 7, 7]
+SHIFT = "{kind: representation_shift, operation: block}"
+
+all_merging = pytest.mark.parametrize(("variant", "merge"), MERGING)
+merging = pytest.mark.parametrize(
+    ("variant", "merge"), [pair for pair in MERGING if pair[1] == "merge" or pair[0] in ("registers", "map_pooling")]
+)
+some_merging = pytest.mark.parametrize(
+    ("variant", "merge"),
+    [
+        ("plain", "fuse_carry"),
+        ("mean_pooling", "bipartite"),
+        ("map_pooling_with_prefix", "merge"),
+        ("distilled", "merge_by_keys"),
+        ("parallel_things_block", "merge"),
+    ],
+)
+
+
+def merged_recipe(merge: str = "merge", layers: str = MERGE_DROPS, metric: str = SHIFT) -> Recipe:
+    return make_recipe(layers, metric, MERGES.get(merge, merge))
+
+
+def merged(variant: str = "plain", merge: str = "merge", layers: str = MERGE_DROPS) -> CompressedModel:
+    """Compressed as the command line does it."""
+    model = tiny_vit(**MERGE_VARIANTS[variant])
+    return attach(model, resolve_for(model, merged_recipe(merge, layers)))
+
+
+def merges_of(model: CompressedModel, batch: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, list[Merged]]:
+    """The output, and what the reducer returned at each site."""
+    kind, found = type(model._hooks[0].reducer), []
+    plain = kind.merge  # type: ignore[attr-defined]
+
+    def watched(*args: Any, **kwargs: Any) -> Merged:
+        found.append(plain(*args, **kwargs))
+        return found[-1]
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(kind, "merge", watched)
+        return model(batch), found
+
+
+class TestMerging:
+    def test_most_variants_can_merge(self) -> None:
+        missing = {*VARIANTS, *MORE_VARIANTS} - set(MERGE_VARIANTS)
+        assert missing == {"parallel_scaling_block", "differential_attention"}
+
+    @all_merging
+    def test_each_token_counts_as_the_tokens_that_it_stands_for(
+        self, variant: str, merge: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Behind each site the dense model runs on every token as often as its size says, and finds the same."""
+        options = MERGE_VARIANTS[variant]
+        model, dense = merged(variant, merge), tiny_vit(**options).double()
+        model.model.double()
+        before: list[Tensor] = []
+        for block in model.model.blocks:
+            # a hook that stands before the site's own sees what the block itself returned
+            block.register_forward_hook(lambda _, args, output: before.append(output), prepend=True)
+        batch = images(3).double()
+        output, found = merges_of(model, batch, monkeypatch)
+        assert [site.sizes.sum(1).tolist() for site in found] == [[16.0 + model.plan.prefix_tokens] * 3] * 2
+        for row in range(3):
+            for site, blocks in zip(found, (range(1, 3), range(3, 4)), strict=True):
+                times = site.sizes[row].long()
+                assert times.max() > 1
+                stream = site.tokens[row].repeat_interleave(times, dim=0).unsqueeze(0)
+                for index in blocks:
+                    stream = dense.blocks[index](stream)
+                    wanted = before[index][row].repeat_interleave(times, dim=0)
+                    torch.testing.assert_close(stream[0], wanted, rtol=0, atol=1e-10)
+            if options.get("global_pool") == "":
+                continue
+            head = dense.forward_head(dense.norm(stream))
+            torch.testing.assert_close(output[row], head[0], rtol=0, atol=1e-7)  # sizes are float32
+
+    @pytest.mark.parametrize("variant", ["plain", "qk_norm", "map_pooling", "scaled_attention_norm"])
+    def test_explicit_attention_finds_the_same(self, variant: str) -> None:
+        model = merged(variant)
+        with torch.no_grad():
+            wanted = model(images(2))
+            for block in model.model.blocks:
+                assert block.attn.fused_attn
+                block.attn.fused_attn = False
+            torch.testing.assert_close(model(images(2)), wanted, rtol=1e-4, atol=1e-4)
+            with model.dense() as dense:
+                torch.testing.assert_close(dense(images(2)), tiny_vit(**MERGE_VARIANTS[variant])(images(2)))
+
+    @merging
+    def test_tokens_leave_as_the_plan_says(self, variant: str, merge: str) -> None:
+        model = merged(variant, merge)
+        expected = [model.plan.prefix_tokens + count for count in MERGE_COUNTS]
+        assert token_counts(model, images(2)) == expected == list(model.plan.tokens_at(DEPTH))
+
+    @merging
+    def test_dense_and_a_plan_that_keeps_all_change_no_bit(self, variant: str, merge: str) -> None:
+        model = merged(variant, merge)
+        with torch.no_grad():
+            wanted = tiny_vit(**MERGE_VARIANTS[variant])(images(3))
+            reduced = model(images(3))
+            with model.dense() as dense:
+                assert torch.equal(dense(images(3)), wanted)
+            assert torch.equal(model(images(3)), reduced)
+            assert torch.equal(merged(variant, merge, KEEP_ALL)(images(3)), wanted)
+        assert reduced.shape != wanted.shape or not torch.allclose(reduced, wanted)
+
+    @merging
+    def test_detach_puts_the_very_same_modules_back(self, variant: str, merge: str) -> None:
+        model = tiny_vit(**MERGE_VARIANTS[variant])
+        modules, keys = dict(model.named_modules()), {key: part.clone() for key, part in model.state_dict().items()}
+        with torch.no_grad():
+            wanted = model(images())
+            wrapped = attach(model, resolve_for(model, merged_recipe(merge)))
+            wrapped(images())
+            assert list(wrapped.state_dict()) == list(keys)
+            assert all(torch.equal(wrapped.state_dict()[key], keys[key]) for key in keys)
+            assert wrapped.detach() is model
+            assert torch.equal(model(images()), wanted)
+        assert list(model.named_modules()) == list(modules.items())
+        assert all(part is modules[name] for name, part in model.named_modules())
+        assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+    @merging
+    def test_products_are_counted(self, variant: str, merge: str) -> None:
+        model = merged(variant, merge)
+        assert count_macs(model.model, (3, 32, 32)) == model.macs()
+        with model.dense():
+            assert count_macs(model.model, (3, 32, 32)) == model.dense_macs()
+
+    @merging
+    def test_the_batch_decides_nothing(self, variant: str, merge: str) -> None:
+        model, batch = merged(variant, merge), images(6)
+        together = model.trace(batch)
+        assert [kept.shape for kept in together.kept.values()] == [(6, 12), (6, 7)]
+        for place in (0, 4):
+            alone = model.trace(batch[place : place + 1])
+            for layer, kept in alone.kept.items():
+                assert torch.equal(kept[0], together.kept[layer][place])
+            torch.testing.assert_close(alone.output[0], together.output[place], rtol=1e-5, atol=1e-5)
+        double = merged(variant, merge)
+        double.model.double()
+        with torch.no_grad():
+            wide = double(batch.double())
+            torch.testing.assert_close(double(batch[2:3].double())[0], wide[2], rtol=0, atol=1e-6)  # scores are float32
+
+    @merging
+    def test_gradients_reach_every_weight_that_is_used(self, variant: str, merge: str) -> None:
+        dense, model = tiny_vit(**MERGE_VARIANTS[variant]).train(), merged(variant, merge).train()
+        dense(images(2))[0].square().sum().backward()
+        model(images(2))[0].square().sum().backward()
+        used = {name for name, parameter in dense.named_parameters() if parameter.grad is not None}
+        gradients = {name: part.grad for name, part in model.model.named_parameters() if part.grad is not None}
+        assert set(gradients) == used
+        assert all(gradient.isfinite().all() for gradient in gradients.values())
+        assert gradients["patch_embed.proj.weight"].abs().max() > 0
+
+    @pytest.mark.parametrize("merge", MERGES)
+    @pytest.mark.parametrize("variant", ["plain", "map_pooling"])
+    def test_checkpointed_blocks_merge_all_the_same(self, variant: str, merge: str) -> None:
+        plain, model = merged(variant, merge).train(), merged(variant, merge).train()
+        model.model.set_grad_checkpointing()
+        outputs = [one(images()) for one in (plain, model)]
+        assert torch.equal(*outputs)
+        for output in outputs:
+            output.square().sum().backward()
+        others = dict(plain.model.named_parameters())
+        for name, parameter in model.model.named_parameters():
+            torch.testing.assert_close(parameter.grad, others[name].grad)
+
+    def test_dropout_of_attention_weights(self) -> None:
+        model = tiny_vit(attn_drop_rate=0.5)
+        wrapped = attach(model, resolve_for(model, merged_recipe()))
+        with torch.no_grad():
+            still = wrapped(images())
+            assert torch.equal(wrapped(images()), still)
+            assert wrapped.train().training
+            assert not torch.equal(wrapped(images()), still)
+            assert torch.equal(wrapped.eval()(images()), still)
+            wrapped.train()
+            assert model.blocks[0].attn.dense[0].training
+            assert wrapped.detach().blocks[0].attn.training
+
+    @some_merging
+    @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+    def test_a_copy_stands_on_its_own(self, way: str, variant: str, merge: str) -> None:
+        model = merged(variant, merge)
+        model(images())  # a tensor that a gradient goes through cannot be copied
+        with torch.no_grad():
+            other = copies(model)[way]
+            wanted = model(images())
+            assert torch.equal(other(images()), wanted)
+            for parameter in model.model.parameters():
+                parameter.zero_()
+            # sizes of one model's pass are not those of the other's
+            model(images(5))
+            assert torch.equal(other(images()), wanted)
+            dense = other.detach()
+            assert torch.equal(dense(images()), tiny_vit(**VARIANTS[variant])(images()))
+        assert [type(part) for part in dense.modules()] == [
+            type(part) for part in tiny_vit(**VARIANTS[variant]).modules()
+        ]
+
+    @some_merging
+    def test_export_agrees_with_the_model(self, variant: str, merge: str) -> None:
+        model = merged(variant, merge)
+        shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+        program = torch.export.export(model.model, (images(2),), dynamic_shapes=shapes)
+        batch = images(5, seed=9)
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(batch), model(batch), rtol=1e-5, atol=1e-5)
+
+    def test_compiled_in_one_graph(self) -> None:
+        model = merged("mean_pooling", "fuse")
+        program = torch.compile(model.model, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            for batch in (images(2), images(2, seed=4)):
+                torch.testing.assert_close(program(batch), model(batch), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("merge", MERGES)
+    @pytest.mark.parametrize("variant", ["mean_pooling", "map_pooling", "qk_norm"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_other_number_types(self, dtype: torch.dtype, variant: str, merge: str) -> None:
+        model = merged(variant, merge)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            assert model(images()).isfinite().all()
+        model.model.to(dtype)
+        output = model.trace(images().to(dtype)).output
+        assert output.dtype == dtype
+        assert output.isfinite().all()
+
+    def test_a_pass_knows_nothing_of_the_one_before(self) -> None:
+        model = merged("mean_pooling", "fuse")
+        with torch.no_grad():
+            wanted = model(images(2))
+            model(images(5, seed=7))
+            with model.dense() as dense:
+                dense(images(3))
+            assert torch.equal(model(images(2)), wanted)
+
+    def test_attention_in_order_of_time_is_refused(self) -> None:
+        """Where tokens were merged there is no before and after."""
+        with pytest.raises(UsageError, match="causal"):
+            merged()(images(1), is_causal=True)
+
+
+class TestMergingThatCannotBe:
+    @pytest.mark.parametrize(
+        ("variant", "attends"),
+        [("parallel_scaling_block", "ParallelScalingBlock"), ("differential_attention", "DiffAttention")],
+    )
+    @pytest.mark.parametrize("merge", MERGES)
+    def test_attention_that_cannot_weigh(self, merge: str, variant: str, attends: str) -> None:
+        model = tiny_vit(**VARIANTS[variant])
+        told = rf"merges tokens, and blocks\.0 attends by {attends}, which cannot weight tokens by size"
+        with pytest.raises(RecipeError, match=rf"^recipe:3:1: \w+ {told}") as caught:
+            resolve_for(model, merged_recipe(merge))
+        assert caught.value.hint == "Use reducer: {kind: prune}."
+        with pytest.raises(RecipeError, match=told):
+            attach(model, make_plan(model, merged_recipe(merge)))
+        assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+    @pytest.mark.parametrize(("build_model", "family"), [(tiny_vim, "vim"), (tiny_cnn, "resnet")])
+    def test_families_without_sizes(self, build_model: Callable[[], nn.Module], family: str) -> None:
+        told = f"^recipe:3:1: merge merges tokens, and models of the family {family} do not carry how many tokens each"
+        with pytest.raises(RecipeError, match=told) as caught:
+            resolve_for(build_model(), merged_recipe())
+        assert caught.value.hint == "Use reducer: {kind: prune}."
+
+    @pytest.mark.parametrize("merge", WITH_KEYS)
+    def test_keys_that_cannot_be_seen(self, merge: str) -> None:
+        model = tiny_vit(**VARIANTS["parallel_things_block"])
+        told = r"needs attention_key, which blocks\.0 cannot show: it runs several branches side by side"
+        with pytest.raises(RecipeError, match=rf"^recipe:3:1: \w+ {told}") as caught:
+            resolve_for(model, merged_recipe(merge))
+        assert "{kind: merge} (by the hidden state)" in str(caught.value.hint)
+        with pytest.raises(RecipeError, match=told):
+            attach(model, make_plan(model, merged_recipe(merge)))
+
+    @pytest.mark.parametrize("variant", ["plain", "registers", "mean_pooling"])
+    def test_more_than_half_at_a_site(self, variant: str) -> None:
+        model = tiny_vit(**VARIANTS[variant])
+        told = r"recipe:4:\d+: layers\[1\]: 7 of 12 tokens would go at blocks\.2, but bipartite can let 6 go there"
+        with pytest.raises(RecipeError, match=told) as caught:
+            resolve_for(model, merged_recipe("bipartite", DROPS))
+        assert caught.value.hint == "Keep 6 or more."
+        assert resolve_for(model, merged_recipe("merge", DROPS)).sites
+        most = resolve_for(
+            model, merged_recipe("bipartite", "[{layer: 0, keep_tokens: 8}, {layer: 1, keep_tokens: 4}]")
+        )
+        with torch.no_grad():
+            assert attach(model, most)(images()).isfinite().all()

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from repshift_cli.errors import ModelError
 from repshift_cli.plan import Layout, Plan, PlanSite
 from repshift_cli.registry import members
-from repshift_cli.tokens import keep_top
+from repshift_cli.tokens import Sized, keep_top, with_prefix
 
-__all__ = ["Family", "Merge", "Probe", "Reduce", "Site", "Stream", "families", "match"]
+__all__ = ["Family", "Merge", "Passage", "Probe", "Reduce", "Site", "SizedStream", "Stream", "families", "match"]
 
 Reduce = Callable[[Tensor, Tensor, int], Tensor]
 """What a reducer does: tokens `[B, prefix + N, C]`, kept places int64 `[B, K]`, prefix; to `[B, prefix + K, C]`."""
 
-Merge = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
-"""What one that merges does: tokens `[B, N, C]`, sizes and scores `[B, N]`, how many go; to tokens, sizes, places."""
+Merge = Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]]
+"""What one that merges does: tokens `[B, prefix + N, C]`, sizes `[B, prefix + N]`, scores `[B, N]`, how many go, and
+prefix; to tokens, sizes and the places of the patch tokens that are left."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,20 @@ class Probe:
     module: nn.Module
     side: Literal["input", "output"] = "output"
     view: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A module at which what passes is changed.
+
+    Attributes:
+        side: what is changed: its first argument (`input`), what it returns (`output`), or the `attn_mask` that it is
+            handed, which is made from its first argument (`mask`; None for no mask).
+    """
+
+    module: nn.Module
+    side: Literal["input", "output", "mask"]
+    change: Callable[[Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,7 @@ class Site:
         probes: where the tensors that metrics ask for can be seen. `block_input` and `block_output` need none.
         missing: why a tensor cannot be seen here, for messages; the key `*` stands for every tensor.
         attention_channels: heads times channels per head of its attention, 0 where it has none.
+        width, head: channels of a token, and of one head; 0 where tokens cannot be merged.
         attended: a module that passes on the stream between attention and MLP, where it can be reduced as well; None
             where the block has none.
         early: the tensors that can be seen by then; `block_output` is then what is there so far.
@@ -55,6 +71,8 @@ class Site:
     probes: Mapping[str, Probe]
     missing: Mapping[str, str]
     attention_channels: int = 0
+    width: int = 0
+    head: int = 0
     attended: nn.Module | None = None
     early: frozenset[str] = frozenset()
 
@@ -62,17 +80,26 @@ class Site:
 class Stream:
     """How tokens travel from block to block, and so how the hook on a block reads and reduces them.
 
-    This one is the plain form, a tensor `[B, prefix + N, C]`; other families override what differs with them.
+    This one is the plain form, a tensor `[B, prefix + N, C]`; other families override what differs with them. What a
+    block returns is entered first; the other methods know the entered form, and the next block gets what left.
 
     Attributes:
         prefix: tokens at the front that metrics do not score.
-        merges: whether it carries how many tokens each stands for, as reducers that merge need it.
     """
-
-    merges: ClassVar[bool] = False
 
     def __init__(self, prefix: int = 0) -> None:
         self.prefix = prefix
+
+    def begin(self) -> None:
+        """A pass through the model begins."""
+
+    def enter(self, output: Any) -> Any:
+        """What a block returned, with all that travels beside it."""
+        return output
+
+    def leave(self, value: Any) -> Any:
+        """What the next block takes."""
+        return value
 
     def shape(self, value: Any) -> tuple[int, ...]:
         """What `PlanSite.shape_in` is compared with: how many tokens there are."""
@@ -87,6 +114,15 @@ class Stream:
         """The tokens that leave a block, `[B, prefix + N, C]`."""
         left: Tensor = output
         return left
+
+    def carrier(self, output: Any) -> Tensor:
+        """The tensor whose change moves what follows: by its gradient one tells how much hangs on each token."""
+        tokens: Tensor = output
+        return tokens
+
+    def carried(self, carrier: Tensor) -> Tensor:
+        """A tensor like `carrier`, such as its gradient, token by token: `[B, prefix + N, C]`."""
+        return carrier
 
     def choose(self, scores: Tensor, output: Any, planned: PlanSite) -> Tensor:
         """The patch tokens that stay.
@@ -106,12 +142,44 @@ class Stream:
         return reduce(output, keep, self.prefix)
 
     def merge(self, output: Any, scores: Tensor, planned: PlanSite, merge: Merge) -> tuple[Any, Tensor]:
-        """What a reducer that merges makes of the stream, and the place of each token that is left, int64 `[B, K]`."""
+        """What a reducer that merges makes of the stream, and the place of each patch token that is left, `[B, K]`."""
         raise NotImplementedError(type(self).__name__)
 
     def join(self, outputs: Sequence[Any]) -> Any:
         """One batch after the other."""
         return torch.cat(list(outputs))
+
+
+class SizedStream(Stream):
+    """Tokens beside which their sizes travel. Here the blocks themselves pass on both, as `tokens.Sized`."""
+
+    def shape(self, value: Sized) -> tuple[int, ...]:
+        return (value.tokens.shape[1],)
+
+    def block_input(self, args: tuple[Any, ...], output: Sized) -> Tensor:
+        entered: Tensor = args[0].tokens
+        return entered
+
+    def block_output(self, output: Sized) -> Tensor:
+        return output.tokens
+
+    def carrier(self, output: Sized) -> Tensor:
+        return output.tokens
+
+    def reduce(self, output: Sized, keep: Tensor, planned: PlanSite, reduce: Reduce) -> Sized:
+        sizes = None if output.sizes is None else output.sizes.gather(1, with_prefix(keep, self.prefix))
+        return Sized(reduce(output.tokens, keep, self.prefix), sizes)
+
+    def merge(self, output: Sized, scores: Tensor, planned: PlanSite, merge: Merge) -> tuple[Sized, Tensor]:
+        tokens, sizes = output
+        if sizes is None:
+            sizes = torch.ones(tokens.shape[:2], device=tokens.device)
+        tokens, sizes, places = merge(tokens, sizes, scores, planned.tokens_in - planned.tokens_out, self.prefix)
+        return Sized(tokens, sizes), places
+
+    def join(self, outputs: Sequence[Sized]) -> Sized:
+        sizes = [output.sizes for output in outputs if output.sizes is not None]
+        return Sized(torch.cat([output.tokens for output in outputs]), torch.cat(sizes) if sizes else None)
 
 
 class Family(ABC):
@@ -158,6 +226,18 @@ class Family(ABC):
     def stream(self, model: nn.Module) -> Stream:
         """How tokens travel between the blocks of the model."""
         return Stream(self.layout(model).prefix_tokens)
+
+    def merge_refusal(self, model: nn.Module) -> str | None:
+        """Why tokens of this model cannot be merged, or None where they can, for its stream is a `SizedStream`."""
+        return f"models of the family {self.name} do not carry how many tokens each stands for"
+
+    def heed_sizes(self, model: nn.Module, stream: Stream) -> tuple[list[Passage], Callable[[], None]]:
+        """Let attention and pooling heed the sizes of the tokens in a stream that was made for the model.
+
+        Returns:
+            Where what passes must be changed, and what undoes the rest.
+        """
+        return [], _nothing
 
     def adapt(self, model: nn.Module) -> Callable[[], None]:
         """Prepare what comes behind the blocks for fewer tokens, in the dense pass as well; returns what undoes it."""

@@ -91,6 +91,9 @@ class _Map(Stream):
     def block_output(self, output: Tensor) -> Tensor:
         return _positions(output)
 
+    def carried(self, carrier: Tensor) -> Tensor:
+        return _positions(carrier)
+
     def choose(self, scores: Tensor, output: Tensor, planned: PlanSite) -> Tensor:
         return keep_lines(scores.unflatten(1, output.shape[2:]), cast(Grid, planned.grid_out))
 
@@ -157,7 +160,9 @@ class ResidualCNN(Family):
     def sites(self, model: Any) -> list[Site]:
         missing = {"*": "a residual block of convolutions has neither attention nor an MLP on a stream of tokens"}
         return [
-            Site(piece.name, piece.layer, piece.module, {}, missing) for piece in _pieces(model) if piece.barred is None
+            Site(piece.name, piece.layer, piece.module, {}, missing, width=piece.channels)
+            for piece in _pieces(model)
+            if piece.barred is None
         ]
 
     def stream(self, model: Any) -> Stream:
@@ -220,6 +225,13 @@ class _Piece:
     def macs(self, grid: Grid) -> int:
         """Multiply-accumulates on the path and on the shortcut."""
         return self._macs(self.path, grid) + self._macs(self._around, grid)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the map that comes out."""
+        leaves = [leaf for _, leaf in self._steps(self.path) if isinstance(leaf, nn.Conv2d | nn.Linear)]
+        last = leaves[-1]
+        return last.out_channels if isinstance(last, nn.Conv2d) else last.out_features
 
     @property
     def _around(self) -> tuple[nn.Module, ...]:

@@ -20,10 +20,105 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
-from repshift_cli.families.base import Family, Probe, Site
+from repshift_cli.attention import attend, cheapest_form, size_bias
+from repshift_cli.families.base import Family, Passage, Probe, Site, SizedStream, Stream
 from repshift_cli.plan import Layout, Plan, SiteInfo
+from repshift_cli.tokens import Sized
 
-__all__ = ["TimmViT"]
+__all__ = ["SizedAttention", "TimmViT"]
+
+
+class _Beside(SizedStream):
+    """Tokens `[B, prefix + N, C]` that the blocks pass on, with their sizes kept beside the pass that is under way.
+
+    They are kept by how many tokens there are, which no two sites that merge leave alike: a block that is checkpointed
+    runs once more on the way back, when later sites have sizes of their own.
+    """
+
+    def __init__(self, prefix: int) -> None:
+        super().__init__(prefix)
+        self.sizes: dict[int, Tensor] = {}
+        self.normed: Tensor | None = None
+
+    def begin(self) -> None:
+        self.sizes, self.normed = {}, None
+
+    def enter(self, output: Tensor) -> Sized:
+        return Sized(output, self.sizes.get(output.shape[1]))
+
+    def leave(self, value: Sized) -> Tensor:
+        if value.sizes is not None:
+            self.sizes[value.tokens.shape[1]] = value.sizes
+        return value.tokens
+
+    def block_input(self, args: tuple[Any, ...], output: Sized) -> Tensor:
+        entered: Tensor = args[0]
+        return entered
+
+    def last(self) -> Tensor | None:
+        """The sizes behind all blocks."""
+        return self.sizes[min(self.sizes)] if self.sizes else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # tensors of a pass in flight are nobody's business but that pass's
+        return {**self.__dict__, "sizes": {}, "normed": None}
+
+
+class SizedAttention(nn.Module):
+    """A timm `Attention` in which each key counts as often as the size of its token says.
+
+    It holds the parts of the dense one under their own names, so that the keys of the `state_dict` stay, and hands over
+    to it where no token has a size.
+    """
+
+    qkv: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    attn_drop: nn.Dropout
+    proj: nn.Module
+    proj_drop: nn.Module
+
+    def __init__(self, dense: Attention, stream: _Beside) -> None:
+        super().__init__()
+        self.num_heads = dense.num_heads
+        self.head_dim = dense.head_dim
+        self.stream = stream
+        self.dense: tuple[Any] = (dense,)  # in a tuple, so that its parts are not listed twice
+        for name, part in dense.named_children():
+            self.add_module(name, part)
+        self.training = dense.training
+
+    @property
+    def fused_attn(self) -> bool:
+        """Whether a fused kernel runs, or the explicit form."""
+        return bool(self.dense[0].fused_attn)
+
+    @fused_attn.setter
+    def fused_attn(self, fused: bool) -> None:
+        self.dense[0].fused_attn = fused
+
+    def train(self, mode: bool = True) -> SizedAttention:
+        self.dense[0].training = mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """`[B, T, C]` to the same. Masks only come where no token has a size, since sites refuse them."""
+        sizes = self.stream.sizes.get(x.shape[1])
+        if sizes is None:
+            dense: Tensor = self.dense[0](x, attn_mask=attn_mask, is_causal=is_causal)
+            return dense
+        shape = (*x.shape[:2], self.num_heads * self.head_dim)
+        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        form = cheapest_form(x.device) if self.fused_attn else "explicit"
+        dropout = self.attn_drop.p if self.training else 0.0
+        mixed = attend(self.q_norm(query), self.k_norm(key), value, sizes, form=form, dropout=dropout)
+        mixed = mixed.transpose(1, 2).reshape(shape)
+        if (norm := getattr(self, "norm", None)) is not None:
+            mixed = norm(mixed)
+        if (gate := getattr(self, "gate", None)) is not None:
+            mixed = mixed * gate(x).sigmoid()
+        projected: Tensor = self.proj_drop(self.proj(mixed))
+        return projected
 
 
 class TimmViT(Family):
@@ -63,9 +158,32 @@ class TimmViT(Family):
         found = []
         for index, block in enumerate(model.blocks):
             probes = _block_probes(block) or {}
-            channels = sum(part.num_heads * part.head_dim for part in _attentions(block))
-            found.append(Site(f"blocks.{index}", index, block, probes, _missing(block, probes), channels))
+            attentions = _attentions(block)
+            channels = {
+                "attention_channels": sum(part.num_heads * part.head_dim for part in attentions),
+                "width": int(model.embed_dim),
+                "head": int(attentions[0].head_dim) if attentions else 0,
+            }
+            found.append(Site(f"blocks.{index}", index, block, probes, _missing(block, probes), **channels))
         return found
+
+    def stream(self, model: Any) -> Stream:
+        return _Beside(int(model.num_prefix_tokens))
+
+    def merge_refusal(self, model: Any) -> str | None:
+        for index, block in enumerate(model.blocks):
+            for attention in _attentions(block):
+                if type(attention) not in (Attention, SizedAttention):
+                    return f"blocks.{index} attends by {type(attention).__name__}, which cannot weight tokens by size"
+        return None
+
+    def heed_sizes(self, model: Any, stream: Stream) -> tuple[list[Passage], Callable[[], None]]:
+        assert isinstance(stream, _Beside)
+        places = [place for block in model.blocks for place in _attention_places(block)]
+        dense = [getattr(parent, name) for parent, name in places]
+        for (parent, name), attention in zip(places, dense, strict=True):
+            setattr(parent, name, SizedAttention(attention, stream))
+        return _pooling_passages(model, stream), partial(_put_back, places, dense)
 
     def macs(self, model: Any, plan: Plan | None) -> int:
         layout = self.layout(model)
@@ -151,7 +269,7 @@ def _missing(block: nn.Module, probes: dict[str, Probe]) -> dict[str, str]:
 def _attention_probes(attention: Any) -> dict[str, Probe]:
     """Queries and keys of timm's `Attention`, read off the output of its fused projection."""
     projection = getattr(attention, "qkv", None)
-    if type(attention) is not Attention or not isinstance(projection, nn.Linear):
+    if type(attention) not in (Attention, SizedAttention) or not isinstance(projection, nn.Linear):
         return {}
     heads, size = attention.num_heads, attention.head_dim
     query = partial(_heads, start=0, heads=heads, size=size, norm=attention.q_norm)
@@ -160,6 +278,61 @@ def _attention_probes(attention: Any) -> dict[str, Probe]:
         "attention_query": Probe(projection, "output", query),
         "attention_key": Probe(projection, "output", key),
     }
+
+
+def _attention_places(block: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Each timm `Attention` of a block, as the module that holds it and its name there."""
+    parents = dict(block.named_modules())
+    names = [name for name, part in parents.items() if type(part) is Attention]
+    split = (name.rpartition(".") for name in names)
+    return [(parents[parent], own) for parent, _, own in split]
+
+
+def _put_back(places: list[tuple[nn.Module, str]], dense: list[nn.Module]) -> None:
+    for (parent, name), attention in zip(places, dense, strict=True):
+        setattr(parent, name, attention)
+
+
+def _pooling_passages(model: Any, stream: _Beside) -> list[Passage]:
+    """Where pooling must heed sizes: a mean over patches weights each by its size, attention pooling its keys.
+
+    A class token and a maximum are what they are.
+    """
+    if model.attn_pool is not None:
+        return [Passage(model.attn_pool, "mask", partial(_pool_bias, stream=stream))]
+    if model.global_pool not in ("avg", "avgmax"):
+        return []
+    first = 0 if model.pool_include_prefix else int(model.num_prefix_tokens)
+    pooled = partial(_pool_sized, stream=stream, first=first, with_max=model.global_pool == "avgmax")
+    return [
+        Passage(model.norm, "output", partial(_remember, stream=stream)),
+        Passage(model.fc_norm, "input", pooled),
+    ]
+
+
+def _remember(normed: Tensor, stream: _Beside) -> Tensor:
+    stream.normed = normed
+    return normed
+
+
+def _pool_sized(pooled: Tensor, stream: _Beside, first: int, with_max: bool) -> Tensor:
+    """`[B, C]`, the mean by size in place of the plain mean over the tokens from `first` on."""
+    sizes, normed = stream.last(), stream.normed
+    stream.normed = None  # it belongs to this pass, and a head that is called alone must not meet it
+    if sizes is None or normed is None:
+        return pooled
+    weights = (sizes[:, first:] / sizes[:, first:].sum(dim=1, keepdim=True)).to(normed.dtype)
+    mean = (normed[:, first:] * weights.unsqueeze(2)).sum(dim=1)
+    return 0.5 * (normed[:, first:].amax(dim=1) + mean) if with_max else mean
+
+
+def _pool_bias(tokens: Tensor, stream: _Beside) -> Tensor | None:
+    """The mask for attention pooling over the last of the tokens, `[B, 1, 1, T]`."""
+    sizes, count = stream.last(), tokens.shape[1]
+    # a head that is called alone may be given tokens of another pass
+    if sizes is None or count not in (sizes.shape[1], sizes.shape[1] - stream.prefix):
+        return None
+    return size_bias(sizes[:, -count:], tokens.dtype)[:, None, None, :]
 
 
 def _heads(projected: Tensor, start: int, heads: int, size: int, norm: nn.Module) -> Tensor:

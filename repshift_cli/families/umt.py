@@ -2,54 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from repshift_cli.families.base import Family, Merge, Probe, Reduce, Site, Stream
-from repshift_cli.models.umt import Block, UmtModel, UmtRetrieval, VideoTokens
-from repshift_cli.plan import Layout, Plan, PlanSite, SiteInfo
+from repshift_cli.families.base import Family, Probe, Site, SizedStream, Stream
+from repshift_cli.models.umt import Block, UmtModel, UmtRetrieval
+from repshift_cli.plan import Layout, Plan, SiteInfo
 
-__all__ = ["Umt", "UmtStream"]
+__all__ = ["Umt"]
 
 _EARLY = frozenset({"block_input", "block_output", "attention_update", "attention_query", "attention_key"})
-
-
-class UmtStream(Stream):
-    """Tokens `[B, N, C]`, and how many each stands for once some were merged."""
-
-    merges: ClassVar[bool] = True
-
-    def shape(self, value: VideoTokens) -> tuple[int, ...]:
-        return (value.tokens.shape[1],)
-
-    def block_input(self, args: tuple[Any, ...], output: VideoTokens) -> Tensor:
-        entered: VideoTokens = args[0]
-        return entered.tokens
-
-    def block_output(self, output: VideoTokens) -> Tensor:
-        return output.tokens
-
-    def choose(self, scores: Tensor, output: VideoTokens, planned: PlanSite) -> Tensor:
-        return super().choose(scores, output.tokens, planned)
-
-    def reduce(self, output: VideoTokens, keep: Tensor, planned: PlanSite, reduce: Reduce) -> VideoTokens:
-        sizes = None if output.sizes is None else output.sizes.gather(1, keep)
-        return VideoTokens(reduce(output.tokens, keep, 0), sizes)
-
-    def merge(self, output: VideoTokens, scores: Tensor, planned: PlanSite, merge: Merge) -> tuple[VideoTokens, Tensor]:
-        tokens, sizes = output
-        if sizes is None:
-            sizes = torch.ones(tokens.shape[:2], device=tokens.device)
-        tokens, sizes, index = merge(tokens, sizes, scores, planned.tokens_in - planned.tokens_out)
-        return VideoTokens(tokens, sizes), index
-
-    def join(self, outputs: Sequence[VideoTokens]) -> VideoTokens:
-        sizes = [output.sizes for output in outputs if output.sizes is not None]
-        return VideoTokens(torch.cat([output.tokens for output in outputs]), torch.cat(sizes) if sizes else None)
 
 
 class Umt(Family):
@@ -78,9 +43,10 @@ class Umt(Family):
         )
 
     def sites(self, model: Any) -> list[Site]:
-        channels = model.vision.width
+        width = model.vision.width
+        channels = {"attention_channels": width, "width": width, "head": width // model.vision.heads}
         return [
-            Site(info.name, info.layer, block, _probes(block), {}, channels, attended=block.attended, early=_EARLY)
+            Site(info.name, info.layer, block, _probes(block), {}, **channels, attended=block.attended, early=_EARLY)
             for info, block in zip(self.layout(model).sites, model.blocks, strict=True)
         ]
 
@@ -95,8 +61,11 @@ class Umt(Family):
             total += early.get(layer, tokens) * 2 * shape.width * shape.hidden
         return int(total) + self._head_macs(model)
 
+    def merge_refusal(self, model: Any) -> str | None:
+        return None
+
     def stream(self, model: Any) -> Stream:
-        return UmtStream()
+        return SizedStream()
 
     def adapt(self, model: Any) -> Callable[[], None]:
         before = model.pooling

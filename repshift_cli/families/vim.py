@@ -36,6 +36,9 @@ class _ClassTokensInside(Stream):
     def block_output(self, output: VimStream) -> Tensor:
         return output.residual + output.hidden
 
+    def carrier(self, output: VimStream) -> Tensor:
+        return output.hidden  # the next layer reads the sum of both, so their gradients are the same
+
     def choose(self, scores: Tensor, output: VimStream, planned: PlanSite) -> Tensor:
         patches = complement(output.place, scores.shape[1])
         return keep_top(scores.gather(1, patches), planned.tokens_out - self.class_tokens)
@@ -76,7 +79,8 @@ class Vim(Family):
     def sites(self, model: Any) -> list[Site]:
         missing = {"*": "a state space model has neither attention nor an MLP, but a mixer"}
         return [
-            Site(f"layers.{index}", index, layer, _probes(layer), missing) for index, layer in enumerate(model.layers)
+            Site(f"layers.{index}", index, layer, _probes(layer), missing, width=layer.mixer.out_proj.out_features)
+            for index, layer in enumerate(model.layers)
         ]
 
     def stream(self, model: Any) -> Stream:

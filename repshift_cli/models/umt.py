@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repshift_cli.attention import attend, cheapest_form
 from repshift_cli.models.bert import TextDecoder, TextEncoder, TextShape
+from repshift_cli.tokens import Sized
 
 __all__ = [
     "MODELS",
@@ -24,7 +26,6 @@ __all__ = [
     "UmtAnswering",
     "UmtModel",
     "UmtRetrieval",
-    "VideoTokens",
     "VisionShape",
     "create",
     "position_table",
@@ -36,18 +37,6 @@ _NORM_EPS = 1e-6
 _MOST_TOKENS = 1 << 20
 _TEMPERATURE, _LEAST_TEMPERATURE = 0.07, 0.001
 _PATCH_EMBED_DIMS = 5
-
-
-class VideoTokens(NamedTuple):
-    """What travels from block to block.
-
-    Attributes:
-        tokens: `[B, N, C]`, frame by frame, row by row until some are let go.
-        sizes: `[B, N]`, how many tokens each stands for; None where each stands for itself.
-    """
-
-    tokens: Tensor
-    sizes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -109,19 +98,10 @@ class Attention(nn.Module):
         batch, count, width = tokens.shape
         projected = self.qkv(tokens, torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias)))
         query, key, value = projected.view(batch, count, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        bias = None if sizes is None else _log(sizes, query.dtype)[:, None, None, :]
-        if self.fused_attn:
-            mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        else:
-            scores = (query * self.head_dim**-0.5) @ key.mT
-            mixed = (scores if bias is None else scores + bias).softmax(dim=-1) @ value
+        form = cheapest_form(query.device) if self.fused_attn else "explicit"
+        mixed = attend(query, key, value, sizes, form=form)
         output: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, count, width))
         return output
-
-
-def _log(sizes: Tensor, dtype: torch.dtype) -> Tensor:
-    """The logarithm, rounded once."""
-    return sizes.to(torch.promote_types(sizes.dtype, dtype)).log().to(dtype)
 
 
 class _BiasedLinear(nn.Linear):
@@ -161,11 +141,11 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(shape.width, eps=_NORM_EPS)
         self.mlp = Mlp(shape.width, shape.hidden)
 
-    def forward(self, stream: VideoTokens) -> VideoTokens:
+    def forward(self, stream: Sized) -> Sized:
         """Tokens to the same number of tokens."""
         attended = stream.tokens + self.attn(self.norm1(stream.tokens), stream.sizes)
-        tokens, sizes = self.attended(VideoTokens(attended, stream.sizes))
-        return VideoTokens(tokens + self.mlp(self.norm2(tokens)), sizes)
+        tokens, sizes = self.attended(Sized(attended, stream.sizes))
+        return Sized(tokens + self.mlp(self.norm2(tokens)), sizes)
 
 
 class PatchEmbed(nn.Module):
@@ -200,7 +180,7 @@ class _Transformer(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """`[B, T, 3, H, W]` to `[B, N, C]`; N is T * patches unless tokens were let go."""
         places = self.img_positions if video.shape[1] == 1 else self.positions
-        stream = VideoTokens(self.patch_embed(video) + places)
+        stream = Sized(self.patch_embed(video) + places)
         for block in self.blocks:
             stream = block(stream)
         output: Tensor = self.norm(stream.tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -12,16 +13,23 @@ from repshift_cli.plan import After
 from repshift_cli.recipe import Part, Place
 from repshift_cli.registry import build_part, members
 
-__all__ = ["Chooser", "Merged", "Merger", "Reducer", "build_reducer", "reducer_kinds"]
+__all__ = ["Chooser", "Dims", "Merged", "Merger", "Reducer", "build_reducer", "reducer_kinds"]
+
+
+class Dims(NamedTuple):
+    """Channels at a site: of a token, and of one head of the attention (0 where there is none)."""
+
+    width: int
+    head: int
 
 
 class Merged(NamedTuple):
     """What a merge leaves.
 
     Attributes:
-        tokens: `[B, K, C]`.
-        sizes: `[B, K]`, how many tokens each stands for; not always whole numbers.
-        places: int64 `[B, K]`, the place of each among the tokens before the merge.
+        tokens: `[B, prefix + K, C]`.
+        sizes: `[B, prefix + K]`, how many tokens each stands for; not always whole numbers.
+        places: int64 `[B, K]`, the place of each patch token that is left among the patch tokens before the merge.
     """
 
     tokens: Tensor
@@ -41,12 +49,17 @@ class Reducer(BaseModel, ABC):
     kind: ClassVar[str]
     after: ClassVar[After] = "block"
 
-    def macs(self, tokens: int, channels: int) -> int:
+    def taps(self) -> frozenset[str]:
+        """Names of the tensors that it reads beside the tokens, as metrics name them (`metrics.Tap`)."""
+        return frozenset()
+
+    def macs(self, patches: int, dropped: int, dims: Dims) -> int:
         """Multiply-accumulates of reducing one image that are matrix products.
 
         Args:
-            tokens: tokens that reach the site.
-            channels: of each.
+            patches: patch tokens that reach the site.
+            dropped: how many of them disappear.
+            dims: their channels.
         """
         return 0
 
@@ -72,19 +85,23 @@ class Merger(Reducer):
     """A reducer that lets tokens flow together, and so needs to know how many each stands for."""
 
     @abstractmethod
-    def merge(self, tokens: Tensor, sizes: Tensor, scores: Tensor, count: int) -> Merged:
+    def merge(  # noqa: PLR0917
+        self, tokens: Tensor, sizes: Tensor, scores: Tensor, count: int, prefix: int, seen: Mapping[str, Tensor]
+    ) -> Merged:
         """Merge the tokens of one site.
 
         Args:
-            tokens: `[B, N, C]`.
-            sizes: `[B, N]`, how many tokens each stands for.
+            tokens: `[B, prefix + N, C]`.
+            sizes: `[B, prefix + N]`, how many tokens each stands for.
             scores: float32 `[B, N]`; large ones are important.
-            count: how many tokens disappear.
+            count: how many patch tokens disappear; more than none.
+            prefix: prefix tokens, which stay as they are, in front.
+            seen: the tensors that `taps` names.
         """
 
-    @abstractmethod
-    def most(self, tokens: int) -> int:
-        """How many of so many tokens can disappear at one site."""
+    def most(self, patches: int) -> int:
+        """How many of so many patch tokens can disappear at one site."""
+        return patches - 1
 
 
 def reducer_kinds() -> dict[str, type[Reducer]]:

@@ -26,6 +26,7 @@ from tiny_umt import (
     umt_plan,
     umt_recipe,
 )
+from tiny_vim import tiny_vim
 from torch import Tensor
 
 from repshift_cli import artifact, checkpoint
@@ -66,7 +67,14 @@ DROPS = "[{layer: 0, drop_ratio: 0.25}, {layer: 1, keep_tokens: 20}, {layer: 3, 
 COUNTS = [48, 36, 20, 20, 10]
 KEEP_ALL = "[{layer: 0, keep_tokens: 48}, {layer: 3, keep_tokens: 48}]"
 
-WAYS = [("prune", metric) for metric in METRICS] + [("vid_tldr", metric) for metric in EARLY]
+LATE = ("merge", "fuse", "bipartite")
+"""Reducers that merge after the block."""
+
+WAYS = [
+    *(("prune", metric) for metric in METRICS),
+    *(("vid_tldr", metric) for metric in EARLY),
+    *((reducer, "mlp") for reducer in LATE),
+]
 
 each_way = pytest.mark.parametrize(("reducer", "metric"), WAYS)
 some_ways = pytest.mark.parametrize(("reducer", "metric"), [("prune", "mlp"), ("vid_tldr", "entropy")])
@@ -359,14 +367,24 @@ class TestMetrics:
 
 class TestRefused:
     def test_merging_in_a_family_that_cannot(self) -> None:
-        model = tiny_vit()
+        model = tiny_vim()
         merging = make_recipe("[{layer: 0, keep_tokens: 10}]", ENTROPY, "vid_tldr")
         plan = resolve(merging, match(model).layout(model), "attention")
         with pytest.raises(RecipeError) as caught:
             attach(model, plan)
-        assert "vid_tldr merges tokens, and models of the family timm_vit do not carry" in caught.value.message
+        assert "vid_tldr merges tokens, and models of the family vim do not carry" in caught.value.message
         assert caught.value.hint == "Use reducer: {kind: prune}."
         with pytest.raises(RecipeError, match="recipe:3:1: vid_tldr merges tokens"):
+            check_reducer(build_reducer(merging.reducer), match(model), model, merging.place)
+
+    def test_merging_after_the_attention_where_blocks_cannot_be_opened(self) -> None:
+        model = tiny_vit()
+        merging = make_recipe("[{layer: 0, keep_tokens: 10}]", ENTROPY, "vid_tldr")
+        plan = resolve(merging, match(model).layout(model), "attention")
+        told = "vid_tldr acts after attention, where timm_vit models cannot be reduced"
+        with pytest.raises(RecipeError, match=f"^{told}"):
+            attach(model, plan)
+        with pytest.raises(RecipeError, match=f"^recipe:3:1: {told}"):
             check_reducer(build_reducer(merging.reducer), match(model), model, merging.place)
 
     @pytest.mark.parametrize(

@@ -35,9 +35,10 @@ from repshift_cli.attach import CompressedModel
 from repshift_cli.identify import identify
 from repshift_cli.models import umt
 from repshift_cli.models.bert import TextDecoder, TextEncoder, TextShape
-from repshift_cli.models.umt import UmtModel, VideoTokens, VisionShape, position_table
+from repshift_cli.models.umt import UmtModel, VisionShape, position_table
 from repshift_cli.progress import Silent
 from repshift_cli.retrieval import matching_scores, similarity
+from repshift_cli.tokens import Sized
 
 HIDDEN = 1e-5  # what the authors' code in float64 differs from itself in float32: 1.4e-6
 SCORES = 2e-6
@@ -434,10 +435,10 @@ class TestWrittenOut:
         sizes[:, 3] = 2
         for fused in (True, False):
             block.attn.fused_attn = fused
-            found = block(VideoTokens(tokens, sizes))
-            close(found.tokens, block(VideoTokens(twice)).tokens[:, :9], 1e-12)
+            found = block(Sized(tokens, sizes))
+            close(found.tokens, block(Sized(twice)).tokens[:, :9], 1e-12)
             assert torch.equal(found.sizes, sizes)
-            assert not torch.allclose(found.tokens, block(VideoTokens(tokens)).tokens, atol=1e-3)
+            assert not torch.allclose(found.tokens, block(Sized(tokens)).tokens, atol=1e-3)
 
     @pytest.mark.parametrize("pooling", ["frames", "all"])
     def test_pooling_by_hand(self, pooling: umt.Pooling) -> None:
