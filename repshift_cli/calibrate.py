@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from repshift_cli.attach import attach, branch, feeds, with_defaults
 from repshift_cli.errors import CheckFailed, DataError, RecipeError
 from repshift_cli.families import Family, Site
+from repshift_cli.fitting import fit_scores
 from repshift_cli.metrics import Metric, build_metric
+from repshift_cli.metrics.fitted import Fitted
 from repshift_cli.plan import Plan, PlanSite
 from repshift_cli.progress import Progress, Task
 from repshift_cli.recipe import Part
@@ -36,12 +38,18 @@ __all__ = [
     "CandidateResult",
     "Outcome",
     "Predictions",
+    "Run",
     "SiteChoice",
     "agreement",
     "calibrate",
+    "choose_metric",
     "distance",
     "divergence",
+    "fit_open",
     "predictions",
+    "run_batches",
+    "runnable",
+    "unfitted",
 ]
 
 _ROUNDS = ((1 / 8, 5), (3 / 8, 2), (1.0, 1))
@@ -54,6 +62,7 @@ _MARGIN_SIGMAS = 1.0
 """By how many standard errors a candidate must be better than the paper's choice to take its place; less is chance."""
 
 _RANDOM_SEEDS = (0, 1)
+_FIT_SEED = 0
 _CLEAR_SIGMAS = 3.0
 _CLEAR_SHARE = 0.9
 _MIN_IMAGES = 8
@@ -211,20 +220,21 @@ def calibrate(
     sample = next(model.parameters())
     images = images.to(device=sample.device, dtype=sample.dtype)
     sites = {site.name: site for site in family.sites(model)}
-    variants = [_runnable(planned, sites[planned.site]) for planned in plan.sites]
     border = math.ceil(_CHOOSING_SHARE * len(images))
     with ExitStack() as stack:
         stack.callback(family.adapt(model))  # the dense model is compared as it is beside a reduced one
+        plan = fit_open(model, plan, images[:border], batch_size, progress)
+        variants = [runnable(planned, sites[planned.site]) for planned in plan.sites]
         steps = _steps([len(found) for found in variants], len(images))
         task = stack.enter_context(progress.task("calibrating", steps))
-        reference = _outputs(model, images, batch_size, task)
+        reference = run_batches(model, images, batch_size, task)
         if not bool(reference.isfinite().all()):
             raise CheckFailed("the dense model returns values that are not finite", "Calibrate in float32.")
-        run = _Run(model, images, predictions(model, reference), batch_size, task)
+        run = Run(model, images, predictions(model, reference), batch_size, task)
         choices: list[SiteChoice] = []
         for planned, candidates in zip(plan.sites, variants, strict=True):
             before = [choice.chosen.part() for choice in choices]
-            choices.append(_choose(run, plan.with_metrics([*before, planned.metric]), candidates, border))
+            choices.append(choose_metric(run, plan.with_metrics([*before, planned.metric]), candidates, border))
         result = run.check(plan.with_metrics([choice.chosen.part() for choice in choices]), border)
         draws = [run.check(plan.with_metric(part), border) for part in _random_parts()]
         default = run.check(with_defaults(plan, sites), border)
@@ -243,7 +253,27 @@ def calibrate(
     )
 
 
-def _choose(run: _Run, plan: Plan, variants: Sequence[Metric], count: int) -> SiteChoice:
+def fit_open(model: nn.Module, plan: Plan, images: Tensor, batch_size: int, progress: Progress) -> Plan:
+    """The plan with those scores fitted that are to be; errors as `fit_scores`."""
+    metrics = [build_metric(planned.metric) for planned in plan.sites]
+    wanted = [index for index, metric in enumerate(metrics) if unfitted(metric)]
+    if not wanted:
+        return plan
+    with progress.task("fitting the score", len(images)) as task:
+        layers, after = [plan.sites[index].layer for index in wanted], plan.sites[0].after
+        found = fit_scores(model, layers, images, batch_size, _FIT_SEED, task, after=after)
+    parts = [planned.metric for planned in plan.sites]
+    for index, layer in zip(wanted, layers, strict=True):
+        parts[index] = found[layer].part()
+    return plan.with_metrics(parts)
+
+
+def unfitted(metric: Metric) -> bool:
+    """Whether the metric has weights that were not fitted yet."""
+    return isinstance(metric, Fitted) and metric.open
+
+
+def choose_metric(run: Run, plan: Plan, variants: Sequence[Metric], count: int) -> SiteChoice:
     """The best metric for the last site of the plan, on the first `count` images."""
     candidates = [CandidateResult(metric=variant) for variant in variants]
     if len(candidates) == 1:
@@ -344,7 +374,7 @@ def agreement(reference: Tensor, output: Tensor) -> Tensor:
     return (reference.argmax(-1) == output.argmax(-1)).float()
 
 
-class _Run:
+class Run:
     """The images, what the dense model makes of them, and how far others are from that."""
 
     def __init__(self, model: nn.Module, images: Tensor, dense: Predictions, batch_size: int, task: Task) -> None:
@@ -378,7 +408,7 @@ class _Run:
         """A whole plan on the images from `start` on."""
         compressed = attach(self.model, plan)
         try:
-            output = _outputs(compressed, self.images[start:], self.batch_size, self.task)
+            output = run_batches(compressed, self.images[start:], self.batch_size, self.task)
         finally:
             compressed.detach()
         result = Outcome(outputs=[output])
@@ -399,7 +429,7 @@ def _random_parts() -> list[Part]:
     return [Part.model_validate({"kind": "random", "seed": seed}) for seed in _RANDOM_SEEDS]
 
 
-def _runnable(planned: PlanSite, site: Site) -> list[Metric]:
+def runnable(planned: PlanSite, site: Site) -> list[Metric]:
     """The variants that a site can feed."""
     metric = build_metric(planned.metric)
     found = [variant for variant in metric.variants() if feeds(variant, site, planned.after)]
@@ -410,7 +440,8 @@ def _runnable(planned: PlanSite, site: Site) -> list[Metric]:
     return found
 
 
-def _outputs(model: nn.Module, images: Tensor, batch_size: int, task: Task) -> Tensor:
+def run_batches(model: nn.Module, images: Tensor, batch_size: int, task: Task) -> Tensor:
+    """What a model returns for all images, batch by batch."""
     parts = []
     for batch in images.split(batch_size):
         parts.append(model(batch))

@@ -16,12 +16,12 @@ from repshift_cli.attach import attach, feeds
 from repshift_cli.calibrate import (
     Calibration,
     CandidateResult,
-    _choose,
     _rounds,
     _sigmas,
     _steps,
     agreement,
     calibrate,
+    choose_metric,
     distance,
     divergence,
 )
@@ -187,7 +187,7 @@ class TestRounds:
                     if candidate.metric == other:
                         candidate.distances[start:stop] = [1.0 - gap for gap in swing[start:stop]]
 
-        choice = _choose(cast(Any, Draws()), plan, [usual, other], 32)
+        choice = choose_metric(cast(Any, Draws()), plan, [usual, other], 32)
         assert choice.chosen == (usual if stays else other)
 
     def test_one_changed_mind_does_not_outweigh_all_others(self) -> None:

@@ -157,6 +157,69 @@ def test_text_that_is_no_recipe(text: str, message: str) -> None:
     assert message in failure(text).message
 
 
+BUDGET = "version: 1\nreducer: {kind: prune}\nbudget: {macs: 0.65}\n"
+
+
+class TestBudget:
+    @pytest.mark.parametrize(
+        ("text", "told"),
+        [
+            ("macs: 0.65", "macs=0.65"),
+            ("latency: 0.6", "latency=0.6"),
+            ("agreement: 0.99", "agreement=0.99"),
+            ("max_drop: 0", "max-drop=0"),
+            ("max_drop: 0.123456789", "max-drop=0.123456789"),
+        ],
+    )
+    def test_it_stands_in_for_the_layers(self, text: str, told: str) -> None:
+        recipe = Recipe.parse(BUDGET.replace("macs: 0.65", text))
+        assert recipe.layers == ()
+        assert str(recipe.budget) == told
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message", "hint"),
+        [
+            (
+                "{macs: 0.65}",
+                "{mac: 0.65}",
+                "r.yaml:3:10: unknown key budget.mac",
+                "Did you mean macs? Allowed keys: mac",
+            ),
+            ("{macs: 0.65}", "{max-drop: 0.5}", "r.yaml:3:10: unknown key budget.max-drop", "Did you mean max_drop?"),
+            ("{macs: 0.65}", "{}", "r.yaml:3:1: budget: give exactly one of macs, latency, agreement, max_drop", None),
+            ("0.65}", "0.65, latency: 0.6}", "r.yaml:3:1: budget: give exactly one of macs", None),
+            ("{macs: 0.65}", "0.65", "r.yaml:3:1: budget: should be a mapping with one key, such as {macs:", None),
+            ("0.65", "1.0", "r.yaml:3:10: budget.macs: should be less than 1 (it is 1.0)", None),
+            ("0.65", "0", "r.yaml:3:10: budget.macs: should be greater than 0 (it is 0)", None),
+            ("0.65", "half", "r.yaml:3:10: budget.macs: should be a valid number (it is 'half')", None),
+            ("macs: 0.65", "latency: 1.5", "r.yaml:3:10: budget.latency: should be less than 1", None),
+            ("macs: 0.65", "agreement: 1.1", "budget.agreement: should be less than 1", None),
+            ("macs: 0.65", "agreement: 0", "budget.agreement: should be greater than 0", None),
+            ("macs: 0.65", "max_drop: -1", "budget.max_drop: should be greater than or equal to 0", None),
+            (
+                "budget:",
+                "layers: [{layer: 0, drop_ratio: 0.5}]\nbudget:",
+                "r.yaml:4:1: budget: give exactly one of layers and budget",
+                None,
+            ),
+            ("budget:", "layers: []\nbudget:", "r.yaml:3:1: layers: is empty", None),
+            ("budget: {macs: 0.65}", "", "r.yaml:1:1: the key layers is missing; give it, or budget: {macs", None),
+        ],
+    )
+    def test_what_is_wrong_is_told_with_its_place(self, old: str, new: str, message: str, hint: str | None) -> None:
+        assert old in BUDGET
+        error = failure(BUDGET.replace(old, new, 1))
+        assert message in error.message
+        assert hint is None or hint in (error.hint or "")
+        assert error.exit_code == 2
+
+    def test_as_yaml_and_back(self) -> None:
+        recipe = Recipe.parse(BUDGET)
+        written = recipe.to_yaml()
+        assert "layers" not in written
+        assert Recipe.parse(written).model_dump() == recipe.model_dump()
+
+
 def test_aliases_do_not_blow_up() -> None:
     lines = ["a0: &a0 [x, x]"] + [f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}]" for n in range(1, 40)]
     assert "unknown key a0" in failure("\n".join(lines)).message
@@ -255,16 +318,19 @@ def test_nearest() -> None:
     assert nearest("xyz", ["prune", "merge"]) == ""
 
 
+REDUCERS = {"bipartite", "fuse", "merge", "prune", "vid_tldr"}
+
+
 class TestParts:
     def test_an_alias_of_a_type_is_no_member(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Before Python 3.11 `isinstance(tuple[int, int], type)` is true, and then `issubclass` fails."""
         monkeypatch.setattr("repshift_cli.reducers.prune.Pair", tuple[int, int], raising=False)
-        assert set(reducer_kinds()) == {"prune", "vid_tldr"}
+        assert set(reducer_kinds()) == REDUCERS
 
     def test_registries_hold_what_the_files_define(self) -> None:
-        scores = {"attention_entropy", "class_attention", "random", "representation_shift", "token_norm"}
+        scores = {"attention_entropy", "class_attention", "fitted", "random", "representation_shift", "token_norm"}
         assert set(metric_kinds()) == scores
-        assert set(reducer_kinds()) == {"prune", "vid_tldr"}
+        assert set(reducer_kinds()) == REDUCERS
 
     def test_part_of_a_metric_builds_it_again(self) -> None:
         for kind in metric_kinds().values():

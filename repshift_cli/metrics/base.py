@@ -85,6 +85,16 @@ class Metric(BaseModel, ABC):
         return 0
 
     @property
+    def open(self) -> bool:
+        """Whether calibration has something to choose or to fit."""
+        return len(self.variants()) > 1
+
+    @property
+    def channels(self) -> int | None:
+        """Channels that the tokens must have, None for any number."""
+        return None
+
+    @property
     def keeps_largest(self) -> bool:
         """Whether the tokens with the largest scores stay."""
         return self.polarity != "smallest"

@@ -1,0 +1,101 @@
+"""A score fitted to the model: the projection of a token that best tells how much the output hangs on it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import sys
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import PrivateAttr, StrictStr, field_validator
+from torch import Tensor
+
+from repshift_cli.metrics.base import Metric, Polarity, SiteContext, Tap
+from repshift_cli.metrics.representation_shift import RepresentationShift
+
+__all__ = ["Fitted"]
+
+_MOST_CHANNELS = 1 << 16
+_FLOAT_BYTES = 4
+
+
+class Fitted(Metric):
+    """`w x_i`, with one weight for each channel of the stream, fitted on unlabelled images (see `fitting.py`).
+
+    Attributes:
+        weights: little-endian float32 in base64, a string that recipes and plans can hold; None is open, and
+            calibration fits it.
+    """
+
+    kind: ClassVar[str] = "fitted"
+
+    weights: StrictStr | None = None
+    polarity: Polarity | None = "largest"
+
+    _vector: Tensor = PrivateAttr()
+
+    @field_validator("weights")
+    @classmethod
+    def _decodes(cls, weights: str | None) -> str | None:
+        if weights is None:
+            return None
+        try:
+            raw = base64.b64decode(weights, validate=True)
+        except (binascii.Error, ValueError):
+            raise ValueError("should be base64") from None
+        if not raw or len(raw) % _FLOAT_BYTES or len(raw) > _FLOAT_BYTES * _MOST_CHANNELS:
+            raise ValueError(f"should be 1 to {_MOST_CHANNELS} float32 values in base64, it is {len(raw)} bytes")
+        return weights
+
+    @classmethod
+    def of(cls, weights: Sequence[float]) -> Fitted:
+        """With these weights, one for each channel."""
+        values = array("f", weights)
+        return cls(weights=base64.b64encode(_little_endian(values).tobytes()).decode("ascii"))
+
+    @property
+    def open(self) -> bool:
+        return self.weights is None
+
+    @property
+    def channels(self) -> int | None:
+        return None if self.weights is None else len(self._vector)
+
+    def model_post_init(self, context: Any, /) -> None:
+        if self.weights is not None:
+            values = array("f")
+            values.frombytes(base64.b64decode(self.weights))
+            self._vector = torch.tensor(_little_endian(values))
+            if not bool(self._vector.isfinite().all()):
+                raise ValueError("the weights should be finite")
+
+    def taps(self) -> frozenset[Tap]:
+        return frozenset({"block_output"})
+
+    def score(self, seen: Mapping[str, Tensor], site: SiteContext) -> Tensor:
+        tokens = seen["block_output"][:, site.prefix :].float()
+        return tokens @ self._vector.to(tokens.device)
+
+    def with_defaults(self) -> Metric:
+        """Where nothing was fitted, the shift over the block, which every block can show."""
+        return RepresentationShift(operation="block").with_defaults() if self.open else self
+
+    def __eq__(self, other: object) -> bool:
+        # the decoded tensor, which pydantic would compare too, follows from the weights
+        return isinstance(other, Fitted) and (self.weights, self.polarity) == (other.weights, other.polarity)
+
+    def __hash__(self) -> int:
+        return hash((self.weights, self.polarity))
+
+    def __str__(self) -> str:
+        return self.kind if self.open else f"{self.kind} ({self.channels} weights)"
+
+
+def _little_endian(values: array[float]) -> array[float]:
+    if sys.byteorder == "big":
+        values = array("f", values)
+        values.byteswap()
+    return values
