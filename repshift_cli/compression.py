@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from repshift_cli import artifact, checkpoint, measure
+from repshift_cli import artifact, budget, checkpoint, measure
 from repshift_cli.artifact import Opened
 from repshift_cli.attach import (
     CompressedModel,
@@ -21,11 +21,13 @@ from repshift_cli.attach import (
     resolve_for,
     with_defaults,
 )
+from repshift_cli.budget import Found, Request
 from repshift_cli.calibrate import Calibration, agreement, calibrate, divergence, predictions
 from repshift_cli.checkpoint import LoadedModel, ModelDescription, Source
 from repshift_cli.data.clips import load_inputs
 from repshift_cli.data.images import ImageBatch
-from repshift_cli.errors import CheckFailed, CheckpointError, DataError, RecipeError
+from repshift_cli.data.labelled import Labelled, load_labelled
+from repshift_cli.errors import CheckFailed, CheckpointError, DataError, RecipeError, UsageError
 from repshift_cli.families import Family, Site, match
 from repshift_cli.files import check_output
 from repshift_cli.identify import Clips, canonical_name, encoder_name
@@ -35,11 +37,28 @@ from repshift_cli.plan import Plan
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.progress import Progress, Silent
 from repshift_cli.recipe import Recipe, default_recipe
+from repshift_cli.schedule import Target
 
-__all__ = ["CompressReport", "Measured", "Settings", "Side", "compress", "compress_checkpoint", "compress_dense"]
+__all__ = [
+    "CompressReport",
+    "Measured",
+    "Settings",
+    "Side",
+    "compress",
+    "compress_checkpoint",
+    "compress_dense",
+    "save_found",
+    "search_checkpoint",
+]
 
 _MIN_RUNS = 5
 _WARMUP_ROUNDS = 1
+_QUICK_EVALUATIONS = 12
+"""Schedules that the search within `compress` tries, where `search` tries more."""
+
+_MORE_IMAGES = 2
+"""How many times as many pictures `search` looks at by itself: half of them check."""
+
 _HEAVY_MACS = 20_000_000_000
 _IMAGE_DIMS = 4
 
@@ -50,6 +69,8 @@ class Settings:
 
     Attributes:
         recipe: file or shipped name; None for the default schedule.
+        target: what a search is to reach (`macs=0.65`), in place of the layers of the recipe; None for its own budget
+            or its layers.
         output: where the checkpoint goes; None to write none.
         data: pictures on which agreement is measured (folder or dataset); None for built-in scenes.
         calibration: pictures for calibration; None for `data`, or built-in scenes where the model is built in.
@@ -59,6 +80,7 @@ class Settings:
     """
 
     recipe: str | None = None
+    target: str | None = None
     model_name: str | None = None
     heads: int | None = None
     img_size: int | None = None
@@ -145,6 +167,7 @@ class CompressReport:
     Attributes:
         measured: None for a dry run.
         calibration: None where nothing was calibrated.
+        found: the search for a budget; None where the recipe has layers.
         notes: what was assumed or not checked.
     """
 
@@ -158,6 +181,7 @@ class CompressReport:
     measured: Measured | None
     output: Path | None
     notes: tuple[str, ...]
+    found: Found | None = None
 
     def to_dict(self) -> dict[str, Any]:
         document: dict[str, Any] = {
@@ -175,6 +199,8 @@ class CompressReport:
             "calibration": self.calibration.to_dict() if self.calibration else None,
             "notes": list(self.notes),
         }
+        if self.found:
+            document["search"] = self.found.provenance()
         return document | (self.measured.to_dict() if self.measured else {})
 
 
@@ -198,13 +224,14 @@ def compress(
 
     Raises:
         CheckFailed: calibration found nothing that beats random dropping clearly.
+        RecipeError: the recipe has a budget in place of layers.
         UsageError: the weights do not fit `img_size`.
         RepshiftError: as the parts that it calls.
     """
-    recipe = _checked(recipe)
+    recipe = _with_layers(_checked(recipe))
     listener = progress or Silent()
     wrapped = _wrap(model, img_size) if isinstance(model, nn.Module) else _load(model, recipe, img_size=img_size)
-    job = _Job(wrapped, recipe, listener)
+    job = _Job(_Dense.of(wrapped, listener), recipe)
     loaded, plan = job.loaded, job.default_plan()
     if calibration is not None and job.open:
         if isinstance(calibration, Tensor):
@@ -241,11 +268,12 @@ def compress_dense(
 
     Raises:
         CheckpointError: the checkpoint cannot be loaded or is compressed already.
-        RecipeError: the recipe cannot be followed.
+        RecipeError: the recipe cannot be followed, or has a budget in place of layers.
         UsageError: the weights do not fit `img_size`.
     """
-    recipe = _checked(recipe_name)
-    job = _Job(_load(name, recipe, model_name, heads, img_size, clips=clips), recipe, progress or Silent())
+    recipe = _with_layers(_checked(recipe_name))
+    loaded = _load(name, recipe, model_name, heads, img_size, clips=clips)
+    job = _Job(_Dense.of(loaded, progress or Silent()), recipe)
     return Opened(job.loaded, artifact.attach_loaded(job.loaded, job.default_plan()))
 
 
@@ -262,9 +290,19 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
     if settings.output and not dry_run:
         check_output(settings.output, settings.force)
     recipe = _checked(settings.recipe)
+    target = _target(settings, recipe)
+    if target and dry_run:
+        raise UsageError(
+            f"--dry-run: the plan for {target} is known only after a search",
+            "Run `repshift search` first, then look at the recipe that it writes.",
+        )
     device, dtype = measure.resolve_device(settings.device), measure.resolve_dtype(settings.dtype)
     loaded = _load(name, recipe, settings.model_name, settings.heads, settings.img_size, clips=settings.clips)
-    job = _Job(loaded, recipe, progress, settings.force)
+    dense = _Dense.of(loaded, progress, settings.force)
+    if target:
+        loaded.model.to(device=device, dtype=dtype)
+        return _compress_to_target(dense, recipe, target, settings)
+    job = _Job(dense, recipe)
     if dry_run:
         if job.open:
             job.note("the score is left to calibration; shown is what is used without images")
@@ -273,15 +311,142 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
     amounts = _Amounts.of(settings, loaded, job.family)
     images = _Images(job, settings, amounts)
     plan, calibration = _choose_metric(job, images, settings, amounts.batch)
+    return _finish(job, plan, calibration, images.for_agreement, settings, None)
+
+
+def search_checkpoint(name: str, settings: Settings, request: Request, progress: Progress) -> Found:
+    """Carry out the search of `repshift search`: the recipe gives metric and reducer, `data` the pictures.
+
+    Args:
+        name: what to search for, see `checkpoint.load`.
+
+    Raises:
+        RepshiftError: of the kind and exit code that says what went wrong.
+        KeyboardInterrupt: before a first schedule was found.
+    """
+    recipe = _checked(settings.recipe)
+    device, dtype = measure.resolve_device(settings.device), measure.resolve_dtype(settings.dtype)
+    loaded = _load(name, recipe, settings.model_name, settings.heads, settings.img_size, clips=settings.clips)
+    dense = _Dense.of(loaded, progress, settings.force)
+    loaded.model.to(device=device, dtype=dtype)
+    count = settings.calibration_images or _MORE_IMAGES * _Amounts.of(settings, loaded, dense.family).calibration
+    return _search(dense, recipe, request, settings, count)
+
+
+def save_found(found: Found, settings: Settings, progress: Progress) -> CompressReport:
+    """Check, measure and write the compressed checkpoint of a finished search; errors as `compress_checkpoint`."""
+    job = _Job(_Dense(found.loaded, progress), found.recipe)
+    return _finish(job, job.default_plan(), None, found.held_back, settings, found)
+
+
+def _compress_to_target(dense: _Dense, recipe: Recipe | None, target: Target, settings: Settings) -> CompressReport:
+    """Search for the layers, then go on as with any recipe.
+
+    Raises:
+        KeyboardInterrupt: also where there is a best so far, which is not what was asked for.
+    """
+    if not settings.calibrate:
+        raise UsageError(f"--no-calibrate: the search for {target} chooses by pictures", "Leave it out.")
+    if recipe is not None and recipe.layers:
+        dense.note(f"the layers of {recipe.place.name} are not used: a search looks for those that reach {target}")
+    request = Request(target, _QUICK_EVALUATIONS, seconds=settings.seconds)
+    amounts = _Amounts.of(settings, dense.loaded, dense.family)
+    found = _search(dense, recipe, request, settings, amounts.calibration)
+    if found.result.interrupted:
+        raise KeyboardInterrupt
+    if not settings.force:
+        found.result.require_met()
+    elif not found.result.met:
+        dense.warn(f"the target {target} is not met: the nearest is {target.kind}={found.result.nearest:.4g}")
+    job = _Job(dense, found.recipe)
+    where = settings.calibration
+    apart = settings.data is not None and where is not None and not _same_place(settings.data, where)
+    images = _load_inputs(dense, settings.data, amounts.agreement, settings.seed) if apart else found.held_back
+    return _finish(job, job.default_plan(), None, images, settings, found)
+
+
+def _search(dense: _Dense, recipe: Recipe | None, request: Request, settings: Settings, count: int) -> Found:
+    """Draw `count` pictures, say which they are, and search."""
+    loaded = dense.loaded
+    start = budget.start_recipe(recipe, request)
+    check_parts(start)
+    dense.check_name(start)
+    inputs = _labelled(dense, settings, count)
+    dense.note(f"searching for {request.target} on {inputs.batch.description}")
+    return budget.find(
+        loaded,
+        dense.family,
+        start,
+        request,
+        inputs,
+        batch_size=_Amounts.of(settings, loaded, dense.family).batch,
+        seed=settings.seed,
+        progress=dense.progress,
+    )
+
+
+def _labelled(dense: _Dense, settings: Settings, count: int) -> Labelled:
+    where, loaded = settings.calibration or settings.data, dense.loaded
+    preprocessing = loaded.description.preprocessing
+    if where is None and not _is_builtin(loaded):
+        dense.warn(
+            "no pictures were named, so the search looks at built-in scenes, which this model was not made for: what "
+            "it finds need not hold. Name unlabelled pictures of the model's own kind"
+        )
+        scenes = load_inputs(where, count, preprocessing, settings.seed)
+        return Labelled(scenes, None, "the built-in scenes show other classes than those of this model")
+    inputs = load_labelled(where, count, preprocessing, getattr(loaded.model, "num_classes", None), settings.seed)
+    dense.tell_skipped(inputs.batch)
+    return inputs
+
+
+def _finish(  # noqa: PLR0917
+    job: _Job,
+    plan: Plan,
+    calibration: Calibration | None,
+    images: ImageBatch,
+    settings: Settings,
+    found: Found | None,
+) -> CompressReport:
+    """Attach the plan, check and measure the compressed model, and write it."""
+    loaded, sample = job.loaded, next(job.loaded.model.parameters())
     compressed = attach(loaded.model, plan)
-    checked = images.for_agreement.tensor.to(device=device, dtype=dtype)
+    checked = images.tensor.to(device=sample.device, dtype=sample.dtype)
     _check(compressed, loaded, checked[:2])
-    measured = _measure(compressed, images.for_agreement, checked, settings, amounts.batch, progress)
+    batch = _Amounts.of(settings, loaded, job.family).batch
+    measured = _measure(compressed, images, checked, settings, batch, job.progress)
     if settings.output:
         kept = calibration.to_dict() if calibration else None
         document = artifact.make_document(loaded, plan, job.recipe, kept, measured.to_dict())
+        if found:
+            document["search"] = found.provenance()
         artifact.save(settings.output, loaded, document, settings.force)
-    return job.report(plan, calibration, measured, settings.output)
+    return replace(job.report(plan, calibration, measured, settings.output), found=found)
+
+
+def _target(settings: Settings, recipe: Recipe | None) -> Target | None:
+    """What a search is to reach: as the user says, else as the recipe does; None where the recipe has layers.
+
+    Raises:
+        UsageError: it cannot be.
+    """
+    if settings.target is not None:
+        return Target.parse(settings.target)
+    return Target.parse(str(recipe.budget)) if recipe is not None and recipe.budget is not None else None
+
+
+def _with_layers(recipe: Recipe | None) -> Recipe | None:
+    """The recipe, where it says which layers reduce.
+
+    Raises:
+        RecipeError: it has a budget, and no search is run here.
+    """
+    if recipe is not None and recipe.budget is not None:
+        raise RecipeError(
+            f"{recipe.place.at(('budget',))}: the recipe has a budget in place of layers, and no search is run here",
+            "`repshift search MODEL --recipe FILE` finds the layers and writes a recipe that has them.",
+        )
+    return recipe
 
 
 def _checked(recipe: Recipe | str | Path | None) -> Recipe | None:
@@ -293,17 +458,76 @@ def _checked(recipe: Recipe | str | Path | None) -> Recipe | None:
     return recipe
 
 
-class _Job:
-    """A model and a checked recipe that were found to go together."""
+class _Dense:
+    """A model that may be compressed, and what the user is told about it."""
 
-    def __init__(self, loaded: LoadedModel, recipe: Recipe | None, progress: Progress, force: bool = False) -> None:
+    def __init__(self, loaded: LoadedModel, progress: Progress) -> None:
         self.loaded = loaded
         self.progress = progress
         self.notes: list[str] = []
-        for text in loaded.notes:
-            (self.warn if loaded.source.origin == "random" else self.note)(text)
-        self._refuse_compressed(force)
         self.family: Family = match(loaded.model)
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, progress: Progress, force: bool = False) -> _Dense:
+        """A model that was just loaded: what was assumed of it is told, and it is refused if it is compressed."""
+        dense = cls(loaded, progress)
+        for text in loaded.notes:
+            (dense.warn if loaded.source.origin == "random" else dense.note)(text)
+        dense._refuse_compressed(force)
+        return dense
+
+    def note(self, text: str) -> None:
+        """Tell the user at once, and keep it for the report."""
+        self.notes.append(text)
+        self.progress.note(text)
+
+    def warn(self, text: str) -> None:
+        """As `note`, so that it is not missed."""
+        self.notes.append(text)
+        self.progress.warn(text)
+
+    def check_name(self, recipe: Recipe) -> None:
+        """Refuse a recipe that was written for another model.
+
+        Raises:
+            RecipeError: with its place.
+        """
+        wanted, description = recipe.model, self.loaded.description
+        # the tag of the weights (.augreg_in21k) does not change what the recipe is for
+        names = {encoder_name((name or "").partition(".")[0]) for name in (description.name, description.architecture)}
+        if wanted is None or encoder_name(canonical_name(wanted.partition(".")[0])) in names:
+            return
+        where = recipe.place.at(("model",))
+        raise RecipeError(
+            f"{where}: the recipe is for {wanted}, but the model is {description.name}",
+            f"Use a recipe for {description.name}, or take the key `model` out of a copy of this one.",
+        )
+
+    def tell_skipped(self, batch: ImageBatch) -> None:
+        """Warn of pictures that could not be read."""
+        if batch.skipped:
+            self.warn(f"{len(batch.skipped)} pictures could not be read: {'; '.join(batch.skipped[:3])}")
+
+    def _refuse_compressed(self, force: bool) -> None:
+        if artifact.stored_plan(self.loaded) is None:
+            return
+        where = self.loaded.source.path or "the model"
+        if not force:
+            raise CheckpointError(
+                f"{where} is compressed already: its own plan would be lost",
+                "Start from the dense checkpoint, or add --force to compress its dense weights anew.",
+            )
+        self.note(f"{where} was compressed already; its dense weights are compressed anew")
+
+
+class _Job:
+    """A model and a checked recipe that were found to go together."""
+
+    def __init__(self, dense: _Dense, recipe: Recipe | None) -> None:
+        self.dense = dense
+        self.loaded, self.family, self.progress = dense.loaded, dense.family, dense.progress
+        self.note, self.warn = dense.note, dense.warn
+        loaded = self.loaded
         layout = self.family.layout(loaded.model)
         if recipe is None:
             blocks, layers = len(layout.sites), [site.layer for site in layout.sites]
@@ -313,7 +537,7 @@ class _Job:
                 told = f"to see or change it: repshift recipes show default --blocks {blocks}"
             self.note(f"no recipe was given: the paper's schedule scaled to {blocks} blocks is used ({told})")
         self.recipe = recipe
-        self._check_model_name()
+        dense.check_name(recipe)
         self.plan = resolve_for(loaded.model, recipe)
         self._check_feeds()
 
@@ -325,16 +549,6 @@ class _Job:
     def default_plan(self) -> Plan:
         """The plan with open fields as the paper has them, or as the model allows."""
         return with_defaults(self.plan, self._sites())
-
-    def note(self, text: str) -> None:
-        """Tell the user at once, and keep it for the report."""
-        self.notes.append(text)
-        self.progress.note(text)
-
-    def warn(self, text: str) -> None:
-        """As `note`, so that it is not missed."""
-        self.notes.append(text)
-        self.progress.warn(text)
 
     def report(
         self, plan: Plan, calibration: Calibration | None, measured: Measured | None, output: Path | None
@@ -355,30 +569,7 @@ class _Job:
             calibration=calibration,
             measured=measured,
             output=output,
-            notes=tuple(self.notes),
-        )
-
-    def _refuse_compressed(self, force: bool) -> None:
-        if artifact.stored_plan(self.loaded) is None:
-            return
-        where = self.loaded.source.path or "the model"
-        if not force:
-            raise CheckpointError(
-                f"{where} is compressed already: its own plan would be lost",
-                "Start from the dense checkpoint, or add --force to compress its dense weights anew.",
-            )
-        self.note(f"{where} was compressed already; its dense weights are compressed anew")
-
-    def _check_model_name(self) -> None:
-        wanted, description = self.recipe.model, self.loaded.description
-        # the tag of the weights (.augreg_in21k) does not change what the recipe is for
-        names = {encoder_name((name or "").partition(".")[0]) for name in (description.name, description.architecture)}
-        if wanted is None or encoder_name(canonical_name(wanted.partition(".")[0])) in names:
-            return
-        where = self.recipe.place.at(("model",))
-        raise RecipeError(
-            f"{where}: the recipe is for {wanted}, but the model is {description.name}",
-            f"Use a recipe for {description.name}, or take the key `model` out of a copy of this one.",
+            notes=tuple(self.dense.notes),
         )
 
     def _check_feeds(self) -> None:
@@ -431,7 +622,7 @@ class _Images:
         self.for_calibration: ImageBatch | None = None
         loaded = job.loaded
         where = settings.calibration or settings.data
-        fits = loaded.source.origin == "builtin" or loaded.description.name in _builtin_names()
+        fits = _is_builtin(loaded)
         if not (job.open and settings.calibrate) or (where is None and not fits):
             if settings.calibration:
                 job.note("nothing is calibrated, so the pictures of --calibration only serve the comparison")
@@ -445,10 +636,13 @@ class _Images:
             self.for_agreement = self._load(settings.data, amounts.agreement)
 
     def _load(self, where: str | None, count: int) -> ImageBatch:
-        batch = load_inputs(where, count, self.job.loaded.description.preprocessing, self.seed)
-        if batch.skipped:
-            self.job.warn(f"{len(batch.skipped)} pictures could not be read: {'; '.join(batch.skipped[:3])}")
-        return batch
+        return _load_inputs(self.job.dense, where, count, self.seed)
+
+
+def _load_inputs(dense: _Dense, where: str | None, count: int, seed: int) -> ImageBatch:
+    batch = load_inputs(where, count, dense.loaded.description.preprocessing, seed)
+    dense.tell_skipped(batch)
+    return batch
 
 
 def _same_place(one: str, other: str | None) -> bool:
@@ -456,8 +650,10 @@ def _same_place(one: str, other: str | None) -> bool:
     return other is not None and (one == other or Path(one).resolve() == Path(other).resolve())
 
 
-def _builtin_names() -> set[str]:
-    return {name.removeprefix("builtin:") for name in checkpoint.BUILTIN}
+def _is_builtin(loaded: LoadedModel) -> bool:
+    """Whether it is one of the built-in models, which the built-in scenes are made for."""
+    names = {name.removeprefix("builtin:") for name in checkpoint.BUILTIN}
+    return loaded.source.origin == "builtin" or loaded.description.name in names
 
 
 def _split(batch: ImageBatch, count: int) -> tuple[ImageBatch, ImageBatch]:

@@ -23,12 +23,14 @@ from pydantic import (
     StrictInt,
     StrictStr,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
 from repshift_cli.errors import RecipeError
 
-__all__ = ["LayerDrop", "Part", "Place", "Recipe", "default_recipe", "shipped_recipes"]
+__all__ = ["Budget", "LayerDrop", "Part", "Place", "Recipe", "default_recipe", "shipped_recipes"]
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _Path = tuple[str | int, ...]
@@ -80,6 +82,33 @@ class LayerDrop(_Strict):
         return self
 
 
+class Budget(_Strict):
+    """What a search is to reach, where a recipe leaves the layers to it. Exactly one is given.
+
+    Attributes:
+        macs: multiply-accumulates, as a fraction of the dense model's.
+        latency: time for a batch, as a fraction of the dense model's, measured where the search runs.
+        agreement: least share of predictions that stay as the dense model's.
+        max_drop: most points of top-1 that may be lost, on labelled images.
+    """
+
+    macs: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
+    latency: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
+    agreement: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
+    max_drop: Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Budget:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError(f"give exactly one of {', '.join(Budget.model_fields)}, such as {{macs: 0.65}}")
+        return self
+
+    def __str__(self) -> str:
+        """As `--target` takes it: `max-drop=0.5`."""
+        ((key, value),) = self.model_dump(exclude_none=True).items()
+        return f"{key.replace('_', '-')}={value:.12g}"
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the parts of a recipe stand in its text: file name, and (line, column) from 1 of each key path."""
@@ -96,17 +125,34 @@ class Place:
 
 
 class Recipe(_Strict):
-    """A parsed recipe. Make one with `Recipe.load` (file or shipped name) or `Recipe.parse` (text)."""
+    """A parsed recipe. Make one with `Recipe.load` (file or shipped name) or `Recipe.parse` (text).
+
+    Exactly one of `layers` and `budget` is given; with a budget `layers` is empty, and a search has to find them.
+    """
 
     version: Literal[1]
     description: StrictStr | None = None
     model: StrictStr | None = None
     metric: Part = Part(kind="representation_shift")
     reducer: Part = Part(kind="prune")
-    layers: Annotated[tuple[LayerDrop, ...], Field(min_length=1)]
+    layers: Annotated[tuple[LayerDrop, ...], Field(min_length=1)] = ()
+    budget: Budget | None = None
 
     _text: str = PrivateAttr(default="")
     _place: Place = PrivateAttr(default=Place("recipe", {}))
+
+    @field_validator("budget")
+    @classmethod
+    def _no_layers_beside_it(cls, budget: Budget | None, info: ValidationInfo) -> Budget | None:
+        if budget is not None and info.data.get("layers"):
+            raise ValueError("give exactly one of layers and budget: a budget leaves the layers to a search")
+        return budget
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Recipe:
+        if not self.layers and self.budget is None:
+            raise ValueError("the key layers is missing; give it, or budget: {macs: 0.65} for a search to find them")
+        return self
 
     @property
     def text(self) -> str:
@@ -151,7 +197,8 @@ class Recipe(_Strict):
     def to_yaml(self) -> str:
         """The recipe as YAML, keys that say nothing left out."""
         data = self.model_dump(mode="json", exclude_none=True)
-        data["layers"] = [dict(layer) for layer in data["layers"]]
+        if not self.layers:
+            del data["layers"]
         return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
 
 
@@ -207,6 +254,7 @@ def validate(kind: type[_Model], data: Any, place: Place, path: _Path) -> _Model
         raise _explain(details[0], kind, data, place, path) from None
 
 
+_BUDGET_WORDS = "should be a mapping with one key, such as {macs: 0.65}"
 _PLAIN_WORDS = {
     "too_short": "is empty: name at least one layer",
     "model_type": "should be a mapping with the key kind, such as {kind: prune}",
@@ -229,7 +277,8 @@ def _explain(detail: Any, kind: type[BaseModel], data: Any, place: Place, path: 
     if detail["type"] == "missing":
         missing = dotted((*path, *detail["loc"]))
         return RecipeError(f"{start}the key {missing} is missing")
-    message = _PLAIN_WORDS.get(detail["type"]) or detail["msg"].removeprefix("Value error, ")
+    words = _PLAIN_WORDS | ({"model_type": _BUDGET_WORDS} if where[:1] == ("budget",) else {})
+    message = words.get(detail["type"]) or detail["msg"].removeprefix("Value error, ")
     message = message.replace("Input should", "should")
     value = detail.get("input")
     shown = f" (it is {value!r})" if isinstance(value, str | int | float | bool | None) else ""
@@ -251,9 +300,8 @@ def _existing(loc: _Path, data: Any) -> _Path:
 
 def _owner(kind: type[BaseModel], path: _Path) -> type[BaseModel]:
     """The model that the mapping at `path` is checked by."""
-    if path and path[0] == "layers":
-        return LayerDrop
-    return kind
+    owners: dict[str | int, type[BaseModel]] = {"layers": LayerDrop, "budget": Budget}
+    return owners.get(path[0], kind) if path else kind
 
 
 def dotted(path: _Path) -> str:

@@ -17,13 +17,17 @@ LAYERS = (
     {"progress", "files"},
     {"recipe"},
     {"registry", "plan"},
-    {"tokens", "models"},
+    {"tokens", "attention", "schedule"},
+    {"models", "merging"},
     {"metrics", "reducers", "families"},
     {"preprocessing", "measure"},
     {"identify", "attach", "data"},
     {"checkpoint"},
     {"artifact"},
-    {"calibrate", "evaluate", "benchmark"},
+    {"fitting"},
+    {"calibrate", "evaluate", "benchmark", "pareto"},
+    {"search"},
+    {"budget"},
     {"compression", "visualize", "retrieval", "answering"},
     {"video_evaluation"},
     {"ui"},
@@ -35,7 +39,7 @@ LAYERS = (
 ALONE = {"metrics", "reducers", "families"}
 """They meet in `attach` and in no other of them."""
 
-WITHOUT_TORCH = {"errors", "progress", "files", "recipe", "registry", "plan", "ui", "cli"}
+WITHOUT_TORCH = {"errors", "progress", "files", "recipe", "registry", "plan", "schedule", "ui", "cli"}
 """What `--help` and a wrong recipe need: importing it must not import torch."""
 
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))

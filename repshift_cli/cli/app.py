@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from repshift_cli.cli import bench, compress, demo, evaluate, inspect, recipes, visualize
+from repshift_cli.cli import bench, compress, demo, evaluate, inspect, recipes, search, visualize
 
 __all__ = ["app", "main"]
 
@@ -25,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("compress")(compress.command)
+app.command("search")(search.command)
 app.command("bench")(bench.command)
 app.command("eval")(evaluate.command)
 app.command("inspect")(inspect.command)
@@ -58,6 +59,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     try:
         app(prog_name="repshift")
+    except search.Interrupted:
+        raise  # it has told what it left behind
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
             raise

@@ -27,6 +27,17 @@ def command(
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="A YAML file or a shipped recipe (repshift recipes list).")
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            "-t",
+            metavar="KIND=VALUE",
+            help="Search for the layers first, those of the recipe are not used: macs=0.65, latency=0.6, "
+            "agreement=0.99 or max-drop=0.5 (see repshift search).",
+            show_default=False,
+        ),
+    ] = None,
     model: options.ModelName = None,
     heads: options.Heads = None,
     img_size: options.ImgSize = None,
@@ -75,6 +86,7 @@ def command(
 
     settings = Settings(
         recipe=recipe,
+        target=target,
         model_name=model,
         heads=heads,
         img_size=img_size,
@@ -121,6 +133,10 @@ def show(report: CompressReport) -> None:
     ui.print_text("")
     if report.calibration:
         _show_calibration(report.calibration, unit)
+    if report.found:
+        from repshift_cli.cli.search import show_found
+
+        show_found(report.found)
     rows = [
         [
             site.site,

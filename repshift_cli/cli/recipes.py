@@ -43,7 +43,8 @@ def check(file: Annotated[str, typer.Argument(help="A recipe file or a shipped n
 
     recipe = Recipe.load(file)
     check_parts(recipe)
-    typer.echo(f"{file}: fine ({len(recipe.layers)} sites)")
+    told = f"{len(recipe.layers)} sites" if recipe.budget is None else f"a search for {recipe.budget}"
+    typer.echo(f"{file}: fine ({told})")
 
 
 def _calibrated(name: str) -> str:

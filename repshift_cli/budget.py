@@ -1,0 +1,285 @@
+"""From a budget to a recipe: the search, where its result came from, and the picture of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repshift_cli import measure
+from repshift_cli.attach import attach, resolve_for, with_defaults
+from repshift_cli.checkpoint import LoadedModel
+from repshift_cli.data.images import ImageBatch
+from repshift_cli.data.labelled import Labelled
+from repshift_cli.errors import RecipeError, UsageError
+from repshift_cli.families import Family
+from repshift_cli.pareto import Chart, Limit, Mark
+from repshift_cli.pareto import Point as Spot
+from repshift_cli.plan import Plan
+from repshift_cli.progress import Progress
+from repshift_cli.recipe import Budget, LayerDrop, Part, Recipe
+from repshift_cli.reducers import build_reducer
+from repshift_cli.schedule import Target
+from repshift_cli.search import Point, SearchResult, SearchSettings, search
+
+__all__ = ["Found", "Request", "find", "start_recipe"]
+
+_PAPER = "the paper's schedule"
+_WARMUP_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to search for, and how hard.
+
+    Attributes:
+        evaluations: how many schedules the refinement tries; None for as many as `search` does by itself.
+        reducers: kinds to try, the first one first; empty for that of the recipe that the search starts from.
+        state: file that holds how far the search is, so that it can go on; None to keep none.
+        seconds: for each measurement of latency; 0 measures none.
+        first: whether this process is the one that measures and tells.
+    """
+
+    target: Target
+    evaluations: int | None = None
+    reducers: tuple[str, ...] = ()
+    state: Path | None = None
+    seconds: float = 5.0
+    first: bool = True
+
+
+@dataclass(frozen=True)
+class Found:
+    """A finished search, and all that its result depends on.
+
+    Attributes:
+        recipe: the found one; its text begins with where it came from.
+        inputs: what was looked at: the first half chose, the second checked.
+        measured_on: device, dtype, batch, threads and attention of the measurements.
+    """
+
+    loaded: LoadedModel
+    family: Family
+    recipe: Recipe
+    result: SearchResult
+    inputs: Labelled
+    measured_on: Mapping[str, Any]
+
+    @property
+    def held_back(self) -> ImageBatch:
+        """The inputs that took no part in the choice."""
+        batch = self.inputs.batch
+        half = len(batch.tensor) // 2
+        rest = batch.tensor[half:]
+        identity = {**batch.identity, "count": len(rest), "part": "held back"}
+        return ImageBatch(rest, identity, f"{len(rest)} that took no part, of {batch.description}", batch.builtin)
+
+    def provenance(self) -> dict[str, Any]:
+        """What the artifact keeps: the target, the data, the seed, and what was measured."""
+        known = self.result.to_dict()
+        kept = ("met", "nearest", "points", "paper_is_found", "evaluations", "interrupted", "data", "seed")
+        return {
+            "target": str(self.result.target),
+            **{key: known[key] for key in kept},
+            "labelled": self.inputs.labels is not None,
+            "measured_on": dict(self.measured_on),
+        }
+
+    def chart(self) -> Chart:
+        """Quality against cost: of named schedules on the inputs held back, of all others on those that chose."""
+        result = self.result
+        # predictions unchanged are 100% for the dense model on every half; top-1 only where it is the target
+        named = (("dense", "dense", result.dense), ("paper", _PAPER, result.paper), ("found", "found", result.found))
+        shown = (
+            "top-1" if result.target.kind == "max-drop" else "head" if result.dense.agreement is not None else "none"
+        )
+        words = {"top-1": "top-1, %", "head": "predictions unchanged, %", "none": "cosine of features to dense"}
+        return Chart(
+            title=f"{self.loaded.description.name}, {result.target}, {self.inputs.batch.description}\n"
+            "named schedules: on the half of them that took no part in the search",
+            quality=words[shown],
+            marks=tuple(Mark(role, label, _spot(point, shown)) for role, label, point in named if point is not None),
+            tried=tuple(_spot(point, shown) for point in result.tried),
+            limit=_limit(result),
+        )
+
+
+def start_recipe(recipe: Recipe | None, request: Request) -> Recipe:
+    """The recipe that the search starts from: the given one, or an open metric and `prune`; with the first reducer.
+
+    Raises:
+        RecipeError: a reducer that there is not.
+    """
+    for kind in request.reducers:
+        build_reducer(Part(kind=kind))
+    target = request.target
+    if recipe is None:
+        recipe = Recipe(version=1, budget=Budget.model_validate({target.kind.replace("-", "_"): target.value}))
+    if request.reducers and request.reducers[0] != recipe.reducer.kind:
+        recipe = recipe.model_copy(update={"reducer": Part(kind=request.reducers[0])})
+    return recipe
+
+
+def find(
+    loaded: LoadedModel,
+    family: Family,
+    start: Recipe,
+    request: Request,
+    inputs: Labelled,
+    *,
+    batch_size: int,
+    seed: int,
+    progress: Progress,
+) -> Found:
+    """Search, and put down where the result came from.
+
+    Args:
+        loaded: dense, on the device and in the dtype to search in.
+        start: as `start_recipe` gives it.
+
+    Raises:
+        UsageError: the target needs labels and there are none.
+        RepshiftError: as `search`.
+        KeyboardInterrupt: before a first schedule was found.
+    """
+    if request.target.kind == "max-drop" and inputs.labels is None:
+        raise UsageError(
+            f"the target {request.target} needs labels: {inputs.unlabelled}",
+            "Give --data with one folder per class of the model, or ask for agreement=0.99, which needs none.",
+        )
+    settings = SearchSettings(
+        target=request.target,
+        images=inputs.batch.tensor,
+        labels=inputs.labels,
+        identity=inputs.batch.identity,
+        start=start,
+        batch_size=batch_size,
+        seed=seed,
+        reducers=tuple(Part(kind=kind) for kind in request.reducers),
+        state=request.state,
+        seconds=request.seconds,
+    )
+    if request.evaluations is not None:
+        settings = replace(settings, evaluations=request.evaluations)
+    result = search(loaded.model, family, settings, progress)
+    if request.first and not result.interrupted:
+        result = _with_paper_timed(result, loaded, family, settings, progress)
+    sample = next(loaded.model.parameters())
+    measured_on = {
+        "device": measure.device_name(sample.device),
+        "dtype": str(sample.dtype).removeprefix("torch."),
+        "batch": batch_size,
+        "threads": torch.get_num_threads(),
+    }
+    text = _header(loaded, result, inputs, measured_on) + result.recipe.to_yaml()
+    recipe = Recipe.parse(text, result.recipe.place.name)
+    return Found(loaded, family, recipe, result, inputs, measured_on)
+
+
+def _with_paper_timed(
+    result: SearchResult, loaded: LoadedModel, family: Family, settings: SearchSettings, progress: Progress
+) -> SearchResult:
+    """The result with the time of the paper's schedule, which the search has no reason to measure."""
+    paper = result.paper
+    if paper is None or paper.latency is not None or result.found.latency is None:
+        return result
+    if result.paper_is_found:
+        return replace(result, paper=replace(paper, latency=result.found.latency))
+    plan = _paper_plan(paper, loaded, family, settings.start)
+    if plan is None:
+        return result
+    sample = next(loaded.model.parameters())
+    repeats = -(-settings.batch_size // len(settings.images))
+    inputs = torch.cat([settings.images] * repeats)[: settings.batch_size].to(sample.device, sample.dtype)
+    compressed = attach(loaded.model, plan)
+    try:
+        times = measure.measure_latency(
+            [measure.Subject("dense", compressed, compressed.dense), measure.Subject("paper", compressed)],
+            inputs,
+            max_seconds=settings.seconds,
+            warmup=_WARMUP_ROUNDS,
+            progress=progress,
+        )
+    finally:
+        compressed.detach()
+    return replace(result, paper=replace(paper, latency=1 / measure.speedup(times["dense"], times["paper"]).ratio))
+
+
+def _paper_plan(paper: Point, loaded: LoadedModel, family: Family, start: Recipe) -> Plan | None:
+    """The plan of a schedule that is known by its tokens alone; None for feature maps, of which these say too little.
+
+    Its scores are those of a recipe without calibration: they hardly differ in what they cost.
+    """
+    layout = family.layout(loaded.model)
+    if layout.map_size is not None:
+        return None
+    layers = tuple(LayerDrop(layer=layer, keep_tokens=left - layout.prefix_tokens) for layer, left in paper.tokens)
+    try:
+        plan = resolve_for(loaded.model, start.model_copy(update={"layers": layers, "budget": None}))
+        return with_defaults(plan, {site.name: site for site in family.sites(loaded.model)})
+    except RecipeError:
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words and pictures
+
+
+def _header(loaded: LoadedModel, result: SearchResult, inputs: Labelled, measured_on: Mapping[str, Any]) -> str:
+    """Where the recipe came from, as comments."""
+    from repshift_cli import __version__
+
+    state = "; interrupted, this is the best so far" if result.interrupted else ""
+    state += "" if result.met else f"; NOT MET, nearest is {result.nearest:.4g}"
+    batch, source = inputs.batch, loaded.source.sha256
+    lines = [
+        f"Found by repshift search {__version__} on {datetime.now(timezone.utc):%Y-%m-%d} for {result.target}{state}",
+        f"model  {loaded.description.name}" + (f", sha256 of its file {source}" if source else ""),
+        f"data   {batch.description}{', labelled' if inputs.labels is not None else ', labels not used'}",
+        f"       sha256 of names and sizes {batch.identity['sha256']}",
+        f"search seed {result.seed}, {result.evaluations} schedules tried, torch {torch.__version__}",
+        f"on     {', '.join(f'{key} {value}' for key, value in measured_on.items())}",
+        f"Measured on the {result.found.images} inputs that took no part; MACs and latency are fractions of dense:",
+    ]
+    named = {"dense": result.dense, "paper": result.paper, "found": result.found, "random": result.random}
+    lines += [f"  {name:6} {_measured(point)}" for name, point in named.items() if point is not None]
+    # the name of a folder may hold what ends a comment, or what YAML does not take
+    return "".join(f"# {''.join(letter if letter.isprintable() else '?' for letter in line)}\n" for line in lines)
+
+
+def _measured(point: Point) -> str:
+    """The numbers of a point in words."""
+    values = [f"MACs {point.macs:.4f}"]
+    if point.latency is not None:
+        values.append(f"latency {point.latency:.3f}")
+    if point.agreement is not None:
+        values.append(f"unchanged {point.agreement:.2%}")
+    values.append(f"{'KL' if point.agreement is not None else '1 - cosine'} {point.kl:.5f}")
+    if point.top1 is not None:
+        values.append(f"top-1 {point.top1:.2f}%")
+    return ", ".join(values)
+
+
+def _spot(point: Point, shown: str) -> Spot:
+    """A point as it is drawn; larger is better."""
+    if shown == "top-1":
+        return Spot(point.macs, point.latency, point.top1 or 0.0)
+    if shown == "head":
+        return Spot(point.macs, point.latency, 100 * (point.agreement or 0.0))
+    return Spot(point.macs, point.latency, 1 - point.kl)
+
+
+def _limit(result: SearchResult) -> Limit:
+    """The target as a line; a drop counts from the dense model's top-1."""
+    target = result.target
+    if target.kind == "macs":
+        return Limit("macs", target.value)
+    if target.kind == "latency":
+        return Limit("latency", target.value)
+    if target.kind == "agreement":
+        return Limit("quality", 100 * target.value)
+    return Limit("quality", (result.dense.top1 or 0.0) - target.value)

@@ -1,0 +1,421 @@
+"""`repshift search`: a checkpoint and a budget in, the recipe that meets it with the least harm out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from repshift_cli.cli import options
+from repshift_cli.cli.bench import check_picture_format
+from repshift_cli.cli.compress import describe_metric, describe_tokens
+from repshift_cli.errors import CheckFailed, RepshiftError, UsageError
+
+if TYPE_CHECKING:
+    from repshift_cli.budget import Found
+    from repshift_cli.compression import Settings
+    from repshift_cli.progress import Progress
+    from repshift_cli.schedule import Target
+    from repshift_cli.search import Point
+
+__all__ = ["Interrupted", "command", "own_device", "show", "show_found"]
+
+_INTERRUPTED = 130
+_GRACE_SECONDS = 5.0
+"""For which another process than the first waits with an error: torchrun ends it as soon as the first has told its."""
+
+_WORDS = {
+    "output": "the recipe",
+    "checkpoint": "the compressed checkpoint",
+    "plot": "quality against cost",
+}
+
+
+class Interrupted(SystemExit):
+    """The search was interrupted, and has told what it wrote."""
+
+
+def command(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(help="A .safetensors, .pth or .pt file, a folder with config.json, a timm name, builtin:..."),
+    ],
+    *,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            "-t",
+            metavar="KIND=VALUE",
+            help="macs=0.65, latency=0.6 (fractions of dense), agreement=0.99 (least share of unchanged predictions) "
+            "or max-drop=0.5 (points of top-1). Default: the budget of --recipe.",
+            show_default=False,
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", help="Where metric and reducer come from; its layers are not used."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="FOLDER",
+            help="Pictures or videos of the model's own kind, a folder or a dataset. Default: built-in scenes.",
+            show_default=False,
+        ),
+    ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            "--images",
+            min=16,
+            help="How many of them are used (default: 256; 64 clips for a large video model).",
+            show_default=False,
+        ),
+    ] = None,
+    evaluations: Annotated[
+        int | None,
+        typer.Option("--evaluations", min=1, metavar="N", help="How many schedules are tried.", show_default=False),
+    ] = None,
+    reducer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reducer", metavar="KIND", help="Try this reducer; may be repeated. Default: that of the recipe."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The recipe.", show_default="<checkpoint>_<target>.yaml"),
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option("--save", metavar="FILE", help="Write the compressed checkpoint (.safetensors) as well."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw quality against cost (.png, .svg or .pdf).")
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            "--state",
+            metavar="FILE",
+            help="Where the search stands, to go on after an interruption.",
+            show_default="<recipe>.state.json",
+        ),
+    ] = None,
+    model: options.ModelName = None,
+    heads: options.Heads = None,
+    img_size: options.ImgSize = None,
+    frames: options.Frames = None,
+    checkpoint_frames: options.CheckpointFrames = None,
+    device: options.Device = "cpu",
+    dtype: options.MeasureDtype = "float32",
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", "-b", min=1, help="Inputs at a time (default: 8; 1 for a large video model)."),
+    ] = None,
+    threads: options.Threads = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.0, help="Time for each measurement of latency; 0 measures none.")
+    ] = 5.0,
+    seed: options.Seed = 0,
+    json: options.AsJson = False,
+    force: options.Force = False,
+) -> None:
+    """Find the schedule that meets a budget with the least harm to the predictions, and write it as a recipe."""
+    with _one_voice():
+        goal = _target(target, recipe)
+        files = _Files.of(checkpoint, goal, output=output, save=save, plot=plot, state=state)
+        files.check(force)
+
+        from repshift_cli import ui
+        from repshift_cli.budget import Request
+        from repshift_cli.compression import Settings, search_checkpoint
+        from repshift_cli.identify import Clips
+        from repshift_cli.measure import threads as using_threads
+        from repshift_cli.progress import Silent
+
+        first = _is_first()
+        request = Request(goal, evaluations, tuple(reducer or ()), files.state, seconds, first)
+        settings = Settings(
+            recipe=recipe,
+            model_name=model,
+            heads=heads,
+            img_size=img_size,
+            clips=Clips(frames, checkpoint_frames),
+            output=files.checkpoint,
+            data=data,
+            calibration_images=images,
+            device=own_device(device),
+            dtype=dtype,
+            batch_size=batch_size,
+            seconds=seconds,
+            seed=seed,
+            force=force,
+        )
+        run = _Run(files, settings, ui.Screen() if first else Silent(), files.replacing(force))
+        with using_threads(threads), _explained_interrupt(files, first):
+            found = search_checkpoint(checkpoint, settings, request, run.progress)
+            if first:
+                run.finish(found, json)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What the search writes."""
+
+    recipe: Path
+    checkpoint: Path | None
+    plot: Path | None
+    state: Path
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: str,
+        target: Target,
+        *,
+        output: Path | None,
+        save: Path | None,
+        plot: Path | None,
+        state: Path | None,
+    ) -> _Files:
+        """The names that were given, and those that follow from them."""
+        recipe = output or default_output(checkpoint, target)
+        return cls(recipe, save, plot, state or recipe.with_name(f"{recipe.name}.state.json"))
+
+    def check(self, force: bool) -> None:
+        """Refuse what could not be written, before any time is spent on searching.
+
+        Raises:
+            UsageError, OutputError: as `files.check_outputs`; or the ending of the plot is none that can be drawn.
+        """
+        from repshift_cli.files import check_outputs
+
+        if self.plot is not None:
+            check_picture_format("--plot", self.plot)
+        outputs = {"--output": self.recipe, "--save": self.checkpoint, "--plot": self.plot}
+        check_outputs({**outputs, "--state": self.state}, force=True)
+        check_outputs(outputs, self.replacing(force))
+
+    def replacing(self, force: bool) -> bool:
+        """Whether files that exist may be replaced: while the state of a search stands there, they are its own."""
+        return force or self.state.is_file()
+
+    def written(self) -> dict[str, str | None]:
+        """Their names, by what they are."""
+        return {
+            "output": str(self.recipe),
+            "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
+            "plot": None if self.plot is None else str(self.plot),
+        }
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How a finished search is told and written; `replacing` is whether files that exist may be replaced."""
+
+    files: _Files
+    settings: Settings
+    progress: Progress
+    replacing: bool
+
+    def finish(self, found: Found, json: bool) -> None:
+        """Write all that was asked for, then tell it.
+
+        Raises:
+            CheckFailed: the target is not met and `force` is off; nothing is written.
+            Interrupted: the search was; what there was by then has been written.
+        """
+        from repshift_cli import ui
+
+        self._check_met(found)
+        self._write(found)
+        if json:
+            ui.print_json(document(found, self.files))
+        else:
+            show(found)
+            for what, name in self.files.written().items():
+                if name is not None:
+                    ui.print_text(f"wrote   {name} ({_WORDS[what]})")
+        if found.result.interrupted:
+            ui.warn(
+                f"interrupted: {self.files.recipe} is the best so far of {found.result.evaluations} schedules. The "
+                f"search is kept in {self.files.state}; the same command goes on from there"
+            )
+            raise Interrupted(_INTERRUPTED)
+        self.files.state.unlink(missing_ok=True)
+
+    def _check_met(self, found: Found) -> None:
+        result = found.result
+        if result.met:
+            return
+        if self.settings.force:
+            self.progress.warn(
+                f"the target {result.target} is not met: the nearest is {result.target.kind}={result.nearest:.4g}"
+            )
+            return
+        if result.interrupted:
+            raise Interrupted(_INTERRUPTED)
+        try:
+            result.require_met()
+        except CheckFailed as error:
+            raise CheckFailed(
+                error.message,
+                f"{error.hint} Nothing was written; with --force the nearest is, and what was found until now is "
+                f"kept for that in {self.files.state}.",
+            ) from None
+
+    def _write(self, found: Found) -> None:
+        from repshift_cli.compression import save_found
+        from repshift_cli.files import write_text
+        from repshift_cli.pareto import save
+
+        write_text(self.files.recipe, found.recipe.text, self.replacing)
+        if self.files.plot is not None:
+            save(found.chart(), self.files.plot, self.replacing)
+        if self.files.checkpoint is not None:
+            save_found(found, replace(self.settings, force=self.replacing), self.progress)
+
+
+def _target(text: str | None, recipe: str | None) -> Target:
+    """What was asked for, on the command line or by the budget of the recipe.
+
+    Raises:
+        UsageError: neither tells, or what they tell cannot be.
+    """
+    from repshift_cli.recipe import Recipe
+    from repshift_cli.schedule import Target
+
+    if text is not None:
+        return Target.parse(text)
+    budget = Recipe.load(recipe).budget if recipe is not None else None
+    if budget is None:
+        raise UsageError(
+            "nothing tells what the search is to reach",
+            "Add --target macs=0.65, latency=0.6, agreement=0.99 or max-drop=0.5, or a recipe with a budget.",
+        )
+    return Target.parse(str(budget))
+
+
+def default_output(checkpoint: str, target: Target) -> Path:
+    """`<name>_macs0.65.yaml` in the current folder."""
+    from repshift_cli.files import weight_stem
+
+    name = checkpoint.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:")
+    return Path(f"{weight_stem(name)}_{target.kind}{target.value:g}.yaml")
+
+
+def _is_first() -> bool:
+    """Whether this process is the one that prints and writes: the only one, or the first that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def own_device(device: str) -> str:
+    """The card of this process, where torchrun started several and `cuda` alone is asked for."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Let the first process alone tell an error that all of them meet."""
+    try:
+        yield
+    except RepshiftError:
+        if not _is_first():
+            time.sleep(_GRACE_SECONDS)
+        raise
+
+
+@contextmanager
+def _explained_interrupt(files: _Files, first: bool) -> Iterator[None]:
+    """Say what is left where an interruption came before there was anything to write."""
+    from repshift_cli import ui
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if first and files.state.is_file():
+            ui.warn(f"interrupted; the search is kept in {files.state}, and the same command goes on from there")
+            raise Interrupted(_INTERRUPTED) from None
+        raise
+
+
+def show(found: Found) -> None:
+    """Print the result for people, in 80 columns."""
+    from repshift_cli import ui
+
+    loaded = found.loaded
+    ui.print_text(f"model   {loaded.description.name} ({found.family.name})")
+    ui.print_text(f"data    {found.inputs.batch.description}")
+    ui.print_text("")
+    show_found(found)
+    rows = [
+        [
+            site.site,
+            describe_metric(site.metric.model_dump()),
+            describe_tokens(site.tokens_in, site.grid_in),
+            describe_tokens(site.tokens_out, site.grid_out),
+        ]
+        for site in found.result.plan.sites
+    ]
+    ui.print_text(f"reducer {found.result.plan.reducer.kind}")
+    ui.print_table("Tokens through each site", ["after", "kept by", "tokens in", "tokens out"], rows, left=2)
+
+
+def show_found(found: Found) -> None:
+    """Print what the search found beside the dense model and the paper's schedule."""
+    from repshift_cli import ui
+
+    result = found.result
+    points = {
+        "dense": result.dense,
+        "the paper's schedule": result.paper,
+        "found": result.found,
+        "found, dropped at random": result.random,
+    }
+    quality = ["unchanged", "KL"] if result.dense.agreement is not None else ["1 - cosine"]
+    columns = ["", "MACs", "latency", *quality, *(["top-1 %"] if result.dense.top1 is not None else [])]
+    rows = [_cells(name, point) for name, point in points.items() if point is not None]
+    title = f"Search for {result.target} (schedules tried: {result.evaluations}; {result.seconds:.0f} s)"
+    ui.print_table(title, columns, rows)
+    unit = found.loaded.description.preprocessing.unit
+    on = found.measured_on
+    ui.print_text("MACs and latency as fractions of the dense model's;")
+    ui.print_text(f"quality on {result.found.images} {unit}s that took no part in the search")
+    if result.found.latency is not None:
+        told = f"{on['device']}, {on['dtype']}, batch {on['batch']}, {on['threads']} threads"
+        ui.print_text(f"latency on {told}")
+    if result.paper_is_found:
+        ui.print_text("nothing better than the paper's schedule was found, so it is what was found")
+    ui.print_text("")
+
+
+def _cells(name: str, point: Point) -> list[str]:
+    latency = "-" if point.latency is None else f"{point.latency:.3f}"
+    same = [] if point.agreement is None else [f"{point.agreement:.2%}"]
+    top1 = [] if point.top1 is None else [f"{point.top1:.2f}"]
+    return [name, f"{point.macs:.3f}", latency, *same, f"{point.kl:.4f}", *top1]
+
+
+def document(found: Found, files: _Files) -> dict[str, Any]:
+    """The JSON document of the command."""
+    result = found.result.to_dict()
+    return {
+        **files.written(),
+        "model": {"name": found.loaded.description.name, "family": found.family.name},
+        **result,
+        "target": str(found.result.target),
+        "recipe": found.recipe.text,
+        "reducer": found.result.plan.reducer.kind,
+        "labelled": found.inputs.labels is not None,
+        "description": found.inputs.batch.description,
+        "measured_on": dict(found.measured_on),
+    }

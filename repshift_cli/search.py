@@ -1,0 +1,1319 @@
+"""Find the schedule for a budget: where tokens go, how many, by which scores, so that predictions change least.
+
+First the score of each layer is chosen, with that layer as the only site. Then the harm of dropping at each layer is
+measured at several ratios, and what it saves is computed (operations) or measured (latency). From both, dynamic
+programming has the best schedule of an additive model; the rest of the work is on the real thing: scores are chosen
+again along the schedule, neighbours of it are tried, then other reducers. Half of the images take no part in all that:
+on them the result is compared with the paper's schedule at the same operations.
+
+Every evaluation is a pure function of a plan and some images, and is kept by its key. So a search resumes by running
+again over what is known, and several processes that share the evaluations all take the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+
+from repshift_cli.attach import attach, resolve_for
+from repshift_cli.calibrate import (
+    Predictions,
+    Run,
+    agreement,
+    choose_metric,
+    distance,
+    divergence,
+    predictions,
+    run_batches,
+    runnable,
+    unfitted,
+)
+from repshift_cli.errors import CheckFailed, DataError, RecipeError, UsageError
+from repshift_cli.families import Family
+from repshift_cli.files import atomic_output
+from repshift_cli.fitting import fit_scores
+from repshift_cli.measure import Subject, measure_latency, speedup
+from repshift_cli.metrics import build_metric
+from repshift_cli.plan import After, Plan, resolve
+from repshift_cli.progress import Progress, Silent, Task
+from repshift_cli.recipe import PAPER_DROP_RATIO, Part, Recipe, default_recipe
+from repshift_cli.schedule import (
+    Additive,
+    Curve,
+    Front,
+    Kept,
+    Solution,
+    Target,
+    fit,
+    neighbours,
+    paper_schedule,
+    solve,
+    to_recipe,
+)
+
+__all__ = ["Point", "SearchResult", "SearchSettings", "search"]
+
+_MIN_IMAGES = 16
+
+# On two slow cores a ViT-S takes 35 ms for an image, and a search is to end within 10 minutes: 15,000 images.
+_CHOICE_IMAGES = 64
+"""For the choice among 30 scores at one site: in rounds, so 400 part passes; as many as calibration takes of 128."""
+
+_SENSE_IMAGES = 48
+"""For the harm of one layer at one ratio, of which there are 48 for 12 layers; refinement corrects their noise."""
+
+_JUDGE_IMAGES = 128
+"""For each evaluation of a schedule. Where the target is a quality all choosing images are used: it needs them."""
+
+_SENSE_SHARES = (0.9, 0.7, 0.5, 0.3)
+"""Of the tokens kept: between them the harm grows like a power, so four points are enough."""
+
+_CHOICE_SHARES = (0.5, 0.7, 0.9)
+"""Of the tokens kept where the score is chosen: the first that the model allows."""
+
+_LATENCY_SHARES = (0.8, 0.6, 0.4, 0.2)
+_SITE_LIMITS = (2, 3, 4, 6)
+"""How many sites the first schedules may have, beside one without a limit: the additive model likes too many."""
+
+_BATCH = 4
+"""Neighbours tried at a time, whatever the number of processes, so that all take the same way."""
+
+_SECTIONS, _SECTION_ROUNDS = 4, 3
+_AGREEMENT_SIGMAS, _DROP_SIGMAS = 1.0, 0.5
+"""One-sided: by so many standard errors a quality has to hold on the choosing images, from which it was chosen."""
+
+_SITE_COST = 0.002
+"""What scoring and gathering at a site take, as a fraction of a dense pass: where it saves less, a site is no use."""
+
+_LATENCY_AIM = 0.985
+_LATENCY_SLACK = 0.97
+_LATENCY_ROUNDS = 4
+_DIGITS = 7
+_FORMAT = 1
+_HASH_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What to search for, and on what.
+
+    Attributes:
+        target: what is to be reached.
+        images: `[n, C, H, W]` (of clips `[n, T, C, H, W]`), preprocessed; at least 16. The first half chooses, the
+            second checks.
+        identity: what they are, for the record.
+        start: its metric (also that of single layers), reducer and model are used; its layers are compared only.
+        labels: int64 `[n]`; None where there are none.
+        evaluations: how many schedules the refinement may try.
+        reducers: others to try.
+        state: file that keeps what is known, so that the search resumes; None for none.
+        seconds: for each measurement of latency; 0 measures none.
+    """
+
+    target: Target
+    images: Tensor
+    identity: Mapping[str, Any]
+    start: Recipe
+    labels: Tensor | None = None
+    batch_size: int = 8
+    seed: int = 0
+    evaluations: int = 40
+    reducers: tuple[Part, ...] = ()
+    state: Path | None = None
+    seconds: float = 5.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """One schedule: what it costs and what it keeps.
+
+    Attributes:
+        name: `dense`, `paper`, `found`, `given`, `random`, or how the search came to it.
+        tokens: layer and tokens that leave it, prefix tokens included, for each site.
+        macs, latency: fractions of the dense model's; latency None where it was not measured.
+        distance: mean squared Hellinger distance from the dense model (or one minus the cosine, without a head).
+        kl: mean KL in nats (or one minus the cosine).
+        agreement: share of unchanged predictions; None without a head.
+        top1: percent; None without labels.
+        images: how many it was judged on.
+    """
+
+    name: str
+    tokens: tuple[tuple[int, int], ...]
+    macs: float
+    latency: float | None
+    distance: float
+    kl: float
+    agreement: float | None
+    top1: float | None
+    images: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "tokens": [list(pair) for pair in self.tokens],
+            "macs": round(self.macs, 6),
+            "latency": None if self.latency is None else round(self.latency, 4),
+            "distance": self.distance,
+            "kl": self.kl,
+            "agreement": self.agreement,
+            "top1": self.top1,
+            "images": self.images,
+        }
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found. Where the target could not be met, `found` is the nearest; `require_met` then raises.
+
+    Attributes:
+        recipe, plan: the found schedule.
+        met: whether it meets the target: a cost exactly (latency as measured last), a quality on the choosing images.
+        nearest: what the found schedule reaches, in the unit of the target.
+        dense, paper, found, random: on the images that took no part in the search. `paper` is the paper's schedule at
+            the same operations, its scores chosen in the same way; `random` the found one with tokens dropped at
+            random. `paper` is None where the model has no site that it needs.
+        given: the start recipe as it stands, on the choosing images; None where it cannot be carried out, or has no
+            layers.
+        paper_is_found: whether nothing better than the paper's schedule was found: better on the choosing images, and
+            not worse on the others.
+        paper_calibrated: whether its scores were chosen along it (not so after an interruption).
+        tried: all schedules that were evaluated, on the choosing images, in order.
+        evaluations: how many.
+        seconds: of this run; less than the whole where it resumed.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    target: Target
+    met: bool
+    nearest: float
+    dense: Point
+    paper: Point | None
+    found: Point
+    random: Point | None
+    given: Point | None
+    paper_is_found: bool
+    paper_calibrated: bool
+    tried: tuple[Point, ...]
+    evaluations: int
+    seconds: float
+    interrupted: bool
+    identity: Mapping[str, Any]
+    seed: int
+
+    def require_met(self) -> None:
+        """Refuse what misses the target.
+
+        Raises:
+            CheckFailed: with the nearest that can be reached.
+        """
+        if self.met:
+            return
+        raise CheckFailed(
+            f"the target {self.target} cannot be met here: the nearest is {self.target.kind}={self.nearest:.4g}",
+            "Ask for that, or let other reducers and scores be tried.",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        points = {
+            "dense": self.dense,
+            "paper": self.paper,
+            "found": self.found,
+            "random": self.random,
+            "given": self.given,
+        }
+        return {
+            "target": {"kind": self.target.kind, "value": self.target.value},
+            "met": self.met,
+            "nearest": round(self.nearest, 6),
+            "recipe": self.recipe.to_yaml(),
+            "plan": self.plan.summary(),
+            "points": {name: point.to_dict() if point else None for name, point in points.items()},
+            "paper_is_found": self.paper_is_found,
+            "paper_calibrated": self.paper_calibrated,
+            "tried": [point.to_dict() for point in self.tried],
+            "evaluations": self.evaluations,
+            "seconds": round(self.seconds, 1),
+            "interrupted": self.interrupted,
+            "data": dict(self.identity),
+            "seed": self.seed,
+        }
+
+
+@torch.inference_mode()
+def search(model: nn.Module, family: Family, settings: SearchSettings, progress: Progress) -> SearchResult:
+    """Find a schedule for a target.
+
+    Under `torchrun`, or in an initialised process group, every process calls this with the same arguments; the
+    evaluations are spread over them, and all return the same (latency is measured by the first alone, and so is what it
+    reports after an interruption).
+
+    Args:
+        model: dense, in eval mode, on the device and in the dtype to search in.
+        family: the model's family.
+
+    Raises:
+        DataError: too few images.
+        UsageError: labels or a head are missing that the target needs; the state is that of another search.
+        RecipeError: the metric or the reducer can run at no site of this model.
+        CheckFailed: the dense model returns values that are not finite.
+        KeyboardInterrupt: before a first schedule was found; after that the best so far is returned.
+    """
+    _check(settings)
+    begin = time.monotonic()
+    with ExitStack() as stack:
+        processes = stack.enter_context(_processes())
+        stack.callback(family.adapt(model))  # the dense model is compared as it is beside a reduced one
+        listener = progress if processes.rank == 0 else Silent()
+        bench = _Bench(model, family, settings, listener)
+        memo = _Memo(settings.state, lambda: _header(model, settings), processes)
+        return _Search(bench, memo, settings, listener).run(begin)
+
+
+def _check(settings: SearchSettings) -> None:
+    count, target = len(settings.images), settings.target
+    if count < _MIN_IMAGES:
+        raise DataError(f"a search needs at least {_MIN_IMAGES} images, there are {count}")
+    if settings.labels is not None and len(settings.labels) != count:
+        raise DataError(f"there are {len(settings.labels)} labels for {count} images")
+    if target.kind == "max-drop" and settings.labels is None:
+        raise UsageError("the target max-drop needs labels", "Give labelled images, or ask for agreement=0.99.")
+    if target.kind == "latency" and settings.seconds <= 0:
+        raise UsageError("the target latency needs time to measure", "Give it some seconds.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes, and what is known
+
+
+class _Processes:
+    """The processes that share the work; one alone where there is no group."""
+
+    def __init__(self) -> None:
+        together = distributed.is_available() and distributed.is_initialized()
+        self.rank = distributed.get_rank() if together else 0
+        self.count = distributed.get_world_size() if together else 1
+
+    def gather(self, mine: dict[str, Any]) -> dict[str, Any]:
+        """What all have, together; every process calls this at the same point."""
+        if self.count == 1:
+            return mine
+        parts: list[Any] = [None] * self.count
+        distributed.all_gather_object(parts, mine)
+        return {key: value for part in parts for key, value in part.items()}
+
+    def alone(self) -> None:
+        """From now on each works for itself: after an interruption the others may be anywhere."""
+        self.rank, self.count = 0, 1
+
+
+@contextmanager
+def _processes() -> Iterator[_Processes]:
+    """The group of this run: the one that exists, or one made of what `torchrun` set."""
+    existing = distributed.is_available() and distributed.is_initialized()
+    wanted = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    if existing or not wanted:
+        yield _Processes()
+        return
+    distributed.init_process_group("gloo")
+    try:
+        yield _Processes()
+    finally:
+        distributed.destroy_process_group()
+
+
+class _Memo:
+    """What is known, by key; on disk where there is a file."""
+
+    def __init__(self, path: Path | None, header: Callable[[], dict[str, Any]], processes: _Processes) -> None:
+        self._path = path
+        self._processes = processes
+        self._writes = path is not None and processes.rank == 0
+        self._header = header() if self._writes else {}
+        self._known: dict[str, Any] = {}
+        self._load()
+
+    def get(
+        self, keys: Sequence[str], compute: Callable[[int], Any], task: Task, *, first_only: bool = False
+    ) -> list[Any]:
+        """The values of the keys; what is not known is computed, each by one of the processes.
+
+        Args:
+            compute: given the place of a key; what it returns has a form in JSON.
+            task: advances by the number of keys.
+            first_only: the first process computes them all.
+        """
+        missing = {key: index for index, key in reversed(list(enumerate(keys))) if key not in self._known}
+        order = sorted(missing.values())
+        count, rank = self._processes.count, self._processes.rank
+        own = (order if rank == 0 else []) if first_only else order[rank::count]
+        mine: dict[str, Any] = {}
+        try:
+            task.advance(len(keys) - len(order))
+            for index in own:
+                mine[keys[index]] = compute(index)
+                task.advance()
+        except BaseException:
+            self._add(mine)
+            raise
+        gathered = self._processes.gather(mine)
+        task.advance(len(order) - len(own))
+        self._add({keys[index]: gathered[keys[index]] for index in order})
+        return [self._known[key] for key in keys]
+
+    def alone(self) -> None:
+        """As `_Processes.alone`."""
+        self._processes.alone()
+
+    def _add(self, found: Mapping[str, Any]) -> None:
+        # through JSON, so that what is read back later is what is used now
+        self._known |= json.loads(json.dumps(found))
+        if found and self._writes and self._path is not None:
+            with atomic_output(self._path, force=True) as temporary:
+                temporary.write_text(json.dumps({**self._header, "known": self._known}), encoding="utf-8")
+
+    def _load(self) -> None:
+        mine: dict[str, Any] = {}
+        if self._writes and self._path is not None and self._path.exists():
+            try:
+                mine = {"known": _read_state(self._path, self._header)}
+            except UsageError as error:
+                mine = {"error": [error.message, error.hint]}
+        found = self._processes.gather(mine)
+        if "error" in found:
+            raise UsageError(*found["error"])
+        self._known = found.get("known", {})
+
+
+def _read_state(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
+    other = "Give another file, or remove it to begin anew."
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        known = document.pop("known")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise UsageError(f"{path} is not the state of a search", other) from None
+    if document != json.loads(json.dumps(header)):
+        differing = [key for key in header if document.get(key) != header[key]]
+        raise UsageError(f"{path} is the state of another search: it differs in {', '.join(differing)}", other)
+    if not isinstance(known, dict):
+        raise UsageError(f"{path} is not the state of a search", other)
+    return known
+
+
+def _header(model: nn.Module, settings: SearchSettings) -> dict[str, Any]:
+    """What makes a search this one. More evaluations or more time to measure continue it."""
+    sample = next(model.parameters())
+    labels = [] if settings.labels is None else [("labels", settings.labels)]
+    return {
+        "search": _FORMAT,
+        "model": _digest(model.state_dict().items()),
+        "images": _digest([("images", settings.images), *labels]),
+        "target": str(settings.target),
+        "start": settings.start.to_yaml(),
+        "reducers": [part.model_dump() for part in settings.reducers],
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+        "device": sample.device.type,
+        "dtype": str(sample.dtype),
+    }
+
+
+def _digest(tensors: Any) -> str:
+    """SHA-256 of names, shapes and values."""
+    digest = sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        for part in tensor.detach().flatten().split(_HASH_BYTES):
+            digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What candidates are judged by
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some of the images, and what the dense model makes of them."""
+
+    images: Tensor
+    dense: Predictions
+    labels: Tensor | None
+
+
+class _Bench:
+    """The model and the images; every method is a pure function of its arguments, but for latency."""
+
+    def __init__(self, model: nn.Module, family: Family, settings: SearchSettings, progress: Progress) -> None:
+        self.model = model
+        self.family = family
+        self.batch_size = settings.batch_size
+        self.seconds = settings.seconds
+        self.layout = family.layout(model)
+        sample = next(model.parameters())
+        self.images = settings.images.to(device=sample.device, dtype=sample.dtype)
+        self.labels = None if settings.labels is None else settings.labels.to(sample.device)
+        with progress.task("dense model", len(self.images)) as task:
+            self.outputs = run_batches(model, self.images, settings.batch_size, task)
+        if not bool(self.outputs.isfinite().all()):
+            raise CheckFailed("the dense model returns values that are not finite", "Search in float32.")
+        half = len(self.images) // 2
+        judged = min(half, _JUDGE_IMAGES) if settings.target.limits_cost else half
+        self.parts = {
+            "choice": self._part(0, min(half, _CHOICE_IMAGES)),
+            "sense": self._part(0, min(half, _SENSE_IMAGES)),
+            "judge": self._part(0, judged),
+            "held": self._part(half, len(self.images)),
+        }
+
+    def _part(self, start: int, stop: int) -> _Part:
+        labels = None if self.labels is None else self.labels[start:stop]
+        return _Part(self.images[start:stop], predictions(self.model, self.outputs[start:stop]), labels)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there are predictions that can stay the same."""
+        return self.parts["judge"].dense.are_logits
+
+    @cached_property
+    def dense_macs(self) -> int:
+        """Multiply-accumulates of one image through the dense model."""
+        return self.family.macs(self.model, None)
+
+    def macs(self, plan: Plan) -> float:
+        """Of one image, those of metric and reducer included, as a fraction of the dense model's.
+
+        Raises:
+            RecipeError: the model cannot carry out the plan.
+        """
+        compressed = attach(self.model, plan)
+        try:
+            return compressed.macs() / self.dense_macs
+        finally:
+            compressed.detach()
+
+    def judge(self, plan: Plan, name: str) -> dict[str, Any] | None:
+        """How far the plan is from the dense model on a part of the images; None where it cannot be carried out."""
+        part = self.parts[name]
+        try:
+            compressed = attach(self.model, plan)
+        except RecipeError:
+            return None
+        try:
+            outputs = run_batches(compressed, part.images, self.batch_size, _Unseen())
+        finally:
+            compressed.detach()
+        return _compare(part, part.dense.of(outputs)) if bool(outputs.isfinite().all()) else None
+
+    def dense_point(self, name: str) -> dict[str, Any]:
+        """The dense model against itself."""
+        part = self.parts[name]
+        values = _compare(part, part.dense.reference)
+        assert values is not None
+        return {**values, "distance": 0.0, "kl": 0.0}
+
+    def choose(self, plan: Plan) -> list[dict[str, Any]] | None:
+        """The metric of each site, open fields filled one site after the other; None where a site can feed none."""
+        part = self.parts["choice"]
+        run = Run(self.model, part.images, part.dense, self.batch_size, _Unseen())
+        sites = {site.name: site for site in self.family.sites(self.model)}
+        chosen: list[Part] = []
+        try:
+            for planned in plan.sites:
+                variants = runnable(planned, sites[planned.site])
+                if len(variants) > 1:
+                    so_far = plan.with_metrics([*chosen, planned.metric])
+                    chosen.append(choose_metric(run, so_far, variants, len(part.images)).chosen.part())
+                else:
+                    chosen.append(variants[0].part())
+        except RecipeError:
+            return None
+        return [found.model_dump() for found in chosen]
+
+    def fit(self, layers: Sequence[int], after: After, task: Task) -> dict[str, dict[str, Any]]:
+        """The fitted metric of each layer, by its number."""
+        found = fit_scores(self.model, layers, self.parts["choice"].images, self.batch_size, 0, task, after=after)
+        return {str(layer): metric.part().model_dump() for layer, metric in found.items()}
+
+    def latency(self, plan: Plan, progress: Progress) -> float:
+        """Time of a batch as a fraction of the dense model's, measured in turn with it."""
+        repeats = -(-self.batch_size // len(self.images))
+        inputs = torch.cat([self.images] * repeats)[: self.batch_size].contiguous()
+        compressed = attach(self.model, plan)
+        try:
+            subjects = [Subject("dense", compressed, compressed.dense), Subject("candidate", compressed)]
+            times = measure_latency(subjects, inputs, max_seconds=self.seconds, warmup=2, progress=progress)
+        finally:
+            compressed.detach()
+        return round(1.0 / speedup(times["dense"], times["candidate"]).ratio, 5)
+
+
+class _Unseen:
+    """A task that nobody watches: what is shown are whole candidates, not their batches."""
+
+    def advance(self, steps: int = 1) -> None:
+        pass
+
+
+def _compare(part: _Part, given: Tensor) -> dict[str, Any] | None:
+    """The numbers of one candidate, rounded so that the number of threads does not decide between two."""
+    wanted, head = part.dense.reference, part.dense.are_logits
+    far = _mean(distance(wanted, given, head))
+    if not math.isfinite(far):
+        return None
+    found: dict[str, Any] = {"images": len(given), "distance": far, "kl": _mean(divergence(wanted, given, head))}
+    same = agreement(wanted, given) if head else None
+    found["agreement"], found["agreement_error"] = (None, None) if same is None else (_mean(same), _error(same))
+    if part.labels is None or not head:
+        return found | {"top1": None, "lost": None, "lost_error": None}
+    right, before = (100.0 * (logits.argmax(-1) == part.labels).float() for logits in (given, wanted))
+    return found | {"top1": _mean(right), "lost": _mean(before - right), "lost_error": _error(before - right)}
+
+
+def _mean(values: Tensor) -> float:
+    return round(float(values.double().mean()), _DIGITS)
+
+
+def _error(values: Tensor) -> float:
+    """Standard error of the mean."""
+    return round(float(values.double().std()) / math.sqrt(len(values)), _DIGITS) if len(values) > 1 else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The search
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A schedule with all that makes it a plan; `macs` is a fraction of the dense model's."""
+
+    kept: Kept
+    plan: Plan
+    macs: float
+    name: str
+
+    @property
+    def key(self) -> str:
+        return sha256(self.plan.model_dump_json().encode()).hexdigest()[:20]
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A candidate and what it does to the choosing images; `values` as `_compare`."""
+
+    candidate: _Candidate
+    values: Mapping[str, Any]
+
+    @property
+    def order(self) -> tuple[float, int, float, Kept]:
+        """The smallest is the best at one cost; among equals the one with the fewest sites."""
+        candidate = self.candidate
+        return (self.values["distance"], len(candidate.plan.sites), candidate.macs, candidate.kept)
+
+
+class _Search:
+    """One run of the search."""
+
+    def __init__(self, bench: _Bench, memo: _Memo, settings: SearchSettings, progress: Progress) -> None:
+        self.bench = bench
+        self.memo = memo
+        self.settings = settings
+        self.target = settings.target
+        self.progress = progress
+        self.random = random.Random(settings.seed)  # noqa: S311 (a search, not a secret)
+        self.reducer = settings.start.reducer
+        self.open = self._open_metrics()
+        self.scores: dict[int, Part] = {}  # by layer, the metric that is used there now
+        self.layers: list[int] = []
+        self.tried: dict[str, _Tried] = {}
+        self.latencies: dict[str, float] = {}
+        self.best: _Tried | None = None
+        self.reachable = True
+        self.interrupted = False
+        self.limits: dict[str, Callable[[int], int]] = {}
+        self.rate: Callable[[int], float] | None = None
+        self.factor = 1.0
+
+    def run(self, begin: float) -> SearchResult:
+        """All of it; `begin` is when it began, for the record."""
+        if not self.bench.has_head and self.target.kind in ("agreement", "max-drop"):
+            raise UsageError(f"the model has no head, so {self.target.kind} has no meaning", "Ask for macs=0.65.")
+        self._fit_scores()
+        self._choose_scores()
+        self._sense()
+        try:
+            self._start()
+            self._improve()
+        except KeyboardInterrupt:
+            if self.best is None:
+                raise
+            self.interrupted = True
+            self.memo.alone()
+        return self._result(begin)
+
+    # -- scores and curves
+
+    def _open_metrics(self) -> dict[int, Part]:
+        """By layer, the metric that the start recipe gives it, perhaps with open fields."""
+        given = {drop.layer: drop.metric for drop in self.settings.start.layers if drop.metric is not None}
+        metric = self.settings.start.metric
+        return {site.layer: given.get(site.layer) or given.get(site.name) or metric for site in self.bench.layout.sites}
+
+    def _fit_scores(self) -> None:
+        """Fit the scores that are to be fitted, those of all layers at once."""
+        layers = [layer for layer, part in self.open.items() if unfitted(build_metric(part))]
+        if not layers:
+            return
+        with self.progress.task("fitting scores", len(self.bench.parts["choice"].images)) as task:
+            found = self.memo.get(["fit"], lambda _: self.bench.fit(layers, self._after, task), _Unseen())[0]
+        self.open |= {layer: Part.model_validate(found[str(layer)]) for layer in layers}
+
+    def _choose_scores(self) -> None:
+        """The metric of each layer, as the only site; layers that can feed none drop out."""
+        plans = {site.layer: self._middling(site.layer) for site in self.bench.layout.sites}
+        wanted = [plan for plan in plans.values() if plan is not None]
+        found = dict(zip((plan.sites[0].layer for plan in wanted), self._choices(wanted), strict=True))
+        self.scores = {layer: parts[0] for layer, parts in found.items() if parts is not None}
+        self.layers = sorted(self.scores)
+        if not self.layers:
+            metric, reducer = self.settings.start.metric.kind, self.reducer.kind
+            raise RecipeError(f"at no layer of this model {metric} and {reducer} can reduce tokens")
+
+    def _middling(self, layer: int) -> Plan | None:
+        for share in _CHOICE_SHARES:
+            plan = self._single(layer, max(1, round(share * self.tokens)))
+            if plan is not None:
+                return plan
+        return None
+
+    def _choices(self, plans: Sequence[Plan]) -> list[list[Part] | None]:
+        """For each plan the metrics of its sites, chosen along it."""
+        asked = [plan.with_metrics([self.open[site.layer] for site in plan.sites]) for plan in plans]
+        keys = [f"choose {_plan_key(plan)}" for plan in asked]
+        with self.progress.task("choosing scores", len(asked)) as task:
+            found = self.memo.get(keys, lambda index: self.bench.choose(asked[index]), task)
+        return [None if parts is None else [Part.model_validate(part) for part in parts] for parts in found]
+
+    def _sense(self) -> None:
+        """The harm of each layer, and with it the additive model."""
+        counts = sorted({round(share * self.tokens) for share in _SENSE_SHARES} - {0, self.tokens}, reverse=True)
+        asked = [(layer, count) for layer in self.layers for count in counts]
+        plans = [self._single(layer, count) for layer, count in asked]
+        possible = [(place, plan) for place, plan in zip(asked, plans, strict=True) if plan is not None]
+        keys = [f"sense {_plan_key(plan)}" for _, plan in possible]
+        with self.progress.task("measuring layers", len(keys)) as task:
+            found = self.memo.get(keys, lambda index: self.bench.judge(possible[index][1], "sense"), task)
+        points: dict[int, list[tuple[int, float]]] = {layer: [] for layer in self.layers}
+        for ((layer, count), _), values in zip(possible, found, strict=True):
+            if values is not None:
+                points[layer].append((count, values["distance"]))
+        self.curves = [Curve(self.tokens, tuple(points[layer])) for layer in self.layers]
+        if self.target.kind == "latency":
+            self._sense_latency()
+
+    def _sense_latency(self) -> None:
+        """How much of the saved operations the clock sees, by how many tokens are left behind the first site."""
+        pairs: list[tuple[int, float]] = []
+        for share in _LATENCY_SHARES:
+            count = max(1, round(share * self.tokens))
+            plan = self._single(self.layers[0], count)
+            if plan is not None:
+                saved = 1.0 - self.bench.macs(plan)
+                pairs.append((count, min(max((1.0 - self._latency(plan)) / saved, 0.05), 2.0)))
+        if not pairs:
+            return
+        counts, rates = zip(*sorted(pairs), strict=True)
+        self.rate = lambda kept: float(np.interp(kept, counts, rates))
+
+    # -- the additive model
+
+    @property
+    def tokens(self) -> int:
+        """Patch tokens of the dense model."""
+        return self.bench.layout.patch_tokens
+
+    def _single(self, layer: int, kept: int, reducer: Part | None = None) -> Plan | None:
+        """The plan whose only site is this layer; None where it cannot be."""
+        index = [site.layer for site in self.bench.layout.sites]
+        schedule = tuple(kept if other >= layer else self.tokens for other in index)
+        return self._plan(schedule, index, self.scores or self.open, reducer or self.reducer)
+
+    def _plan(self, kept: Kept, layers: Sequence[int], metrics: Mapping[int, Part], reducer: Part) -> Plan | None:
+        parts = {layer: metrics.get(layer, self.open[layer]) for layer in layers}
+        try:
+            recipe = to_recipe(kept, self.bench.layout, layers, metrics=parts, reducer=reducer)
+            return resolve_for(self.bench.model, recipe)
+        except UsageError:
+            return None
+
+    @cached_property
+    def _by_macs(self) -> Additive:
+        """Costs in multiply-accumulates."""
+        last = len(self.layers) - 1
+        floors = [self._floor(layer) for layer in self.layers]
+
+        @cache
+        def behind(site: int, kept: int) -> float:
+            """Cost of the plan that has its only site here, as a fraction."""
+            if site > last or kept >= self.tokens:
+                return 1.0
+            plan = self._counts(self.layers[site], max(kept, floors[site]))
+            return 1.0 if plan is None else self.bench.family.macs(self.bench.model, plan) / self.bench.dense_macs
+
+        @cache
+        def gain(site: int, kept: int) -> float:
+            return max(0.0, behind(site + 1, kept) - behind(site, kept))
+
+        return self._additive(gain)
+
+    def _counts(self, layer: int, kept: int) -> Plan | None:
+        """As `_single`, by the counts alone: what a reducer cannot take at one site, several can come to."""
+        schedule = tuple(kept if other >= layer else self.tokens for other in self.open)
+        try:
+            recipe = to_recipe(
+                schedule, self.bench.layout, list(self.open), metrics=self.open, reducer=Part(kind="prune")
+            )
+            return resolve(recipe, self.bench.layout, self._after)
+        except UsageError:
+            return None
+
+    def _floor(self, layer: int) -> int:
+        """The fewest tokens of a map that a layer may leave; below it what follows would not fit."""
+        low, high = 1, self.tokens
+        while self.bench.layout.map_size is not None and low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if self._counts(layer, middle) is None else (low, middle)
+        return low
+
+    @cached_property
+    def _after(self) -> After:
+        """Where in a block the reducer acts."""
+        plans = (self._middling(site.layer) for site in self.bench.layout.sites)
+        return next(plan.sites[0].after for plan in plans if plan is not None)
+
+    def _additive(self, gain: Callable[[int, int], float]) -> Additive:
+        return Additive(
+            tokens=self.tokens,
+            sites=len(self.layers),
+            gain=gain,
+            harm=lambda site, kept: self.curves[site](kept),
+            most=self._most(self.reducer),
+        )
+
+    def _most(self, reducer: Part) -> Callable[[int], int]:
+        """How many of so many tokens a reducer can take at one site, as far as all of them tell."""
+        key = reducer.model_dump_json()
+        if key not in self.limits:
+            low, high = 1, self.tokens - 1
+            while low < high:
+                middle = (low + high + 1) // 2
+                plans = (self._single(layer, self.tokens - middle, reducer) for layer in self.layers)
+                low, high = (middle, high) if any(plan is not None for plan in plans) else (low, middle - 1)
+            self.limits[key] = partial(_share_of, low, self.tokens)
+        return self.limits[key]
+
+    def _model(self) -> Additive:
+        """The additive model of what the target limits: latency, or else operations."""
+        base = self._by_macs
+        if self.rate is None:
+            return base
+        rate, factor = self.rate, self.factor
+        return self._additive(lambda site, kept: base.gain(site, kept) * rate(kept) * factor)
+
+    def _front(self) -> Front:
+        return solve(replace(self._model(), site_cost=_SITE_COST), max_sites=None)
+
+    # -- candidates
+
+    def _candidate(self, kept: Kept, name: str, reducer: Part | None = None) -> _Candidate | None:
+        """The schedule as a plan, with the scores of now; None where the model cannot carry it out."""
+        return self._with(kept, self.scores, reducer or self.reducer, name)
+
+    def _with(self, kept: Kept, metrics: Mapping[int, Part], reducer: Part, name: str) -> _Candidate | None:
+        plan = self._plan(kept, self.layers, metrics, reducer)
+        if plan is None:
+            return None
+        try:
+            return _Candidate(kept, plan, self.bench.macs(plan), name)
+        except RecipeError:
+            return None
+
+    def _on_budget(
+        self,
+        kept: Kept,
+        budget: float,
+        name: str,
+        *,
+        by_macs: bool = False,
+        reducer: Part | None = None,
+        model: Additive | None = None,
+    ) -> _Candidate | None:
+        """The schedule stretched or shrunk to the budget; what scores and reducers cost in operations is in it."""
+        model, aim = model or (self._by_macs if by_macs else self._model()), budget
+        exact = by_macs or self.rate is None
+        for _ in range(5):
+            fitted = fit(kept, model, aim)
+            candidate = None if fitted is None else self._candidate(fitted, name, reducer)
+            if candidate is None or not exact or candidate.macs <= budget + 1e-9:
+                return candidate
+            aim -= candidate.macs - budget
+        return None
+
+    def _judge(self, candidates: Sequence[_Candidate | None], task: Task | None = None) -> list[_Tried]:
+        """Evaluate on the choosing images; those that cannot be carried out are left out."""
+        asked = list({one.key: one for one in candidates if one is not None}.values())
+        keys = [f"judge {one.key}" for one in asked]
+        found = self.memo.get(keys, lambda index: self.bench.judge(asked[index].plan, "judge"), task or _Unseen())
+        results = [_Tried(one, values) for one, values in zip(asked, found, strict=True) if values is not None]
+        for result in results:
+            self.tried.setdefault(result.candidate.key, result)
+        return results
+
+    def _latency(self, plan: Plan) -> float:
+        key = f"latency {_plan_key(plan)}"
+        found: float = self.memo.get(
+            [key], lambda _: self.bench.latency(plan, self.progress), _Unseen(), first_only=True
+        )[0]
+        self.latencies[_plan_key(plan)] = found
+        return found
+
+    def _holds(self, tried: _Tried) -> bool:
+        """Whether it meets a target of quality, with a margin for chance."""
+        values = tried.values
+        if self.target.kind == "agreement":
+            share, count = values["agreement"], values["images"]
+            return share == 1.0 or _least_share(share, count) >= self.target.value
+        worst: float = values["lost"] + _DROP_SIGMAS * values["lost_error"]
+        return worst <= self.target.value + 1e-6
+
+    # -- steps
+
+    def _start(self) -> None:
+        """First schedules: those of the additive model."""
+        if self.target.limits_cost:
+            self._start_at_cost()
+        else:
+            self._start_at_quality()
+
+    @property
+    def _budget(self) -> float:
+        return self.target.value * (_LATENCY_AIM if self.target.kind == "latency" else 1.0)
+
+    def _start_at_cost(self) -> None:
+        if self.rate is not None:
+            self._correct_latency()
+        firsts = [solution.kept for solution in self._solutions(self._budget)]
+        candidates = [self._on_budget(kept, self._budget, "additive model") for kept in firsts]
+        if all(candidate is None for candidate in candidates):
+            self.reachable = False
+            candidates = [self._cheapest()]
+            self.progress.warn(f"the target {self.target} is out of reach; the nearest is searched for")
+        else:
+            candidates.append(self._paper_candidate(self._budget, by_macs=False))
+        with self.progress.task("first schedules", len({one.key for one in candidates if one})) as task:
+            self._keep(self._judge(candidates, task))
+        if self.best is None:
+            raise CheckFailed("no schedule for the target can be carried out", "Let other reducers be tried.")
+
+    def _cheapest(self) -> _Candidate | None:
+        """What costs least, of all that the additive model knows and the model itself can carry out."""
+        found = (self._candidate(solution.kept, "cheapest") for solution in reversed(self._front().pareto()))
+        return next((candidate for candidate in found if candidate is not None), None)
+
+    def _solutions(self, budget: float) -> list[Solution]:
+        free = self._front().best(budget)
+        limited = solve(self._model(), max_sites=max(_SITE_LIMITS))
+        found = [free, *(limited.best(budget, limit) for limit in _SITE_LIMITS)]
+        return [solution for solution in found if solution is not None]
+
+    def _correct_latency(self) -> None:
+        """Scale the model so that it predicts what is measured of the first schedule."""
+        first = self._front().best(self._budget)
+        candidate = None if first is None else self._on_budget(first.kept, self._budget, "additive model")
+        if candidate is not None:
+            self._scale(candidate)
+
+    def _scale(self, candidate: _Candidate) -> float:
+        """Take a measured latency into the model; returns it."""
+        measured, predicted = self._latency(candidate.plan), self._model().cost(candidate.kept)
+        if measured < 1.0 and predicted < 1.0:
+            self.factor *= (1.0 - measured) / (1.0 - predicted)
+        return measured
+
+    def _start_at_quality(self) -> None:
+        front, judged = self._front(), len(self.bench.parts["judge"].images)
+        if self.target.kind == "agreement" and _least_share(1.0, judged) < self.target.value:
+            self.progress.warn(f"{judged} images are too few to tell whether {self.target} holds; give more")
+
+        def at(budget: float) -> _Candidate | None:
+            solution = front.best(budget)
+            return None if solution is None else self._on_budget(solution.kept, budget, "additive model")
+
+        self._sections(at, front.cheapest().cost, 1.0, "first schedules")
+        if self.best is None:
+            mildest = front.pareto()[:2]
+            self._keep(self._judge([self._candidate(one.kept, "mildest") for one in mildest if min(one.kept) > 0]))
+        if self.best is None:
+            self.reachable = False
+            ranked = sorted(self.tried.values(), key=lambda tried: (-self._quality(tried), tried.order))
+            if not ranked:
+                raise CheckFailed("no schedule for the target can be carried out", "Let other reducers be tried.")
+            self.best = ranked[0]
+
+    def _quality(self, tried: _Tried) -> float:
+        value: float = tried.values["agreement"] if self.target.kind == "agreement" else -tried.values["lost"]
+        return value
+
+    def _sections(
+        self, at: Callable[[float], _Candidate | None], low: float, high: float, label: str, rounds: int | None = None
+    ) -> None:
+        """Look for the lowest budget between `low` and `high` at which the quality holds, several at a time."""
+        rounds = _SECTION_ROUNDS if rounds is None else rounds
+        with self.progress.task(label, rounds * _SECTIONS) as task:
+            for _ in range(rounds):
+                step = (high - low) / (_SECTIONS + 1)
+                budgets = [low + step * (index + 1) for index in range(_SECTIONS)]
+                made = [(budget, at(budget)) for budget in budgets]
+                results = self._judge([candidate for _, candidate in made], task)
+                self._keep(results)
+                holding = {result.candidate.key for result in results if self._holds(result)}
+                good = [budget for budget, one in made if one is not None and one.key in holding]
+                high = min(good, default=high)
+                low = max((budget for budget in (low, *budgets) if budget < high), default=low)
+
+    def _keep(self, results: Sequence[_Tried]) -> None:
+        """Remember the best so far: the nearest to the dense model at the budget, or the cheapest that holds."""
+        for result in results:
+            if not self.target.limits_cost and not self._holds(result):
+                continue
+            if self.best is None or self._rank(result) < self._rank(self.best):
+                self.best = result
+
+    def _rank(self, tried: _Tried) -> tuple[Any, ...]:
+        """The smallest is the best that meets the target."""
+        return tried.order if self.target.limits_cost else (tried.candidate.macs, *tried.order)
+
+    def _improve(self) -> None:
+        """Scores along the schedule, neighbours, reducers, neighbours again."""
+        assert self.best is not None
+        if not self.reachable:
+            self._rescore()
+            return
+        half = self.settings.evaluations // 2
+        self._rescore()
+        self._compare_with_paper()
+        self._refine(half)
+        self._try_reducers()
+        self._refine(self.settings.evaluations - half)
+        self._rescore()
+        self._compare_with_paper()
+        if self.target.kind == "latency":
+            self._meet_latency()
+
+    def _rescore(self) -> None:
+        """Choose the scores again, along the best schedule; they stay where they are not better."""
+        assert self.best is not None
+        best = self.best.candidate
+        if not any(len(build_metric(self.open[site.layer]).variants()) > 1 for site in best.plan.sites):
+            return
+        parts = self._choices([best.plan])[0]
+        if parts is None:
+            return
+        chosen = {site.layer: part for site, part in zip(best.plan.sites, parts, strict=True)}
+        changed = self._with(best.kept, {**self.scores, **chosen}, best.plan.reducer, "scores chosen again")
+        before = self.best
+        self._keep(self._judge([changed]))
+        if self.best is not before or (changed is not None and changed.key == before.candidate.key):
+            self.scores.update(chosen)
+
+    def _refine(self, evaluations: int) -> None:
+        """Try neighbours on the real objective, at the cost of the best so far; then, for a quality, go cheaper."""
+        assert self.best is not None
+        current, model = self.best, self._model()
+        budget = self._budget if self.target.limits_cost else current.candidate.macs
+        spent, step = 0, max(self.tokens // 8, model.least_drop)
+        with self.progress.task("trying neighbours", evaluations) as task:
+            while spent < evaluations:
+                batch = self._pick(current.candidate, model, budget, step)[: evaluations - spent]
+                results = self._judge(batch, task)
+                spent += len(batch)
+                self._keep(results)
+                better = min(results, key=lambda tried: tried.order, default=current)
+                if better.order < current.order:
+                    current = better
+                elif step > 1:
+                    step //= 2
+                elif not batch:
+                    break
+            task.advance(evaluations - spent)
+        if not self.target.limits_cost:
+            self._cheapen(current)
+
+    def _pick(self, current: _Candidate, model: Additive, budget: float, step: int) -> list[_Candidate]:
+        """Some neighbours that were not tried: most by prediction, one by chance."""
+        scored = self.scores | {site.layer: site.metric for site in current.plan.sites}
+        # what scores and reducers cost is not in the model
+        aside = current.macs - model.cost(current.kept) if self.rate is None else 0.0
+        fresh = neighbours(current.kept, model, budget - max(aside, 0.0), step)
+        made: list[_Candidate] = []
+        while fresh and len(made) < _BATCH:
+            by_chance = len(made) == _BATCH - 1
+            kept = fresh.pop(self.random.randrange(len(fresh)) if by_chance else 0)
+            candidate = self._with(kept, scored, current.plan.reducer, "neighbour")
+            over = candidate is not None and self.rate is None and candidate.macs > budget + 1e-9
+            if candidate is not None and not over and candidate.key not in self.tried:
+                made.append(candidate)
+        return made
+
+    def _cheapen(self, current: _Tried) -> None:
+        """Shrink the cost of a schedule as far as the quality holds."""
+        cost = current.candidate.macs
+        if not self._holds(current):
+            return
+
+        def at(budget: float) -> _Candidate | None:
+            fitted = fit(current.candidate.kept, self._by_macs, budget)
+            metrics = {**self.scores, **{site.layer: site.metric for site in current.candidate.plan.sites}}
+            reducer = current.candidate.plan.reducer
+            return None if fitted is None else self._with(fitted, metrics, reducer, "cheaper")
+
+        self._sections(at, max(cost - 0.15, 0.0), cost, "going cheaper", rounds=2)
+
+    def _try_reducers(self) -> None:
+        """The best schedule with other reducers, back on the budget."""
+        assert self.best is not None
+        best = self.best.candidate
+        budget = self._budget if self.target.limits_cost else best.macs
+        others = [part for part in self.settings.reducers if part != best.plan.reducer]
+        candidates = [candidate for part in others for candidate in self._with_reducer(best.kept, budget, part)]
+        results = self._judge(candidates)
+        self._keep(results)
+        if not self.target.limits_cost:  # nearer at the same cost may become cheaper
+            nearest = min((*results, self.best), key=lambda tried: tried.order)
+            self._cheapen(nearest)
+        assert self.best is not None
+        self.reducer = self.best.candidate.plan.reducer
+
+    def _with_reducer(self, kept: Kept, budget: float, reducer: Part) -> list[_Candidate | None]:
+        """The schedule on the budget with another reducer; with one that can take fewer, also its own best one."""
+        model = replace(self._model(), most=self._most(reducer))
+        schedules = [kept]
+        if not model.possible(kept):
+            own = solve(replace(model, site_cost=_SITE_COST)).best(budget)
+            schedules += [] if own is None else [own.kept]
+        name = f"reducer {reducer.kind}"
+        return [self._on_budget(one, budget, name, reducer=reducer, model=model) for one in schedules]
+
+    # -- the paper's schedule
+
+    def _paper_candidate(self, budget: float, *, by_macs: bool, calibrated: bool = True) -> _Candidate | None:
+        """The paper's schedule, all its ratios scaled by one factor to the budget, its scores chosen along it."""
+        sites = self.bench.layout.sites
+        recipe = default_recipe(len(sites), [site.layer for site in sites])
+        named = {drop.layer for drop in recipe.layers}
+        ratios = {place: PAPER_DROP_RATIO for place, layer in enumerate(self.layers) if layer in named}
+        if not ratios:
+            return None
+        kept = paper_schedule(len(self.layers), self.tokens, ratios)
+        candidate = self._on_budget(kept, budget, "paper", by_macs=by_macs, reducer=self.settings.start.reducer)
+        if candidate is None or not calibrated:
+            return candidate
+        parts = self._choices([candidate.plan])[0]
+        if parts is None:
+            return candidate
+        chosen = {site.layer: part for site, part in zip(candidate.plan.sites, parts, strict=True)}
+        return self._with(candidate.kept, chosen, self.settings.start.reducer, "paper") or candidate
+
+    def _compare_with_paper(self) -> None:
+        """The paper's schedule at the operations of the best; where it is better, it is the best."""
+        assert self.best is not None
+        found = self._paper_at_same_macs()
+        if found is not None and (self.target.kind != "macs" or found.candidate.macs <= self.target.value + 1e-9):
+            self._keep([found])
+
+    def _paper_at_same_macs(self, calibrated: bool = True) -> _Tried | None:
+        assert self.best is not None
+        budget = self.best.candidate.macs
+        if self.target.kind == "macs" and self.reachable:
+            budget = self.target.value
+        candidate = self._paper_candidate(budget, by_macs=True, calibrated=calibrated)
+        results = self._judge([candidate])
+        return results[0] if results else None
+
+    # -- latency
+
+    def _meet_latency(self) -> None:
+        """Measure the best and correct its size until it just meets the target."""
+        assert self.best is not None
+        good: list[tuple[bool, float, _Tried]] = []
+        current = self.best
+        for _ in range(_LATENCY_ROUNDS):
+            measured = self._scale(current.candidate)
+            inside = self.target.value * _LATENCY_SLACK <= measured <= self.target.value
+            good.append((measured > self.target.value, abs(measured - self.target.value), current))
+            if inside:
+                break
+            reducer = current.candidate.plan.reducer
+            resized = self._on_budget(current.candidate.kept, self._budget, "resized", reducer=reducer)
+            results = self._judge([resized])
+            if not results or results[0].candidate.key == current.candidate.key:
+                break
+            current = results[0]
+        # the nearest of those that meet it, else the nearest of all
+        self.best = min(good, key=lambda entry: entry[:2])[2]
+
+    # -- the result
+
+    def _result(self, begin: float) -> SearchResult:
+        assert self.best is not None
+        calibrated = not self.interrupted
+        paper = self._paper_at_same_macs(calibrated)
+        best, is_paper = self._better(self.best, paper)
+        plan = best.candidate.plan
+        latency = self._latency(plan) if self.settings.seconds > 0 else None
+        given = self._given()
+        drawn = plan.with_metric(Part.model_validate({"kind": "random", "seed": self.settings.seed}))
+        held = self._held([plan, drawn, *([paper.candidate.plan] if paper else [])])
+        if held[0] is None:
+            raise CheckFailed("the found schedule returns values that are not finite on the images held back")
+        found_point = self._point("found", best.candidate, held[0], latency)
+        paper_latency = self.latencies.get(_plan_key(paper.candidate.plan)) if paper else None
+        paper_point = self._point("paper", paper.candidate, held[2], paper_latency) if paper and held[2] else None
+        dense = self.bench.dense_point("held")
+        met, nearest = self._met(best, latency)
+        return SearchResult(
+            recipe=self._recipe(best.candidate),
+            plan=plan,
+            target=self.target,
+            met=met,
+            nearest=nearest,
+            dense=_point("dense", (), 1.0, 1.0 if latency is not None else None, dense),
+            paper=paper_point,
+            found=found_point,
+            random=self._point("random", best.candidate, held[1], None) if held[1] else None,
+            given=given,
+            paper_is_found=is_paper,
+            paper_calibrated=calibrated,
+            tried=tuple(
+                self._point(
+                    one.candidate.name, one.candidate, one.values, self.latencies.get(_plan_key(one.candidate.plan))
+                )
+                for one in self.tried.values()
+            ),
+            evaluations=len(self.tried),
+            seconds=time.monotonic() - begin,
+            interrupted=self.interrupted,
+            identity=self.settings.identity,
+            seed=self.settings.seed,
+        )
+
+    def _better(self, found: _Tried, paper: _Tried | None) -> tuple[_Tried, bool]:
+        """The found schedule or the paper's, and whether it is the paper's.
+
+        The found one must be better on the choosing images, and not worse on those held back, which decide nothing but
+        this: of the many tried on the first, the best may be so by chance.
+        """
+        if paper is None or not self._may_be_found(paper):
+            return found, False
+        if found.candidate.key == paper.candidate.key or paper.order < found.order:
+            return paper, True
+        ours, theirs = self._held([found.candidate.plan, paper.candidate.plan])
+        worse = theirs is not None and (ours is None or ours["distance"] > theirs["distance"])
+        return (paper, True) if worse else (found, False)
+
+    def _held(self, plans: Sequence[Plan]) -> list[dict[str, Any] | None]:
+        """What the plans do to the images held back."""
+        keys = [f"held {_plan_key(plan)}" for plan in plans]
+        with self.progress.task("checking on other images", len(keys)) as task:
+            return self.memo.get(keys, lambda index: self.bench.judge(plans[index], "held"), task)
+
+    def _may_be_found(self, paper: _Tried) -> bool:
+        """Whether the paper's schedule meets what the found one does."""
+        if self.target.kind == "latency":
+            return self._latency(paper.candidate.plan) <= self.target.value
+        if self.target.kind == "macs":
+            return paper.candidate.macs <= self.target.value + 1e-9 or not self.reachable
+        return self._holds(paper) or not self.reachable
+
+    def _met(self, best: _Tried, latency: float | None) -> tuple[bool, float]:
+        if self.target.kind == "macs":
+            return best.candidate.macs <= self.target.value + 1e-9, best.candidate.macs
+        if self.target.kind == "latency":
+            assert latency is not None
+            return latency <= self.target.value, latency
+        value = self._quality(best)
+        return self._holds(best), value if self.target.kind == "agreement" else -value
+
+    def _given(self) -> Point | None:
+        """The start recipe with its own layers, its scores chosen along it."""
+        start = self.settings.start
+        if not start.layers or self.interrupted:
+            return None
+        try:
+            plan = resolve_for(self.bench.model, start)
+        except RecipeError:
+            return None
+        parts = self._choices([plan])[0]
+        if parts is None:
+            return None
+        plan = plan.with_metrics(parts)
+        values = self.memo.get([f"judge {_plan_key(plan)}"], lambda _: self.bench.judge(plan, "judge"), _Unseen())[0]
+        return None if values is None else self._point("given", _Candidate((), plan, self.bench.macs(plan), ""), values)
+
+    def _recipe(self, candidate: _Candidate) -> Recipe:
+        metrics = {site.layer: site.metric for site in candidate.plan.sites}
+        text = f"Found by a search for {self.target}: {candidate.macs:.3f} of the dense operations, seed "
+        recipe = to_recipe(
+            candidate.kept,
+            self.bench.layout,
+            self.layers,
+            metrics={**self.scores, **metrics},
+            reducer=candidate.plan.reducer,
+            model=self.settings.start.model,
+            description=text + str(self.settings.seed),
+        )
+        return Recipe.parse(recipe.to_yaml(), "the recipe that the search found")
+
+    def _point(
+        self, name: str, candidate: _Candidate, values: Mapping[str, Any], latency: float | None = None
+    ) -> Point:
+        tokens = tuple((site.layer, site.tokens_out) for site in candidate.plan.sites)
+        return _point(name, tokens, candidate.macs, latency, values)
+
+
+def _point(
+    name: str, tokens: tuple[tuple[int, int], ...], macs: float, latency: float | None, values: Mapping[str, Any]
+) -> Point:
+    shown = {key: values[key] for key in ("distance", "kl", "agreement", "top1", "images")}
+    return Point(name=name, tokens=tokens, macs=macs, latency=latency, **shown)
+
+
+def _share_of(part: int, whole: int, count: int) -> int:
+    """As many of `count` as `part` is of `whole`, rounded down, and one at least."""
+    return max(1, count * part // whole)
+
+
+def _least_share(share: float, count: int) -> float:
+    """Lower end of Wilson's interval of a share of `count`, which is below 1 also where all agree."""
+    square = _AGREEMENT_SIGMAS**2
+    spread = _AGREEMENT_SIGMAS * math.sqrt(share * (1 - share) / count + square / (4 * count * count))
+    return (share + square / (2 * count) - spread) / (1 + square / count)
+
+
+def _plan_key(plan: Plan) -> str:
+    return sha256(plan.model_dump_json().encode()).hexdigest()[:20]

@@ -1,0 +1,558 @@
+"""`repshift search` and the search within `repshift compress`, on small models, few pictures and few evaluations."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+from outcome import Command
+from PIL import Image
+from tiny import save_weights, tiny_vit
+
+from repshift_cli import artifact, compress
+from repshift_cli.attach import resolve_for
+from repshift_cli.budget import Found
+from repshift_cli.checkpoint import read_weights
+from repshift_cli.cli.search import own_device
+from repshift_cli.data.images import ImageBatch
+from repshift_cli.data.labelled import Labelled
+from repshift_cli.errors import RecipeError
+from repshift_cli.pareto import MARKS
+from repshift_cli.recipe import Recipe
+from repshift_cli.search import SearchSettings
+
+QUICK = ("--images", "16", "--evaluations", "2", "--seconds", "0")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def words(text: str) -> str:
+    """In one line, whatever the terminal made of it."""
+    return " ".join(text.split())
+
+
+def narrow(text: str) -> bool:
+    return all(len(line.rstrip()) <= 80 for line in text.splitlines())
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """Ten class folders of two pictures of noise, as many as `dense` has classes."""
+    random = np.random.default_rng(1)
+    for label in range(10):
+        (tmp_path / "classes" / f"c{label}").mkdir(parents=True)
+        for index in range(2):
+            noise = random.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(tmp_path / "classes" / f"c{label}" / f"{index}.png")
+    return tmp_path / "classes"
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ((), {"search"}),
+        (
+            ("search",),
+            {
+                *("--target", "--recipe", "--data", "--images", "--evaluations", "--reducer", "--output", "--save"),
+                *("--plot", "--state", "--model", "--heads", "--img-size", "--frames", "--checkpoint-frames"),
+                *("--device", "--dtype", "--batch-size", "--threads", "--seconds", "--seed", "--json", "--force"),
+            },
+        ),
+        (("compress",), {"--target"}),
+    ],
+)
+def test_the_help_tells_every_option(command: tuple[str, ...], options: set[str], cli: Command) -> None:
+    outcome = cli(*command, "-h")
+    assert outcome.rc == 0
+    assert {option for option in options if option not in outcome.stdout} == set()
+    assert narrow(outcome.stdout)
+
+
+def same_but_for_comments(one: str, other: str) -> bool:
+    return [line for line in one.splitlines() if line[:1] != "#"] == [
+        line for line in other.splitlines() if line[:1] != "#"
+    ]
+
+
+class TestSearch:
+    def test_everything_that_it_writes(self, shell: Command, tmp_path: Path) -> None:
+        (tmp_path / "start.yaml").write_text(
+            "version: 1\nmetric: {kind: representation_shift, operation: mlp, distance: l2}\nbudget: {macs: 0.65}\n"
+        )
+        outcome = shell(
+            *("search", "builtin:vit-digits-small", "-r", "start.yaml", "--images", "16", "--evaluations", "1"),
+            *("--seconds", "0.05", "--save", "s.safetensors", "--plot", "p.png", "--threads", "1"),
+        )
+        assert outcome.rc == 0, outcome.stderr
+        assert narrow(outcome.stdout)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "p.png",
+            "s.safetensors",
+            "start.yaml",
+            "vit-digits-small_macs0.65.yaml",
+        ]
+        rows = {line[:26].strip(): line[26:].split() for line in outcome.stdout.splitlines()}
+        assert rows["dense"][0] == "1.000"
+        assert 0.6 < float(rows["the paper's schedule"][0]) <= 0.65
+        assert 0.6 < float(rows["found"][0]) <= 0.65
+        assert len(rows["found"]) == len(rows["dense"]) == 5  # MACs, latency, unchanged, KL, top-1
+        assert "reducer prune\nTokens through each site" in outcome.stdout
+        assert "searching for macs=0.65 on 16 built-in training scenes, seed 0" in outcome.stderr
+
+        written = tmp_path / "vit-digits-small_macs0.65.yaml"
+        recipe = Recipe.load(written)
+        stored = artifact.load(tmp_path / "s.safetensors")
+        assert resolve_for(artifact.open_model("builtin:vit-digits-small").loaded.model, recipe) == stored.plan
+        assert f"{stored.macs() / stored.dense_macs():.3f}" == rows["found"][0]
+        for told in (
+            "# data   16 built-in training scenes, seed 0, labelled",
+            "# search seed 0",
+            "#   found  MACs 0.6",
+        ):
+            assert told in recipe.text
+        assert "macs=0.65" in (recipe.description or "")
+
+        document: dict[str, Any] = read_weights(tmp_path / "s.safetensors").document or {}
+        assert document["recipe"]["text"] == written.read_text()
+        assert document["search"]["target"] == "macs=0.65"
+        assert document["search"]["data"]["count"] == 16
+        assert document["search"]["measured_on"]["threads"] == 1
+        assert document["measured"]["images"]["part"] == "held back"
+        check_plot(tmp_path / "p.png", rows)
+
+    def test_json_is_one_document(self, cli: Command, dense: Path, pictures: Path, tmp_path: Path) -> None:
+        outcome = cli(
+            *("search", dense, "-t", "macs=0.7", "--data", pictures, *QUICK, "-o", "r.yaml", "--json"),
+            *("--batch-size", 4, "--device", "cpu", "--dtype", "bfloat16"),
+        )
+        assert outcome.rc == 0, outcome.stderr
+        found = json.loads(outcome.stdout)
+        assert (found["output"], found["checkpoint"], found["plot"]) == ("r.yaml", None, None)
+        assert (found["target"], found["met"], found["labelled"]) == ("macs=0.7", True, False)
+        assert found["recipe"] == (tmp_path / "r.yaml").read_text()
+        assert found["points"]["found"]["macs"] <= 0.7
+        assert found["points"]["found"]["top1"] is None
+        assert found["points"]["found"]["latency"] is None
+        assert (found["measured_on"]["batch"], found["measured_on"]["dtype"]) == (4, "bfloat16")
+        assert found["reducer"] == "prune"
+        assert found["data"]["where"] == str(pictures)
+        assert len(found["tried"]) == found["evaluations"] > 1
+
+    def test_builtin_scenes_are_said_plainly(self, cli: Command, dense: Path) -> None:
+        outcome = cli("search", dense, "-t", "macs=0.7", *QUICK)
+        assert outcome.rc == 0, outcome.stderr
+        assert "no pictures were named, so the search looks at built-in scenes" in words(outcome.stderr)
+        assert "top-1" not in outcome.stdout
+
+    def test_the_start_gives_metric_reducer_and_target(self, cli: Command, dense: Path, tmp_path: Path) -> None:
+        (tmp_path / "start.yaml").write_text("version: 1\nmetric: {kind: token_norm}\nbudget: {macs: 0.7}\n")
+        outcome = cli("search", dense, "--recipe", "start.yaml", *QUICK, "--json")
+        assert outcome.rc == 0, outcome.stderr
+        found = json.loads(outcome.stdout)
+        assert found["output"] == "dense_macs0.7.yaml"
+        assert {site["metric"]["kind"] for site in found["plan"]} == {"token_norm"}
+
+    def test_the_target_of_the_command_line_wins(self, cli: Command, dense: Path, tmp_path: Path) -> None:
+        (tmp_path / "start.yaml").write_text("version: 1\nmetric: {kind: token_norm}\nbudget: {macs: 0.7}\n")
+        outcome = cli("search", dense, "--recipe", "start.yaml", "-t", "macs=0.8", *QUICK, "--json")
+        found = json.loads(outcome.stdout)
+        assert (found["output"], found["target"]) == ("dense_macs0.8.yaml", "macs=0.8")
+        assert 0.7 < found["points"]["found"]["macs"] <= 0.8
+
+    def test_the_first_reducer_is_what_the_search_starts_from(self, cli: Command, dense: Path, tmp_path: Path) -> None:
+        (tmp_path / "start.yaml").write_text("version: 1\nmetric: {kind: token_norm}\nbudget: {macs: 0.7}\n")
+        arguments = ("search", dense, "-r", "start.yaml", "--reducer", "merge", *QUICK, "--json")
+        outcome = cli(*arguments)
+        assert outcome.rc == 0, outcome.stderr
+        found = json.loads(outcome.stdout)
+        assert found["reducer"] == "merge"
+        # from the start, not as one that is tried beside that of the recipe
+        assert not [point["name"] for point in found["tried"] if point["name"].startswith("reducer")]
+        assert "reducer: {kind: merge}" in found["recipe"]
+        outcome = cli(*arguments, "--reducer", "prunne", "--force")
+        assert outcome.rc == 2
+        assert "there is no reducer 'prunne'" in outcome.stderr
+
+    def test_the_seed_draws_other_pictures(self, cli: Command, dense: Path, pictures: Path, tmp_path: Path) -> None:
+        (tmp_path / "start.yaml").write_text("version: 1\nmetric: {kind: token_norm}\nbudget: {macs: 0.7}\n")
+        found = [
+            json.loads(
+                cli(
+                    *("search", dense, "-r", "start.yaml", "--data", pictures, *QUICK),
+                    *("--seed", seed, "--force", "--json"),
+                ).stdout
+            )
+            for seed in (0, 0, 1)
+        ]
+        assert found[0]["recipe"] == found[1]["recipe"]
+        assert found[0]["data"]["sha256"] == found[1]["data"]["sha256"] != found[2]["data"]["sha256"]
+        assert found[2]["seed"] == 1
+
+    def test_latency_is_measured_here(self, cli: Command, dense: Path, pictures: Path) -> None:
+        outcome = cli(
+            *("search", dense, "-t", "latency=0.9", "--data", pictures, "--images", "16", "--evaluations", "1"),
+            *("--seconds", "0.02", "--plot", "p.svg", "--force", "--json"),
+        )
+        assert outcome.rc == 0, outcome.stderr
+        found = json.loads(outcome.stdout)
+        assert found["points"]["found"]["latency"] > 0
+        assert found["points"]["paper"]["latency"] > 0
+        assert found["met"] == (found["points"]["found"]["latency"] <= 0.9)
+        assert "not met" in outcome.stderr or found["met"]
+
+    def test_agreement(self, cli: Command, dense: Path, pictures: Path) -> None:
+        outcome = cli("search", dense, "-t", "agreement=0.3", "--data", pictures, *QUICK, "--json")
+        assert outcome.rc == 0, outcome.stderr
+        found = json.loads(outcome.stdout)
+        assert found["nearest"] >= 0.3
+        assert found["points"]["found"]["macs"] < 0.9
+
+    def test_max_drop_takes_class_folders(self, cli: Command, dense: Path, classes: Path) -> None:
+        outcome = cli(
+            *("search", dense, "-t", "max-drop=40", "--data", classes, "--images", "20", "--evaluations", "1"),
+            *("--seconds", "0", "--plot", "p.pdf", "--json"),
+        )
+        assert outcome.rc == 0, outcome.stderr
+        found = json.loads(outcome.stdout)
+        assert found["labelled"]
+        assert found["nearest"] <= 40
+        assert found["points"]["found"]["top1"] is not None
+        assert found["output"] == "dense_max-drop40.yaml"
+
+
+def check_plot(path: Path, rows: dict[str, list[str]]) -> None:
+    """The picture shows the dense model, the paper's schedule and the found one, over MACs and over latency."""
+    with Image.open(path) as opened:
+        page = np.asarray(opened.convert("RGB")).astype(int)
+    panels = page[:-60]  # without the legend
+    middle = page.shape[1] / 2
+
+    def place(role: str, left: bool) -> tuple[int, float, float]:
+        """How many pixels of its colour a mark has in one panel, and the middle of them."""
+        wanted = np.array([round(255 * part) for part in to_rgb(MARKS[role].color)])
+        ys, xs = np.nonzero(np.abs(panels - wanted).sum(axis=-1) == 0)
+        here = (xs < middle) == left
+        return int(here.sum()), float(xs[here].mean()), float(ys[here].mean())
+
+    (dense, dense_x, dense_y), (found, found_x, found_y) = place("dense", left=True), place("found", left=True)
+    assert min(dense, found) > 100
+    assert found_x < dense_x - 100
+    assert found_y >= dense_y - 2  # no better than the dense model itself
+    assert place("paper", left=True)[0] > 10  # the found schedule may lie upon it, and does not hide it
+    assert place("found", left=False)[0] > 100
+    # on a busy machine the times of so small a model may be the same, and then one mark hides the other
+    if (latency := float(rows["found"][1])) < 0.8:
+        assert place("found", left=False)[1] < place("dense", left=False)[1]
+    assert latency > 0
+
+
+class TestRefused:
+    def test_existing_files_are_kept_and_this_is_seen_first(self, cli: Command, tmp_path: Path) -> None:
+        (tmp_path / "no_macs0.65.yaml").write_text("mine")
+        outcome = cli("search", "no.safetensors", "-t", "macs=0.65")
+        assert outcome.rc == 2
+        assert "no_macs0.65.yaml already exists" in outcome.stderr  # and nothing of the checkpoint that is not there
+        assert (tmp_path / "no_macs0.65.yaml").read_text() == "mine"
+
+    @pytest.mark.parametrize("option", ["--save", "--plot"])
+    def test_so_are_the_other_outputs(self, option: str, cli: Command, tmp_path: Path) -> None:
+        (tmp_path / "there.png").write_text("mine")
+        outcome = cli("search", "no.safetensors", "-t", "macs=0.65", option, "there.png")
+        assert outcome.rc == 2
+        assert "there.png already exists" in outcome.stderr
+
+    @pytest.mark.parametrize(
+        ("arguments", "rc", "message"),
+        [
+            ((), 2, "nothing tells what the search is to reach"),
+            (("-t", "mac=0.65"), 2, "unknown target 'mac' Did you mean macs?"),
+            (("-t", "macs"), 2, "a target has the form kind=value"),
+            (("-t", "macs=1.5"), 2, "the target macs=1.5 cannot be"),
+            (("-t", "macs=0.5", "--plot", "p.gif"), 2, "p.gif has no ending that tells a picture format"),
+            (("-t", "macs=0.5", "-o", "a", "--save", "a"), 2, "both name a"),
+            (("-t", "macs=0.5", "-o", "a", "--state", "a"), 2, "both name a"),
+            (("-t", "macs=0.5", "--images", "8"), 2, "--images"),
+            (("-t", "macs=0.5", "--evaluations", "0"), 2, "--evaluations"),
+            (("-t", "macs=0.5", "--device", "tpu"), 2, "device"),
+            (("-t", "macs=0.5", "--dtype", "int8"), 2, "unknown dtype"),
+            (("-t", "macs=0.5"), 3, "nowhere.safetensors"),
+        ],
+    )
+    def test_what_cannot_be(self, arguments: tuple[str, ...], rc: int, message: str, cli: Command) -> None:
+        outcome = cli("search", "nowhere.safetensors", *arguments)
+        assert outcome.rc == rc
+        assert message in words(outcome.stderr)
+        assert "Traceback" not in outcome.stderr
+
+    @pytest.mark.parametrize(
+        ("option", "value", "rc", "message"),
+        [
+            ("--heads", 3, 3, "3 heads do not divide a width of 128"),
+            ("--model", "resnet50", 3, "the weights do not fit resnet50"),
+            ("--img-size", 33, 2, "--img-size 33: "),
+            ("--frames", 4, 2, "takes single pictures, no clips"),
+            ("--checkpoint-frames", 4, 2, "takes single pictures, no clips"),
+        ],
+    )
+    def test_model_options_reach_the_loader(
+        self, *, option: str, value: object, rc: int, message: str, cli: Command, dense: Path
+    ) -> None:
+        outcome = cli("search", dense, "-t", "macs=0.5", option, value)
+        assert outcome.rc == rc
+        assert message in outcome.stderr
+
+    def test_a_missed_budget_writes_nothing_unless_forced(self, cli: Command, dense: Path, tmp_path: Path) -> None:
+        arguments = ("search", dense, "-t", "macs=0.2", *QUICK, "-o", "r.yaml", "--save", "s.safetensors")
+        outcome = cli(*arguments)
+        assert outcome.rc == 5
+        assert "the target macs=0.2 cannot be met here: the nearest is macs=0." in outcome.stderr
+        assert not (tmp_path / "r.yaml").exists()
+        assert not (tmp_path / "s.safetensors").exists()
+        assert (tmp_path / "r.yaml.state.json").is_file()
+        outcome = cli(*arguments, "--force")
+        assert outcome.rc == 0
+        assert "is not met: the nearest is" in outcome.stderr
+        assert "NOT MET" in Recipe.load(tmp_path / "r.yaml").text
+        assert artifact.load(tmp_path / "s.safetensors").macs() > 0
+        assert not (tmp_path / "r.yaml.state.json").exists()
+
+    def test_max_drop_without_labels(self, cli: Command, dense: Path, pictures: Path) -> None:
+        outcome = cli("search", dense, "-t", "max-drop=1", "--data", pictures, *QUICK)
+        assert outcome.rc == 2
+        assert f"the target max-drop=1 needs labels: {pictures} has no class folders" in words(outcome.stderr)
+
+    def test_too_few_pictures(self, cli: Command, dense: Path, classes: Path) -> None:
+        outcome = cli("search", dense, "-t", "macs=0.7", "--data", classes / "c0", *QUICK)
+        assert outcome.rc == 4
+        assert "at least 16 images, there are 2" in words(outcome.stderr)
+
+
+class TestInterrupted:
+    @pytest.fixture
+    def started(self, dense: Path, tmp_path: Path) -> subprocess.Popen[str]:
+        """A search that would take minutes."""
+        arguments = ["-t", "macs=0.7", "--images", "64", "--evaluations", "100000", "--seconds", "0", "-o", "r.yaml"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "repshift_cli", "search", str(dense), *arguments, "--state", "where.json"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def test_the_best_so_far_is_written_and_the_search_goes_on_from_there(
+        self, started: subprocess.Popen[str], cli: Command, dense: Path, tmp_path: Path
+    ) -> None:
+        state = tmp_path / "where.json"
+        wait_for(lambda: state.is_file() and state.read_text().count('"judge ') > 6, started)
+        started.send_signal(signal.SIGINT)
+        _, errors = started.communicate(timeout=60)
+        assert started.returncode == 130, errors
+        assert "r.yaml is the best so far" in words(errors)
+        assert "The search is kept in where.json; the same command goes on from there" in words(errors)
+        first = Recipe.load(tmp_path / "r.yaml")
+        assert "interrupted, this is the best so far" in first.text
+        known = set(json.loads(state.read_text())["known"])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.safetensors", "r.yaml", "where.json"]
+
+        # the same again, but for its end: no --force for the recipe that the interruption left
+        arguments = ("-t", "macs=0.7", "--images", "64", "--evaluations", "4", "--seconds", "0", "-o", "r.yaml")
+        outcome = cli("search", dense, *arguments, "--state", "where.json", "--json")
+        assert outcome.rc == 0, outcome.stderr
+        assert not state.exists()
+        assert "interrupted" not in Recipe.load(tmp_path / "r.yaml").text
+        assert len(known) > 10
+
+    def test_before_there_is_anything_to_write(
+        self, cli: Command, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupted(_model: object, _family: object, settings: SearchSettings, _progress: object) -> None:
+            assert settings.state is not None
+            settings.state.write_text("{}")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("repshift_cli.budget.search", interrupted)
+        outcome = cli("search", dense, "-t", "macs=0.7", *QUICK)
+        assert outcome.rc == 130
+        assert "the search is kept in dense_macs0.7.yaml.state.json, and the same command goes on" in words(
+            outcome.stderr
+        )
+        assert "nothing half-done" not in outcome.stderr
+        assert not (tmp_path / "dense_macs0.7.yaml").exists()
+
+    def test_within_compress_nothing_is_written(
+        self, cli: Command, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        best_so_far = SimpleNamespace(result=SimpleNamespace(interrupted=True))
+        monkeypatch.setattr("repshift_cli.budget.find", lambda *_, **__: best_so_far)
+        outcome = cli("compress", dense, "-t", "macs=0.7", "--calibration-images", "16", "-o", "s.safetensors")
+        assert outcome.rc == 130
+        assert "interrupted; nothing half-done was left behind" in outcome.stderr
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.safetensors"]
+
+    def test_the_state_of_another_search_is_refused(self, cli: Command, dense: Path, tmp_path: Path) -> None:
+        cli("search", dense, "-t", "macs=0.2", *QUICK, "--state", "where.json")
+        before = (tmp_path / "where.json").read_text()
+        outcome = cli("search", dense, "-t", "macs=0.7", *QUICK, "--state", "where.json")
+        assert outcome.rc == 2
+        assert "where.json is the state of another search: it differs in target" in words(outcome.stderr)
+        assert (tmp_path / "where.json").read_text() == before
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+    """Until it holds; the process has to live on."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("asked", "rank", "taken"),
+    [("cuda", None, "cuda"), ("cuda", "1", "cuda:1"), ("cuda:0", "1", "cuda:0"), ("cpu", "1", "cpu")],
+)
+def test_each_process_takes_a_card_of_its_own(
+    asked: str, rank: str | None, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert own_device(asked) == taken
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(cli: Command, dense: Path, pictures: Path, tmp_path: Path) -> None:
+    arguments = ["search", str(dense), "-t", "macs=0.7", "--data", str(pictures), *QUICK, "--threads", "1"]
+    alone = cli(*arguments, "-o", "one.yaml")
+    assert alone.rc == 0, alone.stderr
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("-m", "repshift_cli", *arguments, "-o", "two.yaml", "--json"),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == "two.yaml"  # one document: the other process prints nothing
+    assert done.stderr.count("searching for macs=0.7") == 1
+    assert same_but_for_comments((tmp_path / "one.yaml").read_text(), (tmp_path / "two.yaml").read_text())
+
+
+class TestCompress:
+    def test_a_target(self, cli: Command, tmp_path: Path, dense: Path, pictures: Path) -> None:
+        few = ("--calibration", pictures, "--calibration-images", "16", "--seconds", "0", "-b", "4")
+        outcome = cli("compress", dense, "--target", "macs=0.7", *few, "-o", "s.safetensors")
+        assert outcome.rc == 0, outcome.stderr
+        assert narrow(outcome.stdout)
+        assert "the paper's schedule" in outcome.stdout
+        assert "wrote   s.safetensors" in outcome.stdout
+        stored = artifact.load(tmp_path / "s.safetensors")
+        assert stored.macs() <= 0.7 * stored.dense_macs()
+        document: dict[str, Any] = read_weights(tmp_path / "s.safetensors").document or {}
+        assert (document["search"]["target"], document["search"]["met"]) == ("macs=0.7", True)
+        assert document["search"]["points"]["found"]["macs"] == pytest.approx(
+            stored.macs() / stored.dense_macs(), abs=1e-5
+        )
+        assert document["search"]["data"]["count"] == 16
+        assert (
+            resolve_for(artifact.open_model(dense).loaded.model, Recipe.parse(document["recipe"]["text"]))
+            == stored.plan
+        )
+        assert document["measured"]["images"]["count"] == 8  # those that took no part in the search
+        assert Recipe.parse(cli("recipes", "show", "s.safetensors").stdout).text == document["recipe"]["text"]
+
+    def test_a_recipe_with_a_budget(self, cli: Command, tmp_path: Path, dense: Path, pictures: Path) -> None:
+        (tmp_path / "r.yaml").write_text("version: 1\nmetric: {kind: token_norm}\nbudget: {macs: 0.7}\n")
+        few = ("--calibration", pictures, "--calibration-images", "16", "--seconds", "0", "-b", "4")
+        outcome = cli("compress", dense, "--recipe", "r.yaml", *few, "-o", "s.safetensors", "--json")
+        assert outcome.rc == 0, outcome.stderr
+        found = json.loads(outcome.stdout)
+        assert found["search"]["target"] == "macs=0.7"
+        assert found["compressed"]["gmacs"] <= 0.7 * found["dense"]["gmacs"]
+        assert {site["metric"]["kind"] for site in found["plan"]} == {"token_norm"}
+
+    def test_a_missed_target(self, cli: Command, tmp_path: Path, dense: Path, pictures: Path) -> None:
+        few = ("--calibration", pictures, "--calibration-images", "16", "--seconds", "0", "-b", "4")
+        outcome = cli("compress", dense, "--target", "macs=0.2", *few, "-o", "s.safetensors")
+        assert outcome.rc == 5
+        assert "the nearest is macs=0." in outcome.stderr
+        assert not (tmp_path / "s.safetensors").exists()
+        assert cli("compress", dense, "--target", "macs=0.2", *few, "-o", "s.safetensors", "--force").rc == 0
+        assert (tmp_path / "s.safetensors").exists()
+
+    @pytest.mark.parametrize(
+        ("extra", "message"),
+        [
+            (("--dry-run",), "--dry-run: the plan for macs=0.7 is known only after a search"),
+            (("--no-calibrate",), "--no-calibrate: the search for macs=0.7 chooses by pictures"),
+        ],
+    )
+    def test_what_a_search_cannot_do(self, extra: tuple[str, ...], message: str, cli: Command, dense: Path) -> None:
+        outcome = cli("compress", dense, "--target", "macs=0.7", *extra)
+        assert outcome.rc == 2
+        assert message in words(outcome.stderr)
+
+
+class TestOtherUsersOfABudget:
+    @pytest.fixture
+    def budget(self, tmp_path: Path) -> str:
+        (tmp_path / "b.yaml").write_text("version: 1\nbudget: {macs: 0.7}\n")
+        return "b.yaml"
+
+    def test_bench_says_what_to_do(self, cli: Command, dense: Path, budget: str) -> None:
+        outcome = cli("bench", dense, "--recipe", budget, "--seconds", "0")
+        assert outcome.rc == 2
+        assert "b.yaml:2:1: the recipe has a budget in place of layers" in words(outcome.stderr)
+        assert "`repshift search MODEL --recipe FILE` finds the layers" in words(outcome.stderr)
+
+    def test_so_does_the_python_api(self, budget: str, tmp_path: Path) -> None:
+        with pytest.raises(RecipeError, match="budget in place of layers"):
+            compress(tiny_vit(), Recipe.load(tmp_path / budget))
+
+    def test_recipes_check_and_show(self, cli: Command, budget: str, tmp_path: Path) -> None:
+        assert cli("recipes", "check", budget).stdout == "b.yaml: fine (a search for macs=0.7)\n"
+        assert cli("recipes", "show", budget).stdout == (tmp_path / budget).read_text()
+
+
+def test_what_is_held_back_is_the_second_half() -> None:
+    batch = ImageBatch(torch.arange(7.0), {"where": "x", "count": 7, "seed": 0}, "7 of x", builtin=False)
+    unused: Any = None
+    found = Found(unused, unused, unused, unused, Labelled(batch, None, "none"), {})
+    assert found.held_back.tensor.tolist() == [3, 4, 5, 6]  # `search` chooses on the first half, rounded down
+    assert found.held_back.identity["count"] == 4
+    assert batch.identity["count"] == 7
+
+
+def test_the_name_of_a_folder_cannot_end_a_comment(cli: Command, dense: Path, pictures: Path, tmp_path: Path) -> None:
+    odd = pictures.rename(tmp_path / "a\nversion: 2\x1b")
+    (tmp_path / "start.yaml").write_text("version: 1\nmetric: {kind: token_norm}\nbudget: {macs: 0.7}\n")
+    outcome = cli("search", dense, "-r", "start.yaml", "--data", odd, *QUICK, "-o", "r.yaml")
+    assert outcome.rc == 0, outcome.stderr
+    assert "a?version: 2?" in Recipe.load(tmp_path / "r.yaml").text
+
+
+def test_a_model_without_a_head_compares_features(cli: Command, pictures: Path, tmp_path: Path) -> None:
+    save_weights(tiny_vit(embed_dim=128, num_classes=0), tmp_path / "bare.safetensors")
+    outcome = cli("search", "bare.safetensors", "-t", "macs=0.7", "--data", pictures, *QUICK, "--plot", "p.png")
+    assert outcome.rc == 0, outcome.stderr
+    assert "1 - cosine" in outcome.stdout
+    assert "unchanged" not in outcome.stdout
+    assert narrow(outcome.stdout)

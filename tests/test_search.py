@@ -1,0 +1,510 @@
+"""The search on small models: what it promises, that it can be interrupted and resumed, and that processes agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import DEPTH, PATCHES, images, tiny_vit
+from tiny_cnn import photos, tiny_cnn
+from tiny_umt import tiny_umt, umt_clips
+from tiny_vim import tiny_vim, vim_images
+from torch import nn
+
+from repshift_cli import checkpoint
+from repshift_cli.attach import attach, resolve_for
+from repshift_cli.calibrate import agreement, distance, divergence
+from repshift_cli.data.images import load_images
+from repshift_cli.errors import CheckFailed, DataError, RecipeError, UsageError
+from repshift_cli.families import match
+from repshift_cli.plan import Plan
+from repshift_cli.progress import Progress, Silent
+from repshift_cli.recipe import Part, Recipe, default_recipe
+from repshift_cli.schedule import Target
+from repshift_cli.search import SearchResult, SearchSettings, _Bench, _least_share, search
+
+COUNT = 48
+HELD = COUNT // 2
+
+FIXED = "version: 1\nmetric: {kind: representation_shift, operation: block, distance: l2, reading: update}\n"
+"""A start whose only open field is the polarity, so that searches are fast."""
+
+
+def wanted(target: str, **options: Any) -> SearchSettings:
+    usual: dict[str, Any] = {
+        "images": images(COUNT),
+        "identity": {"where": "noise"},
+        "start": Recipe.parse(FIXED + "layers: [{layer: 1, drop_ratio: 0.5}]\n"),
+        "evaluations": 8,
+        "seconds": 0.0,
+        "batch_size": 16,
+    }
+    return SearchSettings(Target.parse(target), **{**usual, **options})
+
+
+def run(target: str, model: nn.Module | None = None, progress: Progress | None = None, **options: Any) -> SearchResult:
+    model = model if model is not None else tiny_vit()
+    return search(model, match(model), wanted(target, **options), progress or Silent())
+
+
+def document(result: SearchResult) -> dict[str, Any]:
+    """All that a result tells but for how long it took."""
+    found = result.to_dict()
+    del found["seconds"]
+    return json.loads(json.dumps(found))
+
+
+class Stopping:
+    """Presses Ctrl-C at a step of a task: the one that would end its step `after`, of those called `label`."""
+
+    def __init__(self, label: str, after: int) -> None:
+        self.label = label
+        self.left = after
+        self.here = False
+        self.seen: list[str] = []
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Stopping]:
+        outer, self.here = self.here, label == self.label
+        self.seen.append(label)
+        yield self
+        self.here = outer
+
+    def advance(self, steps: int = 1) -> None:
+        if self.here:
+            self.left -= steps
+            if self.left < 0:
+                raise KeyboardInterrupt
+
+    def note(self, text: str) -> None:
+        raise AssertionError(text)
+
+    def warn(self, text: str) -> None:
+        raise AssertionError(text)
+
+
+class Counting(Silent):
+    """Checks that each task makes just the steps that it announced, and keeps what was warned of."""
+
+    def __init__(self) -> None:
+        self.tasks: list[tuple[str, int, int]] = []
+        self.warned: list[str] = []
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Any]:
+        made = [0]
+
+        class Task:
+            def advance(self, steps: int = 1) -> None:
+                made[0] += steps
+
+        yield Task()
+        self.tasks.append((label, total, made[0]))
+
+    def warn(self, text: str) -> None:
+        self.warned.append(text)
+
+
+class TestCost:
+    def test_the_found_schedule_is_what_it_says(self) -> None:
+        model, result = tiny_vit(), run("macs=0.65")
+        assert result.met
+        assert not result.interrupted
+        plan = resolve_for(model, Recipe.parse(result.recipe.to_yaml()))
+        assert plan == result.plan
+        compressed = attach(model, plan)
+        assert compressed.macs() / compressed.dense_macs() == pytest.approx(result.found.macs) == result.nearest
+        assert 0.6 < result.found.macs <= 0.65
+        # the distances are those of the images that took no part
+        held = images(COUNT)[HELD:]
+        with torch.inference_mode():
+            given = compressed(held)
+            with compressed.dense() as dense:
+                reference = dense(held)
+        assert result.found.distance == pytest.approx(float(distance(reference, given, True).mean()), abs=1e-6)
+        assert result.found.kl == pytest.approx(float(divergence(reference, given, True).mean()), abs=1e-6)
+        assert result.found.agreement == pytest.approx(float(agreement(reference, given).mean()), abs=1e-6)
+        assert result.found.images == HELD
+
+    def test_leaves_the_model_as_it_was(self) -> None:
+        model = tiny_vit()
+        with torch.inference_mode():
+            before = model(images(4))
+            run("macs=0.65", model)
+            assert torch.equal(model(images(4)), before)
+
+    @pytest.mark.parametrize("seed", [0, 1, 2])
+    def test_is_never_worse_than_the_papers_schedule(self, seed: int) -> None:
+        result = run("macs=0.6", tiny_vit(seed=seed), seed=seed)
+        assert result.paper is not None
+        assert result.found.distance <= result.paper.distance
+        assert result.paper.macs <= 0.6
+        # of so few tokens one is a few percent of the operations
+        assert abs(result.paper.macs - result.found.macs) < 0.05
+
+    def test_is_the_best_that_was_tried(self) -> None:
+        result = run("macs=0.6", evaluations=16)
+        fitting = [point for point in result.tried if point.macs <= 0.6]
+        tokens = tuple((site.layer, site.tokens_out) for site in result.plan.sites)
+        best = min(fitting, key=lambda point: point.distance)
+        assert result.paper_is_found or best.tokens == tokens
+        assert result.evaluations == len(result.tried) > 8
+        assert len({point.name for point in result.tried} & {"additive model", "paper", "neighbour"}) == 3
+
+    def test_puts_the_tokens_away_where_they_do_not_matter(self) -> None:
+        """Block 1 reads all tokens and the others do nothing to them, so what goes after it goes for nothing."""
+        model = tiny_vit()
+        with torch.no_grad():
+            for index, block in enumerate(model.blocks):
+                for part in (block.attn.proj, block.mlp.fc2):
+                    if index != 1:
+                        part.weight.zero_()
+                        part.bias.zero_()
+        result = run("macs=0.8", model)
+        assert [site.layer for site in result.plan.sites if site.layer < 1] == []
+        assert result.found.distance < 1e-6
+        assert result.paper is not None
+        assert result.paper.distance > 1e-4
+
+    def test_compares_with_the_given_schedule(self) -> None:
+        result = run("macs=0.65")
+        assert result.given is not None
+        assert result.given.tokens == ((1, 1 + PATCHES // 2),)
+        assert run("macs=0.65", start=Recipe.parse(FIXED + "budget: {macs: 0.65}\n")).given is None
+
+    def test_says_what_is_out_of_reach(self) -> None:
+        listener = Counting()
+        result = run("macs=0.05", progress=listener)
+        assert not result.met
+        assert result.nearest == result.found.macs > 0.3
+        assert all("out of reach" in text for text in listener.warned) and listener.warned
+        with pytest.raises(CheckFailed, match=f"{result.nearest:.4g}"):
+            result.require_met()
+        run("macs=0.65").require_met()
+
+    def test_progress_makes_the_steps_that_it_announces(self) -> None:
+        listener = Counting()
+        run("macs=0.65", progress=listener)
+        assert {"choosing scores", "measuring layers", "trying neighbours"} <= {label for label, _, _ in listener.tasks}
+        assert all(total == made for _, total, made in listener.tasks)
+
+    def test_a_layer_keeps_the_metric_that_the_recipe_gives_it(self) -> None:
+        layers = "layers: [{layer: 0, drop_ratio: 0.2, metric: {kind: token_norm}}]\n"
+        result = run("macs=0.5", start=Recipe.parse(FIXED + layers))
+        kinds = {site.layer: site.metric.kind for site in result.plan.sites}
+        assert kinds.pop(0) == "token_norm"
+        assert set(kinds.values()) == {"representation_shift"}
+
+    @pytest.mark.parametrize("parts", ["metric: {kind: class_attention}", "reducer: {kind: bipartite}"])
+    def test_what_scores_and_reducers_cost_is_in_the_budget(self, parts: str) -> None:
+        start = Recipe.parse(f"version: 1\n{parts}\nbudget: {{macs: 0.7}}\n")
+        result = run("macs=0.7", tiny_vit(img_size=96), images=images(16, 96), start=start)
+        assert result.met
+        assert sum(point.name == "neighbour" for point in result.tried) == 8
+        assert all(point.macs <= 0.7 + 1e-9 for point in result.tried)
+
+    def test_a_metric_that_no_layer_can_feed_is_refused(self) -> None:
+        start = Recipe.parse("version: 1\nmetric: {kind: class_attention}\nbudget: {macs: 0.5}\n")
+        with pytest.raises(RecipeError, match="class_attention"):
+            run("macs=0.65", tiny_vit(attn_layer="diff"), start=start)
+
+    def test_other_reducers_are_tried(self) -> None:
+        result = run("macs=0.65", reducers=(Part(kind="prune"), Part(kind="bipartite")))
+        assert "reducer bipartite" in {point.name for point in result.tried}
+        assert "reducer prune" not in {point.name for point in result.tried}
+        assert all(point.macs <= 0.65 + 1e-9 for point in result.tried)
+
+    def test_a_reducer_with_a_limit_takes_no_more_than_that(self) -> None:
+        start = Recipe.parse(FIXED + "reducer: {kind: bipartite}\nbudget: {macs: 0.6}\n")
+        result = run("macs=0.6", start=start)
+        assert result.met
+        assert result.plan.reducer.kind == "bipartite"
+        before = PATCHES
+        for site in result.plan.sites:
+            assert before - (site.tokens_out - 1) <= before // 2
+            before = site.tokens_out - 1
+
+
+class TestQuality:
+    def test_agreement_holds_on_the_choosing_images(self) -> None:
+        result = run("agreement=0.8", evaluations=12)
+        assert result.met
+        assert result.nearest >= 0.8
+        holding = [point for point in result.tried if _least_share(point.agreement or 0.0, HELD) >= 0.8]
+        assert result.found.macs <= min(point.macs for point in holding) * 1.01
+
+    def test_more_agreement_costs_more(self) -> None:
+        strict, loose = run("agreement=0.95"), run("agreement=0.6")
+        assert strict.met and loose.met
+        assert loose.found.macs < strict.found.macs < 1
+
+    def test_top1_of_labelled_images(self) -> None:
+        model = tiny_vit()
+        with torch.inference_mode():
+            labels = model(images(COUNT)).argmax(-1)
+        result = run("max-drop=20", model, labels=labels)
+        assert result.met
+        assert result.nearest <= 20
+        assert result.dense.top1 == 100.0
+        # every label is what the dense model says, so points lost are predictions changed
+        assert result.found.top1 == pytest.approx(100 * (result.found.agreement or 0.0), abs=1e-4)
+
+    def test_says_when_the_images_are_too_few(self) -> None:
+        listener = Counting()
+        run("agreement=0.99", progress=listener, evaluations=4)
+        assert any("too few" in text for text in listener.warned)
+
+    def test_nothing_is_mild_enough_where_all_tokens_are_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        judge = _Bench.judge
+
+        def never(self: _Bench, plan: Plan, name: str) -> dict[str, Any] | None:
+            found = judge(self, plan, name)
+            return found and {**found, "agreement": min(found["agreement"], 0.5)}
+
+        monkeypatch.setattr(_Bench, "judge", never)
+        result = run("agreement=0.9", evaluations=4)
+        assert not result.met
+        assert result.nearest <= 0.5
+        with pytest.raises(CheckFailed):
+            result.require_met()
+
+
+class TestLatency:
+    @pytest.mark.parametrize("target", [0.6, 0.75])
+    def test_is_met_within_three_percent(self, monkeypatch: pytest.MonkeyPatch, target: float) -> None:
+        """On a device whose clock sees only a part of the operations, and each site besides."""
+        asked: list[Plan] = []
+
+        def clock(self: _Bench, plan: Plan, progress: Progress) -> float:
+            asked.append(plan)
+            return round(0.1 + 0.8 * self.macs(plan) ** 1.6 + 0.03 * len(plan.sites), 5)
+
+        monkeypatch.setattr(_Bench, "latency", clock)
+        model = tiny_vit(img_size=96)
+        result = run(f"latency={target}", model, images=images(COUNT, 96), seconds=0.1)
+        assert result.met
+        assert 0.97 * target <= result.nearest <= target
+        assert result.found.latency == result.nearest
+        assert result.plan in asked
+        assert len(asked) < 20
+
+    def test_is_measured_beside_the_dense_model(self) -> None:
+        model = tiny_vit(img_size=96, embed_dim=64)
+        family = match(model)
+        bench = _Bench(model, family, wanted("macs=0.5", images=images(COUNT, 96), seconds=0.3), Silent())
+        layers = "layers: [{layer: 0, keep_tokens: 2}]\n"
+        few = bench.latency(resolve_for(model, Recipe.parse(FIXED + layers)), Silent())
+        assert 0.1 < few < 0.9
+
+    def test_is_reported_where_there_is_time(self) -> None:
+        result = run("macs=0.65", seconds=0.05, evaluations=4)
+        assert result.found.latency is not None and result.found.latency > 0
+        assert run("macs=0.65", evaluations=4).found.latency is None
+
+
+class TestRepeating:
+    def test_the_same_twice(self) -> None:
+        assert document(run("macs=0.6")) == document(run("macs=0.6"))
+
+    def test_resumes_where_it_stopped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        state = tmp_path / "state.json"
+        whole = run("macs=0.6")
+        with pytest.raises(KeyboardInterrupt):
+            run("macs=0.6", state=state, progress=Stopping("measuring layers", 5))
+        before = json.loads(state.read_text())["known"]
+        assert sum(key.startswith("sense ") for key in before) == 6  # the step that was interrupted was done
+        interrupted = run("macs=0.6", state=state, progress=Stopping("trying neighbours", 2))
+        assert interrupted.interrupted
+        known = set(json.loads(state.read_text())["known"])
+        judge, judged = _Bench.judge, []
+        monkeypatch.setattr(_Bench, "judge", lambda self, plan, name: judged.append(name) or judge(self, plan, name))
+        assert document(run("macs=0.6", state=state)) == document(whole)
+        after = set(json.loads(state.read_text())["known"])
+        assert len(judged) == sum(not key.startswith("choose ") for key in after - known)
+        assert "sense" not in judged
+        judged.clear()
+        assert document(run("macs=0.6", state=state)) == document(whole)
+        assert judged == []
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [
+            ({"seed": 1}, "seed"),
+            ({"images": images(COUNT, seed=5)}, "images"),
+            ({"batch_size": 8}, "batch_size"),
+            ({"start": Recipe.parse("version: 1\nbudget: {macs: 0.6}\n")}, "start"),
+        ],
+    )
+    def test_refuses_the_state_of_another_search(self, tmp_path: Path, change: dict[str, Any], named: str) -> None:
+        state = tmp_path / "state.json"
+        with pytest.raises(KeyboardInterrupt):
+            run("macs=0.6", state=state, progress=Stopping("choosing scores", 1))
+        with pytest.raises(UsageError, match=f"another search.*{named}"):
+            run("macs=0.6", **{"state": state, **change})
+
+    def test_refuses_the_state_of_another_model_and_target(self, tmp_path: Path) -> None:
+        state = tmp_path / "state.json"
+        with pytest.raises(KeyboardInterrupt):
+            run("macs=0.6", state=state, progress=Stopping("choosing scores", 1))
+        with pytest.raises(UsageError, match="model"):
+            run("macs=0.6", tiny_vit(seed=1), state=state)
+        with pytest.raises(UsageError, match="target"):
+            run("macs=0.7", state=state)
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"known": 1}', "\x00"])
+    def test_refuses_what_is_no_state(self, tmp_path: Path, text: str) -> None:
+        state = tmp_path / "state.json"
+        state.write_text(text)
+        with pytest.raises(UsageError, match="state of"):
+            run("macs=0.6", state=state)
+        assert state.read_text() == text
+
+    def test_more_evaluations_continue_a_search(self, tmp_path: Path) -> None:
+        state = tmp_path / "state.json"
+        first = run("macs=0.6", state=state, evaluations=4)
+        more = run("macs=0.6", state=state, evaluations=12)
+        assert more.evaluations > first.evaluations
+
+
+class TestInterrupted:
+    @pytest.mark.parametrize("after", [0, 3])
+    def test_returns_the_best_so_far(self, after: int) -> None:
+        model = tiny_vit()
+        result = run("macs=0.6", model, progress=Stopping("trying neighbours", after))
+        assert result.interrupted
+        assert result.met
+        assert result.found.macs <= 0.6
+        assert result.paper is not None
+        assert result.found.distance <= result.paper.distance
+        assert not any(module._forward_hooks for module in model.modules())
+
+    def test_before_there_is_any_it_stops(self) -> None:
+        model = tiny_vit()
+        with pytest.raises(KeyboardInterrupt):
+            run("macs=0.6", model, progress=Stopping("first schedules", 0))
+        assert not any(module._forward_hooks for module in model.modules())
+
+
+class TestRefusals:
+    def test_too_few_images(self) -> None:
+        with pytest.raises(DataError, match="at least 16"):
+            run("macs=0.6", images=images(15))
+
+    def test_labels_that_do_not_fit(self) -> None:
+        with pytest.raises(DataError, match="3 labels"):
+            run("macs=0.6", labels=torch.zeros(3, dtype=torch.int64))
+
+    def test_points_of_top1_without_labels(self) -> None:
+        with pytest.raises(UsageError, match="labels"):
+            run("max-drop=0.5")
+
+    def test_agreement_without_a_head(self) -> None:
+        with pytest.raises(UsageError, match="no head"):
+            run("agreement=0.9", tiny_vit(num_classes=0))
+
+    def test_latency_without_time(self) -> None:
+        with pytest.raises(UsageError, match="time"):
+            run("latency=0.9")
+
+    def test_a_model_that_returns_nan(self) -> None:
+        model = tiny_vit()
+        with torch.no_grad():
+            model.head.bias[0] = float("nan")
+        with pytest.raises(CheckFailed, match="not finite"):
+            run("macs=0.6", model)
+
+
+class TestFamilies:
+    def test_features_without_a_head(self) -> None:
+        result = run("macs=0.65", tiny_vit(num_classes=0))
+        assert result.met
+        assert result.found.agreement is None
+
+    def test_vision_mamba(self) -> None:
+        model = tiny_vim()
+        result = run("macs=0.7", model, images=vim_images(model, 16), evaluations=4)
+        assert result.met
+        assert result.found.macs > 0.6
+
+    def test_video(self) -> None:
+        model = tiny_umt()
+        result = run("macs=0.7", model, images=umt_clips(model, 16), evaluations=4)
+        assert result.met
+        assert result.found.macs > 0.6
+
+    def test_a_feature_map_loses_whole_lines(self) -> None:
+        model = tiny_cnn("basic")
+        result = run("macs=0.96", model, images=photos(16), evaluations=4)
+        assert result.met
+        assert all(drop.keep_grid is not None for drop in result.recipe.layers)
+        assert resolve_for(model, result.recipe) == result.plan
+
+
+def test_the_built_in_model_beats_chance_and_the_paper() -> None:
+    loaded = checkpoint.load("builtin:vit-digits-small")
+    batch = load_images(None, 48, loaded.description.preprocessing, 0)
+    start = replace_metric(default_recipe(12))
+    settings = replace(
+        wanted("macs=0.55", start=start), images=batch.tensor, identity=batch.identity, evaluations=4, batch_size=24
+    )
+    result = search(loaded.model, match(loaded.model), settings, Silent())
+    assert result.met
+    assert result.found.macs > 0.54
+    assert result.paper is not None and result.random is not None
+    assert abs(result.paper.macs - result.found.macs) < 0.01
+    assert result.found.distance <= result.paper.distance
+    assert result.found.distance < 0.5 * result.random.distance
+    # as calibration knows of this model: which end is kept differs from layer to layer
+    assert {site.metric.options["polarity"] for site in result.plan.sites} == {"largest", "smallest"}
+
+
+def replace_metric(recipe: Recipe) -> Recipe:
+    """The recipe with all but the polarity given, to try fewer."""
+    part = Part.model_validate(
+        {"kind": "representation_shift", "operation": "mlp", "distance": "l2", "reading": "update"}
+    )
+    return recipe.model_copy(update={"metric": part})
+
+
+WORKER = """
+import json, sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from test_search import document, run
+from pathlib import Path
+import os
+result = run("macs=0.6", state=Path({state!r}))
+Path({out!r} + os.environ["RANK"]).write_text(json.dumps(document(result)))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+    script, state, out = tmp_path / "worker.py", tmp_path / "state.json", str(tmp_path / "rank")
+    script.write_text(WORKER.format(tests=str(Path(__file__).parent), state=str(state), out=out))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        launch, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    alone = document(run("macs=0.6"))
+    assert json.loads(Path(f"{out}0").read_text()) == alone
+    assert json.loads(Path(f"{out}1").read_text()) == alone
+    # what the two know is whole, so one can go on with it
+    assert document(run("macs=0.6", state=state, progress=Stopping("never", 0))) == alone
+
+
+def test_depth_of_the_tiny_model() -> None:
+    """The tests above speak of its layers by number."""
+    assert [site.layer for site in match(tiny_vit()).layout(tiny_vit()).sites] == list(range(DEPTH))
