@@ -17,6 +17,7 @@ from repshift_cli.data.images import ImageBatch
 from repshift_cli.data.labelled import Labelled
 from repshift_cli.errors import RecipeError, UsageError
 from repshift_cli.families import Family
+from repshift_cli.fitting import is_classifier
 from repshift_cli.pareto import Chart, Limit, Mark
 from repshift_cli.pareto import Point as Spot
 from repshift_cli.plan import Plan
@@ -26,7 +27,7 @@ from repshift_cli.reducers import build_reducer
 from repshift_cli.schedule import Target
 from repshift_cli.search import Point, SearchResult, SearchSettings, search
 
-__all__ = ["Found", "Request", "find", "start_recipe"]
+__all__ = ["Found", "Request", "find", "start_recipe", "with_reducers"]
 
 _PAPER = "the paper's schedule"
 _WARMUP_ROUNDS = 2
@@ -38,7 +39,8 @@ class Request:
 
     Attributes:
         evaluations: how many schedules the refinement tries; None for as many as `search` does by itself.
-        reducers: kinds to try, the first one first; empty for that of the recipe that the search starts from.
+        reducers: kinds to try, the first one first; empty for that of the recipe that the search starts from, or what
+            suits the model (`with_reducers`).
         state: file that holds how far the search is, so that it can go on; None to keep none.
         seconds: for each measurement of latency; 0 measures none.
         first: whether this process is the one that measures and tells.
@@ -108,8 +110,19 @@ class Found:
         )
 
 
-def start_recipe(recipe: Recipe | None, request: Request) -> Recipe:
-    """The recipe that the search starts from: the given one, or an open metric and `prune`; with the first reducer.
+def with_reducers(recipe: Recipe | None, request: Request, loaded: LoadedModel, family: Family) -> Request:
+    """The request, where nobody said what becomes of dropped tokens: merging where the model can, else pruning."""
+    if recipe is not None or request.reducers:
+        return request
+    merges = family.merge_refusal(loaded.model) is None
+    return replace(request, reducers=("merge", "prune") if merges else ("prune",))
+
+
+def start_recipe(recipe: Recipe | None, request: Request, loaded: LoadedModel) -> Recipe:
+    """The recipe that the search starts from, with the first reducer of the request.
+
+    Where none is given, classifiers get a fitted score, which no single score beat on the built-in ones; models that
+    compare embeddings get the shift, because the fitted score did not hold there (docs/results.md).
 
     Raises:
         RecipeError: a reducer that there is not.
@@ -118,7 +131,9 @@ def start_recipe(recipe: Recipe | None, request: Request) -> Recipe:
         build_reducer(Part(kind=kind))
     target = request.target
     if recipe is None:
-        recipe = Recipe(version=1, budget=Budget.model_validate({target.kind.replace("-", "_"): target.value}))
+        budget = Budget.model_validate({target.kind.replace("-", "_"): target.value})
+        metric = Part(kind="fitted" if is_classifier(loaded.model) else "representation_shift")
+        recipe = Recipe(version=1, budget=budget, metric=metric)
     if request.reducers and request.reducers[0] != recipe.reducer.kind:
         recipe = recipe.model_copy(update={"reducer": Part(kind=request.reducers[0])})
     return recipe

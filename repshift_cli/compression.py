@@ -368,7 +368,8 @@ def _compress_to_target(dense: _Dense, recipe: Recipe | None, target: Target, se
 def _search(dense: _Dense, recipe: Recipe | None, request: Request, settings: Settings, count: int) -> Found:
     """Draw `count` pictures, say which they are, and search."""
     loaded = dense.loaded
-    start = budget.start_recipe(recipe, request)
+    request = budget.with_reducers(recipe, request, loaded, dense.family)
+    start = budget.start_recipe(recipe, request, loaded)
     check_parts(start)
     dense.check_name(start)
     inputs = _labelled(dense, settings, count)

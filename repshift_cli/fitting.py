@@ -27,7 +27,7 @@ from repshift_cli.metrics.fitted import Fitted
 from repshift_cli.plan import After
 from repshift_cli.progress import Task
 
-__all__ = ["fit_scores", "influence"]
+__all__ = ["fit_scores", "influence", "is_classifier"]
 
 _DRAWS = 2
 """Random signs per image. One does as well on the built-in models; two leave less to chance."""
@@ -132,10 +132,14 @@ class _NormalEquations:
         return functional.normalize(weights, dim=0).cpu()
 
 
+def is_classifier(model: nn.Module) -> bool:
+    """Whether the outputs are logits of classes. (A model that compares embeddings has a temperature.)"""
+    return getattr(model, "num_classes", 0) > 0 and not isinstance(getattr(model, "temperature", None), float)
+
+
 def _responses(model: nn.Module, outputs: Tensor) -> Tensor:
     """`sqrt(p) log p` of a classifier, with p as it is; the direction of the features of other models: `[B, D]`."""
-    # an embedding model says which way it points, by its temperature
-    if getattr(model, "num_classes", 0) > 0 and not isinstance(getattr(model, "temperature", None), float):
+    if is_classifier(model):
         logs = outputs.float().log_softmax(-1)
         return logs.detach().mul(0.5).exp() * logs
     return functional.normalize(outputs.float(), dim=-1)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from repshift_cli.tokens import gather_tokens
 
 __all__ = ["Pairs", "flow", "key_features", "nearest", "pair"]
 
@@ -45,8 +44,11 @@ def pair(sources: Tensor, targets: Tensor, count: int) -> Pairs:
 
 def nearest(sources: Tensor, targets: Tensor) -> Tensor:
     """The target with the largest cosine to each source: `[B, S, C]` and `[B, T, C]` to int64 `[B, S]`."""
-    # the length of a source changes all its products alike, so only targets have to be brought to length one
-    return (sources @ _unit(targets).mT).argmax(dim=-1)
+    # the length of a source changes all its products alike, so only that of the targets has to be divided out
+    if targets.dtype in (torch.float16, torch.bfloat16):  # where products of long vectors might overflow
+        return (sources @ _unit(targets).mT).argmax(dim=-1)
+    lengths = torch.linalg.vector_norm(targets, dim=-1).clamp_min(torch.finfo(targets.dtype).tiny)
+    return ((sources @ targets.mT) / lengths.unsqueeze(1)).argmax(dim=-1)
 
 
 def key_features(keys: Tensor) -> Tensor:
@@ -54,36 +56,30 @@ def key_features(keys: Tensor) -> Tensor:
     return keys.mean(dim=1)
 
 
-def flow(  # noqa: PLR0917 (tensors and their indices)
-    tokens: Tensor, sizes: Tensor, index: Tensor, sources: Tensor, targets: Tensor, shares: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gather some tokens, and let others flow into them: each becomes the mean of all that it then stands for.
+def flow(kept: Tensor, sizes: Tensor, sources: Tensor, shares: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Let tokens flow into others, each of which becomes the mean of all that it then stands for.
 
     Tokens that nothing flows into stay as they are, to the bit.
 
     Args:
-        tokens: `[B, T, C]`.
-        sizes: `[B, T]`, how many tokens each stands for.
-        index: int64 `[B, K]`, the tokens that stay.
-        sources: int64 `[B, D]`, the tokens that flow.
-        targets: int64 `[B, D]`, the place in `index` of the token that each flows into.
-        shares: `[B, D]`, how much of a token each source counts.
+        kept: `[B, K, C]`, the tokens that stay; their memory may be used for the result.
+        sizes: `[B, K]`, how many tokens each of them stands for.
+        sources: `[B, D, C]`, the tokens that flow.
+        shares: `[B, D]`, how much of a token each of those counts.
+        targets: int64 `[B, D]`, the place among `kept` that each flows into.
 
     Returns:
-        Tokens `[B, K, C]`, in float32 at least inside, and their sizes `[B, K]`.
+        Tokens `[B, K, C]`, computed in float32 at least, and their sizes `[B, K]`.
     """
-    new_sizes = sizes.gather(1, index).scatter_add(1, targets, shares)
-    kept = gather_tokens(tokens, index)
-    wide = torch.promote_types(tokens.dtype, torch.float32)
-    rows = _rows(targets, index.shape[1])
-    flat = kept.to(wide).flatten(0, 1)
+    new_sizes = sizes.scatter_add(1, targets, shares)
+    wide = torch.promote_types(kept.dtype, torch.float32)
+    flat, rows = kept.to(wide).flatten(0, 1), _rows(targets, kept.shape[1])
     # the mean as a step from the target towards the source: so only rows that something flows into are touched
-    apart = gather_tokens(tokens, sources).to(wide).flatten(0, 1) - flat.index_select(0, rows)
+    apart = sources.to(wide).flatten(0, 1) - flat.index_select(0, rows)
     steps = (shares / new_sizes.gather(1, targets)).to(wide).flatten().unsqueeze(1)
-    # whole rows of the flattened batch: on the CPU this is 2 to 3 times faster than `scatter_add` channel by channel;
-    # `flat` is a fresh copy that no gradient needs, so the sum may go where it stands
+    # whole rows of the flattened batch: on the CPU this is 2 to 3 times faster than `scatter_add` channel by channel
     flat.index_add_(0, rows, apart * steps)
-    return flat.unflatten(0, index.shape).to(tokens.dtype), new_sizes
+    return flat.unflatten(0, kept.shape[:2]).to(kept.dtype), new_sizes
 
 
 def _unit(tokens: Tensor) -> Tensor:

@@ -99,6 +99,9 @@ _AGREEMENT_SIGMAS, _DROP_SIGMAS = 1.0, 0.5
 _SITE_COST = 0.002
 """What scoring and gathering at a site take, as a fraction of a dense pass: where it saves less, a site is no use."""
 
+_BUDGET_TRIES = 8
+_SWEEP = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+_SWEEP_APART = 0.04
 _LATENCY_AIM = 0.985
 _LATENCY_SLACK = 0.97
 _LATENCY_ROUNDS = 4
@@ -229,6 +232,15 @@ class SearchResult:
             "Ask for that, or let other reducers and scores be tried.",
         )
 
+    @property
+    def front(self) -> tuple[Point, ...]:
+        """Of all that were tried, those that nothing cheaper is as near to the dense model as, the cheapest first."""
+        kept: list[Point] = []
+        for point in sorted(self.tried, key=lambda point: (point.macs, point.distance)):
+            if not kept or point.distance < kept[-1].distance:
+                kept.append(point)
+        return tuple(kept)
+
     def to_dict(self) -> dict[str, Any]:
         points = {
             "dense": self.dense,
@@ -247,6 +259,7 @@ class SearchResult:
             "paper_is_found": self.paper_is_found,
             "paper_calibrated": self.paper_calibrated,
             "tried": [point.to_dict() for point in self.tried],
+            "front": [point.to_dict() for point in self.front],
             "evaluations": self.evaluations,
             "seconds": round(self.seconds, 1),
             "interrupted": self.interrupted,
@@ -866,12 +879,13 @@ class _Search:
         """The schedule stretched or shrunk to the budget; what scores and reducers cost in operations is in it."""
         model, aim = model or (self._by_macs if by_macs else self._model()), budget
         exact = by_macs or self.rate is None
-        for _ in range(5):
+        for attempt in range(_BUDGET_TRIES):
             fitted = fit(kept, model, aim)
             candidate = None if fitted is None else self._candidate(fitted, name, reducer)
             if candidate is None or not exact or candidate.macs <= budget + 1e-9:
                 return candidate
-            aim -= candidate.macs - budget
+            # counts are whole, so a step as small as the excess may lead to the same ones again
+            aim -= (candidate.macs - budget) * 2**attempt
         return None
 
     def _judge(self, candidates: Sequence[_Candidate | None], task: Task | None = None) -> list[_Tried]:
@@ -1024,6 +1038,15 @@ class _Search:
         self._compare_with_paper()
         if self.target.kind == "latency":
             self._meet_latency()
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """The best schedule at other costs: not to be found, but to show what a little more or less would give."""
+        assert self.best is not None
+        best = self.best.candidate
+        costs = [cost for cost in _SWEEP if abs(cost - best.macs) > _SWEEP_APART]
+        reducer = best.plan.reducer
+        self._judge([self._on_budget(best.kept, cost, "other cost", by_macs=True, reducer=reducer) for cost in costs])
 
     def _rescore(self) -> None:
         """Choose the scores again, along the best schedule; they stay where they are not better."""

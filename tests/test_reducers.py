@@ -487,9 +487,12 @@ class TestPieces:
 
     def test_several_flow_into_one(self) -> None:
         tokens = torch.tensor([[[0.0], [6.0], [3.0], [7.0]]])
-        index, sources, targets = torch.tensor([[0, 3]]), torch.tensor([[1, 2]]), torch.tensor([[0, 0]])
         found, sizes = flow(
-            tokens, torch.tensor([[1.0, 2.0, 3.0, 4.0]]), index, sources, targets, torch.tensor([[1.0, 2.0]])
+            tokens[:, [0, 3]],
+            torch.tensor([[1.0, 4.0]]),
+            tokens[:, [1, 2]],
+            torch.tensor([[1.0, 2.0]]),
+            torch.tensor([[0, 0]]),
         )
         assert sizes.tolist() == [[4.0, 4.0]]
         torch.testing.assert_close(found, torch.tensor([[[3.0], [7.0]]]))

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["command", "describe_metric", "describe_tokens", "show"]
 
+_LONGEST_OPTION = 24
+"""Longer ones are weights, which only a machine reads."""
+
 
 def command(
     checkpoint: Annotated[
@@ -242,7 +245,8 @@ def _cells(result: dict[str, object]) -> list[str]:
 
 def describe_metric(metric: dict[str, object]) -> str:
     """`mlp, l2, update, largest` for a shift, the kind and its options for other scores."""
-    values = ", ".join(str(value) for key, value in metric.items() if key != "kind")
+    options = [str(value) for key, value in metric.items() if key != "kind"]
+    values = ", ".join(option for option in options if len(option) <= _LONGEST_OPTION)
     return values if metric["kind"] == "representation_shift" else f"{metric['kind']} ({values})"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Interrupted", "command", "own_device", "show", "show_found"]
 
 _INTERRUPTED = 130
+_FRONT_ROWS = 8
 _GRACE_SECONDS = 5.0
 """For which another process than the first waits with an error: torchrun ends it as soon as the first has told its."""
 
@@ -87,7 +88,9 @@ def command(
     reducer: Annotated[
         list[str] | None,
         typer.Option(
-            "--reducer", metavar="KIND", help="Try this reducer; may be repeated. Default: that of the recipe."
+            "--reducer",
+            metavar="KIND",
+            help="Try this reducer; may be repeated. Default: that of --recipe, else merge and prune.",
         ),
     ] = None,
     output: Annotated[
@@ -396,6 +399,18 @@ def show_found(found: Found) -> None:
     if result.paper_is_found:
         ui.print_text("nothing better than the paper's schedule was found, so it is what was found")
     ui.print_text("")
+    front = _thinned(result.front)
+    if len(front) > 1:
+        title = f"The best of what was tried, by cost (on {front[0].images} {unit}s that chose)"
+        ui.print_table(title, columns, [_cells("", point) for point in front])
+        ui.print_text("")
+
+
+def _thinned(front: Sequence[Point]) -> list[Point]:
+    """Some of the points, the first and the last among them: neighbours on a front tell the same."""
+    last = len(front) - 1
+    places = sorted({round(step * last / (_FRONT_ROWS - 1)) for step in range(_FRONT_ROWS)}) if last > 0 else [0]
+    return [front[place] for place in places] if front else []
 
 
 def _cells(name: str, point: Point) -> list[str]:

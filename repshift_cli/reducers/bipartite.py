@@ -10,7 +10,7 @@ from torch import Tensor
 
 from repshift_cli.merging import flow, key_features, pair
 from repshift_cli.reducers.base import Dims, Merged, Merger
-from repshift_cli.tokens import with_prefix
+from repshift_cli.tokens import gather_tokens, with_prefix
 
 __all__ = ["Bipartite", "match"]
 
@@ -63,5 +63,11 @@ def match(tokens: Tensor, sizes: Tensor, features: Tensor, count: int, prefix: i
     places = torch.cat((2 * kept + first, goals), dim=1)
     sources, targets = 2 * pairs.sources + first + prefix, pairs.targets + prefix + kept.shape[1]
     index = with_prefix(places, prefix)
-    tokens, new_sizes = flow(tokens, sizes, index, sources, targets, sizes.gather(1, sources))
-    return Merged(tokens, new_sizes, places)
+    merged, new_sizes = flow(
+        gather_tokens(tokens, index),
+        sizes.gather(1, index),
+        gather_tokens(tokens, sources),
+        sizes.gather(1, sources),
+        targets,
+    )
+    return Merged(merged, new_sizes, places)

@@ -33,11 +33,15 @@ class Merge(Merger):
         self, tokens: Tensor, sizes: Tensor, scores: Tensor, count: int, prefix: int, seen: Mapping[str, Tensor]
     ) -> Merged:
         keep, drop = split_top(scores, scores.shape[1] - count)
-        features = key_features(seen["attention_key"]) if self.similarity == "keys" else tokens
-        index, sources = with_prefix(keep, prefix), drop + prefix
-        targets = nearest(gather_tokens(features, sources), gather_tokens(features, keep + prefix)) + prefix
-        tokens, new_sizes = flow(tokens, sizes, index, sources, targets, sizes.gather(1, sources))
-        return Merged(tokens, new_sizes, keep)
+        index, gone = with_prefix(keep, prefix), drop + prefix
+        kept, sources = gather_tokens(tokens, index), gather_tokens(tokens, gone)
+        if self.similarity == "keys":
+            features = key_features(seen["attention_key"])
+            targets = nearest(gather_tokens(features, gone), gather_tokens(features, keep + prefix))
+        else:
+            targets = nearest(sources, kept[:, prefix:])
+        merged, new_sizes = flow(kept, sizes.gather(1, index), sources, sizes.gather(1, gone), targets + prefix)
+        return Merged(merged, new_sizes, keep)
 
     def macs(self, patches: int, dropped: int, dims: Dims) -> int:
         return dropped * (patches - dropped) * (dims.head if self.similarity == "keys" else dims.width)

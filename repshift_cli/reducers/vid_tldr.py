@@ -11,6 +11,7 @@ from torch import Tensor
 from repshift_cli.merging import flow, pair
 from repshift_cli.plan import After
 from repshift_cli.reducers.base import Dims, Merged, Merger
+from repshift_cli.tokens import gather_tokens
 
 __all__ = ["VidTLDR", "merge", "merge_weighted", "saliency"]
 
@@ -95,5 +96,11 @@ def merge_weighted(tokens: Tensor, sizes: Tensor, weights: Tensor, count: int) -
     index = torch.cat((2 * kept, odd), dim=1)
     shares = (sizes * weights.to(sizes.dtype)).gather(1, 2 * pairs.sources)
     # the scores have no say in who merges with whom, only in how much of it is left
-    merged, merged_sizes = flow(tokens, sizes, index, 2 * pairs.sources, pairs.targets + kept.shape[1], shares)
+    merged, merged_sizes = flow(
+        gather_tokens(tokens, index),
+        sizes.gather(1, index),
+        gather_tokens(tokens, 2 * pairs.sources),
+        shares,
+        pairs.targets + kept.shape[1],
+    )
     return Merged(merged, merged_sizes, index)
