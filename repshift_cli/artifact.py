@@ -43,8 +43,9 @@ __all__ = [
 ]
 
 
-_OLDER_VERSIONS = {"timm_vit": 1, "resnet": 2, "vim": 2}
-"""The first version whose readers know all that stands in the plans of a family."""
+_FAMILY_VERSIONS = {"timm_vit": 1, "resnet": 2, "vim": 2, "umt": 3}
+_PART_VERSIONS = {"fuse": 4, "merge": 4, "bipartite": 4, "fitted": 4, "vid_tldr": 3, "attention_entropy": 3}
+"""The first version whose readers know the plans of a family, and a reducer or a metric; others are as old as 1."""
 
 
 @dataclass
@@ -145,7 +146,7 @@ def make_document(
 
     source = loaded.source
     return {
-        "format_version": _OLDER_VERSIONS.get(plan.family, FORMAT_VERSION),
+        "format_version": _version_of(plan),
         "repshift_version": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": loaded.description.to_dict(),
@@ -160,6 +161,13 @@ def make_document(
         "measured": dict(measured),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
     }
+
+
+def _version_of(plan: Plan) -> int:
+    """The first version whose readers know all that stands in a plan."""
+    kinds = {plan.reducer.kind, *(site.metric.kind for site in plan.sites)}
+    family = _FAMILY_VERSIONS.get(plan.family, FORMAT_VERSION)
+    return max(family, *(_PART_VERSIONS.get(kind, 1) for kind in kinds))
 
 
 def save(path: Path, loaded: LoadedModel, document: Mapping[str, Any], force: bool = False) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli.errors import ModelError, RecipeError, UsageError
-from repshift_cli.families import Family, Probe, Site, Stream, match
+from repshift_cli.families import Family, Probe, Site, Stream, match, nothing
 from repshift_cli.metrics import Metric, SiteContext, build_metric
 from repshift_cli.plan import After, Layout, Plan, PlanSite, resolve
 from repshift_cli.preprocessing import Preprocessing
@@ -221,7 +221,9 @@ class CompressedModel(nn.Module):
         stream, class_token = family.stream(model), self.layout.class_token
         self._hooks: list[_SiteHook] = []
         self._handles: list[Any] = []
-        self._undo_sizes = self._heed_sizes(stream) if isinstance(reducer, Merger) else _nothing
+        self._undo_sizes = (
+            self._heed_sizes(stream) if isinstance(reducer, Merger) and reducer.pooled_by_size else nothing
+        )
         sites = {site.name: site for site in family.sites(model)}
         for planned, here in zip(plan.sites, metrics, strict=True):
             context = SiteContext(planned.layer, stream.prefix, class_token)
@@ -574,10 +576,6 @@ def _reducer_macs(hook: _SiteHook, site: Site) -> int:
     planned = hook.planned
     patches = planned.tokens_in - hook.stream.prefix
     return hook.reducer.macs(patches, planned.tokens_in - planned.tokens_out, Dims(site.width, site.head))
-
-
-def _nothing() -> None:
-    """Undoes what was not done. A function with a name, since hooked models are pickled."""
 
 
 def _start(layout: Layout, images: Tensor) -> TokenState | MapState:

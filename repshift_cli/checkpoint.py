@@ -55,7 +55,7 @@ __all__ = [
     "set_image_size",
 ]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Version of that document. Readers refuse newer ones: raise it with any change that an older reader would miss."""
 
 METADATA_KEY = "repshift"

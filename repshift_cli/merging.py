@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-
 __all__ = ["Pairs", "flow", "key_features", "nearest", "pair"]
 
 

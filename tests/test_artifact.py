@@ -25,6 +25,7 @@ from repshift_cli.checkpoint import METADATA_KEY, LoadedModel
 from repshift_cli.compression import compress_dense
 from repshift_cli.errors import CheckpointError, OutputError, UsageError
 from repshift_cli.metrics import metric_kinds
+from repshift_cli.metrics.fitted import Fitted
 from repshift_cli.recipe import Part, Recipe
 
 OPTIONS = {"embed_dim": 64}
@@ -160,6 +161,26 @@ class TestRoundTrip:
 
 
 class TestDocument:
+    @pytest.mark.parametrize(
+        ("metric", "reducer", "version"),
+        [
+            ("{kind: token_norm}", "prune", 1),
+            ("{kind: attention_entropy}", "prune", 3),
+            ("{kind: token_norm}", "merge", 4),
+            ("{kind: token_norm}", "fuse", 4),
+            ("{kind: token_norm}", "bipartite", 4),
+            (f"{{kind: fitted, weights: {Fitted.of([0.5] * 32).weights}}}", "prune", 4),
+        ],
+    )
+    def test_version_is_the_first_that_knows_all_parts(
+        self, metric: str, reducer: str, version: int, tmp_path: Path
+    ) -> None:
+        save_weights(tiny_vit(**OPTIONS), tmp_path / "dense.safetensors")
+        loaded = checkpoint.load(tmp_path / "dense.safetensors", heads=2)
+        recipe = make_recipe(metric=metric, reducer=reducer)
+        document = artifact.make_document(loaded, make_plan(loaded.model, recipe), recipe, None, {})
+        assert document["format_version"] == version <= artifact.FORMAT_VERSION
+
     def test_keys(self, small: Path) -> None:
         document = json.loads(metadata(small)[METADATA_KEY])
         assert set(document) == DOCUMENT_KEYS

@@ -53,6 +53,11 @@ def test_its_model_can_follow_it(name: str) -> None:
         ("umt_large_paper", "984.03", "495.24"),
         ("umt_base_fast", "303.12", "87.42"),
         ("umt_base_vidtldr", "303.12", "108.00"),
+        ("deit_small_merge", "4.60", "2.99"),
+        ("deit_base_merge", "17.56", "11.51"),
+        ("vit_base_merge", "17.56", "12.04"),
+        ("vim_tiny_fitted", "1.54", "1.29"),
+        ("resnet50_fitted", "4.09", "2.70"),
     ],
 )
 def test_the_papers_counts(name: str, dense: str, after: str) -> None:

@@ -222,7 +222,7 @@ def _show_calibration(calibration: Calibration, unit: str) -> None:
     from repshift_cli import ui
 
     rows = [["chosen, site by site", *_cells(calibration.result.numbers())]]
-    rows.append(["without calibration (the paper's choice)", *_cells(calibration.default.numbers())])
+    rows.append(["without calibration", *_cells(calibration.default.numbers())])
     rows.append(["dropped at random", *_cells(calibration.random.numbers())])
     tried = sum(len(choice.candidates) for choice in calibration.sites)
     title = f"Calibration: {tried} candidates on {calibration.images} unlabelled {unit}s, {calibration.seconds:.0f} s"

@@ -15,7 +15,19 @@ from repshift_cli.plan import Layout, Plan, PlanSite
 from repshift_cli.registry import members
 from repshift_cli.tokens import Sized, keep_top, with_prefix
 
-__all__ = ["Family", "Merge", "Passage", "Probe", "Reduce", "Site", "SizedStream", "Stream", "families", "match"]
+__all__ = [
+    "Family",
+    "Merge",
+    "Passage",
+    "Probe",
+    "Reduce",
+    "Site",
+    "SizedStream",
+    "Stream",
+    "families",
+    "match",
+    "nothing",
+]
 
 Reduce = Callable[[Tensor, Tensor, int], Tensor]
 """What a reducer does: tokens `[B, prefix + N, C]`, kept places int64 `[B, K]`, prefix; to `[B, prefix + K, C]`."""
@@ -237,11 +249,11 @@ class Family(ABC):
         Returns:
             Where what passes must be changed, and what undoes the rest.
         """
-        return [], _nothing
+        return [], nothing
 
     def adapt(self, model: nn.Module) -> Callable[[], None]:
         """Prepare what comes behind the blocks for fewer tokens, in the dense pass as well; returns what undoes it."""
-        return _nothing
+        return nothing
 
 
 def families() -> list[Family]:
@@ -269,5 +281,5 @@ def match(model: nn.Module) -> Family:
     )
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """Undoes what was not done. A function with a name, since hooked models are pickled."""

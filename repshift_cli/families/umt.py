@@ -8,13 +8,48 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from repshift_cli.families.base import Family, Probe, Site, SizedStream, Stream
+from repshift_cli.families.base import Family, Passage, Probe, Site, SizedStream, Stream, nothing
 from repshift_cli.models.umt import Block, UmtModel, UmtRetrieval
 from repshift_cli.plan import Layout, Plan, SiteInfo
+from repshift_cli.tokens import Sized
 
-__all__ = ["Umt"]
+__all__ = ["Umt", "UmtStream"]
 
 _EARLY = frozenset({"block_input", "block_output", "attention_update", "attention_query", "attention_key"})
+
+
+class UmtStream(SizedStream):
+    """What the blocks pass on, and what the last pass left for the mean over its tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: Tensor | None = None
+        self.normed: Tensor | None = None
+
+    def begin(self) -> None:
+        self.sizes = self.normed = None
+
+    def leave(self, value: Sized) -> Sized:
+        self.sizes = value.sizes
+        return value
+
+    def remember(self, normed: Tensor) -> Tensor:
+        """The tokens behind the last norm, `[B, N, C]`."""
+        self.normed = normed
+        return normed
+
+    def weight(self, mean: Tensor) -> Tensor:
+        """`[B, 1, C]`, the mean by size in place of the plain mean."""
+        sizes, normed = self.sizes, self.normed
+        self.normed = None  # it belongs to this pass, and tokens of another may be averaged next
+        if sizes is None or normed is None:
+            return mean
+        weights = (sizes / sizes.sum(dim=1, keepdim=True)).to(normed.dtype)
+        return (normed * weights.unsqueeze(2)).sum(dim=1, keepdim=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # tensors of a pass in flight are nobody's business but that pass's
+        return {**self.__dict__, "sizes": None, "normed": None}
 
 
 class Umt(Family):
@@ -65,7 +100,13 @@ class Umt(Family):
         return None
 
     def stream(self, model: Any) -> Stream:
-        return SizedStream()
+        return UmtStream()
+
+    def heed_sizes(self, model: Any, stream: Stream) -> tuple[list[Passage], Callable[[], None]]:
+        assert isinstance(stream, UmtStream)
+        norm = model.vision_encoder.encoder.norm
+        passages = [Passage(norm, "output", stream.remember), Passage(model.averaged, "output", stream.weight)]
+        return passages, nothing
 
     def adapt(self, model: Any) -> Callable[[], None]:
         before = model.pooling

@@ -210,6 +210,7 @@ class UmtModel(nn.Module):
         text: sizes of the text encoder.
         pooling: over the tokens of each frame, as the authors evaluate retrieval, or over all tokens. Once tokens are
             let go there are no whole frames.
+        averaged: passes on the mean over all tokens; a hook on it can weight them.
     """
 
     def __init__(self, vision: VisionShape, text: TextShape, pools: bool) -> None:
@@ -217,6 +218,7 @@ class UmtModel(nn.Module):
         _check(vision)
         self.vision, self.text = vision, text
         self.pooling: Pooling = "frames"
+        self.averaged = nn.Identity()
         self.vision_encoder = VisionEncoder(vision, pools)
         self.text_encoder = TextEncoder(text, vision.width)
         self.pretrained_cfg: dict[str, Any] = _configuration(vision)
@@ -263,7 +265,8 @@ class UmtModel(nn.Module):
         """`[B, N, C]` to `[B, F, C]`: the mean over each frame, or (F = 1) over all tokens; see `pooling`."""
         per_frame = self.vision.side**2
         if self.pooling == "all" or tokens.shape[1] % per_frame:
-            return tokens.mean(dim=1, keepdim=True)
+            mean: Tensor = self.averaged(tokens.mean(dim=1, keepdim=True))
+            return mean
         return tokens.unflatten(1, (-1, per_frame)).mean(dim=2)
 
 

@@ -82,7 +82,13 @@ class Chooser(Reducer):
 
 
 class Merger(Reducer):
-    """A reducer that lets tokens flow together, and so needs to know how many each stands for."""
+    """A reducer that lets tokens flow together, and so needs to know how many each stands for.
+
+    Attributes:
+        pooled_by_size: whether a mean over tokens weights them by size. (Attention always does.)
+    """
+
+    pooled_by_size: ClassVar[bool] = True
 
     @abstractmethod
     def merge(  # noqa: PLR0917

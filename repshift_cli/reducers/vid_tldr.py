@@ -21,6 +21,7 @@ class VidTLDR(Merger):
 
     kind: ClassVar[str] = "vid_tldr"
     after: ClassVar[After] = "attention"
+    pooled_by_size: ClassVar[bool] = False  # as in the authors' models, which pool by a plain mean
 
     def merge(  # noqa: PLR0917
         self, tokens: Tensor, sizes: Tensor, scores: Tensor, count: int, prefix: int, seen: Mapping[str, Tensor]
