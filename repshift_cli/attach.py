@@ -303,8 +303,9 @@ class CompressedModel(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles, self._hooks = [], []
-        self._undo()
-        self._undo_sizes()
+        undoing, self._undo, self._undo_sizes = (self._undo, self._undo_sizes), nothing, nothing
+        for undo in undoing:
+            undo()
         return self.model
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -508,7 +509,7 @@ def check_parts(recipe: Recipe) -> None:
 
 def has_open_fields(plan: Plan) -> bool:
     """Whether the plan leaves something for calibration to choose."""
-    return any(build_metric(planned.metric).open for planned in plan.sites)
+    return build_reducer(plan.reducer).scored and any(build_metric(planned.metric).open for planned in plan.sites)
 
 
 def with_defaults(plan: Plan, sites: Mapping[str, Site]) -> Plan:

@@ -21,13 +21,17 @@ __all__ = ["Form", "attend", "cheapest_form", "fold", "size_bias"]
 
 Form = Literal["mask", "folded", "explicit"]
 
+_WIDEST = 256
+"""Flash kernels on CUDA take no wider heads."""
+
 _CHANNEL_GROUP = 8
 """Fused kernels take widths of heads that are multiples of this."""
 
 
-def cheapest_form(device: torch.device) -> Form:
-    """The form that stays on the flash kernel of a device."""
-    return "folded" if device.type == "cuda" else "mask"
+def cheapest_form(device: torch.device, width: int) -> Form:
+    """The form that stays on the flash kernel of a device, for heads of `width` channels."""
+    fits = width + _CHANNEL_GROUP <= _WIDEST
+    return "folded" if device.type == "cuda" and fits else "mask"
 
 
 def attend(

@@ -223,7 +223,7 @@ def calibrate(
     border = math.ceil(_CHOOSING_SHARE * len(images))
     with ExitStack() as stack:
         stack.callback(family.adapt(model))  # the dense model is compared as it is beside a reduced one
-        plan = fit_open(model, plan, images[:border], batch_size, progress)
+        asked, plan = plan, fit_open(model, plan, images[:border], batch_size, progress)
         variants = [runnable(planned, sites[planned.site]) for planned in plan.sites]
         steps = _steps([len(found) for found in variants], len(images))
         task = stack.enter_context(progress.task("calibrating", steps))
@@ -237,7 +237,7 @@ def calibrate(
             choices.append(choose_metric(run, plan.with_metrics([*before, planned.metric]), candidates, border))
         result = run.check(plan.with_metrics([choice.chosen.part() for choice in choices]), border)
         draws = [run.check(plan.with_metric(part), border) for part in _random_parts()]
-        default = run.check(with_defaults(plan, sites), border)
+        default = run.check(with_defaults(asked, sites), border)
     random = _mean_of(draws)
     sigmas = _sigmas(random.distances, result.distances)
     return Calibration(

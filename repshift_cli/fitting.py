@@ -35,6 +35,9 @@ _DRAWS = 2
 _RIDGE = 0.01
 """Of the mean variance of a channel. Ten times more or less changed the accuracy on the built-in models by nothing."""
 
+_MOST_AT_A_TIME = 16
+"""Images whose graph is held in memory."""
+
 _TINY = 1e-12
 
 
@@ -64,7 +67,7 @@ def fit_scores(  # noqa: PLR0917
     generator = torch.Generator().manual_seed(seed)
     # a caller in inference mode would hand over tensors that know no gradients
     with torch.inference_mode(False), torch.enable_grad(), watching(model, after) as seen:
-        for batch in images.split(batch_size):
+        for batch in images.split(min(batch_size, _MOST_AT_A_TIME)):
             inputs = batch.clone().requires_grad_()
             responses = _responses(model, model(inputs))
             found = influence(responses, {layer: seen[layer] for layer in layers}, generator)
@@ -116,7 +119,7 @@ class _NormalEquations:
             raise CheckFailed("the gradients of the model are not finite", "Fit the score in float32.")
         wanted = (target + _TINY * target.mean(dim=1, keepdim=True) + torch.finfo(target.dtype).tiny).log()
         wanted = wanted - wanted.mean(dim=1, keepdim=True)
-        wanted = (wanted / wanted.std(dim=1, keepdim=True).clamp_min(_TINY)).flatten()
+        wanted = (wanted / wanted.std(dim=1, correction=0, keepdim=True).clamp_min(_TINY)).flatten()
         centred = (tokens.float() - tokens.float().mean(dim=1, keepdim=True)).flatten(0, 1)
         products, right = (centred.T @ centred).double(), (centred.T @ wanted).double()
         self.products = products if self.products is None else self.products + products

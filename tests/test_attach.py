@@ -32,7 +32,7 @@ from tiny_vim import tiny_vim
 from torch import Tensor, nn
 
 from repshift_cli import checkpoint
-from repshift_cli.attach import CompressedModel, attach, resolve_for
+from repshift_cli.attach import CompressedModel, attach, has_open_fields, resolve_for
 from repshift_cli.errors import ModelError, RecipeError, UsageError
 from repshift_cli.families import families, match
 from repshift_cli.measure import count_macs
@@ -741,6 +741,31 @@ class TestMerging:
         """Where tokens were merged there is no before and after."""
         with pytest.raises(UsageError, match="causal"):
             merged()(images(1), is_causal=True)
+
+    def test_a_second_detach_leaves_a_later_attachment_alone(self) -> None:
+        model = tiny_vit()
+        plan = resolve_for(model, merged_recipe())
+        first = attach(model, plan)
+        first.detach()
+        second = attach(model, plan)
+        with torch.no_grad():
+            wanted = second(images(2))
+            first.detach()
+            assert torch.equal(second(images(2)), wanted)
+
+    def test_a_head_that_is_called_alone_meets_no_tokens_of_another_batch(self) -> None:
+        model = merged("mean_pooling")
+        with torch.no_grad():
+            two = model.model.forward_features(images(2))
+            model.model.forward_features(images(1))
+            assert model.model.forward_head(two).shape == (2, 10)
+
+    def test_a_reducer_that_asks_no_score_leaves_nothing_to_calibrate(self) -> None:
+        model = tiny_vit()
+        assert has_open_fields(resolve_for(model, merged_recipe("merge", metric="{kind: representation_shift}")))
+        assert not has_open_fields(
+            resolve_for(model, merged_recipe("bipartite", metric="{kind: representation_shift}"))
+        )
 
 
 class TestMergingThatCannotBe:

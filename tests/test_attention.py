@@ -218,8 +218,9 @@ class TestKernel:
         assert not wide_value[..., 16:].any()
 
     def test_the_form_of_a_device(self) -> None:
-        assert cheapest_form(torch.device("cpu")) == "mask"
-        assert cheapest_form(torch.device("cuda", 1)) == "folded"
+        assert cheapest_form(torch.device("cpu"), 64) == "mask"
+        assert cheapest_form(torch.device("cuda", 1), 64) == "folded"
+        assert cheapest_form(torch.device("cuda", 1), 256) == "mask"  # wider than flash kernels take
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
     def test_the_logarithm_is_rounded_once(self, dtype: torch.dtype) -> None:

@@ -67,6 +67,14 @@ class TestWeights:
         wanted = metric.score({"block_output": tokens.bfloat16().float()}, SITE)
         assert torch.allclose(half, wanted, atol=1e-5)
 
+    def test_autocast_does_not_round_them(self) -> None:
+        tokens, metric = torch.randn(1, 201, 64), Fitted.of(torch.randn(64).tolist())
+        wanted = metric.score({"block_output": tokens}, SITE)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = metric.score({"block_output": tokens}, SITE)
+        assert found.dtype == torch.float32
+        assert torch.allclose(found, wanted, atol=1e-4)
+
     @pytest.mark.parametrize(
         ("weights", "message"),
         [
@@ -155,6 +163,17 @@ class TestFit:
         model = tiny_vit()
         one, two = (fit_scores(model, [1], images(8), 4, 3, Counted())[1] for _ in range(2))
         assert one == two
+
+    def test_one_token_alone_gives_finite_weights(self) -> None:
+        model = tiny_vit(img_size=8, patch_size=8)
+        found = fit_scores(model, [0], images(4, size=8), 4, 0, Counted())[0]
+        assert torch.isfinite(found.score({"block_output": torch.randn(1, 2, 32)}, SITE)).all()
+
+    def test_what_it_is_compared_with_is_not_fitted(self) -> None:
+        model = tiny_vit()
+        plan = resolve_for(model, recipe("{kind: fitted}"))
+        found = calibrate(model, match(model), plan, images=images(32), identity={}, batch_size=8, progress=Silent())
+        assert found.default.distances != found.result.distances
 
     def test_values_that_are_not_finite_are_refused(self) -> None:
         model = tiny_vit()

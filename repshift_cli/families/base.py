@@ -185,7 +185,7 @@ class SizedStream(Stream):
     def merge(self, output: Sized, scores: Tensor, planned: PlanSite, merge: Merge) -> tuple[Sized, Tensor]:
         tokens, sizes = output
         if sizes is None:
-            sizes = torch.ones(tokens.shape[:2], device=tokens.device)
+            sizes = torch.ones(tokens.shape[:2], dtype=torch.float32, device=tokens.device)
         tokens, sizes, places = merge(tokens, sizes, scores, planned.tokens_in - planned.tokens_out, self.prefix)
         return Sized(tokens, sizes), places
 

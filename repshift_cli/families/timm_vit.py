@@ -105,11 +105,12 @@ class SizedAttention(nn.Module):
         """`[B, T, C]` to the same. Masks only come where no token has a size, since sites refuse them."""
         sizes = self.stream.sizes.get(x.shape[1])
         if sizes is None:
-            dense: Tensor = self.dense[0](x, attn_mask=attn_mask, is_causal=is_causal)
+            causal = {"is_causal": True} if is_causal else {}  # older versions of timm do not know it
+            dense: Tensor = self.dense[0](x, attn_mask=attn_mask, **causal)
             return dense
         shape = (*x.shape[:2], self.num_heads * self.head_dim)
         query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        form = cheapest_form(x.device) if self.fused_attn else "explicit"
+        form = cheapest_form(x.device, self.head_dim) if self.fused_attn else "explicit"
         dropout = self.attn_drop.p if self.training else 0.0
         mixed = attend(self.q_norm(query), self.k_norm(key), value, sizes, form=form, dropout=dropout)
         mixed = mixed.transpose(1, 2).reshape(shape)
@@ -172,9 +173,11 @@ class TimmViT(Family):
 
     def merge_refusal(self, model: Any) -> str | None:
         for index, block in enumerate(model.blocks):
-            for attention in _attentions(block):
-                if type(attention) not in (Attention, SizedAttention):
-                    return f"blocks.{index} attends by {type(attention).__name__}, which cannot weight tokens by size"
+            attentions = _attentions(block)
+            unknown = [part for part in attentions if type(part) not in (Attention, SizedAttention)]
+            if unknown or not attentions:
+                name = type(unknown[0] if unknown else block).__name__
+                return f"blocks.{index} attends by {name}, which cannot weight tokens by size"
         return None
 
     def heed_sizes(self, model: Any, stream: Stream) -> tuple[list[Passage], Callable[[], None]]:
@@ -319,7 +322,7 @@ def _pool_sized(pooled: Tensor, stream: _Beside, first: int, with_max: bool) -> 
     """`[B, C]`, the mean by size in place of the plain mean over the tokens from `first` on."""
     sizes, normed = stream.last(), stream.normed
     stream.normed = None  # it belongs to this pass, and a head that is called alone must not meet it
-    if sizes is None or normed is None:
+    if sizes is None or normed is None or normed.shape[0] != pooled.shape[0]:
         return pooled
     weights = (sizes[:, first:] / sizes[:, first:].sum(dim=1, keepdim=True)).to(normed.dtype)
     mean = (normed[:, first:] * weights.unsqueeze(2)).sum(dim=1)

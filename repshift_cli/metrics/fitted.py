@@ -76,8 +76,11 @@ class Fitted(Metric):
         return frozenset({"block_output"})
 
     def score(self, seen: Mapping[str, Tensor], site: SiteContext) -> Tensor:
-        tokens = seen["block_output"][:, site.prefix :].float()
-        return tokens @ self._vector.to(tokens.device)
+        tokens = seen["block_output"].float()
+        weights = self._vector.to(tokens.device)
+        # autocast would round a matrix product to half precision, and many scores to the same one
+        scores = (tokens * weights).sum(-1) if torch.is_autocast_enabled(tokens.device.type) else tokens @ weights
+        return scores[:, site.prefix :]  # to leave the prefix out before would take a copy
 
     def with_defaults(self) -> Metric:
         """Where nothing was fitted, the shift over the block, which every block can show."""

@@ -98,7 +98,7 @@ class Attention(nn.Module):
         batch, count, width = tokens.shape
         projected = self.qkv(tokens, torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias)))
         query, key, value = projected.view(batch, count, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        form = cheapest_form(query.device) if self.fused_attn else "explicit"
+        form = cheapest_form(query.device, self.head_dim) if self.fused_attn else "explicit"
         mixed = attend(query, key, value, sizes, form=form)
         output: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, count, width))
         return output

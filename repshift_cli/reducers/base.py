@@ -42,12 +42,14 @@ class Reducer(BaseModel, ABC):
 
     Attributes:
         after: what has been computed when it acts: the whole block, or its attention.
+        scored: whether the scores have a say in what goes or stays.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: ClassVar[str]
     after: ClassVar[After] = "block"
+    scored: ClassVar[bool] = True
 
     def taps(self) -> frozenset[str]:
         """Names of the tensors that it reads beside the tokens, as metrics name them (`metrics.Tap`)."""

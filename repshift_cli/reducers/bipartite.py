@@ -23,6 +23,7 @@ class Bipartite(Merger):
     """
 
     kind: ClassVar[str] = "bipartite"
+    scored: ClassVar[bool] = False
 
     def taps(self) -> frozenset[str]:
         return frozenset({"attention_key"})

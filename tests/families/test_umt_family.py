@@ -76,6 +76,29 @@ WAYS = [
     *((reducer, "mlp") for reducer in LATE),
 ]
 
+
+@pytest.mark.parametrize("embed_dim", [24, 0])
+@pytest.mark.parametrize("reducer", ["merge", "fuse", "bipartite"])
+def test_the_mean_over_tokens_is_weighted_by_size(reducer: str, embed_dim: int) -> None:
+    """The mean that is pooled is that of the tokens, each as often as its size says."""
+    model = tiny_umt(embed_dim=embed_dim)
+    compressed = compressed_umt(model, umt_recipe("[{layer: 1, drop_ratio: 0.4}]", reducer=reducer))
+    merged: list[Tensor] = []
+    sizes: list[Tensor] = []
+    pooled: list[Tensor] = []
+    encoder = model.vision_encoder.encoder
+    encoder.norm.register_forward_hook(lambda _, args, output: merged.append(output))
+    encoder.blocks[2].register_forward_hook(lambda _, args, output: sizes.append(output.sizes))
+    model.averaged.register_forward_hook(lambda _, args, output: pooled.append(output))
+    with torch.no_grad():
+        compressed(umt_clips(model, 2))
+    times = sizes[0]
+    assert times.max() > 1
+    wanted = (merged[0] * times.unsqueeze(2)).sum(1) / times.sum(1, keepdim=True)
+    torch.testing.assert_close(pooled[0][:, 0], wanted)
+    assert not torch.allclose(wanted, merged[0].mean(1), atol=1e-4)
+
+
 each_way = pytest.mark.parametrize(("reducer", "metric"), WAYS)
 some_ways = pytest.mark.parametrize(("reducer", "metric"), [("prune", "mlp"), ("vid_tldr", "entropy")])
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
