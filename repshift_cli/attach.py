@@ -21,7 +21,7 @@ from repshift_cli.families import Family, Probe, Site, Stream, match, nothing
 from repshift_cli.metrics import Metric, SiteContext, build_metric
 from repshift_cli.plan import After, Layout, Plan, PlanSite, resolve
 from repshift_cli.preprocessing import Preprocessing
-from repshift_cli.recipe import Place, Recipe
+from repshift_cli.recipe import Part, Place, Recipe
 from repshift_cli.reducers import Chooser, Dims, Merger, Reducer, build_reducer
 from repshift_cli.tokens import MapState, TokenState
 
@@ -29,6 +29,7 @@ __all__ = [
     "CompressedModel",
     "Seen",
     "Trace",
+    "acts_after",
     "attach",
     "branch",
     "check_feeds",
@@ -505,6 +506,11 @@ def check_parts(recipe: Recipe) -> None:
         if drop.metric is not None:
             build_metric(drop.metric, recipe.place, ("layers", index, "metric"))
     build_reducer(recipe.reducer, recipe.place)
+
+
+def acts_after(reducer: Part) -> After:
+    """What of a block has been computed when a reducer acts."""
+    return build_reducer(reducer).after
 
 
 def has_open_fields(plan: Plan) -> bool:

@@ -358,6 +358,8 @@ def _compress_to_target(dense: _Dense, recipe: Recipe | None, target: Target, se
         found.result.require_met()
     elif not found.result.met:
         dense.warn(f"the target {target} is not met: the nearest is {target.kind}={found.result.nearest:.4g}")
+    if missed := found.missed_on_others():
+        dense.warn(missed)
     job = _Job(dense, found.recipe)
     where = settings.calibration
     apart = settings.data is not None and where is not None and not _same_place(settings.data, where)

@@ -94,8 +94,8 @@ class Budget(_Strict):
 
     macs: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
     latency: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
-    agreement: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
-    max_drop: Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)] | None = None
+    agreement: Annotated[StrictFloat, Field(gt=0, le=1)] | None = None
+    max_drop: Annotated[StrictFloat, Field(ge=0, lt=100)] | None = None
 
     @model_validator(mode="after")
     def _one_target(self) -> Budget:
@@ -254,6 +254,7 @@ def validate(kind: type[_Model], data: Any, place: Place, path: _Path) -> _Model
         raise _explain(details[0], kind, data, place, path) from None
 
 
+_LONGEST_VALUE = 60
 _BUDGET_WORDS = "should be a mapping with one key, such as {macs: 0.65}"
 _PLAIN_WORDS = {
     "too_short": "is empty: name at least one layer",
@@ -281,9 +282,15 @@ def _explain(detail: Any, kind: type[BaseModel], data: Any, place: Place, path: 
     message = words.get(detail["type"]) or detail["msg"].removeprefix("Value error, ")
     message = message.replace("Input should", "should")
     value = detail.get("input")
-    shown = f" (it is {value!r})" if isinstance(value, str | int | float | bool | None) else ""
+    shown = f" (it is {_shortened(value)})" if isinstance(value, str | int | float | bool | None) else ""
     label = f"{key}: " if key else ""
     return RecipeError(f"{start}{label}{message}{shown}")
+
+
+def _shortened(value: Any) -> str:
+    """A value as Python writes it; of a long one, such as weights, its beginning."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
 
 
 def _existing(loc: _Path, data: Any) -> _Path:

@@ -116,7 +116,7 @@ class Target:
         return self.kind in ("macs", "latency")
 
     def __str__(self) -> str:
-        return f"{self.kind}={self.value:g}"
+        return f"{self.kind}={self.value:.12g}"
 
 
 def _allowed() -> str:
@@ -363,12 +363,10 @@ def _advance(
     for (level, used), row in before.items():
         for after in range(level, len(steps)):
             dropped = steps[level] - steps[after]
-            use = 0 if after == level or max_sites is None else used + 1
-            if after == level:
-                use = used
-            elif (max_sites is not None and use > max_sites) or not model.least_drop <= dropped <= model.most(
-                steps[level]
-            ):
+            use = used if after == level or max_sites is None else used + 1
+            if max_sites is not None and use > max_sites:
+                continue
+            if after != level and not model.least_drop <= dropped <= model.most(steps[level]):
                 continue
             harm = model.step(site, steps[level], steps[after])
             if not math.isfinite(harm):

@@ -4,7 +4,8 @@ First the score of each layer is chosen, with that layer as the only site. Then 
 measured at several ratios, and what it saves is computed (operations) or measured (latency). From both, dynamic
 programming has the best schedule of an additive model; the rest of the work is on the real thing: scores are chosen
 again along the schedule, neighbours of it are tried, then other reducers. Half of the images take no part in all that:
-on them the result is compared with the paper's schedule at the same operations.
+on them the result is compared with the paper's schedule at the same operations, and where that is better there, it is
+the result.
 
 Every evaluation is a pure function of a plan and some images, and is kept by its key. So a search resumes by running
 again over what is known, and several processes that share the evaluations all take the same way.
@@ -29,7 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from repshift_cli.attach import attach, resolve_for
+from repshift_cli import __version__
+from repshift_cli.attach import acts_after, attach, resolve_for
 from repshift_cli.calibrate import (
     Predictions,
     Run,
@@ -46,7 +48,7 @@ from repshift_cli.errors import CheckFailed, DataError, RecipeError, UsageError
 from repshift_cli.families import Family
 from repshift_cli.files import atomic_output
 from repshift_cli.fitting import fit_scores
-from repshift_cli.measure import Subject, measure_latency, speedup
+from repshift_cli.measure import Speedup, Subject, Timing, device_name, measure_latency, speedup
 from repshift_cli.metrics import build_metric
 from repshift_cli.plan import After, Plan, resolve
 from repshift_cli.progress import Progress, Silent, Task
@@ -65,7 +67,15 @@ from repshift_cli.schedule import (
     to_recipe,
 )
 
-__all__ = ["Point", "SearchResult", "SearchSettings", "search"]
+__all__ = [
+    "Point",
+    "SearchResult",
+    "SearchSettings",
+    "keep_outputs",
+    "kept_outputs",
+    "launched_together",
+    "search",
+]
 
 _MIN_IMAGES = 16
 
@@ -104,10 +114,27 @@ _SWEEP = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 _SWEEP_APART = 0.04
 _LATENCY_AIM = 0.985
 _LATENCY_SLACK = 0.97
-_LATENCY_ROUNDS = 4
+_LATENCY_ROUNDS = 8
+_LATENCY_DOUBT = 0.01
+"""Of a measured ratio, its standard error above which it is measured for longer: a third of the slack."""
+
+_DECILES_APART = 2.05
+"""From the 10th to the 90th percentile in standard errors of a median of one: 2.56 deviations, at 1.25 each."""
+
+_BLIND_STEP = 0.06
+"""Of the operations, the step where the model sees no way on."""
 _DIGITS = 7
-_FORMAT = 1
-_HASH_BYTES = 1 << 24
+_QUALITY_SLACK = 1e-6
+"""Points of top-1 that rounding may cost."""
+
+_FORMAT = 2
+_OUTPUTS = "outputs"
+_ALWAYS = frozenset({"images", "distance", "kl"})
+_VALUES = _ALWAYS | {"agreement", "agreement_error", "top1", "lost", "lost_error"}
+"""What `_compare` tells of a candidate; `_ALWAYS` is never None."""
+
+_LARGEST = 1e300
+_HASH_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -187,13 +214,15 @@ class SearchResult:
         recipe, plan: the found schedule.
         met: whether it meets the target: a cost exactly (latency as measured last), a quality on the choosing images.
         nearest: what the found schedule reaches, in the unit of the target.
-        dense, paper, found, random: on the images that took no part in the search. `paper` is the paper's schedule at
-            the same operations, its scores chosen in the same way; `random` the found one with tokens dropped at
-            random. `paper` is None where the model has no site that it needs.
+        dense, paper, found, random: on the images that took no part, except to decide between the found schedule and
+            the paper's. `paper` is the paper's schedule at the same operations, its scores chosen in the same way;
+            `random` the found one with tokens dropped at random. `paper` is None where the model has no site that it
+            needs.
         given: the start recipe as it stands, on the choosing images; None where it cannot be carried out, or has no
             layers.
         paper_is_found: whether nothing better than the paper's schedule was found: better on the choosing images, and
             not worse on the others.
+        held_back_decided: whether it was better on the choosing images, and the others turned it into the paper's.
         paper_calibrated: whether its scores were chosen along it (not so after an interruption).
         tried: all schedules that were evaluated, on the choosing images, in order.
         evaluations: how many.
@@ -211,6 +240,7 @@ class SearchResult:
     random: Point | None
     given: Point | None
     paper_is_found: bool
+    held_back_decided: bool
     paper_calibrated: bool
     tried: tuple[Point, ...]
     evaluations: int
@@ -231,6 +261,16 @@ class SearchResult:
             f"the target {self.target} cannot be met here: the nearest is {self.target.kind}={self.nearest:.4g}",
             "Ask for that, or let other reducers and scores be tried.",
         )
+
+    @property
+    def held_back_met(self) -> bool | None:
+        """Whether a target of quality is met on the images held back as well, without a margin; None for a cost."""
+        dense, found, value = self.dense, self.found, self.target.value
+        if self.target.kind == "agreement" and found.agreement is not None:
+            return found.agreement >= value
+        if self.target.kind == "max-drop" and dense.top1 is not None and found.top1 is not None:
+            return dense.top1 - found.top1 <= value + _QUALITY_SLACK
+        return None
 
     @property
     def front(self) -> tuple[Point, ...]:
@@ -257,6 +297,8 @@ class SearchResult:
             "plan": self.plan.summary(),
             "points": {name: point.to_dict() if point else None for name, point in points.items()},
             "paper_is_found": self.paper_is_found,
+            "held_back_decided": self.held_back_decided,
+            "held_back_met": self.held_back_met,
             "paper_calibrated": self.paper_calibrated,
             "tried": [point.to_dict() for point in self.tried],
             "front": [point.to_dict() for point in self.front],
@@ -335,12 +377,16 @@ class _Processes:
         self.rank, self.count = 0, 1
 
 
+def launched_together() -> bool:
+    """Whether `torchrun` started this process and others beside it."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
 @contextmanager
 def _processes() -> Iterator[_Processes]:
     """The group of this run: the one that exists, or one made of what `torchrun` set."""
     existing = distributed.is_available() and distributed.is_initialized()
-    wanted = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-    if existing or not wanted:
+    if existing or not launched_together():
         yield _Processes()
         return
     distributed.init_process_group("gloo")
@@ -358,6 +404,7 @@ class _Memo:
         self._processes = processes
         self._writes = path is not None and processes.rank == 0
         self._header = header() if self._writes else {}
+        self._outputs: dict[str, str] = {}
         self._known: dict[str, Any] = {}
         self._load()
 
@@ -389,6 +436,11 @@ class _Memo:
         self._add({keys[index]: gathered[keys[index]] for index in order})
         return [self._known[key] for key in keys]
 
+    def of_first(self, text: str) -> str:
+        """What the first process says; every process calls this at the same point."""
+        found: str = self._processes.gather({"text": text} if self._processes.rank == 0 else {})["text"]
+        return found
+
     def alone(self) -> None:
         """As `_Processes.alone`."""
         self._processes.alone()
@@ -398,11 +450,13 @@ class _Memo:
         self._known |= json.loads(json.dumps(found))
         if found and self._writes and self._path is not None:
             with atomic_output(self._path, force=True) as temporary:
-                temporary.write_text(json.dumps({**self._header, "known": self._known}), encoding="utf-8")
+                document = {**self._header, _OUTPUTS: self._outputs, "known": self._known}
+                temporary.write_text(json.dumps(document), encoding="utf-8")
 
     def _load(self) -> None:
         mine: dict[str, Any] = {}
         if self._writes and self._path is not None and self._path.exists():
+            self._outputs = kept_outputs(self._path)
             try:
                 mine = {"known": _read_state(self._path, self._header)}
             except UsageError as error:
@@ -415,17 +469,69 @@ class _Memo:
 
 def _read_state(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
     other = "Give another file, or remove it to begin anew."
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        known = document.pop("known")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise UsageError(f"{path} is not the state of a search", other) from None
+    document = _state_document(path)
+    if document is None or "known" not in document:
+        raise UsageError(f"{path} is not the state of a search", other)
+    known = document.pop("known")
+    document.pop(_OUTPUTS, None)
     if document != json.loads(json.dumps(header)):
-        differing = [key for key in header if document.get(key) != header[key]]
+        differing = [key for key in header if document.get(key) != header[key]] or ["what it holds"]
         raise UsageError(f"{path} is the state of another search: it differs in {', '.join(differing)}", other)
-    if not isinstance(known, dict):
+    if not isinstance(known, dict) or not all(_can_be_known(key, value) for key, value in known.items()):
         raise UsageError(f"{path} is not the state of a search", other)
     return known
+
+
+def _state_document(path: Path) -> dict[str, Any] | None:
+    """What a state file holds; None where it is none."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _can_be_known(key: str, value: Any) -> bool:
+    """Whether a value has the form that its kind of evaluation gives."""
+    kind = key.partition(" ")[0]
+    if kind == "latency":
+        return _is_number(value) and value > 0
+    if kind == "fit":
+        return isinstance(value, dict) and all(_is_part(part) for part in value.values())
+    if kind == "choose":
+        return value is None or (isinstance(value, list) and all(_is_part(part) for part in value))
+    if kind not in ("judge", "sense", "held"):
+        return False
+    return value is None or (
+        isinstance(value, dict)
+        and value.keys() >= _VALUES
+        and all(_is_number(value[name]) for name in _ALWAYS)
+        and all(value[name] is None or _is_number(value[name]) for name in _VALUES)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("kind"), str)
+
+
+def kept_outputs(state: Path) -> dict[str, str]:
+    """What was written before this state was left: absolute path and SHA-256 of each file."""
+    found = (_state_document(state) or {}).get(_OUTPUTS)
+    return found if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()) else {}
+
+
+def keep_outputs(state: Path, outputs: Mapping[str, str]) -> None:
+    """Note in a state what was written, beside what it knows already, as `kept_outputs` reads it."""
+    document = _state_document(state)
+    if document is not None:
+        with atomic_output(state, force=True) as temporary:
+            temporary.write_text(
+                json.dumps({**document, _OUTPUTS: {**kept_outputs(state), **outputs}}), encoding="utf-8"
+            )
 
 
 def _header(model: nn.Module, settings: SearchSettings) -> dict[str, Any]:
@@ -434,6 +540,8 @@ def _header(model: nn.Module, settings: SearchSettings) -> dict[str, Any]:
     labels = [] if settings.labels is None else [("labels", settings.labels)]
     return {
         "search": _FORMAT,
+        "repshift": __version__,
+        "torch": str(torch.__version__),
         "model": _digest(model.state_dict().items()),
         "images": _digest([("images", settings.images), *labels]),
         "target": str(settings.target),
@@ -451,7 +559,7 @@ def _digest(tensors: Any) -> str:
     digest = sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        for part in tensor.detach().flatten().split(_HASH_BYTES):
+        for part in tensor.detach().flatten().split(_HASH_ELEMENTS):
             digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -563,17 +671,37 @@ class _Bench:
         found = fit_scores(self.model, layers, self.parts["choice"].images, self.batch_size, 0, task, after=after)
         return {str(layer): metric.part().model_dump() for layer, metric in found.items()}
 
-    def latency(self, plan: Plan, progress: Progress) -> float:
-        """Time of a batch as a fraction of the dense model's, measured in turn with it."""
+    @property
+    def place(self) -> str:
+        """What a latency hangs on beside the plan."""
+        device = next(self.model.parameters()).device
+        return f"{device_name(device)}, {torch.get_num_threads()} threads, batch {self.batch_size}"
+
+    def latency(self, plan: Plan, progress: Progress, patient: bool = False) -> float:
+        """Time of a batch as a fraction of the dense model's, measured in turn with it.
+
+        Args:
+            patient: measure as long again where the times spread so much that the median is not sure.
+        """
         repeats = -(-self.batch_size // len(self.images))
         inputs = torch.cat([self.images] * repeats)[: self.batch_size].contiguous()
         compressed = attach(self.model, plan)
         try:
             subjects = [Subject("dense", compressed, compressed.dense), Subject("candidate", compressed)]
             times = measure_latency(subjects, inputs, max_seconds=self.seconds, warmup=2, progress=progress)
+            found = speedup(times["dense"], times["candidate"])
+            if patient and _doubt(found, len(times["dense"].samples_s)) > _LATENCY_DOUBT:
+                more = measure_latency(subjects, inputs, max_seconds=self.seconds, warmup=0, progress=progress)
+                both = {name: Timing(times[name].samples_s + more[name].samples_s) for name in times}
+                found = speedup(both["dense"], both["candidate"])
         finally:
             compressed.detach()
-        return round(1.0 / speedup(times["dense"], times["candidate"]).ratio, 5)
+        return round(1.0 / found.ratio, 5)
+
+
+def _doubt(found: Speedup, rounds: int) -> float:
+    """Standard error of a measured ratio, as a share of it, as far as the spread of the rounds tells."""
+    return (found.p90 - found.p10) / (_DECILES_APART * found.ratio * math.sqrt(rounds))
 
 
 class _Unseen:
@@ -622,7 +750,7 @@ class _Candidate:
 
     @property
     def key(self) -> str:
-        return sha256(self.plan.model_dump_json().encode()).hexdigest()[:20]
+        return _plan_key(self.plan)
 
 
 @dataclass(frozen=True)
@@ -637,6 +765,19 @@ class _Tried:
         """The smallest is the best at one cost; among equals the one with the fewest sites."""
         candidate = self.candidate
         return (self.values["distance"], len(candidate.plan.sites), candidate.macs, candidate.kept)
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """A candidate, its latency as a fraction of the dense model's, and whether that is above the target."""
+
+    candidate: _Candidate
+    latency: float
+    slow: bool
+
+    def by_macs(self) -> float:
+        """Its operations, to sort by."""
+        return self.candidate.macs
 
 
 class _Search:
@@ -658,6 +799,7 @@ class _Search:
         self.best: _Tried | None = None
         self.reachable = True
         self.interrupted = False
+        self.place = memo.of_first(bench.place)
         self.limits: dict[str, Callable[[int], int]] = {}
         self.rate: Callable[[int], float] | None = None
         self.factor = 1.0
@@ -747,7 +889,8 @@ class _Search:
             plan = self._single(self.layers[0], count)
             if plan is not None:
                 saved = 1.0 - self.bench.macs(plan)
-                pairs.append((count, min(max((1.0 - self._latency(plan)) / saved, 0.05), 2.0)))
+                if saved > 0:  # not so where the score costs more than what few tokens save
+                    pairs.append((count, min(max((1.0 - self._latency(plan)) / saved, 0.05), 2.0)))
         if not pairs:
             return
         counts, rates = zip(*sorted(pairs), strict=True)
@@ -774,9 +917,13 @@ class _Search:
         except UsageError:
             return None
 
+    def _by_macs(self, reducer: Part) -> Additive:
+        """Costs in multiply-accumulates, within what the reducer can take."""
+        return replace(self._macs_model, most=self._most(reducer))
+
     @cached_property
-    def _by_macs(self) -> Additive:
-        """Costs in multiply-accumulates."""
+    def _macs_model(self) -> Additive:
+        """Costs in multiply-accumulates, for any reducer."""
         last = len(self.layers) - 1
         floors = [self._floor(layer) for layer in self.layers]
 
@@ -816,8 +963,7 @@ class _Search:
     @cached_property
     def _after(self) -> After:
         """Where in a block the reducer acts."""
-        plans = (self._middling(site.layer) for site in self.bench.layout.sites)
-        return next(plan.sites[0].after for plan in plans if plan is not None)
+        return acts_after(self.settings.start.reducer)
 
     def _additive(self, gain: Callable[[int, int], float]) -> Additive:
         return Additive(
@@ -825,7 +971,6 @@ class _Search:
             sites=len(self.layers),
             gain=gain,
             harm=lambda site, kept: self.curves[site](kept),
-            most=self._most(self.reducer),
         )
 
     def _most(self, reducer: Part) -> Callable[[int], int]:
@@ -840,22 +985,26 @@ class _Search:
             self.limits[key] = partial(_share_of, low, self.tokens)
         return self.limits[key]
 
-    def _model(self) -> Additive:
-        """The additive model of what the target limits: latency, or else operations."""
-        base = self._by_macs
+    def _model(self, reducer: Part | None = None) -> Additive:
+        """The additive model of what the target limits, latency or else operations, within what a reducer can take."""
+        base = self._by_macs(reducer or self.reducer)
         if self.rate is None:
             return base
         rate, factor = self.rate, self.factor
-        return self._additive(lambda site, kept: base.gain(site, kept) * rate(kept) * factor)
+        return replace(base, gain=lambda site, kept: base.gain(site, kept) * rate(kept) * factor)
 
     def _front(self) -> Front:
         return solve(replace(self._model(), site_cost=_SITE_COST), max_sites=None)
 
     # -- candidates
 
-    def _candidate(self, kept: Kept, name: str, reducer: Part | None = None) -> _Candidate | None:
+    def _candidate(self, kept: Kept, name: str) -> _Candidate | None:
         """The schedule as a plan, with the scores of now; None where the model cannot carry it out."""
-        return self._with(kept, self.scores, reducer or self.reducer, name)
+        return self._with(kept, self.scores, self.reducer, name)
+
+    def _scores_of(self, candidate: _Candidate | None) -> dict[int, Part]:
+        """The scores of a candidate, at other layers those of now."""
+        return self.scores | {site.layer: site.metric for site in candidate.plan.sites} if candidate else self.scores
 
     def _with(self, kept: Kept, metrics: Mapping[int, Part], reducer: Part, name: str) -> _Candidate | None:
         plan = self._plan(kept, self.layers, metrics, reducer)
@@ -874,14 +1023,21 @@ class _Search:
         *,
         by_macs: bool = False,
         reducer: Part | None = None,
-        model: Additive | None = None,
+        like: _Candidate | None = None,
     ) -> _Candidate | None:
-        """The schedule stretched or shrunk to the budget; what scores and reducers cost in operations is in it."""
-        model, aim = model or (self._by_macs if by_macs else self._model()), budget
+        """The schedule stretched or shrunk to the budget; what scores and reducers cost in operations is in it.
+
+        Args:
+            by_macs: the budget is one of operations, whatever the target is.
+            reducer: None for that of `like`, else that of now.
+            like: gives its scores where it has them; None for those of now.
+        """
+        reducer = reducer or (like.plan.reducer if like else self.reducer)
+        model, aim, metrics = self._by_macs(reducer) if by_macs else self._model(reducer), budget, self._scores_of(like)
         exact = by_macs or self.rate is None
         for attempt in range(_BUDGET_TRIES):
             fitted = fit(kept, model, aim)
-            candidate = None if fitted is None else self._candidate(fitted, name, reducer)
+            candidate = None if fitted is None else self._with(fitted, metrics, reducer, name)
             if candidate is None or not exact or candidate.macs <= budget + 1e-9:
                 return candidate
             # counts are whole, so a step as small as the excess may lead to the same ones again
@@ -898,10 +1054,10 @@ class _Search:
             self.tried.setdefault(result.candidate.key, result)
         return results
 
-    def _latency(self, plan: Plan) -> float:
-        key = f"latency {_plan_key(plan)}"
+    def _latency(self, plan: Plan, patient: bool = False) -> float:
+        key = f"latency {self.place}: {_plan_key(plan)}"
         found: float = self.memo.get(
-            [key], lambda _: self.bench.latency(plan, self.progress), _Unseen(), first_only=True
+            [key], lambda _: self.bench.latency(plan, self.progress, patient), _Unseen(), first_only=True
         )[0]
         self.latencies[_plan_key(plan)] = found
         return found
@@ -913,7 +1069,7 @@ class _Search:
             share, count = values["agreement"], values["images"]
             return share == 1.0 or _least_share(share, count) >= self.target.value
         worst: float = values["lost"] + _DROP_SIGMAS * values["lost_error"]
-        return worst <= self.target.value + 1e-6
+        return worst <= self.target.value + _QUALITY_SLACK
 
     # -- steps
 
@@ -959,12 +1115,13 @@ class _Search:
         """Scale the model so that it predicts what is measured of the first schedule."""
         first = self._front().best(self._budget)
         candidate = None if first is None else self._on_budget(first.kept, self._budget, "additive model")
+        candidate = candidate or self._cheapest()  # out of reach for the model, and perhaps not for the clock
         if candidate is not None:
             self._scale(candidate)
 
-    def _scale(self, candidate: _Candidate) -> float:
+    def _scale(self, candidate: _Candidate, patient: bool = False) -> float:
         """Take a measured latency into the model; returns it."""
-        measured, predicted = self._latency(candidate.plan), self._model().cost(candidate.kept)
+        measured, predicted = self._latency(candidate.plan, patient), self._model().cost(candidate.kept)
         if measured < 1.0 and predicted < 1.0:
             self.factor *= (1.0 - measured) / (1.0 - predicted)
         return measured
@@ -1045,8 +1202,7 @@ class _Search:
         assert self.best is not None
         best = self.best.candidate
         costs = [cost for cost in _SWEEP if abs(cost - best.macs) > _SWEEP_APART]
-        reducer = best.plan.reducer
-        self._judge([self._on_budget(best.kept, cost, "other cost", by_macs=True, reducer=reducer) for cost in costs])
+        self._judge([self._on_budget(best.kept, cost, "other cost", by_macs=True, like=best) for cost in costs])
 
     def _rescore(self) -> None:
         """Choose the scores again, along the best schedule; they stay where they are not better."""
@@ -1067,7 +1223,7 @@ class _Search:
     def _refine(self, evaluations: int) -> None:
         """Try neighbours on the real objective, at the cost of the best so far; then, for a quality, go cheaper."""
         assert self.best is not None
-        current, model = self.best, self._model()
+        current, model = self.best, self._model(self.best.candidate.plan.reducer)
         budget = self._budget if self.target.limits_cost else current.candidate.macs
         spent, step = 0, max(self.tokens // 8, model.least_drop)
         with self.progress.task("trying neighbours", evaluations) as task:
@@ -1089,7 +1245,7 @@ class _Search:
 
     def _pick(self, current: _Candidate, model: Additive, budget: float, step: int) -> list[_Candidate]:
         """Some neighbours that were not tried: most by prediction, one by chance."""
-        scored = self.scores | {site.layer: site.metric for site in current.plan.sites}
+        scored = self._scores_of(current)
         # what scores and reducers cost is not in the model
         aside = current.macs - model.cost(current.kept) if self.rate is None else 0.0
         fresh = neighbours(current.kept, model, budget - max(aside, 0.0), step)
@@ -1110,10 +1266,11 @@ class _Search:
             return
 
         def at(budget: float) -> _Candidate | None:
-            fitted = fit(current.candidate.kept, self._by_macs, budget)
-            metrics = {**self.scores, **{site.layer: site.metric for site in current.candidate.plan.sites}}
             reducer = current.candidate.plan.reducer
-            return None if fitted is None else self._with(fitted, metrics, reducer, "cheaper")
+            fitted = fit(current.candidate.kept, self._by_macs(reducer), budget)
+            return (
+                None if fitted is None else self._with(fitted, self._scores_of(current.candidate), reducer, "cheaper")
+            )
 
         self._sections(at, max(cost - 0.15, 0.0), cost, "going cheaper", rounds=2)
 
@@ -1123,7 +1280,7 @@ class _Search:
         best = self.best.candidate
         budget = self._budget if self.target.limits_cost else best.macs
         others = [part for part in self.settings.reducers if part != best.plan.reducer]
-        candidates = [candidate for part in others for candidate in self._with_reducer(best.kept, budget, part)]
+        candidates = [candidate for part in others for candidate in self._with_reducer(best, budget, part)]
         results = self._judge(candidates)
         self._keep(results)
         if not self.target.limits_cost:  # nearer at the same cost may become cheaper
@@ -1132,15 +1289,15 @@ class _Search:
         assert self.best is not None
         self.reducer = self.best.candidate.plan.reducer
 
-    def _with_reducer(self, kept: Kept, budget: float, reducer: Part) -> list[_Candidate | None]:
+    def _with_reducer(self, best: _Candidate, budget: float, reducer: Part) -> list[_Candidate | None]:
         """The schedule on the budget with another reducer; with one that can take fewer, also its own best one."""
-        model = replace(self._model(), most=self._most(reducer))
-        schedules = [kept]
-        if not model.possible(kept):
+        model = self._model(reducer)
+        schedules = [best.kept]
+        if not model.possible(best.kept):
             own = solve(replace(model, site_cost=_SITE_COST)).best(budget)
             schedules += [] if own is None else [own.kept]
         name = f"reducer {reducer.kind}"
-        return [self._on_budget(one, budget, name, reducer=reducer, model=model) for one in schedules]
+        return [self._on_budget(one, budget, name, reducer=reducer, like=best) for one in schedules]
 
     # -- the paper's schedule
 
@@ -1181,24 +1338,47 @@ class _Search:
     # -- latency
 
     def _meet_latency(self) -> None:
-        """Measure the best and correct its size until it just meets the target."""
+        """Resize the best until its measured time just meets the target; only what comes out is judged.
+
+        A measured time corrects the model, and the model tells the next size. Once one size is too slow and another
+        one fast enough, the next lies between them: times scatter, so the model alone may go to and fro.
+        """
         assert self.best is not None
-        good: list[tuple[bool, float, _Tried]] = []
-        current = self.best
+        start, seen = self.best.candidate, dict[str, _Timed]()
+        current: _Candidate | None = start
         for _ in range(_LATENCY_ROUNDS):
-            measured = self._scale(current.candidate)
-            inside = self.target.value * _LATENCY_SLACK <= measured <= self.target.value
-            good.append((measured > self.target.value, abs(measured - self.target.value), current))
-            if inside:
+            if current is None or current.key in seen:
                 break
-            reducer = current.candidate.plan.reducer
-            resized = self._on_budget(current.candidate.kept, self._budget, "resized", reducer=reducer)
-            results = self._judge([resized])
-            if not results or results[0].candidate.key == current.candidate.key:
+            between = len({timed.slow for timed in seen.values()}) > 1
+            measured = self._scale(current, patient=between)
+            seen[current.key] = _Timed(current, measured, measured > self.target.value)
+            if self.target.value * _LATENCY_SLACK <= measured <= self.target.value:
                 break
-            current = results[0]
-        # the nearest of those that meet it, else the nearest of all
-        self.best = min(good, key=lambda entry: entry[:2])[2]
+            current = self._resized(start, seen)
+        # the nearest of those that meet it, else the nearest of all; one that cannot be judged is none
+        for timed in sorted(seen.values(), key=lambda timed: (timed.slow, abs(timed.latency - self.target.value))):
+            results = self._judge([timed.candidate])
+            if results:
+                self.best = results[0]
+                return
+
+    def _resized(self, start: _Candidate, seen: Mapping[str, _Timed]) -> _Candidate | None:
+        """The next size to measure, after those that were; None where there is none."""
+        slow = min((timed for timed in seen.values() if timed.slow), key=_Timed.by_macs, default=None)
+        fast = max((timed for timed in seen.values() if not timed.slow), key=_Timed.by_macs, default=None)
+        last = list(seen.values())[-1].candidate
+        if slow and fast:
+            low, high = sorted((fast.candidate.macs, slow.candidate.macs))
+            # by the times as far as they tell, but never so near an end that nothing is learned
+            gap = slow.latency - fast.latency
+            share = min(max((self.target.value * _LATENCY_AIM - fast.latency) / gap, 0.2), 0.8)
+            return self._on_budget(start.kept, low + share * (high - low), "resized", by_macs=True, like=start)
+        resized = self._on_budget(start.kept, self._budget, "resized", like=start)
+        wrong_way = resized is not None and (resized.macs > last.macs if slow else resized.macs < last.macs)
+        if resized is not None and not wrong_way and resized.key not in seen:
+            return resized
+        aim = min(last.macs * (1 - _BLIND_STEP if slow else 1 + _BLIND_STEP), 1.0)
+        return self._on_budget(start.kept, aim, "resized", by_macs=True, like=start)
 
     # -- the result
 
@@ -1206,7 +1386,12 @@ class _Search:
         assert self.best is not None
         calibrated = not self.interrupted
         paper = self._paper_at_same_macs(calibrated)
-        best, is_paper = self._better(self.best, paper)
+        best, is_paper, decided = self._better(self.best, paper)
+        if is_paper and self.target.kind == "latency" and not self.interrupted:
+            # with the same operations it may be faster than it has to be
+            self.best = best
+            self._meet_latency()
+            best = paper = self.best
         plan = best.candidate.plan
         latency = self._latency(plan) if self.settings.seconds > 0 else None
         given = self._given()
@@ -1231,6 +1416,7 @@ class _Search:
             random=self._point("random", best.candidate, held[1], None) if held[1] else None,
             given=given,
             paper_is_found=is_paper,
+            held_back_decided=decided,
             paper_calibrated=calibrated,
             tried=tuple(
                 self._point(
@@ -1245,19 +1431,19 @@ class _Search:
             seed=self.settings.seed,
         )
 
-    def _better(self, found: _Tried, paper: _Tried | None) -> tuple[_Tried, bool]:
-        """The found schedule or the paper's, and whether it is the paper's.
+    def _better(self, found: _Tried, paper: _Tried | None) -> tuple[_Tried, bool, bool]:
+        """The found schedule or the paper's, whether it is the paper's, and whether the images held back decided that.
 
         The found one must be better on the choosing images, and not worse on those held back, which decide nothing but
         this: of the many tried on the first, the best may be so by chance.
         """
         if paper is None or not self._may_be_found(paper):
-            return found, False
+            return found, False, False
         if found.candidate.key == paper.candidate.key or paper.order < found.order:
-            return paper, True
+            return paper, True, False
         ours, theirs = self._held([found.candidate.plan, paper.candidate.plan])
         worse = theirs is not None and (ours is None or ours["distance"] > theirs["distance"])
-        return (paper, True) if worse else (found, False)
+        return (paper, True, True) if worse else (found, False, False)
 
     def _held(self, plans: Sequence[Plan]) -> list[dict[str, Any] | None]:
         """What the plans do to the images held back."""
@@ -1299,13 +1485,12 @@ class _Search:
         return None if values is None else self._point("given", _Candidate((), plan, self.bench.macs(plan), ""), values)
 
     def _recipe(self, candidate: _Candidate) -> Recipe:
-        metrics = {site.layer: site.metric for site in candidate.plan.sites}
         text = f"Found by a search for {self.target}: {candidate.macs:.3f} of the dense operations, seed "
         recipe = to_recipe(
             candidate.kept,
             self.bench.layout,
             self.layers,
-            metrics={**self.scores, **metrics},
+            metrics=self._scores_of(candidate),
             reducer=candidate.plan.reducer,
             model=self.settings.start.model,
             description=text + str(self.settings.seed),

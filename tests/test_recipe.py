@@ -12,6 +12,7 @@ from repshift_cli.errors import RecipeError
 from repshift_cli.metrics import build_metric, metric_kinds
 from repshift_cli.recipe import LayerDrop, Recipe, default_recipe, nearest, shipped_recipes
 from repshift_cli.reducers import build_reducer, reducer_kinds
+from repshift_cli.schedule import Target
 
 GOOD = """\
 version: 1
@@ -157,6 +158,12 @@ def test_text_that_is_no_recipe(text: str, message: str) -> None:
     assert message in failure(text).message
 
 
+def test_a_long_value_is_not_told_whole() -> None:
+    error = failure(f"version: 1\nlayers: [{{layer: 0, drop_ratio: {'x' * 4000}}}]\n")
+    assert "(it is 'xxx" in error.message
+    assert len(error.message) < 160
+
+
 BUDGET = "version: 1\nreducer: {kind: prune}\nbudget: {macs: 0.65}\n"
 
 
@@ -167,6 +174,7 @@ class TestBudget:
             ("macs: 0.65", "macs=0.65"),
             ("latency: 0.6", "latency=0.6"),
             ("agreement: 0.99", "agreement=0.99"),
+            ("agreement: 1", "agreement=1"),
             ("max_drop: 0", "max-drop=0"),
             ("max_drop: 0.123456789", "max-drop=0.123456789"),
         ],
@@ -175,6 +183,7 @@ class TestBudget:
         recipe = Recipe.parse(BUDGET.replace("macs: 0.65", text))
         assert recipe.layers == ()
         assert str(recipe.budget) == told
+        assert str(Target.parse(told)) == told
 
     @pytest.mark.parametrize(
         ("old", "new", "message", "hint"),
@@ -193,8 +202,9 @@ class TestBudget:
             ("0.65", "0", "r.yaml:3:10: budget.macs: should be greater than 0 (it is 0)", None),
             ("0.65", "half", "r.yaml:3:10: budget.macs: should be a valid number (it is 'half')", None),
             ("macs: 0.65", "latency: 1.5", "r.yaml:3:10: budget.latency: should be less than 1", None),
-            ("macs: 0.65", "agreement: 1.1", "budget.agreement: should be less than 1", None),
+            ("macs: 0.65", "agreement: 1.1", "budget.agreement: should be less than or equal to 1", None),
             ("macs: 0.65", "agreement: 0", "budget.agreement: should be greater than 0", None),
+            ("macs: 0.65", "max_drop: 100", "budget.max_drop: should be less than 100", None),
             ("macs: 0.65", "max_drop: -1", "budget.max_drop: should be greater than or equal to 0", None),
             (
                 "budget:",

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ __all__ = ["Interrupted", "command", "own_device", "show", "show_found"]
 
 _INTERRUPTED = 130
 _FRONT_ROWS = 8
+_READ_BYTES = 1 << 20
 _GRACE_SECONDS = 5.0
 """For which another process than the first waits with an error: torchrun ends it as soon as the first has told its."""
 
@@ -163,7 +165,7 @@ def command(
             seed=seed,
             force=force,
         )
-        run = _Run(files, settings, ui.Screen() if first else Silent(), files.replacing(force))
+        run = _Run(files, settings, ui.Screen() if first else Silent())
         with using_threads(threads), _explained_interrupt(files, first):
             found = search_checkpoint(checkpoint, settings, request, run.progress)
             if first:
@@ -206,11 +208,23 @@ class _Files:
             check_picture_format("--plot", self.plot)
         outputs = {"--output": self.recipe, "--save": self.checkpoint, "--plot": self.plot}
         check_outputs({**outputs, "--state": self.state}, force=True)
-        check_outputs(outputs, self.replacing(force))
+        for option, path in outputs.items():
+            check_outputs({option: path}, path is not None and self.replacing(path, force))
 
-    def replacing(self, force: bool) -> bool:
-        """Whether files that exist may be replaced: while the state of a search stands there, they are its own."""
-        return force or self.state.is_file()
+    def replacing(self, path: Path, force: bool) -> bool:
+        """Whether a file may be replaced if it exists: where an interruption of this search wrote it as it stands."""
+        if force or not path.is_file() or not self.state.is_file():
+            return force
+        from repshift_cli.search import kept_outputs
+
+        written = kept_outputs(self.state).get(str(path.resolve()))
+        return written is not None and written == _sha256(path)
+
+    def keep(self, path: Path) -> None:
+        """Note in the state that this was written: after an interruption the search that goes on may replace it."""
+        from repshift_cli.search import keep_outputs
+
+        keep_outputs(self.state, {str(path.resolve()): _sha256(path)})
 
     def written(self) -> dict[str, str | None]:
         """Their names, by what they are."""
@@ -221,14 +235,21 @@ class _Files:
         }
 
 
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = sha256()
+        while part := file.read(_READ_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class _Run:
-    """How a finished search is told and written; `replacing` is whether files that exist may be replaced."""
+    """How a finished search is told and written."""
 
     files: _Files
     settings: Settings
     progress: Progress
-    replacing: bool
 
     def finish(self, found: Found, json: bool) -> None:
         """Write all that was asked for, then tell it.
@@ -241,6 +262,9 @@ class _Run:
 
         self._check_met(found)
         self._write(found)
+        # before anything is printed: a pipe that was closed must not leave the state of a search that is done
+        if not found.result.interrupted:
+            self.files.state.unlink(missing_ok=True)
         if json:
             ui.print_json(document(found, self.files))
         else:
@@ -254,11 +278,12 @@ class _Run:
                 f"search is kept in {self.files.state}; the same command goes on from there"
             )
             raise Interrupted(_INTERRUPTED)
-        self.files.state.unlink(missing_ok=True)
 
     def _check_met(self, found: Found) -> None:
         result = found.result
         if result.met:
+            if missed := found.missed_on_others():
+                self.progress.warn(missed)
             return
         if self.settings.force:
             self.progress.warn(
@@ -266,6 +291,10 @@ class _Run:
             )
             return
         if result.interrupted:
+            self.progress.warn(
+                f"interrupted: the best so far misses {result.target} ({result.target.kind}={result.nearest:.4g}), so "
+                f"nothing was written. The search is kept in {self.files.state}; the same command goes on from there"
+            )
             raise Interrupted(_INTERRUPTED)
         try:
             result.require_met()
@@ -281,11 +310,16 @@ class _Run:
         from repshift_cli.files import write_text
         from repshift_cli.pareto import save
 
-        write_text(self.files.recipe, found.recipe.text, self.replacing)
-        if self.files.plot is not None:
-            save(found.chart(), self.files.plot, self.replacing)
-        if self.files.checkpoint is not None:
-            save_found(found, replace(self.settings, force=self.replacing), self.progress)
+        force, files = self.settings.force, self.files
+        write_text(files.recipe, found.recipe.text, files.replacing(files.recipe, force))
+        files.keep(files.recipe)
+        if files.plot is not None:
+            save(found.chart(), files.plot, files.replacing(files.plot, force))
+            files.keep(files.plot)
+        if files.checkpoint is not None:
+            replacing = files.replacing(files.checkpoint, force)
+            save_found(found, replace(self.settings, force=replacing), self.progress)
+            files.keep(files.checkpoint)
 
 
 def _target(text: str | None, recipe: str | None) -> Target:
@@ -318,7 +352,11 @@ def default_output(checkpoint: str, target: Target) -> Path:
 
 def _is_first() -> bool:
     """Whether this process is the one that prints and writes: the only one, or the first that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
+    if os.environ.get("RANK", "0") == "0":
+        return True
+    from repshift_cli.search import launched_together
+
+    return not launched_together()
 
 
 def own_device(device: str) -> str:
@@ -392,12 +430,14 @@ def show_found(found: Found) -> None:
     unit = found.loaded.description.preprocessing.unit
     on = found.measured_on
     ui.print_text("MACs and latency as fractions of the dense model's;")
-    ui.print_text(f"quality on {result.found.images} {unit}s that took no part in the search")
+    ui.print_text(f"quality on {result.found.images} {unit}s that took no part, but to decide between found and paper")
     if result.found.latency is not None:
         told = f"{on['device']}, {on['dtype']}, batch {on['batch']}, {on['threads']} threads"
         ui.print_text(f"latency on {told}")
     if result.paper_is_found:
-        ui.print_text("nothing better than the paper's schedule was found, so it is what was found")
+        why = "the paper's schedule was better on these"
+        why = why if result.held_back_decided else "nothing better than the paper's schedule was found"
+        ui.print_text(f"{why}, so it is what was found")
     ui.print_text("")
     front = _thinned(result.front)
     if len(front) > 1:

@@ -79,7 +79,9 @@ class Fitted(Metric):
         tokens = seen["block_output"].float()
         weights = self._vector.to(tokens.device)
         # autocast would round a matrix product to half precision, and many scores to the same one
-        scores = (tokens * weights).sum(-1) if torch.is_autocast_enabled(tokens.device.type) else tokens @ weights
+        device = tokens.device.type
+        rounded = device != "meta" and torch.is_autocast_enabled(device)
+        scores = (tokens * weights).sum(-1) if rounded else tokens @ weights
         return scores[:, site.prefix :]  # to leave the prefix out before would take a copy
 
     def with_defaults(self) -> Metric:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from matplotlib.colors import to_rgb
 from outcome import Command
@@ -30,7 +33,7 @@ from repshift_cli.data.labelled import Labelled
 from repshift_cli.errors import RecipeError
 from repshift_cli.pareto import MARKS
 from repshift_cli.recipe import Recipe
-from repshift_cli.search import SearchSettings
+from repshift_cli.search import SearchSettings, keep_outputs
 
 QUICK = ("--images", "16", "--evaluations", "2", "--seconds", "0")
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,6 +143,8 @@ class TestSearch:
         found = json.loads(outcome.stdout)
         assert (found["output"], found["checkpoint"], found["plot"]) == ("r.yaml", None, None)
         assert (found["target"], found["met"], found["labelled"]) == ("macs=0.7", True, False)
+        assert found["held_back_met"] is None
+        assert isinstance(found["held_back_decided"], bool)
         assert found["recipe"] == (tmp_path / "r.yaml").read_text()
         assert found["points"]["found"]["macs"] <= 0.7
         assert found["points"]["found"]["top1"] is None
@@ -375,6 +380,34 @@ class TestInterrupted:
         assert "interrupted" not in Recipe.load(tmp_path / "r.yaml").text
         assert len(known) > 10
 
+    def test_only_what_the_interruption_wrote_is_replaced(self, cli: Command, tmp_path: Path) -> None:
+        state, recipe = tmp_path / "where.json", tmp_path / "r.yaml"
+        recipe.write_text("mine")
+        arguments = ("search", "no.safetensors", "-t", "macs=0.65", "-o", "r.yaml", "--state", "where.json")
+        state.write_text(json.dumps({"known": {}}))
+        assert "r.yaml already exists" in cli(*arguments).stderr
+        keep_outputs(state, {str(recipe): hashlib.sha256(b"mine").hexdigest()})
+        assert cli(*arguments).rc == 3  # as far as the checkpoint that is not there
+        (tmp_path / "p.png").write_text("mine")
+        assert "p.png already exists" in cli(*arguments, "--plot", "p.png").stderr
+        recipe.write_text("mine, and changed")
+        assert "r.yaml already exists" in cli(*arguments).stderr
+
+    def test_the_best_so_far_may_miss_the_target(
+        self, cli: Command, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from repshift_cli import search
+
+        def interrupted(*arguments: Any) -> search.SearchResult:
+            return dataclasses.replace(search.search(*arguments), interrupted=True)
+
+        monkeypatch.setattr("repshift_cli.budget.search", interrupted)
+        outcome = cli("search", dense, "-t", "macs=0.2", *QUICK)
+        assert outcome.rc == 130
+        assert "interrupted: the best so far misses macs=0.2" in words(outcome.stderr)
+        assert "The search is kept in dense_macs0.2.yaml.state.json; the same command goes on" in words(outcome.stderr)
+        assert not (tmp_path / "dense_macs0.2.yaml").exists()
+
     def test_before_there_is_anything_to_write(
         self, cli: Command, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -509,6 +542,43 @@ class TestCompress:
         outcome = cli("compress", dense, "--target", "macs=0.7", *extra)
         assert outcome.rc == 2
         assert message in words(outcome.stderr)
+
+
+@pytest.mark.parametrize(("model", "reducer"), [("builtin:cnn-digits", "merge"), ("builtin:vim-digits", "vid_tldr")])
+def test_a_reducer_that_the_model_cannot_have_is_refused(model: str, reducer: str, cli: Command) -> None:
+    outcome = cli("search", model, "-t", "macs=0.7", "--reducer", "prune", "--reducer", reducer, *QUICK)
+    assert outcome.rc == 2
+    assert f"{reducer} " in outcome.stderr
+    assert "unexpected" not in outcome.stderr
+
+
+def test_one_process_tells_what_it_finds_whatever_its_rank(
+    cli: Command, dense: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    (tmp_path / "start.yaml").write_text("version: 1\nmetric: {kind: token_norm}\nbudget: {macs: 0.7}\n")
+    outcome = cli("search", dense, "-r", "start.yaml", *QUICK)
+    assert outcome.rc == 0, outcome.stderr
+    assert "wrote   dense_macs0.7.yaml" in outcome.stdout
+
+
+@pytest.mark.parametrize(("model", "named"), [("builtin:vit-digits-small", True), ("timm", True), ("dense", False)])
+def test_fitted_weights_are_for_the_model_that_they_were_fitted_to(
+    *, model: str, named: bool, cli: Command, dense: Path, pictures: Path, tmp_path: Path
+) -> None:
+    if model == "timm":
+        save_weights(timm.create_model("deit_tiny_patch16_224", num_classes=10), tmp_path / "timm.safetensors")
+        arguments: tuple[object, ...] = ("timm.safetensors", "--model", "deit_tiny_patch16_224", "--data", pictures)
+    else:
+        arguments = (dense if model == "dense" else model, "--data", pictures)
+    outcome = cli("search", *arguments, "-t", "macs=0.8", *QUICK, "--images", "16", "-o", "r.yaml")
+    assert outcome.rc == 0, outcome.stderr
+    found = Recipe.load(tmp_path / "r.yaml")
+    assert "weights" in found.text
+    assert (found.model is not None) == named
+    outcome = cli("compress", arguments[0], "-r", "r.yaml", "--data", pictures, "--seconds", "0", "-o", "s.safetensors")
+    assert outcome.rc == 0, outcome.stderr
 
 
 class TestOtherUsersOfABudget:
