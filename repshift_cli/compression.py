@@ -752,8 +752,7 @@ def _measure(  # noqa: PLR0917
     progress: Progress,
 ) -> Measured:
     """Latency in turn, memory, and agreement of predictions."""
-    repeats = -(-batch_size // len(images))
-    inputs = torch.cat([images] * repeats)[:batch_size].contiguous()
+    inputs = measure.full_batch(images, batch_size)
     subjects = [Subject("dense", compressed, compressed.dense), Subject("compressed", compressed)]
     times = measure.measure_latency(
         subjects,

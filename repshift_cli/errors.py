@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "INTERRUPTED",
     "CheckFailed",
     "CheckpointError",
     "DataError",
@@ -12,6 +13,10 @@ __all__ = [
     "RepshiftError",
     "UsageError",
 ]
+
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 
 
 class RepshiftError(Exception):

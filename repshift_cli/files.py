@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 from repshift_cli.errors import OutputError, UsageError
@@ -16,6 +17,7 @@ __all__ = [
     "atomic_output",
     "check_output",
     "check_outputs",
+    "sha256_of",
     "weight_stem",
     "write_text",
 ]
@@ -23,6 +25,17 @@ __all__ = [
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 """Endings of files that hold weights."""
+
+_READ_BYTES = 1 << 22
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = sha256()
+    with path.open("rb") as file:
+        while part := file.read(_READ_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def check_output(path: Path, force: bool) -> None:

@@ -169,6 +169,12 @@ class Subject:
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
+def full_batch(images: Tensor, batch_size: int) -> Tensor:
+    """A batch of `batch_size`, the images repeated where there are fewer."""
+    repeats = -(-batch_size // len(images))
+    return torch.cat([images] * repeats)[:batch_size].contiguous()
+
+
 def measure_latency(
     subjects: Sequence[Subject],
     inputs: Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Pairs", "flow", "key_features", "nearest", "pair"]
+__all__ = ["Pairs", "flow", "key_features", "nearest", "pair", "unit_range"]
 
 
 class Pairs(NamedTuple):
@@ -53,6 +53,12 @@ def nearest(sources: Tensor, targets: Tensor) -> Tensor:
 def key_features(keys: Tensor) -> Tensor:
     """What ToMe compares tokens by: the mean of their keys over the heads, `[B, heads, T, d]` to `[B, T, d]`."""
     return keys.mean(dim=1)
+
+
+def unit_range(scores: Tensor) -> Tensor:
+    """Each row brought to 0..1, `[B, N]`; all 0 in a row of equal scores."""
+    low, high = scores.amin(dim=1, keepdim=True), scores.amax(dim=1, keepdim=True)
+    return (scores - low) / (high - low).clamp_min(torch.finfo(scores.dtype).tiny)
 
 
 def flow(kept: Tensor, sizes: Tensor, sources: Tensor, shares: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

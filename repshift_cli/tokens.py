@@ -19,6 +19,7 @@ __all__ = [
     "gather_tokens",
     "keep_lines",
     "keep_top",
+    "mean_by_size",
     "split_top",
     "with_prefix",
 ]
@@ -118,6 +119,12 @@ class Sized(NamedTuple):
 
     tokens: Tensor
     sizes: Tensor | None = None
+
+
+def mean_by_size(tokens: Tensor, sizes: Tensor) -> Tensor:
+    """The mean over tokens, each as often as its size says: `[B, T, C]` and `[B, T]` to `[B, C]`."""
+    weights = (sizes / sizes.sum(dim=1, keepdim=True)).to(tokens.dtype)
+    return (tokens * weights.unsqueeze(2)).sum(dim=1)
 
 
 @dataclass

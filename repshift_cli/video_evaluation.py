@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +23,7 @@ from repshift_cli.data.text import Tokenizer
 from repshift_cli.data.video import UnreadableVideo, clip_tensor, read_clip
 from repshift_cli.data.video_text import PROTOCOLS, Protocol, QaSet, RetrievalSet
 from repshift_cli.errors import DataError, ModelError, RepshiftError, UsageError
+from repshift_cli.files import sha256_of
 from repshift_cli.models.umt import Pooling, UmtAnswering, UmtModel, UmtRetrieval
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.progress import Progress
@@ -472,7 +472,7 @@ def _from_files(wanted: Wanted, task: Task, what: str) -> CaptionData | Question
     )
     assert found.annotations is not None
     _check_task("qa" if isinstance(found, QaSet) else "retrieval", task, found.annotations, what)
-    told_by = Annotations(found.annotations, sha256(found.annotations.read_bytes()).hexdigest())
+    told_by = Annotations(found.annotations, sha256_of(found.annotations))
     return _questions_of(found, told_by) if isinstance(found, QaSet) else _captions_of(found, told_by)
 
 

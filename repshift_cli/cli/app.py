@@ -9,11 +9,9 @@ from typing import Annotated
 import typer
 
 from repshift_cli.cli import bench, compress, demo, evaluate, inspect, recipes, search, visualize
+from repshift_cli.errors import INTERRUPTED
 
 __all__ = ["app", "main"]
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
 
 app = typer.Typer(
     name="repshift",

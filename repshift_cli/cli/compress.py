@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
     from repshift_cli.calibrate import Calibration
     from repshift_cli.compression import CompressReport, Measured
+    from repshift_cli.plan import Plan
 
-__all__ = ["command", "describe_metric", "describe_tokens", "show"]
+__all__ = ["command", "describe_metric", "describe_tokens", "show", "show_sites"]
 
 _LONGEST_OPTION = 24
 """Longer ones are weights, which only a machine reads."""
@@ -70,10 +71,7 @@ def command(
     ] = None,
     device: options.Device = "cpu",
     dtype: options.MeasureDtype = "float32",
-    batch_size: Annotated[
-        int | None,
-        typer.Option("--batch-size", "-b", min=1, help="Inputs at a time (default: 8; 1 for a large video model)."),
-    ] = None,
+    batch_size: options.InputsAtATime = None,
     threads: options.Threads = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for the latency measurement.")] = 10.0,
     seed: options.Seed = 0,
@@ -140,16 +138,7 @@ def show(report: CompressReport) -> None:
         from repshift_cli.cli.search import show_found
 
         show_found(report.found)
-    rows = [
-        [
-            site.site,
-            describe_metric(site.metric.model_dump()),
-            describe_tokens(site.tokens_in, site.grid_in),
-            describe_tokens(site.tokens_out, site.grid_out),
-        ]
-        for site in plan.sites
-    ]
-    ui.print_table("Plan: tokens through each site", ["after", "kept by", "tokens in", "tokens out"], rows, left=2)
+    show_sites(plan, "Plan: tokens through each site")
     if report.measured:
         _show_measured(report.measured, unit)
     else:
@@ -159,6 +148,22 @@ def show(report: CompressReport) -> None:
     if report.output:
         size = report.output.stat().st_size / 1e6
         ui.print_text(f"wrote   {report.output} ({size:.1f} MB; tokens go, weights stay, so the size is the same)")
+
+
+def show_sites(plan: Plan, title: str) -> None:
+    """Print what goes where, and by which score."""
+    from repshift_cli import ui
+
+    rows = [
+        [
+            site.site,
+            describe_metric(site.metric.model_dump()),
+            describe_tokens(site.tokens_in, site.grid_in),
+            describe_tokens(site.tokens_out, site.grid_out),
+        ]
+        for site in plan.sites
+    ]
+    ui.print_table(title, ["after", "kept by", "tokens in", "tokens out"], rows, left=2)
 
 
 def describe_tokens(tokens: int, grid: Sequence[int] | None) -> str:

@@ -18,6 +18,7 @@ __all__ = [
     "Frames",
     "Heads",
     "ImgSize",
+    "InputsAtATime",
     "MeasureDtype",
     "ModelName",
     "Seed",
@@ -32,6 +33,10 @@ DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Where the data
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")]
+InputsAtATime = Annotated[
+    int | None,
+    typer.Option("--batch-size", "-b", min=1, help="Inputs at a time (default: 8; 1 for a large video model)."),
+]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: as many as cores).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output, and go on where a check says no.")]

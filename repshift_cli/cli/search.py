@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +14,8 @@ import typer
 
 from repshift_cli.cli import options
 from repshift_cli.cli.bench import check_picture_format
-from repshift_cli.cli.compress import describe_metric, describe_tokens
-from repshift_cli.errors import CheckFailed, RepshiftError, UsageError
+from repshift_cli.cli.compress import show_sites
+from repshift_cli.errors import INTERRUPTED, CheckFailed, RepshiftError, UsageError
 
 if TYPE_CHECKING:
     from repshift_cli.budget import Found
@@ -27,9 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Interrupted", "command", "own_device", "show", "show_found"]
 
-_INTERRUPTED = 130
 _FRONT_ROWS = 8
-_READ_BYTES = 1 << 20
 _GRACE_SECONDS = 5.0
 """For which another process than the first waits with an error: torchrun ends it as soon as the first has told its."""
 
@@ -122,10 +119,7 @@ def command(
     checkpoint_frames: options.CheckpointFrames = None,
     device: options.Device = "cpu",
     dtype: options.MeasureDtype = "float32",
-    batch_size: Annotated[
-        int | None,
-        typer.Option("--batch-size", "-b", min=1, help="Inputs at a time (default: 8; 1 for a large video model)."),
-    ] = None,
+    batch_size: options.InputsAtATime = None,
     threads: options.Threads = None,
     seconds: Annotated[
         float, typer.Option("--seconds", min=0.0, help="Time for each measurement of latency; 0 measures none.")
@@ -148,7 +142,7 @@ def command(
         from repshift_cli.progress import Silent
 
         first = _is_first()
-        request = Request(goal, evaluations, tuple(reducer or ()), files.state, seconds, first)
+        request = Request(goal, evaluations, tuple(reducer or ()), files.state, seconds)
         settings = Settings(
             recipe=recipe,
             model_name=model,
@@ -215,16 +209,18 @@ class _Files:
         """Whether a file may be replaced if it exists: where an interruption of this search wrote it as it stands."""
         if force or not path.is_file() or not self.state.is_file():
             return force
+        from repshift_cli.files import sha256_of
         from repshift_cli.search import kept_outputs
 
         written = kept_outputs(self.state).get(str(path.resolve()))
-        return written is not None and written == _sha256(path)
+        return written is not None and written == sha256_of(path)
 
     def keep(self, path: Path) -> None:
         """Note in the state that this was written: after an interruption the search that goes on may replace it."""
+        from repshift_cli.files import sha256_of
         from repshift_cli.search import keep_outputs
 
-        keep_outputs(self.state, {str(path.resolve()): _sha256(path)})
+        keep_outputs(self.state, {str(path.resolve()): sha256_of(path)})
 
     def written(self) -> dict[str, str | None]:
         """Their names, by what they are."""
@@ -233,14 +229,6 @@ class _Files:
             "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
             "plot": None if self.plot is None else str(self.plot),
         }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = sha256()
-        while part := file.read(_READ_BYTES):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -277,7 +265,7 @@ class _Run:
                 f"interrupted: {self.files.recipe} is the best so far of {found.result.evaluations} schedules. The "
                 f"search is kept in {self.files.state}; the same command goes on from there"
             )
-            raise Interrupted(_INTERRUPTED)
+            raise Interrupted(INTERRUPTED)
 
     def _check_met(self, found: Found) -> None:
         result = found.result
@@ -295,7 +283,7 @@ class _Run:
                 f"interrupted: the best so far misses {result.target} ({result.target.kind}={result.nearest:.4g}), so "
                 f"nothing was written. The search is kept in {self.files.state}; the same command goes on from there"
             )
-            raise Interrupted(_INTERRUPTED)
+            raise Interrupted(INTERRUPTED)
         try:
             result.require_met()
         except CheckFailed as error:
@@ -385,7 +373,7 @@ def _explained_interrupt(files: _Files, first: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         if first and files.state.is_file():
             ui.warn(f"interrupted; the search is kept in {files.state}, and the same command goes on from there")
-            raise Interrupted(_INTERRUPTED) from None
+            raise Interrupted(INTERRUPTED) from None
         raise
 
 
@@ -398,17 +386,8 @@ def show(found: Found) -> None:
     ui.print_text(f"data    {found.inputs.batch.description}")
     ui.print_text("")
     show_found(found)
-    rows = [
-        [
-            site.site,
-            describe_metric(site.metric.model_dump()),
-            describe_tokens(site.tokens_in, site.grid_in),
-            describe_tokens(site.tokens_out, site.grid_out),
-        ]
-        for site in found.result.plan.sites
-    ]
     ui.print_text(f"reducer {found.result.plan.reducer.kind}")
-    ui.print_table("Tokens through each site", ["after", "kept by", "tokens in", "tokens out"], rows, left=2)
+    show_sites(found.result.plan, "Tokens through each site")
 
 
 def show_found(found: Found) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from repshift_cli.attention import attend, cheapest_form, size_bias
 from repshift_cli.families.base import Family, Passage, Probe, Site, SizedStream, Stream
 from repshift_cli.plan import Layout, Plan, SiteInfo
-from repshift_cli.tokens import Sized
+from repshift_cli.tokens import Sized, mean_by_size
 
 __all__ = ["SizedAttention", "TimmViT"]
 
@@ -324,8 +324,7 @@ def _pool_sized(pooled: Tensor, stream: _Beside, first: int, with_max: bool) -> 
     stream.normed = None  # it belongs to this pass, and a head that is called alone must not meet it
     if sizes is None or normed is None or normed.shape[0] != pooled.shape[0]:
         return pooled
-    weights = (sizes[:, first:] / sizes[:, first:].sum(dim=1, keepdim=True)).to(normed.dtype)
-    mean = (normed[:, first:] * weights.unsqueeze(2)).sum(dim=1)
+    mean = mean_by_size(normed[:, first:], sizes[:, first:])
     return 0.5 * (normed[:, first:].amax(dim=1) + mean) if with_max else mean
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from repshift_cli.merging import unit_range
 from repshift_cli.reducers.base import Merged, Merger
 from repshift_cli.tokens import gather_tokens, split_top, with_prefix
 
@@ -51,6 +52,4 @@ class Fuse(Merger):
 
 def _weights(scores: Tensor, sizes: Tensor) -> Tensor:
     """Positive weights that grow with the score: from a thousandth for the lowest to 1 for the highest, times size."""
-    low, high = scores.amin(dim=1, keepdim=True), scores.amax(dim=1, keepdim=True)
-    tiny = torch.finfo(scores.dtype).tiny
-    return sizes * (0.001 + 0.999 * (scores - low) / (high - low).clamp_min(tiny))
+    return sizes * (0.001 + 0.999 * unit_range(scores))
