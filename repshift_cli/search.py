@@ -63,6 +63,7 @@ from repshift_cli.schedule import (
     Target,
     fit,
     neighbours,
+    on_tiles,
     paper_schedule,
     solve,
     to_recipe,
@@ -109,6 +110,9 @@ _AGREEMENT_SIGMAS, _DROP_SIGMAS = 1.0, 0.5
 
 _SITE_COST = 0.002
 """What scoring and gathering at a site take, as a fraction of a dense pass: where it saves less, a site is no use."""
+
+_TILE, _LEAST_TILED = 8, 128
+"""Where the clock decides, tokens come in multiples of this, in sequences so long that the steps stay small."""
 
 _BUDGET_TRIES = 8
 _SWEEP = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
@@ -898,6 +902,14 @@ class _Search:
 
     # -- the additive model
 
+    @cached_property
+    def multiple(self) -> int:
+        """What the tokens behind each site are a multiple of: as the recipe says, or a tile where the clock decides."""
+        if self.bench.layout.map_size is not None:
+            return 1
+        fast = self.target.kind == "latency" and self.tokens >= _LEAST_TILED
+        return self.settings.start.round_tokens or (_TILE if fast else 1)
+
     @property
     def tokens(self) -> int:
         """Patch tokens of the dense model."""
@@ -1007,6 +1019,7 @@ class _Search:
         return self.scores | {site.layer: site.metric for site in candidate.plan.sites} if candidate else self.scores
 
     def _with(self, kept: Kept, metrics: Mapping[int, Part], reducer: Part, name: str) -> _Candidate | None:
+        kept = on_tiles(kept, self.tokens, self.bench.layout.prefix_tokens, self.multiple)
         plan = self._plan(kept, self.layers, metrics, reducer)
         if plan is None:
             return None
@@ -1491,7 +1504,8 @@ class _Search:
         return None if values is None else self._point("given", _Candidate((), plan, self.bench.macs(plan), ""), values)
 
     def _recipe(self, candidate: _Candidate) -> Recipe:
-        text = f"Found by a search for {self.target}: {candidate.macs:.3f} of the dense operations, seed "
+        text = f"Found by a search for {self.target}: {candidate.macs:.3f} of the dense operations, "
+        text += f"tokens in multiples of {self.multiple}, " if self.multiple > 1 else ""
         recipe = to_recipe(
             candidate.kept,
             self.bench.layout,
@@ -1499,7 +1513,7 @@ class _Search:
             metrics=self._scores_of(candidate),
             reducer=candidate.plan.reducer,
             model=self.settings.start.model,
-            description=text + str(self.settings.seed),
+            description=f"{text}seed {self.settings.seed}",
         )
         return Recipe.parse(recipe.to_yaml(), "the recipe that the search found")
 
