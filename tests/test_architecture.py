@@ -17,7 +17,7 @@ LAYERS = (
     {"progress", "files"},
     {"recipe"},
     {"registry", "plan"},
-    {"tokens", "attention", "schedule"},
+    {"tokens", "attention", "schedule", "energy"},
     {"models", "merging"},
     {"metrics", "reducers", "families"},
     {"preprocessing", "measure"},
