@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-__all__ = ["ImageBatch", "batch_of", "load_images"]
+__all__ = ["ImageBatch", "batch_of", "load_images", "open_pictures"]
 
 _SCENES = "builtin:digits"
 
@@ -80,6 +80,19 @@ def load_images(where: str | Path | None, count: int, preprocessing: Preprocessi
     what = "built-in training scenes" if builtin else f"of {len(source)} pictures in {source.name}"
     description = f"{len(tensors)} {what}, seed {seed}"
     return batch_of(source.name, description, tensors, prints, skipped, seed=seed, builtin=builtin)
+
+
+def open_pictures(where: str | Path, count: int, seed: int = 0) -> ImageDataset:
+    """Pictures whose labels do not matter: a folder, searched at any depth, or a dataset by name.
+
+    Args:
+        count: how many built-in scenes; of other sources all are there.
+        seed: which built-in scenes.
+
+    Raises:
+        DataError: there is no picture.
+    """
+    return _open(where, count, seed)[0]
 
 
 def batch_of(
