@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from repshift_cli.energy import Meter
 from repshift_cli.errors import CheckFailed, ModelError, UsageError
 from repshift_cli.progress import Progress, Task
 
@@ -93,14 +94,26 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    """How long each run of one subject took, in seconds; sample `i` belongs to round `i` for every subject."""
+    """How long each run of one subject took, in seconds; sample `i` belongs to round `i` for every subject.
+
+    Attributes:
+        joules: energy of each run, where there was a meter.
+    """
 
     samples_s: tuple[float, ...]
+    joules: tuple[float, ...] | None = None
 
     @property
     def spread(self) -> Spread:
         """The spread in milliseconds."""
         return Spread.of_seconds(self.samples_s)
+
+    @property
+    def p99_ms(self) -> float:
+        """The 99th percentile in milliseconds; of fewer than a hundred samples hardly less than the largest."""
+        if len(self.samples_s) == 1:
+            return self.samples_s[0] * 1e3
+        return statistics.quantiles(self.samples_s, n=100, method="inclusive")[-1] * 1e3
 
 
 @dataclass(frozen=True)
@@ -183,6 +196,7 @@ def measure_latency(
     warmup: int,
     progress: Progress,
     min_runs: int = 10,
+    meter: Meter | None = None,
 ) -> dict[str, Timing]:
     """Time the subjects in turn, so that drift of the machine hits all of them alike.
 
@@ -193,6 +207,7 @@ def measure_latency(
         inputs: handed to every subject; its device is the one that is waited for.
         max_seconds: after this time no new round starts, once there are `min_runs`; warm-up does not count.
         warmup: rounds that are run and thrown away.
+        meter: read before and after each run, outside of the time that is taken.
 
     Returns:
         By name, in the order of `subjects`.
@@ -203,19 +218,31 @@ def measure_latency(
     names = [subject.name for subject in subjects]
     if len(set(names)) != len(names) or min_runs < 1:
         raise ValueError(f"subjects need different names and at least one run, not {names} with {min_runs} runs")
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples: dict[str, list[_Sample]] = {name: [] for name in names}
     label = f"timing {', '.join(names)}"
     with torch.inference_mode(), _no_garbage_collection(), progress.task(label, max(1, round(max_seconds))) as task:
         for turn in range(warmup):
-            _round(subjects, inputs, turn)
+            _round(subjects, inputs, turn, meter)
         clock = _Clock(max_seconds, task)
         turn = 0
         while turn < min_runs or not clock.expired():
-            for name, seconds in _round(subjects, inputs, turn):
-                samples[name].append(seconds)
+            for name, sample in _round(subjects, inputs, turn, meter):
+                samples[name].append(sample)
             clock.show()
             turn += 1
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
+    return {name: _timing(found, meter) for name, found in samples.items()}
+
+
+class _Sample(NamedTuple):
+    """One run: seconds, and joules (0 where there is no meter)."""
+
+    seconds: float
+    joules: float
+
+
+def _timing(samples: Sequence[_Sample], meter: Meter | None) -> Timing:
+    joules = tuple(sample.joules for sample in samples) if meter else None
+    return Timing(tuple(sample.seconds for sample in samples), joules)
 
 
 class _Clock:
@@ -240,20 +267,22 @@ class _Clock:
         return time.perf_counter() - self._start
 
 
-def _round(subjects: Sequence[Subject], inputs: Tensor, turn: int) -> list[tuple[str, float]]:
+def _round(subjects: Sequence[Subject], inputs: Tensor, turn: int, meter: Meter | None) -> list[tuple[str, _Sample]]:
     order = subjects if turn % 2 == 0 else list(reversed(subjects))
-    return [(subject.name, _time_once(subject, inputs)) for subject in order]
+    return [(subject.name, _time_once(subject, inputs, meter)) for subject in order]
 
 
-def _time_once(subject: Subject, inputs: Tensor) -> float:
+def _time_once(subject: Subject, inputs: Tensor, meter: Meter | None) -> _Sample:
     with subject.context():
         _wait_for(inputs.device)
+        before = meter.read() if meter else ()
         start = time.perf_counter()
         output = subject.run(inputs)
         _wait_for(inputs.device)
         seconds = time.perf_counter() - start
+        joules = meter.between(before, meter.read()) if meter else 0.0
         del output  # freed after the clock has stopped
-    return seconds
+    return _Sample(seconds, joules)
 
 
 def _wait_for(device: torch.device) -> None:

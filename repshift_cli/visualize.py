@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli.attach import CompressedModel
-from repshift_cli.benchmark import PLOT_FORMATS
+from repshift_cli.bench_plot import PLOT_FORMATS
 from repshift_cli.data import clips as clip_files
 from repshift_cli.data.base import ImageDataset
 from repshift_cli.data.images import draw_pictures

@@ -17,16 +17,16 @@ LAYERS = (
     {"progress", "files"},
     {"recipe"},
     {"registry", "plan"},
-    {"tokens", "attention", "schedule"},
+    {"tokens", "attention", "schedule", "energy", "compiled"},
     {"models", "merging"},
     {"metrics", "reducers", "families"},
     {"preprocessing", "measure"},
-    {"identify", "attach", "data"},
-    {"checkpoint"},
+    {"identify", "attach", "data", "bench_report"},
+    {"checkpoint", "end_to_end", "bench_budget", "bench_plot"},
     {"artifact"},
     {"fitting"},
     {"calibrate", "evaluate", "benchmark", "pareto"},
-    {"search"},
+    {"search", "peers"},
     {"budget"},
     {"compression", "visualize", "retrieval", "answering"},
     {"video_evaluation"},
@@ -39,7 +39,7 @@ LAYERS = (
 ALONE = {"metrics", "reducers", "families"}
 """They meet in `attach` and in no other of them."""
 
-WITHOUT_TORCH = {"errors", "progress", "files", "recipe", "registry", "plan", "schedule", "ui", "cli"}
+WITHOUT_TORCH = {"errors", "progress", "files", "recipe", "registry", "plan", "schedule", "bench_budget", "ui", "cli"}
 """What `--help` and a wrong recipe need: importing it must not import torch."""
 
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))

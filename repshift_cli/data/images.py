@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-__all__ = ["Drawn", "ImageBatch", "batch_of", "calibration_scenes", "draw_pictures", "load_images", "picture_batch"]
+__all__ = [
+    "Drawn",
+    "ImageBatch",
+    "batch_of",
+    "calibration_scenes",
+    "draw_pictures",
+    "load_images",
+    "open_pictures",
+    "picture_batch",
+]
 
 _SCENES = "builtin:digits"
 
@@ -122,6 +131,19 @@ def load_images(where: str | Path | None, count: int, preprocessing: Preprocessi
         raise UsageError(f"{count} images were asked for", "Give a number of 1 or more.")
     source = _open(where, count, seed)
     return picture_batch(source, draw_pictures(source, count, preprocessing, seed, source.name), seed)
+
+
+def open_pictures(where: str | Path, count: int, seed: int = 0) -> ImageDataset:
+    """Pictures whose labels do not matter: a folder, searched at any depth, or a dataset by name.
+
+    Args:
+        count: how many built-in scenes; of other sources all are there.
+        seed: which built-in scenes.
+
+    Raises:
+        DataError: there is no picture.
+    """
+    return _open(where, count, seed)
 
 
 def batch_of(
