@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli import measure
+from repshift_cli.backends import AttentionMode, attention_mode, auto_note
 from repshift_cli.errors import UsageError
 from repshift_cli.measure import Speedup, Spread, Subject, Timing
 from repshift_cli.progress import Progress
@@ -39,7 +40,6 @@ __all__ = [
 ]
 
 PLOT_FORMATS = ("png", "svg", "pdf")
-AttentionMode = Literal["auto", "sdpa", "explicit"]
 MemoryFormat = Literal["contiguous", "channels_last"]
 
 _IMAGE_DIMS = 3
@@ -259,6 +259,8 @@ def run_bench(
     runs: list[Run] = []
     attention: set[str] = set()
     with measure.threads(settings.threads) as threads, ExitStack() as switched:
+        for note in {note for module in modules if (note := auto_note(module, settings.attention))}:
+            progress.note(note)
         for module in modules:
             switched.enter_context(attention_mode(module, settings.attention))
         for batch in batches:
@@ -345,35 +347,6 @@ def _explain_memory(batch: int, device: torch.device) -> Iterator[None]:
                 f"batch size {batch} does not fit into the memory of {device}", "Take a smaller one with --batch-size."
             ) from error
         raise
-
-
-@contextmanager
-def attention_mode(module: nn.Module, mode: AttentionMode) -> Iterator[None]:
-    """Switch all attention in a model between fused and explicit, and back afterwards.
-
-    Args:
-        mode: `auto` leaves the model as it is, `sdpa` asks for torch's scaled dot-product attention, `explicit` for
-            a product, a softmax and a product.
-
-    Raises:
-        UsageError: nothing in the model has the switch (`fused_attn`, as timm's attention modules do).
-    """
-    if mode == "auto":
-        yield
-        return
-    switches: list[Any] = [part for part in module.modules() if hasattr(part, "fused_attn")]
-    if not switches:
-        raise UsageError(
-            f"no attention in {type(module).__name__} can be switched to {mode!r}", "Use --attention auto for it."
-        )
-    before = [part.fused_attn for part in switches]
-    for part in switches:
-        part.fused_attn = mode == "sdpa"
-    try:
-        yield
-    finally:
-        for part, value in zip(switches, before, strict=True):
-            part.fused_attn = value
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ LAYERS = (
     {"registry", "plan"},
     {"tokens", "attention", "schedule"},
     {"models", "merging"},
+    {"backends"},
     {"metrics", "reducers", "families"},
     {"preprocessing", "measure"},
     {"identify", "attach", "data"},

@@ -25,14 +25,6 @@ DEFAULT_BATCHES = ["1,8"]
 _DECIMALS = ((0.1, 4), (1, 3), (10, 2), (100, 1))  # below this limit, so many places after the point
 
 
-class Attention(str, Enum):
-    """What `--attention` takes."""
-
-    AUTO = "auto"
-    SDPA = "sdpa"
-    EXPLICIT = "explicit"
-
-
 class MemoryFormat(str, Enum):
     """What `--memory-format` takes."""
 
@@ -66,10 +58,7 @@ def command(
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     threads: options.Threads = None,
-    attention: Annotated[
-        Attention,
-        typer.Option("--attention", help="Fused or explicit attention, on both sides (auto: as the model has it)."),
-    ] = Attention.AUTO,
+    attention: options.Attention = options.AttentionKind.AUTO,
     memory_format: Annotated[
         MemoryFormat,
         typer.Option("--memory-format", help="How weights and images lie in memory; convolutions like channels_last."),
