@@ -75,6 +75,7 @@ def command(
         typer.Option("--batch-size", "-b", min=1, help="Inputs at a time (default: 8; 1 for a large video model)."),
     ] = None,
     threads: options.Threads = None,
+    attention: options.Attention = options.AttentionKind.AUTO,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for the latency measurement.")] = 10.0,
     seed: options.Seed = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; run, measure and write nothing.")] = False,
@@ -103,6 +104,7 @@ def command(
         dtype=dtype,
         batch_size=batch_size,
         seconds=seconds,
+        attention=attention.value,
         seed=seed,
         force=force,
     )

@@ -45,8 +45,10 @@ Attention = Annotated[
     AttentionKind,
     typer.Option(
         "--attention",
-        help="What computes attention, on all sides: the package flash-attn, torch's fused kernels (or one of them), "
-        "or none of these. auto: flash-attn where it can run, else as the model has it.",
+        metavar="KIND",
+        help="What computes attention, on all sides: flash (the package flash-attn), sdpa (torch's fused kernels; one "
+        "of them by name: sdpa:flash, sdpa:efficient, sdpa:cudnn, sdpa:math), explicit, or auto: flash-attn where it "
+        "can run, else as the model has it.",
     ),
 ]
 ModelName = Annotated[
