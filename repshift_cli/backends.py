@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from repshift_cli.attention import WIDEST
@@ -40,6 +41,7 @@ _KERNELS = {
 _NO_KERNEL = ("No available kernel", "No viable backend for scaled_dot_product_attention")
 """How torch says that no kernel which is allowed can run, on CUDA and on the CPU."""
 
+_CHECKED_TOKENS = 16
 _INSTALL = "pip install 'repshift-cli[flash]'"
 
 
@@ -77,13 +79,15 @@ def attention_mode(module: nn.Module, mode: AttentionMode) -> Iterator[None]:
 
 
 def check_attention(module: nn.Module, mode: AttentionMode) -> None:
-    """Refuse early what `attention_mode` would refuse on entering.
+    """Refuse early what `attention_mode` would refuse on entering, and kernels of torch that cannot run at all.
 
     Raises:
         UsageError: as `attention_mode`.
     """
-    with attention_mode(module, mode):
-        pass
+    with attention_mode(module, mode), torch.no_grad():
+        for device, dtype, width in {_kind(part) for part in _flash_takers(module)} if mode in _KERNELS else ():
+            query = torch.zeros(1, 1, _CHECKED_TOKENS, width, device=device, dtype=dtype)
+            functional.scaled_dot_product_attention(query, query, query)
 
 
 def flash_problem(device: torch.device, dtype: torch.dtype, width: int) -> str | None:

@@ -427,6 +427,12 @@ class TestErrors:
             tiny_vit()(images(1))
         assert "--attention sdpa" in str(caught.value)
 
+    @pytest.mark.parametrize("mode", ["sdpa:efficient", "sdpa:cudnn"])
+    def test_it_is_told_before_any_work(self, mode: AttentionMode) -> None:
+        with pytest.raises(UsageError, match=mode):
+            backends.check_attention(tiny_vit(), mode)
+        backends.check_attention(tiny_vit(), "sdpa")
+
     def test_other_errors_pass(self) -> None:
         with pytest.raises(RuntimeError, match="of the model"), attention_mode(tiny_vit(), "sdpa"):
             raise RuntimeError("of the model")

@@ -262,6 +262,12 @@ class TestAttention:
         assert "Traceback" not in outcome.stderr
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_kernel_that_is_not_for_this_device(self, cli: Command, tmp_path: Path) -> None:
+        outcome = cli("compress", "builtin:vit-digits-small", "--attention", "sdpa:cudnn")
+        assert outcome.rc == 2
+        assert "sdpa:cudnn: torch has no kernel" in " ".join(outcome.stderr.split())
+        assert list(tmp_path.iterdir()) == []
+
     def test_a_model_without_attention(self, cli: Command) -> None:
         outcome = cli("eval", "builtin:cnn-digits", "--limit", "8", "--attention", "sdpa")
         assert outcome.rc == 2
