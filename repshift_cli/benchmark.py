@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from repshift_cli import measure
+from repshift_cli.backends import AttentionMode, attention_mode, auto_note
 from repshift_cli.bench_report import (
     BenchReport,
     BreakEven,
@@ -52,7 +53,6 @@ __all__ = [
     "run_sweep",
 ]
 
-AttentionMode = Literal["auto", "sdpa", "explicit"]
 
 _IMAGE_DIMS = 3
 # Enough for caches and allocators on the CPU; a graphics card also raises its clock during the first runs.
@@ -207,7 +207,7 @@ def run_sweep(
     found: list[_Found] = []
     with measure.threads(sweep[0].threads) as threads:
         for settings in sweep:
-            with _prepared(modules, settings):
+            with _prepared(modules, settings, progress):
                 for size in sizes:
                     group = [contender for contender in contenders if contender.input_size == size]
                     bench = _GroupBench(group, settings, find_meter(device), progress, source)
@@ -236,18 +236,22 @@ def _check(
         raise UsageError("--data: reading is measured for pictures, and the model takes clips", "Leave --data out.")
     if source is not None and any(contender.preprocessing is None for contender in contenders):
         raise ValueError("contenders without preprocessing cannot read pictures")
-    for mode in dict.fromkeys(settings.attention for settings in sweep):
+    # whether flash-attn can run is known only where the model lies on the device
+    for mode in dict.fromkeys(settings.attention for settings in sweep if settings.attention != "flash"):
         for module in modules:
             with attention_mode(module, mode):
                 pass
 
 
 @contextmanager
-def _prepared(modules: Sequence[nn.Module], settings: BenchSettings) -> Iterator[None]:
+def _prepared(modules: Sequence[nn.Module], settings: BenchSettings, progress: Progress) -> Iterator[None]:
     """The modules where and as the settings want them."""
     with ExitStack() as switched:
         for module in modules:
             module.to(settings.device, settings.dtype).to(memory_format=_memory_format(settings))
+        for note in {note for module in modules if (note := auto_note(module, settings.attention))}:
+            progress.note(note)
+        for module in modules:
             switched.enter_context(attention_mode(module, settings.attention))
         yield
 
@@ -399,32 +403,3 @@ def _explain_memory(batch: int, device: torch.device) -> Iterator[None]:
         raise UsageError(
             f"batch size {batch} does not fit into the memory of {device}", "Take a smaller one with --batch-size."
         ) from error
-
-
-@contextmanager
-def attention_mode(module: nn.Module, mode: AttentionMode) -> Iterator[None]:
-    """Switch all attention in a model between fused and explicit, and back afterwards.
-
-    Args:
-        mode: `auto` leaves the model as it is, `sdpa` asks for torch's scaled dot-product attention, `explicit` for
-            a product, a softmax and a product.
-
-    Raises:
-        UsageError: nothing in the model has the switch (`fused_attn`, as timm's attention modules do).
-    """
-    if mode == "auto":
-        yield
-        return
-    switches: list[Any] = [part for part in module.modules() if hasattr(part, "fused_attn")]
-    if not switches:
-        raise UsageError(
-            f"no attention in {type(module).__name__} can be switched to {mode!r}", "Use --attention auto for it."
-        )
-    before = [part.fused_attn for part in switches]
-    for part in switches:
-        part.fused_attn = mode == "sdpa"
-    try:
-        yield
-    finally:
-        for part, value in zip(switches, before, strict=True):
-            part.fused_attn = value

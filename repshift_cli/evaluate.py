@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from math import sqrt
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from repshift_cli import measure
+from repshift_cli.backends import AttentionMode, attention_mode, auto_note
 from repshift_cli.data.base import ImageDataset, UnreadableSample
 from repshift_cli.errors import CheckFailed, DataError, ModelError, UsageError
 from repshift_cli.preprocessing import Preprocessing
@@ -53,12 +55,14 @@ class Score:
         top1_correct, top5_correct: how many had their label first, or among the first five (all, where the head has
             fewer classes than five).
         seconds: time in the model alone, for all pictures.
+        attention: what computed its attention; values as `measure.observed_attention`.
     """
 
     images: int
     top1_correct: int
     top5_correct: int
     seconds: float
+    attention: str
 
     @property
     def top1(self) -> float:
@@ -124,6 +128,7 @@ def evaluate(
     strict: bool,
     num_classes: int,
     progress: Progress,
+    attention: AttentionMode = "auto",
 ) -> Evaluation:
     """Classify every picture with every model.
 
@@ -136,12 +141,13 @@ def evaluate(
         workers: processes that decode beside this one; 0 decodes in this one.
         strict: stop at the first picture that cannot be read, instead of leaving it out.
         num_classes: outputs of the head.
+        attention: what is to compute the attention of all models.
 
     Raises:
         DataError: no picture, labels that do not fit the head, or (`strict`) a picture that cannot be read.
         ModelError: a model does not return logits of that form.
         CheckFailed: a model returns values that are not finite.
-        UsageError: not enough memory for the batch.
+        UsageError: not enough memory for the batch, or attention cannot be computed as asked.
     """
     dataset = dataset.for_head(num_classes)
     _check_classes(dataset, num_classes)
@@ -149,15 +155,20 @@ def evaluate(
         raise DataError(f"the dataset {dataset.name} has no pictures")
     for model in models.values():
         model.to(device=device, dtype=dtype).eval()
+    for note in {note for model in models.values() if (note := auto_note(model, attention))}:
+        progress.note(note)
     device = torch.device(device)
     prepared = _Prepared(dataset, preprocessing)
     tally = _Tally({name: _Count() for name in models})
     started = time.perf_counter()
     with (
+        ExitStack() as switched,
         torch.inference_mode(),
         explained_memory(f"{batch_size} images"),
         progress.task("evaluate", len(dataset)) as task,
     ):
+        for model in models.values():
+            switched.enter_context(attention_mode(model, attention))
         for batch in _batches(prepared, task, batch_size=batch_size, workers=workers, pinned=device.type == "cuda"):
             _note_broken(batch, dataset, strict, tally)
             if batch.pixels is not None:
@@ -202,6 +213,7 @@ class _Count:
     top1: int = 0
     top5: int = 0
     seconds: float = 0.0
+    attention: str = "none"
 
 
 @dataclass
@@ -219,7 +231,8 @@ class _Tally:
                 f"The first: {self.skipped[0].sample}: {self.skipped[0].reason}",
             )
         scores = {
-            name: Score(self.images, count.top1, count.top5, count.seconds) for name, count in self.counts.items()
+            name: Score(self.images, count.top1, count.top5, count.seconds, count.attention)
+            for name, count in self.counts.items()
         }
         same = self.same if len(self.counts) == 2 else None  # noqa: PLR2004
         return Evaluation(dataset.name, self.images, tuple(self.skipped), scores, same, seconds)
@@ -312,9 +325,9 @@ def _classify(
     assert batch.pixels is not None
     pixels = batch.pixels.to(device=device, dtype=dtype)
     if tally.batches == 0:
-        # The first pass pays for memory pools and kernel selection; it is not part of the speed.
-        for model in models.values():
-            model(pixels)
+        # The first pass pays for memory pools and kernel selection; it is not part of the speed, so it can be watched.
+        for name, model in models.items():
+            tally.counts[name].attention = measure.observed_attention(model, pixels)
     first: dict[str, Tensor] = {}
     for name in in_turn(list(models), tally.batches):
         logits, seconds = _timed(models[name], pixels, device)

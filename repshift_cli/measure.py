@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from repshift_cli import attention
 from repshift_cli.energy import Meter
 from repshift_cli.errors import CheckFailed, ModelError, UsageError
 from repshift_cli.progress import Progress, Task
@@ -349,7 +350,11 @@ def _meta_copy(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo).eval()
+    weightless = copy.deepcopy(model, memo).eval()
+    on_flash: list[Any] = [part for part in weightless.modules() if getattr(part, "flash_attn", False)]
+    for part in on_flash:
+        part.flash_attn = False  # no counter knows it
+    return weightless
 
 
 def _count_flops(run: Callable[[], Any]) -> int:
@@ -511,6 +516,7 @@ _FUSED_OPERATIONS = {
     "_scaled_dot_product_cudnn_attention": "sdpa:cudnn",
     "_scaled_dot_product_fused_attention_overrideable": "sdpa:fused",
 }
+_FLASH_FUNCTIONS = (attention.flash_attend, attention.flash_attend_packed)
 _SOFTMAX_OPERATIONS = {"_softmax", "_safe_softmax"}
 _ATTENTION_MAP_DIMS = 3  # batch, queries and keys at least; a softmax over classes has two
 
@@ -523,11 +529,12 @@ def observed_attention(run: Callable[[Tensor], Any], inputs: Tensor) -> str:
         attention; `flash-attn` for the package of that name; `explicit` for a softmax over a product that the
         model itself forms; `none`. Several are joined with `+`.
     """
-    operations, calls = _AttentionOperations(), _AttentionCalls()
+    operations = _AttentionOperations()
+    calls = _AttentionCalls(operations)
     # In inference mode composite operations reach a dispatch mode whole, so the kernels inside would go unseen.
     with torch.inference_mode(False), torch.no_grad(), operations, calls:
         run(inputs)
-    found = set(operations.backends)
+    found = operations.backends
     math_calls = calls.count - operations.fused_calls
     if math_calls > 0:
         found.add("sdpa:math")
@@ -543,15 +550,22 @@ def attention_backend(device: torch.device, dtype: torch.dtype, head_width: int 
 
 
 class _AttentionCalls(TorchFunctionMode):
-    """Counts calls of scaled dot-product attention, whatever they turn into."""
+    """Counts calls of scaled dot-product attention, whatever they turn into, and sees those of flash-attn.
 
-    def __init__(self) -> None:
+    Not every version of flash-attn calls an operation that a dispatch mode could see.
+    """
+
+    def __init__(self, operations: _AttentionOperations) -> None:
         super().__init__()
+        self.operations = operations
         self.count = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in _FLASH_FUNCTIONS:
+            with self.operations.inside_flash():
+                return func(*args, **(kwargs or {}))
         self.count += func is functional.scaled_dot_product_attention
         return func(*args, **(kwargs or {}))
 
@@ -564,15 +578,28 @@ class _AttentionOperations(TorchDispatchMode):
         self.backends: set[str] = set()
         self.fused_calls = 0
         self.softmax_calls = 0
+        self._paused = False
+
+    @contextmanager
+    def inside_flash(self) -> Iterator[None]:
+        """Notes flash-attn, and not what it does inside."""
+        self.backends.add("flash-attn")
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func.overloadpacket.__name__
+        if self._paused:
+            return func(*args, **(kwargs or {}))
         if name in _FUSED_OPERATIONS:
             self.backends.add(_FUSED_OPERATIONS[name])
             self.fused_calls += 1
-        elif func.namespace.startswith("flash_attn"):
+        elif func.namespace.replace("_", "").startswith("flashattn"):  # the name changed between its versions
             self.backends.add("flash-attn")
         elif name in _SOFTMAX_OPERATIONS and args[0].ndim >= _ATTENTION_MAP_DIMS:
             self.softmax_calls += 1

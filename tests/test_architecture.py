@@ -19,6 +19,7 @@ LAYERS = (
     {"registry", "plan"},
     {"tokens", "attention", "schedule", "energy", "compiled"},
     {"models", "merging"},
+    {"backends"},
     {"metrics", "reducers", "families"},
     {"preprocessing", "measure"},
     {"identify", "attach", "data", "bench_report"},

@@ -92,8 +92,9 @@ def command(
         list[str] | None,
         typer.Option(
             "--attention",
-            metavar="MODE[,MODE]",
-            help="Attention on both sides: auto (default, as the model has it), sdpa, explicit.",
+            metavar="KIND[,KIND]",
+            help="What computes attention, on both sides: auto (default), flash, sdpa or one of its kernels "
+            "(sdpa:flash, sdpa:efficient, sdpa:cudnn, sdpa:math), explicit.",
         ),
     ] = None,
     compile: Annotated[

@@ -73,6 +73,7 @@ def command(
     dtype: options.MeasureDtype = "float32",
     batch_size: options.InputsAtATime = None,
     threads: options.Threads = None,
+    attention: options.Attention = options.AttentionKind.AUTO,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for the latency measurement.")] = 10.0,
     seed: options.Seed = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; run, measure and write nothing.")] = False,
@@ -101,6 +102,7 @@ def command(
         dtype=dtype,
         batch_size=batch_size,
         seconds=seconds,
+        attention=attention.value,
         seed=seed,
         force=force,
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from repshift_cli.cli import evaluate_video, options
-from repshift_cli.cli.evaluate_video import Pooling, VideoOptions
+from repshift_cli.cli.evaluate_video import Pooling, VideoOptions, attention_words
 from repshift_cli.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +36,10 @@ _IMAGES_AT_A_TIME, _VIDEOS_AT_A_TIME = 64, 8
 
 @dataclass(frozen=True)
 class _Setup:
-    """How the command was told to run, for pictures and videos alike; device and dtype are those of torch."""
+    """How the command was told to run, for pictures and videos alike.
+
+    Device and dtype are those of torch, `attention` is an `AttentionMode`.
+    """
 
     name: str
     dataset: str | None
@@ -45,6 +48,7 @@ class _Setup:
     device: Any
     dtype: Any
     workers: int
+    attention: Any
     strict: bool
     limit: int | None
     seed: int
@@ -94,6 +98,7 @@ def command(
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     threads: options.Threads = None,
+    attention: options.Attention = options.AttentionKind.AUTO,
     workers: Annotated[
         int, typer.Option("--workers", min=0, help="Processes that decode (0: decode in this one).")
     ] = 0,
@@ -169,6 +174,7 @@ def command(
         device=measure.resolve_device(device),
         dtype=measure.resolve_dtype(dtype),
         workers=workers,
+        attention=attention.value,
         strict=strict,
         limit=limit,
         seed=seed,
@@ -210,6 +216,7 @@ def _classify(opened: Opened, told: VideoOptions, setup: _Setup, screen: Screen)
         strict=setup.strict,
         num_classes=head_size(opened.loaded.model),
         progress=screen,
+        attention=setup.attention,
     )
     _report_skipped(result)
     macs = {_COMPRESSED: opened.macs, _DENSE: opened.dense_macs}
@@ -238,7 +245,14 @@ def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Screen) ->
         setup.limit,
         setup.seed,
     )
-    settings = Settings(setup.batch_size or _VIDEOS_AT_A_TIME, setup.device, setup.dtype, setup.workers, setup.strict)
+    settings = Settings(
+        setup.batch_size or _VIDEOS_AT_A_TIME,
+        setup.device,
+        setup.dtype,
+        setup.workers,
+        setup.strict,
+        attention=setup.attention,
+    )
     evaluate_video.run(evaluate_video.Run(opened, setup.name, models, settings), wanted, told, screen, setup.json)
 
 
@@ -344,6 +358,7 @@ def show(result: Evaluation, macs: Mapping[str, int]) -> None:
             f"top-1 {change:+.2f} points against dense; {result.same_top1} of {result.images} predictions are the same"
         )
     ui.print_text(f"images/s is model time alone; end to end it was {result.images_per_s:.1f} images/s")
+    ui.print_text(attention_words({name: score.attention for name, score in result.scores.items()}))
 
 
 def _row(name: str, score: Score, macs: int) -> tuple[str, ...]:
@@ -387,4 +402,5 @@ def _numbers(score: Score, macs: int) -> dict[str, Any]:
         "top5_correct": score.top5_correct,
         "images_per_s": score.images_per_s,
         "gmacs": macs / 1e9,
+        "attention": score.attention,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,8 @@ import typer
 
 __all__ = [
     "AsJson",
+    "Attention",
+    "AttentionKind",
     "BatchSize",
     "CheckpointFrames",
     "DataDir",
@@ -25,6 +28,30 @@ __all__ = [
     "Threads",
 ]
 
+
+class AttentionKind(str, Enum):
+    """What `--attention` takes; see `backends.py`."""
+
+    AUTO = "auto"
+    FLASH = "flash"
+    SDPA = "sdpa"
+    SDPA_FLASH = "sdpa:flash"
+    SDPA_EFFICIENT = "sdpa:efficient"
+    SDPA_CUDNN = "sdpa:cudnn"
+    SDPA_MATH = "sdpa:math"
+    EXPLICIT = "explicit"
+
+
+Attention = Annotated[
+    AttentionKind,
+    typer.Option(
+        "--attention",
+        metavar="KIND",
+        help="What computes attention, on all sides: flash (the package flash-attn), sdpa (torch's fused kernels; one "
+        "of them by name: sdpa:flash, sdpa:efficient, sdpa:cudnn, sdpa:math), explicit, or auto: flash-attn where it "
+        "can run, else as the model has it.",
+    ),
+]
 ModelName = Annotated[
     str | None,
     typer.Option("--model", metavar="NAME", help="The name (timm's, vim_..., umt_...), where the file does not tell."),
