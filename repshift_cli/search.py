@@ -111,9 +111,6 @@ _AGREEMENT_SIGMAS, _DROP_SIGMAS = 1.0, 0.5
 _SITE_COST = 0.002
 """What scoring and gathering at a site take, as a fraction of a dense pass: where it saves less, a site is no use."""
 
-_TILE, _LEAST_TILED = 8, 128
-"""Where the clock decides, tokens come in multiples of this, in sequences so long that the steps stay small."""
-
 _BUDGET_TRIES = 8
 _SWEEP = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 _SWEEP_APART = 0.04
@@ -902,13 +899,10 @@ class _Search:
 
     # -- the additive model
 
-    @cached_property
+    @property
     def multiple(self) -> int:
-        """What the tokens behind each site are a multiple of: as the recipe says, or a tile where the clock decides."""
-        if self.bench.layout.map_size is not None:
-            return 1
-        fast = self.target.kind == "latency" and self.tokens >= _LEAST_TILED
-        return self.settings.start.round_tokens or (_TILE if fast else 1)
+        """What all tokens behind each site are a multiple of, as the recipe says; of a map lines count, not tokens."""
+        return 1 if self.bench.layout.map_size is not None else self.settings.start.round_tokens or 1
 
     @property
     def tokens(self) -> int:
