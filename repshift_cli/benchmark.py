@@ -17,6 +17,7 @@ from repshift_cli import measure
 from repshift_cli.errors import UsageError
 from repshift_cli.measure import Speedup, Spread, Subject, Timing
 from repshift_cli.progress import Progress
+from repshift_cli.runtimes import OpenedExport, Runtime
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,13 +91,16 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class Run:
-    """What was measured of one contender at one batch size; `macs` is per image, `timing` and memory per batch."""
+    """What was measured of one contender at one batch size; `macs` is per image, `timing` and memory per batch.
+
+    `peak_bytes` is None where a runtime allocates by itself.
+    """
 
     name: str
     batch: int
     macs: int
     timing: Timing
-    peak_bytes: int
+    peak_bytes: int | None
 
     @property
     def latency(self) -> Spread:
@@ -116,7 +120,7 @@ class Run:
             "gmacs": self.macs / 1e9,
             "latency_ms": self.latency.to_dict(),
             "throughput": _significant(self.throughput),
-            "peak_memory_mb": round(self.peak_bytes / 1e6, 3),
+            "peak_memory_mb": None if self.peak_bytes is None else round(self.peak_bytes / 1e6, 3),
         }
 
 
@@ -207,7 +211,9 @@ def contenders_of(opened: Mapping[str, Opened]) -> list[Contender]:
     Args:
         opened: by label, such as the stem of the file.
     """
-    single = len(opened) == 1
+    exported = {label: model for label, model in opened.items() if isinstance(model, OpenedExport)}
+    opened = {label: model for label, model in opened.items() if label not in exported}
+    single = len(opened) + len(exported) == 1
     dense: dict[Any, Contender] = {}
     compressed: list[Contender] = []
     for label, model in opened.items():
@@ -222,7 +228,20 @@ def contenders_of(opened: Mapping[str, Opened]) -> list[Contender]:
         if model.compressed is not None:
             name = "compressed" if single else label
             compressed.append(Contender(name, model.module, model.macs, size, against=dense[key].name))
-    return [*dense.values(), *compressed]
+    return [*dense.values(), *compressed, *_exported_contenders(exported)]
+
+
+def _exported_contenders(exported: Mapping[str, OpenedExport]) -> Iterator[Contender]:
+    """Exported files under their labels; a compressed one against the first dense one of its kind and weights."""
+    keys = {
+        label: (each.runtime.document.kind, _weights_identity(each), each.loaded.description.preprocessing.shape)
+        for label, each in exported.items()
+    }
+    dense = {keys[label]: label for label in reversed(exported) if not exported[label].reduced}
+    for label in sorted(exported, key=lambda label: exported[label].reduced):
+        each = exported[label]
+        against = dense.get(keys[label]) if each.reduced else None
+        yield Contender(label, each.module, each.macs, each.loaded.description.preprocessing.shape, against)
 
 
 def _weights_identity(opened: Opened) -> str | int:
@@ -296,12 +315,16 @@ def _measure_group(
         yield Run(contender.name, len(inputs), contender.macs, timing, memory[contender.name])
 
 
-def _peak(contender: Contender, inputs: Tensor) -> int:
+def _peak(contender: Contender, inputs: Tensor) -> int | None:
+    if isinstance(contender.module, Runtime) and contender.module.hides_memory:
+        return None
     with contender.context():
         return measure.peak_memory(contender.module, inputs)
 
 
 def _observed(contender: Contender, inputs: Tensor) -> str:
+    if isinstance(contender.module, Runtime) and contender.module.hides_memory:
+        return f"{contender.module.document.kind}'s own"  # its operations are not those of torch
     with contender.context():
         return measure.observed_attention(contender.module, inputs[:1])
 

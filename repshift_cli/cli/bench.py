@@ -45,7 +45,7 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="MODEL",
-            help="Compressed checkpoints, or dense ones with --recipe. "
+            help="Compressed checkpoints, or dense ones with --recipe; exported files. "
             f"None: {DEFAULT_MODEL} with random weights and the recipe {DEFAULT_RECIPE}.",
             show_default=False,
         ),
@@ -159,15 +159,15 @@ def _plot_format(path: Path) -> str:
 
 def _open_all(names: Sequence[str], recipe: str | None, told: dict[str, Any]) -> dict[str, Opened]:
     """Open the models, by label; without names, the default one. `told` is what the options say of them."""
-    from repshift_cli.artifact import open_model
     from repshift_cli.compression import compress_dense
+    from repshift_cli.runtimes import open_any
 
     if not names:
         name = told.pop("model_name") or DEFAULT_MODEL
         opened = compress_dense(name, recipe_name=recipe or DEFAULT_RECIPE, **told)
         return {opened.loaded.description.name: opened}
     if recipe is None:
-        return {label: open_model(name, **told) for label, name in _labels(names).items()}
+        return {label: open_any(name, **told) for label, name in _labels(names).items()}
     return {label: compress_dense(name, recipe_name=recipe, **told) for label, name in _labels(names).items()}
 
 
@@ -220,7 +220,7 @@ def show(report: BenchReport, opened: dict[str, Opened]) -> None:
             _number(run.macs / 1e9),
             _latency(run.latency),
             _number(run.throughput),
-            _number(run.peak_bytes / 1e6),
+            "-" if run.peak_bytes is None else _number(run.peak_bytes / 1e6),
         ]
         for run in report.runs
     ]
@@ -229,7 +229,14 @@ def show(report: BenchReport, opened: dict[str, Opened]) -> None:
     for ratio in report.ratios:
         ui.print_text(f"batch {ratio.batch}{f', {ratio.name}' if several else ''}: {ratio}")
     if not report.ratios:
-        ui.print_text("Nothing to compare: no model is compressed. Add --recipe to compress it for the run.")
+        ui.print_text(_why_nothing(opened))
+
+
+def _why_nothing(opened: dict[str, Opened]) -> str:
+    """Why there is no ratio."""
+    if any(model.reduced for model in opened.values()):
+        return "Nothing to compare: an exported file has no dense self. Export that too, with --dense, and name both."
+    return "Nothing to compare: no model is compressed. Add --recipe to compress it for the run."
 
 
 def _latency(spread: Spread) -> str:
