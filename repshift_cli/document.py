@@ -83,6 +83,7 @@ class Verdict(_Part):
             or where the places were not looked at.
         kept_required: how large that has to be.
         swapped: inputs of which another token was kept at some site, so that their outputs are of no use here.
+        most_swapped: how many these may be; null for any number.
         top1: share of the inputs with the same largest output; null for outputs that are no scores of classes.
     """
 
@@ -94,6 +95,7 @@ class Verdict(_Part):
     kept_equal: float | None
     kept_required: float
     swapped: NonNegativeInt
+    most_swapped: NonNegativeInt | None
     top1: float | None
 
 

@@ -41,6 +41,9 @@ _ATTENTION_OPSET = 23
 _MOST_BYTES = 2**31 - 2**20
 """A protobuf file holds no more than 2 GiB."""
 
+_MOST_TO_REWRITE = 1500
+"""Nodes of a program whose graph is rewritten by all rules of the exporter, which takes the square of their number."""
+
 _OTHERWISE = "Try another --opset, or --to pt2."
 
 _REFUSED = ("Loop", "If", "Scan", "Scatter", "ScatterElements", "ScatterND", "NonZero")
@@ -79,6 +82,7 @@ def build_graph(program: ExportedProgram, opset: int, names: tuple[str, Sequence
             "Use --dtype float16, or --to pt2.",
         )
     given, returned = names
+    short = len(program.graph.nodes) <= _MOST_TO_REWRITE
     try:
         with _quiet():
             found: Any = torch.onnx.export(
@@ -90,7 +94,10 @@ def build_graph(program: ExportedProgram, opset: int, names: tuple[str, Sequence
                 output_names=list(returned),
                 custom_translation_table={torch.ops.aten.sort.stable: _stable_sort, torch.ops.aten.sort.default: _sort},
                 verbose=False,
+                optimize=short,
             )
+            if not short:
+                _tidy(found.model)
     except torch.onnx.errors.OnnxExporterError as error:
         raise ModelError(f"the model has no form in ONNX of opset {opset}: {_reason(error)}", _OTHERWISE) from error
     model: ModelProto = found.model_proto
@@ -100,6 +107,16 @@ def build_graph(program: ExportedProgram, opset: int, names: tuple[str, Sequence
             f"the graph is not valid ONNX of opset {opset}: {problem}", "Try another --opset, or --to pt2."
         )
     return model
+
+
+def _tidy(model: Any) -> None:
+    """Fold constants, and leave out of a graph what is there twice or for nothing."""
+    from onnx_ir.passes import common
+    from onnxscript import optimizer
+
+    optimizer.fold_constants(model)
+    for tidy in (common.RemoveUnusedNodesPass, common.CommonSubexpressionEliminationPass, common.RemoveUnusedNodesPass):
+        tidy()(model)
 
 
 def _sort(self: Any, dim: int = -1, descending: bool = False) -> Any:
