@@ -234,11 +234,12 @@ def contenders_of(opened: Mapping[str, Opened]) -> list[Contender]:
 def _exported_contenders(exported: Mapping[str, OpenedExport]) -> Iterator[Contender]:
     """Exported files under their labels; a compressed one against the first dense one of its kind and weights."""
     keys = {
-        label: (each.runtime.document.kind, _weights_identity(each), each.loaded.description.preprocessing.shape)
+        label: (each.runtime.document.kind, each.weights, each.loaded.description.preprocessing.shape)
         for label, each in exported.items()
     }
-    dense = {keys[label]: label for label in reversed(exported) if not exported[label].reduced}
-    for label in sorted(exported, key=lambda label: exported[label].reduced):
+    labels = sorted(exported, key=lambda label: exported[label].reduced)
+    dense = {keys[label]: label for label in reversed(labels) if not exported[label].reduced}
+    for label in labels:
         each = exported[label]
         against = dense.get(keys[label]) if each.reduced else None
         yield Contender(label, each.module, each.macs, each.loaded.description.preprocessing.shape, against)

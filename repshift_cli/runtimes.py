@@ -217,6 +217,12 @@ class OpenedExport(Opened):
         return self.runtime.document.plan is not None
 
     @property
+    def weights(self) -> str:
+        """What tells weights apart: their hash, and where there was no file, the name of the model."""
+        document = self.runtime.document
+        return str(document.source.get("sha256") or document.model["name"])
+
+    @property
     def flexible(self) -> nn.Module:
         """What to run on any number of inputs."""
         batch = self.runtime.document.input.shape[0]

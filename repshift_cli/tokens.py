@@ -151,7 +151,7 @@ def put_at(tokens: Tensor, place: Tensor, values: Tensor) -> Tensor:
 def in_graph() -> bool:
     """Whether a graph is being traced, for `torch.compile` or an export.
 
-    A graph gets no scatter: some runtimes have none that is fast, and on a GPU one that adds is not repeatable.
+    A graph gets no scatter: every runtime has a product instead, and on a GPU a scatter that adds is not repeatable.
     """
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
