@@ -91,7 +91,7 @@ class Run:
     Attributes:
         macs: multiply-accumulates of one image.
         timing: of a batch.
-        peak_bytes: of a batch; None where it cannot be seen, inside a compiled graph.
+        peak_bytes: of a batch; None where it cannot be seen, inside a compiled graph or another runtime.
         attention: the attention that really ran, see `measure.observed_attention`.
         joules: of one image; None where the device does not tell.
         compilation: None for a model that was not compiled.

@@ -30,6 +30,7 @@ from repshift_cli.errors import UsageError
 from repshift_cli.measure import Subject, Timing
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.progress import Progress
+from repshift_cli.runtimes import OpenedExport, Runtime
 
 if TYPE_CHECKING:
     from repshift_cli.artifact import Opened
@@ -124,15 +125,19 @@ def contenders_of(opened: Mapping[str, Opened]) -> list[Contender]:
     """Every opened model, and the dense self of every compressed one.
 
     A single model gives `compressed` and `dense`; of several, a compressed one keeps its label and a dense one is
-    called after its architecture. Two that come from the same weights share one dense contender.
+    called after its architecture. Two that come from the same weights share one dense contender. Exported files keep
+    their labels.
 
     Args:
         opened: by label, such as the stem of the file.
     """
+    exported = {label: model for label, model in opened.items() if isinstance(model, OpenedExport)}
     single = len(opened) == 1
     dense: dict[Any, Contender] = {}
     compressed: list[Contender] = []
     for label, model in opened.items():
+        if label in exported:
+            continue
         description = model.loaded.description
         size = description.preprocessing.shape
         key = (_weights_identity(model), description.name, size)
@@ -153,7 +158,22 @@ def contenders_of(opened: Mapping[str, Opened]) -> list[Contender]:
                     preprocessing=description.preprocessing,
                 )
             )
-    return [*dense.values(), *compressed]
+    return [*dense.values(), *compressed, *_exported_contenders(exported)]
+
+
+def _exported_contenders(exported: Mapping[str, OpenedExport]) -> Iterator[Contender]:
+    """Exported files under their labels; a compressed one against the first dense one of its kind and weights."""
+    keys = {
+        label: (each.runtime.document.kind, each.weights, each.loaded.description.preprocessing.shape)
+        for label, each in exported.items()
+    }
+    labels = sorted(exported, key=lambda label: exported[label].reduced)
+    dense = {keys[label]: label for label in reversed(labels) if not exported[label].reduced}
+    for label in labels:
+        each = exported[label]
+        against = dense.get(keys[label]) if each.reduced else None
+        how = each.loaded.description.preprocessing
+        yield Contender(label, each.module, each.macs, how.shape, against, preprocessing=how)
 
 
 def _weights_identity(opened: Opened) -> str | int:
@@ -196,12 +216,13 @@ def run_sweep(
         source: pictures for passes from files to results; None for none.
 
     Raises:
-        UsageError: a batch does not fit into memory, a model has no attention that can be switched as asked, or it
-            cannot be compiled.
+        UsageError: a batch does not fit into memory, a model has no attention that can be switched as asked, it
+            cannot be compiled, or it is an exported file and anything of this is asked for.
         DataError: as `measure_end_to_end`.
         ValueError: a source, and contenders whose preprocessing is not known.
     """
-    modules = _distinct([contender.module for contender in contenders])
+    _check_exported(contenders, sweep)
+    modules = _distinct([each.module for each in contenders if not isinstance(each.module, Runtime)])
     _check(contenders, modules, sweep, source)
     device, sizes = sweep[0].device, list(dict.fromkeys(contender.input_size for contender in contenders))
     found: list[_Found] = []
@@ -220,6 +241,17 @@ def run_sweep(
         ratios=tuple(ratio for each in found for ratio in each.ratios),
         end_to_end=tuple(each.end_to_end for each in found if each.end_to_end),
     )
+
+
+def _check_exported(contenders: Sequence[Contender], sweep: Sequence[BenchSettings]) -> None:
+    """Refuse what exported files cannot do: their graphs are fixed."""
+    for path in (each.module.path for each in contenders if isinstance(each.module, Runtime)):
+        if any(settings.compile != "off" for settings in sweep):
+            raise UsageError(f"--compile: {path} is an exported file, which is not compiled again", "Leave it out.")
+        if any(settings.attention != "auto" for settings in sweep):
+            raise UsageError(
+                f"--attention: {path} is an exported file, whose attention cannot be switched", "Use --attention auto."
+            )
 
 
 def _check(
@@ -323,6 +355,8 @@ class _GroupBench:
         # on the CPU the tensors inside a graph are not seen, and graphs of CUDA calls hold theirs between runs
         if self.settings.compile != "off" and (self.settings.device.type, self.settings.compile) != ("cuda", "default"):
             return None
+        if isinstance(subject.run, Runtime) and subject.run.hides_memory:
+            return None
         with subject.context():
             return measure.peak_memory(subject.run, inputs)
 
@@ -365,6 +399,9 @@ def _compilation(run: Callable[[Tensor], Any]) -> Compilation | None:
 
 
 def _observed(contender: Contender, inputs: Tensor) -> str:
+    module = contender.module
+    if isinstance(module, Runtime) and module.hides_memory:
+        return f"{module.document.kind}'s own"  # its operations are not those of torch
     with contender.context():
         return measure.observed_attention(contender.module, inputs[:1])
 

@@ -432,11 +432,11 @@ def _load_folder(folder: Path, told: _Told) -> LoadedModel:
         raise CheckpointError(
             f"{folder} is not a model folder", "It needs config.json, and model.safetensors or pytorch_model.bin."
         )
-    config = _read_config(config_path)
     weights = read_weights(found[0])
     weights.source = Source("folder", str(folder), weights.source.sha256)
     if weights.document is not None:
         return _from_weights(weights, told, folder.name)
+    config = _read_config(config_path)
     name = told.model_name or config["architecture"]
     args = config["model_args"] if name == config["architecture"] else {}
     identity = identify(

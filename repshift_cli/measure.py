@@ -538,7 +538,7 @@ def observed_attention(run: Callable[[Tensor], Any], inputs: Tensor) -> str:
     math_calls = calls.count - operations.fused_calls
     if math_calls > 0:
         found.add("sdpa:math")
-    if operations.softmax_calls > math_calls:  # the math backend takes one softmax a call
+    if operations.softmax_calls > max(math_calls, 0):  # the math backend takes one softmax a call; graphs make no calls
         found.add("explicit")
     return "+".join(sorted(found)) or "none"
 

@@ -22,6 +22,7 @@ from repshift_cli.errors import ModelError, RecipeError, UsageError
 from repshift_cli.plan import Plan, PlanSite
 from repshift_cli.recipe import Part, nearest
 from repshift_cli.reducers import Merger, Reducer, build_reducer
+from repshift_cli.runtimes import OpenedExport, Runtime
 
 __all__ = ["PEERS", "Peer", "check_names", "contenders_against", "shared_copy", "uniform_plan"]
 
@@ -60,7 +61,11 @@ def contenders_against(opened: Mapping[str, Opened], names: Sequence[str]) -> li
     check_names(names)
     wanted = [name for name in dict.fromkeys(names) if PEERS[name].plan or PEERS[name].attention]
     found = contenders_of(opened)
+    exported = [contender for contender in found if isinstance(contender.module, Runtime)]
+    found = [contender for contender in found if contender not in exported]
     compressed = [contender for contender in found if contender.role == "compressed"]
+    if wanted and any(isinstance(model, OpenedExport) for model in opened.values()):
+        raise UsageError("--against: an exported file cannot be made into a peer", "Name its checkpoint instead.")
     if wanted and not compressed:
         raise UsageError("--against: no model is compressed", "Add --recipe to compress it for the run.")
     models = [model.compressed for model in opened.values() if model.compressed is not None]
@@ -70,7 +75,7 @@ def contenders_against(opened: Mapping[str, Opened], names: Sequence[str]) -> li
         own = [_build(name, contender, model, single=len(compressed) == 1) for name in wanted]
         ours.append(replace(contender, peers=tuple(peer.name for peer in own)))
         peers += own
-    return [*(contender for contender in found if contender.role == "dense"), *ours, *peers]
+    return [*(contender for contender in found if contender.role == "dense"), *ours, *peers, *exported]
 
 
 def check_names(names: Sequence[str]) -> None:

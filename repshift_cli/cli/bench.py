@@ -52,7 +52,7 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="MODEL",
-            help="Compressed checkpoints, or dense ones with --recipe. "
+            help="Compressed checkpoints, or dense ones with --recipe; exported files. "
             f"None: {DEFAULT_MODEL} with random weights and the recipe {DEFAULT_RECIPE}.",
             show_default=False,
         ),
@@ -257,15 +257,15 @@ def _plot_format(path: Path) -> str:
 
 def _open_all(names: Sequence[str], recipe: str | None, told: Mapping[str, Any]) -> dict[str, Opened]:
     """Open the models, by label; without names, the default one. `told` is what the options say of them."""
-    from repshift_cli.artifact import open_model
     from repshift_cli.compression import compress_dense
+    from repshift_cli.runtimes import open_any
 
     if not names:
         name = told["model_name"] or DEFAULT_MODEL
         opened = compress_dense(name, recipe_name=recipe or DEFAULT_RECIPE, **{**told, "model_name": None})
         return {opened.loaded.description.name: opened}
     if recipe is None:
-        return {label: open_model(name, **told) for label, name in _labels(names).items()}
+        return {label: open_any(name, **told) for label, name in _labels(names).items()}
     return {label: compress_dense(name, recipe_name=recipe, **told) for label, name in _labels(names).items()}
 
 

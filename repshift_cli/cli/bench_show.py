@@ -32,9 +32,16 @@ def show(report: BenchReport, opened: Mapping[str, Opened], verdicts: Sequence[V
     if (fewest := min(run.latency.count for run in report.runs)) < _ENOUGH_RUNS:
         ui.print_text(f"Only {fewest} run{'s' if fewest > 1 else ''} of each: too few for the intervals to mean much.")
     if not report.ratios:
-        ui.print_text("Nothing to compare: no model is compressed. Add --recipe to compress it for the run.")
+        ui.print_text(_why_nothing(opened))
     for verdict in verdicts:
         ui.print_text(f"budget, {verdict}")
+
+
+def _why_nothing(opened: Mapping[str, Opened]) -> str:
+    """Why there is no ratio."""
+    if any(model.reduced for model in opened.values()):
+        return "Nothing to compare: an exported file has no dense self. Export that too, with --dense, and name both."
+    return "Nothing to compare: no model is compressed. Add --recipe to compress it for the run."
 
 
 def _show_head(report: BenchReport, opened: Mapping[str, Opened]) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from repshift_cli.cli import options
+from repshift_cli.cli.export import Target, check_all, export_all
+from repshift_cli.cli.export import show as show_export
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,6 +78,10 @@ def command(
     attention: options.Attention = options.AttentionKind.AUTO,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for the latency measurement.")] = 10.0,
     seed: options.Seed = 0,
+    export: Annotated[
+        list[Target] | None,
+        typer.Option("--export", help="Export the result too, beside it; may be repeated (see repshift export)."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; run, measure and write nothing.")] = False,
     json: options.AsJson = False,
     force: options.Force = False,
@@ -106,12 +112,18 @@ def command(
         seed=seed,
         force=force,
     )
+    targets = [] if dry_run else (export or [])
+    check_all(output or default_output(checkpoint), targets, force)
     with using_threads(threads):
         report = compress_checkpoint(checkpoint, settings, ui.Screen(), dry_run)
+        exported = export_all(report.output, targets, force) if report.output else []
     if json:
-        ui.print_json(report.to_dict())
+        told = {"exports": [each.to_dict() for each in exported]} if exported else {}
+        ui.print_json(report.to_dict() | told)
     else:
         show(report)
+        for each in exported:
+            show_export(each)
 
 
 def default_output(checkpoint: str) -> Path:

@@ -58,7 +58,7 @@ class _Setup:
 
 def command(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A checkpoint, dense or compressed, or a built-in model.")
+        str, typer.Argument(metavar="MODEL", help="A checkpoint, an exported file, or a built-in model.")
     ] = _DEFAULT_MODEL,
     *,
     dataset: Annotated[
@@ -163,8 +163,8 @@ def command(
     chosen = _dataset_of(model, dataset, annotations)
 
     from repshift_cli import measure, ui
-    from repshift_cli.artifact import open_model
     from repshift_cli.identify import Clips
+    from repshift_cli.runtimes import open_any
 
     setup = _Setup(
         name=model,
@@ -181,7 +181,7 @@ def command(
         compare_dense=compare_dense,
         json=json,
     )
-    opened = open_model(model, model_name, heads, img_size, clips=Clips(frames, checkpoint_frames))
+    opened = open_any(model, model_name, heads, img_size, clips=Clips(frames, checkpoint_frames))
     screen = ui.Screen()
     for note in opened.loaded.notes:
         screen.note(note)
@@ -227,9 +227,19 @@ def _classify(opened: Opened, told: VideoOptions, setup: _Setup, screen: Screen)
 
 
 def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Screen) -> None:
-    """Evaluate a model for video and text."""
+    """Evaluate a model for video and text.
+
+    Raises:
+        ModelError: it is an exported file.
+    """
+    from repshift_cli.runtimes import OpenedExport
     from repshift_cli.video_evaluation import DenseSelf, Settings, Wanted
 
+    if isinstance(opened, OpenedExport):
+        raise ModelError(
+            f"{setup.name} holds the vision encoder alone, and retrieval and answers need the text side too",
+            "Evaluate the checkpoint that it was exported from.",
+        )
     check_comparison(opened, setup.compare_dense, setup.name)
     compressed = opened.compressed
     models: dict[str, Any] = {_DENSE if compressed is None else _COMPRESSED: opened.loaded.model}
@@ -279,6 +289,11 @@ def check_comparison(opened: Opened, compare_dense: bool, name: str) -> None:
     Raises:
         UsageError: a comparison was asked for, but the model is dense.
     """
+    if opened.compressed is None and opened.reduced and compare_dense:
+        raise UsageError(
+            f"--compare-dense: {name} is an exported file, which has no dense self",
+            "Export that too, with --dense, and evaluate both; or evaluate the checkpoint.",
+        )
     if opened.compressed is None and compare_dense:
         raise UsageError(
             f"--compare-dense: {name} is dense itself, there is nothing to compare",
@@ -288,8 +303,12 @@ def check_comparison(opened: Opened, compare_dense: bool, name: str) -> None:
 
 def models_of(opened: Opened, compare_dense: bool, name: str) -> dict[str, nn.Module]:
     """The modules to run, by name; the first one is what was asked for. Errors as `check_comparison`."""
+    from repshift_cli.runtimes import OpenedExport
+
     check_comparison(opened, compare_dense, name)
     compressed = opened.compressed
+    if isinstance(opened, OpenedExport):
+        return {_COMPRESSED if opened.reduced else _DENSE: opened.flexible}
     if compressed is None:
         return {_DENSE: opened.module}
     if not compare_dense:
