@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import statistics
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from _results import provenance, publish, table
+from _timing import timed
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -29,7 +28,6 @@ from repshift_cli.tokens import gather_tokens, keep_top
 
 MODEL, RECIPE = "deit_small_patch16_224", "deit_small_paper"
 FORBIDDEN = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero")
-WARMUP = 5
 
 
 def main() -> None:
@@ -112,18 +110,6 @@ def operations(run: Callable[[], object]) -> Counter[str]:
     views |= {"unflatten", "reshape", "_unsafe_view", "narrow", "unbind", "split", "detach"}
     names = (event.name for event in profiler.events() if event.name.startswith("aten::"))
     return Counter(name for name in names if name.removeprefix("aten::") not in views)
-
-
-def timed(group: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, in turn."""
-    samples: dict[str, list[float]] = {name: [] for name in group}
-    for done in range(WARMUP + rounds):
-        for name, run in group.items():
-            begin = time.perf_counter()
-            run()
-            if done >= WARMUP:
-                samples[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(found) for name, found in samples.items()}
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def main() -> None:
     text = "\n\n".join([f"## DeiT on a CPU, {options.dtype}", provenance(command, machine), *sections, NOTE])
     print(text)
     if not options.dry_run:
-        write_section(f"vit_cpu_{options.dtype}", text)
+        write_section("vit_cpu" if options.dtype == "float32" else f"vit_cpu_{options.dtype}", text)
 
 
 NOTE = (
@@ -116,9 +116,7 @@ def render(published: Published, report: BenchReport) -> str:
 
 def row(run: Run, report: BenchReport) -> list[str]:
     ratios = {(ratio.name, ratio.against): ratio for ratio in report.ratios if ratio.batch == run.batch}
-    over_dense = next(
-        (ratio for (name, against), ratio in ratios.items() if name == run.name and against == "dense"), None
-    )
+    over_dense = ratios.get((run.name, "dense"))
     ours = next(each for each in report.runs if each.role == "compressed" and each.batch == run.batch)
     against = "-" if run is ours else words(speedup(run.timing, ours.timing))
     cells = [str(run.batch), run.name, f"{run.macs / 1e9:.2f}", latency(run.latency), f"{run.throughput:.1f}"]
