@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import timm
 import torch
 from _results import provenance, publish, table
+from _timing import timed
 
 from repshift_cli.attention import attend
 from repshift_cli.measure import device_name
@@ -24,7 +23,6 @@ from repshift_cli.recipe import Part
 
 HEADS, WIDTH, TOKENS = 6, 64, 158
 ARRIVING = 197
-WARMUP = 10
 
 
 def main() -> None:
@@ -57,7 +55,8 @@ def rows_for(batch: int, rounds: int) -> list[list[str]]:
         medians = timed(group, rounds)
         first = next(iter(medians.values()))
         found += [
-            [str(batch), name, f"{median:.3f}", f"{100 * median / first:.1f}%"] for name, median in medians.items()
+            [str(batch), name, f"{1e3 * median:.3f}", f"{100 * median / first:.1f}%"]
+            for name, median in medians.items()
         ]
     return found
 
@@ -85,18 +84,6 @@ def scores(batch: int) -> dict[str, Callable[[], object]]:
         "fitted score": lambda: fitted.score(seen, site),
         "representation shift (mlp, l2)": lambda: shift.score(seen, site),
     }
-
-
-def timed(group: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, in turn."""
-    samples: dict[str, list[float]] = {name: [] for name in group}
-    for done in range(WARMUP + rounds):
-        for name, run in group.items():
-            begin = time.perf_counter()
-            run()
-            if done >= WARMUP:
-                samples[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: statistics.median(found) for name, found in samples.items()}
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from repshift_cli.evaluate import (
     in_turn,
     per_second,
     percent_interval,
-    wait_for,
 )
+from repshift_cli.measure import wait_for
 from repshift_cli.progress import Progress
 
 __all__ = [

@@ -241,6 +241,7 @@ class CompressedModel(nn.Module):
             context = SiteContext(planned.layer, stream.prefix, class_token)
             hook = _SiteHook(planned, stream, context, metrics=here, reducer=reducer)
             self._install(sites[planned.site], hook)
+        self._place()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own forward."""
@@ -373,7 +374,6 @@ class CompressedModel(nn.Module):
         assert place is not None
         self._handles.append(place.register_forward_hook(hook.on_block, with_kwargs=True))
         self._hooks.append(hook)
-        self._place()
 
 
 def attach(model: nn.Module, plan: Plan) -> CompressedModel:

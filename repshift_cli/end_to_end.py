@@ -14,7 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 from repshift_cli.bench_report import EndToEnd, Passes, Setting
 from repshift_cli.data.base import ImageDataset, UnreadableSample
 from repshift_cli.errors import DataError
-from repshift_cli.measure import Subject
+from repshift_cli.measure import Subject, wait_for
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.progress import Progress
 
@@ -173,7 +173,7 @@ def _pass(batches: _Batches, subject: Subject | None, placement: Placement) -> t
     if subject is None:
         for pixels in batches:
             _place(pixels, placement)
-        _wait_for(placement.device)
+        wait_for(placement.device)
         whole = time.perf_counter() - start
         return whole, whole
     with subject.context():
@@ -182,15 +182,10 @@ def _pass(batches: _Batches, subject: Subject | None, placement: Placement) -> t
             waiting += time.perf_counter() - asked
             subject.run(_place(pixels, placement))
             # as somebody who needs each result would; queued work would hide who waits for whom
-            _wait_for(placement.device)
+            wait_for(placement.device)
             asked = time.perf_counter()
     return time.perf_counter() - start, waiting
 
 
 def _place(pixels: Tensor, placement: Placement) -> Tensor:
     return pixels.to(placement.device, placement.dtype, memory_format=placement.memory_format, non_blocking=True)
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -30,7 +30,6 @@ __all__ = [
     "in_turn",
     "per_second",
     "percent_interval",
-    "wait_for",
     "wilson_interval",
 ]
 
@@ -352,17 +351,11 @@ def in_turn(names: list[str], turn: int) -> list[str]:
 
 
 def _timed(model: nn.Module, pixels: Tensor, device: torch.device) -> tuple[Tensor, float]:
-    wait_for(device)
+    measure.wait_for(device)
     started = time.perf_counter()
     logits = model(pixels)
-    wait_for(device)
+    measure.wait_for(device)
     return logits, time.perf_counter() - started
-
-
-def wait_for(device: torch.device) -> None:
-    """Until the device has done all that it was asked to; the CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _check_logits(name: str, logits: object, batch: int, num_classes: int) -> None:

@@ -47,6 +47,7 @@ __all__ = [
     "resolve_dtype",
     "speedup",
     "threads",
+    "wait_for",
 ]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -275,18 +276,19 @@ def _round(subjects: Sequence[Subject], inputs: Tensor, turn: int, meter: Meter 
 
 def _time_once(subject: Subject, inputs: Tensor, meter: Meter | None) -> _Sample:
     with subject.context():
-        _wait_for(inputs.device)
+        wait_for(inputs.device)
         before = meter.read() if meter else ()
         start = time.perf_counter()
         output = subject.run(inputs)
-        _wait_for(inputs.device)
+        wait_for(inputs.device)
         seconds = time.perf_counter() - start
         joules = meter.between(before, meter.read()) if meter else 0.0
         del output  # freed after the clock has stopped
     return _Sample(seconds, joules)
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until the device has done all that it was asked to; the CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

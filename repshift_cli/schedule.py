@@ -495,7 +495,7 @@ def on_tiles(kept: Kept, tokens: int, prefix: int, multiple: int) -> Kept:
     stays as it is.
     """
     return tuple(
-        count if count >= tokens or count + prefix < max(multiple, prefix + 1) else _tile_below(count, prefix, multiple)
+        count if count >= tokens or count + prefix < multiple else _tile_below(count, prefix, multiple)
         for count in kept
     )
 
