@@ -116,12 +116,13 @@ def command(
     check_all(output or default_output(checkpoint), targets, force)
     with using_threads(threads):
         report = compress_checkpoint(checkpoint, settings, ui.Screen(), dry_run)
+        if not json:
+            show(report)  # before the exports, of which one may fail
         exported = export_all(report.output, targets, force) if report.output else []
     if json:
         told = {"exports": [each.to_dict() for each in exported]} if exported else {}
         ui.print_json(report.to_dict() | told)
     else:
-        show(report)
         for each in exported:
             show_export(each)
 

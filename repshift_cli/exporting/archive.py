@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from repshift_cli.checkpoint import METADATA_KEY
 from repshift_cli.document import ExportDocument
-from repshift_cli.errors import ModelError
+from repshift_cli.errors import ModelError, OutputError
 from repshift_cli.runtimes import DOCUMENT_FILE
 
 __all__ = ["compile_package", "set_document", "write_program"]
@@ -21,11 +21,18 @@ _COMPILED_METADATA = "_metadata.json"
 
 
 def write_program(program: ExportedProgram, path: Path, document: ExportDocument) -> None:
-    """Write a program, without the inputs that it was traced with and the folders of this machine, and a document."""
+    """Write a program, without the inputs that it was traced with and the folders of this machine, and a document.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     program.example_inputs = None
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
-    torch.export.save(program, path, extra_files={DOCUMENT_FILE: document.model_dump_json()})
+    try:
+        torch.export.save(program, path, extra_files={DOCUMENT_FILE: document.model_dump_json()})
+    except RuntimeError as error:  # torch's writer has no kind of its own for a full disk
+        raise OutputError(f"cannot write the program: {_last_line(error)}", "Is there room for it?") from error
 
 
 def compile_package(program: ExportedProgram, path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from repshift_cli import artifact
 from repshift_cli.artifact import Opened
 from repshift_cli.checkpoint import METADATA_KEY
 from repshift_cli.document import ExportDocument
-from repshift_cli.errors import CheckFailed
+from repshift_cli.errors import CheckFailed, OutputError
 from repshift_cli.exporting.base import Request, Subject
 from repshift_cli.plan import Plan
 
@@ -37,7 +38,11 @@ _NAMELESS = "vit_base_patch16_224"
 
 
 def write_weights(folder: Path, subject: Subject, request: Request) -> None:
-    """`model.safetensors`: the tensors of the dense model, and the plan in the metadata, where there is one."""
+    """`model.safetensors`: the tensors of the dense model, and the plan in the metadata, where there is one.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     loaded = subject.opened.loaded
     tensors = loaded.tensors
     if request.dtype is not None:
@@ -46,7 +51,10 @@ def write_weights(folder: Path, subject: Subject, request: Request) -> None:
         }
     document = {"model": loaded.description.to_dict()} if subject.plan is None else loaded.document
     metadata = {"format": "pt", METADATA_KEY: json.dumps(document, allow_nan=False)}
-    save_file(artifact.separated(tensors), folder / WEIGHTS, metadata=metadata)
+    try:
+        save_file(artifact.separated(tensors), folder / WEIGHTS, metadata=metadata)
+    except SafetensorError as error:
+        raise OutputError(f"cannot write {WEIGHTS}: {error}", "Nothing was left under its name.") from error
 
 
 def write_config(folder: Path, subject: Subject, document: ExportDocument) -> None:

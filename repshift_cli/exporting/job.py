@@ -48,13 +48,13 @@ class Exported:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document of `repshift export`."""
-        told = self.document.model_dump(mode="json", include={"kind", "input", "output", "opset", "device", "verified"})
-        ports = {"input": told.pop("input"), "output_port": told.pop("output")}
+        told = self.document.model_dump(mode="json", include={"kind", "opset", "device", "verified"})
+        ports = self.document.model_dump(mode="json", include={"input", "output"})
         return {
             "output": str(self.output),
             "bytes": self.bytes,
             **told,
-            **ports,
+            "ports": ports,
             "compressed": self.document.plan is not None,
             "gmacs": self.document.macs / 1e9,
             "dense_gmacs": self.document.dense_macs / 1e9,

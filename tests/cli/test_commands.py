@@ -23,7 +23,7 @@ class TestHelp:
     @pytest.mark.parametrize(
         ("command", "options"),
         [
-            ([], ["compress", "bench", "eval", "inspect", "visualize", "demo", "recipes", "--version"]),
+            ([], ["compress", "export", "bench", "eval", "inspect", "visualize", "demo", "recipes", "--version"]),
             (
                 ["compress"],
                 [
@@ -48,6 +48,7 @@ class TestHelp:
             ),
             (["bench"], ["--batch-size", "--recipe", "--dtype", "--device", "--threads", "--attention", "--json"]),
             (["eval"], ["--dataset", "--data-dir", "--limit", "--compare-dense", "--attention", "--strict", "--json"]),
+            (["export"], ["--to", "--output", "--batch", "--dtype", "--opset", "--no-verify", "--dense", "--json"]),
             (["inspect"], ["--model", "--heads", "--json"]),
             (["visualize"], ["--json", "--output"]),
             (["demo"], ["--json"]),

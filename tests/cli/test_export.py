@@ -46,7 +46,7 @@ class TestExport:
         told = document_of(shell("export", small, "--to", "onnx", "--json"))
         assert told["output"] == "small.onnx"
         assert told["verified"]["passed"] is True
-        assert told["input"] == {"name": "images", "shape": [None, 3, 24, 24], "dtype": "float32"}
+        assert told["ports"]["input"] == {"name": "images", "shape": [None, 3, 24, 24], "dtype": "float32"}
         assert told["opset"] == 20
         assert told["operators"]["TopK"] == 2
         assert (
