@@ -17,7 +17,7 @@ LAYERS = (
     {"progress", "files"},
     {"recipe"},
     {"registry", "plan"},
-    {"tokens", "attention", "schedule"},
+    {"tokens", "attention", "schedule", "processes", "digests"},
     {"models", "merging"},
     {"metrics", "reducers", "families"},
     {"preprocessing", "measure"},

@@ -9,11 +9,9 @@ from typing import Annotated
 import typer
 
 from repshift_cli.cli import bench, compress, demo, evaluate, inspect, recipes, search, visualize
+from repshift_cli.cli.together import INTERRUPTED, Interrupted
 
 __all__ = ["app", "main"]
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
 
 app = typer.Typer(
     name="repshift",
@@ -59,7 +57,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     try:
         app(prog_name="repshift")
-    except search.Interrupted:
+    except Interrupted:
         raise  # it has told what it left behind
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +14,8 @@ import typer
 from repshift_cli.cli import options
 from repshift_cli.cli.bench import check_picture_format
 from repshift_cli.cli.compress import describe_metric, describe_tokens
-from repshift_cli.errors import CheckFailed, RepshiftError, UsageError
+from repshift_cli.cli.together import INTERRUPTED, Interrupted, is_first, one_voice, own_device
+from repshift_cli.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
     from repshift_cli.budget import Found
@@ -25,23 +24,15 @@ if TYPE_CHECKING:
     from repshift_cli.schedule import Target
     from repshift_cli.search import Point
 
-__all__ = ["Interrupted", "command", "own_device", "show", "show_found"]
+__all__ = ["command", "show", "show_found"]
 
-_INTERRUPTED = 130
 _FRONT_ROWS = 8
 _READ_BYTES = 1 << 20
-_GRACE_SECONDS = 5.0
-"""For which another process than the first waits with an error: torchrun ends it as soon as the first has told its."""
-
 _WORDS = {
     "output": "the recipe",
     "checkpoint": "the compressed checkpoint",
     "plot": "quality against cost",
 }
-
-
-class Interrupted(SystemExit):
-    """The search was interrupted, and has told what it wrote."""
 
 
 def command(
@@ -135,7 +126,7 @@ def command(
     force: options.Force = False,
 ) -> None:
     """Find the schedule that meets a budget with the least harm to the predictions, and write it as a recipe."""
-    with _one_voice():
+    with one_voice():
         goal = _target(target, recipe)
         files = _Files.of(checkpoint, goal, output=output, save=save, plot=plot, state=state)
         files.check(force)
@@ -147,7 +138,7 @@ def command(
         from repshift_cli.measure import threads as using_threads
         from repshift_cli.progress import Silent
 
-        first = _is_first()
+        first = is_first()
         request = Request(goal, evaluations, tuple(reducer or ()), files.state, seconds, first)
         settings = Settings(
             recipe=recipe,
@@ -277,7 +268,7 @@ class _Run:
                 f"interrupted: {self.files.recipe} is the best so far of {found.result.evaluations} schedules. The "
                 f"search is kept in {self.files.state}; the same command goes on from there"
             )
-            raise Interrupted(_INTERRUPTED)
+            raise Interrupted(INTERRUPTED)
 
     def _check_met(self, found: Found) -> None:
         result = found.result
@@ -295,7 +286,7 @@ class _Run:
                 f"interrupted: the best so far misses {result.target} ({result.target.kind}={result.nearest:.4g}), so "
                 f"nothing was written. The search is kept in {self.files.state}; the same command goes on from there"
             )
-            raise Interrupted(_INTERRUPTED)
+            raise Interrupted(INTERRUPTED)
         try:
             result.require_met()
         except CheckFailed as error:
@@ -350,31 +341,6 @@ def default_output(checkpoint: str, target: Target) -> Path:
     return Path(f"{weight_stem(name)}_{target.kind}{target.value:g}.yaml")
 
 
-def _is_first() -> bool:
-    """Whether this process is the one that prints and writes: the only one, or the first that torchrun started."""
-    if os.environ.get("RANK", "0") == "0":
-        return True
-    from repshift_cli.search import launched_together
-
-    return not launched_together()
-
-
-def own_device(device: str) -> str:
-    """The card of this process, where torchrun started several and `cuda` alone is asked for."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
-
-
-@contextmanager
-def _one_voice() -> Iterator[None]:
-    """Let the first process alone tell an error that all of them meet."""
-    try:
-        yield
-    except RepshiftError:
-        if not _is_first():
-            time.sleep(_GRACE_SECONDS)
-        raise
-
-
 @contextmanager
 def _explained_interrupt(files: _Files, first: bool) -> Iterator[None]:
     """Say what is left where an interruption came before there was anything to write."""
@@ -385,7 +351,7 @@ def _explained_interrupt(files: _Files, first: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         if first and files.state.is_file():
             ui.warn(f"interrupted; the search is kept in {files.state}, and the same command goes on from there")
-            raise Interrupted(_INTERRUPTED) from None
+            raise Interrupted(INTERRUPTED) from None
         raise
 
 
