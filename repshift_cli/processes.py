@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import TypeVar
 from uuid import uuid4
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
+
+from repshift_cli.errors import RepshiftError
 
 __all__ = ["Processes", "launched_together", "together"]
 
@@ -66,16 +69,25 @@ class Processes:
         distributed.all_reduce(numbers)
         return [int(number) for number in numbers.tolist()]
 
-    def stop(self) -> None:
-        """Ask the others to come to an end.
+    def agreed(self, work: Callable[[], _Value]) -> _Value:
+        """Do what each process does for itself; where it fails in one, it fails in all, with the same error.
 
-        Later interrupts are not listened to: `torchrun` hands on one that the keyboard has given already.
+        Raises:
+            RepshiftError: that of the first process in which `work` raised one.
         """
-        if self._store is None:
-            return
-        self._store.set(_STOP, "1")
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            done, problem = [work()], None
+        except RepshiftError as error:
+            done, problem = [], error
+        for told in self.collect(problem):
+            if told is not None:
+                raise told
+        return done[0]
+
+    def stop(self) -> None:
+        """Ask the others to come to an end."""
+        if self._store is not None:
+            self._store.set(_STOP, "1")
 
     def stopped(self) -> bool:
         """Whether one of the others asked for the end."""
@@ -107,6 +119,26 @@ def together(device: torch.device | None = None) -> Iterator[Processes]:
     else:
         distributed.init_process_group("gloo")
     try:
-        yield Processes(device)
+        with _one_interrupt():
+            yield Processes(device)
     finally:
         distributed.destroy_process_group()
+
+
+@contextmanager
+def _one_interrupt() -> Iterator[None]:
+    """Listen to the first interrupt only: `torchrun` hands on what the keyboard has sent to all processes already."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, _interrupt_once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
+
+def _interrupt_once(number: int, frame: FrameType | None) -> None:
+    del frame
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt

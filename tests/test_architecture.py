@@ -17,14 +17,14 @@ LAYERS = (
     {"progress", "files"},
     {"recipe"},
     {"registry", "plan"},
-    {"tokens", "attention", "schedule", "processes", "digests"},
+    {"tokens", "attention", "schedule", "processes", "digests", "intervals", "tally"},
     {"models", "merging"},
     {"metrics", "reducers", "families"},
     {"preprocessing", "measure"},
     {"identify", "attach", "data"},
     {"checkpoint"},
     {"artifact"},
-    {"fitting"},
+    {"fitting", "resuming"},
     {"calibrate", "evaluate", "benchmark", "pareto"},
     {"search"},
     {"budget"},
@@ -39,7 +39,19 @@ LAYERS = (
 ALONE = {"metrics", "reducers", "families"}
 """They meet in `attach` and in no other of them."""
 
-WITHOUT_TORCH = {"errors", "progress", "files", "recipe", "registry", "plan", "schedule", "ui", "cli"}
+WITHOUT_TORCH = {
+    "errors",
+    "progress",
+    "files",
+    "recipe",
+    "registry",
+    "plan",
+    "schedule",
+    "intervals",
+    "tally",
+    "ui",
+    "cli",
+}
 """What `--help` and a wrong recipe need: importing it must not import torch."""
 
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))

@@ -11,6 +11,7 @@ import typer
 
 from repshift_cli.cli import evaluate_video, options
 from repshift_cli.cli.evaluate_video import Pooling, VideoOptions
+from repshift_cli.cli.together import INTERRUPTED, Interrupted, is_first, one_voice, own_device, screen_of_first
 from repshift_cli.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
     from repshift_cli.artifact import Opened
     from repshift_cli.data import ImageDataset
-    from repshift_cli.evaluate import Evaluation, Score
+    from repshift_cli.evaluate import Evaluation, Pace, Score
     from repshift_cli.preprocessing import Preprocessing
-    from repshift_cli.ui import Screen
+    from repshift_cli.progress import Progress
 
 __all__ = ["check_comparison", "command", "document", "head_size", "models_of", "show"]
 
@@ -44,7 +45,7 @@ class _Setup:
     batch_size: int | None
     device: Any
     dtype: Any
-    workers: int
+    workers: int | None
     strict: bool
     limit: int | None
     seed: int
@@ -95,8 +96,15 @@ def command(
     dtype: options.Dtype = "float32",
     threads: options.Threads = None,
     workers: Annotated[
-        int, typer.Option("--workers", min=0, help="Processes that decode (0: decode in this one).")
-    ] = 0,
+        int | None,
+        typer.Option(
+            "--workers",
+            min=0,
+            help="Processes that decode (0: decode in this one). Default: for images as many as are of use, for "
+            "videos 0.",
+            show_default=False,
+        ),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at the first picture or video that cannot be read.")
     ] = False,
@@ -154,74 +162,100 @@ def command(
 
     Models for video and text: retrieval in both directions, or answers to questions.
     """
-    told = VideoOptions(annotations, videos, answers, vocab, rerank, rerank_k, paragraph, pooling)
-    chosen = _dataset_of(model, dataset, annotations)
+    with one_voice():
+        told = VideoOptions(annotations, videos, answers, vocab, rerank, rerank_k, paragraph, pooling)
+        chosen = _dataset_of(model, dataset, annotations)
 
-    from repshift_cli import measure, ui
-    from repshift_cli.artifact import open_model
-    from repshift_cli.identify import Clips
+        from repshift_cli import measure
+        from repshift_cli.artifact import open_model
+        from repshift_cli.identify import Clips
 
-    setup = _Setup(
-        name=model,
-        dataset=chosen,
-        data_dir=data_dir,
-        batch_size=batch_size,
-        device=measure.resolve_device(device),
-        dtype=measure.resolve_dtype(dtype),
-        workers=workers,
-        strict=strict,
-        limit=limit,
-        seed=seed,
-        compare_dense=compare_dense,
-        json=json,
-    )
-    opened = open_model(model, model_name, heads, img_size, clips=Clips(frames, checkpoint_frames))
-    screen = ui.Screen()
-    for note in opened.loaded.notes:
-        screen.note(note)
-    with measure.threads(threads):
-        if opened.loaded.description.preprocessing.frames is None:
-            _classify(opened, told, setup, screen)
-        else:
-            _watch(opened, told, setup, screen)
+        setup = _Setup(
+            name=model,
+            dataset=chosen,
+            data_dir=data_dir,
+            batch_size=batch_size,
+            device=measure.resolve_device(own_device(device)),
+            dtype=measure.resolve_dtype(dtype),
+            workers=workers,
+            strict=strict,
+            limit=limit,
+            seed=seed,
+            compare_dense=compare_dense,
+            json=json,
+        )
+        opened = open_model(model, model_name, heads, img_size, clips=Clips(frames, checkpoint_frames))
+        screen = screen_of_first()
+        for note in opened.loaded.notes:
+            screen.note(note)
+        with measure.threads(threads):
+            if opened.loaded.description.preprocessing.frames is None:
+                _classify(opened, told, setup, screen)
+            else:
+                _watch(opened, told, setup, screen)
 
 
-def _classify(opened: Opened, told: VideoOptions, setup: _Setup, screen: Screen) -> None:
+def _classify(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) -> None:
     """Evaluate a model of single pictures."""
-    from repshift_cli import ui
     from repshift_cli.data import open_dataset
     from repshift_cli.evaluate import evaluate
+    from repshift_cli.processes import together
 
     evaluate_video.refuse(setup.name, setup.dataset, told)
     assert setup.dataset is not None
     data = open_dataset(setup.dataset, setup.data_dir, setup.limit, setup.seed)
     models = models_of(opened, setup.compare_dense, setup.name)
     preprocessing = opened.loaded.description.preprocessing
-    if not setup.json:
+    if not setup.json and is_first():
         _announce(opened, data, preprocessing)
-    result = evaluate(
-        models,
-        data,
-        preprocessing,
-        batch_size=setup.batch_size or _IMAGES_AT_A_TIME,
-        device=setup.device,
-        dtype=setup.dtype,
-        workers=setup.workers,
-        strict=setup.strict,
-        num_classes=head_size(opened.loaded.model),
-        progress=screen,
-    )
+    with together(setup.device) as group:
+        result = evaluate(
+            models,
+            data,
+            preprocessing,
+            batch_size=setup.batch_size or _IMAGES_AT_A_TIME,
+            device=setup.device,
+            dtype=setup.dtype,
+            workers=setup.workers,
+            strict=setup.strict,
+            num_classes=head_size(opened.loaded.model),
+            progress=screen,
+            group=group,
+        )
+        if group.is_first:
+            _tell(result, opened, setup, preprocessing)
+    if result.interrupted:
+        raise Interrupted(INTERRUPTED)
+
+
+def _tell(result: Evaluation, opened: Opened, setup: _Setup, preprocessing: Preprocessing) -> None:
+    """Print what came out, all of it or what there is after an interruption."""
+    from repshift_cli import ui
+
     _report_skipped(result)
     macs = {_COMPRESSED: opened.macs, _DENSE: opened.dense_macs}
     if setup.json:
         ui.print_json(document(result, macs, setup.name, preprocessing))
     else:
         show(result, macs)
+    if result.interrupted:
+        ui.warn(f"interrupted: these are the numbers of {result.images} of {result.total} pictures")
 
 
-def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Screen) -> None:
-    """Evaluate a model for video and text."""
+def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) -> None:
+    """Evaluate a model for video and text.
+
+    Raises:
+        UsageError: an option is for models of single pictures, or torchrun started several processes.
+    """
+    from repshift_cli.processes import launched_together
     from repshift_cli.video_evaluation import DenseSelf, Settings, Wanted
+
+    if launched_together():
+        raise UsageError(
+            f"{setup.name} takes clips: retrieval and answers are evaluated by one process",
+            "Start it without torchrun.",
+        )
 
     check_comparison(opened, setup.compare_dense, setup.name)
     compressed = opened.compressed
@@ -238,7 +272,9 @@ def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Screen) ->
         setup.limit,
         setup.seed,
     )
-    settings = Settings(setup.batch_size or _VIDEOS_AT_A_TIME, setup.device, setup.dtype, setup.workers, setup.strict)
+    settings = Settings(
+        setup.batch_size or _VIDEOS_AT_A_TIME, setup.device, setup.dtype, setup.workers or 0, setup.strict
+    )
     evaluate_video.run(evaluate_video.Run(opened, setup.name, models, settings), wanted, told, screen, setup.json)
 
 
@@ -334,29 +370,48 @@ def _report_skipped(result: Evaluation) -> None:
 def show(result: Evaluation, macs: Mapping[str, int]) -> None:
     """Print the result for people, in 80 columns; `macs` per image, by the names of the models."""
     from repshift_cli import ui
+    from repshift_cli.intervals import percent_interval
 
-    columns = ("model", "top-1 %", "95% interval", "top-5 %", "GMACs", "images/s")
+    columns = ("model", "top-1 %", "95%", "top-5 %", "95%", "GMACs", "images/s")
     rows = [_row(name, score, macs[name]) for name, score in result.scores.items()]
-    ui.print_table(f"{result.dataset}, {result.images} images", columns, rows)
+    part = f" of {result.total}" if result.interrupted else ""
+    ui.print_table(f"{result.dataset}, {result.images}{part} images", columns, rows)
     if result.same_top1 is not None:
+        low, high = percent_interval(result.same_top1, result.images)
         change = result.scores[_COMPRESSED].top1 - result.scores[_DENSE].top1
         ui.print_text(
-            f"top-1 {change:+.2f} points against dense; {result.same_top1} of {result.images} predictions are the same"
+            f"top-1 {change:+.2f} points against dense; {result.same_top1} of {result.images} predictions are the same "
+            f"({100 * result.same_top1 / result.images:.2f}%, 95%: {low:.2f}-{high:.2f})"
         )
     ui.print_text(f"images/s is model time alone; end to end it was {result.images_per_s:.1f} images/s")
+    ui.print_text(_pace_words(result.pace))
 
 
 def _row(name: str, score: Score, macs: int) -> tuple[str, ...]:
-    low, high = score.top1_interval
     gmacs = macs / 1e9
     return (
         name,
         f"{score.top1:.2f}",
-        f"{low:.2f} - {high:.2f}",
+        "{:.2f}-{:.2f}".format(*score.top1_interval),
         f"{score.top5:.2f}",
+        "{:.2f}-{:.2f}".format(*score.top5_interval),
         f"{gmacs:.3g}" if gmacs < 1 else f"{gmacs:.2f}",
         f"{score.images_per_s:.1f}",
     )
+
+
+def _pace_words(pace: Pace) -> str:
+    """Which side held up the other, and what can be done about it."""
+    beside = f"decoded by {pace.workers} beside it" if pace.workers else "decoded in turn with it"
+    many = f" in {pace.processes} processes" if pace.processes > 1 else ""
+    text = f"waiting for data took {pace.waiting:.0%} of the time{many} ({beside})"
+    if pace.shares_cores:
+        side = "decoding" if pace.bottleneck == "data" else "the model"
+        text += f"; of the processor time, decoding took {pace.decoding:.1f} s and the model {pace.models:.1f} s: "
+        return f"{text}{side} is the bottleneck"
+    if pace.bottleneck == "data":
+        return f"{text}: data are the bottleneck, and more --workers may help where there are cores for them"
+    return f"{text}: the model is the bottleneck"
 
 
 def document(result: Evaluation, macs: Mapping[str, int], model: str, preprocessing: Preprocessing) -> dict[str, Any]:
@@ -366,9 +421,12 @@ def document(result: Evaluation, macs: Mapping[str, int], model: str, preprocess
         "model": model,
         "dataset": result.dataset,
         "images": result.images,
+        "of": result.total,
         "skipped": len(result.skipped),
         **_numbers(result.scores[first], macs[first]),
+        "interrupted": result.interrupted,
         "end_to_end_images_per_s": result.images_per_s,
+        "data": _pace(result.pace),
         "skipped_files": [{"file": entry.sample, "reason": entry.reason} for entry in result.skipped],
         "preprocessing": preprocessing.to_dict(),
     }
@@ -378,11 +436,23 @@ def document(result: Evaluation, macs: Mapping[str, int], model: str, preprocess
     return found
 
 
+def _pace(pace: Pace) -> dict[str, Any]:
+    return {
+        "waiting": pace.waiting,
+        "bottleneck": pace.bottleneck,
+        "decoding_s": pace.decoding,
+        "model_s": pace.models,
+        "workers": pace.workers,
+        "processes": pace.processes,
+    }
+
+
 def _numbers(score: Score, macs: int) -> dict[str, Any]:
     return {
         "top1": score.top1,
         "top5": score.top5,
         "top1_interval": list(score.top1_interval),
+        "top5_interval": list(score.top5_interval),
         "top1_correct": score.top1_correct,
         "top5_correct": score.top5_correct,
         "images_per_s": score.images_per_s,

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from repshift_cli.errors import RepshiftError
+from repshift_cli.progress import Progress, Silent
 
-__all__ = ["INTERRUPTED", "Interrupted", "is_first", "one_voice", "own_device"]
+__all__ = ["INTERRUPTED", "Interrupted", "is_first", "one_voice", "own_device", "screen_of_first"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 30.0
 """For which another process than the first waits with an error: torchrun ends it as soon as the first has told its."""
 
 
@@ -29,6 +30,13 @@ def is_first() -> bool:
     from repshift_cli.processes import launched_together
 
     return not launched_together()
+
+
+def screen_of_first() -> Progress:
+    """Where this process shows how far it is: nowhere, where it is not the first."""
+    from repshift_cli import ui
+
+    return ui.Screen() if is_first() else Silent()
 
 
 def own_device(device: str) -> str:

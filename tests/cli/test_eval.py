@@ -64,7 +64,7 @@ def test_table_fits_80_columns() -> None:
     assert "preprocessing: 72x72x3" in done.stdout
     row = next(line for line in done.stdout.splitlines() if line.startswith("dense"))
     assert len(row.rstrip()) <= 80
-    assert len(row.split()) == 8  # the interval is three words
+    assert len(row.split()) == 7
 
 
 def test_same_numbers_from_files_and_from_scenes(digits: Path) -> None:
