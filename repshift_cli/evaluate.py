@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,10 +26,11 @@ from repshift_cli.data.feeding import Batch, Feed, default_workers
 from repshift_cli.digests import digest_of_document, digest_of_tensors
 from repshift_cli.errors import CheckFailed, DataError, ModelError, RepshiftError, UsageError
 from repshift_cli.intervals import percent_interval
+from repshift_cli.predictions import Predictions
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.processes import Processes
 from repshift_cli.progress import Progress
-from repshift_cli.resuming import State
+from repshift_cli.resuming import State, clear
 from repshift_cli.tally import Count, Part, Rows, Said
 
 __all__ = [
@@ -39,8 +41,10 @@ __all__ = [
     "evaluate",
     "explained_memory",
     "finite",
+    "forget",
     "in_turn",
     "per_second",
+    "predictions_of",
     "wait_for",
 ]
 
@@ -246,6 +250,39 @@ def evaluate(
     state = None if resume is None else State(resume, job.header(), tuple(models), progress)
     workers = default_workers(device, group.nearby) if workers is None else workers
     return _Work(job, group, state, _Side(workers, strict, progress)).run()
+
+
+def predictions_of(result: Evaluation, name: str, dataset: ImageDataset, model: str) -> Predictions:
+    """What one of the models said, for a file.
+
+    Args:
+        result: of an evaluation with `keep_rows`.
+        name: of the model, in the result.
+        dataset: what was evaluated, labelled for the head.
+        model: what the file is to call it.
+    """
+    rows = result.rows
+    assert rows is not None
+    classes = dataset.classes
+    return Predictions(
+        ids=np.array([dataset.key(index) for index in rows.indices], dtype=np.str_),
+        answers=rows.answers,
+        top=rows.said[name].top,
+        probabilities=rows.said[name].probabilities,
+        meta={
+            "model": model,
+            "dataset": result.dataset,
+            "classes": None if classes is None else list(classes),
+            "skipped": len(result.skipped),
+            "repshift": __version__,
+        },
+    )
+
+
+def forget(resume: Path, group: Processes) -> None:
+    """Remove the state of a run that is done, when its outcome has been told; every process calls this."""
+    group.collect(None)
+    clear(resume)
 
 
 def per_second(count: int, seconds: float) -> float:

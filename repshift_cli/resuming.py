@@ -21,7 +21,7 @@ from repshift_cli.files import atomic_output
 from repshift_cli.progress import Progress
 from repshift_cli.tally import Count, Part, Rows, Said
 
-__all__ = ["State"]
+__all__ = ["State", "clear"]
 
 _HEADER = "run.json"
 _OTHER = "Name another folder, or remove this one to begin anew."
@@ -98,17 +98,6 @@ class State:
         else:
             self._failing = False
 
-    def clear(self) -> None:
-        """Remove the folder, the mark of the run last, so that what is left can still be told."""
-        for path in self.folder.glob("*.json"):
-            if path.name != _HEADER:
-                path.unlink(missing_ok=True)
-        (self.folder / _HEADER).unlink(missing_ok=True)
-        try:
-            self.folder.rmdir()
-        except OSError:
-            return  # the user keeps something of his own in it
-
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:06d}.json"
 
@@ -135,6 +124,17 @@ class State:
         if document.run != self._digest() or document.shard != shard:
             raise ValueError("a file of another run")
         return document.part(self.models)
+
+
+def clear(folder: Path) -> None:
+    """Remove the folder of a run, the mark of the run last, so that what is left can still be told."""
+    try:
+        for path in folder.glob("[0-9]*.json"):
+            path.unlink(missing_ok=True)
+        (folder / _HEADER).unlink(missing_ok=True)
+        folder.rmdir()
+    except OSError:
+        return  # the user keeps something of his own in it, or another process was quicker
 
 
 def _is_ours(name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from repshift_cli.cli import bench, compress, demo, evaluate, inspect, recipes, search, visualize
+from repshift_cli.cli import bench, compare, compress, demo, evaluate, inspect, recipes, search, visualize
 from repshift_cli.cli.together import INTERRUPTED, Interrupted
 
 __all__ = ["app", "main"]
@@ -26,6 +26,7 @@ app.command("compress")(compress.command)
 app.command("search")(search.command)
 app.command("bench")(bench.command)
 app.command("eval")(evaluate.command)
+app.command("compare")(compare.command)
 app.command("inspect")(inspect.command)
 app.command("visualize")(visualize.command)
 app.command("demo")(demo.command)

@@ -31,6 +31,7 @@ _DEFAULT_VIDEOS = {"builtin:umt-shapes": "builtin:shapes", "builtin:umt-shapes-q
 _BUILTIN = "builtin:"
 _DENSE = "dense"
 _COMPRESSED = "compressed"
+_FIRST = "first"
 _SHOWN_SKIPPED = 10
 _IMAGES_AT_A_TIME, _VIDEOS_AT_A_TIME = 64, 8
 
@@ -51,6 +52,9 @@ class _Setup:
     seed: int
     compare_dense: bool
     json: bool
+    resume: Path | None
+    saved: Mapping[str, Path]
+    force: bool
 
 
 def command(
@@ -108,6 +112,25 @@ def command(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at the first picture or video that cannot be read.")
     ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume",
+            metavar="DIR",
+            help="Images: keep how far the run is in this folder. The same command goes on after an interruption, "
+            "whatever it was; a finished run removes the folder.",
+        ),
+    ] = None,
+    save_predictions: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-predictions",
+            metavar="FILE",
+            help="Images: write what was said of each (.npz, or .parquet with pyarrow), for `repshift compare`; of the "
+            "dense model of --compare-dense into a second file, FILE_dense.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file of predictions.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which built-in scenes are drawn.")] = 0,
     frames: options.Frames = None,
     checkpoint_frames: options.CheckpointFrames = None,
@@ -163,6 +186,7 @@ def command(
     Models for video and text: retrieval in both directions, or answers to questions.
     """
     with one_voice():
+        saved = _prediction_files(save_predictions, compare_dense, force)
         told = VideoOptions(annotations, videos, answers, vocab, rerank, rerank_k, paragraph, pooling)
         chosen = _dataset_of(model, dataset, annotations)
 
@@ -183,6 +207,9 @@ def command(
             seed=seed,
             compare_dense=compare_dense,
             json=json,
+            resume=resume,
+            saved=saved,
+            force=force,
         )
         opened = open_model(model, model_name, heads, img_size, clips=Clips(frames, checkpoint_frames))
         screen = screen_of_first()
@@ -198,7 +225,7 @@ def command(
 def _classify(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) -> None:
     """Evaluate a model of single pictures."""
     from repshift_cli.data import open_dataset
-    from repshift_cli.evaluate import evaluate
+    from repshift_cli.evaluate import evaluate, forget
     from repshift_cli.processes import together
 
     evaluate_video.refuse(setup.name, setup.dataset, told)
@@ -221,9 +248,15 @@ def _classify(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progres
             num_classes=head_size(opened.loaded.model),
             progress=screen,
             group=group,
+            resume=setup.resume,
+            keep_rows=bool(setup.saved),
         )
         if group.is_first:
             _tell(result, opened, setup, preprocessing)
+            if setup.saved and not result.interrupted:
+                _save(result, data.for_head(head_size(opened.loaded.model)), setup)
+        if setup.resume is not None and not result.interrupted:
+            forget(setup.resume, group)
     if result.interrupted:
         raise Interrupted(INTERRUPTED)
 
@@ -239,7 +272,41 @@ def _tell(result: Evaluation, opened: Opened, setup: _Setup, preprocessing: Prep
     else:
         show(result, macs)
     if result.interrupted:
-        ui.warn(f"interrupted: these are the numbers of {result.images} of {result.total} pictures")
+        kept = "" if setup.resume is None else f"; the same command goes on from {setup.resume}"
+        ui.warn(f"interrupted: these are the numbers of {result.images} of {result.total} pictures{kept}")
+
+
+def _prediction_files(path: Path | None, compare_dense: bool, force: bool) -> dict[str, Path]:
+    """Where predictions go, by the name of the model; empty where none are asked for.
+
+    Raises:
+        UsageError, OutputError: they could not be written there.
+    """
+    from repshift_cli.files import check_outputs
+    from repshift_cli.predictions import check_suffix
+
+    if path is None:
+        return {}
+    check_suffix("--save-predictions", path)
+    files = {_FIRST: path}
+    if compare_dense:
+        files[_DENSE] = path.with_name(f"{path.stem}_{_DENSE}{path.suffix}")
+    check_outputs(files, force)
+    return files
+
+
+def _save(result: Evaluation, data: ImageDataset, setup: _Setup) -> None:
+    """Write what was said of each picture, a file for each model."""
+    from repshift_cli import ui
+    from repshift_cli.evaluate import predictions_of
+    from repshift_cli.predictions import save_predictions
+
+    for name in result.scores:
+        path = setup.saved.get(name, setup.saved[_FIRST])
+        model = f"{setup.name} ({name})" if len(result.scores) > 1 else setup.name
+        save_predictions(path, predictions_of(result, name, data, model), setup.force)
+        if not setup.json:
+            ui.print_text(f"wrote {path}")
 
 
 def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) -> None:
@@ -251,6 +318,9 @@ def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) 
     from repshift_cli.processes import launched_together
     from repshift_cli.video_evaluation import DenseSelf, Settings, Wanted
 
+    options_of_images = {"--resume": setup.resume is not None, "--save-predictions": bool(setup.saved)}
+    if given := [option for option, is_given in options_of_images.items() if is_given]:
+        raise UsageError(f"{given[0]} is for models of single pictures, and {setup.name} takes clips", "Leave it out.")
     if launched_together():
         raise UsageError(
             f"{setup.name} takes clips: retrieval and answers are evaluated by one process",

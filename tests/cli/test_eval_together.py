@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +85,38 @@ def test_any_number_of_processes_counts_the_same(digits: Path, compressed: Path,
         assert exact(done.stdout) == expected
         assert json.loads(done.stdout)["data"]["processes"] == processes
         assert done.stderr.count("pictures could not be read") == 1
+
+
+def test_a_run_of_several_that_was_killed_goes_on_with_any_number(
+    digits: Path, compressed: Path, tmp_path: Path
+) -> None:
+    arguments = [str(compressed), "--dataset", str(digits), "-b", "1", "--json"]
+    expected = exact(launch(1, *arguments, folder=tmp_path).stdout)
+    state = tmp_path / "state"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("-m", "repshift_cli", "eval", *arguments, "--resume", "state"),
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while len(list(state.glob("0*.json"))) < 6 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False).stdout
+    for pid in (process.pid, *map(int, workers.split())):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait(60)
+    assert len(list(state.glob("0*.json"))) >= 6
+    done = launch(3, *arguments, "--resume", "state", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert exact(done.stdout) == expected
+    assert not state.exists()
 
 
 def test_an_error_in_one_process_is_told_once_and_ends_all(digits: Path, tmp_path: Path) -> None:
