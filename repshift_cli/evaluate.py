@@ -152,6 +152,7 @@ class Evaluation:
     Attributes:
         dataset: name of the dataset.
         total: pictures of the dataset.
+        outputs: of the head, among how many a model chose.
         images: pictures that were classified, by every model.
         skipped: pictures that could not be read.
         scores: by the name of the model.
@@ -167,6 +168,7 @@ class Evaluation:
 
     dataset: str
     total: int
+    outputs: int
     images: int
     skipped: tuple[Skipped, ...]
     scores: Mapping[str, Score]
@@ -507,6 +509,7 @@ class _Work:
         return Evaluation(
             dataset=job.dataset.name,
             total=len(job.dataset),
+            outputs=job.num_classes if job.dataset.outputs is None else len(job.dataset.outputs),
             images=images,
             skipped=tuple(Skipped(job.dataset.sample_id(index), reason) for index, reason in skipped),
             scores=scores,

@@ -25,7 +25,7 @@ LAYERS = (
     {"checkpoint"},
     {"artifact"},
     {"fitting", "resuming"},
-    {"calibrate", "evaluate", "benchmark", "pareto", "comparison"},
+    {"calibrate", "evaluate", "benchmark", "pareto", "comparison", "reference"},
     {"search"},
     {"budget"},
     {"compression", "visualize", "retrieval", "answering"},
@@ -51,6 +51,7 @@ WITHOUT_TORCH = {
     "tally",
     "predictions",
     "comparison",
+    "reference",
     "ui",
     "cli",
 }

@@ -26,7 +26,16 @@ DATA_DIR_VARIABLE = "REPSHIFT_DATA_DIR"
 DEFAULT_SCENES = 1000
 """How many built-in scenes an evaluation draws when no limit is given."""
 
-_NAMES = ("builtin:digits", "folder", "imagenet-val", "shards")
+_NAMES = (
+    "builtin:digits",
+    "folder",
+    "imagenet-val",
+    "imagenet-real",
+    "imagenet-v2",
+    "imagenet-a",
+    "imagenet-r",
+    "shards",
+)
 
 
 def dataset_names() -> tuple[str, ...]:
@@ -68,12 +77,12 @@ def open_dataset(name: str, data_dir: Path | None, limit: int | None = None, see
 
 def _open_whole(name: str, data_dir: Path | None) -> ImageDataset:
     from repshift_cli.data.folder import open_folder
-    from repshift_cli.data.imagenet import open_imagenet_val
+    from repshift_cli.data.imagenet_variants import TEST_SETS, open_imagenet
     from repshift_cli.data.shards import is_shards, open_shards, shard_paths
     from repshift_cli.data.timm_reader import is_timm_name, open_timm
 
-    if name == "imagenet-val":
-        return open_imagenet_val(_data_folder(data_dir, (name, "imagenet", "ImageNet", "ILSVRC2012")))
+    if name in TEST_SETS:
+        return open_imagenet(name, _data_folder(data_dir, TEST_SETS[name]))
     if name == "folder":
         folder = _data_folder(data_dir, (name,))
         if folder is None:
@@ -124,7 +133,8 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _unknown(name: str) -> DataError:
-    near = get_close_matches(name.lower(), _NAMES, n=1, cutoff=0.5)
+    begun = [known for known in _NAMES if known.startswith(name.lower())]
+    near = begun[:1] or get_close_matches(name.lower(), _NAMES, n=1, cutoff=0.5)
     guess = f"Did you mean {near[0]}? " if near else ""
     return DataError(
         f"there is no dataset {name!r}, and no folder of that name",

@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repshift_cli.data.archive import Member, read_member, tar_members
+from repshift_cli.data.archive import read_member, tar_members
 from repshift_cli.data.base import ImageDataset, decode_bytes
 from repshift_cli.data.folder import FileDataset, class_folders, find_pictures
 from repshift_cli.errors import DataError
@@ -25,7 +25,7 @@ from repshift_cli.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["classes_for_head", "imagenet_wnids", "open_imagenet_val"]
+__all__ = ["classes_for_head", "imagenet_wnids", "open_imagenet_val", "validation_number"]
 
 _NAME = "imagenet-val"
 _TAR = "ILSVRC2012_img_val.tar"
@@ -102,6 +102,12 @@ def imagenet_wnids() -> tuple[str, ...]:
     return tuple(info.label_names())
 
 
+def validation_number(name: str) -> int | None:
+    """The official number of a validation picture, from 1, by the name of its file; None for other names."""
+    match = _PICTURE.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def open_imagenet_val(data_dir: Path | None) -> ImageDataset:
     """The validation pictures below `data_dir`: class folders, a flat folder, or the official tar read in place.
 
@@ -166,7 +172,8 @@ class _TarValidation(ImageDataset):
 
     def __init__(self, path: Path, labels: _Labels) -> None:
         self.path = path
-        numbered = [(int(match[1]), member) for member in tar_members(path) if (match := _number_in(member))]
+        found = ((validation_number(Path(member.name).name), member) for member in tar_members(path))
+        numbered = [(number, member) for number, member in found if number is not None]
         numbered.sort(key=lambda entry: entry[0])
         if not numbered:
             raise DataError(f"there are no ImageNet validation pictures in {path}", _LAYOUT)
@@ -202,10 +209,6 @@ class _TarValidation(ImageDataset):
 
     def stamp(self, index: int) -> str:
         return f"{self.fingerprint(index)}:{self.members[index].start}:{self.written}:{self.labels[index]}"
-
-
-def _number_in(member: Member) -> re.Match[str] | None:
-    return _PICTURE.fullmatch(Path(member.name).name)
 
 
 def _check_once(numbers: Sequence[int], where: Path) -> None:

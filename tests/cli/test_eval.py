@@ -125,3 +125,63 @@ def test_classes_that_do_not_fit_the_head(tmp_path: Path) -> None:
     done = call("--dataset", str(tmp_path))
     assert done.returncode == 4
     assert "has 2 classes, but the head of the model has 10" in done.stderr
+
+
+class TestKnownAccuracy:
+    """A tiny model with a head of 1000, and pictures of ImageNet's classes; its name has a tag as timm's have."""
+
+    HEADER = "model,top1,img_size,crop_pct\n"
+
+    @pytest.fixture
+    def here(self, tmp_path: Path) -> Path:
+        import torch
+        from safetensors.torch import save_file
+        from timm import create_model
+
+        from repshift_cli.data.imagenet import imagenet_wnids
+
+        for label, wnid in enumerate(imagenet_wnids()[:110]):
+            (tmp_path / "val" / wnid).mkdir(parents=True)
+            Image.new("RGB", (20, 20), (label, 2 * label, 0)).save(tmp_path / "val" / wnid / "1.png")
+        torch.manual_seed(0)
+        model = create_model("resnet10t")
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "m.safetensors")
+        return tmp_path
+
+    def told(self, here: Path, table: str | None) -> str:
+        more: tuple[str, ...] = ()
+        if table is not None:
+            (here / "results.csv").write_text(self.HEADER + table)
+            more = ("--results-table", str(here / "results.csv"))
+        done = call(
+            *(str(here / "m.safetensors"), "--model", "resnet10t.c3_in1k", "--dataset", "imagenet-val"),
+            *("--data-dir", str(here), "--img-size", "64", "-b", "110", "--workers", "0", *more),
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    def test_far_off_is_told(self, here: Path) -> None:
+        text = self.told(here, "resnet10t.c3_in1k,68.4,224,0.95\nresnet10t.c3_in1k,65.4,64,0.95\n")
+        assert "results.csv says 65.40% for resnet10t.c3_in1k, at 64 pixels" in text
+
+    def test_near_is_not(self, here: Path) -> None:
+        assert "results.csv says" not in self.told(here, "resnet10t.c3_in1k,0.5,64,0.95\n")
+
+    def test_without_a_row_and_without_a_table(self, here: Path) -> None:
+        assert "has no row for resnet10t" in self.told(here, "resnet10t,68.4,64,0.95\n")
+        assert "give a copy with --results-table" in self.told(here, None)
+
+
+def test_no_better_than_guessing(tmp_path: Path) -> None:
+    from repshift_cli.data.digits import DigitScenes
+
+    scenes = DigitScenes("test", 120)
+    for index in range(len(scenes)):
+        picture, label = scenes[index]
+        # each class folder has the digits of another one, in equal shares
+        folder = tmp_path / f"{(label + index // 12) % 10}"
+        folder.mkdir(exist_ok=True)
+        picture.save(folder / f"{index}.png")
+    done = call("builtin:vit-digits-small", "--dataset", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "no better than guessing among 10" in done.stderr
