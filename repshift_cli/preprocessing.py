@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 from repshift_cli.errors import CheckpointError
@@ -22,6 +23,8 @@ MOST_FRAMES = 4096
 """Of one clip; what a file says beyond that is damage."""
 
 _LARGEST_CROP = 10
+_INTERPOLATIONS = frozenset({"nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"})
+_CROP_MODES = frozenset({"center", "squash", "border"})
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,10 @@ class Preprocessing:
         """Refuse values that no model has, which would end in endless work or in nothing."""
         possible = {
             "input_size": self.input_size[0] >= 1 and all(1 <= side <= LARGEST_SIDE for side in self.input_size[1:]),
-            "std": all(value > 0 for value in self.std),
+            "mean": len(self.mean) == self.input_size[0] and all(isfinite(value) for value in self.mean),
+            "std": len(self.std) == self.input_size[0] and all(0 < value < inf for value in self.std),
+            "interpolation": self.interpolation in _INTERPOLATIONS,
+            "crop_mode": self.crop_mode in _CROP_MODES,
             "crop_pct": 0 < self.crop_pct <= _LARGEST_CROP,
             "frames": self.frames is None or 1 <= self.frames <= MOST_FRAMES,
         }

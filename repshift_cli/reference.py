@@ -57,7 +57,7 @@ def known_results(path: Path) -> tuple[Known, ...]:
 
 
 def most_alike(table: Sequence[Known], model: str, img_size: int, crop_pct: float) -> Known | None:
-    """The row of exactly these weights that was measured most as they are now, by size before crop; None without any."""
+    """The row of exactly these weights that was measured most as they are now (size, then crop); None without any."""
     rows = [row for row in table if row.model == model]
     return min(rows, key=lambda row: (row.img_size != img_size, row.crop_pct != crop_pct), default=None)
 
