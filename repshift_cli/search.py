@@ -48,6 +48,7 @@ from repshift_cli.errors import CheckFailed, DataError, RecipeError, UsageError
 from repshift_cli.families import Family
 from repshift_cli.files import atomic_output
 from repshift_cli.fitting import fit_scores
+from repshift_cli.intervals import percent_interval
 from repshift_cli.measure import Speedup, Subject, Timing, device_name, measure_latency, speedup
 from repshift_cli.metrics import build_metric
 from repshift_cli.plan import After, Plan, resolve
@@ -191,6 +192,11 @@ class Point:
     top1: float | None
     images: int
 
+    @property
+    def top1_interval(self) -> tuple[float, float] | None:
+        """95% interval of `top1`, in percent; None without labels."""
+        return None if self.top1 is None else percent_interval(round(self.top1 * self.images / 100), self.images)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
@@ -201,6 +207,7 @@ class Point:
             "kl": self.kl,
             "agreement": self.agreement,
             "top1": self.top1,
+            "top1_interval": None if self.top1_interval is None else list(self.top1_interval),
             "images": self.images,
         }
 

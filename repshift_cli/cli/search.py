@@ -397,6 +397,13 @@ def show_found(found: Found) -> None:
     on = found.measured_on
     ui.print_text("MACs and latency as fractions of the dense model's;")
     ui.print_text(f"quality on {result.found.images} {unit}s that took no part, but to decide between found and paper")
+    intervals = [
+        "{} {:.1f}-{:.1f}".format(name, *point.top1_interval)
+        for name, point in points.items()
+        if point is not None and point.top1_interval is not None
+    ]
+    if intervals:
+        ui.print_text(f"95% intervals of top-1: {'; '.join(intervals)}")
     if result.found.latency is not None:
         told = f"{on['device']}, {on['dtype']}, batch {on['batch']}, {on['threads']} threads"
         ui.print_text(f"latency on {told}")
