@@ -1,0 +1,407 @@
+"""Evaluation put to the test: processes, kills, broken files, full disks and memory, on generated pictures.
+
+Everything goes through the command line, in processes of its own, as people call it.
+
+    python benchmarks/evaluation_scale.py --parts processes kills broken disk memory
+"""
+
+# ruff: noqa: S603, S607 (every command that it starts is written here)
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import random
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _results import provenance, table, write_section
+from PIL import Image
+
+from repshift_cli.data.digits import DigitScenes
+from repshift_cli.measure import device_name
+
+PARTS = ("processes", "kills", "broken", "disk", "memory")
+MODEL = "builtin:vit-digits-small"
+INTEGERS = ("images", "of", "skipped", "top1_correct", "top5_correct")
+SAMPLE_SECONDS = 0.25
+SETTLED = 0.25
+"""Share of a run after which its memory is expected to stay as it is."""
+
+Section = tuple[str, str]
+
+
+def main() -> None:
+    options = parse_options()
+    makers: dict[str, Callable[[argparse.Namespace, Path], Section]] = {
+        "processes": several_processes,
+        "kills": kill_and_resume,
+        "broken": broken_files,
+        "disk": full_disk,
+        "memory": memory_over_the_run,
+    }
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        sections = []
+        for part in options.parts:
+            root = Path(folder) / part
+            root.mkdir()
+            sections.append(makers[part](options, root))
+            print("\n\n".join(sections[-1]), flush=True)
+    command = shlex.join(["python", "benchmarks/evaluation_scale.py", *sys.argv[1:]])
+    machine = f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores"
+    text = "\n\n".join(
+        ["## Evaluation at scale", provenance(command, machine), *(part for two in sections for part in two)]
+    )
+    if not options.dry_run:
+        write_section("evaluation_scale", text)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--pictures", type=int, default=20_000, help="of `processes` and `memory`")
+    parser.add_argument("--size", type=int, default=256, help="side of the pictures in pixels")
+    parser.add_argument("--kills", type=int, default=50, help="how often a run is killed")
+    parser.add_argument("--killed-pictures", type=int, default=1500, help="of a run that is killed")
+    parser.add_argument("--broken", type=int, default=500, help="broken files, among three times as many good ones")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=None, help="where the pictures go while this runs")
+    parser.add_argument("--dry-run", action="store_true", help="print the tables, leave docs/results.md as it is")
+    return parser.parse_args()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures, and the command
+
+
+def draw(root: Path, count: int, size: int) -> Path:
+    """Scenes of the built-in digits as JPEGs in class folders."""
+    for label in range(10):
+        (root / str(label)).mkdir(parents=True)
+    scenes = DigitScenes("test", count)
+    for index in range(count):
+        picture, label = scenes[index]
+        enlarged = picture.resize((size, size), Image.Resampling.BICUBIC)
+        enlarged.save(root / str(label) / f"{index:06d}.jpg", quality=90)
+    return root
+
+
+def command(arguments: Sequence[object], processes: int = 1) -> list[str]:
+    run = [sys.executable, "-m"]
+    if processes > 1:
+        run += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    return [*run, "repshift_cli", "eval", MODEL, "--json", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    # a thread for each process, so that one and two differ in nothing but their number
+    root = str(Path(__file__).resolve().parents[1])
+    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def evaluate(arguments: Sequence[object], processes: int = 1, **options: Any) -> tuple[dict[str, Any], float]:
+    """The document of a run that has to succeed, and its seconds."""
+    began = time.perf_counter()
+    done = subprocess.run(
+        command(arguments, processes), capture_output=True, text=True, check=False, env=environment(), **options
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"{shlex.join(done.args)} ended with {done.returncode}:\n{done.stderr}")
+    return json.loads(done.stdout), time.perf_counter() - began
+
+
+def integers(document: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(document[key] for key in INTEGERS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts
+
+
+def several_processes(options: argparse.Namespace, root: Path) -> Section:
+    folder = draw(root / "pictures", options.pictures, options.size)
+    rows, counts = [], []
+    for processes in (1, 2):
+        # the decoding is part of what is shared, so each process does its own
+        document, seconds = evaluate(["--dataset", folder, "--workers", 0], processes)
+        counts.append(integers(document))
+        work = document["images"] / document["end_to_end_images_per_s"]
+        rows.append(
+            [str(processes), *map(str, counts[-1]), f"{seconds:.1f}", f"{work:.1f}", document["data"]["bottleneck"]]
+        )
+    same = "the same whole numbers" if counts[0] == counts[1] else "DIFFERENT NUMBERS"
+    ratio = float(rows[0][-2]) / float(rows[1][-2])
+    pictures = f"{options.pictures} JPEGs of {options.size} pixels, one thread for each process"
+    columns = ["processes", *(key.replace("_", " ") for key in INTEGERS), "s, all", "s, evaluating", "bottleneck"]
+    note = f"{pictures}: {same}; two evaluate {ratio:.2f}x as fast."
+    return table(columns, rows), note
+
+
+def kill_and_resume(options: argparse.Namespace, root: Path) -> Section:
+    rng = random.Random(options.seed)  # noqa: S311
+    folder = draw(root / "pictures", options.killed_pictures, options.size)
+    arguments = ["--dataset", folder, "--workers", 1, "-b", 8]
+    whole, seconds = evaluate(arguments)
+    expected, state = integers(whole), root / "state"
+    kills = finished = wrong = 0
+    moments: list[float] = []
+    while kills < options.kills:
+        with subprocess.Popen(
+            command([*arguments, "--resume", state]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+        ) as process:
+            moment = rng.uniform(0, seconds)
+            try:
+                out, _ = process.communicate(timeout=moment)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+                kills += 1
+                moments.append(moment)
+                continue
+        finished += 1
+        wrong += integers(json.loads(out)) != expected
+    document, _ = evaluate([*arguments, "--resume", state])
+    finished += 1
+    wrong += integers(document) != expected
+    left = [path for path in root.iterdir() if path.name != "pictures"]
+    rows = [[str(kills), str(finished), str(wrong), f"{min(moments):.1f}-{max(moments):.1f}", str(len(left))]]
+    columns = ["kills", "runs that came to their end", "of them with other numbers", "killed after s", "files left"]
+    note = (
+        f"SIGKILL at a random moment of runs over {options.killed_pictures} pictures; {seconds:.1f} s without a kill."
+    )
+    return table(columns, rows), note
+
+
+def broken_files(options: argparse.Namespace, root: Path) -> Section:
+    good = 3 * options.broken
+    folder = draw(root / "pictures", good, options.size)
+    whole, _ = evaluate(["--dataset", folder])
+    kinds: Counter[str] = Counter()
+    for index in range(options.broken):
+        name, make = BROKEN[index % len(BROKEN)]
+        make(folder / str(index % 10) / f"broken-{index:04d}.jpg")
+        kinds[name] += 1
+    document, _ = evaluate(["--dataset", folder, "--workers", 2])
+    named = {Path(entry["file"]).name for entry in document["skipped_files"]}
+    missed = options.broken - sum(name.startswith("broken-") for name in named)
+    same = document["top1_correct"] == whole["top1_correct"] and document["images"] == good
+    reasons = {Path(entry["file"]).name: entry["reason"] for entry in document["skipped_files"]}
+    rows = [
+        [name, str(kinds[name]), reasons.get(f"broken-{place:04d}.jpg", "NOT SKIPPED").replace("|", "/")[:70]]
+        for place, (name, _) in enumerate(BROKEN)
+    ]
+    note = (
+        f"{options.broken} broken files of {len(kinds)} kinds among {good} good ones: {document['skipped']} skipped, "
+        f"{missed} missed, the good ones counted {'as before' if same else 'DIFFERENTLY'}."
+    )
+    return table(["kind", "files", "the reason that is told"], rows), note
+
+
+def full_disk(options: argparse.Namespace, root: Path) -> Section:
+    folder = draw(root / "pictures", 400, options.size)
+    arguments = ["--dataset", folder, "-b", 8, "--workers", 0]
+    expected = integers(evaluate(arguments)[0])
+    rows = []
+    for what, room, option in (
+        ("progress, no room from the start", 0, "--resume"),
+        ("progress, room for the mark of the run", 4, "--resume"),
+        ("progress, room for some shards", 40, "--resume"),
+        ("predictions", 4, "--save-predictions"),
+    ):
+        with small_disk(root / "disk", room) as (disk, how):
+            target = disk / ("state" if option == "--resume" else "p.npz")
+            done = subprocess.run(
+                command([*arguments, option, target]), capture_output=True, text=True, check=False, env=environment()
+            )
+            left = sum(1 for path in disk.rglob("*") if path.is_file() and path.suffix in (".part", ".npz"))
+        numbers = integers(json.loads(done.stdout)) == expected if done.stdout else None
+        told = next((line for line in done.stderr.splitlines() if "space" in line or "cannot write" in line), "-")
+        shown = {None: "none printed", True: "right", False: "WRONG"}[numbers]
+        traced = "TRACEBACK" if "Traceback" in done.stderr else "no"
+        rows.append([what, how, str(done.returncode), shown, str(left), traced, told.replace(str(root), "")[:60]])
+    columns = ["what is written", "disk", "exit code", "numbers", "half files", "traceback", "told"]
+    return table(columns, rows), "Each write of an evaluation, on a disk that becomes full."
+
+
+def memory_over_the_run(options: argparse.Namespace, root: Path) -> Section:
+    folder = draw(root / "pictures", options.pictures, options.size)
+    rows = []
+    for workers in (0, 1):
+        with subprocess.Popen(
+            command(["--dataset", folder, "--workers", workers]),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(),
+        ) as process:
+            samples = Samples(process.pid)
+            out, _ = process.communicate()
+            samples.stop()
+        images = json.loads(out)["images"]
+        rows.append([str(workers), *samples.cells(images)])
+    columns = ["workers", "of", "MiB at a quarter", "MiB at the end", "slope, MiB per 1000 pictures"]
+    flat = [[row[0], *cells] for row in rows for cells in (("the run", *row[1:4]), ("its workers", *row[4:7]))]
+    note = f"Resident memory over {options.pictures} pictures; slopes by least squares, after a quarter of the time."
+    return table(columns, [row for row in flat if row[2] != "-"]), note
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What they need
+
+
+@dataclass
+class Samples:
+    """Resident memory of a process and of its children, sampled until it ends."""
+
+    pid: int
+
+    def __post_init__(self) -> None:
+        self.times: list[float] = []
+        self.own: list[float] = []
+        self.children: list[float] = []
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._ended = threading.Event()
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def cells(self, images: int) -> list[str]:
+        return [*self._series(self.own, images), *self._series(self.children, images)]
+
+    def _series(self, values: list[float], images: int) -> list[str]:
+        settled = int(SETTLED * len(values))
+        # at its very end a process gives back what it has
+        kept, times = np.array(values[settled:-4]), np.array(self.times[settled:-4])
+        if len(kept) < 4 or kept.max() == 0:
+            return ["-", "-", "-"]
+        seconds = self.times[-1] - self.times[0]
+        slope = float(np.polyfit(times, kept, 1)[0]) * seconds / images * 1000
+        return [f"{kept[0]:.0f}", f"{kept[-1]:.0f}", f"{slope:+.3f}"]
+
+    def _sample(self) -> None:
+        while not self._ended.is_set():
+            own = resident(self.pid)
+            if own:
+                self.times.append(time.perf_counter())
+                self.own.append(own)
+                self.children.append(sum(resident(child) for child in children_of(self.pid)))
+            self._ended.wait(SAMPLE_SECONDS)
+
+
+def resident(pid: int) -> float:
+    """MiB; 0 where there is no such process any more."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, IndexError):
+        return 0.0
+    return pages * resource.getpagesize() / 2**20
+
+
+def children_of(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+@contextmanager
+def small_disk(folder: Path, room: int) -> Iterator[tuple[Path, str]]:
+    """A disk of its own with so many KiB of room: a tmpfs, which only root can mount."""
+    folder.mkdir()
+    size = max(room, 4) + 64
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        shutil.rmtree(folder)
+        raise SystemExit("a small disk could not be mounted: run this part as root, or leave it out")
+    try:
+        filler = folder / ".filler"
+        with filler.open("wb") as stream:
+            try:
+                while True:
+                    stream.write(b"0" * 1024)
+                    stream.flush()
+            except OSError:
+                pass
+        if room:
+            os.truncate(filler, max(0, filler.stat().st_size - room * 1024))
+        yield folder, f"tmpfs, {room} KiB free"
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+        folder.rmdir()
+
+
+def encoded(kind: str, size: tuple[int, int] = (64, 48)) -> bytes:
+    stream = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(stream, kind)
+    return stream.getvalue()
+
+
+def huge_png() -> bytes:
+    """A header that promises 60,000 x 60,000 pixels."""
+    content = bytearray(encoded("PNG"))
+    content[16:24] = (60_000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(bytes(content[12:29])).to_bytes(4, "big")
+    return bytes(content)
+
+
+def huge_jpeg() -> bytes:
+    content = bytearray(encoded("JPEG"))
+    frame = content.index(b"\xff\xc0")
+    content[frame + 5 : frame + 9] = b"\xff\xff\xff\xff"
+    return bytes(content)
+
+
+def damaged_png() -> bytes:
+    content = bytearray(encoded("PNG"))
+    content[60:90] = b"\xff" * 30
+    return bytes(content)
+
+
+def writer(content: Callable[[], bytes]) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(content()) and None
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to(path.with_name("gone.jpg"))
+
+
+BROKEN: tuple[tuple[str, Callable[[Path], None]], ...] = (
+    ("empty", writer(bytes)),
+    ("text", writer(lambda: b"no picture at all\n" * 20)),
+    ("zeros", writer(lambda: bytes(20_000))),
+    ("JPEG, its first 300 bytes", writer(lambda: encoded("JPEG")[:300])),
+    ("JPEG, cut off in the middle", writer(lambda: encoded("JPEG")[:-900])),
+    ("JPEG of 65,535 x 65,535", writer(huge_jpeg)),
+    ("PNG, cut off", writer(lambda: encoded("PNG")[:-200])),
+    ("PNG, damaged", writer(damaged_png)),
+    ("PNG of 60,000 x 60,000", writer(huge_png)),
+    ("PNG of 2 x 4,000", writer(lambda: encoded("PNG", (2, 4000)))),
+    ("PostScript", writer(lambda: encoded("EPS"))),
+    ("a link to nothing", dangling),
+)
+
+
+if __name__ == "__main__":
+    main()
