@@ -35,6 +35,13 @@ def write_section(name: str, markdown: str, path: Path = RESULTS) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def publish(name: str, markdown: str, dry_run: bool) -> None:
+    """Print a section, and write it unless only the tables are wanted."""
+    print(markdown, flush=True)
+    if not dry_run:
+        write_section(name, markdown)
+
+
 def provenance(command: str, machine: str) -> str:
     """One paragraph: how, when and on what a section was measured."""
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "timm"))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import timm
 import torch
-from _results import provenance, table, write_section
+from _results import provenance, publish, table
 from builtin_accuracy import Scenes, draw
 from torch import Tensor, nn
 
@@ -81,9 +81,9 @@ def main() -> None:
     machine = f"{device_name(torch.device('cpu'))}, {options.threads} threads"
     for name in options.models:
         text = accuracy_section(name, options, provenance(command, machine))
-        publish(f"combinations_{name}", text, options)
+        publish(f"combinations_{name}", text, options.dry_run)
     if options.speed_batches:
-        publish("combinations_speed", speed_section(options, provenance(command, machine)), options)
+        publish("combinations_speed", speed_section(options, provenance(command, machine)), options.dry_run)
 
 
 def parse_options() -> argparse.Namespace:
@@ -97,12 +97,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dry-run", action="store_true", help="print the tables, leave docs/results.md as it is")
     return parser.parse_args()
-
-
-def publish(name: str, text: str, options: argparse.Namespace) -> None:
-    print(text, flush=True)
-    if not options.dry_run:
-        write_section(name, text)
 
 
 def accuracy_section(name: str, options: argparse.Namespace, origin: str) -> str:

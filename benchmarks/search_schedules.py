@@ -17,7 +17,7 @@ import time
 
 import timm
 import torch
-from _results import provenance, table, write_section
+from _results import provenance, publish, table
 from builtin_accuracy import Scenes, draw
 from combinations import outputs
 from torch import Tensor, nn
@@ -47,9 +47,9 @@ def main() -> None:
     command = shlex.join(["python", "benchmarks/search_schedules.py", *sys.argv[1:]])
     origin = provenance(command, f"{device_name(torch.device('cpu'))}, {options.threads} threads")
     if options.models:
-        publish("search_quality", quality_section(options, origin), options)
+        publish("search_quality", quality_section(options, origin), options.dry_run)
     if options.latency:
-        publish("search_latency", latency_section(options, origin), options)
+        publish("search_latency", latency_section(options, origin), options.dry_run)
 
 
 def parse_options() -> argparse.Namespace:
@@ -64,12 +64,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dry-run", action="store_true", help="print the tables, leave docs/results.md as it is")
     return parser.parse_args()
-
-
-def publish(name: str, text: str, options: argparse.Namespace) -> None:
-    print(text, flush=True)
-    if not options.dry_run:
-        write_section(name, text)
 
 
 def start(target: Target, metric: str) -> Recipe:

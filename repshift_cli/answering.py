@@ -17,9 +17,9 @@ from repshift_cli.evaluate import (
     finite,
     in_turn,
     per_second,
-    wait_for,
 )
 from repshift_cli.intervals import percent_interval
+from repshift_cli.measure import wait_for
 from repshift_cli.progress import Progress
 
 __all__ = [

@@ -39,6 +39,7 @@ __all__ = [
     "make_document",
     "open_model",
     "save",
+    "separated",
     "stored_plan",
 ]
 
@@ -74,6 +75,11 @@ class Opened:
     def dense_macs(self) -> int:
         """Multiply-accumulates per image of the dense model."""
         return match(self.loaded.model).macs(self.loaded.model, None)
+
+    @property
+    def reduced(self) -> bool:
+        """Whether tokens go in `module`."""
+        return self.compressed is not None
 
 
 def open_model(
@@ -178,7 +184,7 @@ def save(path: Path, loaded: LoadedModel, document: Mapping[str, Any], force: bo
         OutputError: it cannot be written.
     """
     metadata = {"format": "pt", METADATA_KEY: json.dumps(document, allow_nan=False)}
-    tensors = _apart(loaded.tensors)
+    tensors = separated(loaded.tensors)
     with atomic_output(path, force) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
@@ -186,7 +192,7 @@ def save(path: Path, loaded: LoadedModel, document: Mapping[str, Any], force: bo
             raise OutputError(f"cannot write {path}: {error}", "Nothing was left under its name.") from error
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def separated(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors contiguous and each in memory of its own, as safetensors wants them (tied weights are copied)."""
     apart: dict[str, Tensor] = {}
     places: set[int] = set()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -64,6 +65,8 @@ class _SiteHook:
         self.stream = stream
         self.context = context
         self.metrics = metrics
+        self.placed = metrics
+        self.device: torch.device | None = None
         self.reducer = reducer
         self.wanted = reducer.taps().union(*(metric.taps() for metric in metrics))
         self.enabled = True
@@ -77,6 +80,12 @@ class _SiteHook:
             {"block_output"} if self.planned.after == "attention" else {"block_input", "block_output"}
         )
 
+    def place(self, device: torch.device) -> None:
+        """Bring what the metrics hold to a device, so that no pass has to copy it."""
+        if device != self.device:
+            self.placed = tuple(metric.on(device) for metric in self.metrics)
+            self.device = device
+
     def on_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Replace the output of the block by what is left of it."""
         if not self.enabled:
@@ -87,7 +96,9 @@ class _SiteHook:
             self.seen["block_input"] = self.stream.block_input(args, arrived)
         if "block_output" in self.wanted:
             self.seen["block_output"] = self.stream.block_output(arrived)
-        branches = [self._reduce(metric, arrived) for metric in self.metrics]
+        if not torch.compiler.is_compiling():  # a pass that is traced is to leave nothing behind
+            self.place(self.stream.carrier(arrived).device)
+        branches = [self._reduce(metric, arrived) for metric in self.placed]
         self.seen = {}
         return self.stream.leave(branches[0] if len(branches) == 1 else self.stream.join(branches))
 
@@ -130,7 +141,7 @@ class _SiteHook:
 
     def __getstate__(self) -> dict[str, Any]:
         # tensors of a pass in flight are nobody's business but that pass's
-        return {**self.__dict__, "seen": {}, "recorded": None}
+        return {**self.__dict__, "seen": {}, "recorded": None, "placed": self.metrics, "device": None}
 
 
 class _PassageHook:
@@ -230,6 +241,7 @@ class CompressedModel(nn.Module):
             context = SiteContext(planned.layer, stream.prefix, class_token)
             hook = _SiteHook(planned, stream, context, metrics=here, reducer=reducer)
             self._install(sites[planned.site], hook)
+        self._place()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own forward."""
@@ -323,6 +335,17 @@ class CompressedModel(nn.Module):
             "a compressed model has no dense feature maps: the tokens for them are gone",
             "Use `with model.dense() as dense: dense.forward_intermediates(...)`.",
         )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CompressedModel:
+        # by which torch moves a module: whoever compiles the model next finds all in place
+        moved: CompressedModel = super()._apply(fn, recurse)
+        self._place()
+        return moved
+
+    def _place(self) -> None:
+        for parameter in islice(self.model.parameters(), 1):
+            for hook in self._hooks:
+                hook.place(parameter.device)
 
     def _enable(self, values: list[bool]) -> None:
         for hook, value in zip(self._hooks, values, strict=True):

@@ -7,37 +7,105 @@ up to rounding, and the device decides which is cheaper:
 - `mask`: `log s` as an additive mask, one row that all queries share. On CPU it costs a tenth of the attention.
 - `folded`: `log s` as one more group of channels of q and k, so that no mask is passed. On CUDA every mask leaves the
   flash kernel, and this form does not.
+
+Which library computes it is a `Backend`. The package flash-attn takes no mask and a layout of its own, in which the
+output of a projection can be handed to it as it is (`attend_projected`). Its functions for sequences of several lengths
+are not needed: all sequences of a batch have one length, since a plan says how many tokens are left.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.overrides import handle_torch_function, has_torch_function
 
-__all__ = ["Form", "attend", "cheapest_form", "fold", "size_bias"]
+__all__ = [
+    "WIDEST",
+    "Backend",
+    "Form",
+    "attend",
+    "attend_projected",
+    "backend_of",
+    "cheapest_form",
+    "flash_attend",
+    "flash_attend_packed",
+    "fold",
+    "size_bias",
+]
+
+Backend = Literal["flash", "sdpa", "explicit"]
+"""The package flash-attn, torch's scaled dot-product attention, or a product, a softmax and a product."""
 
 Form = Literal["mask", "folded", "explicit"]
 
-_WIDEST = 256
+WIDEST = 256
 """Flash kernels on CUDA take no wider heads."""
 
 _CHANNEL_GROUP = 8
 """Fused kernels take widths of heads that are multiples of this."""
 
 
+def backend_of(fused: bool, flash: bool) -> Backend:
+    """The backend by the two switches of an attention module.
+
+    Args:
+        fused: whether a fused kernel runs at all, as timm's `fused_attn` says.
+        flash: whether that is the one of flash-attn.
+    """
+    if not fused:
+        return "explicit"
+    return "flash" if flash else "sdpa"
+
+
 def cheapest_form(device: torch.device, width: int) -> Form:
-    """The form that stays on the flash kernel of a device, for heads of `width` channels."""
-    fits = width + _CHANNEL_GROUP <= _WIDEST
-    return "folded" if device.type == "cuda" and fits else "mask"
+    """The form that stays on torch's flash kernel of a device, for heads of `width` channels."""
+    return "folded" if device.type == "cuda" and _foldable(width) else "mask"
+
+
+def attend_projected(
+    projected: Tensor,
+    sizes: Tensor | None = None,
+    *,
+    backend: Backend,
+    norms: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of a sequence to itself, from the output of the projection to queries, keys and values.
+
+    Args:
+        projected: `[B, T, 3, heads, d]`.
+        sizes: `[B, T]`, how many tokens each key stands for, positive; None where each stands for itself.
+        backend: what computes it. flash-attn hands heads over to sdpa that are too wide to fold sizes into.
+        norms: over the channels of each head, of the queries and of the keys; None where they go as they are.
+        dropout: probability that a weight is set to zero.
+
+    Returns:
+        `[B, T, heads * d]`.
+    """
+    width = projected.shape[-1]
+    flash = backend == "flash" and (sizes is None or _foldable(width))
+    if flash and norms is None and sizes is None:
+        return flash_attend_packed(projected, dropout=dropout).flatten(2)
+    query, key, value = projected.unbind(2)
+    if norms is not None:
+        query, key = norms[0](query), norms[1](key)
+    if flash:
+        mixed = _flash_sized(query, key, value, sizes, dropout)
+    else:
+        form = "explicit" if backend == "explicit" else cheapest_form(projected.device, width)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        mixed = attend(query, key, value, sizes, form=form, dropout=dropout).transpose(1, 2)
+    return mixed.flatten(2)
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, sizes: Tensor | None = None, *, form: Form, dropout: float = 0.0
 ) -> Tensor:
-    """`softmax(q k^T / sqrt(d) + log s) v`.
+    """`softmax(q k^T / sqrt(d) + log s) v` by torch alone.
 
     Args:
         query, key, value: `[B, heads, T, d]`.
@@ -64,12 +132,65 @@ def attend(
     return mixed[..., :width]
 
 
+def flash_attend(
+    query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0, scale: float | None = None
+) -> Tensor:
+    """Attention by flash-attn.
+
+    Torch's function modes see the call, as they see those of torch itself: what flash-attn calls inside is its own
+    matter and differs between its versions.
+
+    Args:
+        query, key, value: `[B, T, heads, d]`, float16 or bfloat16 on CUDA.
+        scale: of the logits, None for `1 / sqrt(d)`.
+
+    Returns:
+        `[B, T, heads, d]`.
+
+    Raises:
+        ImportError: flash-attn is not installed (`backends.flash_problem` tells beforehand).
+    """
+    if has_torch_function((query, key, value)):
+        found: Tensor = handle_torch_function(
+            flash_attend, (query, key, value), query, key, value, dropout=dropout, scale=scale
+        )
+        return found
+    from flash_attn import flash_attn_func
+
+    mixed: Tensor = flash_attn_func(query, key, value, dropout_p=dropout, softmax_scale=scale)
+    return mixed
+
+
+def flash_attend_packed(projected: Tensor, *, dropout: float = 0.0) -> Tensor:
+    """As `flash_attend`, from `[B, T, 3, heads, d]`; where gradients flow, they come back as one tensor."""
+    if has_torch_function((projected,)):
+        found: Tensor = handle_torch_function(flash_attend_packed, (projected,), projected, dropout=dropout)
+        return found
+    from flash_attn import flash_attn_qkvpacked_func
+
+    mixed: Tensor = flash_attn_qkvpacked_func(projected, dropout_p=dropout)
+    return mixed
+
+
+def _flash_sized(query: Tensor, key: Tensor, value: Tensor, sizes: Tensor | None, dropout: float) -> Tensor:
+    """`[B, T, heads, d]` each and `[B, T]`, to `[B, T, heads, d]`."""
+    # under autocast norms give float32, which sdpa would round by itself
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if sizes is None:
+        return flash_attend(query, key, value, dropout=dropout)
+    width = query.shape[-1]
+    folded = fold(query, key, value, sizes, heads_at=2)
+    return flash_attend(*folded, dropout=dropout, scale=width**-0.5)[..., :width]
+
+
 def size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
     """`log s`, taken in float32 at least, in `dtype`."""
     return sizes.to(torch.promote_types(sizes.dtype, dtype)).log().to(dtype)
 
 
-def fold(query: Tensor, key: Tensor, value: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fold(
+    query: Tensor, key: Tensor, value: Tensor, sizes: Tensor, heads_at: Literal[1, 2] = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v with a group of channels more, so that `q k^T / sqrt(d)` holds the bias `log s` of the keys.
 
     The group is 1 on the side of q, and on that of k `sqrt(d) log s` in two parts: what the dtype can hold of it, and
@@ -77,21 +198,27 @@ def fold(query: Tensor, key: Tensor, value: Tensor, sizes: Tensor) -> tuple[Tens
     since flash kernels want one width for all three.
 
     Args:
-        query, key, value: `[B, heads, T, d]`.
+        query, key, value: `[B, heads, T, d]`, or `[B, T, heads, d]`.
         sizes: `[B, T]`.
+        heads_at: the dimension of the heads in q, k and v.
 
     Returns:
-        `[B, heads, T, d + 8]` each; of the result only the first d channels count.
+        As q, k and v, with d + 8 channels; of the result only the first d count.
     """
-    batch, heads, _, width = key.shape
+    width = key.shape[-1]
     wide = torch.promote_types(query.dtype, torch.float32)
     bias = sizes.to(wide).log() * width**0.5
     high = bias.to(key.dtype)
     rest = (bias - high.to(wide)).to(key.dtype)
-    channels = functional.pad(torch.stack((high, rest), dim=-1), (0, _CHANNEL_GROUP - 2))
-    ones = query.new_ones(batch, heads, query.shape[2], _CHANNEL_GROUP)
+    channels = functional.pad(torch.stack((high, rest), dim=-1), (0, _CHANNEL_GROUP - 2)).unsqueeze(heads_at)
+    ones = query.new_ones(*query.shape[:-1], _CHANNEL_GROUP)
     return (
         torch.cat((query, ones), dim=-1),
-        torch.cat((key, channels[:, None].expand(-1, heads, -1, -1)), dim=-1),
+        torch.cat((key, channels.expand(*key.shape[:-1], -1)), dim=-1),
         functional.pad(value, (0, _CHANNEL_GROUP)),
     )
+
+
+def _foldable(width: int) -> bool:
+    """Whether heads of this width have room for the channels of the sizes."""
+    return width + _CHANNEL_GROUP <= WIDEST

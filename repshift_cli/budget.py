@@ -11,19 +11,18 @@ from typing import Any
 import torch
 
 from repshift_cli import measure
-from repshift_cli.attach import attach, check_reducer, resolve_for, with_defaults
+from repshift_cli.attach import check_reducer
 from repshift_cli.checkpoint import BUILTIN, LoadedModel
 from repshift_cli.data.images import ImageBatch
 from repshift_cli.data.labelled import Labelled
-from repshift_cli.errors import RecipeError, UsageError
+from repshift_cli.errors import UsageError
 from repshift_cli.families import Family, match
 from repshift_cli.fitting import is_classifier
 from repshift_cli.identify import is_model_name
 from repshift_cli.pareto import Chart, Limit, Mark
 from repshift_cli.pareto import Point as Spot
-from repshift_cli.plan import Plan
 from repshift_cli.progress import Progress
-from repshift_cli.recipe import Budget, LayerDrop, Part, Recipe
+from repshift_cli.recipe import Budget, Part, Recipe
 from repshift_cli.reducers import Merger, build_reducer
 from repshift_cli.schedule import Target
 from repshift_cli.search import Point, SearchResult, SearchSettings, search
@@ -31,7 +30,6 @@ from repshift_cli.search import Point, SearchResult, SearchSettings, search
 __all__ = ["Found", "Request", "find", "start_recipe", "with_reducers"]
 
 _PAPER = "the paper's schedule"
-_WARMUP_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,6 @@ class Request:
             suits the model (`with_reducers`).
         state: file that holds how far the search is, so that it can go on; None to keep none.
         seconds: for each measurement of latency; 0 measures none.
-        first: whether this process is the one that measures and tells.
     """
 
     target: Target
@@ -52,7 +49,6 @@ class Request:
     reducers: tuple[str, ...] = ()
     state: Path | None = None
     seconds: float = 5.0
-    first: bool = True
 
 
 @dataclass(frozen=True)
@@ -200,8 +196,6 @@ def find(
         settings = replace(settings, evaluations=request.evaluations)
     result = search(loaded.model, family, settings, progress)
     result = replace(result, recipe=_named(result.recipe, loaded))
-    if request.first and not result.interrupted:
-        result = _with_paper_timed(result, loaded, family, settings, progress)
     sample = next(loaded.model.parameters())
     measured_on = {
         "device": measure.device_name(sample.device),
@@ -222,51 +216,6 @@ def _named(recipe: Recipe, loaded: LoadedModel) -> Recipe:
     if recipe.model is not None or not known or not any(part.kind == "fitted" for part in parts):
         return recipe
     return Recipe.parse(recipe.model_copy(update={"model": name}).to_yaml(), recipe.place.name)
-
-
-def _with_paper_timed(
-    result: SearchResult, loaded: LoadedModel, family: Family, settings: SearchSettings, progress: Progress
-) -> SearchResult:
-    """The result with the time of the paper's schedule, which the search has no reason to measure."""
-    paper = result.paper
-    if paper is None or paper.latency is not None or result.found.latency is None:
-        return result
-    if result.paper_is_found:
-        return replace(result, paper=replace(paper, latency=result.found.latency))
-    plan = _paper_plan(paper, loaded, family, settings.start)
-    if plan is None:
-        return result
-    sample = next(loaded.model.parameters())
-    repeats = -(-settings.batch_size // len(settings.images))
-    inputs = torch.cat([settings.images] * repeats)[: settings.batch_size].to(sample.device, sample.dtype)
-    compressed = attach(loaded.model, plan)
-    try:
-        times = measure.measure_latency(
-            [measure.Subject("dense", compressed, compressed.dense), measure.Subject("paper", compressed)],
-            inputs,
-            max_seconds=settings.seconds,
-            warmup=_WARMUP_ROUNDS,
-            progress=progress,
-        )
-    finally:
-        compressed.detach()
-    return replace(result, paper=replace(paper, latency=1 / measure.speedup(times["dense"], times["paper"]).ratio))
-
-
-def _paper_plan(paper: Point, loaded: LoadedModel, family: Family, start: Recipe) -> Plan | None:
-    """The plan of a schedule that is known by its tokens alone; None for feature maps, of which these say too little.
-
-    Its scores are those of a recipe without calibration: they hardly differ in what they cost.
-    """
-    layout = family.layout(loaded.model)
-    if layout.map_size is not None:
-        return None
-    layers = tuple(LayerDrop(layer=layer, keep_tokens=left - layout.prefix_tokens) for layer, left in paper.tokens)
-    try:
-        plan = resolve_for(loaded.model, start.model_copy(update={"layers": layers, "budget": None}))
-        return with_defaults(plan, {site.name: site for site in family.sites(loaded.model)})
-    except RecipeError:
-        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import hashlib
 import json
 import pickle
 from collections import OrderedDict
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from repshift_cli.errors import CheckpointError, UsageError
-from repshift_cli.files import TORCH_SUFFIXES, WEIGHT_SUFFIXES
+from repshift_cli.files import TORCH_SUFFIXES, WEIGHT_SUFFIXES, sha256_of
 from repshift_cli.identify import (
     UMT,
     VIM,
@@ -230,7 +229,7 @@ def read_weights(path: Path) -> Weights:
         else:
             allowed = ", ".join(WEIGHT_SUFFIXES)
             raise CheckpointError(f"{path} has an ending that is not known", f"Known are {allowed}.")
-        source = Source("file", str(path), _sha256(path))
+        source = Source("file", str(path), sha256_of(path))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     return Weights(tensors, document, source, notes)
@@ -433,11 +432,11 @@ def _load_folder(folder: Path, told: _Told) -> LoadedModel:
         raise CheckpointError(
             f"{folder} is not a model folder", "It needs config.json, and model.safetensors or pytorch_model.bin."
         )
-    config = _read_config(config_path)
     weights = read_weights(found[0])
     weights.source = Source("folder", str(folder), weights.source.sha256)
     if weights.document is not None:
         return _from_weights(weights, told, folder.name)
+    config = _read_config(config_path)
     name = told.model_name or config["architecture"]
     args = config["model_args"] if name == config["architecture"] else {}
     identity = identify(
@@ -673,11 +672,3 @@ def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     ):
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while chunk := handle.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()

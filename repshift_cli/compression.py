@@ -21,6 +21,7 @@ from repshift_cli.attach import (
     resolve_for,
     with_defaults,
 )
+from repshift_cli.backends import AttentionMode, attention_mode, auto_note, check_attention
 from repshift_cli.budget import Found, Request
 from repshift_cli.calibrate import Calibration, agreement, calibrate, divergence, predictions
 from repshift_cli.checkpoint import LoadedModel, ModelDescription, Source
@@ -77,6 +78,8 @@ class Settings:
         calibrate: whether open fields of the metric are calibrated at all.
         calibration_images, agreement_images, batch_size: None for the `_Amounts` that suit the model.
         seconds: time for the latency measurement.
+        attention: what is to compute attention while a search looks and while both sides are measured; the file that
+            is written does not depend on it.
     """
 
     recipe: str | None = None
@@ -95,6 +98,7 @@ class Settings:
     dtype: str = "float32"
     batch_size: int | None = None
     seconds: float = 10.0
+    attention: AttentionMode = "auto"
     seed: int = 0
     force: bool = False
 
@@ -301,6 +305,7 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
     dense = _Dense.of(loaded, progress, settings.force)
     if target:
         loaded.model.to(device=device, dtype=dtype)
+        check_attention(loaded.model, settings.attention)
         return _compress_to_target(dense, recipe, target, settings)
     job = _Job(dense, recipe)
     if dry_run:
@@ -308,6 +313,7 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
             job.note("the score is left to calibration; shown is what is used without images")
         return job.report(job.default_plan(), None, None, None)
     loaded.model.to(device=device, dtype=dtype)
+    check_attention(loaded.model, settings.attention)
     amounts = _Amounts.of(settings, loaded, job.family)
     images = _Images(job, settings, amounts)
     plan, calibration = _choose_metric(job, images, settings, amounts.batch)
@@ -376,16 +382,17 @@ def _search(dense: _Dense, recipe: Recipe | None, request: Request, settings: Se
     dense.check_name(start)
     inputs = _labelled(dense, settings, count)
     dense.note(f"searching for {request.target} on {inputs.batch.description}")
-    return budget.find(
-        loaded,
-        dense.family,
-        start,
-        request,
-        inputs,
-        batch_size=_Amounts.of(settings, loaded, dense.family).batch,
-        seed=settings.seed,
-        progress=dense.progress,
-    )
+    with attention_mode(loaded.model, settings.attention):
+        return budget.find(
+            loaded,
+            dense.family,
+            start,
+            request,
+            inputs,
+            batch_size=_Amounts.of(settings, loaded, dense.family).batch,
+            seed=settings.seed,
+            progress=dense.progress,
+        )
 
 
 def _labelled(dense: _Dense, settings: Settings, count: int) -> Labelled:
@@ -415,9 +422,13 @@ def _finish(  # noqa: PLR0917
     loaded, sample = job.loaded, next(job.loaded.model.parameters())
     compressed = attach(loaded.model, plan)
     checked = images.tensor.to(device=sample.device, dtype=sample.dtype)
-    _check(compressed, loaded, checked[:2])
+    _check_counts(compressed, loaded)
     batch = _Amounts.of(settings, loaded, job.family).batch
-    measured = _measure(compressed, images, checked, settings, batch, job.progress)
+    if note := auto_note(compressed, settings.attention):
+        job.note(note)
+    with attention_mode(compressed, settings.attention):
+        _check_outputs(compressed, checked[:2])
+        measured = _measure(compressed, images, checked, settings, batch, job.progress)
     if settings.output:
         kept = calibration.to_dict() if calibration else None
         document = artifact.make_document(loaded, plan, job.recipe, kept, measured.to_dict())
@@ -719,18 +730,28 @@ def _not_clear(found: Calibration) -> CheckFailed:
 
 
 @torch.inference_mode()
-def _check(compressed: CompressedModel, loaded: LoadedModel, images: Tensor) -> None:
-    """One real forward: shapes, finite values, and the count of operations against the analytic one.
+def _check_counts(compressed: CompressedModel, loaded: LoadedModel) -> None:
+    """The count of operations against the analytic one.
+
+    Raises:
+        CheckFailed: they differ.
+    """
+    size = loaded.description.preprocessing.shape
+    with compressed.dense():
+        _check_count("dense", measure.count_macs(compressed.model, size), compressed.dense_macs(counted=True))
+    _check_count("compressed", measure.count_macs(compressed.model, size), compressed.macs(counted=True))
+
+
+@torch.inference_mode()
+def _check_outputs(compressed: CompressedModel, images: Tensor) -> None:
+    """One real forward: shapes and finite values.
 
     Raises:
         CheckFailed: something is off.
     """
-    size = loaded.description.preprocessing.shape
     with compressed.dense():
         wanted = compressed(images)
-        _check_count("dense", measure.count_macs(compressed.model, size), compressed.dense_macs(counted=True))
     output = compressed(images)
-    _check_count("compressed", measure.count_macs(compressed.model, size), compressed.macs(counted=True))
     if output.shape != wanted.shape:
         raise CheckFailed(f"the compressed model returns {list(output.shape)}, the dense one {list(wanted.shape)}")
     if not bool(output.isfinite().all()):
@@ -752,8 +773,7 @@ def _measure(  # noqa: PLR0917
     progress: Progress,
 ) -> Measured:
     """Latency in turn, memory, and agreement of predictions."""
-    repeats = -(-batch_size // len(images))
-    inputs = torch.cat([images] * repeats)[:batch_size].contiguous()
+    inputs = measure.full_batch(images, batch_size)
     subjects = [Subject("dense", compressed, compressed.dense), Subject("compressed", compressed)]
     times = measure.measure_latency(
         subjects,

@@ -14,6 +14,10 @@ __all__ = [
 ]
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
+
 class RepshiftError(Exception):
     """An error that is explained to the user without a traceback.
 

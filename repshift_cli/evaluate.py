@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -19,18 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repshift_cli import __version__
+from repshift_cli import __version__, measure
 from repshift_cli.attach import CompressedModel
+from repshift_cli.backends import AttentionMode, attention_mode, auto_note
 from repshift_cli.data.base import ImageDataset, UnreadableSample
 from repshift_cli.data.feeding import Batch, Feed, default_workers
 from repshift_cli.digests import digest_of_document, digest_of_tensors
 from repshift_cli.errors import CheckFailed, DataError, ModelError, RepshiftError, UsageError
+from repshift_cli.files import sha256_of
 from repshift_cli.intervals import percent_interval
 from repshift_cli.predictions import Predictions
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.processes import Processes
 from repshift_cli.progress import Progress
 from repshift_cli.resuming import State, clear
+from repshift_cli.runtimes import Runtime
 from repshift_cli.tally import Count, Part, Rows, Said
 
 __all__ = [
@@ -45,7 +48,6 @@ __all__ = [
     "in_turn",
     "per_second",
     "predictions_of",
-    "wait_for",
 ]
 
 _TOP = 5
@@ -77,12 +79,15 @@ class Score:
         top1_correct, top5_correct: how many had their label first, or among the first five (all, where the head has
             fewer classes than five).
         seconds: time in the model alone, for all pictures; of several processes, added up.
+        attention: what computed its attention, as `measure.observed_attention` has it; of several processes, joined
+            with `+` where they differ. None where all was done in an earlier run.
     """
 
     images: int
     top1_correct: int
     top5_correct: int
     seconds: float
+    attention: str | None
 
     @property
     def top1(self) -> float:
@@ -203,6 +208,7 @@ def evaluate(
     strict: bool,
     num_classes: int,
     progress: Progress,
+    attention: AttentionMode = "auto",
     group: Processes | None = None,
     resume: Path | None = None,
     keep_rows: bool = False,
@@ -222,6 +228,7 @@ def evaluate(
         strict: stop at the first picture that cannot be read, instead of leaving it out.
         num_classes: outputs of the head.
         progress: told by each process of its own part.
+        attention: what is to compute the attention of all models.
         group: the processes that share the work; None for this one alone.
         resume: folder that keeps how far it came; a run that was cut off goes on from there. None for none.
         keep_rows: whether `Evaluation.rows` are wanted.
@@ -230,8 +237,8 @@ def evaluate(
         DataError: no picture, labels that do not fit the head, or (`strict`) a picture that cannot be read.
         ModelError: a model does not return logits of that form.
         CheckFailed: a model returns values that are not finite.
-        UsageError: not enough memory for one picture; `resume` is the state of another run; or several processes are
-            to share a dataset that can only be read from its start.
+        UsageError: not enough memory for one picture; attention cannot be computed as asked; `resume` is the state of
+            another run; or several processes are to share a dataset that can only be read from its start.
         OutputError: `resume` cannot be written to.
         KeyboardInterrupt: before any picture was classified.
     """
@@ -248,10 +255,15 @@ def evaluate(
     device = torch.device(device)
     for model in models.values():
         model.to(device=device, dtype=dtype).eval()
-    job = _Job(models, dataset, preprocessing, batch_size, device, dtype, num_classes, keep_rows)
+    for note in {note for model in models.values() if (note := auto_note(model, attention))}:
+        progress.note(note)
+    job = _Job(models, dataset, preprocessing, batch_size, device, dtype, num_classes, attention, keep_rows)
     state = None if resume is None else State(resume, job.header(), tuple(models), progress)
     workers = default_workers(device, group.nearby) if workers is None else workers
-    return _Work(job, group, state, _Side(workers, strict, progress)).run()
+    with ExitStack() as switched:
+        for model in models.values():
+            switched.enter_context(attention_mode(model, attention))
+        return _Work(job, group, state, _Side(workers, strict, progress)).run()
 
 
 def predictions_of(result: Evaluation, name: str, dataset: ImageDataset, model: str) -> Predictions:
@@ -303,6 +315,7 @@ class _Job:
     device: torch.device
     dtype: torch.dtype
     num_classes: int
+    attention: AttentionMode
     keep_rows: bool
 
     @property
@@ -337,6 +350,7 @@ class _Job:
             "batch size": self.batch_size,
             "device": self.device.type,
             "dtype": str(self.dtype),
+            "attention": self.attention,
             "saved predictions": self.keep_rows,
         }
 
@@ -347,10 +361,11 @@ def _json_form(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _digest_of_model(model: nn.Module) -> str:
-    """SHA-256 of weights, and of the plan by which tokens go."""
+    """SHA-256 of weights, and of the plan by which tokens go; of exported files, of all that is in them."""
     plans = [part.plan.model_dump(mode="json") for part in model.modules() if isinstance(part, CompressedModel)]
+    files = [sha256_of(part.path) for part in model.modules() if isinstance(part, Runtime)]
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    return digest_of_document([kind, digest_of_tensors(model.state_dict().items()), plans])
+    return digest_of_document([kind, digest_of_tensors(model.state_dict().items()), plans, files])
 
 
 @dataclass(frozen=True)
@@ -369,6 +384,7 @@ class _Told:
     skipped: tuple[tuple[int, str], ...]
     rows: tuple[Rows, ...]
     seconds: dict[str, float]
+    attention: dict[str, str]
     fresh: int
     wall: float
     waited: float
@@ -418,6 +434,7 @@ class _Work:
             skipped=whole.skipped,
             rows=whole.rows,
             seconds={name: count.seconds for name, count in whole.counts.items()},
+            attention=runner.attention,
             fresh=self.fresh,
             wall=wall,
             waited=feed.waited,
@@ -502,7 +519,7 @@ class _Work:
         self._check_sum(images, skipped, interrupted)
         pairs = zip(correct[::2], correct[1::2], strict=True)
         scores = {
-            name: Score(images, top1, top5, sum(each.seconds[name] for each in told))
+            name: Score(images, top1, top5, sum(each.seconds[name] for each in told), _attention(told, name))
             for name, (top1, top5) in zip(job.models, pairs, strict=True)
         }
         rows = [rows for each in told for rows in each.rows]
@@ -544,18 +561,24 @@ class _Work:
             raise CheckFailed(f"{images} and {len(skipped)} pictures were counted, of {len(dataset)}")
 
 
+def _attention(told: Sequence[_Told], name: str) -> str | None:
+    """What computed the attention of a model in the processes that ran it; None where none did."""
+    return "+".join(sorted({each.attention[name] for each in told if name in each.attention})) or None
+
+
 @dataclass
 class _Runner:
     """Runs the models over batches, as many pictures at a time as there is memory for.
 
     Attributes:
         limit: pictures at a time.
+        attention: what computed it, by the name of the model, once there was a batch.
     """
 
     job: _Job
     progress: Progress
     limit: int = field(init=False)
-    _warm: bool = field(default=False, init=False)
+    attention: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.limit = self.job.batch_size
@@ -599,11 +622,11 @@ class _Runner:
     def _piece(self, pixels: Tensor, turn: int) -> dict[str, _Heard]:
         job = self.job
         pixels = pixels.to(device=job.device, non_blocking=True).to(dtype=job.dtype)
-        if not self._warm:
-            # The first pass pays for memory pools and kernel selection; it is not part of the speed.
-            for model in job.models.values():
-                model(pixels)
-            self._warm = True
+        if len(self.attention) < len(job.models):
+            # The first pass pays for memory pools and kernel selection; it is not part of the speed, so it can be
+            # watched.
+            for name, model in job.models.items():
+                self.attention[name] = measure.observed_attention(model, pixels)
         found: dict[str, _Heard] = {}
         for name in in_turn(list(job.models), turn):
             logits, seconds = _timed(job.models[name], pixels, job.device)
@@ -670,17 +693,11 @@ def in_turn(names: list[str], turn: int) -> list[str]:
 
 
 def _timed(model: nn.Module, pixels: Tensor, device: torch.device) -> tuple[Tensor, float]:
-    wait_for(device)
+    measure.wait_for(device)
     started = time.perf_counter()
     logits = model(pixels)
-    wait_for(device)
+    measure.wait_for(device)
     return logits, time.perf_counter() - started
-
-
-def wait_for(device: torch.device) -> None:
-    """Until the device has done all that it was asked to; the CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _check_logits(name: str, logits: object, batch: int, num_classes: int) -> None:

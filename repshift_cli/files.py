@@ -6,16 +6,19 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 from repshift_cli.errors import OutputError, UsageError
 
 __all__ = [
+    "EXPORT_SUFFIXES",
     "TORCH_SUFFIXES",
     "WEIGHT_SUFFIXES",
     "atomic_output",
     "check_output",
     "check_outputs",
+    "sha256_of",
     "weight_stem",
     "write_text",
 ]
@@ -23,6 +26,20 @@ __all__ = [
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 """Endings of files that hold weights."""
+
+EXPORT_SUFFIXES = (".onnx", ".pt2")
+"""Endings of files that hold a model as a graph."""
+
+_READ_BYTES = 1 << 22
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = sha256()
+    with path.open("rb") as file:
+        while part := file.read(_READ_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def check_output(path: Path, force: bool) -> None:
@@ -72,8 +89,13 @@ def check_outputs(named: Mapping[str, Path | None], force: bool) -> None:
 
 
 def weight_stem(name: str) -> str:
-    """A file's name without its folder and without an ending of weights; other names as they are."""
+    """A file's name without its folder and without an ending of weights; other names as they are.
+
+    That of an exported file keeps its ending, which tells what runs it.
+    """
     path = Path(name)
+    if path.suffix in EXPORT_SUFFIXES:
+        return path.name
     return path.stem if path.suffix in WEIGHT_SUFFIXES else name
 
 

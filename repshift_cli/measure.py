@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from repshift_cli import attention
+from repshift_cli.energy import Meter
 from repshift_cli.errors import CheckFailed, ModelError, UsageError
 from repshift_cli.progress import Progress, Task
 
@@ -45,6 +47,7 @@ __all__ = [
     "resolve_dtype",
     "speedup",
     "threads",
+    "wait_for",
 ]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,14 +96,26 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    """How long each run of one subject took, in seconds; sample `i` belongs to round `i` for every subject."""
+    """How long each run of one subject took, in seconds; sample `i` belongs to round `i` for every subject.
+
+    Attributes:
+        joules: energy of each run, where there was a meter.
+    """
 
     samples_s: tuple[float, ...]
+    joules: tuple[float, ...] | None = None
 
     @property
     def spread(self) -> Spread:
         """The spread in milliseconds."""
         return Spread.of_seconds(self.samples_s)
+
+    @property
+    def p99_ms(self) -> float:
+        """The 99th percentile in milliseconds; of fewer than a hundred samples hardly less than the largest."""
+        if len(self.samples_s) == 1:
+            return self.samples_s[0] * 1e3
+        return statistics.quantiles(self.samples_s, n=100, method="inclusive")[-1] * 1e3
 
 
 @dataclass(frozen=True)
@@ -169,6 +184,12 @@ class Subject:
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
+def full_batch(images: Tensor, batch_size: int) -> Tensor:
+    """A batch of `batch_size`, the images repeated where there are fewer."""
+    repeats = -(-batch_size // len(images))
+    return torch.cat([images] * repeats)[:batch_size].contiguous()
+
+
 def measure_latency(
     subjects: Sequence[Subject],
     inputs: Tensor,
@@ -177,6 +198,7 @@ def measure_latency(
     warmup: int,
     progress: Progress,
     min_runs: int = 10,
+    meter: Meter | None = None,
 ) -> dict[str, Timing]:
     """Time the subjects in turn, so that drift of the machine hits all of them alike.
 
@@ -187,6 +209,7 @@ def measure_latency(
         inputs: handed to every subject; its device is the one that is waited for.
         max_seconds: after this time no new round starts, once there are `min_runs`; warm-up does not count.
         warmup: rounds that are run and thrown away.
+        meter: read before and after each run, outside of the time that is taken.
 
     Returns:
         By name, in the order of `subjects`.
@@ -197,19 +220,31 @@ def measure_latency(
     names = [subject.name for subject in subjects]
     if len(set(names)) != len(names) or min_runs < 1:
         raise ValueError(f"subjects need different names and at least one run, not {names} with {min_runs} runs")
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples: dict[str, list[_Sample]] = {name: [] for name in names}
     label = f"timing {', '.join(names)}"
     with torch.inference_mode(), _no_garbage_collection(), progress.task(label, max(1, round(max_seconds))) as task:
         for turn in range(warmup):
-            _round(subjects, inputs, turn)
+            _round(subjects, inputs, turn, meter)
         clock = _Clock(max_seconds, task)
         turn = 0
         while turn < min_runs or not clock.expired():
-            for name, seconds in _round(subjects, inputs, turn):
-                samples[name].append(seconds)
+            for name, sample in _round(subjects, inputs, turn, meter):
+                samples[name].append(sample)
             clock.show()
             turn += 1
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
+    return {name: _timing(found, meter) for name, found in samples.items()}
+
+
+class _Sample(NamedTuple):
+    """One run: seconds, and joules (0 where there is no meter)."""
+
+    seconds: float
+    joules: float
+
+
+def _timing(samples: Sequence[_Sample], meter: Meter | None) -> Timing:
+    joules = tuple(sample.joules for sample in samples) if meter else None
+    return Timing(tuple(sample.seconds for sample in samples), joules)
 
 
 class _Clock:
@@ -234,23 +269,26 @@ class _Clock:
         return time.perf_counter() - self._start
 
 
-def _round(subjects: Sequence[Subject], inputs: Tensor, turn: int) -> list[tuple[str, float]]:
+def _round(subjects: Sequence[Subject], inputs: Tensor, turn: int, meter: Meter | None) -> list[tuple[str, _Sample]]:
     order = subjects if turn % 2 == 0 else list(reversed(subjects))
-    return [(subject.name, _time_once(subject, inputs)) for subject in order]
+    return [(subject.name, _time_once(subject, inputs, meter)) for subject in order]
 
 
-def _time_once(subject: Subject, inputs: Tensor) -> float:
+def _time_once(subject: Subject, inputs: Tensor, meter: Meter | None) -> _Sample:
     with subject.context():
-        _wait_for(inputs.device)
+        wait_for(inputs.device)
+        before = meter.read() if meter else ()
         start = time.perf_counter()
         output = subject.run(inputs)
-        _wait_for(inputs.device)
+        wait_for(inputs.device)
         seconds = time.perf_counter() - start
+        joules = meter.between(before, meter.read()) if meter else 0.0
         del output  # freed after the clock has stopped
-    return seconds
+    return _Sample(seconds, joules)
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until the device has done all that it was asked to; the CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -314,7 +352,11 @@ def _meta_copy(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo).eval()
+    weightless = copy.deepcopy(model, memo).eval()
+    on_flash: list[Any] = [part for part in weightless.modules() if getattr(part, "flash_attn", False)]
+    for part in on_flash:
+        part.flash_attn = False  # no counter knows it
+    return weightless
 
 
 def _count_flops(run: Callable[[], Any]) -> int:
@@ -476,6 +518,7 @@ _FUSED_OPERATIONS = {
     "_scaled_dot_product_cudnn_attention": "sdpa:cudnn",
     "_scaled_dot_product_fused_attention_overrideable": "sdpa:fused",
 }
+_FLASH_FUNCTIONS = (attention.flash_attend, attention.flash_attend_packed)
 _SOFTMAX_OPERATIONS = {"_softmax", "_safe_softmax"}
 _ATTENTION_MAP_DIMS = 3  # batch, queries and keys at least; a softmax over classes has two
 
@@ -488,15 +531,16 @@ def observed_attention(run: Callable[[Tensor], Any], inputs: Tensor) -> str:
         attention; `flash-attn` for the package of that name; `explicit` for a softmax over a product that the
         model itself forms; `none`. Several are joined with `+`.
     """
-    operations, calls = _AttentionOperations(), _AttentionCalls()
+    operations = _AttentionOperations()
+    calls = _AttentionCalls(operations)
     # In inference mode composite operations reach a dispatch mode whole, so the kernels inside would go unseen.
     with torch.inference_mode(False), torch.no_grad(), operations, calls:
         run(inputs)
-    found = set(operations.backends)
+    found = operations.backends
     math_calls = calls.count - operations.fused_calls
     if math_calls > 0:
         found.add("sdpa:math")
-    if operations.softmax_calls > math_calls:  # the math backend takes one softmax a call
+    if operations.softmax_calls > max(math_calls, 0):  # the math backend takes one softmax a call; graphs make no calls
         found.add("explicit")
     return "+".join(sorted(found)) or "none"
 
@@ -508,15 +552,22 @@ def attention_backend(device: torch.device, dtype: torch.dtype, head_width: int 
 
 
 class _AttentionCalls(TorchFunctionMode):
-    """Counts calls of scaled dot-product attention, whatever they turn into."""
+    """Counts calls of scaled dot-product attention, whatever they turn into, and sees those of flash-attn.
 
-    def __init__(self) -> None:
+    Not every version of flash-attn calls an operation that a dispatch mode could see.
+    """
+
+    def __init__(self, operations: _AttentionOperations) -> None:
         super().__init__()
+        self.operations = operations
         self.count = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in _FLASH_FUNCTIONS:
+            with self.operations.inside_flash():
+                return func(*args, **(kwargs or {}))
         self.count += func is functional.scaled_dot_product_attention
         return func(*args, **(kwargs or {}))
 
@@ -529,15 +580,28 @@ class _AttentionOperations(TorchDispatchMode):
         self.backends: set[str] = set()
         self.fused_calls = 0
         self.softmax_calls = 0
+        self._paused = False
+
+    @contextmanager
+    def inside_flash(self) -> Iterator[None]:
+        """Notes flash-attn, and not what it does inside."""
+        self.backends.add("flash-attn")
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func.overloadpacket.__name__
+        if self._paused:
+            return func(*args, **(kwargs or {}))
         if name in _FUSED_OPERATIONS:
             self.backends.add(_FUSED_OPERATIONS[name])
             self.fused_calls += 1
-        elif func.namespace.startswith("flash_attn"):
+        elif func.namespace.replace("_", "").startswith("flashattn"):  # the name changed between its versions
             self.backends.add("flash-attn")
         elif name in _SOFTMAX_OPERATIONS and args[0].ndim >= _ATTENTION_MAP_DIMS:
             self.softmax_calls += 1

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Pairs", "flow", "key_features", "nearest", "pair"]
+from repshift_cli.tokens import add_at, gather_tokens
+
+__all__ = ["Pairs", "flow", "key_features", "nearest", "pair", "unit_range"]
 
 
 class Pairs(NamedTuple):
@@ -55,6 +57,12 @@ def key_features(keys: Tensor) -> Tensor:
     return keys.mean(dim=1)
 
 
+def unit_range(scores: Tensor) -> Tensor:
+    """Each row brought to 0..1, `[B, N]`; all 0 in a row of equal scores."""
+    low, high = scores.amin(dim=1, keepdim=True), scores.amax(dim=1, keepdim=True)
+    return (scores - low) / (high - low).clamp_min(torch.finfo(scores.dtype).tiny)
+
+
 def flow(kept: Tensor, sizes: Tensor, sources: Tensor, shares: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Let tokens flow into others, each of which becomes the mean of all that it then stands for.
 
@@ -70,23 +78,16 @@ def flow(kept: Tensor, sizes: Tensor, sources: Tensor, shares: Tensor, targets: 
     Returns:
         Tokens `[B, K, C]`, computed in float32 at least, and their sizes `[B, K]`.
     """
-    new_sizes = sizes.scatter_add(1, targets, shares)
+    new_sizes = add_at(sizes.unsqueeze(2).clone(), targets, shares.unsqueeze(2)).squeeze(2)
     wide = torch.promote_types(kept.dtype, torch.float32)
-    flat, rows = kept.to(wide).flatten(0, 1), _rows(targets, kept.shape[1])
+    tokens = kept.to(wide)
     # the mean as a step from the target towards the source: so only rows that something flows into are touched
-    apart = sources.to(wide).flatten(0, 1) - flat.index_select(0, rows)
-    steps = (shares / new_sizes.gather(1, targets)).to(wide).flatten().unsqueeze(1)
-    # whole rows of the flattened batch: on the CPU this is 2 to 3 times faster than `scatter_add` channel by channel
-    flat.index_add_(0, rows, apart * steps)
-    return flat.unflatten(0, kept.shape[:2]).to(kept.dtype), new_sizes
+    apart = sources.to(wide) - gather_tokens(tokens, targets)
+    steps = (shares / new_sizes.gather(1, targets)).to(wide).unsqueeze(2)
+    return add_at(tokens, targets, apart * steps).to(kept.dtype), new_sizes
 
 
 def _unit(tokens: Tensor) -> Tensor:
     """Each token brought to length one; the norm is taken in float32 at least, where it cannot overflow."""
     wide = torch.promote_types(tokens.dtype, torch.float32)
     return functional.normalize(tokens.to(wide), dim=-1).to(tokens.dtype)
-
-
-def _rows(places: Tensor, count: int) -> Tensor:
-    """`[B, D]` places among `count` rows of each image, as places in the flattened batch."""
-    return (places + (torch.arange(places.shape[0], device=places.device) * count).unsqueeze(1)).flatten()

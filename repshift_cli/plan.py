@@ -35,6 +35,7 @@ __all__ = [
     "Window",
     "lines_kept",
     "resolve",
+    "rounded",
     "tokens_dropped",
 ]
 
@@ -245,6 +246,17 @@ def tokens_dropped(drop: LayerDrop, patch_tokens: int) -> int:
     return 0
 
 
+def rounded(kept: int, multiple: int, least: int, most: int) -> int:
+    """The multiple of `multiple` that is nearest to `kept` tokens, of two the larger one.
+
+    Args:
+        least, most: what it may be; where no multiple lies between them, `kept` stays as it is.
+    """
+    below = kept // multiple * multiple
+    possible = [count for count in (below, below + multiple) if least <= count <= most]
+    return min(possible, key=lambda count: (abs(count - kept), -count), default=kept)
+
+
 def lines_kept(drop: LayerDrop, grid: Grid) -> Grid:
     """Rows and columns of a map of `grid` that stay.
 
@@ -322,6 +334,10 @@ def _count(recipe: Recipe, layout: Layout, chosen: list[tuple[int, SiteInfo]]) -
                 "Give keep_tokens or drop_ratio.",
             )
         dropped = tokens_dropped(drop, patches)
+        if drop.drop_ratio is not None and recipe.round_tokens is not None and dropped:
+            total = layout.prefix_tokens + patches
+            # fewer than all: a site that lets nothing go would score for nothing
+            dropped = total - rounded(total - dropped, recipe.round_tokens, layout.prefix_tokens + 1, total - 1)
         if dropped < 0:
             raise RecipeError(
                 f"{where}: keep_tokens is {drop.keep_tokens}, but only {patches} patch tokens reach {site.name}"
@@ -343,6 +359,12 @@ def _count(recipe: Recipe, layout: Layout, chosen: list[tuple[int, SiteInfo]]) -
 
 def _count_lines(recipe: Recipe, layout: Layout, chosen: list[tuple[int, SiteInfo]]) -> tuple[PlanSite, ...]:
     """Follow a feature map through the chosen sites: rows and columns go there, strides shrink it in between."""
+    if recipe.round_tokens is not None:
+        raise RecipeError(
+            f"{recipe.place.at(('round_tokens',))}: round_tokens is for sequences; of a feature map whole rows and "
+            "columns stay",
+            "Leave it out, and give keep_grid where a size suits better.",
+        )
     sites: list[PlanSite] = []
     kept: dict[int, Grid] = {}
     for index, site in chosen:

@@ -128,6 +128,10 @@ class Recipe(_Strict):
     """A parsed recipe. Make one with `Recipe.load` (file or shipped name) or `Recipe.parse` (text).
 
     Exactly one of `layers` and `budget` is given; with a budget `layers` is empty, and a search has to find them.
+
+    Attributes:
+        round_tokens: where `drop_ratio` says how many tokens go, or a search does, all that are left (prefix tokens
+            included) become a multiple of this, since matrix kernels work in tiles. None leaves numbers as they are.
     """
 
     version: Literal[1]
@@ -135,6 +139,7 @@ class Recipe(_Strict):
     model: StrictStr | None = None
     metric: Part = Part(kind="representation_shift")
     reducer: Part = Part(kind="prune")
+    round_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     layers: Annotated[tuple[LayerDrop, ...], Field(min_length=1)] = ()
     budget: Budget | None = None
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from repshift_cli.errors import DataError, ModelError, OutputError, UsageError
-from repshift_cli.evaluate import Skipped, explained_memory, finite, in_turn, per_second, wait_for
+from repshift_cli.evaluate import Skipped, explained_memory, finite, in_turn, per_second
+from repshift_cli.measure import wait_for
 from repshift_cli.progress import Progress
 
 __all__ = [

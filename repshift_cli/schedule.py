@@ -34,6 +34,7 @@ __all__ = [
     "layer_drops",
     "levels",
     "neighbours",
+    "on_tiles",
     "paper_schedule",
     "solve",
     "to_recipe",
@@ -485,6 +486,22 @@ def _changes(gone: Sequence[int], step: int, least: int, targets: Sequence[int])
             yield [0 if site == source else count for site, count in enumerate(gone)]
     for target in targets:
         yield [count + (max(step, least) if site == target else 0) for site, count in enumerate(gone)]
+
+
+def on_tiles(kept: Kept, tokens: int, prefix: int, multiple: int) -> Kept:
+    """The schedule with all tokens behind each site, `prefix` among them, brought down to a multiple of `multiple`.
+
+    Down, so that it costs no more than before. A site behind which all tokens are left, or fewer than one multiple,
+    stays as it is.
+    """
+    return tuple(
+        count if count >= tokens or count + prefix < multiple else _tile_below(count, prefix, multiple)
+        for count in kept
+    )
+
+
+def _tile_below(count: int, prefix: int, multiple: int) -> int:
+    return max((count + prefix) // multiple * multiple - prefix, 1)
 
 
 def paper_schedule(sites: int, tokens: int, drop_ratios: Mapping[int, float]) -> Kept:

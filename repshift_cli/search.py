@@ -48,8 +48,8 @@ from repshift_cli.errors import CheckFailed, DataError, RecipeError, UsageError
 from repshift_cli.families import Family
 from repshift_cli.files import atomic_output
 from repshift_cli.fitting import fit_scores
-from repshift_cli.intervals import percent_interval
-from repshift_cli.measure import Speedup, Subject, Timing, device_name, measure_latency, speedup
+from repshift_cli.intervals import percent_interval, wilson_interval
+from repshift_cli.measure import Speedup, Subject, Timing, device_name, full_batch, measure_latency, speedup
 from repshift_cli.metrics import build_metric
 from repshift_cli.plan import After, Plan, resolve
 from repshift_cli.processes import Processes, together
@@ -64,6 +64,7 @@ from repshift_cli.schedule import (
     Target,
     fit,
     neighbours,
+    on_tiles,
     paper_schedule,
     solve,
     to_recipe,
@@ -643,8 +644,7 @@ class _Bench:
         Args:
             patient: measure as long again where the times spread so much that the median is not sure.
         """
-        repeats = -(-self.batch_size // len(self.images))
-        inputs = torch.cat([self.images] * repeats)[: self.batch_size].contiguous()
+        inputs = full_batch(self.images, self.batch_size)
         compressed = attach(self.model, plan)
         try:
             subjects = [Subject("dense", compressed, compressed.dense), Subject("candidate", compressed)]
@@ -859,6 +859,11 @@ class _Search:
     # -- the additive model
 
     @property
+    def multiple(self) -> int:
+        """What all tokens behind each site are a multiple of, as the recipe says; of a map lines count, not tokens."""
+        return 1 if self.bench.layout.map_size is not None else self.settings.start.round_tokens or 1
+
+    @property
     def tokens(self) -> int:
         """Patch tokens of the dense model."""
         return self.bench.layout.patch_tokens
@@ -967,6 +972,7 @@ class _Search:
         return self.scores | {site.layer: site.metric for site in candidate.plan.sites} if candidate else self.scores
 
     def _with(self, kept: Kept, metrics: Mapping[int, Part], reducer: Part, name: str) -> _Candidate | None:
+        kept = on_tiles(kept, self.tokens, self.bench.layout.prefix_tokens, self.multiple)
         plan = self._plan(kept, self.layers, metrics, reducer)
         if plan is None:
             return None
@@ -1168,7 +1174,7 @@ class _Search:
         """Choose the scores again, along the best schedule; they stay where they are not better."""
         assert self.best is not None
         best = self.best.candidate
-        if not any(len(build_metric(self.open[site.layer]).variants()) > 1 for site in best.plan.sites):
+        if not any(build_metric(self.open[site.layer]).open for site in best.plan.sites):
             return
         parts = self._choices([best.plan])[0]
         if parts is None:
@@ -1360,7 +1366,7 @@ class _Search:
         if held[0] is None:
             raise CheckFailed("the found schedule returns values that are not finite on the images held back")
         found_point = self._point("found", best.candidate, held[0], latency)
-        paper_latency = self.latencies.get(_plan_key(paper.candidate.plan)) if paper else None
+        paper_latency = self._paper_latency(paper.candidate.plan, latency) if paper else None
         paper_point = self._point("paper", paper.candidate, held[2], paper_latency) if paper and held[2] else None
         dense = self.bench.dense_point("held")
         met, nearest = self._met(best, latency)
@@ -1390,6 +1396,12 @@ class _Search:
             identity=self.settings.identity,
             seed=self.settings.seed,
         )
+
+    def _paper_latency(self, plan: Plan, found: float | None) -> float | None:
+        """Measured for the comparison, where that of the found schedule is; after an interruption what is known."""
+        if found is None or self.interrupted:
+            return self.latencies.get(_plan_key(plan))
+        return self._latency(plan)
 
     def _better(self, found: _Tried, paper: _Tried | None) -> tuple[_Tried, bool, bool]:
         """The found schedule or the paper's, whether it is the paper's, and whether the images held back decided that.
@@ -1445,7 +1457,8 @@ class _Search:
         return None if values is None else self._point("given", _Candidate((), plan, self.bench.macs(plan), ""), values)
 
     def _recipe(self, candidate: _Candidate) -> Recipe:
-        text = f"Found by a search for {self.target}: {candidate.macs:.3f} of the dense operations, seed "
+        text = f"Found by a search for {self.target}: {candidate.macs:.3f} of the dense operations, "
+        text += f"tokens in multiples of {self.multiple}, " if self.multiple > 1 else ""
         recipe = to_recipe(
             candidate.kept,
             self.bench.layout,
@@ -1453,7 +1466,7 @@ class _Search:
             metrics=self._scores_of(candidate),
             reducer=candidate.plan.reducer,
             model=self.settings.start.model,
-            description=text + str(self.settings.seed),
+            description=f"{text}seed {self.settings.seed}",
         )
         return Recipe.parse(recipe.to_yaml(), "the recipe that the search found")
 
@@ -1478,9 +1491,7 @@ def _share_of(part: int, whole: int, count: int) -> int:
 
 def _least_share(share: float, count: int) -> float:
     """Lower end of Wilson's interval of a share of `count`, which is below 1 also where all agree."""
-    square = _AGREEMENT_SIGMAS**2
-    spread = _AGREEMENT_SIGMAS * math.sqrt(share * (1 - share) / count + square / (4 * count * count))
-    return (share + square / (2 * count) - spread) / (1 + square / count)
+    return wilson_interval(round(share * count), count, _AGREEMENT_SIGMAS)[0]
 
 
 def _plan_key(plan: Plan) -> str:

@@ -15,10 +15,14 @@ __all__ = [
     "MapState",
     "Sized",
     "TokenState",
+    "add_at",
     "complement",
     "gather_tokens",
+    "in_graph",
     "keep_lines",
     "keep_top",
+    "mean_by_size",
+    "put_at",
     "split_top",
     "with_prefix",
 ]
@@ -96,6 +100,8 @@ def gather_tokens(tokens: Tensor, index: Tensor, prefix: int = 0) -> Tensor:
 def complement(index: Tensor, count: int) -> Tensor:
     """The places of `0..count-1` that `index` leaves out, ascending.
 
+    Meant for few places: all others are compared with each of them.
+
     Args:
         index: int64 `[B, K]`, distinct within each row.
         count: number of places.
@@ -103,9 +109,52 @@ def complement(index: Tensor, count: int) -> Tensor:
     Returns:
         int64 `[B, count - K]`.
     """
-    kept = torch.zeros(index.shape[0], count, dtype=torch.int8, device=index.device)
-    kept.scatter_(1, index, 1)
-    return kept.sort(dim=-1, stable=True).indices[:, : count - index.shape[1]].sort(dim=-1).values
+    left_out, left = (torch.arange(size, device=index.device) for size in (index.shape[1], count - index.shape[1]))
+    # the i-th place that is left out has `index_i - i` others before it
+    before = index.sort(dim=-1).values - left_out
+    return left + (before.unsqueeze(1) <= left.unsqueeze(1)).sum(dim=2)
+
+
+def add_at(tokens: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """Tokens with values added to some of them; where places are equal, to one token several.
+
+    Args:
+        tokens: `[B, K, C]`; outside graphs their memory is used for the result.
+        places: int64 `[B, D]`, among the K.
+        values: `[B, D, C]`.
+    """
+    count = tokens.shape[1]
+    if in_graph():
+        here = torch.arange(count, device=places.device).unsqueeze(1) == places.unsqueeze(1)  # [B, K, D]
+        return tokens + here.to(values.dtype) @ values
+    rows = places + (torch.arange(places.shape[0], device=places.device) * count).unsqueeze(1)
+    # whole rows of the flattened batch: on the CPU this is 2 to 3 times faster than `scatter_add` channel by channel
+    summed = tokens.flatten(0, 1).index_add_(0, rows.flatten(), values.flatten(0, 1))
+    return summed.unflatten(0, tokens.shape[:2])
+
+
+def put_at(tokens: Tensor, place: Tensor, values: Tensor) -> Tensor:
+    """Tokens with one of them replaced.
+
+    Args:
+        tokens: `[B, K, C]`; outside graphs their memory is used for the result.
+        place: int64 `[B, 1]`, among the K.
+        values: `[B, C]`, in the dtype of the tokens.
+    """
+    if in_graph():
+        here = torch.arange(tokens.shape[1], device=place.device) == place
+        return torch.where(here.unsqueeze(2), values.unsqueeze(1), tokens)
+    rows = place + (torch.arange(place.shape[0], device=place.device) * tokens.shape[1]).unsqueeze(1)
+    replaced = tokens.flatten(0, 1).index_copy_(0, rows.flatten(), values)
+    return replaced.unflatten(0, tokens.shape[:2])
+
+
+def in_graph() -> bool:
+    """Whether a graph is being traced, for `torch.compile` or an export.
+
+    A graph gets no scatter: every runtime has a product instead, and on a GPU a scatter that adds is not repeatable.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class Sized(NamedTuple):
@@ -118,6 +167,12 @@ class Sized(NamedTuple):
 
     tokens: Tensor
     sizes: Tensor | None = None
+
+
+def mean_by_size(tokens: Tensor, sizes: Tensor) -> Tensor:
+    """The mean over tokens, each as often as its size says: `[B, T, C]` and `[B, T]` to `[B, C]`."""
+    weights = (sizes / sizes.sum(dim=1, keepdim=True)).to(tokens.dtype)
+    return (tokens * weights.unsqueeze(2)).sum(dim=1)
 
 
 @dataclass

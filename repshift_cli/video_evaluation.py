@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,15 +15,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from repshift_cli import measure
 from repshift_cli.answering import AnswerEvaluation, AnswerList, QuestionBatch, evaluate_answers
 from repshift_cli.artifact import Opened
 from repshift_cli.attach import CompressedModel
+from repshift_cli.backends import AttentionMode, attention_mode, auto_note
 from repshift_cli.data import DEFAULT_SCENES, is_dataset_name, moving_shapes, video_text
 from repshift_cli.data.clips import scene_tensor
 from repshift_cli.data.text import Tokenizer
 from repshift_cli.data.video import UnreadableVideo, clip_tensor, read_clip
 from repshift_cli.data.video_text import PROTOCOLS, Protocol, QaSet, RetrievalSet
 from repshift_cli.errors import DataError, ModelError, RepshiftError, UsageError
+from repshift_cli.files import sha256_of
 from repshift_cli.models.umt import Pooling, UmtAnswering, UmtModel, UmtRetrieval
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.progress import Progress
@@ -45,6 +48,7 @@ __all__ = [
     "check_missing",
     "choose_pooling",
     "is_video_dataset",
+    "observe_attention",
     "open_data",
     "open_tokenizer",
     "retrieve",
@@ -208,6 +212,7 @@ class Settings:
         workers: processes that decode beside this one; 0 decodes in this one.
         strict: stop at the first video that is missing or cannot be read.
         rerank_k: how many candidates of each query are matched; None to leave that out, and for questions.
+        attention: what is to compute the attention of the video encoder.
     """
 
     batch_size: int
@@ -216,6 +221,7 @@ class Settings:
     workers: int = 0
     strict: bool = False
     rerank_k: int | None = None
+    attention: AttentionMode = "auto"
 
 
 class DenseSelf:
@@ -324,6 +330,43 @@ def open_tokenizer(vocabulary: Path | None, opened: Opened, data: VideoData) -> 
     return tokenizer
 
 
+@torch.inference_mode()
+def observe_attention(
+    models: Mapping[str, Any], preprocessing: Preprocessing, settings: Settings, progress: Progress
+) -> dict[str, str]:
+    """What computes attention in the video encoder of each model, seen on one empty clip.
+
+    The models are moved to the device and dtype of the settings.
+
+    Returns:
+        By the names of the models; values as `measure.observed_attention`.
+
+    Raises:
+        UsageError: attention cannot be computed as the settings ask.
+    """
+    clip = torch.zeros(1, *preprocessing.shape, device=settings.device, dtype=settings.dtype)
+    with _ready(models, settings):
+        for note in {note for module in _modules(models) if (note := auto_note(module, settings.attention))}:
+            progress.note(note)
+        return {name: measure.observed_attention(model.encode_video, clip) for name, model in models.items()}
+
+
+@contextmanager
+def _ready(models: Mapping[str, Any], settings: Settings) -> Iterator[None]:
+    """The models where and how they are to run."""
+    with ExitStack() as switched:
+        for module in _modules(models):
+            module.to(device=settings.device, dtype=settings.dtype)
+            switched.enter_context(attention_mode(module, settings.attention))
+        yield
+
+
+def _modules(models: Mapping[str, Any]) -> list[nn.Module]:
+    """Each once; the dense self of a model is the model itself."""
+    parts = (model.compressed.model if isinstance(model, DenseSelf) else model for model in models.values())
+    return list({id(part): part for part in parts if isinstance(part, nn.Module)}.values())
+
+
 def retrieve(
     models: Mapping[str, Any],
     data: CaptionData,
@@ -353,21 +396,22 @@ def retrieve(
         for batch in _batches(data.videos, preprocessing, settings, padded)
     )
     texts = tokenizer.texts(data.captions, min(data.text_length, positions))
-    result = evaluate_retrieval(
-        models,
-        clips,
-        Texts(texts.ids, texts.mask, data.videos_of_caption),
-        dataset=data.name,
-        videos=len(data.videos),
-        sample_id=data.videos.name,
-        batch_size=settings.batch_size,
-        device=settings.device,
-        dtype=settings.dtype,
-        strict=settings.strict,
-        progress=progress,
-        rerank_k=settings.rerank_k,
-        pair_batch=_PAIRS_PER_VIDEO * settings.batch_size,
-    )
+    with _ready(models, settings):
+        result = evaluate_retrieval(
+            models,
+            clips,
+            Texts(texts.ids, texts.mask, data.videos_of_caption),
+            dataset=data.name,
+            videos=len(data.videos),
+            sample_id=data.videos.name,
+            batch_size=settings.batch_size,
+            device=settings.device,
+            dtype=settings.dtype,
+            strict=settings.strict,
+            progress=progress,
+            rerank_k=settings.rerank_k,
+            pair_batch=_PAIRS_PER_VIDEO * settings.batch_size,
+        )
     return result, tuple(padded)
 
 
@@ -389,20 +433,21 @@ def answer(
     padded: list[str] = []
     batches = _batches(data.videos, preprocessing, settings, padded)
     answers = tokenizer.answers(data.answers, min(_LONGEST_ANSWER, positions))
-    result = evaluate_answers(
-        models,
-        _question_batches(data, batches, tokenizer, min(data.text_length, positions)),
-        AnswerList(data.answers, answers.ids, answers.mask),
-        dataset=data.name,
-        questions=len(data.questions),
-        sample_id=lambda index: data.videos.name(data.questions[index].video),
-        batch_size=settings.batch_size,
-        device=settings.device,
-        dtype=settings.dtype,
-        strict=settings.strict,
-        progress=progress,
-        pair_batch=_ANSWERS_PER_VIDEO * settings.batch_size,
-    )
+    with _ready(models, settings):
+        result = evaluate_answers(
+            models,
+            _question_batches(data, batches, tokenizer, min(data.text_length, positions)),
+            AnswerList(data.answers, answers.ids, answers.mask),
+            dataset=data.name,
+            questions=len(data.questions),
+            sample_id=lambda index: data.videos.name(data.questions[index].video),
+            batch_size=settings.batch_size,
+            device=settings.device,
+            dtype=settings.dtype,
+            strict=settings.strict,
+            progress=progress,
+            pair_batch=_ANSWERS_PER_VIDEO * settings.batch_size,
+        )
     return result, tuple(padded)
 
 
@@ -472,7 +517,7 @@ def _from_files(wanted: Wanted, task: Task, what: str) -> CaptionData | Question
     )
     assert found.annotations is not None
     _check_task("qa" if isinstance(found, QaSet) else "retrieval", task, found.annotations, what)
-    told_by = Annotations(found.annotations, sha256(found.annotations.read_bytes()).hexdigest())
+    told_by = Annotations(found.annotations, sha256_of(found.annotations))
     return _questions_of(found, told_by) if isinstance(found, QaSet) else _captions_of(found, told_by)
 
 

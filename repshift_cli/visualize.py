@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli.attach import CompressedModel
-from repshift_cli.benchmark import PLOT_FORMATS
+from repshift_cli.bench_plot import PLOT_FORMATS
 from repshift_cli.data import clips as clip_files
-from repshift_cli.data.base import ImageDataset, UnreadableSample, shuffled
+from repshift_cli.data.base import ImageDataset
+from repshift_cli.data.images import draw_pictures
 from repshift_cli.data.video import UnreadableVideo, clip_tensor, frame_indices, read_clip
 from repshift_cli.errors import DataError, ModelError, UsageError
 from repshift_cli.files import atomic_output
@@ -243,31 +244,16 @@ def draw_samples(where: str, count: int, preprocessing: Preprocessing, num_class
         DataError: there is no such dataset, no picture in it, or none that can be read.
     """
     source = _open_source(where, count, num_classes, seed)
-    transform = preprocessing.transform()
-    tensors: list[Tensor] = []
-    found: list[tuple[str, int]] = []
-    skipped: list[str] = []
-    for index in _order(source, seed):
-        try:
-            picture, label = source.load(index)
-        except UnreadableSample as problem:
-            skipped.append(f"{problem.sample}: {problem.reason}")
-            continue
-        tensors.append(transform(picture))
-        found.append((source.sample_id(index), label))
-        if len(tensors) == count:
-            break
-    if not tensors:
-        raise DataError(f"none of the {len(skipped)} pictures of {where} can be read; {skipped[0]}")
+    drawn = draw_pictures(source, count, preprocessing, seed, where)
     classes = source.classes if source.classes and len(source.classes) == num_classes else None
     labelled = classes is not None or source.classes is None
     return Samples(
-        tensor=torch.stack(tensors),
-        names=tuple(name for name, _ in found),
-        labels=tuple(label if labelled and 0 <= label < num_classes else None for _, label in found),
+        tensor=torch.stack(drawn.tensors),
+        names=tuple(source.sample_id(index) for index in drawn.places),
+        labels=tuple(label if labelled and 0 <= label < num_classes else None for label in drawn.labels),
         classes=_readable(classes),
-        description=f"{len(found)} pictures of {where}, seed {seed}",
-        skipped=tuple(skipped),
+        description=f"{len(drawn.tensors)} pictures of {where}, seed {seed}",
+        skipped=tuple(drawn.skipped),
     )
 
 
@@ -359,13 +345,6 @@ def _class_folders(where: str, root: Path, num_classes: int) -> ImageDataset | N
     except DataError:
         return None
     return found if len(found.classes) == num_classes else None
-
-
-def _order(source: ImageDataset, seed: int) -> Sequence[int]:
-    """Places in the order in which they are tried; scenes are random already, and streams are read from their start."""
-    if source.name.startswith("builtin:") or not source.random_access:
-        return range(len(source))
-    return shuffled(len(source), seed)
 
 
 def _readable(classes: tuple[str, ...] | None) -> tuple[str, ...] | None:

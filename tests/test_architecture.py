@@ -17,18 +17,25 @@ LAYERS = (
     {"progress", "files"},
     {"recipe"},
     {"registry", "plan"},
-    {"tokens", "attention", "schedule", "processes", "digests", "intervals", "tally", "predictions"},
+    {"document"},
+    {
+        *("tokens", "attention", "schedule", "energy", "compiled"),
+        *("processes", "digests", "intervals", "tally", "predictions"),
+    },
     {"models", "merging"},
+    {"backends"},
     {"metrics", "reducers", "families"},
     {"preprocessing", "measure"},
-    {"identify", "attach", "data"},
-    {"checkpoint"},
+    {"identify", "attach", "data", "bench_report"},
+    {"checkpoint", "end_to_end", "bench_budget", "bench_plot"},
     {"artifact"},
+    {"runtimes"},
     {"fitting", "resuming"},
     {"calibrate", "evaluate", "benchmark", "pareto", "comparison", "reference"},
-    {"search"},
+    {"search", "peers"},
     {"budget"},
     {"compression", "visualize", "retrieval", "answering"},
+    {"exporting"},
     {"video_evaluation"},
     {"ui"},
     {"cli"},
@@ -40,20 +47,8 @@ ALONE = {"metrics", "reducers", "families"}
 """They meet in `attach` and in no other of them."""
 
 WITHOUT_TORCH = {
-    "errors",
-    "progress",
-    "files",
-    "recipe",
-    "registry",
-    "plan",
-    "schedule",
-    "intervals",
-    "tally",
-    "predictions",
-    "comparison",
-    "reference",
-    "ui",
-    "cli",
+    *("errors", "progress", "files", "recipe", "registry", "plan", "document", "schedule", "bench_budget", "ui", "cli"),
+    *("intervals", "tally", "predictions", "comparison", "reference"),
 }
 """What `--help` and a wrong recipe need: importing it must not import torch."""
 
@@ -141,7 +136,8 @@ def test_commands_hold_no_tensor_code(file: str) -> None:
 
 def test_timm_is_known_to_families_and_loading_only() -> None:
     using = {part_of(file) for file in FILES if "timm" in outside(file, top_level=False)}
-    assert using == {"families", "models", "identify", "checkpoint", "preprocessing", "artifact", "data", "visualize"}
+    loading = {"identify", "checkpoint", "preprocessing", "artifact", "exporting"}
+    assert using == {"families", "models", "data", "visualize"} | loading
 
 
 @pytest.mark.parametrize("package", ["metrics", "reducers", "families"])

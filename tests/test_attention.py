@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from repshift_cli import attention
 from repshift_cli.attention import Form, attend, cheapest_form, fold, size_bias
 
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -234,4 +233,3 @@ class TestKernel:
 
 def test_every_form_is_named() -> None:
     assert set(FORMS) == {"mask", "folded", "explicit"}
-    assert attention.__all__ == ["Form", "attend", "cheapest_form", "fold", "size_bias"]

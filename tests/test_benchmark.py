@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,19 +15,18 @@ from torch import Tensor, nn
 
 from repshift_cli import benchmark
 from repshift_cli.benchmark import (
-    BenchReport,
     BenchSettings,
     Contender,
-    Ratio,
-    Run,
+    Source,
     attention_mode,
     contenders_of,
     run_bench,
+    run_sweep,
 )
-from repshift_cli.checkpoint import LoadedModel, ModelDescription, Source
-from repshift_cli.cli import bench
-from repshift_cli.errors import RepshiftError, UsageError
-from repshift_cli.measure import Speedup, Timing, speedup
+from repshift_cli.checkpoint import LoadedModel, ModelDescription
+from repshift_cli.checkpoint import Source as Origin
+from repshift_cli.energy import Counter, Meter
+from repshift_cli.errors import UsageError
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.progress import Silent
 
@@ -72,18 +69,9 @@ class Opened:
 def opened(sha256: str | None = None, name: str = "toy") -> Opened:
     module = Switched()
     preprocessing = Preprocessing(SIZE, (0.5,) * 3, (0.5,) * 3, "bicubic", 0.9)
-    source = Source("file" if sha256 else "random", None, sha256)
+    source = Origin("file" if sha256 else "random", None, sha256)
     loaded = LoadedModel(module, ModelDescription(name, None, {}, preprocessing), source, module.state_dict())
     return Opened(loaded, module, module)
-
-
-def report(*, dense: tuple[float, ...] = (2.0, 2.2), compressed: tuple[float, ...] = (1.0, 1.1)) -> BenchReport:
-    runs = (
-        Run("dense", 4, 2_000_000_000, Timing(dense), 8_000_000),
-        Run("compressed", 4, 1_000_000_000, Timing(compressed), 6_000_000),
-    )
-    ratio = Ratio(4, "compressed", "dense", 2.0, speedup(runs[0].timing, runs[1].timing))
-    return BenchReport("Some CPU", "float32", 1, "sdpa:flash", runs, (ratio,))
 
 
 class TestContenders:
@@ -151,6 +139,87 @@ class TestRunBench:
             run_bench([Contender("a", Hungry(), 1, (1, 1, 1))], [512], SETTINGS, Silent())
 
 
+class TestSweep:
+    def test_every_combination_is_one_group(self) -> None:
+        sweep = [replace(SETTINGS, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+        found = run_sweep(contenders_of({"file": opened()}), [1, 2], sweep, Silent())
+        told = [(run.name, run.setting.dtype, run.batch) for run in found.runs]
+        assert told == [
+            (name, dtype, batch)
+            for dtype in ("float32", "bfloat16")
+            for batch in (1, 2)
+            for name in ("dense", "compressed")
+        ]
+        assert [(ratio.setting.dtype, ratio.batch) for ratio in found.ratios] == [
+            ("float32", 1),
+            ("float32", 2),
+            ("bfloat16", 1),
+            ("bfloat16", 2),
+        ]
+        assert found.to_dict()["dtype"] == ["float32", "bfloat16"]
+
+    def test_sizes_are_measured_apart_under_the_same_names(self) -> None:
+        sizes = [
+            Contender(name, nn.Identity(), macs, (3, edge, edge), against)
+            for edge in (4, 8)
+            for name, macs, against in (("dense", 2, None), ("compressed", 1, "dense"))
+        ]
+        found = run_sweep(sizes, [1], [SETTINGS], Silent())
+        assert [(run.name, run.setting.image_size) for run in found.runs] == [
+            ("dense", (4, 4)),
+            ("compressed", (4, 4)),
+            ("dense", (8, 8)),
+            ("compressed", (8, 8)),
+        ]
+        assert [ratio.to_dict()["image_size"] for ratio in found.ratios] == [4, 8]
+        assert len(found.settings) == 2
+
+    def test_attention_is_refused_before_anything_runs(self) -> None:
+        model = opened()
+        sweep = [SETTINGS, replace(SETTINGS, attention="explicit")]
+        with pytest.raises(UsageError, match="'explicit'"):
+            run_sweep(contenders_of({"file": model}), [1], sweep, Silent())
+        assert model.module.rows_seen == []
+
+    def test_one_against_several(self) -> None:
+        peer = Contender("peer", nn.Identity(), 1000, SIZE, against="dense", is_peer=True)
+        dense, ours = contenders_of({"file": opened()})
+        found = run_bench([dense, replace(ours, peers=("peer",)), peer], [1], SETTINGS, Silent())
+        assert [(ratio.name, ratio.against, ratio.role) for ratio in found.ratios] == [
+            ("compressed", "dense", "compressed"),
+            ("compressed", "peer", "compressed"),
+            ("peer", "dense", "peer"),
+        ]
+        assert [run.role for run in found.runs] == ["dense", "compressed", "peer"]
+
+    def test_clips_are_not_read_from_files(self) -> None:
+        clips = Contender("a", nn.Identity(), 1, (2, 3, 4, 4))
+        source = Source(dataset=None, images=4, workers=0)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="takes clips"):
+            run_sweep([clips], [1], [SETTINGS], Silent(), source)
+
+    def test_how_to_read_must_be_known(self) -> None:
+        source = Source(dataset=None, images=4, workers=0)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="without preprocessing"):
+            run_sweep([Contender("a", nn.Identity(), 1, SIZE)], [1], [SETTINGS], Silent(), source)
+
+
+class TestEnergy:
+    @pytest.mark.parametrize(("tick_s", "joules"), [(0.0, 0.5), (1e6, None)])
+    def test_of_one_image(self, tick_s: float, joules: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A counter that takes a step at each reading; two images in a batch. Runs shorter than a tick tell nothing."""
+        steps = iter(range(10_000))
+        meter = Meter("fake", (Counter(lambda: next(steps), 1.0),), tick_s)
+        monkeypatch.setattr(benchmark, "find_meter", lambda device: meter)
+        found = run_bench(contenders_of({"file": opened()}), [2], SETTINGS, Silent())
+        assert [run.joules for run in found.runs] == [joules, joules]
+
+    def test_without_a_meter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(benchmark, "find_meter", lambda device: None)
+        found = run_bench(contenders_of({"file": opened()}), [2], SETTINGS, Silent())
+        assert found.runs[0].to_dict()["joules_per_image"] is None
+
+
 class TestAttentionMode:
     def test_switch_and_back(self) -> None:
         model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32)
@@ -165,132 +234,6 @@ class TestAttentionMode:
     def test_nothing_to_switch(self) -> None:
         with pytest.raises(UsageError, match="'explicit'"), attention_mode(nn.Identity(), "explicit"):
             pass
-
-
-class TestReport:
-    def test_keys(self) -> None:
-        found = report().to_dict()
-        assert set(found) == {"device", "dtype", "threads", "attention", "memory_format", "torch", "runs", "ratios"}
-        assert found["runs"][1] == {
-            "name": "compressed",
-            "batch": 4,
-            "gmacs": 1.0,
-            "latency_ms": {"median": 1050.0, "p10": 1010.0, "p90": 1090.0},
-            "throughput": 3.81,
-            "peak_memory_mb": 6.0,
-        }
-        assert found["ratios"][0] == {
-            "batch": 4,
-            "name": "compressed",
-            "against": "dense",
-            "macs": 2.0,
-            "latency": 2.0,
-            "latency_p10": 2.0,
-            "latency_p90": 2.0,
-            "efficiency": 1.0,
-            "clear": True,
-        }
-
-    def test_words(self) -> None:
-        assert str(report().ratios[0]) == "2.00x faster (MAC ratio 2.00x, efficiency 1.00)"
-        noise = report(dense=(1.0, 1.3, 0.9), compressed=(1.1, 0.9, 1.2)).ratios[0]
-        assert str(noise).startswith("no speed-up: the intervals overlap (MAC ratio 2.00x")
-
-    def test_csv(self) -> None:
-        first, second = csv.DictReader(report().to_csv().splitlines())
-        assert (first["name"], first["batch"], first["latency_ms_median"]) == ("dense", "4", "2100.0")
-        assert (second["gmacs"], second["peak_memory_mb"], second["device"]) == ("1.0", "6.0", "Some CPU")
-
-    @pytest.mark.parametrize(("file_format", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
-    def test_plot(self, tmp_path: Path, file_format: str, start: bytes) -> None:
-        path = tmp_path / "without_ending"
-        benchmark.plot(report(), path, file_format)
-        assert path.read_bytes().startswith(start)
-
-
-class TestCommand:
-    """The command itself, with a model that needs no weights."""
-
-    @pytest.fixture(autouse=True)
-    def _toy(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(bench, "_open_all", lambda names, *options: {"toy": opened()})
-
-    @staticmethod
-    def run(**kwargs: object) -> None:
-        bench.command([], seconds=0.0, min_runs=2, batch_size=["2"], threads=1, **kwargs)
-
-    def test_table(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self.run()
-        shown = capsys.readouterr().out
-        assert "random weights" in shown
-        assert "batch 2: " in shown
-        assert max(len(line) for line in shown.splitlines()) <= 80
-
-    def test_json_alone(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self.run(json=True)
-        assert json.loads(capsys.readouterr().out)["runs"][0]["name"] == "dense"
-
-    def test_outputs(self, tmp_path: Path) -> None:
-        self.run(csv=tmp_path / "a.csv", plot=tmp_path / "a.PNG")
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.PNG", "a.csv"]
-        assert all(path.stat().st_size for path in tmp_path.iterdir())
-
-    @pytest.mark.parametrize("option", ["csv", "plot"])
-    def test_existing_output_is_refused_first(
-        self, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        path = tmp_path / "a.svg"
-        path.write_text("mine")
-        with pytest.raises(UsageError, match="already exists"), monkeypatch.context() as patch:
-            patch.setattr(benchmark, "run_bench", lambda *_: pytest.fail("measured before the check"))
-            self.run(**{option: path})
-        assert path.read_text() == "mine"
-        self.run(**{option: path}, force=True)
-        assert path.read_text() != "mine"
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"plot": Path("a.jpg")}, "a.jpg"),
-            ({"plot": Path("a.svg"), "csv": Path("a.svg")}, "both name"),
-            ({"csv": Path("missing/a.csv")}, "does not exist"),
-            ({"dtype": "int8"}, "'int8'"),
-            ({"device": "tpu"}, "'tpu'"),
-        ],
-    )
-    def test_refused(self, options: dict[str, object], message: str) -> None:
-        with pytest.raises(RepshiftError, match=message):
-            self.run(**options)
-
-    def test_failed_plot_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(report: BenchReport, path: Path, file_format: str) -> None:
-            path.write_text("half")
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(benchmark, "plot", fail)
-        with pytest.raises(RepshiftError, match="No space left"):
-            self.run(plot=tmp_path / "a.png")
-        assert list(tmp_path.iterdir()) == []
-
-
-class TestParsing:
-    def test_batches(self) -> None:
-        assert bench._parse_batches(["1, 8", "4", "8"]) == [1, 8, 4]
-
-    @pytest.mark.parametrize("text", ["0", "-1", "x", "1,", "1.5", "²"])
-    def test_wrong_batches(self, text: str) -> None:
-        with pytest.raises(UsageError, match="--batch-size"):
-            bench._parse_batches([text])
-
-    def test_labels(self) -> None:
-        assert bench._labels(["x/a.safetensors", "y/b.pth", "vit.v2"]) == {
-            "a": "x/a.safetensors",
-            "b": "y/b.pth",
-            "vit.v2": "vit.v2",
-        }
-        assert list(bench._labels(["x/a.pt", "y/a.pt"])) == ["x/a.pt", "y/a.pt"]
-        with pytest.raises(UsageError, match="given twice"):
-            bench._labels(["a.pt", "a.pt"])
 
 
 @pytest.fixture(name="results")
@@ -320,7 +263,3 @@ class TestResults:
         with pytest.raises(ValueError, match="end one"):
             results.write_section("one", "text", path)
         assert path.read_text() == "<!-- begin one -->"
-
-
-def test_ratio_of_a_slower_model() -> None:
-    assert str(Ratio(1, "a", "b", 1.5, Speedup(0.8, 0.7, 0.9, overlap=True))).startswith("no speed-up: 1.25x slower")

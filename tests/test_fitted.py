@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import copy
 import itertools
+import pickle
 from array import array
 
 import pytest
@@ -12,7 +14,7 @@ from tiny import images, tiny_vit
 from torch import Tensor, nn
 
 from repshift_cli import checkpoint
-from repshift_cli.attach import Seen, attach, resolve_for, watching
+from repshift_cli.attach import CompressedModel, Seen, attach, resolve_for, watching
 from repshift_cli.calibrate import agreement, calibrate
 from repshift_cli.compression import compress
 from repshift_cli.data.images import load_images
@@ -104,6 +106,69 @@ class TestWeights:
 
 def resolve_and_build(given: Recipe) -> None:
     build_metric(given.metric, given.place)
+
+
+class TestPlacing:
+    """The weights go to the device of the model once. `meta` is a device as well, and every machine has it."""
+
+    @staticmethod
+    def hooked() -> CompressedModel:
+        weights = torch.randn(32, generator=torch.Generator().manual_seed(0)).tolist()
+        model = tiny_vit()
+        part = Fitted.of(weights).part()
+        plan = resolve_for(model, recipe("{kind: fitted}"))
+        return attach(model, plan.with_metrics([part] * len(plan.sites)))
+
+    @staticmethod
+    def devices(model: CompressedModel) -> set[str]:
+        return {metric.vector.device.type for hook in model._hooks for metric in hook.placed}  # type: ignore[attr-defined]
+
+    def test_a_metric_on_another_device(self) -> None:
+        metric = Fitted.of([1.0, 2.0])
+        assert metric.on(torch.device("cpu")) is metric
+        with torch.inference_mode():
+            moved = metric.on(torch.device("meta"))
+        assert isinstance(moved, Fitted)
+        assert (moved, moved.vector.device.type, moved.vector.is_inference()) == (metric, "meta", False)
+        assert metric.vector.device.type == "cpu"
+        assert moved.part() == metric.part()
+
+    @pytest.mark.parametrize("moved", ["the wrapper", "the model inside"])
+    def test_once(self, moved: str) -> None:
+        model = self.hooked()
+        assert self.devices(model) == {"cpu"}
+        (model if moved == "the wrapper" else model.model).to("meta")
+        # whoever moves the model inside goes round the wrapper: the first pass places them
+        assert self.devices(model) == {"meta" if moved == "the wrapper" else "cpu"}
+        model(images().to("meta"))
+        assert self.devices(model) == {"meta"}
+        placed = [hook.placed for hook in model._hooks]
+        model(images().to("meta"))
+        assert all(hook.placed is before for hook, before in zip(model._hooks, placed, strict=True))
+
+    @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+    def test_copies_start_from_the_weights_themselves(self, way: str) -> None:
+        model = self.hooked()
+        wanted = model(images())
+        for hook in model._hooks:
+            hook.place(torch.device("meta"))
+        other = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
+        assert self.devices(other) == {"cpu"}
+        assert torch.equal(other(images()), wanted)
+        assert torch.equal(model(images()), wanted)
+
+    def test_what_is_traced_leaves_nothing_behind(self) -> None:
+        model = self.hooked()
+        with torch.no_grad():
+            wanted = model(images())
+            for hook in model._hooks:
+                hook.place(torch.device("meta"))
+                hook.placed = hook.metrics
+            program = torch.compile(model, fullgraph=True, backend="eager")
+            assert torch.equal(program(images()), wanted)
+            exported = torch.export.export(model.model, (images(),)).module()
+            assert torch.equal(exported(images()), wanted)
+        assert {str(hook.device) for hook in model._hooks} == {"meta"}
 
 
 class TestInfluence:

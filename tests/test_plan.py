@@ -184,3 +184,35 @@ def with_site(index: int, **changes: Any) -> dict[str, Any]:
 def test_a_stored_plan_that_cannot_be(document: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Plan.model_validate(document)
+
+
+class TestRoundTokens:
+    def test_deit_lands_on_multiples_of_eight(self) -> None:
+        text = "[{layer: 0, drop_ratio: 0.2}, {layer: 3, drop_ratio: 0.2}, {layer: 6, drop_ratio: 0.2}]"
+        rounded_recipe = Recipe.parse(f"version: 1\nround_tokens: 8\nlayers: {text}", "r.yaml")
+        assert counts(resolve(rounded_recipe, layout())) == [(197, 160), (160, 128), (128, 104)]
+
+    @given(st.integers(1, 400), st.integers(0, 5), st.integers(1, 64), st.integers(1, 99))
+    def test_the_nearest_multiple_that_still_drops(self, patches: int, prefix: int, multiple: int, share: int) -> None:
+        drop = LayerDrop(layer=0, drop_ratio=share / 100)
+        plan = resolve(Recipe(version=1, round_tokens=multiple, layers=(drop,)), layout(patches, prefix))
+        plain = resolve(Recipe(version=1, layers=(drop,)), layout(patches, prefix))
+        ((total, kept),), ((_, wanted),) = counts(plan), counts(plain)
+        between = [count for count in range(prefix + 1, total) if count % multiple == 0]
+        if wanted == total or not between:
+            assert kept == wanted
+        else:
+            nearest = min(between, key=lambda count: (abs(count - wanted), -count))
+            # further away than one multiple nothing is looked for
+            assert kept == (nearest if abs(nearest - wanted) < multiple else wanted)
+
+    def test_a_count_that_is_written_stays(self) -> None:
+        plan = resolve(
+            Recipe.parse("version: 1\nround_tokens: 8\nlayers: [{layer: 0, keep_tokens: 101}]", "r.yaml"), layout()
+        )
+        assert counts(plan) == [(197, 102)]
+
+    @pytest.mark.parametrize("value", ["0", "-8", "2.5", "true", "eight"])
+    def test_what_is_no_multiple(self, value: str) -> None:
+        with pytest.raises(RecipeError, match=r"r\.yaml:2:\d+: round_tokens"):
+            Recipe.parse(f"version: 1\nround_tokens: {value}\nlayers: [{{layer: 0, drop_ratio: 0.2}}]", "r.yaml")

@@ -272,3 +272,9 @@ class TestPlan:
 
 
 MODEL = tiny_cnn()
+
+
+def test_tokens_of_a_map_are_not_rounded() -> None:
+    recipe = Recipe.parse("version: 1\nround_tokens: 8\nlayers: [{layer: 0, drop_ratio: 0.2}]", "r.yaml")
+    with pytest.raises(RecipeError, match=r"r\.yaml:2:\d+: round_tokens is for sequences"):
+        resolve(recipe, Layout("resnet", 0, 64, False, (SiteInfo("layer1.1", 0),), (8, 8)))

@@ -22,6 +22,7 @@ from repshift_cli.schedule import (
     layer_drops,
     levels,
     neighbours,
+    on_tiles,
     paper_schedule,
     solve,
     to_recipe,
@@ -252,6 +253,27 @@ class TestNeighbours:
             for found in neighbours(kept, model, 0.65, 24)
         }
         assert {(1, 3), (0, 2), (0, 3), (0, 4), (0,), (3,), (0, 3, 7)} <= used
+
+
+class TestTiles:
+    @given(schedules(vit()), st.integers(0, 5), st.integers(1, 64))
+    def test_all_tokens_come_in_multiples_and_cost_no_more(self, kept: Kept, prefix: int, multiple: int) -> None:
+        found = on_tiles(kept, 196, prefix, multiple)
+        assert all(after <= before for before, after in zip(kept, found, strict=True))
+        assert list(found) == sorted(found, reverse=True)
+        for before, after in zip(kept, found, strict=True):
+            assert after >= 1
+            if before == 196 or before + prefix < multiple:
+                assert after == before
+            elif after > 1:
+                assert (after + prefix) % multiple == 0
+                assert before - after < multiple
+
+    def test_of_one_nothing_changes(self) -> None:
+        assert on_tiles((190, 101, 33), 196, 1, 1) == (190, 101, 33)
+
+    def test_known_numbers(self) -> None:
+        assert on_tiles((196, 157, 126, 101, 5), 196, 1, 8) == (196, 151, 119, 95, 5)
 
 
 class TestRecipes:

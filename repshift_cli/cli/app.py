@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from repshift_cli.cli import bench, compare, compress, demo, evaluate, inspect, recipes, search, visualize
-from repshift_cli.cli.together import INTERRUPTED, Interrupted
+from repshift_cli.cli import bench, compare, compress, demo, evaluate, export, inspect, recipes, search, visualize
+from repshift_cli.cli.together import Interrupted
+from repshift_cli.errors import INTERRUPTED
 
 __all__ = ["app", "main"]
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command("compress")(compress.command)
 app.command("search")(search.command)
+app.command("export")(export.command)
 app.command("bench")(bench.command)
 app.command("eval")(evaluate.command)
 app.command("compare")(compare.command)

@@ -1,36 +1,34 @@
-"""`repshift bench`: time compressed models against their dense selves."""
+"""`repshift bench`: time compressed models against their dense selves, and against other ways to be faster."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 
+from repshift_cli.bench_budget import Limit, check, require_met
 from repshift_cli.cli import options
+from repshift_cli.cli.bench_show import show
 from repshift_cli.errors import UsageError
+from repshift_cli.recipe import nearest
 
 if TYPE_CHECKING:
     from repshift_cli.artifact import Opened
-    from repshift_cli.benchmark import BenchReport
-    from repshift_cli.measure import Spread
+    from repshift_cli.benchmark import BenchReport, Contender, Source
 
 __all__ = ["check_picture_format", "command", "show"]
 
 DEFAULT_MODEL = "deit_small_patch16_224"
 DEFAULT_RECIPE = "deit_small_paper"
 DEFAULT_BATCHES = ["1,8"]
-_DECIMALS = ((0.1, 4), (1, 3), (10, 2), (100, 1))  # below this limit, so many places after the point
+_IMAGES = 256
 
-
-class Attention(str, Enum):
-    """What `--attention` takes."""
-
-    AUTO = "auto"
-    SDPA = "sdpa"
-    EXPLICIT = "explicit"
+_Value = TypeVar("_Value")
 
 
 class MemoryFormat(str, Enum):
@@ -40,12 +38,21 @@ class MemoryFormat(str, Enum):
     CHANNELS_LAST = "channels_last"
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """What `--data` and its companions say."""
+
+    where: str
+    images: int
+    workers: int
+
+
 def command(
     models: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="MODEL",
-            help="Compressed checkpoints, or dense ones with --recipe. "
+            help="Compressed checkpoints, or dense ones with --recipe; exported files. "
             f"None: {DEFAULT_MODEL} with random weights and the recipe {DEFAULT_RECIPE}.",
             show_default=False,
         ),
@@ -58,73 +65,164 @@ def command(
     recipe: Annotated[
         str | None, typer.Option("--recipe", metavar="RECIPE", help="Compress dense models by this recipe first.")
     ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against",
+            metavar="PEER[,PEER]",
+            help="Time these beside it, on the same weights and at the same cost: explicit, class-attention, "
+            "class-attention-row, bipartite, tome, fuse. The dense model takes part in any case.",
+        ),
+    ] = None,
     model: options.ModelName = None,
     heads: options.Heads = None,
-    img_size: options.ImgSize = None,
+    img_size: Annotated[
+        list[str] | None,
+        typer.Option("--img-size", metavar="N[,N]", help="Images of N x N: any for a CNN, else as the weights allow."),
+    ] = None,
     frames: options.Frames = None,
     checkpoint_frames: options.CheckpointFrames = None,
-    dtype: options.Dtype = "float32",
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option("--dtype", metavar="TYPE[,TYPE]", help="float32 (default), bfloat16, float16."),
+    ] = None,
     device: options.Device = "cpu",
     threads: options.Threads = None,
     attention: Annotated[
-        Attention,
-        typer.Option("--attention", help="Fused or explicit attention, on both sides (auto: as the model has it)."),
-    ] = Attention.AUTO,
+        list[str] | None,
+        typer.Option(
+            "--attention",
+            metavar="KIND[,KIND]",
+            help="What computes attention, on both sides: auto (default), flash, sdpa or one of its kernels "
+            "(sdpa:flash, sdpa:efficient, sdpa:cudnn, sdpa:math), explicit.",
+        ),
+    ] = None,
+    compile: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compile",
+            metavar="MODE[,MODE]",
+            help="torch.compile on both sides, in one graph: off (default), default, reduce-overhead, max-autotune.",
+        ),
+    ] = None,
     memory_format: Annotated[
         MemoryFormat,
         typer.Option("--memory-format", help="How weights and images lie in memory; convolutions like channels_last."),
     ] = MemoryFormat.CONTIGUOUS,
-    seconds: Annotated[
-        float, typer.Option("--seconds", min=0.0, help="Time for each model at each batch size.")
-    ] = 10.0,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="FOLDER",
+            help="Measure from picture files to results as well: a folder with pictures, or a dataset.",
+        ),
+    ] = None,
+    images: Annotated[
+        int, typer.Option("--images", min=1, metavar="N", help="Pictures of one pass over --data.")
+    ] = _IMAGES,
+    workers: Annotated[
+        int, typer.Option("--workers", min=0, help="Processes that read them (0: read in this one).")
+    ] = 0,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget",
+            metavar="LIMIT",
+            help="Exit with code 5 where it is missed: latency<=0.7 or macs<=0.66 (of dense), latency_ms<=50, "
+            "throughput>=100, peak_memory_mb<=500, speedup>=1.3, efficiency>=0.9. May be repeated.",
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.0, help="Time for each model in each setting.")] = 10.0,
     min_runs: Annotated[int, typer.Option("--min-runs", min=1, help="Least number of runs, whatever they take.")] = 10,
     csv: Annotated[Path | None, typer.Option("--csv", help="Write one line per run to this file.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw images per second (.png, .svg or .pdf).")] = None,
     json: options.AsJson = False,
     force: options.Force = False,
 ) -> None:
-    """Time compressed models against their dense selves, in turn and on the same weights."""
-    batches = _parse_batches(batch_size or DEFAULT_BATCHES)
+    """Time compressed models against their dense selves and other ways, in turn and on the same weights.
+
+    Several values of --batch-size, --img-size, --dtype, --attention and --compile are measured in all combinations.
+    """
+    batches = _parse_numbers("--batch-size", batch_size or DEFAULT_BATCHES, "-b 1,8 or -b 1 -b 8")
+    sizes: list[int | None] = [*_parse_numbers("--img-size", img_size or [], "--img-size 224,288")]
+    limits = [Limit.parse(text) for text in budget or []]
+    reading = None if data is None else _Reading(data, images, workers)
     _check_outputs(csv, plot, force)
 
     from repshift_cli import measure, ui
-    from repshift_cli.benchmark import BenchSettings, contenders_of, run_bench
+    from repshift_cli.benchmark import AttentionMode, BenchSettings, CompileMode, run_sweep
     from repshift_cli.identify import Clips
+    from repshift_cli.peers import check_names
 
-    settings = BenchSettings(
-        device=measure.resolve_device(device),
-        dtype=measure.resolve_dtype(dtype),
-        seconds=seconds,
-        min_runs=min_runs,
-        threads=threads,
-        attention=attention.value,
-        memory_format=memory_format.value,
-    )
+    peers = _split(against or [])
+    check_names(peers)
+    place = measure.resolve_device(device)
+    sweep = [
+        BenchSettings(
+            device=place,
+            dtype=kind,
+            seconds=seconds,
+            min_runs=min_runs,
+            threads=threads,
+            attention=how,
+            memory_format=memory_format.value,
+            compile=mode,
+        )
+        for kind, how, mode in product(
+            _each(dtype or ["float32"], measure.resolve_dtype),
+            _each(attention or ["auto"], _one_of("--attention", get_args(AttentionMode))),
+            _each(compile or ["off"], _one_of("--compile", get_args(CompileMode))),
+        )
+    ]
     screen = ui.Screen()
-    told = {"model_name": model, "heads": heads, "img_size": img_size, "clips": Clips(frames, checkpoint_frames)}
-    opened = _open_all(models or [], recipe, told)
-    for note in (note for each in opened.values() for note in each.loaded.notes):
+    told = {"model_name": model, "heads": heads, "clips": Clips(frames, checkpoint_frames)}
+    opened = [_open_all(models or [], recipe, {**told, "img_size": size}) for size in sizes or [None]]
+    for note in dict.fromkeys(note for each in opened for model in each.values() for note in model.loaded.notes):
         screen.note(note)
-    report = run_bench(contenders_of(opened), batches, settings, screen)
+    contenders = _contenders(opened, peers, limits)
+    report = run_sweep(contenders, batches, sweep, screen, _source(reading))
+    verdicts = check(limits, report)
     _write_outputs(report, csv, plot, force)
     if json:
-        ui.print_json(report.to_dict())
+        ui.print_json({**report.to_dict(), "budget": [verdict.to_dict() for verdict in verdicts]})
     else:
-        show(report, opened)
+        show(report, opened[0], verdicts)
+    require_met(verdicts)
 
 
-def _parse_batches(values: Sequence[str]) -> list[int]:
-    """Batch sizes in the order given, each once.
+def _split(values: Sequence[str]) -> list[str]:
+    """The parts of comma lists, each once, in the order given."""
+    return list(dict.fromkeys(part.strip() for value in values for part in value.split(",")))
+
+
+def _each(values: Sequence[str], parse: Callable[[str], _Value]) -> list[_Value]:
+    return [parse(text) for text in _split(values)]
+
+
+def _one_of(option: str, allowed: Sequence[_Value]) -> Callable[[str], _Value]:
+    """Finds a text among what an option may be; raises UsageError for others."""
+    named = {str(value): value for value in allowed}
+
+    def find(text: str) -> _Value:
+        if text not in named:
+            raise UsageError(
+                f"{option}: unknown mode {text!r}", f"{nearest(text, named)}Allowed are {', '.join(named)}."
+            )
+        return named[text]
+
+    return find
+
+
+def _parse_numbers(option: str, values: Sequence[str], example: str) -> list[int]:
+    """Whole numbers in the order given, each once.
 
     Raises:
         UsageError: one is not a whole number from 1 on.
     """
-    sizes: dict[int, None] = {}
-    for text in (part.strip() for value in values for part in value.split(",")):
+    for text in _split(values):
         if not text.isascii() or not text.isdigit() or int(text) < 1:
-            raise UsageError(f"--batch-size: {text!r} is not a number from 1 on", "For example: -b 1,8 or -b 1 -b 8.")
-        sizes[int(text)] = None
-    return list(sizes)
+            raise UsageError(f"{option}: {text!r} is not a number from 1 on", f"For example: {example}.")
+    return list(dict.fromkeys(int(text) for text in _split(values)))
 
 
 def _check_outputs(csv: Path | None, plot: Path | None, force: bool) -> None:
@@ -157,17 +255,17 @@ def _plot_format(path: Path) -> str:
     return path.suffix.lower().removeprefix(".")
 
 
-def _open_all(names: Sequence[str], recipe: str | None, told: dict[str, Any]) -> dict[str, Opened]:
+def _open_all(names: Sequence[str], recipe: str | None, told: Mapping[str, Any]) -> dict[str, Opened]:
     """Open the models, by label; without names, the default one. `told` is what the options say of them."""
-    from repshift_cli.artifact import open_model
     from repshift_cli.compression import compress_dense
+    from repshift_cli.runtimes import open_any
 
     if not names:
-        name = told.pop("model_name") or DEFAULT_MODEL
-        opened = compress_dense(name, recipe_name=recipe or DEFAULT_RECIPE, **told)
+        name = told["model_name"] or DEFAULT_MODEL
+        opened = compress_dense(name, recipe_name=recipe or DEFAULT_RECIPE, **{**told, "model_name": None})
         return {opened.loaded.description.name: opened}
     if recipe is None:
-        return {label: open_model(name, **told) for label, name in _labels(names).items()}
+        return {label: open_any(name, **told) for label, name in _labels(names).items()}
     return {label: compress_dense(name, recipe_name=recipe, **told) for label, name in _labels(names).items()}
 
 
@@ -186,56 +284,37 @@ def _labels(names: Sequence[str]) -> dict[str, str]:
     return labels
 
 
+def _contenders(
+    opened: Sequence[Mapping[str, Opened]], peers: Sequence[str], limits: Sequence[Limit]
+) -> list[Contender]:
+    """All that is timed, size by size.
+
+    Raises:
+        UsageError: a budget, and nothing is compressed; or as `contenders_against`.
+    """
+    from repshift_cli.peers import contenders_against
+
+    if limits and not any(model.compressed for each in opened for model in each.values()):
+        raise UsageError("--budget: no model is compressed", "Add --recipe to compress it for the run.")
+    return [contender for each in opened for contender in contenders_against(each, peers)]
+
+
+def _source(reading: _Reading | None) -> Source | None:
+    """The pictures that are read in each pass, None where none were named; errors as `open_pictures`."""
+    from repshift_cli.benchmark import Source
+    from repshift_cli.data.images import open_pictures
+
+    if reading is None:
+        return None
+    return Source(open_pictures(reading.where, reading.images), reading.images, reading.workers)
+
+
 def _write_outputs(report: BenchReport, csv: Path | None, plot: Path | None, force: bool) -> None:
-    from repshift_cli import benchmark
+    from repshift_cli import bench_plot
     from repshift_cli.files import atomic_output, write_text
 
     if csv is not None:
         write_text(csv, report.to_csv(), force)
     if plot is not None:
         with atomic_output(plot, force) as temporary:
-            benchmark.plot(report, temporary, _plot_format(plot))
-
-
-def show(report: BenchReport, opened: dict[str, Opened]) -> None:
-    """Print the report for people, in 80 columns."""
-    import torch
-
-    from repshift_cli import ui
-
-    ui.print_text(", ".join(opened))
-    if random := [label for label, model in opened.items() if model.loaded.source.origin == "random"]:
-        ui.print_text(f"random weights, which do not change the speed: {', '.join(random)}")
-    ui.print_text(report.machine)
-    layout = "" if report.memory_format == "contiguous" else f", {report.memory_format} in memory"
-    attention = "no attention" if report.attention == "none" else f"attention {report.attention}"
-    ui.print_text(f"{attention}{layout} on both sides, torch {torch.__version__}\n")
-    units = {model.loaded.description.preprocessing.unit for model in opened.values()}
-    speed = f"{units.pop()}s/s" if len(units) == 1 else "inputs/s"
-    columns = ["batch", "model", "GMACs", "ms [p10-p90]", speed, "peak MB"]
-    rows = [
-        [
-            str(run.batch),
-            run.name,
-            _number(run.macs / 1e9),
-            _latency(run.latency),
-            _number(run.throughput),
-            _number(run.peak_bytes / 1e6),
-        ]
-        for run in report.runs
-    ]
-    ui.print_table(None, columns, rows, left=2)
-    several = len({ratio.name for ratio in report.ratios}) > 1
-    for ratio in report.ratios:
-        ui.print_text(f"batch {ratio.batch}{f', {ratio.name}' if several else ''}: {ratio}")
-    if not report.ratios:
-        ui.print_text("Nothing to compare: no model is compressed. Add --recipe to compress it for the run.")
-
-
-def _latency(spread: Spread) -> str:
-    return f"{_number(spread.median)} [{_number(spread.p10)}-{_number(spread.p90)}]"
-
-
-def _number(value: float) -> str:
-    """Three significant digits, and all digits before the point."""
-    return next((f"{value:.{places}f}" for limit, places in _DECIMALS if abs(value) < limit), f"{value:.0f}")
+            bench_plot.plot(report, temporary, _plot_format(plot))

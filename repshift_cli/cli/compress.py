@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from repshift_cli.cli import options
+from repshift_cli.cli.export import Target, check_all, export_all
+from repshift_cli.cli.export import show as show_export
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from repshift_cli.calibrate import Calibration
     from repshift_cli.compression import CompressReport, Measured
+    from repshift_cli.plan import Plan
 
-__all__ = ["command", "describe_metric", "describe_tokens", "show"]
+__all__ = ["command", "describe_metric", "describe_tokens", "show", "show_sites"]
 
 _LONGEST_OPTION = 24
 """Longer ones are weights, which only a machine reads."""
@@ -70,13 +73,15 @@ def command(
     ] = None,
     device: options.Device = "cpu",
     dtype: options.MeasureDtype = "float32",
-    batch_size: Annotated[
-        int | None,
-        typer.Option("--batch-size", "-b", min=1, help="Inputs at a time (default: 8; 1 for a large video model)."),
-    ] = None,
+    batch_size: options.InputsAtATime = None,
     threads: options.Threads = None,
+    attention: options.Attention = options.AttentionKind.AUTO,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for the latency measurement.")] = 10.0,
     seed: options.Seed = 0,
+    export: Annotated[
+        list[Target] | None,
+        typer.Option("--export", help="Export the result too, beside it; may be repeated (see repshift export)."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; run, measure and write nothing.")] = False,
     json: options.AsJson = False,
     force: options.Force = False,
@@ -103,15 +108,23 @@ def command(
         dtype=dtype,
         batch_size=batch_size,
         seconds=seconds,
+        attention=attention.value,
         seed=seed,
         force=force,
     )
+    targets = [] if dry_run else (export or [])
+    check_all(output or default_output(checkpoint), targets, force)
     with using_threads(threads):
         report = compress_checkpoint(checkpoint, settings, ui.Screen(), dry_run)
+        if not json:
+            show(report)  # before the exports, of which one may fail
+        exported = export_all(report.output, targets, force) if report.output else []
     if json:
-        ui.print_json(report.to_dict())
+        told = {"exports": [each.to_dict() for each in exported]} if exported else {}
+        ui.print_json(report.to_dict() | told)
     else:
-        show(report)
+        for each in exported:
+            show_export(each)
 
 
 def default_output(checkpoint: str) -> Path:
@@ -140,16 +153,7 @@ def show(report: CompressReport) -> None:
         from repshift_cli.cli.search import show_found
 
         show_found(report.found)
-    rows = [
-        [
-            site.site,
-            describe_metric(site.metric.model_dump()),
-            describe_tokens(site.tokens_in, site.grid_in),
-            describe_tokens(site.tokens_out, site.grid_out),
-        ]
-        for site in plan.sites
-    ]
-    ui.print_table("Plan: tokens through each site", ["after", "kept by", "tokens in", "tokens out"], rows, left=2)
+    show_sites(plan, "Plan: tokens through each site")
     if report.measured:
         _show_measured(report.measured, unit)
     else:
@@ -159,6 +163,22 @@ def show(report: CompressReport) -> None:
     if report.output:
         size = report.output.stat().st_size / 1e6
         ui.print_text(f"wrote   {report.output} ({size:.1f} MB; tokens go, weights stay, so the size is the same)")
+
+
+def show_sites(plan: Plan, title: str) -> None:
+    """Print what goes where, and by which score."""
+    from repshift_cli import ui
+
+    rows = [
+        [
+            site.site,
+            describe_metric(site.metric.model_dump()),
+            describe_tokens(site.tokens_in, site.grid_in),
+            describe_tokens(site.tokens_out, site.grid_out),
+        ]
+        for site in plan.sites
+    ]
+    ui.print_table(title, ["after", "kept by", "tokens in", "tokens out"], rows, left=2)
 
 
 def describe_tokens(tokens: int, grid: Sequence[int] | None) -> str:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from repshift_cli.cli import evaluate_video, options
-from repshift_cli.cli.evaluate_video import Pooling, VideoOptions
-from repshift_cli.cli.together import INTERRUPTED, Interrupted, is_first, one_voice, own_device, screen_of_first
-from repshift_cli.errors import ModelError, UsageError
+from repshift_cli.cli.evaluate_video import Pooling, VideoOptions, attention_words
+from repshift_cli.cli.together import Interrupted, is_first, one_voice, own_device, screen_of_first
+from repshift_cli.errors import INTERRUPTED, ModelError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +46,10 @@ _IMAGES_AT_A_TIME, _VIDEOS_AT_A_TIME = 64, 8
 
 @dataclass(frozen=True)
 class _Setup:
-    """How the command was told to run, for pictures and videos alike; device and dtype are those of torch."""
+    """How the command was told to run, for pictures and videos alike.
+
+    Device and dtype are those of torch, `attention` is an `AttentionMode`.
+    """
 
     name: str
     dataset: str | None
@@ -55,6 +58,7 @@ class _Setup:
     device: Any
     dtype: Any
     workers: int | None
+    attention: Any
     strict: bool
     limit: int | None
     seed: int
@@ -68,7 +72,7 @@ class _Setup:
 
 def command(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A checkpoint, dense or compressed, or a built-in model.")
+        str, typer.Argument(metavar="MODEL", help="A checkpoint, an exported file, or a built-in model.")
     ] = _DEFAULT_MODEL,
     *,
     dataset: Annotated[
@@ -109,6 +113,7 @@ def command(
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     threads: options.Threads = None,
+    attention: options.Attention = options.AttentionKind.AUTO,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -214,8 +219,8 @@ def command(
         chosen = _dataset_of(model, dataset, annotations)
 
         from repshift_cli import measure
-        from repshift_cli.artifact import open_model
         from repshift_cli.identify import Clips
+        from repshift_cli.runtimes import open_any
 
         setup = _Setup(
             name=model,
@@ -225,6 +230,7 @@ def command(
             device=measure.resolve_device(own_device(device)),
             dtype=measure.resolve_dtype(dtype),
             workers=workers,
+            attention=attention.value,
             strict=strict,
             limit=limit,
             seed=seed,
@@ -235,7 +241,7 @@ def command(
             force=force,
             table=results_table,
         )
-        opened = open_model(model, model_name, heads, img_size, clips=Clips(frames, checkpoint_frames))
+        opened = open_any(model, model_name, heads, img_size, clips=Clips(frames, checkpoint_frames))
         screen = screen_of_first()
         for note in opened.loaded.notes:
             screen.note(note)
@@ -272,6 +278,7 @@ def _classify(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progres
             num_classes=head_size(opened.loaded.model),
             progress=screen,
             group=group,
+            attention=setup.attention,
             resume=setup.resume,
             keep_rows=bool(setup.saved),
         )
@@ -378,8 +385,10 @@ def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) 
 
     Raises:
         UsageError: an option is for models of single pictures, or torchrun started several processes.
+        ModelError: it is an exported file.
     """
     from repshift_cli.processes import launched_together
+    from repshift_cli.runtimes import OpenedExport
     from repshift_cli.video_evaluation import DenseSelf, Settings, Wanted
 
     options_of_images = {
@@ -394,7 +403,11 @@ def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) 
             f"{setup.name} takes clips: retrieval and answers are evaluated by one process",
             "Start it without torchrun.",
         )
-
+    if isinstance(opened, OpenedExport):
+        raise ModelError(
+            f"{setup.name} holds the vision encoder alone, and retrieval and answers need the text side too",
+            "Evaluate the checkpoint that it was exported from.",
+        )
     check_comparison(opened, setup.compare_dense, setup.name)
     compressed = opened.compressed
     models: dict[str, Any] = {_DENSE if compressed is None else _COMPRESSED: opened.loaded.model}
@@ -411,7 +424,12 @@ def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) 
         setup.seed,
     )
     settings = Settings(
-        setup.batch_size or _VIDEOS_AT_A_TIME, setup.device, setup.dtype, setup.workers or 0, setup.strict
+        setup.batch_size or _VIDEOS_AT_A_TIME,
+        setup.device,
+        setup.dtype,
+        setup.workers or 0,
+        setup.strict,
+        attention=setup.attention,
     )
     evaluate_video.run(evaluate_video.Run(opened, setup.name, models, settings), wanted, told, screen, setup.json)
 
@@ -439,6 +457,11 @@ def check_comparison(opened: Opened, compare_dense: bool, name: str) -> None:
     Raises:
         UsageError: a comparison was asked for, but the model is dense.
     """
+    if opened.compressed is None and opened.reduced and compare_dense:
+        raise UsageError(
+            f"--compare-dense: {name} is an exported file, which has no dense self",
+            "Export that too, with --dense, and evaluate both; or evaluate the checkpoint.",
+        )
     if opened.compressed is None and compare_dense:
         raise UsageError(
             f"--compare-dense: {name} is dense itself, there is nothing to compare",
@@ -448,8 +471,12 @@ def check_comparison(opened: Opened, compare_dense: bool, name: str) -> None:
 
 def models_of(opened: Opened, compare_dense: bool, name: str) -> dict[str, nn.Module]:
     """The modules to run, by name; the first one is what was asked for. Errors as `check_comparison`."""
+    from repshift_cli.runtimes import OpenedExport
+
     check_comparison(opened, compare_dense, name)
     compressed = opened.compressed
+    if isinstance(opened, OpenedExport):
+        return {_COMPRESSED if opened.reduced else _DENSE: opened.flexible}
     if compressed is None:
         return {_DENSE: opened.module}
     if not compare_dense:
@@ -525,6 +552,9 @@ def show(result: Evaluation, macs: Mapping[str, int]) -> None:
         )
     ui.print_text(f"images/s is model time alone; end to end it was {result.images_per_s:.1f} images/s")
     ui.print_text(_pace_words(result.pace))
+    observed = {name: score.attention for name, score in result.scores.items() if score.attention is not None}
+    if observed:
+        ui.print_text(attention_words(observed))
 
 
 def _row(name: str, score: Score, macs: int) -> tuple[str, ...]:
@@ -598,4 +628,5 @@ def _numbers(score: Score, macs: int) -> dict[str, Any]:
         "top5_correct": score.top5_correct,
         "images_per_s": score.images_per_s,
         "gmacs": macs / 1e9,
+        "attention": score.attention,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from repshift_cli.retrieval import Directions, RankStats, RetrievalEvaluation, RetrievalScore
     from repshift_cli.video_evaluation import CaptionData, QuestionData, Settings, Task, VideoData, Wanted
 
-__all__ = ["Pooling", "Run", "VideoOptions", "refuse", "run"]
+__all__ = ["Pooling", "Run", "VideoOptions", "attention_words", "refuse", "run"]
 
 _RERANK_K = 128
 _SHOWN = 10
@@ -61,17 +61,23 @@ class Run:
         name: how the user calls it.
         models: what to run, by name; the first one is what was asked for.
         settings: how.
+        attention: what computes it in the video encoder, by the names of the models.
     """
 
     opened: Opened
     name: str
     models: Mapping[str, Any]
     settings: Settings
+    attention: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def macs(self) -> dict[str, int]:
         """Per video, by the names of the models."""
         return dict(zip(self.models, (self.opened.macs, self.opened.dense_macs), strict=False))
+
+    def side(self, name: str) -> dict[str, Any]:
+        """What is known of a model before it is evaluated, for the JSON document."""
+        return {"gmacs": self.macs[name] / 1e9, "attention": self.attention.get(name)}
 
 
 def refuse(model: str, dataset: str | None, told: VideoOptions) -> None:
@@ -103,6 +109,7 @@ def run(job: Run, wanted: Wanted, told: VideoOptions, screen: Progress, json: bo
         CaptionData,
         check_missing,
         choose_pooling,
+        observe_attention,
         open_data,
         open_tokenizer,
         task_of,
@@ -115,6 +122,8 @@ def run(job: Run, wanted: Wanted, told: VideoOptions, screen: Progress, json: bo
     data = open_data(wanted, task, job.name)
     check_missing(data, job.settings)
     tokenizer = open_tokenizer(told.vocab, opened, data)
+    attention = observe_attention(job.models, opened.loaded.description.preprocessing, job.settings, screen)
+    job = replace(job, attention=attention)
     for note in data.notes:
         screen.note(note)
     _list("videos of the annotations are missing and were left out (--strict stops)", data.missing)
@@ -134,14 +143,14 @@ def _retrieve(job: Run, data: CaptionData, tokenizer: Tokenizer, screen: Progres
     result, padded = retrieve(job.models, data, settings=job.settings, progress=screen, **_reading(job, tokenizer))
     broken = _reported(result, padded)
     if show:
-        _show_retrieval(result, job.macs)
+        _show_retrieval(result, job)
     return {
         **_origin(job, data, "retrieval"),
         "videos": result.videos,
         "captions": result.captions,
         "captions_left_out": result.captions_left_out,
         **_left_out(data, broken, padded),
-        **_retrieval_document(result, job.macs),
+        **_retrieval_document(result, job),
         **_inputs(job, tokenizer),
     }
 
@@ -152,13 +161,13 @@ def _answer(job: Run, data: QuestionData, tokenizer: Tokenizer, screen: Progress
     result, padded = answer(job.models, data, settings=job.settings, progress=screen, **_reading(job, tokenizer))
     broken = _reported(result, padded)
     if show:
-        _show_answers(result, job.macs)
+        _show_answers(result, job)
     return {
         **_origin(job, data, "qa"),
         "questions": result.questions,
         "questions_left_out": len(result.skipped),
         **_left_out(data, broken, padded),
-        **_answers_document(result, job.macs),
+        **_answers_document(result, job),
         **_inputs(job, tokenizer),
     }
 
@@ -240,7 +249,14 @@ def _report_broken(broken: Mapping[str, str], padded: Sequence[str]) -> None:
     _list("videos have fewer frames than a clip, so their last one is repeated", padded)
 
 
-def _show_retrieval(result: RetrievalEvaluation, macs: Mapping[str, int]) -> None:
+def attention_words(attention: Mapping[str, str]) -> str:
+    """What computed the attention of each model, in one line where it is the same for all."""
+    kinds = set(attention.values())
+    told = kinds.pop() if len(kinds) == 1 else ", ".join(f"{kind} ({name})" for name, kind in attention.items())
+    return f"attention: {told}"
+
+
+def _show_retrieval(result: RetrievalEvaluation, job: Run) -> None:
     from repshift_cli import ui
 
     columns = ("model", "ranked by", "R@1", "R@5", "R@10", "median", "mean")
@@ -255,7 +271,13 @@ def _show_retrieval(result: RetrievalEvaluation, macs: Mapping[str, int]) -> Non
         f"{result.dataset}: {result.videos} videos, {result.captions} captions",
         ("model", "tokens/video", "GMACs/video", "videos/s", "matching s"),
         [
-            (name, str(score.tokens), _gmacs(macs[name]), f"{score.videos_per_s:.1f}", _seconds(score.matching_seconds))
+            (
+                name,
+                str(score.tokens),
+                _gmacs(job.macs[name]),
+                f"{score.videos_per_s:.1f}",
+                _seconds(score.matching_seconds),
+            )
             for name, score in result.scores.items()
         ],
     )
@@ -270,7 +292,7 @@ def _show_retrieval(result: RetrievalEvaluation, macs: Mapping[str, int]) -> Non
             f"{_size(result.text_bytes)}"
         )
     _say_agreement(result)
-    ui.print_text(f"GMACs and videos/s are those of the video side alone; all together took {result.seconds:.1f} s")
+    _say_video_side(result.seconds, job)
 
 
 def _say_agreement(result: RetrievalEvaluation) -> None:
@@ -294,7 +316,7 @@ def _rank_cells(stats: RankStats) -> tuple[str, ...]:
     return (*recalls, f"{stats.median_rank:g}", f"{stats.mean_rank:.1f}")
 
 
-def _show_answers(result: AnswerEvaluation, macs: Mapping[str, int]) -> None:
+def _show_answers(result: AnswerEvaluation, job: Run) -> None:
     from repshift_cli import ui
 
     columns = ("model", "accuracy %", "95% interval", "GMACs/video", "videos/s", "questions/s")
@@ -303,7 +325,7 @@ def _show_answers(result: AnswerEvaluation, macs: Mapping[str, int]) -> None:
             name,
             f"{score.accuracy:.2f}",
             "{:.2f} - {:.2f}".format(*score.interval),
-            _gmacs(macs[name]),
+            _gmacs(job.macs[name]),
             f"{score.videos_per_s:.1f}",
             f"{score.questions_per_s:.1f}",
         )
@@ -317,7 +339,14 @@ def _show_answers(result: AnswerEvaluation, macs: Mapping[str, int]) -> None:
         ui.print_text(f"{result.not_in_list} questions whose right answer is not among them count as wrong")
     if result.agreement is not None:
         ui.print_text(f"same answer as dense: {result.same_answer} of {result.questions} questions")
-    ui.print_text(f"GMACs and videos/s are those of the video side alone; all together took {result.seconds:.1f} s")
+    _say_video_side(result.seconds, job)
+
+
+def _say_video_side(seconds: float, job: Run) -> None:
+    from repshift_cli import ui
+
+    ui.print_text(f"GMACs and videos/s are those of the video side alone; all together took {seconds:.1f} s")
+    ui.print_text(f"{attention_words(job.attention)}, on that side")
 
 
 def _gmacs(macs: int) -> str:
@@ -368,10 +397,10 @@ def _inputs(job: Run, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _retrieval_document(result: RetrievalEvaluation, macs: Mapping[str, int]) -> dict[str, Any]:
+def _retrieval_document(result: RetrievalEvaluation, job: Run) -> dict[str, Any]:
     first, *others = result.scores
     found = {
-        **_retrieval_numbers(result.scores[first], macs[first]),
+        **_retrieval_numbers(result.scores[first], job.side(first)),
         "rerank_k": result.rerank_k,
         "memory": {
             "token_bytes": result.token_bytes,
@@ -381,7 +410,7 @@ def _retrieval_document(result: RetrievalEvaluation, macs: Mapping[str, int]) ->
         "seconds": result.seconds,
     }
     if others and result.vtc_agreement is not None:
-        found["dense"] = _retrieval_numbers(result.scores[others[0]], macs[others[0]])
+        found["dense"] = _retrieval_numbers(result.scores[others[0]], job.side(others[0]))
         found["agreement"] = {
             **vars(result.matching_agreement or result.vtc_agreement),
             "vtc": vars(result.vtc_agreement),
@@ -389,12 +418,12 @@ def _retrieval_document(result: RetrievalEvaluation, macs: Mapping[str, int]) ->
     return found
 
 
-def _retrieval_numbers(score: RetrievalScore, macs: int) -> dict[str, Any]:
+def _retrieval_numbers(score: RetrievalScore, side: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "scoring": "vtc" if score.matching is None else "matching",
         **_both(score.matching or score.vtc),
         "vtc": _both(score.vtc),
-        "gmacs": macs / 1e9,
+        **side,
         "tokens": score.tokens,
         "videos_per_s": score.videos_per_s,
         "matching_seconds": score.matching_seconds,
@@ -405,10 +434,10 @@ def _both(found: Directions) -> dict[str, Any]:
     return {"text_to_video": vars(found.text_to_video), "video_to_text": vars(found.video_to_text)}
 
 
-def _answers_document(result: AnswerEvaluation, macs: Mapping[str, int]) -> dict[str, Any]:
+def _answers_document(result: AnswerEvaluation, job: Run) -> dict[str, Any]:
     first, *others = result.scores
     found = {
-        **_answers_numbers(result.scores[first], macs[first]),
+        **_answers_numbers(result.scores[first], job.side(first)),
         "videos": result.scores[first].videos,
         "answers": result.answers,
         "unanswerable": result.not_in_list,
@@ -416,17 +445,17 @@ def _answers_document(result: AnswerEvaluation, macs: Mapping[str, int]) -> dict
         "seconds": result.seconds,
     }
     if others:
-        found["dense"] = _answers_numbers(result.scores[others[0]], macs[others[0]])
+        found["dense"] = _answers_numbers(result.scores[others[0]], job.side(others[0]))
         found["agreement"] = result.agreement
     return found
 
 
-def _answers_numbers(score: AnswerScore, macs: int) -> dict[str, Any]:
+def _answers_numbers(score: AnswerScore, side: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "accuracy": score.accuracy,
         "accuracy_interval": list(score.interval),
         "correct": score.correct,
-        "gmacs": macs / 1e9,
+        **side,
         "videos_per_s": score.videos_per_s,
         "questions_per_s": score.questions_per_s,
     }

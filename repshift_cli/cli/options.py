@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,8 @@ import typer
 
 __all__ = [
     "AsJson",
+    "Attention",
+    "AttentionKind",
     "BatchSize",
     "CheckpointFrames",
     "DataDir",
@@ -18,12 +21,37 @@ __all__ = [
     "Frames",
     "Heads",
     "ImgSize",
+    "InputsAtATime",
     "MeasureDtype",
     "ModelName",
     "Seed",
     "Threads",
 ]
 
+
+class AttentionKind(str, Enum):
+    """What `--attention` takes; see `backends.py`."""
+
+    AUTO = "auto"
+    FLASH = "flash"
+    SDPA = "sdpa"
+    SDPA_FLASH = "sdpa:flash"
+    SDPA_EFFICIENT = "sdpa:efficient"
+    SDPA_CUDNN = "sdpa:cudnn"
+    SDPA_MATH = "sdpa:math"
+    EXPLICIT = "explicit"
+
+
+Attention = Annotated[
+    AttentionKind,
+    typer.Option(
+        "--attention",
+        metavar="KIND",
+        help="What computes attention, on all sides: flash (the package flash-attn), sdpa (torch's fused kernels; one "
+        "of them by name: sdpa:flash, sdpa:efficient, sdpa:cudnn, sdpa:math), explicit, or auto: flash-attn where it "
+        "can run, else as the model has it.",
+    ),
+]
 ModelName = Annotated[
     str | None,
     typer.Option("--model", metavar="NAME", help="The name (timm's, vim_..., umt_...), where the file does not tell."),
@@ -32,6 +60,10 @@ DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Where the data
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")]
+InputsAtATime = Annotated[
+    int | None,
+    typer.Option("--batch-size", "-b", min=1, help="Inputs at a time (default: 8; 1 for a large video model)."),
+]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: as many as cores).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output, and go on where a check says no.")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +12,9 @@ import typer
 
 from repshift_cli.cli import options
 from repshift_cli.cli.bench import check_picture_format
-from repshift_cli.cli.compress import describe_metric, describe_tokens
-from repshift_cli.cli.together import INTERRUPTED, Interrupted, is_first, one_voice, own_device
-from repshift_cli.errors import CheckFailed, UsageError
+from repshift_cli.cli.compress import show_sites
+from repshift_cli.cli.together import Interrupted, is_first, one_voice, own_device
+from repshift_cli.errors import INTERRUPTED, CheckFailed, UsageError
 
 if TYPE_CHECKING:
     from repshift_cli.budget import Found
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["command", "show", "show_found"]
 
 _FRONT_ROWS = 8
-_READ_BYTES = 1 << 20
 _WORDS = {
     "output": "the recipe",
     "checkpoint": "the compressed checkpoint",
@@ -113,10 +111,7 @@ def command(
     checkpoint_frames: options.CheckpointFrames = None,
     device: options.Device = "cpu",
     dtype: options.MeasureDtype = "float32",
-    batch_size: Annotated[
-        int | None,
-        typer.Option("--batch-size", "-b", min=1, help="Inputs at a time (default: 8; 1 for a large video model)."),
-    ] = None,
+    batch_size: options.InputsAtATime = None,
     threads: options.Threads = None,
     seconds: Annotated[
         float, typer.Option("--seconds", min=0.0, help="Time for each measurement of latency; 0 measures none.")
@@ -139,7 +134,7 @@ def command(
         from repshift_cli.progress import Silent
 
         first = is_first()
-        request = Request(goal, evaluations, tuple(reducer or ()), files.state, seconds, first)
+        request = Request(goal, evaluations, tuple(reducer or ()), files.state, seconds)
         settings = Settings(
             recipe=recipe,
             model_name=model,
@@ -206,16 +201,18 @@ class _Files:
         """Whether a file may be replaced if it exists: where an interruption of this search wrote it as it stands."""
         if force or not path.is_file() or not self.state.is_file():
             return force
+        from repshift_cli.files import sha256_of
         from repshift_cli.search import kept_outputs
 
         written = kept_outputs(self.state).get(str(path.resolve()))
-        return written is not None and written == _sha256(path)
+        return written is not None and written == sha256_of(path)
 
     def keep(self, path: Path) -> None:
         """Note in the state that this was written: after an interruption the search that goes on may replace it."""
+        from repshift_cli.files import sha256_of
         from repshift_cli.search import keep_outputs
 
-        keep_outputs(self.state, {str(path.resolve()): _sha256(path)})
+        keep_outputs(self.state, {str(path.resolve()): sha256_of(path)})
 
     def written(self) -> dict[str, str | None]:
         """Their names, by what they are."""
@@ -224,14 +221,6 @@ class _Files:
             "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
             "plot": None if self.plot is None else str(self.plot),
         }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = sha256()
-        while part := file.read(_READ_BYTES):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -364,17 +353,8 @@ def show(found: Found) -> None:
     ui.print_text(f"data    {found.inputs.batch.description}")
     ui.print_text("")
     show_found(found)
-    rows = [
-        [
-            site.site,
-            describe_metric(site.metric.model_dump()),
-            describe_tokens(site.tokens_in, site.grid_in),
-            describe_tokens(site.tokens_out, site.grid_out),
-        ]
-        for site in found.result.plan.sites
-    ]
     ui.print_text(f"reducer {found.result.plan.reducer.kind}")
-    ui.print_table("Tokens through each site", ["after", "kept by", "tokens in", "tokens out"], rows, left=2)
+    show_sites(found.result.plan, "Tokens through each site")
 
 
 def show_found(found: Found) -> None:

@@ -10,10 +10,7 @@ from contextlib import contextmanager
 from repshift_cli.errors import RepshiftError
 from repshift_cli.progress import Progress, Silent
 
-__all__ = ["INTERRUPTED", "Interrupted", "is_first", "one_voice", "own_device", "screen_of_first"]
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
+__all__ = ["Interrupted", "is_first", "one_voice", "own_device", "screen_of_first"]
 
 _GRACE_SECONDS = 30.0
 """For which another process than the first waits with an error: torchrun ends it as soon as the first has told its."""

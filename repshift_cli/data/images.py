@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-__all__ = ["ImageBatch", "batch_of", "load_images"]
+__all__ = [
+    "Drawn",
+    "ImageBatch",
+    "batch_of",
+    "calibration_scenes",
+    "draw_pictures",
+    "load_images",
+    "open_pictures",
+    "picture_batch",
+]
 
 _SCENES = "builtin:digits"
 
@@ -44,6 +53,66 @@ class ImageBatch:
     skipped: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures out of a source, in the order in which they were drawn.
+
+    Attributes:
+        tensors: each through the model's own transform.
+        places, labels: their places in the source, and what it says that they show.
+        skipped: those that could not be read, each with the reason.
+    """
+
+    tensors: list[Tensor] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+def draw_pictures(source: ImageDataset, count: int, preprocessing: Preprocessing, seed: int, name: str) -> Drawn:
+    """Draw readable pictures: at random, but scenes, which are random already, and streams from their start.
+
+    Args:
+        count: how many; fewer come where there are fewer.
+        name: of the source, for messages.
+
+    Raises:
+        DataError: none can be read.
+    """
+    drawn, transform = Drawn(), preprocessing.transform()
+    as_they_lie = source.name.startswith("builtin:") or not source.random_access
+    for index in range(len(source)) if as_they_lie else shuffled(len(source), seed):
+        try:
+            picture, label = source.load(index)
+        except UnreadableSample as problem:
+            drawn.skipped.append(f"{problem.sample}: {problem.reason}")
+            continue
+        drawn.tensors.append(transform(picture))
+        drawn.places.append(index)
+        drawn.labels.append(label)
+        if len(drawn.tensors) == count:
+            break
+    if not drawn.tensors:
+        raise DataError(f"none of the {len(drawn.skipped)} pictures of {name} can be read; {drawn.skipped[0]}")
+    return drawn
+
+
+def calibration_scenes(count: int, seed: int) -> ImageDataset:
+    """Built-in scenes of the training digits, which no evaluation uses."""
+    from repshift_cli.data.digits import DigitDataset
+
+    return DigitDataset("train", count, _SCENE_SEED + seed)
+
+
+def picture_batch(source: ImageDataset, drawn: Drawn, seed: int) -> ImageBatch:
+    """Pictures that were drawn from a source, with what names them."""
+    builtin = source.name == _SCENES
+    what = "built-in training scenes" if builtin else f"of {len(source)} pictures in {source.name}"
+    description = f"{len(drawn.tensors)} {what}, seed {seed}"
+    prints = [source.fingerprint(index) for index in drawn.places]
+    return batch_of(source.name, description, drawn.tensors, prints, drawn.skipped, seed=seed, builtin=builtin)
+
+
 def load_images(where: str | Path | None, count: int, preprocessing: Preprocessing, seed: int) -> ImageBatch:
     """Draw pictures for calibration; the same arguments and files give the same pictures.
 
@@ -60,26 +129,21 @@ def load_images(where: str | Path | None, count: int, preprocessing: Preprocessi
     """
     if count < 1:
         raise UsageError(f"{count} images were asked for", "Give a number of 1 or more.")
-    source, builtin = _open(where, count, seed)
-    transform = preprocessing.transform()
-    tensors: list[Tensor] = []
-    prints: list[str] = []
-    skipped: list[str] = []
-    for index in _draw(source, builtin, seed):
-        try:
-            picture, _ = source.load(index)
-        except UnreadableSample as problem:
-            skipped.append(f"{problem.sample}: {problem.reason}")
-            continue
-        tensors.append(transform(picture))
-        prints.append(source.fingerprint(index))
-        if len(tensors) == count:
-            break
-    if not tensors:
-        raise DataError(f"none of the {len(skipped)} pictures of {source.name} can be read; {skipped[0]}")
-    what = "built-in training scenes" if builtin else f"of {len(source)} pictures in {source.name}"
-    description = f"{len(tensors)} {what}, seed {seed}"
-    return batch_of(source.name, description, tensors, prints, skipped, seed=seed, builtin=builtin)
+    source = _open(where, count, seed)
+    return picture_batch(source, draw_pictures(source, count, preprocessing, seed, source.name), seed)
+
+
+def open_pictures(where: str | Path, count: int, seed: int = 0) -> ImageDataset:
+    """Pictures whose labels do not matter: a folder, searched at any depth, or a dataset by name.
+
+    Args:
+        count: how many built-in scenes; of other sources all are there.
+        seed: which built-in scenes.
+
+    Raises:
+        DataError: there is no picture.
+    """
+    return _open(where, count, seed)
 
 
 def batch_of(
@@ -100,21 +164,14 @@ def batch_of(
     return ImageBatch(torch.stack(list(tensors)), identity, description, builtin, list(skipped))
 
 
-def _open(where: str | Path | None, count: int, seed: int) -> tuple[ImageDataset, bool]:
+def _open(where: str | Path | None, count: int, seed: int) -> ImageDataset:
     from repshift_cli.data import is_dataset_name, open_dataset
 
     if where is None or where == _SCENES:
-        from repshift_cli.data.digits import DigitDataset
-
-        return DigitDataset("train", count, _SCENE_SEED + seed), True
+        return calibration_scenes(count, seed)
     if isinstance(where, str) and is_dataset_name(where):
-        return open_dataset(where, None), False
-    return _open_tree(Path(where).expanduser()), False
-
-
-def _draw(source: ImageDataset, builtin: bool, seed: int) -> Iterator[int]:
-    """Places in the source, in the order in which they are tried."""
-    yield from range(len(source)) if builtin or not source.random_access else shuffled(len(source), seed)
+        return open_dataset(where, None)
+    return _open_tree(Path(where).expanduser())
 
 
 def _open_tree(root: Path) -> ImageDataset:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from repshift_cli.data.base import ImageDataset, UnreadableSample, shuffled
+from repshift_cli.data.base import ImageDataset
 from repshift_cli.data.clips import load_inputs
-from repshift_cli.data.images import ImageBatch, batch_of
+from repshift_cli.data.images import ImageBatch, calibration_scenes, draw_pictures, picture_batch
 from repshift_cli.errors import DataError
 from repshift_cli.preprocessing import Preprocessing
 
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["Labelled", "load_labelled"]
 
 _SCENES = "builtin:digits"
-_SCENE_SEED = 20_000
-"""As in `load_images`: neither the training nor the test of the built-in models drew these scenes."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +67,7 @@ def _labelled_source(where: str | None, count: int, num_classes: int, seed: int)
     from repshift_cli.data.folder import class_folders, open_folder
 
     if where is None or where == _SCENES:
-        from repshift_cli.data.digits import DigitDataset
-
-        source: ImageDataset = DigitDataset("train", count, _SCENE_SEED + seed)
+        source = calibration_scenes(count, seed)
     elif is_dataset_name(where):
         source = open_dataset(where, None).for_head(num_classes)
     else:
@@ -94,33 +89,8 @@ def _labelled_source(where: str | None, count: int, num_classes: int, seed: int)
 def _draw(source: ImageDataset, count: int, preprocessing: Preprocessing, num_classes: int, seed: int) -> Labelled:
     import torch
 
-    transform = preprocessing.transform()
-    tensors: list[Tensor] = []
-    labels: list[int] = []
-    prints: list[str] = []
-    skipped: list[str] = []
-    for index in _order(source, seed):
-        try:
-            picture, label = source.load(index)
-        except UnreadableSample as problem:
-            skipped.append(f"{problem.sample}: {problem.reason}")
-            continue
+    drawn = draw_pictures(source, count, preprocessing, seed, source.name)
+    for index, label in zip(drawn.places, drawn.labels, strict=True):
         if not 0 <= label < num_classes:
             raise DataError(f"{source.sample_id(index)} has label {label}, the head {num_classes} outputs")
-        tensors.append(transform(picture))
-        labels.append(label)
-        prints.append(source.fingerprint(index))
-        if len(tensors) == count:
-            break
-    if not tensors:
-        raise DataError(f"none of the {len(skipped)} pictures of {source.name} can be read; {skipped[0]}")
-    builtin = source.name == _SCENES
-    what = "built-in training scenes" if builtin else f"of {len(source)} pictures in {source.name}"
-    description = f"{len(tensors)} {what}, seed {seed}"
-    batch = batch_of(source.name, description, tensors, prints, skipped, seed=seed, builtin=builtin)
-    return Labelled(batch, torch.tensor(labels, dtype=torch.int64), None)
-
-
-def _order(source: ImageDataset, seed: int) -> Sequence[int]:
-    """Places in the order in which they are tried, as `load_images` tries them."""
-    return range(len(source)) if source.name == _SCENES or not source.random_access else shuffled(len(source), seed)
+    return Labelled(picture_batch(source, drawn, seed), torch.tensor(drawn.labels, dtype=torch.int64), None)

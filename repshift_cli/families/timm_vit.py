@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
-from timm.layers import Attention
 from timm.models.vision_transformer import (
     Block,
     ParallelScalingBlock,
@@ -20,12 +19,13 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
-from repshift_cli.attention import attend, cheapest_form, size_bias
+from repshift_cli.attention import size_bias
 from repshift_cli.families.base import Family, Passage, Probe, Site, SizedStream, Stream
+from repshift_cli.models import timm_attention
 from repshift_cli.plan import Layout, Plan, SiteInfo
-from repshift_cli.tokens import Sized
+from repshift_cli.tokens import Sized, mean_by_size
 
-__all__ = ["SizedAttention", "TimmViT"]
+__all__ = ["TimmViT"]
 
 
 class _Beside(SizedStream):
@@ -44,7 +44,7 @@ class _Beside(SizedStream):
         self.sizes, self.normed = {}, None
 
     def enter(self, output: Tensor) -> Sized:
-        return Sized(output, self.sizes.get(output.shape[1]))
+        return Sized(output, self.sizes_of(output.shape[1]))
 
     def leave(self, value: Sized) -> Tensor:
         if value.sizes is not None:
@@ -55,6 +55,10 @@ class _Beside(SizedStream):
         entered: Tensor = args[0]
         return entered
 
+    def sizes_of(self, count: int) -> Tensor | None:
+        """The sizes of tokens of which there are so many, `[B, count]`."""
+        return self.sizes.get(count)
+
     def last(self) -> Tensor | None:
         """The sizes behind all blocks."""
         return self.sizes[min(self.sizes)] if self.sizes else None
@@ -62,64 +66,6 @@ class _Beside(SizedStream):
     def __getstate__(self) -> dict[str, Any]:
         # tensors of a pass in flight are nobody's business but that pass's
         return {**self.__dict__, "sizes": {}, "normed": None}
-
-
-class SizedAttention(nn.Module):
-    """A timm `Attention` in which each key counts as often as the size of its token says.
-
-    It holds the parts of the dense one under their own names, so that the keys of the `state_dict` stay, and hands over
-    to it where no token has a size.
-    """
-
-    qkv: nn.Module
-    q_norm: nn.Module
-    k_norm: nn.Module
-    attn_drop: nn.Dropout
-    proj: nn.Module
-    proj_drop: nn.Module
-
-    def __init__(self, dense: Attention, stream: _Beside) -> None:
-        super().__init__()
-        self.num_heads = dense.num_heads
-        self.head_dim = dense.head_dim
-        self.stream = stream
-        self.dense: tuple[Any] = (dense,)  # in a tuple, so that its parts are not listed twice
-        for name, part in dense.named_children():
-            self.add_module(name, part)
-        self.training = dense.training
-
-    @property
-    def fused_attn(self) -> bool:
-        """Whether a fused kernel runs, or the explicit form."""
-        return bool(self.dense[0].fused_attn)
-
-    @fused_attn.setter
-    def fused_attn(self, fused: bool) -> None:
-        self.dense[0].fused_attn = fused
-
-    def train(self, mode: bool = True) -> SizedAttention:
-        self.dense[0].training = mode
-        return super().train(mode)
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """`[B, T, C]` to the same. Masks only come where no token has a size, since sites refuse them."""
-        sizes = self.stream.sizes.get(x.shape[1])
-        if sizes is None:
-            causal = {"is_causal": True} if is_causal else {}  # older versions of timm do not know it
-            dense: Tensor = self.dense[0](x, attn_mask=attn_mask, **causal)
-            return dense
-        shape = (*x.shape[:2], self.num_heads * self.head_dim)
-        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        form = cheapest_form(x.device, self.head_dim) if self.fused_attn else "explicit"
-        dropout = self.attn_drop.p if self.training else 0.0
-        mixed = attend(self.q_norm(query), self.k_norm(key), value, sizes, form=form, dropout=dropout)
-        mixed = mixed.transpose(1, 2).reshape(shape)
-        if (norm := getattr(self, "norm", None)) is not None:
-            mixed = norm(mixed)
-        if (gate := getattr(self, "gate", None)) is not None:
-            mixed = mixed * gate(x).sigmoid()
-        projected: Tensor = self.proj_drop(self.proj(mixed))
-        return projected
 
 
 class TimmViT(Family):
@@ -174,7 +120,7 @@ class TimmViT(Family):
     def merge_refusal(self, model: Any) -> str | None:
         for index, block in enumerate(model.blocks):
             attentions = _attentions(block)
-            unknown = [part for part in attentions if type(part) not in (Attention, SizedAttention)]
+            unknown = [part for part in attentions if not timm_attention.is_attention(part)]
             if unknown or not attentions:
                 name = type(unknown[0] if unknown else block).__name__
                 return f"blocks.{index} attends by {name}, which cannot weight tokens by size"
@@ -182,11 +128,9 @@ class TimmViT(Family):
 
     def heed_sizes(self, model: Any, stream: Stream) -> tuple[list[Passage], Callable[[], None]]:
         assert isinstance(stream, _Beside)
-        places = [place for block in model.blocks for place in _attention_places(block)]
-        dense = [getattr(parent, name) for parent, name in places]
-        for (parent, name), attention in zip(places, dense, strict=True):
-            setattr(parent, name, SizedAttention(attention, stream))
-        return _pooling_passages(model, stream), partial(_put_back, places, dense)
+        attentions = [part for block in model.blocks for part in _attentions(block)]
+        _heed(attentions, stream)
+        return _pooling_passages(model, stream), partial(_heed, attentions, None)
 
     def macs(self, model: Any, plan: Plan | None) -> int:
         layout = self.layout(model)
@@ -272,7 +216,7 @@ def _missing(block: nn.Module, probes: dict[str, Probe]) -> dict[str, str]:
 def _attention_probes(attention: Any) -> dict[str, Probe]:
     """Queries and keys of timm's `Attention`, read off the output of its fused projection."""
     projection = getattr(attention, "qkv", None)
-    if type(attention) not in (Attention, SizedAttention) or not isinstance(projection, nn.Linear):
+    if not timm_attention.is_attention(attention) or not isinstance(projection, nn.Linear):
         return {}
     heads, size = attention.num_heads, attention.head_dim
     query = partial(_heads, start=0, heads=heads, size=size, norm=attention.q_norm)
@@ -283,17 +227,9 @@ def _attention_probes(attention: Any) -> dict[str, Probe]:
     }
 
 
-def _attention_places(block: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Each timm `Attention` of a block, as the module that holds it and its name there."""
-    parents = dict(block.named_modules())
-    names = [name for name, part in parents.items() if type(part) is Attention]
-    split = (name.rpartition(".") for name in names)
-    return [(parents[parent], own) for parent, _, own in split]
-
-
-def _put_back(places: list[tuple[nn.Module, str]], dense: list[nn.Module]) -> None:
-    for (parent, name), attention in zip(places, dense, strict=True):
-        setattr(parent, name, attention)
+def _heed(attentions: list[Any], stream: _Beside | None) -> None:
+    for attention in attentions:
+        timm_attention.heed_sizes(attention, stream)
 
 
 def _pooling_passages(model: Any, stream: _Beside) -> list[Passage]:
@@ -324,8 +260,7 @@ def _pool_sized(pooled: Tensor, stream: _Beside, first: int, with_max: bool) -> 
     stream.normed = None  # it belongs to this pass, and a head that is called alone must not meet it
     if sizes is None or normed is None or normed.shape[0] != pooled.shape[0]:
         return pooled
-    weights = (sizes[:, first:] / sizes[:, first:].sum(dim=1, keepdim=True)).to(normed.dtype)
-    mean = (normed[:, first:] * weights.unsqueeze(2)).sum(dim=1)
+    mean = mean_by_size(normed[:, first:], sizes[:, first:])
     return 0.5 * (normed[:, first:].amax(dim=1) + mean) if with_max else mean
 
 

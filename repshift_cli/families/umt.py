@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from repshift_cli.families.base import Family, Passage, Probe, Site, SizedStream, Stream, nothing
 from repshift_cli.models.umt import Block, UmtModel, UmtRetrieval
 from repshift_cli.plan import Layout, Plan, SiteInfo
-from repshift_cli.tokens import Sized
+from repshift_cli.tokens import Sized, mean_by_size
 
 __all__ = ["Umt", "UmtStream"]
 
@@ -44,8 +44,7 @@ class UmtStream(SizedStream):
         self.normed = None  # it belongs to this pass, and tokens of another may be averaged next
         if sizes is None or normed is None:
             return mean
-        weights = (sizes / sizes.sum(dim=1, keepdim=True)).to(normed.dtype)
-        return (normed * weights.unsqueeze(2)).sum(dim=1, keepdim=True)
+        return mean_by_size(normed, sizes).unsqueeze(1)
 
     def __getstate__(self) -> dict[str, Any]:
         # tensors of a pass in flight are nobody's business but that pass's

@@ -75,6 +75,10 @@ class Metric(BaseModel, ABC):
             float32 `[B, N]`. Which end is kept is a matter of `polarity`.
         """
 
+    def on(self, device: torch.device) -> Metric:
+        """The metric with the tensors that it holds on a device; the metric itself where it holds none elsewhere."""
+        return self
+
     def macs(self, tokens: int, attention_channels: int) -> int:
         """Multiply-accumulates of the score for one image that are matrix products (norms and sums do not count).
 

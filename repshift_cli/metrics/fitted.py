@@ -6,11 +6,12 @@ import base64
 import binascii
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from pydantic import PrivateAttr, StrictStr, field_validator
+from pydantic import StrictStr, field_validator
 from torch import Tensor
 
 from repshift_cli.metrics.base import Metric, Polarity, SiteContext, Tap
@@ -34,8 +35,6 @@ class Fitted(Metric):
 
     weights: StrictStr | None = None
     polarity: Polarity | None = "largest"
-
-    _vector: Tensor = PrivateAttr()
 
     @field_validator("weights")
     @classmethod
@@ -62,27 +61,38 @@ class Fitted(Metric):
 
     @property
     def channels(self) -> int | None:
-        return None if self.weights is None else len(self._vector)
+        return None if self.weights is None else len(self.vector)
+
+    @cached_property
+    def vector(self) -> Tensor:
+        """The weights as numbers, float32 `[C]`; of an open score there are none."""
+        # not a private attribute of pydantic: `torch.compile` does not get through those
+        values = array("f")
+        values.frombytes(base64.b64decode(self.weights or ""))
+        return _lasting(lambda: torch.tensor(_little_endian(values)))
 
     def model_post_init(self, context: Any, /) -> None:
-        if self.weights is not None:
-            values = array("f")
-            values.frombytes(base64.b64decode(self.weights))
-            self._vector = torch.tensor(_little_endian(values))
-            if not bool(self._vector.isfinite().all()):
-                raise ValueError("the weights should be finite")
+        if not bool(self.vector.isfinite().all()):
+            raise ValueError("the weights should be finite")
 
     def taps(self) -> frozenset[Tap]:
         return frozenset({"block_output"})
 
     def score(self, seen: Mapping[str, Tensor], site: SiteContext) -> Tensor:
         tokens = seen["block_output"].float()
-        weights = self._vector.to(tokens.device)
+        weights = self.vector.to(tokens.device)  # which does nothing where `on` was asked before
         # autocast would round a matrix product to half precision, and many scores to the same one
         device = tokens.device.type
         rounded = device != "meta" and torch.is_autocast_enabled(device)
         scores = (tokens * weights).sum(-1) if rounded else tokens @ weights
         return scores[:, site.prefix :]  # to leave the prefix out before would take a copy
+
+    def on(self, device: torch.device) -> Metric:
+        if self.vector.device == device:
+            return self
+        moved = self.model_copy()
+        vars(moved)["vector"] = _lasting(lambda: self.vector.to(device))
+        return moved
 
     def with_defaults(self) -> Metric:
         """Where nothing was fitted, the shift over the block, which every block can show."""
@@ -97,6 +107,12 @@ class Fitted(Metric):
 
     def __str__(self) -> str:
         return self.kind if self.open else f"{self.kind} ({self.channels} weights)"
+
+
+def _lasting(make: Callable[[], Tensor]) -> Tensor:
+    """A tensor that can take part in a pass with gradients, which one made in inference mode could not."""
+    with torch.inference_mode(False):
+        return make()
 
 
 def _little_endian(values: array[float]) -> array[float]:

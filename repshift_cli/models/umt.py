@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repshift_cli.attention import attend, cheapest_form
+from repshift_cli.attention import attend_projected, backend_of
 from repshift_cli.models.bert import TextDecoder, TextEncoder, TextShape
 from repshift_cli.tokens import Sized
 
@@ -80,7 +80,8 @@ class Attention(nn.Module):
     """Attention over all tokens of a clip; queries and values have a bias, keys have none.
 
     Attributes:
-        fused_attn: whether torch's fused kernel runs, or the explicit form with its map of all pairs.
+        fused_attn: whether a fused kernel runs, or the explicit form with its map of all pairs.
+        flash_attn: whether that kernel is the one of the package flash-attn, in place of torch's.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -88,6 +89,7 @@ class Attention(nn.Module):
         self.num_heads = heads
         self.head_dim = width // heads
         self.fused_attn = True
+        self.flash_attn = False
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.qkv = _BiasedLinear(width, 3 * width, bias=False)
@@ -95,12 +97,10 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor, sizes: Tensor | None = None) -> Tensor:
         """`[B, N, C]` to the same; a token that stands for s others counts s times as a key."""
-        batch, count, width = tokens.shape
         projected = self.qkv(tokens, torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias)))
-        query, key, value = projected.view(batch, count, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        form = cheapest_form(query.device, self.head_dim) if self.fused_attn else "explicit"
-        mixed = attend(query, key, value, sizes, form=form)
-        output: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, count, width))
+        heads = projected.unflatten(2, (3, self.num_heads, self.head_dim))
+        mixed = attend_projected(heads, sizes, backend=backend_of(self.fused_attn, self.flash_attn))
+        output: Tensor = self.proj(mixed)
         return output
 
 

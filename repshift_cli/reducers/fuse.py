@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from repshift_cli.merging import unit_range
 from repshift_cli.reducers.base import Merged, Merger
-from repshift_cli.tokens import gather_tokens, split_top, with_prefix
+from repshift_cli.tokens import gather_tokens, put_at, split_top, with_prefix
 
 __all__ = ["Fuse"]
 
@@ -42,15 +43,12 @@ class Fuse(Merger):
 
         index = with_prefix(keep, prefix)
         at = prefix + (keep < best_of_rest).sum(dim=1, keepdim=True)
-        rows = (at + torch.arange(at.shape[0], device=at.device).unsqueeze(1) * index.shape[1]).flatten()
-        kept = gather_tokens(tokens, index).flatten(0, 1)
-        kept.index_copy_(0, rows, fused.to(tokens.dtype))
+        kept = put_at(gather_tokens(tokens, index), at, fused.to(tokens.dtype))
         total = patch_sizes.gather(1, together).sum(dim=1, keepdim=True)
-        return Merged(kept.unflatten(0, index.shape), sizes.gather(1, index).scatter(1, at, total), keep)
+        new_sizes = put_at(sizes.gather(1, index).unsqueeze(2), at, total).squeeze(2)
+        return Merged(kept, new_sizes, keep)
 
 
 def _weights(scores: Tensor, sizes: Tensor) -> Tensor:
     """Positive weights that grow with the score: from a thousandth for the lowest to 1 for the highest, times size."""
-    low, high = scores.amin(dim=1, keepdim=True), scores.amax(dim=1, keepdim=True)
-    tiny = torch.finfo(scores.dtype).tiny
-    return sizes * (0.001 + 0.999 * (scores - low) / (high - low).clamp_min(tiny))
+    return sizes * (0.001 + 0.999 * unit_range(scores))

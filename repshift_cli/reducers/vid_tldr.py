@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from repshift_cli.merging import flow, pair
+from repshift_cli.merging import flow, pair, unit_range
 from repshift_cli.plan import After
 from repshift_cli.reducers.base import Dims, Merged, Merger
 from repshift_cli.tokens import gather_tokens
@@ -51,11 +51,9 @@ def saliency(scores: Tensor) -> Tensor:
     Returns:
         `[B, N]`, from 0 to 1; all 0 in a row of equal scores.
     """
-    tiny = torch.finfo(scores.dtype).tiny
-    low, high = scores.amin(dim=1, keepdim=True), scores.amax(dim=1, keepdim=True)
-    scaled = (scores - low) / (high - low).clamp(min=tiny)
+    scaled = unit_range(scores)
     above = (scaled - scaled.mean(dim=1, keepdim=True)).clamp(min=0)
-    return above / above.amax(dim=1, keepdim=True).clamp(min=tiny)
+    return above / above.amax(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
 
 
 def merge(tokens: Tensor, sizes: Tensor, scores: Tensor, count: int) -> Merged:

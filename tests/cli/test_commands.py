@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import timm
+from flash_stand_in import allow_flash
 from outcome import Command
-from tiny import save_weights
+from tiny import images, save_weights
 
 import repshift_cli
 from repshift_cli import artifact
+from repshift_cli.measure import observed_attention
 from repshift_cli.recipe import Recipe, shipped_recipes
 
 QUICK = ("--seconds", "0", "--batch-size", "2")
@@ -21,7 +23,7 @@ class TestHelp:
     @pytest.mark.parametrize(
         ("command", "options"),
         [
-            ([], ["compress", "bench", "eval", "inspect", "visualize", "demo", "recipes", "--version"]),
+            ([], ["compress", "export", "bench", "eval", "inspect", "visualize", "demo", "recipes", "--version"]),
             (
                 ["compress"],
                 [
@@ -36,6 +38,7 @@ class TestHelp:
                     "--dtype",
                     "--batch-size",
                     "--threads",
+                    "--attention",
                     "--seconds",
                     "--seed",
                     "--dry-run",
@@ -44,7 +47,8 @@ class TestHelp:
                 ],
             ),
             (["bench"], ["--batch-size", "--recipe", "--dtype", "--device", "--threads", "--attention", "--json"]),
-            (["eval"], ["--dataset", "--data-dir", "--limit", "--compare-dense", "--strict", "--json"]),
+            (["eval"], ["--dataset", "--data-dir", "--limit", "--compare-dense", "--attention", "--strict", "--json"]),
+            (["export"], ["--to", "--output", "--batch", "--dtype", "--opset", "--no-verify", "--dense", "--json"]),
             (["inspect"], ["--model", "--heads", "--json"]),
             (["visualize"], ["--json", "--output"]),
             (["demo"], ["--json"]),
@@ -185,6 +189,95 @@ class TestRecipes:
         shown = cli("recipes", "show", "small.safetensors").stdout
         assert shown == recipe.read_text()
         assert Recipe.parse(shown).metric.kind == "token_norm"
+
+
+class TestAttention:
+    """`--attention` of the commands that measure: each says what really ran."""
+
+    @pytest.mark.parametrize(
+        ("asked", "ran"), [("sdpa", "sdpa:flash"), ("explicit", "explicit"), ("auto", "sdpa:flash")]
+    )
+    def test_named_in_json(self, asked: str, ran: str, shell: Command, recipe: Path, dense: Path) -> None:
+        chosen = ("--attention", asked, "--json")
+        done = shell("compress", dense, "--recipe", recipe, *QUICK, "-o", "small.safetensors", *chosen)
+        assert done.rc == 0, done.stderr
+        assert json.loads(done.stdout)["attention"] == ran
+        done = shell("bench", "small.safetensors", "--seconds", "0", "-b", "1", *chosen)
+        assert done.rc == 0, done.stderr
+        assert json.loads(done.stdout)["attention"] == ran
+
+    @pytest.mark.parametrize(("asked", "ran"), [("sdpa:math", "sdpa:math"), ("explicit", "explicit")])
+    def test_named_by_eval(self, asked: str, ran: str, shell: Command, recipe: Path, tmp_path: Path) -> None:
+        done = shell("compress", "builtin:vit-digits-small", *QUICK, "--no-calibrate", "-o", "small.safetensors")
+        assert done.rc == 0, done.stderr
+        options = ("small.safetensors", "--dataset", "builtin:digits", "--limit", "8", "--attention", asked)
+        document = json.loads(shell("eval", *options, "--compare-dense", "--json").stdout)
+        assert (document["attention"], document["dense"]["attention"]) == (ran, ran)
+        assert f"attention: {ran}\n" in shell("eval", *options).stdout
+
+    @pytest.mark.parametrize("task", ["", "-qa"])
+    def test_named_by_eval_of_videos(self, task: str, shell: Command) -> None:
+        options = (f"builtin:umt-shapes{task}", "--limit", "4", "--attention", "explicit")
+        assert json.loads(shell("eval", *options, "--json").stdout)["attention"] == "explicit"
+        assert "attention: explicit, on that side\n" in shell("eval", *options).stdout
+
+    def test_several_are_joined_and_sides_told_apart(self, cli: Command) -> None:
+        """vid-TLDR's own score forms the map, and only the compressed model has it."""
+        path = Path("r.yaml")
+        path.write_text(
+            "version: 1\nmetric: {kind: attention_entropy}\nreducer: {kind: prune}\n"
+            "layers: [{layer: 0, drop_ratio: 0.2}]\n"
+        )
+        assert cli("compress", "builtin:vit-digits-small", "-r", path, *QUICK, "-o", "small.safetensors").rc == 0
+        found = cli("eval", "small.safetensors", "--dataset", "builtin:digits", "--limit", "8", "--compare-dense")
+        assert "attention: explicit+sdpa:flash (compressed), sdpa:flash (dense)\n" in found.stdout
+
+    def test_flash_attn_runs(self, cli: Command, dense: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        flash = allow_flash(monkeypatch)
+        chosen = ("--attention", "flash", "--json")
+        done = cli("compress", dense, "--recipe", recipe, *QUICK, "-o", "small.safetensors", *chosen)
+        assert done.rc == 0, done.stderr
+        assert json.loads(done.stdout)["attention"] == "flash-attn"
+        assert set(flash.calls) == {"packed"}
+        done = cli("bench", "small.safetensors", "--seconds", "0", "-b", "1", *chosen)
+        assert json.loads(done.stdout)["attention"] == "flash-attn"
+        done = cli("eval", "builtin:umt-shapes", "--limit", "4", *chosen)
+        assert json.loads(done.stdout)["attention"] == "flash-attn"
+
+    def test_the_file_does_not_depend_on_it(self, cli: Command, dense: Path, recipe: Path, tmp_path: Path) -> None:
+        for kind in ("sdpa", "explicit"):
+            assert (
+                cli("compress", dense, "-r", recipe, *QUICK, "-o", f"{kind}.safetensors", "--attention", kind).rc == 0
+            )
+        one, other = (artifact.load(tmp_path / f"{kind}.safetensors") for kind in ("sdpa", "explicit"))
+        assert one.plan == other.plan
+        assert list(one.state_dict()) == list(other.state_dict())
+        assert observed_attention(other, images(1)) == "sdpa:flash"
+
+    @pytest.mark.parametrize("command", ["compress", "bench", "eval"])
+    def test_flash_attn_where_it_cannot_run(self, command: str, shell: Command, tmp_path: Path) -> None:
+        outcome = shell(command, "builtin:vit-digits-small", "--attention", "flash")
+        assert outcome.rc == 2
+        assert "cannot run on flash-attn: it runs on CUDA" in " ".join(outcome.stderr.split())
+        assert "pip install 'repshift-cli[flash]'" in " ".join(outcome.stderr.split())
+        assert "Traceback" not in outcome.stderr
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_kernel_that_is_not_for_this_device(self, cli: Command, tmp_path: Path) -> None:
+        outcome = cli("compress", "builtin:vit-digits-small", "--attention", "sdpa:cudnn")
+        assert outcome.rc == 2
+        assert "sdpa:cudnn: torch has no kernel" in " ".join(outcome.stderr.split())
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_model_without_attention(self, cli: Command) -> None:
+        outcome = cli("eval", "builtin:cnn-digits", "--limit", "8", "--attention", "sdpa")
+        assert outcome.rc == 2
+        assert "no attention in ResNet can be switched to 'sdpa'" in " ".join(outcome.stderr.split())
+
+    def test_a_kind_that_is_not_known(self, cli: Command) -> None:
+        outcome = cli("eval", "--attention", "fast")
+        assert outcome.rc == 2
+        assert "sdpa:flash" in outcome.stderr
 
 
 class TestBench:

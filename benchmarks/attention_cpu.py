@@ -1,0 +1,90 @@
+"""What sizes in attention cost in each form, and what a score costs beside a block, at the sizes of DeiT-S.
+
+python benchmarks/attention_cpu.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+
+import timm
+import torch
+from _results import provenance, publish, table
+from _timing import timed
+
+from repshift_cli.attention import attend
+from repshift_cli.measure import device_name
+from repshift_cli.metrics import Metric, SiteContext, build_metric
+from repshift_cli.metrics.fitted import Fitted
+from repshift_cli.recipe import Part
+
+HEADS, WIDTH, TOKENS = 6, 64, 158
+ARRIVING = 197
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dry-run", action="store_true", help="print the table, leave docs/results.md as it is")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    command = shlex.join(["python", "benchmarks/attention_cpu.py", *sys.argv[1:]])
+    rows = [row for batch in options.batches for row in rows_for(batch, options.rounds)]
+    text = "\n\n".join(
+        [
+            "## Sizes in attention, and the cost of a score: DeiT-S",
+            provenance(command, f"{device_name(torch.device('cpu'))}, {options.threads} threads"),
+            f"Medians of runs in turn, float32. Attention: {HEADS} heads of {WIDTH} channels, {TOKENS} tokens, beside "
+            f"the fused kernel without sizes. Scores: {ARRIVING} tokens of 384 channels, beside a block.",
+            table(["batch", "what", "ms", "of the first"], rows),
+        ]
+    )
+    publish("attention_cpu", text, options.dry_run)
+
+
+@torch.inference_mode()
+def rows_for(batch: int, rounds: int) -> list[list[str]]:
+    found = []
+    for group in (attentions(batch), scores(batch)):
+        medians = timed(group, rounds)
+        first = next(iter(medians.values()))
+        found += [
+            [str(batch), name, f"{1e3 * median:.3f}", f"{100 * median / first:.1f}%"]
+            for name, median in medians.items()
+        ]
+    return found
+
+
+def attentions(batch: int) -> dict[str, Callable[[], object]]:
+    query, key, value = torch.randn(3, batch, TOKENS, HEADS, WIDTH).transpose(2, 3).unbind(0)
+    sizes = torch.randint(1, 6, (batch, TOKENS)).float()
+    return {
+        "attention without sizes": lambda: attend(query, key, value, form="mask"),
+        "sizes as a mask": lambda: attend(query, key, value, sizes, form="mask"),
+        "sizes folded into channels": lambda: attend(query, key, value, sizes, form="folded"),
+        "sizes, explicit": lambda: attend(query, key, value, sizes, form="explicit"),
+    }
+
+
+def scores(batch: int) -> dict[str, Callable[[], object]]:
+    block = timm.create_model("deit_small_patch16_224").eval().blocks[0]
+    tokens = torch.randn(batch, ARRIVING, HEADS * WIDTH)
+    seen = {"block_output": tokens, "mlp_update": torch.randn_like(tokens)}
+    site = SiteContext(layer=0, prefix=1, class_token=True)
+    shift: Metric = build_metric(Part(kind="representation_shift")).with_defaults()
+    fitted = Fitted.of(torch.randn(HEADS * WIDTH).tolist())
+    return {
+        "block": lambda: block(tokens),
+        "fitted score": lambda: fitted.score(seen, site),
+        "representation shift (mlp, l2)": lambda: shift.score(seen, site),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What a site costs beside the block that it reduces: score, choice and gathering, and which operations they are.
+
+The profiler counts the operations of the block with and without the site. What must not be among them is checked:
+float64, a copy of the kept tokens beyond the gathering itself, a value read back from the device.
+
+    python benchmarks/overhead_cpu.py --threads 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from _results import provenance, publish, table
+from _timing import timed
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from repshift_cli.attach import CompressedModel
+from repshift_cli.compression import compress_dense
+from repshift_cli.measure import device_name
+from repshift_cli.metrics import SiteContext, build_metric
+from repshift_cli.tokens import gather_tokens, keep_top
+
+MODEL, RECIPE = "deit_small_patch16_224", "deit_small_paper"
+FORBIDDEN = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dry-run", action="store_true", help="print the table, leave docs/results.md as it is")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    compressed = compress_dense(MODEL, RECIPE).compressed
+    assert compressed is not None
+    command = shlex.join(["python", "benchmarks/overhead_cpu.py", *sys.argv[1:]])
+    rows = [row(compressed, batch, options.rounds) for batch in options.batches]
+    columns = ["batch", "block, ms", "score, us", "choice, us", "gathering, us", "share of the block"]
+    text = "\n\n".join(
+        [
+            "## What a site costs: the first of DeiT-S, 197 to 158 tokens",
+            provenance(command, f"{device_name(torch.device('cpu'))}, float32, {options.threads} threads"),
+            table(columns, rows),
+            "Medians of runs in turn. Operations that the site adds to those of its block, by the profiler at batch "
+            f"{options.batches[0]}: {added(compressed, options.batches[0])}.",
+        ]
+    )
+    publish("overhead_cpu", text, options.dry_run)
+
+
+@torch.inference_mode()
+def row(compressed: CompressedModel, batch: int, rounds: int) -> list[str]:
+    block, tokens = first_block(compressed, batch)
+    planned = compressed.plan.sites[0]
+    metric, site = build_metric(planned.metric), SiteContext(0, 1, True)
+    seen = {name: torch.randn_like(tokens) for name in metric.taps()}
+    scores = metric.score(seen, site)
+    keep = keep_top(scores, planned.tokens_out - 1)
+    with compressed.dense():
+        medians = timed(
+            {
+                "block": lambda: block(tokens),
+                "score": lambda: metric.score(seen, site),
+                "choice": lambda: keep_top(scores, planned.tokens_out - 1),
+                "gathering": lambda: gather_tokens(tokens, keep, 1),
+            },
+            rounds,
+        )
+    parts = [medians[name] for name in ("score", "choice", "gathering")]
+    shown = [f"{1e6 * part:.0f}" for part in parts]
+    return [str(batch), f"{1e3 * medians['block']:.2f}", *shown, f"{100 * sum(parts) / medians['block']:.2f}%"]
+
+
+def added(compressed: CompressedModel, batch: int) -> str:
+    """Names and numbers of the operations that the site adds.
+
+    Raises:
+        SystemExit: one of them is forbidden, or computes in float64.
+    """
+    block, tokens = first_block(compressed, batch)
+    with torch.inference_mode():
+        reduced = operations(lambda: block(tokens))
+        with compressed.dense():
+            plain = operations(lambda: block(tokens))
+    extra = reduced - plain
+    if wrong := [name for name in extra if name in FORBIDDEN or "float64" in name]:
+        raise SystemExit(f"the site runs {', '.join(wrong)}")
+    return ", ".join(f"{count} {name.removeprefix('aten::')}" for name, count in sorted(extra.items()))
+
+
+def first_block(compressed: CompressedModel, batch: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    block = compressed.model.get_submodule(compressed.plan.sites[0].site)
+    return block, torch.randn(batch, compressed.plan.sites[0].tokens_in, compressed.model.embed_dim)  # type: ignore
+
+
+def operations(run: Callable[[], object]) -> Counter[str]:
+    """The operations of one run and what they call, views left out."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    views = {"view", "slice", "as_strided", "unsqueeze", "select", "expand", "transpose", "t", "permute", "flatten"}
+    views |= {"unflatten", "reshape", "_unsafe_view", "narrow", "unbind", "split", "detach"}
+    names = (event.name for event in profiler.events() if event.name.startswith("aten::"))
+    return Counter(name for name in names if name.removeprefix("aten::") not in views)
+
+
+if __name__ == "__main__":
+    main()

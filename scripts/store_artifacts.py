@@ -1,0 +1,77 @@
+"""Write a tiny compressed checkpoint of each format version to `tests/data`, with an input and what it gives.
+
+Run once for each version, when it comes: the files are committed, and the tests hold later readers to them. A version
+that is there already is left alone.
+
+    python scripts/store_artifacts.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from repshift_cli import artifact
+from repshift_cli.attach import attach, resolve_for, with_defaults
+from repshift_cli.checkpoint import LoadedModel, ModelDescription, Source
+from repshift_cli.families import match
+from repshift_cli.identify.building import create
+from repshift_cli.preprocessing import Preprocessing
+from repshift_cli.recipe import Recipe
+
+DATA = Path(__file__).resolve().parents[1] / "tests" / "data"
+LAYERS = "[{layer: 0, drop_ratio: 0.3}]"
+EXPECTED = DATA / "artifacts_expected.safetensors"
+VIT = {"img_size": 24, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 4}
+VIM = {"img_size": 24, "patch_size": 8, "embed_dim": 16, "depth": 2, "d_state": 4, "num_classes": 4}
+VISION = {"img_size": 16, "frames": 2, "patch_size": 8, "width": 16, "depth": 2, "heads": 2, "hidden": 32}
+TEXT = {"vocabulary": 20, "width": 16, "depth": 2, "heads": 2, "hidden": 32, "positions": 16, "fusion_layer": 1}
+UMT = {"vision": VISION, "text": TEXT, "embed_dim": 8}
+
+VERSIONS: dict[int, tuple[str | None, dict[str, Any], str, str]] = {
+    1: (None, VIT, "token_norm", "prune"),
+    2: ("vim", VIM, "token_norm", "prune"),
+    3: ("umt", UMT, "token_norm", "vid_tldr"),
+    4: (None, VIT, "token_norm", "merge"),
+}
+
+
+def main() -> None:
+    expected = load_file(EXPECTED) if EXPECTED.exists() else {}
+    for version, (architecture, args, score, reducer) in VERSIONS.items():
+        path = DATA / f"artifact_v{version}.safetensors"
+        if path.exists():
+            continue
+        inputs, output = write(
+            path,
+            architecture,
+            args,
+            f"version: 1\nmetric: {{kind: {score}}}\nreducer: {{kind: {reducer}}}\nlayers: {LAYERS}\n",
+        )
+        expected |= {f"v{version}/input": inputs, f"v{version}/output": output}
+        sys.stdout.write(f"{path}: {path.stat().st_size} bytes\n")
+    save_file(expected, EXPECTED)
+
+
+@torch.no_grad()
+def write(path: Path, architecture: str | None, args: dict[str, Any], text: str) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    model = create(architecture, args, path.name).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(0.2 * torch.randn_like(parameter))
+    preprocessing = Preprocessing.of_model(model)
+    description = ModelDescription(path.stem, architecture, args, preprocessing)
+    loaded = LoadedModel(model, description, Source("object", None, None), dict(model.state_dict()))
+    recipe = Recipe.parse(text)
+    plan = with_defaults(resolve_for(model, recipe), {site.name: site for site in match(model).sites(model)})
+    artifact.save(path, loaded, artifact.make_document(loaded, plan, recipe, None, {}))
+    inputs = torch.randn(2, *preprocessing.shape)
+    return inputs, attach(model, plan)(inputs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""`repshift bench`: what it takes, what it prints and writes, and how it ends."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from outcome import Command, Outcome
+
+from repshift_cli import bench_plot, benchmark
+from repshift_cli.bench_report import BenchReport
+from repshift_cli.cli import bench
+from repshift_cli.errors import UsageError
+
+QUICK = ("--seconds", "0", "--min-runs", "2", "--threads", "1")
+
+
+@pytest.fixture(name="run")
+def fixture_run(cli: Command, dense: Path, recipe: Path) -> Callable[..., Outcome]:
+    """The command on a tiny model that loses tokens at two sites."""
+
+    def run(*options: object) -> Outcome:
+        return cli("bench", dense, "--recipe", recipe, *QUICK, *options)
+
+    return run
+
+
+def refused(outcome: Outcome, rc: int, *words: str) -> None:
+    """The command printed no result and no traceback, and told all this."""
+    assert outcome.rc == rc, outcome.stderr
+    assert outcome.stdout == ""
+    assert "Traceback" not in outcome.stderr
+    said = " ".join(outcome.stderr.split())
+    for word in words:
+        assert word in said
+
+
+class TestTable:
+    def test_it_fits(self, run: Callable[..., Outcome]) -> None:
+        outcome = run("-b", "1,2", "--against", "explicit,class-attention-row,tome,fuse")
+        assert outcome.rc == 0, outcome.stderr
+        assert all(len(line) <= 80 for line in outcome.stdout.splitlines())
+        for word in (
+            "MACs to ours",
+            "over dense",
+            "efficiency",
+            "ours over it",
+            "class-attention-row",
+            "at ",
+            "batch 2: ",
+        ):
+            assert word in outcome.stdout
+
+    def test_without_peers_it_is_short(self, run: Callable[..., Outcome]) -> None:
+        outcome = run("-b", "2")
+        assert "ours over it" not in outcome.stdout
+        assert "Only 2 runs of each" in outcome.stdout
+        assert "batch 2: " in outcome.stdout
+
+    def test_of_a_sweep_and_files(self, run: Callable[..., Outcome], pictures: Path) -> None:
+        outcome = run("-b", "2", "--attention", "auto,explicit", "--data", pictures, "--images", "4")
+        assert outcome.rc == 0, outcome.stderr
+        assert all(len(line) <= 80 for line in outcome.stdout.splitlines())
+        for word in ("--- float32, attention explicit, 32x32", "From files, batch 2", "bound by", "reading alone"):
+            assert word in outcome.stdout
+
+    def test_nothing_to_compare(self, cli: Command, dense: Path) -> None:
+        outcome = cli("bench", dense, *QUICK, "-b", "1")
+        assert outcome.rc == 0
+        assert "Nothing to compare" in outcome.stdout
+
+
+class TestJson:
+    def test_every_combination(self, run: Callable[..., Outcome]) -> None:
+        outcome = run(
+            "-b", "1,2", "--dtype", "float32,bfloat16", "--attention", "sdpa", "--attention", "explicit", "--json"
+        )
+        assert outcome.rc == 0, outcome.stderr
+        document = json.loads(outcome.stdout)
+        told = {(row["name"], row["dtype"], row["attention_mode"], row["batch"]) for row in document["runs"]}
+        assert len(told) == len(document["runs"]) == 2 * 2 * 2 * 2
+        assert document["dtype"] == ["float32", "bfloat16"]
+        assert document["attention"] == ["explicit", "sdpa:flash"]
+        assert {row["image_size"] for row in document["runs"]} == {32}
+        assert len(document["ratios"]) == 8
+        assert len(document["break_even"]) == 4
+        assert document["break_even"][0]["tried"] == [1, 2]
+        for row in document["runs"]:
+            assert row["latency_ms"].keys() == {"median", "p10", "p90", "p99"}
+            assert row["attention"] == {"sdpa": "sdpa:flash", "explicit": "explicit"}[row["attention_mode"]]
+
+    def test_one_value_is_plain(self, run: Callable[..., Outcome]) -> None:
+        document = json.loads(run("-b", "1", "--json").stdout)
+        assert (document["dtype"], document["attention"]) == ("float32", "sdpa:flash")
+        assert (document["budget"], document["end_to_end"]) == ([], [])
+
+    def test_peers(self, run: Callable[..., Outcome]) -> None:
+        document = json.loads(run("-b", "1", "--against", "dense,tome", "--against", "explicit", "--json").stdout)
+        assert [run["name"] for run in document["runs"]] == ["dense", "compressed", "tome", "explicit"]
+        assert [(ratio["name"], ratio["against"]) for ratio in document["ratios"]] == [
+            ("compressed", "dense"),
+            ("compressed", "tome"),
+            ("compressed", "explicit"),
+            ("tome", "dense"),
+            ("explicit", "dense"),
+        ]
+
+    def test_several_sizes_of_a_network(self, cli: Command, tmp_path: Path) -> None:
+        (tmp_path / "r.yaml").write_text("version: 1\nlayers: [{layer: 0, drop_ratio: 0.5}]\n")
+        outcome = cli("bench", "resnet18", "--recipe", "r.yaml", *QUICK, "--img-size", "64,96", "-b", "1", "--json")
+        assert outcome.rc == 0, outcome.stderr
+        runs = json.loads(outcome.stdout)["runs"]
+        assert [(run["name"], run["image_size"]) for run in runs] == [
+            ("dense", 64),
+            ("compressed", 64),
+            ("dense", 96),
+            ("compressed", 96),
+        ]
+        assert 2 < runs[2]["gmacs"] / runs[0]["gmacs"] < 2.4
+
+    def test_from_files(self, run: Callable[..., Outcome], pictures: Path) -> None:
+        outcome = run("-b", "4", "--data", pictures, "--images", "9", "--workers", "1", "--json")
+        assert outcome.rc == 0, outcome.stderr
+        (found,) = json.loads(outcome.stdout)["end_to_end"]
+        assert (found["images"], found["workers"], found["batch"]) == (8, 1, 4)
+        assert [side["name"] for side in found["runs"]] == ["dense", "compressed"]
+        assert all(0 < side["waiting"] < 1 for side in found["runs"])
+        assert found["ratios"][0]["against"] == "dense"
+
+
+class TestFiles:
+    def test_outputs(self, run: Callable[..., Outcome], tmp_path: Path) -> None:
+        before = set(tmp_path.iterdir())
+        assert run("-b", "1", "--csv", "a.csv", "--plot", "a.PNG").rc == 0
+        assert {path.name for path in set(tmp_path.iterdir()) - before} == {"a.PNG", "a.csv"}
+        dense, compressed = csv.DictReader((tmp_path / "a.csv").read_text().splitlines())
+        assert (dense["name"], compressed["role"], compressed["compile"]) == ("dense", "compressed", "off")
+        assert float(compressed["over_dense"]) > 0
+
+    @pytest.mark.parametrize("option", ["csv", "plot"])
+    def test_existing_output_is_refused_first(
+        self, run: Callable[..., Outcome], tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "a.svg"
+        path.write_text("mine")
+        with monkeypatch.context() as patch:
+            patch.setattr(benchmark, "run_sweep", lambda *_: pytest.fail("measured before the check"))
+            refused(run(f"--{option}", path), 2, "already exists")
+        assert path.read_text() == "mine"
+        assert run("-b", "1", f"--{option}", path, "--force").rc == 0
+        assert path.read_text() != "mine"
+
+    def test_failed_plot_leaves_nothing(
+        self, run: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(report: BenchReport, path: Path, file_format: str) -> None:
+            path.write_text("half")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(bench_plot, "plot", fail)
+        before = set(tmp_path.iterdir())
+        refused(run("-b", "1", "--plot", "a.png"), 1, "No space left")
+        assert set(tmp_path.iterdir()) == before
+
+
+class TestBudget:
+    def test_met(self, run: Callable[..., Outcome]) -> None:
+        outcome = run("-b", "1", "--budget", "macs<=0.99", "--budget", "latency<=1000")
+        assert outcome.rc == 0, outcome.stderr
+        assert "budget, batch 1: macs<=0.99 met: " in outcome.stdout
+
+    def test_missed_after_the_report(self, run: Callable[..., Outcome], tmp_path: Path) -> None:
+        outcome = run("-b", "1,2", "--budget", "macs<=0.1", "--budget", "latency<=1000", "--json", "--csv", "a.csv")
+        assert outcome.rc == 5
+        checks = json.loads(outcome.stdout)["budget"]
+        assert [(check["budget"], check["batch"], check["met"]) for check in checks] == [
+            ("macs<=0.1", 1, False),
+            ("latency<=1000", 1, True),
+            ("macs<=0.1", 2, False),
+            ("latency<=1000", 2, True),
+        ]
+        assert (tmp_path / "a.csv").is_file()
+        said = " ".join(outcome.stderr.split())
+        assert "2 of 4 budget checks were missed" in said
+        assert "batch 2: macs<=0.1 missed: 0." in said
+        assert "above" in said
+
+    def test_in_a_process_of_its_own(self, shell: Command, dense: Path, recipe: Path) -> None:
+        outcome = shell("bench", dense, "--recipe", recipe, *QUICK, "-b", "1", "--budget", "speedup>=1e6")
+        assert outcome.rc == 5
+        assert "speedup>=1e+06 missed" in outcome.stdout
+
+    def test_without_anything_compressed(self, cli: Command, dense: Path) -> None:
+        refused(cli("bench", dense, *QUICK, "--budget", "macs<=0.5"), 2, "--budget: no model is compressed")
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("options", "rc", "words"),
+        [
+            (["--plot", "a.jpg"], 2, ["a.jpg", ".png, .svg and .pdf"]),
+            (["--plot", "a.svg", "--csv", "a.svg"], 2, ["both name"]),
+            (["--csv", "missing/a.csv"], 1, ["does not exist"]),
+            (["--dtype", "int8"], 2, ["'int8'", "float32"]),
+            (["--dtype", "float32,"], 2, ["unknown dtype ''"]),
+            (["--device", "tpu"], 2, ["'tpu'"]),
+            (["--attention", "explict"], 2, ["--attention: unknown mode 'explict'", "Did you mean explicit?"]),
+            (
+                ["--compile", "fast"],
+                2,
+                ["--compile: unknown mode 'fast'", "off, default, reduce-overhead, max-autotune"],
+            ),
+            (["--against", "evit"], 2, ["no peer 'evit'", "class-attention"]),
+            (["--budget", "latency<0.7"], 2, ["'latency<0.7' cannot be understood", "latency<=0.7"]),
+            (["--batch-size", "0"], 2, ["--batch-size: '0' is not a number from 1 on"]),
+            (["--img-size", "big"], 2, ["--img-size: 'big' is not a number from 1 on"]),
+            (["--img-size", "32,64"], 2, ["--img-size 64", "takes images of 32x32"]),
+            (["--data", "nowhere"], 4, ["the folder nowhere does not exist"]),
+        ],
+    )
+    def test_options(self, options: list[str], rc: int, words: list[str], run: Callable[..., Outcome]) -> None:
+        refused(run(*options), rc, *words)
+
+    def test_too_few_pictures(self, run: Callable[..., Outcome], pictures: Path) -> None:
+        refused(run("-b", "32", "--data", pictures), 4, "20 pictures, which do not fill a batch of 32")
+
+    def test_a_peer_that_the_model_cannot_be(self, cli: Command, tmp_path: Path) -> None:
+        (tmp_path / "r.yaml").write_text("version: 1\nlayers: [{layer: 0, drop_ratio: 0.5}]\n")
+        outcome = cli("bench", "resnet18", "--recipe", "r.yaml", *QUICK, "--img-size", "64", "--against", "tome")
+        refused(outcome, 2, "--against tome: compressed (resnet) cannot be made into it", "Possible", "dense")
+
+
+class TestParsing:
+    def test_numbers(self) -> None:
+        assert bench._parse_numbers("-b", ["1, 8", "4", "8"], "") == [1, 8, 4]
+
+    @pytest.mark.parametrize("text", ["0", "-1", "x", "1,", "1.5", "\u00b2"])
+    def test_wrong_numbers(self, text: str) -> None:
+        with pytest.raises(UsageError, match="--batch-size"):
+            bench._parse_numbers("--batch-size", [text], "")
+
+    def test_labels(self) -> None:
+        assert bench._labels(["x/a.safetensors", "y/b.pth", "vit.v2"]) == {
+            "a": "x/a.safetensors",
+            "b": "y/b.pth",
+            "vit.v2": "vit.v2",
+        }
+        assert list(bench._labels(["x/a.pt", "y/a.pt"])) == ["x/a.pt", "y/a.pt"]
+        with pytest.raises(UsageError, match="given twice"):
+            bench._labels(["a.pt", "a.pt"])
+
+
+class TestCompile:
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+    def test_both_sides(self, run: Callable[..., Outcome]) -> None:
+        outcome = run("-b", "1", "--compile", "default", "--json")
+        assert outcome.rc == 0, outcome.stderr
+        document = json.loads(outcome.stdout)
+        for row in document["runs"]:
+            assert (row["compile"], row["recompiles"], row["peak_memory_mb"]) == ("default", 0, None)
+            assert row["compile_s"] > 0
+
+    def test_no_compiler(
+        self, shell: Command, dense: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+        outcome = shell("bench", dense, "--recipe", recipe, *QUICK, "-b", "1", "--compile", "default")
+        refused(outcome, 2, "--compile default: torch.compile cannot compile dense here", "It needs a C++ compiler")

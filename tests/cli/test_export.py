@@ -1,0 +1,148 @@
+"""`repshift export` and what opens its files, as people call them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exported import stored
+from outcome import Command, Outcome
+
+from repshift_cli import artifact
+from repshift_cli.runtimes import open_exported
+
+QUICK = ("--seconds", "0", "--min-runs", "1", "-b", "2")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """The tiny compressed ViT."""
+    shutil.copy(stored(1), tmp_path / "small.safetensors")
+    return tmp_path / "small.safetensors"
+
+
+def explained(outcome: Outcome, rc: int, *words: str) -> None:
+    assert outcome.rc == rc, outcome.stderr
+    assert outcome.stdout == ""
+    assert "Traceback" not in outcome.stderr
+    assert "unexpected" not in outcome.stderr
+    said = " ".join(outcome.stderr.split())
+    for word in words:
+        assert word in said
+
+
+def document_of(outcome: Outcome) -> dict[str, Any]:
+    assert outcome.rc == 0, outcome.stderr
+    found: dict[str, Any] = json.loads(outcome.stdout)
+    return found
+
+
+class TestExport:
+    def test_onnx_and_what_opens_it(self, shell: Command, small: Path, tmp_path: Path) -> None:
+        told = document_of(shell("export", small, "--to", "onnx", "--json"))
+        assert told["output"] == "small.onnx"
+        assert told["verified"]["passed"] is True
+        assert told["ports"]["input"] == {"name": "images", "shape": [None, 3, 24, 24], "dtype": "float32"}
+        assert told["opset"] == 20
+        assert told["operators"]["TopK"] == 2
+        assert (
+            document_of(shell("export", small, "--to", "onnx", "--dense", "-o", "dense.onnx", "--json"))["compressed"]
+            is False
+        )
+        bench = document_of(shell("bench", "dense.onnx", "small.onnx", *QUICK, "--json"))
+        assert [run["name"] for run in bench["runs"]] == ["dense.onnx", "small.onnx"]
+        assert [ratio["against"] for ratio in bench["ratios"]] == ["dense.onnx"]
+
+    def test_the_table_and_a_program(self, cli: Command, small: Path, tmp_path: Path) -> None:
+        outcome = cli("export", small, "--to", "pt2", "-o", "small.pt2")
+        assert outcome.rc == 0, outcome.stderr
+        for word in ("images: float32 [batch, 3, 24, 24]", "largest difference", "kept places equal 100.00%", "wrote"):
+            assert word in " ".join(outcome.stdout.split())
+        assert all(len(line) <= 80 for line in outcome.stdout.splitlines())
+        model = artifact.load(small)
+        images = torch.randn(2, 3, 24, 24)
+        with torch.no_grad():
+            torch.testing.assert_close(open_exported(tmp_path / "small.pt2").module(images), model(images))
+
+    def test_a_dense_model_by_a_recipe(self, cli: Command, dense: Path, recipe: Path, tmp_path: Path) -> None:
+        arguments = ("export", dense, "--recipe", recipe, "--to", "hub", "-o", "folder", "--json")
+        assert document_of(cli(*arguments))["compressed"] is True
+        assert artifact.load(tmp_path / "folder").plan.sites[0].tokens_out == 13
+        assert (tmp_path / "folder" / "README.md").read_text().count("```yaml") == 1
+
+    def test_not_checked(self, cli: Command, small: Path) -> None:
+        outcome = cli("export", small, "--to", "pt2", "--no-verify", "--batch", "2")
+        assert "checked  no" in outcome.stdout
+        assert "[2, 3, 24, 24]" in outcome.stdout
+
+    def test_compress_exports_too(self, cli: Command, dense: Path, recipe: Path, tmp_path: Path) -> None:
+        told = ("--seconds", "0", "-o", "fast.safetensors", "--export", "pt2", "--export", "hub", "--json")
+        document = document_of(cli("compress", dense, "--recipe", recipe, *told))
+        assert [each["output"] for each in document["exports"]] == ["fast.pt2", "fast_hub"]
+        assert all(each["verified"]["passed"] for each in document["exports"])
+
+    def test_eval_runs_it(self, cli: Command) -> None:
+        told = ("export", "builtin:vit-digits-small", "--to", "pt2", "-o", "digits.pt2", "--batch", "8", "--no-verify")
+        assert cli(*told).rc == 0
+        evaluated = document_of(cli("eval", "digits.pt2", "--dataset", "builtin:digits", "--limit", "20", "--json"))
+        assert evaluated["top1"] > 50
+        assert evaluated["images"] == 20
+        explained(cli("eval", "digits.pt2"), 2, "no dataset was named")
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["--to", "onnx", "--opset", "11"], ["--opset 11", "18 or later"]),
+            (["--to", "onnx", "--dtype", "bfloat16"], ["no kernels"]),
+            (["--to", "onnx", "--batch", "0"], ["neither dynamic nor a number from 1"]),
+            (["--to", "onnx", "--batch", "many"], ["neither dynamic nor a number"]),
+            (["--to", "hub", "--batch", "4"], ["of no batch size"]),
+            (["--to", "pt2", "-o", "small.onnx"], ["a name that ends with .pt2"]),
+            (["--to", "pt2", "--opset", "20"], ["--opset is for --to onnx"]),
+            (["--to", "tflite"], ["--to"]),
+            (["--to", "pt2", "--dtype", "int8"], ["unknown dtype 'int8'"]),
+        ],
+    )
+    def test_what_cannot_be(self, arguments: list[str], words: list[str], cli: Command, small: Path) -> None:
+        before = sorted(small.parent.iterdir())
+        explained(cli("export", small, *arguments), 2, *words)
+        assert sorted(small.parent.iterdir()) == before
+
+    def test_an_output_that_exists(self, cli: Command, small: Path) -> None:
+        (small.parent / "small.pt2").write_text("precious")
+        explained(cli("export", small, "--to", "pt2"), 2, "small.pt2 already exists", "--force")
+        assert (small.parent / "small.pt2").read_text() == "precious"
+
+    def test_an_export_of_compress_that_exists_stops_it_before_the_work(
+        self, cli: Command, dense: Path, recipe: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "fast.pt2").touch()
+        told = ("compress", dense, "-r", recipe, "-o", "fast.safetensors", "--export", "pt2")
+        explained(cli(*told), 2, "fast.pt2 already exists")
+        assert not (tmp_path / "fast.safetensors").exists()
+
+    @pytest.mark.parametrize("command", ["bench", "eval"])
+    @pytest.mark.parametrize(("name", "words"), [("bad.onnx", "not an ONNX file"), ("bad.pt2", "not a .pt2 archive")])
+    def test_a_corrupted_file(self, name: str, words: str, command: str, cli: Command, tmp_path: Path) -> None:
+        (tmp_path / name).write_bytes(b"\x08\x0agarbage" * 10)
+        more = ("--dataset", "builtin:digits") if command == "eval" else ()
+        explained(cli(command, name, *more), 3, name, words)
+
+    def test_what_an_exported_file_cannot_do(self, cli: Command, small: Path) -> None:
+        assert cli("export", small, "--to", "pt2", "--no-verify").rc == 0
+        explained(cli("eval", "small.pt2", "--dataset", "builtin:digits", "--compare-dense"), 2, "has no dense self")
+        explained(cli("bench", "small.pt2", "--img-size", "32"), 2, "--img-size", "is an exported file")
+        explained(cli("bench", "small.pt2", "--dtype", "float16"), 2, "takes float32, not float16")
+        explained(cli("compress", "small.pt2"), 3, "has an ending that is not known")
+        outcome = cli("bench", "small.pt2", *QUICK)
+        assert "Export that too, with --dense" in " ".join(outcome.stdout.split())
+
+    def test_a_video_model_without_its_text_side(self, cli: Command, tmp_path: Path) -> None:
+        assert cli("export", stored(3), "--to", "pt2", "-o", "clip.pt2", "--no-verify").rc == 0
+        explained(cli("eval", "clip.pt2", "--dataset", "builtin:shapes"), 3, "holds the vision encoder alone")

@@ -1,0 +1,54 @@
+"""What stands in for the package flash-attn where there is no GPU: its two functions in plain torch."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+import transformers.models.bert.modeling_bert  # noqa: F401 (it looks for flash-attn when it is imported, once for all)
+from torch import Tensor
+from torch.nn import functional
+
+from repshift_cli import backends
+
+__all__ = ["STAND_IN", "FlashStandIn", "allow_flash"]
+
+
+class FlashStandIn(ModuleType):
+    """Takes and gives `[B, T, heads, d]`, as flash-attn does, and remembers which function was called."""
+
+    def __init__(self) -> None:
+        super().__init__("flash_attn")
+        self.calls: list[str] = []
+
+    def flash_attn_func(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None
+    ) -> Tensor:
+        self.calls.append("separate")
+        assert q.dtype == k.dtype == v.dtype
+        return attention(q, k, v, dropout_p, softmax_scale)
+
+    def flash_attn_qkvpacked_func(
+        self, qkv: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None
+    ) -> Tensor:
+        self.calls.append("packed")
+        return attention(*qkv.unbind(2), dropout_p, softmax_scale)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float | None) -> Tensor:
+    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return torch.einsum("bhqk,bkhd->bqhd", functional.dropout(logits.softmax(dim=-1), dropout), v)
+
+
+STAND_IN = FlashStandIn()
+"""One for all tests: what torch compiles goes on with the module that it met first."""
+
+
+def allow_flash(monkeypatch: pytest.MonkeyPatch) -> FlashStandIn:
+    """Put the stand-in where flash-attn would be, and let it run anywhere."""
+    STAND_IN.calls.clear()
+    monkeypatch.setitem(sys.modules, "flash_attn", STAND_IN)
+    monkeypatch.setattr(backends, "flash_problem", lambda device, dtype, width: None)
+    return STAND_IN
