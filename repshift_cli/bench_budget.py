@@ -153,7 +153,7 @@ class Verdict:
     def __str__(self) -> str:
         where = f"batch {self.setting.batch}: {self.limit}"
         if self.value is None:
-            return f"{where} not met: it cannot be measured inside a compiled graph on this device"
+            return f"{where} not met: it cannot be measured inside a compiled graph or another runtime"
         note = "" if self.separated or self.interval is None else f"; not separated, p10-p90 {_range(self.interval)}"
         if self.met:
             return f"{where} met: {self.value:.4g}{note}"

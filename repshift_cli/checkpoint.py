@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from repshift_cli.errors import CheckpointError, UsageError
-from repshift_cli.files import TORCH_SUFFIXES, WEIGHT_SUFFIXES, sha256_of
+from repshift_cli.files import EXPORT_SUFFIXES, TORCH_SUFFIXES, WEIGHT_SUFFIXES, sha256_of
 from repshift_cli.identify import (
     UMT,
     VIM,
@@ -212,7 +212,7 @@ def read_weights(path: Path) -> Weights:
     """Read the tensors of a `.safetensors` or a PyTorch file, unwrapped (`model`, `state_dict`, `module.`, ...).
 
     Raises:
-        CheckpointError: the file is empty, damaged, of an unknown kind, or a pickle that would run code.
+        CheckpointError: the file is empty, damaged, exported, of an unknown kind, or a pickle that would run code.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file")
@@ -226,6 +226,11 @@ def read_weights(path: Path) -> Weights:
         elif path.suffix in TORCH_SUFFIXES:
             tensors, notes = _unwrap(_read_torch(path), path)
             document = None
+        elif path.suffix in EXPORT_SUFFIXES:
+            raise CheckpointError(
+                f"{path} is an exported file, whose graph is as it is: bench and eval run it, nothing changes it",
+                "Name the checkpoint that it was exported from.",
+            )
         else:
             allowed = ", ".join(WEIGHT_SUFFIXES)
             raise CheckpointError(f"{path} has an ending that is not known", f"Known are {allowed}.")

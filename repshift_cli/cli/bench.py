@@ -13,7 +13,7 @@ import typer
 
 from repshift_cli.bench_budget import Limit, check, require_met
 from repshift_cli.cli import options
-from repshift_cli.cli.bench_show import show
+from repshift_cli.cli.bench_show import show, why_nothing
 from repshift_cli.errors import UsageError
 from repshift_cli.recipe import nearest
 
@@ -290,13 +290,15 @@ def _contenders(
     """All that is timed, size by size.
 
     Raises:
-        UsageError: a budget, and nothing is compressed; or as `contenders_against`.
+        UsageError: a budget, and nothing is compared with its dense self; or as `contenders_against`.
     """
     from repshift_cli.peers import contenders_against
 
-    if limits and not any(model.compressed for each in opened for model in each.values()):
-        raise UsageError("--budget: no model is compressed", "Add --recipe to compress it for the run.")
-    return [contender for each in opened for contender in contenders_against(each, peers)]
+    found = [contender for each in opened for contender in contenders_against(each, peers)]
+    if limits and not any(contender.role == "compressed" for contender in found):
+        reason, hint = why_nothing(opened)
+        raise UsageError(f"--budget: {reason}", hint)
+    return found
 
 
 def _source(reading: _Reading | None) -> Source | None:

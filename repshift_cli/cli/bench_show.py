@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from repshift_cli.bench_report import BenchReport, BreakEven, EndToEnd, Ratio, Run
     from repshift_cli.measure import Speedup, Spread
 
-__all__ = ["show"]
+__all__ = ["show", "why_nothing"]
 
 _ENOUGH_RUNS = 5
 _DECIMALS = ((0.1, 4), (1, 3), (10, 2), (100, 1))  # below this limit, so many places after the point
@@ -32,16 +32,21 @@ def show(report: BenchReport, opened: Mapping[str, Opened], verdicts: Sequence[V
     if (fewest := min(run.latency.count for run in report.runs)) < _ENOUGH_RUNS:
         ui.print_text(f"Only {fewest} run{'s' if fewest > 1 else ''} of each: too few for the intervals to mean much.")
     if not report.ratios:
-        ui.print_text(_why_nothing(opened))
+        ui.print_text("Nothing to compare: {}. {}".format(*why_nothing([opened])))
     for verdict in verdicts:
         ui.print_text(f"budget, {verdict}")
 
 
-def _why_nothing(opened: Mapping[str, Opened]) -> str:
-    """Why there is no ratio."""
-    if any(model.reduced for model in opened.values()):
-        return "Nothing to compare: an exported file has no dense self. Export that too, with --dense, and name both."
-    return "Nothing to compare: no model is compressed. Add --recipe to compress it for the run."
+def why_nothing(opened: Iterable[Mapping[str, Opened]]) -> tuple[str, str]:
+    """Why nothing is compared with its dense self, and what to do."""
+    from repshift_cli.runtimes import OpenedExport
+
+    if any(isinstance(model, OpenedExport) for each in opened for model in each.values()):
+        return (
+            "an exported file is compared with one of the same format and weights, dense with compressed",
+            "Export the other one too, the dense one with --dense, and name both.",
+        )
+    return "no model is compressed", "Add --recipe to compress it for the run."
 
 
 def _show_head(report: BenchReport, opened: Mapping[str, Opened]) -> None:

@@ -139,9 +139,32 @@ class TestRefused:
         explained(cli("eval", "small.pt2", "--dataset", "builtin:digits", "--compare-dense"), 2, "has no dense self")
         explained(cli("bench", "small.pt2", "--img-size", "32"), 2, "--img-size", "is an exported file")
         explained(cli("bench", "small.pt2", "--dtype", "float16"), 2, "takes float32, not float16")
-        explained(cli("compress", "small.pt2"), 3, "has an ending that is not known")
+        explained(cli("compress", "small.pt2"), 3, "small.pt2 is an exported file", "that it was exported from")
+        explained(cli("bench", "small.pt2", "--recipe", "deit_small_paper"), 3, "small.pt2 is an exported file")
+        explained(cli("bench", "small.pt2", "--compile", "default"), 2, "--compile", "is not compiled again")
+        explained(cli("bench", "small.pt2", "--attention", "explicit"), 2, "--attention", "cannot be switched")
+        explained(cli("bench", "small.pt2", "--against", "tome"), 2, "--against", "cannot be made into a peer")
+
+    def test_an_exported_file_needs_the_dense_one_to_be_compared_with(self, cli: Command, small: Path) -> None:
+        assert cli("export", small, "--to", "pt2", "--no-verify").rc == 0
+        words = ("same format and weights", "the dense one with --dense, and name both")
         outcome = cli("bench", "small.pt2", *QUICK)
-        assert "Export that too, with --dense" in " ".join(outcome.stdout.split())
+        assert outcome.rc == 0
+        assert all(word in " ".join(outcome.stdout.split()) for word in words)
+        explained(cli("bench", "small.pt2", "--budget", "macs<=0.9"), 2, "--budget", *words)
+        assert cli("export", small, "--to", "pt2", "--dense", "-o", "dense.pt2", "--no-verify").rc == 0
+        explained(cli("bench", "dense.pt2", "--budget", "macs<=0.9"), 2, "--budget", *words)
+
+    def test_a_budget_of_exported_files(self, cli: Command, small: Path) -> None:
+        for told in ((), ("--dense", "-o", "dense.onnx")):
+            assert cli("export", small, "--to", "onnx", "--no-verify", *told).rc == 0
+        held = ("bench", "small.onnx", "dense.onnx", *QUICK, "--json")
+        document = document_of(cli(*held, "--budget", "macs<=0.99"))
+        assert [(each["name"], each["met"]) for each in document["budget"]] == [("small.onnx", True)]
+        missed = cli(*held, "--budget", "macs<=0.1", "--budget", "peak_memory_mb<=1000")
+        assert missed.rc == 5
+        assert "macs<=0.1 missed" in missed.stderr
+        assert "cannot be measured inside a compiled graph or another runtime" in " ".join(missed.stderr.split())
 
     def test_a_video_model_without_its_text_side(self, cli: Command, tmp_path: Path) -> None:
         assert cli("export", stored(3), "--to", "pt2", "-o", "clip.pt2", "--no-verify").rc == 0
