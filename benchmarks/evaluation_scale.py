@@ -26,20 +26,26 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _results import provenance, table, write_section
+from _results import provenance, publish, table
 from PIL import Image
 
 from repshift_cli.data.digits import DigitScenes
 from repshift_cli.measure import device_name
 
-PARTS = ("processes", "kills", "broken", "disk", "memory")
+TITLES = {
+    "processes": "Evaluation by one process and by two",
+    "kills": "Evaluation that is killed and goes on",
+    "broken": "Evaluation among broken files",
+    "disk": "Evaluation on a disk that becomes full",
+    "memory": "Memory over an evaluation",
+}
 MODEL = "builtin:vit-digits-small"
 INTEGERS = ("images", "of", "skipped", "top1_correct", "top5_correct")
 SAMPLE_SECONDS = 0.25
@@ -58,25 +64,19 @@ def main() -> None:
         "disk": full_disk,
         "memory": memory_over_the_run,
     }
+    command = shlex.join(["python", "benchmarks/evaluation_scale.py", *sys.argv[1:]])
+    machine = f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores"
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        sections = []
         for part in options.parts:
             root = Path(folder) / part
             root.mkdir()
-            sections.append(makers[part](options, root))
-            print("\n\n".join(sections[-1]), flush=True)
-    command = shlex.join(["python", "benchmarks/evaluation_scale.py", *sys.argv[1:]])
-    machine = f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores"
-    text = "\n\n".join(
-        ["## Evaluation at scale", provenance(command, machine), *(part for two in sections for part in two)]
-    )
-    if not options.dry_run:
-        write_section("evaluation_scale", text)
+            section = [f"## {TITLES[part]}", provenance(command, machine), *makers[part](options, root)]
+            publish(f"evaluation_{part}", "\n\n".join(section), options.dry_run)
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=TITLES, default=list(TITLES))
     parser.add_argument("--pictures", type=int, default=20_000, help="of `processes` and `memory`")
     parser.add_argument("--size", type=int, default=256, help="side of the pictures in pixels")
     parser.add_argument("--kills", type=int, default=50, help="how often a run is killed")
@@ -336,13 +336,9 @@ def small_disk(folder: Path, room: int) -> Iterator[tuple[Path, str]]:
         raise SystemExit("a small disk could not be mounted: run this part as root, or leave it out")
     try:
         filler = folder / ".filler"
-        with filler.open("wb") as stream:
-            try:
-                while True:
-                    stream.write(b"0" * 1024)
-                    stream.flush()
-            except OSError:
-                pass
+        with filler.open("wb", buffering=0) as stream, suppress(OSError):
+            while True:
+                stream.write(b"0" * 1024)
         if room:
             os.truncate(filler, max(0, filler.stat().st_size - room * 1024))
         yield folder, f"tmpfs, {room} KiB free"

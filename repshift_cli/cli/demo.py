@@ -271,9 +271,8 @@ def _show_summary(results: _Results, files: _Files, seconds: float) -> None:
     dense_macs, macs = compressed.dense_macs, compressed.macs
     lines = [
         f"\n{'Summary ':-<{_WIDTH}}",
-        f"accuracy  {_percent(scores['dense'])} dense -> {_percent(scores['compressed'])} compressed, "
-        f"on {results.evaluation.images} test scenes,",
-        "          without training (in brackets: 95%)",
+        f"accuracy  {_percent(scores['dense'])} dense -> {_percent(scores['compressed'])} compressed",
+        f"          on {results.evaluation.images} test scenes, without training (in brackets: 95% intervals)",
         f"work      {dense_macs / 1e9:.3f} -> {macs / 1e9:.3f} GMACs per image, {dense_macs / macs:.2f}x less",
     ]
     for index, ratio in enumerate(results.timing.ratios):
