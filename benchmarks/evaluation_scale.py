@@ -83,13 +83,23 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--killed-pictures", type=int, default=1500, help="of a run that is killed")
     parser.add_argument("--broken", type=int, default=500, help="broken files, among three times as many good ones")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=None, help="where the pictures go while this runs")
+    parser.add_argument("--folder", type=Path, default=None, help="where the pictures go, and most of them stay")
     parser.add_argument("--dry-run", action="store_true", help="print the tables, leave docs/results.md as it is")
     return parser.parse_args()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures, and the command
+
+
+def pictures(options: argparse.Namespace, root: Path, count: int) -> Path:
+    """Pictures to read: in the folder of this part, or where a folder was named, in that, to be used again."""
+    if options.folder is None:
+        return draw(root / "pictures", count, options.size)
+    kept: Path = options.folder / f"digits-{count}-{options.size}"
+    if not kept.is_dir():
+        draw(root / "drawn", count, options.size).rename(kept)
+    return kept
 
 
 def draw(root: Path, count: int, size: int) -> Path:
@@ -137,7 +147,7 @@ def integers(document: dict[str, Any]) -> tuple[int, ...]:
 
 
 def several_processes(options: argparse.Namespace, root: Path) -> Section:
-    folder = draw(root / "pictures", options.pictures, options.size)
+    folder = pictures(options, root, options.pictures)
     rows, counts = [], []
     for processes in (1, 2):
         # the decoding is part of what is shared, so each process does its own
@@ -149,15 +159,15 @@ def several_processes(options: argparse.Namespace, root: Path) -> Section:
         )
     same = "the same whole numbers" if counts[0] == counts[1] else "DIFFERENT NUMBERS"
     ratio = float(rows[0][-2]) / float(rows[1][-2])
-    pictures = f"{options.pictures} JPEGs of {options.size} pixels, one thread for each process"
+    what = f"{options.pictures} JPEGs of {options.size} pixels, one thread for each process"
     columns = ["processes", *(key.replace("_", " ") for key in INTEGERS), "s, all", "s, evaluating", "bottleneck"]
-    note = f"{pictures}: {same}; two evaluate {ratio:.2f}x as fast."
+    note = f"{what}: {same}; two evaluate {ratio:.2f}x as fast."
     return table(columns, rows), note
 
 
 def kill_and_resume(options: argparse.Namespace, root: Path) -> Section:
     rng = random.Random(options.seed)  # noqa: S311
-    folder = draw(root / "pictures", options.killed_pictures, options.size)
+    folder = pictures(options, root, options.killed_pictures)
     arguments = ["--dataset", folder, "--workers", 1, "-b", 8]
     whole, seconds = evaluate(arguments)
     expected, state = integers(whole), root / "state"
@@ -216,7 +226,7 @@ def broken_files(options: argparse.Namespace, root: Path) -> Section:
 
 
 def full_disk(options: argparse.Namespace, root: Path) -> Section:
-    folder = draw(root / "pictures", 400, options.size)
+    folder = pictures(options, root, 400)
     arguments = ["--dataset", folder, "-b", 8, "--workers", 0]
     expected = integers(evaluate(arguments)[0])
     rows = []
@@ -242,7 +252,7 @@ def full_disk(options: argparse.Namespace, root: Path) -> Section:
 
 
 def memory_over_the_run(options: argparse.Namespace, root: Path) -> Section:
-    folder = draw(root / "pictures", options.pictures, options.size)
+    folder = pictures(options, root, options.pictures)
     rows = []
     for workers in (0, 1):
         with subprocess.Popen(
