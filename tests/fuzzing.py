@@ -12,6 +12,7 @@ import json
 import random
 import struct
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from tiny import make_plan, make_recipe, tiny_vit
 
 from repshift_cli import artifact, checkpoint
 from repshift_cli.attach import check_parts
-from repshift_cli.checkpoint import METADATA_KEY
+from repshift_cli.checkpoint import METADATA_KEY, ModelDescription
 from repshift_cli.data.archive import tar_members
 from repshift_cli.data.video_text import open_video_text
+from repshift_cli.document import EXPORT_VERSION
 from repshift_cli.families import match
 from repshift_cli.plan import resolve
 from repshift_cli.predictions import Predictions, load_predictions, save_predictions
@@ -34,6 +36,7 @@ from repshift_cli.progress import Silent
 from repshift_cli.recipe import Recipe, shipped_recipes
 from repshift_cli.reference import known_results
 from repshift_cli.resuming import State
+from repshift_cli.runtimes import DOCUMENT_FILE, kind_of, read_document
 
 __all__ = ["TARGETS", "Fuzzer"]
 
@@ -71,6 +74,7 @@ class Fuzzer:
         self.layout = match(deep).layout(deep)
         self.tensors = {key: value.contiguous().clone() for key, value in self.model.state_dict().items()}
         self.document = self._document()
+        self.exported_document = self._exported_document()
         self.recipes = [*shipped_recipes().values(), make_recipe().text, make_recipe(reducer="merge").text]
         (folder / "videos").mkdir()
         for name in ("v1.mp4", "v2.mp4"):
@@ -139,6 +143,15 @@ class Fuzzer:
         paragraph = rng.choice([None, True, False])
         open_video_text(None, annotations=path, videos=self.folder / "videos", paragraph=paragraph)
 
+    def exported(self, rng: random.Random) -> None:
+        """What an exported file says of itself, and the model that it describes."""
+        path = self.folder / "e.pt2"
+        text = _json(_changed_tree(rng, self.exported_document)) if rng.random() < 0.7 else None
+        content = self._archive(json.dumps(self.exported_document) if text is None else text)
+        path.write_bytes(_changed_bytes(rng, content) if text is None else content)
+        document = read_document(path, kind_of(path))
+        ModelDescription.from_dict(document.model)
+
     def saved_predictions(self, rng: random.Random) -> None:
         """A file of predictions."""
         path = self.folder / "p.npz"
@@ -188,6 +201,22 @@ class Fuzzer:
         document: dict[str, Any] = json.loads(json.dumps(artifact.make_document(loaded, plan, recipe, None, {})))
         return document
 
+    def _exported_document(self) -> dict[str, Any]:
+        port = {"name": "images", "shape": [None, 3, 32, 32], "dtype": "float32"}
+        shared = ("repshift_version", "created", "model", "plan", "recipe", "source", "versions")
+        own = {"export_version": EXPORT_VERSION, "kind": "pt2", "measured": None, "opset": None, "verified": None}
+        counts = {"macs": 8, "dense_macs": 9, "num_classes": 2}
+        told = {key: self.document[key] for key in shared}
+        return {**told, **own, **counts, "input": port, "output": {**port, "shape": [None, 2]}, "device": "cpu"}
+
+    @staticmethod
+    def _archive(text: str) -> bytes:
+        stream = io.BytesIO()
+        with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("e/models/model.json", "{}")
+            archive.writestr(f"e/{DOCUMENT_FILE}", text.encode("utf-8", "replace"))
+        return stream.getvalue()
+
     def _predictions(self) -> bytes:
         path = self.folder / "good.npz"
         ids = np.array(["a", "b"], dtype=np.str_)
@@ -211,6 +240,7 @@ TARGETS: dict[str, Callable[[Fuzzer, random.Random], None]] = {
     "metadata of checkpoints": Fuzzer.metadata,
     "headers of safetensors": Fuzzer.header,
     "annotations": Fuzzer.annotations,
+    "exported files": Fuzzer.exported,
     "predictions": Fuzzer.saved_predictions,
     "archives": Fuzzer.archive,
     "states of runs": Fuzzer.progress,

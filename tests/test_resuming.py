@@ -11,15 +11,17 @@ import pytest
 import torch
 from PIL import Image
 from tiny import make_plan, tiny_vit
-from torch import nn
+from torch import Tensor, nn
 
 from repshift_cli.attach import attach
 from repshift_cli.data import ImageDataset, UnreadableSample
+from repshift_cli.document import ExportDocument
 from repshift_cli.errors import DataError, OutputError, UsageError
 from repshift_cli.evaluate import Evaluation, evaluate, forget
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.processes import Processes
 from repshift_cli.progress import Silent
+from repshift_cli.runtimes import Runtime
 
 SMALL = Preprocessing((3, 32, 32), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "nearest", 1.0)
 
@@ -66,6 +68,20 @@ class Warnings(Silent):
 
     def warn(self, text: str) -> None:
         self.told.append(text)
+
+
+EXPORT = ExportDocument.model_construct(num_classes=10)
+"""As much of what an exported file says as is needed here."""
+
+
+class Exported(Runtime):
+    """An exported file, of which no weight is seen from outside."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.outputs(images)[0]
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, ...]:
+        return (images.flatten(1)[:, :10],)
 
 
 def models() -> dict[str, nn.Module]:
@@ -124,8 +140,10 @@ class TestGoingOn:
             assert run(Colours(ends_at=ends_at), tmp_path / "s").interrupted
         assert numbers(run(Colours(), tmp_path / "s")) == whole
         again = Colours()
-        assert numbers(run(again, tmp_path / "s")) == whole
+        done = run(again, tmp_path / "s")
+        assert numbers(done) == whole
         assert again.read == []
+        assert {score.attention for score in done.scores.values()} == {None}
 
     def test_a_break_before_the_first_batch(self, tmp_path: Path, whole: Any) -> None:
         with pytest.raises(KeyboardInterrupt):
@@ -172,6 +190,7 @@ class TestOthers:
             ({"batch_size": 8}, "batch size"),
             ({"dtype": torch.bfloat16}, "dtype, models"),
             ({"keep_rows": False}, "saved predictions"),
+            ({"attention": "explicit"}, "attention"),
         ],
     )
     def test_other_settings(self, tmp_path: Path, changes: dict[str, Any], what: str) -> None:
@@ -191,6 +210,16 @@ class TestOthers:
         for running in (changed, other_plan):
             with pytest.raises(UsageError, match="differs in models"):
                 run(Colours(), tmp_path / "s", running)
+
+    def test_another_exported_file(self, tmp_path: Path) -> None:
+        files = [tmp_path / name for name in ("one.pt2", "same.pt2", "other.pt2")]
+        for path, content in zip(files, ("weights", "weights", "others"), strict=True):
+            path.write_text(content)
+        one, same, other = ({"dense": Exported(path, EXPORT)} for path in files)
+        run(Colours(), tmp_path / "s", one)
+        run(Colours(), tmp_path / "s", same)
+        with pytest.raises(UsageError, match="differs in models"):
+            run(Colours(), tmp_path / "s", other)
 
     @pytest.mark.parametrize(
         ("data", "what"), [(Colours(22), "data, pictures"), (Colours(label=1), "data")], ids=["fewer", "labels"]
