@@ -38,7 +38,7 @@ NOTE = (
     "RepshiftError. Crashes: any other exception, running out of the memory allowed among them. Slowest: milliseconds "
     "for one input. The process may take {room} MiB more than at its start."
 )
-SHARES = {"recipes": 3, "metadata of checkpoints": 2, "headers of safetensors": 3, "annotations": 3}
+SHARES = {"headers of safetensors": 2, "annotations": 3, "exported files": 2}
 """Of the inputs; targets that are not named here get one part."""
 
 
