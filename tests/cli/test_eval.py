@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from outcome import Command
 from PIL import Image
 
 KEYS = {"dataset", "images", "skipped", "top1", "top5", "images_per_s", "gmacs"}
@@ -148,40 +149,40 @@ class TestKnownAccuracy:
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "m.safetensors")
         return tmp_path
 
-    def told(self, here: Path, table: str | None) -> str:
+    def told(self, cli: Command, here: Path, table: str | None) -> str:
         more: tuple[str, ...] = ()
         if table is not None:
             (here / "results.csv").write_text(self.HEADER + table)
             more = ("--results-table", str(here / "results.csv"))
-        done = call(
-            *(str(here / "m.safetensors"), "--model", "resnet10t.c3_in1k", "--dataset", "imagenet-val"),
-            *("--data-dir", str(here), "--img-size", "64", "-b", "110", "--workers", "0", *more),
+        done = cli(
+            *("eval", here / "m.safetensors", "--model", "resnet10t.c3_in1k", "--dataset", "imagenet-val"),
+            *("--data-dir", here, "--img-size", "64", "-b", "110", "--workers", "0", *more),
         )
-        assert done.returncode == 0, done.stderr
+        assert done.rc == 0, done.stderr
         return done.stderr
 
-    def test_far_off_is_told(self, here: Path) -> None:
-        text = self.told(here, "resnet10t.c3_in1k,68.4,224,0.95\nresnet10t.c3_in1k,65.4,64,0.95\n")
+    def test_far_off_is_told(self, cli: Command, here: Path) -> None:
+        text = self.told(cli, here, "resnet10t.c3_in1k,68.4,224,0.95\nresnet10t.c3_in1k,65.4,64,0.95\n")
         assert "results.csv says 65.40% for resnet10t.c3_in1k, at 64 pixels" in text
 
-    def test_near_is_not(self, here: Path) -> None:
-        assert "results.csv says" not in self.told(here, "resnet10t.c3_in1k,0.5,64,0.95\n")
+    def test_near_is_not(self, cli: Command, here: Path) -> None:
+        assert "results.csv says" not in self.told(cli, here, "resnet10t.c3_in1k,0.5,64,0.95\n")
 
-    def test_without_a_row_and_without_a_table(self, here: Path) -> None:
-        assert "has no row for resnet10t" in self.told(here, "resnet10t,68.4,64,0.95\n")
-        assert "give a copy with --results-table" in self.told(here, None)
+    def test_without_a_row_and_without_a_table(self, cli: Command, here: Path) -> None:
+        assert "has no row for resnet10t" in self.told(cli, here, "resnet10t,68.4,64,0.95\n")
+        assert "give a copy with --results-table" in self.told(cli, here, None)
 
 
-def test_no_better_than_guessing(tmp_path: Path) -> None:
+def test_no_better_than_guessing(cli: Command, tmp_path: Path) -> None:
     from repshift_cli.data.digits import DigitScenes
 
     scenes = DigitScenes("test", 120)
     for index in range(len(scenes)):
         picture, label = scenes[index]
         # each class folder has the digits of another one, in equal shares
-        folder = tmp_path / f"{(label + index // 12) % 10}"
-        folder.mkdir(exist_ok=True)
+        folder = tmp_path / "digits" / f"{(label + index // 12) % 10}"
+        folder.mkdir(parents=True, exist_ok=True)
         picture.save(folder / f"{index}.png")
-    done = call("builtin:vit-digits-small", "--dataset", str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    done = cli("eval", "builtin:vit-digits-small", "--dataset", tmp_path / "digits", "--workers", "0")
+    assert done.rc == 0, done.stderr
     assert "no better than guessing among 10" in done.stderr

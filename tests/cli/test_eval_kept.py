@@ -18,7 +18,7 @@ from outcome import Command
 
 ROOT = Path(__file__).parents[2]
 MODEL = "builtin:vit-digits-small"
-FEW = (MODEL, "--limit", "120", "-b", "4", "--workers", "0", "--json")
+FEW = (MODEL, "--limit", "120", "-b", "4", "--workers", "0", "--threads", "1", "--json")
 
 
 @contextmanager
@@ -52,8 +52,8 @@ def counted(text: str) -> dict[str, Any]:
     return {key: document[key] for key in keys}
 
 
-def test_a_run_that_was_killed_goes_on(shell: Command, tmp_path: Path) -> None:
-    fresh = shell("eval", *FEW)
+def test_a_run_that_was_killed_goes_on(cli: Command, tmp_path: Path) -> None:
+    fresh = cli("eval", *FEW)
     assert fresh.rc == 0, fresh.stderr
     for shards in (2, 9):
         with running(tmp_path, *FEW, "--resume", "state") as process:
@@ -62,16 +62,16 @@ def test_a_run_that_was_killed_goes_on(shell: Command, tmp_path: Path) -> None:
             process.wait(60)
     kept = len(list((tmp_path / "state").glob("0*.json")))
     assert 9 <= kept < 30
-    other = shell("eval", *FEW, "--resume", "state", "--seed", "1")
+    other = cli("eval", *FEW, "--resume", "state", "--seed", "1")
     assert other.rc == 2
     assert "is the state of another evaluation: it differs in data" in other.stderr
-    done = shell("eval", *FEW, "--resume", "state")
+    done = cli("eval", *FEW, "--resume", "state")
     assert done.rc == 0, done.stderr
     assert counted(done.stdout) == counted(fresh.stdout)
     assert not (tmp_path / "state").exists()
 
 
-def test_ctrl_c_tells_what_there_is(shell: Command, tmp_path: Path) -> None:
+def test_ctrl_c_tells_what_there_is(cli: Command, tmp_path: Path) -> None:
     with running(tmp_path, *FEW, "--resume", "state") as process:
         wait_for_shards(tmp_path / "state", 3)
         process.send_signal(signal.SIGINT)
@@ -84,11 +84,11 @@ def test_ctrl_c_tells_what_there_is(shell: Command, tmp_path: Path) -> None:
     assert "interrupted: these are the numbers of" in err
     assert "goes on from state" in err
     assert "Traceback" not in err
-    assert counted(shell("eval", *FEW, "--resume", "state").stdout)["images"] == 120
+    assert counted(cli("eval", *FEW, "--resume", "state").stdout)["images"] == 120
 
 
 class TestPredictions:
-    def test_saved_and_compared(self, cli: Command, shell: Command) -> None:
+    def test_saved_and_compared(self, cli: Command) -> None:
         few = ("--limit", "40", "--json", "--workers", "0")
         for model, name in ((MODEL, "a.npz"), ("builtin:vit-digits", "b.npz")):
             done = cli("eval", model, *few, "--save-predictions", name)
@@ -99,7 +99,7 @@ class TestPredictions:
         assert found["first"]["model"] == MODEL
         assert found["won"] - found["lost"] == found["second"]["top1_correct"] - found["first"]["top1_correct"]
         assert 0 <= found["mcnemar_p"] <= 1
-        shown = shell("compare", "a.npz", "b.npz")
+        shown = cli("compare", "a.npz", "b.npz")
         assert shown.rc == 0, shown.stderr
         assert max(map(len, shown.stdout.splitlines())) <= 80
         assert "McNemar's exact test: p =" in shown.stdout

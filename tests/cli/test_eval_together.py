@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from outcome import Command
 
 ROOT = Path(__file__).parents[2]
 EXACT = ("images", "of", "skipped", "skipped_files", "top1", "top5", "top1_correct", "top5_correct", "top1_interval")
@@ -20,21 +21,25 @@ EXACT = ("images", "of", "skipped", "skipped_files", "top1", "top5", "top1_corre
 pytestmark = pytest.mark.slow
 
 
+def together(processes: int, *arguments: str) -> list[str]:
+    """The command that starts so many of `repshift eval`."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *launch, "-m", "repshift_cli", "eval", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
 def launch(processes: int, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "repshift_cli"]
-    if processes > 1:
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
-            *("-m", "repshift_cli"),
-        ]
     return subprocess.run(
-        [*command, "eval", *arguments],
+        together(processes, *arguments),
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=environment(),
     )
 
 
@@ -72,49 +77,52 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_any_number_of_processes_counts_the_same(digits: Path, compressed: Path, tmp_path: Path) -> None:
-    arguments = [str(compressed), "--dataset", str(digits), "--compare-dense", "-b", "4", "--json"]
-    alone = launch(1, *arguments, folder=tmp_path)
-    assert alone.returncode == 0, alone.stderr
-    expected = exact(alone.stdout)
-    assert expected["skipped"] == 3
-    assert expected["images"] == 42
-    for processes in (2, 3):
-        done = launch(processes, *arguments, folder=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert exact(done.stdout) == expected
-        assert json.loads(done.stdout)["data"]["processes"] == processes
-        assert done.stderr.count("pictures could not be read") == 1
+@pytest.fixture
+def arguments(digits: Path, compressed: Path) -> list[str]:
+    return [str(compressed), "--dataset", str(digits), "--compare-dense", "-b", "1", "--threads", "1", "--json"]
 
 
-def test_a_run_of_several_that_was_killed_goes_on_with_any_number(
-    digits: Path, compressed: Path, tmp_path: Path
+@pytest.fixture
+def expected(arguments: list[str], cli: Command) -> dict[str, Any]:
+    """What one process counts."""
+    alone = cli("eval", *arguments)
+    assert alone.rc == 0, alone.stderr
+    found = exact(alone.stdout)
+    assert (found["skipped"], found["images"]) == (3, 42)
+    return found
+
+
+def test_several_processes_count_the_same(arguments: list[str], expected: dict[str, Any], tmp_path: Path) -> None:
+    done = launch(3, *arguments, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert exact(done.stdout) == expected
+    assert json.loads(done.stdout)["data"]["processes"] == 3
+    assert done.stderr.count("pictures could not be read") == 1
+
+
+def test_a_run_of_several_that_was_killed_goes_on_with_another_number(
+    arguments: list[str], expected: dict[str, Any], cli: Command, tmp_path: Path
 ) -> None:
-    arguments = [str(compressed), "--dataset", str(digits), "-b", "1", "--json"]
-    expected = exact(launch(1, *arguments, folder=tmp_path).stdout)
     state = tmp_path / "state"
     process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *("-m", "repshift_cli", "eval", *arguments, "--resume", "state"),
-        ],
+        together(2, *arguments, "--resume", "state"),
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=environment(),
     )
     deadline = time.monotonic() + 120
-    while len(list(state.glob("0*.json"))) < 6 and time.monotonic() < deadline:
+    while len(list(state.glob("0*.json"))) < 4 and time.monotonic() < deadline:
         time.sleep(0.005)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False).stdout
     for pid in (process.pid, *map(int, workers.split())):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait(60)
-    assert len(list(state.glob("0*.json"))) >= 6
-    done = launch(3, *arguments, "--resume", "state", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert len(list(state.glob("0*.json"))) >= 4
+    done = cli("eval", *arguments, "--resume", "state")
+    assert done.rc == 0, done.stderr
     assert exact(done.stdout) == expected
     assert not state.exists()
 
@@ -128,7 +136,9 @@ def test_an_error_in_one_process_is_told_once_and_ends_all(digits: Path, tmp_pat
     assert "repshift_cli/evaluate.py" not in done.stderr  # torchrun shows its own traceback, not ours
 
 
-def test_videos_are_for_one_process(tmp_path: Path) -> None:
-    done = launch(2, "builtin:umt-shapes", folder=tmp_path)
-    assert done.returncode != 0
-    assert done.stderr.count("Start it without torchrun") == 1
+def test_videos_are_for_one_process(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = cli("eval", "builtin:umt-shapes")
+    assert done.rc == 2
+    assert "Start it without torchrun" in done.stderr
