@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import zlib
@@ -51,6 +52,14 @@ INTEGERS = ("images", "of", "skipped", "top1_correct", "top5_correct")
 SAMPLE_SECONDS = 0.25
 SETTLED = 0.25
 """Share of a run after which its memory is expected to stay as it is."""
+
+FULL_DISKS = (
+    ("progress, no room from the start", 0, "--resume", "state"),
+    ("progress, room for the mark of the run", 4, "--resume", "state"),
+    ("progress, room for some shards", 40, "--resume", "state"),
+    ("predictions", 4, "--save-predictions", "p.npz"),
+)
+"""What is written, KiB of room for it, the option that writes it and its file or folder."""
 
 Section = tuple[str, str]
 
@@ -138,6 +147,11 @@ def evaluate(arguments: Sequence[object], processes: int = 1, **options: Any) ->
     return json.loads(done.stdout), time.perf_counter() - began
 
 
+def shortened(text: str) -> str:
+    """A message for a cell of a table."""
+    return textwrap.shorten(text.replace("|", "/"), 80, placeholder=" ...")
+
+
 def integers(document: dict[str, Any]) -> tuple[int, ...]:
     return tuple(document[key] for key in INTEGERS)
 
@@ -215,7 +229,7 @@ def broken_files(options: argparse.Namespace, root: Path) -> Section:
     same = document["top1_correct"] == whole["top1_correct"] and document["images"] == good
     reasons = {Path(entry["file"]).name: entry["reason"] for entry in document["skipped_files"]}
     rows = [
-        [name, str(kinds[name]), reasons.get(f"broken-{place:04d}.jpg", "NOT SKIPPED").replace("|", "/")[:70]]
+        [name, str(kinds[name]), shortened(reasons.get(f"broken-{place:04d}.jpg", "NOT SKIPPED"))]
         for place, (name, _) in enumerate(BROKEN)
     ]
     note = (
@@ -227,28 +241,43 @@ def broken_files(options: argparse.Namespace, root: Path) -> Section:
 
 def full_disk(options: argparse.Namespace, root: Path) -> Section:
     folder = pictures(options, root, 400)
-    arguments = ["--dataset", folder, "-b", 8, "--workers", 0]
+    arguments: list[object] = ["--dataset", folder, "-b", 8, "--workers", 0]
     expected = integers(evaluate(arguments)[0])
     rows = []
-    for what, room, option in (
-        ("progress, no room from the start", 0, "--resume"),
-        ("progress, room for the mark of the run", 4, "--resume"),
-        ("progress, room for some shards", 40, "--resume"),
-        ("predictions", 4, "--save-predictions"),
-    ):
+    for what, room, option, name in FULL_DISKS:
         with small_disk(root / "disk", room) as (disk, how):
-            target = disk / ("state" if option == "--resume" else "p.npz")
             done = subprocess.run(
-                command([*arguments, option, target]), capture_output=True, text=True, check=False, env=environment()
+                command([*arguments, option, disk / name]),
+                capture_output=True,
+                text=True,
+                check=False,
+                env=environment(),
             )
             left = sum(1 for path in disk.rglob("*") if path.is_file() and path.suffix in (".part", ".npz"))
         numbers = integers(json.loads(done.stdout)) == expected if done.stdout else None
-        told = next((line for line in done.stderr.splitlines() if "space" in line or "cannot write" in line), "-")
         shown = {None: "none printed", True: "right", False: "WRONG"}[numbers]
-        traced = "TRACEBACK" if "Traceback" in done.stderr else "no"
-        rows.append([what, how, str(done.returncode), shown, str(left), traced, told.replace(str(root), "")[:60]])
+        rows.append([what, how, str(done.returncode), shown, str(left), *complaint(done.stderr, root)])
+    rows.append(full_stdout([*arguments, "--resume", root / "state"], expected, root))
     columns = ["what is written", "disk", "exit code", "numbers", "half files", "traceback", "told"]
     return table(columns, rows), "Each write of an evaluation, on a disk that becomes full."
+
+
+def full_stdout(arguments: Sequence[object], expected: tuple[int, ...], root: Path) -> list[str]:
+    """A run that cannot print its numbers, and the one that goes on with what it has kept."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command(arguments), stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment()
+        )
+    again, _ = evaluate(arguments)
+    shown = "right, by the same command again" if integers(again) == expected else "WRONG"
+    what = "the numbers, with --resume"
+    return [what, "stdout on /dev/full", str(done.returncode), shown, "0", *complaint(done.stderr, root)]
+
+
+def complaint(stderr: str, root: Path) -> tuple[str, str]:
+    """Whether there was a traceback, and what was said of the disk."""
+    told = next((line for line in stderr.splitlines() if "space" in line or "cannot write" in line), "-")
+    return "TRACEBACK" if "Traceback" in stderr else "no", shortened(told.replace(str(root), ""))
 
 
 def memory_over_the_run(options: argparse.Namespace, root: Path) -> Section:
