@@ -50,8 +50,8 @@ TITLES = {
 MODEL = "builtin:vit-digits-small"
 INTEGERS = ("images", "of", "skipped", "top1_correct", "top5_correct")
 SAMPLE_SECONDS = 0.25
-SETTLED = 0.25
-"""Share of a run after which its memory is expected to stay as it is."""
+SETTLED, ENDING = 0.25, 0.92
+"""Shares of a run between which its memory is expected to stay as it is; then it begins to give back what it has."""
 
 FULL_DISKS = (
     ("progress, no room from the start", 0, "--resume", "state"),
@@ -295,9 +295,10 @@ def memory_over_the_run(options: argparse.Namespace, root: Path) -> Section:
             samples.stop()
         images = json.loads(out)["images"]
         rows.append([str(workers), *samples.cells(images)])
-    columns = ["workers", "of", "MiB at a quarter", "MiB at the end", "slope, MiB per 1000 pictures"]
+    columns = ["workers", "of", "MiB at a quarter", "MiB near the end", "slope, MiB per 1000 pictures"]
     flat = [[row[0], *cells] for row in rows for cells in (("the run", *row[1:4]), ("its workers", *row[4:7]))]
-    note = f"Resident memory over {options.pictures} pictures; slopes by least squares, after a quarter of the time."
+    span = f"{SETTLED:.0%} to {ENDING:.0%} of the time"
+    note = f"Resident memory over {options.pictures} pictures; slopes by least squares over {span}."
     return table(columns, [row for row in flat if row[2] != "-"]), note
 
 
@@ -327,9 +328,8 @@ class Samples:
         return [*self._series(self.own, images), *self._series(self.children, images)]
 
     def _series(self, values: list[float], images: int) -> list[str]:
-        settled = int(SETTLED * len(values))
-        # at its very end a process gives back what it has
-        kept, times = np.array(values[settled:-4]), np.array(self.times[settled:-4])
+        middle = slice(int(SETTLED * len(values)), int(ENDING * len(values)))
+        kept, times = np.array(values[middle]), np.array(self.times[middle])
         if len(kept) < 4 or kept.max() == 0:
             return ["-", "-", "-"]
         seconds = self.times[-1] - self.times[0]

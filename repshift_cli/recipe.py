@@ -260,8 +260,8 @@ def validate(kind: type[_Model], data: Any, place: Place, path: _Path) -> _Model
 
 
 _LONGEST_VALUE = 60
-_MOST_CHARACTERS = 1 << 20
-"""Of a recipe: a file that somebody named by mistake would be parsed for hours."""
+_MOST_CHARACTERS = 1 << 24
+"""Of a recipe, in which fitted weights may stand: a file that was named by mistake would be parsed for hours."""
 
 _BUDGET_WORDS = "should be a mapping with one key, such as {macs: 0.65}"
 _PLAIN_WORDS = {
