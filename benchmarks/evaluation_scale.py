@@ -173,7 +173,7 @@ def several_processes(options: argparse.Namespace, root: Path) -> Section:
         )
     same = "the same whole numbers" if counts[0] == counts[1] else "DIFFERENT NUMBERS"
     ratio = float(rows[0][-2]) / float(rows[1][-2])
-    what = f"{options.pictures} JPEGs of {options.size} pixels, one thread for each process"
+    what = f"{options.pictures} JPEGs of {options.size} pixels, {MODEL}, one thread for each process"
     columns = ["processes", *(key.replace("_", " ") for key in INTEGERS), "s, all", "s, evaluating", "bottleneck"]
     note = f"{what}: {same}; two evaluate {ratio:.2f}x as fast."
     return table(columns, rows), note
@@ -298,7 +298,7 @@ def memory_over_the_run(options: argparse.Namespace, root: Path) -> Section:
     columns = ["workers", "of", "MiB at a quarter", "MiB near the end", "slope, MiB per 1000 pictures"]
     flat = [[row[0], *cells] for row in rows for cells in (("the run", *row[1:4]), ("its workers", *row[4:7]))]
     span = f"{SETTLED:.0%} to {ENDING:.0%} of the time"
-    note = f"Resident memory over {options.pictures} pictures; slopes by least squares over {span}."
+    note = f"Resident memory over {options.pictures} pictures, {MODEL}; slopes by least squares over {span}."
     return table(columns, [row for row in flat if row[2] != "-"]), note
 
 

@@ -1,9 +1,11 @@
 """DeiT-S, dense and compressed, in ONNX Runtime, as a program of torch.export and compiled by AOTInductor, on this CPU.
 
 Each model is exported first (without the check, which `repshift export` makes); then all of one batch size run in turn,
-the model in torch among them. Weights are random, which does not change the speed.
+the model in torch among them. Weights are random, which does not change the speed. On a machine that others use,
+export before it is quiet:
 
-    python benchmarks/export_cpu.py --threads 2 --seconds 20
+    python benchmarks/export_cpu.py --exports FOLDER --no-measure
+    python benchmarks/export_cpu.py --exports FOLDER --threads 2 --seconds 20
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from _results import latency, provenance, table, words, write_section
+from _results import latency, provenance, publish, table, words
 
 from repshift_cli.artifact import Opened
 from repshift_cli.benchmark import BenchReport, BenchSettings, Contender, Run, contenders_of, run_bench
@@ -35,19 +37,20 @@ EAGER = "torch, eager"
 def main() -> None:
     options = parse_options()
     progress = Screen()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.exports or Path(temporary)
         opened = compress_dense(options.model, options.recipe)
-        ways = [EAGER, *write_all(opened, options, Path(folder), progress)]
-        contenders = [*eager(opened), *exported(ways[1:], Path(folder))]
+        ways = [EAGER, *write_all(opened, options, folder, progress)]
+        if options.no_measure:
+            return
+        contenders = [*eager(opened), *exported(ways[1:], folder)]
         report = measure(contenders, options, progress)
     command = shlex.join(["python", "benchmarks/export_cpu.py", *sys.argv[1:]])
     runtime = f"onnxruntime {version('onnxruntime')}."
     text = "\n\n".join(
         ["## Exported files on a CPU", f"{provenance(command, report.machine)} {runtime}", render(ways, report), NOTE]
     )
-    print(text)
-    if not options.dry_run:
-        write_section("export_cpu", text)
+    publish("export_cpu", text, options.dry_run)
 
 
 NOTE = (
@@ -63,6 +66,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--recipe", default=RECIPE)
     parser.add_argument("--opsets", type=int, nargs="*", default=[18, 20, 23])
     parser.add_argument("--skip", nargs="*", default=[], choices=["pt2", "aoti"], help="formats to leave out")
+    parser.add_argument("--exports", type=Path, help="keep exports in this folder, and take those that lie there")
+    parser.add_argument("--no-measure", action="store_true", help="only export")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each side at each batch size")
@@ -76,10 +81,11 @@ def write_all(opened: Opened, options: argparse.Namespace, folder: Path, progres
     wanted: list[tuple[str, Target, int | None]] = [(f"ONNX, opset {each}", "onnx", each) for each in options.opsets]
     wanted += [(name, target, None) for name, target in PROGRAMS if target not in options.skip]
     for name, target, opset in wanted:
-        (folder / name).mkdir()
+        (folder / name).mkdir(parents=True, exist_ok=True)
         for side in ("dense", "compressed"):
             output = folder / name / f"{side}{'.onnx' if target == 'onnx' else '.pt2'}"
-            export(opened, Request(target, output, dense=side == "dense", opset=opset, verify=False), progress)
+            if not output.exists():
+                export(opened, Request(target, output, dense=side == "dense", opset=opset, verify=False), progress)
     return [name for name, _, _ in wanted]
 
 

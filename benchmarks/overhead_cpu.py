@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import statistics
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 
 import torch
 from _results import provenance, publish, table
-from _timing import timed
+from _timing import WARMUP
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -49,7 +53,9 @@ def main() -> None:
             "## What a site costs: the first of DeiT-S, 197 to 158 tokens",
             provenance(command, f"{device_name(torch.device('cpu'))}, float32, {options.threads} threads"),
             table(columns, rows),
-            "Medians of runs in turn. Operations that the site adds to those of its block, by the profiler at batch "
+            "Medians of runs in which block, score, choice and gathering follow each other as in the model, each on "
+            "what the one before it has just left in memory. Operations that the site adds to those of its block, by "
+            "the profiler at batch "
             f"{options.batches[0]}: {added(compressed, options.batches[0])}.",
         ]
     )
@@ -58,25 +64,42 @@ def main() -> None:
 
 @torch.inference_mode()
 def row(compressed: CompressedModel, batch: int, rounds: int) -> list[str]:
-    block, tokens = first_block(compressed, batch)
-    planned = compressed.plan.sites[0]
-    metric, site = build_metric(planned.metric), SiteContext(0, 1, True)
-    seen = {name: torch.randn_like(tokens) for name in metric.taps()}
-    scores = metric.score(seen, site)
-    keep = keep_top(scores, planned.tokens_out - 1)
-    with compressed.dense():
-        medians = timed(
-            {
-                "block": lambda: block(tokens),
-                "score": lambda: metric.score(seen, site),
-                "choice": lambda: keep_top(scores, planned.tokens_out - 1),
-                "gathering": lambda: gather_tokens(tokens, keep, 1),
-            },
-            rounds,
-        )
+    medians = {name: statistics.median(found) for name, found in samples(compressed, batch, rounds).items()}
     parts = [medians[name] for name in ("score", "choice", "gathering")]
     shown = [f"{1e6 * part:.0f}" for part in parts]
     return [str(batch), f"{1e3 * medians['block']:.2f}", *shown, f"{100 * sum(parts) / medians['block']:.2f}%"]
+
+
+def samples(compressed: CompressedModel, batch: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of the block and of the pieces of its site, each on what the one before it has just left in memory."""
+    block, tokens = first_block(compressed, batch)
+    planned = compressed.plan.sites[0]
+    metric, site = build_metric(planned.metric), SiteContext(planned.layer, 1, True)
+    probes = compressed.family.sites(compressed.model)[planned.layer].probes
+    seen: dict[str, Tensor] = {}
+    hooks = [probes[name].module.register_forward_hook(partial(remember, seen, name)) for name in metric.taps()]
+    found: dict[str, list[float]] = {"block": [], "score": [], "choice": [], "gathering": []}
+    with compressed.dense():
+        for done in range(WARMUP + rounds):
+            times = [time.perf_counter()]
+            output = block(tokens)
+            times.append(time.perf_counter())
+            scores = metric.score(seen, site)
+            times.append(time.perf_counter())
+            keep = keep_top(scores, planned.tokens_out - 1)
+            times.append(time.perf_counter())
+            gather_tokens(output, keep, 1)
+            times.append(time.perf_counter())
+            if done >= WARMUP:
+                for name, (begin, end) in zip(found, pairwise(times), strict=True):
+                    found[name].append(end - begin)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def remember(seen: dict[str, Tensor], name: str, module: object, args: object, output: Tensor) -> None:
+    seen[name] = output
 
 
 def added(compressed: CompressedModel, batch: int) -> str:

@@ -187,7 +187,10 @@ def require_met(verdicts: Sequence[Verdict]) -> None:
     missed = [verdict for verdict in verdicts if not verdict.met]
     if missed:
         several = len({(verdict.name, verdict.setting.apart_from_batch) for verdict in verdicts}) > 1
-        told = (f"{verdict}{f' ({_where(verdict)})' if several else ''}" for verdict in missed)
+        told = (
+            f"{verdict}{f' ({verdict.name}, {verdict.setting.apart_from_batch})' if several else ''}"
+            for verdict in missed
+        )
         raise CheckFailed(f"{len(missed)} of {len(verdicts)} budget checks were missed", "\n".join(told))
 
 
@@ -195,13 +198,6 @@ def _verdicts(limits: Sequence[Limit], ratios: Sequence[Ratio], runs: Sequence[R
     for ratio, run in zip(ratios, runs, strict=True):
         for limit in limits:
             yield Verdict(limit, ratio.name, ratio.setting, *_QUANTITIES[limit.key].of(ratio, run))
-
-
-def _where(verdict: Verdict) -> str:
-    setting = verdict.setting
-    height, width = setting.image_size
-    compiled = "" if setting.compile == "off" else f", compile {setting.compile}"
-    return f"{verdict.name}, {setting.dtype}, attention {setting.attention}{compiled}, {height}x{width}"
 
 
 def _number(text: str) -> float | None:

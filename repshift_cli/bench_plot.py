@@ -50,7 +50,7 @@ def plot(report: BenchReport, path: Path, file_format: str) -> None:
     for axes, panel in zip(grid, panels, strict=False):
         handles.update(_draw(axes, report, panel, colors))
         if len(panels) > 1:
-            axes.set_title(_panel_title(panel), fontsize=9)
+            axes.set_title(panel, fontsize=9)
     if _FROM_FILES in handles:
         handles[_FROM_FILES] = handles.pop(_FROM_FILES)  # behind the names
     for axes in grid[len(panels) :]:
@@ -76,13 +76,7 @@ def _most_bars(report: BenchReport) -> int:
     return max(runs.count(panel) for panel in runs) + batches
 
 
-def _panel_title(panel: tuple[Any, ...]) -> str:
-    dtype, attention, compile_mode, (height, width) = panel
-    compiled = "" if compile_mode == "off" else f", compiled ({compile_mode})"
-    return f"{dtype}, attention {attention}{compiled}, {height}x{width}"
-
-
-def _draw(axes: Axes, report: BenchReport, panel: tuple[Any, ...], colors: Mapping[str, str]) -> dict[str, Any]:
+def _draw(axes: Axes, report: BenchReport, panel: str, colors: Mapping[str, str]) -> dict[str, Any]:
     """One panel; returns what the legend shows."""
     runs = [run for run in report.runs if run.setting.apart_from_batch == panel]
     names = list(dict.fromkeys(run.name for run in runs))

@@ -55,9 +55,10 @@ class Setting:
     compile: str = "off"
 
     @property
-    def apart_from_batch(self) -> tuple[Any, ...]:
-        """What stays the same in a sweep over batch sizes."""
-        return self.dtype, self.attention, self.compile, self.image_size
+    def apart_from_batch(self) -> str:
+        """What stays the same in a sweep over batch sizes, in words."""
+        compiled = "" if self.compile == "off" else f", compile {self.compile}"
+        return f"{self.dtype}, attention {self.attention}{compiled}, {'x'.join(map(str, self.image_size))}"
 
     def to_dict(self) -> dict[str, Any]:
         """The keys that every row of the JSON document has. A square image is one number."""

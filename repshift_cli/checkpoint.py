@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from repshift_cli.errors import CheckpointError, UsageError
+from repshift_cli.errors import CheckpointError, UsageError, first_line
 from repshift_cli.files import EXPORT_SUFFIXES, TORCH_SUFFIXES, WEIGHT_SUFFIXES, sha256_of
 from repshift_cli.identify import (
     UMT,
@@ -638,11 +638,7 @@ def _read_torch(path: Path) -> Any:
             raise
         raise CheckpointError(f"{path} is not a PyTorch weights file, or is damaged") from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a PyTorch weights file, or is damaged: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} is not a PyTorch weights file, or is damaged: {first_line(error)}") from error
 
 
 def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:

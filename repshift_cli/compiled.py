@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from repshift_cli.errors import UsageError
+from repshift_cli.errors import UsageError, first_line
 
 __all__ = ["CompileMode", "Compiled", "fresh_graphs", "out_of_memory"]
 
@@ -105,5 +105,5 @@ def _graphs() -> int:
 
 def _reason(error: RuntimeError) -> str:
     """The first line of what torch says, which goes on for pages."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = first_line(error)
     return line if len(line) <= _LONGEST_REASON else f"{line[: _LONGEST_REASON - 3]}..."

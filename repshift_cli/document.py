@@ -77,10 +77,9 @@ class Verdict(_Part):
         batches: the sizes of the batches that ran.
         inputs: how many inputs they held.
         max_difference: largest difference of an output, divided by the largest output (at least 1), over the inputs
-            of which the same tokens were kept.
+            of which the same tokens were kept; over all where there is none such.
         tolerance: how large that may be.
-        kept_equal: share of the kept places that are the same, over all sites and inputs; null where no token goes,
-            or where the places were not looked at.
+        kept_equal: share of the kept places that are the same, over all sites and inputs; null where no token goes.
         kept_required: how large that has to be.
         swapped: inputs of which another token was kept at some site, so that their outputs are of no use here.
         most_swapped: how many these may be; null for any number.

@@ -11,6 +11,7 @@ __all__ = [
     "RecipeError",
     "RepshiftError",
     "UsageError",
+    "first_line",
 ]
 
 
@@ -71,3 +72,8 @@ class CheckFailed(RepshiftError):
 
 class OutputError(RepshiftError):
     """A result that could not be written."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says, which may go on for pages; its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

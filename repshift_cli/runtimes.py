@@ -22,7 +22,7 @@ from repshift_cli import artifact
 from repshift_cli.artifact import Opened
 from repshift_cli.checkpoint import METADATA_KEY, LoadedModel, ModelDescription, Source
 from repshift_cli.document import EXPORT_VERSION, ExportDocument
-from repshift_cli.errors import CheckpointError, UsageError
+from repshift_cli.errors import CheckpointError, UsageError, first_line
 from repshift_cli.files import EXPORT_SUFFIXES
 from repshift_cli.identify import Clips
 
@@ -130,7 +130,7 @@ class _OnnxRuntime(Runtime):
         try:
             return onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors have no common class
-            raise CheckpointError(f"{self.path} is not run by ONNX Runtime: {_first_line(error)}", _AGAIN) from error
+            raise CheckpointError(f"{self.path} is not run by ONNX Runtime: {first_line(error)}", _AGAIN) from error
 
 
 class _Program(Runtime):
@@ -143,7 +143,7 @@ class _Program(Runtime):
         try:
             self._program: Any = torch.export.load(str(path))
         except Exception as error:  # a file that is cut short fails in many ways
-            raise CheckpointError(f"{path} does not load as a program: {_first_line(error)}", _AGAIN) from error
+            raise CheckpointError(f"{path} does not load as a program: {first_line(error)}", _AGAIN) from error
         self._device = torch.device(document.device)
         # in a tuple, so that its parameters are not listed: cast alone they would not fit the program
         self._module: tuple[Any] = (self._program.module(),)
@@ -167,7 +167,7 @@ class _Package(Runtime):
             self._package: tuple[Any] = (torch._inductor.aoti_load_package(str(path)),)
         except Exception as error:  # as above, and what the linker says
             raise CheckpointError(
-                f"{path} does not load as a compiled package: {_first_line(error)}",
+                f"{path} does not load as a compiled package: {first_line(error)}",
                 "It runs where it was compiled, and where processor, system and torch are the same. Else export anew.",
             ) from error
 
@@ -329,7 +329,7 @@ def read_document(path: Path, kind: Kind) -> ExportDocument:
             )
         return ExportDocument.model_validate(document)
     except (ValueError, AttributeError, RecursionError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else _first_line(error)
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else first_line(error)
         raise CheckpointError(f"{path}: its repshift metadata is damaged: {reason}") from error
 
 
@@ -385,7 +385,7 @@ def _in_archive(path: Path, read: Callable[[zipfile.ZipFile], Any]) -> Any:
         with zipfile.ZipFile(path) as archive:
             return read(archive)
     except Exception as error:  # damaged archives end in the errors of whatever unpacks them, such as zlib.error
-        raise CheckpointError(f"{path} is not a .pt2 archive, or is damaged: {_first_line(error)}", _AGAIN) from error
+        raise CheckpointError(f"{path} is not a .pt2 archive, or is damaged: {first_line(error)}", _AGAIN) from error
 
 
 def _check_device(path: Path, device: str) -> None:
@@ -395,10 +395,6 @@ def _check_device(path: Path, device: str) -> None:
 
 def _as_tuple(found: Any) -> tuple[Tensor, ...]:
     return tuple(found) if isinstance(found, tuple | list) else (found,)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _words(shape: Any) -> str:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from repshift_cli.plan import Grid, Window
 
@@ -94,7 +95,7 @@ def gather_tokens(tokens: Tensor, index: Tensor, prefix: int = 0) -> Tensor:
     rows = index + (first + prefix)
     if prefix:
         rows = torch.cat((first + torch.arange(prefix, device=index.device), rows), dim=1)
-    return tokens.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
+    return embedding(rows, tokens.flatten(0, 1))
 
 
 def complement(index: Tensor, count: int) -> Tensor:

@@ -29,7 +29,7 @@ def test_a_panel_for_each_setting(tmp_path: Path) -> None:
     path = tmp_path / "a.svg"
     bench_plot.plot(found, path, "svg")
     text = path.read_text()
-    for words in ("float32, attention auto, 224x224", "bfloat16", "compiled (default)", "from picture files"):
+    for words in ("float32, attention auto, 224x224", "bfloat16", "compile default", "from picture files"):
         assert f"<!-- {words}" in text or words in text
 
 

@@ -22,9 +22,10 @@ from torch import Tensor
 from repshift_cli import artifact, load
 from repshift_cli.document import ExportDocument
 from repshift_cli.errors import CheckFailed, RepshiftError, UsageError
-from repshift_cli.exporting import Request, base, check, default_output, job, onnx_graph
+from repshift_cli.exporting import Request, base, check, default_output, job, onnx_graph, verify
 from repshift_cli.exporting.program import trace_program
 from repshift_cli.metrics.fitted import Fitted
+from repshift_cli.progress import Silent
 from repshift_cli.runtimes import open_exported, run_file
 
 ALONE = """
@@ -296,6 +297,23 @@ class TestVerify:
             weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
 
         assert "differ from those of torch by inf" in self.wrong(change, monkeypatch, tmp_path)
+
+    def test_outputs_count_also_where_every_input_keeps_another_token(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(verify._KEPT, torch.float16, 0.5)
+        request = Request("pt2", Path("x.pt2"), dtype=torch.float16)
+        subject = base.Subject.of(open_family("timm_vit"), request)
+        nowhere = 99
+
+        def watch(images: Tensor) -> tuple[Tensor, ...]:
+            trace = subject.run(images)
+            first = torch.full((len(images), 1), nowhere)
+            return (trace.output, *(torch.cat((first, places[:, 1:]), dim=1) for places in trace.kept.values()))
+
+        right = verify.compare(subject, request, lambda images: watch(images)[0], watch, Silent())
+        assert right.passed
+        assert right.swapped == right.inputs
+        with pytest.raises(CheckFailed, match="outputs differ from those of torch"):
+            verify.compare(subject, request, lambda images: watch(images)[0] + 1, watch, Silent())
 
     def test_an_existing_file_stays_where_the_check_fails(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from repshift_cli.artifact import Opened
@@ -27,7 +27,7 @@ def show(report: BenchReport, opened: Mapping[str, Opened], verdicts: Sequence[V
     panels = list(dict.fromkeys(run.setting.apart_from_batch for run in report.runs))
     for panel in panels:
         if len(panels) > 1:
-            ui.print_text(f"{_panel_words(panel)}\n")
+            ui.print_text(f"--- {panel}\n")
         _show_panel(report, panel, unit)
     if (fewest := min(run.latency.count for run in report.runs)) < _ENOUGH_RUNS:
         ui.print_text(f"Only {fewest} run{'s' if fewest > 1 else ''} of each: too few for the intervals to mean much.")
@@ -65,14 +65,7 @@ def _show_head(report: BenchReport, opened: Mapping[str, Opened]) -> None:
     ui.print_text(f"{attention}{layout}{sides}, torch {torch.__version__}\n")
 
 
-def _panel_words(panel: tuple[Any, ...]) -> str:
-    """What stays the same in a sweep over batch sizes."""
-    dtype, attention, compile_mode, (height, width) = panel
-    compiled = "" if compile_mode == "off" else f", torch.compile {compile_mode}"
-    return f"--- {dtype}, attention {attention}{compiled}, {height}x{width}"
-
-
-def _show_panel(report: BenchReport, panel: tuple[Any, ...], unit: str) -> None:
+def _show_panel(report: BenchReport, panel: str, unit: str) -> None:
     """All that was measured in one setting, at every batch size."""
     from repshift_cli import ui
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from torch import Tensor
 from repshift_cli import artifact
 from repshift_cli.artifact import Opened
 from repshift_cli.compression import compress_dense
-from repshift_cli.document import ExportDocument, Verdict
+from repshift_cli.document import ExportDocument
 from repshift_cli.errors import OutputError, UsageError
 from repshift_cli.exporting import archive, hub, onnx_graph, verify
 from repshift_cli.exporting.base import Request, Subject, check_suffix
@@ -158,7 +158,7 @@ def _write_onnx(
         watched = path.with_stem("watched")
         onnx.save(whole, str(watched))
         run, watch = run_file(path, "onnx", document), run_file(watched, "onnx", document)
-        verdict = _compare(subject, request, run, watch.outputs, progress)
+        verdict = verify.compare(subject, request, run, watch.outputs, progress)
         document = document.model_copy(update={"verified": verdict})
         onnx_graph.set_document(model, document)
         onnx.save(model, str(path))
@@ -176,7 +176,7 @@ def _write_program(
         watched = path.with_stem("watched")
         archive.write_program(trace_program(subject, request, watched=True), watched, document)
         run, watch = run_file(path, "pt2", document), run_file(watched, "pt2", document)
-        verdict = _compare(subject, request, run, watch.outputs, progress)
+        verdict = verify.compare(subject, request, run, watch.outputs, progress)
         document = document.model_copy(update={"verified": verdict})
         archive.write_program(program, path, document)
     return document, None
@@ -195,7 +195,7 @@ def _write_package(
         # that was compiled; the compiled code is compared by what it returns.
         watched = trace_program(subject, request, watched=True).module()
         run = run_file(path, "aoti", document)
-        verdict = _compare(subject, request, run, watched, progress)
+        verdict = verify.compare(subject, request, run, watched, progress)
         document = document.model_copy(update={"verified": verdict})
     archive.set_document(path, document)
     return document, None
@@ -211,7 +211,7 @@ def _export_folder(subject: Subject, request: Request, progress: Progress) -> Ex
         if request.verify:
             again = Subject.of(hub.reload(folder), request)
             watch = partial(_traced, again)
-            verdict = _compare(subject, request, lambda images: again.run(images).output, watch, progress)
+            verdict = verify.compare(subject, request, lambda images: again.run(images).output, watch, progress)
             if in_timm:
                 with Subject(subject.opened, dense=True).context():
                     hub.check_timm(folder, loaded.model, verify.inputs_for(subject, request)[0])
@@ -225,23 +225,6 @@ def _export_folder(subject: Subject, request: Request, progress: Progress) -> Ex
 def _traced(subject: Subject, images: Tensor) -> Sequence[Tensor]:
     trace = subject.run(images)
     return (trace.output, *trace.kept.values())
-
-
-def _compare(
-    subject: Subject,
-    request: Request,
-    run: Callable[[Tensor], Tensor],
-    watch: Callable[[Tensor], Sequence[Tensor]] | None,
-    progress: Progress,
-) -> Verdict:
-    """Compare what was written, and its watched twin where there is one, with the model in torch.
-
-    Raises:
-        CheckFailed: it does something else.
-    """
-    verdict = verify.compare(subject, request, run, watch, progress)
-    verify.check_verdict(verdict, str(request.output))
-    return verdict
 
 
 def _check_hub(request: Request) -> None:

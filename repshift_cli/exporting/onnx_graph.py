@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 
 from repshift_cli.checkpoint import METADATA_KEY
 from repshift_cli.document import ExportDocument
-from repshift_cli.errors import CheckFailed, ModelError, UsageError
+from repshift_cli.errors import CheckFailed, ModelError, UsageError, first_line
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -31,6 +31,7 @@ __all__ = [
     "build_graph",
     "check_graph",
     "check_opset",
+    "set_document",
     "without_outputs",
 ]
 
@@ -73,14 +74,7 @@ def build_graph(program: ExportedProgram, opset: int, names: tuple[str, Sequence
     Raises:
         ModelError: an operation of the model has no form in this opset, or the weights are too large for one file.
     """
-    import onnx
-
-    weights = sum(tensor.nbytes for tensor in (*program.state_dict.values(), *program.constants.values()))
-    if weights > _MOST_BYTES:
-        raise ModelError(
-            f"weights of {weights / 1e9:.1f} GB do not fit into one ONNX file, which ends at 2 GiB",
-            "Use --dtype float16, or --to pt2.",
-        )
+    _check_weights(program)
     given, returned = names
     short = len(program.graph.nodes) <= _MOST_TO_REWRITE
     try:
@@ -102,11 +96,18 @@ def build_graph(program: ExportedProgram, opset: int, names: tuple[str, Sequence
         raise ModelError(f"the model has no form in ONNX of opset {opset}: {_reason(error)}", _OTHERWISE) from error
     model: ModelProto = found.model_proto
     _clean(model)
-    if problem := _is_invalid(model, onnx):
-        raise ModelError(
-            f"the graph is not valid ONNX of opset {opset}: {problem}", "Try another --opset, or --to pt2."
-        )
+    _check_valid(model, opset)
     return model
+
+
+def _check_weights(program: ExportedProgram) -> None:
+    """Refuse more weights than one file holds."""
+    weights = sum(tensor.nbytes for tensor in (*program.state_dict.values(), *program.constants.values()))
+    if weights > _MOST_BYTES:
+        raise ModelError(
+            f"weights of {weights / 1e9:.1f} GB do not fit into one ONNX file, which ends at 2 GiB",
+            "Use --dtype float16, or --to pt2.",
+        )
 
 
 def _tidy(model: Any) -> None:
@@ -206,13 +207,14 @@ def _dims(values: Any) -> Iterator[Any]:
         yield from value.type.tensor_type.shape.dim
 
 
-def _is_invalid(model: ModelProto, onnx: Any) -> str | None:
-    """What the checker and shape inference object to, if anything."""
+def _check_valid(model: ModelProto, opset: int) -> None:
+    """Refuse what the checker or shape inference objects to."""
+    import onnx
+
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        return (str(error).strip().splitlines() or ["unknown"])[0]
-    return None
+        raise ModelError(f"the graph is not valid ONNX of opset {opset}: {first_line(error)}", _OTHERWISE) from error
 
 
 def _keep(entries: Any, wanted: Any) -> None:
@@ -227,7 +229,7 @@ def _reason(error: Exception) -> str:
     found: BaseException = error
     while found.__cause__ is not None:
         found = found.__cause__
-    return (str(found).strip().splitlines() or [type(found).__name__])[0]
+    return first_line(found)
 
 
 def _version() -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
-from repshift_cli.errors import ModelError
+from repshift_cli.errors import ModelError, first_line
 from repshift_cli.exporting.base import Request, Subject
 
 __all__ = ["foreign_operations", "trace_program"]
@@ -29,7 +29,7 @@ def trace_program(subject: Subject, request: Request, *, watched: bool) -> Expor
             program = torch.export.export(module, (inputs,), dynamic_shapes=sizes, strict=False)
     except (RuntimeError, ValueError, AttributeError, TypeError) as error:  # torch's own kinds of errors are these
         raise ModelError(
-            f"{subject.opened.loaded.description.name} cannot be traced into a graph: {_first_line(error)}",
+            f"{subject.opened.loaded.description.name} cannot be traced into a graph: {first_line(error)}",
             "Its code depends on values. Try `--batch 1`, or report it.",
         ) from error
     if foreign := foreign_operations(program):
@@ -48,7 +48,3 @@ def foreign_operations(program: ExportedProgram) -> list[str]:
         if node.op == "call_function" and namespace not in (None, "aten", "prims"):
             found.add(str(node.target))
     return sorted(found)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

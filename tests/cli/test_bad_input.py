@@ -11,24 +11,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from outcome import Command, Outcome
+from outcome import Command, explained
 from safetensors.torch import load_file, save_file
 from tiny import save_weights, tiny_vit
 
 from repshift_cli.models.vim import VisionMamba
 
 QUICK = ("--seconds", "0", "--batch-size", "2")
-
-
-def explained(outcome: Outcome, rc: int, *words: str) -> None:
-    """The command ended with this code, told all this on stderr, and printed no result and no traceback."""
-    assert outcome.rc == rc, outcome.stderr
-    assert outcome.stdout == ""
-    assert "Traceback" not in outcome.stderr
-    assert "unexpected" not in outcome.stderr
-    said = " ".join(outcome.stderr.split())
-    for word in words:
-        assert word in said
 
 
 RECIPES = [

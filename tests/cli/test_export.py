@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from exported import stored
-from outcome import Command, Outcome
+from outcome import Command, Outcome, explained
 
 from repshift_cli import artifact
 from repshift_cli.runtimes import open_exported
@@ -23,16 +23,6 @@ def small(tmp_path: Path) -> Path:
     """The tiny compressed ViT."""
     shutil.copy(stored(1), tmp_path / "small.safetensors")
     return tmp_path / "small.safetensors"
-
-
-def explained(outcome: Outcome, rc: int, *words: str) -> None:
-    assert outcome.rc == rc, outcome.stderr
-    assert outcome.stdout == ""
-    assert "Traceback" not in outcome.stderr
-    assert "unexpected" not in outcome.stderr
-    said = " ".join(outcome.stderr.split())
-    for word in words:
-        assert word in said
 
 
 def document_of(outcome: Outcome) -> dict[str, Any]:
