@@ -207,8 +207,8 @@ def kill_and_resume(options: argparse.Namespace, root: Path) -> Section:
         *("killed after s", "folders left"),
     ]
     note = (
-        f"SIGKILL at a random moment of runs over {options.killed_pictures} pictures, {MODEL}, {LANES} series at a time; "
-        f"one run alone and without a kill takes {seconds:.1f} s."
+        f"SIGKILL at random moments of runs over {options.killed_pictures} pictures, {MODEL}, {LANES} runs at a time; "
+        f"one alone and without a kill takes {seconds:.1f} s."
     )
     return table(columns, rows), note
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 from repshift_cli.errors import CheckpointError
@@ -23,6 +22,9 @@ MOST_FRAMES = 4096
 """Of one clip; what a file says beyond that is damage."""
 
 _LARGEST_CROP = 10
+_LARGEST, _SMALLEST = 1e4, 1e-6
+"""Of means and deviations of pixels from 0 to 1: far beyond what any model has, and still numbers to calculate with in float32."""
+
 _INTERPOLATIONS = frozenset({"nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"})
 _CROP_MODES = frozenset({"center", "squash", "border"})
 
@@ -98,8 +100,8 @@ class Preprocessing:
         """Refuse values that no model has, which would end in endless work or in nothing."""
         possible = {
             "input_size": self.input_size[0] >= 1 and all(1 <= side <= LARGEST_SIDE for side in self.input_size[1:]),
-            "mean": len(self.mean) == self.input_size[0] and all(isfinite(value) for value in self.mean),
-            "std": len(self.std) == self.input_size[0] and all(0 < value < inf for value in self.std),
+            "mean": len(self.mean) == self.input_size[0] and all(abs(value) <= _LARGEST for value in self.mean),
+            "std": len(self.std) == self.input_size[0] and all(_SMALLEST <= value <= _LARGEST for value in self.std),
             "interpolation": self.interpolation in _INTERPOLATIONS,
             "crop_mode": self.crop_mode in _CROP_MODES,
             "crop_pct": 0 < self.crop_pct <= _LARGEST_CROP,
