@@ -23,7 +23,7 @@ MOST_FRAMES = 4096
 
 _LARGEST_CROP = 10
 _LARGEST, _SMALLEST = 1e4, 1e-6
-"""Of means and deviations of pixels from 0 to 1: far beyond what any model has, and still numbers to calculate with in float32."""
+"""Of means and deviations of pixels from 0 to 1: far beyond what any model has, and still numbers for float32."""
 
 _INTERPOLATIONS = frozenset({"nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"})
 _CROP_MODES = frozenset({"center", "squash", "border"})
