@@ -1,4 +1,4 @@
-"""`repshift eval` as people call it: a process of its own, its output and its exit code."""
+"""`repshift eval` as people call it: its output and its exit code."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def test_without_arguments_the_builtin_model_meets_its_data() -> None:
     assert "dense" not in result
 
 
-def test_table_fits_80_columns() -> None:
-    done = call("--limit", "20")
-    assert done.returncode == 0, done.stderr
+def test_table_fits_80_columns(cli: Command) -> None:
+    done = cli("eval", "--limit", "20")
+    assert done.rc == 0, done.stderr
     assert "top-1" in done.stdout
     assert "preprocessing: 72x72x3" in done.stdout
     row = next(line for line in done.stdout.splitlines() if line.startswith("dense"))
@@ -84,23 +84,23 @@ def test_unreadable_pictures_are_listed_on_stderr(digits: Path) -> None:
     assert "broken.png: the file is empty" in done.stderr
 
 
-def test_strict_stops(digits: Path) -> None:
+def test_strict_stops(cli: Command, digits: Path) -> None:
     (digits / "0" / "broken.png").write_bytes(b"")
-    done = call("builtin:vit-digits", "--dataset", str(digits), "--strict")
-    assert done.returncode == 4
+    done = cli("eval", "builtin:vit-digits", "--dataset", str(digits), "--strict")
+    assert done.rc == 4
     assert "broken.png" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_compare_dense_needs_a_compressed_model() -> None:
-    done = call("--limit", "5", "--compare-dense")
-    assert done.returncode == 2
+def test_compare_dense_needs_a_compressed_model(cli: Command) -> None:
+    done = cli("eval", "--limit", "5", "--compare-dense")
+    assert done.rc == 2
     assert "is dense itself" in done.stderr
 
 
-def test_a_dataset_is_required_for_other_models(tmp_path: Path) -> None:
-    done = call(str(tmp_path / "some.safetensors"))
-    assert done.returncode == 2
+def test_a_dataset_is_required_for_other_models(cli: Command, tmp_path: Path) -> None:
+    done = cli("eval", str(tmp_path / "some.safetensors"))
+    assert done.rc == 2
     assert "--dataset" in done.stderr
 
 
@@ -112,19 +112,19 @@ def test_a_dataset_is_required_for_other_models(tmp_path: Path) -> None:
         (["--dataset", "./nowhere"], "does not exist"),
     ],
 )
-def test_data_errors_end_with_4(arguments: list[str], message: str) -> None:
-    done = call(*arguments)
-    assert done.returncode == 4, done.stderr
+def test_data_errors_end_with_4(cli: Command, arguments: list[str], message: str) -> None:
+    done = cli("eval", *arguments)
+    assert done.rc == 4, done.stderr
     assert message in done.stderr
     assert done.stdout == ""
 
 
-def test_classes_that_do_not_fit_the_head(tmp_path: Path) -> None:
+def test_classes_that_do_not_fit_the_head(cli: Command, tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (20, 20)).save(tmp_path / name / "1.png")
-    done = call("--dataset", str(tmp_path))
-    assert done.returncode == 4
+    done = cli("eval", "--dataset", str(tmp_path))
+    assert done.rc == 4
     assert "has 2 classes, but the head of the model has 10" in done.stderr
 
 
