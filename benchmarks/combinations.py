@@ -28,8 +28,8 @@ from repshift_cli.attach import CompressedModel, attach, has_open_fields, resolv
 from repshift_cli.calibrate import agreement, calibrate, divergence
 from repshift_cli.checkpoint import LoadedModel
 from repshift_cli.data.images import load_images
-from repshift_cli.evaluate import percent_interval
 from repshift_cli.families import match
+from repshift_cli.intervals import percent_interval
 from repshift_cli.measure import Subject, device_name, measure_latency, speedup
 from repshift_cli.plan import Plan
 from repshift_cli.progress import Silent

@@ -17,8 +17,8 @@ from repshift_cli.evaluate import (
     finite,
     in_turn,
     per_second,
-    percent_interval,
 )
+from repshift_cli.intervals import percent_interval
 from repshift_cli.measure import wait_for
 from repshift_cli.progress import Progress
 

@@ -22,6 +22,11 @@ MOST_FRAMES = 4096
 """Of one clip; what a file says beyond that is damage."""
 
 _LARGEST_CROP = 10
+_LARGEST, _SMALLEST = 1e4, 1e-6
+"""Of means and deviations of pixels from 0 to 1: far beyond what any model has, and still numbers for float32."""
+
+_INTERPOLATIONS = frozenset({"nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"})
+_CROP_MODES = frozenset({"center", "squash", "border"})
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,10 @@ class Preprocessing:
         """Refuse values that no model has, which would end in endless work or in nothing."""
         possible = {
             "input_size": self.input_size[0] >= 1 and all(1 <= side <= LARGEST_SIDE for side in self.input_size[1:]),
-            "std": all(value > 0 for value in self.std),
+            "mean": len(self.mean) == self.input_size[0] and all(abs(value) <= _LARGEST for value in self.mean),
+            "std": len(self.std) == self.input_size[0] and all(_SMALLEST <= value <= _LARGEST for value in self.std),
+            "interpolation": self.interpolation in _INTERPOLATIONS,
+            "crop_mode": self.crop_mode in _CROP_MODES,
             "crop_pct": 0 < self.crop_pct <= _LARGEST_CROP,
             "frames": self.frames is None or 1 <= self.frames <= MOST_FRAMES,
         }

@@ -260,6 +260,9 @@ def validate(kind: type[_Model], data: Any, place: Place, path: _Path) -> _Model
 
 
 _LONGEST_VALUE = 60
+_MOST_CHARACTERS = 1 << 24
+"""Of a recipe, in which fitted weights may stand: a file that was named by mistake would be parsed for hours."""
+
 _BUDGET_WORDS = "should be a mapping with one key, such as {macs: 0.65}"
 _PLAIN_WORDS = {
     "too_short": "is empty: name at least one layer",
@@ -335,6 +338,10 @@ def _read(path: Path) -> str:
 
 def _read_yaml(text: str, name: str) -> tuple[Any, Place]:
     """The plain data of a YAML document and where its keys stand."""
+    if len(text) > _MOST_CHARACTERS:
+        raise RecipeError(
+            f"{name} has {len(text)} characters, which are too many for a recipe", f"At most {_MOST_CHARACTERS} fit."
+        )
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)

@@ -48,6 +48,9 @@ Kind = Literal["onnx", "pt2", "aoti"]
 DOCUMENT_FILE = f"{METADATA_KEY}.json"
 """Under this name a `.pt2` holds our JSON document."""
 
+_LARGEST_DOCUMENT = 1 << 24
+"""Bytes of what a file says of itself."""
+
 _AGAIN = "Copy it again, or export the model anew."
 
 
@@ -362,7 +365,15 @@ def _archived_document(path: Path) -> str | None:
     name = next((name for name in _archive_names(path) if name.endswith(f"/{DOCUMENT_FILE}")), None)
     if name is None:
         return None
-    return _in_archive(path, lambda archive: archive.read(name).decode("utf-8"))
+    return _in_archive(path, lambda archive: _member(archive, name).decode("utf-8"))
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A file in an archive, its size checked before there is memory for it."""
+    size = archive.getinfo(name).file_size
+    if size > _LARGEST_DOCUMENT:
+        raise ValueError(f"{name} takes {size} bytes")
+    return archive.read(name)
 
 
 def _archive_names(path: Path) -> list[str]:
@@ -373,7 +384,7 @@ def _in_archive(path: Path, read: Callable[[zipfile.ZipFile], Any]) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             return read(archive)
-    except (zipfile.BadZipFile, OSError, UnicodeDecodeError) as error:
+    except Exception as error:  # damaged archives end in the errors of whatever unpacks them, such as zlib.error
         raise CheckpointError(f"{path} is not a .pt2 archive, or is damaged: {first_line(error)}", _AGAIN) from error
 
 

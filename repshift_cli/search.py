@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from hashlib import sha256
@@ -28,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from repshift_cli import __version__
 from repshift_cli.attach import acts_after, attach, resolve_for
@@ -44,14 +43,16 @@ from repshift_cli.calibrate import (
     runnable,
     unfitted,
 )
+from repshift_cli.digests import digest_of_tensors
 from repshift_cli.errors import CheckFailed, DataError, RecipeError, UsageError
-from repshift_cli.evaluate import wilson_interval
 from repshift_cli.families import Family
 from repshift_cli.files import atomic_output
 from repshift_cli.fitting import fit_scores
+from repshift_cli.intervals import percent_interval, wilson_interval
 from repshift_cli.measure import Speedup, Subject, Timing, device_name, full_batch, measure_latency, speedup
 from repshift_cli.metrics import build_metric
 from repshift_cli.plan import After, Plan, resolve
+from repshift_cli.processes import Processes, together
 from repshift_cli.progress import Progress, Silent, Task
 from repshift_cli.recipe import PAPER_DROP_RATIO, Part, Recipe, default_recipe
 from repshift_cli.schedule import (
@@ -75,7 +76,6 @@ __all__ = [
     "SearchSettings",
     "keep_outputs",
     "kept_outputs",
-    "launched_together",
     "search",
 ]
 
@@ -136,7 +136,6 @@ _VALUES = _ALWAYS | {"agreement", "agreement_error", "top1", "lost", "lost_error
 """What `_compare` tells of a candidate; `_ALWAYS` is never None."""
 
 _LARGEST = 1e300
-_HASH_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -194,6 +193,11 @@ class Point:
     top1: float | None
     images: int
 
+    @property
+    def top1_interval(self) -> tuple[float, float] | None:
+        """95% interval of `top1`, in percent; None without labels."""
+        return None if self.top1 is None else percent_interval(round(self.top1 * self.images / 100), self.images)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
@@ -204,6 +208,7 @@ class Point:
             "kl": self.kl,
             "agreement": self.agreement,
             "top1": self.top1,
+            "top1_interval": None if self.top1_interval is None else list(self.top1_interval),
             "images": self.images,
         }
 
@@ -334,7 +339,7 @@ def search(model: nn.Module, family: Family, settings: SearchSettings, progress:
     _check(settings)
     begin = time.monotonic()
     with ExitStack() as stack:
-        processes = stack.enter_context(_processes())
+        processes = stack.enter_context(together())
         stack.callback(family.adapt(model))  # the dense model is compared as it is beside a reduced one
         listener = progress if processes.rank == 0 else Silent()
         bench = _Bench(model, family, settings, listener)
@@ -358,50 +363,10 @@ def _check(settings: SearchSettings) -> None:
 # Processes, and what is known
 
 
-class _Processes:
-    """The processes that share the work; one alone where there is no group."""
-
-    def __init__(self) -> None:
-        together = distributed.is_available() and distributed.is_initialized()
-        self.rank = distributed.get_rank() if together else 0
-        self.count = distributed.get_world_size() if together else 1
-
-    def gather(self, mine: dict[str, Any]) -> dict[str, Any]:
-        """What all have, together; every process calls this at the same point."""
-        if self.count == 1:
-            return mine
-        parts: list[Any] = [None] * self.count
-        distributed.all_gather_object(parts, mine)
-        return {key: value for part in parts for key, value in part.items()}
-
-    def alone(self) -> None:
-        """From now on each works for itself: after an interruption the others may be anywhere."""
-        self.rank, self.count = 0, 1
-
-
-def launched_together() -> bool:
-    """Whether `torchrun` started this process and others beside it."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1
-
-
-@contextmanager
-def _processes() -> Iterator[_Processes]:
-    """The group of this run: the one that exists, or one made of what `torchrun` set."""
-    existing = distributed.is_available() and distributed.is_initialized()
-    if existing or not launched_together():
-        yield _Processes()
-        return
-    distributed.init_process_group("gloo")
-    try:
-        yield _Processes()
-    finally:
-        distributed.destroy_process_group()
-
-
 class _Memo:
     """What is known, by key; on disk where there is a file."""
 
-    def __init__(self, path: Path | None, header: Callable[[], dict[str, Any]], processes: _Processes) -> None:
+    def __init__(self, path: Path | None, header: Callable[[], dict[str, Any]], processes: Processes) -> None:
         self._path = path
         self._processes = processes
         self._writes = path is not None and processes.rank == 0
@@ -433,18 +398,17 @@ class _Memo:
         except BaseException:
             self._add(mine)
             raise
-        gathered = self._processes.gather(mine)
+        gathered = _joined(self._processes.collect(mine))
         task.advance(len(order) - len(own))
         self._add({keys[index]: gathered[keys[index]] for index in order})
         return [self._known[key] for key in keys]
 
     def of_first(self, text: str) -> str:
         """What the first process says; every process calls this at the same point."""
-        found: str = self._processes.gather({"text": text} if self._processes.rank == 0 else {})["text"]
-        return found
+        return self._processes.collect(text)[0]
 
     def alone(self) -> None:
-        """As `_Processes.alone`."""
+        """As `Processes.alone`."""
         self._processes.alone()
 
     def _add(self, found: Mapping[str, Any]) -> None:
@@ -463,10 +427,15 @@ class _Memo:
                 mine = {"known": _read_state(self._path, self._header)}
             except UsageError as error:
                 mine = {"error": [error.message, error.hint]}
-        found = self._processes.gather(mine)
+        found = _joined(self._processes.collect(mine))
         if "error" in found:
             raise UsageError(*found["error"])
         self._known = found.get("known", {})
+
+
+def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Everything that the processes know."""
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def _read_state(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
@@ -544,8 +513,8 @@ def _header(model: nn.Module, settings: SearchSettings) -> dict[str, Any]:
         "search": _FORMAT,
         "repshift": __version__,
         "torch": str(torch.__version__),
-        "model": _digest(model.state_dict().items()),
-        "images": _digest([("images", settings.images), *labels]),
+        "model": digest_of_tensors(model.state_dict().items()),
+        "images": digest_of_tensors([("images", settings.images), *labels]),
         "target": str(settings.target),
         "start": settings.start.to_yaml(),
         "reducers": [part.model_dump() for part in settings.reducers],
@@ -554,16 +523,6 @@ def _header(model: nn.Module, settings: SearchSettings) -> dict[str, Any]:
         "device": sample.device.type,
         "dtype": str(sample.dtype),
     }
-
-
-def _digest(tensors: Any) -> str:
-    """SHA-256 of names, shapes and values."""
-    digest = sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        for part in tensor.detach().flatten().split(_HASH_ELEMENTS):
-            digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

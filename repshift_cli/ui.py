@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from repshift_cli.errors import RepshiftError
+from repshift_cli.errors import OutputError, RepshiftError
 from repshift_cli.progress import Task
 
 __all__ = ["Screen", "error", "print_json", "print_table", "print_text", "remark", "warn"]
@@ -28,26 +28,47 @@ def _stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+@contextmanager
+def _written() -> Iterator[None]:
+    """What is printed has been written afterwards: work that waits for it may then forget what it has kept.
+
+    Raises:
+        OutputError: it cannot be, because the disk of a file that stdout leads to is full, for example.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # whoever reads it wants no more
+    except OSError as error:
+        raise OutputError(
+            f"cannot write the output: {error.strerror or error}", "Print it to another place."
+        ) from error
+
+
 def print_json(document: Any) -> None:
-    """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    """One JSON document on stdout; errors as `_written`."""
+    with _written():
+        sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 def print_text(text: str) -> None:
-    """Plain words on stdout; square brackets in it are not markup."""
-    _stdout().print(text, markup=False)
+    """Plain words on stdout, square brackets in it are not markup; errors as `_written`."""
+    with _written():
+        _stdout().print(text, markup=False)
 
 
 def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """A table on stdout; the first `left` columns are text, the others numbers."""
+    """A table on stdout; the first `left` columns are text, the others numbers. Errors as `_written`."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < left else "right")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     console = _stdout()
-    console.print(table)
-    console.print()
+    with _written():
+        console.print(table)
+        console.print()
 
 
 def warn(text: str) -> None:

@@ -23,7 +23,8 @@ from repshift_cli.answering import (
     rank_answers,
 )
 from repshift_cli.errors import CheckFailed, DataError, ModelError, UsageError
-from repshift_cli.evaluate import Skipped, wilson_interval
+from repshift_cli.evaluate import Skipped
+from repshift_cli.intervals import wilson_interval
 from repshift_cli.progress import Silent
 
 VECTORS = {

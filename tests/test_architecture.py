@@ -18,7 +18,10 @@ LAYERS = (
     {"recipe"},
     {"registry", "plan"},
     {"document"},
-    {"tokens", "attention", "schedule", "energy", "compiled"},
+    {
+        *("tokens", "attention", "schedule", "energy", "compiled"),
+        *("processes", "digests", "intervals", "tally", "predictions"),
+    },
     {"models", "merging"},
     {"backends"},
     {"metrics", "reducers", "families"},
@@ -27,8 +30,8 @@ LAYERS = (
     {"checkpoint", "end_to_end", "bench_budget", "bench_plot"},
     {"artifact"},
     {"runtimes"},
-    {"fitting"},
-    {"calibrate", "evaluate", "benchmark", "pareto"},
+    {"fitting", "resuming"},
+    {"calibrate", "evaluate", "benchmark", "pareto", "comparison", "reference"},
     {"search", "peers"},
     {"budget"},
     {"compression", "visualize", "retrieval", "answering"},
@@ -44,7 +47,8 @@ ALONE = {"metrics", "reducers", "families"}
 """They meet in `attach` and in no other of them."""
 
 WITHOUT_TORCH = {
-    *("errors", "progress", "files", "recipe", "registry", "plan", "document", "schedule", "bench_budget", "ui", "cli")
+    *("errors", "progress", "files", "recipe", "registry", "plan", "document", "schedule", "bench_budget", "ui", "cli"),
+    *("intervals", "tally", "predictions", "comparison", "reference"),
 }
 """What `--help` and a wrong recipe need: importing it must not import torch."""
 

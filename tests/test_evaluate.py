@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from repshift_cli.data import ImageDataset, UnreadableSample, open_dataset
-from repshift_cli.errors import CheckFailed, DataError, ModelError
-from repshift_cli.evaluate import Evaluation, evaluate, wilson_interval
+from repshift_cli.errors import CheckFailed, DataError, ModelError, UsageError
+from repshift_cli.evaluate import Evaluation, Pace, evaluate
 from repshift_cli.preprocessing import Preprocessing
+from repshift_cli.processes import Processes
 from repshift_cli.progress import Silent
 
 PLAIN = Preprocessing((3, 8, 8), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "nearest", 1.0)
@@ -248,16 +249,174 @@ class TestProgress:
         assert sum(steps for _, steps in seen[1:]) == 9
 
 
-class TestWilson:
-    @pytest.mark.parametrize(
-        ("correct", "total", "low", "high"),
-        # 81 of 263 is the example of Newcombe (1998); the ends of 0 and n are z^2 / (n + z^2)
-        [(81, 263, 0.2553, 0.3662), (0, 20, 0.0, 0.1611), (20, 20, 0.8389, 1.0), (1, 29, 0.0061, 0.1718)],
-    )
-    def test_known_values(self, correct: int, total: int, low: float, high: float) -> None:
-        assert wilson_interval(correct, total) == pytest.approx((low, high), abs=5e-5)
+class TestMemory:
+    """A device that takes so many pictures and no more."""
 
-    @pytest.mark.parametrize(("correct", "total"), [(0, 0), (-1, 3), (4, 3)])
-    def test_no_share(self, correct: int, total: int) -> None:
-        with pytest.raises(ValueError, match="no share"):
-            wilson_interval(correct, total)
+    class Small(Reader):
+        def __init__(self, room: int, error: Exception) -> None:
+            super().__init__(10)
+            self.room, self.error = room, error
+
+        def forward(self, images: Tensor) -> Tensor:
+            if len(images) > self.room:
+                self.batches.append(-len(images))
+                raise self.error
+            return super().forward(images)
+
+    class Notes(Silent):
+        def __init__(self) -> None:
+            self.told: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.told.append(text)
+
+    ERRORS = (
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    )
+
+    @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu"])
+    @pytest.mark.parametrize("room", [1, 3, 5])
+    def test_the_batch_is_halved_until_it_fits_and_that_is_said_once(self, room: int, error: Exception) -> None:
+        model, notes = self.Small(room, error), self.Notes()
+        labels = [index % 10 for index in range(50)]
+        result = run({"one": model}, Shades(labels, broken=(47,)), batch_size=16, progress=notes)
+        assert (result.images, result.scores["one"].top1_correct) == (49, 49)
+        assert result.batch_size <= room
+        assert len(notes.told) == 1
+        assert "not enough memory for 16 images at a time" in notes.told[0]
+        # what did not fit once is not tried again
+        assert [count for count in model.batches if count < 0] == sorted(
+            {count for count in model.batches if count < 0}
+        )
+
+    def test_both_models_keep_seeing_the_same(self) -> None:
+        models = {"a": Reader(10), "b": self.Small(3, self.ERRORS[0])}
+        result = run(dict(models), Shades([index % 10 for index in range(20)]), batch_size=8, keep_rows=True)
+        assert result.same_top1 == 20
+        assert result.rows is not None
+        assert result.rows.said["a"].top.tolist() == result.rows.said["b"].top.tolist()
+
+    def test_not_even_one(self) -> None:
+        with pytest.raises(UsageError, match="not enough memory for one image") as caught:
+            run({"one": self.Small(0, self.ERRORS[0])}, Shades([1, 2]))
+        assert caught.value.exit_code == 2
+
+    def test_other_errors_of_the_model_are_not_swallowed(self) -> None:
+        with pytest.raises(RuntimeError, match="shapes"):
+            run({"one": self.Small(0, RuntimeError("shapes do not match"))}, Shades([1, 2]))
+
+
+class TestInterruption:
+    class Impatient(Shades):
+        """The user presses Ctrl-C while a picture is read."""
+
+        def __init__(self, at: int) -> None:
+            super().__init__([index % 10 for index in range(20)], broken=(1,))
+            self.at = at
+
+        def load(self, index: int) -> tuple[Image.Image, int]:
+            if index == self.at:
+                raise KeyboardInterrupt
+            return super().load(index)
+
+    def test_whole_batches_until_then_are_counted(self) -> None:
+        result = run({"one": Reader(10)}, self.Impatient(10))
+        assert (result.interrupted, result.images, result.total, len(result.skipped)) == (True, 7, 20, 1)
+        assert result.scores["one"].top1_correct == 7
+
+    def test_before_the_first_batch_there_is_nothing_to_tell(self) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            run({"one": Reader(10)}, self.Impatient(3))
+
+    def test_in_a_model(self) -> None:
+        class Slow(Reader):
+            def forward(self, images: Tensor) -> Tensor:
+                if len(self.batches) == 3:
+                    raise KeyboardInterrupt
+                return super().forward(images)
+
+        result = run({"one": Reader(10), "two": Slow(10)}, Shades([1] * 20))
+        assert (result.images, result.same_top1) == (8, 8)
+
+
+class TestRows:
+    def test_what_was_said_of_each_picture(self) -> None:
+        labels = [index % 10 for index in range(11)]
+        result = run({"one": Reader(10), "two": Reader(10, 1)}, Shades(labels, broken=(3,)), keep_rows=True)
+        rows = result.rows
+        assert rows is not None
+        assert rows.indices == (0, 1, 2, 4, 5, 6, 7, 8, 9, 10)
+        assert rows.answers[:, 0].tolist() == [labels[index] for index in rows.indices]
+        for name, shift in (("one", 0), ("two", 1)):
+            said = rows.said[name]
+            expected = [[(labels[index] + shift + place) % 10 for place in range(5)] for index in rows.indices]
+            assert said.top.tolist() == expected
+            logits = -torch.arange(10.0)
+            assert torch.allclose(torch.from_numpy(said.probabilities[0]), logits.softmax(0)[:5])
+        assert run({"one": Reader(10)}, Shades(labels)).rows is None
+
+
+class TestAnswers:
+    """Pictures with several right answers, and heads of which some outputs take no part."""
+
+    class Several(Shades):
+        def answers(self, index: int, label: int) -> tuple[int, ...]:
+            return (label, (label + 1) % 10) if index % 2 else (label,)
+
+    def test_each_of_several_is_right(self) -> None:
+        data = self.Several([index % 10 for index in range(20)])
+        assert run({"one": Reader(10)}, data).scores["one"].top1_correct == 20
+        assert run({"one": Reader(10, 1)}, data).scores["one"].top1_correct == 10
+        score = run({"one": Reader(10, -3)}, data).scores["one"]
+        assert (score.top1_correct, score.top5_correct) == (0, 20)  # a second right answer counts once
+
+    def test_outputs_that_take_no_part(self) -> None:
+        data = Shades([1, 4, 8])
+        data.outputs = (1, 4, 8)
+        # the answer is one too high, but 2, 5 and 9 may not be chosen: what comes next is the next class that may
+        result = run({"one": Reader(10, 1)}, data, keep_rows=True)
+        assert result.rows is not None
+        assert result.rows.said["one"].top.tolist() == [[4, 8, 1], [8, 1, 4], [1, 4, 8]]
+        assert result.rows.said["one"].probabilities.sum(axis=1).tolist() == pytest.approx([1, 1, 1])
+        assert result.scores["one"].top1_correct == 0
+        assert run({"one": Reader(10)}, data).scores["one"].top1_correct == 3
+
+    def test_a_label_that_may_not_be_chosen(self) -> None:
+        data = Shades([1, 2])
+        data.outputs = (1, 4, 8)
+        with pytest.raises(DataError, match="shade-1 has label 2"):
+            run({"one": Reader(10)}, data)
+
+
+class TestPace:
+    def pace(self, **changes: Any) -> Pace:
+        usual = {"total": 10.0, "waited": 0.0, "decoding": 1.0, "models": 9.0, "workers": 1, "processes": 1}
+        return Pace(**{**usual, "shares_cores": True, **changes})
+
+    def test_on_shared_cores_the_side_that_takes_more_of_them(self) -> None:
+        assert self.pace().bottleneck == "model"
+        assert self.pace(decoding=12.0).bottleneck == "data"
+
+    def test_on_a_device_the_side_that_is_waited_for(self) -> None:
+        assert self.pace(shares_cores=False, waited=0.5).bottleneck == "model"
+        assert self.pace(shares_cores=False, waited=4.0, decoding=0.1).bottleneck == "data"
+
+    def test_a_run_has_one(self) -> None:
+        pace = run({"one": Reader(10)}, Shades([1] * 20)).pace
+        assert 0 <= pace.waiting <= 1
+        assert pace.total > 0
+        assert pace.decoding > 0
+        assert (pace.workers, pace.processes, pace.shares_cores) == (0, 1, True)
+
+
+def test_a_stream_is_not_shared() -> None:
+    class Two(Processes):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = 2
+
+    data = Shades([1, 2])
+    data.random_access = False
+    with pytest.raises(UsageError, match="processes cannot share it"):
+        run({"one": Reader(10)}, data, group=Two())

@@ -291,6 +291,8 @@ def test_other_numbers_of_channels() -> None:
         {"crop_pct": float("nan")},
         {"std": [0.5, 0.0, 0.5]},
         {"std": [0.5, float("nan"), 0.5]},
+        {"std": [0.5, 1e-300, 0.5]},
+        {"mean": [0.5, 1e300, 0.5]},
         {"input_size": [3, float("inf"), 224]},
     ],
 )

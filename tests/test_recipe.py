@@ -151,6 +151,7 @@ def test_what_is_wrong_is_told_with_its_place(old: str, new: str, message: str, 
         ("version: 1\n? [a]\n: 1\n", "this is not YAML"),
         ("version: 1\nlayers: [{layer: 0, drop_ratio: 0.1}]\n7: 8\n", "r.yaml:3:1: unknown key 7"),
         ("a: \x00", "this is not YAML"),
+        pytest.param("a" * (1 << 24) + "\n", "r.yaml has 16777217 characters, which are too many", id="too long"),
         ("version: 1\n---\nversion: 1\n", "r.yaml:2:1: this is not YAML: but found another document"),
     ],
 )

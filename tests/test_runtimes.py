@@ -142,6 +142,22 @@ class TestDamage:
         with pytest.raises(CheckpointError, match="metadata is damaged"):
             open_exported(folder / "vit.onnx")
 
+    @pytest.mark.parametrize("damage", ["too large", "another compression", "locked"])
+    def test_an_archive_that_is_not_to_be_unpacked(self, damage: str, tmp_path: Path) -> None:
+        path = tmp_path / "bomb.pt2"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+            made.writestr("e/models/model.json", "{}")
+            made.writestr("e/repshift.json", " " * (17 << 20 if damage == "too large" else 10))
+        content = bytearray(path.read_bytes())
+        entry = content.rindex(b"PK\x01\x02")
+        if damage == "another compression":
+            content[entry + 10] = 77
+        if damage == "locked":
+            content[entry + 8] |= 1
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"bomb.pt2 is not a .pt2 archive, or is damaged: "):
+            open_exported(path)
+
     def test_a_file_of_somebody_else(self, folder: Path) -> None:
         set_onnx(folder / "vit.onnx", None)
         with pytest.raises(CheckpointError, match="was not written by `repshift export`"):

@@ -38,7 +38,6 @@ from repshift_cli.search import (
     _least_share,
     keep_outputs,
     kept_outputs,
-    launched_together,
     search,
 )
 
@@ -544,19 +543,6 @@ def test_the_built_in_model_beats_chance_and_the_paper() -> None:
     assert result.found.distance < 0.5 * result.random.distance
     # as calibration knows of this model: which end is kept differs from layer to layer
     assert {site.metric.options["polarity"] for site in result.plan.sites} == {"largest", "smallest"}
-
-
-@pytest.mark.parametrize(
-    ("rank", "world", "together"), [(None, None, False), ("1", None, False), ("1", "1", False), ("1", "2", True)]
-)
-def test_processes_are_several_only_where_torchrun_says_so(
-    monkeypatch: pytest.MonkeyPatch, rank: str | None, world: str | None, together: bool
-) -> None:
-    for name, value in (("RANK", rank), ("WORLD_SIZE", world)):
-        monkeypatch.delenv(name, raising=False)
-        if value is not None:
-            monkeypatch.setenv(name, value)
-    assert launched_together() == together
 
 
 def replace_metric(recipe: Recipe) -> Recipe:

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from repshift_cli.cli import bench, compress, demo, evaluate, export, inspect, recipes, search, visualize
+from repshift_cli.cli import bench, compare, compress, demo, evaluate, export, inspect, recipes, search, visualize
+from repshift_cli.cli.together import Interrupted
 from repshift_cli.errors import INTERRUPTED
 
 __all__ = ["app", "main"]
@@ -27,6 +28,7 @@ app.command("search")(search.command)
 app.command("export")(export.command)
 app.command("bench")(bench.command)
 app.command("eval")(evaluate.command)
+app.command("compare")(compare.command)
 app.command("inspect")(inspect.command)
 app.command("visualize")(visualize.command)
 app.command("demo")(demo.command)
@@ -58,7 +60,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     try:
         app(prog_name="repshift")
-    except search.Interrupted:
+    except Interrupted:
         raise  # it has told what it left behind
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:

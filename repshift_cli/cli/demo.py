@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from repshift_cli.artifact import Opened
     from repshift_cli.benchmark import BenchReport
     from repshift_cli.compression import CompressReport
-    from repshift_cli.evaluate import Evaluation
+    from repshift_cli.evaluate import Evaluation, Score
     from repshift_cli.progress import Progress
     from repshift_cli.visualize import View
 
@@ -271,8 +271,8 @@ def _show_summary(results: _Results, files: _Files, seconds: float) -> None:
     dense_macs, macs = compressed.dense_macs, compressed.macs
     lines = [
         f"\n{'Summary ':-<{_WIDTH}}",
-        f"accuracy  {scores['dense'].top1:.1f}% dense -> {scores['compressed'].top1:.1f}% compressed, "
-        f"on {results.evaluation.images} test scenes, without training",
+        f"accuracy  {_percent(scores['dense'])} dense -> {_percent(scores['compressed'])} compressed",
+        f"          on {results.evaluation.images} test scenes, without training (in brackets: 95% intervals)",
         f"work      {dense_macs / 1e9:.3f} -> {macs / 1e9:.3f} GMACs per image, {dense_macs / macs:.2f}x less",
     ]
     for index, ratio in enumerate(results.timing.ratios):
@@ -285,6 +285,10 @@ def _show_summary(results: _Results, files: _Files, seconds: float) -> None:
     ]
     for line in lines:
         typer.echo(line)
+
+
+def _percent(score: Score) -> str:
+    return "{:.1f}% [{:.1f}-{:.1f}]".format(score.top1, *score.top1_interval)
 
 
 def _contents(files: _Files) -> tuple[tuple[Path, str], ...]:

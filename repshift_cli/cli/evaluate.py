@@ -11,16 +11,19 @@ import typer
 
 from repshift_cli.cli import evaluate_video, options
 from repshift_cli.cli.evaluate_video import Pooling, VideoOptions, attention_words
-from repshift_cli.errors import ModelError, UsageError
+from repshift_cli.cli.together import Interrupted, is_first, one_voice, own_device, screen_of_first
+from repshift_cli.errors import INTERRUPTED, ModelError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from repshift_cli.artifact import Opened
+    from repshift_cli.checkpoint import ModelDescription
     from repshift_cli.data import ImageDataset
-    from repshift_cli.evaluate import Evaluation, Score
+    from repshift_cli.evaluate import Evaluation, Pace, Score
     from repshift_cli.preprocessing import Preprocessing
-    from repshift_cli.ui import Screen
+    from repshift_cli.progress import Progress
+    from repshift_cli.reference import Known
 
 __all__ = ["check_comparison", "command", "document", "head_size", "models_of", "show"]
 
@@ -30,7 +33,14 @@ _DEFAULT_VIDEOS = {"builtin:umt-shapes": "builtin:shapes", "builtin:umt-shapes-q
 _BUILTIN = "builtin:"
 _DENSE = "dense"
 _COMPRESSED = "compressed"
+_FIRST = "first"
 _SHOWN_SKIPPED = 10
+_ENOUGH_TO_JUDGE = 100
+"""Pictures, before an accuracy is called no better than guessing."""
+
+_NOTABLE_POINTS = 1.0
+"""Of top-1, by which an accuracy is off what it is known to be."""
+
 _IMAGES_AT_A_TIME, _VIDEOS_AT_A_TIME = 64, 8
 
 
@@ -47,13 +57,17 @@ class _Setup:
     batch_size: int | None
     device: Any
     dtype: Any
-    workers: int
+    workers: int | None
     attention: Any
     strict: bool
     limit: int | None
     seed: int
     compare_dense: bool
     json: bool
+    resume: Path | None
+    saved: Mapping[str, Path]
+    force: bool
+    table: Path | None
 
 
 def command(
@@ -66,9 +80,10 @@ def command(
         typer.Option(
             "--dataset",
             metavar="NAME",
-            help="imagenet-val, folder, builtin:digits, the path of a folder with class folders, or a name that timm "
-            "reads, such as torch/cifar10. For video models: msrvtt, msvd, activitynet, didemo, lsmdc, ssv2-label, "
-            "ssv2-template, msrvtt-qa, msvd-qa, builtin:shapes or builtin:shapes-qa.",
+            help="imagenet-val, imagenet-real, imagenet-v2, imagenet-a, imagenet-r, builtin:digits, the path of a "
+            "folder with class folders or of a tar, or a name that timm reads, such as torch/cifar10. For video: "
+            "msrvtt, msvd, activitynet, didemo, lsmdc, ssv2-label, ssv2-template, msrvtt-qa, msvd-qa, builtin:shapes "
+            "or builtin:shapes-qa.",
             show_default=False,
         ),
     ] = None,
@@ -100,11 +115,46 @@ def command(
     threads: options.Threads = None,
     attention: options.Attention = options.AttentionKind.AUTO,
     workers: Annotated[
-        int, typer.Option("--workers", min=0, help="Processes that decode (0: decode in this one).")
-    ] = 0,
+        int | None,
+        typer.Option(
+            "--workers",
+            min=0,
+            help="Processes that decode (0: decode in this one). Default: for images as many as are of use, for "
+            "videos 0.",
+            show_default=False,
+        ),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at the first picture or video that cannot be read.")
     ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume",
+            metavar="DIR",
+            help="Images: keep how far the run is in this folder. The same command goes on after an interruption, "
+            "whatever it was; a finished run removes the folder.",
+        ),
+    ] = None,
+    save_predictions: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-predictions",
+            metavar="FILE",
+            help="Images: write what was said of each (.npz, or .parquet with pyarrow), for `repshift compare`; of the "
+            "dense model of --compare-dense into a second file, FILE_dense.",
+        ),
+    ] = None,
+    results_table: Annotated[
+        Path | None,
+        typer.Option(
+            "--results-table",
+            metavar="FILE",
+            help="ImageNet: results-imagenet.csv of timm's repository; a warning says where dense accuracy is more "
+            "than a point off what it has for these weights.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file of predictions.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which built-in scenes are drawn.")] = 0,
     frames: options.Frames = None,
     checkpoint_frames: options.CheckpointFrames = None,
@@ -159,82 +209,200 @@ def command(
 
     Models for video and text: retrieval in both directions, or answers to questions.
     """
-    told = VideoOptions(annotations, videos, answers, vocab, rerank, rerank_k, paragraph, pooling)
-    chosen = _dataset_of(model, dataset, annotations)
+    with one_voice():
+        if results_table is not None:
+            from repshift_cli.reference import known_results
 
-    from repshift_cli import measure, ui
-    from repshift_cli.identify import Clips
-    from repshift_cli.runtimes import open_any
+            known_results(results_table)  # before the hours that it is needed after
+        saved = _prediction_files(save_predictions, compare_dense, force)
+        told = VideoOptions(annotations, videos, answers, vocab, rerank, rerank_k, paragraph, pooling)
+        chosen = _dataset_of(model, dataset, annotations)
 
-    setup = _Setup(
-        name=model,
-        dataset=chosen,
-        data_dir=data_dir,
-        batch_size=batch_size,
-        device=measure.resolve_device(device),
-        dtype=measure.resolve_dtype(dtype),
-        workers=workers,
-        attention=attention.value,
-        strict=strict,
-        limit=limit,
-        seed=seed,
-        compare_dense=compare_dense,
-        json=json,
-    )
-    opened = open_any(model, model_name, heads, img_size, clips=Clips(frames, checkpoint_frames))
-    screen = ui.Screen()
-    for note in opened.loaded.notes:
-        screen.note(note)
-    with measure.threads(threads):
-        if opened.loaded.description.preprocessing.frames is None:
-            _classify(opened, told, setup, screen)
-        else:
-            _watch(opened, told, setup, screen)
+        from repshift_cli import measure
+        from repshift_cli.identify import Clips
+        from repshift_cli.runtimes import open_any
+
+        setup = _Setup(
+            name=model,
+            dataset=chosen,
+            data_dir=data_dir,
+            batch_size=batch_size,
+            device=measure.resolve_device(own_device(device)),
+            dtype=measure.resolve_dtype(dtype),
+            workers=workers,
+            attention=attention.value,
+            strict=strict,
+            limit=limit,
+            seed=seed,
+            compare_dense=compare_dense,
+            json=json,
+            resume=resume,
+            saved=saved,
+            force=force,
+            table=results_table,
+        )
+        opened = open_any(model, model_name, heads, img_size, clips=Clips(frames, checkpoint_frames))
+        screen = screen_of_first()
+        for note in opened.loaded.notes:
+            screen.note(note)
+        with measure.threads(threads):
+            if opened.loaded.description.preprocessing.frames is None:
+                _classify(opened, told, setup, screen)
+            else:
+                _watch(opened, told, setup, screen)
 
 
-def _classify(opened: Opened, told: VideoOptions, setup: _Setup, screen: Screen) -> None:
+def _classify(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) -> None:
     """Evaluate a model of single pictures."""
-    from repshift_cli import ui
     from repshift_cli.data import open_dataset
-    from repshift_cli.evaluate import evaluate
+    from repshift_cli.evaluate import evaluate, forget
+    from repshift_cli.processes import together
 
     evaluate_video.refuse(setup.name, setup.dataset, told)
     assert setup.dataset is not None
     data = open_dataset(setup.dataset, setup.data_dir, setup.limit, setup.seed)
     models = models_of(opened, setup.compare_dense, setup.name)
     preprocessing = opened.loaded.description.preprocessing
-    if not setup.json:
-        _announce(opened, data, preprocessing)
-    result = evaluate(
-        models,
-        data,
-        preprocessing,
-        batch_size=setup.batch_size or _IMAGES_AT_A_TIME,
-        device=setup.device,
-        dtype=setup.dtype,
-        workers=setup.workers,
-        strict=setup.strict,
-        num_classes=head_size(opened.loaded.model),
-        progress=screen,
-        attention=setup.attention,
-    )
+    if not setup.json and is_first():
+        _announce(opened, data.for_head(head_size(opened.loaded.model)), preprocessing)
+    with together(setup.device) as group:
+        result = evaluate(
+            models,
+            data,
+            preprocessing,
+            batch_size=setup.batch_size or _IMAGES_AT_A_TIME,
+            device=setup.device,
+            dtype=setup.dtype,
+            workers=setup.workers,
+            strict=setup.strict,
+            num_classes=head_size(opened.loaded.model),
+            progress=screen,
+            group=group,
+            attention=setup.attention,
+            resume=setup.resume,
+            keep_rows=bool(setup.saved),
+        )
+        if group.is_first:
+            _tell(result, opened, setup, preprocessing)
+            if setup.saved and not result.interrupted:
+                _save(result, data.for_head(head_size(opened.loaded.model)), setup)
+        if setup.resume is not None and not result.interrupted:
+            forget(setup.resume, group)
+    if result.interrupted:
+        raise Interrupted(INTERRUPTED)
+
+
+def _tell(result: Evaluation, opened: Opened, setup: _Setup, preprocessing: Preprocessing) -> None:
+    """Print what came out, all of it or what there is after an interruption."""
+    from repshift_cli import ui
+
     _report_skipped(result)
     macs = {_COMPRESSED: opened.macs, _DENSE: opened.dense_macs}
     if setup.json:
         ui.print_json(document(result, macs, setup.name, preprocessing))
     else:
         show(result, macs)
+    if _DENSE in result.scores:
+        _check_known(result, opened, setup)
+    if result.interrupted:
+        kept = "" if setup.resume is None else f"; the same command goes on from {setup.resume}"
+        ui.warn(f"interrupted: these are the numbers of {result.images} of {result.total} pictures{kept}")
 
 
-def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Screen) -> None:
+def _check_known(result: Evaluation, opened: Opened, setup: _Setup) -> None:
+    """Warn of a dense accuracy that is not what it is known to be, or no better than guessing."""
+    from repshift_cli import ui
+
+    score = result.scores[_DENSE]
+    low, high = score.top1_interval
+    guessed = 100 / result.outputs
+    if result.images >= _ENOUGH_TO_JUDGE and low <= guessed <= high:
+        ui.warn(
+            f"the dense model is no better than guessing among {result.outputs}: are the labels those of its head, and "
+            "are its weights trained?"
+        )
+    if not result.dataset.startswith("imagenet-") or result.interrupted:
+        return
+    description = opened.loaded.description
+    known = None if setup.table is None else _known(setup.table, description)
+    if setup.table is None:
+        ui.remark(
+            "timm's table of results is not in its package, so accuracy is not compared with it; give a copy with "
+            "--results-table FILE"
+        )
+    elif known is None:
+        ui.remark(f"{setup.table} has no row for {description.name}: the tag of the weights tells which one it is")
+    elif abs(score.top1 - known.top1) > _NOTABLE_POINTS and not low <= known.top1 <= high:
+        measured = "" if known.img_size is None else f", at {known.img_size} pixels and crop {known.crop_pct}"
+        ui.warn(
+            f"the dense model has {score.top1:.2f}% top-1, but {setup.table.name} says {known.top1:.2f}% for "
+            f"{known.model}{measured}; used here: {description.preprocessing}"
+        )
+
+
+def _known(table: Path, description: ModelDescription) -> Known | None:
+    from repshift_cli.reference import known_results, most_alike
+
+    preprocessing = description.preprocessing
+    return most_alike(known_results(table), description.name, preprocessing.input_size[1], preprocessing.crop_pct)
+
+
+def _prediction_files(path: Path | None, compare_dense: bool, force: bool) -> dict[str, Path]:
+    """Where predictions go, by the name of the model; empty where none are asked for.
+
+    Raises:
+        UsageError, OutputError: they could not be written there.
+    """
+    from repshift_cli.files import check_outputs
+    from repshift_cli.predictions import check_suffix
+
+    if path is None:
+        return {}
+    check_suffix("--save-predictions", path)
+    files = {_FIRST: path}
+    if compare_dense:
+        files[_DENSE] = path.with_name(f"{path.stem}_{_DENSE}{path.suffix}")
+    check_outputs(files, force)
+    return files
+
+
+def _save(result: Evaluation, data: ImageDataset, setup: _Setup) -> None:
+    """Write what was said of each picture, a file for each model."""
+    from repshift_cli import ui
+    from repshift_cli.evaluate import predictions_of
+    from repshift_cli.predictions import save_predictions
+
+    for name in result.scores:
+        path = setup.saved.get(name, setup.saved[_FIRST])
+        model = f"{setup.name} ({name})" if len(result.scores) > 1 else setup.name
+        save_predictions(path, predictions_of(result, name, data, model), setup.force)
+        if not setup.json:
+            ui.print_text(f"wrote {path}")
+
+
+def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) -> None:
     """Evaluate a model for video and text.
 
     Raises:
+        UsageError: an option is for models of single pictures, or torchrun started several processes.
         ModelError: it is an exported file.
     """
+    from repshift_cli.processes import launched_together
     from repshift_cli.runtimes import OpenedExport
     from repshift_cli.video_evaluation import DenseSelf, Settings, Wanted
 
+    options_of_images = {
+        "--resume": setup.resume is not None,
+        "--save-predictions": bool(setup.saved),
+        "--results-table": setup.table is not None,
+    }
+    if given := [option for option, is_given in options_of_images.items() if is_given]:
+        raise UsageError(f"{given[0]} is for models of single pictures, and {setup.name} takes clips", "Leave it out.")
+    if launched_together():
+        raise UsageError(
+            f"{setup.name} takes clips: retrieval and answers are evaluated by one process",
+            "Start it without torchrun.",
+        )
     if isinstance(opened, OpenedExport):
         raise ModelError(
             f"{setup.name} holds the vision encoder alone, and retrieval and answers need the text side too",
@@ -259,7 +427,7 @@ def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Screen) ->
         setup.batch_size or _VIDEOS_AT_A_TIME,
         setup.device,
         setup.dtype,
-        setup.workers,
+        setup.workers or 0,
         setup.strict,
         attention=setup.attention,
     )
@@ -349,6 +517,8 @@ def _announce(opened: Opened, data: ImageDataset, preprocessing: Preprocessing) 
 
     ui.print_text(f"model:         {opened.loaded.description.name}")
     ui.print_text(f"dataset:       {data.description}")
+    if data.outputs is not None:
+        ui.print_text(f"outputs:       the {len(data.outputs)} of the head that the dataset has classes for")
     ui.print_text(f"preprocessing: {preprocessing}\n")
 
 
@@ -367,30 +537,51 @@ def _report_skipped(result: Evaluation) -> None:
 def show(result: Evaluation, macs: Mapping[str, int]) -> None:
     """Print the result for people, in 80 columns; `macs` per image, by the names of the models."""
     from repshift_cli import ui
+    from repshift_cli.intervals import percent_interval
 
-    columns = ("model", "top-1 %", "95% interval", "top-5 %", "GMACs", "images/s")
+    columns = ("model", "top-1 %", "95%", "top-5 %", "95%", "GMACs", "images/s")
     rows = [_row(name, score, macs[name]) for name, score in result.scores.items()]
-    ui.print_table(f"{result.dataset}, {result.images} images", columns, rows)
+    part = f" of {result.total}" if result.interrupted else ""
+    ui.print_table(f"{result.dataset}, {result.images}{part} images", columns, rows)
     if result.same_top1 is not None:
+        low, high = percent_interval(result.same_top1, result.images)
         change = result.scores[_COMPRESSED].top1 - result.scores[_DENSE].top1
         ui.print_text(
-            f"top-1 {change:+.2f} points against dense; {result.same_top1} of {result.images} predictions are the same"
+            f"top-1 {change:+.2f} points against dense; {result.same_top1} of {result.images} predictions are the same "
+            f"({100 * result.same_top1 / result.images:.2f}%, 95%: {low:.2f}-{high:.2f})"
         )
     ui.print_text(f"images/s is model time alone; end to end it was {result.images_per_s:.1f} images/s")
-    ui.print_text(attention_words({name: score.attention for name, score in result.scores.items()}))
+    ui.print_text(_pace_words(result.pace))
+    observed = {name: score.attention for name, score in result.scores.items() if score.attention is not None}
+    if observed:
+        ui.print_text(attention_words(observed))
 
 
 def _row(name: str, score: Score, macs: int) -> tuple[str, ...]:
-    low, high = score.top1_interval
     gmacs = macs / 1e9
     return (
         name,
         f"{score.top1:.2f}",
-        f"{low:.2f} - {high:.2f}",
+        "{:.2f}-{:.2f}".format(*score.top1_interval),
         f"{score.top5:.2f}",
+        "{:.2f}-{:.2f}".format(*score.top5_interval),
         f"{gmacs:.3g}" if gmacs < 1 else f"{gmacs:.2f}",
         f"{score.images_per_s:.1f}",
     )
+
+
+def _pace_words(pace: Pace) -> str:
+    """Which side held up the other, and what can be done about it."""
+    beside = f"decoded by {pace.workers} beside it" if pace.workers else "decoded in turn with it"
+    many = f" in {pace.processes} processes" if pace.processes > 1 else ""
+    text = f"waiting for data took {pace.waiting:.0%} of the time{many} ({beside})"
+    if pace.shares_cores:
+        side = "decoding" if pace.bottleneck == "data" else "the model"
+        text += f"; of the processor time, decoding took {pace.decoding:.1f} s and the model {pace.models:.1f} s: "
+        return f"{text}{side} is the bottleneck"
+    if pace.bottleneck == "data":
+        return f"{text}: data are the bottleneck, and more --workers may help where there are cores for them"
+    return f"{text}: the model is the bottleneck"
 
 
 def document(result: Evaluation, macs: Mapping[str, int], model: str, preprocessing: Preprocessing) -> dict[str, Any]:
@@ -400,9 +591,13 @@ def document(result: Evaluation, macs: Mapping[str, int], model: str, preprocess
         "model": model,
         "dataset": result.dataset,
         "images": result.images,
+        "of": result.total,
+        "outputs": result.outputs,
         "skipped": len(result.skipped),
         **_numbers(result.scores[first], macs[first]),
+        "interrupted": result.interrupted,
         "end_to_end_images_per_s": result.images_per_s,
+        "data": _pace(result.pace),
         "skipped_files": [{"file": entry.sample, "reason": entry.reason} for entry in result.skipped],
         "preprocessing": preprocessing.to_dict(),
     }
@@ -412,11 +607,23 @@ def document(result: Evaluation, macs: Mapping[str, int], model: str, preprocess
     return found
 
 
+def _pace(pace: Pace) -> dict[str, Any]:
+    return {
+        "waiting": pace.waiting,
+        "bottleneck": pace.bottleneck,
+        "decoding_s": pace.decoding,
+        "model_s": pace.models,
+        "workers": pace.workers,
+        "processes": pace.processes,
+    }
+
+
 def _numbers(score: Score, macs: int) -> dict[str, Any]:
     return {
         "top1": score.top1,
         "top5": score.top5,
         "top1_interval": list(score.top1_interval),
+        "top5_interval": list(score.top5_interval),
         "top1_correct": score.top1_correct,
         "top5_correct": score.top5_correct,
         "images_per_s": score.images_per_s,

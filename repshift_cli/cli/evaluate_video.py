@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from repshift_cli.answering import AnswerEvaluation, AnswerScore
     from repshift_cli.artifact import Opened
     from repshift_cli.data.text import Tokenizer
+    from repshift_cli.progress import Progress
     from repshift_cli.retrieval import Directions, RankStats, RetrievalEvaluation, RetrievalScore
-    from repshift_cli.ui import Screen
     from repshift_cli.video_evaluation import CaptionData, QuestionData, Settings, Task, VideoData, Wanted
 
 __all__ = ["Pooling", "Run", "VideoOptions", "attention_words", "refuse", "run"]
@@ -95,7 +95,7 @@ def refuse(model: str, dataset: str | None, told: VideoOptions) -> None:
         raise UsageError(f"{told.given[0]} has no meaning for {model}, which takes single pictures", hint)
 
 
-def run(job: Run, wanted: Wanted, told: VideoOptions, screen: Screen, json: bool) -> None:
+def run(job: Run, wanted: Wanted, told: VideoOptions, screen: Progress, json: bool) -> None:
     """Evaluate and print.
 
     Args:
@@ -137,7 +137,7 @@ def run(job: Run, wanted: Wanted, told: VideoOptions, screen: Screen, json: bool
         ui.print_json(found)
 
 
-def _retrieve(job: Run, data: CaptionData, tokenizer: Tokenizer, screen: Screen, show: bool) -> dict[str, Any]:
+def _retrieve(job: Run, data: CaptionData, tokenizer: Tokenizer, screen: Progress, show: bool) -> dict[str, Any]:
     from repshift_cli.video_evaluation import retrieve
 
     result, padded = retrieve(job.models, data, settings=job.settings, progress=screen, **_reading(job, tokenizer))
@@ -155,7 +155,7 @@ def _retrieve(job: Run, data: CaptionData, tokenizer: Tokenizer, screen: Screen,
     }
 
 
-def _answer(job: Run, data: QuestionData, tokenizer: Tokenizer, screen: Screen, show: bool) -> dict[str, Any]:
+def _answer(job: Run, data: QuestionData, tokenizer: Tokenizer, screen: Progress, show: bool) -> dict[str, Any]:
     from repshift_cli.video_evaluation import answer
 
     result, padded = answer(job.models, data, settings=job.settings, progress=screen, **_reading(job, tokenizer))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +13,8 @@ import typer
 from repshift_cli.cli import options
 from repshift_cli.cli.bench import check_picture_format
 from repshift_cli.cli.compress import show_sites
-from repshift_cli.errors import INTERRUPTED, CheckFailed, RepshiftError, UsageError
+from repshift_cli.cli.together import Interrupted, is_first, one_voice, own_device
+from repshift_cli.errors import INTERRUPTED, CheckFailed, UsageError
 
 if TYPE_CHECKING:
     from repshift_cli.budget import Found
@@ -24,21 +23,14 @@ if TYPE_CHECKING:
     from repshift_cli.schedule import Target
     from repshift_cli.search import Point
 
-__all__ = ["Interrupted", "command", "own_device", "show", "show_found"]
+__all__ = ["command", "show", "show_found"]
 
 _FRONT_ROWS = 8
-_GRACE_SECONDS = 5.0
-"""For which another process than the first waits with an error: torchrun ends it as soon as the first has told its."""
-
 _WORDS = {
     "output": "the recipe",
     "checkpoint": "the compressed checkpoint",
     "plot": "quality against cost",
 }
-
-
-class Interrupted(SystemExit):
-    """The search was interrupted, and has told what it wrote."""
 
 
 def command(
@@ -129,7 +121,7 @@ def command(
     force: options.Force = False,
 ) -> None:
     """Find the schedule that meets a budget with the least harm to the predictions, and write it as a recipe."""
-    with _one_voice():
+    with one_voice():
         goal = _target(target, recipe)
         files = _Files.of(checkpoint, goal, output=output, save=save, plot=plot, state=state)
         files.check(force)
@@ -141,7 +133,7 @@ def command(
         from repshift_cli.measure import threads as using_threads
         from repshift_cli.progress import Silent
 
-        first = _is_first()
+        first = is_first()
         request = Request(goal, evaluations, tuple(reducer or ()), files.state, seconds)
         settings = Settings(
             recipe=recipe,
@@ -338,31 +330,6 @@ def default_output(checkpoint: str, target: Target) -> Path:
     return Path(f"{weight_stem(name)}_{target.kind}{target.value:g}.yaml")
 
 
-def _is_first() -> bool:
-    """Whether this process is the one that prints and writes: the only one, or the first that torchrun started."""
-    if os.environ.get("RANK", "0") == "0":
-        return True
-    from repshift_cli.search import launched_together
-
-    return not launched_together()
-
-
-def own_device(device: str) -> str:
-    """The card of this process, where torchrun started several and `cuda` alone is asked for."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
-
-
-@contextmanager
-def _one_voice() -> Iterator[None]:
-    """Let the first process alone tell an error that all of them meet."""
-    try:
-        yield
-    except RepshiftError:
-        if not _is_first():
-            time.sleep(_GRACE_SECONDS)
-        raise
-
-
 @contextmanager
 def _explained_interrupt(files: _Files, first: bool) -> Iterator[None]:
     """Say what is left where an interruption came before there was anything to write."""
@@ -410,6 +377,13 @@ def show_found(found: Found) -> None:
     on = found.measured_on
     ui.print_text("MACs and latency as fractions of the dense model's;")
     ui.print_text(f"quality on {result.found.images} {unit}s that took no part, but to decide between found and paper")
+    intervals = [
+        "{} {:.1f}-{:.1f}".format(name, *point.top1_interval)
+        for name, point in points.items()
+        if point is not None and point.top1_interval is not None
+    ]
+    if intervals:
+        ui.print_text(f"95% intervals of top-1: {'; '.join(intervals)}")
     if result.found.latency is not None:
         told = f"{on['device']}, {on['dtype']}, batch {on['batch']}, {on['threads']} threads"
         ui.print_text(f"latency on {told}")

@@ -26,7 +26,16 @@ DATA_DIR_VARIABLE = "REPSHIFT_DATA_DIR"
 DEFAULT_SCENES = 1000
 """How many built-in scenes an evaluation draws when no limit is given."""
 
-_NAMES = ("builtin:digits", "folder", "imagenet-val")
+_NAMES = (
+    "builtin:digits",
+    "folder",
+    "imagenet-val",
+    "imagenet-real",
+    "imagenet-v2",
+    "imagenet-a",
+    "imagenet-r",
+    "shards",
+)
 
 
 def dataset_names() -> tuple[str, ...]:
@@ -45,8 +54,9 @@ def open_dataset(name: str, data_dir: Path | None, limit: int | None = None, see
     """Find a dataset.
 
     Args:
-        name: one of `dataset_names()`, the path of a folder with class folders, or a name of timm's factory with a
-            prefix (`torch/cifar10`, `hfds/owner/name@test`).
+        name: one of `dataset_names()`, the path of a folder with class folders, of a tar or of several
+            (`DIR/val-{0000..0007}.tar`), or a name of timm's factory with a prefix (`torch/cifar10`,
+            `hfds/owner/name@test`).
         data_dir: the dataset's folder, or a folder that holds one with the dataset's name; without it the
             environment variable REPSHIFT_DATA_DIR is asked.
         limit: at most so many pictures, evenly spaced over the sorted set (for the built-in scenes: how many).
@@ -67,22 +77,31 @@ def open_dataset(name: str, data_dir: Path | None, limit: int | None = None, see
 
 def _open_whole(name: str, data_dir: Path | None) -> ImageDataset:
     from repshift_cli.data.folder import open_folder
-    from repshift_cli.data.imagenet import open_imagenet_val
+    from repshift_cli.data.imagenet_variants import TEST_SETS, open_imagenet
+    from repshift_cli.data.shards import is_shards, open_shards, shard_paths
     from repshift_cli.data.timm_reader import is_timm_name, open_timm
 
-    if name == "imagenet-val":
-        return open_imagenet_val(_data_folder(data_dir, (name, "imagenet", "ImageNet", "ILSVRC2012")))
+    if name in TEST_SETS:
+        return open_imagenet(name, _data_folder(data_dir, TEST_SETS[name]))
     if name == "folder":
         folder = _data_folder(data_dir, (name,))
         if folder is None:
             raise DataError("the dataset folder needs a folder", "Name it: --dataset PATH, or --data-dir PATH.")
         return open_folder(name, folder)
+    if name == "shards":
+        folder = _data_folder(data_dir, (name,))
+        if folder is None:
+            raise DataError("the dataset shards needs a folder of tars", "Name it: --data-dir PATH.")
+        return open_shards(name, shard_paths(str(folder)))
     if is_timm_name(name):
         prefix, _, bare = name.partition("@")[0].partition("/")
         # for the Hugging Face library the folder is a cache with an order of its own
         names = () if prefix.lower() == "hfds" else (f"{prefix}/{bare}", bare)
         return open_timm(name, _data_folder(data_dir, names))
     path = Path(name).expanduser()
+    if is_shards(name) and not path.is_dir():
+        _refuse_data_dir(name, data_dir)
+        return open_shards(name, shard_paths(name))
     if path.is_dir() or _looks_like_path(name):
         _refuse_data_dir(name, data_dir)
         return open_folder(name, path)
@@ -114,10 +133,11 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _unknown(name: str) -> DataError:
-    near = get_close_matches(name.lower(), _NAMES, n=1, cutoff=0.5)
+    begun = [known for known in _NAMES if known.startswith(name.lower())]
+    near = begun[:1] or get_close_matches(name.lower(), _NAMES, n=1, cutoff=0.5)
     guess = f"Did you mean {near[0]}? " if near else ""
     return DataError(
         f"there is no dataset {name!r}, and no folder of that name",
-        f"{guess}Known: {', '.join(_NAMES)}, the path of a folder with class folders, and names of timm's readers such "
-        "as torch/cifar10, hfds/OWNER/NAME, tfds/NAME, wds/NAME.",
+        f"{guess}Known: {', '.join(_NAMES)}, the path of a folder with class folders or of a tar, and names of "
+        "timm's readers such as torch/cifar10, hfds/OWNER/NAME, tfds/NAME, wds/NAME.",
     )

@@ -13,6 +13,15 @@ from repshift_cli.errors import DataError, UsageError
 if TYPE_CHECKING:
     from PIL import Image
 
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What is decoded, whatever a file is called. Pillow knows many more, some of which start other programs (EPS)."""
+
+_MOST_PIXELS = 178_956_970
+"""Of one picture: half a gigabyte when decoded. Pillow's own limit, which other libraries like to switch off."""
+
+_LONGEST_SHAPE = 200
+"""How many times as long as wide a picture may be: one of 1 x 100,000 would be 200 x 20,000,000 when it is resized."""
+
 __all__ = [
     "EvenSubset",
     "ImageDataset",
@@ -55,10 +64,12 @@ class ImageDataset(ABC):
         name: the name that the user gave.
         random_access: whether `load` may be called in any order and from several processes. Where it is False,
             read in ascending order from one process.
+        outputs: places of the head's outputs among which a model chooses; None for all of them.
     """
 
     name: str
     random_access: bool = True
+    outputs: tuple[int, ...] | None = None
 
     @property
     @abstractmethod
@@ -85,9 +96,22 @@ class ImageDataset(ABC):
             UnreadableSample: the picture is truncated, empty, too large to be safe, or no picture at all.
         """
 
+    def answers(self, index: int, label: int) -> tuple[int, ...]:
+        """The outputs of the head that are right for a picture, where `load` gave `label`; one or more."""
+        del index
+        return (label,)
+
     def fingerprint(self, index: int) -> str:
         """A text that changes when another picture lies in this place; cheap, so not the pixels."""
         return self.sample_id(index)
+
+    def key(self, index: int) -> str:
+        """A name of one picture that does not depend on where the dataset lies; UTF-8."""
+        return self.sample_id(index)
+
+    def stamp(self, index: int) -> str:
+        """As `fingerprint`, but also of when it was written, and of its label: what work that goes on relies on."""
+        return self.fingerprint(index)
 
     def for_head(self, num_classes: int) -> ImageDataset:
         """The same pictures, labelled for a head of `num_classes` outputs where the source allows more than one way."""
@@ -102,6 +126,7 @@ class EvenSubset(ImageDataset):
         self.whole = whole
         self.name = whole.name
         self.random_access = whole.random_access
+        self.outputs = whole.outputs
         self.indices = even_indices(len(whole), count)
 
     @property
@@ -121,8 +146,17 @@ class EvenSubset(ImageDataset):
     def load(self, index: int) -> tuple[Image.Image, int]:
         return self.whole.load(self.indices[index])
 
+    def answers(self, index: int, label: int) -> tuple[int, ...]:
+        return self.whole.answers(self.indices[index], label)
+
     def fingerprint(self, index: int) -> str:
         return self.whole.fingerprint(self.indices[index])
+
+    def key(self, index: int) -> str:
+        return self.whole.key(self.indices[index])
+
+    def stamp(self, index: int) -> str:
+        return self.whole.stamp(self.indices[index])
 
     def for_head(self, num_classes: int) -> ImageDataset:
         return EvenSubset(self.whole.for_head(num_classes), len(self))
@@ -189,7 +223,8 @@ def _decode(stream: IO[bytes], sample: str) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow warns of large pictures and refuses huge ones; the warning would only disturb the output.
             warnings.simplefilter("ignore")
-            with Image.open(stream) as picture:
+            with Image.open(stream, formats=_FORMATS) as picture:
+                _check_size(*picture.size)
                 rgb: Image.Image = picture.convert("RGB")
                 return rgb
     except UnidentifiedImageError as error:
@@ -200,6 +235,15 @@ def _decode(stream: IO[bytes], sample: str) -> Image.Image:
     except Exception as error:
         # Decoders answer damaged bytes with almost any kind of exception (SyntaxError, struct.error, EOFError, ...).
         raise UnreadableSample(sample, str(error) or type(error).__name__) from error
+
+
+def _check_size(width: int, height: int) -> None:
+    from PIL import Image
+
+    if width * height > _MOST_PIXELS:
+        raise Image.DecompressionBombError(f"{width} x {height}")
+    if max(width, height) > _LONGEST_SHAPE * min(width, height):
+        raise ValueError(f"{width} x {height} is no shape of a picture")
 
 
 def _is_empty(stream: IO[bytes]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from repshift_cli.data.base import ImageDataset, decode_file
@@ -65,19 +65,26 @@ class FileDataset(ImageDataset):
     def fingerprint(self, index: int) -> str:
         return file_fingerprint(self.samples[index][0], self.root)
 
+    def key(self, index: int) -> str:
+        return readable_name(self.samples[index][0].relative_to(self.root))
+
+    def stamp(self, index: int) -> str:
+        path, label = self.samples[index]
+        return f"{file_fingerprint(path, self.root)}:{_written_at(path)}:{label}"
+
 
 class ClassFolders(FileDataset):
     """One folder per class, labelled by the sorted names; ImageNet ids get ImageNet's order for a head of 1000."""
 
     def for_head(self, num_classes: int) -> FileDataset:
-        from repshift_cli.data.imagenet import imagenet_wnids
+        from repshift_cli.data.imagenet import classes_for_head
 
-        wnids = imagenet_wnids()
-        if num_classes != len(wnids) or not set(self.classes) <= set(wnids):
+        classes = classes_for_head(self.name, self.classes, num_classes)
+        if classes == self.classes:
             return self
-        places = [wnids.index(name) for name in self.classes]
+        places = [classes.index(name) for name in self.classes]
         samples = [(path, places[label]) for path, label in self.samples]
-        return FileDataset(self.name, self.root, samples, wnids)
+        return FileDataset(self.name, self.root, samples, classes)
 
 
 def open_folder(name: str, root: Path) -> ClassFolders:
@@ -144,6 +151,19 @@ def file_fingerprint(path: Path, root: Path) -> str:
     except OSError:
         size = -1
     return f"{path.relative_to(root).as_posix()}:{size}"
+
+
+def readable_name(path: PurePath) -> str:
+    """A relative path as text that can be encoded: bytes that are no UTF-8 are written out."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
+def _written_at(path: Path) -> int:
+    """Nanoseconds; -1 where it cannot be asked."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return -1
 
 
 def _walk(root: Path, suffixes: Collection[str]) -> Iterator[Path]:

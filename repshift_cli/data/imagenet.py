@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import csv
 import re
-import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repshift_cli.data.base import ImageDataset, UnreadableSample, decode_bytes
+from repshift_cli.data.archive import read_member, tar_members
+from repshift_cli.data.base import ImageDataset, decode_bytes
 from repshift_cli.data.folder import FileDataset, class_folders, find_pictures
 from repshift_cli.errors import DataError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["imagenet_wnids", "open_imagenet_val"]
+__all__ = ["classes_for_head", "imagenet_wnids", "open_imagenet_val", "validation_number"]
 
 _NAME = "imagenet-val"
 _TAR = "ILSVRC2012_img_val.tar"
@@ -61,6 +62,37 @@ A label file is {_SYNSET_FILES[0]}, {_KAGGLE_FILE}, or the development kit's {_T
 Name the folder with --data-dir DIR or REPSHIFT_DATA_DIR."""
 
 
+def classes_for_head(name: str, classes: tuple[str, ...], num_classes: int) -> tuple[str, ...]:
+    """The classes, by label, that folders of these names stand for with a head of `num_classes` outputs.
+
+    Args:
+        name: of the dataset, for messages.
+        classes: the sorted names of the folders.
+
+    Returns:
+        The 1000 ImageNet ids, where the names are some of them and the head has 1000 outputs; else the names.
+
+    Raises:
+        DataError: the names are WordNet ids, but not those of a head of 1000; or numbers whose order is not told.
+    """
+    wnids = imagenet_wnids()
+    if num_classes == len(wnids) and all(_WNID.fullmatch(folder) for folder in classes):
+        if strangers := sorted(set(classes) - set(wnids)):
+            raise DataError(
+                f"{len(strangers)} classes of {name} are no ImageNet-1k classes: {_some(strangers)}",
+                "A head of 1000 outputs is taken for one of ImageNet-1k where folders are named by WordNet ids.",
+            )
+        return wnids
+    numbers = len(classes) == num_classes and all(folder.isdecimal() for folder in classes)
+    if numbers and sorted(classes, key=int) != list(classes):
+        raise DataError(
+            f"the classes of {name} are numbers, which some tools sort as text (1, 10, 2) and others by value",
+            "Give the folders as many digits as the largest number has (001, 002, 010), in the order of the labels "
+            "that the model was trained with. ImageNet-V2 is --dataset imagenet-v2.",
+        )
+    return classes
+
+
 @lru_cache(maxsize=1)
 def imagenet_wnids() -> tuple[str, ...]:
     """The 1000 WordNet ids in label order, which is sorted order."""
@@ -68,6 +100,12 @@ def imagenet_wnids() -> tuple[str, ...]:
 
     info: Any = ImageNetInfo("imagenet-1k")
     return tuple(info.label_names())
+
+
+def validation_number(name: str) -> int | None:
+    """The official number of a validation picture, from 1, by the name of its file; None for other names."""
+    match = _PICTURE.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def open_imagenet_val(data_dir: Path | None) -> ImageDataset:
@@ -122,6 +160,7 @@ def _flat_pictures(root: Path) -> list[tuple[Path, int]]:
 
 
 def _open_flat(root: Path, pictures: list[tuple[Path, int]], labels: _Labels) -> FileDataset:
+    _check_once([number for _, number in pictures], root)
     samples = [(path, labels.of(path.name, number)) for path, number in pictures]
     return FileDataset(_NAME, root, samples, imagenet_wnids())
 
@@ -133,9 +172,16 @@ class _TarValidation(ImageDataset):
 
     def __init__(self, path: Path, labels: _Labels) -> None:
         self.path = path
-        self.members = [(name, start, size, labels.of(name, number)) for name, number, start, size in _tar_index(path)]
-        if not self.members:
+        found = ((validation_number(Path(member.name).name), member) for member in tar_members(path))
+        numbered = [(number, member) for number, member in found if number is not None]
+        numbered.sort(key=lambda entry: entry[0])
+        if not numbered:
             raise DataError(f"there are no ImageNet validation pictures in {path}", _LAYOUT)
+        _check_once([number for number, _ in numbered], path)
+        self.members = [member for _, member in numbered]
+        self.names = [Path(member.name).name for member in self.members]
+        self.labels = [labels.of(name, number) for name, (number, _) in zip(self.names, numbered, strict=True)]
+        self.written = path.stat().st_mtime_ns
 
     @property
     def description(self) -> str:
@@ -149,37 +195,27 @@ class _TarValidation(ImageDataset):
         return len(self.members)
 
     def sample_id(self, index: int) -> str:
-        return f"{self.path}:{self.members[index][0]}"
+        return f"{self.path}:{self.names[index]}"
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        _, start, size, label = self.members[index]
-        try:
-            with self.path.open("rb") as archive:
-                archive.seek(start)
-                content = archive.read(size)
-        except OSError as error:
-            raise UnreadableSample(self.sample_id(index), error.strerror or str(error)) from error
-        return decode_bytes(content, self.sample_id(index)), label
+        name = self.sample_id(index)
+        return decode_bytes(read_member(self.path, self.members[index], name), name), self.labels[index]
 
     def fingerprint(self, index: int) -> str:
-        name, _, size, _ = self.members[index]
-        return f"{name}:{size}"
+        return f"{self.names[index]}:{self.members[index].size}"
+
+    def key(self, index: int) -> str:
+        return self.names[index]
+
+    def stamp(self, index: int) -> str:
+        return f"{self.fingerprint(index)}:{self.members[index].start}:{self.written}:{self.labels[index]}"
 
 
-def _tar_index(path: Path) -> list[tuple[str, int, int, int]]:
-    """Name, number, first byte and length of each picture in an uncompressed tar, in the order of the numbers."""
-    found: list[tuple[str, int, int, int]] = []
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                match = _PICTURE.fullmatch(Path(member.name).name)
-                if match and member.isfile():
-                    found.append((Path(member.name).name, int(match[1]), member.offset_data, member.size))
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(
-            f"{path} cannot be read as an uncompressed tar: {error}", "Fetch it again, or unpack what it holds."
-        ) from error
-    return sorted(found, key=lambda entry: entry[1])
+def _check_once(numbers: Sequence[int], where: Path) -> None:
+    """Refuse sorted numbers in which one stands twice: the picture would count twice."""
+    twice = next((one for one, other in pairwise(numbers) if one == other), None)
+    if twice is not None:
+        raise DataError(f"picture {twice:08d} is in {where} more than once", "Leave one of them.")
 
 
 @dataclass(frozen=True)

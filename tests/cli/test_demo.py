@@ -73,7 +73,8 @@ def test_fits_80_columns_and_sums_up(run: tuple[Path, str]) -> None:
     _, printed = run
     assert max(len(line.rstrip()) for line in printed.splitlines()) <= 80
     summary = printed[printed.index("Summary ---") :]
-    assert re.search(r"accuracy  [\d.]+% dense -> [\d.]+% compressed, on 1000 test scenes", summary)
+    share = r"[\d.]+% \[[\d.]+-[\d.]+\]"
+    assert re.search(rf"accuracy  {share} dense -> {share} compressed\n +on 1000 test scenes", summary)
     assert re.search(r"batch 1: (no speed-up|[\d.]+x faster)", summary)
     assert re.search(r"batch 32: (no speed-up|[\d.]+x faster)", summary)
     for name in FILES:

@@ -27,7 +27,7 @@ from repshift_cli import artifact, compress
 from repshift_cli.attach import resolve_for
 from repshift_cli.budget import Found
 from repshift_cli.checkpoint import read_weights
-from repshift_cli.cli.search import own_device
+from repshift_cli.cli.together import own_device
 from repshift_cli.data.images import ImageBatch
 from repshift_cli.data.labelled import Labelled
 from repshift_cli.errors import RecipeError

@@ -1,0 +1,73 @@
+"""`repshift compare`: what changed between two runs whose predictions were saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from repshift_cli.cli import options
+
+if TYPE_CHECKING:
+    from repshift_cli.comparison import Comparison, Side
+
+__all__ = ["command"]
+
+_SMALL_P = 1e-4
+
+
+def command(
+    first: Annotated[
+        Path, typer.Argument(metavar="A", help="Predictions that `repshift eval --save-predictions` wrote.")
+    ],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Those of another run over the same pictures.")],
+    *,
+    classes: Annotated[
+        int, typer.Option("--classes", min=0, metavar="N", help="Show the N classes that changed most.")
+    ] = 10,
+    json: options.AsJson = False,
+) -> None:
+    """Tell what changed from A to B: agreement, what was lost and won, by class, and whether chance explains it."""
+    from repshift_cli import ui
+    from repshift_cli.comparison import compare_predictions
+    from repshift_cli.predictions import load_predictions
+
+    found = compare_predictions(load_predictions(first), load_predictions(second))
+    if json:
+        ui.print_json({"a": str(first), "b": str(second), **found.to_dict()})
+    else:
+        _show(found, classes)
+
+
+def _show(found: Comparison, classes: int) -> None:
+    """Print it for people, in 80 columns."""
+    from repshift_cli import ui
+    from repshift_cli.intervals import percent_interval
+
+    rows = [_row(name, side) for name, side in (("A", found.first), ("B", found.second))]
+    ui.print_table(f"{found.images} images", ("", "model", "top-1 %", "95%", "top-5 %", "95%"), rows, left=2)
+    for name, count in (("A", found.only_first), ("B", found.only_second)):
+        if count:
+            ui.print_text(f"{count} pictures are in {name} alone, and take no part")
+    low, high = percent_interval(found.same, found.images)
+    ui.print_text(f"the same prediction: {100 * found.same / found.images:.2f}% (95%: {low:.2f}-{high:.2f})")
+    ui.print_text(f"lost in B: {found.lost}; won in B: {found.won}; wrong in both, but not alike: {found.other}")
+    low, high = found.difference_interval
+    ui.print_text(f"top-1 of B - A: {found.difference:+.2f} points (95%: {low:+.2f} to {high:+.2f})")
+    p = f"{found.p_value:.4f}" if found.p_value >= _SMALL_P else f"{found.p_value:.1e}"
+    ui.print_text(f"McNemar's exact test: p = {p}\n")
+    if classes and found.classes:
+        shown = [(each.name, str(each.images), str(each.lost), str(each.won)) for each in found.classes[:classes]]
+        ui.print_text(f"changed most, of {len(found.classes)} classes that changed:")
+        ui.print_table(None, ("class", "images", "lost", "won"), shown)
+
+
+def _row(name: str, side: Side) -> tuple[str, ...]:
+    numbers = side.to_dict()
+    cells = [
+        text
+        for key in ("top1", "top5")
+        for text in (f"{numbers[key]:.2f}", "{:.2f}-{:.2f}".format(*numbers[f"{key}_interval"]))
+    ]
+    return (name, side.model, *cells)

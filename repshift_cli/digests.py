@@ -1,0 +1,31 @@
+"""SHA-256 of things that are not files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["digest_of_document", "digest_of_tensors"]
+
+_ELEMENTS = 1 << 24
+"""Of a tensor at a time, so that no second copy of it is made."""
+
+
+def digest_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of names, shapes, dtypes and values."""
+    digest = sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        for part in tensor.detach().flatten().split(_ELEMENTS):
+            digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def digest_of_document(document: Any) -> str:
+    """SHA-256 of what JSON can hold; the order of keys is of no account."""
+    return sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,144 @@
+"""`torchrun ... -m repshift_cli eval`: the whole numbers of one process, whatever the number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from outcome import Command
+
+ROOT = Path(__file__).parents[2]
+EXACT = ("images", "of", "skipped", "skipped_files", "top1", "top5", "top1_correct", "top5_correct", "top1_interval")
+
+pytestmark = pytest.mark.slow
+
+
+def together(processes: int, *arguments: str) -> list[str]:
+    """The command that starts so many of `repshift eval`."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *launch, "-m", "repshift_cli", "eval", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def launch(processes: int, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        together(processes, *arguments),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        cwd=folder,
+        env=environment(),
+    )
+
+
+def exact(text: str) -> dict[str, Any]:
+    document = json.loads(text)
+    dense = {f"dense {key}": document["dense"][key] for key in EXACT if key in document.get("dense", {})}
+    return {**{key: document[key] for key in EXACT}, "agreement": document.get("agreement"), **dense}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of 45 scenes, some of which cannot be read."""
+    from repshift_cli.data.digits import DigitScenes
+
+    root = tmp_path_factory.mktemp("digits")
+    for label in range(10):
+        (root / str(label)).mkdir()
+    scenes = DigitScenes("test", 45)
+    for index in range(45):
+        picture, label = scenes[index]
+        picture.save(root / str(label) / f"{index:02d}.png")
+    for broken in sorted(root.glob("*/*.png"))[3::17]:
+        broken.write_bytes(broken.read_bytes()[:100])
+    return root
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from repshift_cli.compression import Settings, compress_checkpoint
+    from repshift_cli.progress import Silent
+
+    path = tmp_path_factory.mktemp("model") / "small.safetensors"
+    settings = Settings(output=path, seconds=0.0, calibration_images=0)
+    compress_checkpoint("builtin:vit-digits-small", settings, Silent())
+    return path
+
+
+@pytest.fixture
+def arguments(digits: Path, compressed: Path) -> list[str]:
+    return [str(compressed), "--dataset", str(digits), "--compare-dense", "-b", "1", "--threads", "1", "--json"]
+
+
+@pytest.fixture
+def expected(arguments: list[str], cli: Command) -> dict[str, Any]:
+    """What one process counts."""
+    alone = cli("eval", *arguments)
+    assert alone.rc == 0, alone.stderr
+    found = exact(alone.stdout)
+    assert (found["skipped"], found["images"]) == (3, 42)
+    return found
+
+
+def test_several_processes_count_the_same(arguments: list[str], expected: dict[str, Any], tmp_path: Path) -> None:
+    done = launch(3, *arguments, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert exact(done.stdout) == expected
+    assert json.loads(done.stdout)["data"]["processes"] == 3
+    assert done.stderr.count("pictures could not be read") == 1
+
+
+def test_a_run_of_several_that_was_killed_goes_on_with_another_number(
+    arguments: list[str], expected: dict[str, Any], cli: Command, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    process = subprocess.Popen(
+        together(2, *arguments, "--resume", "state"),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=environment(),
+    )
+    deadline = time.monotonic() + 120
+    while len(list(state.glob("0*.json"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False).stdout
+    for pid in (process.pid, *map(int, workers.split())):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait(60)
+    assert len(list(state.glob("0*.json"))) >= 4
+    done = cli("eval", *arguments, "--resume", "state")
+    assert done.rc == 0, done.stderr
+    assert exact(done.stdout) == expected
+    assert not state.exists()
+
+
+def test_an_error_in_one_process_is_told_once_and_ends_all(digits: Path, tmp_path: Path) -> None:
+    # the last broken picture is in the part of the second process
+    done = launch(2, "--dataset", str(digits), "-b", "2", "--strict", "--json", folder=tmp_path)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert done.stderr.count("cannot be read") == 1
+    assert "repshift_cli/evaluate.py" not in done.stderr  # torchrun shows its own traceback, not ours
+
+
+def test_videos_are_for_one_process(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = cli("eval", "builtin:umt-shapes")
+    assert done.rc == 2
+    assert "Start it without torchrun" in done.stderr
