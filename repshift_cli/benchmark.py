@@ -23,7 +23,7 @@ from repshift_cli.bench_report import (
     Run,
     Setting,
 )
-from repshift_cli.compiled import Compiled, CompileMode, fresh_graphs, out_of_memory
+from repshift_cli.compiled import Compiled, CompileMode, fresh_graphs
 from repshift_cli.end_to_end import Placement, Source, measure_end_to_end
 from repshift_cli.energy import Meter, find_meter
 from repshift_cli.errors import UsageError
@@ -435,7 +435,7 @@ def _explain_memory(batch: int, device: torch.device) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not measure.out_of_memory(error):
             raise
         raise UsageError(
             f"batch size {batch} does not fit into the memory of {device}", "Take a smaller one with --batch-size."

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli.errors import UsageError, first_line
+from repshift_cli.measure import out_of_memory
 
-__all__ = ["CompileMode", "Compiled", "fresh_graphs", "out_of_memory"]
+__all__ = ["CompileMode", "Compiled", "fresh_graphs"]
 
 CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune"]
 """A mode of torch.compile, or none at all."""
@@ -79,11 +80,6 @@ def fresh_graphs() -> Iterator[None]:
         yield
     finally:
         torch.compiler.reset()
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether the memory of the device did not suffice; the allocator of the CPU has no exception of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 def _own_function(module: nn.Module, name: str) -> Callable[[Tensor], Any]:

@@ -606,7 +606,7 @@ class _Runner:
             try:
                 pieces.append(self._piece(pixels, batch.number))
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not measure.out_of_memory(error):
                     raise
                 if len(pixels) == 1:
                     raise UsageError(
@@ -680,11 +680,6 @@ def _count(said: _Heard, answers: Tensor) -> Count:
 def _rows(batch: Batch, heard: Mapping[str, _Heard]) -> Rows:
     said = {name: Said(each.top.to(torch.int32).numpy(), each.probabilities.numpy()) for name, each in heard.items()}
     return Rows(tuple(batch.indices), batch.answers.to(torch.int32).numpy(), said)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # of the CPU's allocator there is no exception of its own
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "alloc_cpu" in str(error)
 
 
 def in_turn(names: list[str], turn: int) -> list[str]:

@@ -41,6 +41,7 @@ __all__ = [
     "device_name",
     "measure_latency",
     "observed_attention",
+    "out_of_memory",
     "parameter_bytes",
     "peak_memory",
     "resolve_device",
@@ -285,6 +286,12 @@ def _time_once(subject: Subject, inputs: Tensor, meter: Meter | None) -> _Sample
         joules = meter.between(before, meter.read()) if meter else 0.0
         del output  # freed after the clock has stopped
     return _Sample(seconds, joules)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether the memory of the device did not suffice; the allocator of the CPU has no exception of its own."""
+    words = ("not enough memory", "alloc_cpu")
+    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
 
 
 def wait_for(device: torch.device) -> None:

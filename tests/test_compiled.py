@@ -9,7 +9,6 @@ import torch
 from tiny import compressed, images
 from torch import Tensor, nn
 
-from repshift_cli import compiled
 from repshift_cli.compiled import Compiled, fresh_graphs
 from repshift_cli.errors import UsageError
 
@@ -70,5 +69,3 @@ def test_out_of_memory_is_no_matter_of_compiling() -> None:
     run._run = fail
     with pytest.raises(RuntimeError, match="not enough memory"):
         run.first(torch.zeros(1))
-    assert compiled.out_of_memory(RuntimeError("not enough memory"))
-    assert not compiled.out_of_memory(RuntimeError("something else"))

@@ -304,3 +304,9 @@ class TestAttention:
 
     def test_none(self) -> None:
         assert measure.observed_attention(lambda x: x.flatten(1).softmax(-1), torch.zeros(1, 2, 8, 8)) == "none"
+
+
+def test_what_counts_as_too_little_memory() -> None:
+    assert measure.out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert measure.out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes."))
+    assert not measure.out_of_memory(RuntimeError("something else"))
