@@ -322,7 +322,7 @@ class TestDamage:
         assert "or is damaged" in refusal(path).message
 
     def test_an_unknown_ending(self, tmp_path: Path) -> None:
-        path = tmp_path / "weights.onnx"
+        path = tmp_path / "weights.gguf"
         path.write_bytes(b"1234")
         assert "Known are .safetensors, .pth" in str(refusal(path))
 

@@ -49,6 +49,7 @@ def test_example_runs_and_leaves_nothing_behind(name: str, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_finetuning_wins_back_accuracy_and_leaves_the_asset_alone(tmp_path: Path) -> None:
     asset = ROOT / "repshift_cli" / "assets" / "vit_digits.safetensors"
     before = asset.read_bytes()

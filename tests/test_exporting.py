@@ -83,6 +83,7 @@ def round_trip(cases: list[tuple[str, base.Target, torch.dtype]], folder: Path) 
         torch.testing.assert_close(found, output, rtol=allowed, atol=allowed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_graphs_of_every_family_run_without_repshift(dtype: torch.dtype, tmp_path: Path) -> None:
     round_trip([(family, target, dtype) for family in FAMILIES for target in ("onnx", "pt2")], tmp_path)

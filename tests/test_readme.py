@@ -61,4 +61,4 @@ def test_the_recipe_of_the_readme_is_fine() -> None:
 
 def test_the_test_command_of_the_readme_is_what_ci_runs() -> None:
     assert "python -m pytest" in README
-    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").rstrip().endswith("\npython -m pytest")
+    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").endswith("\npython -m pytest\npython -m pytest -m slow\n")

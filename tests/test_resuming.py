@@ -260,7 +260,7 @@ class TestFullDisk:
         written = Path.write_text
 
         def full(self: Path, text: str, **options: Any) -> int:
-            if ".0" in self.name:
+            if self.name.startswith(".0"):
                 raise OSError(errno.ENOSPC, "No space left on device")
             return written(self, text, **options)
 

@@ -527,6 +527,7 @@ class TestFamilies:
         assert resolve_for(model, result.recipe) == result.plan
 
 
+@pytest.mark.slow
 def test_the_built_in_model_beats_chance_and_the_paper() -> None:
     loaded = checkpoint.load("builtin:vit-digits-small")
     batch = load_images(None, 48, loaded.description.preprocessing, 0)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from outcome import Command, explained
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import DEPTH, PATCHES, compressed, images, make_recipe, tiny_vit
@@ -550,18 +548,6 @@ class TestClipFigure:
             assert not any(box.overlaps(other) for other in boxes[:index])
 
 
-def call(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "repshift_cli", "visualize", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "80", "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
-    )
-
-
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `dense.safetensors` and `compressed.safetensors` of one tiny model."""
@@ -579,11 +565,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestCommand:
-    def test_writes_a_picture_and_the_indices(self, checkpoints: Path, tmp_path: Path) -> None:
+    def test_writes_a_picture_and_the_indices(self, shell: Command, checkpoints: Path, tmp_path: Path) -> None:
         model = str(checkpoints / "compressed.safetensors")
         save_pictures(tmp_path / "photos", 3, size=(60, 40))
-        done = call(model, "--data", "photos", "--count", "2", "--indices", "kept.json", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        done = shell("visualize", model, "--data", "photos", "--count", "2", "--indices", "kept.json")
+        assert done.rc == 0, done.stderr
         assert "12 of 16 after block 0, 5 of 16 after block 2" in done.stdout
         assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
         document = json.loads((tmp_path / "kept.json").read_text())
@@ -591,10 +577,10 @@ class TestCommand:
         for entry in document["images"]:
             assert {layer: len(kept) for layer, kept in entry["kept"].items()} == {"0": 12, "2": 5}
 
-    def test_json_and_nothing_else(self, checkpoints: Path, tmp_path: Path) -> None:
+    def test_json_and_nothing_else(self, shell: Command, checkpoints: Path, tmp_path: Path) -> None:
         model = str(checkpoints / "compressed.safetensors")
-        done = call(model, "--data", "builtin:digits", "--count", "2", "-o", "a.svg", "--json", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        done = shell("visualize", model, "--data", "builtin:digits", "--count", "2", "-o", "a.svg", "--json")
+        assert done.rc == 0, done.stderr
         document = json.loads(done.stdout)
         assert (document["output"], document["indices"]) == ("a.svg", None)
         assert [(layer["layer"], layer["kept"]) for layer in document["layers"]] == [(0, 12), (2, 5)]
@@ -613,13 +599,10 @@ class TestCommand:
         ],
     )
     def test_mistakes_are_told_before_anything_is_written(
-        self, checkpoints: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+        self, *, cli: Command, checkpoints: Path, tmp_path: Path, arguments: list[str], code: int, message: str
     ) -> None:
         (tmp_path / "old.png").write_text("precious")
-        done = call(str(checkpoints / f"{arguments[0]}.safetensors"), *arguments[1:], cwd=tmp_path)
-        assert (done.returncode, done.stdout) == (code, ""), done.stderr
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        explained(cli("visualize", checkpoints / f"{arguments[0]}.safetensors", *arguments[1:]), code, message)
         assert [path.name for path in tmp_path.iterdir()] == ["old.png"]
 
 
@@ -644,9 +627,9 @@ def clip_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class TestCommandOnClips:
-    def test_built_in_scenes_of_a_built_in_model(self, clip_model: str, tmp_path: Path) -> None:
-        done = call(clip_model, "--indices", "kept.json", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+    def test_built_in_scenes_of_a_built_in_model(self, shell: Command, clip_model: str, tmp_path: Path) -> None:
+        done = shell("visualize", clip_model, "--indices", "kept.json")
+        assert done.rc == 0, done.stderr
         assert "36 of 48 after block 0, 18 of 48 after block 2" in done.stdout
         assert "moved   features by 0." in done.stdout
         assert "3 clips of builtin:shapes" in done.stdout
@@ -654,10 +637,10 @@ class TestCommandOnClips:
         document = json.loads((tmp_path / "kept.json").read_text())
         assert [list(map(len, clip["kept"].values())) for clip in document["clips"]] == [[36, 18]] * 3
 
-    def test_a_folder_as_json(self, clip_model: str, tmp_path: Path) -> None:
+    def test_a_folder_as_json(self, shell: Command, clip_model: str, tmp_path: Path) -> None:
         save_pictures(tmp_path / "videos" / "walk", 5)
-        done = call(clip_model, "--data", "videos", "--json", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        done = shell("visualize", clip_model, "--data", "videos", "--json")
+        assert done.rc == 0, done.stderr
         document = json.loads(done.stdout)
         assert document["grid"] == {"frames": 3, "rows": 4, "columns": 4}
         assert document["tokens"] == "kept"

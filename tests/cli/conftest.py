@@ -1,58 +1,13 @@
-"""Two ways to call `repshift`: in this process, which is quick, and as a process of its own, as people do."""
+"""What most tests of commands begin with."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from outcome import Command, Outcome
 from PIL import Image
 from tiny import make_recipe, save_weights, tiny_vit
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
-    """Run `repshift` in this process, in an empty folder."""
-    from repshift_cli.cli import main
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    monkeypatch.delenv("REPSHIFT_DATA_DIR", raising=False)
-
-    def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["repshift", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return Outcome(int(ended.value.code or 0), captured.out, captured.err)
-
-    return run
-
-
-@pytest.fixture
-def shell(tmp_path: Path) -> Command:
-    """Run `repshift` in a process of its own, in an empty folder."""
-
-    def run(*arguments: object) -> Outcome:
-        environment = {key: value for key, value in os.environ.items() if key != "REPSHIFT_DATA_DIR"}
-        done = subprocess.run(
-            [sys.executable, "-m", "repshift_cli", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-            cwd=tmp_path,
-            env={**environment, "COLUMNS": "80"},
-        )
-        return Outcome(done.returncode, done.stdout, done.stderr)
-
-    return run
 
 
 @pytest.fixture

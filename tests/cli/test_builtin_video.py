@@ -47,6 +47,7 @@ def evaluated(shell: Command, tmp_path: Path, videos: Path, task: str, recipe: s
     return document
 
 
+@pytest.mark.slow
 def test_retrieval_survives_merging_by_shift(shell: Command, tmp_path: Path, videos: Path) -> None:
     found = evaluated(shell, tmp_path, videos, "retrieval", MERGED)
     assert (found["videos"], found["captions"]) == (VIDEOS, VIDEOS)
@@ -56,6 +57,7 @@ def test_retrieval_survives_merging_by_shift(shell: Command, tmp_path: Path, vid
         assert found[direction]["r1"] > 88
 
 
+@pytest.mark.slow
 def test_answers_survive_merging_by_shift(shell: Command, tmp_path: Path, videos: Path) -> None:
     found = evaluated(shell, tmp_path, videos, "qa", MERGED)
     assert found["questions"] == 2 * VIDEOS
@@ -63,6 +65,7 @@ def test_answers_survive_merging_by_shift(shell: Command, tmp_path: Path, videos
     assert found["accuracy"] > 78
 
 
+@pytest.mark.slow
 def test_shift_beats_chance_at_a_lower_cost(shell: Command, tmp_path: Path, videos: Path) -> None:
     strong = MERGED.replace("drop_ratio: 0.2}", "drop_ratio: 0.35}")
     random = RANDOM.replace("drop_ratio: 0.2}", "drop_ratio: 0.35}")

@@ -197,29 +197,29 @@ class TestAttention:
     @pytest.mark.parametrize(
         ("asked", "ran"), [("sdpa", "sdpa:flash"), ("explicit", "explicit"), ("auto", "sdpa:flash")]
     )
-    def test_named_in_json(self, asked: str, ran: str, shell: Command, recipe: Path, dense: Path) -> None:
+    def test_named_in_json(self, asked: str, ran: str, cli: Command, recipe: Path, dense: Path) -> None:
         chosen = ("--attention", asked, "--json")
-        done = shell("compress", dense, "--recipe", recipe, *QUICK, "-o", "small.safetensors", *chosen)
+        done = cli("compress", dense, "--recipe", recipe, *QUICK, "-o", "small.safetensors", *chosen)
         assert done.rc == 0, done.stderr
         assert json.loads(done.stdout)["attention"] == ran
-        done = shell("bench", "small.safetensors", "--seconds", "0", "-b", "1", *chosen)
+        done = cli("bench", "small.safetensors", "--seconds", "0", "-b", "1", *chosen)
         assert done.rc == 0, done.stderr
         assert json.loads(done.stdout)["attention"] == ran
 
     @pytest.mark.parametrize(("asked", "ran"), [("sdpa:math", "sdpa:math"), ("explicit", "explicit")])
-    def test_named_by_eval(self, asked: str, ran: str, shell: Command, recipe: Path, tmp_path: Path) -> None:
-        done = shell("compress", "builtin:vit-digits-small", *QUICK, "--no-calibrate", "-o", "small.safetensors")
+    def test_named_by_eval(self, asked: str, ran: str, cli: Command, recipe: Path, tmp_path: Path) -> None:
+        done = cli("compress", "builtin:vit-digits-small", *QUICK, "--no-calibrate", "-o", "small.safetensors")
         assert done.rc == 0, done.stderr
         options = ("small.safetensors", "--dataset", "builtin:digits", "--limit", "8", "--attention", asked)
-        document = json.loads(shell("eval", *options, "--compare-dense", "--json").stdout)
+        document = json.loads(cli("eval", *options, "--compare-dense", "--json").stdout)
         assert (document["attention"], document["dense"]["attention"]) == (ran, ran)
-        assert f"attention: {ran}\n" in shell("eval", *options).stdout
+        assert f"attention: {ran}\n" in cli("eval", *options).stdout
 
     @pytest.mark.parametrize("task", ["", "-qa"])
-    def test_named_by_eval_of_videos(self, task: str, shell: Command) -> None:
+    def test_named_by_eval_of_videos(self, task: str, cli: Command) -> None:
         options = (f"builtin:umt-shapes{task}", "--limit", "4", "--attention", "explicit")
-        assert json.loads(shell("eval", *options, "--json").stdout)["attention"] == "explicit"
-        assert "attention: explicit, on that side\n" in shell("eval", *options).stdout
+        assert json.loads(cli("eval", *options, "--json").stdout)["attention"] == "explicit"
+        assert "attention: explicit, on that side\n" in cli("eval", *options).stdout
 
     def test_several_are_joined_and_sides_told_apart(self, cli: Command) -> None:
         """vid-TLDR's own score forms the map, and only the compressed model has it."""
@@ -255,8 +255,8 @@ class TestAttention:
         assert observed_attention(other, images(1)) == "sdpa:flash"
 
     @pytest.mark.parametrize("command", ["compress", "bench", "eval"])
-    def test_flash_attn_where_it_cannot_run(self, command: str, shell: Command, tmp_path: Path) -> None:
-        outcome = shell(command, "builtin:vit-digits-small", "--attention", "flash")
+    def test_flash_attn_where_it_cannot_run(self, command: str, cli: Command, tmp_path: Path) -> None:
+        outcome = cli(command, "builtin:vit-digits-small", "--attention", "flash")
         assert outcome.rc == 2
         assert "cannot run on flash-attn: it runs on CUDA" in " ".join(outcome.stderr.split())
         assert "pip install 'repshift-cli[flash]'" in " ".join(outcome.stderr.split())

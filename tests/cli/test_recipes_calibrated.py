@@ -8,12 +8,12 @@ from pathlib import Path
 from outcome import Command
 
 
-def test_the_calibrated_recipe_gives_the_same_plan(shell: Command, tmp_path: Path) -> None:
-    first = shell("compress", "builtin:vit-digits-small", "--seconds", "0", "-o", "one.safetensors", "--json")
+def test_the_calibrated_recipe_gives_the_same_plan(cli: Command, tmp_path: Path) -> None:
+    first = cli("compress", "builtin:vit-digits-small", "--seconds", "0", "-o", "one.safetensors", "--json")
     assert first.rc == 0, first.stderr
-    shown = shell("recipes", "show", "one.safetensors", "--calibrated")
+    shown = cli("recipes", "show", "one.safetensors", "--calibrated")
     assert shown.rc == 0, shown.stderr
     (tmp_path / "found.yaml").write_text(shown.stdout, encoding="utf-8")
-    again = shell("compress", "builtin:vit-digits-small", "--recipe", "found.yaml", "--dry-run", "--json")
+    again = cli("compress", "builtin:vit-digits-small", "--recipe", "found.yaml", "--dry-run", "--json")
     assert again.rc == 0, again.stderr
     assert json.loads(again.stdout)["plan"] == json.loads(first.stdout)["plan"]

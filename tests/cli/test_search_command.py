@@ -563,7 +563,10 @@ def test_one_process_tells_what_it_finds_whatever_its_rank(
     assert "wrote   dense_macs0.7.yaml" in outcome.stdout
 
 
-@pytest.mark.parametrize(("model", "named"), [("builtin:vit-digits-small", True), ("timm", True), ("dense", False)])
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [("builtin:vit-digits-small", True), pytest.param("timm", True, marks=pytest.mark.slow), ("dense", False)],
+)
 def test_fitted_weights_are_for_the_model_that_they_were_fitted_to(
     *, model: str, named: bool, cli: Command, dense: Path, pictures: Path, tmp_path: Path
 ) -> None:
