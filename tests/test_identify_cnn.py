@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +99,9 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
 )
 def test_registered_models_are_found_by_their_tensors(name: str) -> None:
     tensors = weights_of(name)
-    started = time.perf_counter()
     identity = found(tensors)
     assert (identity.name, identity.architecture, identity.args) == (name, name, {})
     assert any(f"taken for {name} by its tensors" in note for note in identity.notes)
-    assert time.perf_counter() - started < 15  # about one second where nothing else runs
 
 
 @pytest.mark.parametrize("name", ["resnet14t", "convnext_atto", "regnety_002"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -448,10 +447,8 @@ class TestMetadata:
     )
     def test_arguments_that_cannot_be(self, changes: dict[str, Any], tmp_path: Path) -> None:
         path = written(tmp_path / "mine.safetensors", changes)
-        started = time.perf_counter()
         with pytest.raises(CheckpointError) as caught:
             checkpoint.load(path)
-        assert time.perf_counter() - started < 10
         assert caught.value.exit_code == 3
 
     @pytest.mark.parametrize("frames", [10**9, -1, 0, "many", [3]])
