@@ -85,9 +85,11 @@ class Processes:
         return done[0]
 
     def stop(self) -> None:
-        """Ask the others to come to an end."""
+        """Ask the others to come to an end; when this returns, they are told so."""
         if self._store is not None:
             self._store.set(_STOP, "1")
+            # `set` does not wait for the store, but what the same process asks next is answered after it
+            self._store.get(_STOP)
 
     def stopped(self) -> bool:
         """Whether one of the others asked for the end."""
