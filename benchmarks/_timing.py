@@ -1,10 +1,15 @@
-"""Small pieces of a model, timed in turn."""
+"""How the scripts time: small pieces of a model in turn, and whole models on this CPU."""
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
+
+import torch
+
+from repshift_cli.benchmark import BenchSettings, MemoryFormat
 
 WARMUP = 10
 
@@ -19,3 +24,17 @@ def timed(group: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, f
             if done >= WARMUP:
                 samples[name].append(time.perf_counter() - begin)
     return {name: statistics.median(found) for name, found in samples.items()}
+
+
+def cpu_settings(
+    options: argparse.Namespace, dtype: torch.dtype = torch.float32, memory_format: MemoryFormat = "contiguous"
+) -> BenchSettings:
+    """What the options `--seconds`, `--min-runs` and `--threads` of a script say, on the CPU."""
+    return BenchSettings(
+        device=torch.device("cpu"),
+        dtype=dtype,
+        seconds=options.seconds,
+        min_runs=options.min_runs,
+        threads=options.threads,
+        memory_format=memory_format,
+    )

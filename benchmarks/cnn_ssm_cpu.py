@@ -17,13 +17,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from _results import latency, provenance, table, words, write_section
+from _results import latency, provenance, publish, table, words
+from _timing import cpu_settings
 from torch import Tensor
 
 from repshift_cli import checkpoint
 from repshift_cli.benchmark import (
     BenchReport,
-    BenchSettings,
     Contender,
     MemoryFormat,
     Ratio,
@@ -74,9 +74,7 @@ def main() -> None:
         sections.append(render(published, reports))
     command = shlex.join(["python", "benchmarks/cnn_ssm_cpu.py", *sys.argv[1:]])
     text = "\n\n".join(["## CNNs and Vision Mamba on a CPU", provenance(command, machine), *sections, NOTE])
-    print(text)
-    if not options.dry_run:
-        write_section("cnn_ssm_cpu", text)
+    publish("cnn_ssm_cpu", text, options.dry_run)
 
 
 def parse_options() -> argparse.Namespace:
@@ -92,14 +90,7 @@ def parse_options() -> argparse.Namespace:
 
 def measure(published: Published, layout: MemoryFormat, options: argparse.Namespace, progress: Progress) -> BenchReport:
     opened = compress_dense(published.model, recipe_name=published.recipe)
-    settings = BenchSettings(
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        seconds=options.seconds,
-        min_runs=options.min_runs,
-        threads=options.threads,
-        memory_format=layout,
-    )
+    settings = cpu_settings(options, memory_format=layout)
     contenders = contenders_of({published.model: opened})
     if opened.compressed is not None and opened.compressed.plan.grids_kept:
         contenders.append(cropped(published.model, contenders[-1], opened.compressed.plan))

@@ -18,11 +18,11 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from _results import latency, provenance, publish, table, words
+from _timing import cpu_settings
 
 from repshift_cli.artifact import Opened
-from repshift_cli.benchmark import BenchReport, BenchSettings, Contender, Run, contenders_of, run_bench
+from repshift_cli.benchmark import BenchReport, Contender, Run, contenders_of, run_bench
 from repshift_cli.compression import compress_dense
 from repshift_cli.exporting import Request, Target, export
 from repshift_cli.measure import speedup
@@ -112,13 +112,7 @@ def exported(ways: Sequence[str], folder: Path) -> Iterator[Contender]:
 
 
 def measure(contenders: Sequence[Contender], options: argparse.Namespace, progress: Progress) -> BenchReport:
-    settings = BenchSettings(
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        seconds=options.seconds,
-        min_runs=options.min_runs,
-        threads=options.threads,
-    )
+    settings = cpu_settings(options)
     return run_bench(contenders, options.batch_sizes, settings, progress)
 
 

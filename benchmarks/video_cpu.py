@@ -16,11 +16,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-from _results import latency, provenance, table, words, write_section
+from _results import latency, provenance, publish, table, words
+from _timing import cpu_settings
 
 from repshift_cli.artifact import Opened
-from repshift_cli.benchmark import AttentionMode, BenchReport, BenchSettings, Contender, Run, attention_mode, run_bench
+from repshift_cli.benchmark import AttentionMode, BenchReport, Contender, Run, attention_mode, run_bench
 from repshift_cli.compression import compress_dense
 from repshift_cli.measure import speedup
 from repshift_cli.recipe import Recipe, shipped_recipes
@@ -60,9 +60,7 @@ def main() -> None:
         tables = [render(report, published, batch) for batch in options.batch_sizes]
         title = f"## Video on a CPU: {published.title}, 12 frames of 224"
         text = "\n\n".join([title, provenance(command, report.machine), *tables, NOTE])
-        print(text)
-        if not options.dry_run:
-            write_section(f"video_cpu_{key}", text)
+        publish(f"video_cpu_{key}", text, options.dry_run)
 
 
 def parse_options() -> argparse.Namespace:
@@ -77,13 +75,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def measure(published: Published, options: argparse.Namespace) -> BenchReport:
-    settings = BenchSettings(
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        seconds=options.seconds,
-        min_runs=options.min_runs,
-        threads=options.threads,
-    )
+    settings = cpu_settings(options)
     return run_bench(list(contenders(published)), options.batch_sizes, settings, Screen())
 
 

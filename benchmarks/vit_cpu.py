@@ -14,11 +14,11 @@ import shlex
 import sys
 from dataclasses import dataclass, replace
 
-import torch
-from _results import latency, provenance, table, words, write_section
+from _results import latency, provenance, publish, table, words
+from _timing import cpu_settings
 
 from repshift_cli.bench_report import BenchReport, Ratio, Run
-from repshift_cli.benchmark import BenchSettings, Contender, run_bench
+from repshift_cli.benchmark import Contender, run_bench
 from repshift_cli.compression import compress_dense
 from repshift_cli.measure import DTYPES, speedup
 from repshift_cli.peers import contenders_against
@@ -61,9 +61,7 @@ def main() -> None:
         sections.append(render(PUBLISHED[key], report))
     command = shlex.join(["python", "benchmarks/vit_cpu.py", *sys.argv[1:]])
     text = "\n\n".join([f"## DeiT on a CPU, {options.dtype}", provenance(command, machine), *sections, NOTE])
-    print(text)
-    if not options.dry_run:
-        write_section("vit_cpu" if options.dtype == "float32" else f"vit_cpu_{options.dtype}", text)
+    publish("vit_cpu" if options.dtype == "float32" else f"vit_cpu_{options.dtype}", text, options.dry_run)
 
 
 NOTE = (
@@ -93,13 +91,7 @@ def measure(published: Published, options: argparse.Namespace, progress: Progres
     tiled = compress_dense(published.model, recipe_name=published.tiles)
     sides.append(Contender(TILES, tiled.module, tiled.macs, sides[0].input_size, against=sides[0].name, is_peer=True))
     sides = [replace(side, peers=(*side.peers, TILES)) if side.role == "compressed" else side for side in sides]
-    settings = BenchSettings(
-        device=torch.device("cpu"),
-        dtype=DTYPES[options.dtype],
-        seconds=options.seconds,
-        min_runs=options.min_runs,
-        threads=options.threads,
-    )
+    settings = cpu_settings(options, DTYPES[options.dtype])
     return run_bench(sides, options.batch_sizes, settings, progress)
 
 
