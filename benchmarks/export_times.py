@@ -1,0 +1,90 @@
+"""How long an export takes with its check, and whether an exported file gives the same each time: DeiT-B, on this CPU.
+
+Every export is a command in a process of its own, as people call it. Each file is then run many times in batches of
+different sizes, and what it gives for a picture is compared bit by bit with the first time. Weights are random.
+
+    python benchmarks/export_times.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from _results import provenance, publish, table
+
+from repshift_cli import checkpoint
+from repshift_cli.exporting import TARGETS, Target, default_output
+from repshift_cli.measure import device_name
+from repshift_cli.runtimes import Runtime, open_exported
+
+MODEL, RECIPE = "deit_base_patch16_224", "deit_base_paper"
+BATCHES = (1, 2, 3, 4, 5)
+NOTE = (
+    f"{MODEL}, recipe `{RECIPE}`: one `repshift export` each, start of the process, loading and check included. "
+    "Batches of 1 to 5 pictures in turn: `equal in its size`, how many of the runs give the same bits as the first one "
+    "of their size; `apart`, the largest difference between what a picture gives in batches of different sizes."
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--runs", type=int, default=100, help="of each file")
+    parser.add_argument("--dry-run", action="store_true", help="print the table, leave docs/results.md as it is")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row(target, Path(folder), options.runs) for target in options.targets]
+    command = shlex.join(["python", "benchmarks/export_times.py", *sys.argv[1:]])
+    machine = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
+    columns = ["format", "s, with the check", "MB", "runs", "equal in its size", "apart"]
+    text = "\n\n".join(
+        ["## How long an export takes: DeiT-B", provenance(command, machine), table(columns, rows), NOTE]
+    )
+    publish("export_times", text, options.dry_run)
+
+
+def row(target: Target, folder: Path, runs: int) -> list[str]:
+    output = folder / default_output("deit", target)
+    seconds = export(target, output)
+    if target == "hub":
+        size = sum(file.stat().st_size for file in output.iterdir())
+        return [target, f"{seconds:.1f}", f"{size / 1e6:.0f}", "-", "-", "-"]
+    equal, apart = repeated(open_exported(output).runtime, runs)
+    return [target, f"{seconds:.1f}", f"{output.stat().st_size / 1e6:.0f}", str(runs), str(equal), f"{apart:.1g}"]
+
+
+def export(target: Target, output: Path) -> float:
+    """Seconds that the command takes."""
+    begin = time.perf_counter()
+    subprocess.run(  # noqa: S603 (the command is written here)
+        [sys.executable, "-m", "repshift_cli", "export", MODEL, "--recipe", RECIPE, "--to", target, "-o", str(output)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return time.perf_counter() - begin
+
+
+@torch.inference_mode()
+def repeated(runtime: Runtime, runs: int) -> tuple[int, float]:
+    """How many runs give the same bits as the first of their batch size, and how far sizes are apart."""
+    pictures = torch.randn(max(BATCHES), *checkpoint.load(MODEL).description.preprocessing.shape)
+    sizes = [BATCHES[run % len(BATCHES)] for run in range(runs)]
+    first: dict[int, torch.Tensor] = {}
+    equal = 0
+    for size in sizes:
+        output = runtime(pictures[:size]).clone()
+        equal += torch.equal(output, first.setdefault(size, output))
+    whole = first[max(first)]
+    return equal, max(float((output - whole[:size]).abs().max()) for size, output in first.items())
+
+
+if __name__ == "__main__":
+    main()
