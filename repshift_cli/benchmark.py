@@ -227,6 +227,8 @@ def run_sweep(
     device, sizes = sweep[0].device, list(dict.fromkeys(contender.input_size for contender in contenders))
     found: list[_Found] = []
     with measure.threads(sweep[0].threads) as threads:
+        if note := measure.waking_note(device, threads):
+            progress.note(note)
         for settings in sweep:
             with _prepared(modules, settings, progress):
                 for size in sizes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import platform
 import statistics
 import time
@@ -49,6 +50,7 @@ __all__ = [
     "speedup",
     "threads",
     "wait_for",
+    "waking_note",
 ]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -512,6 +514,14 @@ def threads(count: int | None) -> Iterator[int]:
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
+
+
+def waking_note(device: torch.device, count: int) -> str | None:
+    """A remark where OpenMP is told that idle threads sleep at once: each operation has to wake them anew."""
+    policy = os.environ.get("OMP_WAIT_POLICY", "").strip().upper()
+    if device.type != "cpu" or count == 1 or policy != "PASSIVE":
+        return None
+    return f"OMP_WAIT_POLICY={policy} is set: every operation wakes its threads anew, which at batch 1 costs much"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -55,8 +55,7 @@ def options(
 
 def main() -> None:
     """Run the command line; errors become one message and an exit code (see docs/architecture.md)."""
-    # Idle OpenMP threads that spin make two processes on one machine slow each other down many times over.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _share_cores()
     debug = "--debug" in sys.argv
     try:
         app(prog_name="repshift")
@@ -71,6 +70,16 @@ def main() -> None:
         if debug:
             raise
         sys.exit(_explain(problem))
+
+
+def _share_cores() -> None:
+    """Let idle OpenMP threads spin for less than a millisecond before they sleep; has to happen before torch loads.
+
+    As libgomp has it they spin so long that two processes on the same cores slow each other down 14 times over; without
+    any spinning each operation wakes its threads anew, a third of the time at batch 1 (docs/benchmarking.md).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _explain(problem: Exception) -> int:

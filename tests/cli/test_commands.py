@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,42 @@ from repshift_cli.measure import observed_attention
 from repshift_cli.recipe import Recipe, shipped_recipes
 
 QUICK = ("--seconds", "0", "--batch-size", "2")
+
+
+class TestIdleThreads:
+    """What OpenMP is told before torch loads it."""
+
+    @staticmethod
+    def told(told: dict[str, str]) -> dict[str, str]:
+        """What is in the environment after `repshift --version`, of the variables that OpenMP reads."""
+        names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+        script = f"""
+import os, sys
+from repshift_cli.cli import main
+sys.argv = ["repshift", "--version"]
+try:
+    main()
+except SystemExit:
+    assert "torch" not in sys.modules
+    print(*(f"{{name}}={{os.environ.get(name)}}" for name in {names}))
+"""
+        environment = {name: value for name, value in os.environ.items() if name not in names} | told
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
+        )
+        return dict(pair.split("=") for pair in done.stdout.splitlines()[-1].split())
+
+    def test_they_spin_for_a_moment_before_they_sleep(self) -> None:
+        assert self.told({}) == {"OMP_WAIT_POLICY": "None", "GOMP_SPINCOUNT": "10000"}
+
+    @pytest.mark.parametrize("own", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
+    def test_what_the_user_has_set_stays(self, own: dict[str, str]) -> None:
+        assert self.told(own) == {"OMP_WAIT_POLICY": "None", "GOMP_SPINCOUNT": "None"} | own
+
+    def test_a_benchmark_says_where_they_sleep_at_once(self, cli: Command, dense: Path, recipe: Path) -> None:
+        quick = ("bench", dense, "--recipe", recipe, "--seconds", "0", "-b", "1")
+        assert "OMP_WAIT_POLICY=PASSIVE is set" in cli(*quick, "--threads", "2").stderr
+        assert "OMP_WAIT_POLICY" not in cli(*quick, "--threads", "1").stderr
 
 
 class TestHelp:
