@@ -13,12 +13,13 @@ import argparse
 import shlex
 import sys
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from _results import latency, provenance, publish, table, words
 from _timing import cpu_settings
 
 from repshift_cli.bench_report import BenchReport, Ratio, Run
-from repshift_cli.benchmark import Contender, run_bench
+from repshift_cli.benchmark import CompileMode, Contender, run_bench
 from repshift_cli.compression import compress_dense
 from repshift_cli.measure import DTYPES, speedup
 from repshift_cli.peers import contenders_against
@@ -60,8 +61,10 @@ def main() -> None:
         machine = report.machine
         sections.append(render(PUBLISHED[key], report))
     command = shlex.join(["python", "benchmarks/vit_cpu.py", *sys.argv[1:]])
-    text = "\n\n".join([f"## DeiT on a CPU, {options.dtype}", provenance(command, machine), *sections, NOTE])
-    publish("vit_cpu" if options.dtype == "float32" else f"vit_cpu_{options.dtype}", text, options.dry_run)
+    compiled = "" if options.compile == "off" else f", compiled ({options.compile})"
+    text = "\n\n".join([f"## DeiT on a CPU, {options.dtype}{compiled}", provenance(command, machine), *sections, NOTE])
+    differing = (part for part, usual in ((options.dtype, "float32"), (options.compile, "off")) if part != usual)
+    publish("_".join(["vit_cpu", *differing]), text, options.dry_run)
 
 
 NOTE = (
@@ -78,6 +81,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=sorted(PUBLISHED), default=["small", "base"])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--compile", choices=get_args(CompileMode), default="off")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each side at each batch size")
     parser.add_argument("--min-runs", type=int, default=10)
@@ -91,7 +95,7 @@ def measure(published: Published, options: argparse.Namespace, progress: Progres
     tiled = compress_dense(published.model, recipe_name=published.tiles)
     sides.append(Contender(TILES, tiled.module, tiled.macs, sides[0].input_size, against=sides[0].name, is_peer=True))
     sides = [replace(side, peers=(*side.peers, TILES)) if side.role == "compressed" else side for side in sides]
-    settings = cpu_settings(options, DTYPES[options.dtype])
+    settings = replace(cpu_settings(options, DTYPES[options.dtype]), compile=options.compile)
     return run_bench(sides, options.batch_sizes, settings, progress)
 
 

@@ -16,8 +16,12 @@ from repshift_cli.measure import out_of_memory
 
 __all__ = ["CompileMode", "Compiled", "fresh_graphs"]
 
-CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune"]
-"""A mode of torch.compile, or none at all."""
+CompileMode = Literal["off", "default", "frozen", "reduce-overhead", "max-autotune"]
+"""A mode of torch.compile, or none at all; `frozen` is the default one with weights as constants of the graph.
+
+Constants are laid out in advance as the kernels want them, where otherwise each call does that anew. It takes as long
+for few tokens as for many, and it takes memory for a second copy of the weights.
+"""
 
 _LONGEST_REASON = 200
 
@@ -41,7 +45,8 @@ class Compiled:
         self.mode = mode
         self.seconds = 0.0
         self.recompiles = 0
-        self._run = torch.compile(_own_function(module, name), mode=mode, fullgraph=True, dynamic=False)
+        chosen: Any = {"options": {"freezing": True}} if mode == "frozen" else {"mode": mode}
+        self._run = torch.compile(_own_function(module, name), fullgraph=True, dynamic=False, **chosen)
 
     def first(self, inputs: Tensor) -> None:
         """Compile and run once.

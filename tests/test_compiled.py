@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from tiny import compressed, images
 from torch import Tensor, nn
 
-from repshift_cli.compiled import Compiled, fresh_graphs
+from repshift_cli.compiled import Compiled, CompileMode, fresh_graphs
 from repshift_cli.errors import UsageError
 
 
 @pytest.fixture(autouse=True)
 def _without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda run, mode, **options: real(run, backend="eager", **options))
+
+    def without(run: Callable[..., Any], *, fullgraph: bool, dynamic: bool, **_: Any) -> Any:
+        return real(run, backend="eager", fullgraph=fullgraph, dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", without)
     with fresh_graphs():
         yield
 
@@ -36,6 +42,28 @@ def test_dense_and_compressed_are_graphs_of_their_own() -> None:
             torch.testing.assert_close(ours(inputs), model(inputs), rtol=1e-5, atol=1e-5)
     assert (dense.recompiles, ours.recompiles) == (0, 0)
     assert dense.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "told"), [("default", {"mode": "default"}), ("frozen", {"options": {"freezing": True}})]
+)
+def test_what_torch_is_told(mode: CompileMode, told: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda run, **options: calls.append(options))
+    Compiled("a", nn.Linear(4, 4), mode)
+    assert calls == [{"fullgraph": True, "dynamic": False} | told]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_frozen_weights_give_the_same_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # for once, the compiler
+    model, inputs = compressed(), images()
+    with torch.inference_mode():
+        run = Compiled("ours", model, "frozen")
+        run.first(inputs)
+        torch.testing.assert_close(run(inputs), model(inputs), rtol=1e-4, atol=1e-5)
+    assert run.recompiles == 0
 
 
 def test_a_second_graph_is_counted() -> None:

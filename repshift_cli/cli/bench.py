@@ -102,7 +102,8 @@ def command(
         typer.Option(
             "--compile",
             metavar="MODE[,MODE]",
-            help="torch.compile on both sides, in one graph: off (default), default, reduce-overhead, max-autotune.",
+            help="torch.compile on all sides, as one graph: off (default), default, frozen, reduce-overhead, "
+            "max-autotune.",
         ),
     ] = None,
     memory_format: Annotated[

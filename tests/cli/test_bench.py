@@ -212,7 +212,7 @@ class TestRefused:
             (
                 ["--compile", "fast"],
                 2,
-                ["--compile: unknown mode 'fast'", "off, default, reduce-overhead, max-autotune"],
+                ["--compile: unknown mode 'fast'", "off, default, frozen, reduce-overhead, max-autotune"],
             ),
             (["--against", "evit"], 2, ["no peer 'evit'", "class-attention"]),
             (["--budget", "latency<0.7"], 2, ["'latency<0.7' cannot be understood", "latency<=0.7"]),
