@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import re
 from importlib.metadata import version
@@ -11,6 +12,9 @@ from pathlib import Path
 from repshift_cli.measure import Speedup, Spread
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results.md"
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+"""What tells OpenMP's idle threads how to wait, which at batch 1 makes a difference (docs/benchmarking.md)."""
+
 TITLE = "# Results\n\nEvery section is written by the script that it names; run that script to renew it.\n"
 
 
@@ -46,7 +50,8 @@ def provenance(command: str, machine: str) -> str:
     """One paragraph: how, when and on what a section was measured."""
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "timm"))
     today = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
-    return f"`{command}`, {today}, on {machine}; Python {platform.python_version()}, {versions}."
+    told = [f"{name}={os.environ[name]}" for name in WAITING if name in os.environ]
+    return f"`{' '.join([*told, command])}`, {today}, on {machine}; Python {platform.python_version()}, {versions}."
 
 
 def latency(spread: Spread) -> str:

@@ -5,7 +5,9 @@ the model in torch among them. Weights are random, which does not change the spe
 export before it is quiet:
 
     python benchmarks/export_cpu.py --exports FOLDER --no-measure
-    python benchmarks/export_cpu.py --exports FOLDER --threads 2 --seconds 20
+    GOMP_SPINCOUNT=10000 python benchmarks/export_cpu.py --exports FOLDER --threads 2 --seconds 20
+
+Without that variable torch's idle threads, which spin for long, take the cores of the runtime whose turn is next.
 """
 
 from __future__ import annotations

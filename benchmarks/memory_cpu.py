@@ -1,0 +1,150 @@
+"""Memory of the commands on large models: what a process holds at most, beside the size of the weights.
+
+Linux tells two parts apart: anonymous memory, which the process allocated, and pages of files that it has mapped, which
+the system may take back at any time. Weights that come from a safetensors file are of the second kind. Each command
+runs in a process of its own, as people call it. Weights are random.
+
+    python benchmarks/memory_cpu.py --threads 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from _results import provenance, publish, table
+from PIL import Image
+from safetensors.torch import save_file
+
+from repshift_cli import checkpoint
+from repshift_cli.measure import device_name
+
+SAMPLE_SECONDS = 0.01
+MIB = 1024
+"""KiB, which is what Linux counts in."""
+
+PICTURES, CLASSES = 64, 1000
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model by name, its recipe, and the batches that it is timed and evaluated in."""
+
+    title: str
+    model: str
+    recipe: str
+    batch: int
+    clips: int = 0
+
+
+SUBJECTS = {
+    "vit_base": Subject("ViT-B", "vit_base_patch16_224", "vit_base_paper", 8),
+    "vit_large": Subject("ViT-L", "vit_large_patch16_224", "vit_large", 8),
+    "umt_large": Subject("UMT-L", "umt_large", "umt_large_paper", 1, clips=4),
+}
+NOTE = (
+    "MiB at most over the life of the process, sampled every 10 ms: `held`, anonymous memory; `mapped`, pages of files "
+    "that are mapped, torch's libraries (`inspect` of a small model has {idle}) and the weights among them; the two "
+    "need not be largest at the same time. `float32 weights` is the size of the file. `compress` runs without "
+    "calibration, `bench` times dense and compressed, `eval` both on "
+    f"{PICTURES} pictures, and UMT on clips of 12 frames with their captions, all in batches of the size given. The "
+    "file of `bench` and `eval` is the compressed one."
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dry-run", action="store_true", help="print the table, leave docs/results.md as it is")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        draw_pictures(Path(folder) / "pictures")
+        idle = peak(["inspect", "deit_tiny_patch16_224"], options.threads)[1]
+        rows = [row for key in options.models for row in rows_of(SUBJECTS[key], Path(folder), options.threads)]
+    command = shlex.join(["python", "benchmarks/memory_cpu.py", *sys.argv[1:]])
+    machine = f"{device_name(torch.device('cpu'))}, float32, {options.threads} threads"
+    columns = ["model", "float32 weights", "command", "batch", "held", "mapped", "s"]
+    text = "\n\n".join(
+        [
+            "## Memory of the commands on a CPU",
+            provenance(command, machine),
+            table(columns, rows),
+            NOTE.format(idle=f"{idle:.0f}"),
+        ]
+    )
+    publish("memory_cpu", text, options.dry_run)
+
+
+def draw_pictures(root: Path) -> None:
+    """One picture for each class of ImageNet."""
+    for label in range(CLASSES):
+        folder = root / f"{label:04d}"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (320, 240), (label % 256, label // 4, 99)).save(folder / "a.jpg")
+
+
+def rows_of(subject: Subject, folder: Path, threads: int) -> list[list[str]]:
+    """A row for each command; the files go when they have been measured."""
+    dense, fast = folder / "dense.safetensors", folder / "fast.safetensors"
+    save_file(checkpoint.load(subject.model).tensors, dense)
+    size = dense.stat().st_size / 2**20
+    quick, batch = ["--seconds", "1"], ["-b", subject.batch]
+    data = ["builtin:shapes", "--limit", subject.clips] if subject.clips else [folder / "pictures", "--limit", PICTURES]
+    what = ["--model", subject.model, "--recipe", subject.recipe, "--no-calibrate", "-o", fast]
+    commands = {
+        "compress": [dense, *what, *batch, *quick],
+        "bench": [fast, *batch, *quick, "--min-runs", 3],
+        "eval": [fast, "--dataset", *data, "--compare-dense", "--workers", 0, *batch],
+    }
+    rows = []
+    for name, arguments in commands.items():
+        held, mapped, seconds = peak([name, *arguments], threads)
+        rows.append(
+            [subject.title, f"{size:.0f}", name, str(subject.batch), f"{held:.0f}", f"{mapped:.0f}", f"{seconds:.0f}"]
+        )
+    dense.unlink()
+    fast.unlink()
+    return rows
+
+
+def peak(arguments: list[object], threads: int) -> tuple[float, float, float]:
+    """The most that a command holds and maps, in MiB, and its seconds.
+
+    Raises:
+        SystemExit: the command fails.
+    """
+    words = [sys.executable, "-m", "repshift_cli", *map(str, arguments)]
+    if arguments[0] != "inspect":
+        words += ["--threads", str(threads)]
+    begin, held, mapped = time.perf_counter(), 0, 0
+    with tempfile.TemporaryFile("w+") as told:
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=told)  # noqa: S603 (written here)
+        while process.poll() is None:
+            now = status(process.pid)
+            held, mapped = max(held, now.get("RssAnon", 0)), max(mapped, now.get("RssFile", 0))
+            time.sleep(SAMPLE_SECONDS)
+        if process.returncode:
+            told.seek(0)
+            raise SystemExit(f"{shlex.join(words)} ended with {process.returncode}:\n{told.read()}")
+    return held / MIB, mapped / MIB, time.perf_counter() - begin
+
+
+def status(pid: int) -> dict[str, int]:
+    """Kinds of memory of a process in KiB; nothing for one that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+    return {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith("Rss")}
+
+
+if __name__ == "__main__":
+    main()
