@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ MIB = 1024
 """KiB, which is what Linux counts in."""
 
 PICTURES, CLASSES = 64, 1000
+VOCABULARY = 30522
+"""Tokens that UMT's text side knows; those of the built-in world come first, the others are never seen."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         draw_pictures(Path(folder) / "pictures")
+        write_vocabulary(Path(folder) / "vocab.txt")
         idle = peak(["inspect", "deit_tiny_patch16_224"], options.threads)[1]
         rows = [row for key in options.models for row in rows_of(SUBJECTS[key], Path(folder), options.threads)]
     command = shlex.join(["python", "benchmarks/memory_cpu.py", *sys.argv[1:]])
@@ -91,13 +95,19 @@ def draw_pictures(root: Path) -> None:
         Image.new("RGB", (320, 240), (label % 256, label // 4, 99)).save(folder / "a.jpg")
 
 
+def write_vocabulary(path: Path) -> None:
+    words = (files("repshift_cli") / "assets" / "shapes_vocab.txt").read_text(encoding="utf-8").split()
+    path.write_text("\n".join([*words, *(f"[unused{index}]" for index in range(VOCABULARY - len(words)))]) + "\n")
+
+
 def rows_of(subject: Subject, folder: Path, threads: int) -> list[list[str]]:
     """A row for each command; the files go when they have been measured."""
     dense, fast = folder / "dense.safetensors", folder / "fast.safetensors"
     save_file(checkpoint.load(subject.model).tensors, dense)
     size = dense.stat().st_size / 2**20
     quick, batch = ["--seconds", "1"], ["-b", subject.batch]
-    data = ["builtin:shapes", "--limit", subject.clips] if subject.clips else [folder / "pictures", "--limit", PICTURES]
+    clips = ["builtin:shapes", "--limit", subject.clips, "--vocab", folder / "vocab.txt"]
+    data = clips if subject.clips else [folder / "pictures", "--limit", PICTURES]
     what = ["--model", subject.model, "--recipe", subject.recipe, "--no-calibrate", "-o", fast]
     commands = {
         "compress": [dense, *what, *batch, *quick],
@@ -107,9 +117,9 @@ def rows_of(subject: Subject, folder: Path, threads: int) -> list[list[str]]:
     rows = []
     for name, arguments in commands.items():
         held, mapped, seconds = peak([name, *arguments], threads)
-        rows.append(
-            [subject.title, f"{size:.0f}", name, str(subject.batch), f"{held:.0f}", f"{mapped:.0f}", f"{seconds:.0f}"]
-        )
+        counted = (f"{number:.0f}" for number in (held, mapped, seconds))
+        rows.append([subject.title, f"{size:.0f}", name, str(subject.batch), *counted])
+        print(*rows[-1], file=sys.stderr, flush=True)
     dense.unlink()
     fast.unlink()
     return rows

@@ -1,0 +1,117 @@
+"""How the matrix products of a ViT's blocks alone slow down as tokens go: what no schedule can win back.
+
+All linear layers of all blocks run in the order of the model, nothing between them, with as many tokens as are left.
+Were the kernels equally good at every size, the time would be proportional to the tokens. `packed` has the weights laid
+out in advance, as `torch.compile` does with `freezing`; it says what laying them out costs. Weights are random.
+
+    python benchmarks/linears_cpu.py --threads 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from _results import provenance, publish, table
+from _timing import timed
+from torch import Tensor
+from torch.nn import functional
+
+from repshift_cli.measure import DTYPES, device_name
+
+WIDTHS = {"DeiT-S": 384, "DeiT-B": 768}
+BLOCKS = 12
+TOKENS = (197, 192, 176, 160, 158, 144, 128, 127, 104, 102, 64, 16)
+
+
+class Layer(NamedTuple):
+    """One linear layer: `fc2` reads what `fc1` made wide, the others read the stream."""
+
+    weight: Tensor
+    bias: Tensor
+    wide: bool
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--dtypes", nargs="+", choices=sorted(DTYPES), default=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dry-run", action="store_true", help="print the tables, leave docs/results.md as it is")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    columns = ["tokens", *(f"batch {batch}, {way}" for batch in options.batches for way in ("plain", "packed"))]
+    parts = []
+    for model in options.models:
+        for dtype in options.dtypes:
+            found = [measure(WIDTHS[model], batch, DTYPES[dtype], options.rounds) for batch in options.batches]
+            parts.append(f"{model}, {dtype}:\n\n{table(columns, rows(found))}")
+    command = shlex.join(["python", "benchmarks/linears_cpu.py", *sys.argv[1:]])
+    machine = f"{device_name(torch.device('cpu'))}, {options.threads} threads"
+    note = (
+        "Median ms of the linear layers of 12 blocks, and in brackets their efficiency: time per token with 197 tokens "
+        "over time per token here."
+    )
+    title = "## Linear layers alone, with fewer and fewer tokens"
+    publish("linears_cpu", "\n\n".join([title, provenance(command, machine), *parts, note]), options.dry_run)
+
+
+def rows(found: list[list[tuple[float, float]]]) -> list[list[str]]:
+    """A line for each number of tokens; `found` has for each batch the milliseconds of both ways, in that order."""
+    lines = []
+    for index, tokens in enumerate(TOKENS):
+        cells = [
+            f"{times[index][way]:.2f} ({times[0][way] / TOKENS[0] / (times[index][way] / tokens):.2f})"
+            for times in found
+            for way in range(2)
+        ]
+        lines.append([str(tokens), *cells])
+    return lines
+
+
+@torch.inference_mode()
+def measure(width: int, batch: int, dtype: torch.dtype, rounds: int) -> list[tuple[float, float]]:
+    """Milliseconds of plain and packed layers for each number of tokens."""
+    layers = [layer for _ in range(BLOCKS) for layer in block(width, dtype)]
+    found = []
+    for tokens in TOKENS:
+        inputs = tuple(torch.randn(batch * tokens, channels).to(dtype) for channels in (width, 4 * width))
+        laid_out = [packed(layer, batch * tokens) for layer in layers]
+        plain = [partial(functional.linear, weight=layer.weight, bias=layer.bias) for layer in layers]
+        sides = {
+            "plain": partial(run_all, plain, layers, inputs),
+            "packed": partial(run_all, laid_out, layers, inputs),
+        }
+        seconds = timed(sides, rounds)
+        found.append((1e3 * seconds["plain"], 1e3 * seconds["packed"]))
+    return found
+
+
+def block(width: int, dtype: torch.dtype) -> list[Layer]:
+    """The linear layers of one block: queries, keys and values, projection, both of the MLP."""
+    shapes = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
+    return [Layer(torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype), shape[1] > width) for shape in shapes]
+
+
+def packed(layer: Layer, count: int) -> Callable[[Tensor], Tensor]:
+    """The layer with weights as oneDNN wants them for `count` rows of input."""
+    operations: Any = torch.ops.mkldnn
+    weight = operations._reorder_linear_weight(layer.weight, count)
+    return lambda inputs: operations._linear_pointwise(inputs, weight, layer.bias, "none", [], "")
+
+
+def run_all(calls: list[Callable[[Tensor], Tensor]], layers: list[Layer], inputs: tuple[Tensor, ...]) -> None:
+    for call, layer in zip(calls, layers, strict=True):
+        call(inputs[layer.wide])
+
+
+if __name__ == "__main__":
+    main()
