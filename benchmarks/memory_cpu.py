@@ -75,7 +75,7 @@ def main() -> None:
         rows = [row for key in options.models for row in rows_of(SUBJECTS[key], Path(folder), options.threads)]
     command = shlex.join(["python", "benchmarks/memory_cpu.py", *sys.argv[1:]])
     machine = f"{device_name(torch.device('cpu'))}, float32, {options.threads} threads"
-    columns = ["model", "float32 weights", "command", "batch", "held", "mapped", "s"]
+    columns = ["model", "float32 weights", "command", "batch", "held", "mapped"]
     text = "\n\n".join(
         [
             "## Memory of the commands on a CPU",
@@ -116,17 +116,16 @@ def rows_of(subject: Subject, folder: Path, threads: int) -> list[list[str]]:
     }
     rows = []
     for name, arguments in commands.items():
-        held, mapped, seconds = peak([name, *arguments], threads)
-        counted = (f"{number:.0f}" for number in (held, mapped, seconds))
-        rows.append([subject.title, f"{size:.0f}", name, str(subject.batch), *counted])
+        most = (f"{number:.0f}" for number in peak([name, *arguments], threads))
+        rows.append([subject.title, f"{size:.0f}", name, str(subject.batch), *most])
         print(*rows[-1], file=sys.stderr, flush=True)
     dense.unlink()
     fast.unlink()
     return rows
 
 
-def peak(arguments: list[object], threads: int) -> tuple[float, float, float]:
-    """The most that a command holds and maps, in MiB, and its seconds.
+def peak(arguments: list[object], threads: int) -> tuple[float, float]:
+    """The most that a command holds and maps, in MiB.
 
     Raises:
         SystemExit: the command fails.
@@ -134,7 +133,7 @@ def peak(arguments: list[object], threads: int) -> tuple[float, float, float]:
     words = [sys.executable, "-m", "repshift_cli", *map(str, arguments)]
     if arguments[0] != "inspect":
         words += ["--threads", str(threads)]
-    begin, held, mapped = time.perf_counter(), 0, 0
+    held = mapped = 0
     with tempfile.TemporaryFile("w+") as told:
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=told)  # noqa: S603 (written here)
         while process.poll() is None:
@@ -144,7 +143,7 @@ def peak(arguments: list[object], threads: int) -> tuple[float, float, float]:
         if process.returncode:
             told.seek(0)
             raise SystemExit(f"{shlex.join(words)} ended with {process.returncode}:\n{told.read()}")
-    return held / MIB, mapped / MIB, time.perf_counter() - begin
+    return held / MIB, mapped / MIB
 
 
 def status(pid: int) -> dict[str, int]:
