@@ -125,7 +125,8 @@ class TestForms:
     @given(cases())
     def test_they_agree_in_float32(self, form: Form, case: tuple[Tensor, ...]) -> None:
         case = to(torch.float32, *case)
-        torch.testing.assert_close(attend(*case, form=form), attend(*case, form="explicit"), rtol=1e-5, atol=1e-5)
+        # logits of a hundred, rounded to float32, leave 1e-5 in each weight, and processors differ in how they round
+        torch.testing.assert_close(attend(*case, form=form), attend(*case, form="explicit"), rtol=1e-5, atol=1e-4)
 
     @pytest.mark.parametrize("largest", [3, 200, 20_000])
     @pytest.mark.parametrize("width", [8, 64, 80])

@@ -50,7 +50,6 @@ class TestTable:
             "efficiency",
             "ours over it",
             "class-attention-row",
-            "at ",
             "batch 2: ",
         ):
             assert word in outcome.stdout
