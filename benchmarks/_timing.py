@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -24,6 +24,16 @@ def timed(group: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, f
             if done >= WARMUP:
                 samples[name].append(time.perf_counter() - begin)
     return {name: statistics.median(found) for name, found in samples.items()}
+
+
+def pieces_parser(doc: str | None, batches: Sequence[int], rounds: int) -> argparse.ArgumentParser:
+    """Options of a script that times pieces of a model: batch sizes, how many rounds, threads, whether to publish."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--batches", nargs="+", type=int, default=list(batches))
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dry-run", action="store_true", help="print the tables, leave docs/results.md as it is")
+    return parser
 
 
 def cpu_settings(

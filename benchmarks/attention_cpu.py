@@ -5,7 +5,6 @@ python benchmarks/attention_cpu.py
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from collections.abc import Callable
 import timm
 import torch
 from _results import provenance, publish, table
-from _timing import timed
+from _timing import pieces_parser, timed
 
 from repshift_cli.attention import attend
 from repshift_cli.measure import device_name
@@ -26,12 +25,7 @@ ARRIVING = 197
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dry-run", action="store_true", help="print the table, leave docs/results.md as it is")
-    options = parser.parse_args()
+    options = pieces_parser(__doc__, batches=[1, 8], rounds=200).parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     command = shlex.join(["python", "benchmarks/attention_cpu.py", *sys.argv[1:]])

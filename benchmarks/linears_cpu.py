@@ -9,7 +9,6 @@ out in advance, as `torch.compile` does with `freezing`; it says what laying the
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from _results import provenance, publish, table
-from _timing import timed
+from _timing import pieces_parser, timed
 from torch import Tensor
 from torch.nn import functional
 
@@ -38,13 +37,9 @@ class Layer(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = pieces_parser(__doc__, batches=[1, 8], rounds=10)
     parser.add_argument("--models", nargs="+", choices=list(WIDTHS), default=["DeiT-S"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--dtypes", nargs="+", choices=sorted(DTYPES), default=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dry-run", action="store_true", help="print the tables, leave docs/results.md as it is")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -71,7 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         draw_pictures(Path(folder) / "pictures")
         write_vocabulary(Path(folder) / "vocab.txt")
-        idle = peak(["inspect", "deit_tiny_patch16_224"], options.threads)[1]
+        idle = peak(["inspect", "deit_tiny_patch16_224"])[1]
         rows = [row for key in options.models for row in rows_of(SUBJECTS[key], Path(folder), options.threads)]
     command = shlex.join(["python", "benchmarks/memory_cpu.py", *sys.argv[1:]])
     machine = f"{device_name(torch.device('cpu'))}, float32, {options.threads} threads"
@@ -105,18 +105,18 @@ def rows_of(subject: Subject, folder: Path, threads: int) -> list[list[str]]:
     dense, fast = folder / "dense.safetensors", folder / "fast.safetensors"
     save_file(checkpoint.load(subject.model).tensors, dense)
     size = dense.stat().st_size / 2**20
-    quick, batch = ["--seconds", "1"], ["-b", subject.batch]
+    quick, run = ["--seconds", "1"], ["-b", subject.batch, "--threads", threads]
     clips = ["builtin:shapes", "--limit", subject.clips, "--vocab", folder / "vocab.txt"]
     data = clips if subject.clips else [folder / "pictures", "--limit", PICTURES]
     what = ["--model", subject.model, "--recipe", subject.recipe, "--no-calibrate", "-o", fast]
     commands = {
-        "compress": [dense, *what, *batch, *quick],
-        "bench": [fast, *batch, *quick, "--min-runs", 3],
-        "eval": [fast, "--dataset", *data, "--compare-dense", "--workers", 0, *batch],
+        "compress": [dense, *what, *run, *quick],
+        "bench": [fast, *run, *quick, "--min-runs", 3],
+        "eval": [fast, "--dataset", *data, "--compare-dense", "--workers", 0, *run],
     }
     rows = []
     for name, arguments in commands.items():
-        most = (f"{number:.0f}" for number in peak([name, *arguments], threads))
+        most = (f"{number:.0f}" for number in peak([name, *arguments]))
         rows.append([subject.title, f"{size:.0f}", name, str(subject.batch), *most])
         print(*rows[-1], file=sys.stderr, flush=True)
     dense.unlink()
@@ -124,15 +124,13 @@ def rows_of(subject: Subject, folder: Path, threads: int) -> list[list[str]]:
     return rows
 
 
-def peak(arguments: list[object], threads: int) -> tuple[float, float]:
+def peak(arguments: list[object]) -> tuple[float, float]:
     """The most that a command holds and maps, in MiB.
 
     Raises:
         SystemExit: the command fails.
     """
     words = [sys.executable, "-m", "repshift_cli", *map(str, arguments)]
-    if arguments[0] != "inspect":
-        words += ["--threads", str(threads)]
     held = mapped = 0
     with tempfile.TemporaryFile("w+") as told:
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=told)  # noqa: S603 (written here)

@@ -8,7 +8,6 @@ float64, a copy of the kept tokens beyond the gathering itself, a value read bac
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import statistics
 import sys
@@ -20,7 +19,7 @@ from itertools import pairwise
 
 import torch
 from _results import provenance, publish, table
-from _timing import WARMUP
+from _timing import WARMUP, pieces_parser
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -35,12 +34,7 @@ FORBIDDEN = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dry-run", action="store_true", help="print the table, leave docs/results.md as it is")
-    options = parser.parse_args()
+    options = pieces_parser(__doc__, batches=[1, 8, 64], rounds=40).parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     compressed = compress_dense(MODEL, RECIPE).compressed

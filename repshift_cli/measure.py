@@ -29,6 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from repshift_cli import attention
 from repshift_cli.energy import Meter
 from repshift_cli.errors import CheckFailed, ModelError, UsageError
+from repshift_cli.garbage import without_collection
 from repshift_cli.progress import Progress, Task
 
 __all__ = [
@@ -225,7 +226,8 @@ def measure_latency(
         raise ValueError(f"subjects need different names and at least one run, not {names} with {min_runs} runs")
     samples: dict[str, list[_Sample]] = {name: [] for name in names}
     label = f"timing {', '.join(names)}"
-    with torch.inference_mode(), _no_garbage_collection(), progress.task(label, max(1, round(max_seconds))) as task:
+    gc.collect()
+    with torch.inference_mode(), without_collection(), progress.task(label, max(1, round(max_seconds))) as task:
         for turn in range(warmup):
             _round(subjects, inputs, turn, meter)
         clock = _Clock(max_seconds, task)
@@ -300,18 +302,6 @@ def wait_for(device: torch.device) -> None:
     """Until the device has done all that it was asked to; the CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -521,7 +511,7 @@ def waking_note(device: torch.device, count: int) -> str | None:
     policy = os.environ.get("OMP_WAIT_POLICY", "").strip().upper()
     if device.type != "cpu" or count == 1 or policy != "PASSIVE":
         return None
-    return f"OMP_WAIT_POLICY={policy} is set: every operation wakes its threads anew, which at batch 1 costs much"
+    return "OMP_WAIT_POLICY=PASSIVE is set: every operation wakes its threads anew, which at batch 1 costs much"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ ROOT = Path(repshift_cli.__file__).parent
 
 LAYERS = (
     {"errors"},
-    {"progress", "files"},
+    {"progress", "files", "garbage"},
     {"recipe"},
     {"registry", "plan"},
     {"document"},
@@ -48,7 +48,7 @@ ALONE = {"metrics", "reducers", "families"}
 
 WITHOUT_TORCH = {
     *("errors", "progress", "files", "recipe", "registry", "plan", "document", "schedule", "bench_budget", "ui", "cli"),
-    *("intervals", "tally", "predictions", "comparison", "reference"),
+    *("garbage", "intervals", "tally", "predictions", "comparison", "reference"),
 }
 """What `--help` and a wrong recipe need: importing it must not import torch."""
 

@@ -76,7 +76,7 @@ def _share_cores() -> None:
     """Let idle OpenMP threads spin for less than a millisecond before they sleep; has to happen before torch loads.
 
     As libgomp has it they spin so long that two processes on the same cores slow each other down 14 times over; without
-    any spinning each operation wakes its threads anew, a third of the time at batch 1 (docs/benchmarking.md).
+    any spinning each operation wakes its threads anew, a quarter of the time at batch 1 (docs/benchmarking.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -50,6 +50,7 @@ class TestTable:
             "efficiency",
             "ours over it",
             "class-attention-row",
+            "1, 2)",  # however the batches fared, that they were tried
             "batch 2: ",
         ):
             assert word in outcome.stdout

@@ -26,7 +26,7 @@ class TestIdleThreads:
     """What OpenMP is told before torch loads it."""
 
     @staticmethod
-    def told(told: dict[str, str]) -> dict[str, str]:
+    def told(own: dict[str, str]) -> dict[str, str]:
         """What is in the environment after `repshift --version`, of the variables that OpenMP reads."""
         names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
         script = f"""
@@ -39,7 +39,7 @@ except SystemExit:
     assert "torch" not in sys.modules
     print(*(f"{{name}}={{os.environ.get(name)}}" for name in {names}))
 """
-        environment = {name: value for name, value in os.environ.items() if name not in names} | told
+        environment = {name: value for name, value in os.environ.items() if name not in names} | own
         done = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
         )
