@@ -56,6 +56,16 @@ def to(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
+def assert_same_but_for_rounding(found: Tensor, wanted: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Within 1e-5, and where logits are large within what their rounding to float32 does to a weight.
+
+    Processors round differently: of 10,000 cases with logits up to 114, 28 were up to 2.2e-5 apart with AVX-512.
+    """
+    logit = (query @ key.mT).abs().max() / query.shape[-1] ** 0.5
+    rounding = float(torch.finfo(torch.float32).eps * logit * value.abs().max())
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=max(1e-5, rounding))
+
+
 class Calls:
     """Stands in for scaled dot-product attention, and remembers what it was called with."""
 
@@ -110,7 +120,7 @@ class TestMeaning:
         query, key, value, sizes = to(torch.float32, *case)
         plain = functional.scaled_dot_product_attention(query, key, value)
         found = attend(query, key, value, torch.ones_like(sizes), form=form)
-        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+        assert_same_but_for_rounding(found, plain, query, key, value)
 
     @each_form
     @given(cases())
@@ -125,13 +135,7 @@ class TestForms:
     @given(cases())
     def test_they_agree_in_float32(self, form: Form, case: tuple[Tensor, ...]) -> None:
         case = to(torch.float32, *case)
-        query, key, value, _ = case
-        # a rounded logit changes a weight by as much as its own error, and processors round differently
-        logit = (query @ key.mT).abs().max() / query.shape[-1] ** 0.5
-        rounding = float(torch.finfo(torch.float32).eps * logit * value.abs().max())
-        torch.testing.assert_close(
-            attend(*case, form=form), attend(*case, form="explicit"), rtol=1e-5, atol=max(1e-5, rounding)
-        )
+        assert_same_but_for_rounding(attend(*case, form=form), attend(*case, form="explicit"), *case[:3])
 
     @pytest.mark.parametrize("largest", [3, 200, 20_000])
     @pytest.mark.parametrize("width", [8, 64, 80])
