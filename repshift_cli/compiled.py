@@ -45,7 +45,7 @@ class Compiled:
         self.mode = mode
         self.seconds = 0.0
         self.recompiles = 0
-        chosen: Any = {"options": {"freezing": True}} if mode == "frozen" else {"mode": mode}
+        chosen: Any = {} if mode == "frozen" else {"mode": mode}
         self._run = torch.compile(_own_function(module, name), fullgraph=True, dynamic=False, **chosen)
 
     def first(self, inputs: Tensor) -> None:
@@ -56,7 +56,8 @@ class Compiled:
         """
         start = time.perf_counter()
         try:
-            self._run(inputs)
+            with _constant_weights(self.mode == "frozen"):
+                self._run(inputs)
         except RuntimeError as error:  # of torch's own kinds of errors all are
             if out_of_memory(error):
                 raise
@@ -85,6 +86,22 @@ def fresh_graphs() -> Iterator[None]:
         yield
     finally:
         torch.compiler.reset()
+
+
+@contextmanager
+def _constant_weights(frozen: bool) -> Iterator[None]:
+    """Let what is compiled inside take weights as constants.
+
+    The setting of the process it has to be: an option of `torch.compile` reaches the compiler of the graph, but not
+    the tracer before it, which then hands the weights over as inputs, and nothing is frozen.
+    """
+    if not frozen:
+        yield
+        return
+    from torch._inductor import config  # imports much, so only where something is compiled
+
+    with config.patch(freezing=True):
+        yield
 
 
 def _own_function(module: nn.Module, name: str) -> Callable[[Tensor], Any]:
