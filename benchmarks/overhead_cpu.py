@@ -27,7 +27,7 @@ from repshift_cli.attach import CompressedModel
 from repshift_cli.compression import compress_dense
 from repshift_cli.measure import device_name
 from repshift_cli.metrics import SiteContext, build_metric
-from repshift_cli.tokens import gather_tokens, keep_top
+from repshift_cli.tokens import gather_tokens, keep_top_behind
 
 MODEL, RECIPE = "deit_small_patch16_224", "deit_small_paper"
 FORBIDDEN = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero")
@@ -80,9 +80,9 @@ def samples(compressed: CompressedModel, batch: int, rounds: int) -> dict[str, l
             times.append(time.perf_counter())
             scores = metric.score(seen, site)
             times.append(time.perf_counter())
-            keep = keep_top(scores, planned.tokens_out - 1)
+            keep = keep_top_behind(scores, planned.tokens_out - 1, 1)
             times.append(time.perf_counter())
-            gather_tokens(output, keep, 1)
+            gather_tokens(output, keep)
             times.append(time.perf_counter())
             if done >= WARMUP:
                 for name, (begin, end) in zip(found, pairwise(times), strict=True):

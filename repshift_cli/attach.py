@@ -108,14 +108,19 @@ class _SiteHook:
             scores = -scores
         everything = self.planned.tokens_out == self.planned.tokens_in
         if isinstance(self.reducer, Merger) and not everything:
-            reduced, keep = self.stream.merge(output, scores, self.planned, partial(self.reducer.merge, seen=self.seen))
-        else:
-            keep = self.stream.choose(scores, output, self.planned)
-            # a copy could differ in its strides, and then in the last bits of what follows
-            reduced = output if everything else self._choose(output, keep)
+            merge = partial(self.reducer.merge, seen=self.seen)
+            reduced, places = self.stream.merge(output, scores, self.planned, merge)
+            self._record(places)
+            return reduced
+        keep = self.stream.choose(scores, output, self.planned)
         if self.recorded is not None:
-            self.recorded.append(keep)
-        return reduced
+            self._record(self.stream.patches(keep))
+        # a copy could differ in its strides, and then in the last bits of what follows
+        return output if everything else self._choose(output, keep)
+
+    def _record(self, places: Tensor) -> None:
+        if self.recorded is not None:
+            self.recorded.append(places)
 
     def _choose(self, output: Any, keep: Tensor) -> Any:
         assert isinstance(self.reducer, Chooser)

@@ -27,7 +27,7 @@ from repshift_cli.reducers.fuse import Fuse
 from repshift_cli.reducers.merge import Merge
 from repshift_cli.reducers.prune import Prune
 from repshift_cli.reducers.vid_tldr import VidTLDR, saliency
-from repshift_cli.tokens import keep_top
+from repshift_cli.tokens import keep_top_behind
 
 VECTORS = load_file(Path(__file__).parent / "data" / "tome.safetensors")
 
@@ -285,7 +285,7 @@ class TestAllOfThem:
         case = Case(2, 8, 1, 5, 0.5)
         reducer, tokens = build_reducer(Part(kind=kind)), case.tokens.clone().requires_grad_()
         if isinstance(reducer, Chooser):
-            output = reducer.reduce(tokens, keep_top(case.scores, 5), 1)
+            output = reducer.reduce(tokens, keep_top_behind(case.scores, 5, 1))
         else:
             assert isinstance(reducer, Merger)
             output = reducer.merge(tokens, case.sizes, case.scores, 3, 1, {"attention_key": case.keys}).tokens
@@ -331,10 +331,10 @@ class TestByScore:
         if name == "fuse_carry":
             case.sizes = torch.ones_like(case.sizes)
         found = case.run(merger)
-        keep = keep_top(case.scores, case.patches - case.count(merger))
-        assert torch.equal(found.places, keep)
-        pruned = Prune().reduce(case.tokens, keep, case.prefix)
-        same = found.sizes == Prune().reduce(case.sizes.unsqueeze(2), keep, case.prefix).squeeze(2)
+        keep = keep_top_behind(case.scores, case.patches - case.count(merger), case.prefix)
+        assert torch.equal(found.places, keep[:, case.prefix :] - case.prefix)
+        pruned = Prune().reduce(case.tokens, keep)
+        same = found.sizes == Prune().reduce(case.sizes.unsqueeze(2), keep).squeeze(2)
         assert torch.equal(found.tokens[same], pruned[same])
 
     @pytest.mark.parametrize("name", ["bipartite", "vid_tldr"])

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from repshift_cli.metrics.base import norms
 from repshift_cli.plan import Grid, Window
-from repshift_cli.tokens import MapState, TokenState, complement, gather_tokens, keep_lines, keep_top
+from repshift_cli.tokens import MapState, TokenState, complement, gather_tokens, keep_lines, keep_top, keep_top_behind
 
 ROWS = st.lists(st.lists(st.integers(-3, 3), min_size=6, max_size=6), min_size=1, max_size=4)
 """Few different values, so that most rows hold ties."""
@@ -38,19 +38,31 @@ def test_keep_top_of_negated_scores_keeps_the_smallest() -> None:
     assert keep_top(-scores, 1).tolist() == [[1]]
 
 
-@given(st.integers(0, 4), st.sets(st.integers(0, 8), min_size=1), st.integers(1, 3))
-def test_gather_keeps_the_prefix_and_takes_the_patches_in_order(prefix: int, kept: set[int], batch: int) -> None:
-    tokens = torch.randn(batch, prefix + 9, 5)
-    index = torch.tensor(sorted(kept)).expand(batch, -1)
-    found = gather_tokens(tokens, index, prefix)
-    assert torch.equal(found[:, :prefix], tokens[:, :prefix])
-    assert torch.equal(found[:, prefix:], tokens[:, [prefix + place for place in sorted(kept)]])
+@given(st.integers(0, 4), st.lists(st.lists(st.integers(-2, 2), min_size=6, max_size=6), min_size=1), st.integers(1, 6))
+def test_the_prefix_always_stays(prefix: int, rows: list[list[int]], count: int) -> None:
+    scores = torch.tensor(rows, dtype=torch.float32)
+    found = keep_top_behind(scores, count, prefix)
+    assert found[:, :prefix].tolist() == [list(range(prefix))] * len(rows)
+    assert torch.equal(found[:, prefix:] - prefix, keep_top(scores, count))
+
+
+def test_the_prefix_stays_before_scores_without_bounds() -> None:
+    scores = torch.tensor([[0.0, float("inf"), 1.0, float("inf")]])
+    assert keep_top_behind(scores, 1, 2).tolist() == [[0, 1, 3]]
+    assert keep_top_behind(-scores, 1, 2).tolist() == [[0, 1, 2]]
+
+
+@given(st.sets(st.integers(0, 8), min_size=1), st.integers(1, 3))
+def test_gather_takes_the_tokens_in_order(kept: set[int], batch: int) -> None:
+    tokens = torch.randn(batch, 9, 5)
+    found = gather_tokens(tokens, torch.tensor(sorted(kept)).expand(batch, -1))
+    assert torch.equal(found, tokens[:, sorted(kept)])
     assert found.is_contiguous()
 
 
 def test_gather_takes_other_tokens_of_each_image() -> None:
     tokens = torch.arange(8.0).view(2, 4, 1)
-    found = gather_tokens(tokens, torch.tensor([[0, 2], [1, 2]]), prefix=1)
+    found = gather_tokens(tokens, torch.tensor([[0, 1, 3], [0, 2, 3]]))
     assert found.flatten(1).tolist() == [[0.0, 1.0, 3.0], [4.0, 6.0, 7.0]]
 
 
@@ -97,15 +109,13 @@ def channel_by_channel(tokens: Tensor) -> Tensor:
     return tokens.mT.contiguous().mT
 
 
-@given(st.integers(0, 3), st.integers(2, 9), st.integers(1, 5), st.integers(1, 3), st.data())
-def test_gather_keeps_the_order_of_the_memory(
-    prefix: int, count: int, channels: int, batch: int, data: st.DataObject
-) -> None:
-    tokens = torch.randn(batch, prefix + count, channels)
+@given(st.integers(2, 9), st.integers(1, 5), st.integers(1, 3), st.data())
+def test_gather_keeps_the_order_of_the_memory(count: int, channels: int, batch: int, data: st.DataObject) -> None:
+    tokens = torch.randn(batch, count, channels)
     amount = data.draw(st.integers(1, count))
     places = st.permutations(range(count)).map(lambda order: sorted(order[:amount]))
     index = torch.tensor([data.draw(places) for _ in range(batch)])
-    plain, other = gather_tokens(tokens, index, prefix), gather_tokens(channel_by_channel(tokens), index, prefix)
+    plain, other = gather_tokens(tokens, index), gather_tokens(channel_by_channel(tokens), index)
     assert torch.equal(plain, other)
     assert plain.is_contiguous()
     assert other.mT.is_contiguous()
@@ -115,7 +125,8 @@ def test_gather_keeps_the_order_of_the_memory(
 def test_gather_of_tokens_that_lie_in_neither_order() -> None:
     tokens = torch.randn(2, 7, 6)[:, :, ::2]
     index = torch.tensor([[0, 2], [1, 4]])
-    assert torch.equal(gather_tokens(tokens, index, 1), gather_tokens(tokens.contiguous(), index, 1))
+    assert torch.equal(gather_tokens(tokens[:1], index[:1]), gather_tokens(tokens[:1].contiguous(), index[:1]))
+    assert torch.equal(gather_tokens(tokens, index), gather_tokens(tokens.contiguous(), index))
 
 
 @pytest.mark.parametrize("order", [1, 2])

@@ -35,14 +35,22 @@ def write_program(program: ExportedProgram, path: Path, document: ExportDocument
         raise OutputError(f"cannot write the program: {_last_line(error)}", "Is there room for it?") from error
 
 
-def compile_package(program: ExportedProgram, path: Path) -> None:
+def compile_package(program: ExportedProgram, path: Path, device: torch.device) -> None:
     """Compile a program with AOTInductor into a package.
+
+    For the CPU weights are laid out in advance as its kernels want them, which else each run does anew. (DeiT-S, one
+    image in bfloat16: a fifth less time.)
+
+    Args:
+        device: where the program is to run, and its weights are.
 
     Raises:
         ModelError: it cannot be compiled here.
     """
     try:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs={"freezing": device.type == "cpu"}
+        )
     except Exception as error:  # compilers fail in many ways
         raise ModelError(
             f"AOTInductor cannot compile the model here: {_last_line(error)}",

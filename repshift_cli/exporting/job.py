@@ -189,7 +189,7 @@ def _write_package(
     program = trace_program(subject, request, watched=False)
     document = subject.document(request, subject.run(subject.examples(request)).output)
     progress.note("compiling, which takes a minute or more")
-    archive.compile_package(program, path)
+    archive.compile_package(program, path, request.device)
     if request.verify:
         # To compile it once more with the places as outputs would take twice as long. They are those of the program
         # that was compiled; the compiled code is compared by what it returns.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from repshift_cli.errors import ModelError
 from repshift_cli.plan import Layout, Plan, PlanSite
 from repshift_cli.registry import members
-from repshift_cli.tokens import Sized, keep_top, with_prefix
+from repshift_cli.tokens import Sized, keep_top_behind
 
 __all__ = [
     "Family",
@@ -29,7 +29,7 @@ __all__ = [
     "nothing",
 ]
 
-Reduce = Callable[[Tensor, Tensor, int], Tensor]
+Reduce = Callable[[Tensor, Tensor], Tensor]
 """What a reducer does: tokens `[B, prefix + N, C]`, kept places int64 `[B, K]`, prefix; to `[B, prefix + K, C]`."""
 
 Merge = Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]]
@@ -137,7 +137,7 @@ class Stream:
         return carrier
 
     def choose(self, scores: Tensor, output: Any, planned: PlanSite) -> Tensor:
-        """The patch tokens that stay.
+        """What stays.
 
         Args:
             scores: float32, one for each token that metrics see without the prefix; the largest stay.
@@ -145,13 +145,18 @@ class Stream:
             planned: how many.
 
         Returns:
-            int64 `[B, K]`, ascending places among the patch tokens.
+            int64 `[B, K]`, ascending places, here among all tokens, those of the prefix included. What they mean is a
+            matter of `reduce` and `patches`.
         """
-        return keep_top(scores, planned.tokens_out - self.prefix)
+        return keep_top_behind(scores, planned.tokens_out - self.prefix, self.prefix)
+
+    def patches(self, keep: Tensor) -> Tensor:
+        """What `choose` returned as ascending places among the patch tokens."""
+        return keep[:, self.prefix :] - self.prefix
 
     def reduce(self, output: Any, keep: Tensor, planned: PlanSite, reduce: Reduce) -> Any:
-        """The output of the block with only the patch tokens at `keep` left, by way of a reducer."""
-        return reduce(output, keep, self.prefix)
+        """The output of the block with only the tokens at `keep` left, by way of a reducer."""
+        return reduce(output, keep)
 
     def merge(self, output: Any, scores: Tensor, planned: PlanSite, merge: Merge) -> tuple[Any, Tensor]:
         """What a reducer that merges makes of the stream, and the place of each patch token that is left, `[B, K]`."""
@@ -179,8 +184,8 @@ class SizedStream(Stream):
         return output.tokens
 
     def reduce(self, output: Sized, keep: Tensor, planned: PlanSite, reduce: Reduce) -> Sized:
-        sizes = None if output.sizes is None else output.sizes.gather(1, with_prefix(keep, self.prefix))
-        return Sized(reduce(output.tokens, keep, self.prefix), sizes)
+        sizes = None if output.sizes is None else output.sizes.gather(1, keep)
+        return Sized(reduce(output.tokens, keep), sizes)
 
     def merge(self, output: Sized, scores: Tensor, planned: PlanSite, merge: Merge) -> tuple[Sized, Tensor]:
         tokens, sizes = output

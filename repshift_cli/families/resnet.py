@@ -98,7 +98,7 @@ class _Map(Stream):
         return keep_lines(scores.unflatten(1, output.shape[2:]), cast(Grid, planned.grid_out))
 
     def reduce(self, output: Tensor, keep: Tensor, planned: PlanSite, reduce: Reduce) -> Tensor:
-        return reduce(_positions(output), keep, 0).mT.unflatten(2, cast(Grid, planned.grid_out))
+        return reduce(_positions(output), keep).mT.unflatten(2, cast(Grid, planned.grid_out))
 
 
 def _positions(value: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class _ClassTokensInside(Stream):
         tokens = torch.cat((output.place, patches), dim=1).sort(dim=1).values
         # as many tokens stand before a class token as have smaller places
         place = (tokens.unsqueeze(1) < output.place.unsqueeze(2)).sum(dim=2)
-        return VimStream(reduce(output.hidden, tokens, 0), reduce(output.residual, tokens, 0), place)
+        return VimStream(reduce(output.hidden, tokens), reduce(output.residual, tokens), place)
 
     def join(self, outputs: Sequence[VimStream]) -> VimStream:
         return VimStream(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))

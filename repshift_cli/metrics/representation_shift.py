@@ -53,10 +53,10 @@ class RepresentationShift(Metric):
         if operation == "block":
             before, after = seen["block_input"][:, site.prefix :], seen["block_output"][:, site.prefix :]
             return _distance(distance, after, before)
-        update = seen[_UPDATE[operation]][:, site.prefix :]
+        update = seen[_UPDATE[operation]]
         if reading == "update" and distance != "cosine":
-            return _norm(distance, update)
-        stream = seen[_STREAM[operation]][:, site.prefix :]
+            return _norm(distance, update)[:, site.prefix :]  # of all tokens: what is whole in memory is read faster
+        update, stream = update[:, site.prefix :], seen[_STREAM[operation]][:, site.prefix :]
         return _distance(distance, update if reading == "literal" else stream + update, stream)
 
     def variants(self) -> tuple[Metric, ...]:

@@ -23,4 +23,4 @@ class TokenNorm(Metric):
         return frozenset({"block_output"})
 
     def score(self, seen: Mapping[str, Tensor], site: SiteContext) -> Tensor:
-        return norms(seen["block_output"][:, site.prefix :])
+        return norms(seen["block_output"])[:, site.prefix :]

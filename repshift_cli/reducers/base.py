@@ -70,16 +70,15 @@ class Chooser(Reducer):
     """A reducer that leaves the tokens with the best scores, in order."""
 
     @abstractmethod
-    def reduce(self, tokens: Tensor, keep: Tensor, prefix: int) -> Tensor:
+    def reduce(self, tokens: Tensor, keep: Tensor) -> Tensor:
         """Reduce the tokens of one site.
 
         Args:
-            tokens: `[B, prefix + N, C]`.
-            keep: int64 `[B, K]`, ascending places among the N patch tokens.
-            prefix: prefix tokens, which stay as they are.
+            tokens: `[B, T, C]`, of patches and others.
+            keep: int64 `[B, K]`, ascending places among the T; those that are not patches are all among them.
 
         Returns:
-            `[B, prefix + K, C]`.
+            `[B, K, C]`.
         """
 
 

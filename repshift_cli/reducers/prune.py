@@ -17,5 +17,5 @@ class Prune(Chooser):
 
     kind: ClassVar[str] = "prune"
 
-    def reduce(self, tokens: Tensor, keep: Tensor, prefix: int) -> Tensor:
-        return gather_tokens(tokens, keep, prefix)
+    def reduce(self, tokens: Tensor, keep: Tensor) -> Tensor:
+        return gather_tokens(tokens, keep)

@@ -135,7 +135,7 @@ class TestWrittenOut:
                 return VimStream(output.hidden.masked_fill(gone, 0), output.residual.masked_fill(gone, 0), output.place)
             other = family_file.complement(output.place, planned.tokens_in)[:, : keep.shape[1]]
             at = torch.cat((output.place, other), dim=1).sort(dim=1).values
-            return right._replace(hidden=reduce(output.hidden, at, 0))
+            return right._replace(hidden=reduce(output.hidden, at))
 
         model = build(variant, layers="[{layer: 1, keep_tokens: 10}]")
         images = images_for(model)
