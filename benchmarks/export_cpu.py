@@ -63,7 +63,7 @@ NOTE = (
     "DeiT-S; `compressed` is recipe `deit_small_paper` with 158, 127 and 102 tokens, `on tiles` is `deit_small_tiles` "
     "with 160, 128 and 112. Latency per batch in ms: median [p10-p90]; the models of one line run in turn. In brackets "
     "the speed-up over dense, and the efficiency, which is the speed-up divided by the ratio of the "
-    "multiply-accumulates. The opset is that of the ONNX file: from 20 on GELU is one operator, from 23 on attention is."
+    "multiply-accumulates. The opset is that of the ONNX file: GELU is one operator from 20 on, attention from 23 on."
 )
 
 

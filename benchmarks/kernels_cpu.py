@@ -1,10 +1,11 @@
-"""How the matrix products of a ViT's blocks alone slow down as tokens go: what no schedule can win back.
+"""How the kernels of a ViT's blocks alone slow down as tokens go: what no schedule can win back, and which counts suit.
 
-All linear layers of all blocks run in the order of the model, nothing between them, with as many tokens as are left.
-Were the kernels equally good at every size, the time would be proportional to the tokens. `packed` has the weights laid
-out in advance, as `torch.compile` does with `freezing`; it says what laying them out costs. Weights are random.
+All linear layers of all blocks run in the order of the model, nothing between them, with as many tokens as are left;
+then the fused attention of all blocks. Were the kernels equally good at every size, the time of the first would be
+proportional to the tokens, and that of the second to their square. `packed` has the weights laid out in advance, as
+`torch.compile` does with `freezing`; it says what laying them out costs. Weights are random.
 
-    python benchmarks/linears_cpu.py --threads 2
+    python benchmarks/kernels_cpu.py --threads 2
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from repshift_cli.measure import DTYPES, device_name
 
 WIDTHS = {"DeiT-S": 384, "DeiT-B": 768}
 BLOCKS = 12
-TOKENS = (197, 192, 176, 160, 158, 144, 128, 127, 104, 102, 64, 16)
+HEAD = 64
+TOKENS = (197, 192, 176, 160, 158, 144, 128, 127, 112, 104, 102, 96, 64, 16)
+WAYS = {"plain": 1, "packed": 1, "attention": 2}
+"""What is timed, and the power of the tokens that it grows with."""
 
 
 class Layer(NamedTuple):
@@ -43,51 +47,64 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    columns = ["tokens", *(f"batch {batch}, {way}" for batch in options.batches for way in ("plain", "packed"))]
+    columns = ["tokens", *(f"batch {batch}, {way}" for batch in options.batches for way in WAYS)]
     parts = []
     for model in options.models:
         for dtype in options.dtypes:
             found = [measure(WIDTHS[model], batch, DTYPES[dtype], options.rounds) for batch in options.batches]
             parts.append(f"{model}, {dtype}:\n\n{table(columns, rows(found))}")
-    command = shlex.join(["python", "benchmarks/linears_cpu.py", *sys.argv[1:]])
+    command = shlex.join(["python", "benchmarks/kernels_cpu.py", *sys.argv[1:]])
     machine = f"{device_name(torch.device('cpu'))}, {options.threads} threads"
     note = (
-        "Median ms of the linear layers of 12 blocks, and in brackets their efficiency: time per token with 197 tokens "
-        "over time per token here."
+        "Median ms of the linear layers of 12 blocks, plain and packed, and of their fused attention. In brackets the "
+        "efficiency beside 197 tokens: the time per token there over that here, for attention per pair of tokens."
     )
-    title = "## Linear layers alone, with fewer and fewer tokens"
-    publish("linears_cpu", "\n\n".join([title, provenance(command, machine), *parts, note]), options.dry_run)
+    title = "## Kernels alone, with fewer and fewer tokens"
+    publish("kernels_cpu", "\n\n".join([title, provenance(command, machine), *parts, note]), options.dry_run)
 
 
-def rows(found: list[list[tuple[float, float]]]) -> list[list[str]]:
-    """A line for each number of tokens; `found` has for each batch the milliseconds of both ways, in that order."""
+def rows(found: list[list[tuple[float, ...]]]) -> list[list[str]]:
+    """A line for each number of tokens; `found` has for each batch the milliseconds of all ways, in that order."""
     lines = []
     for index, tokens in enumerate(TOKENS):
         cells = [
-            f"{times[index][way]:.2f} ({times[0][way] / TOKENS[0] / (times[index][way] / tokens):.2f})"
+            f"{times[index][way]:.2f} ({times[0][way] / times[index][way] * (tokens / TOKENS[0]) ** power:.2f})"
             for times in found
-            for way in range(2)
+            for way, power in enumerate(WAYS.values())
         ]
         lines.append([str(tokens), *cells])
     return lines
 
 
 @torch.inference_mode()
-def measure(width: int, batch: int, dtype: torch.dtype, rounds: int) -> list[tuple[float, float]]:
-    """Milliseconds of plain and packed layers for each number of tokens."""
+def measure(width: int, batch: int, dtype: torch.dtype, rounds: int) -> list[tuple[float, ...]]:
+    """Milliseconds of all ways for each number of tokens."""
     layers = [layer for _ in range(BLOCKS) for layer in block(width, dtype)]
     found = []
     for tokens in TOKENS:
         inputs = tuple(torch.randn(batch * tokens, channels).to(dtype) for channels in (width, 4 * width))
         laid_out = [packed(layer, batch * tokens) for layer in layers]
         plain = [partial(functional.linear, weight=layer.weight, bias=layer.bias) for layer in layers]
-        sides = {
+        parts = [attention_inputs(width, batch, tokens, dtype) for _ in range(BLOCKS)]
+        sides: dict[str, Callable[[], object]] = {
             "plain": partial(run_all, plain, layers, inputs),
             "packed": partial(run_all, laid_out, layers, inputs),
+            "attention": partial(attend_all, parts),
         }
         seconds = timed(sides, rounds)
-        found.append((1e3 * seconds["plain"], 1e3 * seconds["packed"]))
+        found.append(tuple(1e3 * seconds[way] for way in WAYS))
     return found
+
+
+def attention_inputs(width: int, batch: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Queries, keys and values `[B, heads, T, d]`, views of one projection as in timm's models."""
+    projected = torch.randn(batch, tokens, 3, width // HEAD, HEAD).to(dtype)
+    return projected.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def attend_all(parts: list[tuple[Tensor, ...]]) -> None:
+    for part in parts:
+        functional.scaled_dot_product_attention(*part)
 
 
 def block(width: int, dtype: torch.dtype) -> list[Layer]:
