@@ -84,6 +84,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--compile", choices=get_args(CompileMode), default="off")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each side at each batch size")
     parser.add_argument("--min-runs", type=int, default=10)
@@ -93,7 +94,7 @@ def parse_options() -> argparse.Namespace:
 
 def measure(published: Published, options: argparse.Namespace, progress: Progress) -> BenchReport:
     opened = compress_dense(published.model, recipe_name=published.recipe)
-    sides = contenders_against({published.model: opened}, PEERS)
+    sides = contenders_against({published.model: opened}, options.peers)
     assert opened.compressed is not None
     twin = shared_copy(opened.compressed)  # as the peers: all read the same memory
     assert isinstance(twin, CompressedModel)

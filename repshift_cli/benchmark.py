@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli import measure
+from repshift_cli.attach import CompressedModel
 from repshift_cli.backends import AttentionMode, attention_mode, auto_note
 from repshift_cli.bench_report import (
     BenchReport,
@@ -230,6 +231,8 @@ def run_sweep(
         if note := measure.waking_note(device, threads):
             progress.note(note)
         for settings in sweep:
+            for note in _tiles_notes(contenders, settings):
+                progress.note(note)
             with _prepared(modules, settings, progress):
                 for size in sizes:
                     group = [contender for contender in contenders if contender.input_size == size]
@@ -243,6 +246,15 @@ def run_sweep(
         ratios=tuple(ratio for each in found for ratio in each.ratios),
         end_to_end=tuple(each.end_to_end for each in found if each.end_to_end),
     )
+
+
+def _tiles_notes(contenders: Sequence[Contender], settings: BenchSettings) -> list[str]:
+    """Remarks on the compressed models whose numbers of tokens do not suit the device, each once."""
+    models = (each.module for each in contenders if each.role == "compressed")
+    plans = [model.plan for model in models if isinstance(model, CompressedModel)]
+    counts = [[site.tokens_out for site in plan.sites if site.grid_out is None] for plan in plans]
+    found = (measure.tiles_note(settings.device, settings.dtype, each) for each in counts)
+    return list(dict.fromkeys(note for note in found if note))
 
 
 def _check_exported(contenders: Sequence[Contender], sweep: Sequence[BenchSettings]) -> None:

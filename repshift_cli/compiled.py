@@ -20,7 +20,8 @@ CompileMode = Literal["off", "default", "frozen", "reduce-overhead", "max-autotu
 """A mode of torch.compile, or none at all; `frozen` is the default one with weights as constants of the graph.
 
 Constants are laid out in advance as the kernels want them, where otherwise each call does that anew. It takes as long
-for few tokens as for many, and it takes memory for a second copy of the weights.
+for few tokens as for many, and it takes memory for a second copy of the weights. On the CPU `max-autotune` has them as
+well: for other weights torch knows no kernels to choose from.
 """
 
 _LONGEST_REASON = 200
@@ -56,7 +57,7 @@ class Compiled:
         """
         start = time.perf_counter()
         try:
-            with _constant_weights(self.mode == "frozen"):
+            with _constant_weights(self.mode == "frozen" or (self.mode, inputs.device.type) == ("max-autotune", "cpu")):
                 self._run(inputs)
         except RuntimeError as error:  # of torch's own kinds of errors all are
             if out_of_memory(error):

@@ -50,6 +50,7 @@ __all__ = [
     "resolve_dtype",
     "speedup",
     "threads",
+    "tiles_note",
     "wait_for",
     "waking_note",
 ]
@@ -512,6 +513,34 @@ def waking_note(device: torch.device, count: int) -> str | None:
     if device.type != "cpu" or count == 1 or policy != "PASSIVE":
         return None
     return "OMP_WAIT_POLICY=PASSIVE is set: every operation wakes its threads anew, which at batch 1 costs much"
+
+
+_MATRIX_TILE = 16
+"""Rows of a tile of AMX."""
+
+
+def tiles_note(device: torch.device, dtype: torch.dtype, tokens: Sequence[int]) -> str | None:
+    """A remark where numbers of tokens do not suit the matrix unit of a CPU.
+
+    Attention to 158 tokens in bfloat16 takes twice as long there as to 160 (benchmarks/kernels_cpu.py).
+
+    Args:
+        tokens: that are left behind the sites of a sequence.
+    """
+    odd = [count for count in dict.fromkeys(tokens) if count % _MATRIX_TILE]
+    if not odd or device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or not _has_matrix_unit():
+        return None
+    return (
+        f"tokens that are left ({', '.join(map(str, odd))}) are no multiples of {_MATRIX_TILE}, as the matrix unit of "
+        f"this CPU wants them in {str(dtype).removeprefix('torch.')}: `round_tokens: {_MATRIX_TILE}` in the recipe may "
+        "be faster"
+    )
+
+
+def _has_matrix_unit() -> bool:
+    """Whether the CPU has AMX, as far as torch tells."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions
+    return bool(capabilities.get("amx_tile"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

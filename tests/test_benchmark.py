@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from tiny import DROPS, compressed, make_recipe
 from torch import Tensor, nn
 
 from repshift_cli import benchmark
@@ -234,6 +235,44 @@ class TestAttentionMode:
     def test_nothing_to_switch(self) -> None:
         with pytest.raises(UsageError, match="'explicit'"), attention_mode(nn.Identity(), "explicit"):
             pass
+
+
+class Heard(Silent):
+    """Keeps the remarks."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class TestTilesOfTheMatrixUnit:
+    """Counts of 13 and 6 tokens do not suit it."""
+
+    def notes(self, dtype: torch.dtype, recipe: str = DROPS) -> list[str]:
+        model = compressed(recipe=make_recipe(recipe))
+        sides = [
+            Contender("dense", model, 2, (3, 32, 32), context=model.dense),
+            Contender("compressed", model, 1, (3, 32, 32), against="dense"),
+        ]
+        heard = Heard()
+        run_bench(sides, [1], replace(SETTINGS, dtype=dtype), heard)
+        return heard.notes
+
+    def test_a_remark_where_there_is_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": True}, raising=False)
+        (note,) = self.notes(torch.bfloat16)
+        assert "(13, 6) are no multiples of 16" in note
+        assert "in bfloat16: `round_tokens: 16`" in note
+        assert not self.notes(torch.float32)
+        assert not self.notes(torch.bfloat16, "[{layer: 0, keep_tokens: 15}]")
+
+    def test_none_elsewhere(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": False}, raising=False)
+        assert not self.notes(torch.bfloat16)
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)  # older versions do not tell
+        assert not self.notes(torch.bfloat16)
 
 
 @pytest.fixture(name="results")
