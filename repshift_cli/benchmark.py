@@ -230,9 +230,9 @@ def run_sweep(
     with measure.threads(sweep[0].threads) as threads:
         if note := measure.waking_note(device, threads):
             progress.note(note)
+        for note in dict.fromkeys(note for settings in sweep for note in _tiles_notes(contenders, settings)):
+            progress.note(note)
         for settings in sweep:
-            for note in _tiles_notes(contenders, settings):
-                progress.note(note)
             with _prepared(modules, settings, progress):
                 for size in sizes:
                     group = [contender for contender in contenders if contender.input_size == size]
@@ -249,12 +249,12 @@ def run_sweep(
 
 
 def _tiles_notes(contenders: Sequence[Contender], settings: BenchSettings) -> list[str]:
-    """Remarks on the compressed models whose numbers of tokens do not suit the device, each once."""
+    """Remarks on the compressed models whose numbers of tokens do not suit the device."""
     models = (each.module for each in contenders if each.role == "compressed")
     plans = [model.plan for model in models if isinstance(model, CompressedModel)]
     counts = [[site.tokens_out for site in plan.sites if site.grid_out is None] for plan in plans]
     found = (measure.tiles_note(settings.device, settings.dtype, each) for each in counts)
-    return list(dict.fromkeys(note for note in found if note))
+    return [note for note in found if note]
 
 
 def _check_exported(contenders: Sequence[Contender], sweep: Sequence[BenchSettings]) -> None:

@@ -257,7 +257,7 @@ class TestTilesOfTheMatrixUnit:
             Contender("compressed", model, 1, (3, 32, 32), against="dense"),
         ]
         heard = Heard()
-        run_bench(sides, [1], replace(SETTINGS, dtype=dtype), heard)
+        run_sweep(sides, [1], [replace(SETTINGS, dtype=dtype, attention=mode) for mode in ("auto", "explicit")], heard)
         return heard.notes
 
     def test_a_remark_where_there_is_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
