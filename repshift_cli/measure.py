@@ -539,7 +539,7 @@ def tiles_note(device: torch.device, dtype: torch.dtype, tokens: Sequence[int]) 
 
 def _has_matrix_unit() -> bool:
     """Whether the CPU has AMX, as far as torch tells."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions
     return bool(capabilities.get("amx_tile"))
 
 
