@@ -41,12 +41,21 @@ def main() -> None:
     assert compressed is not None
     command = shlex.join(["python", "benchmarks/overhead_cpu.py", *sys.argv[1:]])
     rows = [row(compressed, batch, options.rounds) for batch in options.batches]
-    columns = ["batch", "block, ms", "score, us", "choice, us", "gathering, us", "share of the block"]
+    columns = [
+        "batch",
+        "block, ms",
+        "score, us",
+        "choice, us",
+        "gathering, us",
+        "score and gathering",
+        "with the choice",
+    ]
     text = "\n\n".join(
         [
             "## What a site costs: the first of DeiT-S, 197 to 158 tokens",
             provenance(command, f"{device_name(torch.device('cpu'))}, float32, {options.threads} threads"),
             table(columns, rows),
+            "Shares are of the time of the block. "
             "Medians of runs in which block, score, choice and gathering follow each other as in the model, each on "
             "what the one before it has just left in memory. Operations that the site adds to those of its block, by "
             "the profiler at batch "
@@ -61,7 +70,8 @@ def row(compressed: CompressedModel, batch: int, rounds: int) -> list[str]:
     medians = {name: statistics.median(found) for name, found in samples(compressed, batch, rounds).items()}
     parts = [medians[name] for name in ("score", "choice", "gathering")]
     shown = [f"{1e6 * part:.0f}" for part in parts]
-    return [str(batch), f"{1e3 * medians['block']:.2f}", *shown, f"{100 * sum(parts) / medians['block']:.2f}%"]
+    shares = (f"{100 * part / medians['block']:.2f}%" for part in (parts[0] + parts[2], sum(parts)))
+    return [str(batch), f"{1e3 * medians['block']:.2f}", *shown, *shares]
 
 
 def samples(compressed: CompressedModel, batch: int, rounds: int) -> dict[str, list[float]]:
