@@ -18,12 +18,12 @@ from typing import get_args
 from _results import latency, provenance, publish, table, words
 from _timing import cpu_settings
 
-from repshift_cli.attach import CompressedModel, attach
+from repshift_cli.attach import attach
 from repshift_cli.bench_report import BenchReport, Ratio, Run
 from repshift_cli.benchmark import CompileMode, Contender, run_bench
 from repshift_cli.compression import compress_dense
 from repshift_cli.measure import DTYPES, speedup
-from repshift_cli.peers import contenders_against, shared_copy
+from repshift_cli.peers import contenders_against, dense_copy
 from repshift_cli.plan import Plan
 from repshift_cli.progress import Progress
 from repshift_cli.ui import Screen
@@ -96,9 +96,8 @@ def measure(published: Published, options: argparse.Namespace, progress: Progres
     opened = compress_dense(published.model, recipe_name=published.recipe)
     sides = contenders_against({published.model: opened}, options.peers)
     assert opened.compressed is not None
-    twin = shared_copy(opened.compressed)  # as the peers: all read the same memory
-    assert isinstance(twin, CompressedModel)
-    tiled = attach(twin.detach(), planned(published.model, published.tiles))
+    # as the peers: all read the same memory
+    tiled = attach(dense_copy(opened.compressed), planned(published.model, published.tiles))
     sides.append(Contender(TILES, tiled, tiled.macs(), sides[0].input_size, against=sides[0].name, is_peer=True))
     sides = [replace(side, peers=(*side.peers, TILES)) if side.role == "compressed" else side for side in sides]
     settings = replace(cpu_settings(options, DTYPES[options.dtype]), compile=options.compile)

@@ -110,17 +110,14 @@ class _SiteHook:
         if isinstance(self.reducer, Merger) and not everything:
             merge = partial(self.reducer.merge, seen=self.seen)
             reduced, places = self.stream.merge(output, scores, self.planned, merge)
-            self._record(places)
+            if self.recorded is not None:
+                self.recorded.append(places)
             return reduced
         keep = self.stream.choose(scores, output, self.planned)
         if self.recorded is not None:
-            self._record(self.stream.patches(keep))
+            self.recorded.append(self.stream.patches(keep))
         # a copy could differ in its strides, and then in the last bits of what follows
         return output if everything else self._choose(output, keep)
-
-    def _record(self, places: Tensor) -> None:
-        if self.recorded is not None:
-            self.recorded.append(places)
 
     def _choose(self, output: Any, keep: Tensor) -> Any:
         assert isinstance(self.reducer, Chooser)

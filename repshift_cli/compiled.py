@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import Any, Literal
 
@@ -57,7 +57,7 @@ class Compiled:
         """
         start = time.perf_counter()
         try:
-            with _constant_weights(self.mode == "frozen" or (self.mode, inputs.device.type) == ("max-autotune", "cpu")):
+            with _constant_weights() if self._freezes(inputs.device) else nullcontext():
                 self._run(inputs)
         except RuntimeError as error:  # of torch's own kinds of errors all are
             if out_of_memory(error):
@@ -69,6 +69,9 @@ class Compiled:
         if inputs.device.type == "cuda":
             torch.cuda.synchronize(inputs.device)
         self.seconds = time.perf_counter() - start
+
+    def _freezes(self, device: torch.device) -> bool:
+        return self.mode == "frozen" or (self.mode == "max-autotune" and device.type == "cpu")
 
     def __call__(self, inputs: Tensor) -> Any:
         before = _graphs()
@@ -90,15 +93,12 @@ def fresh_graphs() -> Iterator[None]:
 
 
 @contextmanager
-def _constant_weights(frozen: bool) -> Iterator[None]:
+def _constant_weights() -> Iterator[None]:
     """Let what is compiled inside take weights as constants.
 
     The setting of the process it has to be: an option of `torch.compile` reaches the compiler of the graph, but not
     the tracer before it, which then hands the weights over as inputs, and nothing is frozen.
     """
-    if not frozen:
-        yield
-        return
     from torch._inductor import config  # imports much, so only where something is compiled
 
     with config.patch(freezing=True):

@@ -24,7 +24,7 @@ from repshift_cli.recipe import Part, nearest
 from repshift_cli.reducers import Merger, Reducer, build_reducer
 from repshift_cli.runtimes import OpenedExport, Runtime
 
-__all__ = ["PEERS", "Peer", "check_names", "contenders_against", "shared_copy", "uniform_plan"]
+__all__ = ["PEERS", "Peer", "check_names", "contenders_against", "dense_copy", "shared_copy", "uniform_plan"]
 
 _FREE = Part(kind="random")
 """The score of reducers that ask for none: it looks at no token, and costs the least."""
@@ -107,7 +107,7 @@ def uniform_plan(compressed: CompressedModel) -> Plan:
         RecipeError: tokens of the model cannot be merged.
     """
     _reducer(_MATCHING, compressed)
-    dense = _dense_copy(compressed)
+    dense = dense_copy(compressed)
     wanted = compressed.macs()
     most, low, high = (compressed.plan.patch_tokens - 1) // 2, 1, 1
     while high < most and _macs(dense, _every_block(compressed, high)) > wanted:
@@ -228,7 +228,7 @@ def _contender(name: str, contender: Contender, compressed: CompressedModel, sin
     peer = PEERS[name]
     attached: CompressedModel | None = None
     if peer.plan is not None:
-        attached = attach(_dense_copy(compressed), peer.plan(compressed))
+        attached = attach(dense_copy(compressed), peer.plan(compressed))
     module = contender.module if attached is None else attached
     if peer.attention is not None:
         with attention_mode(module, peer.attention):
@@ -256,7 +256,8 @@ def _as_peer(module: nn.Module, attention: AttentionMode | None, dense: Compress
         yield
 
 
-def _dense_copy(compressed: CompressedModel) -> nn.Module:
+def dense_copy(compressed: CompressedModel) -> nn.Module:
+    """The dense model, as `shared_copy`: modules of its own on the same weights."""
     twin = shared_copy(compressed)
     assert isinstance(twin, CompressedModel)
     return twin.detach()

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 Reduce = Callable[[Tensor, Tensor], Tensor]
-"""What a reducer does: tokens `[B, prefix + N, C]`, kept places int64 `[B, K]`, prefix; to `[B, prefix + K, C]`."""
+"""What a reducer does: tokens `[B, T, C]` and all places that stay, int64 `[B, K]`; to `[B, K, C]`."""
 
 Merge = Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]]
 """What one that merges does: tokens `[B, prefix + N, C]`, sizes `[B, prefix + N]`, scores `[B, N]`, how many go, and

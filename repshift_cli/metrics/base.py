@@ -128,7 +128,7 @@ class Metric(BaseModel, ABC):
 def norms(tokens: Tensor, order: int = 2) -> Tensor:
     """Norm of each token, `[B, N, C]` to float32 `[B, N]`; half-precision tokens are summed in float32."""
     if tokens.dtype == torch.float32 and tokens.stride(-1) == 1:
-        return vector_norm(tokens, ord=order, dim=-1)
+        return vector_norm(tokens, ord=order, dim=-1)  # at batch 1 the calls about dtypes below are felt
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     if tokens.stride(-1) != 1:
         # channel by channel in memory: `vector_norm` would walk across it, a plain sum does not (4 times faster)
