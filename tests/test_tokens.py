@@ -156,10 +156,14 @@ def test_map_state_behind_a_stride() -> None:
 
 
 @st.composite
-def passages(draw: st.DrawFn) -> Window:
-    """Windows as networks have them: steps no longer than the kernel, and no more padding than half of it."""
+def passages(draw: st.DrawFn, centred: bool = False) -> Window:
+    """Windows as networks have them: steps no longer than the kernel, and no more padding than half of it.
+
+    Args:
+        centred: only those whose middle is read, since an even kernel that is dilated has a gap there.
+    """
     kernel = (draw(st.integers(1, 7)), draw(st.integers(1, 7)))
-    dilation = (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
+    dilation = tuple(draw(st.integers(1, 1 if centred and side % 2 == 0 else 2)) for side in kernel)
     stride = tuple(draw(st.integers(1, min(side, 4))) for side in kernel)
     padding = tuple(draw(st.integers(0, d * (k - 1) // 2)) for k, d in zip(kernel, dilation, strict=True))
     # a last window that sticks out of a padded map may have its middle in the padding, where no line is
@@ -188,9 +192,8 @@ def middle_tap(lines: list[int], window: Window, axis: int) -> list[int]:
     return [int(line) for line in found[0, 0, :count]]
 
 
-@given(passages(), st.integers(1, 30), st.data())
+@given(passages(centred=True), st.integers(1, 30), st.data())
 def test_each_line_stands_for_the_middle_of_its_window(window: Window, side: int, data: st.DataObject) -> None:
-    assume(all((k - 1) % 2 == 0 or d == 1 for k, d in zip(window.kernel, window.dilation, strict=True)))
     kept = [sorted(data.draw(st.sets(st.integers(0, side - 1), min_size=1))) for _ in range(2)]
     count = (window.output((len(kept[0]), 1))[0], window.output((1, len(kept[1])))[1])
     dense = window.output((side, side))
