@@ -232,6 +232,7 @@ class CompressedModel(nn.Module):
         self.family = family
         self.layout = family.layout(model)
         self._undo = family.adapt(model)
+        self._direct = family.run_directly(model, on=True)
         stream, class_token = family.stream(model), self.layout.class_token
         self._hooks: list[_SiteHook] = []
         self._handles: list[Any] = []
@@ -251,13 +252,24 @@ class CompressedModel(nn.Module):
 
     @contextmanager
     def dense(self) -> Iterator[nn.Module]:
-        """Inside the context the model runs as the original, on the same weights."""
+        """Inside the context the model runs as the original, on the same weights and by its own code."""
         before = [hook.enabled for hook in self._hooks]
         self._enable([False] * len(before))
         try:
-            yield self.model
+            with self.own_code():
+                yield self.model
         finally:
             self._enable(before)
+
+    @contextmanager
+    def own_code(self) -> Iterator[None]:
+        """Inside the context the blocks run by the code of their library alone: the same values, with more calls."""
+        before = self._direct
+        self._direct = self.family.run_directly(self.model, on=False)
+        try:
+            yield
+        finally:
+            self._direct = self.family.run_directly(self.model, before)
 
     @torch.no_grad()
     def trace(self, images: Tensor) -> Trace:
@@ -318,6 +330,7 @@ class CompressedModel(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles, self._hooks = [], []
+        self._direct = self.family.run_directly(self.model, on=False)
         undoing, self._undo, self._undo_sizes = (self._undo, self._undo_sizes), nothing, nothing
         for undo in undoing:
             undo()
