@@ -1,0 +1,313 @@
+"""Blocks that run their parts directly compute the same bits, and pass by nothing that somebody has put there."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from timm.layers import Attention, LayerNorm, Mlp
+from timm.models.vision_transformer import Block, ResPostBlock
+from tiny import KEEP_ALL, VARIANTS, compressed, images, make_recipe, tiny_vit
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from repshift_cli.attach import CompressedModel
+from repshift_cli.attention import Backend
+from repshift_cli.backends import attention_mode
+from repshift_cli.models.direct import is_plain, may_pass_by, run
+from repshift_cli.models.timm_attention import FlexibleAttention
+from repshift_cli.models.timm_block import DirectBlock, run_directly
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    **VARIANTS,
+    "dropout": {"proj_drop_rate": 0.2, "attn_drop_rate": 0.1, "drop_path_rate": 0.2, "drop_rate": 0.1},
+    "norm_of_torch": {"norm_layer": nn.LayerNorm},
+    "norm_of_timm": {"norm_layer": LayerNorm},
+    "rms_norm": {"norm_layer": nn.RMSNorm},
+    "relu": {"act_layer": nn.ReLU},
+    "gelu_by_tanh": {"act_layer": lambda: nn.GELU(approximate="tanh")},
+    "norms_between": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "no_bias": {"qkv_bias": False, "proj_bias": False},
+}
+
+
+def both_ways(model: CompressedModel, run: Callable[[], Any]) -> tuple[Any, Any]:
+    """What `run` returns where parts are run directly, and by the library's own code."""
+    assert any(type(block) is DirectBlock for block in model.model.blocks)
+    direct = run()
+    with model.own_code():
+        assert not any(type(block) is DirectBlock for block in model.model.blocks)
+        return direct, run()
+
+
+@contextmanager
+def seen_calls() -> Iterator[list[nn.Module]]:
+    """Every module that is called in the usual way, by a hook on all of them."""
+    calls: list[nn.Module] = []
+    handle = register_module_forward_hook(lambda module, args, output: calls.append(module))
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+class TestBits:
+    @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_as_by_its_own_code(self, options: dict[str, Any], dtype: torch.dtype) -> None:
+        recipe = make_recipe(metric="{kind: representation_shift, operation: block}")
+        model = compressed(tiny_vit(**options), recipe).to(dtype)
+        if options.get("block_fn", Block) is not Block:
+            assert not any(type(block) is DirectBlock for block in model.model.blocks)
+            return
+        with torch.inference_mode():
+            direct, own = both_ways(model, lambda: model(images().to(dtype)))
+        assert torch.equal(direct, own)
+
+    @pytest.mark.parametrize(
+        "options", [{}, OPTIONS["dropout"], OPTIONS["layer_scale"]], ids=["plain", "drop", "scale"]
+    )
+    def test_training(self, options: dict[str, Any]) -> None:
+        model = compressed(tiny_vit(**options)).train()
+
+        def gradients() -> list[Tensor]:
+            model.zero_grad()
+            torch.manual_seed(3)
+            model(images()).square().sum().backward()
+            return [part.grad.clone() for part in model.parameters() if part.grad is not None]
+
+        direct, own = both_ways(model, gradients)
+        assert len(direct) == len(own) > 20
+        assert all(torch.equal(one, other) for one, other in zip(direct, own, strict=True))
+
+    @pytest.mark.parametrize("mode", ["auto", "sdpa", "sdpa:math", "explicit"])
+    def test_every_attention(self, mode: Backend) -> None:
+        model = compressed(tiny_vit(qk_norm=True))
+        with torch.inference_mode(), attention_mode(model, mode):
+            direct, own = both_ways(model, lambda: model(images()))
+        assert torch.equal(direct, own)
+
+    @pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"scale_attn_norm": True}], ids=str)
+    def test_tokens_with_sizes(self, options: dict[str, Any]) -> None:
+        model = compressed(tiny_vit(**options), make_recipe(reducer="merge"))
+        assert all(type(block.attn) is FlexibleAttention for block in model.model.blocks)
+        with torch.inference_mode():
+            direct, own = both_ways(model, lambda: model(images()))
+        assert torch.equal(direct, own)
+
+    def test_autocast(self) -> None:
+        model = compressed()
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            direct, own = both_ways(model, lambda: model(images()))
+        assert direct.dtype == own.dtype
+        assert torch.equal(direct, own)
+
+    def test_all_kept_is_the_dense_model(self) -> None:
+        dense = tiny_vit()
+        with torch.inference_mode():
+            expected = dense(images())
+            assert torch.equal(compressed(dense, make_recipe(KEEP_ALL))(images()), expected)
+
+    def test_a_mask(self) -> None:
+        block = tiny_vit().blocks[0]
+        tokens, mask = torch.randn(2, 17, 32), torch.randn(17, 17)
+        expected = block(tokens, attn_mask=mask)
+        run_directly([block], on=True)
+        assert torch.equal(block(tokens, attn_mask=mask), expected)
+        assert not torch.equal(block(tokens), expected)
+
+
+class TestWhichBlocks:
+    def test_only_inside_a_compressed_model(self) -> None:
+        dense = tiny_vit()
+        model = compressed(dense)
+        assert {type(block) for block in dense.blocks} == {DirectBlock}
+        with model.dense():
+            assert {type(block) for block in dense.blocks} == {Block}
+            with model.dense():
+                pass
+            assert {type(block) for block in dense.blocks} == {Block}
+        assert {type(block) for block in dense.blocks} == {DirectBlock}
+        model.detach()
+        assert {type(block) for block in dense.blocks} == {Block}
+        with model.own_code():
+            pass
+        assert {type(block) for block in dense.blocks} == {Block}
+
+    def test_an_error_inside_leaves_nothing_behind(self) -> None:
+        model = compressed()
+        with pytest.raises(ZeroDivisionError), model.dense():
+            _ = 1 / 0
+        assert {type(block) for block in model.model.blocks} == {DirectBlock}
+
+    def test_copies_and_pickles(self) -> None:
+        model = compressed()
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert {type(block) for block in twin.model.blocks} == {DirectBlock}
+            assert torch.equal(twin(images()), model(images()))
+            assert {type(block) for block in twin.detach().blocks} == {Block}
+        assert {type(block) for block in model.model.blocks} == {DirectBlock}
+
+    def test_other_kinds_are_left_alone(self) -> None:
+        class Own(Block):
+            pass
+
+        blocks = [ResPostBlock(32, 2), Own(32, 2)]
+        assert not run_directly(blocks, on=True)
+        assert [type(block) for block in blocks] == [ResPostBlock, Own]
+
+    @pytest.mark.parametrize("kind", [Block, Attention, Mlp])
+    def test_another_version_of_the_library_runs_its_own_code(
+        self, kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def forward(self: Any, x: Tensor, **masks: Any) -> Tensor:
+            return x * self.temperature
+
+        monkeypatch.setattr(kind, "forward", forward)
+        blocks = [Block(32, 2)]
+        assert not run_directly(blocks, on=True)
+        assert type(blocks[0]) is Block
+
+
+def probed() -> tuple[CompressedModel, Any]:
+    """A model with a block in the middle, which no site is at, to put things into."""
+    model = compressed()
+    return model, model.model.blocks[1]
+
+
+def parts_of(block: Any) -> set[int]:
+    """Those that are called in a pass; a fused kernel drops by itself."""
+    return {id(part) for part in block.modules() if part is not block.attn.attn_drop}
+
+
+PARTS = ["norm1", "attn", "attn.qkv", "attn.q_norm", "attn.proj", "attn.proj_drop", "ls1", "drop_path1"]
+PARTS += ["norm2", "mlp", "mlp.fc1", "mlp.act", "mlp.drop1", "mlp.norm", "mlp.fc2", "mlp.drop2", "ls2", "drop_path2"]
+
+
+class TestNothingIsPassedBy:
+    @pytest.mark.parametrize("name", PARTS)
+    def test_hooks(self, name: str) -> None:
+        model, block = probed()
+        plain = model(images())
+        part, calls = block.get_submodule(name), list[str]()
+        part.register_forward_pre_hook(lambda module, args: calls.append("before"))
+        part.register_forward_hook(lambda module, args, output: output + 1)
+        changed = model(images())
+        assert calls == ["before"]
+        assert not torch.equal(changed, plain)
+        with model.own_code():
+            assert torch.equal(model(images()), changed)
+
+    def test_hooks_on_gradients(self) -> None:
+        model, block = probed()
+        calls: list[str] = []
+        block.mlp.fc1.register_full_backward_hook(lambda module, inner, outer: calls.append("fc1"))
+        block.norm1.register_full_backward_pre_hook(lambda module, outer: calls.append("norm1"))
+        model(images()).sum().backward()
+        assert calls == ["fc1", "norm1"]
+
+    def test_hooks_on_all_modules(self) -> None:
+        model, block = probed()
+        with seen_calls() as calls:
+            model(images())
+        assert parts_of(block) <= {id(part) for part in calls}
+
+    @pytest.mark.parametrize("name", PARTS)
+    def test_a_forward_put_on_the_object(self, name: str) -> None:
+        model, block = probed()
+        part = block.get_submodule(name)
+        plain, before = model(images()), part.forward
+        part.forward = lambda *args, **kwargs: before(*args, **kwargs) + 1
+        changed = model(images())
+        assert not torch.equal(changed, plain)
+        with model.own_code():
+            assert torch.equal(model(images()), changed)
+
+    def test_parts_that_are_replaced(self) -> None:
+        class Adapted(nn.Linear):
+            def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+                return super().forward(input) + 1
+
+        model, block = probed()
+        plain = model(images())
+        block.mlp.fc1 = Adapted(32, 128)
+        changed = model(images())
+        assert not torch.equal(changed, plain)
+        with model.own_code():
+            assert torch.equal(model(images()), changed)
+
+    @pytest.mark.parametrize("name", ["norm1", "attn.qkv", "mlp.fc2"])
+    def test_parameters_that_are_replaced(self, name: str) -> None:
+        model, block = probed()
+        plain = model(images())
+        part = block.get_submodule(name)
+        part.weight = nn.Parameter(part.weight.detach() + 0.5)
+        changed = model(images())
+        assert not torch.equal(changed, plain)
+        with model.own_code():
+            assert torch.equal(model(images()), changed)
+
+    def test_parameters_of_a_functional_call(self) -> None:
+        model, block = probed()
+        other = {"model.blocks.1.mlp.fc1.weight": block.mlp.fc1.weight.detach() + 0.5}
+        direct, own = both_ways(model, lambda: torch.func.functional_call(model, other, (images(),)))
+        assert torch.equal(direct, own)
+        assert not torch.equal(direct, model(images()))
+
+    @pytest.mark.parametrize("name", ["norm1", "attn.proj", "ls1"])
+    def test_tensors_in_the_place_of_parameters(self, name: str) -> None:
+        model = compressed(tiny_vit(init_values=0.3))
+        expected, part = model(images()), model.model.blocks[1].get_submodule(name)
+        for key in [key for key, _ in part.named_parameters()]:
+            tensor = part._parameters.pop(key).detach()
+            setattr(part, key, tensor)
+        assert torch.equal(model(images()), expected)
+
+    def test_where_torch_no_longer_tells_calls_are_not_passed_by(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert may_pass_by()
+        monkeypatch.delattr("torch.nn.modules.module._has_any_global_hook")
+        assert not may_pass_by()
+
+
+class TestRun:
+    def test_known_modules_are_passed_by(self) -> None:
+        model, block = probed()
+        called: list[nn.Module] = []
+
+        def counted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            called.append(module)
+            return call(module, *args, **kwargs)
+
+        call = nn.Module.__call__
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nn.Module, "__call__", counted)
+            model(images())
+            direct = len(called)
+            with model.own_code():
+                model(images())
+        assert {id(part) for part in called[:direct]} & parts_of(block) == {id(block)}
+        assert {id(part) for part in called[direct:]} >= parts_of(block)
+
+    def test_a_module_that_is_not_known_is_called(self) -> None:
+        calls: list[Tensor] = []
+
+        class Unknown(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                calls.append(x)
+                return x + 1
+
+        assert run(Unknown(), torch.zeros(2)).tolist() == [1, 1]
+        assert len(calls) == 1
+
+    def test_plain(self) -> None:
+        part = nn.Linear(2, 2)
+        assert is_plain(part)
+        handle = part.register_forward_hook(lambda module, args, output: None)
+        assert not is_plain(part)
+        handle.remove()
+        assert is_plain(part)
