@@ -23,30 +23,25 @@ __all__ = ["is_plain", "may_pass_by", "run"]
 
 
 def run(module: nn.Module, x: Tensor) -> Tensor:
-    """What `module(x)` returns, by the shortest way."""
-    function = _FUNCTIONS.get(type(module))
-    result: Tensor = function(module, x) if function is not None and is_plain(module) else module(x)
+    """What `module(x)` returns, by the shortest way; only where calls may be passed by."""
+    function = _FUNCTIONS.get(type(module)) if is_plain(module) else None
+    result: Tensor = module(x) if function is None else function(module, x)
     return result
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a call of the module is a call of the `forward` of its class, and nothing else."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    """Whether a call of the module, without gradients, is a call of the `forward` of its class, and nothing else."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def may_pass_by() -> bool:
-    """Whether calls may be passed by at all: no graph is traced, which knows its modules, and nobody watches them all.
+    """Whether calls may be passed by at all.
 
-    Where torch no longer tells whether somebody does, they may not.
+    No gradients are wanted, for which modules have hooks of their own; no graph is traced, which knows its modules; and
+    nobody watches all modules. Where torch no longer tells the last, somebody may.
     """
     watched: Callable[[], bool] | None = getattr(torch_module, "_has_any_global_hook", None)
-    return watched is not None and not watched() and not in_graph()
+    return not torch.is_grad_enabled() and not in_graph() and watched is not None and not watched()
 
 
 def _identity(module: nn.Module, x: Tensor) -> Tensor:

@@ -45,6 +45,12 @@ def both_ways(model: CompressedModel, run: Callable[[], Any]) -> tuple[Any, Any]
         return direct, run()
 
 
+@torch.no_grad()
+def answer(model: nn.Module) -> Tensor:
+    found: Tensor = model(images())
+    return found
+
+
 @contextmanager
 def seen_calls() -> Iterator[list[nn.Module]]:
     """Every module that is called in the usual way, by a hook on all of them."""
@@ -81,29 +87,39 @@ class TestBits:
             model(images()).square().sum().backward()
             return [part.grad.clone() for part in model.parameters() if part.grad is not None]
 
-        direct, own = both_ways(model, gradients)
+        direct, own = both_ways(model, gradients)  # by its own code both times
         assert len(direct) == len(own) > 20
         assert all(torch.equal(one, other) for one, other in zip(direct, own, strict=True))
+
+    def test_dropout_without_gradients(self) -> None:
+        model = compressed(tiny_vit(**OPTIONS["dropout"])).train()
+
+        def dropped() -> Tensor:
+            torch.manual_seed(3)
+            return answer(model)
+
+        direct, own = both_ways(model, dropped)
+        assert torch.equal(direct, own)
+        assert not torch.equal(direct, answer(model.eval()))
 
     @pytest.mark.parametrize("mode", ["auto", "sdpa", "sdpa:math", "explicit"])
     def test_every_attention(self, mode: Backend) -> None:
         model = compressed(tiny_vit(qk_norm=True))
-        with torch.inference_mode(), attention_mode(model, mode):
-            direct, own = both_ways(model, lambda: model(images()))
+        with attention_mode(model, mode):
+            direct, own = both_ways(model, lambda: answer(model))
         assert torch.equal(direct, own)
 
     @pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"scale_attn_norm": True}], ids=str)
     def test_tokens_with_sizes(self, options: dict[str, Any]) -> None:
         model = compressed(tiny_vit(**options), make_recipe(reducer="merge"))
         assert all(type(block.attn) is FlexibleAttention for block in model.model.blocks)
-        with torch.inference_mode():
-            direct, own = both_ways(model, lambda: model(images()))
+        direct, own = both_ways(model, lambda: answer(model))
         assert torch.equal(direct, own)
 
     def test_autocast(self) -> None:
         model = compressed()
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            direct, own = both_ways(model, lambda: model(images()))
+        with torch.autocast("cpu", torch.bfloat16):
+            direct, own = both_ways(model, lambda: answer(model))
         assert direct.dtype == own.dtype
         assert torch.equal(direct, own)
 
@@ -116,10 +132,11 @@ class TestBits:
     def test_a_mask(self) -> None:
         block = tiny_vit().blocks[0]
         tokens, mask = torch.randn(2, 17, 32), torch.randn(17, 17)
-        expected = block(tokens, attn_mask=mask)
-        run_directly([block], on=True)
-        assert torch.equal(block(tokens, attn_mask=mask), expected)
-        assert not torch.equal(block(tokens), expected)
+        with torch.no_grad():
+            expected = block(tokens, attn_mask=mask)
+            run_directly([block], on=True)
+            assert torch.equal(block(tokens, attn_mask=mask), expected)
+            assert not torch.equal(block(tokens), expected)
 
 
 class TestWhichBlocks:
@@ -149,7 +166,7 @@ class TestWhichBlocks:
         model = compressed()
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert {type(block) for block in twin.model.blocks} == {DirectBlock}
-            assert torch.equal(twin(images()), model(images()))
+            assert torch.equal(answer(twin), answer(model))
             assert {type(block) for block in twin.detach().blocks} == {Block}
         assert {type(block) for block in model.model.blocks} == {DirectBlock}
 
@@ -193,15 +210,15 @@ class TestNothingIsPassedBy:
     @pytest.mark.parametrize("name", PARTS)
     def test_hooks(self, name: str) -> None:
         model, block = probed()
-        plain = model(images())
+        plain = answer(model)
         part, calls = block.get_submodule(name), list[str]()
         part.register_forward_pre_hook(lambda module, args: calls.append("before"))
         part.register_forward_hook(lambda module, args, output: output + 1)
-        changed = model(images())
+        changed = answer(model)
         assert calls == ["before"]
         assert not torch.equal(changed, plain)
         with model.own_code():
-            assert torch.equal(model(images()), changed)
+            assert torch.equal(answer(model), changed)
 
     def test_hooks_on_gradients(self) -> None:
         model, block = probed()
@@ -214,19 +231,19 @@ class TestNothingIsPassedBy:
     def test_hooks_on_all_modules(self) -> None:
         model, block = probed()
         with seen_calls() as calls:
-            model(images())
+            answer(model)
         assert parts_of(block) <= {id(part) for part in calls}
 
     @pytest.mark.parametrize("name", PARTS)
     def test_a_forward_put_on_the_object(self, name: str) -> None:
         model, block = probed()
         part = block.get_submodule(name)
-        plain, before = model(images()), part.forward
+        plain, before = answer(model), part.forward
         part.forward = lambda *args, **kwargs: before(*args, **kwargs) + 1
-        changed = model(images())
+        changed = answer(model)
         assert not torch.equal(changed, plain)
         with model.own_code():
-            assert torch.equal(model(images()), changed)
+            assert torch.equal(answer(model), changed)
 
     def test_parts_that_are_replaced(self) -> None:
         class Adapted(nn.Linear):
@@ -234,44 +251,46 @@ class TestNothingIsPassedBy:
                 return super().forward(input) + 1
 
         model, block = probed()
-        plain = model(images())
+        plain = answer(model)
         block.mlp.fc1 = Adapted(32, 128)
-        changed = model(images())
+        changed = answer(model)
         assert not torch.equal(changed, plain)
         with model.own_code():
-            assert torch.equal(model(images()), changed)
+            assert torch.equal(answer(model), changed)
 
     @pytest.mark.parametrize("name", ["norm1", "attn.qkv", "mlp.fc2"])
     def test_parameters_that_are_replaced(self, name: str) -> None:
         model, block = probed()
-        plain = model(images())
+        plain = answer(model)
         part = block.get_submodule(name)
         part.weight = nn.Parameter(part.weight.detach() + 0.5)
-        changed = model(images())
+        changed = answer(model)
         assert not torch.equal(changed, plain)
         with model.own_code():
-            assert torch.equal(model(images()), changed)
+            assert torch.equal(answer(model), changed)
 
     def test_parameters_of_a_functional_call(self) -> None:
         model, block = probed()
+        functional = torch.no_grad()(lambda *args: torch.func.functional_call(*args, (images(),)))
         other = {"model.blocks.1.mlp.fc1.weight": block.mlp.fc1.weight.detach() + 0.5}
-        direct, own = both_ways(model, lambda: torch.func.functional_call(model, other, (images(),)))
+        direct, own = both_ways(model, lambda: functional(model, other))
         assert torch.equal(direct, own)
-        assert not torch.equal(direct, model(images()))
+        assert not torch.equal(direct, answer(model))
 
     @pytest.mark.parametrize("name", ["norm1", "attn.proj", "ls1"])
     def test_tensors_in_the_place_of_parameters(self, name: str) -> None:
         model = compressed(tiny_vit(init_values=0.3))
-        expected, part = model(images()), model.model.blocks[1].get_submodule(name)
+        expected, part = answer(model), model.model.blocks[1].get_submodule(name)
         for key in [key for key, _ in part.named_parameters()]:
             tensor = part._parameters.pop(key).detach()
             setattr(part, key, tensor)
-        assert torch.equal(model(images()), expected)
+        assert torch.equal(answer(model), expected)
 
     def test_where_torch_no_longer_tells_calls_are_not_passed_by(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert may_pass_by()
-        monkeypatch.delattr("torch.nn.modules.module._has_any_global_hook")
-        assert not may_pass_by()
+        with torch.no_grad():
+            assert may_pass_by()
+            monkeypatch.delattr("torch.nn.modules.module._has_any_global_hook")
+            assert not may_pass_by()
 
 
 class TestRun:
@@ -286,10 +305,10 @@ class TestRun:
         call = nn.Module.__call__
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(nn.Module, "__call__", counted)
-            model(images())
+            answer(model)
             direct = len(called)
             with model.own_code():
-                model(images())
+                answer(model)
         assert {id(part) for part in called[:direct]} & parts_of(block) == {id(block)}
         assert {id(part) for part in called[direct:]} >= parts_of(block)
 
