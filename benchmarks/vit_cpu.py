@@ -105,7 +105,9 @@ def measure(published: Published, options: argparse.Namespace, progress: Progres
     size, dense = sides[0].input_size, sides[0].name
     calls = opened.compressed.own_code
     also = [Contender(TILES, tiled, tiled.macs(), size, against=dense, is_peer=True)]
-    also.append(Contender(OWN_CODE, opened.compressed, opened.macs, size, against=dense, is_peer=True, context=calls))
+    if options.compile == "off":  # graphs hold no calls
+        own = Contender(OWN_CODE, opened.compressed, opened.macs, size, against=dense, is_peer=True, context=calls)
+        also.append(own)
     names = tuple(each.name for each in also)
     sides = [replace(side, peers=(*side.peers, *names)) if side.role == "compressed" else side for side in sides + also]
     settings = replace(cpu_settings(options, DTYPES[options.dtype]), compile=options.compile)
