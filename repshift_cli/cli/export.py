@@ -64,6 +64,10 @@ def command(
         typer.Option("--opset", help="Of ONNX, 18 to 23 (default: 20); 23 has attention as one operator."),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda; what a package is compiled for.")] = "cpu",
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="aoti: time several kernels for each product on this machine, take the fastest."),
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare what was written with the model in torch.")
     ] = True,
@@ -90,6 +94,7 @@ def command(
         dtype=None if dtype is None else measure.resolve_dtype(dtype),
         device=measure.resolve_device(device),
         opset=opset,
+        tune=tune,
         verify=verify,
         force=force,
     )

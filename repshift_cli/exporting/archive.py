@@ -35,7 +35,7 @@ def write_program(program: ExportedProgram, path: Path, document: ExportDocument
         raise OutputError(f"cannot write the program: {_last_line(error)}", "Is there room for it?") from error
 
 
-def compile_package(program: ExportedProgram, path: Path, device: torch.device) -> None:
+def compile_package(program: ExportedProgram, path: Path, device: torch.device, *, tune: bool = False) -> None:
     """Compile a program with AOTInductor into a package.
 
     For the CPU weights are laid out in advance as its kernels want them, which else each run does anew. (DeiT-S, one
@@ -43,14 +43,15 @@ def compile_package(program: ExportedProgram, path: Path, device: torch.device) 
 
     Args:
         device: where the program is to run, and its weights are.
+        tune: time several kernels for each matrix product, at the sizes that the program was traced with, and take the
+            fastest.
 
     Raises:
         ModelError: it cannot be compiled here.
     """
+    settings = {"freezing": device.type == "cpu", "max_autotune": tune, "autotune_num_choices_displayed": 0}
     try:
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs={"freezing": device.type == "cpu"}
-        )
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
     except Exception as error:  # compilers fail in many ways
         raise ModelError(
             f"AOTInductor cannot compile the model here: {_last_line(error)}",

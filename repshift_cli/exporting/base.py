@@ -41,6 +41,7 @@ class Request:
         batch: inputs at a time; None for any number.
         dtype: of weights and inputs; None for float32, and for `hub` for that of the file.
         opset: of ONNX; None for the default.
+        tune: whether a package gets the fastest of several kernels for each product.
         verify: whether what was written is compared with the model in torch.
     """
 
@@ -51,6 +52,7 @@ class Request:
     dtype: torch.dtype | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     opset: int | None = None
+    tune: bool = False
     verify: bool = True
     force: bool = False
 

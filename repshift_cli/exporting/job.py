@@ -71,6 +71,8 @@ def check(request: Request) -> None:
     """
     if request.opset is not None and request.target != "onnx":
         raise UsageError(f"--opset is for --to onnx, not for --to {request.target}", "Leave it out.")
+    if request.tune and request.target != "aoti":
+        raise UsageError(f"--tune is for --to aoti, not for --to {request.target}, which is not compiled", "Leave it out.")
     if request.target == "onnx":
         onnx_graph.check_opset(request.opset)
         for package in _ONNX_PACKAGES:
@@ -188,8 +190,8 @@ def _write_package(
     progress.note("tracing")
     program = trace_program(subject, request, watched=False)
     document = subject.document(request, subject.run(subject.examples(request)).output)
-    progress.note("compiling, which takes a minute or more")
-    archive.compile_package(program, path, request.device)
+    progress.note(f"compiling{' and timing kernels' if request.tune else ''}, which takes a minute or more")
+    archive.compile_package(program, path, request.device, tune=request.tune)
     if request.verify:
         # To compile it once more with the places as outputs would take twice as long. They are those of the program
         # that was compiled; the compiled code is compared by what it returns.
