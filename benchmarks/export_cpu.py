@@ -1,4 +1,4 @@
-"""DeiT-S, dense and compressed, in ONNX Runtime, as a program of torch.export and compiled by AOTInductor, on this CPU.
+"""DeiT, dense and compressed, in ONNX Runtime, as a program of torch.export and compiled by AOTInductor, on this CPU.
 
 Each model is exported first (without the check, which `repshift export` makes): dense, with the schedule of the paper,
 and with nearly the same on tiles of 16 tokens. Then for each way those three run in turn; the ways one after the other,
@@ -18,7 +18,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,9 +34,21 @@ from repshift_cli.progress import Progress
 from repshift_cli.runtimes import open_exported
 from repshift_cli.ui import Screen
 
-MODEL, RECIPE, TILES = "deit_small_patch16_224", "deit_small_paper", "deit_small_tiles"
+TITLES = {"small": "DeiT-S", "base": "DeiT-B"}
 EAGER = "torch, eager"
-PROGRAMS: tuple[tuple[str, Target], ...] = (("torch.export", "pt2"), ("AOTInductor", "aoti"))
+
+
+@dataclass(frozen=True)
+class Way:
+    """A format; its name is that of a folder."""
+
+    name: str
+    target: Target
+    opset: int | None = None
+    tune: bool = False
+
+
+PROGRAMS = (Way("torch.export", "pt2"), Way("AOTInductor", "aoti"), Way("AOTInductor, tuned", "aoti", tune=True))
 
 
 def main() -> None:
@@ -44,23 +56,29 @@ def main() -> None:
     progress = Screen()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.exports or Path(temporary)
-        models = {"compressed": compress_dense(MODEL, RECIPE), "on tiles": compress_dense(MODEL, TILES)}
+        name = f"deit_{options.model}"
+        models = {
+            "compressed": compress_dense(f"{name}_patch16_224", f"{name}_paper"),
+            "on tiles": compress_dense(f"{name}_patch16_224", f"{name}_tiles"),
+        }
         ways = [EAGER, *write_all(models, options, folder, progress)]
         if options.no_measure:
             return
         reports = {way: measure(models, way, folder, options, progress) for way in ways}
     command = shlex.join(["python", "benchmarks/export_cpu.py", *sys.argv[1:]])
     runtime = f"onnxruntime {version('onnxruntime')}."
-    title = f"## Exported files on a CPU, {options.dtype}"
+    model = TITLES[options.model]
+    title = f"## Exported files on a CPU, {model}, {options.dtype}"
     text = "\n\n".join(
         [title, f"{provenance(command, reports[EAGER].machine)} {runtime}", render(reports, options.batch_sizes), NOTE]
     )
-    publish("export_cpu" if options.dtype == "float32" else f"export_cpu_{options.dtype}", text, options.dry_run)
+    differing = (part for part, usual in ((options.model, "small"), (options.dtype, "float32")) if part != usual)
+    publish("_".join(["export_cpu", *differing]), text, options.dry_run)
 
 
 NOTE = (
-    "DeiT-S; `compressed` is recipe `deit_small_paper` with 158, 127 and 102 tokens, `on tiles` is `deit_small_tiles` "
-    "with 160, 128 and 112. Latency per batch in ms: median [p10-p90]; the models of one line run in turn. In brackets "
+    "`compressed` is by the recipe of the paper with 158, 127 and 102 tokens, `on tiles` with 160, 128 and 112; `tuned` "
+    "is `--tune`. The files take any number of inputs. Latency per batch in ms: median [p10-p90]; the models of one line run in turn. In brackets "
     "the speed-up over dense, and the efficiency, which is the speed-up divided by the ratio of the "
     "multiply-accumulates. The opset is that of the ONNX file: GELU is one operator from 20 on, attention from 23 on."
 )
@@ -68,6 +86,7 @@ NOTE = (
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", choices=sorted(TITLES), default="small")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="there is no ONNX of bfloat16")
     parser.add_argument(
         "--opsets", type=int, nargs="*", default=None, help="default: 18 20 23, where ONNX has the dtype"
@@ -88,17 +107,16 @@ def write_all(models: Mapping[str, Opened], options: argparse.Namespace, folder:
     opsets = options.opsets
     if opsets is None:
         opsets = [] if options.dtype == "bfloat16" else [18, 20, 23]
-    wanted: list[tuple[str, Target, int | None]] = [(f"ONNX, opset {each}", "onnx", each) for each in opsets]
-    wanted += [(name, target, None) for name, target in PROGRAMS if target not in options.skip]
-    for name, target, opset in wanted:
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    wanted = [Way(f"ONNX, opset {each}", "onnx", each) for each in opsets]
+    wanted += [way for way in PROGRAMS if way.target not in options.skip]
+    for way in wanted:
+        (folder / way.name).mkdir(parents=True, exist_ok=True)
         for side, opened in {"dense": models["compressed"], **models}.items():
-            output = folder / name / f"{side}{'.onnx' if target == 'onnx' else '.pt2'}"
+            output = folder / way.name / f"{side}{'.onnx' if way.target == 'onnx' else '.pt2'}"
             if not output.exists():
-                dtype, dense = DTYPES[options.dtype], side == "dense"
-                request = Request(target, output, dense=dense, opset=opset, dtype=dtype, verify=False)
-                export(opened, request, progress)
-    return [name for name, _, _ in wanted]
+                request = Request(way.target, output, dense=side == "dense", opset=way.opset, tune=way.tune)
+                export(opened, replace(request, dtype=DTYPES[options.dtype], verify=False), progress)
+    return [way.name for way in wanted]
 
 
 def measure(
@@ -109,10 +127,10 @@ def measure(
 
 
 def eager(models: Mapping[str, Opened]) -> Iterator[Contender]:
-    dense, compressed = contenders_of({MODEL: models["compressed"]})
+    dense, compressed = contenders_of({"model": models["compressed"]})
     yield replace(dense, name=f"{EAGER}, dense")
     yield replace(compressed, name=f"{EAGER}, compressed", against=f"{EAGER}, dense")
-    (tiled,) = (each for each in contenders_of({MODEL: models["on tiles"]}) if each.role == "compressed")
+    (tiled,) = (each for each in contenders_of({"model": models["on tiles"]}) if each.role == "compressed")
     yield replace(tiled, name=f"{EAGER}, on tiles", against=f"{EAGER}, dense")
 
 

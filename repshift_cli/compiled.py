@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from repshift_cli.errors import UsageError, first_line
 from repshift_cli.measure import out_of_memory
 
-__all__ = ["CompileMode", "Compiled", "fresh_graphs"]
+__all__ = ["CompileMode", "Compiled", "fresh_graphs", "quiet_tuning"]
 
 CompileMode = Literal["off", "default", "frozen", "reduce-overhead", "max-autotune"]
 """A mode of torch.compile, or none at all; `frozen` is the default one with weights as constants of the graph.
@@ -57,7 +57,7 @@ class Compiled:
         """
         start = time.perf_counter()
         try:
-            with _constant_weights() if self._freezes(inputs.device) else nullcontext():
+            with quiet_tuning(), _constant_weights() if self._freezes(inputs.device) else nullcontext():
                 self._run(inputs)
         except RuntimeError as error:  # of torch's own kinds of errors all are
             if out_of_memory(error):
@@ -93,13 +93,24 @@ def fresh_graphs() -> Iterator[None]:
 
 
 @contextmanager
+def quiet_tuning() -> Iterator[None]:
+    """Do not let torch print the times of all the kernels that it chooses from inside."""
+    from torch._inductor import config  # imports much, so only where something is compiled
+
+    quiet = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+    # not every version of torch has both
+    with config.patch({name: value for name, value in quiet.items() if hasattr(config, name)}):
+        yield
+
+
+@contextmanager
 def _constant_weights() -> Iterator[None]:
     """Let what is compiled inside take weights as constants.
 
     The setting of the process it has to be: an option of `torch.compile` reaches the compiler of the graph, but not
     the tracer before it, which then hands the weights over as inputs, and nothing is frozen.
     """
-    from torch._inductor import config  # imports much, so only where something is compiled
+    from torch._inductor import config
 
     with config.patch(freezing=True):
         yield

@@ -10,6 +10,7 @@ import torch
 from torch.export import ExportedProgram
 
 from repshift_cli.checkpoint import METADATA_KEY
+from repshift_cli.compiled import quiet_tuning
 from repshift_cli.document import ExportDocument
 from repshift_cli.errors import ModelError, OutputError
 from repshift_cli.runtimes import DOCUMENT_FILE
@@ -49,9 +50,10 @@ def compile_package(program: ExportedProgram, path: Path, device: torch.device, 
     Raises:
         ModelError: it cannot be compiled here.
     """
-    settings = {"freezing": device.type == "cpu", "max_autotune": tune, "autotune_num_choices_displayed": 0}
+    settings = {"freezing": device.type == "cpu", "max_autotune": tune}
     try:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+        with quiet_tuning():
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
     except Exception as error:  # compilers fail in many ways
         raise ModelError(
             f"AOTInductor cannot compile the model here: {_last_line(error)}",

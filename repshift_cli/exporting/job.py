@@ -72,7 +72,9 @@ def check(request: Request) -> None:
     if request.opset is not None and request.target != "onnx":
         raise UsageError(f"--opset is for --to onnx, not for --to {request.target}", "Leave it out.")
     if request.tune and request.target != "aoti":
-        raise UsageError(f"--tune is for --to aoti, not for --to {request.target}, which is not compiled", "Leave it out.")
+        raise UsageError(
+            f"--tune is for --to aoti, not for --to {request.target}, which is not compiled", "Leave it out."
+        )
     if request.target == "onnx":
         onnx_graph.check_opset(request.opset)
         for package in _ONNX_PACKAGES:
