@@ -77,10 +77,11 @@ def main() -> None:
 
 
 NOTE = (
-    "`compressed` is by the recipe of the paper with 158, 127 and 102 tokens, `on tiles` with 160, 128 and 112; `tuned` "
-    "is `--tune`. The files take any number of inputs. Latency per batch in ms: median [p10-p90]; the models of one line run in turn. In brackets "
-    "the speed-up over dense, and the efficiency, which is the speed-up divided by the ratio of the "
-    "multiply-accumulates. The opset is that of the ONNX file: GELU is one operator from 20 on, attention from 23 on."
+    "`compressed` is by the recipe of the paper with 158, 127 and 102 tokens, `on tiles` with 160, 128 and 112; "
+    "`tuned` stands for `--tune`. The files take any number of inputs. Latency per batch in ms: median [p10-p90]; the "
+    "models of one line run in turn. In brackets the speed-up over dense, and the efficiency, which is the speed-up "
+    "divided by the ratio of the multiply-accumulates. The opset is that of the ONNX file: GELU is one operator from "
+    "20 on, attention from 23 on."
 )
 
 

@@ -63,12 +63,14 @@ def main() -> None:
     for key in options.models:
         report = measure(PUBLISHED[key], options, Screen())
         machine = report.machine
-        sections.append(render(PUBLISHED[key], report))
+        sections.append(render(PUBLISHED[key], report, as_published=options.img_size is None))
     command = shlex.join(["python", "benchmarks/vit_cpu.py", *sys.argv[1:]])
+    size = f", {options.img_size} pixels" if options.img_size else ""
     compiled = "" if options.compile == "off" else f", compiled ({options.compile})"
-    text = "\n\n".join([f"## DeiT on a CPU, {options.dtype}{compiled}", provenance(command, machine), *sections, NOTE])
-    differing = (part for part, usual in ((options.dtype, "float32"), (options.compile, "off")) if part != usual)
-    publish("_".join(["vit_cpu", *differing]), text, options.dry_run)
+    title = f"## DeiT on a CPU, {options.dtype}{compiled}{size}"
+    text = "\n\n".join([title, provenance(command, machine), *sections, NOTE])
+    chosen = ((options.dtype, "float32"), (options.compile, "off"), (options.img_size, None))
+    publish("_".join(["vit_cpu", *(str(part) for part, usual in chosen if part != usual)]), text, options.dry_run)
 
 
 NOTE = (
@@ -88,6 +90,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--compile", choices=get_args(CompileMode), default="off")
+    parser.add_argument("--img-size", type=int, default=None, help="default: 224, as in the paper")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each side at each batch size")
@@ -97,11 +100,11 @@ def parse_options() -> argparse.Namespace:
 
 
 def measure(published: Published, options: argparse.Namespace, progress: Progress) -> BenchReport:
-    opened = compress_dense(published.model, recipe_name=published.recipe)
+    opened = compress_dense(published.model, recipe_name=published.recipe, img_size=options.img_size)
     sides = contenders_against({published.model: opened}, options.peers)
     assert opened.compressed is not None
     # as the peers: all read the same memory
-    tiled = attach(dense_copy(opened.compressed), planned(published.model, published.tiles))
+    tiled = attach(dense_copy(opened.compressed), planned(published, options.img_size))
     size, dense = sides[0].input_size, sides[0].name
     calls = opened.compressed.own_code
     also = [Contender(TILES, tiled, tiled.macs(), size, against=dense, is_peer=True)]
@@ -114,21 +117,25 @@ def measure(published: Published, options: argparse.Namespace, progress: Progres
     return run_bench(sides, options.batch_sizes, settings, progress)
 
 
-def planned(model: str, recipe: str) -> Plan:
-    compressed = compress_dense(model, recipe_name=recipe).compressed
+def planned(published: Published, img_size: int | None) -> Plan:
+    """The plan on tiles."""
+    compressed = compress_dense(published.model, recipe_name=published.tiles, img_size=img_size).compressed
     assert compressed is not None
     return compressed.plan
 
 
-def render(published: Published, report: BenchReport) -> str:
+def render(published: Published, report: BenchReport, *, as_published: bool) -> str:
     columns = ["batch", "", "GMACs", "ms", "images/s", "over dense", "efficiency", "ours over it"]
     rows = [row(run, report) for run in report.runs]
+    heading = f"### {published.title}, recipe `{published.recipe}`"
+    if not as_published:
+        return f"{heading}\n\n{table(columns, rows)}"
     gain = published.images_s / published.explicit_images_s
     rows.append(["paper, GPU", "dense, explicit", f"{published.dense_gmacs}", "-", f"{published.explicit_images_s}"])
     rows.append(["paper, GPU", "theirs", f"{published.gmacs}", "-", f"{published.images_s}"])
     rows = [[*cells, *["-"] * (len(columns) - len(cells))] for cells in rows]
     words_of_paper = f"The paper's is {gain:.2f}x over the dense model with explicit attention."
-    return f"### {published.title}, recipe `{published.recipe}`\n\n{words_of_paper}\n\n{table(columns, rows)}"
+    return f"{heading}\n\n{words_of_paper}\n\n{table(columns, rows)}"
 
 
 def row(run: Run, report: BenchReport) -> list[str]:

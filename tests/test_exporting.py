@@ -59,13 +59,13 @@ def alone(entries: list[dict[str, str]], folder: Path) -> list[Tensor]:
     return [torch.load(entry["path"] + ".found") for entry in entries]
 
 
-def round_trip(cases: list[tuple[str, base.Target, torch.dtype]], folder: Path) -> None:
+def round_trip(cases: list[tuple[str, base.Target, torch.dtype]], folder: Path, **options: Any) -> None:
     """Export each family in each way, run all files in one fresh process, and compare with torch here."""
     entries, wanted = [], []
     for family, target, dtype in cases:
         opened, name = open_family(family), f"{family}_{target}_{dtype}".replace("torch.", "")
         path = folder / default_output(name, target).name
-        exported = export_to(opened, target, path, dtype=dtype)
+        exported = export_to(opened, target, path, dtype=dtype, **options)
         verdict = exported.document.verified
         assert verdict is not None
         assert verdict.passed
@@ -90,9 +90,10 @@ def test_graphs_of_every_family_run_without_repshift(dtype: torch.dtype, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tune", [False, True], ids=["as_it_is", "tuned"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packages_of_every_family_run_without_repshift(family: str, tmp_path: Path) -> None:
-    round_trip([(family, "aoti", torch.float32)], tmp_path)
+def test_packages_of_every_family_run_without_repshift(family: str, tune: bool, tmp_path: Path) -> None:
+    round_trip([(family, "aoti", torch.float32)], tmp_path, tune=tune)
 
 
 @pytest.fixture(scope="module")
@@ -391,6 +392,9 @@ class TestRefused:
             ({"target": "onnx", "dtype": torch.bfloat16}, "no kernels"),
             ({"target": "onnx", "device": torch.device("cuda")}, "of no device"),
             ({"target": "pt2", "opset": 20}, "--opset is for --to onnx"),
+            ({"target": "pt2", "tune": True}, "--tune is for --to aoti"),
+            ({"target": "onnx", "tune": True}, "--tune is for --to aoti"),
+            ({"target": "hub", "tune": True}, "--tune is for --to aoti"),
             ({"target": "hub", "batch": 2}, "no batch size"),
             ({"target": "hub", "device": torch.device("cuda")}, "of no device"),
         ],

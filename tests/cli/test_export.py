@@ -95,6 +95,7 @@ class TestRefused:
             (["--to", "hub", "--batch", "4"], ["of no batch size"]),
             (["--to", "pt2", "-o", "small.onnx"], ["a name that ends with .pt2"]),
             (["--to", "pt2", "--opset", "20"], ["--opset is for --to onnx"]),
+            (["--to", "onnx", "--tune"], ["--tune is for --to aoti, not for --to onnx"]),
             (["--to", "tflite"], ["--to"]),
             (["--to", "pt2", "--dtype", "int8"], ["unknown dtype 'int8'"]),
         ],
