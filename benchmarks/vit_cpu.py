@@ -74,13 +74,13 @@ def main() -> None:
 
 
 NOTE = (
-    "Milliseconds per batch: median [p10-p90] of runs in turn. `over dense` is what letting tokens go brings by "
-    "itself; efficiency is that divided by the ratio of the multiply-accumulates; `ours over it` is the compressed "
-    "model beside each other side. `explicit` is dense with explicit attention, the paper's baseline. "
+    "Milliseconds per batch: median [p10-p90] of runs in turn. `over dense` is the speed-up over the dense model with "
+    "fused attention; efficiency is that divided by the ratio of the multiply-accumulates; `ours over it` is the "
+    "compressed model beside each other side. `explicit` is dense with explicit attention, the paper's baseline. "
     "`class-attention` prunes by it with the attention map, as its authors do, `class-attention-row` by one row of it. "
-    "`bipartite` merges at our sites, `tome` the same number of tokens in every block. In `timm's calls` "
-    "the blocks of the compressed model run by timm's own code, as those of the dense model do; in all other reduced "
-    "models they run their parts directly."
+    "`bipartite` merges at our sites, `tome` the same number of tokens in every block. In eager mode, reduced "
+    "models run the parts of their blocks directly; `timm's calls` is the compressed model that does not, as the dense "
+    "ones do not."
 )
 
 

@@ -1,8 +1,9 @@
 """Bring a plan to life: the only file that hooks a model.
 
 Forward hooks do it all. At each site one hook per tap remembers a tensor that the metric asks for, and a hook on the
-block scores the tokens, chooses, and hands the reduced stream back in place of the block's output. The model's own
-code runs unchanged, so a library's next version does not rot a copied `forward`.
+block scores the tokens, chooses, and hands the reduced stream back in place of the block's output. So it works on the
+model's own code; where a family can run the same with fewer calls (`Family.run_directly`), it may, as long as the
+library's code is one that it knows.
 """
 
 from __future__ import annotations
@@ -222,6 +223,7 @@ class CompressedModel(nn.Module):
     """
 
     preprocessing: Preprocessing | None = None
+    _direct: bool = False
 
     def __init__(
         self, model: nn.Module, family: Family, plan: Plan, metrics: list[tuple[Metric, ...]], reducer: Reducer
@@ -232,6 +234,7 @@ class CompressedModel(nn.Module):
         self.family = family
         self.layout = family.layout(model)
         self._undo = family.adapt(model)
+        self._attached = True
         self._direct = family.run_directly(model, on=True)
         stream, class_token = family.stream(model), self.layout.class_token
         self._hooks: list[_SiteHook] = []
@@ -253,13 +256,15 @@ class CompressedModel(nn.Module):
     @contextmanager
     def dense(self) -> Iterator[nn.Module]:
         """Inside the context the model runs as the original, on the same weights and by its own code."""
-        before = [hook.enabled for hook in self._hooks]
-        self._enable([False] * len(before))
+        before = [(hook, hook.enabled) for hook in self._hooks]
+        for hook in self._hooks:
+            hook.enabled = False
         try:
             with self.own_code():
                 yield self.model
         finally:
-            self._enable(before)
+            for hook, enabled in before:
+                hook.enabled = enabled
 
     @contextmanager
     def own_code(self) -> Iterator[None]:
@@ -269,7 +274,8 @@ class CompressedModel(nn.Module):
         try:
             yield
         finally:
-            self._direct = self.family.run_directly(self.model, before)
+            if self._attached:
+                self._direct = self.family.run_directly(self.model, before)
 
     @torch.no_grad()
     def trace(self, images: Tensor) -> Trace:
@@ -331,6 +337,7 @@ class CompressedModel(nn.Module):
             handle.remove()
         self._handles, self._hooks = [], []
         self._direct = self.family.run_directly(self.model, on=False)
+        self._attached = False
         undoing, self._undo, self._undo_sizes = (self._undo, self._undo_sizes), nothing, nothing
         for undo in undoing:
             undo()
@@ -361,10 +368,6 @@ class CompressedModel(nn.Module):
         for parameter in islice(self.model.parameters(), 1):
             for hook in self._hooks:
                 hook.place(parameter.device)
-
-    def _enable(self, values: list[bool]) -> None:
-        for hook, value in zip(self._hooks, values, strict=True):
-            hook.enabled = value
 
     def _heed_sizes(self, stream: Stream) -> Callable[[], None]:
         passages, undo = self.family.heed_sizes(self.model, stream)

@@ -106,6 +106,7 @@ class ExportDocument(_Part):
         macs, dense_macs: multiply-accumulates of one input, of this model and of its dense self.
         num_classes: outputs of the head; null where there is none.
         opset: of ONNX; null for other files.
+        tuned: whether kernels were timed and chosen for it.
         verified: null where nothing was compared.
     """
 
@@ -125,5 +126,6 @@ class ExportDocument(_Part):
     input: Port
     output: Port
     opset: int | None
+    tuned: bool = False
     device: str
     verified: Verdict | None

@@ -50,7 +50,7 @@ def compile_package(program: ExportedProgram, path: Path, device: torch.device, 
     Raises:
         ModelError: it cannot be compiled here.
     """
-    settings = {"freezing": device.type == "cpu", "max_autotune": tune}
+    settings = {"freezing": device.type == "cpu"} | ({"max_autotune": True} if tune else {})
     try:
         with quiet_tuning():
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)

@@ -84,7 +84,10 @@ class Subject:
     def context(self) -> Callable[[], AbstractContextManager[Any]]:
         """What must be entered for the module to be what is meant."""
         compressed = self.opened.compressed
-        return compressed.dense if self.dense and compressed is not None else nullcontext
+        if compressed is None:
+            return nullcontext
+        # graphs tell which modules they come from: let those be the library's
+        return compressed.dense if self.dense else compressed.own_code
 
     def run(self, images: Tensor) -> Trace:
         """One pass in torch: the output, and which places were kept by layer."""
@@ -152,6 +155,7 @@ class Subject:
             input=Port(name=self.input_name, shape=[request.batch, *inputs.shape[1:]], dtype=dtype),
             output=Port(name=self.output_name, shape=[request.batch, *output.shape[1:]], dtype=dtype),
             opset=opset,
+            tuned=request.tune,
             device=str(request.device),
             verified=None,
         )

@@ -48,7 +48,7 @@ class Exported:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document of `repshift export`."""
-        told = self.document.model_dump(mode="json", include={"kind", "opset", "device", "verified"})
+        told = self.document.model_dump(mode="json", include={"kind", "opset", "tuned", "device", "verified"})
         ports = self.document.model_dump(mode="json", include={"input", "output"})
         return {
             "output": str(self.output),

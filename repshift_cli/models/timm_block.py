@@ -7,17 +7,25 @@ stay where they are.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import itemgetter
 from typing import Any
 
 from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 
 from repshift_cli.models.direct import is_plain, may_pass_by, run
-from repshift_cli.models.timm_attention import FlexibleAttention, is_attention
+from repshift_cli.models.timm_attention import FlexibleAttention
 
 __all__ = ["DirectBlock", "run_directly"]
+
+_OF_BLOCK = itemgetter("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+_OF_ATTENTION = itemgetter("qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
+_OF_MLP = itemgetter("fc1", "act", "drop1", "norm", "fc2", "drop2")
+
+_FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (Block, Attention, FlexibleAttention, Mlp)}
+"""As they were found, since somebody may replace them."""
 
 
 class DirectBlock(Block):
@@ -25,27 +33,29 @@ class DirectBlock(Block):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """`[B, T, C]` to the same. With a mask, or where calls must not be passed by, timm's own code runs."""
-        if attn_mask is not None or is_causal or not may_pass_by():
+        parts = None
+        if attn_mask is None and not is_causal and may_pass_by() and Block.forward is _FORWARDS[Block]:
+            parts = _parts(self, _OF_BLOCK)
+        if parts is None:
             causal = {"is_causal": True} if is_causal else {}  # older versions of timm do not know it
-            dense: Tensor = super().forward(x, attn_mask=attn_mask, **causal)
+            # not by super(): whoever holds this method may call it when the object is a Block again
+            dense: Tensor = Block.forward(self, x, attn_mask=attn_mask, **causal)
             return dense
-        parts: Any = self._modules
-        attended = _attend(parts["attn"], run(parts["norm1"], x))
-        x = x + run(parts["drop_path1"], run(parts["ls1"], attended))
-        widened = _mix_channels(parts["mlp"], run(parts["norm2"], x))
-        return x + run(parts["drop_path2"], run(parts["ls2"], widened))
+        norm1, attention, scale1, drop1, norm2, mlp, scale2, drop2 = parts
+        x = x + run(drop1, run(scale1, _attend(attention, run(norm1, x))))
+        return x + run(drop2, run(scale2, _mix_channels(mlp, run(norm2, x))))
 
 
 def run_directly(blocks: Iterable[nn.Module], on: bool) -> bool:
     """Let blocks run their parts directly from now on, or by their own code; other kinds than `Block` are left alone.
 
-    Another version of timm may compute something else. It shows in what its `forward` asks for, and then its own code
-    goes on running.
+    Another version of timm may compute something else. Where its `forward` asks for something that is not known here,
+    its own code goes on running.
 
     Returns:
         Whether there is one that runs directly now.
     """
-    then = DirectBlock if on and all(_is_known(kind) for kind in _NAMES) else Block
+    then = DirectBlock if on and all(_computes_what_is_known(kind) for kind in _NAMES) else Block
     found = [block for block in blocks if type(block) in (Block, DirectBlock)]
     for block in found:
         block.__class__ = then
@@ -54,36 +64,50 @@ def run_directly(blocks: Iterable[nn.Module], on: bool) -> bool:
 
 def _attend(attention: Any, x: Tensor) -> Tensor:
     """`[B, T, C]` to the same, as timm's `Attention`, or what was made of it here."""
-    parts: Any = attention._modules
-    if not is_attention(attention) or parts.get("gate") is not None or not is_plain(attention):
+    parts = _parts(attention, _OF_ATTENTION) if _is_known(attention) else None
+    if parts is None or attention._modules.get("gate") is not None:
         called: Tensor = attention(x)
         return called
     batch, count = x.shape[:2]
+    heads, width = attention.num_heads, attention.head_dim
     if isinstance(attention, FlexibleAttention):
         sizes, backend = attention.heeded(count), attention.backend
         if sizes is not None or backend == "flash":
             return attention.attend(x, sizes, backend, run)
-    heads = run(parts["qkv"], x).reshape(batch, count, 3, attention.num_heads, attention.head_dim)
-    query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
-    query, key = run(parts["q_norm"], query), run(parts["k_norm"], key)
+    qkv, q_norm, k_norm, drop, norm, proj, proj_drop = parts
+    query, key, value = run(qkv, x).reshape(batch, count, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
+    query, key = run(q_norm, query), run(k_norm, key)
     if attention.fused_attn:
-        dropout = parts["attn_drop"].p if attention.training else 0.0
-        mixed = scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        dropout = drop.p if attention.training else 0.0
+        mixed = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
     else:
         logits = (query * attention.scale) @ key.transpose(-2, -1)
-        mixed = run(parts["attn_drop"], logits.softmax(dim=-1)) @ value
-    mixed = run(parts["norm"], mixed.transpose(1, 2).reshape(batch, count, -1))
-    return run(parts["proj_drop"], run(parts["proj"], mixed))
+        mixed = run(drop, logits.softmax(dim=-1)) @ value
+    mixed = run(norm, mixed.transpose(1, 2).reshape(batch, count, heads * width))
+    return run(proj_drop, run(proj, mixed))
 
 
 def _mix_channels(mlp: Any, x: Tensor) -> Tensor:
     """`[B, T, C]` to the same, as timm's `Mlp`."""
-    if type(mlp) is not Mlp or not is_plain(mlp):
+    parts = _parts(mlp, _OF_MLP) if _is_known(mlp) else None
+    if parts is None:
         called: Tensor = mlp(x)
         return called
-    parts: Any = mlp._modules
-    hidden = run(parts["drop1"], run(parts["act"], run(parts["fc1"], x)))
-    return run(parts["drop2"], run(parts["fc2"], run(parts["norm"], hidden)))
+    fc1, act, drop1, norm, fc2, drop2 = parts
+    return run(drop2, run(fc2, run(norm, run(drop1, run(act, run(fc1, x))))))
+
+
+def _parts(module: nn.Module, names: itemgetter[Any]) -> Any:
+    """The parts of a module; None where one of them is no module, or gone."""
+    try:
+        return names(module._modules)
+    except KeyError:
+        return None
+
+
+def _is_known(module: nn.Module) -> bool:
+    forward = _FORWARDS.get(type(module))
+    return forward is not None and is_plain(module, forward) and Attention.forward is _FORWARDS[Attention]
 
 
 _NAMES: dict[type[nn.Module], frozenset[str]] = {
@@ -123,6 +147,9 @@ _NAMES: dict[type[nn.Module], frozenset[str]] = {
 """What `forward` of these classes asks for, in the versions of timm that are known."""
 
 
-def _is_known(kind: type[nn.Module]) -> bool:
-    code = getattr(kind.forward, "__code__", None)
-    return code is not None and _NAMES[kind].issuperset(code.co_names)
+def _computes_what_is_known(kind: type[nn.Module]) -> bool:
+    """Whether `forward` of a class of timm is timm's own, and asks for nothing that is not known here."""
+    forward = _FORWARDS[kind]
+    code = getattr(forward, "__code__", None)
+    own = getattr(forward, "__module__", None) == kind.__module__ and code is not None and not code.co_freevars
+    return own and _NAMES[kind].issuperset(code.co_names)

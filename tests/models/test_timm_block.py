@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers import Attention, LayerNorm, Mlp
+from timm.layers import Attention, LayerNorm, LayerScale, Mlp
 from timm.models.vision_transformer import Block, ResPostBlock
 from tiny import KEEP_ALL, VARIANTS, compressed, images, make_recipe, tiny_vit
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from repshift_cli.attach import CompressedModel
 from repshift_cli.attention import Backend
 from repshift_cli.backends import attention_mode
+from repshift_cli.models import timm_block
 from repshift_cli.models.direct import is_plain, may_pass_by, run
 from repshift_cli.models.timm_attention import FlexibleAttention
 from repshift_cli.models.timm_block import DirectBlock, run_directly
@@ -129,6 +130,12 @@ class TestBits:
             expected = dense(images())
             assert torch.equal(compressed(dense, make_recipe(KEEP_ALL))(images()), expected)
 
+    @pytest.mark.parametrize("grad", [False, True], ids=["without_gradients", "with_gradients"])
+    def test_no_images(self, grad: bool) -> None:
+        model = compressed()
+        with torch.set_grad_enabled(grad):
+            assert model(images()[:0]).shape == (0, 10)
+
     def test_a_mask(self) -> None:
         block = tiny_vit().blocks[0]
         tokens, mask = torch.randn(2, 17, 32), torch.randn(17, 17)
@@ -155,6 +162,13 @@ class TestWhichBlocks:
         with model.own_code():
             pass
         assert {type(block) for block in dense.blocks} == {Block}
+
+    def test_detached_inside_a_context(self) -> None:
+        for context in (CompressedModel.own_code, CompressedModel.dense):
+            model = compressed()
+            with context(model):
+                model.detach()
+            assert {type(block) for block in model.model.blocks} == {Block}
 
     def test_an_error_inside_leaves_nothing_behind(self) -> None:
         model = compressed()
@@ -185,10 +199,25 @@ class TestWhichBlocks:
         def forward(self: Any, x: Tensor, **masks: Any) -> Tensor:
             return x * self.temperature
 
-        monkeypatch.setattr(kind, "forward", forward)
+        monkeypatch.setitem(timm_block._FORWARDS, kind, forward)
         blocks = [Block(32, 2)]
         assert not run_directly(blocks, on=True)
         assert type(blocks[0]) is Block
+
+    @pytest.mark.parametrize("kind", [Block, Attention, Mlp])
+    def test_wrappers_of_its_code_are_not_taken_for_it(
+        self, kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        own = kind.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return own(*args, **kwargs)
+
+        monkeypatch.setitem(timm_block._FORWARDS, kind, forward)
+        assert not run_directly([Block(32, 2)], on=True)
+
+    def test_the_installed_version_is_known(self) -> None:
+        assert run_directly([Block(32, 2)], on=True)
 
 
 def probed() -> tuple[CompressedModel, Any]:
@@ -234,6 +263,66 @@ class TestNothingIsPassedBy:
             answer(model)
         assert parts_of(block) <= {id(part) for part in calls}
 
+    @pytest.mark.parametrize(
+        "kind", [Block, Attention, Mlp, nn.Linear, nn.LayerNorm, nn.GELU, nn.Identity, nn.Dropout, LayerScale]
+    )
+    @pytest.mark.parametrize("merging", [False, True], ids=["pruning", "merging"])
+    def test_a_forward_put_on_the_class(
+        self, merging: bool, kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        vit = tiny_vit(init_values=0.3, norm_layer=nn.LayerNorm, drop_path_rate=0.1, proj_drop_rate=0.1)
+        model = compressed(vit, make_recipe(reducer="merge") if merging else None)
+        plain, own = answer(model), kind.forward
+        monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: own(*args, **kwargs) * 1.5)
+        changed = answer(model)
+        assert not torch.equal(changed, plain)
+        with model.own_code():
+            assert torch.equal(answer(model), changed)
+
+    @pytest.mark.parametrize("name", ["scaled_dot_product_attention", "layer_norm", "gelu", "linear"])
+    def test_functions_of_torch_that_are_replaced(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, _ = probed()
+        plain, own = answer(model), getattr(nn.functional, name)
+        monkeypatch.setattr(nn.functional, name, lambda *args, **kwargs: own(*args, **kwargs) * 1.5)
+        changed = answer(model)
+        assert not torch.equal(changed, plain)
+        with model.own_code():
+            assert torch.equal(answer(model), changed)
+
+    @pytest.mark.parametrize("name", ["attn", "mlp", "mlp.fc1"])
+    def test_parts_that_are_compiled(self, name: str) -> None:
+        graphs: list[Any] = []
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        model, block = probed()
+        block.get_submodule(name).compile(backend=backend)
+        answer(model)
+        assert graphs
+
+    def test_tracers_that_watch_by_the_call_itself(self) -> None:
+        _, block = probed()
+        with torch.no_grad():
+            assert not any(node.op == "call_module" for node in torch.fx.symbolic_trace(nn.ReLU()).graph.nodes)
+            names = {node.target for node in torch.fx.symbolic_trace(block).graph.nodes if node.op == "call_module"}
+        assert {"norm1", "mlp.fc1", "mlp.act"} <= names
+
+    @pytest.mark.parametrize("grad", [False, True], ids=["without_gradients", "with_gradients"])
+    def test_a_method_of_a_block_that_somebody_holds(self, grad: bool) -> None:
+        model, block = probed()
+        plain, held = answer(model), block.forward
+        block.forward = lambda *args, **kwargs: held(*args, **kwargs) * 1.5
+        with torch.set_grad_enabled(grad):
+            changed = model(images())
+            assert not torch.equal(changed, plain)
+            with model.own_code():
+                assert torch.equal(model(images()), changed)
+            with model.dense():
+                dense = model(images())
+            assert torch.equal(model.detach()(images()), dense)
+
     @pytest.mark.parametrize("name", PARTS)
     def test_a_forward_put_on_the_object(self, name: str) -> None:
         model, block = probed()
@@ -277,14 +366,25 @@ class TestNothingIsPassedBy:
         assert torch.equal(direct, own)
         assert not torch.equal(direct, answer(model))
 
+    @pytest.mark.parametrize("key", ["weight", "bias", "gamma"])
     @pytest.mark.parametrize("name", ["norm1", "attn.proj", "ls1"])
-    def test_tensors_in_the_place_of_parameters(self, name: str) -> None:
+    def test_tensors_in_the_place_of_parameters(self, name: str, key: str) -> None:
         model = compressed(tiny_vit(init_values=0.3))
         expected, part = answer(model), model.model.blocks[1].get_submodule(name)
-        for key in [key for key, _ in part.named_parameters()]:
+        if key in part._parameters:
             tensor = part._parameters.pop(key).detach()
             setattr(part, key, tensor)
         assert torch.equal(answer(model), expected)
+
+    @pytest.mark.parametrize("name", ["mlp.act", "attn.proj_drop", "ls1"])
+    def test_functions_in_the_place_of_parts(self, name: str) -> None:
+        model, block = probed()
+        owner, _, last = name.rpartition(".")
+        part = block.get_submodule(owner)
+        delattr(part, last)
+        setattr(part, last, lambda x: x * 1.5)
+        direct, own = both_ways(model, lambda: answer(model))
+        assert torch.equal(direct, own)
 
     def test_where_torch_no_longer_tells_calls_are_not_passed_by(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
@@ -302,9 +402,9 @@ class TestRun:
             called.append(module)
             return call(module, *args, **kwargs)
 
-        call = nn.Module.__call__
+        call = nn.Module._call_impl
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(nn.Module, "__call__", counted)
+            patch.setattr(nn.Module, "_call_impl", counted)
             answer(model)
             direct = len(called)
             with model.own_code():
@@ -324,9 +424,10 @@ class TestRun:
         assert len(calls) == 1
 
     def test_plain(self) -> None:
-        part = nn.Linear(2, 2)
-        assert is_plain(part)
+        part, forward = nn.Linear(2, 2), nn.Linear.forward
+        assert is_plain(part, forward)
+        assert not is_plain(part, nn.Identity.forward)
         handle = part.register_forward_hook(lambda module, args, output: None)
-        assert not is_plain(part)
+        assert not is_plain(part, forward)
         handle.remove()
-        assert is_plain(part)
+        assert is_plain(part, forward)
