@@ -7,6 +7,7 @@ stay where they are.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from inspect import signature
 from operator import itemgetter
 from typing import Any
 
@@ -27,6 +28,9 @@ _OF_MLP = itemgetter("fc1", "act", "drop1", "norm", "fc2", "drop2")
 _FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (Block, Attention, FlexibleAttention, Mlp)}
 """As they were found, since somebody may replace them."""
 
+_CAUSAL = "is_causal" in signature(Block.forward).parameters
+"""Older versions of timm do not know it."""
+
 
 class DirectBlock(Block):
     """A timm `Block` that passes by `nn.Module.__call__` where nothing but `forward` would happen."""
@@ -34,10 +38,10 @@ class DirectBlock(Block):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """`[B, T, C]` to the same. With a mask, or where calls must not be passed by, timm's own code runs."""
         parts = None
-        if attn_mask is None and not is_causal and may_pass_by() and Block.forward is _FORWARDS[Block]:
+        if may_pass_by() and Block.forward is _FORWARDS[Block] and attn_mask is None and not is_causal:
             parts = _parts(self, _OF_BLOCK)
         if parts is None:
-            causal = {"is_causal": True} if is_causal else {}  # older versions of timm do not know it
+            causal = {"is_causal": is_causal} if _CAUSAL else {}
             # not by super(): whoever holds this method may call it when the object is a Block again
             dense: Tensor = Block.forward(self, x, attn_mask=attn_mask, **causal)
             return dense
@@ -151,5 +155,6 @@ def _computes_what_is_known(kind: type[nn.Module]) -> bool:
     """Whether `forward` of a class of timm is timm's own, and asks for nothing that is not known here."""
     forward = _FORWARDS[kind]
     code = getattr(forward, "__code__", None)
-    own = getattr(forward, "__module__", None) == kind.__module__ and code is not None and not code.co_freevars
-    return own and _NAMES[kind].issuperset(code.co_names)
+    if code is None or code.co_freevars or forward.__module__ != kind.__module__:
+        return False
+    return _NAMES[kind].issuperset(code.co_names)
