@@ -16,7 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repshift_cli.models.direct import is_plain, may_pass_by, run
+from repshift_cli.models.direct import is_plain, makes_anew, may_pass_by, run, run_over
 from repshift_cli.models.timm_attention import FlexibleAttention
 
 __all__ = ["DirectBlock", "run_directly"]
@@ -98,7 +98,9 @@ def _mix_channels(mlp: Any, x: Tensor) -> Tensor:
         called: Tensor = mlp(x)
         return called
     fc1, act, drop1, norm, fc2, drop2 = parts
-    return run(drop2, run(fc2, run(norm, run(drop1, run(act, run(fc1, x))))))
+    hidden = run(fc1, x)
+    hidden = run_over(act, hidden) if makes_anew(fc1) else run(act, hidden)
+    return run(drop2, run(fc2, run(norm, run(drop1, hidden))))
 
 
 def _parts(module: nn.Module, names: itemgetter[Any]) -> Any:

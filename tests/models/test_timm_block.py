@@ -19,8 +19,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from repshift_cli.attach import CompressedModel
 from repshift_cli.attention import Backend
 from repshift_cli.backends import attention_mode
+from repshift_cli.measure import peak_memory
 from repshift_cli.models import timm_block
-from repshift_cli.models.direct import is_plain, may_pass_by, run
+from repshift_cli.models.direct import is_plain, may_pass_by, run, run_over
 from repshift_cli.models.timm_attention import FlexibleAttention
 from repshift_cli.models.timm_block import DirectBlock, run_directly
 
@@ -391,6 +392,62 @@ class TestNothingIsPassedBy:
             assert may_pass_by()
             monkeypatch.delattr("torch.nn.modules.module._has_any_global_hook")
             assert not may_pass_by()
+
+
+class TestOver:
+    """A GELU may be written over what a linear layer has just made."""
+
+    @pytest.mark.parametrize("approximate", ["none", "tanh"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_the_same_bits_in_the_same_memory(self, approximate: str, dtype: torch.dtype) -> None:
+        act, x = nn.GELU(approximate), torch.randn(2, 50, 64).to(dtype)
+        with torch.no_grad():
+            expected = act(x)
+            found = run_over(act, x)
+        assert found.data_ptr() == x.data_ptr()
+        assert torch.equal(found, expected)
+
+    def test_other_modules_leave_their_input(self) -> None:
+        x = torch.randn(2, 8)
+        before = x.clone()
+        with torch.no_grad():
+            for act in (nn.ReLU(), nn.Identity(), nn.Linear(8, 8)):
+                assert torch.equal(run_over(act, x), act(before))
+                assert torch.equal(x, before)
+
+    def test_what_a_pass_needs_less_is_one_hidden_layer(self) -> None:
+        model = compressed()
+        large = torch.randn(64, 3, 32, 32)
+
+        peak = torch.no_grad()(lambda: peak_memory(model, large))
+        direct, own = both_ways(model, peak)
+        assert direct < own
+
+    def test_what_hooks_have_seen_is_not_written_over(self) -> None:
+        model, block = probed()
+        seen: list[Tensor] = []
+        block.mlp.fc1.register_forward_hook(lambda module, args, output: seen.append(output))
+        answer(model)
+        with model.own_code():
+            answer(model)
+        assert torch.equal(seen[0], seen[1])
+
+    def test_what_a_patched_function_has_seen_is_not_written_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, _ = probed()
+        seen: list[Tensor] = []
+
+        def linear(*args: Any) -> Tensor:
+            seen.append(own(*args))
+            return seen[-1]
+
+        own = nn.functional.linear
+        monkeypatch.setattr(nn.functional, "linear", linear)
+        answer(model)
+        count = len(seen)
+        with model.own_code():
+            answer(model)
+        assert len(seen) == 2 * count > 10
+        assert all(torch.equal(one, other) for one, other in zip(seen[:count], seen[count:], strict=True))
 
 
 class TestRun:
