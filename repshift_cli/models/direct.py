@@ -37,10 +37,10 @@ def run(module: nn.Module, x: Tensor) -> Tensor:
 def run_over(module: nn.Module, x: Tensor) -> Tensor:
     """As `run`, perhaps with the result in the memory of `x`, of which nobody else may know."""
     known = type(module) is nn.GELU and functional.gelu is _GELU and is_plain(module, _FUNCTIONS[nn.GELU][0])
-    # where dtypes are chosen for functions, those that write somewhere are left out
+    # autocast chooses dtypes for functions, and passes over those that write somewhere
     if not known or torch.is_autocast_enabled(x.device.type):
         return run(module, x)
-    result: Tensor = functional.gelu(x, approximate=module.approximate, out=x)  # type: ignore[call-arg, arg-type]
+    result: Tensor = torch.ops.aten.gelu_.default(x, approximate=module.approximate)
     return result
 
 

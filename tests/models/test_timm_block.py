@@ -118,6 +118,13 @@ class TestBits:
         direct, own = both_ways(model, lambda: answer(model))
         assert torch.equal(direct, own)
 
+    @pytest.mark.filterwarnings("ignore:There is a performance drop")
+    def test_mapped_over_images(self) -> None:
+        model = compressed()
+        mapped = torch.no_grad()(lambda: torch.vmap(model)(images().unsqueeze(1)))
+        direct, own = both_ways(model, mapped)
+        assert torch.equal(direct, own)
+
     def test_autocast(self) -> None:
         model = compressed()
         with torch.autocast("cpu", torch.bfloat16):
