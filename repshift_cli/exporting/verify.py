@@ -12,8 +12,9 @@ from torch import Tensor
 from repshift_cli.attach import Trace
 from repshift_cli.data.clips import load_inputs
 from repshift_cli.document import Verdict
-from repshift_cli.errors import CheckFailed
+from repshift_cli.errors import CheckFailed, first_line
 from repshift_cli.exporting.base import Request, Subject
+from repshift_cli.measure import out_of_memory
 from repshift_cli.progress import Progress
 
 __all__ = ["compare", "inputs_for"]
@@ -81,16 +82,29 @@ def compare(
         watch: the same graph with the places that each site kept behind the output.
 
     Raises:
-        CheckFailed: it does something else; with the numbers.
+        CheckFailed: it does something else; with the numbers. Or it does not run.
     """
     inputs, tally = inputs_for(subject, request), _Tally()
     with progress.task("comparing with torch", len(inputs)) as task, torch.no_grad():
         for images in inputs:
-            _count(tally, subject.run(images), run(images), watch(images), subject.has_classes)
+            _count(tally, subject.run(images), _ran(run, images, request), watch(images), subject.has_classes)
             task.advance()
     verdict = _verdict(tally, subject, request.dtype or torch.float32)
     _check(verdict, request.output)
     return verdict
+
+
+def _ran(run: Callable[[Tensor], Tensor], images: Tensor, request: Request) -> Tensor:
+    """What the file gives; errors as `compare`."""
+    try:
+        return run(images)
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        raise CheckFailed(
+            f"{request.output} does not run with {len(images)} inputs: {first_line(error)}",
+            f"Nothing was left under its name. {'Leave --tune out' if request.tune else 'Try it with --batch 1'}.",
+        ) from error
 
 
 def _verdict(tally: _Tally, subject: Subject, dtype: torch.dtype) -> Verdict:
