@@ -39,6 +39,11 @@ def write_section(name: str, markdown: str, path: Path = RESULTS) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def section_name(name: str, *options: tuple[object, object]) -> str:
+    """A name that also tells which options are not as usual: pairs of what was chosen and what is usual."""
+    return "_".join([name, *(str(chosen) for chosen, usual in options if chosen != usual)])
+
+
 def publish(name: str, markdown: str, dry_run: bool) -> None:
     """Print a section, and write it unless only the tables are wanted."""
     print(markdown, flush=True)

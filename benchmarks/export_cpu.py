@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from _results import latency, provenance, publish, table, words
+from _results import latency, provenance, publish, section_name, table, words
 from _timing import cpu_settings
 
 from repshift_cli.artifact import Opened
@@ -72,8 +72,8 @@ def main() -> None:
     text = "\n\n".join(
         [title, f"{provenance(command, reports[EAGER].machine)} {runtime}", render(reports, options.batch_sizes), NOTE]
     )
-    differing = (part for part, usual in ((options.model, "small"), (options.dtype, "float32")) if part != usual)
-    publish("_".join(["export_cpu", *differing]), text, options.dry_run)
+    chosen = ((options.model, "small"), (options.dtype, "float32"))
+    publish(section_name("export_cpu", *chosen), text, options.dry_run)
 
 
 NOTE = (

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from _results import latency, provenance, publish, table, words
+from _results import latency, provenance, publish, section_name, table, words
 from _timing import cpu_settings
 
 from repshift_cli.attach import attach
@@ -70,7 +70,7 @@ def main() -> None:
     title = f"## DeiT on a CPU, {options.dtype}{compiled}{size}"
     text = "\n\n".join([title, provenance(command, machine), *sections, NOTE])
     chosen = ((options.dtype, "float32"), (options.compile, "off"), (options.img_size, None))
-    publish("_".join(["vit_cpu", *(str(part) for part, usual in chosen if part != usual)]), text, options.dry_run)
+    publish(section_name("vit_cpu", *chosen), text, options.dry_run)
 
 
 NOTE = (

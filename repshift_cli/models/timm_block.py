@@ -68,7 +68,8 @@ def run_directly(blocks: Iterable[nn.Module], on: bool) -> bool:
 
 def _attend(attention: Any, x: Tensor) -> Tensor:
     """`[B, T, C]` to the same, as timm's `Attention`, or what was made of it here."""
-    parts = _parts(attention, _OF_ATTENTION) if _is_known(attention) else None
+    known = _is_known(attention) and Attention.forward is _FORWARDS[Attention]  # which a FlexibleAttention goes back to
+    parts = _parts(attention, _OF_ATTENTION) if known else None
     if parts is None or attention._modules.get("gate") is not None:
         called: Tensor = attention(x)
         return called
@@ -113,7 +114,7 @@ def _parts(module: nn.Module, names: itemgetter[Any]) -> Any:
 
 def _is_known(module: nn.Module) -> bool:
     forward = _FORWARDS.get(type(module))
-    return forward is not None and is_plain(module, forward) and Attention.forward is _FORWARDS[Attention]
+    return forward is not None and is_plain(module, forward)
 
 
 _NAMES: dict[type[nn.Module], frozenset[str]] = {
