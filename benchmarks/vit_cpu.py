@@ -1,9 +1,8 @@
 """DeiT-S and DeiT-B with the schedule of the paper (arXiv 2508.00367, table of image classification) on this CPU.
 
 All sides run in turn in one process, on the same weights: the dense model with fused and with explicit attention (the
-paper compares with the latter), the compressed model, that with timm's own calls, nearly the same schedule on tiles of
-16 tokens, and at equal operations pruning by class attention and merging as ToMe does. Weights are random, which does
-not change the speed.
+paper compares with the latter), the compressed model, nearly the same schedule on tiles of 16 tokens, and at equal
+operations pruning by class attention and merging as ToMe does. Weights are random, which does not change the speed.
 
     python benchmarks/vit_cpu.py --threads 2 --seconds 10
 """
@@ -31,7 +30,6 @@ from repshift_cli.ui import Screen
 
 PEERS = ("explicit", "class-attention", "class-attention-row", "bipartite", "tome")
 TILES = "on tiles"
-OWN_CODE = "timm's calls"
 
 
 @dataclass(frozen=True)
@@ -78,9 +76,7 @@ NOTE = (
     "fused attention; efficiency is that divided by the ratio of the multiply-accumulates; `ours over it` is the "
     "compressed model beside each other side. `explicit` is dense with explicit attention, the paper's baseline. "
     "`class-attention` prunes by it with the attention map, as its authors do, `class-attention-row` by one row of it. "
-    "`bipartite` merges at our sites, `tome` the same number of tokens in every block. In eager mode, reduced "
-    "models run the parts of their blocks directly; `timm's calls` is the compressed model that does not, as the dense "
-    "ones do not."
+    "`bipartite` merges at our sites, `tome` the same number of tokens in every block."
 )
 
 
@@ -106,13 +102,8 @@ def measure(published: Published, options: argparse.Namespace, progress: Progres
     # as the peers: all read the same memory
     tiled = attach(dense_copy(opened.compressed), planned(published, options.img_size))
     size, dense = sides[0].input_size, sides[0].name
-    calls = opened.compressed.own_code
-    also = [Contender(TILES, tiled, tiled.macs(), size, against=dense, is_peer=True)]
-    if options.compile == "off":  # graphs hold no calls
-        own = Contender(OWN_CODE, opened.compressed, opened.macs, size, against=dense, is_peer=True, context=calls)
-        also.append(own)
-    names = tuple(each.name for each in also)
-    sides = [replace(side, peers=(*side.peers, *names)) if side.role == "compressed" else side for side in sides + also]
+    sides = [replace(side, peers=(*side.peers, TILES)) if side.role == "compressed" else side for side in sides]
+    sides.append(Contender(TILES, tiled, tiled.macs(), size, against=dense, is_peer=True))
     settings = replace(cpu_settings(options, DTYPES[options.dtype]), compile=options.compile)
     return run_bench(sides, options.batch_sizes, settings, progress)
 

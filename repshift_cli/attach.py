@@ -1,9 +1,8 @@
 """Bring a plan to life: the only file that hooks a model.
 
 Forward hooks do it all. At each site one hook per tap remembers a tensor that the metric asks for, and a hook on the
-block scores the tokens, chooses, and hands the reduced stream back in place of the block's output. So it works on the
-model's own code; where a family can run the same with fewer calls (`Family.run_directly`), it may, as long as the
-library's code is one that it knows.
+block scores the tokens, selects which to keep, and returns the reduced stream in place of the block's output. Blocks
+run the library's code in the dense and in the compressed model.
 """
 
 from __future__ import annotations
@@ -223,7 +222,6 @@ class CompressedModel(nn.Module):
     """
 
     preprocessing: Preprocessing | None = None
-    _direct: bool = False
 
     def __init__(
         self, model: nn.Module, family: Family, plan: Plan, metrics: list[tuple[Metric, ...]], reducer: Reducer
@@ -234,8 +232,6 @@ class CompressedModel(nn.Module):
         self.family = family
         self.layout = family.layout(model)
         self._undo = family.adapt(model)
-        self._attached = True
-        self._direct = family.run_directly(model, on=True)
         stream, class_token = family.stream(model), self.layout.class_token
         self._hooks: list[_SiteHook] = []
         self._handles: list[Any] = []
@@ -255,27 +251,15 @@ class CompressedModel(nn.Module):
 
     @contextmanager
     def dense(self) -> Iterator[nn.Module]:
-        """Inside the context the model runs as the original, on the same weights and by its own code."""
+        """Inside the context the model runs as the original, on the same weights."""
         before = [(hook, hook.enabled) for hook in self._hooks]
         for hook in self._hooks:
             hook.enabled = False
         try:
-            with self.own_code():
-                yield self.model
+            yield self.model
         finally:
             for hook, enabled in before:
                 hook.enabled = enabled
-
-    @contextmanager
-    def own_code(self) -> Iterator[None]:
-        """Inside the context the blocks run by the code of their library alone: the same values, with more calls."""
-        before = self._direct
-        self._direct = self.family.run_directly(self.model, on=False)
-        try:
-            yield
-        finally:
-            if self._attached:
-                self._direct = self.family.run_directly(self.model, before)
 
     @torch.no_grad()
     def trace(self, images: Tensor) -> Trace:
@@ -336,8 +320,6 @@ class CompressedModel(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles, self._hooks = [], []
-        self._direct = self.family.run_directly(self.model, on=False)
-        self._attached = False
         undoing, self._undo, self._undo_sizes = (self._undo, self._undo_sizes), nothing, nothing
         for undo in undoing:
             undo()

@@ -251,6 +251,34 @@ def test_dense_inside_dense() -> None:
     assert token_counts(model, images()) == [17, 13, 13, 6, 6]
 
 
+def test_detach_inside_dense() -> None:
+    model = compressed()
+    with model.dense():
+        model.detach()
+    assert token_counts(model, images()) == [17] * 5
+
+
+@each_variant
+def test_pruning_runs_the_code_of_the_library(variant: str) -> None:
+    model = compressed(tiny_vit(**VARIANTS[variant]), block_recipe()).model
+    assert [type(part) for part in model.modules()] == [type(part) for part in tiny_vit(**VARIANTS[variant]).modules()]
+    assert not any("forward" in vars(part) for part in model.modules())
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["without_gradients", "with_gradients"])
+def test_no_images(grad: bool) -> None:
+    with torch.set_grad_enabled(grad):
+        assert compressed()(images()[:0]).shape == (0, 10)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_mapped_over_images() -> None:
+    model = compressed()
+    with torch.no_grad():
+        mapped = torch.vmap(model)(images().unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(mapped, model(images()))
+
+
 def test_trace_stops_recording_when_the_model_fails() -> None:
     model = compressed()
     with pytest.raises(AssertionError):

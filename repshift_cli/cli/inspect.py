@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -61,13 +60,10 @@ def _describe(opened: Opened) -> dict[str, Any]:
         kind: [each for each in found().variants() if each.taps() <= everywhere]
         for kind, found in metric_kinds().items()
     }
-    own_code = opened.compressed.own_code() if opened.compressed else nullcontext()
-    with own_code:  # else blocks have a class of ours
-        kinds = {site.name: type(site.block).__name__ for site in family.sites(loaded.model)}
     sites = []
     for site in family.sites(loaded.model):
         possible = {kind: sum(feeds(each, site) for each in variants) for kind, variants in known.items()}
-        entry = {"site": site.name, "layer": site.layer, "block": kinds[site.name]}
+        entry = {"site": site.name, "layer": site.layer, "block": type(site.block).__name__}
         entry |= {"tokens": counts[site.layer]} | ({"grid": grids[site.layer]} if layout.map_size else {})
         entry["scores"] = [kind for kind, count in possible.items() if count]
         entry["limited"] = {

@@ -84,10 +84,7 @@ class Subject:
     def context(self) -> Callable[[], AbstractContextManager[Any]]:
         """What must be entered for the module to be what is meant."""
         compressed = self.opened.compressed
-        if compressed is None:
-            return nullcontext
-        # graphs tell which modules they come from: let those be the library's
-        return compressed.dense if self.dense else compressed.own_code
+        return compressed.dense if self.dense and compressed is not None else nullcontext
 
     def run(self, images: Tensor) -> Trace:
         """One pass in torch: the output, and which places were kept by layer."""

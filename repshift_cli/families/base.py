@@ -256,14 +256,6 @@ class Family(ABC):
         """
         return [], nothing
 
-    def run_directly(self, model: nn.Module, on: bool) -> bool:
-        """Let blocks pass by what their library does around each small part, to the same bits, or no longer.
-
-        Returns:
-            Whether any does now.
-        """
-        return False
-
     def adapt(self, model: nn.Module) -> Callable[[], None]:
         """Prepare what comes behind the blocks for fewer tokens, in the dense pass as well; returns what undoes it."""
         return nothing

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from repshift_cli.attention import size_bias
 from repshift_cli.families.base import Family, Passage, Probe, Site, SizedStream, Stream
 from repshift_cli.models import timm_attention
-from repshift_cli.models.timm_block import DirectBlock, run_directly
 from repshift_cli.plan import Layout, Plan, SiteInfo
 from repshift_cli.tokens import Sized, mean_by_size
 
@@ -133,9 +132,6 @@ class TimmViT(Family):
         _heed(attentions, stream)
         return _pooling_passages(model, stream), partial(_heed, attentions, None)
 
-    def run_directly(self, model: Any, on: bool) -> bool:
-        return run_directly(model.blocks, on)
-
     def macs(self, model: Any, plan: Plan | None) -> int:
         layout = self.layout(model)
         blocks = list(model.blocks)
@@ -152,8 +148,8 @@ class TimmViT(Family):
 
 def _block_probes(block: nn.Module) -> dict[str, Probe] | None:
     """Where the parts of a block can be seen; None for a kind of block that is not known."""
-    kind = Block if type(block) is DirectBlock else type(block)
-    return _PROBES[kind](block) if kind in _PROBES else None
+    probes = _PROBES.get(type(block))
+    return None if probes is None else probes(block)
 
 
 def _pre_norm_probes(block: Any) -> dict[str, Probe]:

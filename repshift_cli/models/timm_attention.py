@@ -6,19 +6,14 @@ parameters, keys and the hooks on it stay where they are, and whoever holds it g
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Protocol
 
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from repshift_cli.attention import Backend, attend_projected, backend_of
+from repshift_cli.attention import attend_projected, backend_of
 
 __all__ = ["FlexibleAttention", "SizesByCount", "heed_sizes", "is_attention", "run_on_flash"]
-
-Call = Callable[[nn.Module, Tensor], Tensor]
-"""Runs a module on a tensor."""
 
 
 class SizesByCount(Protocol):
@@ -44,44 +39,28 @@ class FlexibleAttention(Attention):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """`[B, T, C]` to the same. Masks only come where no token has a size, since sites refuse them."""
-        sizes, backend = self.heeded(x.shape[1]), self.backend
+        sizes = None if self.sizes is None else self.sizes.sizes_of(x.shape[1])
+        backend = backend_of(self.fused_attn, self.flash_attn)
         if sizes is None and (backend != "flash" or attn_mask is not None or is_causal):
             causal = {"is_causal": True} if is_causal else {}  # older versions of timm do not know it
             dense: Tensor = super().forward(x, attn_mask=attn_mask, **causal)
             return dense
-        return self.attend(x, sizes, backend, _call)
-
-    @property
-    def backend(self) -> Backend:
-        """What computes the attention."""
-        return backend_of(self.fused_attn, self.flash_attn)
-
-    def heeded(self, count: int) -> Tensor | None:
-        """`[B, count]`, the sizes of so many tokens; None where each stands for itself."""
-        return None if self.sizes is None else self.sizes.sizes_of(count)
-
-    def attend(self, x: Tensor, sizes: Tensor | None, backend: Backend, call: Call) -> Tensor:
-        """`[B, T, C]` to the same; `call` runs each part."""
-        projected = call(self.qkv, x).unflatten(2, (3, self.num_heads, self.head_dim))
+        projected = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
         plain = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
         mixed = attend_projected(
             projected,
             sizes,
             backend=backend,
-            norms=None if plain else (partial(call, self.q_norm), partial(call, self.k_norm)),
+            norms=None if plain else (self.q_norm, self.k_norm),
             dropout=self.attn_drop.p if self.training else 0.0,
         )
         # older versions of timm do not know the norm and the gate
         if (norm := getattr(self, "norm", None)) is not None:
-            mixed = call(norm, mixed)
+            mixed = norm(mixed)
         if (gate := getattr(self, "gate", None)) is not None:
-            mixed = mixed * call(gate, x).sigmoid()
-        return call(self.proj_drop, call(self.proj, mixed))
-
-
-def _call(part: nn.Module, x: Tensor) -> Tensor:
-    result: Tensor = part(x)
-    return result
+            mixed = mixed * gate(x).sigmoid()
+        output: Tensor = self.proj_drop(self.proj(mixed))
+        return output
 
 
 def is_attention(module: nn.Module) -> bool:
