@@ -19,7 +19,7 @@ LAYERS = (
     {"registry", "plan"},
     {"document"},
     {
-        *("tokens", "attention", "schedule", "energy"),
+        *("tokens", "attention", "schedule"),
         *("processes", "digests", "intervals", "tally", "predictions"),
     },
     {"models", "merging"},
