@@ -94,7 +94,6 @@ class Run:
         timing: of a batch.
         peak_bytes: of a batch; None where it cannot be seen, inside a compiled graph or another runtime.
         attention: the attention that really ran, see `measure.observed_attention`.
-        joules: of one image; None where the device does not tell.
         compilation: None for a model that was not compiled.
     """
 
@@ -105,7 +104,6 @@ class Run:
     peak_bytes: int | None
     role: Role = "dense"
     attention: str = "none"
-    joules: float | None = None
     compilation: Compilation | None = None
 
     @property
@@ -134,7 +132,6 @@ class Run:
             "latency_ms": {**self.latency.to_dict(), "p99": _significant(self.timing.p99_ms)},
             "throughput": _significant(self.throughput),
             "peak_memory_mb": None if self.peak_bytes is None else round(self.peak_bytes / 1e6, 3),
-            "joules_per_image": None if self.joules is None else _significant(self.joules),
             "compile_s": self.compilation and round(self.compilation.seconds, 3),
             "recompiles": self.compilation and self.compilation.recompiles,
         }
@@ -432,7 +429,7 @@ class BenchReport:
                 "dtype": values["dtype"],
                 "threads": self.threads,
                 **_columns(values, ("attention", "attention_mode", "compile", "image_size", "role")),
-                **_columns(values, ("joules_per_image", "compile_s", "recompiles")),
+                **_columns(values, ("compile_s", "recompiles")),
                 **_ratio_columns("over_dense", over_dense.get(key)),
                 "efficiency": over_dense[key].to_dict()["efficiency"] if key in over_dense else None,
                 **_ratio_columns("ours_over_it", over_peer.get(key)),

@@ -26,7 +26,6 @@ from repshift_cli.bench_report import (
 )
 from repshift_cli.compiled import Compiled, CompileMode, fresh_graphs
 from repshift_cli.end_to_end import Placement, Source, measure_end_to_end
-from repshift_cli.energy import Meter, find_meter
 from repshift_cli.errors import UsageError
 from repshift_cli.measure import Subject, Timing
 from repshift_cli.preprocessing import Preprocessing
@@ -236,7 +235,7 @@ def run_sweep(
             with _prepared(modules, settings, progress):
                 for size in sizes:
                     group = [contender for contender in contenders if contender.input_size == size]
-                    bench = _GroupBench(group, settings, find_meter(device), progress, source)
+                    bench = _GroupBench(group, settings, progress, source)
                     found += [bench.run(batch) for batch in batches]
     return BenchReport(
         device=measure.device_name(device),
@@ -317,7 +316,6 @@ class _GroupBench:
 
     group: Sequence[Contender]
     settings: BenchSettings
-    meter: Meter | None
     progress: Progress
     source: Source | None
 
@@ -344,7 +342,6 @@ class _GroupBench:
                     peak_bytes=memory[contender.name],
                     role=contender.role,
                     attention=attention[contender.name],
-                    joules=_joules(timings[contender.name], batch, self.meter),
                     compilation=_compilation(subject.run),
                 )
                 for contender, subject in zip(self.group, subjects, strict=True)
@@ -382,7 +379,6 @@ class _GroupBench:
             warmup=_WARMUP_ROUNDS[self.settings.device.type],
             progress=self.progress,
             min_runs=self.settings.min_runs,
-            meter=self.meter,
         )
 
     def _from_files(self, subjects: Sequence[Subject], setting: Setting) -> EndToEnd:
@@ -399,13 +395,6 @@ class _GroupBench:
             max_seconds=self.settings.seconds * len(subjects),
             progress=self.progress,
         )
-
-
-def _joules(timing: Timing, batch: int, meter: Meter | None) -> float | None:
-    """Energy of one image; None where nothing tells it, or runs are too short for the counters."""
-    if meter is None or timing.joules is None or timing.spread.median < meter.tick_s * 1e3:
-        return None
-    return sum(timing.joules) / (len(timing.joules) * batch)
 
 
 def _compilation(run: Callable[[Tensor], Any]) -> Compilation | None:

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from repshift_cli import attention
-from repshift_cli.energy import Meter
 from repshift_cli.errors import CheckFailed, ModelError, UsageError
 from repshift_cli.garbage import without_collection
 from repshift_cli.progress import Progress, Task
@@ -101,14 +100,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    """How long each run of one subject took, in seconds; sample `i` belongs to round `i` for every subject.
-
-    Attributes:
-        joules: energy of each run, where there was a meter.
-    """
+    """How long each run of one subject took, in seconds; sample `i` belongs to round `i` for every subject."""
 
     samples_s: tuple[float, ...]
-    joules: tuple[float, ...] | None = None
 
     @property
     def spread(self) -> Spread:
@@ -203,7 +197,6 @@ def measure_latency(
     warmup: int,
     progress: Progress,
     min_runs: int = 10,
-    meter: Meter | None = None,
 ) -> dict[str, Timing]:
     """Time the subjects in turn, so that drift of the machine hits all of them alike.
 
@@ -214,7 +207,6 @@ def measure_latency(
         inputs: handed to every subject; its device is the one that is waited for.
         max_seconds: after this time no new round starts, once there are `min_runs`; warm-up does not count.
         warmup: rounds that are run and thrown away.
-        meter: read before and after each run, outside of the time that is taken.
 
     Returns:
         By name, in the order of `subjects`.
@@ -225,32 +217,20 @@ def measure_latency(
     names = [subject.name for subject in subjects]
     if len(set(names)) != len(names) or min_runs < 1:
         raise ValueError(f"subjects need different names and at least one run, not {names} with {min_runs} runs")
-    samples: dict[str, list[_Sample]] = {name: [] for name in names}
+    samples: dict[str, list[float]] = {name: [] for name in names}
     label = f"timing {', '.join(names)}"
     gc.collect()
     with torch.inference_mode(), without_collection(), progress.task(label, max(1, round(max_seconds))) as task:
         for turn in range(warmup):
-            _round(subjects, inputs, turn, meter)
+            _round(subjects, inputs, turn)
         clock = _Clock(max_seconds, task)
         turn = 0
         while turn < min_runs or not clock.expired():
-            for name, sample in _round(subjects, inputs, turn, meter):
-                samples[name].append(sample)
+            for name, seconds in _round(subjects, inputs, turn):
+                samples[name].append(seconds)
             clock.show()
             turn += 1
-    return {name: _timing(found, meter) for name, found in samples.items()}
-
-
-class _Sample(NamedTuple):
-    """One run: seconds, and joules (0 where there is no meter)."""
-
-    seconds: float
-    joules: float
-
-
-def _timing(samples: Sequence[_Sample], meter: Meter | None) -> Timing:
-    joules = tuple(sample.joules for sample in samples) if meter else None
-    return Timing(tuple(sample.seconds for sample in samples), joules)
+    return {name: Timing(tuple(found)) for name, found in samples.items()}
 
 
 class _Clock:
@@ -275,22 +255,20 @@ class _Clock:
         return time.perf_counter() - self._start
 
 
-def _round(subjects: Sequence[Subject], inputs: Tensor, turn: int, meter: Meter | None) -> list[tuple[str, _Sample]]:
+def _round(subjects: Sequence[Subject], inputs: Tensor, turn: int) -> list[tuple[str, float]]:
     order = subjects if turn % 2 == 0 else list(reversed(subjects))
-    return [(subject.name, _time_once(subject, inputs, meter)) for subject in order]
+    return [(subject.name, _time_once(subject, inputs)) for subject in order]
 
 
-def _time_once(subject: Subject, inputs: Tensor, meter: Meter | None) -> _Sample:
+def _time_once(subject: Subject, inputs: Tensor) -> float:
     with subject.context():
         wait_for(inputs.device)
-        before = meter.read() if meter else ()
         start = time.perf_counter()
         output = subject.run(inputs)
         wait_for(inputs.device)
         seconds = time.perf_counter() - start
-        joules = meter.between(before, meter.read()) if meter else 0.0
         del output  # freed after the clock has stopped
-    return _Sample(seconds, joules)
+    return seconds
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -27,7 +27,6 @@ _META = "meta"
 _LARGEST = 1 << 32
 """Bytes of all arrays together; files that say more are damaged, or made to harm."""
 
-_LARGEST_HEADER = 1 << 16
 _MOST_OUTPUTS = 1 << 20
 _ARRAYS = {"id": np.str_, "answers": np.int32, "top": np.int32, "probabilities": np.float32}
 """What a file holds, each with its type."""
@@ -132,17 +131,17 @@ def _write_npz(stream: IO[bytes], predictions: Predictions, meta: str) -> None:
 
 
 def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
+    if not zipfile.is_zipfile(path):
+        raise _Damaged("it is not a zip archive")
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = [*_ARRAYS, _META]
-            sizes = {name: archive.getinfo(f"{name}.npy").file_size for name in names}
-            _check_size(sum(sizes.values()))
-            arrays = {name: _read_npy(archive, name, sizes[name]) for name in names}
+        with np.load(path, allow_pickle=False) as archive:
+            _check_size(sum(entry.file_size for entry in archive.zip.infolist()))
+            arrays = {name: archive[name] for name in _ARRAYS}
+            meta = archive[_META]
     except (_Damaged, OSError):
         raise
     except Exception as error:  # damaged archives end in the errors of whatever unpacks them, such as zlib.error
         raise _Damaged(str(error) or type(error).__name__) from error
-    meta = arrays.pop(_META)
     if meta.dtype.kind != "U" or meta.shape != ():
         raise _Damaged("its description is no text")
     return arrays, str(meta)
@@ -151,23 +150,6 @@ def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
 def _check_size(size: int) -> None:
     if size > _LARGEST:
         raise _Damaged(f"its arrays take {size} bytes")
-
-
-def _read_npy(archive: zipfile.ZipFile, name: str, size: int) -> NDArray[Any]:
-    """An array, its size checked before there is memory for it."""
-    with archive.open(f"{name}.npy") as stream:
-        version = np.lib.format.read_magic(stream)
-        if version != (1, 0):
-            raise _Damaged(f"{name} has the version {version}")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=_LARGEST_HEADER)
-    count = 1
-    for side in shape:
-        count *= side
-    if dtype.hasobject or count * dtype.itemsize > size:
-        raise _Damaged(f"{name} is said to be {shape} of {dtype}, which its {size} bytes are not")
-    with archive.open(f"{name}.npy") as stream:
-        array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
-        return array
 
 
 def _write_parquet(stream: IO[bytes], predictions: Predictions, meta: str) -> None:

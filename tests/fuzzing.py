@@ -34,7 +34,6 @@ from repshift_cli.plan import resolve
 from repshift_cli.predictions import Predictions, load_predictions, save_predictions
 from repshift_cli.progress import Silent
 from repshift_cli.recipe import Recipe, shipped_recipes
-from repshift_cli.reference import known_results
 from repshift_cli.resuming import State
 from repshift_cli.runtimes import DOCUMENT_FILE, kind_of, read_document
 
@@ -185,12 +184,6 @@ class Fuzzer:
         path.write_text(_json(_changed_tree(rng, good)), encoding="utf-8", errors="replace")
         self.state.known([0])
 
-    def results(self, rng: random.Random) -> None:
-        """A table of results."""
-        path = self.folder / "r.csv"
-        path.write_bytes(_changed_bytes(rng, b"model,top1,img_size,crop_pct\nvit.a,80.1,224,0.9\nvit.b,81.2,384,1.0\n"))
-        known_results(path)
-
     def _document(self) -> dict[str, Any]:
         torch.manual_seed(0)
         path = self.folder / "good.safetensors"
@@ -244,7 +237,6 @@ TARGETS: dict[str, Callable[[Fuzzer, random.Random], None]] = {
     "predictions": Fuzzer.saved_predictions,
     "archives": Fuzzer.archive,
     "states of runs": Fuzzer.progress,
-    "tables of results": Fuzzer.results,
 }
 """By what they read."""
 

@@ -19,7 +19,7 @@ LAYERS = (
     {"registry", "plan"},
     {"document"},
     {
-        *("tokens", "attention", "schedule", "energy"),
+        *("tokens", "attention", "schedule"),
         *("processes", "digests", "intervals", "tally", "predictions"),
     },
     {"models", "merging"},
@@ -31,7 +31,7 @@ LAYERS = (
     {"artifact"},
     {"runtimes"},
     {"fitting", "resuming"},
-    {"calibrate", "evaluate", "benchmark", "pareto", "comparison", "reference"},
+    {"calibrate", "evaluate", "benchmark", "pareto", "comparison"},
     {"search", "peers"},
     {"budget"},
     {"compression", "visualize", "retrieval", "answering"},
@@ -48,7 +48,7 @@ ALONE = {"metrics", "reducers", "families"}
 
 WITHOUT_TORCH = {
     *("errors", "progress", "files", "recipe", "registry", "plan", "document", "schedule", "bench_budget", "ui", "cli"),
-    *("garbage", "intervals", "tally", "predictions", "comparison", "reference"),
+    *("garbage", "intervals", "tally", "predictions", "comparison"),
 }
 """What `--help` and a wrong recipe need: importing it must not import torch."""
 

@@ -14,7 +14,6 @@ import torch
 from tiny import DROPS, compressed, make_recipe
 from torch import Tensor, nn
 
-from repshift_cli import benchmark
 from repshift_cli.benchmark import (
     BenchSettings,
     Contender,
@@ -26,7 +25,6 @@ from repshift_cli.benchmark import (
 )
 from repshift_cli.checkpoint import LoadedModel, ModelDescription
 from repshift_cli.checkpoint import Source as Origin
-from repshift_cli.energy import Counter, Meter
 from repshift_cli.errors import UsageError
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.progress import Silent
@@ -203,22 +201,6 @@ class TestSweep:
         source = Source(dataset=None, images=4, workers=0)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="without preprocessing"):
             run_sweep([Contender("a", nn.Identity(), 1, SIZE)], [1], [SETTINGS], Silent(), source)
-
-
-class TestEnergy:
-    @pytest.mark.parametrize(("tick_s", "joules"), [(0.0, 0.5), (1e6, None)])
-    def test_of_one_image(self, tick_s: float, joules: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A counter that takes a step at each reading; two images in a batch. Runs shorter than a tick tell nothing."""
-        steps = iter(range(10_000))
-        meter = Meter("fake", (Counter(lambda: next(steps), 1.0),), tick_s)
-        monkeypatch.setattr(benchmark, "find_meter", lambda device: meter)
-        found = run_bench(contenders_of({"file": opened()}), [2], SETTINGS, Silent())
-        assert [run.joules for run in found.runs] == [joules, joules]
-
-    def test_without_a_meter(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(benchmark, "find_meter", lambda device: None)
-        found = run_bench(contenders_of({"file": opened()}), [2], SETTINGS, Silent())
-        assert found.runs[0].to_dict()["joules_per_image"] is None
 
 
 class TestAttentionMode:

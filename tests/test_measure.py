@@ -13,7 +13,6 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from repshift_cli import measure
-from repshift_cli.energy import Counter, Meter
 from repshift_cli.errors import CheckFailed, ModelError, UsageError
 from repshift_cli.measure import Speedup, Spread, Subject, Timing, count_macs, measure_latency, peak_memory, speedup
 from repshift_cli.progress import Silent
@@ -198,24 +197,6 @@ class TestMeasureLatency:
         subjects = [Subject("a", lambda _: None)] * 2
         with pytest.raises(ValueError, match="different names"):
             measure_latency(subjects, torch.zeros(1), max_seconds=0, warmup=0, progress=Silent())
-
-    def test_a_meter_is_read_around_each_run(self) -> None:
-        """A counter that takes a step with each reading, and ten more in the runs of one of the two."""
-        count = [0]
-
-        def read() -> int:
-            count[0] += 1
-            return count[0]
-
-        def run(inputs: Tensor) -> None:
-            count[0] += 10
-
-        subjects = [Subject("a", run), Subject("b", lambda inputs: None)]
-        meter = Meter("fake", (Counter(read, 0.5),), 0.0)
-        found = measure_latency(
-            subjects, torch.zeros(1), max_seconds=0, warmup=1, progress=Silent(), min_runs=3, meter=meter
-        )
-        assert {name: timing.joules for name, timing in found.items()} == {"a": (5.5,) * 3, "b": (0.5,) * 3}
 
 
 class TestMemory:

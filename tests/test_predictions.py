@@ -132,7 +132,7 @@ class TestDamaged:
                     np.lib.format.write_array_header_1_0(stream, header)
                     content = stream.getvalue() + b"0" * 24
                 changed.writestr(name, content)
-        with pytest.raises(DataError, match=r"which its \d+ bytes are not"):
+        with pytest.raises(DataError, match="damaged"):
             load_predictions(tmp_path / "p.npz")
 
     @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"text"])

@@ -94,13 +94,11 @@ def _show_runs(runs: Sequence[Run], unit: str) -> None:
     from repshift_cli import ui
 
     with_memory = any(run.peak_bytes is not None for run in runs)
-    with_energy = any(run.joules is not None for run in runs)
-    columns = ["batch", "model", "GMACs", "ms [p10-p90]", f"{unit}s/s"]
-    columns += ["peak MB"] * with_memory + [f"J/{unit}"] * with_energy
+    columns = ["batch", "model", "GMACs", "ms [p10-p90]", f"{unit}s/s", *["peak MB"] * with_memory]
     rows = []
     for run in runs:
         row = [str(run.batch), run.name, _number(run.macs / 1e9), _latency(run.latency), _number(run.throughput)]
-        row += [_or_dash(run.peak_bytes, 1e-6)] * with_memory + [_or_dash(run.joules)] * with_energy
+        row += [_or_dash(run.peak_bytes, 1e-6)] * with_memory
         rows.append(row)
     ui.print_table(None, columns, rows, left=2)
 

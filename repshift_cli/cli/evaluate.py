@@ -18,12 +18,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from repshift_cli.artifact import Opened
-    from repshift_cli.checkpoint import ModelDescription
     from repshift_cli.data import ImageDataset
     from repshift_cli.evaluate import Evaluation, Pace, Score
     from repshift_cli.preprocessing import Preprocessing
     from repshift_cli.progress import Progress
-    from repshift_cli.reference import Known
 
 __all__ = ["check_comparison", "command", "document", "head_size", "models_of", "show"]
 
@@ -37,9 +35,6 @@ _FIRST = "first"
 _SHOWN_SKIPPED = 10
 _ENOUGH_TO_JUDGE = 100
 """Pictures, before an accuracy is called no better than guessing."""
-
-_NOTABLE_POINTS = 1.0
-"""Of top-1, by which an accuracy is off what it is known to be."""
 
 _IMAGES_AT_A_TIME, _VIDEOS_AT_A_TIME = 64, 8
 
@@ -67,7 +62,6 @@ class _Setup:
     resume: Path | None
     saved: Mapping[str, Path]
     force: bool
-    table: Path | None
 
 
 def command(
@@ -145,15 +139,6 @@ def command(
             "dense model of --compare-dense into a second file, FILE_dense.",
         ),
     ] = None,
-    results_table: Annotated[
-        Path | None,
-        typer.Option(
-            "--results-table",
-            metavar="FILE",
-            help="ImageNet: results-imagenet.csv of timm's repository; a warning says where dense accuracy is more "
-            "than a point off what it has for these weights.",
-        ),
-    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file of predictions.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which built-in scenes are drawn.")] = 0,
     frames: options.Frames = None,
@@ -210,10 +195,6 @@ def command(
     Models for video and text: retrieval in both directions, or answers to questions.
     """
     with one_voice():
-        if results_table is not None:
-            from repshift_cli.reference import known_results
-
-            known_results(results_table)  # before the hours that it is needed after
         saved = _prediction_files(save_predictions, compare_dense, force)
         told = VideoOptions(annotations, videos, answers, vocab, rerank, rerank_k, paragraph, pooling)
         chosen = _dataset_of(model, dataset, annotations)
@@ -239,7 +220,6 @@ def command(
             resume=resume,
             saved=saved,
             force=force,
-            table=results_table,
         )
         opened = open_any(model, model_name, heads, img_size, clips=Clips(frames, checkpoint_frames))
         screen = screen_of_first()
@@ -303,14 +283,14 @@ def _tell(result: Evaluation, opened: Opened, setup: _Setup, preprocessing: Prep
     else:
         show(result, macs)
     if _DENSE in result.scores:
-        _check_known(result, opened, setup)
+        _check_better_than_guessing(result)
     if result.interrupted:
         kept = "" if setup.resume is None else f"; the same command goes on from {setup.resume}"
         ui.warn(f"interrupted: these are the numbers of {result.images} of {result.total} pictures{kept}")
 
 
-def _check_known(result: Evaluation, opened: Opened, setup: _Setup) -> None:
-    """Warn of a dense accuracy that is not what it is known to be, or no better than guessing."""
+def _check_better_than_guessing(result: Evaluation) -> None:
+    """Warn if the accuracy of the dense model is no better than guessing."""
     from repshift_cli import ui
 
     score = result.scores[_DENSE]
@@ -321,30 +301,6 @@ def _check_known(result: Evaluation, opened: Opened, setup: _Setup) -> None:
             f"the dense model is no better than guessing among {result.outputs}: are the labels those of its head, and "
             "are its weights trained?"
         )
-    if not result.dataset.startswith("imagenet-") or result.interrupted:
-        return
-    description = opened.loaded.description
-    known = None if setup.table is None else _known(setup.table, description)
-    if setup.table is None:
-        ui.remark(
-            "timm's table of results is not in its package, so accuracy is not compared with it; give a copy with "
-            "--results-table FILE"
-        )
-    elif known is None:
-        ui.remark(f"{setup.table} has no row for {description.name}: the tag of the weights tells which one it is")
-    elif abs(score.top1 - known.top1) > _NOTABLE_POINTS and not low <= known.top1 <= high:
-        measured = "" if known.img_size is None else f", at {known.img_size} pixels and crop {known.crop_pct}"
-        ui.warn(
-            f"the dense model has {score.top1:.2f}% top-1, but {setup.table.name} says {known.top1:.2f}% for "
-            f"{known.model}{measured}; used here: {description.preprocessing}"
-        )
-
-
-def _known(table: Path, description: ModelDescription) -> Known | None:
-    from repshift_cli.reference import known_results, most_alike
-
-    preprocessing = description.preprocessing
-    return most_alike(known_results(table), description.name, preprocessing.input_size[1], preprocessing.crop_pct)
 
 
 def _prediction_files(path: Path | None, compare_dense: bool, force: bool) -> dict[str, Path]:
@@ -394,7 +350,6 @@ def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) 
     options_of_images = {
         "--resume": setup.resume is not None,
         "--save-predictions": bool(setup.saved),
-        "--results-table": setup.table is not None,
     }
     if given := [option for option, is_given in options_of_images.items() if is_given]:
         raise UsageError(f"{given[0]} is for models of single pictures, and {setup.name} takes clips", "Leave it out.")

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import io
+import tarfile
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from repshift_cli.data.base import UnreadableSample
 from repshift_cli.errors import DataError
 
 __all__ = ["Member", "read_member", "tar_members"]
 
-_BLOCK = 512
 _LARGEST_MEMBER = 1 << 28
-"""Bytes of one picture; what is larger is none."""
+"""Bytes of one image; a larger member is not an image."""
 
-_LARGEST_NAME = 1 << 16
-"""Bytes of a record that only names the next member."""
-
-_REGULAR = frozenset({b"0", b"\0", b"7"})
-_WITHOUT_DATA = frozenset({b"1", b"2", b"3", b"4", b"5", b"6"})
-"""Links, devices and folders: a size that stands there is that of something else."""
-
-_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = _RECORDS = (b"L", b"K", b"x", b"g")
-"""What only tells of the next member, or of all."""
+_LARGEST_HEADER = 1 << 16
+"""Bytes of one header record, such as a long name."""
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -37,22 +29,25 @@ class Member(NamedTuple):
     size: int
 
 
-@dataclass(frozen=True)
-class _Header:
-    name: str
-    size: int
-    kind: bytes
+class _Headers(io.FileIO):
+    """A file of which `tarfile` reads the headers. Large records are refused before there is memory for them."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
 
 
 def tar_members(path: Path) -> list[Member]:
     """The regular files of an archive, in its order; links, devices and folders are left out.
 
     Raises:
-        DataError: it cannot be read, is compressed, damaged, or ends early: what is left would give other numbers.
+        DataError: it cannot be read, is compressed, damaged, ends early, or has sparse files. A part of an archive
+            would give other numbers.
     """
     try:
-        with path.open("rb") as archive:
-            return list(_members(archive, path, archive.seek(0, 2)))
+        with _Headers(path) as file:
+            return _members(file, path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -61,7 +56,7 @@ def read_member(path: Path, member: Member, sample: str) -> bytes:
     """The content of a file in an archive; `sample` is what messages call it.
 
     Raises:
-        UnreadableSample: it is larger than any picture, or the archive cannot be read.
+        UnreadableSample: it is larger than any image, or the archive cannot be read.
     """
     if member.size > _LARGEST_MEMBER:
         raise UnreadableSample(sample, f"{member.size} bytes are too many for a picture")
@@ -76,95 +71,48 @@ def read_member(path: Path, member: Member, sample: str) -> bytes:
     return content
 
 
-def _members(archive: BinaryIO, path: Path, length: int) -> Iterator[Member]:
-    place = 0
-    name: str | None = None
-    size: int | None = None
-    while (header := _header(archive, path, place)) is not None:
-        start = place + _BLOCK
-        told = header.size if size is None or header.kind in _RECORDS else size
-        data = 0 if header.kind in _WITHOUT_DATA else told
-        place = start + -(-data // _BLOCK) * _BLOCK
-        # the last member may lack the padding of its last block, but nothing of itself
-        if start + data > length:
-            raise _ended(path)
-        if header.kind == _LONG_NAME:
-            name = _text(_record(archive, path, start, data).rstrip(b"\0"))
-        elif header.kind == _PAX:
-            keys = _pax(_record(archive, path, start, data), path)
-            name, size = keys.get("path", name), _pax_size(keys, path, size)
-        elif header.kind not in (_LONG_LINK, _PAX_GLOBAL):
-            if header.kind in _REGULAR:
-                yield Member(name or header.name, start, data)
-            name, size = None, None
+def _members(file: _Headers, path: Path) -> list[Member]:
+    length = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    start = file.read(max(map(len, _COMPRESSED)))
+    for magic, kind in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise DataError(
+                f"{path} is compressed ({kind}), and is not unpacked here",
+                "Unpack it to a plain .tar, which is read in place.",
+            )
+    file.seek(0)
+    found, place = [], 0
+    try:
+        archive = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="backslashreplace")
+        for info in iter(archive.next, None):
+            archive.members.clear()  # else it keeps all headers
+            if info.size < 0 or "\0" in info.name:
+                raise tarfile.ReadError("a header that cannot be right")  # noqa: TRY301
+            if info.issparse():
+                raise DataError(f"{path} has a sparse file, {info.name}", "Pack it without --sparse.")  # noqa: TRY301
+            if info.isreg():
+                found.append(Member(info.name, info.offset_data, info.size))
+            place = archive.offset
+    except (DataError, OSError):
+        raise
+    except Exception as error:  # damaged headers raise errors of many kinds
+        raise _ended(path) if file.tell() >= length else _damaged(path, place) from error
+    _check_rest(file, path, place)
+    return found
 
 
-def _header(archive: BinaryIO, path: Path, place: int) -> _Header | None:
-    """The header at a place; None for the mark of the end."""
-    archive.seek(place)
-    block = archive.read(_BLOCK)
-    if place == 0:
-        for magic, kind in _COMPRESSED.items():
-            if block.startswith(magic):
-                raise DataError(
-                    f"{path} is compressed ({kind}), and is not unpacked here",
-                    "Unpack it to a plain .tar, which is read in place.",
-                )
-    if len(block) < _BLOCK:
+def _check_rest(file: _Headers, path: Path, place: int) -> None:
+    """Only zeros may follow the last member: `tarfile` ends without an error at a header that is damaged or cut."""
+    file.seek(place)
+    chunk = file.read(tarfile.BLOCKSIZE)
+    if len(chunk) < tarfile.BLOCKSIZE:
         raise _ended(path)
-    if not any(block):
-        return None
-    # the sum of all bytes, its own field taken as blanks
-    if _number(block[148:156]) != sum(block) - sum(block[148:156]) + 8 * ord(" "):
-        raise _damaged(path, place)
-    size = _number(block[124:136])
-    if size is None:
-        raise _damaged(path, place)
-    prefix = block[345:500] if block[257:263] == b"ustar\0" else b""
-    parts = (part.partition(b"\0")[0] for part in (prefix, block[:100]))
-    return _Header("/".join(_text(part) for part in parts if part), size, block[156:157])
-
-
-def _number(field: bytes) -> int | None:
-    """A number that is octal, or binary where its first bit is set; None where it is neither, or negative."""
-    if field[0] == 0x80:  # noqa: PLR2004
-        return int.from_bytes(field[1:], "big")
-    digits = field.strip(b" \0")
-    return int(digits or b"0", 8) if all(digit in b"01234567" for digit in digits) else None
-
-
-def _record(archive: BinaryIO, path: Path, start: int, size: int) -> bytes:
-    if size > _LARGEST_NAME:
-        raise DataError(f"{path} is damaged: the name of a file in it takes {size} bytes")
-    archive.seek(start)
-    return archive.read(size)
-
-
-def _pax(record: bytes, path: Path) -> dict[str, str]:
-    """The keys of an extended header, lines of `LENGTH KEY=VALUE`."""
-    keys: dict[str, str] = {}
-    while record:
-        digits, space, _ = record.partition(b" ")
-        length = int(digits) if space and digits.isdigit() and len(digits) <= len(str(_LARGEST_NAME)) else 0
-        key, equals, value = record[len(digits) + 1 : max(length - 1, 0)].partition(b"=")
-        if length > len(record) or not equals:
-            raise DataError(f"{path} is damaged: one of its extended headers cannot be read")
-        keys[_text(key)] = _text(value)
-        record = record[length:]
-    return keys
-
-
-def _pax_size(keys: dict[str, str], path: Path, before: int | None) -> int | None:
-    text = keys.get("size")
-    if text is None:
-        return before
-    if not text.isdecimal() or len(text) > len(str(1 << 63)):
-        raise DataError(f"{path} is damaged: a file in it has the size {text[:40]!r}")
-    return int(text)
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "backslashreplace")
+    while chunk:
+        if data := chunk.lstrip(b"\0"):
+            raise _damaged(path, place + len(chunk) - len(data))
+        place += len(chunk)
+        chunk = file.read(_LARGEST_HEADER)
 
 
 def _damaged(path: Path, place: int) -> DataError:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 __all__ = ["selective_scan", "sequential_scan"]
 
@@ -32,7 +33,7 @@ class _Operands(NamedTuple):
 def selective_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """K independent scans over L >= 1 tokens, such as the two directions of Vision Mamba (arXiv 2401.09417).
 
-    Memory is linear in L. The gradient is defined once; a gradient of the gradient is not, outside graphs.
+    Memory is linear in L. For a backward pass only the arguments are kept, and the states are computed again.
 
     Args:
         u: `[K, B, L, E]`, any floating dtype.
@@ -49,7 +50,7 @@ def selective_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) ->
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or u.device.type != "cpu" or not u.numel():
         y = _two_level_scan(inputs)
     elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        y = _BlockedScan.apply(*inputs)
+        y = checkpoint(_two_level_scan, inputs, use_reentrant=False, preserve_rng_state=False)
     else:
         y = _blocked_scan(inputs)
     return y.to(u.dtype)
@@ -150,41 +151,27 @@ def _size(span: slice) -> int:
     return int(span.stop - span.start)
 
 
-def _recurrence(decay: Tensor, values: Tensor, *, backwards: bool = False) -> list[Callable[[], Tensor]]:
+def _recurrence(decay: Tensor, values: Tensor) -> list[Callable[[], Tensor]]:
     """The operations that turn `values` into the states of v_t += decay_t v_{t-1}, in place; both `[rows, T, N, E]`.
 
     An associative scan (Blelloch 1990, section 1.4): neighbours are joined in pairs, the pairs are solved the same way,
     and the others follow from the pair before them. About 3 log2 T operations, on less than 3 T tokens in all.
-    Backwards it is v_t += decay_t v_{t+1}. The decays are overwritten; that of the first token is not used.
+    The decays are overwritten; that of the first token is not used.
     """
-    count = values.shape[1]
-    if count == 1:
+    if values.shape[1] == 1:
         return []
-    step = 1 if backwards else -1
-    paired, others, joined = (_every_second(first, count, backwards) for first in (1, 2, 3))
-    pairs = decay[:, paired]
-    join = partial(torch.mul, decay[:, joined], decay[:, _moved(joined, step)])
+    pairs = decay[:, 1::2]
     return [
-        _add(decay, values, paired, step),
-        partial(join, out=pairs[:, :-1] if backwards else pairs[:, 1:]),
-        *_recurrence(pairs, values[:, paired], backwards=backwards),
-        _add(decay, values, others, step),
+        _add(decay, values, 1),
+        partial(torch.mul, decay[:, 3::2], decay[:, 2:-1:2], out=pairs[:, 1:]),
+        *_recurrence(pairs, values[:, 1::2]),
+        _add(decay, values, 2),
     ]
 
 
-def _add(decay: Tensor, values: Tensor, into: slice, step: int) -> Callable[[], Tensor]:
-    return partial(values[:, into].addcmul_, decay[:, into], values[:, _moved(into, step)])
-
-
-def _every_second(first: int, count: int, backwards: bool) -> slice:
-    """Of `count` tokens these: first, first + 2, ..., counted from the end where it goes backwards."""
-    number = (count - first + 1) // 2
-    start = count - first - 2 * number + 1 if backwards else first
-    return slice(start, start + 2 * number, 2)
-
-
-def _moved(span: slice, step: int) -> slice:
-    return slice(span.start + step, span.stop + step, span.step)
+def _add(decay: Tensor, values: Tensor, first: int) -> Callable[[], Tensor]:
+    """The operation that adds the decayed state before it to every second token from `first` on."""
+    return partial(values[:, first::2].addcmul_, decay[:, first::2], values[:, first - 1 : -1 : 2])
 
 
 class _Group:
@@ -213,119 +200,23 @@ class _Group:
 
     def fill(self, span: slice) -> Tensor:
         """The states of these tokens, `[rows, tokens, N, E]`, from the state in `start`."""
-        states = self.states[:, : _size(span)]
-        self.decays(span)  # where the scan works on them; it overwrites them
-        torch.mul(self.drive(span), self.b[:, span], out=states)
+        decay, states = self.decay[:, : _size(span)], self.states[:, : _size(span)]
+        torch.mul(self.delta[:, span], self.rates, out=decay)
+        torch.exp(decay, out=decay)
+        torch.mul(self.delta[:, span] * self.u[:, span], self.b[:, span], out=states)
         for step in self._steps[_size(span)]:
             step()
         return states
 
-    def decays(self, span: slice) -> Tensor:
-        """The decay of the state before each of these tokens, `[rows, tokens, N, E]`."""
-        decay = self.decay[:, : _size(span)]
-        torch.mul(self.delta[:, span], self.rates, out=decay)
-        return torch.exp(decay, out=decay)
 
-    def drive(self, span: slice) -> Tensor:
-        """delta u of these tokens, `[rows, tokens, 1, E]`."""
-        return self.delta[:, span] * self.u[:, span]
-
-
-def _blocked_scan(inputs: _Operands, starts: Tensor | None = None) -> Tensor:
-    """y; the state before each block goes to `starts`, `[blocks, K B, N, E]`, where that is given."""
+def _blocked_scan(inputs: _Operands) -> Tensor:
     y = inputs.u.new_empty(inputs.u.shape)
     blocking = _Blocking.of(inputs)
     group = _Group(inputs, blocking)
     for rows in blocking.rows:
         group.load(rows)
-        for index, span in enumerate(blocking.tokens):
-            if starts is not None:
-                starts[index, rows] = group.start
+        for span in blocking.tokens:
             states = group.fill(span)
             y.flatten(0, 1)[rows, span] = (group.c[:, span] @ states).squeeze(-2)
             group.start.copy_(states[:, -1])
     return y
-
-
-class _BlockedScan(torch.autograd.Function):
-    """The scan with its gradient, which is the same recurrence backwards.
-
-    Only the state before each block is kept; the states inside are computed again, which is cheaper than fresh memory.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        operands = _Operands(*inputs)
-        scans, batch, _, width = operands.u.shape
-        ctx.blocking = _Blocking.of(operands)
-        starts = operands.u.new_empty(len(ctx.blocking.tokens), scans * batch, operands.a.shape[-1], width)
-        ctx.save_for_backward(*inputs, starts)
-        return _blocked_scan(operands, starts)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        *inputs, starts = ctx.saved_tensors
-        return _blocked_gradients(_Operands(*inputs), grad, ctx.blocking, starts)
-
-
-def _blocked_gradients(inputs: _Operands, grad: Tensor, blocking: _Blocking, starts: Tensor) -> _Operands:
-    """The gradients of the inputs, from that of y."""
-    rates_shape = (*inputs.u.shape[:2], *inputs.a.mT.shape[1:])  # [K, B, N, E]
-    u, delta, _, b, c = (tensor.new_empty(tensor.shape) for tensor in inputs)
-    gradients = _Operands(u, delta, inputs.a.new_zeros(rates_shape), b, c)
-    group = _Group(inputs, blocking)
-    adjoint = _GroupGradients(group, blocking)
-    for rows in blocking.rows:
-        group.load(rows)
-        adjoint.load(grad.flatten(0, 1)[rows], _Operands(*(tensor.flatten(0, 1)[rows] for tensor in gradients)))
-        for index, span in reversed(list(enumerate(blocking.tokens))):
-            group.start.copy_(starts[index, rows])
-            adjoint.add(span)
-    return gradients._replace(a=gradients.a.sum(1).mT)
-
-
-class _GroupGradients:
-    """The gradients of a group: with g_t that of s_t, g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}."""
-
-    def __init__(self, group: _Group, blocking: _Blocking) -> None:
-        self._group = group
-        self._carry = torch.empty_like(group.start)
-        self._adjoint, self._decay = torch.empty_like(group.decay), torch.empty_like(group.decay)
-        self._steps = {
-            size: _recurrence(self._decay[:, 1:size], self._adjoint[:, :size], backwards=True)
-            for size in {*map(_size, blocking.tokens)}
-        }
-
-    def load(self, y: Tensor, into: _Operands) -> None:
-        """Start anew with the gradient of y, `[rows, L, E]`, and with where to put those of the rows' arguments."""
-        self._y, self._into = y.unsqueeze(-2), into
-        into.a.zero_()  # rows that overlap come twice
-        self._carry.zero_()
-
-    def add(self, span: slice) -> None:
-        """One block, from the state in the group's `start`. Blocks come last to first."""
-        group, into, y = self._group, self._into, self._y[:, span]
-        states, decay = group.fill(span), group.decays(span)
-        adjoint = self._accumulate(torch.mul(y, group.c[:, span].mT, out=self._adjoint[:, : _size(span)]), decay)
-        into.c[:, span] = (states @ y.mT).squeeze(-1)
-        into.b[:, span] = (adjoint @ group.drive(span).mT).squeeze(-1)
-        drive = (group.b[:, span].mT @ adjoint).squeeze(-2)
-        torch.mul(drive, group.delta[:, span].squeeze(-2), out=into.u[:, span])
-        # The gradient of the exponent delta A, of which both factors have their share.
-        exponent = decay.mul_(adjoint)
-        exponent[:, 0].mul_(group.start)
-        exponent[:, 1:].mul_(states[:, :-1])
-        shares = torch.mul(exponent, group.rates, out=adjoint).sum(-2)
-        torch.addcmul(shares, drive, group.u[:, span].squeeze(-2), out=into.delta[:, span])
-        into.a.add_(exponent.mul_(group.delta[:, span]).sum(1))
-
-    def _accumulate(self, adjoint: Tensor, decay: Tensor) -> Tensor:
-        """The recurrence backwards in `adjoint`; the carry is what this block adds to the one before it."""
-        count = adjoint.shape[1]
-        self._decay[:, :count].copy_(decay)  # the scan overwrites them
-        adjoint[:, -1].add_(self._carry)
-        for step in self._steps[count]:
-            step()
-        torch.mul(decay[:, 0], adjoint[:, 0], out=self._carry)
-        return adjoint

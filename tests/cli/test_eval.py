@@ -128,51 +128,6 @@ def test_classes_that_do_not_fit_the_head(cli: Command, tmp_path: Path) -> None:
     assert "has 2 classes, but the head of the model has 10" in done.stderr
 
 
-class TestKnownAccuracy:
-    """A tiny model with a head of 1000, and pictures of ImageNet's classes; its name has a tag as timm's have."""
-
-    HEADER = "model,top1,img_size,crop_pct\n"
-
-    @pytest.fixture
-    def here(self, tmp_path: Path) -> Path:
-        import torch
-        from safetensors.torch import save_file
-        from timm import create_model
-
-        from repshift_cli.data.imagenet import imagenet_wnids
-
-        for label, wnid in enumerate(imagenet_wnids()[:110]):
-            (tmp_path / "val" / wnid).mkdir(parents=True)
-            Image.new("RGB", (20, 20), (label, 2 * label, 0)).save(tmp_path / "val" / wnid / "1.png")
-        torch.manual_seed(0)
-        model = create_model("resnet10t")
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "m.safetensors")
-        return tmp_path
-
-    def told(self, cli: Command, here: Path, table: str | None) -> str:
-        more: tuple[str, ...] = ()
-        if table is not None:
-            (here / "results.csv").write_text(self.HEADER + table)
-            more = ("--results-table", str(here / "results.csv"))
-        done = cli(
-            *("eval", here / "m.safetensors", "--model", "resnet10t.c3_in1k", "--dataset", "imagenet-val"),
-            *("--data-dir", here, "--img-size", "64", "-b", "110", "--workers", "0", *more),
-        )
-        assert done.rc == 0, done.stderr
-        return done.stderr
-
-    def test_far_off_is_told(self, cli: Command, here: Path) -> None:
-        text = self.told(cli, here, "resnet10t.c3_in1k,68.4,224,0.95\nresnet10t.c3_in1k,65.4,64,0.95\n")
-        assert "results.csv says 65.40% for resnet10t.c3_in1k, at 64 pixels" in text
-
-    def test_near_is_not(self, cli: Command, here: Path) -> None:
-        assert "results.csv says" not in self.told(cli, here, "resnet10t.c3_in1k,0.5,64,0.95\n")
-
-    def test_without_a_row_and_without_a_table(self, cli: Command, here: Path) -> None:
-        assert "has no row for resnet10t" in self.told(cli, here, "resnet10t,68.4,64,0.95\n")
-        assert "give a copy with --results-table" in self.told(cli, here, None)
-
-
 def test_no_better_than_guessing(cli: Command, tmp_path: Path) -> None:
     from repshift_cli.data.digits import DigitScenes
 

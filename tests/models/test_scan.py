@@ -212,15 +212,15 @@ class TestGradient:
         assert leaf.grad is not None
         assert torch.equal(leaf.grad, every[only])
 
-    def test_the_output_is_the_same_with_and_without(self) -> None:
+    def test_the_output_only_rounds_differently_with_a_gradient(self) -> None:
         inputs = inputs_of(Shape(2, 3, 50, 64, 8))
         expected = selective_scan(*inputs)
         inputs[0].requires_grad_()
         output = selective_scan(*inputs)
         assert output.requires_grad
-        assert torch.equal(output.detach(), expected)
+        assert (output.detach() - expected).abs().max() < TOLERANCE / 10 * expected.abs().max()
         with torch.no_grad():
-            assert not selective_scan(*inputs).requires_grad
+            assert torch.equal(selective_scan(*inputs), expected)
 
 
 def gradients(function: Scan, inputs: Inputs, grad: Tensor) -> tuple[Tensor, ...]:
