@@ -31,8 +31,9 @@ from repshift_cli.measure import Subject, device_name, measure_latency, speedup
 from repshift_cli.plan import Plan
 from repshift_cli.progress import Silent
 from repshift_cli.recipe import Budget, LayerDrop, Part, Recipe
-from repshift_cli.schedule import Target
-from repshift_cli.search import SearchResult, SearchSettings, search
+from repshift_cli.search.result import SearchResult, SearchSettings
+from repshift_cli.search.search import search
+from repshift_cli.search.target import Target
 from repshift_cli.ui import Screen
 
 IMAGES = 256

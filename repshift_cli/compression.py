@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repshift_cli import artifact, budget, checkpoint, measure
+from repshift_cli import artifact, checkpoint, measure
 from repshift_cli.artifact import Opened
 from repshift_cli.attach import (
     CompressedModel,
@@ -22,7 +22,6 @@ from repshift_cli.attach import (
     with_defaults,
 )
 from repshift_cli.backends import AttentionMode, attention_mode, auto_note, check_attention
-from repshift_cli.budget import Found, Request
 from repshift_cli.calibrate import Calibration, agreement, calibrate, divergence, predictions
 from repshift_cli.checkpoint import LoadedModel, ModelDescription, Source
 from repshift_cli.data.clips import load_inputs
@@ -38,7 +37,8 @@ from repshift_cli.plan import Plan
 from repshift_cli.preprocessing import Preprocessing
 from repshift_cli.progress import Progress, Silent
 from repshift_cli.recipe import Recipe, default_recipe
-from repshift_cli.schedule import Target
+from repshift_cli.search.job import Found, Request, find, start_recipe, with_reducers
+from repshift_cli.search.target import Target
 
 __all__ = [
     "CompressReport",
@@ -376,14 +376,14 @@ def _compress_to_target(dense: _Dense, recipe: Recipe | None, target: Target, se
 def _search(dense: _Dense, recipe: Recipe | None, request: Request, settings: Settings, count: int) -> Found:
     """Draw `count` pictures, say which they are, and search."""
     loaded = dense.loaded
-    request = budget.with_reducers(recipe, request, loaded, dense.family)
-    start = budget.start_recipe(recipe, request, loaded)
+    request = with_reducers(recipe, request, loaded, dense.family)
+    start = start_recipe(recipe, request, loaded)
     check_parts(start)
     dense.check_name(start)
     inputs = _labelled(dense, settings, count)
     dense.note(f"searching for {request.target} on {inputs.batch.description}")
     with attention_mode(loaded.model, settings.attention):
-        return budget.find(
+        return find(
             loaded,
             dense.family,
             start,

@@ -12,7 +12,7 @@ from repshift_cli.errors import RecipeError
 from repshift_cli.metrics import build_metric, metric_kinds
 from repshift_cli.recipe import LayerDrop, Recipe, default_recipe, nearest, shipped_recipes
 from repshift_cli.reducers import build_reducer, reducer_kinds
-from repshift_cli.schedule import Target
+from repshift_cli.search.target import Target
 
 GOOD = """\
 version: 1

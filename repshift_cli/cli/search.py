@@ -17,11 +17,11 @@ from repshift_cli.cli.together import Interrupted, is_first, one_voice, own_devi
 from repshift_cli.errors import INTERRUPTED, CheckFailed, UsageError
 
 if TYPE_CHECKING:
-    from repshift_cli.budget import Found
     from repshift_cli.compression import Settings
     from repshift_cli.progress import Progress
-    from repshift_cli.schedule import Target
-    from repshift_cli.search import Point
+    from repshift_cli.search.job import Found
+    from repshift_cli.search.result import Point
+    from repshift_cli.search.target import Target
 
 __all__ = ["command", "show", "show_found"]
 
@@ -127,11 +127,11 @@ def command(
         files.check(force)
 
         from repshift_cli import ui
-        from repshift_cli.budget import Request
         from repshift_cli.compression import Settings, search_checkpoint
         from repshift_cli.identify import Clips
         from repshift_cli.measure import threads as using_threads
         from repshift_cli.progress import Silent
+        from repshift_cli.search.job import Request
 
         first = is_first()
         request = Request(goal, evaluations, tuple(reducer or ()), files.state, seconds)
@@ -202,7 +202,7 @@ class _Files:
         if force or not path.is_file() or not self.state.is_file():
             return force
         from repshift_cli.files import sha256_of
-        from repshift_cli.search import kept_outputs
+        from repshift_cli.search.state import kept_outputs
 
         written = kept_outputs(self.state).get(str(path.resolve()))
         return written is not None and written == sha256_of(path)
@@ -210,7 +210,7 @@ class _Files:
     def keep(self, path: Path) -> None:
         """Note in the state that this was written: after an interruption the search that goes on may replace it."""
         from repshift_cli.files import sha256_of
-        from repshift_cli.search import keep_outputs
+        from repshift_cli.search.state import keep_outputs
 
         keep_outputs(self.state, {str(path.resolve()): sha256_of(path)})
 
@@ -288,7 +288,7 @@ class _Run:
     def _write(self, found: Found) -> None:
         from repshift_cli.compression import save_found
         from repshift_cli.files import write_text
-        from repshift_cli.pareto import save
+        from repshift_cli.search.plot import save
 
         force, files = self.settings.force, self.files
         write_text(files.recipe, found.recipe.text, files.replacing(files.recipe, force))
@@ -309,7 +309,7 @@ def _target(text: str | None, recipe: str | None) -> Target:
         UsageError: neither tells, or what they tell cannot be.
     """
     from repshift_cli.recipe import Recipe
-    from repshift_cli.schedule import Target
+    from repshift_cli.search.target import Target
 
     if text is not None:
         return Target.parse(text)

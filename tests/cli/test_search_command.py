@@ -25,15 +25,17 @@ from tiny import save_weights, tiny_vit
 
 from repshift_cli import artifact, compress
 from repshift_cli.attach import resolve_for
-from repshift_cli.budget import Found
 from repshift_cli.checkpoint import read_weights
 from repshift_cli.cli.together import own_device
 from repshift_cli.data.images import ImageBatch
 from repshift_cli.data.labelled import Labelled
 from repshift_cli.errors import RecipeError
-from repshift_cli.pareto import MARKS
 from repshift_cli.recipe import Recipe
-from repshift_cli.search import SearchSettings, keep_outputs
+from repshift_cli.search.job import Found
+from repshift_cli.search.plot import MARKS
+from repshift_cli.search.result import SearchResult, SearchSettings
+from repshift_cli.search.search import search
+from repshift_cli.search.state import keep_outputs
 
 QUICK = ("--images", "16", "--evaluations", "2", "--seconds", "0")
 ROOT = Path(__file__).resolve().parents[2]
@@ -396,12 +398,10 @@ class TestInterrupted:
     def test_the_best_so_far_may_miss_the_target(
         self, cli: Command, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from repshift_cli import search
+        def interrupted(*arguments: Any) -> SearchResult:
+            return dataclasses.replace(search(*arguments), interrupted=True)
 
-        def interrupted(*arguments: Any) -> search.SearchResult:
-            return dataclasses.replace(search.search(*arguments), interrupted=True)
-
-        monkeypatch.setattr("repshift_cli.budget.search", interrupted)
+        monkeypatch.setattr("repshift_cli.search.job.search", interrupted)
         outcome = cli("search", dense, "-t", "macs=0.2", *QUICK)
         assert outcome.rc == 130
         assert "interrupted: the best so far misses macs=0.2" in words(outcome.stderr)
@@ -416,7 +416,7 @@ class TestInterrupted:
             settings.state.write_text("{}")
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("repshift_cli.budget.search", interrupted)
+        monkeypatch.setattr("repshift_cli.search.job.search", interrupted)
         outcome = cli("search", dense, "-t", "macs=0.7", *QUICK)
         assert outcome.rc == 130
         assert "the search is kept in dense_macs0.7.yaml.state.json, and the same command goes on" in words(
@@ -429,7 +429,7 @@ class TestInterrupted:
         self, cli: Command, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         best_so_far = SimpleNamespace(result=SimpleNamespace(interrupted=True))
-        monkeypatch.setattr("repshift_cli.budget.find", lambda *_, **__: best_so_far)
+        monkeypatch.setattr("repshift_cli.compression.find", lambda *_, **__: best_so_far)
         outcome = cli("compress", dense, "-t", "macs=0.7", "--calibration-images", "16", "-o", "s.safetensors")
         assert outcome.rc == 130
         assert "interrupted; nothing half-done was left behind" in outcome.stderr

@@ -11,28 +11,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from repshift_cli.errors import UsageError
 from repshift_cli.plan import Grid, Layout
-from repshift_cli.recipe import LayerDrop, Part, Recipe, nearest
+from repshift_cli.recipe import LayerDrop, Part, Recipe
+from repshift_cli.search.additive import TINY, Additive, Kept, drops, levels
 
 __all__ = [
-    "TARGETS",
-    "Additive",
-    "Curve",
     "Front",
-    "Kept",
     "Solution",
-    "Target",
-    "drops",
     "fit",
     "layer_drops",
-    "levels",
     "neighbours",
     "on_tiles",
     "paper_schedule",
@@ -40,208 +34,18 @@ __all__ = [
     "to_recipe",
 ]
 
-Kept = tuple[int, ...]
-"""Patch tokens that are left after each site, never rising."""
 
 _Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
 
-TARGETS: dict[str, str] = {
-    "macs": "multiply-accumulates, as a fraction of the dense model's",
-    "latency": "time of a batch, as a fraction of the dense model's, measured here",
-    "agreement": "least share of unchanged predictions",
-    "max-drop": "most points of top-1 that may be lost, where there are labels",
-}
-"""What can be asked for, in words for people."""
-
-_LEVEL_STEP = 0.05
-_LOWEST_SHARE = 0.1
-"""Of the tokens, the steps that the first solution takes, and the least that is left: metrics know little below."""
-
-_LEAST_DROP_SHARE = 50
-"""A site that drops fewer than one of so many tokens costs more in scoring than it saves."""
-
-_LEAST_GAIN = 0.002
-"""Of a dense pass: what scoring and gathering at a site take (2% of a layer, and of 12 layers)."""
 
 _BINS = 400
-_MOST_POWER, _LEAST_POWER = 4.0, 0.5
-_TINY = 1e-9
 _HALVINGS = 40
 _MOST_STRETCH = 16.0
 
 
-@dataclass(frozen=True)
-class Target:
-    """What a search is to reach.
-
-    Attributes:
-        kind: one of `TARGETS`.
-        value: fraction of the dense model, share of predictions, or points of top-1.
-    """
-
-    kind: str
-    value: float
-
-    def __post_init__(self) -> None:
-        if self.kind not in TARGETS:
-            raise UsageError(f"unknown target {self.kind!r}", nearest(self.kind, TARGETS) + _allowed())
-        most = 100.0 if self.kind == "max-drop" else 1.0
-        least_is_fine, most_is_fine = self.kind == "max-drop", self.kind == "agreement"
-        inside = 0 < self.value < most or (self.value == 0 and least_is_fine) or (self.value == most and most_is_fine)
-        if not inside:
-            wanted = {"max-drop": "0 points or more, and less than 100", "agreement": "above 0, and at most 1"}.get(
-                self.kind, "between 0 and 1, both excluded"
-            )
-            raise UsageError(f"the target {self.kind}={self.value:g} cannot be", f"It must be {wanted}.")
-
-    @classmethod
-    def parse(cls, text: str) -> Target:
-        """Read `macs=0.65` and the like.
-
-        Raises:
-            UsageError: it has another form, names no target, or a value out of range.
-        """
-        kind, equals, value = (part.strip() for part in text.partition("="))
-        if not equals:
-            raise UsageError(f"a target has the form kind=value, not {text!r}", _allowed())
-        try:
-            number = float(value)
-        except ValueError:
-            raise UsageError(f"the target {text!r} has no number after the =", _allowed()) from None
-        return cls(kind, number)
-
-    @property
-    def limits_cost(self) -> bool:
-        """Whether the cost is given and the quality sought, rather than the other way round."""
-        return self.kind in ("macs", "latency")
-
-    def __str__(self) -> str:
-        return f"{self.kind}={self.value:.12g}"
-
-
-def _allowed() -> str:
-    return (
-        "Possible are macs=0.65, latency=0.6, agreement=0.99 and max-drop=0.5 ("
-        + "; ".join(f"{kind}: {words}" for kind, words in TARGETS.items())
-        + ")."
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The additive model
-
-
-@dataclass(frozen=True)
-class Additive:
-    """What a schedule costs and harms, as sums over its sites.
-
-    Attributes:
-        tokens: patch tokens of the dense model.
-        sites: how many there are.
-        gain: `(site, kept)`: what is saved between this site and the next one when so many tokens are left, as a
-            fraction of the dense cost; 0 for all tokens, never falling as fewer are kept.
-        harm: `(site, kept)`: distance from the dense model when all that go, go at this site; 0 for all tokens, never
-            falling as fewer are kept.
-        most: `(arriving)`: how many of so many patch tokens can go at one site.
-        site_cost: what dropping at one site costs in itself, as a fraction of the dense cost.
-    """
-
-    tokens: int
-    sites: int
-    gain: Callable[[int, int], float]
-    harm: Callable[[int, int], float]
-    most: Callable[[int], int] = lambda arriving: arriving - 1
-    site_cost: float = 0.0
-
-    @property
-    def least(self) -> int:
-        """The fewest tokens that may be left."""
-        return max(1, math.ceil(_LOWEST_SHARE * self.tokens))
-
-    @property
-    def least_drop(self) -> int:
-        """The fewest tokens that are worth a site."""
-        return max(1, -(-self.tokens // _LEAST_DROP_SHARE))
-
-    @property
-    def worthwhile(self) -> tuple[int, ...]:
-        """The sites behind which fewer tokens save something."""
-        return tuple(site for site in range(self.sites) if self.gain(site, self.least) > _LEAST_GAIN)
-
-    def cost(self, kept: Kept) -> float:
-        """Of the schedule, as a fraction of the dense cost."""
-        used = sum(dropped > 0 for dropped in drops(kept, self.tokens))
-        return 1.0 - math.fsum(self.gain(site, count) for site, count in enumerate(kept)) + used * self.site_cost
-
-    def damage(self, kept: Kept) -> float:
-        """Predicted distance of the schedule from the dense model."""
-        pairs = zip((self.tokens, *kept), kept, strict=False)
-        return math.fsum(self.step(site, before, after) for site, (before, after) in enumerate(pairs))
-
-    def step(self, site: int, before: int, after: int) -> float:
-        """What it harms that at this site so many tokens become so many."""
-        if after >= before:
-            return 0.0
-        harm = self.harm(site, after)
-        return max(0.0, harm - self.harm(site, before)) if math.isfinite(harm) else math.inf
-
-    def possible(self, kept: Kept) -> bool:
-        """Whether no site drops more than can go there, and enough is left in the end."""
-        pairs = zip((self.tokens, *kept), kept, strict=False)
-        return kept[-1] >= self.least and all(0 <= before - after <= self.most(before) for before, after in pairs)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """How the distance grows with the tokens that go at one site: through measured points, as powers between them.
-
-    Attributes:
-        tokens: patch tokens of the dense model.
-        points: `(kept, distance)`; made monotone where chance has it fall as more go.
-    """
-
-    tokens: int
-    points: tuple[tuple[int, float], ...]
-    _steps: tuple[tuple[int, float], ...] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        steps: list[tuple[int, float]] = []
-        for kept, distance in sorted(self.points, reverse=True):
-            if kept < self.tokens:
-                steps.append((self.tokens - kept, max(distance, _TINY, steps[-1][1] if steps else 0.0)))
-        object.__setattr__(self, "_steps", tuple(steps))
-
-    def __call__(self, kept: int) -> float:
-        """The distance when so many are kept; 0 for all, infinite where nothing was measured at all."""
-        gone = self.tokens - kept
-        if gone <= 0:
-            return 0.0
-        if not self._steps:
-            return math.inf
-        if len(self._steps) == 1:
-            return self._steps[0][1] * gone / self._steps[0][0]
-        # the last segment that begins before, so that both ends go on as the segment next to them does
-        first = max(0, min(sum(known <= gone for known, _ in self._steps) - 1, len(self._steps) - 2))
-        (low, near), (high, far) = self._steps[first], self._steps[first + 1]
-        power = math.log(far / near) / math.log(high / low)
-        if gone < low or gone > high:
-            power = min(max(power, _LEAST_POWER), _MOST_POWER)
-        anchor, value = (high, far) if gone > high else (low, near)
-        return value * (gone / anchor) ** power
-
-
-def drops(kept: Kept, tokens: int) -> tuple[int, ...]:
-    """How many tokens go at each site."""
-    return tuple(before - after for before, after in zip((tokens, *kept), kept, strict=False))
-
-
-def levels(tokens: int) -> tuple[int, ...]:
-    """Numbers of tokens among which the first solution chooses: all, then ever fewer in equal steps."""
-    count = round((1 - _LOWEST_SHARE) / _LEVEL_STEP)
-    least = max(1, math.ceil(_LOWEST_SHARE * tokens))
-    shares = (1 - _LEVEL_STEP * index for index in range(count + 1))
-    return tuple(dict.fromkeys(max(least, round(share * tokens)) for share in shares))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,7 +91,7 @@ class Front:
 
     def best(self, budget: float, max_sites: int | None = None) -> Solution | None:
         """The least harmful schedule that costs no more than `budget`; None where there is none."""
-        need = 1.0 - budget - _TINY
+        need = 1.0 - budget - TINY
         found: tuple[float, float, _State, int] | None = None
         for state, row in self._last(max_sites):
             enough = np.flatnonzero(row.saved >= need)
@@ -348,7 +152,7 @@ def solve(
     """
     chosen = tuple(steps) if steps is not None else levels(model.tokens)
     if width is None:
-        width = max(math.fsum(model.gain(site, chosen[-1]) for site in range(model.sites)) / _BINS, _TINY)
+        width = max(math.fsum(model.gain(site, chosen[-1]) for site in range(model.sites)) / _BINS, TINY)
     zero, none = np.zeros(1), np.zeros(1, dtype=np.int64)
     stages: list[_Stage] = [{(0, 0): _Row(zero, zero, none, none, none)}]
     for site in range(model.sites):
@@ -383,7 +187,7 @@ def _thin(rows: Sequence[_Row], width: float) -> _Row:
     """Of all ways to a state, the least harmful one in each bin of what is saved."""
     saved = np.concatenate([row.saved for row in rows])
     damage = np.concatenate([row.damage for row in rows])
-    bins = np.floor(saved / width + _TINY).astype(np.int64)
+    bins = np.floor(saved / width + TINY).astype(np.int64)
     order = np.lexsort((-saved, damage, bins))
     first = np.ones(len(order), dtype=bool)
     first[1:] = bins[order][1:] != bins[order][:-1]
@@ -425,11 +229,11 @@ def _stretched(kept: Kept, model: Additive, budget: float) -> Kept | None:
         return _from_shares([share**factor for share in shares], model)
 
     low, high = 0.0, _MOST_STRETCH
-    if model.cost(scaled(high)) > budget + _TINY:
+    if model.cost(scaled(high)) > budget + TINY:
         return None
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if model.cost(scaled(middle)) <= budget + _TINY:
+        if model.cost(scaled(middle)) <= budget + TINY:
             high = middle
         else:
             low = middle
@@ -546,8 +350,8 @@ def _grids(kept: Kept, layout: Layout, layers: Sequence[int]) -> dict[int, Layer
         rows, columns = dense[layer]
         share = count / layout.patch_tokens
         there = next(grid for site, grid in layout.grids(left) if site.layer == layer)
-        tall = min(max(1, math.ceil(rows * math.sqrt(share) - _TINY)), there[0])
-        wide = min(max(1, math.ceil(share * rows * columns / tall - _TINY)), there[1])
+        tall = min(max(1, math.ceil(rows * math.sqrt(share) - TINY)), there[0])
+        wide = min(max(1, math.ceil(share * rows * columns / tall - TINY)), there[1])
         if (tall, wide) != there:
             left[layer] = (tall, wide)
     return {layer: LayerDrop(layer=layer, keep_grid=grid) for layer, grid in left.items()}

@@ -19,13 +19,14 @@ from repshift_cli.errors import UsageError
 from repshift_cli.families import Family, match
 from repshift_cli.fitting import is_classifier
 from repshift_cli.identify import is_model_name
-from repshift_cli.pareto import Chart, Limit, Mark
-from repshift_cli.pareto import Point as Spot
 from repshift_cli.progress import Progress
 from repshift_cli.recipe import Budget, Part, Recipe
 from repshift_cli.reducers import Merger, build_reducer
-from repshift_cli.schedule import Target
-from repshift_cli.search import Point, SearchResult, SearchSettings, search
+from repshift_cli.search.plot import Chart, Limit, Mark
+from repshift_cli.search.plot import Point as Spot
+from repshift_cli.search.result import Point, SearchResult, SearchSettings
+from repshift_cli.search.search import search
+from repshift_cli.search.target import Target
 
 __all__ = ["Found", "Request", "find", "start_recipe", "with_reducers"]
 

@@ -12,21 +12,9 @@ from hypothesis import strategies as st
 from repshift_cli.errors import UsageError
 from repshift_cli.plan import Layout, SiteInfo, Window, resolve
 from repshift_cli.recipe import Part, default_recipe
-from repshift_cli.schedule import (
-    Additive,
-    Curve,
-    Kept,
-    Target,
-    drops,
-    fit,
-    layer_drops,
-    levels,
-    neighbours,
-    on_tiles,
-    paper_schedule,
-    solve,
-    to_recipe,
-)
+from repshift_cli.search.additive import Additive, Curve, Kept, drops, levels
+from repshift_cli.search.schedule import fit, layer_drops, neighbours, on_tiles, paper_schedule, solve, to_recipe
+from repshift_cli.search.target import Target
 
 UNIT = 1 / 64
 """Savings are multiples of it, so that sums of them are exact and no two fall into one bin."""

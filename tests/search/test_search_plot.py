@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from repshift_cli.errors import UsageError
-from repshift_cli.pareto import MARKS, Chart, Limit, Mark, Point, figure, front, save
+from repshift_cli.search.plot import MARKS, Chart, Limit, Mark, Point, figure, front, save
 
 DENSE, PAPER, FOUND = Point(1.0, 1.0, 100.0), Point(0.65, 0.75, 30.0), Point(0.64, 0.7, 95.0)
 TRIED = (Point(0.64, None, 95.0), Point(0.7, None, 96.0), Point(0.83, None, 57.0), Point(0.5, None, 20.0))

@@ -30,16 +30,11 @@ from repshift_cli.families import match
 from repshift_cli.plan import Plan
 from repshift_cli.progress import Progress, Silent
 from repshift_cli.recipe import Part, Recipe, default_recipe
-from repshift_cli.schedule import Target
-from repshift_cli.search import (
-    SearchResult,
-    SearchSettings,
-    _Bench,
-    _least_share,
-    keep_outputs,
-    kept_outputs,
-    search,
-)
+from repshift_cli.search.evaluator import Evaluator
+from repshift_cli.search.result import SearchResult, SearchSettings
+from repshift_cli.search.search import _least_share, search
+from repshift_cli.search.state import keep_outputs, kept_outputs
+from repshift_cli.search.target import Target
 
 COUNT = 48
 HELD = COUNT // 2
@@ -282,13 +277,13 @@ class TestQuality:
         assert any("too few" in text for text in listener.warned)
 
     def test_nothing_is_mild_enough_where_all_tokens_are_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        judge = _Bench.judge
+        judge = Evaluator.judge
 
-        def never(self: _Bench, plan: Plan, name: str) -> dict[str, Any] | None:
+        def never(self: Evaluator, plan: Plan, name: str) -> dict[str, Any] | None:
             found = judge(self, plan, name)
             return found and {**found, "agreement": min(found["agreement"], 0.5)}
 
-        monkeypatch.setattr(_Bench, "judge", never)
+        monkeypatch.setattr(Evaluator, "judge", never)
         result = run("agreement=0.9", evaluations=4)
         assert not result.met
         assert result.nearest <= 0.5
@@ -302,11 +297,11 @@ class TestLatency:
         """On a device whose clock sees only a part of the operations, and each site besides."""
         asked: list[Plan] = []
 
-        def clock(self: _Bench, plan: Plan, progress: Progress, patient: bool = False) -> float:
+        def clock(self: Evaluator, plan: Plan, progress: Progress, patient: bool = False) -> float:
             asked.append(plan)
             return round(0.1 + 0.8 * self.macs(plan) ** 1.6 + 0.03 * len(plan.sites), 5)
 
-        monkeypatch.setattr(_Bench, "latency", clock)
+        monkeypatch.setattr(Evaluator, "latency", clock)
         model = tiny_vit(img_size=96)
         result = run(f"latency={target}", model, images=images(COUNT, 96), seconds=0.1)
         assert result.met
@@ -321,12 +316,12 @@ class TestLatency:
         chance = random.Random(seed)
         asked: dict[str, float] = {}
 
-        def clock(self: _Bench, plan: Plan, progress: Progress, patient: bool = False) -> float:
+        def clock(self: Evaluator, plan: Plan, progress: Progress, patient: bool = False) -> float:
             far = 0.002 if patient else 0.015
             time = 0.05 + 0.8 * self.macs(plan) ** 3 + 0.02 * len(plan.sites)
             return asked.setdefault(plan.model_dump_json(), round(time * (1 + chance.uniform(-far, far)), 5))
 
-        monkeypatch.setattr(_Bench, "latency", clock)
+        monkeypatch.setattr(Evaluator, "latency", clock)
         result = run("latency=0.5", tiny_vit(img_size=160), images=images(16, 160), seconds=0.1, evaluations=2)
         assert result.met
         assert 0.97 * 0.5 <= result.nearest <= 0.5
@@ -335,7 +330,7 @@ class TestLatency:
     def test_is_measured_beside_the_dense_model(self) -> None:
         model = tiny_vit(img_size=96, embed_dim=64)
         family = match(model)
-        bench = _Bench(model, family, wanted("macs=0.5", images=images(COUNT, 96), seconds=0.3), Silent())
+        bench = Evaluator(model, family, wanted("macs=0.5", images=images(COUNT, 96), seconds=0.3), Silent())
         layers = "layers: [{layer: 0, keep_tokens: 2}]\n"
         few = bench.latency(resolve_for(model, Recipe.parse(FIXED + layers)), Silent())
         assert 0.1 < few < 0.9
@@ -360,8 +355,8 @@ class TestRepeating:
         interrupted = run("macs=0.6", state=state, progress=Stopping("trying neighbours", 2))
         assert interrupted.interrupted
         known = set(json.loads(state.read_text())["known"])
-        judge, judged = _Bench.judge, []
-        monkeypatch.setattr(_Bench, "judge", lambda self, plan, name: judged.append(name) or judge(self, plan, name))
+        judge, judged = Evaluator.judge, []
+        monkeypatch.setattr(Evaluator, "judge", lambda self, plan, name: judged.append(name) or judge(self, plan, name))
         assert document(run("macs=0.6", state=state)) == document(whole)
         after = set(json.loads(state.read_text())["known"])
         assert len(judged) == sum(not key.startswith("choose ") for key in after - known)
@@ -413,17 +408,17 @@ class TestRepeating:
         state = tmp_path / "state.json"
         with pytest.raises(KeyboardInterrupt):
             run("macs=0.6", state=state, progress=Stopping("choosing scores", 1))
-        monkeypatch.setattr("repshift_cli.search.__version__", "99")
+        monkeypatch.setattr("repshift_cli.search.state.__version__", "99")
         with pytest.raises(UsageError, match="differs in repshift"):
             run("macs=0.6", state=state)
 
     def test_a_latency_holds_where_it_was_measured(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         state, asked = tmp_path / "state.json", []
-        monkeypatch.setattr(_Bench, "latency", lambda self, plan, *_: asked.append(plan) or 0.5)
+        monkeypatch.setattr(Evaluator, "latency", lambda self, plan, *_: asked.append(plan) or 0.5)
         run("macs=0.6", state=state, seconds=0.1, evaluations=1)
         run("macs=0.6", state=state, seconds=0.1, evaluations=1)
         assert len(asked) == 1
-        monkeypatch.setattr("repshift_cli.search.device_name", lambda _: "another machine")
+        monkeypatch.setattr("repshift_cli.search.evaluator.device_name", lambda _: "another machine")
         run("macs=0.6", state=state, seconds=0.1, evaluations=1)
         assert len(asked) == 2
 
@@ -556,7 +551,7 @@ def replace_metric(recipe: Recipe) -> Recipe:
 
 WORKER = """
 import json, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import torch
 torch.set_num_threads(1)
 from test_search import document, run
@@ -570,9 +565,11 @@ Path({out!r} + os.environ["RANK"]).write_text(json.dumps(document(result)))
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     script, state, out = tmp_path / "worker.py", tmp_path / "state.json", str(tmp_path / "rank")
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent), state=str(state), out=out))
+    script.write_text(
+        WORKER.format(tests=[str(Path(__file__).parents[1]), str(Path(__file__).parent)], state=str(state), out=out)
+    )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     done = subprocess.run(
         launch, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=120, check=False
     )

@@ -1,0 +1,1 @@
+"""The search for the schedule that meets a target."""
