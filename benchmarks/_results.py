@@ -1,71 +1,68 @@
-"""Where the benchmark scripts write what they measured: marked sections of docs/results.md."""
+"""Writes the pages of docs/results/. Each run of a benchmark script replaces its own file."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import platform
-import re
+import shlex
+import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from repshift_cli.measure import Speedup, Spread
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results.md"
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-"""What tells OpenMP's idle threads how to wait, which at batch 1 makes a difference (docs/benchmarking.md)."""
-
-TITLE = "# Results\n\nEvery section is written by the script that it names; run that script to renew it.\n"
+"""Environment variables that change how idle OpenMP threads wait, which matters at batch 1 (docs/benchmarking.md)."""
 
 
-def write_section(name: str, markdown: str, path: Path = RESULTS) -> None:
-    """Put `markdown` between the marks of section `name`; a section that is not there yet goes to the end.
+def publish(name: str, title: str, machine: str, body: Sequence[str], *, dry_run: bool) -> None:
+    """Print a page, and write it to `docs/results/<name>.md` unless `dry_run` is set.
 
-    Raises:
-        ValueError: the file has only one of the two marks, or one of them twice.
+    Args:
+        name: File name without the suffix.
+        title: Heading of the page.
+        machine: Processor, dtype and threads.
+        body: Paragraphs and tables.
+        dry_run: Write no file.
     """
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    text = path.read_text(encoding="utf-8") if path.exists() else TITLE
-    section = f"{begin}\n{markdown.strip()}\n{end}"
-    counts = (text.count(begin), text.count(end))
-    if counts == (0, 0):
-        text = f"{text.rstrip()}\n\n{section}\n"
-    elif counts == (1, 1) and text.index(begin) < text.index(end):
-        pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
-        text = pattern.sub(lambda _: section, text)
-    else:
-        raise ValueError(f"{path} needs one '{begin}' and, after it, one '{end}'")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-
-
-def section_name(name: str, *options: tuple[object, object]) -> str:
-    """A name that also tells which options are not as usual: pairs of what was chosen and what is usual."""
-    return "_".join([name, *(str(chosen) for chosen, usual in options if chosen != usual)])
-
-
-def publish(name: str, markdown: str, dry_run: bool) -> None:
-    """Print a section, and write it unless only the tables are wanted."""
-    print(markdown, flush=True)
+    page = "\n\n".join([f"# {title}", provenance(machine), *body])
+    print(page, flush=True)
     if not dry_run:
-        write_section(name, markdown)
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.md").write_text(f"{page}\n", encoding="utf-8")
 
 
-def provenance(command: str, machine: str) -> str:
-    """One paragraph: how, when and on what a section was measured."""
+def page_name(name: str, *options: tuple[object, object]) -> str:
+    """Append the options that differ from their defaults; each pair is a value and its default."""
+    return "_".join([name, *(str(value) for value, default in options if value != default)])
+
+
+def provenance(machine: str) -> str:
+    """Command, machine, versions and date, as a list."""
+    variables = [f"{name}={os.environ[name]}" for name in WAITING if name in os.environ]
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "timm"))
     today = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
-    told = [f"{name}={os.environ[name]}" for name in WAITING if name in os.environ]
-    return f"`{' '.join([*told, command])}`, {today}, on {machine}; Python {platform.python_version()}, {versions}."
+    return "\n".join(
+        [
+            f"- Command: `{' '.join([*variables, command])}`",
+            f"- Machine: {machine}",
+            f"- Versions: Python {platform.python_version()}, {versions}",
+            f"- Date: {today}",
+        ]
+    )
 
 
 def latency(spread: Spread) -> str:
-    """Milliseconds: median and the interval from p10 to p90."""
+    """Milliseconds: the median, then the 10th and 90th percentile."""
     return f"{spread.median:.1f} [{spread.p10:.1f}-{spread.p90:.1f}]"
 
 
 def words(gain: Speedup) -> str:
-    """The ratio, marked where it may be noise."""
+    """The ratio, marked if it may be noise."""
     return f"{gain.ratio:.2f}x" if gain.clear or gain.clearly_slower else f"{gain.ratio:.2f}x (within noise)"
 
 

@@ -32,7 +32,7 @@ def pieces_parser(doc: str | None, batches: Sequence[int], rounds: int) -> argpa
     parser.add_argument("--batches", nargs="+", type=int, default=list(batches))
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dry-run", action="store_true", help="print the tables, leave docs/results.md as it is")
+    parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     return parser
 
 

@@ -5,13 +5,11 @@ python benchmarks/attention_cpu.py
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable
 
 import timm
 import torch
-from _results import provenance, publish, table
+from _results import publish, table
 from _timing import pieces_parser, timed
 
 from repshift_cli.attention import attend
@@ -28,18 +26,15 @@ def main() -> None:
     options = pieces_parser(__doc__, batches=[1, 8], rounds=200).parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    command = shlex.join(["python", "benchmarks/attention_cpu.py", *sys.argv[1:]])
     rows = [row for batch in options.batches for row in rows_for(batch, options.rounds)]
-    text = "\n\n".join(
-        [
-            "## Sizes in attention, and the cost of a score: DeiT-S",
-            provenance(command, f"{device_name(torch.device('cpu'))}, {options.threads} threads"),
-            f"Medians of runs in turn, float32. Attention: {HEADS} heads of {WIDTH} channels, {TOKENS} tokens, beside "
-            f"the fused kernel without sizes. Scores: {ARRIVING} tokens of 384 channels, beside a block.",
-            table(["batch", "what", "ms", "of the first"], rows),
-        ]
+    note = (
+        f"Medians of interleaved runs, float32. Attention: {HEADS} heads of {WIDTH} channels, {TOKENS} tokens, "
+        f"relative to the fused kernel without sizes. Scores: {ARRIVING} tokens of 384 channels, relative to a block."
     )
-    publish("attention_cpu", text, options.dry_run)
+    body = [note, table(["batch", "what", "ms", "of the first"], rows)]
+    machine = f"{device_name(torch.device('cpu'))}, {options.threads} threads"
+    title = "Sizes in attention, and the cost of a score: DeiT-S"
+    publish("attention_cpu", title, machine, body, dry_run=options.dry_run)
 
 
 @torch.inference_mode()

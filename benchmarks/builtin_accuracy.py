@@ -11,14 +11,12 @@ and how its choice does on the test scenes.
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from _results import provenance, table, write_section
+from _results import publish, table
 from torch import Tensor
 
 from repshift_cli import checkpoint
@@ -95,7 +93,8 @@ def accuracy(loaded: LoadedModel, plan: Plan, seeds: Sequence[Scenes]) -> tuple[
         compressed.detach()
 
 
-def study(name: str, count: int, seeds: Sequence[int], calibrations: int, command: str) -> str:
+def study(name: str, count: int, seeds: Sequence[int], calibrations: int) -> tuple[str, list[str]]:
+    """Title and body of the page of one model."""
     loaded = checkpoint.load(f"builtin:{name}")
     family = match(loaded.model)
     layout = family.layout(loaded.model)
@@ -123,20 +122,12 @@ def study(name: str, count: int, seeds: Sequence[int], calibrations: int, comman
     share = family.macs(loaded.model, plan) / family.macs(loaded.model, None)
     smaller = smaller_pictures(loaded, share, count, seeds) if layout.map_size else []
     sites = ", ".join(f"{planned.site} ({planned.tokens_in} to {planned.tokens_out})" for planned in plan.sites)
-    lines = [
-        f"## Accuracy on builtin:{name}: dense {dense.mean:.1f}%, MAC ratio {share:.3f}",
-        "",
-        provenance(command, device_name(torch.device("cpu"))),
-        "",
-        f"{len(seeds)} seeds of {count} test scenes; mean and standard deviation. Tokens go after {sites}.",
-        "",
+    return f"Accuracy on builtin:{name}: dense {dense.mean:.1f}%, MAC ratio {share:.3f}", [
+        f"{len(seeds)} seeds of {count} test scenes; mean and standard deviation. Tokens are dropped after {sites}.",
         score_table(dense, [*shifts, *baselines, *smaller]),
-        "",
         f"Calibration, site by site, on {CALIBRATION_IMAGES} unlabelled training scenes:",
-        "",
         calibration_table(loaded, plan, shifts, sets, dense=dense, random=baselines[-1], times=calibrations),
     ]
-    return "\n".join(lines)
 
 
 def smaller_pictures(loaded: LoadedModel, share: float, count: int, seeds: Sequence[int]) -> list[Row]:
@@ -150,7 +141,7 @@ def smaller_pictures(loaded: LoadedModel, share: float, count: int, seeds: Seque
     below, above = (max(side for side, cost in costs.items() if cost <= most) for most in (share, 1.1 * share))
     return [
         Row(
-            f"pictures of {side} px, MAC ratio {costs[side]:.3f}",
+            f"images of {side} px, MAC ratio {costs[side]:.3f}",
             tuple(top1(loaded.model, draw(loaded, seed, count, side)) for seed in seeds),
         )
         for side in (below, above)
@@ -205,15 +196,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--calibrations", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dry-run", action="store_true", help="print the tables, leave docs/results.md as it is")
+    parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    command = shlex.join(["python", "benchmarks/builtin_accuracy.py", *sys.argv[1:]])
+    machine = f"{device_name(torch.device('cpu'))}, {options.threads} threads"
     for name in options.models:
-        text = study(name, options.scenes, options.seeds, options.calibrations, command)
-        print(text)
-        if not options.dry_run:
-            write_section(f"builtin_accuracy_{name}", text)
+        title, body = study(name, options.scenes, options.seeds, options.calibrations)
+        publish(f"builtin_accuracy_{name}", title, machine, body, dry_run=options.dry_run)
 
 
 if __name__ == "__main__":

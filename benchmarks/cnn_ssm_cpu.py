@@ -10,14 +10,12 @@ efficient on smaller maps, and not in scoring and gathering. Weights are random,
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from _results import latency, provenance, publish, table, words
+from _results import latency, publish, table, words
 from _timing import cpu_settings
 from torch import Tensor
 
@@ -58,9 +56,9 @@ PUBLISHED = {
 
 CROP = "plain crop"
 NOTE = (
-    "Milliseconds per batch: median [p10-p90] of runs in turn. Efficiency is the speed-up divided by the ratio of the "
-    "multiply-accumulates (with the products of the scan, for Vim). `of a plain crop` is the efficiency of the same "
-    "network that cuts its maps to the same sizes without a score: the most that these sizes allow here."
+    "Milliseconds per batch: median [p10-p90] of interleaved runs. Efficiency is the speed-up divided by the ratio of "
+    "the multiply-accumulates (for Vim including the products of the scan). `of a plain crop` is the efficiency of the "
+    "same network that crops its maps to the same sizes without a score, which is an upper bound for these sizes."
 )
 
 
@@ -72,9 +70,7 @@ def main() -> None:
         reports = {layout: measure(published, layout, options, Screen()) for layout in published.formats}
         machine = next(iter(reports.values())).machine
         sections.append(render(published, reports))
-    command = shlex.join(["python", "benchmarks/cnn_ssm_cpu.py", *sys.argv[1:]])
-    text = "\n\n".join(["## CNNs and Vision Mamba on a CPU", provenance(command, machine), *sections, NOTE])
-    publish("cnn_ssm_cpu", text, options.dry_run)
+    publish("cnn_ssm_cpu", "CNNs and Vision Mamba on a CPU", machine, [*sections, NOTE], dry_run=options.dry_run)
 
 
 def parse_options() -> argparse.Namespace:
@@ -84,7 +80,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each side at each batch size")
     parser.add_argument("--min-runs", type=int, default=10)
-    parser.add_argument("--dry-run", action="store_true", help="print the tables, leave docs/results.md as it is")
+    parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     return parser.parse_args()
 
 
@@ -127,7 +123,7 @@ def render(published: Published, reports: dict[MemoryFormat, BenchReport]) -> st
         f"(paper: {published.gmacs[0]} to {published.gmacs[1]})"
     )
     columns = ["", "dense", "compressed", "speed-up", "efficiency", "of a plain crop"]
-    return f"### {published.title}, recipe `{published.recipe}`\n\n{gmacs}.\n\n{table(columns, rows)}"
+    return f"## {published.title}, recipe `{published.recipe}`\n\n{gmacs}.\n\n{table(columns, rows)}"
 
 
 def row(layout: MemoryFormat, ratio: Ratio, runs: dict[tuple[int, str], Run]) -> list[str]:

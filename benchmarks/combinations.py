@@ -12,14 +12,12 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import timm
 import torch
-from _results import provenance, publish, table
+from _results import publish, table
 from builtin_accuracy import Scenes, draw
 from torch import Tensor, nn
 
@@ -77,13 +75,13 @@ class Side:
 def main() -> None:
     options = parse_options()
     torch.set_num_threads(options.threads)
-    command = shlex.join(["python", "benchmarks/combinations.py", *sys.argv[1:]])
     machine = f"{device_name(torch.device('cpu'))}, {options.threads} threads"
     for name in options.models:
-        text = accuracy_section(name, options, provenance(command, machine))
-        publish(f"combinations_{name}", text, options.dry_run)
+        title, body = accuracy_page(name, options)
+        publish(f"combinations_{name}", title, machine, body, dry_run=options.dry_run)
     if options.speed_batches:
-        publish("combinations_speed", speed_section(options, provenance(command, machine)), options.dry_run)
+        title, body = speed_page(options)
+        publish("combinations_speed", title, machine, body, dry_run=options.dry_run)
 
 
 def parse_options() -> argparse.Namespace:
@@ -95,31 +93,29 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60.0, help="of timing, for each MAC ratio or batch size")
     parser.add_argument("--speed-batches", nargs="*", type=int, default=[1, 8], help="of DeiT-S")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dry-run", action="store_true", help="print the tables, leave docs/results.md as it is")
+    parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     return parser.parse_args()
 
 
-def accuracy_section(name: str, options: argparse.Namespace, origin: str) -> str:
+def accuracy_page(name: str, options: argparse.Namespace) -> tuple[str, list[str]]:
     loaded = checkpoint.load(f"builtin:{name}")
     sets = [draw(loaded, seed, options.scenes) for seed in options.seeds]
     scenes = Scenes(torch.cat([each.images for each in sets]), torch.cat([each.labels for each in sets]))
     dense = outputs(loaded.model, scenes.images)
     right = int((dense.argmax(-1) == scenes.labels).sum())
     parts = [
-        f"## Scores and reducers at equal cost: builtin:{name}, dense {with_interval(right, len(dense))}",
-        origin,
         f"{len(options.seeds)} seeds of {options.scenes} test scenes each; top-1 in percent with its 95% interval, "
-        "unchanged predictions and mean KL against the dense model (nats), and how many times faster than dense a "
-        "batch of 32 is (all in turn in one run; paired rounds, p10 - p90). Weights of the fitted scores and choices "
-        f"of the calibrated ones come from {CALIBRATION_IMAGES} training scenes.",
+        "unchanged predictions and mean KL against the dense model (nats), and the speed-up over dense at batch 32 "
+        "(interleaved in one run; paired rounds, p10 - p90). Fitted weights and calibrated choices come from "
+        f"{CALIBRATION_IMAGES} training scenes.",
     ]
     for ratio in options.ratios:
         sides = list(combinations(loaded, ratio))
         gains = speeds(loaded.model, sides, scenes.images[:32], options.seconds)
         rows = [row(side, scenes, dense, gain) for side, gain in zip(sides, gains, strict=True)]
         columns = ["reducer", "score", "MACs", "top-1, %", "against dense", "unchanged, %", "KL", "faster"]
-        parts += [f"### MAC ratio {ratio}", table(columns, rows)]
-    return "\n\n".join(parts)
+        parts += [f"## MAC ratio {ratio}", table(columns, rows)]
+    return f"Scores and reducers at equal cost: builtin:{name}, dense {with_interval(right, len(dense))}", parts
 
 
 def combinations(loaded: LoadedModel, ratio: float) -> Iterator[Side]:
@@ -196,7 +192,7 @@ def speeds(dense: nn.Module, sides: Sequence[Side], inputs: Tensor, seconds: flo
     return [f"{gain.ratio:.2f}x ({gain.p10:.2f} - {gain.p90:.2f})" for gain in gains]
 
 
-def speed_section(options: argparse.Namespace, origin: str) -> str:
+def speed_page(options: argparse.Namespace) -> tuple[str, list[str]]:
     torch.manual_seed(0)
     model = timm.create_model("deit_small_patch16_224").eval()
     images = torch.randn(max(16, *options.speed_batches), 3, 224, 224)
@@ -212,10 +208,8 @@ def speed_section(options: argparse.Namespace, origin: str) -> str:
         compressed = attach(copy.deepcopy(model), plan)
         sides.append(Side(name, metric, compressed, compressed.macs() / compressed.dense_macs()))
     parts = [
-        "## Speed of the reducers: DeiT-S at a MAC ratio of 0.65",
-        origin,
-        "Random weights; every side runs the fused kernel; all in turn in one run, medians, and paired rounds against "
-        "pruning by shift (p10 - p90; above 1 is faster).",
+        "Random weights; all contenders use the fused kernel and are interleaved in one run. Medians, and paired "
+        "rounds against pruning by shift (p10 - p90; above 1 is faster).",
     ]
     for batch in options.speed_batches:
         subjects = [Subject("dense", model), *(Subject(side.reducer, side.model) for side in sides)]
@@ -235,9 +229,9 @@ def speed_section(options: argparse.Namespace, origin: str) -> str:
                 ]
             )
         dense = times["dense"].spread.median
-        title = f"### Batch {batch}, dense {dense:.1f} ms"
-        parts += [title, table(["side", "MACs", "ms", "over dense", "over pruning by shift"], rows)]
-    return "\n\n".join(parts)
+        heading = f"## Batch {batch}, dense {dense:.1f} ms"
+        parts += [heading, table(["contender", "MACs", "ms", "over dense", "over pruning by shift"], rows)]
+    return "Speed of the reducers: DeiT-S at a MAC ratio of 0.65", parts
 
 
 if __name__ == "__main__":

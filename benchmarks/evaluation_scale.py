@@ -1,6 +1,6 @@
-"""Evaluation put to the test: processes, kills, broken files, full disks and memory, on generated pictures.
+"""Tests of evaluation: processes, kills, broken files, full disks and memory, on generated images.
 
-Everything goes through the command line, in processes of its own, as people call it.
+Every evaluation is a `repshift eval` command in its own process.
 
     python benchmarks/evaluation_scale.py --parts processes kills broken disk memory
 """
@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _results import provenance, publish, table
+from _results import publish, table
 from PIL import Image
 
 from repshift_cli.data.digits import DigitScenes
@@ -80,14 +80,13 @@ def main() -> None:
         "disk": full_disk,
         "memory": memory_over_the_run,
     }
-    command = shlex.join(["python", "benchmarks/evaluation_scale.py", *sys.argv[1:]])
     machine = f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores"
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for part in options.parts:
             root = Path(folder) / part
             root.mkdir()
-            section = [f"## {TITLES[part]}", provenance(command, machine), *makers[part](options, root)]
-            publish(f"evaluation_{part}", "\n\n".join(section), options.dry_run)
+            body = makers[part](options, root)
+            publish(f"evaluation_{part}", TITLES[part], machine, body, dry_run=options.dry_run)
 
 
 def parse_options() -> argparse.Namespace:
@@ -100,7 +99,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--broken", type=int, default=500, help="broken files, among three times as many good ones")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None, help="where the pictures go, and most of them stay")
-    parser.add_argument("--dry-run", action="store_true", help="print the tables, leave docs/results.md as it is")
+    parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     return parser.parse_args()
 
 
@@ -180,7 +179,7 @@ def several_processes(options: argparse.Namespace, root: Path) -> Section:
         )
     same = "the same whole numbers" if counts[0] == counts[1] else "DIFFERENT NUMBERS"
     ratio = float(rows[0][-2]) / float(rows[1][-2])
-    what = f"{options.pictures} JPEGs of {options.size} pixels, {MODEL}, one thread for each process"
+    what = f"{options.pictures} JPEGs of {options.size} pixels, {MODEL}, one thread per process"
     columns = ["processes", *(key.replace("_", " ") for key in INTEGERS), "s, all", "s, evaluating", "bottleneck"]
     note = f"{what}: {same}; two evaluate {ratio:.2f}x as fast."
     return table(columns, rows), note
@@ -207,7 +206,7 @@ def kill_and_resume(options: argparse.Namespace, root: Path) -> Section:
         *("killed after s", "folders left"),
     ]
     note = (
-        f"SIGKILL at random moments of runs over {options.killed_pictures} pictures, {MODEL}, {LANES} runs at a time; "
+        f"SIGKILL at random moments of runs over {options.killed_pictures} images, {MODEL}, {LANES} runs at a time; "
         f"one alone and without a kill takes {seconds:.1f} s."
     )
     return table(columns, rows), note
@@ -274,7 +273,7 @@ def broken_files(options: argparse.Namespace, root: Path) -> Section:
         f"{options.broken} broken files of {len(kinds)} kinds among {good} good ones: {document['skipped']} skipped, "
         f"{missed} missed, the good ones counted {'as before' if same else 'DIFFERENTLY'}."
     )
-    return table(["kind", "files", "the reason that is told"], rows), note
+    return table(["kind", "files", "message"], rows), note
 
 
 def full_disk(options: argparse.Namespace, root: Path) -> Section:
@@ -296,7 +295,7 @@ def full_disk(options: argparse.Namespace, root: Path) -> Section:
         shown = {None: "none printed", True: "right", False: "WRONG"}[numbers]
         rows.append([what, how, str(done.returncode), shown, str(left), *complaint(done.stderr, root)])
     rows.append(full_stdout([*arguments, "--resume", root / "state"], expected, root))
-    columns = ["what is written", "disk", "exit code", "numbers", "half files", "traceback", "told"]
+    columns = ["what is written", "disk", "exit code", "numbers", "half files", "traceback", "message"]
     return table(columns, rows), "Each write of an evaluation, on a disk that becomes full."
 
 
@@ -333,10 +332,10 @@ def memory_over_the_run(options: argparse.Namespace, root: Path) -> Section:
             samples.stop()
         images = json.loads(out)["images"]
         rows.append([str(workers), *samples.cells(images)])
-    columns = ["workers", "of", "MiB at a quarter", "MiB near the end", "slope, MiB per 1000 pictures"]
+    columns = ["workers", "of", "MiB at a quarter", "MiB near the end", "slope, MiB per 1000 images"]
     flat = [[row[0], *cells] for row in rows for cells in (("the run", *row[1:4]), ("its workers", *row[4:7]))]
     span = f"{SETTLED:.0%} to {ENDING:.0%} of the time"
-    note = f"Resident memory over {options.pictures} pictures, {MODEL}; slopes by least squares over {span}."
+    note = f"Resident memory over {options.pictures} images, {MODEL}; slopes by least squares over {span}."
     return table(columns, [row for row in flat if row[2] != "-"]), note
 
 

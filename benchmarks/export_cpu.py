@@ -14,15 +14,13 @@ Without that variable torch's idle threads, which spin for long, take the cores 
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from _results import latency, provenance, publish, section_name, table, words
+from _results import latency, page_name, publish, table, words
 from _timing import cpu_settings
 
 from repshift_cli.artifact import Opened
@@ -65,23 +63,17 @@ def main() -> None:
         if options.no_measure:
             return
         reports = {way: measure(models, way, folder, options, progress) for way in ways}
-    command = shlex.join(["python", "benchmarks/export_cpu.py", *sys.argv[1:]])
-    runtime = f"onnxruntime {version('onnxruntime')}."
-    model = TITLES[options.model]
-    title = f"## Exported files on a CPU, {model}, {options.dtype}"
-    text = "\n\n".join(
-        [title, f"{provenance(command, reports[EAGER].machine)} {runtime}", render(reports, options.batch_sizes), NOTE]
-    )
-    chosen = ((options.model, "small"), (options.dtype, "float32"))
-    publish(section_name("export_cpu", *chosen), text, options.dry_run)
+    machine = f"{reports[EAGER].machine}; onnxruntime {version('onnxruntime')}"
+    title = f"Exported files on a CPU, {TITLES[options.model]}, {options.dtype}"
+    page = page_name("export_cpu", (options.model, "small"), (options.dtype, "float32"))
+    publish(page, title, machine, [render(reports, options.batch_sizes), NOTE], dry_run=options.dry_run)
 
 
 NOTE = (
-    "`compressed` is by the recipe of the paper with 158, 127 and 102 tokens, `on tiles` with 160, 128 and 112; "
-    "`tuned` stands for `--tune`. The files take any number of inputs. Latency per batch in ms: median [p10-p90]; the "
-    "models of one line run in turn. In brackets the speed-up over dense, and the efficiency, which is the speed-up "
-    "divided by the ratio of the multiply-accumulates. The opset is that of the ONNX file: GELU is one operator from "
-    "20 on, attention from 23 on."
+    "`compressed` uses the paper's recipe with 158, 127 and 102 tokens, `on tiles` 160, 128 and 112; `tuned` means "
+    "`--tune`. The files accept any batch size. Latency per batch in ms: median [p10-p90]; the models of one line are "
+    "interleaved. In brackets: speed-up over dense, and efficiency (speed-up divided by the ratio of the "
+    "multiply-accumulates). GELU is one ONNX operator from opset 20, attention from opset 23."
 )
 
 
@@ -99,7 +91,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each side at each batch size")
     parser.add_argument("--min-runs", type=int, default=10)
-    parser.add_argument("--dry-run", action="store_true", help="print the tables, leave docs/results.md as it is")
+    parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     return parser.parse_args()
 
 

@@ -1,7 +1,7 @@
-"""How long an export takes with its check, and whether an exported file gives the same each time: DeiT-B, on this CPU.
+"""Time of an export with its check, and repeatability of the exported files: DeiT-B, on this CPU.
 
-Every export is a command in a process of its own, as people call it. Each file is then run many times in batches of
-different sizes, and what it gives for a picture is compared bit by bit with the first time. Weights are random.
+Each export is a command in its own process. Each file is then run many times in batches of
+different sizes, and the outputs are compared bit by bit with the first run. Weights are random.
 
     python benchmarks/export_times.py
 """
@@ -9,7 +9,6 @@ different sizes, and what it gives for a picture is compared bit by bit with the
 from __future__ import annotations
 
 import argparse
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from _results import provenance, publish, table
+from _results import publish, table
 
 from repshift_cli import checkpoint
 from repshift_cli.exporting import TARGETS, Target, default_output
@@ -27,9 +26,9 @@ from repshift_cli.runtimes import Runtime, open_exported
 MODEL, RECIPE = "deit_base_patch16_224", "deit_base_paper"
 BATCHES = (1, 2, 3, 4, 5)
 NOTE = (
-    f"{MODEL}, recipe `{RECIPE}`: one `repshift export` each, start of the process, loading and check included. "
-    "Batches of 1 to 5 pictures in turn: `equal in its size`, how many of the runs give the same bits as the first one "
-    "of their size; `apart`, the largest difference between what a picture gives in batches of different sizes."
+    f"{MODEL}, recipe `{RECIPE}`: one `repshift export` per format, including process start, loading and check. "
+    "Batches of 1 to 5 images in turn. `equal in its size`: runs that give the same bits as the first run of that "
+    "batch size. `apart`: largest difference between the outputs of an image in batches of different sizes."
 )
 
 
@@ -37,18 +36,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--runs", type=int, default=100, help="of each file")
-    parser.add_argument("--dry-run", action="store_true", help="print the table, leave docs/results.md as it is")
+    parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     options = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         rows = [row(target, Path(folder), options.runs) for target in options.targets]
-    command = shlex.join(["python", "benchmarks/export_times.py", *sys.argv[1:]])
     machine = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
     columns = ["format", "s, with the check", "MB", "runs", "equal in its size", "apart"]
-    text = "\n\n".join(
-        ["## How long an export takes: DeiT-B", provenance(command, machine), table(columns, rows), NOTE]
-    )
-    publish("export_times", text, options.dry_run)
+    body = [table(columns, rows), NOTE]
+    publish("export_times", "Time of an export: DeiT-B", machine, body, dry_run=options.dry_run)
 
 
 def row(target: Target, folder: Path, runs: int) -> list[str]:

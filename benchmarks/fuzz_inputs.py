@@ -12,7 +12,6 @@ import argparse
 import faulthandler
 import random
 import resource
-import shlex
 import signal
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from _results import provenance, table, write_section
+from _results import publish, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -34,9 +33,9 @@ from repshift_cli.errors import RepshiftError
 from repshift_cli.measure import device_name
 
 NOTE = (
-    "Inputs: good ones changed in one to four places by a seed. Taken: read without complaint. Refused: ended in a "
-    "RepshiftError. Crashes: any other exception, running out of the memory allowed among them. Slowest: milliseconds "
-    "for one input. The process may take {room} MiB more than at its start."
+    "Inputs: valid files with one to four seeded changes. Accepted: read without an error. Refused: RepshiftError. "
+    "Crashes: any other exception, including exceeding the memory limit of {room} MiB above the start. Slowest: "
+    "milliseconds for one input."
 )
 SHARES = {"headers of safetensors": 2, "annotations": 3, "exported files": 2}
 """Of the inputs; targets that are not named here get one part."""
@@ -82,7 +81,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the first input")
     parser.add_argument("--hang", type=float, default=10.0, help="seconds that an input may take")
     parser.add_argument("--room", type=int, default=1024, help="MiB of memory beyond those at the start")
-    parser.add_argument("--dry-run", action="store_true", help="print the table, leave docs/results.md as it is")
+    parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     return parser.parse_args()
 
 
@@ -135,25 +134,15 @@ def report(found: dict[str, Outcome], grown: float, options: argparse.Namespace)
     ]
     numbers = [sum(int(row[column]) for row in rows) for column in range(1, 6)]
     rows.append(["all", *map(str, numbers), max(rows, key=lambda row: int(row[-1]))[-1]])
-    columns = ["what is read", "inputs", "taken", "refused", "crashes", "hangs", "slowest ms"]
-    command = shlex.join(["python", "benchmarks/fuzz_inputs.py", *sys.argv[1:]])
+    columns = ["what is read", "inputs", "accepted", "refused", "crashes", "hangs", "slowest ms"]
     memory = f"The largest resident set grew by {grown:.0f} MiB over the campaign."
-    text = "\n\n".join(
-        [
-            "## Hostile inputs",
-            provenance(command, device_name(torch.device("cpu"))),
-            table(columns, rows),
-            f"{NOTE.format(room=options.room)} {memory}",
-        ]
-    )
-    print(text)
+    body = [table(columns, rows), f"{NOTE.format(room=options.room)} {memory}"]
+    publish("fuzz_inputs", "Hostile inputs", device_name(torch.device("cpu")), body, dry_run=options.dry_run)
     for name, each in found.items():
         for seed, trace in each.crashes[:3]:
             print(f"\n{name}, seed {seed}:\n{trace}", file=sys.stderr)
         for seed in each.hangs[:3]:
             print(f"\n{name}, seed {seed} hangs", file=sys.stderr)
-    if not options.dry_run:
-        write_section("fuzz_inputs", text)
     if any(each.crashes or each.hangs for each in found.values()):
         sys.exit(1)
 

@@ -1,7 +1,7 @@
 """All models of the paper (arXiv 2508.00367) on a GPU: batch sizes, half precision, backends, compiled, and peers.
 
 All sides of a setting run in turn on the same weights, which are random: that does not change the speed. Without a
-CUDA device the section says that nothing was measured.
+CUDA device the page says that nothing was measured.
 
     python benchmarks/gpu.py --dtype float16
     python benchmarks/gpu.py --models deit_base --batch-sizes 256 --compile default --against explicit tome
@@ -10,12 +10,10 @@ CUDA device the section says that nothing was measured.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from dataclasses import dataclass
 
 import torch
-from _results import latency, provenance, publish, table, words
+from _results import latency, publish, table, words
 
 from repshift_cli.bench_report import BenchReport, Run
 from repshift_cli.benchmark import BenchSettings, run_sweep
@@ -52,16 +50,13 @@ PUBLISHED = {
     "resnet50": Published("ResNet-50", "resnet50", "resnet50_paper", (2927, 3553)),
     "vim": Published("Vim-Ti", "vim_tiny_patch16_224", "vim_tiny_paper", (1603, 1754)),
 }
-TITLE = "## On a GPU"
+TITLE = "On a GPU"
 
 
 def main() -> None:
     options = parse_options()
-    command = shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]])
     if not torch.cuda.is_available():
-        publish(
-            "gpu", f"{TITLE}\n\nNot measured here: no CUDA device was at hand. `{command}` does it.", options.dry_run
-        )
+        publish("gpu", TITLE, "no CUDA device", ["**Not measured.**"], dry_run=options.dry_run)
         return
     sections, machine = [], ""
     for key in options.models:
@@ -70,10 +65,10 @@ def main() -> None:
         machine = report.machine
         sections.append(render(published, report))
     note = (
-        "Milliseconds per batch: median [p10-p90] of runs in turn. `over explicit` is the paper's comparison; "
+        "Milliseconds per batch: median [p10-p90] of interleaved runs. `over explicit` is the paper's comparison; "
         "efficiency is the speed-up over dense in the same setting divided by the ratio of the operations."
     )
-    publish("gpu", "\n\n".join([TITLE, provenance(command, machine), *sections, note]), options.dry_run)
+    publish("gpu", TITLE, machine, [*sections, note], dry_run=options.dry_run)
 
 
 def parse_options() -> argparse.Namespace:
@@ -87,7 +82,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--against", nargs="*", default=None, help="peers (default: all that the model can have)")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each side at each batch size")
-    parser.add_argument("--dry-run", action="store_true", help="print the tables, leave docs/results.md as it is")
+    parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     return parser.parse_args()
 
 
@@ -117,7 +112,7 @@ def render(published: Published, report: BenchReport) -> str:
         before, after = published.per_s
         rows.append(["paper", "its baseline", "-", "-", f"{before}", "1.00x", "-", "-"])
         rows.append(["paper", "theirs", "-", "-", f"{after}", f"{after / before:.2f}x", "-", "-"])
-    return f"### {published.title}, recipe `{published.recipe}`\n\n{table(columns, rows)}"
+    return f"## {published.title}, recipe `{published.recipe}`\n\n{table(columns, rows)}"
 
 
 def row(run: Run, group: list[Run]) -> list[str]:

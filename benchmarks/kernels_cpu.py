@@ -10,14 +10,12 @@ proportional to the tokens, and that of the second to their square. `packed` has
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from _results import provenance, publish, table
+from _results import publish, table
 from _timing import pieces_parser, timed
 from torch import Tensor
 from torch.nn import functional
@@ -53,14 +51,13 @@ def main() -> None:
         for dtype in options.dtypes:
             found = [measure(WIDTHS[model], batch, DTYPES[dtype], options.rounds) for batch in options.batches]
             parts.append(f"{model}, {dtype}:\n\n{table(columns, rows(found))}")
-    command = shlex.join(["python", "benchmarks/kernels_cpu.py", *sys.argv[1:]])
     machine = f"{device_name(torch.device('cpu'))}, {options.threads} threads"
     note = (
         "Median ms of the linear layers of 12 blocks, plain and packed, and of their fused attention. In brackets the "
-        "efficiency beside 197 tokens: the time per token there over that here, for attention per pair of tokens."
+        "efficiency relative to 197 tokens: time per token at 197 divided by time per token here (attention: per pair "
+        "of tokens)."
     )
-    title = "## Kernels alone, with fewer and fewer tokens"
-    publish("kernels_cpu", "\n\n".join([title, provenance(command, machine), *parts, note]), options.dry_run)
+    publish("kernels_cpu", "Kernels alone, by number of tokens", machine, [*parts, note], dry_run=options.dry_run)
 
 
 def rows(found: list[list[tuple[float, ...]]]) -> list[list[str]]:

@@ -20,7 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from _results import provenance, publish, table
+from _results import publish, table
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -53,12 +53,11 @@ SUBJECTS = {
     "umt_large": Subject("UMT-L", "umt_large", "umt_large_paper", 1, clips=4),
 }
 NOTE = (
-    "MiB at most over the life of the process, sampled every 10 ms: `held`, anonymous memory; `mapped`, pages of files "
-    "that are mapped, torch's libraries (`inspect` of a small model has {idle}) and the weights among them; the two "
-    "need not be largest at the same time. `float32 weights` is the size of the file. `compress` runs without "
-    "calibration, `bench` times dense and compressed, `eval` both on "
-    f"{PICTURES} pictures, and UMT on clips of 12 frames with their captions, all in batches of the size given. The "
-    "file of `bench` and `eval` is the compressed one."
+    "Largest MiB over the life of the process, sampled every 10 ms. `held`: anonymous memory. `mapped`: pages of "
+    "mapped files, including torch's libraries (`inspect` of a small model: {idle}) and the weights. The two maxima "
+    "need not coincide. `float32 weights` is the size of the file. `compress` runs without calibration; `bench` "
+    f"times dense and compressed; `eval` runs both on {PICTURES} images (UMT: on clips of 12 frames with captions), "
+    "in batches of the given size. `bench` and `eval` read the compressed file."
 )
 
 
@@ -66,25 +65,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dry-run", action="store_true", help="print the table, leave docs/results.md as it is")
+    parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         draw_pictures(Path(folder) / "pictures")
         write_vocabulary(Path(folder) / "vocab.txt")
         idle = peak(["inspect", "deit_tiny_patch16_224"])[1]
         rows = [row for key in options.models for row in rows_of(SUBJECTS[key], Path(folder), options.threads)]
-    command = shlex.join(["python", "benchmarks/memory_cpu.py", *sys.argv[1:]])
     machine = f"{device_name(torch.device('cpu'))}, float32, {options.threads} threads"
     columns = ["model", "float32 weights", "command", "batch", "held", "mapped"]
-    text = "\n\n".join(
-        [
-            "## Memory of the commands on a CPU",
-            provenance(command, machine),
-            table(columns, rows),
-            NOTE.format(idle=f"{idle:.0f}"),
-        ]
-    )
-    publish("memory_cpu", text, options.dry_run)
+    body = [table(columns, rows), NOTE.format(idle=f"{idle:.0f}")]
+    publish("memory_cpu", "Memory of the commands on a CPU", machine, body, dry_run=options.dry_run)
 
 
 def draw_pictures(root: Path) -> None:

@@ -8,9 +8,7 @@ float64, a copy of the kept tokens beyond the gathering itself, a value read bac
 
 from __future__ import annotations
 
-import shlex
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from functools import partial
 from itertools import pairwise
 
 import torch
-from _results import provenance, publish, table
+from _results import publish, table
 from _timing import WARMUP, pieces_parser
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -39,7 +37,6 @@ def main() -> None:
     torch.manual_seed(0)
     compressed = compress_dense(MODEL, RECIPE).compressed
     assert compressed is not None
-    command = shlex.join(["python", "benchmarks/overhead_cpu.py", *sys.argv[1:]])
     rows = [row(compressed, batch, options.rounds) for batch in options.batches]
     columns = [
         "batch",
@@ -50,19 +47,14 @@ def main() -> None:
         "score and gathering",
         "with the choice",
     ]
-    text = "\n\n".join(
-        [
-            "## What a site costs: the first of DeiT-S, 197 to 158 tokens",
-            provenance(command, f"{device_name(torch.device('cpu'))}, float32, {options.threads} threads"),
-            table(columns, rows),
-            "Shares are of the time of the block. "
-            "Medians of runs in which block, score, choice and gathering follow each other as in the model, each on "
-            "what the one before it has just left in memory. Operations that the site adds to those of its block, by "
-            "the profiler at batch "
-            f"{options.batches[0]}: {added(compressed, options.batches[0])}.",
-        ]
+    note = (
+        "Shares are of the time of the block. Medians of runs in which block, score, choice and gathering follow each "
+        "other as in the model, each on data that the one before has just written. Operations that the site adds to "
+        f"its block, by the profiler at batch {options.batches[0]}: {added(compressed, options.batches[0])}."
     )
-    publish("overhead_cpu", text, options.dry_run)
+    machine = f"{device_name(torch.device('cpu'))}, float32, {options.threads} threads"
+    title = "Cost of a site: the first of DeiT-S, 197 to 158 tokens"
+    publish("overhead_cpu", title, machine, [table(columns, rows), note], dry_run=options.dry_run)
 
 
 @torch.inference_mode()

@@ -9,12 +9,10 @@ the 158 and 126 that are left when tokens have been let go.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import time
 
 import torch
-from _results import latency, provenance, table, write_section
+from _results import latency, publish, table
 from torch import Tensor
 
 from repshift_cli.measure import Spread, Subject, device_name, measure_latency, speedup, threads
@@ -23,9 +21,9 @@ from repshift_cli.progress import Silent
 
 SCANS = 2
 NOTE = (
-    "Milliseconds for both directions: median [p10-p90] of runs in turn. `naive` forms the decays and inputs of all "
-    "tokens as `[B, E, L, N]`, then takes one step per token, direction by direction. The ratios are to the others' "
-    "median; `per token` is the blocked scan's median divided by B L, in microseconds."
+    "Milliseconds for both directions: median [p10-p90] of interleaved runs. `naive` forms the decays and inputs of "
+    "all tokens as `[B, E, L, N]`, then takes one step per token, direction by direction. The ratios are to the "
+    "others' median; `per token` is the blocked scan's median divided by B L, in microseconds."
 )
 
 
@@ -35,13 +33,9 @@ def main() -> None:
         machine = f"{device_name(torch.device('cpu'))}, {count} threads"
         rows = [measure(batch, length, options) for batch in options.batch_sizes for length in options.lengths]
         training = [train(options)] if options.train else []
-    command = shlex.join(["python", "benchmarks/scan_cpu.py", *sys.argv[1:]])
     columns = ["", "naive", "sequential", "blocked", "over naive", "over sequential", "per token"]
-    title = f"## Selective scan on a CPU (E = {options.width}, N = {options.state})"
-    text = "\n\n".join([title, provenance(command, machine), table(columns, rows), *training, NOTE])
-    print(text)
-    if not options.dry_run:
-        write_section("scan_cpu", text)
+    title = f"Selective scan on a CPU (E = {options.width}, N = {options.state})"
+    publish("scan_cpu", title, machine, [table(columns, rows), *training, NOTE], dry_run=options.dry_run)
 
 
 def parse_options() -> argparse.Namespace:
@@ -55,7 +49,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--train", action="store_true", help="also time the gradient, at B = 64, L = 82, E = 128, N = 8"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the table, leave docs/results.md as it is")
+    parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     return parser.parse_args()
 
 

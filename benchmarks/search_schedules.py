@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import shlex
 import sys
 import time
 
 import timm
 import torch
-from _results import provenance, publish, table
+from _results import publish, table
 from builtin_accuracy import Scenes, draw
 from combinations import outputs
 from torch import Tensor, nn
@@ -45,12 +44,13 @@ METRICS = {"fitted": "merge", "representation_shift": "prune"}
 def main() -> None:
     options = parse_options()
     torch.set_num_threads(options.threads)
-    command = shlex.join(["python", "benchmarks/search_schedules.py", *sys.argv[1:]])
-    origin = provenance(command, f"{device_name(torch.device('cpu'))}, {options.threads} threads")
+    machine = f"{device_name(torch.device('cpu'))}, {options.threads} threads"
     if options.models:
-        publish("search_quality", quality_section(options, origin), options.dry_run)
+        title = "Searched schedules against the paper's at equal operations"
+        publish("search_quality", title, machine, quality(options), dry_run=options.dry_run)
     if options.latency:
-        publish("search_latency", latency_section(options, origin), options.dry_run)
+        title = f"A latency target: DeiT-S, {IMAGES} images, batch {options.batch}"
+        publish("search_latency", title, machine, latencies(options), dry_run=options.dry_run)
 
 
 def parse_options() -> argparse.Namespace:
@@ -63,7 +63,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--latency", nargs="*", type=float, default=[0.6], help="targets for DeiT-S")
     parser.add_argument("--batch", type=int, default=8, help="of the latency targets")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dry-run", action="store_true", help="print the tables, leave docs/results.md as it is")
+    parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     return parser.parse_args()
 
 
@@ -73,7 +73,7 @@ def start(target: Target, metric: str) -> Recipe:
     return Recipe(version=1, metric=Part(kind=metric), reducer=Part(kind=METRICS[metric]), budget=budget)
 
 
-def quality_section(options: argparse.Namespace, origin: str) -> str:
+def quality(options: argparse.Namespace) -> list[str]:
     rows = []
     for name in options.models:
         model = checkpoint.load(f"builtin:{name}")
@@ -97,14 +97,13 @@ def quality_section(options: argparse.Namespace, origin: str) -> str:
                     print(rows[-1], file=sys.stderr, flush=True)
     columns = ["model", "score", "reducer", "target", "seed", "MACs found", "MACs paper", "distance found"]
     columns += ["distance paper", "unchanged found, %", "unchanged paper, %", "top-1 found, %", "top-1 paper, %", "s"]
-    title = "## Searched schedules against the paper's at equal operations"
-    told = (
+    note = (
         f"Each row is one search on {IMAGES} training scenes of its seed; distance (squared Hellinger), unchanged "
-        f"predictions and top-1 on {options.scenes} test scenes that no search has seen. The paper's schedule has its "
+        f"predictions and top-1 on {options.scenes} test scenes that no search used. The paper's schedule has its "
         "ratios scaled by one factor; its scores are fitted or calibrated on the same scenes. `=`: the search returned "
-        "the paper's schedule, because nothing else was better on the scenes that chose and on those held back."
+        "the paper's schedule, because no other was better on the search scenes and on the held-out scenes."
     )
-    return "\n\n".join([title, origin, told, table(columns, rows)])
+    return [note, table(columns, rows)]
 
 
 def compared(model: nn.Module, found: SearchResult, images: Tensor, metric: str, scenes: Scenes) -> list[str]:
@@ -142,7 +141,7 @@ def paper_plan(model: nn.Module, found: SearchResult, images: Tensor, metric: st
     return plan.with_metrics(chosen.parts)
 
 
-def latency_section(options: argparse.Namespace, origin: str) -> str:
+def latencies(options: argparse.Namespace) -> list[str]:
     torch.manual_seed(0)
     model = timm.create_model("deit_small_patch16_224").eval()
     images = torch.randn(IMAGES, 3, 224, 224, generator=torch.Generator().manual_seed(0))
@@ -185,9 +184,8 @@ def latency_section(options: argparse.Namespace, origin: str) -> str:
         "tried",
         "search",
     ]
-    title = f"## A latency target: DeiT-S, {IMAGES} images, batch {options.batch}"
-    told = "Random weights and noise: the time is what matters here. All as fractions of the dense model's."
-    return "\n\n".join([title, origin, told, table(columns, rows)])
+    note = "Random weights and noise inputs: only the time matters here. All values are fractions of the dense model's."
+    return [note, table(columns, rows)]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""What letting tokens go costs the built-in video models: retrieval and question answering on videos that were encoded
-and decoded again, none of which training saw.
+"""Accuracy of the built-in video models with fewer tokens: retrieval and question answering on encoded test videos.
 
-At the cost of showing the dense model only some of the frames, evenly spaced, the same operations are spent on all
-frames with tokens let go after three blocks: by representation shift as the paper has it, calibrated, at random, and by
-merging as vid-TLDR does, with its own score and with shift.
+The baseline is the dense model on fewer, evenly spaced frames. At the same number of operations, tokens of all frames
+are dropped or merged after three blocks, by several scores.
 
     python benchmarks/video_accuracy.py --videos 300
 """
@@ -11,8 +9,6 @@ merging as vid-TLDR does, with its own score and with shift.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +18,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from _results import provenance, table, write_section
+from _results import page_name, publish, table
 from torch import Tensor
 
 from repshift_cli import checkpoint, measure
@@ -42,6 +38,7 @@ from repshift_cli.tokens import Sized
 from repshift_cli.video_evaluation import Settings, Task, Wanted, answer, open_data, open_tokenizer, retrieve
 
 LAYERS = (0, 2, 4)
+CLIPS = 64
 OPEN = "{kind: representation_shift}"
 FITTED = "{kind: fitted}"
 SIDES = {
@@ -67,9 +64,9 @@ SIDES = {
     ),
 }
 NOTE = (
-    "R@1 of text-to-video and of video-to-text by cosine, then re-ranked by the matching head (the best 16), and "
-    "share of questions answered right, in percent, mean over the seeds (each with its own videos). Every side pools "
-    "over all tokens. `frames` is the dense model on fewer frames; the others have about its operations."
+    "R@1 of text-to-video and video-to-text by cosine, then re-ranked by the matching head (the best 16), and share "
+    "of correct answers, in percent, mean over the seeds (each with its own videos). All pool over all tokens. "
+    "`frames` is the dense model on fewer frames; the others cost about as many operations."
 )
 
 
@@ -78,12 +75,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     sections = [section(frames, options) for frames in options.frames]
     machine = f"{measure.device_name(torch.device('cpu'))}, {options.threads} threads"
-    command = shlex.join(["python", "benchmarks/video_accuracy.py", *sys.argv[1:]])
-    title = "## Built-in video models: retrieval and question answering"
-    text = "\n\n".join([title, provenance(command, machine), *sections, NOTE])
-    print(text)
-    if not options.dry_run:
-        write_section("video_accuracy", text)
+    title = "Built-in video models: retrieval and question answering"
+    page = page_name("video_accuracy", (options.clips, CLIPS))
+    publish(page, title, machine, [*sections, NOTE], dry_run=options.dry_run)
 
 
 def parse_options() -> argparse.Namespace:
@@ -92,9 +86,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--frames", nargs="+", type=int, default=[4, 3], help="frames that set the cost")
     parser.add_argument("--rerank", type=int, default=16)
-    parser.add_argument("--clips", type=int, default=64, help="for calibration")
+    parser.add_argument("--clips", type=int, default=CLIPS, help="for calibration")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dry-run", action="store_true", help="print the tables, leave docs/results.md as it is")
+    parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     return parser.parse_args()
 
 
@@ -114,7 +108,7 @@ def section(frames: int, options: argparse.Namespace) -> str:
         for name, values in found.items()
     ]
     count = len(options.seeds) * options.videos
-    return f"### At the cost of {frames} of 6 frames, {count} videos\n\n{table(columns, rows)}"
+    return f"## At the cost of {frames} of 6 frames, {count} videos\n\n{table(columns, rows)}"
 
 
 def results(videos: Path, frames: int, options: argparse.Namespace) -> Iterator[tuple[str, float, list[float]]]:

@@ -9,14 +9,12 @@ All sides run in turn in one process. Weights are random, which does not change 
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from _results import latency, provenance, publish, table, words
+from _results import latency, publish, table, words
 from _timing import cpu_settings
 
 from repshift_cli.artifact import Opened
@@ -44,23 +42,21 @@ PUBLISHED = {
 DENSE, EXPLICIT = "dense", "dense, explicit"
 PEER = "umt_base_vidtldr, own score, explicit"
 NOTE = (
-    "Milliseconds per batch: median [p10-p90] of runs in turn. Attention is torch's fused kernel unless it says "
-    "explicit. Efficiency is the speed-up over dense divided by the ratio of the multiply-accumulates, those of score "
-    "and merging included. Peak is what is alive at once beyond the weights. `own score` is vid-TLDR as its authors "
-    "have it: the score needs the attention map, and the kernel is not fused."
+    "Milliseconds per batch: median [p10-p90] of interleaved runs. Attention is torch's fused kernel unless `explicit` "
+    "is given. Efficiency is the speed-up over dense divided by the ratio of the multiply-accumulates, including score "
+    "and merging. Peak is the largest memory alive at once beyond the weights. `own score` is vid-TLDR's own: it needs "
+    "the attention map, so the kernel is not fused."
 )
 
 
 def main() -> None:
     options = parse_options()
-    command = shlex.join(["python", "benchmarks/video_cpu.py", *sys.argv[1:]])
     for key in options.models:
         published = PUBLISHED[key]
         report = measure(published, options)
         tables = [render(report, published, batch) for batch in options.batch_sizes]
-        title = f"## Video on a CPU: {published.title}, 12 frames of 224"
-        text = "\n\n".join([title, provenance(command, report.machine), *tables, NOTE])
-        publish(f"video_cpu_{key}", text, options.dry_run)
+        title = f"Video on a CPU: {published.title}, 12 frames of 224"
+        publish(f"video_cpu_{key}", title, report.machine, [*tables, NOTE], dry_run=options.dry_run)
 
 
 def parse_options() -> argparse.Namespace:
@@ -70,7 +66,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=40.0, help="for each side at each batch size")
     parser.add_argument("--min-runs", type=int, default=5)
-    parser.add_argument("--dry-run", action="store_true", help="print the tables, leave docs/results.md as it is")
+    parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     return parser.parse_args()
 
 
@@ -125,7 +121,7 @@ def render(report: BenchReport, published: Published, batch: int) -> str:
     rows.append(["paper, GPU: dense, explicit", "-", f"{before} videos/s", "1.00x", "-", "-", "-"])
     rows.append(["paper, GPU: theirs", "-", f"{after} videos/s", f"{after / before:.2f}x", "-", "-", "-"])
     columns = ["", "GMACs", "ms", "over explicit", "over dense", "efficiency", "peak MB"]
-    return f"### Batch {batch}\n\n{table(columns, rows)}"
+    return f"## Batch {batch}\n\n{table(columns, rows)}"
 
 
 def row(run: Run, runs: dict[str, Run]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import timm
@@ -258,7 +259,7 @@ class TestTilesOfTheMatrixUnit:
 
 
 @pytest.fixture(name="results")
-def fixture_results(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+def fixture_results(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     import _results
 
@@ -267,20 +268,24 @@ def fixture_results(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
 
 class TestResults:
-    def test_sections(self, tmp_path: Path, results: object) -> None:
-        path = tmp_path / "docs" / "results.md"
-        results.write_section("one", "first", path)
-        results.write_section("two", r"second \1", path)
-        results.write_section("one", "renewed", path)
+    def test_a_run_replaces_its_page(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: ModuleType
+    ) -> None:
+        monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+        monkeypatch.setattr(sys, "argv", ["somewhere/vit_cpu.py", "--batch-sizes", "1"])
+        name = results.page_name("vit_cpu", ("bfloat16", "float32"), ("off", "off"))
+        body = [results.table(["a", "b"], [["1", "2"]]), "A note."]
+        results.publish(name, "A title", "a machine", ["first"], dry_run=False)
+        results.publish(name, "A title", "a machine", body, dry_run=False)
+        (path,) = (tmp_path / "results").iterdir()
+        assert path.name == "vit_cpu_bfloat16.md"
         text = path.read_text()
-        assert "<!-- begin one -->\nrenewed\n<!-- end one -->" in text
-        assert text.index("end one") < text.index("begin two")
-        assert r"second \1" in text
+        assert text.startswith("# A title\n\n- Command: `")
+        assert "python benchmarks/vit_cpu.py --batch-sizes 1`\n- Machine: a machine\n- Versions: Python " in text
+        assert text.endswith("| a | b |\n| --- | --: |\n| 1 | 2 |\n\nA note.\n")
         assert "first" not in text
 
-    def test_broken_marks(self, tmp_path: Path, results: object) -> None:
-        path = tmp_path / "results.md"
-        path.write_text("<!-- begin one -->")
-        with pytest.raises(ValueError, match="end one"):
-            results.write_section("one", "text", path)
-        assert path.read_text() == "<!-- begin one -->"
+    def test_dry_run_writes_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: ModuleType) -> None:
+        monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+        results.publish("one", "A title", "a machine", [], dry_run=True)
+        assert not (tmp_path / "results").exists()
