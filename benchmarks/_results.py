@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from repshift_cli.measure import Speedup, Spread
+from repshift_cli.measure.latency import Speedup, Spread
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from repshift_cli.benchmark import BenchSettings, MemoryFormat
+from repshift_cli.benchmark.report import MemoryFormat
+from repshift_cli.benchmark.run import BenchSettings
 
 WARMUP = 10
 

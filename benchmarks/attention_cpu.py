@@ -12,11 +12,11 @@ import torch
 from _results import publish, table
 from _timing import pieces_parser, timed
 
-from repshift_cli.attention import attend
-from repshift_cli.measure import device_name
-from repshift_cli.metrics import Metric, SiteContext, build_metric
-from repshift_cli.metrics.fitted import Fitted
-from repshift_cli.recipe import Part
+from repshift_cli.measure.device import device_name
+from repshift_cli.ops.attention import attend
+from repshift_cli.planning.recipe import Part
+from repshift_cli.reduction.metrics.base import Metric, SiteContext, build_metric
+from repshift_cli.reduction.metrics.fitted import Fitted
 
 HEADS, WIDTH, TOKENS = 6, 64, 158
 ARRIVING = 197

@@ -19,18 +19,20 @@ import torch
 from _results import publish, table
 from torch import Tensor
 
-from repshift_cli import checkpoint
-from repshift_cli.attach import attach, feeds
-from repshift_cli.calibrate import calibrate
-from repshift_cli.checkpoint import BUILTIN, LoadedModel
-from repshift_cli.data.digits import DigitScenes
-from repshift_cli.data.images import load_images
-from repshift_cli.families import match
-from repshift_cli.measure import count_macs, device_name
-from repshift_cli.metrics import Metric, build_metric
-from repshift_cli.plan import Plan, resolve
-from repshift_cli.progress import Silent
-from repshift_cli.recipe import Part, default_recipe
+from repshift_cli.calibration.calibrate import calibrate
+from repshift_cli.checkpoints.load import BUILTIN, load_checkpoint
+from repshift_cli.checkpoints.loaded import LoadedModel
+from repshift_cli.data.builtin.digits import DigitScenes
+from repshift_cli.data.inputs import load_images
+from repshift_cli.measure.device import device_name
+from repshift_cli.measure.macs import count_macs
+from repshift_cli.planning.plan import Plan, resolve
+from repshift_cli.planning.recipe import Part, default_recipe
+from repshift_cli.reduction.checks import feeds
+from repshift_cli.reduction.compressed_model import attach
+from repshift_cli.reduction.families.base import match
+from repshift_cli.reduction.metrics.base import Metric, build_metric
+from repshift_cli.utils.progress import Silent
 
 RANDOM_DRAWS = 5
 CALIBRATION_IMAGES = 128
@@ -95,7 +97,7 @@ def accuracy(loaded: LoadedModel, plan: Plan, seeds: Sequence[Scenes]) -> tuple[
 
 def study(name: str, count: int, seeds: Sequence[int], calibrations: int) -> tuple[str, list[str]]:
     """Title and body of the page of one model."""
-    loaded = checkpoint.load(f"builtin:{name}")
+    loaded = load_checkpoint(f"builtin:{name}")
     family = match(loaded.model)
     layout = family.layout(loaded.model)
     layers = [site.layer for site in layout.sites]

@@ -19,20 +19,13 @@ from _results import latency, publish, table, words
 from _timing import cpu_settings
 from torch import Tensor
 
-from repshift_cli import checkpoint
-from repshift_cli.benchmark import (
-    BenchReport,
-    Contender,
-    MemoryFormat,
-    Ratio,
-    Run,
-    contenders_of,
-    run_bench,
-)
-from repshift_cli.compression import compress_dense
-from repshift_cli.plan import Plan
-from repshift_cli.progress import Progress
-from repshift_cli.ui import Screen
+from repshift_cli.benchmark.report import BenchReport, MemoryFormat, Ratio, Run
+from repshift_cli.benchmark.run import Contender, contenders_of, run_bench
+from repshift_cli.checkpoints.load import load_checkpoint
+from repshift_cli.cli.ui import Screen
+from repshift_cli.compression.api import compress_dense
+from repshift_cli.planning.plan import Plan
+from repshift_cli.utils.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -95,7 +88,7 @@ def measure(published: Published, layout: MemoryFormat, options: argparse.Namesp
 
 def cropped(name: str, compressed: Contender, plan: Plan) -> Contender:
     """The dense model with its maps cut to the sizes of the plan, whatever is in them."""
-    model = checkpoint.load(name).model
+    model = load_checkpoint(name).model
     for site in plan.sites:
         assert site.grid_out is not None
         model.get_submodule(site.site).register_forward_hook(partial(crop, grid=site.grid_out))

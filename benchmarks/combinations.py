@@ -21,18 +21,21 @@ from _results import publish, table
 from builtin_accuracy import Scenes, draw
 from torch import Tensor, nn
 
-from repshift_cli import checkpoint
-from repshift_cli.attach import CompressedModel, attach, has_open_fields, resolve_for, with_defaults
-from repshift_cli.calibrate import agreement, calibrate, divergence
-from repshift_cli.checkpoint import LoadedModel
-from repshift_cli.data.images import load_images
-from repshift_cli.families import match
-from repshift_cli.intervals import percent_interval
-from repshift_cli.measure import Subject, device_name, measure_latency, speedup
-from repshift_cli.plan import Plan
-from repshift_cli.progress import Silent
-from repshift_cli.recipe import Recipe, default_recipe
-from repshift_cli.ui import Screen
+from repshift_cli.calibration.calibrate import calibrate
+from repshift_cli.calibration.outputs import agreement, divergence
+from repshift_cli.checkpoints.load import load_checkpoint
+from repshift_cli.checkpoints.loaded import LoadedModel
+from repshift_cli.cli.ui import Screen
+from repshift_cli.data.inputs import load_images
+from repshift_cli.measure.device import device_name
+from repshift_cli.measure.latency import Subject, compute_speedup, measure_latency
+from repshift_cli.planning.plan import Plan
+from repshift_cli.planning.recipe import Recipe, default_recipe
+from repshift_cli.reduction.checks import has_open_fields, resolve_for, with_defaults
+from repshift_cli.reduction.compressed_model import CompressedModel, attach
+from repshift_cli.reduction.families.base import match
+from repshift_cli.utils.progress import Silent
+from repshift_cli.utils.stats import percent_interval
 
 REDUCERS = {
     "prune": "{kind: prune}",
@@ -98,7 +101,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def accuracy_page(name: str, options: argparse.Namespace) -> tuple[str, list[str]]:
-    loaded = checkpoint.load(f"builtin:{name}")
+    loaded = load_checkpoint(f"builtin:{name}")
     sets = [draw(loaded, seed, options.scenes) for seed in options.seeds]
     scenes = Scenes(torch.cat([each.images for each in sets]), torch.cat([each.labels for each in sets]))
     dense = outputs(loaded.model, scenes.images)
@@ -188,7 +191,7 @@ def speeds(dense: nn.Module, sides: Sequence[Side], inputs: Tensor, seconds: flo
     """How many times faster than dense each side is, all timed in turn."""
     subjects = [Subject("dense", dense), *(Subject(f"{side.reducer}, {side.metric}", side.model) for side in sides)]
     times = measure_latency(subjects, inputs, max_seconds=seconds, warmup=2, progress=Screen(), min_runs=5)
-    gains = [speedup(times["dense"], times[subject.name]) for subject in subjects[1:]]
+    gains = [compute_speedup(times["dense"], times[subject.name]) for subject in subjects[1:]]
     return [f"{gain.ratio:.2f}x ({gain.p10:.2f} - {gain.p90:.2f})" for gain in gains]
 
 
@@ -218,7 +221,7 @@ def speed_page(options: argparse.Namespace) -> tuple[str, list[str]]:
         )
         rows = []
         for side in sides:
-            gain, against = (speedup(times[name], times[side.reducer]) for name in ("dense", "prune, shift"))
+            gain, against = (compute_speedup(times[name], times[side.reducer]) for name in ("dense", "prune, shift"))
             rows.append(
                 [
                     side.reducer,

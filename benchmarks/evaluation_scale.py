@@ -38,8 +38,8 @@ import torch
 from _results import publish, table
 from PIL import Image
 
-from repshift_cli.data.digits import DigitScenes
-from repshift_cli.measure import device_name
+from repshift_cli.data.builtin.digits import DigitScenes
+from repshift_cli.measure.device import device_name
 
 TITLES = {
     "processes": "Evaluation by one process and by two",

@@ -23,14 +23,16 @@ from pathlib import Path
 from _results import latency, page_name, publish, table, words
 from _timing import cpu_settings
 
-from repshift_cli.artifact import Opened
-from repshift_cli.benchmark import BenchReport, Contender, contenders_of, run_bench
-from repshift_cli.compression import compress_dense
-from repshift_cli.exporting import Request, Target, export
-from repshift_cli.measure import DTYPES
-from repshift_cli.progress import Progress
-from repshift_cli.runtimes import open_exported
-from repshift_cli.ui import Screen
+from repshift_cli.benchmark.report import BenchReport
+from repshift_cli.benchmark.run import Contender, contenders_of, run_bench
+from repshift_cli.checkpoints.artifact import Opened
+from repshift_cli.checkpoints.exported import open_exported
+from repshift_cli.cli.ui import Screen
+from repshift_cli.compression.api import compress_dense
+from repshift_cli.export.job import export
+from repshift_cli.export.request import Request, Target
+from repshift_cli.measure.device import DTYPES
+from repshift_cli.utils.progress import Progress
 
 TITLES = {"small": "DeiT-S", "base": "DeiT-B"}
 EAGER = "torch, eager"

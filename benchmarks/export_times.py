@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from _results import publish, table
 
-from repshift_cli import checkpoint
-from repshift_cli.exporting import TARGETS, Target, default_output
-from repshift_cli.measure import device_name
-from repshift_cli.runtimes import Runtime, open_exported
+from repshift_cli.checkpoints.exported import Runtime, open_exported
+from repshift_cli.checkpoints.load import load_checkpoint
+from repshift_cli.export.request import TARGETS, Target, default_output
+from repshift_cli.measure.device import device_name
 
 MODEL, RECIPE = "deit_base_patch16_224", "deit_base_paper"
 BATCHES = (1, 2, 3, 4, 5)
@@ -71,7 +71,7 @@ def export(target: Target, output: Path) -> float:
 @torch.inference_mode()
 def repeated(runtime: Runtime, runs: int) -> tuple[int, float]:
     """How many runs give the same bits as the first of their batch size, and how far sizes are apart."""
-    pictures = torch.randn(max(BATCHES), *checkpoint.load(MODEL).description.preprocessing.shape)
+    pictures = torch.randn(max(BATCHES), *load_checkpoint(MODEL).description.preprocessing.shape)
     sizes = [BATCHES[run % len(BATCHES)] for run in range(runs)]
     first: dict[int, torch.Tensor] = {}
     equal = 0

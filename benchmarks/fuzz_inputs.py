@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from fuzzing import TARGETS, Fuzzer
 
 from repshift_cli.errors import RepshiftError
-from repshift_cli.measure import device_name
+from repshift_cli.measure.device import device_name
 
 NOTE = (
     "Inputs: valid files with one to four seeded changes. Accepted: read without an error. Refused: RepshiftError. "

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import torch
 from _results import latency, publish, table, words
 
-from repshift_cli.bench_report import BenchReport, Run
-from repshift_cli.benchmark import BenchSettings, run_sweep
-from repshift_cli.compression import compress_dense
-from repshift_cli.measure import DTYPES, speedup
-from repshift_cli.peers import contenders_against
-from repshift_cli.ui import Screen
+from repshift_cli.benchmark.baselines import contenders_against
+from repshift_cli.benchmark.report import BenchReport, Run
+from repshift_cli.benchmark.run import BenchSettings, run_sweep
+from repshift_cli.cli.ui import Screen
+from repshift_cli.compression.api import compress_dense
+from repshift_cli.measure.device import DTYPES
+from repshift_cli.measure.latency import compute_speedup
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,15 @@ def render(published: Published, report: BenchReport) -> str:
 def row(run: Run, group: list[Run]) -> list[str]:
     known = {other.name: other for other in group}
     setting = f"batch {run.batch}, {run.setting.dtype}, {run.attention}, compile {run.setting.compile}"
-    gains = [words(speedup(known[name].timing, run.timing)) if name in known else "-" for name in ("explicit", "dense")]
+    gains = [
+        words(compute_speedup(known[name].timing, run.timing)) if name in known else "-"
+        for name in ("explicit", "dense")
+    ]
     dense = known["dense"]
     efficiency = (
-        "-" if run.macs >= dense.macs else f"{speedup(dense.timing, run.timing).ratio * run.macs / dense.macs:.2f}"
+        "-"
+        if run.macs >= dense.macs
+        else f"{compute_speedup(dense.timing, run.timing).ratio * run.macs / dense.macs:.2f}"
     )
     return [
         setting,

@@ -20,7 +20,7 @@ from _timing import pieces_parser, timed
 from torch import Tensor
 from torch.nn import functional
 
-from repshift_cli.measure import DTYPES, device_name
+from repshift_cli.measure.device import DTYPES, device_name
 
 WIDTHS = {"DeiT-S": 384, "DeiT-B": 768}
 BLOCKS = 12

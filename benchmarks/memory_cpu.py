@@ -24,8 +24,8 @@ from _results import publish, table
 from PIL import Image
 from safetensors.torch import save_file
 
-from repshift_cli import checkpoint
-from repshift_cli.measure import device_name
+from repshift_cli.checkpoints.load import load_checkpoint
+from repshift_cli.measure.device import device_name
 
 SAMPLE_SECONDS = 0.01
 MIB = 1024
@@ -94,7 +94,7 @@ def write_vocabulary(path: Path) -> None:
 def rows_of(subject: Subject, folder: Path, threads: int) -> list[list[str]]:
     """A row for each command; the files go when they have been measured."""
     dense, fast = folder / "dense.safetensors", folder / "fast.safetensors"
-    save_file(checkpoint.load(subject.model).tensors, dense)
+    save_file(load_checkpoint(subject.model).tensors, dense)
     size = dense.stat().st_size / 2**20
     quick, run = ["--seconds", "1"], ["-b", subject.batch, "--threads", threads]
     clips = ["builtin:shapes", "--limit", subject.clips, "--vocab", folder / "vocab.txt"]

@@ -21,11 +21,11 @@ from _timing import WARMUP, pieces_parser
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from repshift_cli.attach import CompressedModel
-from repshift_cli.compression import compress_dense
-from repshift_cli.measure import device_name
-from repshift_cli.metrics import SiteContext, build_metric
-from repshift_cli.tokens import gather_tokens, keep_top_behind
+from repshift_cli.compression.api import compress_dense
+from repshift_cli.measure.device import device_name
+from repshift_cli.ops.tokens import gather_tokens, keep_top_behind
+from repshift_cli.reduction.compressed_model import CompressedModel
+from repshift_cli.reduction.metrics.base import SiteContext, build_metric
 
 MODEL, RECIPE = "deit_small_patch16_224", "deit_small_paper"
 FORBIDDEN = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero")

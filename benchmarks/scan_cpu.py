@@ -15,9 +15,10 @@ import torch
 from _results import latency, publish, table
 from torch import Tensor
 
-from repshift_cli.measure import Spread, Subject, device_name, measure_latency, speedup, threads
-from repshift_cli.models.scan import selective_scan, sequential_scan
-from repshift_cli.progress import Silent
+from repshift_cli.measure.device import device_name, num_threads
+from repshift_cli.measure.latency import Spread, Subject, compute_speedup, measure_latency
+from repshift_cli.ops.selective_scan import selective_scan, sequential_scan
+from repshift_cli.utils.progress import Silent
 
 SCANS = 2
 NOTE = (
@@ -29,7 +30,7 @@ NOTE = (
 
 def main() -> None:
     options = parse_options()
-    with threads(options.threads) as count, torch.inference_mode():
+    with num_threads(options.threads) as count, torch.inference_mode():
         machine = f"{device_name(torch.device('cpu'))}, {count} threads"
         rows = [measure(batch, length, options) for batch in options.batch_sizes for length in options.lengths]
         training = [train(options)] if options.train else []
@@ -61,7 +62,7 @@ def measure(batch: int, length: int, options: argparse.Namespace) -> list[str]:
     subjects = [Subject(name, lambda u, run=run: run(u, *inputs[1:])) for name, run in sides.items()]
     timings = measure_latency(subjects, inputs[0], max_seconds=0, warmup=2, progress=Silent(), min_runs=options.runs)
     naive, sequential, blocked = (timings[name] for name in sides)
-    ratios = [f"{speedup(slow, blocked).ratio:.2f}x" for slow in (naive, sequential)]
+    ratios = [f"{compute_speedup(slow, blocked).ratio:.2f}x" for slow in (naive, sequential)]
     per_token = f"{blocked.spread.median * 1e3 / (batch * length):.2f}"
     cells = [latency(timing.spread) for timing in (naive, sequential, blocked)]
     return [f"batch {batch}, {length} tokens", *cells, *ratios, per_token]

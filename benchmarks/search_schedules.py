@@ -21,19 +21,22 @@ from builtin_accuracy import Scenes, draw
 from combinations import outputs
 from torch import Tensor, nn
 
-from repshift_cli import checkpoint
-from repshift_cli.attach import attach, resolve_for
-from repshift_cli.calibrate import agreement, calibrate, distance, fit_open
-from repshift_cli.data.images import load_images
-from repshift_cli.families import match
-from repshift_cli.measure import Subject, device_name, measure_latency, speedup
-from repshift_cli.plan import Plan
-from repshift_cli.progress import Silent
-from repshift_cli.recipe import Budget, LayerDrop, Part, Recipe
+from repshift_cli.calibration.calibrate import calibrate, fit_open
+from repshift_cli.calibration.outputs import agreement, distance
+from repshift_cli.checkpoints.load import load_checkpoint
+from repshift_cli.cli.ui import Screen
+from repshift_cli.data.inputs import load_images
+from repshift_cli.measure.device import device_name
+from repshift_cli.measure.latency import Subject, compute_speedup, measure_latency
+from repshift_cli.planning.plan import Plan
+from repshift_cli.planning.recipe import Budget, LayerDrop, Part, Recipe
+from repshift_cli.reduction.checks import resolve_for
+from repshift_cli.reduction.compressed_model import attach
+from repshift_cli.reduction.families.base import match
 from repshift_cli.search.result import SearchResult, SearchSettings
 from repshift_cli.search.search import search
 from repshift_cli.search.target import Target
-from repshift_cli.ui import Screen
+from repshift_cli.utils.progress import Silent
 
 IMAGES = 256
 FIT_IMAGES = 64
@@ -76,7 +79,7 @@ def start(target: Target, metric: str) -> Recipe:
 def quality(options: argparse.Namespace) -> list[str]:
     rows = []
     for name in options.models:
-        model = checkpoint.load(f"builtin:{name}")
+        model = load_checkpoint(f"builtin:{name}")
         sets = [draw(model, TEST_SEED + seed, options.scenes) for seed in options.seeds]
         for metric in options.metrics:
             for ratio in options.ratios:
@@ -163,7 +166,7 @@ def latencies(options: argparse.Namespace) -> list[str]:
         again = measure_latency(
             subjects, images[: options.batch], max_seconds=60.0, warmup=2, progress=Screen(), min_runs=10
         )
-        gain = speedup(again["dense"], again["found"])
+        gain = compute_speedup(again["dense"], again["found"])
         rows.append(
             [
                 str(value),

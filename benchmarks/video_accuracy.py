@@ -21,21 +21,24 @@ import torch
 from _results import page_name, publish, table
 from torch import Tensor
 
-from repshift_cli import checkpoint, measure
-from repshift_cli.artifact import Opened
-from repshift_cli.attach import attach, has_open_fields, resolve_for, with_defaults
-from repshift_cli.calibrate import calibrate
-from repshift_cli.data.clips import load_clips
-from repshift_cli.data.moving_shapes import TEST_SEED, write_dataset
-from repshift_cli.data.video import frame_indices
-from repshift_cli.families import match
-from repshift_cli.measure import count_macs
+from repshift_cli.calibration.calibrate import calibrate
+from repshift_cli.checkpoints.artifact import Opened
+from repshift_cli.checkpoints.load import load_checkpoint
+from repshift_cli.data.builtin.moving_shapes import TEST_SEED, write_dataset
+from repshift_cli.data.inputs import load_clips
+from repshift_cli.data.video.decode import frame_indices
+from repshift_cli.evaluation.video_text.data import Task, Wanted, open_data
+from repshift_cli.evaluation.video_text.evaluate import Settings, answer, open_tokenizer, retrieve
+from repshift_cli.measure.device import device_name
+from repshift_cli.measure.macs import count_macs
 from repshift_cli.models.umt import VisionShape
-from repshift_cli.plan import Plan
-from repshift_cli.progress import Silent
-from repshift_cli.recipe import Recipe
-from repshift_cli.tokens import Sized
-from repshift_cli.video_evaluation import Settings, Task, Wanted, answer, open_data, open_tokenizer, retrieve
+from repshift_cli.ops.tokens import Sized
+from repshift_cli.planning.plan import Plan
+from repshift_cli.planning.recipe import Recipe
+from repshift_cli.reduction.checks import has_open_fields, resolve_for, with_defaults
+from repshift_cli.reduction.compressed_model import attach
+from repshift_cli.reduction.families.base import match
+from repshift_cli.utils.progress import Silent
 
 LAYERS = (0, 2, 4)
 CLIPS = 64
@@ -74,7 +77,7 @@ def main() -> None:
     options = parse_options()
     torch.set_num_threads(options.threads)
     sections = [section(frames, options) for frames in options.frames]
-    machine = f"{measure.device_name(torch.device('cpu'))}, {options.threads} threads"
+    machine = f"{device_name(torch.device('cpu'))}, {options.threads} threads"
     title = "Built-in video models: retrieval and question answering"
     page = page_name("video_accuracy", (options.clips, CLIPS))
     publish(page, title, machine, [*sections, NOTE], dry_run=options.dry_run)
@@ -113,7 +116,7 @@ def section(frames: int, options: argparse.Namespace) -> str:
 
 def results(videos: Path, frames: int, options: argparse.Namespace) -> Iterator[tuple[str, float, list[float]]]:
     """Name, cost relative to dense, and the five numbers of each side."""
-    pair = tuple(Opened(checkpoint.load(f"builtin:umt-shapes{end}"), None) for end in ("", "-qa"))
+    pair = tuple(Opened(load_checkpoint(f"builtin:umt-shapes{end}"), None) for end in ("", "-qa"))
     for each in pair:
         each.loaded.model.pooling = "all"
     dense = pair[0].dense_macs

@@ -17,12 +17,14 @@ from functools import partial
 from _results import latency, publish, table, words
 from _timing import cpu_settings
 
-from repshift_cli.artifact import Opened
-from repshift_cli.benchmark import AttentionMode, BenchReport, Contender, Run, attention_mode, run_bench
-from repshift_cli.compression import compress_dense
-from repshift_cli.measure import speedup
-from repshift_cli.recipe import Recipe, shipped_recipes
-from repshift_cli.ui import Screen
+from repshift_cli.benchmark.report import BenchReport, Run
+from repshift_cli.benchmark.run import Contender, run_bench
+from repshift_cli.checkpoints.artifact import Opened
+from repshift_cli.cli.ui import Screen
+from repshift_cli.compression.api import compress_dense
+from repshift_cli.measure.latency import compute_speedup
+from repshift_cli.models.attention_mode import AttentionMode, attention_mode
+from repshift_cli.planning.recipe import Recipe, shipped_recipes
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def render(report: BenchReport, published: Published, batch: int) -> str:
 
 
 def row(run: Run, runs: dict[str, Run]) -> list[str]:
-    over_explicit, over_dense = (speedup(runs[name].timing, run.timing) for name in (EXPLICIT, DENSE))
+    over_explicit, over_dense = (compute_speedup(runs[name].timing, run.timing) for name in (EXPLICIT, DENSE))
     efficiency = "-"
     if run.macs < runs[DENSE].macs and not run.name.endswith("explicit"):
         efficiency = f"{over_dense.ratio * run.macs / runs[DENSE].macs:.2f}"

@@ -17,15 +17,17 @@ from typing import get_args
 from _results import latency, page_name, publish, table, words
 from _timing import cpu_settings
 
-from repshift_cli.attach import attach
-from repshift_cli.bench_report import BenchReport, Ratio, Run
-from repshift_cli.benchmark import CompileMode, Contender, run_bench
-from repshift_cli.compression import compress_dense
-from repshift_cli.measure import DTYPES, speedup
-from repshift_cli.peers import contenders_against, dense_copy
-from repshift_cli.plan import Plan
-from repshift_cli.progress import Progress
-from repshift_cli.ui import Screen
+from repshift_cli.benchmark.baselines import contenders_against, dense_copy
+from repshift_cli.benchmark.report import BenchReport, Ratio, Run
+from repshift_cli.benchmark.run import Contender, run_bench
+from repshift_cli.cli.ui import Screen
+from repshift_cli.compression.api import compress_dense
+from repshift_cli.measure.compiled import CompileMode
+from repshift_cli.measure.device import DTYPES
+from repshift_cli.measure.latency import compute_speedup
+from repshift_cli.planning.plan import Plan
+from repshift_cli.reduction.compressed_model import attach
+from repshift_cli.utils.progress import Progress
 
 PEERS = ("explicit", "class-attention", "class-attention-row", "bipartite", "tome")
 TILES = "on tiles"
@@ -137,7 +139,7 @@ def row(run: Run, report: BenchReport) -> list[str]:
     ratios = {(ratio.name, ratio.against): ratio for ratio in report.ratios if ratio.batch == run.batch}
     over_dense = ratios.get((run.name, "dense"))
     ours = next(each for each in report.runs if each.role == "compressed" and each.batch == run.batch)
-    against = "-" if run is ours else words(speedup(run.timing, ours.timing))
+    against = "-" if run is ours else words(compute_speedup(run.timing, ours.timing))
     cells = [str(run.batch), run.name, f"{run.macs / 1e9:.2f}", latency(run.latency), f"{run.throughput:.1f}"]
     return [*cells, *gain_of(over_dense), against]
 

@@ -15,8 +15,8 @@ import sys
 import torch
 
 from repshift_cli import CompressedModel, Recipe, compress
-from repshift_cli.checkpoint import load as load_dense
-from repshift_cli.data.images import load_images
+from repshift_cli.checkpoints.load import load_checkpoint as load_dense
+from repshift_cli.data.inputs import load_images
 
 FIXED = """
 version: 1

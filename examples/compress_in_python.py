@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from repshift_cli import Recipe, compress
-from repshift_cli.data.digits import DigitScenes
+from repshift_cli.data.builtin.digits import DigitScenes
 
 RECIPE = """
 version: 1

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from repshift_cli import Recipe, compress
-from repshift_cli.data.digits import DigitScenes
-from repshift_cli.preprocessing import Preprocessing
+from repshift_cli.data.builtin.digits import DigitScenes
+from repshift_cli.data.preprocessing import Preprocessing
 
 RECIPE = """
 version: 1

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 
 from repshift_cli import Recipe, compress
-from repshift_cli.data import moving_shapes
-from repshift_cli.data.clips import scene_tensor
-from repshift_cli.data.text import Tokenizer
-from repshift_cli.data.video_text import clean_text
+from repshift_cli.data.builtin import moving_shapes
+from repshift_cli.data.builtin.moving_shapes import scene_tensor
+from repshift_cli.data.video.annotations import clean_text
+from repshift_cli.data.video.tokenizer import Tokenizer
 
 # tokens flow into those that are most like them, as vid-TLDR does, by a score that needs no attention map
 RECIPE = """

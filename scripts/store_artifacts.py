@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from repshift_cli import artifact
-from repshift_cli.attach import attach, resolve_for, with_defaults
-from repshift_cli.checkpoint import LoadedModel, ModelDescription, Source
-from repshift_cli.families import match
-from repshift_cli.identify.building import create
-from repshift_cli.preprocessing import Preprocessing
-from repshift_cli.recipe import Recipe
+from repshift_cli.checkpoints import artifact
+from repshift_cli.checkpoints.identify.building import create
+from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
+from repshift_cli.checkpoints.weights import Source
+from repshift_cli.data.preprocessing import Preprocessing
+from repshift_cli.planning.recipe import Recipe
+from repshift_cli.reduction.checks import resolve_for, with_defaults
+from repshift_cli.reduction.compressed_model import attach
+from repshift_cli.reduction.families.base import match
 
-DATA = Path(__file__).resolve().parents[1] / "tests" / "data"
+DATA = Path(__file__).resolve().parents[1] / "tests" / "vectors"
 LAYERS = "[{layer: 0, drop_ratio: 0.3}]"
 EXPECTED = DATA / "artifacts_expected.safetensors"
 VIT = {"img_size": 24, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 4}

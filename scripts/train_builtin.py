@@ -29,10 +29,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from repshift_cli.checkpoint import METADATA_KEY, ModelDescription
-from repshift_cli.data.digits import SCENE_SIZE, DigitScenes
-from repshift_cli.identify import create
-from repshift_cli.preprocessing import Preprocessing
+from repshift_cli.checkpoints.identify.building import create
+from repshift_cli.checkpoints.loaded import ModelDescription
+from repshift_cli.checkpoints.weights import METADATA_KEY
+from repshift_cli.data.builtin.digits import SCENE_SIZE, DigitScenes
+from repshift_cli.data.preprocessing import Preprocessing
 
 ASSETS = Path(__file__).resolve().parents[1] / "repshift_cli" / "assets"
 BACKGROUND = 10

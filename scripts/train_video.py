@@ -23,12 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from repshift_cli.checkpoint import METADATA_KEY, ModelDescription
-from repshift_cli.data import moving_shapes as world
-from repshift_cli.data.text import Tokenizer
+from repshift_cli.checkpoints.loaded import ModelDescription
+from repshift_cli.checkpoints.weights import METADATA_KEY
+from repshift_cli.data.builtin import moving_shapes as world
+from repshift_cli.data.preprocessing import Preprocessing
+from repshift_cli.data.video.tokenizer import Tokenizer
 from repshift_cli.models.bert import TextShape
 from repshift_cli.models.umt import UmtAnswering, UmtRetrieval, VisionShape
-from repshift_cli.preprocessing import Preprocessing
 
 ASSETS = Path(__file__).resolve().parents[1] / "repshift_cli" / "assets"
 TRAIN_SEED = 0

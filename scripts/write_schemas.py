@@ -1,4 +1,4 @@
-"""Write the JSON schemas of docs/ anew, after `repshift_cli/document.py` or a class that it holds was changed.
+"""Write the JSON schemas of docs/ again. Run it after a change of `repshift_cli/checkpoints/schema.py`.
 
 python scripts/write_schemas.py
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from repshift_cli.document import ArtifactDocument, ExportDocument
+from repshift_cli.checkpoints.schema import ArtifactDocument, ExportDocument
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 DOCS = Path(__file__).resolve().parent.parent / "docs"

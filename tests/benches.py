@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from repshift_cli.bench_report import BenchReport, Ratio, Run, Setting
-from repshift_cli.measure import Timing, speedup
+from repshift_cli.benchmark.report import BenchReport, Ratio, Run, Setting
+from repshift_cli.measure.latency import Timing, compute_speedup
 
 __all__ = ["SETTING", "report", "sweep_report"]
 
@@ -23,5 +23,5 @@ def sweep_report(times: dict[Setting, tuple[tuple[float, ...], tuple[float, ...]
         before = Run("dense", setting, 2_000_000_000, Timing(dense), 8_000_000, attention="sdpa:flash")
         after = Run("compressed", setting, 1_000_000_000, Timing(compressed), 6_000_000, "compressed", "sdpa:flash")
         runs += [before, after]
-        ratios.append(Ratio(setting, "compressed", "dense", 2.0, speedup(before.timing, after.timing)))
+        ratios.append(Ratio(setting, "compressed", "dense", 2.0, compute_speedup(before.timing, after.timing)))
     return BenchReport("Some CPU", 1, tuple(runs), tuple(ratios))

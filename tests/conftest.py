@@ -30,7 +30,7 @@ settings.load_profile("repshift")
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
     """Run `repshift` in this process, in an empty folder."""
-    from repshift_cli.cli import main
+    from repshift_cli.cli.app import main
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")

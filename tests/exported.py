@@ -7,22 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paths import VECTORS
 from tiny_cnn import line_plan, tiny_cnn
 from torch import Tensor
 
-from repshift_cli import artifact
-from repshift_cli.artifact import Opened
-from repshift_cli.attach import attach, resolve_for, with_defaults
-from repshift_cli.checkpoint import LoadedModel, ModelDescription, Source
-from repshift_cli.exporting import Exported, Request, Target, export
-from repshift_cli.families import match
-from repshift_cli.preprocessing import Preprocessing
-from repshift_cli.progress import Silent
-from repshift_cli.recipe import Recipe
+from repshift_cli.checkpoints import artifact
+from repshift_cli.checkpoints.artifact import Opened
+from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
+from repshift_cli.checkpoints.weights import Source
+from repshift_cli.data.preprocessing import Preprocessing
+from repshift_cli.export.job import Exported, export
+from repshift_cli.export.request import Request, Target
+from repshift_cli.planning.recipe import Recipe
+from repshift_cli.reduction.checks import resolve_for, with_defaults
+from repshift_cli.reduction.compressed_model import attach
+from repshift_cli.reduction.families.base import match
+from repshift_cli.utils.progress import Silent
 
-__all__ = ["CNN_ARGS", "DATA", "FAMILIES", "export_to", "inputs_for", "open_family", "reduced_vit", "stored"]
+__all__ = ["CNN_ARGS", "FAMILIES", "VECTORS", "export_to", "inputs_for", "open_family", "reduced_vit", "stored"]
 
-DATA = Path(__file__).resolve().parent / "data"
 FAMILIES = ("timm_vit", "resnet", "vim", "umt")
 
 CNN_ARGS: dict[str, Any] = {"num_classes": 4, "channels": [8, 8, 8, 8], "layers": [2, 1, 1, 1]}
@@ -32,7 +35,7 @@ _SIDE = 48
 
 def stored(version: int) -> Path:
     """The checkpoint of a format version, as it was written when that version came."""
-    return DATA / f"artifact_v{version}.safetensors"
+    return VECTORS / f"artifact_v{version}.safetensors"
 
 
 def open_family(family: str) -> Opened:
@@ -77,4 +80,4 @@ def expected() -> dict[str, Tensor]:
     """Inputs and outputs of the stored checkpoints."""
     from safetensors.torch import load_file
 
-    return load_file(DATA / "artifacts_expected.safetensors")
+    return load_file(VECTORS / "artifacts_expected.safetensors")

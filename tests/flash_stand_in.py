@@ -11,7 +11,7 @@ import transformers.models.bert.modeling_bert  # noqa: F401 (it looks for flash-
 from torch import Tensor
 from torch.nn import functional
 
-from repshift_cli import backends
+from repshift_cli.models import attention_mode
 
 __all__ = ["STAND_IN", "FlashStandIn", "allow_flash"]
 
@@ -50,5 +50,5 @@ def allow_flash(monkeypatch: pytest.MonkeyPatch) -> FlashStandIn:
     """Put the stand-in where flash-attn would be, and let it run anywhere."""
     STAND_IN.calls.clear()
     monkeypatch.setitem(sys.modules, "flash_attn", STAND_IN)
-    monkeypatch.setattr(backends, "flash_problem", lambda device, dtype, width: None)
+    monkeypatch.setattr(attention_mode, "flash_problem", lambda device, dtype, width: None)
     return STAND_IN

@@ -23,19 +23,21 @@ from PIL import Image
 from safetensors.torch import save as to_safetensors
 from tiny import make_plan, make_recipe, tiny_vit
 
-from repshift_cli import artifact, checkpoint
-from repshift_cli.attach import check_parts
-from repshift_cli.checkpoint import METADATA_KEY, ModelDescription
-from repshift_cli.data.archive import tar_members
-from repshift_cli.data.video_text import open_video_text
-from repshift_cli.document import EXPORT_VERSION
-from repshift_cli.families import match
-from repshift_cli.plan import resolve
-from repshift_cli.predictions import Predictions, load_predictions, save_predictions
-from repshift_cli.progress import Silent
-from repshift_cli.recipe import Recipe, shipped_recipes
-from repshift_cli.resuming import State
-from repshift_cli.runtimes import DOCUMENT_FILE, kind_of, read_document
+from repshift_cli.checkpoints import artifact
+from repshift_cli.checkpoints.exported import DOCUMENT_FILE, kind_of, read_document
+from repshift_cli.checkpoints.load import load_checkpoint
+from repshift_cli.checkpoints.loaded import ModelDescription
+from repshift_cli.checkpoints.schema import EXPORT_VERSION
+from repshift_cli.checkpoints.weights import METADATA_KEY, read_weights
+from repshift_cli.data.sources.tar import tar_members
+from repshift_cli.data.video.annotations import open_video_text
+from repshift_cli.evaluation.classification.predictions import Predictions, load_predictions, save_predictions
+from repshift_cli.evaluation.classification.resume import State
+from repshift_cli.planning.plan import resolve
+from repshift_cli.planning.recipe import Recipe, shipped_recipes
+from repshift_cli.reduction.checks import check_parts
+from repshift_cli.reduction.families.base import match
+from repshift_cli.utils.progress import Silent
 
 __all__ = ["TARGETS", "Fuzzer"]
 
@@ -119,9 +121,9 @@ class Fuzzer:
         cut = len(data) if rng.random() < 0.8 else rng.randrange(len(data))
         path = self.folder / "header.safetensors"
         path.write_bytes(struct.pack("<Q", told) + header + data[:cut])
-        weights = checkpoint.read_weights(path)
+        weights = read_weights(path)
         if rng.random() < 0.1:  # which is slow
-            checkpoint.load(path, heads=rng.choice([None, 2]))
+            load_checkpoint(path, heads=rng.choice([None, 2]))
         assert isinstance(weights.tensors, dict)
 
     def annotations(self, rng: random.Random) -> None:
@@ -188,7 +190,7 @@ class Fuzzer:
         torch.manual_seed(0)
         path = self.folder / "good.safetensors"
         path.write_bytes(to_safetensors(self.tensors))
-        loaded = checkpoint.load(path, heads=2)
+        loaded = load_checkpoint(path, heads=2)
         recipe = make_recipe("[{layer: 0, drop_ratio: 0.25}, {layer: 2, keep_tokens: 5}]")
         plan = make_plan(loaded.model, recipe)
         document: dict[str, Any] = json.loads(json.dumps(artifact.make_document(loaded, plan, recipe, None, {})))

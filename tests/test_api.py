@@ -48,7 +48,7 @@ def test_every_name_is_there() -> None:
 
 def test_the_package_has_no_module_that_hides_a_function() -> None:
     import repshift_cli.compression
-    import repshift_cli.recipe
+    import repshift_cli.planning.recipe
 
     assert callable(repshift_cli.compress)
     assert callable(repshift_cli.load)
@@ -56,8 +56,9 @@ def test_the_package_has_no_module_that_hides_a_function() -> None:
 
 
 def test_compress_look_inside_and_load_again(tmp_path: Path) -> None:
-    from repshift_cli.compression import Settings, compress_checkpoint
-    from repshift_cli.progress import Silent
+    from repshift_cli.compression.run import compress_checkpoint
+    from repshift_cli.compression.settings import Settings
+    from repshift_cli.utils.progress import Silent
 
     recipe = repshift_cli.Recipe.parse(make_recipe().text)
     model = repshift_cli.compress(tiny_vit(embed_dim=64), recipe)

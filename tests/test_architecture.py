@@ -1,92 +1,82 @@
-"""Modules depend on each other in one direction only."""
+"""The dependencies between the folders of the package, and the limits on its files."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import repshift_cli
+from repshift_cli.planning.registry import members
 
 ROOT = Path(repshift_cli.__file__).parent
 
-LAYERS = (
-    {"errors"},
-    {"progress", "files", "garbage"},
-    {"recipe"},
-    {"registry", "plan"},
-    {"document"},
-    {
-        *("tokens", "attention", "schedule"),
-        *("processes", "digests", "intervals", "tally", "predictions"),
-    },
-    {"models", "merging"},
-    {"backends"},
-    {"metrics", "reducers", "families"},
-    {"preprocessing", "measure"},
-    {"identify", "attach", "data", "bench_report", "compiled"},
-    {"checkpoint", "end_to_end", "bench_budget", "bench_plot"},
-    {"artifact"},
-    {"runtimes"},
-    {"fitting", "resuming"},
-    {"calibrate", "evaluate", "benchmark", "pareto", "comparison"},
-    {"search", "peers"},
-    {"budget"},
-    {"compression", "visualize", "retrieval", "answering"},
-    {"exporting"},
-    {"video_evaluation"},
-    {"ui"},
-    {"cli"},
-    {"__main__"},
+ORDER = (
+    "cli -> export -> compression -> search, evaluation, benchmark, visualize -> checkpoints, calibration -> reduction"
+    " -> data, planning, measure -> models, utils -> ops -> errors, version"
 )
-"""Lowest first. A module may import those of lower layers, and files of its own package."""
+"""A folder imports only from folders to its right. Folders of one group do not import each other."""
 
-ALONE = {"metrics", "reducers", "families"}
-"""They meet in `attach` and in no other of them."""
-
-WITHOUT_TORCH = {
-    *("errors", "progress", "files", "recipe", "registry", "plan", "document", "schedule", "bench_budget", "ui", "cli"),
-    *("garbage", "intervals", "tally", "predictions", "comparison"),
-}
-"""What `--help` and a wrong recipe need: importing it must not import torch."""
+RANKS = {name: rank for rank, group in enumerate(ORDER.split(" -> ")) for name in group.split(", ")}
 
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
+ENTRY_POINTS = {"__init__.py", "__main__.py"}
+"""They import the public API and the command line, and no other file imports them."""
 
-def part_of(file: str) -> str:
-    """The package or module of the first level that a file belongs to."""
+STARTUP = ("cli", "search/__init__", "search/target", "data/__init__", "data/catalog", "export/__init__")
+"""What `--help` and an invalid option need. Importing it must not import torch."""
+
+MAX_MODULE_LINES, MAX_CLASS_LINES, MAX_FUNCTION_LINES = 600, 300, 80
+
+
+@cache
+def tree_of(file: str) -> ast.Module:
+    return ast.parse((ROOT / file).read_text(encoding="utf-8"))
+
+
+def file_of(module: str) -> str | None:
+    """The file of a dotted module of the package."""
+    path = module.removeprefix("repshift_cli").lstrip(".").replace(".", "/")
+    return next((file for file in (f"{path}.py", f"{path}/__init__.py".lstrip("/")) if file in FILES), None)
+
+
+def imports_in(file: str, nodes: Iterator[ast.AST] | list[ast.stmt]) -> Iterator[tuple[str, int]]:
+    """The files of the package that `file` imports in `nodes`, with the line."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names = [name.name for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno} has a relative import"
+            names = [
+                f"{node.module}.{name.name}" if file_of(f"{node.module}.{name.name}") else str(node.module)
+                for name in node.names
+            ]
+        else:
+            continue
+        for name in names:
+            found = file_of(name) if name.split(".")[0] == "repshift_cli" else None
+            if found is not None and found != file:
+                yield found, node.lineno
+
+
+def all_imports(file: str) -> list[tuple[str, int]]:
+    """Imports anywhere in a file, also in functions and under TYPE_CHECKING."""
+    return list(imports_in(file, ast.walk(tree_of(file))))
+
+
+def unit_of(file: str) -> str:
+    """The folder or root module that a file belongs to."""
     return file.partition("/")[0].removesuffix(".py")
 
 
-def layer_of(part: str) -> int:
-    found = [index for index, layer in enumerate(LAYERS) if part in layer]
-    assert len(found) == 1, f"{part} stands {len(found)} times in LAYERS"
-    return found[0]
-
-
-def imports(file: str) -> Iterator[tuple[str, int]]:
-    """Modules of the project that a file imports, in functions too, with the line; names of the API are left out."""
-    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            for name in node.names:
-                if name.name.startswith("repshift_cli."):
-                    yield name.name.split(".")[1], node.lineno
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}:{node.lineno} imports relatively"
-            if node.module == "repshift_cli":
-                for name in node.names:
-                    if (ROOT / name.name).is_dir() or (ROOT / f"{name.name}.py").is_file():
-                        yield name.name, node.lineno
-            elif node.module and node.module.startswith("repshift_cli."):
-                yield node.module.split(".")[1], node.lineno
-
-
-def outside(file: str, top_level: bool) -> set[str]:
-    """Libraries that a file imports; on `top_level`, those that importing the file imports."""
-    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-    nodes = tree.body if top_level else list(ast.walk(tree))
+def libraries(file: str, top_level: bool) -> set[str]:
+    """Libraries that a file imports; with `top_level`, those that importing the file imports."""
+    nodes = tree_of(file).body if top_level else ast.walk(tree_of(file))
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -96,59 +86,104 @@ def outside(file: str, top_level: bool) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
-def test_imports_point_down(file: str) -> None:
-    own = part_of(file)
-    for other, line in imports(file):
-        if other == own:
+@pytest.mark.parametrize("file", [file for file in FILES if file not in ENTRY_POINTS])
+def test_imports_follow_the_order_of_folders(file: str) -> None:
+    own = unit_of(file)
+    for other, line in all_imports(file):
+        unit = unit_of(other)
+        assert other not in ENTRY_POINTS, f"{file}:{line} imports {other}"
+        assert unit == own or RANKS[unit] > RANKS[own], f"{file}:{line} imports {unit}, which is not right of {own}"
+
+
+def test_every_folder_has_a_place_in_the_order() -> None:
+    assert {unit_of(file) for file in FILES} - {"__init__", "__main__"} == set(RANKS)
+
+
+def test_no_cycle_between_files() -> None:
+    """Also for imports in functions and under TYPE_CHECKING."""
+    graph = {file: {other for other, _ in all_imports(file)} for file in FILES}
+    done: set[str] = set()
+
+    def visit(file: str, above: tuple[str, ...]) -> None:
+        assert file not in above, " -> ".join((*above[above.index(file) :], file))
+        if file not in done:
+            for other in sorted(graph[file]):
+                visit(other, (*above, file))
+            done.add(file)
+
+    for file in FILES:
+        visit(file, ())
+
+
+def test_the_package_has_few_units_and_levels() -> None:
+    units = {unit_of(file) for file in FILES}
+    assert len(units) <= 24
+    assert len(set(RANKS.values())) <= 10
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_sizes(file: str) -> None:
+    lines = (ROOT / file).read_text(encoding="utf-8").count("\n")
+    assert lines <= MAX_MODULE_LINES, f"{file} has {lines} lines"
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.ClassDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= MAX_CLASS_LINES, f"class {node.name} has {length} lines"
+        elif isinstance(node, ast.FunctionDef):
+            length = node.end_lineno - node.body[0].lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"the body of {node.name} has {length} lines"
+
+
+def test_metrics_reducers_and_families_are_independent() -> None:
+    """They meet in the files of `reduction/` itself."""
+    for file in FILES:
+        kinds = {f"reduction/{kind}/" for kind in ("metrics", "reducers", "families")}
+        own = {kind for kind in kinds if file.startswith(kind)}
+        for other, line in all_imports(file):
+            if own and any(other.startswith(kind) for kind in kinds - own):
+                raise AssertionError(f"{file}:{line} imports {other}")
+
+
+def test_only_reduction_hooks_a_model() -> None:
+    hooking = {unit_of(file) for file in FILES if "register_forward" in (ROOT / file).read_text(encoding="utf-8")}
+    assert hooking == {"reduction"}
+
+
+def test_startup_does_not_import_torch() -> None:
+    """Follows the top-level imports of the start-up files."""
+    todo = [file for file in FILES if file.removesuffix(".py") in STARTUP or file.startswith("cli/")]
+    seen: set[str] = set()
+    while todo:
+        file = todo.pop()
+        if file in seen:
             continue
-        assert layer_of(other) < layer_of(own), f"{file}:{line} imports {other}, which does not lie below {own}"
-        assert not ({own, other} <= ALONE), f"{file}:{line}: {own} and {other} are to meet in attach only"
+        seen.add(file)
+        heavy = libraries(file, top_level=True) & {"torch", "timm", "safetensors", "matplotlib", "transformers"}
+        assert not heavy, f"{file} imports {heavy}"
+        todo += [other for other, _ in imports_in(file, tree_of(file).body)]
 
 
-def test_every_part_has_a_layer() -> None:
-    assert {part_of(file) for file in FILES} - {"__init__"} == set().union(*LAYERS)
-
-
-def test_only_attach_sees_metrics_reducers_and_families_together() -> None:
-    seeing = {
-        part_of(file) for file in FILES if {"metrics", "reducers", "families"} <= {other for other, _ in imports(file)}
-    }
-    assert seeing == {"attach"}
-
-
-def test_only_attach_hooks_a_model() -> None:
-    hooking = {file for file in FILES if "register_forward" in (ROOT / file).read_text(encoding="utf-8")}
-    assert hooking == {"attach.py"}
-
-
-@pytest.mark.parametrize("file", [file for file in FILES if part_of(file) in WITHOUT_TORCH])
-def test_the_light_part_does_not_import_torch(file: str) -> None:
-    assert not outside(file, top_level=True) & {"torch", "timm", "safetensors", "matplotlib"}
-
-
-@pytest.mark.parametrize("file", [file for file in FILES if part_of(file) == "cli"])
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("cli/")])
 def test_commands_hold_no_tensor_code(file: str) -> None:
-    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
             assert node.attr in {"__version__", "device", "float32", "nn"}, f"{file}:{node.lineno}"
 
 
-def test_timm_is_known_to_families_and_loading_only() -> None:
-    using = {part_of(file) for file in FILES if "timm" in outside(file, top_level=False)}
-    loading = {"identify", "checkpoint", "preprocessing", "artifact", "exporting"}
-    assert using == {"families", "models", "data", "visualize"} | loading
+def test_ops_are_pure_tensor_functions() -> None:
+    using = {name for file in FILES if unit_of(file) == "ops" for name in libraries(file, top_level=False)}
+    assert not using & {"timm", "transformers", "typer", "rich"}
 
 
-@pytest.mark.parametrize("package", ["metrics", "reducers", "families"])
-def test_one_file_is_one_member(package: str) -> None:
-    from importlib import import_module
+def test_timm_is_used_by_families_and_loading_only() -> None:
+    using = {unit_of(file) for file in FILES if "timm" in libraries(file, top_level=False)}
+    assert using == {"reduction", "models", "data", "visualize", "checkpoints", "export"}
 
-    from repshift_cli.registry import members
 
-    base = getattr(
-        import_module(f"repshift_cli.{package}.base"), {"families": "Family"}.get(package, package[:-1].title())
-    )
-    homes = [member.__module__.rsplit(".", 1)[1] for member in members(f"repshift_cli.{package}", base)]
-    stems = {file.split("/")[1].removesuffix(".py") for file in FILES if part_of(file) == package}
+@pytest.mark.parametrize("kind", ["metrics", "reducers", "families"])
+def test_one_file_is_one_member(kind: str) -> None:
+    package = f"repshift_cli.reduction.{kind}"
+    base = getattr(import_module(f"{package}.base"), {"families": "Family"}.get(kind, kind[:-1].title()))
+    homes = [member.__module__.rsplit(".", 1)[1] for member in members(package, base)]
+    stems = {Path(file).stem for file in FILES if file.startswith(f"reduction/{kind}/")}
     assert sorted(homes) == sorted(stems - {"__init__", "base"})

@@ -11,10 +11,11 @@ from tiny import VARIANTS, images, make_recipe, tiny_vit
 from tiny_umt import compressed_umt, tiny_umt, umt_clips, umt_recipe
 from torch import Tensor, nn
 
-from repshift_cli.attach import attach, resolve_for
-from repshift_cli.backends import AttentionMode, attention_mode, auto_note, flash_problem
 from repshift_cli.errors import UsageError
-from repshift_cli.measure import observed_attention
+from repshift_cli.measure.attention_kernel import observed_attention
+from repshift_cli.models.attention_mode import AttentionMode, attention_mode, auto_note, flash_problem
+from repshift_cli.reduction.checks import resolve_for
+from repshift_cli.reduction.compressed_model import attach
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch sees none")
 
@@ -104,7 +105,7 @@ def test_auto_takes_flash_attn_where_it_can_run() -> None:
 
 def test_a_fitted_score_copies_its_weights_once() -> None:
     """A copy from the host in each pass would wait for the GPU at each site."""
-    from repshift_cli.metrics.fitted import Fitted
+    from repshift_cli.reduction.metrics.fitted import Fitted
 
     model = tiny_vit()
     plan = resolve_for(model, make_recipe(metric="{kind: fitted}"))

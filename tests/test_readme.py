@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import typer
+from paths import ROOT
 
 from repshift_cli.cli.app import app
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [
@@ -52,8 +52,8 @@ def test_what_the_readme_links_to_is_there() -> None:
 
 
 def test_the_recipe_of_the_readme_is_fine() -> None:
-    from repshift_cli.attach import check_parts
-    from repshift_cli.recipe import Recipe
+    from repshift_cli.planning.recipe import Recipe
+    from repshift_cli.reduction.checks import check_parts
 
     (text,) = [text for language, text in BLOCKS if language == "yaml"]
     check_parts(Recipe.parse(text))

@@ -16,10 +16,10 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
-from repshift_cli.attach import CompressedModel, attach
-from repshift_cli.families import match
-from repshift_cli.plan import Plan, resolve
-from repshift_cli.recipe import Recipe
+from repshift_cli.planning.plan import Plan, resolve
+from repshift_cli.planning.recipe import Recipe
+from repshift_cli.reduction.compressed_model import CompressedModel, attach
+from repshift_cli.reduction.families.base import match
 
 __all__ = [
     "DEPTH",

@@ -10,10 +10,11 @@ import torch
 from timm.layers import GroupNorm
 from torch import Tensor, nn
 
-from repshift_cli.attach import CompressedModel, attach
-from repshift_cli.families import match
-from repshift_cli.plan import Grid, Plan, resolve
-from repshift_cli.recipe import Recipe
+from repshift_cli.planning.layout import Grid
+from repshift_cli.planning.plan import Plan, resolve
+from repshift_cli.planning.recipe import Recipe
+from repshift_cli.reduction.compressed_model import CompressedModel, attach
+from repshift_cli.reduction.families.base import match
 
 __all__ = ["CNNS", "SHIFT", "SIZE", "compressed_cnn", "every_site", "line_plan", "photos", "shrink", "tiny_cnn"]
 

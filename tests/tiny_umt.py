@@ -6,27 +6,27 @@ import gzip
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+from paths import VECTORS
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repshift_cli.attach import CompressedModel, attach
-from repshift_cli.families import match
 from repshift_cli.models import umt
 from repshift_cli.models.bert import TextShape
 from repshift_cli.models.umt import UmtAnswering, UmtModel, UmtRetrieval, VisionShape
-from repshift_cli.plan import Plan, resolve
-from repshift_cli.recipe import Recipe
-from repshift_cli.reducers import Merger, build_reducer
+from repshift_cli.planning.plan import Plan, resolve
+from repshift_cli.planning.recipe import Recipe
+from repshift_cli.reduction.compressed_model import CompressedModel, attach
+from repshift_cli.reduction.families.base import match
+from repshift_cli.reduction.reducers.base import Merger, build_reducer
 
 __all__ = [
-    "DATA",
     "DEPTH",
     "VARIANTS",
+    "VECTORS",
     "Naive",
     "Reference",
     "compressed_umt",
@@ -41,7 +41,6 @@ __all__ = [
     "umt_recipe",
 ]
 
-DATA = Path(__file__).parent / "data"
 DEPTH = 4
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -133,7 +132,7 @@ class Reference:
 
 def tensors_of(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of one of our safetensors files."""
-    with safe_open(DATA / name, "pt") as file:
+    with safe_open(VECTORS / name, "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
@@ -149,7 +148,7 @@ def reference(name: str) -> Reference:
 def key_lists() -> dict[str, dict[str, tuple[list[int], str]]]:
     """Names, shapes and dtypes of the tensors of UMT-B: `retrieval`, `qa` and `pretraining`."""
     found: dict[str, dict[str, tuple[list[int], str]]] = json.loads(
-        gzip.decompress((DATA / "umt_keys.json.gz").read_bytes())
+        gzip.decompress((VECTORS / "umt_keys.json.gz").read_bytes())
     )
     return {name: {key: (shape, dtype) for key, (shape, dtype) in keys.items()} for name, keys in found.items()}
 

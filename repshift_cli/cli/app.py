@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from repshift_cli.cli import bench, compare, compress, demo, evaluate, export, inspect, recipes, search, visualize
-from repshift_cli.cli.together import Interrupted
+from repshift_cli.cli.torchrun import Interrupted
 from repshift_cli.errors import INTERRUPTED
 
 __all__ = ["app", "main"]
@@ -37,7 +37,7 @@ app.add_typer(recipes.app, name="recipes")
 
 def _print_version(value: bool) -> None:
     if value:
-        from repshift_cli import __version__
+        from repshift_cli.version import __version__
 
         typer.echo(f"repshift {__version__}")
         raise typer.Exit
@@ -84,7 +84,7 @@ def _share_cores() -> None:
 
 def _explain(problem: Exception) -> int:
     """Show a problem on stderr; returns the exit code."""
-    from repshift_cli import ui
+    from repshift_cli.cli import ui
     from repshift_cli.errors import RepshiftError
 
     if isinstance(problem, RepshiftError):

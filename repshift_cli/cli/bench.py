@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 
-from repshift_cli.bench_budget import Limit, check, require_met
+from repshift_cli.benchmark.limits import Limit, check, require_met
 from repshift_cli.cli import options
-from repshift_cli.cli.bench_show import show, why_nothing
+from repshift_cli.cli.show.bench import show, why_nothing
 from repshift_cli.errors import UsageError
-from repshift_cli.recipe import nearest
+from repshift_cli.utils.suggest import nearest
 
 if TYPE_CHECKING:
-    from repshift_cli.artifact import Opened
-    from repshift_cli.benchmark import BenchReport, Contender, Source
+    from repshift_cli.benchmark.end_to_end import Source
+    from repshift_cli.benchmark.report import BenchReport
+    from repshift_cli.benchmark.run import Contender
+    from repshift_cli.checkpoints.artifact import Opened
 
 __all__ = ["check_picture_format", "command", "show"]
 
@@ -150,14 +152,17 @@ def command(
     reading = None if data is None else _Reading(data, images, workers)
     _check_outputs(csv, plot, force)
 
-    from repshift_cli import measure, ui
-    from repshift_cli.benchmark import AttentionMode, BenchSettings, CompileMode, run_sweep
-    from repshift_cli.identify import Clips
-    from repshift_cli.peers import check_names
+    from repshift_cli.benchmark.baselines import check_names
+    from repshift_cli.benchmark.run import BenchSettings, run_sweep
+    from repshift_cli.checkpoints.identify import Clips
+    from repshift_cli.cli import ui
+    from repshift_cli.measure.compiled import CompileMode
+    from repshift_cli.measure.device import resolve_device, resolve_dtype
+    from repshift_cli.models.attention_mode import AttentionMode
 
     peers = _split(against or [])
     check_names(peers)
-    place = measure.resolve_device(device)
+    place = resolve_device(device)
     sweep = [
         BenchSettings(
             device=place,
@@ -170,7 +175,7 @@ def command(
             compile=mode,
         )
         for kind, how, mode in product(
-            _each(dtype or ["float32"], measure.resolve_dtype),
+            _each(dtype or ["float32"], resolve_dtype),
             _each(attention or ["auto"], _one_of("--attention", get_args(AttentionMode))),
             _each(compile or ["off"], _one_of("--compile", get_args(CompileMode))),
         )
@@ -233,7 +238,7 @@ def _check_outputs(csv: Path | None, plot: Path | None, force: bool) -> None:
         UsageError, OutputError: as `files.check_output`; or the ending of the plot is none that can be drawn, or both
             go to the same file.
     """
-    from repshift_cli.files import check_outputs
+    from repshift_cli.utils.files import check_outputs
 
     if plot is not None:
         check_picture_format("--plot", plot)
@@ -258,8 +263,8 @@ def _plot_format(path: Path) -> str:
 
 def _open_all(names: Sequence[str], recipe: str | None, told: Mapping[str, Any]) -> dict[str, Opened]:
     """Open the models, by label; without names, the default one. `told` is what the options say of them."""
-    from repshift_cli.compression import compress_dense
-    from repshift_cli.runtimes import open_any
+    from repshift_cli.checkpoints.exported import open_any
+    from repshift_cli.compression.api import compress_dense
 
     if not names:
         name = told["model_name"] or DEFAULT_MODEL
@@ -276,7 +281,7 @@ def _labels(names: Sequence[str]) -> dict[str, str]:
     Raises:
         UsageError: one model is named twice.
     """
-    from repshift_cli.files import weight_stem
+    from repshift_cli.utils.files import weight_stem
 
     stems = [weight_stem(name) for name in names]
     labels = {name if stems.count(stem) > 1 else stem: name for name, stem in zip(names, stems, strict=True)}
@@ -293,7 +298,7 @@ def _contenders(
     Raises:
         UsageError: a budget, and nothing is compared with its dense self; or as `contenders_against`.
     """
-    from repshift_cli.peers import contenders_against
+    from repshift_cli.benchmark.baselines import contenders_against
 
     found = [contender for each in opened for contender in contenders_against(each, peers)]
     if limits and not any(contender.role == "compressed" for contender in found):
@@ -304,8 +309,8 @@ def _contenders(
 
 def _source(reading: _Reading | None) -> Source | None:
     """The pictures that are read in each pass, None where none were named; errors as `open_pictures`."""
-    from repshift_cli.benchmark import Source
-    from repshift_cli.data.images import open_pictures
+    from repshift_cli.benchmark.end_to_end import Source
+    from repshift_cli.data.inputs import open_pictures
 
     if reading is None:
         return None
@@ -313,11 +318,11 @@ def _source(reading: _Reading | None) -> Source | None:
 
 
 def _write_outputs(report: BenchReport, csv: Path | None, plot: Path | None, force: bool) -> None:
-    from repshift_cli import bench_plot
-    from repshift_cli.files import atomic_output, write_text
+    from repshift_cli.benchmark.plot import plot_report
+    from repshift_cli.utils.files import atomic_output, write_text
 
     if csv is not None:
         write_text(csv, report.to_csv(), force)
     if plot is not None:
         with atomic_output(plot, force) as temporary:
-            bench_plot.plot(report, temporary, _plot_format(plot))
+            plot_report(report, temporary, _plot_format(plot))

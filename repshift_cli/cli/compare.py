@@ -10,7 +10,7 @@ import typer
 from repshift_cli.cli import options
 
 if TYPE_CHECKING:
-    from repshift_cli.comparison import Comparison, Side
+    from repshift_cli.evaluation.classification.comparison import Comparison, Side
 
 __all__ = ["command"]
 
@@ -29,9 +29,9 @@ def command(
     json: options.AsJson = False,
 ) -> None:
     """Tell what changed from A to B: agreement, what was lost and won, by class, and whether chance explains it."""
-    from repshift_cli import ui
-    from repshift_cli.comparison import compare_predictions
-    from repshift_cli.predictions import load_predictions
+    from repshift_cli.cli import ui
+    from repshift_cli.evaluation.classification.comparison import compare_predictions
+    from repshift_cli.evaluation.classification.predictions import load_predictions
 
     found = compare_predictions(load_predictions(first), load_predictions(second))
     if json:
@@ -42,8 +42,8 @@ def command(
 
 def _show(found: Comparison, classes: int) -> None:
     """Print it for people, in 80 columns."""
-    from repshift_cli import ui
-    from repshift_cli.intervals import percent_interval
+    from repshift_cli.cli import ui
+    from repshift_cli.utils.stats import percent_interval
 
     rows = [_row(name, side) for name, side in (("A", found.first), ("B", found.second))]
     ui.print_table(f"{found.images} images", ("", "model", "top-1 %", "95%", "top-5 %", "95%"), rows, left=2)

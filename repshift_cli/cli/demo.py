@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from repshift_cli.cli import bench, compress, evaluate, options, visualize
+from repshift_cli.cli import bench, options, visualize
+from repshift_cli.cli.evaluate import head_size, models_of
+from repshift_cli.cli.show.compress import show_compression
+from repshift_cli.cli.show.evaluate import evaluation_document, show_evaluation
 
 if TYPE_CHECKING:
-    from repshift_cli.artifact import Opened
-    from repshift_cli.benchmark import BenchReport
-    from repshift_cli.compression import CompressReport
-    from repshift_cli.evaluate import Evaluation, Score
-    from repshift_cli.progress import Progress
-    from repshift_cli.visualize import View
+    from repshift_cli.benchmark.report import BenchReport
+    from repshift_cli.checkpoints.artifact import Opened
+    from repshift_cli.compression.measured import CompressReport
+    from repshift_cli.evaluation.classification.result import Evaluation, Score
+    from repshift_cli.utils.progress import Progress
+    from repshift_cli.visualize.view import View
 
 __all__ = ["command"]
 
@@ -47,8 +50,8 @@ def command(
     files = _Files(output_dir)
     files.check(force)
 
-    from repshift_cli import ui
-    from repshift_cli.artifact import open_model
+    from repshift_cli.checkpoints.artifact import open_model
+    from repshift_cli.cli import ui
 
     run = _Run(files, ui.Screen(), force, quiet=json)
     compressed = run.compress()
@@ -91,7 +94,7 @@ class _Files:
             OutputError: the folder cannot be made or written to.
         """
         from repshift_cli.errors import OutputError, UsageError
-        from repshift_cli.files import check_output
+        from repshift_cli.utils.files import check_output
 
         every = (self.model, self.picture, self.report)
         if self.folder.exists() and not self.folder.is_dir():
@@ -130,7 +133,8 @@ class _Run:
         self.quiet = quiet
 
     def compress(self) -> CompressReport:
-        from repshift_cli.compression import Settings, compress_checkpoint
+        from repshift_cli.compression.run import compress_checkpoint
+        from repshift_cli.compression.settings import Settings
 
         self._announce(
             1,
@@ -140,14 +144,14 @@ class _Run:
         settings = Settings(output=self.files.model, seconds=_COMPRESS_SECONDS, force=self.force)
         report = compress_checkpoint(_MODEL, settings, self.progress)
         if not self.quiet:
-            compress.show(report)
+            show_compression(report)
         return report
 
     def evaluate(self, opened: Opened) -> Evaluation:
         import torch
 
-        from repshift_cli.data import open_dataset
-        from repshift_cli.evaluate import evaluate as measure_accuracy
+        from repshift_cli.data.catalog import open_dataset
+        from repshift_cli.evaluation.classification.evaluate import evaluate as measure_accuracy
 
         self._announce(
             2,
@@ -155,7 +159,7 @@ class _Run:
             ("eval", self.files.model, "--dataset", _DATA, "--compare-dense"),
         )
         result = measure_accuracy(
-            evaluate.models_of(opened, True, str(self.files.model)),
+            models_of(opened, True, str(self.files.model)),
             open_dataset(_DATA, None, _SCENES),
             opened.loaded.description.preprocessing,
             batch_size=_EVAL_BATCH,
@@ -163,17 +167,17 @@ class _Run:
             dtype=torch.float32,
             workers=0,
             strict=True,
-            num_classes=evaluate.head_size(opened.loaded.model),
+            num_classes=head_size(opened.loaded.model),
             progress=self.progress,
         )
         if not self.quiet:
-            evaluate.show(result, _macs(opened))
+            show_evaluation(result, _macs(opened))
         return result
 
     def bench(self, opened: Opened) -> BenchReport:
         import torch
 
-        from repshift_cli.benchmark import BenchSettings, contenders_of, run_bench
+        from repshift_cli.benchmark.run import BenchSettings, contenders_of, run_bench
 
         batches = ",".join(str(batch) for batch in _BATCHES)
         self._announce(
@@ -189,7 +193,7 @@ class _Run:
         return report
 
     def visualize(self, opened: Opened) -> View:
-        from repshift_cli.visualize import view_kept
+        from repshift_cli.visualize.view import view_kept
 
         self._announce(
             4,
@@ -252,7 +256,7 @@ def _document(results: _Results, opened: Opened, files: _Files, seconds: float) 
             "speedup": speedup,
         },
         "compress": results.compressed.to_dict(),
-        "eval": evaluate.document(results.evaluation, _macs(opened), name, opened.loaded.description.preprocessing),
+        "eval": evaluation_document(results.evaluation, _macs(opened), name, opened.loaded.description.preprocessing),
         "bench": timing.to_dict(),
         "visualize": visualize.document(results.view, name, files.picture, None),
     }
@@ -261,7 +265,7 @@ def _document(results: _Results, opened: Opened, files: _Files, seconds: float) 
 def _write_report(path: Path, document: dict[str, Any], force: bool) -> None:
     import json
 
-    from repshift_cli.files import write_text
+    from repshift_cli.utils.files import write_text
 
     write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n", force)
 

@@ -9,32 +9,57 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from repshift_cli.cli import evaluate_video, options
-from repshift_cli.cli.evaluate_video import Pooling, VideoOptions, attention_words
-from repshift_cli.cli.together import Interrupted, is_first, one_voice, own_device, screen_of_first
+from repshift_cli.cli import options
+from repshift_cli.cli.evaluate_video import VideoOptions, refuse, run
+from repshift_cli.cli.options import Pooling
+from repshift_cli.cli.show.evaluate import (
+    COMPRESSED,
+    DENSE,
+    announce_dataset,
+    evaluation_document,
+    report_skipped,
+    show_evaluation,
+)
+from repshift_cli.cli.show.video_text import Run
+from repshift_cli.cli.torchrun import Interrupted, is_first, one_voice, own_device, screen_of_first
 from repshift_cli.errors import INTERRUPTED, ModelError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from repshift_cli.artifact import Opened
-    from repshift_cli.data import ImageDataset
-    from repshift_cli.evaluate import Evaluation, Pace, Score
-    from repshift_cli.preprocessing import Preprocessing
-    from repshift_cli.progress import Progress
+    from repshift_cli.checkpoints.artifact import Opened
+    from repshift_cli.data.dataset import ImageDataset
+    from repshift_cli.data.preprocessing import Preprocessing
+    from repshift_cli.evaluation.classification.result import Evaluation
+    from repshift_cli.utils.progress import Progress
 
-__all__ = ["check_comparison", "command", "document", "head_size", "models_of", "show"]
+
+__all__ = [
+    "check_comparison",
+    "command",
+    "head_size",
+    "models_of",
+]
+
 
 _DEFAULT_MODEL = "builtin:vit-digits"
+
+
 _DEFAULT_DATASET = "builtin:digits"
+
+
 _DEFAULT_VIDEOS = {"builtin:umt-shapes": "builtin:shapes", "builtin:umt-shapes-qa": "builtin:shapes-qa"}
+
+
 _BUILTIN = "builtin:"
-_DENSE = "dense"
-_COMPRESSED = "compressed"
+
+
 _FIRST = "first"
-_SHOWN_SKIPPED = 10
+
+
 _ENOUGH_TO_JUDGE = 100
 """Pictures, before an accuracy is called no better than guessing."""
+
 
 _IMAGES_AT_A_TIME, _VIDEOS_AT_A_TIME = 64, 8
 
@@ -199,17 +224,17 @@ def command(
         told = VideoOptions(annotations, videos, answers, vocab, rerank, rerank_k, paragraph, pooling)
         chosen = _dataset_of(model, dataset, annotations)
 
-        from repshift_cli import measure
-        from repshift_cli.identify import Clips
-        from repshift_cli.runtimes import open_any
+        from repshift_cli.checkpoints.exported import open_any
+        from repshift_cli.checkpoints.identify import Clips
+        from repshift_cli.measure.device import num_threads, resolve_device, resolve_dtype
 
         setup = _Setup(
             name=model,
             dataset=chosen,
             data_dir=data_dir,
             batch_size=batch_size,
-            device=measure.resolve_device(own_device(device)),
-            dtype=measure.resolve_dtype(dtype),
+            device=resolve_device(own_device(device)),
+            dtype=resolve_dtype(dtype),
             workers=workers,
             attention=attention.value,
             strict=strict,
@@ -225,7 +250,7 @@ def command(
         screen = screen_of_first()
         for note in opened.loaded.notes:
             screen.note(note)
-        with measure.threads(threads):
+        with num_threads(threads):
             if opened.loaded.description.preprocessing.frames is None:
                 _classify(opened, told, setup, screen)
             else:
@@ -234,17 +259,17 @@ def command(
 
 def _classify(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) -> None:
     """Evaluate a model of single pictures."""
-    from repshift_cli.data import open_dataset
-    from repshift_cli.evaluate import evaluate, forget
-    from repshift_cli.processes import together
+    from repshift_cli.data.catalog import open_dataset
+    from repshift_cli.evaluation.classification.evaluate import evaluate, forget
+    from repshift_cli.utils.distributed import together
 
-    evaluate_video.refuse(setup.name, setup.dataset, told)
+    refuse(setup.name, setup.dataset, told)
     assert setup.dataset is not None
     data = open_dataset(setup.dataset, setup.data_dir, setup.limit, setup.seed)
     models = models_of(opened, setup.compare_dense, setup.name)
     preprocessing = opened.loaded.description.preprocessing
     if not setup.json and is_first():
-        _announce(opened, data.for_head(head_size(opened.loaded.model)), preprocessing)
+        announce_dataset(opened, data.for_head(head_size(opened.loaded.model)), preprocessing)
     with together(setup.device) as group:
         result = evaluate(
             models,
@@ -274,15 +299,15 @@ def _classify(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progres
 
 def _tell(result: Evaluation, opened: Opened, setup: _Setup, preprocessing: Preprocessing) -> None:
     """Print what came out, all of it or what there is after an interruption."""
-    from repshift_cli import ui
+    from repshift_cli.cli import ui
 
-    _report_skipped(result)
-    macs = {_COMPRESSED: opened.macs, _DENSE: opened.dense_macs}
+    report_skipped(result)
+    macs = {COMPRESSED: opened.macs, DENSE: opened.dense_macs}
     if setup.json:
-        ui.print_json(document(result, macs, setup.name, preprocessing))
+        ui.print_json(evaluation_document(result, macs, setup.name, preprocessing))
     else:
-        show(result, macs)
-    if _DENSE in result.scores:
+        show_evaluation(result, macs)
+    if DENSE in result.scores:
         _check_better_than_guessing(result)
     if result.interrupted:
         kept = "" if setup.resume is None else f"; the same command goes on from {setup.resume}"
@@ -291,9 +316,9 @@ def _tell(result: Evaluation, opened: Opened, setup: _Setup, preprocessing: Prep
 
 def _check_better_than_guessing(result: Evaluation) -> None:
     """Warn if the accuracy of the dense model is no better than guessing."""
-    from repshift_cli import ui
+    from repshift_cli.cli import ui
 
-    score = result.scores[_DENSE]
+    score = result.scores[DENSE]
     low, high = score.top1_interval
     guessed = 100 / result.outputs
     if result.images >= _ENOUGH_TO_JUDGE and low <= guessed <= high:
@@ -309,24 +334,24 @@ def _prediction_files(path: Path | None, compare_dense: bool, force: bool) -> di
     Raises:
         UsageError, OutputError: they could not be written there.
     """
-    from repshift_cli.files import check_outputs
-    from repshift_cli.predictions import check_suffix
+    from repshift_cli.evaluation.classification.predictions import check_suffix
+    from repshift_cli.utils.files import check_outputs
 
     if path is None:
         return {}
     check_suffix("--save-predictions", path)
     files = {_FIRST: path}
     if compare_dense:
-        files[_DENSE] = path.with_name(f"{path.stem}_{_DENSE}{path.suffix}")
+        files[DENSE] = path.with_name(f"{path.stem}_{DENSE}{path.suffix}")
     check_outputs(files, force)
     return files
 
 
 def _save(result: Evaluation, data: ImageDataset, setup: _Setup) -> None:
     """Write what was said of each picture, a file for each model."""
-    from repshift_cli import ui
-    from repshift_cli.evaluate import predictions_of
-    from repshift_cli.predictions import save_predictions
+    from repshift_cli.cli import ui
+    from repshift_cli.evaluation.classification.predictions import save_predictions
+    from repshift_cli.evaluation.classification.result import predictions_of
 
     for name in result.scores:
         path = setup.saved.get(name, setup.saved[_FIRST])
@@ -343,9 +368,10 @@ def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) 
         UsageError: an option is for models of single pictures, or torchrun started several processes.
         ModelError: it is an exported file.
     """
-    from repshift_cli.processes import launched_together
-    from repshift_cli.runtimes import OpenedExport
-    from repshift_cli.video_evaluation import DenseSelf, Settings, Wanted
+    from repshift_cli.checkpoints.exported import OpenedExport
+    from repshift_cli.evaluation.video_text.data import Wanted
+    from repshift_cli.evaluation.video_text.evaluate import DenseSelf, Settings
+    from repshift_cli.utils.distributed import launched_together
 
     options_of_images = {
         "--resume": setup.resume is not None,
@@ -365,9 +391,9 @@ def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) 
         )
     check_comparison(opened, setup.compare_dense, setup.name)
     compressed = opened.compressed
-    models: dict[str, Any] = {_DENSE if compressed is None else _COMPRESSED: opened.loaded.model}
+    models: dict[str, Any] = {DENSE if compressed is None else COMPRESSED: opened.loaded.model}
     if compressed is not None and setup.compare_dense:
-        models[_DENSE] = DenseSelf(compressed)
+        models[DENSE] = DenseSelf(compressed)
     wanted = Wanted(
         setup.dataset,
         told.annotations,
@@ -386,7 +412,7 @@ def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) 
         setup.strict,
         attention=setup.attention,
     )
-    evaluate_video.run(evaluate_video.Run(opened, setup.name, models, settings), wanted, told, screen, setup.json)
+    run(Run(opened, setup.name, models, settings), wanted, told, screen, setup.json)
 
 
 def _dataset_of(model: str, dataset: str | None, annotations: Path | None) -> str | None:
@@ -426,17 +452,17 @@ def check_comparison(opened: Opened, compare_dense: bool, name: str) -> None:
 
 def models_of(opened: Opened, compare_dense: bool, name: str) -> dict[str, nn.Module]:
     """The modules to run, by name; the first one is what was asked for. Errors as `check_comparison`."""
-    from repshift_cli.runtimes import OpenedExport
+    from repshift_cli.checkpoints.exported import OpenedExport
 
     check_comparison(opened, compare_dense, name)
     compressed = opened.compressed
     if isinstance(opened, OpenedExport):
-        return {_COMPRESSED if opened.reduced else _DENSE: opened.flexible}
+        return {COMPRESSED if opened.reduced else DENSE: opened.flexible}
     if compressed is None:
-        return {_DENSE: opened.module}
+        return {DENSE: opened.module}
     if not compare_dense:
-        return {_COMPRESSED: compressed}
-    return {_COMPRESSED: compressed, _DENSE: _dense_view(compressed)}
+        return {COMPRESSED: compressed}
+    return {COMPRESSED: compressed, DENSE: _dense_view(compressed)}
 
 
 def _dense_view(compressed: Any) -> nn.Module:
@@ -465,123 +491,3 @@ def head_size(model: nn.Module) -> int:
     if not isinstance(size, int):
         raise ModelError("the model does not say how many classes its head has, so it cannot be evaluated on labels")
     return size
-
-
-def _announce(opened: Opened, data: ImageDataset, preprocessing: Preprocessing) -> None:
-    from repshift_cli import ui
-
-    ui.print_text(f"model:         {opened.loaded.description.name}")
-    ui.print_text(f"dataset:       {data.description}")
-    if data.outputs is not None:
-        ui.print_text(f"outputs:       the {len(data.outputs)} of the head that the dataset has classes for")
-    ui.print_text(f"preprocessing: {preprocessing}\n")
-
-
-def _report_skipped(result: Evaluation) -> None:
-    from repshift_cli import ui
-
-    if not result.skipped:
-        return
-    lines = [f"{len(result.skipped)} pictures could not be read and were left out (--strict stops at the first):"]
-    lines += [f"  {entry.sample}: {entry.reason}" for entry in result.skipped[:_SHOWN_SKIPPED]]
-    if len(result.skipped) > _SHOWN_SKIPPED:
-        lines.append(f"  and {len(result.skipped) - _SHOWN_SKIPPED} more (--json lists all)")
-    ui.warn("\n".join(lines))
-
-
-def show(result: Evaluation, macs: Mapping[str, int]) -> None:
-    """Print the result for people, in 80 columns; `macs` per image, by the names of the models."""
-    from repshift_cli import ui
-    from repshift_cli.intervals import percent_interval
-
-    columns = ("model", "top-1 %", "95%", "top-5 %", "95%", "GMACs", "images/s")
-    rows = [_row(name, score, macs[name]) for name, score in result.scores.items()]
-    part = f" of {result.total}" if result.interrupted else ""
-    ui.print_table(f"{result.dataset}, {result.images}{part} images", columns, rows)
-    if result.same_top1 is not None:
-        low, high = percent_interval(result.same_top1, result.images)
-        change = result.scores[_COMPRESSED].top1 - result.scores[_DENSE].top1
-        ui.print_text(
-            f"top-1 {change:+.2f} points against dense; {result.same_top1} of {result.images} predictions are the same "
-            f"({100 * result.same_top1 / result.images:.2f}%, 95%: {low:.2f}-{high:.2f})"
-        )
-    ui.print_text(f"images/s is model time alone; end to end it was {result.images_per_s:.1f} images/s")
-    ui.print_text(_pace_words(result.pace))
-    observed = {name: score.attention for name, score in result.scores.items() if score.attention is not None}
-    if observed:
-        ui.print_text(attention_words(observed))
-
-
-def _row(name: str, score: Score, macs: int) -> tuple[str, ...]:
-    gmacs = macs / 1e9
-    return (
-        name,
-        f"{score.top1:.2f}",
-        "{:.2f}-{:.2f}".format(*score.top1_interval),
-        f"{score.top5:.2f}",
-        "{:.2f}-{:.2f}".format(*score.top5_interval),
-        f"{gmacs:.3g}" if gmacs < 1 else f"{gmacs:.2f}",
-        f"{score.images_per_s:.1f}",
-    )
-
-
-def _pace_words(pace: Pace) -> str:
-    """Which side held up the other, and what can be done about it."""
-    beside = f"decoded by {pace.workers} beside it" if pace.workers else "decoded in turn with it"
-    many = f" in {pace.processes} processes" if pace.processes > 1 else ""
-    text = f"waiting for data took {pace.waiting:.0%} of the time{many} ({beside})"
-    if pace.shares_cores:
-        side = "decoding" if pace.bottleneck == "data" else "the model"
-        text += f"; of the processor time, decoding took {pace.decoding:.1f} s and the model {pace.models:.1f} s: "
-        return f"{text}{side} is the bottleneck"
-    if pace.bottleneck == "data":
-        return f"{text}: data are the bottleneck, and more --workers may help where there are cores for them"
-    return f"{text}: the model is the bottleneck"
-
-
-def document(result: Evaluation, macs: Mapping[str, int], model: str, preprocessing: Preprocessing) -> dict[str, Any]:
-    """The JSON document of the command."""
-    first, *others = result.scores
-    found = {
-        "model": model,
-        "dataset": result.dataset,
-        "images": result.images,
-        "of": result.total,
-        "outputs": result.outputs,
-        "skipped": len(result.skipped),
-        **_numbers(result.scores[first], macs[first]),
-        "interrupted": result.interrupted,
-        "end_to_end_images_per_s": result.images_per_s,
-        "data": _pace(result.pace),
-        "skipped_files": [{"file": entry.sample, "reason": entry.reason} for entry in result.skipped],
-        "preprocessing": preprocessing.to_dict(),
-    }
-    if others:
-        found["dense"] = _numbers(result.scores[others[0]], macs[others[0]])
-        found["agreement"] = result.agreement
-    return found
-
-
-def _pace(pace: Pace) -> dict[str, Any]:
-    return {
-        "waiting": pace.waiting,
-        "bottleneck": pace.bottleneck,
-        "decoding_s": pace.decoding,
-        "model_s": pace.models,
-        "workers": pace.workers,
-        "processes": pace.processes,
-    }
-
-
-def _numbers(score: Score, macs: int) -> dict[str, Any]:
-    return {
-        "top1": score.top1,
-        "top5": score.top5,
-        "top1_interval": list(score.top1_interval),
-        "top5_interval": list(score.top5_interval),
-        "top1_correct": score.top1_correct,
-        "top5_correct": score.top5_correct,
-        "images_per_s": score.images_per_s,
-        "gmacs": macs / 1e9,
-        "attention": score.attention,
-    }

@@ -13,7 +13,7 @@ from repshift_cli.cli import options
 from repshift_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from repshift_cli.exporting import Exported
+    from repshift_cli.export.job import Exported
 
 __all__ = ["Target", "check_all", "command", "export_all", "show"]
 
@@ -82,17 +82,19 @@ def command(
 ) -> None:
     """Write a model as ONNX, torch.export program, compiled package or hub folder that runs without repshift."""
     size = _parse_batch(batch)
-    from repshift_cli import measure, ui
-    from repshift_cli.exporting import Request, check, default_output, export, open_for_export
-    from repshift_cli.identify import Clips
+    from repshift_cli.checkpoints.identify import Clips
+    from repshift_cli.cli import ui
+    from repshift_cli.export.job import check, export, open_for_export
+    from repshift_cli.export.request import Request, default_output
+    from repshift_cli.measure.device import num_threads, resolve_device, resolve_dtype
 
     request = Request(
         target=to.value,
         output=output or default_output(model, to.value),
         dense=dense,
         batch=size,
-        dtype=None if dtype is None else measure.resolve_dtype(dtype),
-        device=measure.resolve_device(device),
+        dtype=None if dtype is None else resolve_dtype(dtype),
+        device=resolve_device(device),
         opset=opset,
         tune=tune,
         verify=verify,
@@ -101,7 +103,7 @@ def command(
     check(request)
     screen = ui.Screen()
     clips = Clips(frames, checkpoint_frames)
-    with measure.threads(threads):
+    with num_threads(threads):
         opened = open_for_export(model, recipe, model_name, heads, img_size, clips=clips, progress=screen)
         for note in opened.loaded.notes if recipe is None else ():
             screen.note(note)
@@ -114,7 +116,7 @@ def command(
 
 def check_all(checkpoint: Path, targets: Sequence[Target], force: bool) -> None:
     """Refuse exports of a checkpoint that could not be written; errors as `exporting.check`."""
-    from repshift_cli.exporting import check
+    from repshift_cli.export.job import check
 
     for request in _requests(checkpoint, targets, force):
         check(request)
@@ -122,8 +124,8 @@ def check_all(checkpoint: Path, targets: Sequence[Target], force: bool) -> None:
 
 def export_all(checkpoint: Path, targets: Sequence[Target], force: bool) -> list[Exported]:
     """Export a checkpoint that was just written, beside itself; errors as `exporting.export`."""
-    from repshift_cli import ui
-    from repshift_cli.exporting import export, open_for_export
+    from repshift_cli.cli import ui
+    from repshift_cli.export.job import export, open_for_export
 
     screen = ui.Screen()
     return [
@@ -133,7 +135,7 @@ def export_all(checkpoint: Path, targets: Sequence[Target], force: bool) -> list
 
 
 def _requests(checkpoint: Path, targets: Sequence[Target], force: bool) -> list[Any]:
-    from repshift_cli.exporting import Request, default_output
+    from repshift_cli.export.request import Request, default_output
 
     return [
         Request(target.value, checkpoint.parent / default_output(checkpoint.name, target.value), force=force)
@@ -156,7 +158,7 @@ def _parse_batch(text: str) -> int | None:
 
 def show(exported: Exported) -> None:
     """Print what was written, for people."""
-    from repshift_cli import ui
+    from repshift_cli.cli import ui
 
     document = exported.document
     ui.print_text(f"model    {document.model['name']}, {'with fewer tokens' if document.plan else 'dense'}")

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from repshift_cli.cli import options
-from repshift_cli.cli.compress import describe_metric, describe_tokens
-from repshift_cli.garbage import without_collection
+from repshift_cli.cli.show.plan import describe_metric, describe_tokens
+from repshift_cli.utils.garbage import without_collection
 
 if TYPE_CHECKING:
-    from repshift_cli.artifact import Opened
-    from repshift_cli.plan import Layout, Plan
+    from repshift_cli.checkpoints.artifact import Opened
+    from repshift_cli.planning.layout import Layout
+    from repshift_cli.planning.plan import Plan
 
 __all__ = ["command"]
 
@@ -29,9 +30,9 @@ def command(
 ) -> None:
     """Show a model's blocks, tokens and sites, what can be reduced, and why something cannot."""
     with without_collection():  # a tenth of the time, most of which is importing torch and timm
-        from repshift_cli import ui
-        from repshift_cli.artifact import open_model
-        from repshift_cli.identify import Clips
+        from repshift_cli.checkpoints.artifact import open_model
+        from repshift_cli.checkpoints.identify import Clips
+        from repshift_cli.cli import ui
 
         opened = open_model(checkpoint, model, heads, img_size, clips=Clips(frames, checkpoint_frames))
         document = _describe(opened)
@@ -44,9 +45,9 @@ def command(
 
 
 def _describe(opened: Opened) -> dict[str, Any]:
-    from repshift_cli.attach import feeds
-    from repshift_cli.families import match
-    from repshift_cli.metrics import metric_kinds
+    from repshift_cli.reduction.checks import feeds
+    from repshift_cli.reduction.families.base import match
+    from repshift_cli.reduction.metrics.base import metric_kinds
 
     loaded = opened.loaded
     family = match(loaded.model)
@@ -102,7 +103,7 @@ def _tokens(layout: Layout, plan: Plan | None) -> dict[int, int]:
 
 
 def _show(opened: Opened, document: dict[str, Any]) -> None:
-    from repshift_cli import ui
+    from repshift_cli.cli import ui
 
     model = document["model"]
     head = "no head" if model["classes"] is None else f"{model['classes']} classes"

@@ -15,8 +15,8 @@ app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True, ri
 @app.command("list")
 def list_shipped() -> None:
     """List the shipped recipes."""
-    from repshift_cli import ui
-    from repshift_cli.recipe import Recipe, shipped_recipes
+    from repshift_cli.cli import ui
+    from repshift_cli.planning.recipe import Recipe, shipped_recipes
 
     recipes = {name: Recipe.parse(text, f"{name}.yaml") for name, text in shipped_recipes().items()}
     rows = [[name, recipe.description or ""] for name, recipe in recipes.items()]
@@ -38,8 +38,8 @@ def show(
 @app.command()
 def check(file: Annotated[str, typer.Argument(help="A recipe file or a shipped name.")]) -> None:
     """Check a recipe without a model: keys, types, metric and reducer."""
-    from repshift_cli.attach import check_parts
-    from repshift_cli.recipe import Recipe
+    from repshift_cli.planning.recipe import Recipe
+    from repshift_cli.reduction.checks import check_parts
 
     recipe = Recipe.load(file)
     check_parts(recipe)
@@ -49,9 +49,9 @@ def check(file: Annotated[str, typer.Argument(help="A recipe file or a shipped n
 
 def _calibrated(name: str) -> str:
     """The plan of a compressed checkpoint as a recipe that leaves nothing open."""
-    from repshift_cli.artifact import open_model
+    from repshift_cli.checkpoints.artifact import open_model
     from repshift_cli.errors import CheckpointError
-    from repshift_cli.recipe import LayerDrop, Recipe
+    from repshift_cli.planning.recipe import LayerDrop, Recipe
 
     compressed = open_model(name).compressed
     if compressed is None:
@@ -68,13 +68,13 @@ def _calibrated(name: str) -> str:
 
 def _text(name: str, blocks: int) -> str:
     from repshift_cli.errors import CheckpointError
-    from repshift_cli.recipe import Recipe, default_recipe
+    from repshift_cli.planning.recipe import Recipe, default_recipe
 
     if name == "default":
         return default_recipe(blocks).text
     if Path(name).suffix != ".safetensors":
         return Recipe.load(name).text
-    from repshift_cli.checkpoint import read_weights
+    from repshift_cli.checkpoints.weights import read_weights
 
     document = read_weights(Path(name)).document
     stored = document.get("recipe") if document else None

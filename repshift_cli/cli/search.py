@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,20 +12,22 @@ import typer
 
 from repshift_cli.cli import options
 from repshift_cli.cli.bench import check_picture_format
-from repshift_cli.cli.compress import show_sites
-from repshift_cli.cli.together import Interrupted, is_first, one_voice, own_device
+from repshift_cli.cli.show.search import show_search
+from repshift_cli.cli.torchrun import Interrupted, is_first, one_voice, own_device
 from repshift_cli.errors import INTERRUPTED, CheckFailed, UsageError
 
 if TYPE_CHECKING:
-    from repshift_cli.compression import Settings
-    from repshift_cli.progress import Progress
+    from repshift_cli.compression.settings import Settings
     from repshift_cli.search.job import Found
-    from repshift_cli.search.result import Point
     from repshift_cli.search.target import Target
+    from repshift_cli.utils.progress import Progress
 
-__all__ = ["command", "show", "show_found"]
 
-_FRONT_ROWS = 8
+__all__ = [
+    "command",
+]
+
+
 _WORDS = {
     "output": "the recipe",
     "checkpoint": "the compressed checkpoint",
@@ -126,12 +128,13 @@ def command(
         files = _Files.of(checkpoint, goal, output=output, save=save, plot=plot, state=state)
         files.check(force)
 
-        from repshift_cli import ui
-        from repshift_cli.compression import Settings, search_checkpoint
-        from repshift_cli.identify import Clips
-        from repshift_cli.measure import threads as using_threads
-        from repshift_cli.progress import Silent
+        from repshift_cli.checkpoints.identify import Clips
+        from repshift_cli.cli import ui
+        from repshift_cli.compression.run import search_checkpoint
+        from repshift_cli.compression.settings import Settings
+        from repshift_cli.measure.device import num_threads as using_threads
         from repshift_cli.search.job import Request
+        from repshift_cli.utils.progress import Silent
 
         first = is_first()
         request = Request(goal, evaluations, tuple(reducer or ()), files.state, seconds)
@@ -188,7 +191,7 @@ class _Files:
         Raises:
             UsageError, OutputError: as `files.check_outputs`; or the ending of the plot is none that can be drawn.
         """
-        from repshift_cli.files import check_outputs
+        from repshift_cli.utils.files import check_outputs
 
         if self.plot is not None:
             check_picture_format("--plot", self.plot)
@@ -201,16 +204,16 @@ class _Files:
         """Whether a file may be replaced if it exists: where an interruption of this search wrote it as it stands."""
         if force or not path.is_file() or not self.state.is_file():
             return force
-        from repshift_cli.files import sha256_of
         from repshift_cli.search.state import kept_outputs
+        from repshift_cli.utils.files import sha256_of
 
         written = kept_outputs(self.state).get(str(path.resolve()))
         return written is not None and written == sha256_of(path)
 
     def keep(self, path: Path) -> None:
         """Note in the state that this was written: after an interruption the search that goes on may replace it."""
-        from repshift_cli.files import sha256_of
         from repshift_cli.search.state import keep_outputs
+        from repshift_cli.utils.files import sha256_of
 
         keep_outputs(self.state, {str(path.resolve()): sha256_of(path)})
 
@@ -238,7 +241,7 @@ class _Run:
             CheckFailed: the target is not met and `force` is off; nothing is written.
             Interrupted: the search was; what there was by then has been written.
         """
-        from repshift_cli import ui
+        from repshift_cli.cli import ui
 
         self._check_met(found)
         self._write(found)
@@ -248,7 +251,7 @@ class _Run:
         if json:
             ui.print_json(document(found, self.files))
         else:
-            show(found)
+            show_search(found)
             for what, name in self.files.written().items():
                 if name is not None:
                     ui.print_text(f"wrote   {name} ({_WORDS[what]})")
@@ -286,9 +289,9 @@ class _Run:
             ) from None
 
     def _write(self, found: Found) -> None:
-        from repshift_cli.compression import save_found
-        from repshift_cli.files import write_text
+        from repshift_cli.compression.run import save_found
         from repshift_cli.search.plot import save
+        from repshift_cli.utils.files import write_text
 
         force, files = self.settings.force, self.files
         write_text(files.recipe, found.recipe.text, files.replacing(files.recipe, force))
@@ -308,7 +311,7 @@ def _target(text: str | None, recipe: str | None) -> Target:
     Raises:
         UsageError: neither tells, or what they tell cannot be.
     """
-    from repshift_cli.recipe import Recipe
+    from repshift_cli.planning.recipe import Recipe
     from repshift_cli.search.target import Target
 
     if text is not None:
@@ -324,7 +327,7 @@ def _target(text: str | None, recipe: str | None) -> Target:
 
 def default_output(checkpoint: str, target: Target) -> Path:
     """`<name>_macs0.65.yaml` in the current folder."""
-    from repshift_cli.files import weight_stem
+    from repshift_cli.utils.files import weight_stem
 
     name = checkpoint.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:")
     return Path(f"{weight_stem(name)}_{target.kind}{target.value:g}.yaml")
@@ -333,7 +336,7 @@ def default_output(checkpoint: str, target: Target) -> Path:
 @contextmanager
 def _explained_interrupt(files: _Files, first: bool) -> Iterator[None]:
     """Say what is left where an interruption came before there was anything to write."""
-    from repshift_cli import ui
+    from repshift_cli.cli import ui
 
     try:
         yield
@@ -342,75 +345,6 @@ def _explained_interrupt(files: _Files, first: bool) -> Iterator[None]:
             ui.warn(f"interrupted; the search is kept in {files.state}, and the same command goes on from there")
             raise Interrupted(INTERRUPTED) from None
         raise
-
-
-def show(found: Found) -> None:
-    """Print the result for people, in 80 columns."""
-    from repshift_cli import ui
-
-    loaded = found.loaded
-    ui.print_text(f"model   {loaded.description.name} ({found.family.name})")
-    ui.print_text(f"data    {found.inputs.batch.description}")
-    ui.print_text("")
-    show_found(found)
-    ui.print_text(f"reducer {found.result.plan.reducer.kind}")
-    show_sites(found.result.plan, "Tokens through each site")
-
-
-def show_found(found: Found) -> None:
-    """Print what the search found beside the dense model and the paper's schedule."""
-    from repshift_cli import ui
-
-    result = found.result
-    points = {
-        "dense": result.dense,
-        "the paper's schedule": result.paper,
-        "found": result.found,
-        "found, dropped at random": result.random,
-    }
-    quality = ["unchanged", "KL"] if result.dense.agreement is not None else ["1 - cosine"]
-    columns = ["", "MACs", "latency", *quality, *(["top-1 %"] if result.dense.top1 is not None else [])]
-    rows = [_cells(name, point) for name, point in points.items() if point is not None]
-    title = f"Search for {result.target} (schedules tried: {result.evaluations}; {result.seconds:.0f} s)"
-    ui.print_table(title, columns, rows)
-    unit = found.loaded.description.preprocessing.unit
-    on = found.measured_on
-    ui.print_text("MACs and latency as fractions of the dense model's;")
-    ui.print_text(f"quality on {result.found.images} {unit}s that took no part, but to decide between found and paper")
-    intervals = [
-        "{} {:.1f}-{:.1f}".format(name, *point.top1_interval)
-        for name, point in points.items()
-        if point is not None and point.top1_interval is not None
-    ]
-    if intervals:
-        ui.print_text(f"95% intervals of top-1: {'; '.join(intervals)}")
-    if result.found.latency is not None:
-        told = f"{on['device']}, {on['dtype']}, batch {on['batch']}, {on['threads']} threads"
-        ui.print_text(f"latency on {told}")
-    if result.paper_is_found:
-        why = "the paper's schedule was better on these"
-        why = why if result.held_back_decided else "nothing better than the paper's schedule was found"
-        ui.print_text(f"{why}, so it is what was found")
-    ui.print_text("")
-    front = _thinned(result.front)
-    if len(front) > 1:
-        title = f"The best of what was tried, by cost (on {front[0].images} {unit}s that chose)"
-        ui.print_table(title, columns, [_cells("", point) for point in front])
-        ui.print_text("")
-
-
-def _thinned(front: Sequence[Point]) -> list[Point]:
-    """Some of the points, the first and the last among them: neighbours on a front tell the same."""
-    last = len(front) - 1
-    places = sorted({round(step * last / (_FRONT_ROWS - 1)) for step in range(_FRONT_ROWS)}) if last > 0 else [0]
-    return [front[place] for place in places] if front else []
-
-
-def _cells(name: str, point: Point) -> list[str]:
-    latency = "-" if point.latency is None else f"{point.latency:.3f}"
-    same = [] if point.agreement is None else [f"{point.agreement:.2%}"]
-    top1 = [] if point.top1 is None else [f"{point.top1:.2f}"]
-    return [name, f"{point.macs:.3f}", latency, *same, f"{point.kl:.4f}", *top1]
 
 
 def document(found: Found, files: _Files) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from repshift_cli.cli.bench import check_picture_format
 from repshift_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from repshift_cli.artifact import Opened
-    from repshift_cli.visualize import View
+    from repshift_cli.checkpoints.artifact import Opened
+    from repshift_cli.visualize.view import View
 
 __all__ = ["command", "document", "show"]
 
@@ -55,11 +55,12 @@ def command(
     """Show which patches of some pictures or clips a compressed model keeps, site by site."""
     _check_outputs(output, indices, force)
 
-    from repshift_cli import measure, ui
-    from repshift_cli.artifact import open_model
-    from repshift_cli.visualize import view_kept
+    from repshift_cli.checkpoints.artifact import open_model
+    from repshift_cli.cli import ui
+    from repshift_cli.measure.device import resolve_device
+    from repshift_cli.visualize.view import view_kept
 
-    where = measure.resolve_device(device)
+    where = resolve_device(device)
     opened = open_model(model, heads=heads, img_size=img_size)
     if opened.compressed is None:
         raise UsageError(
@@ -85,8 +86,8 @@ def write(view: View, output: Path, indices: Path | None, force: bool) -> None:
     """Write the picture and, where asked for, the indices; errors as `files.atomic_output`."""
     import json
 
-    from repshift_cli.files import write_text
-    from repshift_cli.visualize import save_figure
+    from repshift_cli.utils.files import write_text
+    from repshift_cli.visualize.draw import save_figure
 
     save_figure(view.figure(), output, force)
     if indices is not None:
@@ -95,7 +96,7 @@ def write(view: View, output: Path, indices: Path | None, force: bool) -> None:
 
 def show(view: View, output: Path, indices: Path | None) -> None:
     """Print for people what was written, in 80 columns."""
-    from repshift_cli import ui
+    from repshift_cli.cli import ui
 
     shown = len(view.readings)
     counts = ((rows.shape[1], view.patches[layer].patches, layer) for layer, rows in view.kept.items())
@@ -134,7 +135,7 @@ def _check_outputs(output: Path, indices: Path | None, force: bool) -> None:
         UsageError, OutputError: as `files.check_output`; or the ending of the picture is none that can be drawn, or
             both go to the same file.
     """
-    from repshift_cli.files import check_outputs
+    from repshift_cli.utils.files import check_outputs
 
     check_picture_format("--output", output)
     check_outputs({"--output": output, "--indices": indices}, force)
@@ -146,7 +147,7 @@ def _default_data(opened: Opened, model: str, of_clips: bool) -> str:
     Raises:
         UsageError: it is another model.
     """
-    from repshift_cli.checkpoint import BUILTIN
+    from repshift_cli.checkpoints.load import BUILTIN
 
     scenes, what = (_CLIP_SCENES, "videos") if of_clips else (_SCENES, "pictures")
     if f"builtin:{opened.loaded.description.name}" in BUILTIN:

@@ -11,7 +11,7 @@ from typing import Protocol
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from repshift_cli.attention import attend_projected, backend_of
+from repshift_cli.ops.attention import attend_projected, backend_of
 
 __all__ = ["FlexibleAttention", "SizesByCount", "heed_sizes", "is_attention", "run_on_flash"]
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repshift_cli.attention import attend_projected, backend_of
 from repshift_cli.models.bert import TextDecoder, TextEncoder, TextShape
-from repshift_cli.tokens import Sized
+from repshift_cli.ops.attention import attend_projected, backend_of
+from repshift_cli.ops.tokens import Sized
 
 __all__ = [
     "MODELS",

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repshift_cli.errors import UsageError
-from repshift_cli.models import kernels
-from repshift_cli.models.scan import selective_scan
+from repshift_cli.ops import mamba_kernels
+from repshift_cli.ops.selective_scan import selective_scan
 
 __all__ = ["MODELS", "VimBlock", "VimStream", "VisionMamba", "create"]
 
@@ -121,7 +121,7 @@ class Mixer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """`[B, T, C]` to `[B, T, C]`."""
         x, z = self.in_proj(tokens).chunk(2, dim=-1)
-        mixed = self._with_kernels(x) if kernels.usable(x, self.d_state) else self._both_directions(x)
+        mixed = self._with_kernels(x) if mamba_kernels.usable(x, self.d_state) else self._both_directions(x)
         out: Tensor = self.out_proj(mixed * functional.silu(z) * 0.5)
         return out
 
@@ -159,12 +159,12 @@ class Mixer(nn.Module):
         for end, turn in (("", False), ("_b", True)):
             conv, project, step = (getattr(self, f"{name}{end}") for name in ("conv1d", "x_proj", "dt_proj"))
             part = x.flip(1) if turn else x
-            u = kernels.causal_conv(part.mT, conv.weight[:, 0], conv.bias)
+            u = mamba_kernels.causal_conv(part.mT, conv.weight[:, 0], conv.bias)
             rank, b, c = project(u.mT).split((self.rank, self.d_state, self.d_state), dim=-1)
             decay = -getattr(self, f"A{end}_log").float().exp()
             skip = getattr(self, f"D{end}").float()
             delta, bias = step.weight @ rank.mT, step.bias.float()
-            y = kernels.selective_scan(u, delta, decay, b.mT, c.mT, skip=skip, bias=bias).mT
+            y = mamba_kernels.selective_scan(u, delta, decay, b.mT, c.mT, skip=skip, bias=bias).mT
             y = y.flip(1) if turn else y
             total = y if total is None else total + y
         assert total is not None

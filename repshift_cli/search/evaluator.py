@@ -12,27 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repshift_cli.attach import attach
-from repshift_cli.calibrate import (
-    Predictions,
-    Run,
-    agreement,
-    choose_metric,
-    distance,
-    divergence,
-    predictions,
-    run_batches,
-    runnable,
-)
+from repshift_cli.calibration.calibrate import Run, choose_metric, runnable
+from repshift_cli.calibration.fit import fit_scores
+from repshift_cli.calibration.outputs import Predictions, agreement, distance, divergence, predictions, run_batches
 from repshift_cli.errors import CheckFailed, RecipeError
-from repshift_cli.families import Family
-from repshift_cli.fitting import fit_scores
-from repshift_cli.measure import Speedup, Subject, Timing, device_name, full_batch, measure_latency, speedup
-from repshift_cli.plan import After, Plan
-from repshift_cli.progress import Progress, Task
-from repshift_cli.recipe import Part
+from repshift_cli.measure.device import device_name
+from repshift_cli.measure.latency import Speedup, Subject, Timing, compute_speedup, full_batch, measure_latency
+from repshift_cli.planning.layout import After
+from repshift_cli.planning.plan import Plan
+from repshift_cli.planning.recipe import Part
+from repshift_cli.reduction.compressed_model import attach
+from repshift_cli.reduction.families.base import Family
 from repshift_cli.search.additive import Kept
 from repshift_cli.search.result import SearchSettings
+from repshift_cli.utils.progress import Progress, Task
 
 __all__ = ["Candidate", "Evaluated", "Evaluator", "NoTask", "Timed", "plan_key"]
 
@@ -180,11 +173,11 @@ class Evaluator:
         try:
             subjects = [Subject("dense", compressed, compressed.dense), Subject("candidate", compressed)]
             times = measure_latency(subjects, inputs, max_seconds=self.seconds, warmup=2, progress=progress)
-            found = speedup(times["dense"], times["candidate"])
+            found = compute_speedup(times["dense"], times["candidate"])
             if patient and _doubt(found, len(times["dense"].samples_s)) > _LATENCY_DOUBT:
                 more = measure_latency(subjects, inputs, max_seconds=self.seconds, warmup=0, progress=progress)
                 both = {name: Timing(times[name].samples_s + more[name].samples_s) for name in times}
-                found = speedup(both["dense"], both["candidate"])
+                found = compute_speedup(both["dense"], both["candidate"])
         finally:
             compressed.detach()
         return round(1.0 / found.ratio, 5)

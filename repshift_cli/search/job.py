@@ -10,23 +10,23 @@ from typing import Any
 
 import torch
 
-from repshift_cli import measure
-from repshift_cli.attach import check_reducer
-from repshift_cli.checkpoint import BUILTIN, LoadedModel
-from repshift_cli.data.images import ImageBatch
-from repshift_cli.data.labelled import Labelled
+from repshift_cli.calibration.fit import is_classifier
+from repshift_cli.checkpoints.identify.names import is_model_name
+from repshift_cli.checkpoints.load import BUILTIN
+from repshift_cli.checkpoints.loaded import LoadedModel
+from repshift_cli.data.inputs import ImageBatch, Labelled
 from repshift_cli.errors import UsageError
-from repshift_cli.families import Family, match
-from repshift_cli.fitting import is_classifier
-from repshift_cli.identify import is_model_name
-from repshift_cli.progress import Progress
-from repshift_cli.recipe import Budget, Part, Recipe
-from repshift_cli.reducers import Merger, build_reducer
+from repshift_cli.measure.device import device_name
+from repshift_cli.planning.recipe import Budget, Part, Recipe
+from repshift_cli.reduction.checks import check_reducer
+from repshift_cli.reduction.families.base import Family, match
+from repshift_cli.reduction.reducers.base import Merger, build_reducer
 from repshift_cli.search.plot import Chart, Limit, Mark
 from repshift_cli.search.plot import Point as Spot
 from repshift_cli.search.result import Point, SearchResult, SearchSettings
 from repshift_cli.search.search import search
 from repshift_cli.search.target import Target
+from repshift_cli.utils.progress import Progress
 
 __all__ = ["Found", "Request", "find", "start_recipe", "with_reducers"]
 
@@ -199,7 +199,7 @@ def find(
     result = replace(result, recipe=_named(result.recipe, loaded))
     sample = next(loaded.model.parameters())
     measured_on = {
-        "device": measure.device_name(sample.device),
+        "device": device_name(sample.device),
         "dtype": str(sample.dtype).removeprefix("torch."),
         "batch": batch_size,
         "threads": torch.get_num_threads(),
@@ -225,7 +225,7 @@ def _named(recipe: Recipe, loaded: LoadedModel) -> Recipe:
 
 def _header(loaded: LoadedModel, result: SearchResult, inputs: Labelled, measured_on: Mapping[str, Any]) -> str:
     """Where the recipe came from, as comments."""
-    from repshift_cli import __version__
+    from repshift_cli.version import __version__
 
     state = "; interrupted, this is the best so far" if result.interrupted else ""
     state += "" if result.met else f"; NOT MET, nearest is {result.nearest:.4g}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from repshift_cli.files import atomic_output
+from repshift_cli.utils.files import atomic_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from repshift_cli.errors import CheckFailed
-from repshift_cli.intervals import percent_interval
-from repshift_cli.plan import Plan
-from repshift_cli.recipe import Part, Recipe
+from repshift_cli.planning.plan import Plan
+from repshift_cli.planning.recipe import Part, Recipe
 from repshift_cli.search.target import Target
+from repshift_cli.utils.stats import percent_interval
 
 __all__ = ["QUALITY_SLACK", "Point", "SearchResult", "SearchSettings", "point_of"]
 

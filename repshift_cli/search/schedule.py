@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from repshift_cli.errors import UsageError
-from repshift_cli.plan import Grid, Layout
-from repshift_cli.recipe import LayerDrop, Part, Recipe
+from repshift_cli.planning.layout import Grid, Layout
+from repshift_cli.planning.recipe import LayerDrop, Part, Recipe
 from repshift_cli.search.additive import TINY, Additive, Kept, drops, levels
 
 __all__ = [

@@ -25,23 +25,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from repshift_cli.attach import acts_after, resolve_for
-from repshift_cli.calibrate import (
-    unfitted,
-)
+from repshift_cli.calibration.calibrate import unfitted
 from repshift_cli.errors import CheckFailed, DataError, RecipeError, UsageError
-from repshift_cli.families import Family
-from repshift_cli.intervals import wilson_interval
-from repshift_cli.metrics import build_metric
-from repshift_cli.plan import After, Plan, resolve
-from repshift_cli.processes import together
-from repshift_cli.progress import Progress, Silent, Task
-from repshift_cli.recipe import PAPER_DROP_RATIO, Part, Recipe, default_recipe
+from repshift_cli.planning.layout import After
+from repshift_cli.planning.plan import Plan, resolve
+from repshift_cli.planning.recipe import PAPER_DROP_RATIO, Part, Recipe, default_recipe
+from repshift_cli.reduction.checks import acts_after, resolve_for
+from repshift_cli.reduction.families.base import Family
+from repshift_cli.reduction.metrics.base import build_metric
 from repshift_cli.search.additive import Additive, Curve, Kept
 from repshift_cli.search.evaluator import Candidate, Evaluated, Evaluator, NoTask, Timed, plan_key
 from repshift_cli.search.result import QUALITY_SLACK, Point, SearchResult, SearchSettings, point_of
 from repshift_cli.search.schedule import Front, Solution, fit, neighbours, on_tiles, paper_schedule, solve, to_recipe
 from repshift_cli.search.state import EvaluationCache, identity_of
+from repshift_cli.utils.distributed import together
+from repshift_cli.utils.progress import Progress, Silent, Task
+from repshift_cli.utils.stats import wilson_interval
 
 __all__ = ["search"]
 

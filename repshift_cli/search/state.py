@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from repshift_cli import __version__
-from repshift_cli.digests import digest_of_tensors
 from repshift_cli.errors import UsageError
-from repshift_cli.files import atomic_output
-from repshift_cli.processes import Processes
-from repshift_cli.progress import Task
 from repshift_cli.search.result import SearchSettings
+from repshift_cli.utils.distributed import Processes
+from repshift_cli.utils.files import atomic_output
+from repshift_cli.utils.hashing import digest_of_tensors
+from repshift_cli.utils.progress import Task
+from repshift_cli.version import __version__
 
 __all__ = ["EvaluationCache", "identity_of", "keep_outputs", "kept_outputs"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from repshift_cli.errors import UsageError
-from repshift_cli.recipe import nearest
+from repshift_cli.utils.suggest import nearest
 
 __all__ = ["TARGETS", "Target"]
 

@@ -176,7 +176,7 @@ class TestOutput:
         explained(outcome, 1, "cannot")
 
     def test_the_disk_fills_up(self, cli: Command, dense: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from repshift_cli import artifact
+        from repshift_cli.checkpoints import artifact
 
         def half(tensors: object, path: Path, metadata: object) -> None:
             Path(path).write_bytes(b"half")
@@ -255,12 +255,10 @@ def test_an_unknown_command(cli: Command) -> None:
 
 
 def test_an_error_nobody_foresaw_is_one_message(cli: Command, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from repshift_cli import checkpoint
-
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by [nothing]")
 
-    monkeypatch.setattr(checkpoint, "load", broken)
+    monkeypatch.setattr("repshift_cli.checkpoints.artifact.load_checkpoint", broken)
     outcome = cli("inspect", dense)
     assert outcome.rc == 1
     assert "unexpected: ZeroDivisionError: by [nothing]" in outcome.stderr

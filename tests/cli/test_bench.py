@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from outcome import Command, Outcome
 
-from repshift_cli import bench_plot, benchmark
-from repshift_cli.bench_report import BenchReport
+from repshift_cli.benchmark import run as benchmark
+from repshift_cli.benchmark.report import BenchReport
 from repshift_cli.cli import bench
 from repshift_cli.errors import UsageError
 
@@ -161,7 +161,7 @@ class TestFiles:
             path.write_text("half")
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(bench_plot, "plot", fail)
+        monkeypatch.setattr("repshift_cli.benchmark.plot.plot_report", fail)
         before = set(tmp_path.iterdir())
         refused(run("-b", "1", "--plot", "a.png"), 1, "No space left")
         assert set(tmp_path.iterdir()) == before

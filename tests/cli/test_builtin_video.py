@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from outcome import Command
 
-from repshift_cli.data.moving_shapes import TEST_SEED, write_dataset
+from repshift_cli.data.builtin.moving_shapes import TEST_SEED, write_dataset
 
 VIDEOS = 60
 

@@ -15,9 +15,9 @@ from outcome import Command
 from tiny import images, save_weights
 
 import repshift_cli
-from repshift_cli import artifact
-from repshift_cli.measure import observed_attention
-from repshift_cli.recipe import Recipe, shipped_recipes
+from repshift_cli.checkpoints import artifact
+from repshift_cli.measure.attention_kernel import observed_attention
+from repshift_cli.planning.recipe import Recipe, shipped_recipes
 
 QUICK = ("--seconds", "0", "--batch-size", "2")
 

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 FILES = {"vit_digits_repshift.safetensors", "kept_tokens.png", "report.json"}
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def call(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -37,7 +37,7 @@ def document(*arguments: str) -> Any:
 @pytest.fixture
 def digits(tmp_path: Path) -> Path:
     """Ten class folders of built-in scenes, named as the classes of the built-in model."""
-    from repshift_cli.data.digits import DigitScenes
+    from repshift_cli.data.builtin.digits import DigitScenes
 
     for label in range(10):
         (tmp_path / "digits" / str(label)).mkdir(parents=True)
@@ -129,7 +129,7 @@ def test_classes_that_do_not_fit_the_head(cli: Command, tmp_path: Path) -> None:
 
 
 def test_no_better_than_guessing(cli: Command, tmp_path: Path) -> None:
-    from repshift_cli.data.digits import DigitScenes
+    from repshift_cli.data.builtin.digits import DigitScenes
 
     scenes = DigitScenes("test", 120)
     for index in range(len(scenes)):

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 from outcome import Command
+from paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 MODEL = "builtin:vit-digits-small"
 FEW = (MODEL, "--limit", "120", "-b", "4", "--workers", "0", "--threads", "1", "--json")
 

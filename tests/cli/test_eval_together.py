@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from outcome import Command
+from paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 EXACT = ("images", "of", "skipped", "skipped_files", "top1", "top5", "top1_correct", "top5_correct", "top1_interval")
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,7 @@ def exact(text: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Class folders of 45 scenes, some of which cannot be read."""
-    from repshift_cli.data.digits import DigitScenes
+    from repshift_cli.data.builtin.digits import DigitScenes
 
     root = tmp_path_factory.mktemp("digits")
     for label in range(10):
@@ -68,8 +68,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from repshift_cli.compression import Settings, compress_checkpoint
-    from repshift_cli.progress import Silent
+    from repshift_cli.compression.run import compress_checkpoint
+    from repshift_cli.compression.settings import Settings
+    from repshift_cli.utils.progress import Silent
 
     path = tmp_path_factory.mktemp("model") / "small.safetensors"
     settings = Settings(output=path, seconds=0.0, calibration_images=0)
@@ -133,7 +134,7 @@ def test_an_error_in_one_process_is_told_once_and_ends_all(digits: Path, tmp_pat
     assert done.returncode != 0
     assert done.stdout == ""
     assert done.stderr.count("cannot be read") == 1
-    assert "repshift_cli/evaluate.py" not in done.stderr  # torchrun shows its own traceback, not ours
+    assert "evaluation/classification/evaluate.py" not in done.stderr  # torchrun shows its own traceback, not ours
 
 
 def test_videos_are_for_one_process(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:

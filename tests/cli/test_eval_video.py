@@ -12,10 +12,12 @@ from outcome import Command, Outcome
 from safetensors.torch import save_file
 from tiny_umt import tiny_umt, umt_plan, umt_recipe
 
-from repshift_cli import artifact
-from repshift_cli.checkpoint import METADATA_KEY, ModelDescription, load
-from repshift_cli.data import moving_shapes
-from repshift_cli.preprocessing import Preprocessing
+from repshift_cli.checkpoints import artifact
+from repshift_cli.checkpoints.load import load_checkpoint
+from repshift_cli.checkpoints.loaded import ModelDescription
+from repshift_cli.checkpoints.weights import METADATA_KEY
+from repshift_cli.data.builtin import moving_shapes
+from repshift_cli.data.preprocessing import Preprocessing
 
 COUNT, FRAMES = 6, 5
 RETRIEVAL_KEYS = {
@@ -51,7 +53,7 @@ def save_umt(path: Path, embed_dim: int) -> Path:
     description = ModelDescription(path.stem, "umt", args, Preprocessing.of_model(model))
     tensors = {key: value.detach().clone().contiguous() for key, value in model.state_dict().items()}
     save_file(tensors, path, metadata={METADATA_KEY: json.dumps({"model": description.to_dict()})})
-    loaded, recipe = load(path), umt_recipe("[{layer: 0, drop_ratio: 0.5}]")
+    loaded, recipe = load_checkpoint(path), umt_recipe("[{layer: 0, drop_ratio: 0.5}]")
     document = artifact.make_document(loaded, umt_plan(model, recipe), recipe, None, {})
     artifact.save(path.with_suffix(".compressed.safetensors"), loaded, document)
     return path

@@ -12,8 +12,8 @@ import torch
 from exported import stored
 from outcome import Command, Outcome, explained
 
-from repshift_cli import artifact
-from repshift_cli.runtimes import open_exported
+from repshift_cli.checkpoints import artifact
+from repshift_cli.checkpoints.exported import open_exported
 
 QUICK = ("--seconds", "0", "--min-runs", "1", "-b", "2")
 

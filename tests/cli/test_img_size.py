@@ -13,7 +13,7 @@ from tiny import images, save_weights
 from tiny_vim import tiny_vim
 
 import repshift_cli
-from repshift_cli import artifact
+from repshift_cli.checkpoints import artifact
 from repshift_cli.errors import UsageError
 
 VIM = "vim_tiny_patch16_224"

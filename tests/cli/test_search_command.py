@@ -20,17 +20,18 @@ import timm
 import torch
 from matplotlib.colors import to_rgb
 from outcome import Command
+from paths import ROOT
 from PIL import Image
 from tiny import save_weights, tiny_vit
 
-from repshift_cli import artifact, compress
-from repshift_cli.attach import resolve_for
-from repshift_cli.checkpoint import read_weights
-from repshift_cli.cli.together import own_device
-from repshift_cli.data.images import ImageBatch
-from repshift_cli.data.labelled import Labelled
+from repshift_cli import compress
+from repshift_cli.checkpoints import artifact
+from repshift_cli.checkpoints.weights import read_weights
+from repshift_cli.cli.torchrun import own_device
+from repshift_cli.data.inputs import ImageBatch, Labelled
 from repshift_cli.errors import RecipeError
-from repshift_cli.recipe import Recipe
+from repshift_cli.planning.recipe import Recipe
+from repshift_cli.reduction.checks import resolve_for
 from repshift_cli.search.job import Found
 from repshift_cli.search.plot import MARKS
 from repshift_cli.search.result import SearchResult, SearchSettings
@@ -38,7 +39,6 @@ from repshift_cli.search.search import search
 from repshift_cli.search.state import keep_outputs
 
 QUICK = ("--images", "16", "--evaluations", "2", "--seconds", "0")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def words(text: str) -> str:

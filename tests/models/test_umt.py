@@ -30,15 +30,15 @@ from tiny_umt import (
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repshift_cli.answering import rank_answers
-from repshift_cli.attach import CompressedModel
-from repshift_cli.identify import identify
+from repshift_cli.checkpoints.identify import identify
+from repshift_cli.evaluation.video_text.answering import rank_answers
+from repshift_cli.evaluation.video_text.ranking import matching_scores, similarity
 from repshift_cli.models import umt
 from repshift_cli.models.bert import TextDecoder, TextEncoder, TextShape
 from repshift_cli.models.umt import UmtModel, VisionShape, position_table
-from repshift_cli.progress import Silent
-from repshift_cli.retrieval import matching_scores, similarity
-from repshift_cli.tokens import Sized
+from repshift_cli.ops.tokens import Sized
+from repshift_cli.reduction.compressed_model import CompressedModel
+from repshift_cli.utils.progress import Silent
 
 HIDDEN = 1e-5  # what the authors' code in float64 differs from itself in float32: 1.4e-6
 SCORES = 2e-6

@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+from paths import VECTORS
 from safetensors.torch import load_file
 from tiny_vim import DEPTH, VARIANTS, Naive, naive_vim, tiny_vim, vim_images
 from torch import Tensor
 from torch.nn import functional
 
 from repshift_cli.errors import UsageError
-from repshift_cli.models import kernels
 from repshift_cli.models.vim import MODELS, VimStream, VisionMamba, create
+from repshift_cli.ops import mamba_kernels
 
-DATA = Path(__file__).parents[1] / "data"
 TOLERANCE = 1e-4  # float32 beside float64 is up to 2.8e-5; every deliberate error in the model is above
 
 vectors = pytest.mark.parametrize("name", ["A", "B", "C"])
@@ -29,8 +28,8 @@ each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 def official(name: str) -> tuple[VisionMamba, dict[str, Tensor], dict[str, Any]]:
     """A model with the weights of a vector, what the authors' code returns, and what it was made from."""
-    tensors = load_file(DATA / f"vim_{name}.safetensors")
-    document = json.loads((DATA / f"vim_{name}.json").read_text(encoding="utf-8"))
+    tensors = load_file(VECTORS / f"vim_{name}.safetensors")
+    document = json.loads((VECTORS / f"vim_{name}.json").read_text(encoding="utf-8"))
     model = VisionMamba(**document["args"]).eval()
     start = "weights."
     weights = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
@@ -89,7 +88,7 @@ class TestAuthorsCode:
         assert parameter_count(model) == document["parameters"]
 
     def test_the_keys_of_vim_tiny(self) -> None:
-        lines = (DATA / "vim_tiny_keys.txt").read_text(encoding="utf-8").splitlines()
+        lines = (VECTORS / "vim_tiny_keys.txt").read_text(encoding="utf-8").splitlines()
         expected = {key: json.loads(shape) for key, shape in (line.split("\t") for line in lines)}
         model = on_meta("vim_tiny_patch16_224")
         assert {key: list(value.shape) for key, value in model.state_dict().items()} == expected
@@ -293,9 +292,9 @@ class TestKernels:
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
         monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", scan)
         monkeypatch.setitem(sys.modules, "causal_conv1d", convolution)
-        kernels._kernels.cache_clear()
+        mamba_kernels._kernels.cache_clear()
         yield calls
-        kernels._kernels.cache_clear()
+        mamba_kernels._kernels.cache_clear()
 
     @each_variant
     def test_the_same_logits(self, variant: str, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,14 +303,14 @@ class TestKernels:
         with torch.no_grad():
             wanted = model(images)
             assert calls == []
-            monkeypatch.setattr(kernels, "usable", lambda x, d_state: True)
+            monkeypatch.setattr(mamba_kernels, "usable", lambda x, d_state: True)
             torch.testing.assert_close(model(images), wanted, rtol=1e-5, atol=1e-5)
         assert calls == ["convolution_stand_in", "scan_stand_in"] * 2 * DEPTH
 
     def test_half_precision(self, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         model = tiny_vim()
         images = vim_images(model)
-        monkeypatch.setattr(kernels, "usable", lambda x, d_state: True)
+        monkeypatch.setattr(mamba_kernels, "usable", lambda x, d_state: True)
         with torch.no_grad():
             wanted = model(images)
             logits = model.bfloat16()(images.bfloat16())
@@ -319,8 +318,8 @@ class TestKernels:
         assert (logits.float() - wanted).abs().max() < 0.1 * wanted.abs().max()
 
     def test_not_on_the_cpu(self, calls: list[str]) -> None:
-        assert kernels._kernels() is not None
-        assert not kernels.usable(torch.zeros(1, 1, 8), 4)
+        assert mamba_kernels._kernels() is not None
+        assert not mamba_kernels.usable(torch.zeros(1, 1, 8), 4)
 
     @pytest.mark.parametrize(
         ("compiling", "dtype", "channels", "d_state", "expected"),
@@ -345,14 +344,14 @@ class TestKernels:
     ) -> None:
         tensor = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 5, channels))
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-        assert kernels.usable(cast(Any, tensor), d_state) == expected
+        assert mamba_kernels.usable(cast(Any, tensor), d_state) == expected
 
     @pytest.mark.parametrize("broken", ["mamba_ssm.ops.selective_scan_interface", "causal_conv1d"])
     def test_a_package_that_does_not_load_is_as_good_as_none(
         self, broken: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        assert kernels._kernels() is not None
-        kernels._kernels.cache_clear()
+        assert mamba_kernels._kernels() is not None
+        mamba_kernels._kernels.cache_clear()
         monkeypatch.setitem(sys.modules, broken, None)
         tensor = SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(1, 5, 8))
-        assert not kernels.usable(cast(Any, tensor), 4)
+        assert not mamba_kernels.usable(cast(Any, tensor), 4)

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repshift_cli.errors import UsageError
-from repshift_cli.plan import Layout, SiteInfo, Window, resolve
-from repshift_cli.recipe import Part, default_recipe
+from repshift_cli.planning.layout import Layout, SiteInfo, Window
+from repshift_cli.planning.plan import resolve
+from repshift_cli.planning.recipe import Part, default_recipe
 from repshift_cli.search.additive import Additive, Curve, Kept, drops, levels
 from repshift_cli.search.schedule import fit, layer_drops, neighbours, on_tiles, paper_schedule, solve, to_recipe
 from repshift_cli.search.target import Target

@@ -21,20 +21,21 @@ from tiny_umt import tiny_umt, umt_clips
 from tiny_vim import tiny_vim, vim_images
 from torch import nn
 
-from repshift_cli import checkpoint
-from repshift_cli.attach import attach, resolve_for
-from repshift_cli.calibrate import agreement, distance, divergence
-from repshift_cli.data.images import load_images
+from repshift_cli.calibration.outputs import agreement, distance, divergence
+from repshift_cli.checkpoints.load import load_checkpoint
+from repshift_cli.data.inputs import load_images
 from repshift_cli.errors import CheckFailed, DataError, RecipeError, UsageError
-from repshift_cli.families import match
-from repshift_cli.plan import Plan
-from repshift_cli.progress import Progress, Silent
-from repshift_cli.recipe import Part, Recipe, default_recipe
+from repshift_cli.planning.plan import Plan
+from repshift_cli.planning.recipe import Part, Recipe, default_recipe
+from repshift_cli.reduction.checks import resolve_for
+from repshift_cli.reduction.compressed_model import attach
+from repshift_cli.reduction.families.base import match
 from repshift_cli.search.evaluator import Evaluator
 from repshift_cli.search.result import SearchResult, SearchSettings
 from repshift_cli.search.search import _least_share, search
 from repshift_cli.search.state import keep_outputs, kept_outputs
 from repshift_cli.search.target import Target
+from repshift_cli.utils.progress import Progress, Silent
 
 COUNT = 48
 HELD = COUNT // 2
@@ -524,7 +525,7 @@ class TestFamilies:
 
 @pytest.mark.slow
 def test_the_built_in_model_beats_chance_and_the_paper() -> None:
-    loaded = checkpoint.load("builtin:vit-digits-small")
+    loaded = load_checkpoint("builtin:vit-digits-small")
     batch = load_images(None, 48, loaded.description.preprocessing, 0)
     start = replace_metric(default_recipe(12))
     settings = replace(

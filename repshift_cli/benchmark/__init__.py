@@ -1,0 +1,1 @@
+"""Speed and memory of models, and of baselines beside them."""

@@ -1,0 +1,1 @@
+"""Choose or fit the metric on unlabelled inputs."""

@@ -1,0 +1,410 @@
+"""Choose the score of each site by what it does to the predictions on unlabelled images.
+
+Which operation, distance, reading and sign of the shift is the right one is a property of the model, and of the layer:
+on the built-in ViT the tokens that block 0 moves most must stay, and those that block 3 moves least (docs/results.md).
+So every way to fill the fields that the recipe leaves open is tried at the first site, the one whose predictions stay
+nearest to the dense model's is taken, then the next site, given the choice before it, and so on.
+
+At each site the candidates run in rounds, all on a few images, then fewer on more: bad ones show at once. The paper's
+choice runs to the end, and stays where none is better by more than chance. They share what lies before the site
+(`attach.branch`). In the end the choices together are checked on images that took no part in
+choosing, beside random dropping and the paper's choice.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repshift_cli.calibration.fit import fit_scores
+from repshift_cli.calibration.outputs import Predictions, agreement, distance, predictions, run_batches
+from repshift_cli.errors import CheckFailed, DataError, RecipeError
+from repshift_cli.planning.plan import Plan, PlanSite
+from repshift_cli.planning.recipe import Part
+from repshift_cli.reduction.checks import feeds, with_defaults
+from repshift_cli.reduction.compressed_model import attach, branch
+from repshift_cli.reduction.families.base import Family, Site
+from repshift_cli.reduction.metrics.base import Metric, build_metric
+from repshift_cli.reduction.metrics.fitted import Fitted
+from repshift_cli.utils.progress import Progress, Task
+
+__all__ = [
+    "Calibration",
+    "CandidateResult",
+    "Outcome",
+    "Run",
+    "SiteChoice",
+    "calibrate",
+    "choose_metric",
+    "fit_open",
+    "runnable",
+    "unfitted",
+]
+
+
+_ROUNDS = ((1 / 8, 5), (3 / 8, 2), (1.0, 1))
+"""Share of the choosing images that have been seen after each round, and how many candidates survive it."""
+
+
+_CHOOSING_SHARE = 0.5
+"""Share of all images on which is chosen; the others check the result."""
+
+
+_MARGIN_SIGMAS = 1.0
+"""By how many standard errors a candidate must be better than the paper's choice to take its place; less is chance."""
+
+
+_RANDOM_SEEDS = (0, 1)
+
+
+_FIT_SEED = 0
+
+
+_CLEAR_SIGMAS = 3.0
+
+
+_CLEAR_SHARE = 0.9
+
+
+_MIN_IMAGES = 8
+
+
+_MILD_AGREEMENT = 0.9
+
+
+_MIN_MILD = 16
+"""Fewer images say nothing of how often predictions change."""
+
+
+@dataclass
+class Outcome:
+    """How far predictions are from the dense model's, image by image.
+
+    Attributes:
+        distances: per image: squared Hellinger distance to the dense model's probabilities, or one minus the cosine
+            where there are none.
+        agreeing: per image: 1.0 where the prediction is the same. Empty where there is none.
+        outputs: what the model returned, batch by batch.
+    """
+
+    distances: list[float] = field(default_factory=list)
+    agreeing: list[float] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def distance(self) -> float:
+        """Mean distance over the images seen."""
+        return math.fsum(self.distances) / len(self.distances) if self.distances else math.inf
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of unchanged predictions."""
+        return math.fsum(self.agreeing) / len(self.agreeing) if self.agreeing else None
+
+    def numbers(self) -> dict[str, Any]:
+        """Images seen, mean distance and share of unchanged predictions."""
+        return {
+            "images": len(self.distances),
+            "distance": round(self.distance, 6) if math.isfinite(self.distance) else None,
+            "agreement": None if self.agreement is None else round(self.agreement, 6),
+        }
+
+
+@dataclass
+class CandidateResult(Outcome):
+    """One candidate and what it does."""
+
+    metric: Metric = field(kw_only=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"metric": self.metric.part().model_dump(), **self.numbers()}
+
+
+@dataclass(frozen=True)
+class SiteChoice:
+    """What was found at one site: the chosen candidate, then the others, best first.
+
+    Those that fell out early saw fewer images. The paper's choice stays where none is clearly better.
+    """
+
+    site: str
+    candidates: tuple[CandidateResult, ...]
+
+    @property
+    def chosen(self) -> Metric:
+        """The best candidate."""
+        return self.candidates[0].metric
+
+    def to_dict(self) -> dict[str, Any]:
+        candidates = [candidate.to_dict() for candidate in self.candidates]
+        return {"site": self.site, "chosen": self.chosen.part().model_dump(), "candidates": candidates}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration found.
+
+    Attributes:
+        sites: the choice at each site.
+        result: all choices together, on the images that took no part in choosing.
+        random: the same cost with tokens dropped at random, mean of several draws, on the same images.
+        default: what would be used without calibration, on the same images.
+        sigmas: how many standard errors the result is better than random, over paired images.
+        clear: whether that is a clear margin.
+        images: how many images were used, for choosing and checking together.
+        identity: what they were.
+    """
+
+    sites: tuple[SiteChoice, ...]
+    result: Outcome
+    random: Outcome
+    default: Outcome
+    sigmas: float
+    clear: bool
+    images: int
+    identity: Mapping[str, Any]
+    seconds: float
+
+    @property
+    def mild(self) -> bool:
+        """Whether so little goes that it hardly matters what: random dropping leaves nine of ten predictions alone.
+
+        And what was chosen is not worse than that by more than chance.
+        """
+        agreement = self.random.agreement
+        enough = len(self.random.agreeing) >= _MIN_MILD
+        harmless = enough and agreement is not None and agreement >= _MILD_AGREEMENT
+        return harmless and self.sigmas > -_MARGIN_SIGMAS
+
+    @property
+    def parts(self) -> list[Part]:
+        """The chosen metric of each site, as a plan names it."""
+        return [choice.chosen.part() for choice in self.sites]
+
+    def to_dict(self) -> dict[str, Any]:
+        checked = {"chosen": self.result, "random": self.random, "default": self.default}
+        return {
+            "clear": self.clear,
+            "mild": self.mild,
+            "sigmas": round(self.sigmas, 2),
+            "images": self.images,
+            "data": dict(self.identity),
+            "checked": {name: result.numbers() for name, result in checked.items()},
+            "sites": [choice.to_dict() for choice in self.sites],
+        }
+
+
+@torch.inference_mode()
+def calibrate(
+    model: nn.Module,
+    family: Family,
+    plan: Plan,
+    *,
+    images: Tensor,
+    identity: Mapping[str, Any],
+    batch_size: int,
+    progress: Progress,
+) -> Calibration:
+    """Fill the open fields of the metrics of a plan, site by site.
+
+    Args:
+        model: dense, in eval mode, on the device and in the dtype to calibrate in.
+        family: the model's family.
+        plan: how many tokens go where; some fields of its metrics are open.
+        images: `[n, C, H, W]`, preprocessed, unlabelled; at least 8.
+        identity: what the images are, for the record.
+
+    Raises:
+        DataError: too few images.
+        RecipeError: no candidate can run on this model.
+        CheckFailed: the dense model itself returns values that are not finite.
+    """
+    if len(images) < _MIN_IMAGES:
+        raise DataError(f"calibration needs at least {_MIN_IMAGES} images, there are {len(images)}")
+    begin = time.monotonic()
+    sample = next(model.parameters())
+    images = images.to(device=sample.device, dtype=sample.dtype)
+    sites = {site.name: site for site in family.sites(model)}
+    border = math.ceil(_CHOOSING_SHARE * len(images))
+    with ExitStack() as stack:
+        stack.callback(family.adapt(model))  # the dense model is compared as it is beside a reduced one
+        asked, plan = plan, fit_open(model, plan, images[:border], batch_size, progress)
+        variants = [runnable(planned, sites[planned.site]) for planned in plan.sites]
+        steps = _steps([len(found) for found in variants], len(images))
+        task = stack.enter_context(progress.task("calibrating", steps))
+        reference = run_batches(model, images, batch_size, task)
+        if not bool(reference.isfinite().all()):
+            raise CheckFailed("the dense model returns values that are not finite", "Calibrate in float32.")
+        run = Run(model, images, predictions(model, reference), batch_size, task)
+        choices: list[SiteChoice] = []
+        for planned, candidates in zip(plan.sites, variants, strict=True):
+            before = [choice.chosen.part() for choice in choices]
+            choices.append(choose_metric(run, plan.with_metrics([*before, planned.metric]), candidates, border))
+        result = run.check(plan.with_metrics([choice.chosen.part() for choice in choices]), border)
+        draws = [run.check(plan.with_metric(part), border) for part in _random_parts()]
+        default = run.check(with_defaults(asked, sites), border)
+    random = _mean_of(draws)
+    sigmas = _sigmas(random.distances, result.distances)
+    return Calibration(
+        sites=tuple(choices),
+        result=result,
+        random=random,
+        default=default,
+        sigmas=sigmas,
+        clear=sigmas >= _CLEAR_SIGMAS and result.distance <= _CLEAR_SHARE * random.distance,
+        images=len(images),
+        identity=identity,
+        seconds=time.monotonic() - begin,
+    )
+
+
+def fit_open(model: nn.Module, plan: Plan, images: Tensor, batch_size: int, progress: Progress) -> Plan:
+    """The plan with those scores fitted that are to be; errors as `fit_scores`."""
+    metrics = [build_metric(planned.metric) for planned in plan.sites]
+    wanted = [index for index, metric in enumerate(metrics) if unfitted(metric)]
+    if not wanted:
+        return plan
+    with progress.task("fitting the score", len(images)) as task:
+        layers, after = [plan.sites[index].layer for index in wanted], plan.sites[0].after
+        found = fit_scores(model, layers, images, batch_size, _FIT_SEED, task, after=after)
+    parts = [planned.metric for planned in plan.sites]
+    for index, layer in zip(wanted, layers, strict=True):
+        parts[index] = found[layer].part()
+    return plan.with_metrics(parts)
+
+
+def unfitted(metric: Metric) -> bool:
+    """Whether the metric has weights that were not fitted yet."""
+    return isinstance(metric, Fitted) and metric.open
+
+
+def choose_metric(run: Run, plan: Plan, variants: Sequence[Metric], count: int) -> SiteChoice:
+    """The best metric for the last site of the plan, on the first `count` images."""
+    candidates = [CandidateResult(metric=variant) for variant in variants]
+    if len(candidates) == 1:
+        return SiteChoice(plan.sites[-1].site, tuple(candidates))
+    usual, alive, seen = candidates[0], candidates, 0
+    for until, survivors in _rounds(count):
+        run.compare(plan, alive, seen, until)
+        best = sorted(alive, key=lambda candidate: candidate.distance)[:survivors]
+        alive = best if usual in best else [*best[:-1], usual]
+        seen = until
+    ranked = sorted(candidates, key=lambda result: (-len(result.distances), result.distance))
+    # Of few images one or two may decide, so the paper's choice gives way only to what is better beyond that.
+    if _sigmas(usual.distances, ranked[0].distances) < _MARGIN_SIGMAS:
+        ranked.remove(usual)
+        ranked.insert(0, usual)
+    return SiteChoice(plan.sites[-1].site, tuple(ranked))
+
+
+def _rounds(count: int) -> list[tuple[int, int]]:
+    """Images that have been seen after each round, and candidates that survive it."""
+    return [(math.ceil(share * count), survivors) for share, survivors in _ROUNDS]
+
+
+class Run:
+    """The images, what the dense model makes of them, and how far others are from that."""
+
+    def __init__(self, model: nn.Module, images: Tensor, dense: Predictions, batch_size: int, task: Task) -> None:
+        self.model = model
+        self.images = images
+        self.dense = dense
+        self.batch_size = batch_size
+        self.task = task
+
+    def compare(self, plan: Plan, candidates: Sequence[CandidateResult], start: int, stop: int) -> None:
+        """Add to each candidate for the last site what the images from `start` to `stop` show.
+
+        They have seen those before `start`.
+        """
+        branched = branch(self.model, plan, [candidate.metric for candidate in candidates])
+        # about as many rows at a time as four plain batches have, whatever the number of candidates
+        size = max(1, 4 * self.batch_size // len(candidates))
+        try:
+            for first in range(start, stop, size):
+                last = min(first + size, stop)
+                outputs = branched(self.images[first:last]).unflatten(0, (len(candidates), last - first))
+                for candidate, output in zip(candidates, outputs, strict=True):
+                    candidate.outputs.append(output)
+                self.task.advance(len(candidates) * (last - first))
+        finally:
+            branched.detach()
+        for candidate in candidates:
+            self._judge(candidate, 0)
+
+    def check(self, plan: Plan, start: int) -> Outcome:
+        """A whole plan on the images from `start` on."""
+        compressed = attach(self.model, plan)
+        try:
+            output = run_batches(compressed, self.images[start:], self.batch_size, self.task)
+        finally:
+            compressed.detach()
+        result = Outcome(outputs=[output])
+        self._judge(result, start)
+        return result
+
+    def _judge(self, outcome: Outcome, start: int) -> None:
+        """Compare all outputs that there are, which begin at image `start`, with those of the dense model."""
+        given = self.dense.of(torch.cat(outcome.outputs))
+        wanted = self.dense.reference[start : start + len(given)]
+        far = distance(wanted, given, self.dense.are_logits)
+        outcome.distances = torch.where(far.isfinite(), far, math.inf).tolist()
+        if self.dense.are_logits:
+            outcome.agreeing = agreement(wanted, given).tolist()
+
+
+def _random_parts() -> list[Part]:
+    return [Part.model_validate({"kind": "random", "seed": seed}) for seed in _RANDOM_SEEDS]
+
+
+def runnable(planned: PlanSite, site: Site) -> list[Metric]:
+    """The variants that a site can feed."""
+    metric = build_metric(planned.metric)
+    found = [variant for variant in metric.variants() if feeds(variant, site, planned.after)]
+    if not found:
+        raise RecipeError(
+            f"no variant of {metric.kind} can run at {site.name} of this model", "operation: block always can."
+        )
+    return found
+
+
+def _steps(variants: Sequence[int], images: int) -> int:
+    """Images that go through a model or a branch of it: the dense pass, all rounds, and the checks in the end."""
+    border = math.ceil(_CHOOSING_SHARE * images)
+    checks = 2 + len(_RANDOM_SEEDS)
+    steps = images + checks * (images - border)
+    for count in (count for count in variants if count > 1):
+        seen, alive = 0, count
+        for until, survivors in _rounds(border):
+            steps += alive * (until - seen)
+            seen, alive = until, min(alive, survivors)
+    return steps
+
+
+def _mean_of(draws: list[Outcome]) -> Outcome:
+    columns = zip(*(draw.distances for draw in draws), strict=True)
+    agreeing = zip(*(draw.agreeing for draw in draws), strict=True)
+    return Outcome(
+        [math.fsum(column) / len(column) for column in columns],
+        [math.fsum(column) / len(column) for column in agreeing],
+    )
+
+
+def _sigmas(worse: list[float], better: list[float]) -> float:
+    """By how many standard errors the paired mean of `worse - better` lies above zero."""
+    if not all(map(math.isfinite, (*worse, *better))):
+        lost = sum(map(math.isinf, worse)) - sum(map(math.isinf, better))
+        return math.copysign(99.0, lost) if lost else 0.0
+    gaps = [first - second for first, second in zip(worse, better, strict=True)]
+    mean = math.fsum(gaps) / len(gaps)
+    variance = math.fsum((gap - mean) ** 2 for gap in gaps) / max(len(gaps) - 1, 1)
+    if variance == 0.0:
+        return math.copysign(99.0, mean) if mean else 0.0
+    return mean / math.sqrt(variance / len(gaps))

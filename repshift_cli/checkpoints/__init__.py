@@ -1,0 +1,1 @@
+"""Load, identify and save models."""

@@ -1,0 +1,220 @@
+"""timm's ResNet, ConvNeXt and RegNet.
+
+A model has up to a hundred blocks, and timm has dozens of models of each kind. What is cheap to compare goes first: a
+model with one block in each stage, or what timm has in a table. Only what is left is built whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from repshift_cli.checkpoints.identify.building import classes, quickly_on_meta, size_args
+from repshift_cli.checkpoints.identify.identity import Fitting, Identity, fitting_names, shapes, supported
+from repshift_cli.data.preprocessing import Preprocessing
+from repshift_cli.errors import CheckpointError
+
+__all__ = ["Kind", "identify", "kind_of", "native_keys"]
+
+_COUNTER = ".num_batches_tracked"
+"""A buffer of batch norms that older files do not have; nothing but training reads it."""
+
+_DEPTH_OF_A_NAME = re.compile(r"\d+")
+_NEAR = 2
+"""Some names count the layers of the stem, or leave out the classifier."""
+
+_STAGES = 4
+_SHOWN_TAGS = 3
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of timm's kinds of networks.
+
+    Attributes:
+        name: what people call it.
+        module: where timm has it.
+        signs: tensors of which every such network has one.
+        block: how the keys of a block begin, up to its index: a pattern with groups `stage` and `block`.
+        candidates: names of the models that may have these tensors, likely ones before the others.
+    """
+
+    name: str
+    module: str
+    signs: tuple[str, ...]
+    block: re.Pattern[str]
+    candidates: Callable[[Kind, Mapping[str, Tensor]], Iterator[list[str]]]
+
+    def stages(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+        """How many blocks each stage has."""
+        found: dict[str, set[str]] = {}
+        for match in map(self.block.match, tensors):
+            if match:
+                found.setdefault(match["stage"], set()).add(match["block"])
+        return {stage: len(blocks) for stage, blocks in sorted(found.items())}
+
+
+def kind_of(tensors: Mapping[str, Tensor]) -> Kind | None:
+    """The kind of network that has tensors of these names."""
+    return next((kind for kind in _KINDS if any(sign in tensors for sign in kind.signs)), None)
+
+
+def identify(kind: Kind, tensors: Mapping[str, Tensor], where: str, heads: int | None, hint: str) -> Identity:
+    """Find the network that the weights belong to.
+
+    Raises:
+        CheckpointError: timm has none with these tensors, or several that compute different things; or the user tells
+            attention heads, which none has.
+    """
+    if heads is not None:
+        raise CheckpointError(f"{where}: a {kind.name} has no attention heads", "Leave --heads out.")
+    fitting: Fitting = next(filter(None, (_agreeing(names, tensors) for names in kind.candidates(kind, tensors))), {})
+    if not fitting:
+        counts = ", ".join(map(str, kind.stages(tensors).values()))
+        raise CheckpointError(
+            f"{where}: it looks like a {kind.name} with stages of {counts} blocks, but timm has no name for one with "
+            "these tensors",
+            f"If it is one of timm's under other keys, say which with --model. {supported()}",
+        )
+    return _chosen(fitting, tensors, where, hint)
+
+
+def native_keys(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights under timm's keys, from those of ConvNeXt's authors or of OpenCLIP, with counters that were left out."""
+    from timm.models.convnext import ConvNeXt, checkpoint_filter_fn
+
+    found = dict(tensors)
+    if isinstance(model, ConvNeXt) and any(key.startswith(("downsample_layers.", "visual.trunk.")) for key in found):
+        # where the weights are of another shape than the model, they stay as they are and do not fit
+        with suppress(KeyError, RuntimeError, IndexError):
+            found = checkpoint_filter_fn(found, model)
+    counters = (key for key in model.state_dict() if key.endswith(_COUNTER) and key not in found)
+    return found | {key: torch.tensor(0) for key in counters}
+
+
+def _agreeing(names: list[str], tensors: Mapping[str, Tensor]) -> Fitting:
+    """Those of the models whose tensors agree with these one by one."""
+    fitting: Fitting = {}
+    for name in names:
+        model = quickly_on_meta(name, {})
+        args = size_args(model, tensors)
+        if args:
+            model = quickly_on_meta(name, args)
+        if _same(tensors, model):
+            fitting[name] = (model, args)
+    return fitting
+
+
+def _same(tensors: Mapping[str, Tensor], model: nn.Module) -> bool:
+    return shapes(native_keys(tensors, model)) == shapes(model.state_dict())
+
+
+def _chosen(fitting: Fitting, tensors: Mapping[str, Tensor], where: str, hint: str) -> Identity:
+    name = fitting_names(fitting, where, hint)[0]
+    model, args = fitting[name]
+    tag = next((tag for tag in _tags(name) if f"{name}.{tag}" in hint), None)
+    if tag is not None:
+        name = f"{name}.{tag}"
+        model = quickly_on_meta(name, args)
+    preprocessing = Preprocessing.of_model(model)
+    notes = [f"taken for {name} by its tensors"]
+    others = [] if tag else _other_preprocessing(name, preprocessing)
+    if others:
+        notes.append(
+            f"its preprocessing is assumed: {preprocessing}; other weights of it were trained with another: if the "
+            f"file holds such, say so with --model, for example {', '.join(others)}"
+        )
+    return Identity(name, name, args, preprocessing, native_keys(tensors, model), notes)
+
+
+def _tags(name: str) -> list[str]:
+    """The weights that timm knows of a model."""
+    import timm
+
+    return [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
+
+
+def _other_preprocessing(name: str, assumed: Preprocessing) -> list[str]:
+    """Weights of the model that have another preprocessing, one for each; torchvision's first."""
+    import timm
+    from timm.data import resolve_data_config
+
+    found: dict[str, str] = {str(assumed): ""}
+    for tag in sorted(_tags(name), key=lambda tag: (not tag.startswith("tv"), tag)):
+        config = timm.get_pretrained_cfg(f"{name}.{tag}")
+        if config is None:
+            continue
+        told = Preprocessing.from_dict(resolve_data_config(pretrained_cfg=config.to_dict()))
+        found.setdefault(str(told), f"{name}.{tag}")
+    return list(found.values())[1 : 1 + _SHOWN_TAGS]
+
+
+def _names(kind: Kind) -> list[str]:
+    import timm
+
+    return list(timm.list_models(module=kind.module))
+
+
+def _by_first_blocks(kind: Kind, tensors: Mapping[str, Tensor], names: list[str], depths: str) -> list[str]:
+    """Those of the models that agree in all but the blocks after the first of each stage."""
+    first = {key: value for key, value in tensors.items() if _in_first_block(kind, key)}
+    short = {depths: (1,) * _STAGES, "num_classes": classes(tensors)}
+    return [name for name in names if _same(first, quickly_on_meta(name, short))]
+
+
+def _in_first_block(kind: Kind, key: str) -> bool:
+    match = kind.block.match(key)
+    return match is None or int(match["block"]) == 0
+
+
+def _resnets(kind: Kind, tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Names tell the number of layers: two or three in a block, stem and classifier."""
+    per_block = 3 if "layer1.0.conv3.weight" in tensors else 2
+    layers = per_block * sum(kind.stages(tensors).values()) + 2
+    names = _names(kind)
+    likely = [name for name in names if (told := _DEPTH_OF_A_NAME.search(name)) and abs(int(told[0]) - layers) <= _NEAR]
+    yield _by_first_blocks(kind, tensors, likely, "layers")
+    yield _by_first_blocks(kind, tensors, [name for name in names if name not in likely], "layers")
+
+
+def _convnexts(kind: Kind, tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    yield _by_first_blocks(kind, tensors, _names(kind), "depths")
+
+
+def _regnets(kind: Kind, tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """timm has the number of blocks in a table."""
+    from timm.models.regnet import model_cfgs
+
+    blocks = sum(kind.stages(tensors).values())
+    yield [name for name in _names(kind) if name not in model_cfgs or model_cfgs[name].depth == blocks]
+
+
+_KINDS = (
+    Kind("ResNet", "resnet", ("layer1.0.conv1.weight",), re.compile(r"layer(?P<stage>\d)\.(?P<block>\d+)\."), _resnets),
+    Kind(
+        "ConvNeXt",
+        "convnext",
+        tuple(
+            f"{start}stages.0.{block}"
+            for start, block in (
+                ("", "blocks.0.conv_dw.weight"),
+                ("visual.trunk.", "blocks.0.conv_dw.weight"),
+                ("", "0.dwconv.weight"),
+            )
+        ),
+        re.compile(r"(?:visual\.trunk\.)?stages\.(?P<stage>\d)\.(?:blocks\.)?(?P<block>\d+)\."),
+        _convnexts,
+    ),
+    Kind(
+        "RegNet",
+        "regnet",
+        ("s1.b1.conv1.conv.weight", "s1.b1.conv1.weight"),
+        re.compile(r"s(?P<stage>\d)\.b(?P<block>\d+)\."),
+        _regnets,
+    ),
+)

@@ -1,0 +1,71 @@
+"""What identification finds, and how one of several models that fit is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repshift_cli.data.preprocessing import Preprocessing
+from repshift_cli.errors import CheckpointError
+from repshift_cli.reduction.families.base import families
+
+__all__ = ["Fitting", "Identity", "fitting_names", "shapes", "supported"]
+
+Fitting = dict[str, tuple[nn.Module, dict[str, Any]]]
+"""Models that fit, by name, each with the arguments that it was built with."""
+
+
+@dataclass
+class Identity:
+    """A model that fits the weights.
+
+    Attributes:
+        name: what people call it.
+        architecture: registered name, or what `create` builds from `args` alone: None for a ViT, "vim" for a Vim.
+        args: what the builder needs beside the name.
+        preprocessing: the evaluation transform.
+        tensors: the weights under the model's own keys.
+        notes: what was assumed.
+    """
+
+    name: str
+    architecture: str | None
+    args: dict[str, Any]
+    preprocessing: Preprocessing
+    tensors: dict[str, Tensor]
+    notes: list[str] = field(default_factory=list)
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """What is compared: names and shapes."""
+    return {key: value.shape for key, value in tensors.items()}
+
+
+def supported() -> str:
+    """The models that are supported, for messages."""
+    return f"Supported are {', '.join(family.covers for family in families())}."
+
+
+def fitting_names(fitting: Fitting, where: str, hint: str, plain: str = "") -> list[str]:
+    """The models that fit, the one to take first: what the file is named after, else the plainest.
+
+    Args:
+        hint: the file's name.
+        plain: how the names begin that go before others of their length.
+
+    Raises:
+        CheckpointError: several are left that compute different things.
+    """
+    hinted = [name for name in fitting if hint and (hint in name or name in hint)]
+    names = sorted(hinted or fitting, key=lambda name: ("img_size" in fitting[name][1], len(name), name))
+    names.sort(key=lambda name: ("img_size" in fitting[name][1], not hinted and not name.startswith(plain)))
+    if len({repr(fitting[name][0]) for name in names}) > 1:
+        raise CheckpointError(
+            f"{where}: several models have exactly these tensors but compute different things: {', '.join(names)}",
+            "Say which it is with --model.",
+        )
+    return names

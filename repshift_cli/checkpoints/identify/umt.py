@@ -1,0 +1,182 @@
+"""UMT checkpoints: which of its models the weights are, and what they do not tell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from repshift_cli.checkpoints.identify.building import UMT
+from repshift_cli.checkpoints.identify.identity import Identity
+from repshift_cli.data.preprocessing import Preprocessing
+from repshift_cli.errors import CheckpointError, UsageError
+from repshift_cli.models.bert import TextShape
+from repshift_cli.models.umt import MODELS, VisionShape
+
+__all__ = ["MODELS", "identify", "recognises"]
+
+_PATCHES = "vision_encoder.encoder.patch_embed.proj.weight"
+_PATCH_DIMS = 5  # width, channels, frames, rows, columns
+_HEAD_SIZE = 64
+_TEACHING = ("clip_teacher.", "vision_encoder.clip_decoder.", "text_encoder.cls.")
+"""What only serves pretraining."""
+
+
+def recognises(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether these are the weights of a model with a vision and a text encoder."""
+    return any(key.startswith("vision_encoder.") for key in tensors)
+
+
+def identify(
+    tensors: Mapping[str, Tensor],
+    where: str,
+    *,
+    heads: int | None = None,
+    img_size: int | None = None,
+    frames: int | None = None,
+    checkpoint_frames: int | None = None,
+    name: str | None = None,
+) -> Identity:
+    """The UMT model that the weights belong to.
+
+    Args:
+        heads: of the vision encoder, where the user tells them.
+        img_size, frames, checkpoint_frames: see `VisionShape`; the weights fit any.
+        name: one of `MODELS`, where the user tells it.
+
+    Raises:
+        CheckpointError: the weights are those of another model.
+        UsageError: the image size does not fit the patches.
+    """
+    native, notes = _native(tensors)
+    vision = _vision(native, where, heads)
+    text, embed_dim = _text(native, where, vision.width // vision.heads), _embed_dim(native)
+    vision = replace(
+        vision,
+        img_size=img_size or vision.img_size,
+        frames=frames or vision.frames,
+        checkpoint_frames=checkpoint_frames,
+    )
+    if vision.img_size % vision.patch_size:
+        raise UsageError(f"--img-size {img_size}: patches of {vision.patch_size} leave a rest", "Give a multiple.")
+    found = _name(vision, text, embed_dim)
+    if name is not None and name != found:
+        raise CheckpointError(f"{where}: the weights are those of {found or 'another UMT'}, not of {name}")
+    told = f"{vision.frames} frames of {vision.img_size}x{vision.img_size}"
+    if not (img_size and frames):
+        notes.append(f"a checkpoint of UMT does not tell its clips: {told} are used (--frames, --img-size)")
+    label = found or f"UMT of width {vision.width}, depth {vision.depth}"
+    args = {"vision": vision.to_dict(), "text": text.to_dict(), "embed_dim": embed_dim}
+    return Identity(label, UMT, args, preprocessing(vision), native, notes)
+
+
+def preprocessing(vision: VisionShape) -> Preprocessing:
+    """The authors' evaluation transform for these clips."""
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    return Preprocessing(
+        (3, vision.img_size, vision.img_size),
+        tuple(IMAGENET_DEFAULT_MEAN),
+        tuple(IMAGENET_DEFAULT_STD),
+        "bicubic",
+        1.0,
+        "squash",
+        vision.frames,
+    )
+
+
+def _native(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights under the names of the fine-tuned models, without what serves pretraining."""
+    native = {
+        key.replace("text_encoder.bert.", "text_encoder.", 1): value
+        for key, value in tensors.items()
+        if not key.startswith(_TEACHING)
+    }
+    left = len(tensors) - len(native)
+    notes = [f"{left} tensors that only serve pretraining are left out"] if left else []
+    for encoder in ("text_encoder.", "text_decoder.bert."):
+        # newer versions of transformers do not store them
+        table = native.get(f"{encoder}embeddings.position_embeddings.weight")
+        if table is not None:
+            native.setdefault(f"{encoder}embeddings.position_ids", _places(table))
+    return native, notes
+
+
+def _places(table: Tensor) -> Tensor:
+    import torch
+
+    return torch.arange(table.shape[0]).unsqueeze(0)
+
+
+def _vision(tensors: Mapping[str, Tensor], where: str, heads: int | None) -> VisionShape:
+    patches, bias = tensors.get(_PATCHES), tensors.get("vision_encoder.encoder.blocks.0.attn.q_bias")
+    hidden = tensors.get("vision_encoder.encoder.blocks.0.mlp.fc1.weight")
+    if patches is None or bias is None or hidden is None or patches.ndim != _PATCH_DIMS:
+        raise CheckpointError(
+            f"{where}: it has a vision encoder, but not that of UMT",
+            "Of video-text models, UMT's checkpoints for retrieval and question answering are supported.",
+        )
+    width, _, tubelet, height, breadth = patches.shape
+    if tubelet != 1 or height != breadth:
+        raise CheckpointError(f"{where}: patches of {tubelet} frames and {height}x{breadth} are not supported")
+    count = heads or _heads(width, where)
+    if width % count:
+        raise CheckpointError(f"{where}: {count} heads do not divide a width of {width}")
+    depth = _count(tensors, r"vision_encoder\.encoder\.blocks\.(\d{1,4})\.")
+    return VisionShape(patch_size=height, width=width, depth=depth, heads=count, hidden=hidden.shape[0])
+
+
+def _heads(width: int, where: str) -> int:
+    if width % _HEAD_SIZE:
+        raise CheckpointError(
+            f"{where}: the number of attention heads cannot be told for a width of {width}", "Give --heads."
+        )
+    return width // _HEAD_SIZE
+
+
+def _text(tensors: Mapping[str, Tensor], where: str, head_size: int) -> TextShape:
+    """Sizes of the text encoder; where its heads cannot be 64 wide, they are as wide as those of the vision encoder."""
+    start = "text_encoder.embeddings."
+    tables = [tensors.get(f"{start}{name}_embeddings.weight") for name in ("word", "position", "token_type")]
+    hidden = tensors.get("text_encoder.encoder.layer.0.intermediate.dense.weight")
+    crossing = [
+        int(match[1])
+        for key in tensors
+        if (match := re.match(r"text_encoder\.encoder\.layer\.(\d{1,4})\.crossattention\.", key))
+    ]
+    if hidden is None or not crossing or any(table is None for table in tables):
+        raise CheckpointError(
+            f"{where}: it has a vision encoder, but not the text encoder of UMT",
+            "UMT's checkpoints for retrieval and question answering hold both.",
+        )
+    words, positions, types = (table.shape[0] for table in tables if table is not None)
+    width = hidden.shape[1]
+    return TextShape(
+        vocabulary=words,
+        width=width,
+        depth=_count(tensors, r"text_encoder\.encoder\.layer\.(\d{1,4})\."),
+        heads=width // (head_size if width % _HEAD_SIZE else _HEAD_SIZE),
+        hidden=hidden.shape[0],
+        positions=positions,
+        fusion_layer=min(crossing),
+        types=types,
+    )
+
+
+def _embed_dim(tensors: Mapping[str, Tensor]) -> int:
+    """Channels of the embeddings, 0 for question answering."""
+    projection = tensors.get("vision_proj.weight")
+    return 0 if projection is None or any(key.startswith("text_decoder.") for key in tensors) else projection.shape[0]
+
+
+def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
+    return 1 + max((int(match[1]) for key in tensors if (match := re.match(pattern, key))), default=-1)
+
+
+def _name(vision: VisionShape, text: TextShape, embed_dim: int) -> str | None:
+    usual = replace(vision, img_size=224, frames=12, checkpoint_frames=None)
+    shapes: tuple[Any, ...] = (usual, text, embed_dim)
+    return next((name for name, known in MODELS.items() if known == shapes), None)

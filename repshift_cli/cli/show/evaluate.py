@@ -1,0 +1,157 @@
+"""Print the results of `repshift eval` on images, and make their JSON documents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from repshift_cli.cli.show.video_text import attention_words
+
+if TYPE_CHECKING:
+    from repshift_cli.checkpoints.artifact import Opened
+    from repshift_cli.data.dataset import ImageDataset
+    from repshift_cli.data.preprocessing import Preprocessing
+    from repshift_cli.evaluation.classification.result import Evaluation, Pace, Score
+
+
+__all__ = [
+    "COMPRESSED",
+    "DENSE",
+    "announce_dataset",
+    "evaluation_document",
+    "report_skipped",
+    "show_evaluation",
+]
+
+
+DENSE = "dense"
+
+
+COMPRESSED = "compressed"
+
+
+_SHOWN_SKIPPED = 10
+
+
+def announce_dataset(opened: Opened, data: ImageDataset, preprocessing: Preprocessing) -> None:
+    """Log the model, the dataset and the preprocessing."""
+    from repshift_cli.cli import ui
+
+    ui.print_text(f"model:         {opened.loaded.description.name}")
+    ui.print_text(f"dataset:       {data.description}")
+    if data.outputs is not None:
+        ui.print_text(f"outputs:       the {len(data.outputs)} of the head that the dataset has classes for")
+    ui.print_text(f"preprocessing: {preprocessing}\n")
+
+
+def report_skipped(result: Evaluation) -> None:
+    """Log the images that could not be read."""
+    from repshift_cli.cli import ui
+
+    if not result.skipped:
+        return
+    lines = [f"{len(result.skipped)} pictures could not be read and were left out (--strict stops at the first):"]
+    lines += [f"  {entry.sample}: {entry.reason}" for entry in result.skipped[:_SHOWN_SKIPPED]]
+    if len(result.skipped) > _SHOWN_SKIPPED:
+        lines.append(f"  and {len(result.skipped) - _SHOWN_SKIPPED} more (--json lists all)")
+    ui.warn("\n".join(lines))
+
+
+def show_evaluation(result: Evaluation, macs: Mapping[str, int]) -> None:
+    """Print the result for people, in 80 columns; `macs` per image, by the names of the models."""
+    from repshift_cli.cli import ui
+    from repshift_cli.utils.stats import percent_interval
+
+    columns = ("model", "top-1 %", "95%", "top-5 %", "95%", "GMACs", "images/s")
+    rows = [_row(name, score, macs[name]) for name, score in result.scores.items()]
+    part = f" of {result.total}" if result.interrupted else ""
+    ui.print_table(f"{result.dataset}, {result.images}{part} images", columns, rows)
+    if result.same_top1 is not None:
+        low, high = percent_interval(result.same_top1, result.images)
+        change = result.scores[COMPRESSED].top1 - result.scores[DENSE].top1
+        ui.print_text(
+            f"top-1 {change:+.2f} points against dense; {result.same_top1} of {result.images} predictions are the same "
+            f"({100 * result.same_top1 / result.images:.2f}%, 95%: {low:.2f}-{high:.2f})"
+        )
+    ui.print_text(f"images/s is model time alone; end to end it was {result.images_per_s:.1f} images/s")
+    ui.print_text(_pace_words(result.pace))
+    observed = {name: score.attention for name, score in result.scores.items() if score.attention is not None}
+    if observed:
+        ui.print_text(attention_words(observed))
+
+
+def _row(name: str, score: Score, macs: int) -> tuple[str, ...]:
+    gmacs = macs / 1e9
+    return (
+        name,
+        f"{score.top1:.2f}",
+        "{:.2f}-{:.2f}".format(*score.top1_interval),
+        f"{score.top5:.2f}",
+        "{:.2f}-{:.2f}".format(*score.top5_interval),
+        f"{gmacs:.3g}" if gmacs < 1 else f"{gmacs:.2f}",
+        f"{score.images_per_s:.1f}",
+    )
+
+
+def _pace_words(pace: Pace) -> str:
+    """Which side held up the other, and what can be done about it."""
+    beside = f"decoded by {pace.workers} beside it" if pace.workers else "decoded in turn with it"
+    many = f" in {pace.processes} processes" if pace.processes > 1 else ""
+    text = f"waiting for data took {pace.waiting:.0%} of the time{many} ({beside})"
+    if pace.shares_cores:
+        side = "decoding" if pace.bottleneck == "data" else "the model"
+        text += f"; of the processor time, decoding took {pace.decoding:.1f} s and the model {pace.models:.1f} s: "
+        return f"{text}{side} is the bottleneck"
+    if pace.bottleneck == "data":
+        return f"{text}: data are the bottleneck, and more --workers may help where there are cores for them"
+    return f"{text}: the model is the bottleneck"
+
+
+def evaluation_document(
+    result: Evaluation, macs: Mapping[str, int], model: str, preprocessing: Preprocessing
+) -> dict[str, Any]:
+    """The JSON document of the command."""
+    first, *others = result.scores
+    found = {
+        "model": model,
+        "dataset": result.dataset,
+        "images": result.images,
+        "of": result.total,
+        "outputs": result.outputs,
+        "skipped": len(result.skipped),
+        **_numbers(result.scores[first], macs[first]),
+        "interrupted": result.interrupted,
+        "end_to_end_images_per_s": result.images_per_s,
+        "data": _pace(result.pace),
+        "skipped_files": [{"file": entry.sample, "reason": entry.reason} for entry in result.skipped],
+        "preprocessing": preprocessing.to_dict(),
+    }
+    if others:
+        found["dense"] = _numbers(result.scores[others[0]], macs[others[0]])
+        found["agreement"] = result.agreement
+    return found
+
+
+def _pace(pace: Pace) -> dict[str, Any]:
+    return {
+        "waiting": pace.waiting,
+        "bottleneck": pace.bottleneck,
+        "decoding_s": pace.decoding,
+        "model_s": pace.models,
+        "workers": pace.workers,
+        "processes": pace.processes,
+    }
+
+
+def _numbers(score: Score, macs: int) -> dict[str, Any]:
+    return {
+        "top1": score.top1,
+        "top5": score.top5,
+        "top1_interval": list(score.top1_interval),
+        "top5_interval": list(score.top5_interval),
+        "top1_correct": score.top1_correct,
+        "top5_correct": score.top5_correct,
+        "images_per_s": score.images_per_s,
+        "gmacs": macs / 1e9,
+        "attention": score.attention,
+    }

@@ -1,0 +1,1 @@
+"""The main job: compress a checkpoint and measure the result."""

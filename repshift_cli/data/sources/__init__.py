@@ -1,0 +1,1 @@
+"""Image datasets, one kind per file."""

@@ -1,0 +1,204 @@
+"""Pictures in folders: one folder per class, or any tree of pictures without labels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
+
+from repshift_cli.data.dataset import ImageDataset
+from repshift_cli.data.decode import decode_file
+from repshift_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["PICTURE_SUFFIXES", "ClassFolders", "FileDataset", "class_folders", "find_pictures", "open_folder"]
+
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+"""Endings, in lower case, of the files that are taken as pictures."""
+
+_SPLIT_NAMES = ("val", "validation", "test", "train")
+"""Names of folders that are parts of a dataset rather than classes, in the order in which one is taken."""
+
+_LAYOUT = (
+    "Lay it out with one folder per class: FOLDER/cat/1.jpg, FOLDER/dog/2.png, ... "
+    f"({', '.join(sorted(suffix[1:] for suffix in PICTURE_SUFFIXES))})."
+)
+
+
+class FileDataset(ImageDataset):
+    """Picture files with labels.
+
+    Args:
+        name: the name that the user gave.
+        root: the folder that everything lies in, for the description.
+        samples: file and label of each picture.
+        classes: the class names.
+    """
+
+    def __init__(self, name: str, root: Path, samples: Sequence[tuple[Path, int]], classes: tuple[str, ...]) -> None:
+        self.name = name
+        self.root = root
+        self.samples = samples
+        self._classes = classes
+
+    @property
+    def description(self) -> str:
+        present = len({label for _, label in self.samples})
+        return f"{len(self)} pictures of {present} classes in {self.root}"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self._classes
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def sample_id(self, index: int) -> str:
+        return str(self.samples[index][0])
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        return decode_file(path), label
+
+    def fingerprint(self, index: int) -> str:
+        return file_fingerprint(self.samples[index][0], self.root)
+
+    def key(self, index: int) -> str:
+        return readable_name(self.samples[index][0].relative_to(self.root))
+
+    def stamp(self, index: int) -> str:
+        path, label = self.samples[index]
+        return f"{file_fingerprint(path, self.root)}:{_written_at(path)}:{label}"
+
+
+class ClassFolders(FileDataset):
+    """One folder per class, labelled by the sorted names; ImageNet ids get ImageNet's order for a head of 1000."""
+
+    def for_head(self, num_classes: int) -> FileDataset:
+        from repshift_cli.data.sources.class_labels import classes_for_head
+
+        classes = classes_for_head(self.name, self.classes, num_classes)
+        if classes == self.classes:
+            return self
+        places = [classes.index(name) for name in self.classes]
+        samples = [(path, places[label]) for path, label in self.samples]
+        return FileDataset(self.name, self.root, samples, classes)
+
+
+def open_folder(name: str, root: Path) -> ClassFolders:
+    """A folder of class folders; an empty class folder keeps its place among the labels.
+
+    Raises:
+        DataError: the folder is missing, has no class folders, or no pictures in them.
+    """
+    root = _part_of(check_folder(root))
+    folders = class_folders(root)
+    if not folders:
+        raise DataError(f"there are no class folders in {root}", _LAYOUT)
+    samples = [(path, label) for label, folder in enumerate(folders) for path in find_pictures(folder)]
+    if not samples:
+        raise DataError(f"there are no pictures in the {len(folders)} class folders of {root}", _LAYOUT)
+    return ClassFolders(name, root, samples, tuple(folder.name for folder in folders))
+
+
+def check_folder(path: Path) -> Path:
+    """The folder itself.
+
+    Raises:
+        DataError: it does not exist, or is a file.
+    """
+    if not path.exists():
+        raise DataError(f"the folder {path} does not exist", _LAYOUT)
+    if not path.is_dir():
+        raise DataError(f"{path} is a file, not a folder", _LAYOUT)
+    return path
+
+
+def class_folders(root: Path) -> list[Path]:
+    """The folders right below `root`, sorted by name; hidden ones are none of ours.
+
+    Raises:
+        DataError: `root` cannot be listed.
+    """
+    try:
+        return sorted(entry for entry in root.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
+    except OSError as error:
+        raise DataError(f"the folder {root} cannot be listed: {error.strerror or error}") from error
+
+
+def find_pictures(root: Path) -> list[Path]:
+    """All picture files below `root`; see `find_files`."""
+    return find_files(root, PICTURE_SUFFIXES)
+
+
+def find_files(root: Path, suffixes: Collection[str]) -> list[Path]:
+    """All files below `root` with these endings, at any depth, in an order that depends on their names only.
+
+    Links to folders are followed once. A dangling link counts as a file, so that it is reported when it is read.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    return sorted(_walk(root, suffixes), key=lambda path: path.relative_to(root).parts)
+
+
+def file_fingerprint(path: Path, root: Path) -> str:
+    """Relative name and size in bytes of a file (-1 where it cannot be asked)."""
+    try:
+        size = path.stat().st_size
+    except OSError:
+        size = -1
+    return f"{path.relative_to(root).as_posix()}:{size}"
+
+
+def readable_name(path: PurePath) -> str:
+    """A relative path as text that can be encoded: bytes that are no UTF-8 are written out."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
+def _written_at(path: Path) -> int:
+    """Nanoseconds; -1 where it cannot be asked."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return -1
+
+
+def _walk(root: Path, suffixes: Collection[str]) -> Iterator[Path]:
+    seen: set[str] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_refuse):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link that leads back up
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
+        for name in names:
+            path = Path(folder, name)
+            if _has_ending(name, suffixes) and (path.is_file() or path.is_symlink()):
+                yield path
+
+
+def _is_hidden(folder_name: str) -> bool:
+    return folder_name.startswith(".") or folder_name == "__MACOSX"
+
+
+def _has_ending(name: str, suffixes: Collection[str]) -> bool:
+    # macOS leaves "._name.jpg" beside each file that it copies; those are no pictures.
+    return not name.startswith(".") and Path(name).suffix.lower() in suffixes
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"the folder {error.filename} cannot be listed: {error.strerror or error}") from error
+
+
+def _part_of(root: Path) -> Path:
+    """The evaluation part of a folder that holds nothing but parts (val, test, train), else the folder."""
+    names = {folder.name for folder in class_folders(root)}
+    if not names or not names <= set(_SPLIT_NAMES):
+        return root
+    part = root / next(name for name in _SPLIT_NAMES if name in names)
+    return part if class_folders(part) else root

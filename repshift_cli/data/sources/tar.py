@@ -1,0 +1,126 @@
+"""Uncompressed tar archives, read in place. Nothing is ever extracted, so no name in one can lead anywhere."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+from repshift_cli.data.decode import UnreadableSample
+from repshift_cli.errors import DataError
+
+__all__ = ["Member", "read_member", "tar_members"]
+
+_LARGEST_MEMBER = 1 << 28
+"""Bytes of one image; a larger member is not an image."""
+
+_LARGEST_HEADER = 1 << 16
+"""Bytes of one header record, such as a long name."""
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+class Member(NamedTuple):
+    """A regular file in an archive: its name, its first byte and its length."""
+
+    name: str
+    start: int
+    size: int
+
+
+class _Headers(io.FileIO):
+    """A file of which `tarfile` reads the headers. Large records are refused before there is memory for them."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
+def tar_members(path: Path) -> list[Member]:
+    """The regular files of an archive, in its order; links, devices and folders are left out.
+
+    Raises:
+        DataError: it cannot be read, is compressed, damaged, ends early, or has sparse files. A part of an archive
+            would give other numbers.
+    """
+    try:
+        with _Headers(path) as file:
+            return _members(file, path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def read_member(path: Path, member: Member, sample: str) -> bytes:
+    """The content of a file in an archive; `sample` is what messages call it.
+
+    Raises:
+        UnreadableSample: it is larger than any image, or the archive cannot be read.
+    """
+    if member.size > _LARGEST_MEMBER:
+        raise UnreadableSample(sample, f"{member.size} bytes are too many for a picture")
+    try:
+        with path.open("rb") as archive:
+            archive.seek(member.start)
+            content = archive.read(member.size)
+    except OSError as error:
+        raise UnreadableSample(sample, error.strerror or str(error)) from error
+    if len(content) < member.size:
+        raise UnreadableSample(sample, "the archive ends within it")
+    return content
+
+
+def _members(file: _Headers, path: Path) -> list[Member]:
+    length = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    start = file.read(max(map(len, _COMPRESSED)))
+    for magic, kind in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise DataError(
+                f"{path} is compressed ({kind}), and is not unpacked here",
+                "Unpack it to a plain .tar, which is read in place.",
+            )
+    file.seek(0)
+    found, place = [], 0
+    try:
+        archive = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="backslashreplace")
+        for info in iter(archive.next, None):
+            archive.members.clear()  # else it keeps all headers
+            if info.size < 0 or "\0" in info.name:
+                raise tarfile.ReadError("a header that cannot be right")  # noqa: TRY301
+            if info.issparse():
+                raise DataError(f"{path} has a sparse file, {info.name}", "Pack it without --sparse.")  # noqa: TRY301
+            if info.isreg():
+                found.append(Member(info.name, info.offset_data, info.size))
+            place = archive.offset
+    except (DataError, OSError):
+        raise
+    except Exception as error:  # damaged headers raise errors of many kinds
+        raise _ended(path) if file.tell() >= length else _damaged(path, place) from error
+    _check_rest(file, path, place)
+    return found
+
+
+def _check_rest(file: _Headers, path: Path, place: int) -> None:
+    """Only zeros may follow the last member: `tarfile` ends without an error at a header that is damaged or cut."""
+    file.seek(place)
+    chunk = file.read(tarfile.BLOCKSIZE)
+    if len(chunk) < tarfile.BLOCKSIZE:
+        raise _ended(path)
+    while chunk:
+        if data := chunk.lstrip(b"\0"):
+            raise _damaged(path, place + len(chunk) - len(data))
+        place += len(chunk)
+        chunk = file.read(_LARGEST_HEADER)
+
+
+def _damaged(path: Path, place: int) -> DataError:
+    return DataError(
+        f"{path} cannot be read as an uncompressed tar: there is no header at byte {place}",
+        "Fetch it again, or unpack what it holds.",
+    )
+
+
+def _ended(path: Path) -> DataError:
+    return DataError(f"{path} ends early, so pictures are missing", "Fetch it again.")

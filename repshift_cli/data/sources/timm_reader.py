@@ -1,0 +1,194 @@
+"""Datasets that timm's own factory reads: `torch/...`, `hfds/...`, `tfds/...`, `wds/...`. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from sys import stderr
+from typing import TYPE_CHECKING, Any
+
+from repshift_cli.data.dataset import ImageDataset
+from repshift_cli.data.decode import UnreadableSample, decode_bytes
+from repshift_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["TIMM_PREFIXES", "is_timm_name", "open_timm"]
+
+_PACKAGES = {
+    "torch": ("torchvision", "torchvision"),
+    "hfds": ("datasets", "datasets"),
+    "tfds": ("tensorflow_datasets", "tensorflow tensorflow-datasets"),
+    "wds": ("webdataset", "webdataset"),
+}
+
+TIMM_PREFIXES = tuple(_PACKAGES)
+"""What a name that goes to timm starts with, before the first slash."""
+
+_DEFAULT_SPLIT = "validation"
+
+
+def is_timm_name(name: str) -> bool:
+    """Whether a dataset name is one for timm, such as `torch/cifar10`."""
+    prefix, slash, _ = name.partition("/")
+    return bool(slash) and prefix.lower() in _PACKAGES
+
+
+def open_timm(name: str, data_dir: Path | None) -> ImageDataset:
+    """Open `PREFIX/NAME` or `PREFIX/NAME@SPLIT` (validation where none is given) below `data_dir`.
+
+    Raises:
+        DataError: the package that reads it is missing, the data are not there, or timm does not know the name.
+    """
+    source, _, split = name.partition("@")
+    prefix = source.partition("/")[0].lower()
+    module, packages = _PACKAGES[prefix]
+    if importlib.util.find_spec(module) is None:
+        raise DataError(f"the dataset {name} needs the package {module}", f"Run `pip install {packages}`.")
+    if data_dir is None and prefix != "hfds":
+        raise DataError(
+            f"the dataset {name} needs a folder", "Name where it lies with --data-dir DIR or REPSHIFT_DATA_DIR."
+        )
+    opened = _create(name, source, split or _DEFAULT_SPLIT, data_dir)
+    if not hasattr(opened, "__getitem__") or prefix in {"tfds", "wds"}:
+        return _TimmStream(name, data_dir, opened)
+    return _TimmTable(name, data_dir, opened)
+
+
+def _create(name: str, source: str, split: str, data_dir: Path | None) -> Any:
+    from timm.data.dataset_factory import create_dataset
+
+    root = None if data_dir is None else str(data_dir)
+    try:
+        # Some readers print to stdout, which belongs to the result.
+        with redirect_stdout(stderr), _offline():
+            return create_dataset(source, root=root, split=split, download=False)
+    except Exception as error:  # each of the libraries has its own kinds
+        where = "the local cache" if data_dir is None else str(data_dir)
+        reason = str(error).strip() or type(error).__name__
+        raise DataError(
+            f"the dataset {name} (split {split}) cannot be opened in {where}: {reason}",
+            "repshift downloads no datasets: fetch it first with the library that it comes from, name its folder with "
+            "--data-dir DIR, and another split as NAME@SPLIT.",
+        ) from error
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Keep the Hugging Face libraries from the network while a dataset is opened.
+
+    They read the environment once, when they are imported, so their own settings are changed and put back.
+    """
+    import huggingface_hub.constants as hub
+
+    holders: list[tuple[Any, str]] = [(hub, "HF_HUB_OFFLINE")]
+    if importlib.util.find_spec("datasets") is not None:
+        holders.append((importlib.import_module("datasets.config"), "HF_HUB_OFFLINE"))
+    before = [(holder, key, getattr(holder, key, None)) for holder, key in holders]
+    for holder, key in holders:
+        setattr(holder, key, True)
+    try:
+        yield
+    finally:
+        for holder, key, value in before:
+            setattr(holder, key, value)
+
+
+class _TimmDataset(ImageDataset):
+    def __init__(self, name: str, data_dir: Path | None, source: Any) -> None:
+        self.name = name
+        self.data_dir = data_dir
+        self.source = source
+        self.count = len(source)
+        if self.count == 0:
+            raise DataError(
+                f"the dataset {name} is empty, or does not say how many pictures it has",
+                "For shards without _info.json give the count: 'wds/@NAME-{0000..0007}.tar|5000'.",
+            )
+
+    @property
+    def description(self) -> str:
+        where = "the local cache" if self.data_dir is None else str(self.data_dir)
+        return f"{len(self)} pictures of {self.name} in {where}"
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        mapping = _class_index(self.source)
+        if not mapping:
+            return None
+        ordered = sorted(mapping, key=mapping.__getitem__)
+        return tuple(ordered) if [mapping[key] for key in ordered] == list(range(len(ordered))) else None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def sample_id(self, index: int) -> str:
+        return f"{self.name}[{index}]"
+
+
+class _TimmTable(_TimmDataset):
+    """A source that hands out any picture by its number."""
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        sample = self.sample_id(index)
+        # timm's wrapper answers an unreadable picture with the next one; its reader does not.
+        reader = getattr(self.source, "reader", None)
+        try:
+            picture, label = (self.source if reader is None else reader)[index]
+            content = None if hasattr(picture, "convert") else _read(picture)
+        except Exception as error:
+            raise UnreadableSample(sample, str(error) or type(error).__name__) from error
+        if content is not None:
+            return decode_bytes(content, sample), int(label)
+        return picture.convert("RGB"), int(label)
+
+
+class _TimmStream(_TimmDataset):
+    """A source that can only be read from its start; `load` moves on to the wanted place, or starts again."""
+
+    random_access = False
+
+    def __init__(self, name: str, data_dir: Path | None, source: Any) -> None:
+        super().__init__(name, data_dir, source)
+        self._stream: Iterator[tuple[Any, Any]] = iter(())
+        self._next = self.count
+        self._end = self.count
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        if index >= self._end:
+            raise self._too_short(index)
+        if index < self._next:
+            self._stream, self._next = iter(self.source), 0
+        try:
+            while True:
+                picture, label = next(self._stream)
+                self._next += 1
+                if self._next > index:
+                    return picture.convert("RGB"), int(label)
+        except StopIteration:
+            self._next, self._end = self.count, self._next
+            raise self._too_short(index) from None
+        except Exception as error:
+            raise UnreadableSample(self.sample_id(index), str(error) or type(error).__name__) from error
+
+    def _too_short(self, index: int) -> UnreadableSample:
+        # timm leaves pictures out that it cannot decode, so the stream is shorter than the dataset says.
+        return UnreadableSample(self.sample_id(index), f"the stream ended after {self._end} readable pictures")
+
+
+def _class_index(source: Any) -> Mapping[str, int] | None:
+    for holder in (getattr(source, "reader", None), source):
+        mapping = getattr(holder, "class_to_idx", None)
+        if isinstance(mapping, Mapping):
+            return mapping
+    return None
+
+
+def _read(stream: Any) -> bytes:
+    with stream:
+        content: bytes = stream.read()
+        return content

@@ -1,0 +1,1 @@
+"""Quality of models on labelled data."""

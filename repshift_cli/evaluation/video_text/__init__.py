@@ -1,0 +1,1 @@
+"""Video-text retrieval and video question answering."""

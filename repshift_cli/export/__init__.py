@@ -1,0 +1,1 @@
+"""Export a model to a file that runs without repshift. One file per format."""

@@ -1,0 +1,50 @@
+"""A model as a program of `torch.export`: the graph that all other graphs are made from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.export import Dim, ExportedProgram
+
+from repshift_cli.errors import ModelError, first_line
+from repshift_cli.export.request import Request, Subject
+
+__all__ = ["foreign_operations", "trace_program"]
+
+
+def trace_program(subject: Subject, request: Request, *, watched: bool) -> ExportedProgram:
+    """Trace the model, with any number of inputs where the request fixes none.
+
+    Args:
+        watched: whether the places that each site keeps are outputs too.
+
+    Raises:
+        ModelError: it cannot be traced, or would need operations that do not come with torch.
+    """
+    module, inputs = subject.traceable(watched=watched), subject.examples(request)
+    sizes = None if request.batch is not None else ({0: Dim("batch")},)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(module, (inputs,), dynamic_shapes=sizes, strict=False)
+    except (RuntimeError, ValueError, AttributeError, TypeError) as error:  # torch's own kinds of errors are these
+        raise ModelError(
+            f"{subject.opened.loaded.description.name} cannot be traced into a graph: {first_line(error)}",
+            "Its code depends on values. Try `--batch 1`, or report it.",
+        ) from error
+    if foreign := foreign_operations(program):
+        raise ModelError(
+            f"the graph needs {', '.join(foreign)}, which does not come with torch",
+            "Export on a machine without the package of these kernels.",
+        )
+    return program
+
+
+def foreign_operations(program: ExportedProgram) -> list[str]:
+    """Operations of the graph that other libraries bring."""
+    found: set[str] = set()
+    for node in program.graph.nodes:
+        namespace: Any = getattr(node.target, "namespace", None)
+        if node.op == "call_function" and namespace not in (None, "aten", "prims"):
+            found.add(str(node.target))
+    return sorted(found)

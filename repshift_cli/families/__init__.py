@@ -1,5 +1,0 @@
-"""How each kind of model shows its sites, one kind per file."""
-
-from repshift_cli.families.base import Family, Probe, Site, Stream, families, match, nothing
-
-__all__ = ["Family", "Probe", "Site", "Stream", "families", "match", "nothing"]

@@ -1,0 +1,1 @@
+"""Latency, MACs, memory and the attention kernel in use."""

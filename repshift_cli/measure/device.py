@@ -1,0 +1,140 @@
+"""Devices, dtypes and threads."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repshift_cli.errors import UsageError
+
+__all__ = [
+    "DTYPES",
+    "device_name",
+    "num_threads",
+    "out_of_memory",
+    "resolve_device",
+    "resolve_dtype",
+    "tiles_note",
+    "wait_for",
+    "waking_note",
+]
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether the memory of the device did not suffice; the allocator of the CPU has no exception of its own."""
+    words = ("not enough memory", "alloc_cpu")
+    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done all that it was asked to; the CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it was measured on
+
+
+def device_name(device: torch.device) -> str:
+    """The name that the maker gave to the processor or the graphics card."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "cpu"
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of this name, known to be there.
+
+    Raises:
+        UsageError: the name is not one of cpu, cuda, cuda:0, ..., or there is no such device.
+    """
+    allowed = "Allowed are cpu, cuda and cuda:N."
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {name!r}", allowed) from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise UsageError(f"device {name!r} is not supported", allowed)
+    if not torch.cuda.is_available():
+        raise UsageError(f"device {name!r} was asked for, but torch sees no CUDA device", "Use --device cpu.")
+    count = torch.cuda.device_count()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= count:
+        raise UsageError(f"there is no device {name!r}", f"torch sees {count}: cuda:0 to cuda:{count - 1}.")
+    return torch.device("cuda", index)
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """The floating-point type of this name.
+
+    Raises:
+        UsageError: the name is not one of `DTYPES`.
+    """
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype {name!r}", f"Allowed are {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+@contextmanager
+def num_threads(count: int | None) -> Iterator[int]:
+    """Run with this many CPU threads, None for as many as torch takes by itself; yields the number in use."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def waking_note(device: torch.device, count: int) -> str | None:
+    """A remark where OpenMP is told that idle threads sleep at once: each operation has to wake them anew."""
+    policy = os.environ.get("OMP_WAIT_POLICY", "").strip().upper()
+    if device.type != "cpu" or count == 1 or policy != "PASSIVE":
+        return None
+    return "OMP_WAIT_POLICY=PASSIVE is set: every operation wakes its threads anew, which at batch 1 costs much"
+
+
+_MATRIX_TILE = 16
+"""Rows of a tile of AMX."""
+
+
+def tiles_note(device: torch.device, dtype: torch.dtype, tokens: Sequence[int]) -> str | None:
+    """A remark where numbers of tokens do not suit the matrix unit of a CPU.
+
+    Attention to 158 tokens in bfloat16 takes twice as long there as to 160 (benchmarks/kernels_cpu.py).
+
+    Args:
+        tokens: that are left behind the sites of a sequence.
+    """
+    odd = [count for count in dict.fromkeys(tokens) if count % _MATRIX_TILE]
+    if not odd or device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or not _has_matrix_unit():
+        return None
+    return (
+        f"tokens that are left ({', '.join(map(str, odd))}) are no multiples of {_MATRIX_TILE}, as the matrix unit of "
+        f"this CPU wants them in {str(dtype).removeprefix('torch.')}: `round_tokens: {_MATRIX_TILE}` in the recipe may "
+        "be faster"
+    )
+
+
+def _has_matrix_unit() -> bool:
+    """Whether the CPU has AMX, as far as torch tells."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions
+    return bool(capabilities.get("amx_tile"))

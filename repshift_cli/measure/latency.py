@@ -1,0 +1,241 @@
+"""Time two models in turn and compare the medians."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repshift_cli.measure.device import wait_for
+from repshift_cli.utils.garbage import without_collection
+from repshift_cli.utils.progress import Progress, Task
+
+__all__ = [
+    "Speedup",
+    "Spread",
+    "Subject",
+    "Timing",
+    "compute_speedup",
+    "measure_latency",
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spread of repeated measurements
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and 10th and 90th percentile of `count` samples; milliseconds where it is a latency."""
+
+    median: float
+    p10: float
+    p90: float
+    count: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread:
+        """The spread of samples in their own unit; percentiles are interpolated linearly.
+
+        Raises:
+            ValueError: there is no sample.
+        """
+        if not samples:
+            raise ValueError("a spread needs at least one sample")
+        if len(samples) == 1:
+            return cls(samples[0], samples[0], samples[0], 1)
+        deciles = statistics.quantiles(samples, n=10, method="inclusive")
+        return cls(statistics.median(samples), deciles[0], deciles[-1], len(samples))
+
+    @classmethod
+    def of_seconds(cls, samples_s: Sequence[float]) -> Spread:
+        """The spread in milliseconds of samples in seconds; errors as `of`."""
+        return cls.of([sample * 1e3 for sample in samples_s])
+
+    def overlaps(self, other: Spread) -> bool:
+        """Whether the intervals from p10 to p90 share a point."""
+        return self.p10 <= other.p90 and other.p10 <= self.p90
+
+    def to_dict(self) -> dict[str, float]:
+        """Median, p10 and p90, each with four significant digits."""
+        return {name: float(f"{getattr(self, name):.4g}") for name in ("median", "p10", "p90")}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long each run of one subject took, in seconds; sample `i` belongs to round `i` for every subject."""
+
+    samples_s: tuple[float, ...]
+
+    @property
+    def spread(self) -> Spread:
+        """The spread in milliseconds."""
+        return Spread.of_seconds(self.samples_s)
+
+    @property
+    def p99_ms(self) -> float:
+        """The 99th percentile in milliseconds; of fewer than a hundred samples hardly less than the largest."""
+        if len(self.samples_s) == 1:
+            return self.samples_s[0] * 1e3
+        return statistics.quantiles(self.samples_s, n=100, method="inclusive")[-1] * 1e3
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times faster one subject is than another.
+
+    Attributes:
+        ratio: quotient of the median latencies; above 1 is faster.
+        p10, p90: percentiles of the quotients of the same round. Drift of the machine hits both sides of a round alike,
+            so these are tighter than what the two latency intervals tell.
+        overlap: whether the two latency intervals (p10 to p90) overlap.
+    """
+
+    ratio: float
+    p10: float
+    p90: float
+    overlap: bool
+
+    @property
+    def clear(self) -> bool:
+        """Faster beyond doubt: the latency intervals do not overlap, or nine of ten rounds agree."""
+        return self.ratio > 1 and (not self.overlap or self.p10 > 1)
+
+    @property
+    def clearly_slower(self) -> bool:
+        """Slower beyond doubt, by the same measure."""
+        return self.ratio < 1 and (not self.overlap or self.p90 < 1)
+
+    def __str__(self) -> str:
+        # Where only the pairs tell, they are shown: the two latency intervals alone would not bear it out.
+        if self.clear:
+            note = f", {self.p10:.2f}-{self.p90:.2f} in paired rounds" if self.overlap else ""
+            return f"{self.ratio:.2f}x faster{note}"
+        if self.clearly_slower:
+            return f"no speed-up: {1 / self.ratio:.2f}x slower"
+        return "no speed-up: the intervals overlap"
+
+
+def compute_speedup(dense: Timing, compressed: Timing) -> Speedup:
+    """How many times faster `compressed` is than `dense`; both from one call of `measure_latency`.
+
+    Raises:
+        ValueError: the timings do not have the same number of rounds.
+    """
+    paired = Spread.of([a / b for a, b in zip(dense.samples_s, compressed.samples_s, strict=True)])
+    before, after = dense.spread, compressed.spread
+    return Speedup(before.median / after.median, paired.p10, paired.p90, before.overlaps(after))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latency
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to be timed.
+
+    Attributes:
+        name: unique among the subjects that are timed together.
+        run: one run on the inputs.
+        context: entered before the clock starts and left after it stops, such as a switch to the dense model.
+    """
+
+    name: str
+    run: Callable[[Tensor], Any]
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def full_batch(images: Tensor, batch_size: int) -> Tensor:
+    """A batch of `batch_size`, the images repeated where there are fewer."""
+    repeats = -(-batch_size // len(images))
+    return torch.cat([images] * repeats)[:batch_size].contiguous()
+
+
+def measure_latency(
+    subjects: Sequence[Subject],
+    inputs: Tensor,
+    *,
+    max_seconds: float,
+    warmup: int,
+    progress: Progress,
+    min_runs: int = 10,
+) -> dict[str, Timing]:
+    """Time the subjects in turn, so that drift of the machine hits all of them alike.
+
+    One round runs every subject once; the order turns round each time (A B, B A, ...). Runs go without gradients
+    and with the garbage collector off; on CUDA the clock stops only when the device has finished.
+
+    Args:
+        inputs: handed to every subject; its device is the one that is waited for.
+        max_seconds: after this time no new round starts, once there are `min_runs`; warm-up does not count.
+        warmup: rounds that are run and thrown away.
+
+    Returns:
+        By name, in the order of `subjects`.
+
+    Raises:
+        ValueError: two subjects have one name, or `min_runs` is below 1.
+    """
+    names = [subject.name for subject in subjects]
+    if len(set(names)) != len(names) or min_runs < 1:
+        raise ValueError(f"subjects need different names and at least one run, not {names} with {min_runs} runs")
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    label = f"timing {', '.join(names)}"
+    gc.collect()
+    with torch.inference_mode(), without_collection(), progress.task(label, max(1, round(max_seconds))) as task:
+        for turn in range(warmup):
+            _round(subjects, inputs, turn)
+        clock = _Clock(max_seconds, task)
+        turn = 0
+        while turn < min_runs or not clock.expired():
+            for name, seconds in _round(subjects, inputs, turn):
+                samples[name].append(seconds)
+            clock.show()
+            turn += 1
+    return {name: Timing(tuple(found)) for name, found in samples.items()}
+
+
+class _Clock:
+    """The time budget of one measurement; shows whole seconds as steps of a task."""
+
+    def __init__(self, max_seconds: float, task: Task) -> None:
+        self._start = time.perf_counter()
+        self._max_seconds = max_seconds
+        self._task = task
+        self._shown = 0
+
+    def expired(self) -> bool:
+        return self._elapsed() >= self._max_seconds
+
+    def show(self) -> None:
+        steps = int(min(self._elapsed(), self._max_seconds)) - self._shown
+        if steps > 0:
+            self._task.advance(steps)
+            self._shown += steps
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._start
+
+
+def _round(subjects: Sequence[Subject], inputs: Tensor, turn: int) -> list[tuple[str, float]]:
+    order = subjects if turn % 2 == 0 else list(reversed(subjects))
+    return [(subject.name, _time_once(subject, inputs)) for subject in order]
+
+
+def _time_once(subject: Subject, inputs: Tensor) -> float:
+    with subject.context():
+        wait_for(inputs.device)
+        start = time.perf_counter()
+        output = subject.run(inputs)
+        wait_for(inputs.device)
+        seconds = time.perf_counter() - start
+        del output  # freed after the clock has stopped
+    return seconds

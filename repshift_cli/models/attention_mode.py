@@ -1,0 +1,206 @@
+"""What computes the attention of a model: the one place where it is decided, and switched for a while.
+
+- `flash`: the package flash-attn, in its own layout; what it cannot take (attention pooling, blocks that project
+  attention and MLP in one product) stays on torch's kernels.
+- `sdpa`: torch's scaled dot-product attention, on one of its fused kernels and never on its math fall-back;
+  `sdpa:flash` and so on pin one kernel.
+- `explicit`: a product, a softmax and a product, with the map of all pairs.
+- `auto`: flash-attn where it is installed and can run, else as the model has it.
+
+`measure.observed_attention` tells what really ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from repshift_cli.errors import UsageError
+from repshift_cli.models import timm_attention
+from repshift_cli.ops.attention import WIDEST
+
+__all__ = ["AttentionMode", "attention_mode", "auto_note", "check_attention", "flash_missing", "flash_problem"]
+
+AttentionMode = Literal["auto", "flash", "sdpa", "sdpa:flash", "sdpa:efficient", "sdpa:cudnn", "sdpa:math", "explicit"]
+
+_FLASH_DTYPES = (torch.float16, torch.bfloat16)
+_FLASH_CAPABILITY = (8, 0)
+_KERNELS = {
+    "sdpa": [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
+    "sdpa:flash": [SDPBackend.FLASH_ATTENTION],
+    "sdpa:efficient": [SDPBackend.EFFICIENT_ATTENTION],
+    "sdpa:cudnn": [SDPBackend.CUDNN_ATTENTION],
+    "sdpa:math": [SDPBackend.MATH],
+}
+_NO_KERNEL = ("No available kernel", "No viable backend for scaled_dot_product_attention")
+"""How torch says that no kernel which is allowed can run, on CUDA and on the CPU."""
+
+_CHECKED_TOKENS = 16
+_INSTALL = "pip install 'repshift-cli[flash]'"
+
+
+@contextmanager
+def attention_mode(module: nn.Module, mode: AttentionMode) -> Iterator[None]:
+    """Inside the context all attention of a model is computed as asked, afterwards as before.
+
+    Parameters, keys and hooks stay. Contexts nest; the inner one counts. Where flash-attn runs is decided on entering,
+    by where the model lies then. Which kernel torch takes is a setting of the process: while the context is open,
+    `sdpa` and its kernels hold for other models as well.
+
+    Args:
+        module: any model; of its attention timm's own and that of UMT can run on flash-attn, and whatever has the
+            switch `fused_attn`, as timm's modules do, on the other backends.
+
+    Raises:
+        UsageError: the model has no attention that can be switched, flash-attn is asked for and cannot run, or, from
+            within, no kernel of those that are asked for can take an attention of the model.
+    """
+    flashing = {id(part) for part in _on_flash(module, mode)}
+    switches = _switches(module)
+    before = [(part, bool(part.fused_attn), _runs_on_flash(part)) for part in switches]
+    if mode != "auto" and not switches:
+        raise UsageError(
+            f"no attention in {type(module).__name__} can be switched to {mode!r}", "Use --attention auto for it."
+        )
+    try:
+        for part in switches:
+            _switch(part, part.fused_attn if mode == "auto" else mode != "explicit", id(part) in flashing)
+        with _explained(mode), sdpa_kernel(_KERNELS[mode]) if mode in _KERNELS else nullcontext():
+            yield
+    finally:
+        for part, fused, flash in before:
+            _switch(part, fused, flash)
+
+
+def check_attention(module: nn.Module, mode: AttentionMode) -> None:
+    """Refuse early what `attention_mode` would refuse on entering, and kernels of torch that cannot run at all.
+
+    Raises:
+        UsageError: as `attention_mode`.
+    """
+    with attention_mode(module, mode), torch.no_grad():
+        for device, dtype, width in {_kind(part) for part in _flash_takers(module)} if mode in _KERNELS else ():
+            query = torch.zeros(1, 1, _CHECKED_TOKENS, width, device=device, dtype=dtype)
+            functional.scaled_dot_product_attention(query, query, query)
+
+
+def flash_problem(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """Why flash-attn cannot compute attention with heads of `width` channels here, or None where it can."""
+    misfits = _misfits(device, dtype, width)
+    return "; ".join(misfits) if misfits else flash_missing()
+
+
+def flash_missing() -> str | None:
+    """Why the package flash-attn cannot be imported, or None where it can."""
+    try:
+        import flash_attn  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name == "flash_attn":
+            return "it is not installed"
+        return f"it does not load ({error})"
+    except ImportError as error:  # built for another torch
+        return f"it does not load ({error})"
+    return None
+
+
+def auto_note(module: nn.Module, mode: AttentionMode) -> str | None:
+    """What to tell the user where `auto` does without flash-attn for no other reason than that it is not there."""
+    kinds = {_kind(part) for part in _flash_takers(module) if part.fused_attn}
+    fits = any(not _misfits(*kind) for kind in kinds)
+    if mode != "auto" or not fits or (missing := flash_missing()) is None:
+        return None
+    return f"attention could run on flash-attn here, but {missing} ({_INSTALL}): torch's own kernels are used"
+
+
+def _misfits(device: torch.device, dtype: torch.dtype, width: int) -> list[str]:
+    """What of the model does not suit flash-attn, installed or not."""
+    found = []
+    if device.type != "cuda":
+        found.append(f"it runs on CUDA, and the model is on {device.type}")
+    elif torch.cuda.get_device_capability(device) < _FLASH_CAPABILITY:
+        found.append(f"it needs a GPU of compute capability 8.0 or more, and {device} has less")
+    if dtype not in _FLASH_DTYPES:
+        found.append(f"it takes float16 and bfloat16, and the model is {str(dtype).removeprefix('torch.')}")
+    if width > WIDEST:
+        found.append(f"it takes heads of {WIDEST} channels at most, and the model has {width}")
+    return found
+
+
+def _on_flash(module: nn.Module, mode: AttentionMode) -> list[Any]:
+    """The modules that run on flash-attn in this mode.
+
+    Raises:
+        UsageError: it is asked for, and none can.
+    """
+    if mode not in ("auto", "flash"):
+        return []
+    takers = [part for part in _flash_takers(module) if mode == "flash" or part.fused_attn]
+    problems = {kind: flash_problem(*kind) for kind in map(_kind, takers)}
+    fitting = [part for part in takers if problems[_kind(part)] is None]
+    if mode == "flash" and not fitting:
+        _refuse_flash(module, [problem for problem in problems.values() if problem is not None])
+    return fitting
+
+
+def _refuse_flash(module: nn.Module, problems: Sequence[str]) -> NoReturn:
+    name = type(module).__name__
+    if not problems:
+        raise UsageError(
+            f"no attention in {name} can run on flash-attn",
+            "timm's Attention and that of UMT can. Use --attention sdpa or auto.",
+        )
+    raise UsageError(
+        f"attention of {name} cannot run on flash-attn: {problems[0]}",
+        f"It takes {_INSTALL}, --device cuda and --dtype float16 or bfloat16. --attention sdpa stays on torch's fused "
+        "kernels, auto takes flash-attn where it can run.",
+    )
+
+
+def _switches(module: nn.Module) -> list[Any]:
+    return [part for part in module.modules() if hasattr(part, "fused_attn")]
+
+
+def _flash_takers(module: nn.Module) -> list[Any]:
+    """The attention that can be computed by flash-attn, as far as its kind is concerned."""
+    return [part for part in _switches(module) if hasattr(part, "flash_attn") or timm_attention.is_attention(part)]
+
+
+def _runs_on_flash(part: Any) -> bool:
+    return bool(getattr(part, "flash_attn", False))
+
+
+def _switch(part: Any, fused: bool, flash: bool) -> None:
+    part.fused_attn = fused
+    if timm_attention.is_attention(part):
+        timm_attention.run_on_flash(part, flash)
+    elif hasattr(part, "flash_attn"):
+        part.flash_attn = flash
+
+
+def _kind(part: Any) -> tuple[torch.device, torch.dtype, int]:
+    """Device and dtype that the attention runs in, and the channels of its heads."""
+    weight = next(part.qkv.parameters())
+    device: torch.device = weight.device
+    cast = device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
+    return device, torch.get_autocast_dtype(device.type) if cast else weight.dtype, int(part.head_dim)
+
+
+@contextmanager
+def _explained(mode: AttentionMode) -> Iterator[None]:
+    """Say of torch's error that no kernel can run what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if mode in _KERNELS and any(text in str(error) for text in _NO_KERNEL):
+            raise UsageError(
+                f"{mode}: torch has no kernel of this kind for an attention of the model on this device, in this "
+                "dtype, with or without a mask",
+                "--attention sdpa takes any of the fused kernels, auto what torch chooses.",
+            ) from error
+        raise

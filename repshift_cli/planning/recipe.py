@@ -1,0 +1,395 @@
+"""The recipe: which layers let tokens go, how many, and by which score. YAML in, a frozen `Recipe` out.
+
+A metric or a reducer is known here only by its `kind` and its options; the file that implements it says which options
+there are (see `metrics/` and `reducers/`), so that a new one needs no change here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from repshift_cli.errors import RecipeError
+from repshift_cli.utils.suggest import nearest
+
+__all__ = [
+    "Budget",
+    "LayerDrop",
+    "Part",
+    "Place",
+    "Recipe",
+    "default_recipe",
+    "shipped_recipes",
+]
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+_Path = tuple[str | int, ...]
+
+
+PAPER_DROP_RATIO = 0.2
+"""What the paper drops at each of its three sites (arXiv 2508.00367)."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Part(BaseModel):
+    """A metric or a reducer as the recipe names it: its kind, and options that its own file checks."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    kind: StrictStr
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All keys but `kind`."""
+        return dict(self.model_extra or {})
+
+
+class LayerDrop(_Strict):
+    """What happens after one layer. Exactly one of `drop_ratio`, `keep_tokens` and `keep_grid` is given.
+
+    Attributes:
+        layer: index of the block from 0, or the name of the site (`blocks.3`).
+        drop_ratio: share of the patch tokens that are there now; `floor(ratio * tokens)` go. Of a feature map, share
+            of its positions; as many whole rows and columns go as hold no more than that.
+        keep_tokens: number of patch tokens that stay.
+        keep_grid: rows and columns of a feature map that stay.
+        metric: the score at this site, where it is not that of the whole recipe.
+    """
+
+    layer: Annotated[StrictInt, Field(ge=0)] | StrictStr
+    drop_ratio: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
+    keep_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    keep_grid: tuple[Annotated[StrictInt, Field(ge=1)], Annotated[StrictInt, Field(ge=1)]] | None = None
+    metric: Part | None = None
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> LayerDrop:
+        given = [amount for amount in (self.drop_ratio, self.keep_tokens, self.keep_grid) if amount is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of drop_ratio, keep_tokens and keep_grid")
+        return self
+
+
+class Budget(_Strict):
+    """What a search is to reach, where a recipe leaves the layers to it. Exactly one is given.
+
+    Attributes:
+        macs: multiply-accumulates, as a fraction of the dense model's.
+        latency: time for a batch, as a fraction of the dense model's, measured where the search runs.
+        agreement: least share of predictions that stay as the dense model's.
+        max_drop: most points of top-1 that may be lost, on labelled images.
+    """
+
+    macs: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
+    latency: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
+    agreement: Annotated[StrictFloat, Field(gt=0, le=1)] | None = None
+    max_drop: Annotated[StrictFloat, Field(ge=0, lt=100)] | None = None
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Budget:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError(f"give exactly one of {', '.join(Budget.model_fields)}, such as {{macs: 0.65}}")
+        return self
+
+    def __str__(self) -> str:
+        """As `--target` takes it: `max-drop=0.5`."""
+        ((key, value),) = self.model_dump(exclude_none=True).items()
+        return f"{key.replace('_', '-')}={value:.12g}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the parts of a recipe stand in its text: file name, and (line, column) from 1 of each key path."""
+
+    name: str
+    marks: Mapping[_Path, tuple[int, int]]
+
+    def at(self, path: _Path) -> str:
+        """`file:line:column` of the key, or of the nearest key above it that the text has."""
+        while path and path not in self.marks:
+            path = path[:-1]
+        line, column = self.marks.get(path, (1, 1))
+        return f"{self.name}:{line}:{column}"
+
+
+class Recipe(_Strict):
+    """A parsed recipe. Make one with `Recipe.load` (file or shipped name) or `Recipe.parse` (text).
+
+    Exactly one of `layers` and `budget` is given; with a budget `layers` is empty, and a search has to find them.
+
+    Attributes:
+        round_tokens: where `drop_ratio` says how many tokens go, or a search does, all that are left (prefix tokens
+            included) become a multiple of this, since matrix kernels work in tiles. None leaves numbers as they are.
+    """
+
+    version: Literal[1]
+    description: StrictStr | None = None
+    model: StrictStr | None = None
+    metric: Part = Part(kind="representation_shift")
+    reducer: Part = Part(kind="prune")
+    round_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    layers: Annotated[tuple[LayerDrop, ...], Field(min_length=1)] = ()
+    budget: Budget | None = None
+
+    _text: str = PrivateAttr(default="")
+    _place: Place = PrivateAttr(default=Place("recipe", {}))
+
+    @field_validator("budget")
+    @classmethod
+    def _no_layers_beside_it(cls, budget: Budget | None, info: ValidationInfo) -> Budget | None:
+        if budget is not None and info.data.get("layers"):
+            raise ValueError("give exactly one of layers and budget: a budget leaves the layers to a search")
+        return budget
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Recipe:
+        if not self.layers and self.budget is None:
+            raise ValueError("the key layers is missing; give it, or budget: {macs: 0.65} for a search to find them")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The YAML, verbatim as it was given."""
+        return self._text
+
+    @property
+    def place(self) -> Place:
+        """Where each key stands, for messages."""
+        return self._place
+
+    @classmethod
+    def load(cls, source: str | Path) -> Recipe:
+        """Read a recipe from a YAML file, or by the name of a shipped one (`deit_small_paper`).
+
+        Raises:
+            RecipeError: there is no such file or recipe, or what it says cannot be; the message names file, line, key.
+        """
+        path = Path(source)
+        try:
+            is_file, is_folder = path.is_file(), path.is_dir()
+        except OSError:  # too long for the name of a file, such as the text of a recipe
+            is_file = is_folder = False
+        if is_file:
+            return cls.parse(_read(path), str(source))
+        shipped = shipped_recipes()
+        if (found := shipped.get(path.name.removesuffix(".yaml"))) is not None and path.parent == Path():
+            return cls.parse(found, f"{path.name.removesuffix('.yaml')}.yaml")
+        if is_folder:
+            raise RecipeError(f"{source} is a folder, not a recipe", "Give a YAML file.")
+        hint = nearest(path.name.removesuffix(".yaml"), shipped) + "`repshift recipes list` shows the shipped ones."
+        raise RecipeError(f"no recipe {source}: no such file, and none of that name is shipped", hint)
+
+    @classmethod
+    def parse(cls, text: str, name: str = "recipe") -> Recipe:
+        """Read a recipe from YAML text; errors as `load`."""
+        data, place = _read_yaml(text, name)
+        recipe = validate(cls, data, place, ())
+        recipe._text, recipe._place = text, place
+        return recipe
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, keys that say nothing left out."""
+        data = self.model_dump(mode="json", exclude_none=True)
+        if not self.layers:
+            del data["layers"]
+        return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
+
+
+def default_recipe(blocks: int, layers: Sequence[int] | None = None) -> Recipe:
+    """The paper's schedule scaled to a model: 0.2 after the first block, at a quarter and at half of them.
+
+    The metric's options are left open, so that calibration chooses them.
+
+    Args:
+        blocks: how many blocks there are at which tokens can go.
+        layers: the index of each among all blocks, where some are left out.
+    """
+    places = sorted({0, blocks // 4, blocks // 2})
+    chosen = [layers[place] for place in places] if layers else places
+    drops = "\n".join(f"  - {{layer: {layer}, drop_ratio: {PAPER_DROP_RATIO}}}" for layer in chosen)
+    text = (
+        f"# The schedule of the Representation Shift paper, scaled to {blocks} blocks.\n"
+        "# Operation, distance, reading and polarity are left to calibration.\n"
+        "version: 1\nmetric: {kind: representation_shift}\nreducer: {kind: prune}\n"
+        f"layers:\n{drops}\n"
+    )
+    return Recipe.parse(text, f"default recipe for {blocks} blocks")
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Names and texts of the recipes that come with the package."""
+    packaged = files("repshift_cli").joinpath("recipes")
+    # In a source checkout the recipes stand beside the package; in a wheel they travel inside it.
+    folder = packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "recipes"
+    if not folder.is_dir():
+        return {}
+    found = {item.name: item.read_text(encoding="utf-8") for item in folder.iterdir() if item.name.endswith(".yaml")}
+    return {name.removesuffix(".yaml"): found[name] for name in sorted(found)}
+
+
+def validate(kind: type[_Model], data: Any, place: Place, path: _Path) -> _Model:
+    """Check `data`, which stands at `path` of a recipe, against a pydantic model.
+
+    Raises:
+        RecipeError: the first thing that is wrong, with file, line, key, what is allowed and the nearest match.
+    """
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        # A wrong key often makes another look missing, so unknown keys are reported first.
+        details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+        raise _explain(details[0], kind, data, place, path) from None
+
+
+_LONGEST_VALUE = 60
+
+
+_MOST_CHARACTERS = 1 << 24
+"""Of a recipe, in which fitted weights may stand: a file that was named by mistake would be parsed for hours."""
+
+
+_BUDGET_WORDS = "should be a mapping with one key, such as {macs: 0.65}"
+
+
+_PLAIN_WORDS = {
+    "too_short": "is empty: name at least one layer",
+    "model_type": "should be a mapping with the key kind, such as {kind: prune}",
+    "tuple_type": "should be a list, such as [{layer: 0, drop_ratio: 0.2}]",
+}
+
+
+def _explain(detail: Any, kind: type[BaseModel], data: Any, place: Place, path: _Path) -> RecipeError:
+    inner = _existing(tuple(detail["loc"]), data)
+    if detail["type"] == "invalid_key":
+        inner = (*inner[:-1], str(inner[-1]))
+    where = (*path, *inner)
+    key = dotted(where)
+    start = f"{place.at(where)}: "
+    if detail["type"] in ("extra_forbidden", "invalid_key"):
+        owner = _owner(kind, inner[:-1])
+        allowed = list(owner.model_fields)
+        hint = f"{nearest(str(inner[-1]), allowed)}Allowed keys: {', '.join(allowed)}."
+        return RecipeError(f"{start}unknown key {key}", hint)
+    if detail["type"] == "missing":
+        missing = dotted((*path, *detail["loc"]))
+        return RecipeError(f"{start}the key {missing} is missing")
+    words = _PLAIN_WORDS | ({"model_type": _BUDGET_WORDS} if where[:1] == ("budget",) else {})
+    message = words.get(detail["type"]) or detail["msg"].removeprefix("Value error, ")
+    message = message.replace("Input should", "should")
+    value = detail.get("input")
+    shown = f" (it is {_shortened(value)})" if isinstance(value, str | int | float | bool | None) else ""
+    label = f"{key}: " if key else ""
+    return RecipeError(f"{start}{label}{message}{shown}")
+
+
+def _shortened(value: Any) -> str:
+    """A value as Python writes it; of a long one, such as weights, its beginning."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
+
+
+def _existing(loc: _Path, data: Any) -> _Path:
+    """The part of a pydantic location that is a real path in `data` (it adds names of union members)."""
+    found: list[str | int] = []
+    for step in loc:
+        in_list = isinstance(data, list | tuple) and isinstance(step, int) and step < len(data)
+        if not in_list and not (isinstance(data, Mapping) and step in data):
+            break
+        data = data[step]
+        found.append(step)
+    return tuple(found)
+
+
+def _owner(kind: type[BaseModel], path: _Path) -> type[BaseModel]:
+    """The model that the mapping at `path` is checked by."""
+    owners: dict[str | int, type[BaseModel]] = {"layers": LayerDrop, "budget": Budget}
+    return owners.get(path[0], kind) if path else kind
+
+
+def dotted(path: _Path) -> str:
+    """A key path as people write it: `layers[0].metric.kind`."""
+    text = ""
+    for step in path:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else str(step)
+    return text
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path} is not text", "A recipe is a YAML file in UTF-8.") from None
+    except OSError as error:
+        raise RecipeError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _read_yaml(text: str, name: str) -> tuple[Any, Place]:
+    """The plain data of a YAML document and where its keys stand."""
+    if len(text) > _MOST_CHARACTERS:
+        raise RecipeError(
+            f"{name} has {len(text)} characters, which are too many for a recipe", f"At most {_MOST_CHARACTERS} fit."
+        )
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        problem = getattr(error, "problem", None) or str(error)
+        raise RecipeError(f"{where}: this is not YAML: {problem}") from None
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{name}: this is not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{name}:1:1: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
+    marks: dict[_Path, tuple[int, int]] = {}
+    _collect_marks(node, (), marks, name, set())
+    return data, Place(name, marks)
+
+
+def _collect_marks(
+    node: yaml.Node | None, path: _Path, marks: dict[_Path, tuple[int, int]], name: str, seen: set[int]
+) -> None:
+    """Fill `marks`; a key that stands twice is refused (YAML readers keep the last one without a word).
+
+    What an alias stands for is visited once: aliases may nest without end, or fan out without bound.
+    """
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*path, str(key.value))
+            if inner in marks:
+                line = key.start_mark.line + 1
+                raise RecipeError(f"{name}:{line}:{key.start_mark.column + 1}: the key {dotted(inner)} stands twice")
+            marks[inner] = (key.start_mark.line + 1, key.start_mark.column + 1)
+            _collect_marks(value, inner, marks, name, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            item = (*path, index)
+            marks[item] = (value.start_mark.line + 1, value.start_mark.column + 1)
+            _collect_marks(value, item, marks, name, seen)

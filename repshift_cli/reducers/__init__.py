@@ -1,5 +1,0 @@
-"""What becomes of the tokens, one way per file."""
-
-from repshift_cli.reducers.base import Chooser, Dims, Merged, Merger, Reducer, build_reducer, reducer_kinds
-
-__all__ = ["Chooser", "Dims", "Merged", "Merger", "Reducer", "build_reducer", "reducer_kinds"]

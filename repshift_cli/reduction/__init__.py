@@ -1,0 +1,1 @@
+"""Drop and merge tokens in a running model."""

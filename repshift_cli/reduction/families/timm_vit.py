@@ -1,0 +1,321 @@
+"""timm's `VisionTransformer` and its subclasses: ViT, DeiT, DINOv2, SigLIP and their kin.
+
+All of them carry a stream `[B, T, C]` through `model.blocks`. What differs is how a block is put together, and so
+where its parts can be seen; each kind of block has one function here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+from timm.models.vision_transformer import (
+    Block,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
+from torch import Tensor, nn
+
+from repshift_cli.models import timm_attention
+from repshift_cli.ops.attention import size_bias
+from repshift_cli.ops.tokens import Sized, mean_by_size
+from repshift_cli.planning.layout import Layout, SiteInfo
+from repshift_cli.planning.plan import Plan
+from repshift_cli.reduction.families.base import Family, Passage, Probe, Site, SizedStream, Stream
+
+__all__ = ["TimmViT"]
+
+
+class _Beside(SizedStream):
+    """Tokens `[B, prefix + N, C]` that the blocks pass on, with their sizes kept beside the pass that is under way.
+
+    They are kept by how many tokens there are, which no two sites that merge leave alike: a block that is checkpointed
+    runs once more on the way back, when later sites have sizes of their own.
+    """
+
+    def __init__(self, prefix: int) -> None:
+        super().__init__(prefix)
+        self.sizes: dict[int, Tensor] = {}
+        self.normed: Tensor | None = None
+
+    def begin(self) -> None:
+        self.sizes, self.normed = {}, None
+
+    def enter(self, output: Tensor) -> Sized:
+        return Sized(output, self.sizes_of(output.shape[1]))
+
+    def leave(self, value: Sized) -> Tensor:
+        if value.sizes is not None:
+            self.sizes[value.tokens.shape[1]] = value.sizes
+        return value.tokens
+
+    def block_input(self, args: tuple[Any, ...], output: Sized) -> Tensor:
+        entered: Tensor = args[0]
+        return entered
+
+    def sizes_of(self, count: int) -> Tensor | None:
+        """The sizes of tokens of which there are so many, `[B, count]`."""
+        return self.sizes.get(count)
+
+    def last(self) -> Tensor | None:
+        """The sizes behind all blocks."""
+        return self.sizes[min(self.sizes)] if self.sizes else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # tensors of a pass in flight are nobody's business but that pass's
+        return {**self.__dict__, "sizes": {}, "normed": None}
+
+
+class TimmViT(Family):
+    """Plain, distilled and register ViTs; class token, mean or attention pooling."""
+
+    name: ClassVar[str] = "timm_vit"
+    covers: ClassVar[str] = "timm's Vision Transformers: ViT, DeiT, DINOv2, SigLIP and their kin"
+    shows: ClassVar[frozenset[str]] = frozenset(
+        {"attention_update", "mlp_update", "mlp_stream", "attention_query", "attention_key"}
+    )
+
+    def accepts(self, model: nn.Module) -> bool:
+        return isinstance(model, VisionTransformer)
+
+    def refusal(self, model: Any) -> str | None:
+        for index, block in enumerate(model.blocks):
+            if _block_probes(block) is None:
+                known = ", ".join(kind.__name__ for kind in _PROBES)
+                return f"blocks.{index} is a {type(block).__name__}, which is not known (known: {known})"
+        if model.global_pool == "prr":
+            return "its pooling (prr) arranges all patch tokens in a fixed grid"
+        if getattr(model, "dynamic_img_size", False):
+            return "it was built with dynamic_img_size, and token counts are planned for one input size"
+        return None
+
+    def layout(self, model: Any) -> Layout:
+        blocks = list(model.blocks)
+        return Layout(
+            family=self.name,
+            prefix_tokens=int(model.num_prefix_tokens),
+            patch_tokens=int(model.patch_embed.num_patches),
+            class_token=bool(model.has_class_token),
+            sites=tuple(SiteInfo(f"blocks.{index}", index) for index in range(len(blocks))),
+        )
+
+    def sites(self, model: Any) -> list[Site]:
+        found = []
+        for index, block in enumerate(model.blocks):
+            probes = _block_probes(block) or {}
+            attentions = _attentions(block)
+            channels = {
+                "attention_channels": sum(part.num_heads * part.head_dim for part in attentions),
+                "width": int(model.embed_dim),
+                "head": int(attentions[0].head_dim) if attentions else 0,
+            }
+            found.append(Site(f"blocks.{index}", index, block, probes, _missing(block, probes), **channels))
+        return found
+
+    def stream(self, model: Any) -> Stream:
+        return _Beside(int(model.num_prefix_tokens))
+
+    def merge_refusal(self, model: Any) -> str | None:
+        for index, block in enumerate(model.blocks):
+            attentions = _attentions(block)
+            unknown = [part for part in attentions if not timm_attention.is_attention(part)]
+            if unknown or not attentions:
+                name = type(unknown[0] if unknown else block).__name__
+                return f"blocks.{index} attends by {name}, which cannot weight tokens by size"
+        return None
+
+    def heed_sizes(self, model: Any, stream: Stream) -> tuple[list[Passage], Callable[[], None]]:
+        assert isinstance(stream, _Beside)
+        attentions = [part for block in model.blocks for part in _attentions(block)]
+        _heed(attentions, stream)
+        return _pooling_passages(model, stream), partial(_heed, attentions, None)
+
+    def macs(self, model: Any, plan: Plan | None) -> int:
+        layout = self.layout(model)
+        blocks = list(model.blocks)
+        dense = (layout.prefix_tokens + layout.patch_tokens,) * (len(blocks) + 1)
+        tokens = plan.tokens_at(len(blocks)) if plan else dense
+        embedding = sum(
+            layout.patch_tokens * part.weight.numel()
+            for part in model.patch_embed.modules()
+            if isinstance(part, nn.Conv2d | nn.Linear)
+        )
+        body = sum(_block_macs(block, count) for block, count in zip(blocks, tokens, strict=False))
+        return embedding + body + _pool_macs(model, tokens[-1], layout.prefix_tokens) + _head_macs(model)
+
+
+def _block_probes(block: nn.Module) -> dict[str, Probe] | None:
+    """Where the parts of a block can be seen; None for a kind of block that is not known."""
+    probes = _PROBES.get(type(block))
+    return None if probes is None else probes(block)
+
+
+def _pre_norm_probes(block: Any) -> dict[str, Probe]:
+    """`x += ls1(attn(norm1(x))); x += ls2(mlp(norm2(x)))`."""
+    return {
+        "attention_update": Probe(block.ls1),
+        "mlp_update": Probe(block.ls2),
+        "mlp_stream": Probe(block.norm2, "input"),
+        **_attention_probes(block.attn),
+    }
+
+
+def _post_norm_probes(block: Any) -> dict[str, Probe]:
+    """`x += norm1(attn(x)); x += norm2(mlp(x))`."""
+    return {
+        "attention_update": Probe(block.norm1),
+        "mlp_update": Probe(block.norm2),
+        "mlp_stream": Probe(block.mlp, "input"),
+        **_attention_probes(block.attn),
+    }
+
+
+def _parallel_scaling_probes(block: Any) -> dict[str, Probe]:
+    """`x += ls(attn_out_proj(a) + mlp_out_proj(m))`, both branches read the same normed `x`."""
+    offset = block.in_split[0]
+    heads, size = block.num_heads, block.head_dim
+    query = partial(_heads, start=offset, heads=heads, size=size, norm=block.q_norm)
+    key = partial(_heads, start=offset + heads * size, heads=heads, size=size, norm=block.k_norm)
+    probes = {
+        "mlp_stream": Probe(block.in_norm, "input"),
+        "attention_query": Probe(block.in_proj, "output", query),
+        "attention_key": Probe(block.in_proj, "output", key),
+    }
+    if block.out_proj is None:
+        scale = block.ls
+        probes["attention_update"] = Probe(block.attn_out_proj, "output", partial(_scaled, scale=scale))
+        probes["mlp_update"] = Probe(block.mlp_out_proj, "output", partial(_scaled, scale=scale))
+    return probes
+
+
+def _parallel_things_probes(block: Any) -> dict[str, Probe]:
+    """Several attentions side by side, then several MLPs: only the block as a whole is one update."""
+    return {"mlp_stream": Probe(block.ffns[0], "input")}
+
+
+_PROBES: dict[type[nn.Module], Callable[[Any], dict[str, Probe]]] = {
+    Block: _pre_norm_probes,
+    ResPostBlock: _post_norm_probes,
+    ParallelScalingBlock: _parallel_scaling_probes,
+    ParallelThingsBlock: _parallel_things_probes,
+}
+
+
+def _missing(block: nn.Module, probes: dict[str, Probe]) -> dict[str, str]:
+    if isinstance(block, ParallelThingsBlock):
+        return {"*": "it runs several branches side by side"}
+    if "attention_update" not in probes:
+        return {"*": "it projects attention and MLP in one matrix product"}
+    return {"*": f"the queries and keys of its {type(getattr(block, 'attn', block)).__name__} are not known"}
+
+
+def _attention_probes(attention: Any) -> dict[str, Probe]:
+    """Queries and keys of timm's `Attention`, read off the output of its fused projection."""
+    projection = getattr(attention, "qkv", None)
+    if not timm_attention.is_attention(attention) or not isinstance(projection, nn.Linear):
+        return {}
+    heads, size = attention.num_heads, attention.head_dim
+    query = partial(_heads, start=0, heads=heads, size=size, norm=attention.q_norm)
+    key = partial(_heads, start=heads * size, heads=heads, size=size, norm=attention.k_norm)
+    return {
+        "attention_query": Probe(projection, "output", query),
+        "attention_key": Probe(projection, "output", key),
+    }
+
+
+def _heed(attentions: list[Any], stream: _Beside | None) -> None:
+    for attention in attentions:
+        timm_attention.heed_sizes(attention, stream)
+
+
+def _pooling_passages(model: Any, stream: _Beside) -> list[Passage]:
+    """Where pooling must heed sizes: a mean over patches weights each by its size, attention pooling its keys.
+
+    A class token and a maximum are what they are.
+    """
+    if model.attn_pool is not None:
+        return [Passage(model.attn_pool, "mask", partial(_pool_bias, stream=stream))]
+    if model.global_pool not in ("avg", "avgmax"):
+        return []
+    first = 0 if model.pool_include_prefix else int(model.num_prefix_tokens)
+    pooled = partial(_pool_sized, stream=stream, first=first, with_max=model.global_pool == "avgmax")
+    return [
+        Passage(model.norm, "output", partial(_remember, stream=stream)),
+        Passage(model.fc_norm, "input", pooled),
+    ]
+
+
+def _remember(normed: Tensor, stream: _Beside) -> Tensor:
+    stream.normed = normed
+    return normed
+
+
+def _pool_sized(pooled: Tensor, stream: _Beside, first: int, with_max: bool) -> Tensor:
+    """`[B, C]`, the mean by size in place of the plain mean over the tokens from `first` on."""
+    sizes, normed = stream.last(), stream.normed
+    stream.normed = None  # it belongs to this pass, and a head that is called alone must not meet it
+    if sizes is None or normed is None or normed.shape[0] != pooled.shape[0]:
+        return pooled
+    mean = mean_by_size(normed[:, first:], sizes[:, first:])
+    return 0.5 * (normed[:, first:].amax(dim=1) + mean) if with_max else mean
+
+
+def _pool_bias(tokens: Tensor, stream: _Beside) -> Tensor | None:
+    """The mask for attention pooling over the last of the tokens, `[B, 1, 1, T]`."""
+    sizes, count = stream.last(), tokens.shape[1]
+    # a head that is called alone may be given tokens of another pass
+    if sizes is None or count not in (sizes.shape[1], sizes.shape[1] - stream.prefix):
+        return None
+    return size_bias(sizes[:, -count:], tokens.dtype)[:, None, None, :]
+
+
+def _heads(projected: Tensor, start: int, heads: int, size: int, norm: nn.Module) -> Tensor:
+    """Channels `start : start + heads * size` of `[B, T, *]` as heads: `[B, heads, T, size]`."""
+    part = projected[..., start : start + heads * size].unflatten(-1, (heads, size))
+    normed: Tensor = norm(part.transpose(1, 2))
+    return normed
+
+
+def _scaled(update: Tensor, scale: nn.Module) -> Tensor:
+    scaled: Tensor = scale(update)
+    return scaled
+
+
+def _block_macs(block: nn.Module, tokens: int) -> int:
+    """Every linear layer on every token, and the products `q k^T` and `attention v` of T x T x channels."""
+    linear = sum(part.weight.numel() for part in block.modules() if isinstance(part, nn.Linear))
+    attention = sum(_attention_channels(part) for part in _attentions(block))
+    return tokens * linear + tokens * tokens * attention
+
+
+def _attentions(block: nn.Module) -> list[Any]:
+    """The modules that attend; a parallel block does so itself."""
+    return [part for part in block.modules() if hasattr(part, "head_dim")]
+
+
+def _attention_channels(attention: Any) -> int:
+    """Channels of `q k^T` and of `attention v` together, over all heads."""
+    width = int(attention.num_heads * attention.head_dim)
+    # Differential attention runs two maps, each on half-size queries and full-size values: 2 * (1 + 2) of its width.
+    return 6 * width if hasattr(attention, "lambda_init") else 2 * width
+
+
+def _pool_macs(model: Any, tokens: int, prefix: int) -> int:
+    """Attention pooling (SigLIP's `map`): a few latent queries against all tokens that are left."""
+    pool = model.attn_pool
+    if pool is None:
+        return 0
+    seen = tokens if model.pool_include_prefix else tokens - prefix
+    latents, width = int(pool.latent_len), int(pool.num_heads * pool.head_dim)
+    per_latent = sum(
+        part.weight.numel() for name, part in pool.named_modules() if isinstance(part, nn.Linear) and name != "kv"
+    )
+    return latents * per_latent + seen * int(pool.kv.weight.numel()) + 2 * latents * seen * width
+
+
+def _head_macs(model: Any) -> int:
+    heads = (getattr(model, "head", None), getattr(model, "head_dist", None))
+    return sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear))

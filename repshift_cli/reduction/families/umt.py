@@ -1,0 +1,138 @@
+"""UMT: video models that attend over all places of all frames at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from repshift_cli.models.umt import Block, UmtModel, UmtRetrieval
+from repshift_cli.ops.tokens import Sized, mean_by_size
+from repshift_cli.planning.layout import Layout, SiteInfo
+from repshift_cli.planning.plan import Plan
+from repshift_cli.reduction.families.base import Family, Passage, Probe, Site, SizedStream, Stream, nothing
+
+__all__ = ["Umt", "UmtStream"]
+
+_EARLY = frozenset({"block_input", "block_output", "attention_update", "attention_query", "attention_key"})
+
+
+class UmtStream(SizedStream):
+    """What the blocks pass on, and what the last pass left for the mean over its tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: Tensor | None = None
+        self.normed: Tensor | None = None
+
+    def begin(self) -> None:
+        self.sizes = self.normed = None
+
+    def leave(self, value: Sized) -> Sized:
+        self.sizes = value.sizes
+        return value
+
+    def remember(self, normed: Tensor) -> Tensor:
+        """The tokens behind the last norm, `[B, N, C]`."""
+        self.normed = normed
+        return normed
+
+    def weight(self, mean: Tensor) -> Tensor:
+        """`[B, 1, C]`, the mean by size in place of the plain mean."""
+        sizes, normed = self.sizes, self.normed
+        self.normed = None  # it belongs to this pass, and tokens of another may be averaged next
+        if sizes is None or normed is None:
+            return mean
+        return mean_by_size(normed, sizes).unsqueeze(1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # tensors of a pass in flight are nobody's business but that pass's
+        return {**self.__dict__, "sizes": None, "normed": None}
+
+
+class Umt(Family):
+    """The vision encoder of UMT, whichever text model reads its tokens."""
+
+    name: ClassVar[str] = "umt"
+    covers: ClassVar[str] = "UMT for text-video retrieval and video question answering"
+    shows: ClassVar[frozenset[str]] = frozenset(
+        {"attention_update", "mlp_update", "mlp_stream", "attention_query", "attention_key"}
+    )
+
+    def accepts(self, model: nn.Module) -> bool:
+        return isinstance(model, UmtModel)
+
+    def refusal(self, model: Any) -> str | None:
+        return None
+
+    def layout(self, model: Any) -> Layout:
+        names = (f"blocks.{index}" for index in range(len(model.blocks)))  # of the vision encoder
+        return Layout(
+            family=self.name,
+            prefix_tokens=0,
+            patch_tokens=model.vision.tokens,
+            class_token=False,
+            sites=tuple(SiteInfo(name, index) for index, name in enumerate(names)),
+        )
+
+    def sites(self, model: Any) -> list[Site]:
+        width = model.vision.width
+        channels = {"attention_channels": width, "width": width, "head": width // model.vision.heads}
+        return [
+            Site(info.name, info.layer, block, _probes(block), {}, **channels, attended=block.attended, early=_EARLY)
+            for info, block in zip(self.layout(model).sites, model.blocks, strict=True)
+        ]
+
+    def macs(self, model: Any, plan: Plan | None) -> int:
+        shape = model.vision
+        entering = plan.tokens_at(shape.depth) if plan else (shape.tokens,) * (shape.depth + 1)
+        early = {site.layer: site.tokens_out for site in plan.sites if site.after == "attention"} if plan else {}
+        total = shape.tokens * model.vision_encoder.encoder.patch_embed.proj.weight.numel()
+        for layer in range(shape.depth):
+            tokens = entering[layer]
+            total += tokens * 4 * shape.width**2 + 2 * tokens**2 * shape.width
+            total += early.get(layer, tokens) * 2 * shape.width * shape.hidden
+        return int(total) + self._head_macs(model)
+
+    def merge_refusal(self, model: Any) -> str | None:
+        return None
+
+    def stream(self, model: Any) -> Stream:
+        return UmtStream()
+
+    def heed_sizes(self, model: Any, stream: Stream) -> tuple[list[Passage], Callable[[], None]]:
+        assert isinstance(stream, UmtStream)
+        norm = model.vision_encoder.encoder.norm
+        passages = [Passage(norm, "output", stream.remember), Passage(model.averaged, "output", stream.weight)]
+        return passages, nothing
+
+    def adapt(self, model: Any) -> Callable[[], None]:
+        before = model.pooling
+        model.pooling = "all"
+        return partial(setattr, model, "pooling", before)
+
+    def _head_macs(self, model: Any) -> int:
+        if not isinstance(model, UmtRetrieval):
+            return 0
+        pooled = model.vision.frames if model.pooling == "frames" else 1
+        return pooled * model.vision_proj.weight.numel()
+
+
+def _probes(block: Block) -> dict[str, Probe]:
+    attention = block.attn
+    heads, size = attention.num_heads, attention.head_dim
+    return {
+        "block_input": Probe(block.norm1, "input"),
+        "attention_update": Probe(attention),
+        "mlp_update": Probe(block.mlp),
+        "mlp_stream": Probe(block.norm2, "input"),
+        "attention_query": Probe(attention.qkv, "output", partial(_heads, part=0, heads=heads, size=size)),
+        "attention_key": Probe(attention.qkv, "output", partial(_heads, part=1, heads=heads, size=size)),
+    }
+
+
+def _heads(projected: Tensor, *, part: int, heads: int, size: int) -> Tensor:
+    """Queries (part 0) or keys (1) out of `[B, N, 3 C]`: `[B, heads, N, size]`."""
+    return projected.unflatten(-1, (3, heads, size))[:, :, part].transpose(1, 2)

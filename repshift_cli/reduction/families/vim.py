@@ -1,0 +1,127 @@
+"""Vision Mamba: a sequence that two scans read, with class tokens that stand among the patches.
+
+A scan depends on the order of the tokens and on which are there, so tokens are really removed, in order, from the
+hidden state and from the residual stream alike. The class token stays, at a place that then differs for each image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from repshift_cli.models.vim import CONV_WIDTH, VimBlock, VimStream, VisionMamba
+from repshift_cli.ops.tokens import complement, keep_top
+from repshift_cli.planning.layout import Layout, SiteInfo
+from repshift_cli.planning.plan import Plan, PlanSite
+from repshift_cli.reduction.families.base import Family, Probe, Reduce, Site, Stream
+
+__all__ = ["Vim"]
+
+
+class _ClassTokensInside(Stream):
+    """`VimStream`: metrics see all tokens, and the class tokens are left out of the choice."""
+
+    def __init__(self, class_tokens: int) -> None:
+        super().__init__(prefix=0)
+        self.class_tokens = class_tokens
+
+    def shape(self, value: VimStream) -> tuple[int, ...]:
+        return (value.hidden.shape[1],)
+
+    def block_input(self, args: tuple[Any, ...], output: VimStream) -> Tensor:
+        return output.residual
+
+    def block_output(self, output: VimStream) -> Tensor:
+        return output.residual + output.hidden
+
+    def carrier(self, output: VimStream) -> Tensor:
+        return output.hidden  # the next layer reads the sum of both, so their gradients are the same
+
+    def choose(self, scores: Tensor, output: VimStream, planned: PlanSite) -> Tensor:
+        patches = complement(output.place, scores.shape[1])
+        return keep_top(scores.gather(1, patches), planned.tokens_out - self.class_tokens)
+
+    def reduce(self, output: VimStream, keep: Tensor, planned: PlanSite, reduce: Reduce) -> VimStream:
+        patches = complement(output.place, planned.tokens_in).gather(1, keep)
+        tokens = torch.cat((output.place, patches), dim=1).sort(dim=1).values
+        # as many tokens stand before a class token as have smaller places
+        place = (tokens.unsqueeze(1) < output.place.unsqueeze(2)).sum(dim=2)
+        return VimStream(reduce(output.hidden, tokens), reduce(output.residual, tokens), place)
+
+    def join(self, outputs: Sequence[VimStream]) -> VimStream:
+        return VimStream(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
+
+
+class Vim(Family):
+    """Vim with a class token in the middle or two around the patches."""
+
+    name: ClassVar[str] = "vim"
+    covers: ClassVar[str] = "Vision Mamba (Vim)"
+    shows: ClassVar[frozenset[str]] = frozenset({"mixer_update", "mixer_stream"})
+
+    def accepts(self, model: nn.Module) -> bool:
+        return isinstance(model, VisionMamba)
+
+    def refusal(self, model: Any) -> str | None:
+        return None
+
+    def layout(self, model: Any) -> Layout:
+        return Layout(
+            family=self.name,
+            prefix_tokens=model.num_prefix_tokens,
+            patch_tokens=model.patch_embed.num_patches,
+            class_token=False,
+            sites=tuple(SiteInfo(f"layers.{index}", index) for index in range(len(model.layers))),
+        )
+
+    def sites(self, model: Any) -> list[Site]:
+        missing = {"*": "a state space model has neither attention nor an MLP, but a mixer"}
+        return [
+            Site(f"layers.{index}", index, layer, _probes(layer), missing, width=layer.mixer.out_proj.out_features)
+            for index, layer in enumerate(model.layers)
+        ]
+
+    def stream(self, model: Any) -> Stream:
+        return _ClassTokensInside(model.num_prefix_tokens)
+
+    def macs(self, model: Any, plan: Plan | None) -> int:
+        patches = model.patch_embed.num_patches * model.patch_embed.proj.weight.numel()
+        head = model.head.weight.numel() if isinstance(model.head, nn.Linear) else 0
+        linear = sum(
+            tokens * _linear_macs(layer.mixer)
+            for layer, tokens in zip(model.layers, self._tokens(model, plan), strict=True)
+        )
+        return int(patches + linear + head + self.scan_macs(model, plan))
+
+    def scan_macs(self, model: Any, plan: Plan | None) -> int:
+        per_token = (_scan_macs(layer.mixer) for layer in model.layers)
+        return sum(tokens * macs for tokens, macs in zip(self._tokens(model, plan), per_token, strict=True))
+
+    def _tokens(self, model: Any, plan: Plan | None) -> tuple[int, ...]:
+        """How many tokens enter each layer."""
+        layers = len(model.layers)
+        if plan is not None:
+            return plan.tokens_at(layers)[:layers]
+        return (model.num_prefix_tokens + model.patch_embed.num_patches,) * layers
+
+
+def _probes(layer: VimBlock) -> dict[str, Probe]:
+    return {"mixer_update": Probe(layer.mixer), "mixer_stream": Probe(layer.norm, "input")}
+
+
+def _linear_macs(mixer: nn.Module) -> int:
+    """Weights of the projections in and out, and of those of both directions."""
+    return sum(part.weight.numel() for part in mixer.modules() if isinstance(part, nn.Linear))
+
+
+def _scan_macs(mixer: Any) -> int:
+    """Products of one token, element by element, in both directions.
+
+    The causal convolution; `delta A`, `B (delta u)`, `a s` and `C s` for each of the N states of a channel; `delta u`,
+    `D u` and the gate for each channel.
+    """
+    inner = mixer.out_proj.in_features
+    return int(2 * inner * (CONV_WIDTH + 4 * mixer.d_state + 3))

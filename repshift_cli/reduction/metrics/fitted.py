@@ -1,0 +1,122 @@
+"""A score fitted to the model: the projection of a token that best tells how much the output hangs on it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import sys
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from pydantic import StrictStr, field_validator
+from torch import Tensor
+
+from repshift_cli.reduction.metrics.base import Metric, Polarity, SiteContext, Tap
+from repshift_cli.reduction.metrics.representation_shift import RepresentationShift
+
+__all__ = ["Fitted"]
+
+_MOST_CHANNELS = 1 << 16
+_FLOAT_BYTES = 4
+
+
+class Fitted(Metric):
+    """`w x_i`, with one weight for each channel of the stream, fitted on unlabelled images (see `fitting.py`).
+
+    Attributes:
+        weights: little-endian float32 in base64, a string that recipes and plans can hold; None is open, and
+            calibration fits it.
+    """
+
+    kind: ClassVar[str] = "fitted"
+
+    weights: StrictStr | None = None
+    polarity: Polarity | None = "largest"
+
+    @field_validator("weights")
+    @classmethod
+    def _decodes(cls, weights: str | None) -> str | None:
+        if weights is None:
+            return None
+        try:
+            raw = base64.b64decode(weights, validate=True)
+        except (binascii.Error, ValueError):
+            raise ValueError("should be base64") from None
+        if not raw or len(raw) % _FLOAT_BYTES or len(raw) > _FLOAT_BYTES * _MOST_CHANNELS:
+            raise ValueError(f"should be 1 to {_MOST_CHANNELS} float32 values in base64, it is {len(raw)} bytes")
+        return weights
+
+    @classmethod
+    def of(cls, weights: Sequence[float]) -> Fitted:
+        """With these weights, one for each channel."""
+        values = array("f", weights)
+        return cls(weights=base64.b64encode(_little_endian(values).tobytes()).decode("ascii"))
+
+    @property
+    def open(self) -> bool:
+        return self.weights is None
+
+    @property
+    def channels(self) -> int | None:
+        return None if self.weights is None else len(self.vector)
+
+    @cached_property
+    def vector(self) -> Tensor:
+        """The weights as numbers, float32 `[C]`; of an open score there are none."""
+        # not a private attribute of pydantic: `torch.compile` does not get through those
+        values = array("f")
+        values.frombytes(base64.b64decode(self.weights or ""))
+        return _lasting(lambda: torch.tensor(_little_endian(values)))
+
+    def model_post_init(self, context: Any, /) -> None:
+        if not bool(self.vector.isfinite().all()):
+            raise ValueError("the weights should be finite")
+
+    def taps(self) -> frozenset[Tap]:
+        return frozenset({"block_output"})
+
+    def score(self, seen: Mapping[str, Tensor], site: SiteContext) -> Tensor:
+        tokens = seen["block_output"].float()
+        weights = self.vector.to(tokens.device)  # which does nothing where `on` was asked before
+        # autocast would round a matrix product to half precision, and many scores to the same one
+        device = tokens.device.type
+        rounded = device != "meta" and torch.is_autocast_enabled(device)
+        scores = (tokens * weights).sum(-1) if rounded else tokens @ weights
+        return scores[:, site.prefix :]  # to leave the prefix out before would take a copy
+
+    def on(self, device: torch.device) -> Metric:
+        if self.vector.device == device:
+            return self
+        moved = self.model_copy()
+        vars(moved)["vector"] = _lasting(lambda: self.vector.to(device))
+        return moved
+
+    def with_defaults(self) -> Metric:
+        """Where nothing was fitted, the shift over the block, which every block can show."""
+        return RepresentationShift(operation="block").with_defaults() if self.open else self
+
+    def __eq__(self, other: object) -> bool:
+        # the decoded tensor, which pydantic would compare too, follows from the weights
+        return isinstance(other, Fitted) and (self.weights, self.polarity) == (other.weights, other.polarity)
+
+    def __hash__(self) -> int:
+        return hash((self.weights, self.polarity))
+
+    def __str__(self) -> str:
+        return self.kind if self.open else f"{self.kind} ({self.channels} weights)"
+
+
+def _lasting(make: Callable[[], Tensor]) -> Tensor:
+    """A tensor that can take part in a pass with gradients, which one made in inference mode could not."""
+    with torch.inference_mode(False):
+        return make()
+
+
+def _little_endian(values: array[float]) -> array[float]:
+    if sys.byteorder == "big":
+        values = array("f", values)
+        values.byteswap()
+    return values

@@ -1,0 +1,126 @@
+"""What a reducer is: it turns the tokens of a site and the choice of the metric into fewer tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from repshift_cli.planning.layout import After
+from repshift_cli.planning.recipe import Part, Place
+from repshift_cli.planning.registry import build_part, members
+
+__all__ = ["Chooser", "Dims", "Merged", "Merger", "Reducer", "build_reducer", "reducer_kinds"]
+
+
+class Dims(NamedTuple):
+    """Channels at a site: of a token, and of one head of the attention (0 where there is none)."""
+
+    width: int
+    head: int
+
+
+class Merged(NamedTuple):
+    """What a merge leaves.
+
+    Attributes:
+        tokens: `[B, prefix + K, C]`.
+        sizes: `[B, prefix + K]`, how many tokens each stands for; not always whole numbers.
+        places: int64 `[B, K]`, the place of each patch token that is left among the patch tokens before the merge.
+    """
+
+    tokens: Tensor
+    sizes: Tensor
+    places: Tensor
+
+
+class Reducer(BaseModel, ABC):
+    """A way to reduce. Its fields are the keys that a recipe may give under `reducer`.
+
+    Attributes:
+        after: what has been computed when it acts: the whole block, or its attention.
+        scored: whether the scores have a say in what goes or stays.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: ClassVar[str]
+    after: ClassVar[After] = "block"
+    scored: ClassVar[bool] = True
+
+    def taps(self) -> frozenset[str]:
+        """Names of the tensors that it reads beside the tokens, as metrics name them (`metrics.Tap`)."""
+        return frozenset()
+
+    def macs(self, patches: int, dropped: int, dims: Dims) -> int:
+        """Multiply-accumulates of reducing one image that are matrix products.
+
+        Args:
+            patches: patch tokens that reach the site.
+            dropped: how many of them disappear.
+            dims: their channels.
+        """
+        return 0
+
+
+class Chooser(Reducer):
+    """A reducer that leaves the tokens with the best scores, in order."""
+
+    @abstractmethod
+    def reduce(self, tokens: Tensor, keep: Tensor) -> Tensor:
+        """Reduce the tokens of one site.
+
+        Args:
+            tokens: `[B, T, C]`, of patches and others.
+            keep: int64 `[B, K]`, ascending places among the T; those that are not patches are all among them.
+
+        Returns:
+            `[B, K, C]`.
+        """
+
+
+class Merger(Reducer):
+    """A reducer that lets tokens flow together, and so needs to know how many each stands for.
+
+    Attributes:
+        pooled_by_size: whether a mean over tokens weights them by size. (Attention always does.)
+    """
+
+    pooled_by_size: ClassVar[bool] = True
+
+    @abstractmethod
+    def merge(  # noqa: PLR0917
+        self, tokens: Tensor, sizes: Tensor, scores: Tensor, count: int, prefix: int, seen: Mapping[str, Tensor]
+    ) -> Merged:
+        """Merge the tokens of one site.
+
+        Args:
+            tokens: `[B, prefix + N, C]`.
+            sizes: `[B, prefix + N]`, how many tokens each stands for.
+            scores: float32 `[B, N]`; large ones are important.
+            count: how many patch tokens disappear; more than none.
+            prefix: prefix tokens, which stay as they are, in front.
+            seen: the tensors that `taps` names.
+        """
+
+    def most(self, patches: int) -> int:
+        """How many of so many patch tokens can disappear at one site."""
+        return patches - 1
+
+
+def reducer_kinds() -> dict[str, type[Reducer]]:
+    """All reducers by kind."""
+    return {found.kind: found for found in members("repshift_cli.reduction.reducers", Reducer)}
+
+
+def build_reducer(part: Part, place: Place | None = None) -> Reducer:
+    """The reducer that a recipe names.
+
+    Raises:
+        RecipeError: an unknown kind or option, with its place in the recipe.
+    """
+    reducer: Reducer = build_part(part, reducer_kinds(), place or Place("reducer", {}), ("reducer",))
+    return reducer

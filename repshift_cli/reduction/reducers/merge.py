@@ -1,0 +1,47 @@
+"""Merging: each token that goes is averaged into the kept token that is most like it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from repshift_cli.ops.merging import flow, key_features, nearest
+from repshift_cli.ops.tokens import gather_tokens, split_top, with_prefix
+from repshift_cli.reduction.reducers.base import Dims, Merged, Merger
+
+__all__ = ["Merge"]
+
+
+class Merge(Merger):
+    """The score decides which tokens go, likeness decides where each of them goes.
+
+    Attributes:
+        similarity: what two tokens are compared by: the stream at the site (`hidden`), or the mean of their keys over
+            the heads (`keys`), which has fewer channels.
+    """
+
+    kind: ClassVar[str] = "merge"
+
+    similarity: Literal["hidden", "keys"] = "hidden"
+
+    def taps(self) -> frozenset[str]:
+        return frozenset({"attention_key"}) if self.similarity == "keys" else frozenset()
+
+    def merge(  # noqa: PLR0917
+        self, tokens: Tensor, sizes: Tensor, scores: Tensor, count: int, prefix: int, seen: Mapping[str, Tensor]
+    ) -> Merged:
+        keep, drop = split_top(scores, scores.shape[1] - count)
+        index, gone = with_prefix(keep, prefix), drop + prefix
+        kept, sources = gather_tokens(tokens, index), gather_tokens(tokens, gone)
+        if self.similarity == "keys":
+            features = key_features(seen["attention_key"])
+            targets = nearest(gather_tokens(features, gone), gather_tokens(features, keep + prefix))
+        else:
+            targets = nearest(sources, kept[:, prefix:])
+        merged, new_sizes = flow(kept, sizes.gather(1, index), sources, sizes.gather(1, gone), targets + prefix)
+        return Merged(merged, new_sizes, keep)
+
+    def macs(self, patches: int, dropped: int, dims: Dims) -> int:
+        return dropped * (patches - dropped) * (dims.head if self.similarity == "keys" else dims.width)

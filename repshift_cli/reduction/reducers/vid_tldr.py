@@ -1,0 +1,105 @@
+"""vid-TLDR: tokens flow into the one that is most like them, as strongly as they are salient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from repshift_cli.ops.merging import flow, pair, unit_range
+from repshift_cli.ops.tokens import gather_tokens
+from repshift_cli.planning.layout import After
+from repshift_cli.reduction.reducers.base import Dims, Merged, Merger
+
+__all__ = ["VidTLDR", "merge", "merge_weighted", "saliency"]
+
+
+class VidTLDR(Merger):
+    """Saliency-aware token merging (vid-TLDR, arXiv 2403.13347) between attention and MLP."""
+
+    kind: ClassVar[str] = "vid_tldr"
+    after: ClassVar[After] = "attention"
+    pooled_by_size: ClassVar[bool] = False  # as in the authors' models, which pool by a plain mean
+
+    def merge(  # noqa: PLR0917
+        self, tokens: Tensor, sizes: Tensor, scores: Tensor, count: int, prefix: int, seen: Mapping[str, Tensor]
+    ) -> Merged:
+        patches = merge(tokens[:, prefix:], sizes[:, prefix:], scores, count)
+        if not prefix:
+            return patches
+        front = (tokens[:, :prefix], sizes[:, :prefix])
+        return Merged(torch.cat((front[0], patches[0]), 1), torch.cat((front[1], patches[1]), 1), patches.places)
+
+    def most(self, patches: int) -> int:
+        return patches // 2
+
+    def macs(self, patches: int, dropped: int, dims: Dims) -> int:
+        return (patches - patches // 2) * (patches // 2) * dims.width
+
+
+def saliency(scores: Tensor) -> Tensor:
+    """What a score says of the weight that a token keeps (vid-TLDR, arXiv 2403.13347).
+
+    Brought to 0..1, then what lies above the mean, divided by its maximum: tokens below the mean have no weight at all,
+    and the best one has weight 1. A rise or a stretch of all scores changes nothing.
+
+    Args:
+        scores: float `[B, N]`, large for important tokens.
+
+    Returns:
+        `[B, N]`, from 0 to 1; all 0 in a row of equal scores.
+    """
+    scaled = unit_range(scores)
+    above = (scaled - scaled.mean(dim=1, keepdim=True)).clamp(min=0)
+    return above / above.amax(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+
+
+def merge(tokens: Tensor, sizes: Tensor, scores: Tensor, count: int) -> Merged:
+    """Let `count` tokens flow into others.
+
+    Args:
+        tokens: `[B, N, C]`.
+        sizes: float32 `[B, N]`, how many tokens each stands for, all positive.
+        scores: float32 `[B, N]`, large for important tokens.
+        count: how many tokens disappear, at most N // 2.
+
+    Returns:
+        The even tokens that stay, in order, then all odd ones. With `count` 0 everything stays as and where it is.
+
+    Raises:
+        ValueError: more tokens shall disappear than there are targets.
+    """
+    return merge_weighted(tokens, sizes, saliency(scores), count)
+
+
+def merge_weighted(tokens: Tensor, sizes: Tensor, weights: Tensor, count: int) -> Merged:
+    """`merge` with the saliency at hand.
+
+    A target becomes the mean of itself and its sources, by size. The size of a source is first multiplied by its
+    weight, so one without weight just goes, and the sum of the sizes falls by what the weights leave out.
+
+    Args:
+        tokens, sizes, count: as for `merge`.
+        weights: float `[B, N]`, from 0 to 1; only those of the sources matter.
+    """
+    batch, total, _ = tokens.shape
+    if not 0 <= count <= total // 2:
+        raise ValueError(f"of {total} tokens 0 to {total // 2} can merge, not {count}")
+    if count == 0:
+        return Merged(tokens, sizes, torch.arange(total, device=tokens.device).expand(batch, -1))
+    pairs = pair(tokens[:, ::2], tokens[:, 1::2], count)
+    kept = pairs.kept.sort(dim=-1).values
+    odd = torch.arange(1, total, 2, device=tokens.device).expand(batch, -1)
+    index = torch.cat((2 * kept, odd), dim=1)
+    shares = (sizes * weights.to(sizes.dtype)).gather(1, 2 * pairs.sources)
+    # the scores have no say in who merges with whom, only in how much of it is left
+    merged, merged_sizes = flow(
+        gather_tokens(tokens, index),
+        sizes.gather(1, index),
+        gather_tokens(tokens, 2 * pairs.sources),
+        shares,
+        pairs.targets + kept.shape[1],
+    )
+    return Merged(merged, merged_sizes, index)

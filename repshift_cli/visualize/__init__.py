@@ -1,0 +1,1 @@
+"""Draw the kept tokens over the images."""

@@ -1,0 +1,69 @@
+"""What our files say of themselves: as the schemas have it, in every version that there was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exported import expected, open_family, stored
+from paths import DOCS
+from pydantic import BaseModel, ValidationError
+from safetensors import safe_open
+
+from repshift_cli.checkpoints import artifact
+from repshift_cli.checkpoints.schema import ArtifactDocument, ExportDocument
+from repshift_cli.checkpoints.weights import FORMAT_VERSION, METADATA_KEY
+
+SCHEMAS: dict[str, type[BaseModel]] = {"artifact": ArtifactDocument, "export": ExportDocument}
+
+
+def document_of(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as archive:
+        found: dict[str, Any] = json.loads(archive.metadata()[METADATA_KEY])
+    return found
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
+class TestStored:
+    def test_it_loads_and_gives_what_it_gave(self, version: int) -> None:
+        model = artifact.load(stored(version))
+        with torch.no_grad():
+            output = model(expected()[f"v{version}/input"])
+        torch.testing.assert_close(output, expected()[f"v{version}/output"], rtol=1e-4, atol=1e-5)
+
+    def test_it_says_its_version_and_follows_the_schema(self, version: int) -> None:
+        document = document_of(stored(version))
+        assert document["format_version"] == version
+        assert ArtifactDocument.model_validate(document).model_dump(mode="json", exclude={"search"}) == document
+
+
+def test_a_search_is_known_to_the_schema() -> None:
+    document = {**document_of(stored(1)), "search": {"target": "macs=0.6"}}
+    assert ArtifactDocument.model_validate(document).search == {"target": "macs=0.6"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"surprise": 1}, {"plan": None}, {"format_version": 0}, {"source": {"origin": "heaven"}}, {"model": {}}]
+)
+def test_a_document_that_cannot_be(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        ArtifactDocument.model_validate({**document_of(stored(1)), **change})
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_schema_in_the_documents_is_that_of_the_code(name: str) -> None:
+    written = json.loads((DOCS / f"{name}.schema.json").read_text(encoding="utf-8"))
+    made = SCHEMAS[name].model_json_schema()
+    # how a type is written down is a matter of pydantic's version
+    for part in ("properties", "required"):
+        assert sorted(written[part]) == sorted(made[part])
+    assert {key: sorted(value.get("properties", {})) for key, value in written["$defs"].items()} == {
+        key: sorted(value.get("properties", {})) for key, value in made["$defs"].items()
+    }
+
+
+def test_a_model_in_memory_gets_a_document_as_well() -> None:
+    ArtifactDocument.model_validate(open_family("resnet").loaded.document)

@@ -1,0 +1,164 @@
+"""Files of predictions: what is written comes back, and what is damaged ends in one error."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from repshift_cli.errors import DataError, OutputError, UsageError
+from repshift_cli.evaluation.classification.predictions import (
+    Predictions,
+    check_suffix,
+    load_predictions,
+    save_predictions,
+)
+
+KINDS = [".npz", pytest.param(".parquet", marks=pytest.mark.skipif(not find_spec("pyarrow"), reason="no pyarrow"))]
+
+
+def predictions(**changes: Any) -> Predictions:
+    usual: dict[str, Any] = {
+        "ids": np.array(["a/1.jpg", "b/ä 2.jpg", "c"], dtype=np.str_),
+        "answers": np.array([[0, -1], [1, 2], [2, -1]], dtype=np.int32),
+        "top": np.array([[0, 1], [2, 0], [1, 2]], dtype=np.int32),
+        "probabilities": np.array([[0.9, 0.05], [0.4, 0.3], [0.123456789, 0.1]], dtype=np.float32),
+        "meta": {"model": "m", "dataset": "d", "classes": ["cat", "dog", "emu"]},
+    }
+    return Predictions(**{**usual, **changes})
+
+
+def arrays(**changes: Any) -> dict[str, Any]:
+    one = predictions()
+    usual = {"id": one.ids, "answers": one.answers, "top": one.top, "probabilities": one.probabilities}
+    return {**usual, "meta": np.array(json.dumps({"format": 1, **one.meta})), **changes}
+
+
+def test_what_is_right() -> None:
+    one = predictions()
+    assert one.right.tolist() == [True, True, False]
+    assert one.right_in_five.tolist() == [True, True, True]
+    assert [one.class_name(output) for output in (1, 7)] == ["dog", "7"]
+    assert predictions(meta={}).class_name(1) == "1"
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_what_is_written_comes_back(tmp_path: Path, suffix: str) -> None:
+    path, one = tmp_path / f"p{suffix}", predictions()
+    save_predictions(path, one, force=False)
+    back = load_predictions(path)
+    assert back.meta == one.meta
+    for name in ("ids", "answers", "top", "probabilities"):
+        ours, theirs = getattr(one, name), getattr(back, name)
+        assert theirs.dtype == ours.dtype
+        assert (theirs == ours).all()
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(UsageError, match="already exists"):
+        save_predictions(path, one, force=False)
+    save_predictions(path, one, force=True)
+
+
+def test_npz_opens_without_this_project(tmp_path: Path) -> None:
+    save_predictions(tmp_path / "p.npz", predictions(), force=False)
+    with np.load(tmp_path / "p.npz", allow_pickle=False) as found:
+        assert set(found.files) == {"id", "answers", "top", "probabilities", "meta"}
+        assert found["id"].tolist() == predictions().ids.tolist()
+
+
+@pytest.mark.parametrize(("name", "message"), [("p.csv", "ending is not known"), ("p", "ending is not known")])
+def test_endings(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_suffix("--save-predictions", tmp_path / name)
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("repshift_cli.evaluation.classification.predictions.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="parquet needs pyarrow") as caught:
+        save_predictions(tmp_path / "p.parquet", predictions(), force=False)
+    assert "npz" in str(caught.value)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(OutputError, match="No space left"):
+        save_predictions(tmp_path / "p.npz", predictions(), force=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+class TestDamaged:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"id": np.array(["a", "a", "b"])}, "stands in it twice"),
+            ({"id": np.array(["a"])}, "has the shape"),
+            ({"id": np.array([1, 2, 3])}, "has the shape"),
+            ({"top": np.zeros((3, 2), dtype=np.int64)}, "has the shape"),
+            ({"top": np.zeros((3, 1), dtype=np.int32)}, "not each output has a probability"),
+            ({"top": np.full((3, 2), -1, dtype=np.int32)}, "below 0"),
+            ({"answers": np.full((3, 1), 2**30, dtype=np.int32)}, "above"),
+            ({"answers": np.full((3, 0), 0, dtype=np.int32)}, "nothing in it"),
+            ({"probabilities": np.full((3, 2), np.nan, dtype=np.float32)}, "cannot be"),
+            ({"meta": np.array("{")}, "no JSON"),
+            ({"meta": np.array("[" * 100_000)}, "no JSON"),
+            ({"meta": np.array('{"format": 2}')}, "not that of format 1"),
+            ({"meta": np.array(["a", "b"])}, "is no text"),
+        ],
+    )
+    def test_parts_that_do_not_fit(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+        np.savez(tmp_path / "p.npz", **arrays(**changes))
+        with pytest.raises(DataError, match=message) as caught:
+            load_predictions(tmp_path / "p.npz")
+        assert caught.value.exit_code == 4
+
+    def test_objects_are_not_unpickled(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "p.npz", **arrays(id=np.array([print, 1, 2], dtype=object)))
+        with pytest.raises(DataError, match="damaged"):
+            load_predictions(tmp_path / "p.npz")
+
+    def test_arrays_that_are_said_to_be_huge(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "whole.npz", **arrays())
+        with zipfile.ZipFile(tmp_path / "whole.npz") as whole, zipfile.ZipFile(tmp_path / "p.npz", "w") as changed:
+            for name in whole.namelist():
+                content = whole.read(name)
+                if name == "top.npy":
+                    stream = io.BytesIO()
+                    header = {"descr": "<i4", "fortran_order": False, "shape": (1 << 40, 2)}
+                    np.lib.format.write_array_header_1_0(stream, header)
+                    content = stream.getvalue() + b"0" * 24
+                changed.writestr(name, content)
+        with pytest.raises(DataError, match="damaged"):
+            load_predictions(tmp_path / "p.npz")
+
+    @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"text"])
+    def test_no_archive(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "p.npz").write_bytes(content)
+        with pytest.raises(DataError, match="damaged"):
+            load_predictions(tmp_path / "p.npz")
+
+    def test_no_file(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="no file"):
+            load_predictions(tmp_path / "p.npz")
+
+    @given(st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 255)), min_size=1, max_size=6))
+    def test_any_damage(self, tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]]) -> None:
+        path = tmp_path_factory.mktemp("p") / "p.npz"
+        save_predictions(path, predictions(), force=False)
+        content = bytearray(path.read_bytes())
+        for place, value in changes:
+            content[place % len(content)] = value
+        path.write_bytes(bytes(content))
+        try:
+            assert len(load_predictions(path)) > 0
+        except DataError as error:
+            assert "damaged" in error.message

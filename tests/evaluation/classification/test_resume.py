@@ -1,0 +1,288 @@
+"""A run that was cut off goes on, with the same numbers; the state of another run is refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny import make_plan, tiny_vit
+from torch import Tensor, nn
+
+from repshift_cli.checkpoints.exported import Runtime
+from repshift_cli.checkpoints.schema import ExportDocument
+from repshift_cli.data.dataset import ImageDataset
+from repshift_cli.data.decode import UnreadableSample
+from repshift_cli.data.preprocessing import Preprocessing
+from repshift_cli.errors import DataError, OutputError, UsageError
+from repshift_cli.evaluation.classification.evaluate import evaluate, forget
+from repshift_cli.evaluation.classification.result import Evaluation
+from repshift_cli.reduction.compressed_model import attach
+from repshift_cli.utils.distributed import Processes
+from repshift_cli.utils.progress import Silent
+
+SMALL = Preprocessing((3, 32, 32), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "nearest", 1.0)
+
+
+class Colours(ImageDataset):
+    """Plain pictures; reading one can be made to end the run."""
+
+    def __init__(self, count: int = 23, ends_at: int | None = None, label: int = 0) -> None:
+        self.name = "colours"
+        self.count = count
+        self.ends_at = ends_at
+        self.label = label
+        self.read: list[int] = []
+
+    @property
+    def description(self) -> str:
+        return "colours"
+
+    @property
+    def classes(self) -> None:
+        return None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def sample_id(self, index: int) -> str:
+        return f"colour-{index}"
+
+    def stamp(self, index: int) -> str:
+        return f"{index}:{self.label}"
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        if index == self.ends_at:
+            raise KeyboardInterrupt
+        self.read.append(index)
+        if index == 6:
+            raise UnreadableSample(self.sample_id(index), "made to fail")
+        return Image.new("RGB", (32, 32), (index * 11, 255 - index * 7, index)), (index + self.label) % 10
+
+
+class Warnings(Silent):
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.told.append(text)
+
+
+EXPORT = ExportDocument.model_construct(num_classes=10)
+"""As much of what an exported file says as is needed here."""
+
+
+class Exported(Runtime):
+    """An exported file, of which no weight is seen from outside."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.outputs(images)[0]
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, ...]:
+        return (images.flatten(1)[:, :10],)
+
+
+def models() -> dict[str, nn.Module]:
+    dense = tiny_vit()
+    return {"compressed": attach(tiny_vit(), make_plan(dense)), "dense": dense}
+
+
+def run(data: ImageDataset, resume: Path | None, running: dict[str, nn.Module] | None = None, **changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "batch_size": 4,
+        "device": "cpu",
+        "dtype": torch.float32,
+        "workers": 0,
+        "strict": False,
+        "num_classes": 10,
+        "progress": Silent(),
+        "keep_rows": True,
+    }
+    return evaluate(running or models(), data, SMALL, resume=resume, **{**settings, **changes})
+
+
+def numbers(result: Evaluation) -> Any:
+    """All that must not depend on where a run was cut off."""
+    rows = result.rows
+    assert rows is not None
+    return (
+        result.images,
+        result.skipped,
+        {name: (score.top1_correct, score.top5_correct) for name, score in result.scores.items()},
+        result.same_top1,
+        rows.indices,
+        rows.answers.tolist(),
+        {name: (said.top.tolist(), said.probabilities.tolist()) for name, said in rows.said.items()},
+    )
+
+
+@pytest.fixture(scope="module")
+def whole() -> Any:
+    return numbers(run(Colours(), None))
+
+
+class TestGoingOn:
+    @pytest.mark.parametrize("ends_at", [4, 5, 13, 22])
+    def test_the_numbers_are_those_of_a_run_without_a_break(self, tmp_path: Path, whole: Any, ends_at: int) -> None:
+        first = run(Colours(ends_at=ends_at), tmp_path / "state")
+        assert first.interrupted
+        rest = Colours()
+        second = run(rest, tmp_path / "state")
+        assert not second.interrupted
+        assert numbers(second) == whole
+        assert rest.read == list(range(ends_at // 4 * 4, 23))  # only what was not done
+        assert second.fresh == len([index for index in rest.read if index != 6])
+
+    def test_several_breaks_and_a_run_that_was_done(self, tmp_path: Path, whole: Any) -> None:
+        for ends_at in (5, 9, 9, 21):
+            assert run(Colours(ends_at=ends_at), tmp_path / "s").interrupted
+        assert numbers(run(Colours(), tmp_path / "s")) == whole
+        again = Colours()
+        done = run(again, tmp_path / "s")
+        assert numbers(done) == whole
+        assert again.read == []
+        assert {score.attention for score in done.scores.values()} == {None}
+
+    def test_a_break_before_the_first_batch(self, tmp_path: Path, whole: Any) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            run(Colours(ends_at=0), tmp_path / "s")
+        assert numbers(run(Colours(), tmp_path / "s")) == whole
+
+    def test_what_was_cut_off_while_it_was_written_is_done_again(self, tmp_path: Path, whole: Any) -> None:
+        run(Colours(ends_at=20), tmp_path / "s")
+        shards = sorted((tmp_path / "s").glob("0*.json"))
+        shards[0].write_text(shards[0].read_text()[:-40])
+        shards[1].write_text(shards[2].read_text())
+        (tmp_path / "s" / ".000003.json.abc.part").write_text("{")
+        heard = Warnings()
+        assert numbers(run(Colours(), tmp_path / "s", progress=heard)) == whole
+        assert len(heard.told) == 2
+        assert all("is damaged" in text for text in heard.told)
+        assert not list((tmp_path / "s").glob(".*"))
+
+    def test_strict_meets_what_was_skipped_before(self, tmp_path: Path) -> None:
+        run(Colours(), tmp_path / "s")
+        with pytest.raises(UnreadableSample, match="colour-6 cannot be read: made to fail"):
+            run(Colours(), tmp_path / "s", strict=True)
+
+    def test_a_large_run_has_no_more_than_so_many_files(self, tmp_path: Path) -> None:
+        run(Colours(2100), tmp_path / "s", {"one": tiny_vit(depth=1)}, batch_size=4, keep_rows=False)
+        assert len(list((tmp_path / "s").glob("0*.json"))) == 175  # 525 batches, three to a shard
+
+    def test_it_is_removed_when_the_outcome_was_told(self, tmp_path: Path) -> None:
+        run(Colours(), tmp_path / "s")
+        forget(tmp_path / "s", Processes())
+        assert not (tmp_path / "s").exists()
+
+    def test_what_else_lies_there_stays(self, tmp_path: Path) -> None:
+        run(Colours(), tmp_path / "s")
+        (tmp_path / "s" / "notes.txt").write_text("mine")
+        forget(tmp_path / "s", Processes())
+        assert [path.name for path in (tmp_path / "s").iterdir()] == ["notes.txt"]
+
+
+class TestOthers:
+    @pytest.mark.parametrize(
+        ("changes", "what"),
+        [
+            ({"batch_size": 8}, "batch size"),
+            ({"dtype": torch.bfloat16}, "dtype, models"),
+            ({"keep_rows": False}, "saved predictions"),
+            ({"attention": "explicit"}, "attention"),
+        ],
+    )
+    def test_other_settings(self, tmp_path: Path, changes: dict[str, Any], what: str) -> None:
+        run(Colours(), tmp_path / "s")
+        with pytest.raises(UsageError, match=f"differs in {what}") as caught:
+            run(Colours(), tmp_path / "s", **changes)
+        assert caught.value.exit_code == 2
+
+    def test_other_weights_and_another_plan(self, tmp_path: Path) -> None:
+        run(Colours(), tmp_path / "s")
+        changed = models()
+        with torch.no_grad():
+            next(changed["dense"].parameters()).flatten()[0] += 1e-3
+        from tiny import make_recipe
+
+        other_plan = {**models(), "compressed": attach(tiny_vit(), make_plan(tiny_vit(), make_recipe(KEPT)))}
+        for running in (changed, other_plan):
+            with pytest.raises(UsageError, match="differs in models"):
+                run(Colours(), tmp_path / "s", running)
+
+    def test_another_exported_file(self, tmp_path: Path) -> None:
+        files = [tmp_path / name for name in ("one.pt2", "same.pt2", "other.pt2")]
+        for path, content in zip(files, ("weights", "weights", "others"), strict=True):
+            path.write_text(content)
+        one, same, other = ({"dense": Exported(path, EXPORT)} for path in files)
+        run(Colours(), tmp_path / "s", one)
+        run(Colours(), tmp_path / "s", same)
+        with pytest.raises(UsageError, match="differs in models"):
+            run(Colours(), tmp_path / "s", other)
+
+    @pytest.mark.parametrize(
+        ("data", "what"), [(Colours(22), "data, pictures"), (Colours(label=1), "data")], ids=["fewer", "labels"]
+    )
+    def test_other_data(self, tmp_path: Path, data: Colours, what: str) -> None:
+        run(Colours(), tmp_path / "s")
+        with pytest.raises(UsageError, match=f"differs in {what}"):
+            run(data, tmp_path / "s")
+        assert data.read == []
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", "[" * 100_000, '{"evaluation": 1}'])
+    def test_a_header_that_is_none(self, tmp_path: Path, content: str) -> None:
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(UsageError, match=r"state|damaged"):
+            run(Colours(), tmp_path)
+
+    def test_a_folder_of_something_else_and_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "photo.jpg").touch()
+        with pytest.raises(UsageError, match="something else"):
+            run(Colours(), tmp_path)
+        with pytest.raises(UsageError, match="is a file"):
+            run(Colours(), tmp_path / "photo.jpg")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["photo.jpg"]
+
+    def test_data_errors_come_first(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError):
+            run(Colours(0), tmp_path / "s")
+        assert not (tmp_path / "s").exists()
+
+
+KEPT = "[{layer: 1, keep_tokens: 9}]"
+
+
+class TestFullDisk:
+    def test_the_run_goes_on_and_says_once_that_it_is_not_kept(
+        self, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        written = Path.write_text
+
+        def full(self: Path, text: str, **options: Any) -> int:
+            if self.name.startswith(".0"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return written(self, text, **options)
+
+        monkeypatch.setattr(Path, "write_text", full)
+        heard = Warnings()
+        assert numbers(run(Colours(), tmp_path / "s", progress=heard)) == whole
+        assert len(heard.told) == 1
+        assert "No space left on device; the run goes on" in heard.told[0]
+        assert [path.name for path in (tmp_path / "s").iterdir()] == ["run.json"]
+
+    def test_no_room_at_the_start_is_an_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(self: Path, text: str, **options: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_text", full)
+        with pytest.raises(OutputError, match="No space left"):
+            run(Colours(), tmp_path / "s")
+
+
+def test_files_hold_what_json_can(tmp_path: Path) -> None:
+    run(Colours(), tmp_path / "s")
+    for path in (tmp_path / "s").iterdir():
+        json.loads(path.read_text(), parse_constant=pytest.fail)

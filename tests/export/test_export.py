@@ -1,0 +1,471 @@
+"""Exports do what the model does, are what they are meant to be, and are refused where they are not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+from exported import FAMILIES, export_to, inputs_for, open_family, reduced_vit, stored
+from onnx import ModelProto
+from paths import ROOT
+from torch import Tensor
+
+from repshift_cli import load
+from repshift_cli.checkpoints import artifact
+from repshift_cli.checkpoints.exported import open_exported, run_file
+from repshift_cli.checkpoints.schema import ExportDocument
+from repshift_cli.errors import CheckFailed, RepshiftError, UsageError
+from repshift_cli.export import job, onnx_graph, verify
+from repshift_cli.export.job import check
+from repshift_cli.export.program import trace_program
+from repshift_cli.export.request import TARGETS, Request, Subject, Target, default_output
+from repshift_cli.reduction.metrics.fitted import Fitted
+from repshift_cli.utils.progress import Silent
+
+ALONE = """
+import json, sys
+sys.modules["repshift_cli"] = None  # as where it is not installed
+import numpy, onnxruntime, torch
+for entry in json.load(open(sys.argv[1])):
+    given = torch.load(entry["inputs"])
+    if entry["path"].endswith(".onnx"):
+        session = onnxruntime.InferenceSession(entry["path"], providers=["CPUExecutionProvider"])
+        found = torch.from_numpy(session.run([entry["output"]], {entry["input"]: given.numpy()})[0])
+    elif entry["kind"] == "aoti":
+        found = torch._inductor.aoti_load_package(entry["path"])(given)
+    else:
+        found = torch.export.load(entry["path"]).module()(given)
+    torch.save(found, entry["path"] + ".found")
+"""
+"""What people run who have the files and not repshift."""
+
+ROUNDING = {torch.float32: 1e-4, torch.float16: 3e-2}
+
+
+def alone(entries: list[dict[str, str]], folder: Path) -> list[Tensor]:
+    """What files give in a fresh process without repshift."""
+    listed = folder / "entries.json"
+    listed.write_text(json.dumps(entries))
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(listed)], capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return [torch.load(entry["path"] + ".found") for entry in entries]
+
+
+def round_trip(cases: list[tuple[str, Target, torch.dtype]], folder: Path, **options: Any) -> None:
+    """Export each family in each way, run all files in one fresh process, and compare with torch here."""
+    entries, wanted = [], []
+    for family, target, dtype in cases:
+        opened, name = open_family(family), f"{family}_{target}_{dtype}".replace("torch.", "")
+        path = folder / default_output(name, target).name
+        exported = export_to(opened, target, path, dtype=dtype, **options)
+        verdict = exported.document.verified
+        assert verdict is not None
+        assert verdict.passed
+        inputs = inputs_for(opened).to(dtype)
+        torch.save(inputs, folder / f"{name}.inputs")
+        with torch.no_grad():
+            wanted.append(opened.module(inputs))
+        ports = {"input": exported.document.input.name, "output": exported.document.output.name}
+        entries.append({"path": str(path), "kind": target, "inputs": str(folder / f"{name}.inputs"), **ports})
+    for case, output, found in zip(cases, wanted, alone(entries, folder), strict=True):
+        assert found.dtype == output.dtype, case
+        allowed = ROUNDING[case[2]] * (
+            4 if case[0] == "umt" else 1
+        )  # the tiny UMT merges by likeness, which is rounded
+        torch.testing.assert_close(found, output, rtol=allowed, atol=allowed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_graphs_of_every_family_run_without_repshift(dtype: torch.dtype, tmp_path: Path) -> None:
+    round_trip([(family, target, dtype) for family in FAMILIES for target in ("onnx", "pt2")], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packages_of_every_family_run_without_repshift(family: str, tmp_path: Path) -> None:
+    round_trip([(family, "aoti", torch.float32)], tmp_path)
+
+
+# of a UMT that merges, torch 2.14 tunes a package for any number of clips into one that reads outside of its input
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"umt"}))
+def test_tuned_packages_run_without_repshift(family: str, tmp_path: Path) -> None:
+    round_trip([(family, "aoti", torch.float32)], tmp_path, tune=True)
+
+
+def test_a_file_that_does_not_run_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*args: Any) -> Tensor:
+        raise RuntimeError("index out of bounds\nframe #0")
+
+    monkeypatch.setattr(job, "run_file", lambda *args: broken)
+    broken.outputs = broken  # type: ignore[attr-defined]
+    with pytest.raises(CheckFailed, match=r"vit.pt2 does not run with 1 inputs: index out of bounds\n") as caught:
+        export_to(open_family("timm_vit"), "pt2", tmp_path / "vit.pt2")
+    assert caught.value.exit_code == 5
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny ViT as `vit.onnx` and `vit.pt2`, compressed and dense."""
+    made = tmp_path_factory.mktemp("exports")
+    for target in ("onnx", "pt2"):
+        export_to(open_family("timm_vit"), target, made / f"vit.{target}")
+    export_to(open_family("timm_vit"), "onnx", made / "dense.onnx", dense=True)
+    return made
+
+
+class TestOnnx:
+    def test_the_graph_is_of_standard_operators_with_constant_counts(self, folder: Path) -> None:
+        model = onnx.load(folder / "vit.onnx")
+        onnx.checker.check_model(model, full_check=True)
+        operators = onnx_graph.check_graph(model)
+        assert operators["TopK"] == 2
+        assert operators["Gather"] >= 1
+        assert not {"Loop", "If", "Scan", "NonZero"} & operators.keys()
+        assert not any(name.startswith("Scatter") for name in operators)
+
+    def test_names_and_free_batch(self, folder: Path) -> None:
+        graph = onnx.load(folder / "vit.onnx").graph
+        (given,), (returned,) = graph.input, graph.output
+        assert (given.name, returned.name) == ("images", "logits")
+        shape = [dim.dim_param or dim.dim_value for dim in given.type.tensor_type.shape.dim]
+        assert shape == ["batch", 3, 24, 24]
+        assert [dim.dim_param or dim.dim_value for dim in returned.type.tensor_type.shape.dim] == ["batch", 4]
+
+    def test_nothing_of_this_machine_is_in_it(self, folder: Path) -> None:
+        for name in ("vit.onnx", "vit.pt2"):
+            content = (folder / name).read_bytes()
+            assert str(ROOT).encode() not in content
+            assert str(Path(torch.__file__).parent).encode() not in content
+
+    def test_the_verdict_stands_in_its_metadata(self, folder: Path) -> None:
+        (entry,) = onnx.load(folder / "vit.onnx").metadata_props
+        document = ExportDocument.model_validate_json(entry.value)
+        assert document.verified is not None
+        assert document.verified.passed
+        assert document.verified.kept_equal == 1.0
+        assert document.verified.batches == [1, 2, 4, 5]
+        assert document.macs < document.dense_macs
+        assert document.plan == artifact.load(stored(1)).plan
+
+    def test_a_long_graph_is_only_tidied(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(onnx_graph, "_MOST_TO_REWRITE", 10)
+        exported = export_to(open_family("vim"), "onnx", tmp_path / "vim.onnx")
+        assert exported.document.verified is not None
+
+    def test_attention_is_one_operator_where_the_opset_has_it(self, tmp_path: Path) -> None:
+        exported = export_to(open_family("timm_vit"), "onnx", tmp_path / "vit.onnx", opset=23)
+        assert exported.operators is not None
+        assert exported.operators["Attention"] == 2
+
+    def test_a_fixed_batch(self, tmp_path: Path) -> None:
+        exported = export_to(open_family("timm_vit"), "onnx", tmp_path / "vit.onnx", batch=3)
+        assert exported.document.input.shape == [3, 3, 24, 24]
+        runtime = open_exported(tmp_path / "vit.onnx")
+        with pytest.raises(UsageError, match="takes batches of 3, not of 2"):
+            runtime.module(torch.zeros(2, 3, 24, 24))
+        inputs = inputs_for(runtime, 5)
+        with torch.no_grad():
+            wanted = artifact.load(stored(1))(inputs)
+        torch.testing.assert_close(runtime.flexible(inputs), wanted, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("options", ["merge, similarity: keys", "fuse, carry: true", "bipartite"])
+    def test_merging_reducers(self, options: str, tmp_path: Path) -> None:
+        exported = export_to(reduced_vit(f"{{kind: {options}}}"), "onnx", tmp_path / "vit.onnx")
+        assert exported.document.verified is not None
+
+    @pytest.mark.parametrize(
+        "metric",
+        [
+            "{kind: representation_shift, operation: block, distance: cosine, polarity: smallest}",
+            "{kind: class_attention}",
+            "{kind: attention_entropy}",
+            "{kind: random}",
+            f"{{kind: fitted, weights: {Fitted.of([0.5, -1.0] * 8).weights}}}",
+        ],
+    )
+    def test_metrics(self, metric: str, tmp_path: Path) -> None:
+        exported = export_to(reduced_vit(metric=metric), "onnx", tmp_path / "vit.onnx")
+        assert exported.document.verified is not None
+
+    def test_of_equal_scores_the_lower_place_is_kept(self, tmp_path: Path) -> None:
+        class Ties(torch.nn.Module):
+            def forward(self, scores: Tensor) -> tuple[Tensor, ...]:
+                from repshift_cli.ops.tokens import complement, split_top
+
+                return (*split_top(scores, 3), complement(scores[:, :2].sort(dim=1).values.long(), 6))
+
+        scores = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0, 2.0], [0.0, 5.0, 0.0, 0.0, 0.0, 0.0]])
+        shapes = ({0: torch.export.Dim("batch")},)
+        program = torch.export.export(Ties(), (scores,), dynamic_shapes=shapes, strict=False)
+        model = onnx_graph.build_graph(program, 18, ("scores", ["keep", "drop", "others"]))
+        onnx_graph.check_graph(model)
+        onnx.save(model, tmp_path / "ties.onnx")
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(tmp_path / "ties.onnx"), providers=["CPUExecutionProvider"])
+        keep, drop, others = session.run(None, {"scores": scores.numpy()})
+        assert keep.tolist() == [[1, 3, 5], [0, 1, 2]]
+        assert drop.tolist() == [[0, 2, 4], [3, 4, 5]]
+        assert others.tolist() == [[0, 3, 4, 5], [1, 2, 3, 4]]
+
+    @pytest.mark.parametrize("operator", ["Loop", "ScatterND", "Scan"])
+    def test_an_operator_that_should_not_be_there(self, operator: str) -> None:
+        node = onnx.helper.make_node(operator, ["a"], ["b"])
+        model = onnx.helper.make_model(onnx.helper.make_graph([node], "graph", [], []))
+        with pytest.raises(CheckFailed, match=operator):
+            onnx_graph.check_graph(model)
+
+    def test_a_count_that_is_not_constant(self) -> None:
+        node = onnx.helper.make_node("TopK", ["a", "k"], ["b", "c"])
+        model = onnx.helper.make_model(onnx.helper.make_graph([node], "graph", [], []))
+        with pytest.raises(CheckFailed, match="not constant"):
+            onnx_graph.check_graph(model)
+
+
+class TestHub:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_the_folder_is_the_compressed_model_and_the_dense_one(self, family: str, tmp_path: Path) -> None:
+        opened = open_family(family)
+        exported = export_to(opened, "hub", tmp_path / "model")
+        assert {path.name for path in exported.output.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+        again = load(exported.output)
+        inputs = inputs_for(opened)
+        with torch.no_grad():
+            assert torch.equal(again(inputs), opened.module(inputs))
+        config = json.loads((exported.output / "config.json").read_text())
+        assert ExportDocument.model_validate(config["repshift"]).verified is not None
+        card = (exported.output / "README.md").read_text()
+        assert ("timm.create_model" in card) == (family in ("timm_vit", "resnet"))
+        assert "tokens in" in card
+
+    @pytest.mark.parametrize("family", ["timm_vit", "resnet"])
+    def test_timm_loads_it(self, family: str, tmp_path: Path) -> None:
+        opened = open_family(family)
+        assert opened.compressed is not None
+        export_to(opened, "hub", tmp_path / "model")
+        found = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+        inputs = inputs_for(opened)
+        with torch.no_grad(), opened.compressed.dense() as dense:
+            torch.testing.assert_close(found(inputs), dense(inputs), rtol=1e-5, atol=1e-5)
+
+    def test_weights_in_half_precision(self, tmp_path: Path) -> None:
+        export_to(open_family("timm_vit"), "hub", tmp_path / "half", dtype=torch.float16)
+        export_to(open_family("timm_vit"), "hub", tmp_path / "whole")
+        half, whole = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole"))
+        assert half < 0.7 * whole
+
+    def test_a_folder_with_other_things_is_not_replaced(self, tmp_path: Path) -> None:
+        output = tmp_path / "model"
+        export_to(open_family("timm_vit"), "hub", output, verify=False)
+        export_to(open_family("timm_vit"), "hub", output, verify=False, force=True)
+        (output / "thesis.tex").touch()
+        with pytest.raises(UsageError, match="holds more than what"):
+            export_to(open_family("timm_vit"), "hub", output, force=True)
+        assert (output / "thesis.tex").exists()
+
+
+class TestVerify:
+    def wrong(self, change: Callable[[ModelProto], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+        """What is said of an export whose graph was changed."""
+        right = onnx_graph.build_graph
+
+        def wrong(*arguments: Any) -> ModelProto:
+            model = right(*arguments)
+            change(model)
+            return model
+
+        monkeypatch.setattr(onnx_graph, "build_graph", wrong)
+        with pytest.raises(CheckFailed) as caught:
+            export_to(open_family("timm_vit"), "onnx", tmp_path / "vit.onnx")
+        assert caught.value.exit_code == 5
+        assert list(tmp_path.iterdir()) == []
+        return caught.value.message
+
+    def test_outputs_that_differ(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        def change(model: ModelProto) -> None:
+            weight = next(each for each in model.graph.initializer if each.name.endswith("head.bias"))
+            values = onnx.numpy_helper.to_array(weight) + np.float32(0.1)
+            weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+
+        assert "outputs differ from those of torch by" in self.wrong(change, monkeypatch, tmp_path)
+
+    def test_tokens_that_differ(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        def change(model: ModelProto) -> None:
+            for node in model.graph.node:
+                for attribute in node.attribute if node.op_type == "TopK" else ():
+                    if attribute.name == "largest":
+                        attribute.i = 1 - attribute.i
+                        return
+
+        assert "of the kept places are those of torch" in self.wrong(change, monkeypatch, tmp_path)
+
+    def test_values_that_are_no_numbers(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        def change(model: ModelProto) -> None:
+            weight = next(each for each in model.graph.initializer if each.name.endswith("head.bias"))
+            values = onnx.numpy_helper.to_array(weight) * np.float32("nan")
+            weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+
+        assert "differ from those of torch by inf" in self.wrong(change, monkeypatch, tmp_path)
+
+    def test_outputs_count_also_where_every_input_keeps_another_token(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(verify._KEPT, torch.float16, 0.5)
+        request = Request("pt2", Path("x.pt2"), dtype=torch.float16)
+        subject = Subject.of(open_family("timm_vit"), request)
+        nowhere = 99
+
+        def watch(images: Tensor) -> tuple[Tensor, ...]:
+            trace = subject.run(images)
+            first = torch.full((len(images), 1), nowhere)
+            return (trace.output, *(torch.cat((first, places[:, 1:]), dim=1) for places in trace.kept.values()))
+
+        right = verify.compare(subject, request, lambda images: watch(images)[0], watch, Silent())
+        assert right.passed
+        assert right.swapped == right.inputs
+        with pytest.raises(CheckFailed, match="outputs differ from those of torch"):
+            verify.compare(subject, request, lambda images: watch(images)[0] + 1, watch, Silent())
+
+    def test_an_existing_file_stays_where_the_check_fails(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        (tmp_path / "vit.pt2").write_text("precious")
+        monkeypatch.setattr(job, "run_file", lambda path, kind, document: _Zeros())
+        with pytest.raises(CheckFailed):
+            export_to(open_family("timm_vit"), "pt2", tmp_path / "vit.pt2", force=True)
+        assert (tmp_path / "vit.pt2").read_text() == "precious"
+        assert [path.name for path in tmp_path.iterdir()] == ["vit.pt2"]
+
+
+class _Zeros:
+    """A file that gives nothing but zeros."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.zeros(len(images), 4)
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, ...]:
+        return (self(images), torch.zeros(len(images), 7, dtype=torch.int64))
+
+
+class TestProgram:
+    def test_it_has_no_operation_of_ours_and_no_scatter(self) -> None:
+        for family in FAMILIES:
+            opened = open_family(family)
+            request = Request("pt2", Path("x.pt2"))
+            program = trace_program(Subject.of(opened, request), request, watched=True)
+            names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+            assert not [name for name in names if "scatter" in name or "repshift" in name or "index_add" in name]
+
+    def test_the_document_lies_in_the_archive(self, folder: Path) -> None:
+        with zipfile.ZipFile(folder / "vit.pt2") as archive:
+            (name,) = [name for name in archive.namelist() if name.endswith("repshift.json")]
+            document = ExportDocument.model_validate_json(archive.read(name))
+        assert document.kind == "pt2"
+        files: dict[str, Any] = {"repshift.json": ""}
+        torch.export.load(folder / "vit.pt2", extra_files=files)
+        assert ExportDocument.model_validate_json(files["repshift.json"]) == document
+
+
+class TestRuns:
+    def test_a_hundred_runs_at_different_batch_sizes_agree(self, folder: Path) -> None:
+        for name in ("vit.onnx", "vit.pt2"):
+            opened = open_exported(folder / name)
+            images = inputs_for(opened, 8)
+            first: dict[int, Tensor] = {}
+            with torch.no_grad():
+                for turn in range(100):
+                    count = 1 + turn % 8
+                    output = opened.module(images[:count])
+                    assert torch.equal(output, first.setdefault(count, output)), (name, count)
+            for count, output in first.items():
+                torch.testing.assert_close(output, first[8][:count], rtol=1e-4, atol=1e-5)
+
+    def test_dense_and_compressed_differ(self, folder: Path) -> None:
+        dense, compressed = (open_exported(folder / f"{name}.onnx") for name in ("dense", "vit"))
+        assert not dense.reduced
+        assert compressed.reduced
+        assert dense.macs == dense.dense_macs == compressed.dense_macs > compressed.macs
+        images = inputs_for(dense)
+        model = artifact.load(stored(1))
+        with torch.no_grad(), model.dense() as original:
+            torch.testing.assert_close(dense.module(images), original(images), rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(dense.module(images), compressed.module(images), atol=1e-3)
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"target": "onnx", "opset": 17}, "opset 18 or later"),
+            ({"target": "onnx", "opset": 99}, "up to 23"),
+            ({"target": "onnx", "dtype": torch.bfloat16}, "no kernels"),
+            ({"target": "onnx", "device": torch.device("cuda")}, "of no device"),
+            ({"target": "pt2", "opset": 20}, "--opset is for --to onnx"),
+            ({"target": "pt2", "tune": True}, "--tune is for --to aoti"),
+            ({"target": "onnx", "tune": True}, "--tune is for --to aoti"),
+            ({"target": "hub", "tune": True}, "--tune is for --to aoti"),
+            ({"target": "hub", "batch": 2}, "no batch size"),
+            ({"target": "hub", "device": torch.device("cuda")}, "of no device"),
+        ],
+    )
+    def test_what_cannot_be(self, options: dict[str, Any], words: str, tmp_path: Path) -> None:
+        suffix = {"onnx": ".onnx", "pt2": ".pt2"}.get(options["target"], "")
+        with pytest.raises(UsageError, match=words):
+            check(Request(output=tmp_path / f"x{suffix}", **options))
+
+    @pytest.mark.parametrize("target", ["onnx", "pt2", "aoti"])
+    def test_a_name_that_would_not_be_known(self, target: Target, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="has a name that ends with"):
+            check(Request(target, tmp_path / "model.bin"))
+
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_an_output_that_exists(self, target: Target, tmp_path: Path) -> None:
+        output = tmp_path / default_output("model", target).name
+        output.mkdir() if target == "hub" else output.touch()
+        with pytest.raises(UsageError, match="already exists"):
+            check(Request(target, output))
+
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_a_folder_that_is_missing(self, target: Target, tmp_path: Path) -> None:
+        with pytest.raises(RepshiftError, match="does not exist"):
+            check(Request(target, tmp_path / "no" / default_output("model", target).name))
+
+    def test_weights_too_large_for_onnx(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(onnx_graph, "_MOST_BYTES", 1000)
+        with pytest.raises(RepshiftError, match="do not fit into one ONNX file"):
+            export_to(open_family("timm_vit"), "onnx", tmp_path / "vit.onnx")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+    def test_a_package_that_is_missing(
+        self, package: str, monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+    ) -> None:
+        import importlib.util
+
+        found = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
+        with pytest.raises(UsageError, match=r"pip install 'repshift-cli\[onnx\]'"):
+            check(Request("onnx", tmp_path / "x.onnx"))
+        if package != "onnxscript":
+            with pytest.raises(UsageError, match=f"need {package}"):
+                open_exported(folder / "vit.onnx")
+
+
+def test_run_file_gives_all_outputs(folder: Path) -> None:
+    opened = open_exported(folder / "vit.onnx")
+    runtime = run_file(folder / "vit.onnx", "onnx", opened.runtime.document)
+    (output,) = runtime.outputs(inputs_for(opened))
+    assert output.shape == (3, 4)

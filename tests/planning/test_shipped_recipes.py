@@ -1,0 +1,87 @@
+"""Every recipe that is shipped can be followed by the model that it names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from repshift_cli.checkpoints.identify.building import create
+from repshift_cli.measure.macs import count_macs
+from repshift_cli.planning.plan import Plan
+from repshift_cli.planning.recipe import Recipe, shipped_recipes
+from repshift_cli.reduction.checks import check_feeds, resolve_for
+from repshift_cli.reduction.compressed_model import attach
+from repshift_cli.reduction.families.base import match
+from repshift_cli.reduction.metrics.base import build_metric
+from repshift_cli.reduction.reducers.base import build_reducer
+
+
+def on_meta(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return create(name, {}, name).eval()
+
+
+def planned(recipe: Recipe, model: nn.Module) -> Plan:
+    plan = resolve_for(model, recipe)
+    return plan.with_metric(build_metric(recipe.metric).with_defaults().part())
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_its_model_can_follow_it(name: str) -> None:
+    recipe = Recipe.load(name)
+    assert recipe.description
+    assert recipe.model
+    model = on_meta(recipe.model)
+    metric, plan = build_metric(recipe.metric, recipe.place), planned(recipe, model)
+    build_reducer(recipe.reducer, recipe.place)
+    for site in match(model).sites(model):
+        check_feeds(metric.with_defaults(), site, plan.sites[0].after, recipe.place)
+    compressed = attach(model, plan)
+    assert compressed.macs() < compressed.dense_macs()
+
+
+@pytest.mark.parametrize(
+    ("name", "dense", "after"),
+    [
+        ("deit_small_paper", "4.60", "2.99"),
+        ("deit_base_paper", "17.56", "11.50"),
+        ("deit_tiny_paper", "1.25", "0.80"),
+        ("resnet34_paper", "3.66", "2.53"),
+        ("resnet50_paper", "4.09", "2.70"),
+        ("vim_tiny_paper", "1.54", "1.29"),
+        ("umt_base_paper", "303.12", "151.26"),
+        ("umt_large_paper", "984.03", "495.24"),
+        ("umt_base_fast", "303.12", "87.42"),
+        ("umt_base_vidtldr", "303.12", "108.00"),
+        ("deit_small_merge", "4.60", "2.99"),
+        ("deit_base_merge", "17.56", "11.51"),
+        ("vit_base_merge", "17.56", "12.04"),
+        ("vim_tiny_fitted", "1.54", "1.29"),
+        ("resnet50_fitted", "4.09", "2.70"),
+    ],
+)
+def test_the_papers_counts(name: str, dense: str, after: str) -> None:
+    recipe = Recipe.load(name)
+    model = on_meta(str(recipe.model))
+    compressed = attach(model, planned(recipe, model))
+    assert f"{compressed.dense_macs() / 1e9:.2f}" == dense
+    assert f"{compressed.macs() / 1e9:.2f}" == after
+    assert f"{dense} -> {after} GMACs" in str(recipe.description)
+
+
+@pytest.mark.parametrize(("name", "paper"), [("resnet34_paper", 2.5), ("resnet50_paper", 2.7), ("vim_tiny_paper", 1.3)])
+def test_the_cost_is_within_two_percent_of_the_papers(name: str, paper: float) -> None:
+    recipe = Recipe.load(name)
+    model = on_meta(str(recipe.model))
+    compressed = attach(model, planned(recipe, model))
+    assert compressed.macs() / 1e9 == pytest.approx(paper, rel=0.02)
+
+
+def test_vit_base_with_137_96_67_tokens_to_the_last_digit() -> None:
+    layers = "[{layer: 3, keep_tokens: 137}, {layer: 6, keep_tokens: 96}, {layer: 9, keep_tokens: 67}]"
+    model = on_meta("vit_base_patch16_224")
+    compressed = attach(model, planned(Recipe.parse(f"version: 1\nlayers: {layers}"), model))
+    assert compressed.dense_macs() == 17_563_828_224
+    assert compressed.macs() == 12_030_011_904
+    assert count_macs(model, (3, 224, 224)) == 12_030_011_904

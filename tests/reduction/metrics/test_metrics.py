@@ -1,0 +1,201 @@
+"""Scores against their formulas, worked out in float64 with the model's own modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import pytest
+import torch
+from tiny import PATCHES, VARIANTS, compressed, images, make_recipe, tiny_vit
+from torch import Tensor, nn
+
+from repshift_cli.reduction.compressed_model import CompressedModel
+from repshift_cli.reduction.metrics.representation_shift import Distance, Operation, Reading
+
+LAYER = 2
+WITH_PARTS = sorted(set(VARIANTS) - {"parallel_things_block"})
+"""Models whose blocks show attention and MLP one by one."""
+
+
+def parts_of(block: Any, stream: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """The stream that each branch reads, and what the branch adds to it."""
+    kind = type(block).__name__
+    if kind == "ParallelScalingBlock":
+        projected = block.in_proj(block.in_norm(stream))
+        mlp, query, key, value = projected.split(block.in_split, dim=-1)
+        heads = [part.unflatten(-1, (block.num_heads, -1)).transpose(1, 2) for part in (query, key, value)]
+        logits = block.q_norm(heads[0]) @ block.k_norm(heads[1]).transpose(-1, -2) * block.scale
+        attention = (logits.softmax(-1) @ heads[2]).transpose(1, 2).flatten(2)
+        mlp = mlp if block.mlp_bias is None else mlp + block.mlp_bias
+        attention_update = block.ls(block.attn_out_proj(attention))
+        return {
+            "attention": (stream, attention_update),
+            "mlp": (stream, block.ls(block.mlp_out_proj(block.mlp_act(mlp)))),
+        }
+    if kind == "ResPostBlock":
+        attention_update = block.norm1(block.attn(stream))
+        between = stream + attention_update
+        return {"attention": (stream, attention_update), "mlp": (between, block.norm2(block.mlp(between)))}
+    attention_update = block.ls1(block.attn(block.norm1(stream)))
+    between = stream + attention_update
+    return {"attention": (stream, attention_update), "mlp": (between, block.ls2(block.mlp(block.norm2(between))))}
+
+
+def naive_shift(block: nn.Module, stream: Tensor, operation: str, distance: str, reading: str) -> Tensor:
+    """`D(F(x), x)` for each token of the stream."""
+    if operation == "block":
+        before, after = stream, block(stream)
+    else:
+        before, update = parts_of(block, stream)[operation]
+        after = update if reading == "literal" else before + update
+    if distance == "l1":
+        return (after - before).abs().sum(-1)
+    if distance == "l2":
+        return ((after - before) ** 2).sum(-1).sqrt()
+    return 1 - (after * before).sum(-1) / ((after**2).sum(-1).sqrt() * (before**2).sum(-1).sqrt())
+
+
+def scores_at(model: CompressedModel, batch: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What the metric returned at each site."""
+    found: list[Tensor] = []
+    kind = type(model._hooks[0].metrics[0])
+    score: Callable[..., Tensor] = kind.score
+
+    def watch(self: Any, *arguments: Any) -> Tensor:
+        found.append(score(self, *arguments))
+        return found[-1]
+
+    monkeypatch.setattr(kind, "score", watch)
+    with torch.no_grad():
+        model(batch)
+    return found
+
+
+def stream_before(model: nn.Module, layer: int, batch: Tensor) -> Tensor:
+    """The tokens that enter a block of the dense model."""
+    seen: list[Tensor] = []
+    handle = model.blocks[layer].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(batch)
+    handle.remove()
+    return seen[0]
+
+
+def one_site(metric: str) -> Any:
+    return make_recipe(f"[{{layer: {LAYER}, drop_ratio: 0.5}}]", metric)
+
+
+@pytest.mark.parametrize("variant", WITH_PARTS)
+@pytest.mark.parametrize("operation", [operation for operation in get_args(Operation) if operation != "mixer"])
+@pytest.mark.parametrize("distance", get_args(Distance))
+@pytest.mark.parametrize("reading", get_args(Reading))
+def test_representation_shift_is_its_formula(
+    variant: str, operation: str, distance: str, reading: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_vit(**VARIANTS[variant])
+    metric = f"{{kind: representation_shift, operation: {operation}, distance: {distance}, reading: {reading}}}"
+    (found,) = scores_at(compressed(model, one_site(metric)), images(3), monkeypatch)
+    exact = tiny_vit(**VARIANTS[variant]).double()
+    with torch.no_grad():
+        stream = stream_before(exact, LAYER, images(3).double())
+        wanted = naive_shift(exact.blocks[LAYER], stream, operation, distance, reading)[:, -PATCHES:]
+    assert found.dtype == torch.float32
+    assert found.shape == (3, PATCHES)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_parallel_things_have_a_shift_of_the_whole_block(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_vit(**VARIANTS["parallel_things_block"])
+    for part in model.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = fused
+    metric = "{kind: representation_shift, operation: block, distance: l1}"
+    (found,) = scores_at(compressed(model, one_site(metric)), images(2), monkeypatch)
+    with torch.no_grad():
+        exact = tiny_vit(**VARIANTS["parallel_things_block"]).double()
+        stream = stream_before(exact, LAYER, images(2).double())
+        wanted = naive_shift(exact.blocks[LAYER], stream, "block", "l1", "update")[:, -PATCHES:]
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", sorted(set(WITH_PARTS) - {"differential_attention", "parallel_scaling_block"}))
+def test_class_attention_is_a_row_of_the_attention_map(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_vit(**VARIANTS[variant])
+    (found,) = scores_at(compressed(model, one_site("{kind: class_attention}")), images(2), monkeypatch)
+    exact = tiny_vit(**VARIANTS[variant]).double()
+    block: Any = exact.blocks[LAYER]
+    attention = block.attn
+    with torch.no_grad():
+        stream = stream_before(exact, LAYER, images(2).double())
+        read = stream if "post_norm" in variant else block.norm1(stream)
+        query, key, _ = attention.qkv(read).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key = attention.q_norm(query), attention.k_norm(key)
+        if not exact.has_class_token:
+            query = query[:, :, -PATCHES:].mean(dim=2, keepdim=True)
+        attention_map = (query @ key.transpose(-1, -2) * attention.scale).softmax(-1)
+    wanted = attention_map[:, :, 0, -PATCHES:].mean(dim=1)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_class_attention_of_a_parallel_block(qk_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**VARIANTS["parallel_scaling_block"], "qk_norm": qk_norm}
+    (found,) = scores_at(compressed(tiny_vit(**options), one_site("{kind: class_attention}")), images(2), monkeypatch)
+    exact = tiny_vit(**options).double()
+    block: Any = exact.blocks[LAYER]
+    with torch.no_grad():
+        projected = block.in_proj(block.in_norm(stream_before(exact, LAYER, images(2).double())))
+        _, query, key, _ = projected.split(block.in_split, dim=-1)
+        query, key = (part.unflatten(-1, (block.num_heads, -1)).transpose(1, 2) for part in (query, key))
+        attention_map = (block.q_norm(query) @ block.k_norm(key).transpose(-1, -2) * block.scale).softmax(-1)
+    torch.testing.assert_close(found.double(), attention_map[:, :, 0, 1:].mean(dim=1), rtol=1e-4, atol=1e-6)
+
+
+def test_token_norm_is_the_norm_after_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_vit(reg_tokens=2)
+    (found,) = scores_at(compressed(model, one_site("{kind: token_norm}")), images(2), monkeypatch)
+    exact = tiny_vit(reg_tokens=2).double()
+    with torch.no_grad():
+        after = exact.blocks[LAYER](stream_before(exact, LAYER, images(2).double()))
+    torch.testing.assert_close(found.double(), (after[:, 3:] ** 2).sum(-1).sqrt(), rtol=1e-4, atol=1e-5)
+
+
+class TestRandom:
+    def scores(self, seed: int, monkeypatch: pytest.MonkeyPatch, batch: Tensor) -> list[Tensor]:
+        recipe = make_recipe(
+            "[{layer: 0, drop_ratio: 0.25}, {layer: 2, drop_ratio: 0.25}]", f"{{kind: random, seed: {seed}}}"
+        )
+        with monkeypatch.context() as patch:
+            return scores_at(compressed(tiny_vit(), recipe), batch, patch)
+
+    def test_does_not_look_at_the_image(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = self.scores(0, monkeypatch, images(3, seed=1))
+        other = self.scores(0, monkeypatch, images(3, seed=2))
+        assert all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
+        assert torch.equal(first[0][0], first[0][2])
+
+    def test_differs_between_seeds_and_layers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        first, other = (self.scores(seed, monkeypatch, images(1)) for seed in (0, 1))
+        assert not torch.equal(first[0], other[0])
+        assert not torch.equal(first[0][:, :12], first[1])
+
+    def test_is_uniform_without_ties(self) -> None:
+        from repshift_cli.reduction.metrics.random import _hash
+
+        draws = _hash(torch.arange(4096), 7)
+        assert draws.min() >= 0 and draws.max() < 1
+        assert len(draws.unique()) > 4090
+        assert abs(float(draws.mean()) - 0.5) < 0.02
+        assert abs(float(draws.std()) - 12**-0.5) < 0.02
+
+
+@pytest.mark.parametrize("polarity", ["largest", "smallest"])
+def test_polarity_says_which_end_stays(polarity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = one_site(f"{{kind: token_norm, polarity: {polarity}}}")
+    model = compressed(tiny_vit(), recipe)
+    kept = model.trace(images(2)).kept[LAYER]
+    (scores,) = scores_at(model, images(2), monkeypatch)
+    best = scores.topk(PATCHES // 2, largest=polarity == "largest").indices.sort().values
+    assert torch.equal(kept, best)

@@ -1,0 +1,845 @@
+"""What every metric, every reducer and every form of model owe each other; new ones join by being registered."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from timm.layers import Attention, PatchEmbed
+from timm.models.vision_transformer import ParallelScalingBlock
+from tiny import (
+    DEPTH,
+    DROPS,
+    KEEP_ALL,
+    PATCHES,
+    VARIANTS,
+    compressed,
+    images,
+    make_plan,
+    make_recipe,
+    save_weights,
+    tiny_vit,
+)
+from tiny_cnn import tiny_cnn
+from tiny_vim import tiny_vim
+from torch import Tensor, nn
+
+from repshift_cli.checkpoints.load import load_checkpoint
+from repshift_cli.errors import ModelError, RecipeError, UsageError
+from repshift_cli.measure.macs import count_macs
+from repshift_cli.planning.plan import Plan
+from repshift_cli.planning.recipe import Recipe
+from repshift_cli.reduction.checks import has_open_fields, resolve_for
+from repshift_cli.reduction.compressed_model import CompressedModel, attach
+from repshift_cli.reduction.families.base import families, match
+from repshift_cli.reduction.metrics.base import Metric, metric_kinds
+from repshift_cli.reduction.reducers.base import Chooser, Merged, reducer_kinds
+
+
+def possible(metric: Metric, variant: str) -> bool:
+    """Whether the blocks of this model can show what the metric asks for."""
+    site = match(tiny_vit(**VARIANTS[variant])).sites(tiny_vit(**VARIANTS[variant]))[0]
+    return metric.taps() <= {"block_input", "block_output", *site.probes}
+
+
+CHOOSERS = [kind for kind, found in reducer_kinds().items() if issubclass(found, Chooser)]
+"""Those that merge need a family that carries sizes: `TestMerging`, and tests/families/test_umt_family.py."""
+
+ALL = [
+    (variant, metric, reducer)
+    for variant in VARIANTS
+    for metric in metric_kinds()
+    for reducer in CHOOSERS
+    if possible(metric_kinds()[metric]().with_defaults(), variant)
+]
+REFUSED = [
+    (variant, metric)
+    for variant in VARIANTS
+    for metric in metric_kinds()
+    if not possible(metric_kinds()[metric]().with_defaults(), variant)
+]
+
+everything = pytest.mark.parametrize(("variant", "metric", "reducer"), ALL)
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def build(variant: str, metric: str, reducer: str = "prune", layers: str | None = None) -> CompressedModel:
+    arguments = (layers,) if layers else ()
+    return compressed(
+        tiny_vit(**VARIANTS[variant]), make_recipe(*arguments, metric=f"{{kind: {metric}}}", reducer=reducer)
+    )
+
+
+def block_recipe(layers: str | None = None) -> Recipe:
+    """A recipe that every kind of block can follow."""
+    metric = "{kind: representation_shift, operation: block}"
+    return make_recipe(layers, metric) if layers else make_recipe(metric=metric)
+
+
+def token_counts(model: CompressedModel, batch: Tensor) -> list[int]:
+    """Tokens that really enter each block, and those that leave the last one."""
+    seen: list[int] = []
+    blocks = model.model.blocks
+    handles = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1])) for block in blocks]
+    handles.append(blocks[-1].register_forward_hook(lambda _, args, output: seen.append(output.shape[1])))
+    with torch.no_grad():
+        model(batch)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_most_pairs_are_possible() -> None:
+    assert len(ALL) > 3 * len(VARIANTS) * len(CHOOSERS)
+    assert [family.name for family in families()] == ["resnet", "timm_vit", "umt", "vim"]
+
+
+@everything
+def test_tokens_leave_as_the_plan_says(variant: str, metric: str, reducer: str) -> None:
+    model = build(variant, metric, reducer)
+    prefix = model.plan.prefix_tokens
+    expected = [prefix + count for count in (16, 12, 12, 5, 5)]
+    assert token_counts(model, images(2)) == expected == list(model.plan.tokens_at(DEPTH))
+
+
+@everything
+def test_prefix_tokens_pass_untouched(variant: str, metric: str, reducer: str) -> None:
+    model = build(variant, metric, reducer)
+    before: list[Tensor] = []
+    site = model.model.blocks[0]
+    # a hook that stands before the site's own sees what the block itself returned
+    site.register_forward_hook(lambda _, args, output: before.append(output), prepend=True)
+    after: list[Tensor] = []
+    model.model.blocks[1].register_forward_pre_hook(lambda _, args: after.append(args[0]))
+    with torch.no_grad():
+        model(images(2))
+    prefix = model.plan.prefix_tokens
+    assert torch.equal(before[0][:, :prefix], after[0][:, :prefix])
+    kept = model.trace(images(2)).kept[0]
+    expected = before[0][:, prefix:].gather(1, kept.unsqueeze(-1).expand(-1, -1, 32))
+    assert torch.equal(after[0][:, prefix:], expected)
+
+
+@everything
+def test_a_plan_that_keeps_all_changes_no_bit(variant: str, metric: str, reducer: str) -> None:
+    with torch.no_grad():
+        wanted = tiny_vit(**VARIANTS[variant])(images(3))
+        assert torch.equal(build(variant, metric, reducer, KEEP_ALL)(images(3)), wanted)
+
+
+@everything
+def test_dense_is_the_model_as_it_was(variant: str, metric: str, reducer: str) -> None:
+    with torch.no_grad():
+        wanted = tiny_vit(**VARIANTS[variant])(images(3))
+        model = build(variant, metric, reducer)
+        reduced = model(images(3))
+        with model.dense() as dense:
+            assert torch.equal(dense(images(3)), wanted)
+            assert torch.equal(model(images(3)), wanted)
+        assert torch.equal(model(images(3)), reduced)
+    assert not torch.allclose(reduced, wanted)
+
+
+@everything
+def test_what_is_kept_is_ascending_and_nested(variant: str, metric: str, reducer: str) -> None:
+    trace = build(variant, metric, reducer).trace(images(4))
+    assert list(trace.kept) == [0, 2]
+    first, second = trace.kept[0].tolist(), trace.kept[2].tolist()
+    for row, inner in zip(first, second, strict=True):
+        assert (len(row), len(inner)) == (12, 5)
+        assert row == sorted(set(row)) and set(row) <= set(range(PATCHES))
+        assert inner == sorted(set(inner)) and set(inner) <= set(row)
+
+
+@everything
+def test_the_batch_decides_nothing(variant: str, metric: str, reducer: str) -> None:
+    model, batch = build(variant, metric, reducer), images(32)
+    together = model.trace(batch)
+    moved = model.trace(batch.flip(0))
+    for layer, kept in together.kept.items():
+        alone = torch.cat([model.trace(image.unsqueeze(0)).kept[layer] for image in batch[:8]])
+        assert torch.equal(kept[:8], alone)
+        assert torch.equal(kept, moved.kept[layer].flip(0))
+    torch.testing.assert_close(together.output, moved.output.flip(0), rtol=1e-4, atol=1e-4)
+    single = model.trace(batch[:1]).output
+    torch.testing.assert_close(together.output[:1], single, rtol=1e-4, atol=1e-4)
+
+
+@everything
+def test_gradients_reach_every_weight_that_is_used(variant: str, metric: str, reducer: str) -> None:
+    dense, model = tiny_vit(**VARIANTS[variant]), build(variant, metric, reducer)
+    dense(images(2)).square().sum().backward()
+    model(images(2)).square().sum().backward()
+    used = {name for name, parameter in dense.named_parameters() if parameter.grad is not None}
+    reached = {name for name, parameter in model.model.named_parameters() if parameter.grad is not None}
+    assert reached == used
+    assert all(parameter.grad.isfinite().all() for parameter in model.model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize(("variant", "metric"), REFUSED)
+def test_a_metric_that_a_block_cannot_feed_is_refused_with_the_reason(variant: str, metric: str) -> None:
+    with pytest.raises(RecipeError, match=rf"{metric} needs \w+, which blocks.0 cannot show: ") as caught:
+        build(variant, metric)
+    assert "operation: block works on every block" in str(caught.value)
+
+
+def test_refused_are_only_the_pairs_that_cannot_be() -> None:
+    assert REFUSED == [
+        ("parallel_things_block", "attention_entropy"),
+        ("parallel_things_block", "class_attention"),
+        ("parallel_things_block", "representation_shift"),
+        ("differential_attention", "attention_entropy"),
+        ("differential_attention", "class_attention"),
+    ]
+
+
+def test_a_fused_output_projection_hides_the_parts_of_a_block() -> None:
+    model = tiny_vit(block_fn=partial(ParallelScalingBlock, fuse_out_proj=True))
+    with pytest.raises(RecipeError, match="one matrix product"):
+        compressed(model, make_recipe())
+    assert token_counts(compressed(model, block_recipe()), images(1)) == [17, 13, 13, 6, 6]
+
+
+@each_variant
+def test_the_same_weights_under_the_same_keys(variant: str) -> None:
+    model = tiny_vit(**VARIANTS[variant])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    wrapped = compressed(model, block_recipe())
+    after = wrapped.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    other = tiny_vit(seed=5, **VARIANTS[variant])
+    wrapped.load_state_dict(other.state_dict())
+    with torch.no_grad(), wrapped.dense():
+        assert torch.equal(wrapped(images()), other(images()))
+
+
+@each_variant
+def test_detach_takes_every_hook_off(variant: str) -> None:
+    model = tiny_vit(**VARIANTS[variant])
+    with torch.no_grad():
+        wanted = model(images())
+        wrapped = compressed(model, block_recipe())
+        assert wrapped.detach() is model
+        assert torch.equal(model(images()), wanted)
+        assert torch.equal(wrapped(images()), wanted)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    compressed(model, block_recipe())
+
+
+def test_dense_comes_to_an_end_when_an_error_is_raised() -> None:
+    model = compressed()
+    with torch.no_grad():
+        reduced = model(images())
+        with pytest.raises(KeyError), model.dense():
+            raise KeyError
+        assert torch.equal(model(images()), reduced)
+
+
+def test_dense_inside_dense() -> None:
+    model = compressed()
+    with model.dense():
+        with model.dense():
+            pass
+        assert token_counts(model, images()) == [17] * 5
+    assert token_counts(model, images()) == [17, 13, 13, 6, 6]
+
+
+def test_detach_inside_dense() -> None:
+    model = compressed()
+    with model.dense():
+        model.detach()
+    assert token_counts(model, images()) == [17] * 5
+
+
+@each_variant
+def test_pruning_runs_the_code_of_the_library(variant: str) -> None:
+    model = compressed(tiny_vit(**VARIANTS[variant]), block_recipe()).model
+    assert [type(part) for part in model.modules()] == [type(part) for part in tiny_vit(**VARIANTS[variant]).modules()]
+    assert not any("forward" in vars(part) for part in model.modules())
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["without_gradients", "with_gradients"])
+def test_no_images(grad: bool) -> None:
+    with torch.set_grad_enabled(grad):
+        assert compressed()(images()[:0]).shape == (0, 10)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_mapped_over_images() -> None:
+    model = compressed()
+    with torch.no_grad():
+        mapped = torch.vmap(model)(images().unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(mapped, model(images()))
+
+
+def test_trace_stops_recording_when_the_model_fails() -> None:
+    model = compressed()
+    with pytest.raises(AssertionError):
+        model.trace(images(1, size=24))
+    kept = model.trace(images(1)).kept
+    model(images(2))
+    assert [tuple(index.shape) for index in kept.values()] == [(1, 12), (1, 5)]
+    assert all(hook.recorded is None for hook in model._hooks)
+
+
+def test_trace_returns_what_the_model_returns() -> None:
+    model = compressed()
+    with torch.no_grad():
+        assert torch.equal(model.trace(images()).output, model(images()))
+
+
+def test_no_tensor_of_a_pass_is_held_after_it() -> None:
+    model = compressed()
+    model(images())
+    assert all(hook.seen == {} for hook in model._hooks)
+
+
+def test_attaching_twice_is_refused() -> None:
+    model = tiny_vit()
+    wrapped = compressed(model)
+    with pytest.raises(ModelError, match="compressed already"):
+        compressed(model)
+    with torch.no_grad():
+        wanted = tiny_vit()(images())
+        assert torch.equal(wrapped.detach()(images()), wanted)
+
+
+def copies(model: CompressedModel) -> dict[str, CompressedModel]:
+    """Copies by `deepcopy`, `pickle` and `torch.save`."""
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    return {
+        "deepcopy": copy.deepcopy(model),
+        "pickle": pickle.loads(pickle.dumps(model)),
+        "torch.save": torch.load(stored, weights_only=False),
+    }
+
+
+@pytest.mark.parametrize("metric", metric_kinds())
+@pytest.mark.parametrize("variant", ["qk_norm", "parallel_scaling_block"])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_a_copy_stands_on_its_own(way: str, variant: str, metric: str) -> None:
+    model = build(variant, metric)
+    with torch.no_grad():
+        wanted = model(images())
+        other = copies(model)[way]
+        assert torch.equal(other(images()), wanted)
+        for parameter in model.model.parameters():
+            parameter.zero_()
+        assert torch.equal(other(images()), wanted)
+        other.detach()
+        assert torch.equal(other(images()), tiny_vit(**VARIANTS[variant])(images()))
+    assert token_counts(model, images()) == list(model.plan.tokens_at(DEPTH))
+    with pytest.raises(ModelError, match="compressed already"):
+        attach(model.model, model.plan)
+
+
+def test_a_copy_made_inside_dense_is_dense() -> None:
+    model = compressed()
+    with model.dense():
+        other = copy.deepcopy(model)
+    assert token_counts(other, images()) == [17] * 5
+    assert token_counts(model, images()) == [17, 13, 13, 6, 6]
+
+
+class TestOtherInputs:
+    def test_another_image_size_is_refused_by_the_model_itself(self) -> None:
+        with pytest.raises(AssertionError, match="doesn't match model"):
+            compressed()(images(1, size=40))
+
+    def test_another_number_of_tokens_is_refused_by_the_site(self) -> None:
+        model = tiny_vit(pos_embed="none", embed_layer=partial(PatchEmbed, strict_img_size=False))
+        wrapped = compressed(model)
+        with pytest.raises(UsageError, match=r"blocks\.0 got 26 tokens, but the plan is for 17"):
+            wrapped(images(1, size=40))
+        assert wrapped(images(1)).shape == (1, 10)
+
+    def test_a_mask_is_refused(self) -> None:
+        model = compressed()
+        mask = torch.ones(1, 1, 17, 17, dtype=torch.bool)
+        with pytest.raises(UsageError, match="attention mask"):
+            model(images(1), attn_mask=mask)
+        with torch.no_grad(), model.dense():
+            torch.testing.assert_close(model(images(1), attn_mask=mask), tiny_vit()(images(1)))
+
+    def test_dense_feature_maps_are_refused(self) -> None:
+        model = compressed()
+        with pytest.raises(UsageError, match="no dense feature maps"):
+            model.forward_intermediates(images(1))
+        with model.dense() as dense:
+            _, maps = dense.forward_intermediates(images(1))
+        assert [tuple(part.shape) for part in maps] == [(1, 32, 4, 4)] * DEPTH
+
+    @pytest.mark.parametrize("size", [(16, 64), (64, 16), (40, 24)])
+    def test_images_that_are_not_square(self, size: tuple[int, int]) -> None:
+        model = compressed(tiny_vit(img_size=size), make_recipe("[{layer: 1, keep_tokens: 3}]"))
+        kept = model.trace(torch.randn(2, 3, *size)).kept[1]
+        assert kept.shape == (2, 3)
+        assert int(kept.max()) < size[0] * size[1] // 64
+
+
+class TestWhatCannotBe:
+    def test_another_kind_of_model(self) -> None:
+        with pytest.raises(ModelError, match="models of the kind Linear are not supported") as caught:
+            match(nn.Linear(2, 2))
+        assert "timm_vit" in str(caught.value)
+
+    def test_an_unknown_block(self) -> None:
+        class OtherBlock(nn.Module):
+            def __init__(self, **_: Any) -> None:
+                super().__init__()
+
+        model = tiny_vit(block_fn=OtherBlock)
+        with pytest.raises(ModelError, match=r"blocks\.0 is a OtherBlock, which is not known \(known: Block, "):
+            match(model)
+
+    def test_a_subclass_of_a_known_block_may_do_anything(self) -> None:
+        from timm.models.vision_transformer import Block
+
+        class Changed(Block):
+            def forward(self, x: Tensor, **_: Any) -> Tensor:
+                return x
+
+        with pytest.raises(ModelError, match="Changed, which is not known"):
+            match(tiny_vit(block_fn=Changed))
+
+    def test_dynamic_image_size(self) -> None:
+        with pytest.raises(ModelError, match="dynamic_img_size"):
+            match(tiny_vit(dynamic_img_size=True))
+
+    def test_pooling_over_a_grid(self) -> None:
+        with pytest.raises(ModelError, match="prr"):
+            match(tiny_vit(global_pool="prr", num_classes=0))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"img_size": 40}, r"the plan is for timm_vit with 1 \+ 16 tokens, the model is timm_vit with 1 \+ 25"),
+            ({"reg_tokens": 1}, r"with 1 \+ 16 tokens, the model is timm_vit with 2 \+ 16"),
+            ({"depth": 2}, r"the plan names blocks\.2 as layer 2, which the model does not have"),
+        ],
+    )
+    def test_a_plan_for_another_model(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(RecipeError, match=message):
+            attach(tiny_vit(**options), make_plan(tiny_vit()))
+
+    @pytest.mark.parametrize(("site", "layer"), [("blocks.1", 0), ("blocks.0", 1), ("blocks.3", 0)])
+    def test_a_plan_whose_names_and_layers_disagree(self, site: str, layer: int) -> None:
+        document = make_plan(tiny_vit(), make_recipe("[{layer: 0, keep_tokens: 3}]")).model_dump(mode="json")
+        document["sites"][0] |= {"site": site, "layer": layer}
+        with pytest.raises(RecipeError, match=f"the plan names {site} as layer {layer}, which the model does not have"):
+            attach(tiny_vit(), Plan.model_validate(document))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("metric", metric_kinds())
+def test_other_number_types(dtype: torch.dtype, metric: str) -> None:
+    model = compressed(tiny_vit().to(dtype), make_recipe(metric=f"{{kind: {metric}}}"))
+    output = model.trace(images().to(dtype)).output
+    assert output.dtype == dtype
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("metric", metric_kinds())
+def test_inference_mode_and_autocast(metric: str) -> None:
+    model = compressed(tiny_vit(), make_recipe(metric=f"{{kind: {metric}}}"))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert model(images()).shape == (2, 10)
+
+
+def test_checkpointed_blocks_reduce_all_the_same() -> None:
+    model = compressed()
+    wanted = model(images())
+    model.model.set_grad_checkpointing()
+    model.train()
+    output = model(images())
+    torch.testing.assert_close(output, wanted)
+    output.sum().backward()
+    assert model.model.blocks[0].attn.qkv.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_export_agrees_with_the_model(dynamic: bool) -> None:
+    model = compressed(tiny_vit(reg_tokens=1))
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64)},) if dynamic else None
+    program = torch.export.export(model.model, (images(2),), dynamic_shapes=shapes)
+    batch = images(5 if dynamic else 2, seed=9)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(batch), model(batch), rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_files_are_run_in_float32(tmp_path: Any) -> None:
+    model = tiny_vit(embed_dim=64).half()
+    loaded = load_checkpoint(save_weights(model, tmp_path / "half.safetensors"), heads=2)
+    assert {value.dtype for value in loaded.tensors.values()} == {torch.float16}
+    assert {value.dtype for value in loaded.model.parameters()} == {torch.float32}
+
+
+MERGES = {
+    "merge": "merge",
+    "merge_by_keys": "merge, similarity: keys",
+    "fuse": "fuse",
+    "fuse_carry": "fuse, carry: true",
+    "bipartite": "bipartite",
+}
+"""What a recipe says under `reducer` after `kind: `. vid_tldr acts where timm's blocks cannot be opened."""
+
+
+class Gated(Attention):
+    """Not a kind of attention, but how a block is told to make a plain one with a gate."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        return Attention(*args, gated=True, **options)
+
+
+MORE_VARIANTS: dict[str, dict[str, Any]] = {
+    "average_and_max_pooling": {"class_token": False, "global_pool": "avgmax"},
+    "mean_pooling_with_prefix": {"global_pool": "avg", "reg_tokens": 2, "pool_include_prefix": True},
+    "mean_pooling_behind_the_norm": {"global_pool": "avg", "fc_norm": False},
+    "max_pooling": {"global_pool": "max"},
+    "gated_attention": {"attn_layer": Gated},
+    "scaled_attention_norm": {"scale_attn_norm": True},
+    "no_pooling": {"global_pool": "", "num_classes": 0},
+}
+if "gated" not in inspect.signature(Attention).parameters:  # older timm
+    del MORE_VARIANTS["gated_attention"]
+
+MERGE_VARIANTS = {
+    name: options
+    for name, options in {**VARIANTS, **MORE_VARIANTS}.items()
+    if match(tiny_vit(**options)).merge_refusal(tiny_vit(**options)) is None
+}
+WITH_KEYS = ("merge_by_keys", "bipartite")
+MERGING = [
+    (variant, merge)
+    for variant in MERGE_VARIANTS
+    for merge in MERGES
+    if not (merge in WITH_KEYS and variant == "parallel_things_block")
+]
+MERGE_DROPS = "[{layer: 0, drop_ratio: 0.25}, {layer: 2, keep_tokens: 7}]"
+MERGE_COUNTS = [16, 12, 12, 7, 7]
+SHIFT = "{kind: representation_shift, operation: block}"
+
+all_merging = pytest.mark.parametrize(("variant", "merge"), MERGING)
+merging = pytest.mark.parametrize(
+    ("variant", "merge"), [pair for pair in MERGING if pair[1] == "merge" or pair[0] in ("registers", "map_pooling")]
+)
+some_merging = pytest.mark.parametrize(
+    ("variant", "merge"),
+    [
+        ("plain", "fuse_carry"),
+        ("mean_pooling", "bipartite"),
+        ("map_pooling_with_prefix", "merge"),
+        ("distilled", "merge_by_keys"),
+        ("parallel_things_block", "merge"),
+    ],
+)
+
+
+def merged_recipe(merge: str = "merge", layers: str = MERGE_DROPS, metric: str = SHIFT) -> Recipe:
+    return make_recipe(layers, metric, MERGES.get(merge, merge))
+
+
+def merged(variant: str = "plain", merge: str = "merge", layers: str = MERGE_DROPS) -> CompressedModel:
+    """Compressed as the command line does it."""
+    model = tiny_vit(**MERGE_VARIANTS[variant])
+    return attach(model, resolve_for(model, merged_recipe(merge, layers)))
+
+
+def merges_of(model: CompressedModel, batch: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, list[Merged]]:
+    """The output, and what the reducer returned at each site."""
+    kind, found = type(model._hooks[0].reducer), []
+    plain = kind.merge  # type: ignore[attr-defined]
+
+    def watched(*args: Any, **kwargs: Any) -> Merged:
+        found.append(plain(*args, **kwargs))
+        return found[-1]
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(kind, "merge", watched)
+        return model(batch), found
+
+
+class TestMerging:
+    def test_most_variants_can_merge(self) -> None:
+        missing = {*VARIANTS, *MORE_VARIANTS} - set(MERGE_VARIANTS)
+        assert missing == {"parallel_scaling_block", "differential_attention"}
+
+    @all_merging
+    def test_each_token_counts_as_the_tokens_that_it_stands_for(
+        self, variant: str, merge: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Behind each site the dense model runs on every token as often as its size says, and finds the same."""
+        options = MERGE_VARIANTS[variant]
+        model, dense = merged(variant, merge), tiny_vit(**options).double()
+        model.model.double()
+        before: list[Tensor] = []
+        for block in model.model.blocks:
+            # a hook that stands before the site's own sees what the block itself returned
+            block.register_forward_hook(lambda _, args, output: before.append(output), prepend=True)
+        batch = images(3).double()
+        output, found = merges_of(model, batch, monkeypatch)
+        assert [site.sizes.sum(1).tolist() for site in found] == [[16.0 + model.plan.prefix_tokens] * 3] * 2
+        for row in range(3):
+            for site, blocks in zip(found, (range(1, 3), range(3, 4)), strict=True):
+                times = site.sizes[row].long()
+                assert times.max() > 1
+                stream = site.tokens[row].repeat_interleave(times, dim=0).unsqueeze(0)
+                for index in blocks:
+                    stream = dense.blocks[index](stream)
+                    wanted = before[index][row].repeat_interleave(times, dim=0)
+                    torch.testing.assert_close(stream[0], wanted, rtol=0, atol=1e-10)
+            if options.get("global_pool") == "":
+                continue
+            head = dense.forward_head(dense.norm(stream))
+            torch.testing.assert_close(output[row], head[0], rtol=0, atol=1e-7)  # sizes are float32
+
+    @pytest.mark.parametrize("variant", ["plain", "qk_norm", "map_pooling", "scaled_attention_norm"])
+    def test_explicit_attention_finds_the_same(self, variant: str) -> None:
+        model = merged(variant)
+        with torch.no_grad():
+            wanted = model(images(2))
+            for block in model.model.blocks:
+                assert block.attn.fused_attn
+                block.attn.fused_attn = False
+            torch.testing.assert_close(model(images(2)), wanted, rtol=1e-4, atol=1e-4)
+            with model.dense() as dense:
+                torch.testing.assert_close(dense(images(2)), tiny_vit(**MERGE_VARIANTS[variant])(images(2)))
+
+    @merging
+    def test_tokens_leave_as_the_plan_says(self, variant: str, merge: str) -> None:
+        model = merged(variant, merge)
+        expected = [model.plan.prefix_tokens + count for count in MERGE_COUNTS]
+        assert token_counts(model, images(2)) == expected == list(model.plan.tokens_at(DEPTH))
+
+    @merging
+    def test_dense_and_a_plan_that_keeps_all_change_no_bit(self, variant: str, merge: str) -> None:
+        model = merged(variant, merge)
+        with torch.no_grad():
+            wanted = tiny_vit(**MERGE_VARIANTS[variant])(images(3))
+            reduced = model(images(3))
+            with model.dense() as dense:
+                assert torch.equal(dense(images(3)), wanted)
+            assert torch.equal(model(images(3)), reduced)
+            assert torch.equal(merged(variant, merge, KEEP_ALL)(images(3)), wanted)
+        assert reduced.shape != wanted.shape or not torch.allclose(reduced, wanted)
+
+    @merging
+    def test_detach_puts_the_very_same_modules_back(self, variant: str, merge: str) -> None:
+        model = tiny_vit(**MERGE_VARIANTS[variant])
+        modules, keys = dict(model.named_modules()), {key: part.clone() for key, part in model.state_dict().items()}
+        with torch.no_grad():
+            wanted = model(images())
+            wrapped = attach(model, resolve_for(model, merged_recipe(merge)))
+            wrapped(images())
+            assert list(wrapped.state_dict()) == list(keys)
+            assert all(torch.equal(wrapped.state_dict()[key], keys[key]) for key in keys)
+            assert wrapped.detach() is model
+            assert torch.equal(model(images()), wanted)
+        assert list(model.named_modules()) == list(modules.items())
+        assert all(part is modules[name] for name, part in model.named_modules())
+        assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+    @merging
+    def test_products_are_counted(self, variant: str, merge: str) -> None:
+        model = merged(variant, merge)
+        assert count_macs(model.model, (3, 32, 32)) == model.macs()
+        with model.dense():
+            assert count_macs(model.model, (3, 32, 32)) == model.dense_macs()
+
+    @merging
+    def test_the_batch_decides_nothing(self, variant: str, merge: str) -> None:
+        model, batch = merged(variant, merge), images(6)
+        together = model.trace(batch)
+        assert [kept.shape for kept in together.kept.values()] == [(6, 12), (6, 7)]
+        for place in (0, 4):
+            alone = model.trace(batch[place : place + 1])
+            for layer, kept in alone.kept.items():
+                assert torch.equal(kept[0], together.kept[layer][place])
+            torch.testing.assert_close(alone.output[0], together.output[place], rtol=1e-5, atol=1e-5)
+        double = merged(variant, merge)
+        double.model.double()
+        with torch.no_grad():
+            wide = double(batch.double())
+            torch.testing.assert_close(double(batch[2:3].double())[0], wide[2], rtol=0, atol=1e-6)  # scores are float32
+
+    @merging
+    def test_gradients_reach_every_weight_that_is_used(self, variant: str, merge: str) -> None:
+        dense, model = tiny_vit(**MERGE_VARIANTS[variant]).train(), merged(variant, merge).train()
+        dense(images(2))[0].square().sum().backward()
+        model(images(2))[0].square().sum().backward()
+        used = {name for name, parameter in dense.named_parameters() if parameter.grad is not None}
+        gradients = {name: part.grad for name, part in model.model.named_parameters() if part.grad is not None}
+        assert set(gradients) == used
+        assert all(gradient.isfinite().all() for gradient in gradients.values())
+        assert gradients["patch_embed.proj.weight"].abs().max() > 0
+
+    @pytest.mark.parametrize("merge", MERGES)
+    @pytest.mark.parametrize("variant", ["plain", "map_pooling"])
+    def test_checkpointed_blocks_merge_all_the_same(self, variant: str, merge: str) -> None:
+        plain, model = merged(variant, merge).train(), merged(variant, merge).train()
+        model.model.set_grad_checkpointing()
+        outputs = [one(images()) for one in (plain, model)]
+        assert torch.equal(*outputs)
+        for output in outputs:
+            output.square().sum().backward()
+        others = dict(plain.model.named_parameters())
+        for name, parameter in model.model.named_parameters():
+            torch.testing.assert_close(parameter.grad, others[name].grad)
+
+    def test_dropout_of_attention_weights(self) -> None:
+        model = tiny_vit(attn_drop_rate=0.5)
+        wrapped = attach(model, resolve_for(model, merged_recipe()))
+        with torch.no_grad():
+            still = wrapped(images())
+            assert torch.equal(wrapped(images()), still)
+            assert wrapped.train().training
+            assert not torch.equal(wrapped(images()), still)
+            assert torch.equal(wrapped.eval()(images()), still)
+            wrapped.train()
+            assert model.blocks[0].attn.training
+            assert wrapped.detach().blocks[0].attn.training
+
+    @some_merging
+    @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+    def test_a_copy_stands_on_its_own(self, way: str, variant: str, merge: str) -> None:
+        model = merged(variant, merge)
+        model(images())  # a tensor that a gradient goes through cannot be copied
+        with torch.no_grad():
+            other = copies(model)[way]
+            wanted = model(images())
+            assert torch.equal(other(images()), wanted)
+            for parameter in model.model.parameters():
+                parameter.zero_()
+            # sizes of one model's pass are not those of the other's
+            model(images(5))
+            assert torch.equal(other(images()), wanted)
+            dense = other.detach()
+            assert torch.equal(dense(images()), tiny_vit(**VARIANTS[variant])(images()))
+        assert [type(part) for part in dense.modules()] == [
+            type(part) for part in tiny_vit(**VARIANTS[variant]).modules()
+        ]
+
+    @some_merging
+    def test_export_agrees_with_the_model(self, variant: str, merge: str) -> None:
+        model = merged(variant, merge)
+        shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+        program = torch.export.export(model.model, (images(2),), dynamic_shapes=shapes)
+        batch = images(5, seed=9)
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(batch), model(batch), rtol=1e-5, atol=1e-5)
+
+    def test_compiled_in_one_graph(self) -> None:
+        model = merged("mean_pooling", "fuse")
+        program = torch.compile(model.model, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            for batch in (images(2), images(2, seed=4)):
+                torch.testing.assert_close(program(batch), model(batch), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("merge", MERGES)
+    @pytest.mark.parametrize("variant", ["mean_pooling", "map_pooling", "qk_norm"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_other_number_types(self, dtype: torch.dtype, variant: str, merge: str) -> None:
+        model = merged(variant, merge)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            assert model(images()).isfinite().all()
+        model.model.to(dtype)
+        output = model.trace(images().to(dtype)).output
+        assert output.dtype == dtype
+        assert output.isfinite().all()
+
+    def test_a_pass_knows_nothing_of_the_one_before(self) -> None:
+        model = merged("mean_pooling", "fuse")
+        with torch.no_grad():
+            wanted = model(images(2))
+            model(images(5, seed=7))
+            with model.dense() as dense:
+                dense(images(3))
+            assert torch.equal(model(images(2)), wanted)
+
+    def test_attention_in_order_of_time_is_refused(self) -> None:
+        """Where tokens were merged there is no before and after."""
+        with pytest.raises(UsageError, match="causal"):
+            merged()(images(1), is_causal=True)
+
+    def test_a_second_detach_leaves_a_later_attachment_alone(self) -> None:
+        model = tiny_vit()
+        plan = resolve_for(model, merged_recipe())
+        first = attach(model, plan)
+        first.detach()
+        second = attach(model, plan)
+        with torch.no_grad():
+            wanted = second(images(2))
+            first.detach()
+            assert torch.equal(second(images(2)), wanted)
+
+    def test_a_head_that_is_called_alone_meets_no_tokens_of_another_batch(self) -> None:
+        model = merged("mean_pooling")
+        with torch.no_grad():
+            two = model.model.forward_features(images(2))
+            model.model.forward_features(images(1))
+            assert model.model.forward_head(two).shape == (2, 10)
+
+    def test_a_reducer_that_asks_no_score_leaves_nothing_to_calibrate(self) -> None:
+        model = tiny_vit()
+        assert has_open_fields(resolve_for(model, merged_recipe("merge", metric="{kind: representation_shift}")))
+        assert not has_open_fields(
+            resolve_for(model, merged_recipe("bipartite", metric="{kind: representation_shift}"))
+        )
+
+
+class TestMergingThatCannotBe:
+    @pytest.mark.parametrize(
+        ("variant", "attends"),
+        [("parallel_scaling_block", "ParallelScalingBlock"), ("differential_attention", "DiffAttention")],
+    )
+    @pytest.mark.parametrize("merge", MERGES)
+    def test_attention_that_cannot_weigh(self, merge: str, variant: str, attends: str) -> None:
+        model = tiny_vit(**VARIANTS[variant])
+        told = rf"merges tokens, and blocks\.0 attends by {attends}, which cannot weight tokens by size"
+        with pytest.raises(RecipeError, match=rf"^recipe:3:1: \w+ {told}") as caught:
+            resolve_for(model, merged_recipe(merge))
+        assert caught.value.hint == "Use reducer: {kind: prune}."
+        with pytest.raises(RecipeError, match=told):
+            attach(model, make_plan(model, merged_recipe(merge)))
+        assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+    @pytest.mark.parametrize(("build_model", "family"), [(tiny_vim, "vim"), (tiny_cnn, "resnet")])
+    def test_families_without_sizes(self, build_model: Callable[[], nn.Module], family: str) -> None:
+        told = f"^recipe:3:1: merge merges tokens, and models of the family {family} do not carry how many tokens each"
+        with pytest.raises(RecipeError, match=told) as caught:
+            resolve_for(build_model(), merged_recipe())
+        assert caught.value.hint == "Use reducer: {kind: prune}."
+
+    @pytest.mark.parametrize("merge", WITH_KEYS)
+    def test_keys_that_cannot_be_seen(self, merge: str) -> None:
+        model = tiny_vit(**VARIANTS["parallel_things_block"])
+        told = r"needs attention_key, which blocks\.0 cannot show: it runs several branches side by side"
+        with pytest.raises(RecipeError, match=rf"^recipe:3:1: \w+ {told}") as caught:
+            resolve_for(model, merged_recipe(merge))
+        assert "{kind: merge} (by the hidden state)" in str(caught.value.hint)
+        with pytest.raises(RecipeError, match=told):
+            attach(model, make_plan(model, merged_recipe(merge)))
+
+    @pytest.mark.parametrize("variant", ["plain", "registers", "mean_pooling"])
+    def test_more_than_half_at_a_site(self, variant: str) -> None:
+        model = tiny_vit(**VARIANTS[variant])
+        told = r"recipe:4:\d+: layers\[1\]: 7 of 12 tokens would go at blocks\.2, but bipartite can let 6 go there"
+        with pytest.raises(RecipeError, match=told) as caught:
+            resolve_for(model, merged_recipe("bipartite", DROPS))
+        assert caught.value.hint == "Keep 6 or more."
+        assert resolve_for(model, merged_recipe("merge", DROPS)).sites
+        most = resolve_for(
+            model, merged_recipe("bipartite", "[{layer: 0, keep_tokens: 8}, {layer: 1, keep_tokens: 4}]")
+        )
+        with torch.no_grad():
+            assert attach(model, most)(images()).isfinite().all()

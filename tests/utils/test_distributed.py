@@ -1,0 +1,96 @@
+"""Processes as `torchrun` starts them: what each gives reaches all, in order, and one can ask the others to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+from repshift_cli.utils.distributed import Processes, launched_together, together
+
+WORKER = """
+import json, os, sys, time
+from pathlib import Path
+from repshift_cli.processes import Processes, together
+
+with together() as group:
+    found = {
+        "rank": group.rank,
+        "first": group.is_first,
+        "count": group.count,
+        "nearby": group.nearby,
+        "collected": group.collect({"of": group.rank}),
+        "added": group.added([1, 10 ** 12 + group.rank]),
+        "before": group.stopped(),
+    }
+    group.collect(None)
+    if group.rank == 1:
+        group.stop()
+    group.collect(None)
+    found["after"] = group.stopped()
+    again = Processes()
+    found["next"] = again.stopped()
+    group.collect(None)
+    group.alone()
+    found["alone"] = [group.rank, group.count, group.collect(7), group.added([3]), group.stopped()]
+Path(sys.argv[1] + os.environ["RANK"]).write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "together"), [(None, None, False), ("1", None, False), ("1", "1", False), ("1", "2", True)]
+)
+def test_processes_are_several_only_where_torchrun_says_so(
+    monkeypatch: pytest.MonkeyPatch, rank: str | None, world: str | None, together: bool
+) -> None:
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert launched_together() == together
+
+
+def test_one_process_is_all_there_is() -> None:
+    with together() as group:
+        assert (group.rank, group.count, group.nearby, group.is_first) == (0, 1, 1, True)
+        assert group.collect("a") == ["a"]
+        assert group.added([2, 3]) == [2, 3]
+        group.stop()
+        assert not group.stopped()
+    assert Processes().count == 1
+
+
+@pytest.mark.slow
+def test_what_each_gives_reaches_all(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(script)]
+    root = str(ROOT)
+    done = subprocess.run(
+        [*launch, str(tmp_path / "rank")],
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(3):
+        found = json.loads((tmp_path / f"rank{rank}").read_text())
+        assert found == {
+            "rank": rank,
+            "first": rank == 0,
+            "count": 3,
+            "nearby": 3,
+            "collected": [{"of": 0}, {"of": 1}, {"of": 2}],
+            "added": [3, 3 * 10**12 + 3],
+            "before": False,
+            "after": True,
+            "next": False,
+            "alone": [0, 1, [7], [3], False],
+        }
