@@ -137,24 +137,11 @@ def _stable_sort(self: Any, stable: bool | None = None, dim: int = -1, descendin
 
 def without_outputs(model: ModelProto, names: Sequence[str]) -> ModelProto:
     """The model without these outputs, and without the nodes and weights that only they needed."""
-    import onnx
+    from onnx.utils import Extractor
 
-    kept = onnx.ModelProto()
-    kept.CopyFrom(model)
-    graph = kept.graph
-    _keep(graph.output, lambda output: output.name not in names)
-    needed = {output.name for output in graph.output}
-    nodes = []
-    for node in reversed(graph.node):
-        if needed & set(node.output):
-            needed |= set(node.input)
-            nodes.append(node)
-    used = nodes[::-1]
-    del graph.node[:]
-    graph.node.extend(used)
-    made = {name for node in used for name in node.output}
-    _keep(graph.initializer, lambda weight: weight.name in needed)
-    _keep(graph.value_info, lambda value: value.name in made)
+    outputs = [output.name for output in model.graph.output if output.name not in names]
+    kept: ModelProto = Extractor(model).extract_model([entry.name for entry in model.graph.input], outputs)
+    kept.graph.name, kept.producer_name, kept.producer_version = model.graph.name, "repshift", _version()
     return kept
 
 
@@ -215,13 +202,6 @@ def _check_valid(model: ModelProto, opset: int) -> None:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ModelError(f"the graph is not valid ONNX of opset {opset}: {first_line(error)}", _OTHERWISE) from error
-
-
-def _keep(entries: Any, wanted: Any) -> None:
-    """Leave in a repeated field what is wanted."""
-    kept = [entry for entry in entries if wanted(entry)]
-    del entries[:]
-    entries.extend(kept)
 
 
 def _reason(error: Exception) -> str:

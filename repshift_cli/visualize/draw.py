@@ -34,39 +34,39 @@ __all__ = [
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Drawing. All lengths are pixels of the PNG, so that every pixel of a picture covers a whole number of them.
+# Drawing
 
 _DPI = 200
 
 
-_LONGER_SIDE = 360
+_SIDE, _FRAME_SIDE = 1.8, 1.0  # inches: the longer side of an image, and of a frame
 
 
-_LEAST_COLUMN = 250
+_LEAST_ROW = 1.1  # inches, for the lines beside an image
 
 
-_LEAST_ROW = 200
+_GAP = 0.12  # inches
 
 
-_TITLE = 96
+_WORDS_BELOW, _WORDS_ABOVE = 0.2, 0.5  # inches, of a film strip and of a clip
 
 
-_HEADER = 90
+_TALLEST = 150  # inches
 
 
-_GAP = 24
+_MOST_FRAMES = 8
 
 
-_MARGIN = 36
+_CLIP_LETTERS = 72
 
 
 _SHOWN_LETTERS = 24
 
 
-_LINE = 36
-
-
 _TITLE_SIZE, _TEXT, _SMALL = 10.0, 7.5, 6.0  # points
+
+
+_LEADING = 13  # points
 
 
 _LETTER = 0.62  # mean width of a letter, as a share of the size of the font
@@ -84,7 +84,7 @@ def kept_tokens_figure(
     title: str = "Tokens that are kept",
     remark: str = "",
 ) -> Figure:
-    """Draw one row per picture: the picture, and after each site what is left of it.
+    """Draw one row per image: the image, and after each site what is left of it.
 
     Args:
         pictures: uint8 `[n, H, W, 3]`.
@@ -92,25 +92,25 @@ def kept_tokens_figure(
         patches: the grid of each layer.
         readings: what to write beside each row.
     """
-    from matplotlib.figure import Figure
-
     height, width = pictures.shape[1:3]
     captions = [_lines(reading) for reading in readings or ()]
-    sheet = _Sheet(len(pictures), len(kept) + 1, height, width, _caption_width(captions))
-    figure = Figure(figsize=(sheet.width / _DPI, sheet.height / _DPI), dpi=_DPI, facecolor="white")
-    sheet.write(figure, _MARGIN, _MARGIN, title, size=_TITLE_SIZE, weight="bold")
-    sheet.write(figure, _MARGIN, _MARGIN + 40, remark, size=_TEXT, color=_PALE)
+    unit = _SIDE / max(height, width)
+    size = (len(kept) + 1) * (unit * width + _GAP) + _text_width(captions)
+    tall = len(pictures) * (max(unit * height, _LEAST_ROW) + _GAP)
+    figure, panels = _page((len(pictures), len(kept) + 1), (size, tall), title, remark)
     counts = {grid.patches for grid in patches.values()}
-    _draw_column(figure, sheet, 0, pictures, ("original", f"{counts.pop()} patches" if len(counts) == 1 else ""))
+    _write_above(panels[0, 0], "original", f"{counts.pop()} patches" if len(counts) == 1 else "")
     for column, (layer, rows) in enumerate(kept.items(), start=1):
         grid = patches[layer]
+        _write_above(panels[0, column], f"after block {layer}", f"{rows.shape[1]} of {grid.patches} kept")
         faded = fade_dropped(pictures, kept_masks(rows, grid, height, width))
-        counted = f"{rows.shape[1]} of {grid.patches} kept"
-        axes = _draw_column(figure, sheet, column, faded, (f"after block {layer}", counted))
-        for panel, cells in zip(axes, kept_cells(rows, grid), strict=True):
+        for panel, image, cells in zip(panels[:, column], faded, kept_cells(rows, grid), strict=True):
+            panel.imshow(image, interpolation="nearest")
             _outline(panel, cells, grid)
-    for row, lines in enumerate(captions):
-        _write_caption(figure, sheet, row, lines)
+    for panel, image in zip(panels[:, 0], pictures, strict=True):
+        panel.imshow(image, interpolation="nearest")
+    for panel, beside in zip(panels[:, 0], captions, strict=False):
+        _write_beside(panel, beside)
     return figure
 
 
@@ -125,92 +125,7 @@ def save_figure(figure: Figure, path: Path, force: bool) -> None:
     if kind not in PLOT_FORMATS:
         raise UsageError(f"{path} has no ending that tells a picture format", "Allowed are .png, .svg and .pdf.")
     with atomic_output(path, force) as temporary:
-        figure.savefig(temporary, format=kind, dpi=_DPI)
-
-
-class _Sheet:
-    """Where things stand on the page, in pixels from its upper left corner."""
-
-    def __init__(self, rows: int, columns: int, height: int, width: int, caption: int) -> None:
-        self.scale = max(1, -(-_LONGER_SIDE // max(height, width)))
-        self.panel_height, self.panel_width = self.scale * height, self.scale * width
-        self.row = max(self.panel_height, _LEAST_ROW if caption else 0) + _GAP
-        self.column = max(self.panel_width, _LEAST_COLUMN) + _GAP
-        self.left = _MARGIN + caption
-        self.top = _MARGIN + _TITLE + _HEADER
-        self.width = self.left + columns * self.column - _GAP + _MARGIN
-        self.height = self.top + rows * self.row - _GAP + _MARGIN
-
-    def corner(self, row: int, column: int) -> tuple[int, int]:
-        """Left and top of a panel, which stands in the middle of its cell."""
-        left = self.left + column * self.column + (self.column - _GAP - self.panel_width) // 2
-        return left, self.top + row * self.row + (self.row - _GAP - self.panel_height) // 2
-
-    def axes(self, figure: Figure, row: int, column: int) -> Axes:
-        """An empty panel of exactly its size."""
-        left, top = self.corner(row, column)
-        bottom = self.height - top - self.panel_height
-        place = (left / self.width, bottom / self.height)
-        panel: Axes = figure.add_axes((*place, self.panel_width / self.width, self.panel_height / self.height))
-        panel.set_axis_off()
-        return panel
-
-    def write(self, figure: Figure, left: float, top: float, text: str, **style: Any) -> None:
-        """Text whose upper left (or, with `ha`, upper middle) is at this place."""
-        style = {"va": "top", "color": _INK, **style}
-        # "$" would start a formula
-        figure.text(left / self.width, 1 - top / self.height, text, parse_math=False, **style)
-
-
-_FRAME_SIDE = 200
-
-
-_FRAME_GAP = 8
-
-
-_UNDER = 40  # a line of words below each frame
-
-
-_CLIP_HEADER = 76
-
-
-_CLIP_GAP = 44
-
-
-_MOST_FRAMES = 8
-
-
-_CLIP_LETTERS = 72
-
-
-_TALLEST = 30_000
-
-
-class _FilmSheet(_Sheet):
-    """Where the frames of film strips stand: one column per frame, and for each clip some strips below its name."""
-
-    def __init__(
-        self, clips: int, strips: int, shape: tuple[int, int, int], *, caption: int = 0, least: int = 0
-    ) -> None:
-        frames, height, width = shape
-        self.scale = max(1, -(-_FRAME_SIDE // max(height, width)))
-        self.panel_height, self.panel_width = self.scale * height, self.scale * width
-        self.strips = strips
-        self.row = self.panel_height + _UNDER
-        self.column = self.panel_width + _FRAME_GAP
-        self.left, self.top = _MARGIN + caption, _MARGIN + _TITLE
-        self.group = _CLIP_HEADER + strips * self.row + _CLIP_GAP
-        self.width = max(self.left + frames * self.column - _FRAME_GAP, _MARGIN + least) + _MARGIN
-        self.height = self.top + clips * self.group - _CLIP_GAP + _MARGIN
-
-    def header(self, clip: int) -> int:
-        """Top of the words above a clip."""
-        return self.top + clip * self.group
-
-    def corner(self, row: int, column: int) -> tuple[int, int]:
-        """Left and top of a frame; rows are the strips of the first clip, then those of the second, ..."""
-        clip, strip = divmod(row, self.strips)
-        return self.left + column * self.column, self.header(clip) + _CLIP_HEADER + strip * self.row
+        figure.savefig(temporary, format=kind, bbox_inches="tight", pad_inches=0.15)
 
 
 def kept_clips_figure(
@@ -233,28 +148,23 @@ def kept_clips_figure(
         readings: what to write above each clip.
         merged: whether the other tokens flowed into those that are left.
     """
-    from matplotlib.figure import Figure
-
     count, frames, height, width = clips.shape[:4]
     shown = _shown_frames(frames)
     if len(shown) < frames:
         remark = f"{remark}; {len(shown)} of {frames} frames are shown".removeprefix("; ")
     strips = _strips(clips, kept, patches, merged)
     headers = [_clip_lines(reading) for reading in readings or ()]
-    page = [_Line(title, size=_TITLE_SIZE), _Line(remark), *(line for lines in headers for line in lines)]
-    captions = [lines for strip in strips for lines in strip.captions]
-    shape, widest = (len(shown), height, width), _caption_width([page])
-    sheet = _FilmSheet(count, len(strips), shape, caption=_caption_width(captions), least=widest)
-    figure = Figure(figsize=(sheet.width / _DPI, sheet.height / _DPI), dpi=_DPI, facecolor="white")
-    sheet.write(figure, _MARGIN, _MARGIN, title, size=_TITLE_SIZE, weight="bold")
-    sheet.write(figure, _MARGIN, _MARGIN + 40, remark, size=_TEXT, color=_PALE)
-    for clip, lines in enumerate(headers):
-        for index, line in enumerate(lines):
-            top = sheet.header(clip) + index * _LINE
-            sheet.write(figure, _MARGIN, top, line.text, size=line.size, color=line.color, weight=line.weight)
-    for clip in range(count):
-        for row, strip in enumerate(strips, start=clip * len(strips)):
-            _draw_strip(figure, sheet, row, strip, clip=clip, shown=shown)
+    unit = _FRAME_SIDE / max(height, width)
+    wide = max(len(shown) * (unit * width + _GAP), _text_width(headers))
+    wide += _text_width([caption for strip in strips for caption in strip.captions])
+    size = wide, _clips_height(count, len(strips), unit * height)
+    figure, panels = _page((count * len(strips), 1), size, title, remark)
+    for row, panel in enumerate(panels[:, 0]):
+        clip, number = divmod(row, len(strips))
+        _draw_strip(panel, strips[number], clip, shown, pitch=width + max(1, round(_GAP / unit)))
+        if number == 0 and headers:
+            text = "\n".join(line.text for line in headers[clip])
+            panel.set_title(text, loc="left", size=_TEXT, color=_INK, parse_math=False)
     return figure
 
 
@@ -306,20 +216,20 @@ def _strips(
     return found
 
 
-def _draw_strip(figure: Figure, sheet: _FilmSheet, row: int, strip: _Strip, *, clip: int, shown: Sequence[int]) -> None:
-    """The frames `shown` of a clip, with words below each one and beside them all."""
-    for column, frame in enumerate(shown):
-        panel = _draw_panel(figure, sheet, row, column, strip.pictures[clip, frame])
-        left, top = sheet.corner(row, column)
-        middle, below = left + sheet.panel_width / 2, top + sheet.panel_height + 5
-        sheet.write(figure, middle, below, strip.words[clip][frame], size=_SMALL, color=_PALE, ha="center")
+def _draw_strip(panel: Axes, strip: _Strip, clip: int, shown: Sequence[int], pitch: int) -> None:
+    """The frames `shown` of a clip, `pitch` pixels apart, with words below each one and beside them all."""
+    height, width = strip.pictures.shape[2:4]
+    film = np.full((height, pitch * (len(shown) - 1) + width, 3), 255, dtype=np.uint8)
+    for place, frame in enumerate(shown):
+        film[:, place * pitch : place * pitch + width] = strip.pictures[clip, frame]
         if strip.grid is not None and strip.cells is not None:
-            _outline(panel, strip.cells[clip, frame], strip.grid)
-    lines = strip.captions[clip]
-    first = sheet.corner(row, 0)[1] + (sheet.panel_height - _LINE * len(lines)) / 2
-    for index, line in enumerate(lines):
-        place = first + index * _LINE
-        sheet.write(figure, _MARGIN, place, line.text, size=line.size, color=line.color, weight=line.weight)
+            _outline(panel, strip.cells[clip, frame], strip.grid, place * pitch)
+    panel.imshow(film, interpolation="nearest")
+    panel.set_anchor("W")
+    middles = [place * pitch + (width - 1) / 2 for place in range(len(shown))]
+    words = [strip.words[clip][frame] for frame in shown]
+    panel.set_xticks(middles, words, size=_SMALL, color=_PALE, parse_math=False)
+    _write_beside(panel, strip.captions[clip])
 
 
 def _shown_frames(frames: int) -> list[int]:
@@ -329,59 +239,71 @@ def _shown_frames(frames: int) -> list[int]:
 
 def _clip_lines(reading: Reading) -> list[_Line]:
     """What is written above a clip."""
-    return [
-        _Line(_shortened(Path(reading.sample).name, _CLIP_LETTERS), weight="bold", size=8.0),
-        _Line(f"features moved by {reading.moved:.4f} (1 - cosine)", _PALE),
-    ]
+    name = _shortened(Path(reading.sample).name, _CLIP_LETTERS)
+    return [_Line(name), _Line(f"features moved by {reading.moved:.4f} (1 - cosine)")]
+
+
+def _clips_height(clips: int, strips: int, frame: float) -> float:
+    """Inches of so many clips, each with film strips of this height."""
+    return clips * (strips * (max(frame, _FRAME_SIDE / 2) + _WORDS_BELOW + _GAP) + _WORDS_ABOVE)
 
 
 def check_page(clips: int, sites: int, preprocessing: Preprocessing) -> None:
-    """Refuse what no picture holds, before the model runs."""
+    """Refuse more clips than one image holds, before the model runs."""
     _, height, width = preprocessing.input_size
-    fitting = clips
-    while fitting > 1 and _FilmSheet(fitting, sites + 1, (1, height, width)).height > _TALLEST:
-        fitting -= 1
-    if fitting < clips:
-        raise UsageError(f"{clips} clips with {sites} sites do not fit one picture", f"Give --count {fitting}.")
+    fitting = int(_TALLEST / _clips_height(1, sites + 1, _FRAME_SIDE * height / max(height, width)))
+    if clips > max(1, fitting):
+        raise UsageError(f"{clips} clips with {sites} sites do not fit one picture", f"Give --count {max(1, fitting)}.")
 
 
-def _draw_column(
-    figure: Figure, sheet: _Sheet, column: int, pictures: np.ndarray, words: tuple[str, str]
-) -> list[Axes]:
-    """One panel per picture, below two lines of words."""
-    middle = sheet.left + column * sheet.column + (sheet.column - _GAP) / 2
-    sheet.write(figure, middle, sheet.top - _HEADER, words[0], size=8.5, weight="bold", ha="center")
-    sheet.write(figure, middle, sheet.top - _HEADER + 38, words[1], size=_TEXT, color=_PALE, ha="center")
-    return [_draw_panel(figure, sheet, row, column, picture) for row, picture in enumerate(pictures)]
+def _page(shape: tuple[int, int], size: tuple[float, float], title: str, remark: str) -> tuple[Figure, Any]:
+    """A figure with a grid of panels that show images; its size is that of the panels with what is written at them."""
+    from matplotlib.figure import Figure
+
+    wide = max(size[0], _text_width([[_Line(title, size=_TITLE_SIZE, weight="bold"), _Line(remark)]]))
+    figure = Figure(figsize=(wide + 2 * _GAP, size[1] + 1), dpi=_DPI, layout="constrained", facecolor="white")
+    figure.suptitle(title, size=_TITLE_SIZE, weight="bold", color=_INK, parse_math=False)
+    figure.supxlabel(remark, size=_TEXT, color=_PALE, parse_math=False)
+    panels = figure.subplots(*shape, squeeze=False)
+    for panel in panels.flat:
+        panel.set(xticks=[], yticks=[])
+        panel.tick_params(length=0)
+        panel.spines[:].set_visible(False)
+    return figure, panels
 
 
-def _draw_panel(figure: Figure, sheet: _Sheet, row: int, column: int, picture: np.ndarray) -> Axes:
-    """One picture, uint8 `[H, W, 3]`, at its place."""
-    height, width = picture.shape[:2]
-    panel = sheet.axes(figure, row, column)
-    panel.set(xlim=(0, width), ylim=(height, 0))
-    # laid on the page pixel by pixel: an image inside axes is resampled, which older matplotlib rounds unevenly
-    left, top = sheet.corner(row, column)
-    enlarged = picture.repeat(sheet.scale, axis=0).repeat(sheet.scale, axis=1)
-    figure.figimage(enlarged, left, sheet.height - top - sheet.panel_height, zorder=-1)  # below the outlines
-    return panel
+def _write(panel: Axes, text: str, place: tuple[float, float], shift: tuple[float, float], **style: Any) -> None:
+    """Text so many points away from a place, which is a share of the panel."""
+    # "$" would start a formula
+    where: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "parse_math": False}
+    panel.annotate(text, place, shift, **where, **style)
 
 
-def _outline(panel: Axes, cells: np.ndarray, patches: PatchGrid) -> None:
-    """A thin line wherever a kept patch meets a dropped one."""
+def _write_above(panel: Axes, name: str, told: str) -> None:
+    _write(panel, name, (0.5, 1), (0, 5 + _LEADING), ha="center", size=8.5, weight="bold", color=_INK)
+    _write(panel, told, (0.5, 1), (0, 5), ha="center", size=_TEXT, color=_PALE)
+
+
+def _write_beside(panel: Axes, lines: Sequence[_Line]) -> None:
+    for index, line in enumerate(lines):
+        shift = (-8, ((len(lines) - 1) / 2 - index) * _LEADING)
+        style = {"size": line.size, "color": line.color, "weight": line.weight}
+        _write(panel, line.text, (0, 0.5), shift, ha="right", va="center", **style)
+
+
+def _outline(panel: Axes, cells: np.ndarray, patches: PatchGrid, left: int = 0) -> None:
+    """A thin line wherever a kept patch meets a dropped one; `left` is the column at which the image begins."""
     from matplotlib.collections import LineCollection
 
     high, wide = patches.height, patches.width
-    across, down = np.nonzero(cells[1:] != cells[:-1]), np.nonzero(cells[:, 1:] != cells[:, :-1])
-    segments = [
-        [(column * wide, (row + 1) * high), ((column + 1) * wide, (row + 1) * high)]
-        for row, column in zip(*across, strict=True)
-    ]
-    segments += [
-        [((column + 1) * wide, row * high), ((column + 1) * wide, (row + 1) * high)]
-        for row, column in zip(*down, strict=True)
-    ]
-    panel.add_collection(LineCollection(segments, colors=_EDGE, linewidths=0.6, capstyle="projecting"), autolim=False)
+    across, down = np.argwhere(cells[1:] != cells[:-1]), np.argwhere(cells[:, 1:] != cells[:, :-1])
+    segments = [[(column, row + 1), (column + 1, row + 1)] for row, column in across]
+    segments += [[(column + 1, row), (column + 1, row + 1)] for row, column in down]
+    if segments:
+        scaled = np.array(segments) * (wide, high) + (left - 0.5, -0.5)  # the first pixel has its middle at 0
+        panel.add_collection(
+            LineCollection(list(scaled), colors=_EDGE, linewidths=0.6, capstyle="projecting"), autolim=False
+        )
 
 
 @dataclass(frozen=True)
@@ -412,15 +334,10 @@ def _lines(reading: Reading) -> list[_Line]:
     return [*lines, _Line(_shortened(path.name if path.suffix else reading.sample), _PALE, _SMALL)]
 
 
-def _caption_width(captions: Sequence[Sequence[_Line]]) -> int:
-    widths = (len(line.text) * line.size * _LETTER * _DPI / 72 for lines in captions for line in lines)
-    return round(max(widths, default=-_GAP)) + _GAP
-
-
-def _write_caption(figure: Figure, sheet: _Sheet, row: int, lines: Sequence[_Line]) -> None:
-    top = sheet.top + row * sheet.row + (sheet.row - _GAP - _LINE * len(lines)) / 2
-    for index, line in enumerate(lines):
-        sheet.write(figure, _MARGIN, top + index * _LINE, line.text, size=line.size, color=line.color)
+def _text_width(captions: Sequence[Sequence[_Line]]) -> float:
+    """About how many inches the widest line takes."""
+    widths = (len(line.text) * line.size * _LETTER / 72 for lines in captions for line in lines)
+    return max(widths, default=0.0)
 
 
 def _shortened(text: str, letters: int = _SHOWN_LETTERS) -> str:
