@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from repshift_cli.errors import RepshiftError
+from repshift_cli.errors import RepshiftError, UsageError
 from repshift_cli.utils.progress import Progress, Silent
 
-__all__ = ["Interrupted", "is_first", "one_voice", "own_device", "screen_of_first"]
+__all__ = ["Interrupted", "is_first", "one_voice", "own_device", "refuse_torchrun", "screen_of_first"]
 
 _GRACE_SECONDS = 30.0
 """For which another process than the first waits with an error: torchrun ends it as soon as the first has told its."""
@@ -50,3 +50,13 @@ def one_voice() -> Iterator[None]:
         if not is_first():
             time.sleep(_GRACE_SECONDS)
         raise
+
+
+def refuse_torchrun(command: str) -> None:
+    """Refuse to run in several processes.
+
+    Raises:
+        UsageError: `torchrun` started several.
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise UsageError(f"{command} runs in one process", "Start it without torchrun.")

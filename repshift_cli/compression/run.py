@@ -18,7 +18,7 @@ from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.checks import check_parts
 from repshift_cli.reduction.compressed_model import attach
-from repshift_cli.search.job import Found, Request, find, start_recipe, with_reducers
+from repshift_cli.search.job import Found, SearchRequest, find, start_recipe, with_reducers
 from repshift_cli.search.target import Target
 from repshift_cli.utils.files import check_output
 from repshift_cli.utils.progress import Progress
@@ -77,7 +77,7 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
     return _finish(job, plan, calibration, images.for_agreement, settings, None)
 
 
-def search_checkpoint(name: str, settings: Settings, request: Request, progress: Progress) -> Found:
+def search_checkpoint(name: str, settings: Settings, request: SearchRequest, progress: Progress) -> Found:
     """Carry out the search of `repshift search`: the recipe gives metric and reducer, `data` the pictures.
 
     Args:
@@ -99,7 +99,7 @@ def search_checkpoint(name: str, settings: Settings, request: Request, progress:
 def save_found(found: Found, settings: Settings, progress: Progress) -> CompressReport:
     """Check, measure and write the compressed checkpoint of a finished search; errors as `compress_checkpoint`."""
     job = CompressionJob(DenseModel(found.loaded, progress), found.recipe)
-    return _finish(job, job.default_plan(), None, found.held_back, settings, found)
+    return _finish(job, job.default_plan(), None, found.heldout, settings, found)
 
 
 def _compress_to_target(dense: DenseModel, recipe: Recipe | None, target: Target, settings: Settings) -> CompressReport:
@@ -112,7 +112,7 @@ def _compress_to_target(dense: DenseModel, recipe: Recipe | None, target: Target
         raise UsageError(f"--no-calibrate: the search for {target} chooses by pictures", "Leave it out.")
     if recipe is not None and recipe.layers:
         dense.note(f"the layers of {recipe.place.name} are not used: a search looks for those that reach {target}")
-    request = Request(target, _QUICK_EVALUATIONS, seconds=settings.seconds)
+    request = SearchRequest(target, _QUICK_EVALUATIONS, seconds=settings.seconds)
     amounts = Amounts.of(settings, dense.loaded, dense.family)
     found = _search(dense, recipe, request, settings, amounts.calibration)
     if found.result.interrupted:
@@ -121,16 +121,16 @@ def _compress_to_target(dense: DenseModel, recipe: Recipe | None, target: Target
         found.result.require_met()
     elif not found.result.met:
         dense.warn(f"the target {target} is not met: the nearest is {target.kind}={found.result.nearest:.4g}")
-    if missed := found.missed_on_others():
+    if missed := found.missed_on_heldout():
         dense.warn(missed)
     job = CompressionJob(dense, found.recipe)
     where = settings.calibration
     apart = settings.data is not None and where is not None and not is_same_place(settings.data, where)
-    images = load_job_inputs(dense, settings.data, amounts.agreement, settings.seed) if apart else found.held_back
+    images = load_job_inputs(dense, settings.data, amounts.agreement, settings.seed) if apart else found.heldout
     return _finish(job, job.default_plan(), None, images, settings, found)
 
 
-def _search(dense: DenseModel, recipe: Recipe | None, request: Request, settings: Settings, count: int) -> Found:
+def _search(dense: DenseModel, recipe: Recipe | None, request: SearchRequest, settings: Settings, count: int) -> Found:
     """Draw `count` pictures, say which they are, and search."""
     loaded = dense.loaded
     request = with_reducers(recipe, request, loaded, dense.family)

@@ -1,9 +1,9 @@
-"""Measures plans on the images."""
+"""Measures plans: quality on parts of the images, multiply-accumulates and latency."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -25,37 +25,63 @@ from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.families.base import Family
 from repshift_cli.search.additive import Kept
 from repshift_cli.search.result import SearchSettings
+from repshift_cli.search.state import EvaluationCache
 from repshift_cli.utils.progress import Progress, Task
 
-__all__ = ["Candidate", "Evaluated", "Evaluator", "NoTask", "Timed", "plan_key"]
+__all__ = ["Candidate", "Evaluated", "Evaluator", "Trials"]
 
-# On two slow cores a ViT-S takes 35 ms for an image, and a search is to end within 10 minutes: 15,000 images.
-_CHOICE_IMAGES = 64
-"""For the choice among 30 scores at one site: in rounds, so 400 part passes; as many as calibration takes of 128."""
+# A ViT-S takes 35 ms per image on two slow cores. A search should end within 10 minutes, so within 15,000 images.
+METRIC_IMAGES = 64
+"""For the choice among 30 metrics at one site, in rounds: the cost of 400 partial passes."""
 
+SENSITIVITY_IMAGES = 48
+"""For the harm of one layer at one ratio, 48 measurements for 12 layers. The refinement corrects their noise."""
 
-_SENSE_IMAGES = 48
-"""For the harm of one layer at one ratio, of which there are 48 for 12 layers; refinement corrects their noise."""
+SELECTION_IMAGES = 128
+"""For each evaluation of a schedule. A target of quality needs all images of the first half."""
 
-
-_JUDGE_IMAGES = 128
-"""For each evaluation of a schedule. Where the target is a quality all choosing images are used: it needs them."""
-
-
-_LATENCY_DOUBT = 0.01
-"""Of a measured ratio, its standard error above which it is measured for longer: a third of the slack."""
-
+_STANDARD_ERROR = 0.01
+"""Relative standard error of a latency above which it is measured again: a third of the tolerance of the target."""
 
 _DECILES_APART = 2.05
-"""From the 10th to the 90th percentile in standard errors of a median of one: 2.56 deviations, at 1.25 each."""
-
+"""Distance of the 10th and 90th percentile in standard errors of a median: 2.56 deviations / 1.25 deviations."""
 
 _DIGITS = 7
+_KEYS = {"sensitivity": "sense", "selection": "judge", "heldout": "held"}
+"""First word of the key in the state file, by part of the images."""
 
 
 @dataclass(frozen=True)
-class ImageSubset:
-    """Some of the images, and what the dense model makes of them."""
+class Candidate:
+    """A schedule and its plan. `macs` is a fraction of the dense model's; `name` is the step that made it."""
+
+    kept: Kept
+    plan: Plan
+    macs: float
+    name: str
+
+    @property
+    def key(self) -> str:
+        return _key(self.plan)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A candidate and its quality on the selection images, as `Evaluator.quality` returns it."""
+
+    candidate: Candidate
+    values: Mapping[str, Any]
+
+    @property
+    def order(self) -> tuple[float, int, float, Kept]:
+        """Sort key, best first: by distance, then by the number of sites and the cost."""
+        candidate = self.candidate
+        return (self.values["distance"], len(candidate.plan.sites), candidate.macs, candidate.kept)
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """Some of the images, with the outputs of the dense model."""
 
     images: Tensor
     dense: Predictions
@@ -63,9 +89,14 @@ class ImageSubset:
 
 
 class Evaluator:
-    """The model and the images; every method is a pure function of its arguments, but for latency."""
+    """The dense model and the images. Every method is a pure function of its arguments, except `latency`."""
 
     def __init__(self, model: nn.Module, family: Family, settings: SearchSettings, progress: Progress) -> None:
+        """Run the dense model on all images.
+
+        Raises:
+            CheckFailed: its outputs are not finite.
+        """
         self.model = model
         self.family = family
         self.batch_size = settings.batch_size
@@ -79,33 +110,32 @@ class Evaluator:
         if not bool(self.outputs.isfinite().all()):
             raise CheckFailed("the dense model returns values that are not finite", "Search in float32.")
         half = len(self.images) // 2
-        judged = min(half, _JUDGE_IMAGES) if settings.target.limits_cost else half
         self.parts = {
-            "choice": self._part(0, min(half, _CHOICE_IMAGES)),
-            "sense": self._part(0, min(half, _SENSE_IMAGES)),
-            "judge": self._part(0, judged),
-            "held": self._part(half, len(self.images)),
+            "metrics": self._part(0, min(half, METRIC_IMAGES)),
+            "sensitivity": self._part(0, min(half, SENSITIVITY_IMAGES)),
+            "selection": self._part(0, min(half, SELECTION_IMAGES) if settings.target.limits_cost else half),
+            "heldout": self._part(half, len(self.images)),
         }
 
-    def _part(self, start: int, stop: int) -> ImageSubset:
+    def _part(self, start: int, stop: int) -> ImagePart:
         labels = None if self.labels is None else self.labels[start:stop]
-        return ImageSubset(self.images[start:stop], predictions(self.model, self.outputs[start:stop]), labels)
+        return ImagePart(self.images[start:stop], predictions(self.model, self.outputs[start:stop]), labels)
 
     @property
     def has_head(self) -> bool:
-        """Whether there are predictions that can stay the same."""
-        return self.parts["judge"].dense.are_logits
+        """Whether the model makes predictions that can be compared."""
+        return self.parts["selection"].dense.are_logits
 
     @cached_property
     def dense_macs(self) -> int:
-        """Multiply-accumulates of one image through the dense model."""
+        """Multiply-accumulates of the dense model for one image."""
         return self.family.macs(self.model, None)
 
     def macs(self, plan: Plan) -> float:
-        """Of one image, those of metric and reducer included, as a fraction of the dense model's.
+        """Multiply-accumulates with metric and reducer, as a fraction of the dense model's.
 
         Raises:
-            RecipeError: the model cannot carry out the plan.
+            RecipeError: the plan does not fit the model.
         """
         compressed = attach(self.model, plan)
         try:
@@ -113,29 +143,28 @@ class Evaluator:
         finally:
             compressed.detach()
 
-    def judge(self, plan: Plan, name: str) -> dict[str, Any] | None:
-        """How far the plan is from the dense model on a part of the images; None where it cannot be carried out."""
-        part = self.parts[name]
+    def quality(self, plan: Plan, part: str) -> dict[str, Any] | None:
+        """The quality of a plan on a part of the images; None if the plan does not fit or returns no finite values."""
+        chosen = self.parts[part]
         try:
             compressed = attach(self.model, plan)
         except RecipeError:
             return None
         try:
-            outputs = run_batches(compressed, part.images, self.batch_size, NoTask())
+            outputs = run_batches(compressed, chosen.images, self.batch_size, NoTask())
         finally:
             compressed.detach()
-        return _compare(part, part.dense.of(outputs)) if bool(outputs.isfinite().all()) else None
+        return _compare(chosen, chosen.dense.of(outputs)) if bool(outputs.isfinite().all()) else None
 
-    def dense_point(self, name: str) -> dict[str, Any]:
-        """The dense model against itself."""
-        part = self.parts[name]
-        values = _compare(part, part.dense.reference)
+    def dense_quality(self, part: str) -> dict[str, Any]:
+        """The quality of the dense model itself."""
+        values = _compare(self.parts[part], self.parts[part].dense.reference)
         assert values is not None
         return {**values, "distance": 0.0, "kl": 0.0}
 
-    def choose(self, plan: Plan) -> list[dict[str, Any]] | None:
-        """The metric of each site, open fields filled one site after the other; None where a site can feed none."""
-        part = self.parts["choice"]
+    def choose_metrics(self, plan: Plan) -> list[dict[str, Any]] | None:
+        """Choose the open fields of the metric of each site, in order; None if a site can feed no variant."""
+        part = self.parts["metrics"]
         run = Run(self.model, part.images, part.dense, self.batch_size, NoTask())
         sites = {site.name: site for site in self.family.sites(self.model)}
         chosen: list[Part] = []
@@ -151,22 +180,22 @@ class Evaluator:
             return None
         return [found.model_dump() for found in chosen]
 
-    def fit(self, layers: Sequence[int], after: After, task: Task) -> dict[str, dict[str, Any]]:
-        """The fitted metric of each layer, by its number."""
-        found = fit_scores(self.model, layers, self.parts["choice"].images, self.batch_size, 0, task, after=after)
+    def fit_metrics(self, layers: Sequence[int], after: After, task: Task) -> dict[str, dict[str, Any]]:
+        """Fit the metric of each layer; by the number of the layer."""
+        found = fit_scores(self.model, layers, self.parts["metrics"].images, self.batch_size, 0, task, after=after)
         return {str(layer): metric.part().model_dump() for layer, metric in found.items()}
 
     @property
-    def place(self) -> str:
-        """What a latency hangs on beside the plan."""
+    def measured_on(self) -> str:
+        """What a latency depends on besides the plan."""
         device = next(self.model.parameters()).device
         return f"{device_name(device)}, {torch.get_num_threads()} threads, batch {self.batch_size}"
 
     def latency(self, plan: Plan, progress: Progress, patient: bool = False) -> float:
-        """Time of a batch as a fraction of the dense model's, measured in turn with it.
+        """Time of a batch as a fraction of the dense model's, both measured in turn.
 
         Args:
-            patient: measure as long again where the times spread so much that the median is not sure.
+            patient: measure for twice the time if the standard error is large.
         """
         inputs = full_batch(self.images, self.batch_size)
         compressed = attach(self.model, plan)
@@ -174,7 +203,7 @@ class Evaluator:
             subjects = [Subject("dense", compressed, compressed.dense), Subject("candidate", compressed)]
             times = measure_latency(subjects, inputs, max_seconds=self.seconds, warmup=2, progress=progress)
             found = compute_speedup(times["dense"], times["candidate"])
-            if patient and _doubt(found, len(times["dense"].samples_s)) > _LATENCY_DOUBT:
+            if patient and _relative_error(found, len(times["dense"].samples_s)) > _STANDARD_ERROR:
                 more = measure_latency(subjects, inputs, max_seconds=self.seconds, warmup=0, progress=progress)
                 both = {name: Timing(times[name].samples_s + more[name].samples_s) for name in times}
                 found = compute_speedup(both["dense"], both["candidate"])
@@ -183,31 +212,91 @@ class Evaluator:
         return round(1.0 / found.ratio, 5)
 
 
-def _doubt(found: Speedup, rounds: int) -> float:
-    """Standard error of a measured ratio, as a share of it, as far as the spread of the rounds tells."""
-    return (found.p90 - found.p10) / (_DECILES_APART * found.ratio * math.sqrt(rounds))
+class Trials:
+    """Runs evaluations through the cache, and records the schedules that were tried.
+
+    Attributes:
+        tried: all evaluated candidates by key, in order.
+        latencies: measured latencies by the key of the candidate.
+    """
+
+    def __init__(self, evaluator: Evaluator, cache: EvaluationCache, progress: Progress) -> None:
+        self.evaluator = evaluator
+        self.progress = progress
+        self.tried: dict[str, Evaluated] = {}
+        self.latencies: dict[str, float] = {}
+        self._cache = cache
+        self._measured_on = evaluator.measured_on
+
+    def evaluate(self, candidates: Sequence[Candidate | None], task: Task | None = None) -> list[Evaluated]:
+        """Evaluate candidates on the selection images and record them; those that do not fit are left out."""
+        asked = list({one.key: one for one in candidates if one is not None}.values())
+        found = self.quality([one.plan for one in asked], "selection", task or NoTask())
+        results = [Evaluated(one, values) for one, values in zip(asked, found, strict=True) if values is not None]
+        for result in results:
+            self.tried.setdefault(result.candidate.key, result)
+        return results
+
+    def quality(self, plans: Sequence[Plan], part: str, task: Task) -> list[dict[str, Any] | None]:
+        """As `Evaluator.quality`, for several plans; they are not recorded."""
+        return self.cached(_KEYS[part], plans, lambda plan: self.evaluator.quality(plan, part), task)
+
+    def latency(self, plan: Plan, patient: bool = False) -> float:
+        """As `Evaluator.latency`."""
+        kind = f"latency {self._measured_on}:"
+        found = self.cached(kind, [plan], lambda plan: self.evaluator.latency(plan, self.progress, patient), NoTask())
+        self.latencies[_key(plan)] = found[0]
+        return self.latencies[_key(plan)]
+
+    def known_latency(self, plan: Plan) -> float | None:
+        """The latency of a plan if this run has measured it."""
+        return self.latencies.get(_key(plan))
+
+    def cached(self, kind: str, plans: Sequence[Plan], evaluate: Callable[[Plan], Any], task: Task) -> list[Any]:
+        """The results of an evaluation of plans, from the cache where it has them."""
+        keys = [f"{kind} {_key(plan)}" for plan in plans]
+        return self._cache.get(keys, lambda index: evaluate(plans[index]), task)
+
+    def fit_metrics(self, layers: Sequence[int], after: After) -> dict[int, Part]:
+        """As `Evaluator.fit_metrics`."""
+        with self.progress.task("fitting scores", len(self.evaluator.parts["metrics"].images)) as task:
+            found = self._cache.get(["fit"], lambda _: self.evaluator.fit_metrics(layers, after, task), NoTask())[0]
+        return {layer: Part.model_validate(found[str(layer)]) for layer in layers}
 
 
 class NoTask:
-    """A task that nobody watches: what is shown are whole candidates, not their batches."""
+    """A task whose steps are not shown."""
 
     def advance(self, steps: int = 1) -> None:
         pass
 
 
-def _compare(part: ImageSubset, given: Tensor) -> dict[str, Any] | None:
-    """The numbers of one candidate, rounded so that the number of threads does not decide between two."""
-    wanted, head = part.dense.reference, part.dense.are_logits
-    far = _mean(distance(wanted, given, head))
-    if not math.isfinite(far):
+def _key(plan: Plan) -> str:
+    return sha256(plan.model_dump_json().encode()).hexdigest()[:20]
+
+
+def _relative_error(found: Speedup, rounds: int) -> float:
+    """Relative standard error of a measured ratio, from the spread of the rounds."""
+    return (found.p90 - found.p10) / (_DECILES_APART * found.ratio * math.sqrt(rounds))
+
+
+def _compare(part: ImagePart, outputs: Tensor) -> dict[str, Any] | None:
+    """The quality of outputs, rounded so that the number of threads does not decide between two candidates."""
+    dense, head = part.dense.reference, part.dense.are_logits
+    mean_distance = _mean(distance(dense, outputs, head))
+    if not math.isfinite(mean_distance):
         return None
-    found: dict[str, Any] = {"images": len(given), "distance": far, "kl": _mean(divergence(wanted, given, head))}
-    same = agreement(wanted, given) if head else None
+    found: dict[str, Any] = {
+        "images": len(outputs),
+        "distance": mean_distance,
+        "kl": _mean(divergence(dense, outputs, head)),
+    }
+    same = agreement(dense, outputs) if head else None
     found["agreement"], found["agreement_error"] = (None, None) if same is None else (_mean(same), _error(same))
     if part.labels is None or not head:
         return found | {"top1": None, "lost": None, "lost_error": None}
-    right, before = (100.0 * (logits.argmax(-1) == part.labels).float() for logits in (given, wanted))
-    return found | {"top1": _mean(right), "lost": _mean(before - right), "lost_error": _error(before - right)}
+    correct, before = (100.0 * (logits.argmax(-1) == part.labels).float() for logits in (outputs, dense))
+    return found | {"top1": _mean(correct), "lost": _mean(before - correct), "lost_error": _error(before - correct)}
 
 
 def _mean(values: Tensor) -> float:
@@ -217,49 +306,3 @@ def _mean(values: Tensor) -> float:
 def _error(values: Tensor) -> float:
     """Standard error of the mean."""
     return round(float(values.double().std()) / math.sqrt(len(values)), _DIGITS) if len(values) > 1 else 0.0
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A schedule with all that makes it a plan; `macs` is a fraction of the dense model's."""
-
-    kept: Kept
-    plan: Plan
-    macs: float
-    name: str
-
-    @property
-    def key(self) -> str:
-        return plan_key(self.plan)
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A candidate and what it does to the choosing images; `values` as `_compare`."""
-
-    candidate: Candidate
-    values: Mapping[str, Any]
-
-    @property
-    def order(self) -> tuple[float, int, float, Kept]:
-        """The smallest is the best at one cost; among equals the one with the fewest sites."""
-        candidate = self.candidate
-        return (self.values["distance"], len(candidate.plan.sites), candidate.macs, candidate.kept)
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A candidate, its latency as a fraction of the dense model's, and whether that is above the target."""
-
-    candidate: Candidate
-    latency: float
-    slow: bool
-
-    def by_macs(self) -> float:
-        """Its operations, to sort by."""
-        return self.candidate.macs
-
-
-def plan_key(plan: Plan) -> str:
-    """Short hash of a plan, the key of its evaluations."""
-    return sha256(plan.model_dump_json().encode()).hexdigest()[:20]

@@ -1,4 +1,4 @@
-"""From a budget to a recipe: the search, where its result came from, and the picture of it."""
+"""From a target to a recipe: runs the search, and describes its result."""
 
 from __future__ import annotations
 
@@ -21,28 +21,24 @@ from repshift_cli.planning.recipe import Budget, Part, Recipe
 from repshift_cli.reduction.checks import check_reducer
 from repshift_cli.reduction.families.base import Family, match
 from repshift_cli.reduction.reducers.base import Merger, build_reducer
-from repshift_cli.search.plot import Chart, Limit, Mark
-from repshift_cli.search.plot import Point as Spot
+from repshift_cli.search.plot import Chart
 from repshift_cli.search.result import Point, SearchResult, SearchSettings
 from repshift_cli.search.search import search
 from repshift_cli.search.target import Target
 from repshift_cli.utils.progress import Progress
 
-__all__ = ["Found", "Request", "find", "start_recipe", "with_reducers"]
-
-_PAPER = "the paper's schedule"
+__all__ = ["Found", "SearchRequest", "find", "start_recipe", "with_reducers"]
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to search for, and how hard.
+class SearchRequest:
+    """What to search for, as a user asks for it.
 
     Attributes:
-        evaluations: how many schedules the refinement tries; None for as many as `search` does by itself.
-        reducers: kinds to try, the first one first; empty for that of the recipe that the search starts from, or what
-            suits the model (`with_reducers`).
-        state: file that holds how far the search is, so that it can go on; None to keep none.
-        seconds: for each measurement of latency; 0 measures none.
+        evaluations: number of schedules that the refinement tries; None for the default of `SearchSettings`.
+        reducers: kinds to try, starting with the first; empty for the one of the recipe, or see `with_reducers`.
+        state: state file; None for none.
+        seconds: time of each latency measurement; 0 measures none.
     """
 
     target: Target
@@ -54,12 +50,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Found:
-    """A finished search, and all that its result depends on.
+    """A finished search with its inputs.
 
     Attributes:
-        recipe: the found one; its text begins with where it came from.
-        inputs: what was looked at: the first half chose, the second checked.
-        measured_on: device, dtype, batch, threads and attention of the measurements.
+        recipe: the found recipe; comments at its top describe the search.
+        inputs: the first half was used for selection, the second half is held out.
+        measured_on: device, dtype, batch and threads of the measurements.
     """
 
     loaded: LoadedModel
@@ -70,73 +66,83 @@ class Found:
     measured_on: Mapping[str, Any]
 
     @property
-    def held_back(self) -> ImageBatch:
-        """The inputs that took no part, except to decide between the found schedule and the paper's."""
+    def heldout(self) -> ImageBatch:
+        """The held-out inputs."""
         batch = self.inputs.batch
         half = len(batch.tensor) // 2
         rest = batch.tensor[half:]
         identity = {**batch.identity, "count": len(rest), "part": "held back"}
-        return ImageBatch(rest, identity, f"{len(rest)} that took no part, of {batch.description}", batch.builtin)
+        return ImageBatch(rest, identity, f"{len(rest)} held out of {batch.description}", batch.builtin)
 
-    def missed_on_others(self) -> str | None:
-        """A warning where the target is met on the inputs that chose, but not on the others; else None."""
+    def missed_on_heldout(self) -> str | None:
+        """A warning if the target is met on the selection inputs only; else None."""
         if not self.result.met or self.result.held_back_met is not False:
             return None
         return (
-            f"the target {self.result.target} is met on the half that chose, but missed on the half held back; "
-            "on more pictures (--images) chance decides less"
+            f"the target {self.result.target} is met on the selection half, but missed on the held-out half; "
+            "use more images (--images) to reduce the sampling error"
         )
 
     def provenance(self) -> dict[str, Any]:
-        """What the artifact keeps: the target, the data, the seed, and what was measured."""
-        known = self.result.to_dict()
+        """The entry `search` of an artifact: the target, the data, the seed, and the measurements."""
+        result = self.result.to_dict()
         kept = (
             *("met", "nearest", "points", "paper_is_found", "held_back_decided", "held_back_met", "evaluations"),
             *("interrupted", "data", "seed"),
         )
         return {
             "target": str(self.result.target),
-            **{key: known[key] for key in kept},
+            **{key: result[key] for key in kept},
             "labelled": self.inputs.labels is not None,
             "measured_on": dict(self.measured_on),
         }
 
     def chart(self) -> Chart:
-        """Quality against cost: of named schedules on the inputs held back, of all others on those that chose."""
-        result = self.result
-        # predictions unchanged are 100% for the dense model on every half; top-1 only where it is the target
-        named = (("dense", "dense", result.dense), ("paper", _PAPER, result.paper), ("found", "found", result.found))
-        shown = (
-            "top-1" if result.target.kind == "max-drop" else "head" if result.dense.agreement is not None else "none"
-        )
-        words = {"top-1": "top-1, %", "head": "predictions unchanged, %", "none": "cosine of features to dense"}
+        """Quality against cost: named schedules on the held-out inputs, all others on the selection inputs."""
+        result, target = self.result, self.result.target
+        # the dense model has 100% unchanged predictions on any images; top-1 is drawn only where it is the target
+        if target.kind == "max-drop":
+            label, quality = "top-1, %", lambda point: point.top1 or 0.0
+        elif result.dense.agreement is not None:
+            label, quality = "predictions unchanged, %", lambda point: 100 * (point.agreement or 0.0)
+        else:
+            label, quality = "cosine of features to dense", lambda point: 1 - point.kl
+
+        limits: dict[str, Any] = {
+            "macs": ("macs", target.value),
+            "latency": ("latency", target.value),
+            "agreement": ("quality", 100 * target.value),
+            "max-drop": ("quality", (result.dense.top1 or 0.0) - target.value),
+        }
+        named = {"dense": result.dense, "paper": result.paper, "found": result.found}
         return Chart(
-            title=f"{self.loaded.description.name}, {result.target}, {self.inputs.batch.description}\n"
-            "named schedules: on the half that took no part, but to decide between found and paper",
-            quality=words[shown],
-            marks=tuple(Mark(role, label, _spot(point, shown)) for role, label, point in named if point is not None),
-            tried=tuple(_spot(point, shown) for point in result.tried),
-            limit=_limit(result),
+            title=f"{self.loaded.description.name}, {target}, {self.inputs.batch.description}\n"
+            "named schedules on the held-out images",
+            label=label,
+            quality=quality,
+            named={name: point for name, point in named.items() if point is not None},
+            tried=result.tried,
+            limit=limits[target.kind],
         )
 
 
-def with_reducers(recipe: Recipe | None, request: Request, loaded: LoadedModel, family: Family) -> Request:
-    """The request, where nobody said what becomes of dropped tokens: merging where the model can, else pruning."""
+def with_reducers(recipe: Recipe | None, request: SearchRequest, loaded: LoadedModel, family: Family) -> SearchRequest:
+    """The request with default reducers: merge then prune where the family can merge, else prune."""
     if recipe is not None or request.reducers:
         return request
     merges = family.merge_refusal(loaded.model) is None
     return replace(request, reducers=("merge", "prune") if merges else ("prune",))
 
 
-def start_recipe(recipe: Recipe | None, request: Request, loaded: LoadedModel) -> Recipe:
-    """The recipe that the search starts from, with the first reducer of the request.
+def start_recipe(recipe: Recipe | None, request: SearchRequest, loaded: LoadedModel) -> Recipe:
+    """The start recipe of a search, with the first reducer of the request.
 
-    Where none is given, the score is a fitted one, which no single score beat on the built-in classifiers, and none of
-    the merged sides on the built-in video models; but with what is dropped gone it did not hold on those
-    (docs/results.md), so there the shift is where the search starts.
+    Without a recipe the metric is `fitted`. It was the best one for the built-in classifiers, and for the built-in
+    video models where tokens are merged. Where video tokens are pruned, representation shift was better
+    (docs/results.md).
 
     Raises:
-        RecipeError: a reducer that there is not, or that the model cannot carry out.
+        RecipeError: a reducer is unknown, or does not fit the model.
     """
     family = match(loaded.model)
     for kind in request.reducers:
@@ -158,23 +164,23 @@ def find(
     loaded: LoadedModel,
     family: Family,
     start: Recipe,
-    request: Request,
+    request: SearchRequest,
     inputs: Labelled,
     *,
     batch_size: int,
     seed: int,
     progress: Progress,
 ) -> Found:
-    """Search, and put down where the result came from.
+    """Run the search and describe its result.
 
     Args:
         loaded: dense, on the device and in the dtype to search in.
-        start: as `start_recipe` gives it.
+        start: as returned by `start_recipe`.
 
     Raises:
-        UsageError: the target needs labels and there are none.
+        UsageError: the target needs labels, and there are none.
         RepshiftError: as `search`.
-        KeyboardInterrupt: before a first schedule was found.
+        KeyboardInterrupt: before the first schedule was found.
     """
     if request.target.kind == "max-drop" and inputs.labels is None:
         raise UsageError(
@@ -204,13 +210,13 @@ def find(
         "batch": batch_size,
         "threads": torch.get_num_threads(),
     }
-    text = _header(loaded, result, inputs, measured_on) + result.recipe.to_yaml()
+    text = _comments(loaded, result, inputs, measured_on) + result.recipe.to_yaml()
     recipe = Recipe.parse(text, result.recipe.place.name)
     return Found(loaded, family, recipe, result, inputs, measured_on)
 
 
 def _named(recipe: Recipe, loaded: LoadedModel) -> Recipe:
-    """The recipe for this model alone, where it has fitted weights: those of another one of equal width are others."""
+    """The recipe restricted to this model if it holds fitted weights, which are useless for other models."""
     parts = [recipe.metric, *(drop.metric for drop in recipe.layers if drop.metric is not None)]
     name = loaded.description.name
     known = is_model_name(name.partition(".")[0]) or f"builtin:{name}" in BUILTIN
@@ -219,12 +225,8 @@ def _named(recipe: Recipe, loaded: LoadedModel) -> Recipe:
     return Recipe.parse(recipe.model_copy(update={"model": name}).to_yaml(), recipe.place.name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Words and pictures
-
-
-def _header(loaded: LoadedModel, result: SearchResult, inputs: Labelled, measured_on: Mapping[str, Any]) -> str:
-    """Where the recipe came from, as comments."""
+def _comments(loaded: LoadedModel, result: SearchResult, inputs: Labelled, measured_on: Mapping[str, Any]) -> str:
+    """The comments at the top of the recipe: model, data, settings and measurements."""
     from repshift_cli.version import __version__
 
     state = "; interrupted, this is the best so far" if result.interrupted else ""
@@ -237,17 +239,15 @@ def _header(loaded: LoadedModel, result: SearchResult, inputs: Labelled, measure
         f"       sha256 of names and sizes {batch.identity['sha256']}",
         f"search seed {result.seed}, {result.evaluations} schedules tried, torch {torch.__version__}",
         f"on     {', '.join(f'{key} {value}' for key, value in measured_on.items())}",
-        f"Measured on the {result.found.images} inputs that took no part, except to decide between the found schedule",
-        "and the paper's; MACs and latency are fractions of dense:",
+        f"Measured on {result.found.images} held-out inputs; MACs and latency are fractions of dense:",
     ]
     named = {"dense": result.dense, "paper": result.paper, "found": result.found, "random": result.random}
-    lines += [f"  {name:6} {_measured(point)}" for name, point in named.items() if point is not None]
-    # the name of a folder may hold what ends a comment, or what YAML does not take
+    lines += [f"  {name:6} {_numbers(point)}" for name, point in named.items() if point is not None]
+    # the name of a folder may hold line breaks, or characters that YAML does not allow
     return "".join(f"# {''.join(letter if letter.isprintable() else '?' for letter in line)}\n" for line in lines)
 
 
-def _measured(point: Point) -> str:
-    """The numbers of a point in words."""
+def _numbers(point: Point) -> str:
     values = [f"MACs {point.macs:.4f}"]
     if point.latency is not None:
         values.append(f"latency {point.latency:.3f}")
@@ -257,24 +257,3 @@ def _measured(point: Point) -> str:
     if point.top1 is not None:
         values.append(f"top-1 {point.top1:.2f}%")
     return ", ".join(values)
-
-
-def _spot(point: Point, shown: str) -> Spot:
-    """A point as it is drawn; larger is better."""
-    if shown == "top-1":
-        return Spot(point.macs, point.latency, point.top1 or 0.0)
-    if shown == "head":
-        return Spot(point.macs, point.latency, 100 * (point.agreement or 0.0))
-    return Spot(point.macs, point.latency, 1 - point.kl)
-
-
-def _limit(result: SearchResult) -> Limit:
-    """The target as a line; a drop counts from the dense model's top-1."""
-    target = result.target
-    if target.kind == "macs":
-        return Limit("macs", target.value)
-    if target.kind == "latency":
-        return Limit("latency", target.value)
-    if target.kind == "agreement":
-        return Limit("quality", 100 * target.value)
-    return Limit("quality", (result.dense.top1 or 0.0) - target.value)

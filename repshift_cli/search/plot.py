@@ -1,11 +1,11 @@
-"""The picture of a search: quality against cost, with the dense model, the paper's schedule and the found one."""
+"""The plot of a search: quality against cost, with the dense model, the paper's schedule and the found one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from repshift_cli.utils.files import atomic_output
 
@@ -13,62 +13,29 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["MARKS", "Chart", "Limit", "Mark", "Point", "Style", "figure", "front", "save"]
+    from repshift_cli.search.result import Point
+
+__all__ = ["MARKS", "Chart", "Mark", "figure", "front", "save"]
 
 Axis = Literal["macs", "latency"]
 
 
-@dataclass(frozen=True)
-class Point:
-    """One schedule: what it costs and what it keeps.
+class Mark(NamedTuple):
+    """How a named schedule is drawn. Shapes differ too, for readers who cannot distinguish the colors."""
 
-    Attributes:
-        macs: multiply-accumulates, as a fraction of the dense model's.
-        latency: time for a batch, as a fraction of the dense model's; None where it was not measured.
-        quality: what the vertical axis shows, larger is better.
-    """
-
-    macs: float
-    latency: float | None
-    quality: float
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A schedule with a name of its own: one of `MARKS`."""
-
-    role: str
     label: str
-    point: Point
-
-
-@dataclass(frozen=True)
-class Limit:
-    """The target, on the axis that it is on."""
-
-    axis: Literal["macs", "latency", "quality"]
-    value: float
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a mark is drawn; shapes differ as well, since colours alone do not tell everyone.
-
-    Attributes:
-        size: in points; the paper's is larger, so that it shows where the found schedule is the same.
-    """
-
     color: str
     shape: str
     size: float = 8.0
 
 
 MARKS = {
-    "dense": Style("#4d4d4d", "s"),
-    "paper": Style("#d55e00", "^", 11.0),
-    "found": Style("#0072b2", "o"),
+    "dense": Mark("dense", "#4d4d4d", "s"),
+    # larger, so that it shows behind the found schedule if both are the same
+    "paper": Mark("the paper's schedule", "#d55e00", "^", 11.0),
+    "found": Mark("found", "#0072b2", "o"),
 }
-"""By role."""
+"""By name of the schedule."""
 
 _TRIED, _FRONT, _LIMIT = "#b3b3b3", "#56b4e9", "#009e73"
 _PANEL_INCHES, _HEIGHT_INCHES = 4.6, 4.0
@@ -81,41 +48,42 @@ class Chart:
     """What is drawn.
 
     Attributes:
-        title: one line.
-        quality: what the vertical axis says, with its unit.
-        marks: the schedules that have names.
-        tried: all schedules that the search looked at.
-        limit: the target; None for no line.
+        label: of the vertical axis, with its unit.
+        quality: value of a point on the vertical axis; larger is better.
+        named: the schedules of `MARKS`.
+        tried: all schedules that the search evaluated.
+        limit: axis and value of the target; None for no line.
     """
 
     title: str
-    quality: str
-    marks: tuple[Mark, ...]
-    tried: tuple[Point, ...]
-    limit: Limit | None = None
+    label: str
+    quality: Callable[[Point], float]
+    named: Mapping[str, Point]
+    tried: Sequence[Point] = ()
+    limit: tuple[Literal["macs", "latency", "quality"], float] | None = None
 
 
-def front(points: Sequence[Point], axis: Axis = "macs") -> list[Point]:
-    """The points that no other beats in both, the cheapest first; those without that cost are left out."""
-    cost = _cost(axis)
+def front(points: Sequence[Point], quality: Callable[[Point], float], axis: Axis = "macs") -> list[Point]:
+    """The Pareto front, the cheapest first; points without that cost are left out."""
     best: list[Point] = []
-    for point in sorted((p for p in points if cost(p) is not None), key=lambda p: (cost(p), -p.quality)):
-        if not best or point.quality > best[-1].quality:
+    timed = [point for point in points if getattr(point, axis) is not None]
+    for point in sorted(timed, key=lambda point: (getattr(point, axis), -quality(point))):
+        if not best or quality(point) > quality(best[-1]):
             best.append(point)
     return best
 
 
 def figure(chart: Chart) -> Figure:
-    """Draw quality against MACs, and against latency beside it where more than the dense model was timed."""
+    """Draw quality against MACs, and against latency if more than the dense model was timed."""
     from matplotlib.figure import Figure
 
-    timed = [p for p in (*chart.tried, *_named(chart)) if p.latency is not None]
+    timed = [point for point in (*chart.tried, *chart.named.values()) if point.latency is not None]
     axes: list[Axis] = ["macs", "latency"] if len(timed) > 1 else ["macs"]
     page = Figure(figsize=(_PANEL_INCHES * len(axes), _HEIGHT_INCHES), layout="constrained", dpi=_DPI)
     panels = page.subplots(1, len(axes), sharey=True, squeeze=False)[0]
     for panel, axis in zip(panels, axes, strict=True):
         _draw(panel, chart, axis)
-    panels[0].set_ylabel(chart.quality)
+    panels[0].set_ylabel(chart.label)
     legend = {
         label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
@@ -127,63 +95,35 @@ def figure(chart: Chart) -> Figure:
 
 
 def save(chart: Chart, path: Path, force: bool) -> None:
-    """Draw into a file, in the format that its ending tells; errors as `files.atomic_output`."""
+    """Write the figure in the format of the file name; errors as `files.atomic_output`."""
     with atomic_output(path, force) as temporary:
         figure(chart).savefig(temporary, format=path.suffix.lower().removeprefix("."), dpi=_DPI)
 
 
-def _named(chart: Chart) -> list[Point]:
-    return [mark.point for mark in chart.marks]
-
-
-def _cost(axis: Axis) -> Callable[[Point], float | None]:
-    def of(point: Point) -> float | None:
-        return point.macs if axis == "macs" else point.latency
-
-    return of
-
-
 def _draw(panel: Axes, chart: Chart, axis: Axis) -> None:
-    """One panel: everything that was tried, the front of it, then the named schedules on top."""
-    cost = _cost(axis)
-    tried = [(x, point.quality) for point in chart.tried if (x := cost(point)) is not None]
+    """One panel: all tried schedules, their front, the named schedules and the target."""
+
+    def columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+        return [getattr(point, axis) for point in points], [chart.quality(point) for point in points]
+
+    tried = [point for point in chart.tried if getattr(point, axis) is not None]
     if tried:
-        label = "tried, on the half that chose"
-        panel.scatter(*_columns(tried), s=12, color=_TRIED, linewidths=0, label=label, zorder=2)
-    edge = [(x, point.quality) for point in front(chart.tried, axis) if (x := cost(point)) is not None]
+        label = "tried, on the selection images"
+        panel.scatter(*columns(tried), s=12, color=_TRIED, linewidths=0, label=label, zorder=2)
+    edge = front(tried, chart.quality, axis)
     if len(edge) > 1:
-        panel.step(*_columns(edge), where="post", color=_FRONT, linewidth=1.2, zorder=1, label="front of these")
-    for mark in chart.marks:
-        if (x := cost(mark.point)) is not None:
-            style = MARKS[mark.role]
-            panel.plot(
-                [x],
-                [mark.point.quality],
-                style.shape,
-                color=style.color,
-                markersize=style.size,
-                label=mark.label,
-                zorder=3,
-            )
-    _draw_limit(panel, chart, axis)
+        panel.step(*columns(edge), where="post", color=_FRONT, linewidth=1.2, zorder=1, label="front of these")
+    named = {name: point for name, point in chart.named.items() if getattr(point, axis) is not None}
+    for name, point in named.items():
+        label, color, shape, size = MARKS[name]
+        panel.plot(*columns([point]), shape, color=color, markersize=size, label=label, zorder=3)
+    if chart.limit is not None and chart.limit[0] in (axis, "quality"):
+        line = panel.axhline if chart.limit[0] == "quality" else panel.axvline
+        style: dict[str, Any] = {"color": _LIMIT, "linestyle": "--", "linewidth": 1, "label": "target", "zorder": 1}
+        line(chart.limit[1], **style)
     panel.set_xlabel(_AXES[axis])
-    costs = [x for point in (*chart.tried, *_named(chart)) if (x := cost(point)) is not None]
+    costs = columns([*tried, *named.values()])[0]
     panel.set_xlim(max(0.0, min(costs) - 0.1), max(1.05, max(costs) * 1.05))
     panel.grid(color="#e6e6e6", linewidth=0.6)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
-
-
-def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in pairs], [y for _, y in pairs]
-
-
-def _draw_limit(panel: Axes, chart: Chart, axis: Axis) -> None:
-    """The target as a dashed line, in the panel whose axis it is on."""
-    if chart.limit is None:
-        return
-    style: dict[str, Any] = {"color": _LIMIT, "linestyle": "--", "linewidth": 1, "label": "target", "zorder": 1}
-    if chart.limit.axis == axis:
-        panel.axvline(chart.limit.value, **style)
-    elif chart.limit.axis == "quality":
-        panel.axhline(chart.limit.value, **style)

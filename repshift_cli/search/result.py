@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +12,27 @@ from torch import Tensor
 from repshift_cli.errors import CheckFailed
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Part, Recipe
-from repshift_cli.search.target import Target
+from repshift_cli.search.target import QUALITY_SLACK, Target
 from repshift_cli.utils.stats import percent_interval
 
-__all__ = ["QUALITY_SLACK", "Point", "SearchResult", "SearchSettings", "point_of"]
-
-QUALITY_SLACK = 1e-6
-"""Points of top-1 that rounding may cost."""
+__all__ = ["Point", "SearchResult", "SearchSettings"]
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """What to search for, and on what.
+    """What to search for, and on which images.
 
     Attributes:
-        target: what is to be reached.
-        images: `[n, C, H, W]` (of clips `[n, T, C, H, W]`), preprocessed; at least 16. The first half chooses, the
-            second checks.
-        identity: what they are, for the record.
-        start: its metric (also that of single layers), reducer and model are used; its layers are compared only.
-        labels: int64 `[n]`; None where there are none.
-        evaluations: how many schedules the refinement may try.
-        reducers: others to try.
-        state: file that keeps what is known, so that the search resumes; None for none.
-        seconds: for each measurement of latency; 0 measures none.
+        target: the limit to meet.
+        images: `[n, C, H, W]` (clips: `[n, T, C, H, W]`), preprocessed; at least 16. Schedules are selected on the
+            first half. The second half is held out.
+        identity: description of the images, for the record.
+        start: recipe that gives the metric, the reducer and the model. Its layers are only compared with.
+        labels: int64 `[n]`; None if there are none.
+        evaluations: number of schedules that the refinement may try.
+        reducers: reducers to try.
+        state: file that keeps the evaluations, so that the search can continue; None for none.
+        seconds: time of each latency measurement; 0 measures none.
     """
 
     target: Target
@@ -53,17 +50,17 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class Point:
-    """One schedule: what it costs and what it keeps.
+    """Cost and quality of one schedule.
 
     Attributes:
-        name: `dense`, `paper`, `found`, `given`, `random`, or how the search came to it.
-        tokens: layer and tokens that leave it, prefix tokens included, for each site.
-        macs, latency: fractions of the dense model's; latency None where it was not measured.
-        distance: mean squared Hellinger distance from the dense model (or one minus the cosine, without a head).
-        kl: mean KL in nats (or one minus the cosine).
+        name: `dense`, `paper`, `found`, `given`, `random`, or the step of the search that made it.
+        tokens: for each site its layer and the tokens that leave it, prefix tokens included.
+        macs, latency: fractions of the dense model's; latency is None if it was not measured.
+        distance: mean squared Hellinger distance from the dense model (1 - cosine for a model without a head).
+        kl: mean KL divergence in nats (1 - cosine for a model without a head).
         agreement: share of unchanged predictions; None without a head.
         top1: percent; None without labels.
-        images: how many it was judged on.
+        images: number of images it was evaluated on.
     """
 
     name: str
@@ -76,47 +73,46 @@ class Point:
     top1: float | None
     images: int
 
+    @classmethod
+    def of(cls, name: str, plan: Plan | None, macs: float, latency: float | None, values: Mapping[str, Any]) -> Point:
+        """The point of a plan (None: the dense model) with its measured values."""
+        tokens = () if plan is None else tuple((site.layer, site.tokens_out) for site in plan.sites)
+        quality = {key: values[key] for key in ("distance", "kl", "agreement", "top1", "images")}
+        return cls(name=name, tokens=tokens, macs=macs, latency=latency, **quality)
+
     @property
     def top1_interval(self) -> tuple[float, float] | None:
-        """95% interval of `top1`, in percent; None without labels."""
+        """95% interval of `top1` in percent; None without labels."""
         return None if self.top1 is None else percent_interval(round(self.top1 * self.images / 100), self.images)
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "name": self.name,
+            **asdict(self),
             "tokens": [list(pair) for pair in self.tokens],
             "macs": round(self.macs, 6),
             "latency": None if self.latency is None else round(self.latency, 4),
-            "distance": self.distance,
-            "kl": self.kl,
-            "agreement": self.agreement,
-            "top1": self.top1,
             "top1_interval": None if self.top1_interval is None else list(self.top1_interval),
-            "images": self.images,
         }
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found. Where the target could not be met, `found` is the nearest; `require_met` then raises.
+    """The found schedule. If the target cannot be met, it is the nearest one, and `require_met` raises.
 
     Attributes:
         recipe, plan: the found schedule.
-        met: whether it meets the target: a cost exactly (latency as measured last), a quality on the choosing images.
+        met: whether it meets the target: a cost exactly (latency as last measured), a quality on the selection images.
         nearest: what the found schedule reaches, in the unit of the target.
-        dense, paper, found, random: on the images that took no part, except to decide between the found schedule and
-            the paper's. `paper` is the paper's schedule at the same operations, its scores chosen in the same way;
-            `random` the found one with tokens dropped at random. `paper` is None where the model has no site that it
-            needs.
-        given: the start recipe as it stands, on the choosing images; None where it cannot be carried out, or has no
-            layers.
-        paper_is_found: whether nothing better than the paper's schedule was found: better on the choosing images, and
-            not worse on the others.
-        held_back_decided: whether it was better on the choosing images, and the others turned it into the paper's.
-        paper_calibrated: whether its scores were chosen along it (not so after an interruption).
-        tried: all schedules that were evaluated, on the choosing images, in order.
-        evaluations: how many.
-        seconds: of this run; less than the whole where it resumed.
+        dense, paper, found, random: evaluated on the held-out images. `paper` is the paper's schedule at the same MACs
+            with metrics chosen in the same way; None if the model lacks its sites. `random` is the found schedule with
+            tokens dropped at random.
+        given: the start recipe with its own layers, on the selection images; None if it has none or does not fit.
+        paper_is_found: whether the paper's schedule is the result.
+        held_back_decided: whether it is the result because it was better on the held-out images only.
+        paper_calibrated: whether metrics were chosen for the paper's schedule; False after an interruption.
+        tried: all evaluated schedules, on the selection images, in order.
+        evaluations: their number.
+        seconds: time of this run; less than the whole if it resumed.
     """
 
     recipe: Recipe
@@ -140,21 +136,21 @@ class SearchResult:
     seed: int
 
     def require_met(self) -> None:
-        """Refuse what misses the target.
+        """Check the target.
 
         Raises:
-            CheckFailed: with the nearest that can be reached.
+            CheckFailed: it is missed; the message gives the nearest value.
         """
         if self.met:
             return
         raise CheckFailed(
-            f"the target {self.target} cannot be met here: the nearest is {self.target.kind}={self.nearest:.4g}",
-            "Ask for that, or let other reducers and scores be tried.",
+            f"the target {self.target} cannot be met: the nearest is {self.target.kind}={self.nearest:.4g}",
+            "Ask for that value, or allow other reducers and metrics.",
         )
 
     @property
     def held_back_met(self) -> bool | None:
-        """Whether a target of quality is met on the images held back as well, without a margin; None for a cost."""
+        """Whether a target of quality is met on the held-out images, without a margin; None for a target of cost."""
         dense, found, value = self.dense, self.found, self.target.value
         if self.target.kind == "agreement" and found.agreement is not None:
             return found.agreement >= value
@@ -164,7 +160,7 @@ class SearchResult:
 
     @property
     def front(self) -> tuple[Point, ...]:
-        """Of all that were tried, those that nothing cheaper is as near to the dense model as, the cheapest first."""
+        """The Pareto front of cost and distance over all tried schedules, the cheapest first."""
         kept: list[Point] = []
         for point in sorted(self.tried, key=lambda point: (point.macs, point.distance)):
             if not kept or point.distance < kept[-1].distance:
@@ -172,37 +168,22 @@ class SearchResult:
         return tuple(kept)
 
     def to_dict(self) -> dict[str, Any]:
-        points = {
-            "dense": self.dense,
-            "paper": self.paper,
-            "found": self.found,
-            "random": self.random,
-            "given": self.given,
+        points: dict[str, Point | None] = {
+            name: getattr(self, name) for name in ("dense", "paper", "found", "random", "given")
         }
+        unchanged = (
+            *("met", "paper_is_found", "held_back_decided", "held_back_met", "paper_calibrated", "evaluations"),
+            *("interrupted", "seed"),
+        )
         return {
             "target": {"kind": self.target.kind, "value": self.target.value},
-            "met": self.met,
             "nearest": round(self.nearest, 6),
             "recipe": self.recipe.to_yaml(),
             "plan": self.plan.summary(),
             "points": {name: point.to_dict() if point else None for name, point in points.items()},
-            "paper_is_found": self.paper_is_found,
-            "held_back_decided": self.held_back_decided,
-            "held_back_met": self.held_back_met,
-            "paper_calibrated": self.paper_calibrated,
             "tried": [point.to_dict() for point in self.tried],
             "front": [point.to_dict() for point in self.front],
-            "evaluations": self.evaluations,
             "seconds": round(self.seconds, 1),
-            "interrupted": self.interrupted,
             "data": dict(self.identity),
-            "seed": self.seed,
+            **{name: getattr(self, name) for name in unchanged},
         }
-
-
-def point_of(
-    name: str, tokens: tuple[tuple[int, int], ...], macs: float, latency: float | None, values: Mapping[str, Any]
-) -> Point:
-    """A point with the measured values of a schedule."""
-    shown = {key: values[key] for key in ("distance", "kl", "agreement", "top1", "images")}
-    return Point(name=name, tokens=tokens, macs=macs, latency=latency, **shown)

@@ -1,185 +1,101 @@
-"""The cache of evaluations and the state file that holds it."""
+"""The cache of evaluations, and the state file from which an interrupted search continues."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
 from torch import nn
 
 from repshift_cli.errors import UsageError
+from repshift_cli.planning.recipe import Part
 from repshift_cli.search.result import SearchSettings
-from repshift_cli.utils.distributed import Processes
 from repshift_cli.utils.files import atomic_output
 from repshift_cli.utils.hashing import digest_of_tensors
 from repshift_cli.utils.progress import Task
 from repshift_cli.version import __version__
 
-__all__ = ["EvaluationCache", "identity_of", "keep_outputs", "kept_outputs"]
+__all__ = ["EvaluationCache", "keep_outputs", "kept_outputs", "search_identity"]
 
 _FORMAT = 2
-
-
 _OUTPUTS = "outputs"
 
 
-_ALWAYS = frozenset({"images", "distance", "kl"})
+class _Quality(BaseModel):
+    """A measurement of quality, as `Evaluator.quality` returns it."""
+
+    images: int
+    distance: FiniteFloat
+    kl: FiniteFloat
+    agreement: FiniteFloat | None
+    agreement_error: FiniteFloat | None
+    top1: FiniteFloat | None
+    lost: FiniteFloat | None
+    lost_error: FiniteFloat | None
 
 
-_VALUES = _ALWAYS | {"agreement", "agreement_error", "top1", "lost", "lost_error"}
-"""What `_compare` tells of a candidate; `_ALWAYS` is never None."""
-
-
-_LARGEST = 1e300
+_FORMS: dict[str, TypeAdapter[Any]] = {
+    "latency": TypeAdapter(Annotated[FiniteFloat, Field(gt=0)]),
+    "fit": TypeAdapter(dict[str, Part]),
+    "choose": TypeAdapter(list[Part] | None),
+    **dict.fromkeys(("judge", "sense", "held"), TypeAdapter(_Quality | None)),
+}
+"""Form of the results by kind of evaluation, the first word of the key."""
 
 
 class EvaluationCache:
-    """What is known, by key; on disk where there is a file."""
+    """Results of evaluations by key, written to a file if there is one."""
 
-    def __init__(self, path: Path | None, header: Callable[[], dict[str, Any]], processes: Processes) -> None:
-        self._path = path
-        self._processes = processes
-        self._writes = path is not None and processes.rank == 0
-        self._header = header() if self._writes else {}
-        self._outputs: dict[str, str] = {}
-        self._known: dict[str, Any] = {}
-        self._load()
-
-    def get(
-        self, keys: Sequence[str], compute: Callable[[int], Any], task: Task, *, first_only: bool = False
-    ) -> list[Any]:
-        """The values of the keys; what is not known is computed, each by one of the processes.
+    def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
+        """Load what is known.
 
         Args:
-            compute: given the place of a key; what it returns has a form in JSON.
-            task: advances by the number of keys.
-            first_only: the first process computes them all.
+            path: the state file; None to keep results in memory only.
+            identity: as `search_identity`; a file with another one is refused.
+
+        Raises:
+            UsageError: the file is not the state of this search.
         """
-        missing = {key: index for index, key in reversed(list(enumerate(keys))) if key not in self._known}
-        order = sorted(missing.values())
-        count, rank = self._processes.count, self._processes.rank
-        own = (order if rank == 0 else []) if first_only else order[rank::count]
-        mine: dict[str, Any] = {}
+        self._path = path
+        self._identity = identity
+        self._outputs: dict[str, str] = {}
+        self._known: dict[str, Any] = {}
+        if path is not None and path.exists():
+            self._outputs = kept_outputs(path)
+            self._known = _read_state(path, identity)
+
+    def get(self, keys: Sequence[str], compute: Callable[[int], Any], task: Task) -> list[Any]:
+        """The results of the keys; missing ones are computed. An interruption keeps those that are finished.
+
+        Args:
+            compute: called with the index of a key; returns a value that JSON can hold.
+            task: advances by the number of keys.
+        """
+        first = {key: index for index, key in reversed(list(enumerate(keys))) if key not in self._known}
+        found: dict[str, Any] = {}
         try:
-            task.advance(len(keys) - len(order))
-            for index in own:
-                mine[keys[index]] = compute(index)
+            task.advance(len(keys) - len(first))
+            for index in sorted(first.values()):
+                found[keys[index]] = compute(index)
                 task.advance()
-        except BaseException:
-            self._add(mine)
-            raise
-        gathered = _joined(self._processes.collect(mine))
-        task.advance(len(order) - len(own))
-        self._add({keys[index]: gathered[keys[index]] for index in order})
+        finally:
+            self._add(found)
         return [self._known[key] for key in keys]
 
-    def of_first(self, text: str) -> str:
-        """What the first process says; every process calls this at the same point."""
-        return self._processes.collect(text)[0]
-
-    def alone(self) -> None:
-        """As `Processes.alone`."""
-        self._processes.alone()
-
     def _add(self, found: Mapping[str, Any]) -> None:
-        # through JSON, so that what is read back later is what is used now
+        # through JSON, so that a resumed search sees exactly the same values
         self._known |= json.loads(json.dumps(found))
-        if found and self._writes and self._path is not None:
-            with atomic_output(self._path, force=True) as temporary:
-                document = {**self._header, _OUTPUTS: self._outputs, "known": self._known}
-                temporary.write_text(json.dumps(document), encoding="utf-8")
-
-    def _load(self) -> None:
-        mine: dict[str, Any] = {}
-        if self._writes and self._path is not None and self._path.exists():
-            self._outputs = kept_outputs(self._path)
-            try:
-                mine = {"known": _read_state(self._path, self._header)}
-            except UsageError as error:
-                mine = {"error": [error.message, error.hint]}
-        found = _joined(self._processes.collect(mine))
-        if "error" in found:
-            raise UsageError(*found["error"])
-        self._known = found.get("known", {})
+        if found and self._path is not None:
+            document = {**self._identity, _OUTPUTS: self._outputs, "known": self._known}
+            _write(self._path, document)
 
 
-def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Everything that the processes know."""
-    return {key: value for part in parts for key, value in part.items()}
-
-
-def _read_state(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
-    other = "Give another file, or remove it to begin anew."
-    document = _state_document(path)
-    if document is None or "known" not in document:
-        raise UsageError(f"{path} is not the state of a search", other)
-    known = document.pop("known")
-    document.pop(_OUTPUTS, None)
-    if document != json.loads(json.dumps(header)):
-        differing = [key for key in header if document.get(key) != header[key]] or ["what it holds"]
-        raise UsageError(f"{path} is the state of another search: it differs in {', '.join(differing)}", other)
-    if not isinstance(known, dict) or not all(_is_valid(key, value) for key, value in known.items()):
-        raise UsageError(f"{path} is not the state of a search", other)
-    return known
-
-
-def _state_document(path: Path) -> dict[str, Any] | None:
-    """What a state file holds; None where it is none."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return document if isinstance(document, dict) else None
-
-
-def _is_valid(key: str, value: Any) -> bool:
-    """Whether a value has the form that its kind of evaluation gives."""
-    kind = key.partition(" ")[0]
-    if kind == "latency":
-        return _is_number(value) and value > 0
-    if kind == "fit":
-        return isinstance(value, dict) and all(_is_part(part) for part in value.values())
-    if kind == "choose":
-        return value is None or (isinstance(value, list) and all(_is_part(part) for part in value))
-    if kind not in ("judge", "sense", "held"):
-        return False
-    return value is None or (
-        isinstance(value, dict)
-        and value.keys() >= _VALUES
-        and all(_is_number(value[name]) for name in _ALWAYS)
-        and all(value[name] is None or _is_number(value[name]) for name in _VALUES)
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
-
-
-def _is_part(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("kind"), str)
-
-
-def kept_outputs(state: Path) -> dict[str, str]:
-    """What was written before this state was left: absolute path and SHA-256 of each file."""
-    found = (_state_document(state) or {}).get(_OUTPUTS)
-    return found if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()) else {}
-
-
-def keep_outputs(state: Path, outputs: Mapping[str, str]) -> None:
-    """Note in a state what was written, beside what it knows already, as `kept_outputs` reads it."""
-    document = _state_document(state)
-    if document is not None:
-        with atomic_output(state, force=True) as temporary:
-            temporary.write_text(
-                json.dumps({**document, _OUTPUTS: {**kept_outputs(state), **outputs}}), encoding="utf-8"
-            )
-
-
-def identity_of(model: nn.Module, settings: SearchSettings) -> dict[str, Any]:
-    """What makes a search this one. More evaluations or more time to measure continue it."""
+def search_identity(model: nn.Module, settings: SearchSettings) -> dict[str, Any]:
+    """What must be equal for a state file to apply. More evaluations or more seconds continue the same search."""
     sample = next(model.parameters())
     labels = [] if settings.labels is None else [("labels", settings.labels)]
     return {
@@ -196,3 +112,53 @@ def identity_of(model: nn.Module, settings: SearchSettings) -> dict[str, Any]:
         "device": sample.device.type,
         "dtype": str(sample.dtype),
     }
+
+
+def kept_outputs(state: Path) -> dict[str, str]:
+    """The files that an interrupted search has written: absolute path and SHA-256 of each."""
+    found = (_read_document(state) or {}).get(_OUTPUTS)
+    return found if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()) else {}
+
+
+def keep_outputs(state: Path, outputs: Mapping[str, str]) -> None:
+    """Add written files to a state file, in the form of `kept_outputs`."""
+    document = _read_document(state)
+    if document is not None:
+        _write(state, {**document, _OUTPUTS: {**kept_outputs(state), **outputs}})
+
+
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    with atomic_output(path, force=True) as temporary:
+        temporary.write_text(json.dumps(document), encoding="utf-8")
+
+
+def _read_state(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    hint = "Give another file, or remove it to start again."
+    document = _read_document(path)
+    if document is None or "known" not in document:
+        raise UsageError(f"{path} is not the state of a search", hint)
+    known = document.pop("known")
+    document.pop(_OUTPUTS, None)
+    if document != json.loads(json.dumps(identity)):
+        differing = [key for key in identity if document.get(key) != identity[key]] or ["its keys"]
+        raise UsageError(f"{path} is the state of another search: it differs in {', '.join(differing)}", hint)
+    if not isinstance(known, dict) or not all(_is_valid(key, value) for key, value in known.items()):
+        raise UsageError(f"{path} is not the state of a search", hint)
+    return known
+
+
+def _read_document(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if it holds none."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _is_valid(key: str, value: Any) -> bool:
+    try:
+        _FORMS[key.partition(" ")[0]].validate_json(json.dumps(value), strict=True)
+    except (KeyError, ValidationError):
+        return False
+    return True

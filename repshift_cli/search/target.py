@@ -1,29 +1,41 @@
-"""The target of a search: the kinds, and how one is parsed."""
+"""What a search has to reach. Plain numbers, no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from repshift_cli.errors import UsageError
+from repshift_cli.utils.stats import wilson_interval
 from repshift_cli.utils.suggest import nearest
 
-__all__ = ["TARGETS", "Target"]
+__all__ = ["COST_TOLERANCE", "QUALITY_SLACK", "Target", "lower_agreement"]
 
-TARGETS: dict[str, str] = {
-    "macs": "multiply-accumulates, as a fraction of the dense model's",
-    "latency": "time of a batch, as a fraction of the dense model's, measured here",
-    "agreement": "least share of unchanged predictions",
-    "max-drop": "most points of top-1 that may be lost, where there are labels",
-}
-"""What can be asked for, in words for people."""
+COST_TOLERANCE = 1e-9
+QUALITY_SLACK = 1e-6
+"""Tolerances for rounding: of a fraction of the dense cost, and of points of top-1."""
+
+_RANGES = {"macs": "in (0, 1)", "latency": "in (0, 1)", "agreement": "in (0, 1]", "max-drop": "in [0, 100)"}
+"""The kinds of target, with their valid values."""
+
+_EXAMPLES = (
+    "Possible are macs=0.65 and latency=0.6 (fractions of the dense model's MACs and batch time), agreement=0.99 "
+    "(lowest share of unchanged predictions) and max-drop=0.5 (points of top-1; needs labels)."
+)
+_AGREEMENT_ERRORS, _DROP_ERRORS = 1.0, 0.5
+"""One-sided margins in standard errors. The schedule is selected on the images that it is tested on."""
+
+_LATENCY_AIM = 0.985
+"""Share of a latency target that the search aims at, because measured times scatter."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a search is to reach.
+    """The limit that a schedule has to meet.
 
     Attributes:
-        kind: one of `TARGETS`.
+        kind: `macs`, `latency`, `agreement` or `max-drop`.
         value: fraction of the dense model, share of predictions, or points of top-1.
     """
 
@@ -31,45 +43,56 @@ class Target:
     value: float
 
     def __post_init__(self) -> None:
-        if self.kind not in TARGETS:
-            raise UsageError(f"unknown target {self.kind!r}", nearest(self.kind, TARGETS) + _allowed())
-        most = 100.0 if self.kind == "max-drop" else 1.0
-        least_is_fine, most_is_fine = self.kind == "max-drop", self.kind == "agreement"
-        inside = 0 < self.value < most or (self.value == 0 and least_is_fine) or (self.value == most and most_is_fine)
-        if not inside:
-            wanted = {"max-drop": "0 points or more, and less than 100", "agreement": "above 0, and at most 1"}.get(
-                self.kind, "between 0 and 1, both excluded"
-            )
-            raise UsageError(f"the target {self.kind}={self.value:g} cannot be", f"It must be {wanted}.")
+        if self.kind not in _RANGES:
+            raise UsageError(f"unknown target {self.kind!r}", nearest(self.kind, _RANGES) + _EXAMPLES)
+        high = 100.0 if self.kind == "max-drop" else 1.0
+        bound = {"agreement": high, "max-drop": 0.0}.get(self.kind)
+        if not (0 < self.value < high or self.value == bound):
+            raise UsageError(f"invalid target {self}: must be {_RANGES[self.kind]}")
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Read `macs=0.65` and the like.
+        """Parse `macs=0.65` and the like.
 
         Raises:
-            UsageError: it has another form, names no target, or a value out of range.
+            UsageError: the form, the kind or the value is invalid.
         """
         kind, equals, value = (part.strip() for part in text.partition("="))
         if not equals:
-            raise UsageError(f"a target has the form kind=value, not {text!r}", _allowed())
+            raise UsageError(f"invalid target {text!r}: must have the form kind=value", _EXAMPLES)
         try:
             number = float(value)
         except ValueError:
-            raise UsageError(f"the target {text!r} has no number after the =", _allowed()) from None
+            raise UsageError(f"invalid target {text!r}: no number after the =", _EXAMPLES) from None
         return cls(kind, number)
 
     @property
     def limits_cost(self) -> bool:
-        """Whether the cost is given and the quality sought, rather than the other way round."""
+        """True where the cost is given and quality is maximized; False where quality is given and cost minimized."""
         return self.kind in ("macs", "latency")
+
+    @property
+    def budget(self) -> float:
+        """The cost that the search aims at, as a fraction of the dense model's; only where `limits_cost`."""
+        return self.value * (_LATENCY_AIM if self.kind == "latency" else 1.0)
+
+    def quality(self, values: Mapping[str, Any]) -> float:
+        """The measured quality in the unit of the target; larger is better."""
+        value: float = values["agreement"] if self.kind == "agreement" else -values["lost"]
+        return value
+
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        """Whether a target of quality is met by measured values, with a margin for sampling error."""
+        if self.kind == "agreement":
+            agreement, count = values["agreement"], values["images"]
+            return agreement == 1.0 or lower_agreement(agreement, count) >= self.value
+        worst: float = values["lost"] + _DROP_ERRORS * values["lost_error"]
+        return worst <= self.value + QUALITY_SLACK
 
     def __str__(self) -> str:
         return f"{self.kind}={self.value:.12g}"
 
 
-def _allowed() -> str:
-    return (
-        "Possible are macs=0.65, latency=0.6, agreement=0.99 and max-drop=0.5 ("
-        + "; ".join(f"{kind}: {words}" for kind, words in TARGETS.items())
-        + ")."
-    )
+def lower_agreement(share: float, count: int) -> float:
+    """Lower end of Wilson's interval of a share of `count` images; it is below 1 even for a share of 1."""
+    return wilson_interval(round(share * count), count, _AGREEMENT_ERRORS)[0]

@@ -95,10 +95,6 @@ class Processes:
         """Whether one of the others asked for the end."""
         return self._store is not None and self._store.check([_STOP])
 
-    def alone(self) -> None:
-        """From now on each works for itself: after an interruption the others may be anywhere."""
-        self.rank, self.count, self.nearby, self._store = 0, 1, 1, None
-
 
 def launched_together() -> bool:
     """Whether `torchrun` started this process and others beside it."""

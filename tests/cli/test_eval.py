@@ -13,6 +13,8 @@ import pytest
 from outcome import Command
 from PIL import Image
 
+from repshift_cli.cli.torchrun import own_device
+
 KEYS = {"dataset", "images", "skipped", "top1", "top5", "images_per_s", "gmacs"}
 
 
@@ -141,3 +143,16 @@ def test_no_better_than_guessing(cli: Command, tmp_path: Path) -> None:
     done = cli("eval", "builtin:vit-digits-small", "--dataset", tmp_path / "digits", "--workers", "0")
     assert done.rc == 0, done.stderr
     assert "no better than guessing among 10" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "rank", "used"),
+    [("cuda", None, "cuda"), ("cuda", "1", "cuda:1"), ("cuda:0", "1", "cuda:0"), ("cpu", "1", "cpu")],
+)
+def test_each_process_has_its_own_gpu(
+    device: str, rank: str | None, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert own_device(device) == used

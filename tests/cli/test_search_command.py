@@ -1,4 +1,4 @@
-"""`repshift search` and the search within `repshift compress`, on small models, few pictures and few evaluations."""
+"""`repshift search` and `repshift compress --target`, on small models with few images and few evaluations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from tiny import save_weights, tiny_vit
 from repshift_cli import compress
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.weights import read_weights
-from repshift_cli.cli.torchrun import own_device
 from repshift_cli.data.inputs import ImageBatch, Labelled
 from repshift_cli.errors import RecipeError
 from repshift_cli.planning.recipe import Recipe
@@ -42,7 +41,7 @@ QUICK = ("--images", "16", "--evaluations", "2", "--seconds", "0")
 
 
 def words(text: str) -> str:
-    """In one line, whatever the terminal made of it."""
+    """The text with all white space replaced by single spaces."""
     return " ".join(text.split())
 
 
@@ -52,7 +51,7 @@ def narrow(text: str) -> bool:
 
 @pytest.fixture
 def classes(tmp_path: Path) -> Path:
-    """Ten class folders of two pictures of noise, as many as `dense` has classes."""
+    """Ten class folders with two noise images each; `dense` has ten classes."""
     random = np.random.default_rng(1)
     for label in range(10):
         (tmp_path / "classes" / f"c{label}").mkdir(parents=True)
@@ -77,17 +76,11 @@ def classes(tmp_path: Path) -> Path:
         (("compress",), {"--target"}),
     ],
 )
-def test_the_help_tells_every_option(command: tuple[str, ...], options: set[str], cli: Command) -> None:
+def test_the_help_lists_every_option(command: tuple[str, ...], options: set[str], cli: Command) -> None:
     outcome = cli(*command, "-h")
     assert outcome.rc == 0
     assert {option for option in options if option not in outcome.stdout} == set()
     assert narrow(outcome.stdout)
-
-
-def same_but_for_comments(one: str, other: str) -> bool:
-    return [line for line in one.splitlines() if line[:1] != "#"] == [
-        line for line in other.splitlines() if line[:1] != "#"
-    ]
 
 
 class TestSearch:
@@ -120,12 +113,12 @@ class TestSearch:
         stored = artifact.load(tmp_path / "s.safetensors")
         assert resolve_for(artifact.open_model("builtin:vit-digits-small").loaded.model, recipe) == stored.plan
         assert f"{stored.macs() / stored.dense_macs():.3f}" == rows["found"][0]
-        for told in (
+        for text in (
             "# data   16 built-in training scenes, seed 0, labelled",
             "# search seed 0",
             "#   found  MACs 0.6",
         ):
-            assert told in recipe.text
+            assert text in recipe.text
         assert "macs=0.65" in (recipe.description or "")
 
         document: dict[str, Any] = read_weights(tmp_path / "s.safetensors").document or {}
@@ -156,13 +149,13 @@ class TestSearch:
         assert found["data"]["where"] == str(pictures)
         assert len(found["tried"]) == found["evaluations"] > 1
 
-    def test_builtin_scenes_are_said_plainly(self, cli: Command, dense: Path) -> None:
+    def test_warns_if_it_uses_builtin_scenes(self, cli: Command, dense: Path) -> None:
         outcome = cli("search", dense, "-t", "macs=0.7", *QUICK)
         assert outcome.rc == 0, outcome.stderr
         assert "no pictures were named, so the search looks at built-in scenes" in words(outcome.stderr)
         assert "top-1" not in outcome.stdout
 
-    def test_the_start_gives_metric_reducer_and_target(self, cli: Command, dense: Path, tmp_path: Path) -> None:
+    def test_the_recipe_gives_metric_reducer_and_target(self, cli: Command, dense: Path, tmp_path: Path) -> None:
         (tmp_path / "start.yaml").write_text("version: 1\nmetric: {kind: token_norm}\nbudget: {macs: 0.7}\n")
         outcome = cli("search", dense, "--recipe", "start.yaml", *QUICK, "--json")
         assert outcome.rc == 0, outcome.stderr
@@ -177,21 +170,21 @@ class TestSearch:
         assert (found["output"], found["target"]) == ("dense_macs0.8.yaml", "macs=0.8")
         assert 0.7 < found["points"]["found"]["macs"] <= 0.8
 
-    def test_the_first_reducer_is_what_the_search_starts_from(self, cli: Command, dense: Path, tmp_path: Path) -> None:
+    def test_the_search_starts_with_the_first_reducer(self, cli: Command, dense: Path, tmp_path: Path) -> None:
         (tmp_path / "start.yaml").write_text("version: 1\nmetric: {kind: token_norm}\nbudget: {macs: 0.7}\n")
         arguments = ("search", dense, "-r", "start.yaml", "--reducer", "merge", *QUICK, "--json")
         outcome = cli(*arguments)
         assert outcome.rc == 0, outcome.stderr
         found = json.loads(outcome.stdout)
         assert found["reducer"] == "merge"
-        # from the start, not as one that is tried beside that of the recipe
+        # from the start, not as an alternative to that of the recipe
         assert not [point["name"] for point in found["tried"] if point["name"].startswith("reducer")]
         assert "reducer: {kind: merge}" in found["recipe"]
         outcome = cli(*arguments, "--reducer", "prunne", "--force")
         assert outcome.rc == 2
         assert "there is no reducer 'prunne'" in outcome.stderr
 
-    def test_the_seed_draws_other_pictures(self, cli: Command, dense: Path, pictures: Path, tmp_path: Path) -> None:
+    def test_another_seed_draws_other_images(self, cli: Command, dense: Path, pictures: Path, tmp_path: Path) -> None:
         (tmp_path / "start.yaml").write_text("version: 1\nmetric: {kind: token_norm}\nbudget: {macs: 0.7}\n")
         found = [
             json.loads(
@@ -206,7 +199,7 @@ class TestSearch:
         assert found[0]["data"]["sha256"] == found[1]["data"]["sha256"] != found[2]["data"]["sha256"]
         assert found[2]["seed"] == 1
 
-    def test_latency_is_measured_here(self, cli: Command, dense: Path, pictures: Path) -> None:
+    def test_latency(self, cli: Command, dense: Path, pictures: Path) -> None:
         outcome = cli(
             *("search", dense, "-t", "latency=0.9", "--data", pictures, "--images", "16", "--evaluations", "1"),
             *("--seconds", "0.02", "--plot", "p.svg", "--force", "--json"),
@@ -225,7 +218,7 @@ class TestSearch:
         assert found["nearest"] >= 0.3
         assert found["points"]["found"]["macs"] < 0.9
 
-    def test_max_drop_takes_class_folders(self, cli: Command, dense: Path, classes: Path) -> None:
+    def test_max_drop_with_class_folders(self, cli: Command, dense: Path, classes: Path) -> None:
         outcome = cli(
             *("search", dense, "-t", "max-drop=40", "--data", classes, "--images", "20", "--evaluations", "1"),
             *("--seconds", "0", "--plot", "p.pdf", "--json"),
@@ -239,14 +232,14 @@ class TestSearch:
 
 
 def check_plot(path: Path, rows: dict[str, list[str]]) -> None:
-    """The picture shows the dense model, the paper's schedule and the found one, over MACs and over latency."""
+    """The plot shows the dense model, the paper's schedule and the found one, over MACs and over latency."""
     with Image.open(path) as opened:
         page = np.asarray(opened.convert("RGB")).astype(int)
     panels = page[:-60]  # without the legend
     middle = page.shape[1] / 2
 
     def place(role: str, left: bool) -> tuple[int, float, float]:
-        """How many pixels of its colour a mark has in one panel, and the middle of them."""
+        """Number and mean position of the pixels with the color of a mark in one panel."""
         wanted = np.array([round(255 * part) for part in to_rgb(MARKS[role].color)])
         ys, xs = np.nonzero(np.abs(panels - wanted).sum(axis=-1) == 0)
         here = (xs < middle) == left
@@ -255,25 +248,25 @@ def check_plot(path: Path, rows: dict[str, list[str]]) -> None:
     (dense, dense_x, dense_y), (found, found_x, found_y) = place("dense", left=True), place("found", left=True)
     assert min(dense, found) > 100
     assert found_x < dense_x - 100
-    assert found_y >= dense_y - 2  # no better than the dense model itself
-    assert place("paper", left=True)[0] > 10  # the found schedule may lie upon it, and does not hide it
+    assert found_y >= dense_y - 2  # not better than the dense model
+    assert place("paper", left=True)[0] > 10  # the found schedule may be drawn over it, and is smaller
     assert place("found", left=False)[0] > 100
-    # on a busy machine the times of so small a model may be the same, and then one mark hides the other
+    # times of so small a model may be equal on a busy machine; then one mark hides the other
     if (latency := float(rows["found"][1])) < 0.8:
         assert place("found", left=False)[1] < place("dense", left=False)[1]
     assert latency > 0
 
 
 class TestRefused:
-    def test_existing_files_are_kept_and_this_is_seen_first(self, cli: Command, tmp_path: Path) -> None:
+    def test_existing_files_are_refused_before_the_checkpoint_is_loaded(self, cli: Command, tmp_path: Path) -> None:
         (tmp_path / "no_macs0.65.yaml").write_text("mine")
         outcome = cli("search", "no.safetensors", "-t", "macs=0.65")
         assert outcome.rc == 2
-        assert "no_macs0.65.yaml already exists" in outcome.stderr  # and nothing of the checkpoint that is not there
+        assert "no_macs0.65.yaml already exists" in outcome.stderr  # although the checkpoint does not exist
         assert (tmp_path / "no_macs0.65.yaml").read_text() == "mine"
 
     @pytest.mark.parametrize("option", ["--save", "--plot"])
-    def test_so_are_the_other_outputs(self, option: str, cli: Command, tmp_path: Path) -> None:
+    def test_so_are_existing_plots_and_checkpoints(self, option: str, cli: Command, tmp_path: Path) -> None:
         (tmp_path / "there.png").write_text("mine")
         outcome = cli("search", "no.safetensors", "-t", "macs=0.65", option, "there.png")
         assert outcome.rc == 2
@@ -282,10 +275,10 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("arguments", "rc", "message"),
         [
-            ((), 2, "nothing tells what the search is to reach"),
+            ((), 2, "no target is given"),
             (("-t", "mac=0.65"), 2, "unknown target 'mac' Did you mean macs?"),
-            (("-t", "macs"), 2, "a target has the form kind=value"),
-            (("-t", "macs=1.5"), 2, "the target macs=1.5 cannot be"),
+            (("-t", "macs"), 2, "invalid target 'macs': must have the form kind=value"),
+            (("-t", "macs=1.5"), 2, "invalid target macs=1.5: must be in (0, 1)"),
             (("-t", "macs=0.5", "--plot", "p.gif"), 2, "p.gif has no ending that tells a picture format"),
             (("-t", "macs=0.5", "-o", "a", "--save", "a"), 2, "both name a"),
             (("-t", "macs=0.5", "-o", "a", "--state", "a"), 2, "both name a"),
@@ -296,7 +289,7 @@ class TestRefused:
             (("-t", "macs=0.5"), 3, "nowhere.safetensors"),
         ],
     )
-    def test_what_cannot_be(self, arguments: tuple[str, ...], rc: int, message: str, cli: Command) -> None:
+    def test_invalid_arguments(self, arguments: tuple[str, ...], rc: int, message: str, cli: Command) -> None:
         outcome = cli("search", "nowhere.safetensors", *arguments)
         assert outcome.rc == rc
         assert message in words(outcome.stderr)
@@ -319,11 +312,11 @@ class TestRefused:
         assert outcome.rc == rc
         assert message in outcome.stderr
 
-    def test_a_missed_budget_writes_nothing_unless_forced(self, cli: Command, dense: Path, tmp_path: Path) -> None:
+    def test_a_missed_target_writes_nothing_without_force(self, cli: Command, dense: Path, tmp_path: Path) -> None:
         arguments = ("search", dense, "-t", "macs=0.2", *QUICK, "-o", "r.yaml", "--save", "s.safetensors")
         outcome = cli(*arguments)
         assert outcome.rc == 5
-        assert "the target macs=0.2 cannot be met here: the nearest is macs=0." in outcome.stderr
+        assert "the target macs=0.2 cannot be met: the nearest is macs=0." in outcome.stderr
         assert not (tmp_path / "r.yaml").exists()
         assert not (tmp_path / "s.safetensors").exists()
         assert (tmp_path / "r.yaml.state.json").is_file()
@@ -348,7 +341,7 @@ class TestRefused:
 class TestInterrupted:
     @pytest.fixture
     def started(self, dense: Path, tmp_path: Path) -> subprocess.Popen[str]:
-        """A search that would take minutes."""
+        """A search that takes minutes."""
         arguments = ["-t", "macs=0.7", "--images", "64", "--evaluations", "100000", "--seconds", "0", "-o", "r.yaml"]
         return subprocess.Popen(
             [sys.executable, "-m", "repshift_cli", "search", str(dense), *arguments, "--state", "where.json"],
@@ -359,7 +352,7 @@ class TestInterrupted:
             text=True,
         )
 
-    def test_the_best_so_far_is_written_and_the_search_goes_on_from_there(
+    def test_the_best_schedule_is_written_and_the_search_continues(
         self, started: subprocess.Popen[str], cli: Command, dense: Path, tmp_path: Path
     ) -> None:
         state = tmp_path / "where.json"
@@ -367,14 +360,14 @@ class TestInterrupted:
         started.send_signal(signal.SIGINT)
         _, errors = started.communicate(timeout=60)
         assert started.returncode == 130, errors
-        assert "r.yaml is the best so far" in words(errors)
-        assert "The search is kept in where.json; the same command goes on from there" in words(errors)
+        assert "r.yaml is the best of" in words(errors)
+        assert "The state is kept in where.json; the same command continues the search" in words(errors)
         first = Recipe.load(tmp_path / "r.yaml")
         assert "interrupted, this is the best so far" in first.text
         known = set(json.loads(state.read_text())["known"])
         assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.safetensors", "r.yaml", "where.json"]
 
-        # the same again, but for its end: no --force for the recipe that the interruption left
+        # without --force for the recipe that the interruption wrote
         arguments = ("-t", "macs=0.7", "--images", "64", "--evaluations", "4", "--seconds", "0", "-o", "r.yaml")
         outcome = cli("search", dense, *arguments, "--state", "where.json", "--json")
         assert outcome.rc == 0, outcome.stderr
@@ -382,14 +375,14 @@ class TestInterrupted:
         assert "interrupted" not in Recipe.load(tmp_path / "r.yaml").text
         assert len(known) > 10
 
-    def test_only_what_the_interruption_wrote_is_replaced(self, cli: Command, tmp_path: Path) -> None:
+    def test_only_files_of_the_interruption_are_replaced(self, cli: Command, tmp_path: Path) -> None:
         state, recipe = tmp_path / "where.json", tmp_path / "r.yaml"
         recipe.write_text("mine")
         arguments = ("search", "no.safetensors", "-t", "macs=0.65", "-o", "r.yaml", "--state", "where.json")
         state.write_text(json.dumps({"known": {}}))
         assert "r.yaml already exists" in cli(*arguments).stderr
         keep_outputs(state, {str(recipe): hashlib.sha256(b"mine").hexdigest()})
-        assert cli(*arguments).rc == 3  # as far as the checkpoint that is not there
+        assert cli(*arguments).rc == 3  # the checkpoint does not exist
         (tmp_path / "p.png").write_text("mine")
         assert "p.png already exists" in cli(*arguments, "--plot", "p.png").stderr
         recipe.write_text("mine, and changed")
@@ -404,11 +397,11 @@ class TestInterrupted:
         monkeypatch.setattr("repshift_cli.search.job.search", interrupted)
         outcome = cli("search", dense, "-t", "macs=0.2", *QUICK)
         assert outcome.rc == 130
-        assert "interrupted: the best so far misses macs=0.2" in words(outcome.stderr)
-        assert "The search is kept in dense_macs0.2.yaml.state.json; the same command goes on" in words(outcome.stderr)
+        assert "interrupted: the best schedule so far misses macs=0.2" in words(outcome.stderr)
+        assert "The state is kept in dense_macs0.2.yaml.state.json; the same command continues" in words(outcome.stderr)
         assert not (tmp_path / "dense_macs0.2.yaml").exists()
 
-    def test_before_there_is_anything_to_write(
+    def test_before_the_first_schedule(
         self, cli: Command, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def interrupted(_model: object, _family: object, settings: SearchSettings, _progress: object) -> None:
@@ -419,9 +412,7 @@ class TestInterrupted:
         monkeypatch.setattr("repshift_cli.search.job.search", interrupted)
         outcome = cli("search", dense, "-t", "macs=0.7", *QUICK)
         assert outcome.rc == 130
-        assert "the search is kept in dense_macs0.7.yaml.state.json, and the same command goes on" in words(
-            outcome.stderr
-        )
+        assert "The state is kept in dense_macs0.7.yaml.state.json; the same command continues" in words(outcome.stderr)
         assert "nothing half-done" not in outcome.stderr
         assert not (tmp_path / "dense_macs0.7.yaml").exists()
 
@@ -445,48 +436,12 @@ class TestInterrupted:
 
 
 def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
-    """Until it holds; the process has to live on."""
+    """Wait for a condition while the process runs."""
     end = time.monotonic() + 60
     while not condition():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < end
         time.sleep(0.02)
-
-
-@pytest.mark.parametrize(
-    ("asked", "rank", "taken"),
-    [("cuda", None, "cuda"), ("cuda", "1", "cuda:1"), ("cuda:0", "1", "cuda:0"), ("cpu", "1", "cpu")],
-)
-def test_each_process_takes_a_card_of_its_own(
-    asked: str, rank: str | None, taken: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("LOCAL_RANK", rank)
-    assert own_device(asked) == taken
-
-
-@pytest.mark.slow
-def test_two_processes_find_what_one_does(cli: Command, dense: Path, pictures: Path, tmp_path: Path) -> None:
-    arguments = ["search", str(dense), "-t", "macs=0.7", "--data", str(pictures), *QUICK, "--threads", "1"]
-    alone = cli(*arguments, "-o", "one.yaml")
-    assert alone.rc == 0, alone.stderr
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *("-m", "repshift_cli", *arguments, "-o", "two.yaml", "--json"),
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["output"] == "two.yaml"  # one document: the other process prints nothing
-    assert done.stderr.count("searching for macs=0.7") == 1
-    assert same_but_for_comments((tmp_path / "one.yaml").read_text(), (tmp_path / "two.yaml").read_text())
 
 
 class TestCompress:
@@ -509,7 +464,7 @@ class TestCompress:
             resolve_for(artifact.open_model(dense).loaded.model, Recipe.parse(document["recipe"]["text"]))
             == stored.plan
         )
-        assert document["measured"]["images"]["count"] == 8  # those that took no part in the search
+        assert document["measured"]["images"]["count"] == 8  # the held-out images
         assert Recipe.parse(cli("recipes", "show", "s.safetensors").stdout).text == document["recipe"]["text"]
 
     def test_a_recipe_with_a_budget(self, cli: Command, tmp_path: Path, dense: Path, pictures: Path) -> None:
@@ -538,21 +493,31 @@ class TestCompress:
             (("--no-calibrate",), "--no-calibrate: the search for macs=0.7 chooses by pictures"),
         ],
     )
-    def test_what_a_search_cannot_do(self, extra: tuple[str, ...], message: str, cli: Command, dense: Path) -> None:
+    def test_options_that_a_search_refuses(
+        self, extra: tuple[str, ...], message: str, cli: Command, dense: Path
+    ) -> None:
         outcome = cli("compress", dense, "--target", "macs=0.7", *extra)
         assert outcome.rc == 2
         assert message in words(outcome.stderr)
 
 
+def test_several_processes_are_refused(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = cli("search", "no.safetensors", "-t", "macs=0.7")
+    assert outcome.rc == 2
+    assert words(outcome.stderr) == "error: repshift search runs in one process Start it without torchrun."
+
+
 @pytest.mark.parametrize(("model", "reducer"), [("builtin:cnn-digits", "merge"), ("builtin:vim-digits", "vid_tldr")])
-def test_a_reducer_that_the_model_cannot_have_is_refused(model: str, reducer: str, cli: Command) -> None:
+def test_a_reducer_that_does_not_fit_the_model_is_refused(model: str, reducer: str, cli: Command) -> None:
     outcome = cli("search", model, "-t", "macs=0.7", "--reducer", "prune", "--reducer", reducer, *QUICK)
     assert outcome.rc == 2
     assert f"{reducer} " in outcome.stderr
     assert "unexpected" not in outcome.stderr
 
 
-def test_one_process_tells_what_it_finds_whatever_its_rank(
+def test_one_process_prints_its_result_whatever_its_rank(
     cli: Command, dense: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -567,7 +532,7 @@ def test_one_process_tells_what_it_finds_whatever_its_rank(
     ("model", "named"),
     [("builtin:vit-digits-small", True), pytest.param("timm", True, marks=pytest.mark.slow), ("dense", False)],
 )
-def test_fitted_weights_are_for_the_model_that_they_were_fitted_to(
+def test_a_recipe_with_fitted_weights_names_the_model(
     *, model: str, named: bool, cli: Command, dense: Path, pictures: Path, tmp_path: Path
 ) -> None:
     if model == "timm":
@@ -590,13 +555,13 @@ class TestOtherUsersOfABudget:
         (tmp_path / "b.yaml").write_text("version: 1\nbudget: {macs: 0.7}\n")
         return "b.yaml"
 
-    def test_bench_says_what_to_do(self, cli: Command, dense: Path, budget: str) -> None:
+    def test_bench_refuses_it(self, cli: Command, dense: Path, budget: str) -> None:
         outcome = cli("bench", dense, "--recipe", budget, "--seconds", "0")
         assert outcome.rc == 2
         assert "b.yaml:2:1: the recipe has a budget in place of layers" in words(outcome.stderr)
         assert "`repshift search MODEL --recipe FILE` finds the layers" in words(outcome.stderr)
 
-    def test_so_does_the_python_api(self, budget: str, tmp_path: Path) -> None:
+    def test_the_python_api_refuses_it(self, budget: str, tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match="budget in place of layers"):
             compress(tiny_vit(), Recipe.load(tmp_path / budget))
 
@@ -605,16 +570,16 @@ class TestOtherUsersOfABudget:
         assert cli("recipes", "show", budget).stdout == (tmp_path / budget).read_text()
 
 
-def test_what_is_held_back_is_the_second_half() -> None:
+def test_the_second_half_is_held_out() -> None:
     batch = ImageBatch(torch.arange(7.0), {"where": "x", "count": 7, "seed": 0}, "7 of x", builtin=False)
     unused: Any = None
     found = Found(unused, unused, unused, unused, Labelled(batch, None, "none"), {})
-    assert found.held_back.tensor.tolist() == [3, 4, 5, 6]  # `search` chooses on the first half, rounded down
-    assert found.held_back.identity["count"] == 4
+    assert found.heldout.tensor.tolist() == [3, 4, 5, 6]  # the selection half is rounded down
+    assert found.heldout.identity["count"] == 4
     assert batch.identity["count"] == 7
 
 
-def test_the_name_of_a_folder_cannot_end_a_comment(cli: Command, dense: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_folder_name_cannot_end_a_comment(cli: Command, dense: Path, pictures: Path, tmp_path: Path) -> None:
     odd = pictures.rename(tmp_path / "a\nversion: 2\x1b")
     (tmp_path / "start.yaml").write_text("version: 1\nmetric: {kind: token_norm}\nbudget: {macs: 0.7}\n")
     outcome = cli("search", dense, "-r", "start.yaml", "--data", odd, *QUICK, "-o", "r.yaml")

@@ -1,4 +1,4 @@
-"""Schedules of the additive model, against brute force, and what becomes of them in a recipe."""
+"""Schedules of the additive model, compared with brute force, and their recipes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from repshift_cli.errors import UsageError
 from repshift_cli.planning.layout import Layout, SiteInfo, Window
 from repshift_cli.planning.plan import resolve
 from repshift_cli.planning.recipe import Part, default_recipe
-from repshift_cli.search.additive import Additive, Curve, Kept, drops, levels
+from repshift_cli.search.additive import Additive, Kept, drops
 from repshift_cli.search.schedule import fit, layer_drops, neighbours, on_tiles, paper_schedule, solve, to_recipe
-from repshift_cli.search.target import Target
 
 UNIT = 1 / 64
-"""Savings are multiples of it, so that sums of them are exact and no two fall into one bin."""
+"""Savings are multiples of this, so that their sums are exact and no two share a bin."""
 
 SHIFT = Part.model_validate({"kind": "representation_shift", "operation": "mlp", "polarity": "largest"})
 NORM = Part(kind="token_norm")
@@ -27,13 +26,13 @@ METRICS = dict.fromkeys(range(12), SHIFT)
 
 
 def rising(draw: st.DrawFn, count: int, most: int) -> list[int]:
-    """Zero, then `count - 1` numbers that never fall."""
+    """Zero, then `count - 1` numbers in rising order."""
     return [0, *itertools.accumulate(draw(st.lists(st.integers(0, most), min_size=count - 1, max_size=count - 1)))]
 
 
 @st.composite
 def small_models(draw: st.DrawFn) -> tuple[Additive, tuple[int, ...]]:
-    """An additive model small enough to try everything, and its levels."""
+    """An additive model small enough for brute force, and its levels."""
     steps = (8, 6, 3, 2)[: draw(st.integers(2, 4))]
     sites = draw(st.integers(1, 4))
     gains = [dict(zip(steps, rising(draw, len(steps), 3), strict=True)) for _ in range(sites)]
@@ -51,14 +50,14 @@ def small_models(draw: st.DrawFn) -> tuple[Additive, tuple[int, ...]]:
 
 
 def everything(model: Additive, steps: tuple[int, ...], max_sites: int | None = None) -> list[Kept]:
-    """All schedules that there are."""
+    """All possible schedules."""
     falling = (kept for kept in itertools.product(steps, repeat=model.sites) if list(kept) == sorted(kept)[::-1])
     most = model.sites if max_sites is None else max_sites
     return [kept for kept in falling if model.possible(kept) and sum(map(bool, drops(kept, 8))) <= most]
 
 
 def vit(tokens: int = 196, sites: int = 12) -> Additive:
-    """Like a ViT: each site saves a part of one block, a little less than in proportion; the last saves nothing."""
+    """Like a ViT: each site saves a part of one block, slightly less than in proportion. The last one saves nothing."""
 
     def gain(site: int, kept: int) -> float:
         gone = 1 - kept / tokens
@@ -69,41 +68,10 @@ def vit(tokens: int = 196, sites: int = 12) -> Additive:
 
 @st.composite
 def schedules(draw: st.DrawFn, model: Additive) -> Kept:
-    """Any schedule of the model that drops something."""
+    """Any schedule that drops tokens."""
     counts = st.lists(st.integers(model.least, model.tokens), min_size=model.sites, max_size=model.sites)
     kept = sorted(draw(counts.filter(lambda found: min(found) < model.tokens)), reverse=True)
     return tuple(kept)
-
-
-class TestTarget:
-    @pytest.mark.parametrize(
-        ("text", "kind", "value"),
-        [("macs=0.65", "macs", 0.65), (" latency = 0.6", "latency", 0.6), ("max-drop=0", "max-drop", 0.0)],
-    )
-    def test_parses(self, text: str, kind: str, value: float) -> None:
-        assert Target.parse(text) == Target(kind, value)
-
-    def test_is_written_as_it_is_read(self) -> None:
-        assert Target.parse(str(Target("agreement", 0.995))) == Target("agreement", 0.995)
-
-    @pytest.mark.parametrize(
-        ("text", "said"),
-        [
-            ("macs", "kind=value"),
-            ("mac=0.5", "Did you mean macs"),
-            ("macs=half", "no number"),
-            ("macs=0", "between 0 and 1"),
-            ("macs=1", "between 0 and 1"),
-            ("latency=nan", "between 0 and 1"),
-            ("agreement=1.01", "at most 1"),
-            ("max-drop=-0.1", "0 points or more"),
-            ("max-drop=inf", "0 points or more"),
-        ],
-    )
-    def test_says_what_is_wrong(self, text: str, said: str) -> None:
-        with pytest.raises(UsageError) as caught:
-            Target.parse(text)
-        assert said in str(caught.value)
 
 
 class TestSolve:
@@ -150,38 +118,11 @@ class TestSolve:
         assert found.cost <= budget + 1e-9
         assert model.possible(found.kept)
 
-    def test_passes_over_what_cannot_be(self) -> None:
+    def test_leaves_out_infinite_harm(self) -> None:
         model = Additive(8, 2, lambda site, kept: UNIT * (8 - kept), lambda site, kept: math.inf if not site else 1.0)
         found = solve(model, (8, 4), width=UNIT).best(0.99)
         assert found is not None
         assert found.kept == (8, 4)
-
-    def test_levels_fall_from_all_to_a_tenth(self) -> None:
-        assert levels(100) == tuple(range(100, 5, -5))[:19]
-        assert levels(16)[0] == 16
-        assert levels(16)[-1] == 2
-        assert list(levels(7)) == sorted(set(levels(7)), reverse=True)
-
-
-class TestCurve:
-    @given(st.dictionaries(st.integers(0, 99), st.floats(0, 1), max_size=5))
-    def test_never_falls_as_more_go(self, points: dict[int, float]) -> None:
-        curve = Curve(100, tuple(points.items()))
-        values = [curve(kept) for kept in range(100, 0, -1)]
-        assert values[0] == 0.0
-        assert all(after >= before * (1 - 1e-9) for before, after in itertools.pairwise(values))
-
-    def test_goes_through_its_points(self) -> None:
-        curve = Curve(100, ((90, 0.01), (50, 0.2), (30, 0.25)))
-        assert [curve(kept) for kept in (90, 50, 30)] == pytest.approx([0.01, 0.2, 0.25])
-
-    def test_is_a_power_beyond_its_points(self) -> None:
-        curve = Curve(100, ((80, 0.04), (60, 0.16)))
-        assert curve(90) == pytest.approx(0.01)
-        assert curve(20) == pytest.approx(0.64)
-
-    def test_without_points_anything_harms(self) -> None:
-        assert Curve(100, ())(99) == math.inf
 
 
 class TestFit:
@@ -202,12 +143,12 @@ class TestFit:
         assert fit(late, model, 0.5) is None
         assert fit((196,) * 12, model, 0.9) is None
 
-    def test_leaves_no_site_that_drops_next_to_nothing(self) -> None:
+    def test_removes_sites_that_drop_very_few(self) -> None:
         fitted = fit((195,) * 6 + (100,) * 6, vit(), 0.8)
         assert fitted is not None
         assert fitted[:6] == (196,) * 6
 
-    def test_keeps_to_what_can_go_at_a_site(self) -> None:
+    def test_respects_the_limit_of_a_site(self) -> None:
         full = vit()
         half = Additive(196, 12, full.gain, full.harm, most=lambda arriving: arriving // 2)
         fitted = fit((60,) * 12, half, 0.6)
@@ -229,7 +170,7 @@ class TestNeighbours:
         assert fitted not in found
         assert all(model.possible(kept) and model.cost(kept) <= 0.65 + 1e-9 for kept in found)
         assert [model.damage(kept) for kept in found] == sorted(model.damage(kept) for kept in found)
-        # nothing is saved behind the last site, so it takes none that it did not have
+        # the last site saves nothing, so it gets no new drops
         if fitted[-1] == fitted[-2]:
             assert all(kept[-1] == kept[-2] for kept in found)
 
@@ -258,7 +199,7 @@ class TestTiles:
                 assert (after + prefix) % multiple == 0
                 assert before - after < multiple
 
-    def test_of_one_nothing_changes(self) -> None:
+    def test_a_multiple_of_one_changes_nothing(self) -> None:
         assert on_tiles((190, 101, 33), 196, 1, 1) == (190, 101, 33)
 
     def test_known_numbers(self) -> None:
@@ -267,19 +208,19 @@ class TestTiles:
 
 class TestRecipes:
     @pytest.mark.parametrize("tokens", [16, 49, 196])
-    def test_the_papers_schedule_is_that_of_its_recipe(self, tokens: int) -> None:
+    def test_the_papers_schedule_matches_its_recipe(self, tokens: int) -> None:
         layout = sequence(tokens)
         plan = resolve(default_recipe(12), layout)
         kept = paper_schedule(12, tokens, {0: 0.2, 3: 0.2, 6: 0.2})
         assert tuple(count - 1 for count in plan.tokens_at(12)[1:]) == kept
 
     @given(schedules(vit()))
-    def test_counts_come_out_exactly(self, kept: Kept) -> None:
+    def test_the_recipe_has_the_exact_counts(self, kept: Kept) -> None:
         recipe = to_recipe(kept, sequence(196), range(12), metrics=METRICS, reducer=PRUNE)
         plan = resolve(recipe, sequence(196))
         assert plan.tokens_at(12)[1:] == tuple(1 + count for count in kept)
 
-    def test_layers_have_scores_of_their_own(self) -> None:
+    def test_layers_have_their_own_metrics(self) -> None:
         kept = (100, 100, 80, 60)
         metrics = {0: SHIFT, 1: NORM, 2: NORM, 3: SHIFT}
         recipe = to_recipe(kept, sequence(196, 4), range(4), metrics=metrics, reducer=PRUNE, model="deit")
@@ -287,12 +228,12 @@ class TestRecipes:
         assert [(drop.layer, drop.metric) for drop in recipe.layers] == [(0, None), (2, NORM), (3, None)]
         assert recipe.model == "deit"
 
-    def test_a_schedule_of_nothing_is_refused(self) -> None:
+    def test_a_schedule_without_drops_is_refused(self) -> None:
         with pytest.raises(UsageError):
             to_recipe((196,) * 12, sequence(196), range(12), metrics=METRICS, reducer=PRUNE)
 
     @given(st.lists(st.integers(200, 3136), min_size=3, max_size=3))
-    def test_of_a_map_at_least_the_share_stays_in_whole_lines(self, counts: list[int]) -> None:
+    def test_a_map_keeps_at_least_the_share_in_whole_lines(self, counts: list[int]) -> None:
         kept = tuple(sorted(counts, reverse=True))
         layout = pyramid()
         found = layer_drops(kept, layout, [0, 1, 2])
@@ -303,7 +244,7 @@ class TestRecipes:
             assert all(left <= there for left, there in zip(grid, arriving[layer], strict=True))
             assert grid != arriving[layer]
             share, lines = kept[layer] / 3136, sum(dense[layer])
-            # no less than asked for, if so much arrives, and not more than one line of each kind above it
+            # at least the requested share, if so much arrives, and at most one line of each kind more
             assert math.prod(grid) >= min(share * math.prod(dense[layer]) - 1e-6, math.prod(arriving[layer]) * 0.5)
             assert math.prod(grid) <= share * math.prod(dense[layer]) + lines
 

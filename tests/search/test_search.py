@@ -1,12 +1,9 @@
-"""The search on small models: what it promises, that it can be interrupted and resumed, and that processes agree."""
+"""The search on small models: its result, interruption and resumption."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,16 +29,16 @@ from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.families.base import match
 from repshift_cli.search.evaluator import Evaluator
 from repshift_cli.search.result import SearchResult, SearchSettings
-from repshift_cli.search.search import _least_share, search
+from repshift_cli.search.search import search
 from repshift_cli.search.state import keep_outputs, kept_outputs
-from repshift_cli.search.target import Target
+from repshift_cli.search.target import Target, lower_agreement
 from repshift_cli.utils.progress import Progress, Silent
 
 COUNT = 48
 HELD = COUNT // 2
 
 FIXED = "version: 1\nmetric: {kind: representation_shift, operation: block, distance: l2, reading: update}\n"
-"""A start whose only open field is the polarity, so that searches are fast."""
+"""A start recipe whose only open field is the polarity, for fast searches."""
 
 
 def wanted(target: str, **options: Any) -> SearchSettings:
@@ -62,14 +59,14 @@ def run(target: str, model: nn.Module | None = None, progress: Progress | None =
 
 
 def document(result: SearchResult) -> dict[str, Any]:
-    """All that a result tells but for how long it took."""
+    """A result without its run time."""
     found = result.to_dict()
     del found["seconds"]
     return json.loads(json.dumps(found))
 
 
 class Stopping:
-    """Presses Ctrl-C at a step of a task: the one that would end its step `after`, of those called `label`."""
+    """Raises KeyboardInterrupt at step `after` of the tasks called `label`."""
 
     def __init__(self, label: str, after: int) -> None:
         self.label = label
@@ -98,7 +95,7 @@ class Stopping:
 
 
 class Counting(Silent):
-    """Checks that each task makes just the steps that it announced, and keeps what was warned of."""
+    """Records the announced and the made steps of each task, and the warnings."""
 
     def __init__(self) -> None:
         self.tasks: list[tuple[str, int, int]] = []
@@ -120,7 +117,7 @@ class Counting(Silent):
 
 
 class TestCost:
-    def test_the_found_schedule_is_what_it_says(self) -> None:
+    def test_the_result_describes_the_found_schedule(self) -> None:
         model, result = tiny_vit(), run("macs=0.65")
         assert result.met
         assert not result.interrupted
@@ -129,7 +126,7 @@ class TestCost:
         compressed = attach(model, plan)
         assert compressed.macs() / compressed.dense_macs() == pytest.approx(result.found.macs) == result.nearest
         assert 0.6 < result.found.macs <= 0.65
-        # the distances are those of the images that took no part
+        # the values are those of the held-out images
         held = images(COUNT)[HELD:]
         with torch.inference_mode():
             given = compressed(held)
@@ -153,7 +150,7 @@ class TestCost:
         assert result.paper is not None
         assert result.found.distance <= result.paper.distance
         assert result.paper.macs <= 0.6
-        # of so few tokens one is a few percent of the operations
+        # one of so few tokens is a few percent of the MACs
         assert abs(result.paper.macs - result.found.macs) < 0.05
 
     def test_is_the_best_that_was_tried(self) -> None:
@@ -165,8 +162,8 @@ class TestCost:
         assert result.evaluations == len(result.tried) > 8
         assert len({point.name for point in result.tried} & {"additive model", "paper", "neighbour"}) == 3
 
-    def test_puts_the_tokens_away_where_they_do_not_matter(self) -> None:
-        """Block 1 reads all tokens and the others do nothing to them, so what goes after it goes for nothing."""
+    def test_drops_tokens_where_they_do_not_matter(self) -> None:
+        """Block 1 reads all tokens and the other blocks are the identity, so dropping after block 1 changes little."""
         model = tiny_vit()
         with torch.no_grad():
             for index, block in enumerate(model.blocks):
@@ -186,7 +183,7 @@ class TestCost:
         assert result.given.tokens == ((1, 1 + PATCHES // 2),)
         assert run("macs=0.65", start=Recipe.parse(FIXED + "budget: {macs: 0.65}\n")).given is None
 
-    def test_says_what_is_out_of_reach(self) -> None:
+    def test_warns_if_the_target_is_out_of_reach(self) -> None:
         listener = Counting()
         result = run("macs=0.05", progress=listener)
         assert not result.met
@@ -196,7 +193,7 @@ class TestCost:
             result.require_met()
         run("macs=0.65").require_met()
 
-    def test_progress_makes_the_steps_that_it_announces(self) -> None:
+    def test_progress_makes_the_announced_steps(self) -> None:
         listener = Counting()
         run("macs=0.65", progress=listener)
         assert {"choosing scores", "measuring layers", "trying neighbours"} <= {label for label, _, _ in listener.tasks}
@@ -210,7 +207,7 @@ class TestCost:
         assert set(kinds.values()) == {"representation_shift"}
 
     @pytest.mark.parametrize("parts", ["metric: {kind: class_attention}", "reducer: {kind: bipartite}"])
-    def test_what_scores_and_reducers_cost_is_in_the_budget(self, parts: str) -> None:
+    def test_the_budget_includes_metrics_and_reducers(self, parts: str) -> None:
         start = Recipe.parse(f"version: 1\n{parts}\nbudget: {{macs: 0.7}}\n")
         result = run("macs=0.7", tiny_vit(img_size=96), images=images(16, 96), start=start)
         assert result.met
@@ -228,7 +225,7 @@ class TestCost:
         assert "reducer prune" not in {point.name for point in result.tried}
         assert all(point.macs <= 0.65 + 1e-9 for point in result.tried if point.name != "other cost")
 
-    def test_a_reducer_with_a_limit_takes_no_more_than_that(self) -> None:
+    def test_a_reducer_stays_within_its_limit(self) -> None:
         start = Recipe.parse(FIXED + "reducer: {kind: bipartite}\nbudget: {macs: 0.6}\n")
         result = run("macs=0.6", start=start)
         assert result.met
@@ -244,7 +241,7 @@ class TestQuality:
         result = run("agreement=0.8", evaluations=12)
         assert result.met
         assert result.nearest >= 0.8
-        holding = [point for point in result.tried if _least_share(point.agreement or 0.0, HELD) >= 0.8]
+        holding = [point for point in result.tried if lower_agreement(point.agreement or 0.0, HELD) >= 0.8]
         assert result.found.macs <= min(point.macs for point in holding) * 1.01
 
     def test_more_agreement_costs_more(self) -> None:
@@ -260,10 +257,10 @@ class TestQuality:
         assert result.met
         assert result.nearest <= 20
         assert result.dense.top1 == 100.0
-        # every label is what the dense model says, so points lost are predictions changed
+        # the labels are the dense predictions, so lost points are changed predictions
         assert result.found.top1 == pytest.approx(100 * (result.found.agreement or 0.0), abs=1e-4)
 
-    def test_says_whether_it_holds_on_the_others(self) -> None:
+    def test_reports_whether_it_holds_on_heldout_images(self) -> None:
         result = run("agreement=0.8", evaluations=4)
         assert result.held_back_met == ((result.found.agreement or 0.0) >= 0.8)
         assert result.to_dict()["held_back_met"] is result.held_back_met
@@ -272,19 +269,19 @@ class TestQuality:
         assert lost.held_back_met is False
         assert replace(lost, target=Target("max-drop", 1.0)).held_back_met is None
 
-    def test_says_when_the_images_are_too_few(self) -> None:
+    def test_warns_if_the_images_are_too_few(self) -> None:
         listener = Counting()
         run("agreement=0.99", progress=listener, evaluations=4)
         assert any("too few" in text for text in listener.warned)
 
-    def test_nothing_is_mild_enough_where_all_tokens_are_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        judge = Evaluator.judge
+    def test_is_missed_if_all_tokens_are_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        quality = Evaluator.quality
 
-        def never(self: Evaluator, plan: Plan, name: str) -> dict[str, Any] | None:
-            found = judge(self, plan, name)
+        def never(self: Evaluator, plan: Plan, part: str) -> dict[str, Any] | None:
+            found = quality(self, plan, part)
             return found and {**found, "agreement": min(found["agreement"], 0.5)}
 
-        monkeypatch.setattr(Evaluator, "judge", never)
+        monkeypatch.setattr(Evaluator, "quality", never)
         result = run("agreement=0.9", evaluations=4)
         assert not result.met
         assert result.nearest <= 0.5
@@ -295,7 +292,7 @@ class TestQuality:
 class TestLatency:
     @pytest.mark.parametrize("target", [0.6, 0.75])
     def test_is_met_within_three_percent(self, monkeypatch: pytest.MonkeyPatch, target: float) -> None:
-        """On a device whose clock sees only a part of the operations, and each site besides."""
+        """With a time that depends on a part of the MACs and on the number of sites."""
         asked: list[Plan] = []
 
         def clock(self: Evaluator, plan: Plan, progress: Progress, patient: bool = False) -> float:
@@ -312,8 +309,8 @@ class TestLatency:
         assert len(asked) < 20
 
     @pytest.mark.parametrize("seed", range(4))
-    def test_a_clock_that_scatters_is_met_as_well(self, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-        """And one of which the model knows little: the last step lies between one too slow and one fast enough."""
+    def test_is_met_with_noisy_times(self, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+        """And with times that the cost model predicts badly: the last step lies between a slow and a fast size."""
         chance = random.Random(seed)
         asked: dict[str, float] = {}
 
@@ -331,9 +328,9 @@ class TestLatency:
     def test_is_measured_beside_the_dense_model(self) -> None:
         model = tiny_vit(img_size=96, embed_dim=64)
         family = match(model)
-        bench = Evaluator(model, family, wanted("macs=0.5", images=images(COUNT, 96), seconds=0.3), Silent())
+        evaluator = Evaluator(model, family, wanted("macs=0.5", images=images(COUNT, 96), seconds=0.3), Silent())
         layers = "layers: [{layer: 0, keep_tokens: 2}]\n"
-        few = bench.latency(resolve_for(model, Recipe.parse(FIXED + layers)), Silent())
+        few = evaluator.latency(resolve_for(model, Recipe.parse(FIXED + layers)), Silent())
         assert 0.1 < few < 0.9
 
     def test_is_reported_where_there_is_time(self) -> None:
@@ -352,19 +349,21 @@ class TestRepeating:
         with pytest.raises(KeyboardInterrupt):
             run("macs=0.6", state=state, progress=Stopping("measuring layers", 5))
         before = json.loads(state.read_text())["known"]
-        assert sum(key.startswith("sense ") for key in before) == 6  # the step that was interrupted was done
+        assert sum(key.startswith("sense ") for key in before) == 6  # the interrupted step was finished
         interrupted = run("macs=0.6", state=state, progress=Stopping("trying neighbours", 2))
         assert interrupted.interrupted
         known = set(json.loads(state.read_text())["known"])
-        judge, judged = Evaluator.judge, []
-        monkeypatch.setattr(Evaluator, "judge", lambda self, plan, name: judged.append(name) or judge(self, plan, name))
+        quality, evaluated = Evaluator.quality, []
+        monkeypatch.setattr(
+            Evaluator, "quality", lambda self, plan, part: evaluated.append(part) or quality(self, plan, part)
+        )
         assert document(run("macs=0.6", state=state)) == document(whole)
         after = set(json.loads(state.read_text())["known"])
-        assert len(judged) == sum(not key.startswith("choose ") for key in after - known)
-        assert "sense" not in judged
-        judged.clear()
+        assert len(evaluated) == sum(not key.startswith("choose ") for key in after - known)
+        assert "sensitivity" not in evaluated
+        evaluated.clear()
         assert document(run("macs=0.6", state=state)) == document(whole)
-        assert judged == []
+        assert evaluated == []
 
     @pytest.mark.parametrize(
         ("change", "named"),
@@ -435,7 +434,7 @@ class TestRepeating:
         assert kept_outputs(state) == {}
 
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"known": 1}', "\x00", "[" * 100_000, '{"known":' * 100_000])
-    def test_refuses_what_is_no_state(self, tmp_path: Path, text: str) -> None:
+    def test_refuses_a_file_that_is_no_state(self, tmp_path: Path, text: str) -> None:
         state = tmp_path / "state.json"
         state.write_text(text)
         with pytest.raises(UsageError, match="state of"):
@@ -538,50 +537,18 @@ def test_the_built_in_model_beats_chance_and_the_paper() -> None:
     assert abs(result.paper.macs - result.found.macs) < 0.01
     assert result.found.distance <= result.paper.distance
     assert result.found.distance < 0.5 * result.random.distance
-    # as calibration knows of this model: which end is kept differs from layer to layer
+    # the polarity differs from layer to layer, as in calibration
     assert {site.metric.options["polarity"] for site in result.plan.sites} == {"largest", "smallest"}
 
 
 def replace_metric(recipe: Recipe) -> Recipe:
-    """The recipe with all but the polarity given, to try fewer."""
+    """The recipe with all fields fixed except the polarity, so that there are fewer variants."""
     part = Part.model_validate(
         {"kind": "representation_shift", "operation": "mlp", "distance": "l2", "reading": "update"}
     )
     return recipe.model_copy(update={"metric": part})
 
 
-WORKER = """
-import json, sys
-sys.path[:0] = {tests!r}
-import torch
-torch.set_num_threads(1)
-from test_search import document, run
-from pathlib import Path
-import os
-result = run("macs=0.6", state=Path({state!r}))
-Path({out!r} + os.environ["RANK"]).write_text(json.dumps(document(result)))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
-    script, state, out = tmp_path / "worker.py", tmp_path / "state.json", str(tmp_path / "rank")
-    script.write_text(
-        WORKER.format(tests=[str(Path(__file__).parents[1]), str(Path(__file__).parent)], state=str(state), out=out)
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        launch, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    alone = document(run("macs=0.6"))
-    assert json.loads(Path(f"{out}0").read_text()) == alone
-    assert json.loads(Path(f"{out}1").read_text()) == alone
-    # what the two know is whole, so one can go on with it
-    assert document(run("macs=0.6", state=state, progress=Stopping("never", 0))) == alone
-
-
 def test_depth_of_the_tiny_model() -> None:
-    """The tests above speak of its layers by number."""
+    """The tests above use its layers by number."""
     assert [site.layer for site in match(tiny_vit()).layout(tiny_vit()).sites] == list(range(DEPTH))

@@ -22,7 +22,7 @@ _FRONT_ROWS = 8
 
 
 def show_search(found: Found) -> None:
-    """Print the result for people, in 80 columns."""
+    """Print the result in 80 columns."""
     from repshift_cli.cli import ui
 
     loaded = found.loaded
@@ -35,52 +35,48 @@ def show_search(found: Found) -> None:
 
 
 def show_found(found: Found) -> None:
-    """Print what the search found beside the dense model and the paper's schedule."""
+    """Print the found schedule beside the dense model and the paper's schedule."""
     from repshift_cli.cli import ui
 
-    result = found.result
-    points = {
+    result, unit, on = found.result, found.loaded.description.preprocessing.unit, found.measured_on
+    named = {
         "dense": result.dense,
         "the paper's schedule": result.paper,
         "found": result.found,
         "found, dropped at random": result.random,
     }
+    points = {name: point for name, point in named.items() if point is not None}
     quality = ["unchanged", "KL"] if result.dense.agreement is not None else ["1 - cosine"]
     columns = ["", "MACs", "latency", *quality, *(["top-1 %"] if result.dense.top1 is not None else [])]
-    rows = [_cells(name, point) for name, point in points.items() if point is not None]
     title = f"Search for {result.target} (schedules tried: {result.evaluations}; {result.seconds:.0f} s)"
-    ui.print_table(title, columns, rows)
-    unit = found.loaded.description.preprocessing.unit
-    on = found.measured_on
+    ui.print_table(title, columns, [_cells(name, point) for name, point in points.items()])
     ui.print_text("MACs and latency as fractions of the dense model's;")
-    ui.print_text(f"quality on {result.found.images} {unit}s that took no part, but to decide between found and paper")
+    ui.print_text(f"quality on {result.found.images} held-out {unit}s")
     intervals = [
-        "{} {:.1f}-{:.1f}".format(name, *point.top1_interval)
+        "{} {:.1f}-{:.1f}".format(name, *interval)
         for name, point in points.items()
-        if point is not None and point.top1_interval is not None
+        if (interval := point.top1_interval) is not None
     ]
     if intervals:
         ui.print_text(f"95% intervals of top-1: {'; '.join(intervals)}")
     if result.found.latency is not None:
-        told = f"{on['device']}, {on['dtype']}, batch {on['batch']}, {on['threads']} threads"
-        ui.print_text(f"latency on {told}")
+        ui.print_text(f"latency on {on['device']}, {on['dtype']}, batch {on['batch']}, {on['threads']} threads")
     if result.paper_is_found:
-        why = "the paper's schedule was better on these"
-        why = why if result.held_back_decided else "nothing better than the paper's schedule was found"
-        ui.print_text(f"{why}, so it is what was found")
+        images = "held-out" if result.held_back_decided else "selection"
+        ui.print_text(f"the paper's schedule was at least as good on the {images} {unit}s, so it is the result")
     ui.print_text("")
     front = _thinned(result.front)
     if len(front) > 1:
-        title = f"The best of what was tried, by cost (on {front[0].images} {unit}s that chose)"
+        title = f"Pareto front of the tried schedules (on {front[0].images} selection {unit}s)"
         ui.print_table(title, columns, [_cells("", point) for point in front])
         ui.print_text("")
 
 
 def _thinned(front: Sequence[Point]) -> list[Point]:
-    """Some of the points, the first and the last among them: neighbours on a front tell the same."""
+    """At most `_FRONT_ROWS` of the points, among them the first and the last."""
     last = len(front) - 1
-    places = sorted({round(step * last / (_FRONT_ROWS - 1)) for step in range(_FRONT_ROWS)}) if last > 0 else [0]
-    return [front[place] for place in places] if front else []
+    places = {round(step * last / (_FRONT_ROWS - 1)) for step in range(_FRONT_ROWS)}
+    return [front[place] for place in sorted(places)] if front else []
 
 
 def _cells(name: str, point: Point) -> list[str]:

@@ -1,0 +1,40 @@
+"""Parsing of targets."""
+
+from __future__ import annotations
+
+import pytest
+
+from repshift_cli.errors import UsageError
+from repshift_cli.search.target import Target
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [("macs=0.65", "macs", 0.65), (" latency = 0.6", "latency", 0.6), ("max-drop=0", "max-drop", 0.0)],
+)
+def test_parses(text: str, kind: str, value: float) -> None:
+    assert Target.parse(text) == Target(kind, value)
+
+
+def test_str_can_be_parsed() -> None:
+    assert Target.parse(str(Target("agreement", 0.995))) == Target("agreement", 0.995)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("macs", "kind=value"),
+        ("mac=0.5", "Did you mean macs"),
+        ("macs=half", "no number"),
+        ("macs=0", "in (0, 1)"),
+        ("macs=1", "in (0, 1)"),
+        ("latency=nan", "in (0, 1)"),
+        ("agreement=1.01", "in (0, 1]"),
+        ("max-drop=-0.1", "in [0, 100)"),
+        ("max-drop=inf", "in [0, 100)"),
+    ],
+)
+def test_an_invalid_target_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Target.parse(text)
+    assert message in str(caught.value)
