@@ -105,7 +105,7 @@ class TestRetrieval:
             assert part in text
         assert f"retrieval: {COUNT} videos, {COUNT} captions" in text
         assert "annotations:   retrieval.json, sha256" in text
-        assert "pooling:       over all tokens that are left" in text
+        assert "pooling:       over all kept tokens" in text
         assert "the best 3 of each query" in text
         assert "same first place as dense, by matching:" in text
 
@@ -123,7 +123,7 @@ class TestRetrieval:
         # every candidate is matched, so each list is the whole gallery in another order
         assert found["text_to_video"]["r10"] == 100.0
 
-    def test_the_dense_self_is_the_dense_model_pooled_alike(self, cli: Command, folder: Path) -> None:
+    def test_the_dense_view_is_the_dense_model_pooled_alike(self, cli: Command, folder: Path) -> None:
         both = parsed(
             cli("eval", folder / "umt-shapes.compressed.safetensors", *own(folder), "--compare-dense", "--json")
         )
@@ -221,19 +221,19 @@ class TestRefused:
         [
             ("", ["--dataset", "builtin:shapes-qa"], "for retrieval, but builtin:shapes-qa holds questions"),
             ("-qa", ["--dataset", "builtin:shapes"], "for question answering, but builtin:shapes holds captions"),
-            ("", ["--dataset", "imagenet-val"], "no dataset of videos with texts"),
+            ("", ["--dataset", "imagenet-val"], "not a dataset of videos with texts"),
             ("", ["--dataset", "builtin:shapes", "--compare-dense"], "is dense itself"),
-            ("", ["--dataset", "builtin:shapes", "--answers", "a.json"], "--answers has no meaning"),
-            ("", ["--dataset", "builtin:shapes", "--rerank-k", "3", "--no-rerank"], "no meaning with --no-rerank"),
+            ("", ["--dataset", "builtin:shapes", "--answers", "a.json"], "--answers is not used by builtin:shapes"),
+            ("", ["--dataset", "builtin:shapes", "--rerank-k", "3", "--no-rerank"], "contradicts --no-rerank"),
             ("", ["--dataset", "builtin:shapes", "--frames", "7"], "clips of 3 frames"),
-            ("-qa", ["--dataset", "builtin:shapes-qa", "--rerank"], "--rerank has no meaning"),
-            ("-qa", ["--dataset", "builtin:shapes-qa", "--pooling", "all"], "pools nothing"),
+            ("-qa", ["--dataset", "builtin:shapes-qa", "--rerank"], "--rerank is not used by"),
+            ("-qa", ["--dataset", "builtin:shapes-qa", "--pooling", "all"], "does not pool"),
             (".compressed", ["--dataset", "builtin:shapes", "--pooling", "frames"], "no whole frames"),
             ("", [], "no dataset was named"),
             ("", ["--annotations", "a.json"], "neither a benchmark nor annotations with videos"),
         ],
     )
-    def test_what_does_not_go_together(
+    def test_invalid_combinations(
         self, cli: Command, folder: Path, model: str, arguments: list[str], message: str
     ) -> None:
         done = cli("eval", folder / f"umt-shapes{model}.safetensors", *arguments)
@@ -243,13 +243,13 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--dataset", "msrvtt"], "takes single pictures, and msrvtt is a dataset of videos"),
-            (["--annotations", "a.json", "--videos", "v"], "--annotations has no meaning"),
-            (["--no-rerank"], "--rerank has no meaning"),
+            (["--dataset", "msrvtt"], "takes images, but msrvtt is a dataset of videos"),
+            (["--annotations", "a.json", "--videos", "v"], "--annotations is not used by"),
+            (["--no-rerank"], "--rerank is not used by"),
             (["--frames", "3"], "takes single pictures"),
         ],
     )
-    def test_videos_for_a_model_of_pictures(self, cli: Command, arguments: list[str], message: str) -> None:
+    def test_videos_for_a_model_of_images(self, cli: Command, arguments: list[str], message: str) -> None:
         done = cli("eval", "builtin:vit-digits", *arguments)
         assert (done.rc, done.stdout) == (2, "")
         assert message in done.stderr

@@ -24,6 +24,7 @@ from repshift_cli.evaluation.video_text.answering import (
     evaluate_answers,
     rank_answers,
 )
+from repshift_cli.evaluation.video_text.encoding import VideoSettings
 from repshift_cli.utils.progress import Silent
 from repshift_cli.utils.stats import wilson_interval
 
@@ -190,10 +191,7 @@ def run(models: dict[str, Any], batches: Iterator[QuestionBatch], **options: Any
         "dataset": "toys",
         "questions": 5,
         "sample_id": lambda index: f"question-{index}",
-        "batch_size": 2,
-        "device": "cpu",
-        "dtype": torch.float32,
-        "strict": False,
+        "settings": VideoSettings(2, torch.device("cpu"), torch.float32, strict=options.pop("strict", False)),
         "progress": Silent(),
         **options,
     }
@@ -250,7 +248,7 @@ def test_k_is_at_most_the_list() -> None:
         run({"toy": Toy()}, batches_of([0], WORDS), k=0)
 
 
-def test_wrong_forms_are_told() -> None:
+def test_wrong_shapes_raise() -> None:
     class Flat(Toy):
         def encode_video(self, video: Tensor) -> Tensor:
             return super().encode_video(video)[:, 0]
@@ -279,7 +277,7 @@ def test_values_have_to_be_finite() -> None:
         run({"toy": Toy(shift=float("nan"))}, batches_of([0], WORDS))
 
 
-def test_running_out_of_memory_is_told() -> None:
+def test_running_out_of_memory_raises() -> None:
     class Greedy(Toy):
         def encode_video(self, video: Tensor) -> Tensor:
             raise torch.OutOfMemoryError("made to fail")

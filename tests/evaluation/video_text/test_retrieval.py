@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 
 from repshift_cli.errors import CheckFailed, DataError, ModelError, OutputError, UsageError
 from repshift_cli.evaluation.common import Skipped
+from repshift_cli.evaluation.video_text.encoding import VideoSettings
 from repshift_cli.evaluation.video_text.ranking import (
     NOT_MATCHED,
     RankStats,
@@ -328,23 +329,19 @@ def run(models: dict[str, Any], clips: Iterator[ClipBatch] | None = None, **opti
         "dataset": "toys",
         "videos": len(NUMBERS),
         "sample_id": lambda index: f"video-{index}",
-        "batch_size": 2,
-        "device": "cpu",
-        "dtype": torch.float32,
-        "strict": False,
         "progress": Silent(),
         "pair_batch": 4,
         **options,
     }
+    defaults: dict[str, Any] = {"batch_size": 2, "device": torch.device("cpu"), "dtype": torch.float32, "rerank_k": 128}
+    settings = {name: chosen.pop(name) for name in ("batch_size", "dtype", "strict", "rerank_k") if name in options}
+    chosen["settings"] = VideoSettings(**{**defaults, **settings})
     texts = chosen.pop("texts", texts_of(NUMBERS, [[index] for index in range(len(NUMBERS))]))
     return evaluate_retrieval(models, clips_of(NUMBERS) if clips is None else clips, texts, **chosen)
 
 
 def without_times(result: RetrievalEvaluation) -> dict[str, Any]:
-    return {
-        name: (score.videos, score.captions, score.vtc, score.matching, score.tokens)
-        for name, score in result.scores.items()
-    }
+    return {name: (score.videos, score.vtc, score.matching, score.tokens) for name, score in result.scores.items()}
 
 
 def test_a_model_that_reads_the_number_finds_everything() -> None:
@@ -352,7 +349,7 @@ def test_a_model_that_reads_the_number_finds_everything() -> None:
     score = result.scores["toy"]
     perfect = RankStats(100.0, 100.0, 100.0, 1.0, 1.0, len(NUMBERS))
     assert score.vtc.text_to_video == score.vtc.video_to_text == perfect
-    assert (score.videos, score.captions, score.tokens) == (7, 7, FRAMES)
+    assert (score.videos, score.tokens) == (7, FRAMES)
     assert score.matching is not None
     assert score.seconds > 0
     assert score.videos_per_s == score.videos / score.seconds
@@ -378,7 +375,7 @@ def test_without_reranking_no_token_is_kept() -> None:
     assert result.scores["toy"].matching is None
     assert result.scores["toy"].matching_seconds is None
     assert (result.tokens_where, result.token_bytes, result.rerank_k) == (None, 0, None)
-    assert without_times(result)["toy"][2] == without_times(run({"toy": Toy()}))["toy"][2]
+    assert without_times(result)["toy"][1] == without_times(run({"toy": Toy()}))["toy"][1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -420,7 +417,7 @@ def test_the_files_go_when_something_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_space_is_told_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_raises_before_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
     with pytest.raises(OutputError, match=r"0\.0 GiB left"):
         run({"toy": Toy()}, token_bytes=0, spill_to=tmp_path)
@@ -500,7 +497,7 @@ def test_two_models_see_the_same_clips_and_are_compared() -> None:
     assert same.vtc_agreement == same.matching_agreement == Agreement(1.0, 1.0)
 
 
-def test_wrong_forms_are_told() -> None:
+def test_wrong_shapes_raise() -> None:
     class Changing(Toy):
         def encode_video(self, video: Tensor) -> Tensor:
             return super().encode_video(video)[:, : len(video)]
@@ -531,7 +528,7 @@ def test_values_have_to_be_finite() -> None:
         run({"toy": Toy(shift=float("nan"))})
 
 
-def test_running_out_of_memory_is_told() -> None:
+def test_running_out_of_memory_raises() -> None:
     class Greedy(Toy):
         def encode_video(self, video: Tensor) -> Tensor:
             raise torch.OutOfMemoryError("made to fail")
@@ -540,7 +537,7 @@ def test_running_out_of_memory_is_told() -> None:
         run({"toy": Greedy()})
 
 
-def test_wrong_use_is_told() -> None:
+def test_invalid_arguments_raise() -> None:
     with pytest.raises(UsageError):
         run({"toy": Toy()}, rerank_k=0)
     with pytest.raises(ValueError):
