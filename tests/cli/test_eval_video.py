@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ QA_KEYS = {"model", "task", "dataset", "questions", "accuracy", "accuracy_interv
 def save_umt(path: Path, embed_dim: int) -> Path:
     """A tiny UMT of the built-in vocabulary, in the form of the built-in models; and a compressed one beside it."""
     model = tiny_umt(embed_dim=embed_dim)
-    args = {"vision": model.vision.to_dict(), "text": model.text.to_dict(), "embed_dim": embed_dim}
+    args = {"vision": asdict(model.vision), "text": asdict(model.text), "embed_dim": embed_dim}
     description = ModelDescription(path.stem, "umt", args, Preprocessing.of_model(model))
     tensors = {key: value.detach().clone().contiguous() for key, value in model.state_dict().items()}
     save_file(tensors, path, metadata={METADATA_KEY: json.dumps({"model": description.to_dict()})})

@@ -22,7 +22,7 @@ from repshift_cli.errors import DataError, ModelError, UsageError
 from repshift_cli.evaluation.video_text.answering import AnswerEvaluation, AnswerList, QuestionBatch, evaluate_answers
 from repshift_cli.evaluation.video_text.data import BUILTIN_DATASETS
 from repshift_cli.evaluation.video_text.encoding import VideoSettings
-from repshift_cli.evaluation.video_text.retrieval import ClipBatch, RetrievalEvaluation, Texts, evaluate_retrieval
+from repshift_cli.evaluation.video_text.retrieval import ClipBatch, RetrievalEvaluation, evaluate_retrieval
 from repshift_cli.measure.attention_kernel import observed_attention
 from repshift_cli.models.attention_mode import attention_mode, auto_note
 from repshift_cli.models.umt import Pooling, UmtAnswering, UmtModel, UmtRetrieval
@@ -189,7 +189,8 @@ def retrieve(
         result = evaluate_retrieval(
             models,
             clips,
-            Texts(texts.ids, texts.mask, data.videos_of_caption),
+            texts,
+            data.videos_of_caption,
             dataset=data.name,
             videos=len(data.videos),
             sample_id=data.videos.name,

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from repshift_cli.data.video.tokenizer import TextBatch
 from repshift_cli.errors import DataError, ModelError, UsageError
 from repshift_cli.evaluation.common import Skipped, explained_memory, finite, in_turn, per_second
 from repshift_cli.evaluation.video_text.encoding import (
@@ -41,7 +42,6 @@ __all__ = [
     "DirectionStats",
     "RetrievalEvaluation",
     "RetrievalScore",
-    "Texts",
     "evaluate_retrieval",
 ]
 
@@ -59,20 +59,6 @@ class ClipBatch:
     indices: Sequence[int]
     video: Tensor | None
     broken: Sequence[tuple[int, str]] = ()
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The captions.
-
-    Attributes:
-        ids, mask: int64 `[S, L]`.
-        videos_of_caption: for each caption the indices of its videos, at least one.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    videos_of_caption: Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -155,7 +141,8 @@ class RetrievalEvaluation:
 def evaluate_retrieval(
     models: Mapping[str, RetrievalModel],
     clips: Iterable[ClipBatch],
-    texts: Texts,
+    texts: TextBatch,
+    videos_of_caption: Sequence[Sequence[int]],
     *,
     dataset: str,
     videos: int,
@@ -171,7 +158,8 @@ def evaluate_retrieval(
     Args:
         models: by name. They are set to eval mode and moved to the device and dtype in place.
         clips: every video once, in any order; read lazily.
-        texts: the captions.
+        texts: the captions, `[S, L]`.
+        videos_of_caption: for each caption the indices of its videos, at least one.
         dataset: its name.
         videos: number of videos in `clips`, unreadable ones included.
         sample_id: returns the name of a video.
@@ -188,8 +176,8 @@ def evaluate_retrieval(
         UsageError: `rerank_k` is below 1, or there is not enough memory for the batch.
         OutputError: there is not enough space for the temporary files.
     """
-    if len(texts.ids) != len(texts.videos_of_caption):
-        raise ValueError(f"{len(texts.videos_of_caption)} lists of videos for {len(texts.ids)} captions")
+    if len(texts.ids) != len(videos_of_caption):
+        raise ValueError(f"{len(videos_of_caption)} lists of videos for {len(texts.ids)} captions")
     rerank_k = settings.rerank_k
     if rerank_k is not None and rerank_k < 1:
         raise UsageError(f"invalid rerank_k={rerank_k}: must be 1 or more")
@@ -208,7 +196,7 @@ def evaluate_retrieval(
                     if batch.video is not None and len(batch.indices) > 0:
                         _encode_batch(encoders, batch.video, first_row, store, settings)
                     task.advance(len(batch.indices) + len(batch.broken))
-        truth = _Truth.of(texts.videos_of_caption, gallery, dataset)
+        truth = _Truth.of(videos_of_caption, gallery, dataset)
         results = [
             _score(encoder, truth, store, settings, pair_batch, progress=progress) for encoder in encoders.values()
         ]
@@ -304,7 +292,7 @@ class _Captions(NamedTuple):
 
 
 def _captions_of_models(
-    models: Mapping[str, RetrievalModel], texts: Texts, settings: VideoSettings, progress: Progress
+    models: Mapping[str, RetrievalModel], texts: TextBatch, settings: VideoSettings, progress: Progress
 ) -> dict[str, _Captions]:
     """By model name. Models with one text encoder, as a compressed and its dense model, share the result."""
     by_encoder: dict[int, _Captions] = {}
@@ -318,7 +306,7 @@ def _captions_of_models(
 
 
 def _encode_captions(
-    name: str, model: RetrievalModel, texts: Texts, settings: VideoSettings, progress: Progress
+    name: str, model: RetrievalModel, texts: TextBatch, settings: VideoSettings, progress: Progress
 ) -> _Captions:
     embeddings, kept, row = [], None, 0
     size, device = settings.batch_size, settings.device

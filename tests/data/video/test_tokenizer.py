@@ -1,4 +1,4 @@
-"""Texts as BERT reads them: against the tokenizers of `transformers`, and vocabularies that are none."""
+"""The tokenizer against those of `transformers`, and invalid vocabularies."""
 
 # ruff: noqa: RUF001 (odd characters are what is tested here)
 
@@ -147,7 +147,7 @@ class TestBatches:
         ]
         assert batch.ids[0].tolist() == [2, 15, 3, 0, 0]
 
-    def test_an_answer_is_read_as_the_authors_write_it(self, vocabulary: Path) -> None:
+    def test_answers_are_encoded_as_by_the_authors(self, vocabulary: Path) -> None:
         """`answer + " [SEP]"`, in which their tokenizer takes `[SEP]` for what it is."""
         fast, ours = official(vocabulary), Tokenizer(vocabulary)
         answers = ["guitar", "the man's guitar", "a man is playing the guitar", "don't"]
@@ -234,9 +234,9 @@ class TestVocabulary:
             Tokenizer(tmp_path)
 
     @pytest.mark.parametrize("twice", [["a"], ["a", "the", "[CLS]"], ["a "]])
-    def test_tokens_that_stand_twice(self, twice: list[str], tmp_path: Path) -> None:
+    def test_repeated_tokens(self, twice: list[str], tmp_path: Path) -> None:
         path = write(tmp_path / "vocab.txt", [*WORDS, *twice])
-        with pytest.raises(DataError, match=f"{len(twice)} tokens stand twice"):
+        with pytest.raises(DataError, match=f"{len(twice)} tokens are repeated"):
             Tokenizer(path)
 
     def test_too_large(self, tmp_path: Path) -> None:

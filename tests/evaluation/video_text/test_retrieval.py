@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from repshift_cli.data.video.tokenizer import TextBatch
 from repshift_cli.errors import CheckFailed, DataError, ModelError, OutputError, UsageError
 from repshift_cli.evaluation.common import Skipped
 from repshift_cli.evaluation.video_text.encoding import VideoSettings
@@ -34,7 +35,6 @@ from repshift_cli.evaluation.video_text.retrieval import (
     Agreement,
     ClipBatch,
     RetrievalEvaluation,
-    Texts,
     evaluate_retrieval,
 )
 from repshift_cli.utils.progress import Silent
@@ -316,9 +316,9 @@ def clips_of(numbers: Sequence[int], batch_size: int = 2, broken: Sequence[int] 
         )
 
 
-def texts_of(numbers: Sequence[int], videos: Sequence[Sequence[int]]) -> Texts:
+def texts_of(numbers: Sequence[int], videos: Sequence[Sequence[int]]) -> tuple[TextBatch, Sequence[Sequence[int]]]:
     ids = torch.tensor([[1, number, 9] for number in numbers])
-    return Texts(ids, torch.tensor([[1, 1, 0]]).expand(len(numbers), -1), videos)
+    return TextBatch(ids, torch.tensor([[1, 1, 0]]).expand(len(numbers), -1)), videos
 
 
 NUMBERS = [3, 11, 7, 0, 9, 5, 13]
@@ -337,7 +337,7 @@ def run(models: dict[str, Any], clips: Iterator[ClipBatch] | None = None, **opti
     settings = {name: chosen.pop(name) for name in ("batch_size", "dtype", "strict", "rerank_k") if name in options}
     chosen["settings"] = VideoSettings(**{**defaults, **settings})
     texts = chosen.pop("texts", texts_of(NUMBERS, [[index] for index in range(len(NUMBERS))]))
-    return evaluate_retrieval(models, clips_of(NUMBERS) if clips is None else clips, texts, **chosen)
+    return evaluate_retrieval(models, clips_of(NUMBERS) if clips is None else clips, *texts, **chosen)
 
 
 def without_times(result: RetrievalEvaluation) -> dict[str, Any]:
