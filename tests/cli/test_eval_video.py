@@ -1,4 +1,4 @@
-"""`repshift eval` for models of video and text: tables, JSON, and one clear error for each thing that can be wrong."""
+"""`repshift eval` for models of video and text: tables, JSON and errors."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class TestRetrieval:
         assert alone["pooling"] == "all"
         assert "dense" not in alone
 
-    def test_without_reranking_it_is_the_similarity(self, cli: Command, folder: Path) -> None:
+    def test_without_reranking_the_similarity_decides(self, cli: Command, folder: Path) -> None:
         arguments = ("eval", folder / "umt-shapes.safetensors", "--dataset", "builtin:shapes", "--limit", 9, "--json")
         with_it, without = parsed(cli(*arguments)), parsed(cli(*arguments, "--no-rerank"))
         assert (without["scoring"], without["rerank_k"], without["videos"]) == ("vtc", None, 9)
@@ -202,7 +202,7 @@ class TestAnswering:
         low, high = found["accuracy_interval"]
         assert low <= found["accuracy"] <= high
 
-    def test_a_right_answer_that_cannot_be_given(self, cli: Command, folder: Path, tmp_path: Path) -> None:
+    def test_a_right_answer_outside_the_list(self, cli: Command, folder: Path, tmp_path: Path) -> None:
         (tmp_path / "few.json").write_text('["red", "left"]')
         model, rows = folder / "umt-shapes-qa.safetensors", json.loads((folder / "qa.json").read_text())
         found = parsed(

@@ -44,8 +44,8 @@ from repshift_cli.utils.progress import Silent
 HIDDEN = 1e-5  # what the authors' code in float64 differs from itself in float32: 1.4e-6
 SCORES = 2e-6
 MERGED_HIDDEN = 5e-5
-"""Bringing entropies to 0..1 magnifies their last bits: merged by this model in float64, the tokens are up to 1.3e-5
-away from the authors' float32, and up to 1.9e-5 from its own. The errors of `test_errors_are_seen` are above 2e-4."""
+"""Scaling entropies to 0..1 magnifies their last bits: merged by this model in float64, the tokens are up to 1.3e-5
+away from the authors' float32, and up to 1.9e-5 from its own. Errors of `test_errors_are_detected` are above 2e-4."""
 
 RETRIEVAL = reference("retrieval")
 QA = reference("qa")
@@ -238,7 +238,7 @@ class TestRetrieval:
         close(scores.text_to_video, expected[f"{start}t2i_x"], SCORES)
 
     @pytest.mark.parametrize("pair_batch", [1, 3, 64])
-    def test_the_number_of_pairs_at_a_time_does_not_matter(self, pair_batch: int) -> None:
+    def test_the_pair_batch_does_not_change_the_result(self, pair_batch: int) -> None:
         model, gallery = RETRIEVAL.model(), RETRIEVAL.tensors
         mask = gallery["eval/attention_mask"]
         found = matching_scores(
@@ -254,7 +254,7 @@ class TestRetrieval:
         )
         close(found.video_to_text, gallery["eval/full/i2t_x"], SCORES)
 
-    def test_one_video_for_each_text_or_for_all(self) -> None:
+    def test_texts_that_share_a_video(self) -> None:
         model, expected = RETRIEVAL.model(), RETRIEVAL.tensors
         ids, mask = expected["in/input_ids"], expected["in/attention_mask"]
         hidden, tokens = model.encode_text(ids, mask), model.encode_video(expected["in/video"])
@@ -352,7 +352,7 @@ class TestMerging:
             close(found, MERGED[expected].squeeze(2), MERGED_HIDDEN)
 
     @flows
-    def test_which_tokens_stay(self, flow: str) -> None:
+    def test_which_tokens_are_kept(self, flow: str) -> None:
         kept = merging(flow).trace(FLOWS[flow].tensors["in/video"]).kept
         left = torch.arange(64).expand(2, -1)
         for layer in (0, 1):
@@ -398,7 +398,7 @@ class TestMerging:
         close(found, expected["nokt/vision_proj_l2"], HIDDEN)
 
     @pytest.mark.parametrize("error", ["sizes are left out", "the key has a bias", "pooled by size"])
-    def test_errors_are_seen(self, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_errors_are_detected(self, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
         model = merging("flow_a").model
         block = umt.Attention.forward
         if error == "sizes are left out":
@@ -458,7 +458,7 @@ class TestWrittenOut:
 
 
 class TestText:
-    def test_padding_does_not_matter(self) -> None:
+    def test_padding_does_not_change_the_result(self) -> None:
         model: Any = tiny_umt()
         ids, mask = texts_for(2, 7)
         tokens = model.encode_video(umt_clips(model))
@@ -542,7 +542,7 @@ class TestForm:
         assert torch.equal(model(clips), model.encode_video(clips).mean(1))
 
     @each_variant
-    def test_buffers_can_be_computed_anew(self, variant: str) -> None:
+    def test_restore_buffers(self, variant: str) -> None:
         model, other = tiny_umt(**VARIANTS[variant]), tiny_umt(**VARIANTS[variant])
         for buffer in other.buffers():
             if buffer.is_floating_point():
@@ -560,7 +560,7 @@ class TestForm:
         assert torch.equal(same, position_table(VisionShape(frames=5, **shape)))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-    def test_other_number_types(self, dtype: torch.dtype) -> None:
+    def test_other_dtypes(self, dtype: torch.dtype) -> None:
         model: Any = tiny_umt()
         clips, texts = umt_clips(model), texts_for()
         wanted = model(clips)
@@ -570,7 +570,7 @@ class TestForm:
         assert model.match(model.encode_text(*texts), texts[1], tokens).isfinite().all()
         assert (model(clips.to(dtype)).float() - wanted).abs().max() < 0.05
 
-    def test_neighbours_do_not_matter(self) -> None:
+    def test_clips_of_a_batch_are_independent(self) -> None:
         model: Any = tiny_umt()
         clips = umt_clips(model, 4)
         together = model.encode_video(clips)

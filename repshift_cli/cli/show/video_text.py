@@ -183,7 +183,7 @@ def show_answers(result: AnswerEvaluation, costs: Mapping[str, EncoderCost]) -> 
     ]
     ui.print_table(f"{result.dataset}, {result.questions} questions", columns, rows)
     ui.print_text(
-        f"{result.answers} answers to choose from, the {result.k} most likely to each question scored as a whole"
+        f"{result.answers} answers to choose from, the {result.k} most likely of each question scored as a whole"
     )
     if result.not_in_list:
         ui.print_text(f"{result.not_in_list} questions whose right answer is not in the list count as wrong")
@@ -195,7 +195,7 @@ def show_answers(result: AnswerEvaluation, costs: Mapping[str, EncoderCost]) -> 
 def _show_encoder_notes(seconds: float, costs: Mapping[str, EncoderCost]) -> None:
     from repshift_cli.cli import ui
 
-    ui.print_text(f"GMACs and videos/s are of the video encoder alone; the whole evaluation took {seconds:.1f} s")
+    ui.print_text(f"GMACs and videos/s are of the video encoder; the evaluation took {seconds:.1f} s")
     ui.print_text(f"{attention_words({name: cost.attention for name, cost in costs.items()})}, in the video encoder")
 
 

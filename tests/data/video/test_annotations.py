@@ -288,7 +288,7 @@ JSON = st.recursive(
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(rows=JSON)
-def test_any_json_is_a_set_or_our_own_error(tmp_path: Path, videos: Path, rows: object) -> None:
+def test_any_json_is_a_set_or_a_repshift_error(tmp_path: Path, videos: Path, rows: object) -> None:
     try:
         found = open_video_text(annotations=written(tmp_path / "own.json", rows), videos=videos)
     except RepshiftError:

@@ -105,7 +105,7 @@ def run(scorer: Any, model: UmtModel, data: Any, models: Any = None, **changes: 
 
 
 class TestRunning:
-    def test_each_video_is_read_once_however_many_questions_there_are(self) -> None:
+    def test_each_video_is_read_once_for_all_its_questions(self) -> None:
         model, videos = tiny_umt(embed_dim=0), Noise(5, padded=(3,))
         result, padded = run(answer, model, questions(videos, [0, 1, 1, 1, 4, 0, 2, 3, 1]))
         assert videos.loaded == Counter(range(5))
@@ -224,7 +224,7 @@ class TestData:
         first = moving_shapes.two_questions(moving_shapes.scenes(1, 1)[0])
         assert [(one.video, one.question, one.answer) for one in data.questions[:2]] == [(0, *one) for one in first]
 
-    def test_builtin_clips_are_the_models(self) -> None:
+    def test_builtin_clips_have_the_shape_of_the_model(self) -> None:
         data = open_data(DatasetOptions("builtin:shapes", limit=1), "retrieval", "model")
         preprocessing = Preprocessing.of_model(tiny_umt())
         clip, padded = data.videos.load(0, preprocessing, preprocessing.transform())
