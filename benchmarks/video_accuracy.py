@@ -26,9 +26,11 @@ from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.data.builtin.moving_shapes import TEST_SEED, write_dataset
 from repshift_cli.data.inputs import load_clips
+from repshift_cli.data.video.annotations import Task
 from repshift_cli.data.video.decode import frame_indices
-from repshift_cli.evaluation.video_text.data import Task, Wanted, open_data
-from repshift_cli.evaluation.video_text.evaluate import Settings, answer, open_tokenizer, retrieve
+from repshift_cli.evaluation.video_text.data import DatasetOptions, open_data
+from repshift_cli.evaluation.video_text.encoding import VideoSettings
+from repshift_cli.evaluation.video_text.evaluate import answer, open_tokenizer, retrieve
 from repshift_cli.measure.device import device_name
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.models.umt import VisionShape
@@ -201,7 +203,7 @@ def calibrated(opened: Opened, plan: Plan, options: argparse.Namespace) -> Plan:
 
 def measured(pair: Sequence[Opened], videos: Path, options: argparse.Namespace) -> list[float]:
     """R@1 by cosine in both directions, by matching in both directions, and answers right; in percent."""
-    settings = Settings(16, torch.device("cpu"), torch.float32, rerank_k=options.rerank)
+    settings = VideoSettings(16, torch.device("cpu"), torch.float32, rerank_k=options.rerank)
     found, asked = (
         run(each, videos, file, task, settings)
         for each, file, task in zip(pair, ("retrieval.json", "qa.json"), ("retrieval", "qa"), strict=True)
@@ -213,16 +215,15 @@ def measured(pair: Sequence[Opened], videos: Path, options: argparse.Namespace) 
     return [*ranks, asked.scores["model"].accuracy]
 
 
-def run(opened: Opened, videos: Path, file: str, task: Task, settings: Settings) -> Any:
+def run(opened: Opened, videos: Path, file: str, task: Task, settings: VideoSettings) -> Any:
     answers = videos / "answers.json" if task == "qa" else None
-    data = open_data(Wanted(annotations=videos / file, videos=videos / "videos", answers=answers), task, task)
+    data = open_data(DatasetOptions(annotations=videos / file, videos=videos / "videos", answers=answers), task, task)
     scorer = retrieve if task == "retrieval" else answer
     result, _ = scorer(
         {"model": opened.loaded.model},
         data,  # type: ignore[arg-type]
         preprocessing=opened.loaded.description.preprocessing,
         tokenizer=open_tokenizer(None, opened, data),
-        positions=opened.loaded.model.text.positions,
         settings=settings,
         progress=Silent(),
     )

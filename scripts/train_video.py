@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -233,7 +233,7 @@ def save(student: Student, setup: Setup, folder: Path) -> None:
         ("umt-shapes", student.retrieval, setup.embed_dim),
         ("umt-shapes-qa", student.answering, 0),
     ):
-        sizes = {"vision": setup.vision.to_dict(), "text": setup.text.to_dict(), "embed_dim": embed_dim}
+        sizes = {"vision": asdict(setup.vision), "text": asdict(setup.text), "embed_dim": embed_dim}
         args = {**sizes, "pooling": "all"}
         description = ModelDescription(name, "umt", args, preprocessing)
         tensors = {key: value.detach().clone().contiguous() for key, value in model.state_dict().items()}

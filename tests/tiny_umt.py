@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -142,7 +142,7 @@ def reference(name: str) -> Reference:
     vision, text = VisionShape(**json.loads(metadata["vision"])), TextShape(**json.loads(metadata["text"]))
     weights = {key.removeprefix("w/"): value for key, value in tensors.items() if key.startswith("w/")}
     others = {key: value for key, value in tensors.items() if not key.startswith("w/")}
-    return Reference(vision.to_dict(), text.to_dict(), int(metadata["embed_dim"]), others, weights, metadata)
+    return Reference(asdict(vision), asdict(text), int(metadata["embed_dim"]), others, weights, metadata)
 
 
 def key_lists() -> dict[str, dict[str, tuple[list[int], str]]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from repshift_cli.cli import options
-from repshift_cli.cli.evaluate_video import VideoOptions, refuse, run
+from repshift_cli.cli.evaluate_video import VideoOptions, refuse_videos, run
 from repshift_cli.cli.options import Pooling
 from repshift_cli.cli.show.evaluate import (
     COMPRESSED,
@@ -20,7 +20,6 @@ from repshift_cli.cli.show.evaluate import (
     report_skipped,
     show_evaluation,
 )
-from repshift_cli.cli.show.video_text import Run
 from repshift_cli.cli.torchrun import Interrupted, is_first, one_voice, own_device, screen_of_first
 from repshift_cli.errors import INTERRUPTED, ModelError, UsageError
 
@@ -263,7 +262,7 @@ def _classify(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progres
     from repshift_cli.evaluation.classification.evaluate import evaluate, forget
     from repshift_cli.utils.distributed import together
 
-    refuse(setup.name, setup.dataset, told)
+    refuse_videos(setup.name, setup.dataset, told)
     assert setup.dataset is not None
     data = open_dataset(setup.dataset, setup.data_dir, setup.limit, setup.seed)
     models = models_of(opened, setup.compare_dense, setup.name)
@@ -369,8 +368,9 @@ def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) 
         ModelError: it is an exported file.
     """
     from repshift_cli.checkpoints.exported import OpenedExport
-    from repshift_cli.evaluation.video_text.data import Wanted
-    from repshift_cli.evaluation.video_text.evaluate import DenseSelf, Settings
+    from repshift_cli.evaluation.video_text.data import DatasetOptions
+    from repshift_cli.evaluation.video_text.encoding import VideoSettings
+    from repshift_cli.evaluation.video_text.evaluate import DenseView
     from repshift_cli.utils.distributed import launched_together
 
     options_of_images = {
@@ -393,8 +393,8 @@ def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) 
     compressed = opened.compressed
     models: dict[str, Any] = {DENSE if compressed is None else COMPRESSED: opened.loaded.model}
     if compressed is not None and setup.compare_dense:
-        models[DENSE] = DenseSelf(compressed)
-    wanted = Wanted(
+        models[DENSE] = DenseView(compressed)
+    data_options = DatasetOptions(
         setup.dataset,
         told.annotations,
         told.videos,
@@ -404,7 +404,7 @@ def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) 
         setup.limit,
         setup.seed,
     )
-    settings = Settings(
+    settings = VideoSettings(
         setup.batch_size or _VIDEOS_AT_A_TIME,
         setup.device,
         setup.dtype,
@@ -412,7 +412,16 @@ def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) 
         setup.strict,
         attention=setup.attention,
     )
-    run(Run(opened, setup.name, models, settings), wanted, told, screen, setup.json)
+    run(
+        opened,
+        models,
+        setup.name,
+        data_options=data_options,
+        options=told,
+        settings=settings,
+        progress=screen,
+        json=setup.json,
+    )
 
 
 def _dataset_of(model: str, dataset: str | None, annotations: Path | None) -> str | None:

@@ -1,22 +1,21 @@
-"""`repshift eval` for models of video and text: what is measured, as tables and as JSON."""
+"""`repshift eval` for video-text models."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repshift_cli.cli.options import Pooling
 from repshift_cli.cli.show.video_text import (
-    Run,
+    EncoderCost,
     announce_videos,
     answers_document,
-    input_numbers,
-    left_out_numbers,
+    dataset_document,
+    inputs_document,
     list_names,
-    origin_numbers,
-    report_broken,
+    report_left_out,
     retrieval_document,
     show_answers,
     show_retrieval,
@@ -24,26 +23,22 @@ from repshift_cli.cli.show.video_text import (
 from repshift_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from repshift_cli.data.video.tokenizer import Tokenizer
-    from repshift_cli.evaluation.video_text.answering import AnswerEvaluation
-    from repshift_cli.evaluation.video_text.data import CaptionData, QuestionData, Task, Wanted
-    from repshift_cli.evaluation.video_text.retrieval import RetrievalEvaluation
+    from repshift_cli.checkpoints.artifact import Opened
+    from repshift_cli.data.video.annotations import Task
+    from repshift_cli.evaluation.video_text.data import DatasetOptions
+    from repshift_cli.evaluation.video_text.encoding import VideoSettings
     from repshift_cli.utils.progress import Progress
 
 
-__all__ = [
-    "VideoOptions",
-    "refuse",
-    "run",
-]
+__all__ = ["VideoOptions", "refuse_videos", "run"]
 
 
-_RERANK_K = 128
+_DEFAULT_RERANK_K = 128
 
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """Options that only models for video and text have; None where one is not given."""
+    """Options for video-text models only; None where one is not given."""
 
     annotations: Path | None
     videos: Path | None
@@ -56,130 +51,98 @@ class VideoOptions:
 
     @property
     def given(self) -> list[str]:
-        """The names of those that are given."""
+        """The names of the options that are given."""
         return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value is not None]
 
 
-def refuse(model: str, dataset: str | None, told: VideoOptions) -> None:
-    """Refuse videos and all options about them, for a model of pictures.
-
-    Raises:
-        UsageError: naming the first that has no meaning.
-    """
+def refuse_videos(model: str, dataset: str | None, options: VideoOptions) -> None:
+    """Raise a UsageError for a dataset of videos or an option of video-text models, for a model of images."""
     from repshift_cli.evaluation.video_text.data import is_video_dataset
 
-    hint = "Give a model for video and text, or a dataset of labelled pictures."
+    hint = "Give a video-text model, or a dataset of labelled images."
     if dataset is not None and is_video_dataset(dataset):
-        raise UsageError(f"{model} takes single pictures, and {dataset} is a dataset of videos", hint)
-    if told.given:
-        raise UsageError(f"{told.given[0]} has no meaning for {model}, which takes single pictures", hint)
+        raise UsageError(f"{model} takes images, but {dataset} is a dataset of videos", hint)
+    if options.given:
+        raise UsageError(f"{options.given[0]} is not used by {model}, which takes images", hint)
 
 
-def run(job: Run, wanted: Wanted, told: VideoOptions, screen: Progress, json: bool) -> None:
+def _rerank_k(options: VideoOptions, task: Task, model: str) -> int | None:
+    """How many candidates of each query are re-ranked; None for none.
+
+    Raises:
+        UsageError: an option is for retrieval, or contradicts another.
+    """
+    if task == "qa":
+        for option, value in (("--rerank", options.rerank), ("--rerank-k", options.rerank_k)):
+            if value is not None:
+                raise UsageError(f"{option} is not used by {model}, a model for question answering")
+        return None
+    if options.rerank is False and options.rerank_k is not None:
+        raise UsageError(f"--rerank-k {options.rerank_k} contradicts --no-rerank", "Leave one of them out.")
+    return None if options.rerank is False else options.rerank_k or _DEFAULT_RERANK_K
+
+
+def run(
+    opened: Opened,
+    models: Mapping[str, Any],
+    name: str,
+    *,
+    data_options: DatasetOptions,
+    options: VideoOptions,
+    settings: VideoSettings,
+    progress: Progress,
+    json: bool,
+) -> None:
     """Evaluate and print.
 
     Args:
-        job: without re-ranking, which is among the options.
-        wanted: the dataset.
-        told: the options of the user.
+        opened: the checkpoint.
+        models: to evaluate, by name; the requested model first, then its dense model.
+        name: of the checkpoint, as the user gave it.
+        settings: `rerank_k` is taken from `options`.
         json: print one document instead of tables.
     """
     from repshift_cli.cli import ui
-    from repshift_cli.evaluation.video_text.data import CaptionData, open_data
+    from repshift_cli.data.video.annotations import RetrievalSet
+    from repshift_cli.evaluation.video_text.data import open_data
     from repshift_cli.evaluation.video_text.evaluate import (
+        answer,
         check_missing,
         choose_pooling,
         observe_attention,
         open_tokenizer,
+        retrieve,
         task_of,
     )
 
-    opened = job.opened
     task = task_of(opened.loaded.model)
-    job = replace(job, settings=replace(job.settings, rerank_k=_rerank_k(told, task, job.name)))
-    pooling = choose_pooling(opened, None if told.pooling is None else told.pooling.value)
-    data = open_data(wanted, task, job.name)
-    check_missing(data, job.settings)
-    tokenizer = open_tokenizer(told.vocab, opened, data)
-    attention = observe_attention(job.models, opened.loaded.description.preprocessing, job.settings, screen)
-    job = replace(job, attention=attention)
+    settings = replace(settings, rerank_k=_rerank_k(options, task, name))
+    pooling = choose_pooling(opened, None if options.pooling is None else options.pooling.value)
+    data = open_data(data_options, task, name)
+    check_missing(data, settings)
+    tokenizer = open_tokenizer(options.vocab, opened, data)
+    preprocessing = opened.loaded.description.preprocessing
+    attention = observe_attention(models, preprocessing, settings, progress)
+    macs = zip(models, (opened.macs, opened.dense_macs), strict=False)
+    costs = {model: EncoderCost(count, attention[model]) for model, count in macs}
     for note in data.notes:
-        screen.note(note)
+        progress.note(note)
     list_names("videos of the annotations are missing and were left out (--strict stops)", data.missing)
     if not json:
         announce_videos(opened, data, pooling if task == "retrieval" else None, tokenizer)
-    if isinstance(data, CaptionData):
-        found = {**_retrieve(job, data, tokenizer, screen, show=not json), "pooling": pooling}
+    inputs: dict[str, Any] = {"preprocessing": preprocessing, "tokenizer": tokenizer}
+    if isinstance(data, RetrievalSet):
+        retrieval, padded = retrieve(models, data, settings=settings, progress=progress, **inputs)
+        left_out = report_left_out(data, retrieval.skipped, padded)
+        found = retrieval_document(retrieval, costs, left_out)
+        if not json:
+            show_retrieval(retrieval, costs)
     else:
-        found = _answer(job, data, tokenizer, screen, show=not json)
+        answers, padded = answer(models, data, settings=settings, progress=progress, **inputs)
+        left_out = report_left_out(data, answers.skipped, padded)
+        found = answers_document(answers, costs, left_out)
+        if not json:
+            show_answers(answers, costs)
     if json:
-        ui.print_json(found)
-
-
-def _retrieve(job: Run, data: CaptionData, tokenizer: Tokenizer, screen: Progress, show: bool) -> dict[str, Any]:
-    from repshift_cli.evaluation.video_text.evaluate import retrieve
-
-    result, padded = retrieve(job.models, data, settings=job.settings, progress=screen, **_reading(job, tokenizer))
-    broken = _reported(result, padded)
-    if show:
-        show_retrieval(result, job)
-    return {
-        **origin_numbers(job, data, "retrieval"),
-        "videos": result.videos,
-        "captions": result.captions,
-        "captions_left_out": result.captions_left_out,
-        **left_out_numbers(data, broken, padded),
-        **retrieval_document(result, job),
-        **input_numbers(job, tokenizer),
-    }
-
-
-def _answer(job: Run, data: QuestionData, tokenizer: Tokenizer, screen: Progress, show: bool) -> dict[str, Any]:
-    from repshift_cli.evaluation.video_text.evaluate import answer
-
-    result, padded = answer(job.models, data, settings=job.settings, progress=screen, **_reading(job, tokenizer))
-    broken = _reported(result, padded)
-    if show:
-        show_answers(result, job)
-    return {
-        **origin_numbers(job, data, "qa"),
-        "questions": result.questions,
-        "questions_left_out": len(result.skipped),
-        **left_out_numbers(data, broken, padded),
-        **answers_document(result, job),
-        **input_numbers(job, tokenizer),
-    }
-
-
-def _reading(job: Run, tokenizer: Tokenizer) -> dict[str, Any]:
-    """How the models read clips and texts, as the scorers of both tasks ask for it."""
-    loaded = job.opened.loaded
-    model: Any = loaded.model
-    return {
-        "preprocessing": loaded.description.preprocessing,
-        "tokenizer": tokenizer,
-        "positions": model.text.positions,
-    }
-
-
-def _reported(result: RetrievalEvaluation | AnswerEvaluation, padded: Sequence[str]) -> dict[str, str]:
-    """Tell which videos were left out or padded; returns the reason for each one that was left out."""
-    broken = {entry.sample: entry.reason for entry in result.skipped}
-    report_broken(broken, padded)
-    return broken
-
-
-def _rerank_k(told: VideoOptions, task: Task, name: str) -> int | None:
-    """How many of each query are re-ranked; None for none.
-
-    Raises:
-        UsageError: there is nothing to re-rank.
-    """
-    if task == "qa":
-        for option, value in (("--rerank", told.rerank), ("--rerank-k", told.rerank_k)):
-            if value is not None:
-                raise UsageError(f"{option} has no meaning for {name}, a model for question answering")
-        return None
-    if told.rerank is False and told.rerank_k is not None:
-        raise UsageError(f"--rerank-k {told.rerank_k} has no meaning with --no-rerank", "Leave one of them out.")
-    return None if told.rerank is False else told.rerank_k or _RERANK_K
+        found = {**dataset_document(name, data, task), **found, **inputs_document(preprocessing, tokenizer)}
+        ui.print_json(found | ({"pooling": pooling} if task == "retrieval" else {}))

@@ -1,12 +1,12 @@
-"""The text side of UMT: BERT whose upper layers look at the video, and the decoder of the question answering model.
+"""The text encoder of UMT, a BERT whose upper layers attend to the video, and its decoder for question answering.
 
-Embeddings, layers and the prediction head are those of `transformers`; what it has no form for is here: cross-attention
-from one layer on, and keys and values of a width of their own.
+Embeddings, layers and the prediction head are those of `transformers`. Added here are cross-attention from one layer
+on, and keys and values of another width.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,13 +24,13 @@ class TextShape:
     """Sizes of a BERT.
 
     Attributes:
-        vocabulary: tokens.
+        vocabulary: number of tokens.
         width: channels.
-        depth: layers, those that look at the video included.
+        depth: layers, those with cross-attention included.
         heads: of attention.
         hidden: channels inside the MLP.
-        positions: the longest text.
-        fusion_layer: the first layer that looks at the video.
+        positions: tokens of the longest text.
+        fusion_layer: the first layer with cross-attention to the video.
         types: token types.
     """
 
@@ -43,20 +43,17 @@ class TextShape:
     fusion_layer: int = 9
     types: int = 2
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 class TextEncoder(nn.Module):
-    """BERT without a pooler; from `fusion_layer` on each layer attends to a memory as well.
+    """BERT without a pooler; from `fusion_layer` on, layers also attend to a memory (the tokens of a video).
 
     Args:
         shape: its sizes.
-        memory: channels of what the upper layers attend to.
+        memory: channels of the memory.
 
     Raises:
         UsageError: `transformers` is not installed.
-        ValueError: the sizes do not go together.
+        ValueError: the sizes are invalid.
     """
 
     def __init__(self, shape: TextShape, memory: int) -> None:
@@ -72,56 +69,39 @@ class TextEncoder(nn.Module):
         ]
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
 
-    def forward(self, ids: Tensor, mask: Tensor, memory: Tensor | None = None) -> Tensor:
-        """All layers, or without a memory those below the fusion layer.
-
-        Args:
-            ids: int64 `[B, L]`.
-            mask: `[B, L]`, 1 where there is a token.
-            memory: `[B, N, M]`, what the upper layers attend to.
-
-        Returns:
-            `[B, L, C]`.
-        """
-        hidden = self.read(ids, mask)
-        return hidden if memory is None else self.fuse(hidden, mask, memory)
+    def forward(self, ids: Tensor, mask: Tensor, memory: Tensor) -> Tensor:
+        """All layers: int64 `[B, L]`, its mask (1 at tokens) and `[B, N, M]` to `[B, L, C]`."""
+        return self.fuse(self.read(ids, mask), mask, memory)
 
     def read(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The layers that see the text alone; `[B, L]` twice to `[B, L, C]`."""
-        return self._run(self.embeddings(input_ids=ids), mask, slice(0, self.fusion_layer))
+        """The layers below `fusion_layer`: int64 `[B, L]` and its mask to `[B, L, C]`."""
+        hidden: Tensor = self.embeddings(input_ids=ids)
+        bias = _bias(mask, hidden.dtype)
+        for layer in _layers(self.encoder)[: self.fusion_layer]:
+            hidden = _hidden(layer(hidden, attention_mask=bias))
+        return hidden
 
     def fuse(self, hidden: Tensor, mask: Tensor, memory: Tensor) -> Tensor:
-        """The layers that attend to the memory too.
+        """The layers from `fusion_layer` on.
 
         Args:
             hidden, mask: `[n, L, C]` and `[n, L]`.
-            memory: `[m, N, M]`; the first n / m texts look at the first one, and so on.
+            memory: `[m, N, M]`; the first n / m texts attend to the first memory, and so on.
 
         Returns:
             `[n, L, C]`.
         """
-        return self._run(hidden, mask, slice(self.fusion_layer, None), memory)
-
-    def _run(self, hidden: Tensor, mask: Tensor, layers: slice, memory: Tensor | None = None) -> Tensor:
         bias = _bias(mask, hidden.dtype)
-        for layer in self._layers()[layers]:
-            if memory is None:
-                hidden = _first(layer(hidden, attention_mask=bias))
-            else:
-                hidden = _fused(layer, hidden, bias, memory)
+        for layer in _layers(self.encoder)[self.fusion_layer :]:
+            hidden = _fused(layer, hidden, bias, memory)
         return hidden
-
-    def _layers(self) -> nn.ModuleList:
-        layers = self.encoder["layer"]
-        assert isinstance(layers, nn.ModuleList)
-        return layers
 
 
 class TextDecoder(nn.Module):
-    """A causal BERT over answers that attends to the states of the question, with a language model head.
+    """A causal BERT over answers that attends to the hidden states of the question, with a language model head.
 
     Args:
-        shape: sizes of the encoder; the decoder has as many layers as that has from the fusion layer on.
+        shape: sizes of the encoder; the decoder has as many layers as the encoder has from `fusion_layer` on.
 
     Raises:
         UsageError: `transformers` is not installed.
@@ -139,13 +119,11 @@ class TextDecoder(nn.Module):
         self.cls = parts.BertOnlyMLMHead(configuration)
 
     def forward(self, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor) -> Tensor:
-        """Logits of the next token at each place.
+        """Logits of the next token at each position.
 
         Args:
-            ids: int64 `[n, A]`, answers.
-            mask: `[n, A]`, 1 where there is a token.
-            states: `[n, L, C]` of the questions.
-            states_mask: `[n, L]`.
+            ids, mask: answers, int64 `[n, A]`, and `[n, A]`, 1 at tokens.
+            states, states_mask: of the questions, `[n, L, C]` and `[n, L]`.
 
         Returns:
             `[n, A, vocabulary]`.
@@ -154,43 +132,42 @@ class TextDecoder(nn.Module):
         bias, length = _bias(mask, hidden.dtype), ids.shape[1]
         future = torch.ones(length, length, dtype=torch.bool, device=ids.device).triu(1)
         bias = bias.masked_fill(future, torch.finfo(hidden.dtype).min)
-        seen = _bias(states_mask, hidden.dtype)
-        for layer in self._layers():
-            hidden = _first(
-                layer(hidden, attention_mask=bias, encoder_hidden_states=states, encoder_attention_mask=seen)
+        states_bias = _bias(states_mask, hidden.dtype)
+        for layer in _layers(self.bert["encoder"]):
+            output = layer(
+                hidden, attention_mask=bias, encoder_hidden_states=states, encoder_attention_mask=states_bias
             )
+            hidden = _hidden(output)
         logits: Tensor = self.cls(hidden)
         return logits
 
-    def _layers(self) -> nn.ModuleList:
-        encoder = self.bert["encoder"]
-        assert isinstance(encoder, nn.ModuleDict)
-        layers = encoder["layer"]
-        assert isinstance(layers, nn.ModuleList)
-        return layers
+
+def _layers(encoder: Any) -> nn.ModuleList:
+    layers: nn.ModuleList = encoder["layer"]
+    return layers
 
 
 def _fused(layer: Any, hidden: Tensor, bias: Tensor, memory: Tensor) -> Tensor:
     """A layer with cross-attention, its parts called one by one.
 
-    Texts that look at the same memory do so as one long query, since keys and values of a video are most of the work.
+    Texts with the same memory are joined to one long query, since keys and values of a video are most of the work.
     """
-    attended = _first(layer.attention(hidden, attention_mask=bias))
-    together = attended.reshape(memory.shape[0], -1, attended.shape[-1])
-    seen = _first(layer.crossattention(together, encoder_hidden_states=memory)).reshape(attended.shape)
-    found: Tensor = layer.feed_forward_chunk(seen)
-    return found
+    attended = _hidden(layer.attention(hidden, attention_mask=bias))
+    query = attended.reshape(memory.shape[0], -1, attended.shape[-1])
+    crossed = _hidden(layer.crossattention(query, encoder_hidden_states=memory)).reshape(attended.shape)
+    output: Tensor = layer.feed_forward_chunk(crossed)
+    return output
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What attention adds: 0 at tokens, the lowest number elsewhere; `[B, L]` to `[B, 1, 1, L]`."""
+    """The attention bias, 0 at tokens and the lowest number elsewhere: `[B, L]` to `[B, 1, 1, L]`."""
     return (1.0 - mask[:, None, None, :].to(dtype)) * torch.finfo(dtype).min
 
 
-def _first(output: Any) -> Tensor:
-    """Some versions of transformers return the hidden states alone, others a tuple."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+def _hidden(output: Any) -> Tensor:
+    """Some versions of transformers return the hidden states, others a tuple that starts with them."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def _transformers_bert() -> Any:
@@ -198,7 +175,7 @@ def _transformers_bert() -> Any:
         from transformers.models.bert import modeling_bert
     except ImportError as error:
         raise UsageError(
-            "UMT needs the package transformers for its text side",
+            "UMT needs the package transformers for its text encoder",
             "Install it with: pip install 'repshift-cli[video]'",
         ) from error
     return modeling_bert
@@ -206,9 +183,9 @@ def _transformers_bert() -> Any:
 
 def _check(shape: TextShape) -> None:
     if not 0 < shape.fusion_layer < shape.depth:
-        raise ValueError(f"fusion layer {shape.fusion_layer} is not among the {shape.depth} layers")
+        raise ValueError(f"invalid fusion_layer={shape.fusion_layer}: must be between 0 and depth={shape.depth}")
     if shape.width % shape.heads:
-        raise ValueError(f"{shape.heads} heads do not divide a width of {shape.width}")
+        raise ValueError(f"invalid heads={shape.heads}: must divide width={shape.width}")
 
 
 def _configuration(shape: TextShape, crossing: bool) -> Any:
@@ -223,7 +200,7 @@ def _configuration(shape: TextShape, crossing: bool) -> Any:
         max_position_embeddings=shape.positions,
         type_vocab_size=shape.types,
         layer_norm_eps=_LAYER_NORM_EPS,
-        is_decoder=crossing,  # without it transformers allows no cross-attention; what is causal is up to our masks
+        is_decoder=crossing,  # transformers needs it for cross-attention; the causal mask is ours
         add_cross_attention=crossing,
     )
     configuration._attn_implementation = "sdpa"
@@ -231,18 +208,19 @@ def _configuration(shape: TextShape, crossing: bool) -> Any:
 
 
 def _embeddings(parts: Any, configuration: Any) -> nn.Module:
-    """With `position_ids` among the tensors that are stored, as the official checkpoints have it."""
+    """BERT's embeddings; `position_ids` is stored in the state dict, as in the official checkpoints."""
     embeddings: nn.Module = parts.BertEmbeddings(configuration)
-    places = torch.arange(configuration.max_position_embeddings).unsqueeze(0)
-    embeddings.register_buffer("position_ids", places, persistent=True)
+    positions = torch.arange(configuration.max_position_embeddings).unsqueeze(0)
+    embeddings.register_buffer("position_ids", positions, persistent=True)
     return embeddings
 
 
 def _crossing_layer(parts: Any, configuration: Any, memory: int) -> nn.Module:
+    """A layer with cross-attention to a memory of `memory` channels."""
     layer: Any = parts.BertLayer(configuration)
     if memory != configuration.hidden_size:
         attention = layer.crossattention.self
         attention.key = nn.Linear(memory, configuration.hidden_size)
         attention.value = nn.Linear(memory, configuration.hidden_size)
-    found: nn.Module = layer
-    return found
+    typed: nn.Module = layer
+    return typed

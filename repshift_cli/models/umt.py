@@ -1,8 +1,7 @@
 """UMT (Unmasked Teacher, arXiv 2303.16058): text-video retrieval and video question answering.
 
-The vision encoder attends over all places of all frames at once. Parameters carry the names of the authors'
-checkpoints, so those load unchanged. What a checkpoint does not tell (frames, image size, heads) stands in the
-arguments.
+The vision encoder attends over all patches of all frames at once. Parameters have the names of the authors'
+checkpoints, so those load unchanged. Frames, image size and heads, which a checkpoint does not store, are arguments.
 """
 
 from __future__ import annotations
@@ -34,9 +33,8 @@ __all__ = [
 Pooling = Literal["frames", "all"]
 
 _NORM_EPS = 1e-6
-_MOST_TOKENS = 1 << 20
-_TEMPERATURE, _LEAST_TEMPERATURE = 0.07, 0.001
-_PATCH_EMBED_DIMS = 5
+_MAX_TOKENS = 1 << 20
+_TEMPERATURE, _MIN_TEMPERATURE = 0.07, 0.001
 
 
 @dataclass(frozen=True)
@@ -44,13 +42,13 @@ class VisionShape:
     """Sizes of a vision encoder.
 
     Attributes:
-        img_size: side of a frame in pixels.
-        frames: frames of a clip.
-        patch_size: side of a patch.
+        img_size: height and width of a frame in pixels.
+        frames: of a clip.
+        patch_size: height and width of a patch.
         width, depth, heads: of the transformer.
         hidden: channels inside the MLP.
-        checkpoint_frames: frames that the weights were trained on, where positions are to be interpolated in time from
-            those; None counts on where a longer clip goes on.
+        checkpoint_frames: number of frames from which positions are interpolated in time; None computes them for
+            `frames` directly.
     """
 
     img_size: int = 224
@@ -72,16 +70,13 @@ class VisionShape:
         """Tokens of a clip."""
         return self.frames * self.side**2
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 class Attention(nn.Module):
     """Attention over all tokens of a clip; queries and values have a bias, keys have none.
 
     Attributes:
-        fused_attn: whether a fused kernel runs, or the explicit form with its map of all pairs.
-        flash_attn: whether that kernel is the one of the package flash-attn, in place of torch's.
+        fused_attn: use a fused kernel, rather than computing the attention map.
+        flash_attn: use the fused kernel of the package flash-attn, rather than torch's.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -96,7 +91,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """`[B, N, C]` to the same; a token that stands for s others counts s times as a key."""
+        """`[B, N, C]` to the same; a merged token of size s counts s times as a key."""
         projected = self.qkv(tokens, torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias)))
         heads = projected.unflatten(2, (3, self.num_heads, self.head_dim))
         mixed = attend_projected(heads, sizes, backend=backend_of(self.fused_attn, self.flash_attn))
@@ -105,7 +100,7 @@ class Attention(nn.Module):
 
 
 class _BiasedLinear(nn.Linear):
-    """A projection whose bias is put together from other parameters, so that it can be seen like any other."""
+    """A projection whose bias is an input. As a module, it can be hooked like any other projection."""
 
     def forward(self, inputs: Tensor, bias: Tensor | None = None) -> Tensor:
         """`[..., in]` and `[out]` to `[..., out]`."""
@@ -113,7 +108,7 @@ class _BiasedLinear(nn.Linear):
 
 
 class Mlp(nn.Module):
-    """Two layers with a GELU between them."""
+    """Two linear layers with a GELU between them."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -130,7 +125,7 @@ class Block(nn.Module):
     """`x += attn(norm1(x)); x += mlp(norm2(x))`.
 
     Attributes:
-        attended: passes on what is there after attention; a hook on it can take tokens away before the MLP.
+        attended: identity on the tokens after attention; a hook on it can drop tokens before the MLP.
     """
 
     def __init__(self, shape: VisionShape) -> None:
@@ -142,14 +137,14 @@ class Block(nn.Module):
         self.mlp = Mlp(shape.width, shape.hidden)
 
     def forward(self, stream: Sized) -> Sized:
-        """Tokens to the same number of tokens."""
+        """`[B, N, C]` to the same, unless a hook drops or merges tokens."""
         attended = stream.tokens + self.attn(self.norm1(stream.tokens), stream.sizes)
         tokens, sizes = self.attended(Sized(attended, stream.sizes))
         return Sized(tokens + self.mlp(self.norm2(tokens)), sizes)
 
 
 class PatchEmbed(nn.Module):
-    """Patches of each frame."""
+    """Patch embedding of each frame."""
 
     def __init__(self, shape: VisionShape) -> None:
         super().__init__()
@@ -178,9 +173,9 @@ class _Transformer(nn.Module):
         self.register_buffer("img_positions", position_table(replace(shape, frames=1)), persistent=False)
 
     def forward(self, video: Tensor) -> Tensor:
-        """`[B, T, 3, H, W]` to `[B, N, C]`; N is T * patches unless tokens were let go."""
-        places = self.img_positions if video.shape[1] == 1 else self.positions
-        stream = Sized(self.patch_embed(video) + places)
+        """`[B, T, 3, H, W]` to `[B, N, C]`; N is T * patches unless tokens are dropped or merged."""
+        positions = self.img_positions if video.shape[1] == 1 else self.positions
+        stream = Sized(self.patch_embed(video) + positions)
         for block in self.blocks:
             stream = block(stream)
         output: Tensor = self.norm(stream.tokens)
@@ -188,7 +183,7 @@ class _Transformer(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """The encoder, and the norm behind pooling where the model pools."""
+    """The transformer, and the norm after pooling where the model pools."""
 
     def __init__(self, shape: VisionShape, pools: bool) -> None:
         super().__init__()
@@ -203,14 +198,14 @@ class VisionEncoder(nn.Module):
 
 
 class UmtModel(nn.Module):
-    """What both models share: a vision encoder and a text encoder whose upper layers look at its tokens.
+    """Base of both models: a vision encoder, and a text encoder whose upper layers attend to its tokens.
 
     Attributes:
         vision: sizes of the vision encoder.
         text: sizes of the text encoder.
-        pooling: over the tokens of each frame, as the authors evaluate retrieval, or over all tokens. Once tokens are
-            let go there are no whole frames.
-        averaged: passes on the mean over all tokens; a hook on it can weight them.
+        pooling: over the tokens of each frame, as the authors evaluate retrieval, or over all tokens. After dropping or
+            merging there are no whole frames.
+        averaged: identity on the mean over all tokens; a hook on it can weight them by size.
     """
 
     def __init__(self, vision: VisionShape, text: TextShape, pools: bool) -> None:
@@ -230,9 +225,9 @@ class UmtModel(nn.Module):
 
     @property
     def temperature(self) -> float:
-        """By which similarities of embeddings are divided before a softmax."""
+        """Divisor of similarities before a softmax."""
         learned = getattr(self, "temp", None)
-        return _TEMPERATURE if learned is None else max(float(learned), _LEAST_TEMPERATURE)
+        return _TEMPERATURE if learned is None else max(float(learned), _MIN_TEMPERATURE)
 
     @property
     def blocks(self) -> list[Block]:
@@ -240,24 +235,23 @@ class UmtModel(nn.Module):
         return list(self.vision_encoder.encoder.blocks)  # type: ignore[arg-type]
 
     def restore_buffers(self) -> None:
-        """Compute anew what no checkpoint stores, for a model that was built without memory."""
+        """Compute the buffers that checkpoints do not store, for a model that was built on the meta device."""
         encoder = self.vision_encoder.encoder
-        encoder.positions, encoder.img_positions = (
-            position_table(shape) for shape in (self.vision, replace(self.vision, frames=1))
-        )
+        encoder.positions = position_table(self.vision)
+        encoder.img_positions = position_table(replace(self.vision, frames=1))
         for module in self.modules():
             if (types := getattr(module, "token_type_ids", None)) is not None:
                 module.token_type_ids = torch.zeros(types.shape, dtype=types.dtype)
 
     def encode_video(self, video: Tensor) -> Tensor:
-        """A clip `[B, T, 3, H, W]` to its tokens, `[B, N, C]`.
+        """`[B, T, 3, H, W]` to tokens `[B, N, C]`.
 
         Raises:
-            ValueError: frames or sizes are not those that the positions are for.
+            ValueError: the clip has another number of frames or size than the model.
         """
         expected = (self.vision.frames, 3, *self.img_size)
         if tuple(video.shape[1:]) not in (expected, (1, *expected[1:])):
-            raise ValueError(f"clips of {expected} are expected, not of {tuple(video.shape[1:])}")
+            raise ValueError(f"invalid clip shape {tuple(video.shape[1:])}: must be {expected}")
         tokens: Tensor = self.vision_encoder(video)
         return tokens
 
@@ -271,10 +265,7 @@ class UmtModel(nn.Module):
 
 
 class UmtRetrieval(UmtModel):
-    """Retrieval: embeddings of video and text to compare, and a head that says whether a pair belongs together.
-
-    `forward` gives the embedding of a clip, `[B, E]`.
-    """
+    """Retrieval: embeddings of videos and texts, and a head that scores whether a pair matches."""
 
     def __init__(self, vision: VisionShape, text: TextShape, embed_dim: int = 512) -> None:
         super().__init__(vision, text, pools=True)
@@ -292,7 +283,7 @@ class UmtRetrieval(UmtModel):
         return pooled
 
     def project_video(self, tokens: Tensor) -> Tensor:
-        """`[B, N, C]` to embeddings of length one, `[B, F, E]`."""
+        """`[B, N, C]` to embeddings of norm 1, `[B, F, E]`."""
         return functional.normalize(self.vision_proj(self.pool(tokens)), dim=-1)
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -300,31 +291,29 @@ class UmtRetrieval(UmtModel):
         return self.text_encoder.read(ids, mask)
 
     def project_text(self, hidden: Tensor) -> Tensor:
-        """`[B, L, D]` to embeddings of length one, `[B, E]`."""
+        """`[B, L, D]` to embeddings of norm 1, `[B, E]`."""
         return functional.normalize(self.text_proj(hidden[:, 0]), dim=-1)
 
     def match_logits(self, hidden: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-        """Whether pairs belong together, `[n, 2]`.
+        """Logits that pairs do not match and match, `[n, 2]`.
 
         Args:
             hidden, mask: of n texts, `[n, L, D]` and `[n, L]`.
-            tokens: of m videos, `[m, N, C]`; the first n / m texts belong to the first one, and so on.
+            tokens: of m videos, `[m, N, C]`; the first n / m texts are paired with the first video, and so on.
         """
         logits: Tensor = self.itm_head(self.text_encoder.fuse(hidden, mask, tokens)[:, 0])
         return logits
 
     def match(self, hidden: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-        """The raw score of each pair, `[n]`; arguments as `match_logits`."""
+        """The matching logit of each pair, `[n]`; arguments as `match_logits`."""
         return self.match_logits(hidden, mask, tokens)[:, 1]
 
 
 class UmtAnswering(UmtModel):
-    """Question answering: answers of a list are ranked by a decoder that reads the states of the question.
-
-    `forward` gives the mean token of a clip, `[B, C]`.
+    """Question answering: a decoder ranks the answers of a list, given the hidden states of the question.
 
     Args:
-        tied: whether the decoder and its head share their words, as the authors' models do.
+        tied: whether the decoder and its head share the word embeddings, as in the authors' models.
     """
 
     def __init__(self, vision: VisionShape, text: TextShape, tied: bool = True) -> None:
@@ -335,7 +324,7 @@ class UmtAnswering(UmtModel):
             self._tie()
 
     def forward(self, video: Tensor) -> Tensor:
-        """`[B, T, 3, H, W]` to `[B, C]`."""
+        """`[B, T, 3, H, W]` to `[B, C]`: the mean of the tokens."""
         return self.pool(self.encode_video(video)).mean(dim=1)
 
     def restore_buffers(self) -> None:
@@ -343,7 +332,7 @@ class UmtAnswering(UmtModel):
         self._tie(only_equal=True)
 
     def _tie(self, only_equal: bool = False) -> None:
-        """Let the decoder's two tables of words be one; after loading, where they hold the same numbers."""
+        """Share the word embeddings and the bias of the decoder and its head; optionally only those that are equal."""
         embeddings: Any = self.text_decoder.bert["embeddings"]
         head: Any = self.text_decoder.cls.predictions
         words = embeddings.word_embeddings
@@ -353,41 +342,39 @@ class UmtAnswering(UmtModel):
             head.decoder.bias = head.bias
 
     def encode_question(self, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-        """int64 `[B, L]`, its mask and the tokens of the videos `[B, N, C]` to states `[B, L, D]`."""
+        """int64 `[B, L]`, its mask and the tokens of the videos `[B, N, C]` to hidden states `[B, L, D]`."""
         states: Tensor = self.text_encoder(ids, mask, tokens)
         return states
 
-    def decode(self, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor) -> Tensor:
-        """Logits of the next token of answers; shapes as `TextDecoder`."""
-        logits: Tensor = self.text_decoder(ids, mask, states, states_mask)
-        return logits
-
     def first_token_probabilities(self, states: Tensor, mask: Tensor, start: int) -> Tensor:
-        """What may follow the token `start` ([CLS]) as an answer: `[B, L, D]`, `[B, L]` to `[B, vocabulary]`."""
+        """`[B, L, D]`, `[B, L]` to `[B, vocabulary]`: next-token probabilities after `start` ([CLS])."""
         ids = torch.full((states.shape[0], 1), start, dtype=torch.int64, device=states.device)
-        return self.decode(ids, torch.ones_like(ids), states, mask)[:, 0].softmax(dim=-1)
+        logits: Tensor = self.text_decoder(ids, torch.ones_like(ids), states, mask)
+        return logits[:, 0].softmax(dim=-1)
 
     def answer_loss(self, states: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
         """Cross-entropy of each answer, summed over its tokens after the first: `[n, L, D]`, ..., `[n, A]` to `[n]`."""
-        logits = self.decode(answer_ids, answer_mask, states, mask)[:, :-1]
-        wanted = answer_ids[:, 1:].masked_fill(answer_mask[:, 1:] == 0, -100)
-        return functional.cross_entropy(logits.mT, wanted, ignore_index=-100, reduction="none").sum(dim=1)
+        logits = self.text_decoder(answer_ids, answer_mask, states, mask)[:, :-1]
+        targets = answer_ids[:, 1:].masked_fill(answer_mask[:, 1:] == 0, -100)
+        return functional.cross_entropy(logits.mT, targets, ignore_index=-100, reduction="none").sum(dim=1)
 
 
 def position_table(shape: VisionShape) -> Tensor:
     """Fixed sine and cosine positions of a clip, float32 `[1, tokens, C]` (Vaswani et al. 2017, section 3.5).
 
-    Counted on over all places of all frames; with `checkpoint_frames` made for so many frames and interpolated.
+    Positions are counted over all patches of all frames. With `checkpoint_frames` the table is computed for that many
+    frames and interpolated in time.
     """
-    given = shape.checkpoint_frames
-    made = shape if given is None or shape.frames == 1 else replace(shape, frames=given)
-    places = torch.arange(made.tokens, dtype=torch.float64).unsqueeze(1)
+    computed = shape
+    if shape.checkpoint_frames is not None and shape.frames > 1:
+        computed = replace(shape, frames=shape.checkpoint_frames)
+    places = torch.arange(computed.tokens, dtype=torch.float64).unsqueeze(1)
     channels = torch.arange(shape.width, dtype=torch.float64) // 2 * 2
     angles = places / 10000 ** (channels / shape.width)
     even = torch.arange(shape.width) % 2 == 0
     table = torch.where(even, angles.sin(), angles.cos()).float()
-    if made.frames != shape.frames:
-        in_time = table.unflatten(0, (made.frames, -1)).permute(1, 2, 0)  # [places, C, frames]
+    if computed.frames != shape.frames:
+        in_time = table.unflatten(0, (computed.frames, -1)).permute(1, 2, 0)  # [patches, C, frames]
         table = functional.interpolate(in_time, size=shape.frames, mode="linear").permute(2, 0, 1).flatten(0, 1)
     return table.unsqueeze(0)
 
@@ -402,56 +389,53 @@ MODELS: dict[str, tuple[VisionShape, TextShape, int]] = {
     "umt_base_qa": (_BASE, _TEXT_BASE, 0),
     "umt_large_qa": (_LARGE, _TEXT_LARGE, 0),
 }
-"""The authors' models: sizes, and channels of the embeddings (0: a question answering model)."""
+"""The authors' models: sizes, and channels of the embeddings (0 for question answering)."""
 
 
 def create(name: str, **changes: Any) -> UmtModel:
-    """One of `MODELS` with random weights.
-
-    Args:
-        name: which.
-        changes: `img_size`, `frames` or `checkpoint_frames` where they are not the authors'.
-    """
+    """One of `MODELS` with random weights; `changes` are `img_size`, `frames` or `checkpoint_frames`."""
     vision, text, embed_dim = MODELS[name]
-    return build(replace(vision, **changes).to_dict(), text.to_dict(), embed_dim)
+    return build(asdict(replace(vision, **changes)), asdict(text), embed_dim)
 
 
 def build(
     vision: Mapping[str, Any], text: Mapping[str, Any], embed_dim: int = 0, pooling: Pooling | None = None
 ) -> UmtModel:
-    """A model of these sizes, as `VisionShape.to_dict` and `TextShape.to_dict` give them; see `MODELS`.
+    """A model with random weights.
 
     Args:
-        pooling: how it was trained, where that is not as the authors train.
+        vision, text: fields of `VisionShape` and `TextShape`.
+        embed_dim: channels of the embeddings; 0 builds a question answering model.
+        pooling: as it was trained; None for the authors' pooling.
 
     Raises:
-        TypeError, ValueError: the sizes cannot be.
+        TypeError, ValueError: a size is unknown or invalid.
     """
     shapes = VisionShape(**vision), TextShape(**text)
     model: UmtModel = UmtRetrieval(*shapes, embed_dim) if embed_dim else UmtAnswering(*shapes)
     if pooling is not None:
         if pooling not in get_args(Pooling):
-            raise ValueError(f"pooling is one of {', '.join(get_args(Pooling))}, not {pooling!r}")
+            raise ValueError(f"unknown pooling {pooling!r}: allowed: {', '.join(get_args(Pooling))}")
         model.pooling = pooling
     return model
 
 
 def _check(shape: VisionShape) -> None:
     if min(shape.img_size, shape.frames, shape.patch_size, shape.width, shape.depth, shape.heads, shape.hidden) < 1:
-        raise ValueError("all sizes of the vision encoder have to be at least 1")
+        raise ValueError("invalid size of the vision encoder: all must be at least 1")
     if shape.checkpoint_frames is not None and shape.checkpoint_frames < 1:
-        raise ValueError("checkpoint_frames has to be at least 1")
+        raise ValueError(f"invalid checkpoint_frames={shape.checkpoint_frames}: must be at least 1")
     tokens = max(shape.frames, shape.checkpoint_frames or 1) * shape.side**2
-    if tokens > _MOST_TOKENS:
-        raise ValueError(f"{tokens} tokens are more than any model takes")
+    if tokens > _MAX_TOKENS:
+        raise ValueError(f"invalid size of the vision encoder: {tokens} tokens, must be at most {_MAX_TOKENS}")
     if shape.img_size % shape.patch_size:
-        raise ValueError(f"patches of {shape.patch_size} leave a rest of frames of {shape.img_size}")
+        raise ValueError(f"invalid img_size={shape.img_size}: must be a multiple of patch_size={shape.patch_size}")
     if shape.width % shape.heads:
-        raise ValueError(f"{shape.heads} heads do not divide a width of {shape.width}")
+        raise ValueError(f"invalid heads={shape.heads}: must divide width={shape.width}")
 
 
 def _configuration(shape: VisionShape) -> dict[str, Any]:
-    """Preprocessing of the authors' evaluation, in timm's words, and the number of frames."""
+    """Preprocessing of the authors' evaluation in the keys of timm, and the number of frames."""
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     return {

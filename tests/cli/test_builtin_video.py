@@ -1,4 +1,4 @@
-"""The built-in video models on videos that were encoded and decoded again: what letting tokens go costs them."""
+"""The built-in video models on videos that were encoded and decoded again: what fewer tokens cost in quality."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluated(shell: Command, tmp_path: Path, videos: Path, task: str, recipe: str) -> dict[str, Any]:
-    """Compress the built-in model of a task by a recipe, and evaluate it beside its dense self."""
+    """Compress the built-in model of a task by a recipe, and evaluate it with its dense model."""
     (tmp_path / "r.yaml").write_text(recipe)
     model = "builtin:umt-shapes" + ("-qa" if task == "qa" else "")
     done = shell("compress", model, "--recipe", "r.yaml", "-o", "small.safetensors", "--seconds", "0", "--force")
@@ -66,7 +66,7 @@ def test_answers_survive_merging_by_shift(shell: Command, tmp_path: Path, videos
 
 
 @pytest.mark.slow
-def test_shift_beats_chance_at_a_lower_cost(shell: Command, tmp_path: Path, videos: Path) -> None:
+def test_shift_beats_random_dropping_at_a_lower_cost(shell: Command, tmp_path: Path, videos: Path) -> None:
     strong = MERGED.replace("drop_ratio: 0.2}", "drop_ratio: 0.35}")
     random = RANDOM.replace("drop_ratio: 0.2}", "drop_ratio: 0.35}")
     merged, dropped = (evaluated(shell, tmp_path, videos, "qa", recipe) for recipe in (strong, random))

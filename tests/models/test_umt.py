@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -43,8 +44,8 @@ from repshift_cli.utils.progress import Silent
 HIDDEN = 1e-5  # what the authors' code in float64 differs from itself in float32: 1.4e-6
 SCORES = 2e-6
 MERGED_HIDDEN = 5e-5
-"""Bringing entropies to 0..1 magnifies their last bits: merged by this model in float64, the tokens are up to 1.3e-5
-away from the authors' float32, and up to 1.9e-5 from its own. The errors of `test_errors_are_seen` are above 2e-4."""
+"""Scaling entropies to 0..1 magnifies their last bits: merged by this model in float64, the tokens are up to 1.3e-5
+away from the authors' float32, and up to 1.9e-5 from its own. Errors of `test_errors_are_detected` are above 2e-4."""
 
 RETRIEVAL = reference("retrieval")
 QA = reference("qa")
@@ -142,7 +143,7 @@ class TestVision:
         close(tokens, expected["ckptframes/vision_embeds"], HIDDEN)
         close(model.pool(tokens), expected["ckptframes/pooled_vision_embeds"], HIDDEN)
 
-    def test_a_single_picture(self) -> None:
+    def test_a_single_image(self) -> None:
         model, expected = RETRIEVAL.model(), RETRIEVAL.tensors
         tokens = model.encode_video(expected["in/image"])
         close(tokens, expected["image/vision_embeds"], HIDDEN)
@@ -237,7 +238,7 @@ class TestRetrieval:
         close(scores.text_to_video, expected[f"{start}t2i_x"], SCORES)
 
     @pytest.mark.parametrize("pair_batch", [1, 3, 64])
-    def test_the_number_of_pairs_at_a_time_does_not_matter(self, pair_batch: int) -> None:
+    def test_the_pair_batch_does_not_change_the_result(self, pair_batch: int) -> None:
         model, gallery = RETRIEVAL.model(), RETRIEVAL.tensors
         mask = gallery["eval/attention_mask"]
         found = matching_scores(
@@ -253,7 +254,7 @@ class TestRetrieval:
         )
         close(found.video_to_text, gallery["eval/full/i2t_x"], SCORES)
 
-    def test_one_video_for_each_text_or_for_all(self) -> None:
+    def test_texts_that_share_a_video(self) -> None:
         model, expected = RETRIEVAL.model(), RETRIEVAL.tensors
         ids, mask = expected["in/input_ids"], expected["in/attention_mask"]
         hidden, tokens = model.encode_text(ids, mask), model.encode_video(expected["in/video"])
@@ -295,7 +296,7 @@ class TestAnswering:
         (model, states), expected = asked, QA.tensors
         ids, mask = expected["out/decoder_input_ids"], expected["out/decoder_attention_mask"]
         states, seen = (value.repeat_interleave(3, 0) for value in (states, expected["in/question_attention_mask"]))
-        close(model.decode(ids, mask, states, seen), expected["out/decoder_logits"], HIDDEN)
+        close(model.text_decoder(ids, mask, states, seen), expected["out/decoder_logits"], HIDDEN)
         close(model.answer_loss(states, seen, ids, mask).view(2, 3), expected["out/answer_loss"], HIDDEN)
 
     @pytest.mark.parametrize(("start", "k"), [("out", 3), ("all", 6)])
@@ -310,9 +311,9 @@ class TestAnswering:
     def test_the_decoder_does_not_look_ahead(self, asked: tuple[Any, Tensor]) -> None:
         (model, states), expected = asked, QA.tensors
         ids, mask = expected["in/answer_input_ids"][:2].clone(), torch.ones(2, 5, dtype=torch.int64)
-        before = model.decode(ids, mask, states, expected["in/question_attention_mask"])
+        before = model.text_decoder(ids, mask, states, expected["in/question_attention_mask"])
         ids[:, 3:] = 7
-        after = model.decode(ids, mask, states, expected["in/question_attention_mask"])
+        after = model.text_decoder(ids, mask, states, expected["in/question_attention_mask"])
         close(after[:, :3], before[:, :3], HIDDEN)
         assert not torch.allclose(after[:, 3:], before[:, 3:], atol=1e-3)
 
@@ -351,7 +352,7 @@ class TestMerging:
             close(found, MERGED[expected].squeeze(2), MERGED_HIDDEN)
 
     @flows
-    def test_which_tokens_stay(self, flow: str) -> None:
+    def test_which_tokens_are_kept(self, flow: str) -> None:
         kept = merging(flow).trace(FLOWS[flow].tensors["in/video"]).kept
         left = torch.arange(64).expand(2, -1)
         for layer in (0, 1):
@@ -397,7 +398,7 @@ class TestMerging:
         close(found, expected["nokt/vision_proj_l2"], HIDDEN)
 
     @pytest.mark.parametrize("error", ["sizes are left out", "the key has a bias", "pooled by size"])
-    def test_errors_are_seen(self, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_errors_are_detected(self, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
         model = merging("flow_a").model
         block = umt.Attention.forward
         if error == "sizes are left out":
@@ -457,7 +458,7 @@ class TestWrittenOut:
 
 
 class TestText:
-    def test_padding_does_not_matter(self) -> None:
+    def test_padding_does_not_change_the_result(self) -> None:
         model: Any = tiny_umt()
         ids, mask = texts_for(2, 7)
         tokens = model.encode_video(umt_clips(model))
@@ -479,10 +480,9 @@ class TestText:
         ids, mask = texts_for()
         assert model.match(model.encode_text(ids, mask), mask, model.encode_video(umt_clips(model))).shape == (2,)
 
-    def test_without_a_memory_only_the_lower_layers_run(self) -> None:
+    def test_the_encoder_is_its_lower_and_its_upper_layers(self) -> None:
         model: Any = tiny_umt()
         ids, mask = texts_for()
-        assert torch.equal(model.text_encoder(ids, mask), model.text_encoder.read(ids, mask))
         memory = model.encode_video(umt_clips(model))
         fused = model.text_encoder.fuse(model.text_encoder.read(ids, mask), mask, memory)
         assert torch.equal(model.text_encoder(ids, mask, memory), fused)
@@ -490,13 +490,13 @@ class TestText:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"fusion_layer": 0}, "fusion layer 0 is not among the 3 layers"),
-            ({"fusion_layer": 3}, "fusion layer 3 is not among the 3 layers"),
-            ({"depth": -1}, "fusion layer 1 is not among the -1 layers"),
-            ({"heads": 5}, "5 heads do not divide a width of 64"),
+            ({"fusion_layer": 0}, "invalid fusion_layer=0: must be between 0 and depth=3"),
+            ({"fusion_layer": 3}, "invalid fusion_layer=3: must be between 0 and depth=3"),
+            ({"depth": -1}, "invalid fusion_layer=1: must be between 0 and depth=-1"),
+            ({"heads": 5}, "invalid heads=5: must divide width=64"),
         ],
     )
-    def test_sizes_that_cannot_be(self, changes: dict[str, int], message: str) -> None:
+    def test_invalid_sizes(self, changes: dict[str, int], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             tiny_umt(text=changes)
 
@@ -512,29 +512,29 @@ class TestForm:
         "shape",
         [(3, 3, 24, 32), (3, 3, 24, 24), (2, 3, 32, 32), (4, 3, 32, 32), (3, 1, 32, 32), (3, 32, 32), (1, 3, 40, 40)],
     )
-    def test_other_clips_are_refused(self, shape: tuple[int, ...]) -> None:
-        with pytest.raises(ValueError, match=r"clips of \(3, 3, 32, 32\) are expected, not of"):
+    def test_other_clips_raise(self, shape: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError, match=r"invalid clip shape .*: must be \(3, 3, 32, 32\)"):
             tiny_umt()(torch.zeros(2, *shape))
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"img_size": 30}, "patches of 8 leave a rest of frames of 30"),
-            ({"heads": 5}, "5 heads do not divide a width of 64"),
+            ({"img_size": 30}, "invalid img_size=30: must be a multiple of patch_size=8"),
+            ({"heads": 5}, "invalid heads=5: must divide width=64"),
             ({"heads": 0}, "at least 1"),
             ({"frames": -1}, "at least 1"),
             ({"depth": 0}, "at least 1"),
             ({"patch_size": 0}, "at least 1"),
-            ({"checkpoint_frames": 0}, "checkpoint_frames has to be at least 1"),
-            ({"frames": 10**9}, "tokens are more than any model takes"),
-            ({"img_size": 8 * 10**6}, "tokens are more than any model takes"),
+            ({"checkpoint_frames": 0}, "invalid checkpoint_frames=0: must be at least 1"),
+            ({"frames": 10**9}, "tokens, must be at most 1048576"),
+            ({"img_size": 8 * 10**6}, "tokens, must be at most 1048576"),
         ],
     )
-    def test_sizes_that_cannot_be(self, options: dict[str, int], message: str) -> None:
+    def test_invalid_sizes(self, options: dict[str, int], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             tiny_umt(**options)
 
-    def test_what_forward_gives(self) -> None:
+    def test_forward(self) -> None:
         model: Any = tiny_umt()
         clips = umt_clips(model)
         assert torch.equal(model(clips), model.project_video(model.encode_video(clips)).mean(1))
@@ -542,7 +542,7 @@ class TestForm:
         assert torch.equal(model(clips), model.encode_video(clips).mean(1))
 
     @each_variant
-    def test_buffers_can_be_computed_anew(self, variant: str) -> None:
+    def test_restore_buffers(self, variant: str) -> None:
         model, other = tiny_umt(**VARIANTS[variant]), tiny_umt(**VARIANTS[variant])
         for buffer in other.buffers():
             if buffer.is_floating_point():
@@ -552,7 +552,7 @@ class TestForm:
         assert list(wanted) == list(found)
         assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
-    def test_interpolation_leaves_pictures_alone(self) -> None:
+    def test_interpolation_leaves_images_alone(self) -> None:
         shape = {"img_size": 32, "patch_size": 8, "width": 64}
         plain = position_table(VisionShape(frames=1, **shape))
         assert torch.equal(position_table(VisionShape(frames=1, checkpoint_frames=9, **shape)), plain)
@@ -560,7 +560,7 @@ class TestForm:
         assert torch.equal(same, position_table(VisionShape(frames=5, **shape)))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-    def test_other_number_types(self, dtype: torch.dtype) -> None:
+    def test_other_dtypes(self, dtype: torch.dtype) -> None:
         model: Any = tiny_umt()
         clips, texts = umt_clips(model), texts_for()
         wanted = model(clips)
@@ -570,7 +570,7 @@ class TestForm:
         assert model.match(model.encode_text(*texts), texts[1], tokens).isfinite().all()
         assert (model(clips.to(dtype)).float() - wanted).abs().max() < 0.05
 
-    def test_neighbours_do_not_matter(self) -> None:
+    def test_clips_of_a_batch_are_independent(self) -> None:
         model: Any = tiny_umt()
         clips = umt_clips(model, 4)
         together = model.encode_video(clips)
@@ -619,11 +619,11 @@ class TestOfficialKeys:
         assert f"{580 - 397} tensors that only serve pretraining are left out" in identity.notes
 
     @pytest.mark.parametrize("name", umt.MODELS)
-    def test_every_model_is_told_from_its_tensors(self, name: str) -> None:
+    def test_every_model_is_identified_by_its_tensors(self, name: str) -> None:
         identity = identify(dict(on_meta(name).state_dict()), "weights.pth", None, None, "weights")
         vision, text, embed_dim = umt.MODELS[name]
         assert identity.name == name
-        assert identity.args == {"vision": vision.to_dict(), "text": text.to_dict(), "embed_dim": embed_dim}
+        assert identity.args == {"vision": asdict(vision), "text": asdict(text), "embed_dim": embed_dim}
         assert identity.preprocessing.shape == (12, 3, 224, 224)
 
     def test_the_large_model_by_hand(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -617,7 +618,7 @@ def clip_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     folder = tmp_path_factory.mktemp("clips")
     model = tiny_umt()
-    args = {"vision": model.vision.to_dict(), "text": model.text.to_dict(), "embed_dim": 24}
+    args = {"vision": asdict(model.vision), "text": asdict(model.text), "embed_dim": 24}
     description = ModelDescription("umt-shapes", "umt", args, Preprocessing.of_model(model))
     tensors = {key: value.clone().contiguous() for key, value in model.state_dict().items()}
     save_file(

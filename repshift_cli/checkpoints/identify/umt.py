@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
@@ -69,7 +69,7 @@ def identify(
     if not (img_size and frames):
         notes.append(f"a checkpoint of UMT does not tell its clips: {told} are used (--frames, --img-size)")
     label = found or f"UMT of width {vision.width}, depth {vision.depth}"
-    args = {"vision": vision.to_dict(), "text": text.to_dict(), "embed_dim": embed_dim}
+    args = {"vision": asdict(vision), "text": asdict(text), "embed_dim": embed_dim}
     return Identity(label, UMT, args, preprocessing(vision), native, notes)
 
 

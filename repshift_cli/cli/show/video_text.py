@@ -3,75 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from repshift_cli.cli.options import Pooling
 
 if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import Opened
+    from repshift_cli.data.preprocessing import Preprocessing
+    from repshift_cli.data.video.annotations import Task, VideoTextSet
     from repshift_cli.data.video.tokenizer import Tokenizer
+    from repshift_cli.evaluation.common import Skipped
     from repshift_cli.evaluation.video_text.answering import AnswerEvaluation, AnswerScore
-    from repshift_cli.evaluation.video_text.data import Task, VideoData
-    from repshift_cli.evaluation.video_text.evaluate import Settings
     from repshift_cli.evaluation.video_text.ranking import RankStats
-    from repshift_cli.evaluation.video_text.retrieval import Directions, RetrievalEvaluation, RetrievalScore
+    from repshift_cli.evaluation.video_text.retrieval import RetrievalEvaluation, RetrievalScore
 
 
 __all__ = [
-    "Run",
+    "EncoderCost",
     "announce_videos",
     "answers_document",
     "attention_words",
-    "input_numbers",
-    "left_out_numbers",
+    "dataset_document",
+    "inputs_document",
     "list_names",
-    "origin_numbers",
-    "report_broken",
+    "report_left_out",
     "retrieval_document",
     "show_answers",
     "show_retrieval",
 ]
 
-
-_SHOWN = 10
-
-
+_MAX_NAMES = 10
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-_STEP = 1024.0
+class EncoderCost(NamedTuple):
+    """MACs per video of a video encoder, and its attention kernel."""
 
-
-@dataclass(frozen=True)
-class Run:
-    """What goes into an evaluation.
-
-    Attributes:
-        opened: the model.
-        name: how the user calls it.
-        models: what to run, by name; the first one is what was asked for.
-        settings: how.
-        attention: what computes it in the video encoder, by the names of the models.
-    """
-
-    opened: Opened
-    name: str
-    models: Mapping[str, Any]
-    settings: Settings
-    attention: Mapping[str, str] = field(default_factory=dict)
+    macs: int
+    attention: str
 
     @property
-    def macs(self) -> dict[str, int]:
-        """Per video, by the names of the models."""
-        return dict(zip(self.models, (self.opened.macs, self.opened.dense_macs), strict=False))
+    def gmacs(self) -> float:
+        return self.macs / 1e9
 
-    def side(self, name: str) -> dict[str, Any]:
-        """What is known of a model before it is evaluated, for the JSON document."""
-        return {"gmacs": self.macs[name] / 1e9, "attention": self.attention.get(name)}
+    @property
+    def words(self) -> str:
+        """GMACs, for a table."""
+        return f"{self.gmacs:.3g}" if self.gmacs < 1 else f"{self.gmacs:.2f}"
 
 
-def announce_videos(opened: Opened, data: VideoData, pooling: str | None, tokenizer: Tokenizer) -> None:
+def announce_videos(opened: Opened, data: VideoTextSet, pooling: str | None, tokenizer: Tokenizer) -> None:
     """Log the model, the dataset and the preprocessing."""
     from repshift_cli.cli import ui
 
@@ -91,166 +73,30 @@ def announce_videos(opened: Opened, data: VideoData, pooling: str | None, tokeni
 
 def _pooling_words(pooling: str, opened: Opened) -> str:
     if opened.compressed is not None:
-        return "over all tokens that are left, of the dense model over all tokens"
+        return "over all kept tokens, of the dense model over all tokens"
     return "over each frame" if pooling == Pooling.FRAMES.value else "over all tokens, as compressed models do"
 
 
 def list_names(what: str, names: Sequence[str]) -> None:
-    """Say on stderr how many there are, and which."""
+    """Log how many there are, with the first names."""
     from repshift_cli.cli import ui
 
     if not names:
         return
-    lines = [f"{len(names)} {what}:", *(f"  {name}" for name in names[:_SHOWN])]
-    if len(names) > _SHOWN:
-        lines.append(f"  and {len(names) - _SHOWN} more (--json lists all)")
+    lines = [f"{len(names)} {what}:", *(f"  {name}" for name in names[:_MAX_NAMES])]
+    if len(names) > _MAX_NAMES:
+        lines.append(f"  and {len(names) - _MAX_NAMES} more (--json lists all)")
     ui.warn("\n".join(lines))
 
 
-def report_broken(broken: Mapping[str, str], padded: Sequence[str]) -> None:
-    """Log the videos that could not be read."""
+def report_left_out(data: VideoTextSet, skipped: Sequence[Skipped], padded: Sequence[str]) -> dict[str, Any]:
+    """Log unreadable and padded videos. Returns the JSON keys about them and about missing videos."""
+    broken = {entry.sample: entry.reason for entry in skipped}  # one entry for all questions about a video
     list_names(
         "videos could not be read and were left out (--strict stops at the first)",
         [f"{name}: {reason}" for name, reason in broken.items()],
     )
-    list_names("videos have fewer frames than a clip, so their last one is repeated", padded)
-
-
-def attention_words(attention: Mapping[str, str]) -> str:
-    """What computed the attention of each model, in one line where it is the same for all."""
-    kinds = set(attention.values())
-    told = kinds.pop() if len(kinds) == 1 else ", ".join(f"{kind} ({name})" for name, kind in attention.items())
-    return f"attention: {told}"
-
-
-def show_retrieval(result: RetrievalEvaluation, job: Run) -> None:
-    """Print the table of a retrieval evaluation."""
-    from repshift_cli.cli import ui
-
-    columns = ("model", "ranked by", "R@1", "R@5", "R@10", "median", "mean")
-    for direction in ("text_to_video", "video_to_text"):
-        rows = [
-            (name, words, *_rank_cells(getattr(ranked, direction)))
-            for name, score in result.scores.items()
-            for words, ranked in _rankings(score)
-        ]
-        ui.print_table(f"{direction.replace('_', ' ')}, percent and rank", columns, rows, left=2)
-    ui.print_table(
-        f"{result.dataset}: {result.videos} videos, {result.captions} captions",
-        ("model", "tokens/video", "GMACs/video", "videos/s", "matching s"),
-        [
-            (
-                name,
-                str(score.tokens),
-                _gmacs(job.macs[name]),
-                f"{score.videos_per_s:.1f}",
-                _seconds(score.matching_seconds),
-            )
-            for name, score in result.scores.items()
-        ],
-    )
-    if result.rerank_k is not None:
-        ui.print_text(
-            f"matching: the best {result.rerank_k} of each query by similarity, in the order of the matching score; "
-            "what lies behind them is in no order"
-        )
-        where = "on disk" if result.tokens_where == "disk" else "in memory"
-        ui.print_text(
-            f"the vision tokens waited for that {where}: {_size(result.token_bytes)}; the captions in memory: "
-            f"{_size(result.text_bytes)}"
-        )
-    _say_agreement(result)
-    _say_video_side(result.seconds, job)
-
-
-def _say_agreement(result: RetrievalEvaluation) -> None:
-    from repshift_cli.cli import ui
-
-    for words, agreement in (("similarity", result.vtc_agreement), ("matching", result.matching_agreement)):
-        if agreement is not None:
-            ui.print_text(
-                f"same first place as dense, by {words}: text to video {100 * agreement.text_to_video:.1f}%, "
-                f"video to text {100 * agreement.video_to_text:.1f}%"
-            )
-
-
-def _rankings(score: RetrievalScore) -> list[tuple[str, Directions]]:
-    """The best one that there is first."""
-    return [*([("matching", score.matching)] if score.matching else []), ("similarity", score.vtc)]
-
-
-def _rank_cells(stats: RankStats) -> tuple[str, ...]:
-    recalls = (f"{value:.1f}" for value in (stats.r1, stats.r5, stats.r10))
-    return (*recalls, f"{stats.median_rank:g}", f"{stats.mean_rank:.1f}")
-
-
-def show_answers(result: AnswerEvaluation, job: Run) -> None:
-    """Print the table of a question answering evaluation."""
-    from repshift_cli.cli import ui
-
-    columns = ("model", "accuracy %", "95% interval", "GMACs/video", "videos/s", "questions/s")
-    rows = [
-        (
-            name,
-            f"{score.accuracy:.2f}",
-            "{:.2f} - {:.2f}".format(*score.interval),
-            _gmacs(job.macs[name]),
-            f"{score.videos_per_s:.1f}",
-            f"{score.questions_per_s:.1f}",
-        )
-        for name, score in result.scores.items()
-    ]
-    ui.print_table(f"{result.dataset}, {result.questions} questions", columns, rows)
-    ui.print_text(
-        f"{result.answers} answers to choose from, the {result.k} likeliest of each question ranked as a whole"
-    )
-    if result.not_in_list:
-        ui.print_text(f"{result.not_in_list} questions whose right answer is not among them count as wrong")
-    if result.agreement is not None:
-        ui.print_text(f"same answer as dense: {result.same_answer} of {result.questions} questions")
-    _say_video_side(result.seconds, job)
-
-
-def _say_video_side(seconds: float, job: Run) -> None:
-    from repshift_cli.cli import ui
-
-    ui.print_text(f"GMACs and videos/s are those of the video side alone; all together took {seconds:.1f} s")
-    ui.print_text(f"{attention_words(job.attention)}, on that side")
-
-
-def _gmacs(macs: int) -> str:
-    gmacs = macs / 1e9
-    return f"{gmacs:.3g}" if gmacs < 1 else f"{gmacs:.2f}"
-
-
-def _seconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds:.1f}"
-
-
-def _size(count: float) -> str:
-    """Bytes for people."""
-    unit = 0
-    while count >= _STEP and unit < len(_UNITS) - 1:
-        count, unit = count / _STEP, unit + 1
-    return f"{count:.3g} {_UNITS[unit]}"
-
-
-def origin_numbers(job: Run, data: VideoData, task: Task) -> dict[str, Any]:
-    """The JSON keys of the dataset."""
-    protocol, annotations = data.protocol, data.annotations
-    return {
-        "model": job.name,
-        "task": task,
-        "dataset": data.name,
-        "protocol": None if protocol is None else {"name": protocol.name, "split": protocol.split},
-        "annotations": None
-        if annotations is None
-        else {"file": annotations.path.name, "path": str(annotations.path), "sha256": annotations.sha256},
-    }
-
-
-def left_out_numbers(data: VideoData, broken: Mapping[str, str], padded: Sequence[str]) -> dict[str, Any]:
-    """The JSON keys of the videos that were left out."""
+    list_names("videos have fewer frames than a clip, so their last frame is repeated", padded)
     return {
         "skipped": len(broken),
         "skipped_files": [{"file": name, "reason": reason} for name, reason in broken.items()],
@@ -261,57 +107,173 @@ def left_out_numbers(data: VideoData, broken: Mapping[str, str], padded: Sequenc
     }
 
 
-def input_numbers(job: Run, tokenizer: Tokenizer) -> dict[str, Any]:
+def attention_words(attention: Mapping[str, str]) -> str:
+    """The attention kernel of each model, or the one of all."""
+    kinds = set(attention.values())
+    words = kinds.pop() if len(kinds) == 1 else ", ".join(f"{kind} ({name})" for name, kind in attention.items())
+    return f"attention: {words}"
+
+
+def show_retrieval(result: RetrievalEvaluation, costs: Mapping[str, EncoderCost]) -> None:
+    """Print the tables of a retrieval evaluation; `costs` by model name."""
+    from repshift_cli.cli import ui
+
+    columns = ("model", "ranked by", "R@1", "R@5", "R@10", "median", "mean")
+    for direction in ("text_to_video", "video_to_text"):
+        rows = [
+            (name, words, *_rank_cells(getattr(stats, direction)))
+            for name, score in result.scores.items()
+            for words, stats in (("matching", score.matching), ("similarity", score.vtc))
+            if stats is not None
+        ]
+        ui.print_table(f"{direction.replace('_', ' ')}, percent and rank", columns, rows, left=2)
+    ui.print_table(
+        f"{result.dataset}: {result.videos} videos, {result.captions} captions",
+        ("model", "tokens/video", "GMACs/video", "videos/s", "matching s"),
+        [
+            (
+                name,
+                str(score.tokens),
+                costs[name].words,
+                f"{score.videos_per_s:.1f}",
+                "-" if score.matching_seconds is None else f"{score.matching_seconds:.1f}",
+            )
+            for name, score in result.scores.items()
+        ],
+    )
+    if result.rerank_k is not None:
+        ui.print_text(
+            f"matching: the best {result.rerank_k} of each query by similarity, ordered by matching score; the others "
+            "are unordered"
+        )
+        where = "on disk" if result.tokens_where == "disk" else "in memory"
+        ui.print_text(
+            f"kept for matching: vision tokens {where}, {_size(result.token_bytes)}; captions in memory, "
+            f"{_size(result.text_bytes)}"
+        )
+    for words, agreement in (("similarity", result.vtc_agreement), ("matching", result.matching_agreement)):
+        if agreement is not None:
+            ui.print_text(
+                f"same first place as dense, by {words}: text to video {100 * agreement.text_to_video:.1f}%, "
+                f"video to text {100 * agreement.video_to_text:.1f}%"
+            )
+    _show_encoder_notes(result.seconds, costs)
+
+
+def _rank_cells(stats: RankStats) -> tuple[str, ...]:
+    recalls = (f"{value:.1f}" for value in (stats.r1, stats.r5, stats.r10))
+    return (*recalls, f"{stats.median_rank:g}", f"{stats.mean_rank:.1f}")
+
+
+def show_answers(result: AnswerEvaluation, costs: Mapping[str, EncoderCost]) -> None:
+    """Print the table of a question answering evaluation; `costs` by model name."""
+    from repshift_cli.cli import ui
+
+    columns = ("model", "accuracy %", "95% interval", "GMACs/video", "videos/s", "questions/s")
+    rows = [
+        (
+            name,
+            f"{score.accuracy:.2f}",
+            "{:.2f} - {:.2f}".format(*score.interval),
+            costs[name].words,
+            f"{score.videos_per_s:.1f}",
+            f"{score.questions_per_s:.1f}",
+        )
+        for name, score in result.scores.items()
+    ]
+    ui.print_table(f"{result.dataset}, {result.questions} questions", columns, rows)
+    ui.print_text(
+        f"{result.answers} answers to choose from, the {result.k} most likely of each question scored as a whole"
+    )
+    if result.not_in_list:
+        ui.print_text(f"{result.not_in_list} questions whose right answer is not in the list count as wrong")
+    if result.agreement is not None:
+        ui.print_text(f"same answer as dense: {result.same_answer} of {result.questions} questions")
+    _show_encoder_notes(result.seconds, costs)
+
+
+def _show_encoder_notes(seconds: float, costs: Mapping[str, EncoderCost]) -> None:
+    from repshift_cli.cli import ui
+
+    ui.print_text(f"GMACs and videos/s are of the video encoder; the evaluation took {seconds:.1f} s")
+    ui.print_text(f"{attention_words({name: cost.attention for name, cost in costs.items()})}, in the video encoder")
+
+
+def _size(count: float) -> str:
+    """Bytes with a binary unit."""
+    unit = 0
+    while count >= 1024 and unit < len(_UNITS) - 1:  # noqa: PLR2004
+        count, unit = count / 1024, unit + 1
+    return f"{count:.3g} {_UNITS[unit]}"
+
+
+def dataset_document(model: str, data: VideoTextSet, task: Task) -> dict[str, Any]:
+    """The JSON keys of the model and the dataset."""
+    protocol, annotations = data.protocol, data.annotations
+    return {
+        "model": model,
+        "task": task,
+        "dataset": data.name,
+        "protocol": None if protocol is None else {"name": protocol.name, "split": protocol.split},
+        "annotations": None
+        if annotations is None
+        else {"file": annotations.path.name, "path": str(annotations.path), "sha256": annotations.sha256},
+    }
+
+
+def inputs_document(preprocessing: Preprocessing, tokenizer: Tokenizer) -> dict[str, Any]:
     """The JSON keys of the model inputs."""
     return {
-        "preprocessing": job.opened.loaded.description.preprocessing.to_dict(),
+        "preprocessing": preprocessing.to_dict(),
         "vocabulary": {"file": tokenizer.path.name, "tokens": tokenizer.size},
     }
 
 
-def retrieval_document(result: RetrievalEvaluation, job: Run) -> dict[str, Any]:
-    """The JSON document of a retrieval evaluation."""
+def retrieval_document(
+    result: RetrievalEvaluation, costs: Mapping[str, EncoderCost], left_out: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The JSON keys of a retrieval evaluation."""
     first, *others = result.scores
-    found = {
-        **_retrieval_numbers(result.scores[first], job.side(first)),
+    document = {
+        "videos": result.videos,
+        "captions": result.captions,
+        "captions_left_out": result.captions_left_out,
+        **left_out,
+        **_retrieval_numbers(result.scores[first], costs[first]),
         "rerank_k": result.rerank_k,
-        "memory": {
-            "token_bytes": result.token_bytes,
-            "where": result.tokens_where,
-            "text_bytes": result.text_bytes,
-        },
+        "memory": {"token_bytes": result.token_bytes, "where": result.tokens_where, "text_bytes": result.text_bytes},
         "seconds": result.seconds,
     }
     if others and result.vtc_agreement is not None:
-        found["dense"] = _retrieval_numbers(result.scores[others[0]], job.side(others[0]))
-        found["agreement"] = {
-            **vars(result.matching_agreement or result.vtc_agreement),
-            "vtc": vars(result.vtc_agreement),
-        }
-    return found
+        document["dense"] = _retrieval_numbers(result.scores[others[0]], costs[others[0]])
+        agreement = result.matching_agreement or result.vtc_agreement
+        document["agreement"] = {**asdict(agreement), "vtc": asdict(result.vtc_agreement)}
+    return document
 
 
-def _retrieval_numbers(score: RetrievalScore, side: Mapping[str, Any]) -> dict[str, Any]:
+def _retrieval_numbers(score: RetrievalScore, cost: EncoderCost) -> dict[str, Any]:
     return {
         "scoring": "vtc" if score.matching is None else "matching",
-        **_both(score.matching or score.vtc),
-        "vtc": _both(score.vtc),
-        **side,
+        **asdict(score.matching or score.vtc),
+        "vtc": asdict(score.vtc),
+        "gmacs": cost.gmacs,
+        "attention": cost.attention,
         "tokens": score.tokens,
         "videos_per_s": score.videos_per_s,
         "matching_seconds": score.matching_seconds,
     }
 
 
-def _both(found: Directions) -> dict[str, Any]:
-    return {"text_to_video": vars(found.text_to_video), "video_to_text": vars(found.video_to_text)}
-
-
-def answers_document(result: AnswerEvaluation, job: Run) -> dict[str, Any]:
-    """The JSON document of a question answering evaluation."""
+def answers_document(
+    result: AnswerEvaluation, costs: Mapping[str, EncoderCost], left_out: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The JSON keys of a question answering evaluation."""
     first, *others = result.scores
-    found = {
-        **_answers_numbers(result.scores[first], job.side(first)),
+    document = {
+        "questions": result.questions,
+        "questions_left_out": len(result.skipped),
+        **left_out,
+        **_answers_numbers(result.scores[first], costs[first]),
         "videos": result.scores[first].videos,
         "answers": result.answers,
         "unanswerable": result.not_in_list,
@@ -319,17 +281,18 @@ def answers_document(result: AnswerEvaluation, job: Run) -> dict[str, Any]:
         "seconds": result.seconds,
     }
     if others:
-        found["dense"] = _answers_numbers(result.scores[others[0]], job.side(others[0]))
-        found["agreement"] = result.agreement
-    return found
+        document["dense"] = _answers_numbers(result.scores[others[0]], costs[others[0]])
+        document["agreement"] = result.agreement
+    return document
 
 
-def _answers_numbers(score: AnswerScore, side: Mapping[str, Any]) -> dict[str, Any]:
+def _answers_numbers(score: AnswerScore, cost: EncoderCost) -> dict[str, Any]:
     return {
         "accuracy": score.accuracy,
         "accuracy_interval": list(score.interval),
         "correct": score.correct,
-        **side,
+        "gmacs": cost.gmacs,
+        "attention": cost.attention,
         "videos_per_s": score.videos_per_s,
         "questions_per_s": score.questions_per_s,
     }

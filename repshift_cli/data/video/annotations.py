@@ -1,29 +1,48 @@
-"""Videos with captions or questions: the benchmarks of video-text models, from annotations as UMT ships them."""
+"""Captions and questions of video benchmarks, read from annotation files in UMT's format."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from repshift_cli.data.catalog import DATA_DIR_VARIABLE
 from repshift_cli.data.dataset import even_indices
+from repshift_cli.data.video.dataset import VideoFiles, Videos
 from repshift_cli.data.video.decode import find_video
 from repshift_cli.errors import DataError, UsageError
+from repshift_cli.utils.files import sha256_of
+from repshift_cli.utils.suggest import nearest
 
-__all__ = ["PROTOCOLS", "Protocol", "QaItem", "QaSet", "RetrievalSet", "clean_text", "open_video_text"]
+__all__ = [
+    "PROTOCOLS",
+    "Annotations",
+    "Protocol",
+    "QaSet",
+    "Question",
+    "RetrievalSet",
+    "Task",
+    "VideoTextSet",
+    "clean_text",
+    "open_video_text",
+]
+
+Task = Literal["retrieval", "qa"]
 
 _LARGEST_FILE = 2**30
 """Bytes; the largest annotations of these benchmarks have some tens of millions."""
 
 _SIZE_TOLERANCE = 0.02
-"""Copies of one benchmark differ by videos that are no longer to be had; beyond that share it is said."""
+"""Relative difference from the published sizes that is accepted without a note: some videos are no longer available."""
+
+_TEXT_LENGTH = 32
+"""Tokens, the default of UMT's fine-tuning."""
 
 _ROW_HINT = (
     'Rows are {"video": NAME, "caption": TEXT or [TEXT, ...]} or {"video": NAME, "question": TEXT, "answer": TEXT}.'
@@ -32,23 +51,23 @@ _ROW_HINT = (
 
 @dataclass(frozen=True)
 class Protocol:
-    """How one benchmark is evaluated, as UMT's own configurations have it.
+    """How a benchmark is evaluated, as in UMT's configurations.
 
     Attributes:
-        name: what `open_video_text` calls it.
-        kind: which video belongs to a text, or which answer to a question.
-        split: the part of the benchmark that is taken.
-        annotations: names of its annotation file, the first that is there.
-        folders: names of its folder of videos, the first that is there.
-        videos, texts: about how many there are, captions or questions; None where that is not known.
-        answers: names of the file of possible answers.
-        paragraph: whether a list of captions is one text, its sentences in order, rather than many texts.
-        text_length: tokens at which UMT's fine-tuning cuts a text off.
-        first_seconds: only this part of a video is looked at; None for all.
+        name: of the benchmark.
+        kind: retrieval or question answering.
+        split: which part of the benchmark is used.
+        annotations: possible names of the annotation file, in order of preference.
+        folders: possible names of the folder of videos, in order of preference.
+        videos, texts: the usual number of videos and of captions or questions; None where unknown.
+        answers: possible names of the list of answers.
+        paragraph: whether the captions of a row are joined to one text.
+        text_length: tokens at which UMT's fine-tuning truncates a text.
+        first_seconds: use only the start of a video; None for all of it.
     """
 
     name: str
-    kind: Literal["retrieval", "qa"]
+    kind: Task
     split: str
     annotations: tuple[str, ...]
     folders: tuple[str, ...]
@@ -56,7 +75,7 @@ class Protocol:
     texts: int | None
     answers: tuple[str, ...] = ()
     paragraph: bool = False
-    text_length: int = 32
+    text_length: int = _TEXT_LENGTH
     first_seconds: float | None = None
 
 
@@ -107,95 +126,77 @@ _ALL = (
 )
 
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType({protocol.name: protocol for protocol in _ALL})
-"""The benchmarks by name."""
+"""Benchmarks by name."""
 
 
-@dataclass(frozen=True)
-class RetrievalSet:
-    """Videos and captions that belong together, each caption to one video or more, each video to one caption or more.
+class Annotations(NamedTuple):
+    """An annotation file and its SHA-256."""
 
-    Equal captions in different rows are different captions, as in UMT: only the video of its own row is right.
-
-    Attributes:
-        name: of the benchmark, or of the annotation file.
-        videos: files or folders of frames that are there.
-        captions: cleaned texts; one that is punctuation only is empty then, as in UMT.
-        videos_of_caption: for each caption, the places in `videos` that are right; ascending, never empty.
-        missing: names in the annotations that no file belongs to; captions of no other video are left out.
-        notes: what the user should know.
-        protocol: None for annotations of the user's own.
-        annotations: the file that tells it.
-    """
-
-    name: str
-    videos: tuple[Path, ...]
-    captions: tuple[str, ...]
-    videos_of_caption: tuple[tuple[int, ...], ...]
-    missing: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    protocol: Protocol | None = None
-    annotations: Path | None = None
-
-    @property
-    def captions_of_video(self) -> tuple[tuple[int, ...], ...]:
-        """For each video, the places in `captions` that are right; ascending, never empty."""
-        found: list[list[int]] = [[] for _ in self.videos]
-        for caption, places in enumerate(self.videos_of_caption):
-            for place in places:
-                found[place].append(caption)
-        return tuple(tuple(places) for places in found)
-
-    @property
-    def description(self) -> str:
-        """One line for people."""
-        return f"{self.name}: {len(self.videos)} videos, {len(self.captions)} captions"
+    path: Path
+    sha256: str
 
 
-@dataclass(frozen=True)
-class QaItem:
-    """One question about one video.
+class Question(NamedTuple):
+    """A question about `videos[video]` of its set, and the right answer as written."""
 
-    Attributes:
-        id: what the annotations call it; its row where they do not.
-        video: a file or a folder of frames.
-        question: cleaned text.
-        answer: the right one, as written.
-    """
-
-    id: str
-    video: Path
+    video: int
     question: str
     answer: str
 
 
-@dataclass(frozen=True)
-class QaSet:
-    """Questions about videos, and the answers to choose from.
+@dataclass(frozen=True, kw_only=True)
+class VideoTextSet:
+    """Videos with captions or questions.
 
     Attributes:
         name: of the benchmark, or of the annotation file.
-        items: the questions whose video is there.
-        answers: all possible answers, as written.
-        missing, notes, protocol, annotations: as in `RetrievalSet`.
+        description: one line for people.
+        videos: those that exist.
+        missing: names in the annotations for which there is no file.
+        notes: remarks for the user.
+        protocol: of a benchmark; None for other annotations.
+        annotations: None for built-in scenes.
     """
 
     name: str
-    items: tuple[QaItem, ...]
-    answers: tuple[str, ...]
+    description: str
+    videos: Videos
     missing: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     protocol: Protocol | None = None
-    annotations: Path | None = None
+    annotations: Annotations | None = None
 
     @property
-    def description(self) -> str:
-        """One line for people."""
-        videos = len({item.video for item in self.items})
-        return f"{self.name}: {len(self.items)} questions about {videos} videos, {len(self.answers)} answers"
+    def text_length(self) -> int:
+        """Tokens at which a text is truncated."""
+        return self.protocol.text_length if self.protocol else _TEXT_LENGTH
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalSet(VideoTextSet):
+    """Videos and captions; each caption belongs to one or more videos, a video may have none.
+
+    Equal captions in different rows are different captions, as in UMT: only the video of its own row is right.
+
+    Attributes:
+        captions: cleaned texts; one that is only punctuation is empty, as in UMT.
+        videos_of_caption: for each caption the indices of its videos, ascending, never empty.
+    """
+
+    captions: tuple[str, ...]
+    videos_of_caption: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QaSet(VideoTextSet):
+    """Questions about videos, and all possible answers as written."""
+
+    questions: tuple[Question, ...]
+    answers: tuple[str, ...]
 
 
 def clean_text(text: str) -> str:
-    """A caption or question as UMT's text encoder was trained on it: lower case, without punctuation."""
+    """Clean a caption or question as for UMT's training: lower case, without punctuation."""
     text = re.sub(r"[,.'!?\"()*#:;~]", "", text.lower())
     text = text.replace("-", " ").replace("/", " ").replace("<person>", "person")
     return re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
@@ -211,40 +212,40 @@ def open_video_text(
     data_dir: Path | None = None,
     paragraph: bool | None = None,
 ) -> RetrievalSet | QaSet:
-    """Find a benchmark, or read annotations of one's own; rows with a `question` make a `QaSet`.
+    """Open a benchmark or the user's own annotations; rows with a `question` make a `QaSet`.
 
     Args:
-        name: one of `PROTOCOLS`; None for annotations of one's own.
-        annotations: a JSON list of rows, or one row per line; without it the protocol's file in `data_dir`.
-        videos: the folder that the names in the annotations are relative to; without it the protocol's folder in
-            `data_dir`.
-        answers: a JSON list of the possible answers; without it the protocol's file, else those of the annotations.
-        limit: at most so many of the videos that are there, evenly spaced, with all their captions; of questions, so
-            many questions.
-        data_dir: the folder of the benchmark, or one that holds it under its name; without it the environment
-            variable REPSHIFT_DATA_DIR is asked.
-        paragraph: whether a list of captions is one text; without it as the protocol says, else False.
+        name: one of `PROTOCOLS`; None for the user's own annotations.
+        annotations: a JSON list of rows, or JSON lines. Default: the protocol's file in `data_dir`.
+        videos: the folder that names in the annotations are relative to. Default: the protocol's folder in `data_dir`.
+        answers: a JSON list of the possible answers. Default: the protocol's file, else the answers in the annotations.
+        limit: use at most this many existing videos with all their captions, or questions, evenly spaced.
+        data_dir: the folder of the benchmark, or its parent folder. Default: the environment variable
+            REPSHIFT_DATA_DIR.
+        paragraph: whether the captions of a row are joined to one text. Default: as in the protocol, else False.
 
     Raises:
-        DataError: something is unknown, missing or damaged; of damaged annotations, file and row are named.
-        UsageError: the limit is not positive, or what is given does not say where to look.
+        DataError: a file or folder is unknown, missing or invalid; invalid rows are named.
+        UsageError: the limit is not positive, or neither a name nor annotations with videos are given.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"the limit is {limit}", "Give the number of videos or questions to use, 1 or more.")
     annotations, videos, answers = (path and path.expanduser() for path in (annotations, videos, answers))
-    source = _find(name, annotations, videos, answers, data_dir)
-    rows = _read_rows(source.annotations)
-    asks = isinstance(rows[0], dict) and "question" in rows[0]
-    _check_kind(source, asks)
-    if asks:
-        return _questions(source, rows, limit)
-    joined = paragraph if paragraph is not None else bool(source.protocol and source.protocol.paragraph)
-    return _captions(source, rows, limit, joined)
+    files = _locate(name, annotations, videos, answers, data_dir)
+    values = _read_rows(files.annotations)
+    has_questions = isinstance(values[0], dict) and "question" in values[0]
+    _check_kind(files, has_questions)
+    rows = [_Row.of(files.annotations, number, row) for number, row in enumerate(values)]
+    if has_questions:
+        return _questions(files, rows, limit)
+    if paragraph is None:
+        paragraph = files.protocol is not None and files.protocol.paragraph
+    return _captions(files, rows, limit, paragraph)
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Where everything lies."""
+class _Files:
+    """The files of a set."""
 
     name: str
     annotations: Path
@@ -252,18 +253,32 @@ class _Source:
     answers: Path | None
     protocol: Protocol | None
 
+    def common_fields(self, videos: Iterable[Path]) -> dict[str, Any]:
+        """What sets of both kinds have."""
+        first_seconds = self.protocol.first_seconds if self.protocol else None
+        return {
+            "name": self.name,
+            "videos": VideoFiles(tuple(videos), first_seconds),
+            "protocol": self.protocol,
+            "annotations": Annotations(self.annotations, sha256_of(self.annotations)),
+        }
 
-def _find(
+
+def _locate(
     name: str | None, annotations: Path | None, videos: Path | None, answers: Path | None, data_dir: Path | None
-) -> _Source:
+) -> _Files:
+    """Complete the given paths with those that the protocol has in the data folder."""
     if name is None:
         if annotations is None or videos is None:
             raise UsageError(
                 "neither a benchmark nor annotations with videos are given",
                 f"Give --annotations FILE with --videos DIR, or a benchmark: {', '.join(PROTOCOLS)}.",
             )
-        return _Source(annotations.stem, annotations, _folder(videos), answers, None)
-    protocol = _protocol(name)
+        return _Files(annotations.stem, annotations, _checked_folder(videos), answers, None)
+    if name not in PROTOCOLS:
+        hint = f"{nearest(name.lower(), PROTOCOLS)}Known: {', '.join(PROTOCOLS)}."
+        raise DataError(f"there is no video benchmark {name!r}", hint)
+    protocol = PROTOCOLS[name]
     roots = _roots(protocol, data_dir)
     if not roots and (annotations is None or videos is None):
         raise DataError(
@@ -271,25 +286,21 @@ def _find(
             f"Name it: --data-dir PATH, or {DATA_DIR_VARIABLE}; it holds {protocol.annotations[0]} and the videos. "
             "Or give --annotations FILE with --videos DIR.",
         )
-    return _Source(
-        name,
-        annotations or _first_file(protocol, roots),
-        _folder(videos or _first_folder(protocol, roots)),
-        answers or _first(roots, protocol.answers, Path.is_file),
-        protocol,
-    )
-
-
-def _protocol(name: str) -> Protocol:
-    if name in PROTOCOLS:
-        return PROTOCOLS[name]
-    near = get_close_matches(name.lower(), PROTOCOLS, n=1, cutoff=0.5)
-    guess = f"Did you mean {near[0]}? " if near else ""
-    raise DataError(f"there is no video benchmark {name!r}", f"{guess}Known: {', '.join(PROTOCOLS)}.")
+    annotations = annotations or _first_file(roots, protocol.annotations)
+    if annotations is None:
+        raise DataError(
+            f"there are no annotations of {name} in {roots[-1]}",
+            f"Put UMT's file there, {' or '.join(protocol.annotations)}, or name one: --annotations FILE.",
+        )
+    if videos is None:
+        folders = (root / folder for root in roots for folder in (*protocol.folders, "videos"))
+        videos = next((folder for folder in folders if folder.is_dir()), roots[0])
+    answers = answers or _first_file(roots, protocol.answers)
+    return _Files(name, annotations, _checked_folder(videos), answers, protocol)
 
 
 def _roots(protocol: Protocol, data_dir: Path | None) -> list[Path]:
-    """Folders to look in, the benchmark's own before the one that holds several."""
+    """Folders to search: the benchmark's own folder before the data folder."""
     value = data_dir or os.environ.get(DATA_DIR_VARIABLE)
     if not value:
         return []
@@ -298,62 +309,45 @@ def _roots(protocol: Protocol, data_dir: Path | None) -> list[Path]:
         raise DataError(
             f"the folder {outer} does not exist", f"It should hold {protocol.annotations[0]} and the videos."
         )
-    # questions are asked about the videos of the retrieval benchmark
+    # questions are about the videos of the retrieval benchmark
     names = dict.fromkeys((protocol.name, protocol.name.partition("-")[0]))
     return [*(outer / name for name in names if (outer / name).is_dir()), outer]
 
 
-def _first(roots: Sequence[Path], names: Iterable[str], test: Callable[[Path], bool]) -> Path | None:
+def _first_file(roots: Sequence[Path], names: Iterable[str]) -> Path | None:
     parts = (".", "anno_downstream", "annotations", "anno", "anno/anno_downstream")
     paths = (root / part / name for name in names for root in roots for part in parts)
-    return next((path for path in paths if test(path)), None)
+    return next((path for path in paths if path.is_file()), None)
 
 
-def _first_file(protocol: Protocol, roots: Sequence[Path]) -> Path:
-    found = _first(roots, protocol.annotations, Path.is_file)
-    if found is None:
-        raise DataError(
-            f"there are no annotations of {protocol.name} in {roots[-1]}",
-            f"Put UMT's file there, {' or '.join(protocol.annotations)}, or name one: --annotations FILE.",
-        )
-    return found
-
-
-def _first_folder(protocol: Protocol, roots: Sequence[Path]) -> Path:
-    """The folder of videos by its name, else the benchmark's own folder."""
-    names = (*protocol.folders, "videos")
-    return next((root / name for root in roots for name in names if (root / name).is_dir()), roots[0])
-
-
-def _folder(path: Path) -> Path:
+def _checked_folder(path: Path) -> Path:
     if not path.is_dir():
         raise DataError(f"the folder of videos {path} does not exist", "Name the right one: --videos DIR.")
     return path
 
 
-def _check_kind(source: _Source, asks: bool) -> None:
-    if source.protocol and asks != (source.protocol.kind == "qa"):
-        wanted, there = ("questions", "captions") if not asks else ("captions", "questions")
-        raise DataError(f"{source.name} is about {wanted}, but {source.annotations} holds {there}", _ROW_HINT)
-    if source.answers and not asks:
-        raise UsageError(f"{source.annotations} holds captions, so the answers {source.answers} have no meaning")
+def _check_kind(files: _Files, has_questions: bool) -> None:
+    if files.protocol and has_questions != (files.protocol.kind == "qa"):
+        expected, found = ("captions", "questions") if has_questions else ("questions", "captions")
+        raise DataError(f"{files.name} needs {expected}, but {files.annotations} holds {found}", _ROW_HINT)
+    if files.answers and not has_questions:
+        raise UsageError(f"--answers {files.answers} is not used: {files.annotations} holds captions")
 
 
 def _read_rows(path: Path) -> list[Any]:
-    """The rows of a JSON list, or of one JSON value per line."""
+    """The rows of a JSON list, or of a file with one JSON value per line."""
     text = _read_text(path)
-    lines = path.suffix.lower() in (".jsonl", ".ndjson")
-    rows = [_parse(line, path, row) for row, line in enumerate(_lines(text))] if lines else _parse(text, path, None)
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        # not splitlines(), which also splits at characters that are allowed in a JSON text
+        lines = [line for line in text.split("\n") if line.strip()]
+        rows: Any = [_parse(line, _row_name(path, number)) for number, line in enumerate(lines)]
+    else:
+        rows = _parse(text, str(path))
     if not isinstance(rows, list):
-        raise DataError(f"{path} holds no list of rows, but {_kind(rows)}", _ROW_HINT)
+        raise DataError(f"{path} is not a list of rows, but {_kind(rows)}", _ROW_HINT)
     if not rows:
-        raise DataError(f"{path} holds no rows", _ROW_HINT)
+        raise DataError(f"{path} has no rows", _ROW_HINT)
     return rows
-
-
-def _lines(text: str) -> list[str]:
-    # not splitlines(), which also breaks at characters that may stand in a JSON text
-    return [line for line in text.split("\n") if line.strip()]
 
 
 def _read_text(path: Path) -> str:
@@ -362,13 +356,12 @@ def _read_text(path: Path) -> str:
             raise DataError(f"{path} is too large for annotations: {path.stat().st_size} bytes")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not JSON: it is no text in UTF-8", _ROW_HINT) from error
+        raise DataError(f"{path} is not JSON: it is not UTF-8 text", _ROW_HINT) from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _parse(text: str, path: Path, row: int | None) -> Any:
-    where = str(path) if row is None else _where(path, row)
+def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -377,7 +370,7 @@ def _parse(text: str, path: Path, row: int | None) -> Any:
         raise DataError(f"{where} is not JSON: {error}", _ROW_HINT) from error
 
 
-def _where(path: Path, row: int) -> str:
+def _row_name(path: Path, row: int) -> str:
     return f"{path}, row {row} (counted from 0)"
 
 
@@ -388,188 +381,159 @@ def _kind(value: object) -> str:
 
 @dataclass(frozen=True)
 class _Row:
-    """One row of annotations, checked as it is read."""
+    """One row of annotations; values are checked when they are read."""
 
-    path: Path
-    number: int
+    where: str
     values: dict[str, Any]
 
     @classmethod
     def of(cls, path: Path, number: int, values: object) -> _Row:
+        where = _row_name(path, number)
         if not isinstance(values, dict):
-            raise DataError(f"{_where(path, number)} is no mapping, but {_kind(values)}", _ROW_HINT)
-        return cls(path, number, values)
+            raise DataError(f"{where} is not a mapping, but {_kind(values)}", _ROW_HINT)
+        return cls(where, values)
 
     def error(self, problem: str) -> DataError:
-        return DataError(f"{_where(self.path, self.number)}: {problem}", _ROW_HINT)
-
-    def get(self, key: str) -> Any:
-        if key not in self.values:
-            near = get_close_matches(key, [str(name) for name in self.values], n=1)
-            raise self.error(f"there is no {key!r}" + (f", but {near[0]!r}" if near else ""))
-        return self.values[key]
+        return DataError(f"{self.where}: {problem}", _ROW_HINT)
 
     def text(self, key: str) -> str:
-        return self._checked(key, self.get(key))
+        return self._checked(key, self._value(key))
 
     def texts(self, key: str) -> list[str]:
-        value = self.get(key)
+        """The text, or the list of texts."""
+        value = self._value(key)
         values = value if isinstance(value, list) else [value]
         if not values:
             raise self.error(f"{key!r} is an empty list")
         return [self._checked(key, text) for text in values]
 
-    def id(self) -> str:
-        value = self.values.get("question_id", self.number)
-        if isinstance(value, bool) or not isinstance(value, (int, str)):
-            raise self.error(f"'question_id' is {_kind(value)}, not a number or a text")
-        return str(value)
-
-    def find(self, folder: Path, name: str) -> Path | None:
-        try:
-            return find_video(folder, name)
-        except DataError as error:
-            raise self.error(error.message) from error
+    def _value(self, key: str) -> Any:
+        if key not in self.values:
+            near = get_close_matches(key, [str(name) for name in self.values], n=1)
+            raise self.error(f"there is no {key!r}" + (f", but {near[0]!r}" if near else ""))
+        return self.values[key]
 
     def _checked(self, key: str, value: object) -> str:
         if not isinstance(value, str):
             raise self.error(f"{key!r} is {_kind(value)}, not a text")
         if not value.strip():
             raise self.error(f"{key!r} is empty")
-        if any("\ud800" <= character <= "\udfff" for character in value):  # tokenizers end in an error of their own
-            raise self.error(f"{key!r} has half a character in it")
+        if any("\ud800" <= character <= "\udfff" for character in value):  # tokenizers raise an error without context
+            raise self.error(f"{key!r} has half of a surrogate pair")
         return value
 
 
 @dataclass
-class _Library:
-    """The videos that annotations name, each looked up once, in the order of their first appearance."""
+class _VideoIndex:
+    """The videos that annotations name. Each is looked up once and numbered in order of first appearance."""
 
     folder: Path
-    places: dict[Path, int] = field(default_factory=dict)
-    known: dict[str, Path | None] = field(default_factory=dict)
+    numbers: dict[Path, int] = field(default_factory=dict)
+    found: dict[str, Path | None] = field(default_factory=dict)
 
-    def find(self, row: _Row, name: str) -> Path | None:
-        if name not in self.known:
-            path = self.known[name] = row.find(self.folder, name)
+    def find(self, row: _Row, name: str) -> int | None:
+        """The number of a video; None where it is missing."""
+        if name not in self.found:
+            try:
+                path = self.found[name] = find_video(self.folder, name)
+            except DataError as error:
+                raise row.error(error.message) from error
             if path is not None:
-                self.places.setdefault(path, len(self.places))
-        return self.known[name]
+                self.numbers.setdefault(path, len(self.numbers))
+        path = self.found[name]
+        return None if path is None else self.numbers[path]
 
     @property
     def missing(self) -> tuple[str, ...]:
-        return tuple(name for name, path in self.known.items() if path is None)
+        return tuple(name for name, path in self.found.items() if path is None)
 
-    def check(self, annotations: Path) -> None:
-        if not self.places:
-            first = ", ".join(list(self.known)[:3])
+    def check(self, annotations: Path) -> list[Path]:
+        """The paths of the videos, unless all are missing."""
+        if not self.numbers:
             raise DataError(
-                f"none of the {len(self.known)} videos of {annotations} is in {self.folder}: {first}, ...",
+                f"none of the {len(self.found)} videos of {annotations} is in {self.folder}: "
+                f"{', '.join(list(self.found)[:3])}, ...",
                 "Name the folder that holds them: --videos DIR.",
             )
+        return list(self.numbers)
 
 
-def _captions(source: _Source, rows: Sequence[object], limit: int | None, paragraph: bool) -> RetrievalSet:
-    library = _Library(source.videos)
-    captions: list[str] = []
-    places: list[list[int]] = []
+def _captions(files: _Files, rows: Sequence[_Row], limit: int | None, paragraph: bool) -> RetrievalSet:
+    index = _VideoIndex(files.videos)
+    captions: list[tuple[str, set[int]]] = []
     total = 0
-    for number, values in enumerate(rows):
-        row = _Row.of(source.annotations, number, values)
-        paths = [library.find(row, name) for name in row.texts("video")]
-        texts = row.texts("caption")
-        texts = [" ".join(texts)] if paragraph else texts
+    for row in rows:
+        numbers = {number for name in row.texts("video") if (number := index.find(row, name)) is not None}
+        texts = [" ".join(row.texts("caption"))] if paragraph else row.texts("caption")
         total += len(texts)
-        found = sorted({library.places[path] for path in paths if path is not None})
-        if found:
-            captions += [clean_text(text) for text in texts]
-            places += [found] * len(texts)
-    library.check(source.annotations)
-    notes = _size_notes(source.protocol, len(library.places) + len(library.missing), total, "captions")
-    if empty := captions.count(""):
-        notes += (f"{empty} captions are empty without their punctuation; they are compared all the same, as UMT does",)
-    whole = RetrievalSet(
-        source.name,
-        tuple(library.places),
-        tuple(captions),
-        tuple(tuple(found) for found in places),
-        library.missing,
-        notes,
-        source.protocol,
-        source.annotations,
-    )
-    return whole if limit is None else _limited(whole, limit)
-
-
-def _limited(whole: RetrievalSet, limit: int) -> RetrievalSet:
-    """Evenly spaced videos, and the captions that belong to one of them."""
-    kept = even_indices(len(whole.videos), limit)
-    new = {old: place for place, old in enumerate(kept)}
-    pairs = [
-        (caption, places)
-        for caption, old in zip(whole.captions, whole.videos_of_caption, strict=True)
-        if (places := tuple(new[place] for place in old if place in new))
-    ]
+        captions += [(clean_text(text), numbers) for text in texts if numbers]
+    paths = index.check(files.annotations)
+    notes = _size_notes(files.protocol, len(paths) + len(index.missing), total, "captions")
+    if empty := sum(not text for text, _ in captions):
+        notes += (f"{empty} captions are empty without their punctuation; they are used all the same, as in UMT",)
+    kept = even_indices(len(paths), limit or len(paths))
+    renumbered = {old: new for new, old in enumerate(kept)}
+    left = [(text, numbers & renumbered.keys()) for text, numbers in captions if numbers & renumbered.keys()]
     return RetrievalSet(
-        whole.name,
-        tuple(whole.videos[place] for place in kept),
-        tuple(caption for caption, _ in pairs),
-        tuple(places for _, places in pairs),
-        whole.missing,
-        whole.notes,
-        whole.protocol,
-        whole.annotations,
+        **files.common_fields(paths[number] for number in kept),
+        description=f"{files.name}: {len(kept)} videos, {len(left)} captions",
+        captions=tuple(text for text, _ in left),
+        videos_of_caption=tuple(tuple(renumbered[number] for number in sorted(numbers)) for _, numbers in left),
+        missing=index.missing,
+        notes=notes,
     )
 
 
-def _questions(source: _Source, rows: Sequence[object], limit: int | None) -> QaSet:
-    library = _Library(source.videos)
-    items: list[QaItem] = []
-    own: set[str] = set()
-    for number, values in enumerate(rows):
-        row = _Row.of(source.annotations, number, values)
-        question, answer, id_ = clean_text(row.text("question")), row.text("answer"), row.id()
-        own.add(answer)
-        path = library.find(row, row.text("video"))
-        if path is not None:
-            items.append(QaItem(id_, path, question, answer))
-    library.check(source.annotations)
-    answers, notes = _answers(source, own)
-    kept = items if limit is None else [items[place] for place in even_indices(len(items), limit)]
-    notes += _unanswerable(kept, answers)
-    notes += _size_notes(source.protocol, len(library.known), len(rows), "questions")
-    return QaSet(source.name, tuple(kept), answers, library.missing, notes, source.protocol, source.annotations)
+def _questions(files: _Files, rows: Sequence[_Row], limit: int | None) -> QaSet:
+    index = _VideoIndex(files.videos)
+    questions: list[Question] = []
+    right_answers: set[str] = set()
+    for row in rows:
+        question, answer = clean_text(row.text("question")), row.text("answer")
+        right_answers.add(answer)
+        number = index.find(row, row.text("video"))
+        if number is not None:
+            questions.append(Question(number, question, answer))
+    paths = index.check(files.annotations)
+    answers, notes = _answers(files, right_answers)
+    kept = [questions[place] for place in even_indices(len(questions), limit or len(questions))]
+    if unlisted := sum(question.answer not in answers for question in kept):
+        notes += (f"the answers of {unlisted} of {len(kept)} questions are not in the list of answers: they are wrong",)
+    notes += _size_notes(files.protocol, len(paths) + len(index.missing), len(rows), "questions")
+    renumbered = {old: new for new, old in enumerate(dict.fromkeys(question.video for question in kept))}
+    return QaSet(
+        **files.common_fields(paths[number] for number in renumbered),
+        description=f"{files.name}: {len(kept)} questions about {len(renumbered)} videos, {len(answers)} answers",
+        questions=tuple(question._replace(video=renumbered[question.video]) for question in kept),
+        answers=tuple(answers),
+        missing=index.missing,
+        notes=notes,
+    )
 
 
-def _answers(source: _Source, own: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The answers to choose from, and what is to be said of them."""
-    if source.answers is None:
-        note = f"no list of answers is given: the model chooses among the {len(own)} right ones of the annotations"
-        return tuple(sorted(own)), (note,)
-    values = _parse(_read_text(source.answers), source.answers, None)
+def _answers(files: _Files, right_answers: Iterable[str]) -> tuple[dict[str, None], tuple[str, ...]]:
+    """The possible answers, in order, and notes about them."""
+    if files.answers is None:
+        answers = dict.fromkeys(sorted(right_answers))
+        note = f"no list of answers is given: the model chooses among the {len(answers)} right answers"
+        return answers, (note,)
+    values = _parse(_read_text(files.answers), str(files.answers))
     if not isinstance(values, list) or not values:
-        raise DataError(f"{source.answers} holds no list of answers", 'It should be ["yes", "no", ...].')
+        raise DataError(f"{files.answers} is not a list of answers", 'It should be ["yes", "no", ...].')
     for number, value in enumerate(values):
         if not isinstance(value, str) or not value.strip():
             problem = "an empty text" if isinstance(value, str) else _kind(value)
-            raise DataError(f"{_where(source.answers, number)} is no answer, but {problem}")
-    return tuple(dict.fromkeys(values)), ()
-
-
-def _unanswerable(items: Sequence[QaItem], answers: Iterable[str]) -> tuple[str, ...]:
-    known = set(answers)
-    count = sum(item.answer not in known for item in items)
-    if not count:
-        return ()
-    return (f"the answers of {count} of {len(items)} questions are not among those to choose from, so count as wrong",)
+            raise DataError(f"{_row_name(files.answers, number)} is not an answer, but {problem}")
+    return dict.fromkeys(values), ()
 
 
 def _size_notes(protocol: Protocol | None, videos: int, texts: int, what: str) -> tuple[str, ...]:
+    """Notes where the annotations have far more or fewer videos or texts than the benchmark."""
     if protocol is None:
         return ()
-    pairs = ((videos, protocol.videos, "videos"), (texts, protocol.texts, what))
+    counts = ((videos, protocol.videos, "videos"), (texts, protocol.texts, what))
     return tuple(
         f"the annotations name {found} {things}; {protocol.name} ({protocol.split}) has about {usual}"
-        for found, usual, things in pairs
+        for found, usual, things in counts
         if usual is not None and abs(found - usual) > _SIZE_TOLERANCE * usual
     )

@@ -1,4 +1,4 @@
-"""Texts as BERT reads them: a WordPiece tokenizer from a local vocabulary file, and batches of token numbers."""
+"""BERT's WordPiece tokenizer, from a local vocabulary file."""
 
 from __future__ import annotations
 
@@ -18,12 +18,7 @@ _LARGEST_FILE = 1 << 24  # bytes; BERT's own vocabularies have 0.2 to 1 MB
 
 
 class TextBatch(NamedTuple):
-    """Token numbers of texts, filled up to one length.
-
-    Attributes:
-        ids: int64 `[n, L]`.
-        mask: int64 `[n, L]`, 1 where there is a token.
-    """
+    """Token ids of texts, padded to one length: int64 `[n, L]`, and a mask int64 `[n, L]`, 1 at tokens."""
 
     ids: Tensor
     mask: Tensor
@@ -36,31 +31,27 @@ class Tokenizer:
         vocabulary: a file with one token per line (`vocab.txt` of bert-base-uncased), or a folder that holds one.
 
     Raises:
-        DataError: the file is missing, unreadable, or no such vocabulary.
+        DataError: the file is missing, unreadable or not a BERT vocabulary.
         UsageError: the package `tokenizers` is not installed.
     """
 
     def __init__(self, vocabulary: Path) -> None:
-        path, places = _read(vocabulary)
+        path, token_ids = _read(vocabulary)
         self.path = path
-        self.size = len(places)
-        self.padding, _, self.start, self.end = (places[token] for token in _SPECIAL)
-        self._pieces = _word_pieces(places)
+        self.size = len(token_ids)
+        self.padding, _, self.start, self.end = (token_ids[token] for token in _SPECIAL)
+        self._pieces = _word_pieces(token_ids)
 
     def texts(self, texts: Sequence[str], longest: int) -> TextBatch:
-        """`[CLS]` and the tokens of each text, cut to `longest` in all, as UMT reads captions and questions."""
+        """`[CLS]` and the tokens of each text, truncated to `longest`, as UMT encodes captions and questions."""
         return self._batch([self._pieces.encode(text).ids for text in texts], longest)
 
     def answers(self, answers: Sequence[str], longest: int) -> TextBatch:
-        """`[CLS]`, the tokens of each answer and `[SEP]`, cut to `longest` in all, as UMT reads answers."""
+        """`[CLS]`, the tokens of each answer and `[SEP]`, truncated to `longest`, as UMT encodes answers."""
         return self._batch([[*self._pieces.encode(answer).ids, self.end] for answer in answers], longest)
 
     def check_fits(self, vocabulary: int, what: str) -> None:
-        """Refuse a vocabulary of another size than the model's.
-
-        Raises:
-            DataError: naming both sizes.
-        """
+        """Raise a DataError if the model `what` has a vocabulary of another size."""
         if self.size != vocabulary:
             raise DataError(
                 f"{self.path} has {self.size} tokens, but {what} was trained with {vocabulary}",
@@ -78,27 +69,27 @@ class Tokenizer:
 
 
 def _read(path: Path) -> tuple[Path, dict[str, int]]:
-    """The vocabulary file, and its tokens, each with its number."""
-    hint = "It is the file vocab.txt of a BERT model, one token on each line, such as that of bert-base-uncased."
+    """The path of the vocabulary file, and the id of each token."""
+    hint = "Give the file vocab.txt of a BERT model, with one token per line, such as that of bert-base-uncased."
     try:
         path = path / "vocab.txt" if path.is_dir() else path
         if path.stat().st_size > _LARGEST_FILE:
             raise DataError(f"{path} is too large to be a vocabulary", hint)
-        # not splitlines: a token may be one of Unicode's own line breaks
+        # not splitlines(): a token may be a Unicode line separator
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError:
         raise DataError(f"{path} is not text", hint) from None
     except OSError as error:
         raise DataError(f"cannot read the vocabulary {path}: {error.strerror or error}", hint) from error
-    places = {token: place for place, token in enumerate(line.rstrip() for line in lines)}
-    if missing := [token for token in _SPECIAL if token not in places]:
+    token_ids = {token: number for number, token in enumerate(line.rstrip() for line in lines)}
+    if missing := [token for token in _SPECIAL if token not in token_ids]:
         raise DataError(f"{path} is not a vocabulary of BERT: it has no {', '.join(missing)}", hint)
-    if len(places) != len(lines):
-        raise DataError(f"{path} is not a vocabulary of BERT: {len(lines) - len(places)} tokens stand twice", hint)
-    return path, places
+    if len(token_ids) != len(lines):
+        raise DataError(f"{path} is not a vocabulary of BERT: {len(lines) - len(token_ids)} tokens are repeated", hint)
+    return path, token_ids
 
 
-def _word_pieces(places: dict[str, int]) -> Any:
+def _word_pieces(token_ids: dict[str, int]) -> Any:
     try:
         from tokenizers import Tokenizer as Backend
         from tokenizers.models import WordPiece
@@ -106,9 +97,9 @@ def _word_pieces(places: dict[str, int]) -> Any:
         from tokenizers.pre_tokenizers import BertPreTokenizer
     except ImportError as error:
         raise UsageError(
-            "texts need the package tokenizers", "Install it with: pip install 'repshift-cli[video]'"
+            "video-text models need the package tokenizers", "Install it with: pip install 'repshift-cli[video]'"
         ) from error
-    backend = Backend(WordPiece(places, unk_token="[UNK]", max_input_chars_per_word=100))  # noqa: S106
+    backend = Backend(WordPiece(token_ids, unk_token="[UNK]", max_input_chars_per_word=100))  # noqa: S106
     backend.normalizer = BertNormalizer(lowercase=True)
     backend.pre_tokenizer = BertPreTokenizer()
     return backend

@@ -1,4 +1,4 @@
-"""Questions about videos, answered from a fixed list: the decoder of a model ranks the answers."""
+"""Video question answering from a fixed list: the decoder of a model ranks the answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from torch import Tensor
 
 from repshift_cli.errors import DataError, ModelError, UsageError
 from repshift_cli.evaluation.common import Skipped, explained_memory, finite, in_turn, per_second
-from repshift_cli.measure.device import wait_for
+from repshift_cli.evaluation.video_text.encoding import (
+    VideoModel,
+    VideoSettings,
+    encode_timed,
+    nothing_readable,
+    prepare,
+    skipped_of,
+)
 from repshift_cli.utils.progress import Progress
 from repshift_cli.utils.stats import percent_interval
 
@@ -27,50 +34,37 @@ __all__ = [
     "rank_answers",
 ]
 
-_FIRST = 1  # where the first token of an answer stands: behind [CLS]
-_MATRIX = 2  # dimensions of probabilities: [B, V]
-_TOKENS_RANK = 3  # dimensions of tokens and states: [B, N, D]
+_FIRST = 1  # position of the first token of an answer, after [CLS]
+_MATRIX = 2  # dimensions of probabilities [B, V] and ids [A, La]
 
 
-class AnsweringModel(Protocol):
-    """A module that reads a question with a video in view, and says how likely an answer is."""
-
-    def encode_video(self, video: Tensor) -> Tensor:
-        """`[B, T, 3, H, W]` to tokens `[B, N, D]`."""
-        ...
+class AnsweringModel(VideoModel, Protocol):
+    """A module that encodes a question about a video, and returns how likely an answer is."""
 
     def encode_question(self, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
         """int64 `[B, L]` each and `[B, N, D]`, to states `[B, L, D']`."""
         ...
 
     def first_token_probabilities(self, states: Tensor, mask: Tensor, start: int) -> Tensor:
-        """`[B, L, D']`, `[B, L]` to `[B, V]`: what the decoder expects behind the token `start` ([CLS]) alone."""
+        """`[B, L, D']`, `[B, L]` to `[B, V]`: next-token probabilities after `start` ([CLS])."""
         ...
 
     def answer_loss(self, states: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
-        """Of n pairs `[n, L, D']`, `[n, L]`, `[n, A]`, `[n, A]` the summed cross-entropy of the next tokens, `[n]`."""
-        ...
-
-    def to(self, *, device: torch.device, dtype: torch.dtype) -> object:
-        """As of `nn.Module`."""
-        ...
-
-    def eval(self) -> object:
-        """As of `nn.Module`."""
+        """`[n, L, D']`, `[n, L]`, `[n, A]`, `[n, A]` to `[n]`: cross-entropy of the next tokens, summed per pair."""
         ...
 
 
 @dataclass(frozen=True)
 class QuestionBatch:
-    """Questions with their videos; only those whose video was read.
+    """A batch of videos with the questions about them.
 
     Attributes:
-        indices: of the questions.
-        video: `[v, T, 3, H, W]`; None where no video was read.
+        indices: of the questions whose video is readable.
+        video: `[v, T, 3, H, W]`; None where no video is readable.
         ids, mask: int64 `[b, L]`, the questions.
-        answers: the right answer of each.
-        broken: questions whose video could not be read, with the reason.
-        video_of: for each question the place of its video in `video`; None where each has one of its own, in order.
+        answers: the right answer of each question.
+        broken: questions whose video is unreadable, with the reason.
+        video_of: for each question the position of its video in `video`; None where each has its own, in order.
     """
 
     indices: Sequence[int]
@@ -84,11 +78,11 @@ class QuestionBatch:
 
 @dataclass(frozen=True)
 class AnswerList:
-    """All answers that a model can give.
+    """All possible answers.
 
     Attributes:
         texts: as they are compared with the right answers.
-        ids, mask: int64 `[A, La]`; `[CLS]` first, then the answer.
+        ids, mask: int64 `[A, La]`; `[CLS]`, then the answer.
     """
 
     texts: Sequence[str]
@@ -98,12 +92,12 @@ class AnswerList:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The best answers of each question, best first, on the CPU.
+    """The best answers to each question, best first, on the CPU.
 
     Attributes:
-        topk_ids: int64 `[B, k]`, places in the list of answers.
+        topk_ids: int64 `[B, k]`, indices in the list of answers.
         topk_probs: float32 `[B, k]`, softmax over the k.
-        log_probs: float32 `[B, k]`, log of the first token's probability minus the loss of the whole answer.
+        log_probs: float32 `[B, k]`, log probability of the first token minus the loss of the whole answer.
     """
 
     topk_ids: Tensor
@@ -113,14 +107,14 @@ class Ranking:
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """What one model reached.
+    """The result of one model.
 
     Attributes:
-        questions: that were asked.
-        correct: answered with the very string.
-        videos: that they were asked about; one that came in several batches counts so often.
-        video_seconds: time in the video encoder alone, for all videos.
-        seconds: time in the model, the encoder included.
+        questions: number of questions.
+        correct: questions answered with exactly the right text.
+        videos: number of encoded videos; one in several batches counts several times.
+        video_seconds: in the video encoder alone.
+        seconds: in the model, with the video encoder.
     """
 
     questions: int
@@ -141,7 +135,7 @@ class AnswerScore:
 
     @property
     def videos_per_s(self) -> float:
-        """Videos per second of encoder time: no decoding, no copying."""
+        """Videos per second of encoder time, without decoding and copying."""
         return per_second(self.videos, self.video_seconds)
 
     @property
@@ -152,18 +146,18 @@ class AnswerScore:
 
 @dataclass(frozen=True)
 class AnswerEvaluation:
-    """The outcome for all models of a run.
+    """The result of all models.
 
     Attributes:
-        dataset: name of the dataset.
-        questions: that were asked, of every model.
-        answers: length of the list of answers.
-        not_in_list: questions whose right answer is not in the list, so that no model can give it; they count as wrong.
-        k: how many answers were ranked by the whole answer.
-        skipped: questions whose video could not be read.
-        scores: by the name of the model.
-        same_answer: where there are two models, how many questions both answered alike; else None.
-        seconds: from the first question to the last result, decoding and all models included.
+        dataset: its name.
+        questions: number of questions that every model was asked.
+        answers: number of possible answers.
+        not_in_list: questions whose right answer is not in the list of answers; they count as wrong.
+        k: number of answers that were scored as a whole.
+        skipped: questions whose video is unreadable.
+        scores: by model name.
+        same_answer: number of questions that both models answered alike; None unless there are two.
+        seconds: from the first question to the last result, with decoding, of all models.
     """
 
     dataset: str
@@ -195,31 +189,31 @@ def rank_answers(
 ) -> Ranking:
     """Rank the answers to each question.
 
-    The k answers whose first token is the likeliest are scored as a whole. The first token counts twice, by its
-    probability and in the loss, as in UMT. Among equal ones the lower index comes first.
+    The k answers with the most likely first token are scored as a whole. The first token counts twice, by its
+    probability and in the loss, as in UMT. Among equal scores the lower index comes first.
 
     Args:
         model: in eval mode.
         states: `[B, L, D']`, the questions, on the model's device.
         mask: int64 `[B, L]`.
         answer_ids, answer_mask: int64 `[A, La]`, `La > 1`, on any device.
-        k: how many answers to score as a whole; all, where there are no more.
-        pair_batch: pairs of question and answer at a time.
-        name: what the model is called, in messages.
+        k: number of answers to score as a whole; all where there are fewer.
+        pair_batch: pairs of question and answer per batch.
+        name: of the model, for messages.
 
     Raises:
-        ModelError: the model does not return tensors of the forms that `AnsweringModel` says.
-        CheckFailed: it returns numbers that are not finite.
-        UsageError: not enough memory for the pairs.
+        ModelError: an output has another shape than in `AnsweringModel`.
+        CheckFailed: the model returns values that are not finite.
+        UsageError: there is not enough memory for the pairs.
     """
     with torch.inference_mode(), explained_memory(f"{pair_batch} pairs of question and answer"):
         first = _first_token(model, states, mask, answer_ids, name)
         order = first.argsort(dim=1, descending=True, stable=True)[:, :k]
-        # A probability that is rounded to 0 has no logarithm; it stays the last one.
+        # A probability that is rounded to 0 has no logarithm; it stays last.
         log_first = first.gather(1, order).clamp_min(torch.finfo(torch.float32).tiny).log()
         loss = _losses(model, (states, mask), (answer_ids, answer_mask), order, pair_batch=pair_batch, name=name)
         log_probs = log_first - loss
-        # By the logarithm: probabilities far behind the first are all 0.
+        # Sorted by logarithm: probabilities far below the first are all 0.
         best = log_probs.argsort(dim=1, descending=True, stable=True)
         log_probs = log_probs.gather(1, best)
         return Ranking(order.gather(1, best), log_probs.softmax(dim=1), log_probs)
@@ -233,10 +227,7 @@ def evaluate_answers(
     dataset: str,
     questions: int,
     sample_id: Callable[[int], str],
-    batch_size: int,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    strict: bool,
+    settings: VideoSettings,
     progress: Progress,
     k: int = 128,
     pair_batch: int = 128,
@@ -244,170 +235,142 @@ def evaluate_answers(
     """Ask every model every question, on the same decoded videos.
 
     Args:
-        models: by name. They are set to eval mode and moved to `device` and `dtype` in place.
-        batches: every question once, read while this runs.
-        answers: the list to answer from.
+        models: by name. They are set to eval mode and moved to the device and dtype in place.
+        batches: every question once; read lazily.
+        answers: the possible answers.
         dataset: its name.
-        questions: how many questions `batches` has, those with broken videos included.
-        sample_id: what a question is called, by its index.
-        batch_size: questions at a time, and for the message when memory runs out.
-        strict: stop at the first video that cannot be read, instead of leaving its question out.
-        k: how many answers to score as a whole; all, where the list has no more.
-        pair_batch: pairs of question and answer at a time.
+        questions: number of questions in `batches`, those with unreadable videos included.
+        sample_id: returns the name of a question.
+        settings: `batch_size` is the number of questions per batch.
+        k: number of answers to score as a whole; all where the list has fewer.
+        pair_batch: pairs of question and answer per batch.
 
     Raises:
-        DataError: no question, no answer, or (`strict`) a video that cannot be read.
-        ModelError: a model does not return tensors of the forms that `AnsweringModel` says.
+        DataError: there is no question or no answer, or (`strict`) a video is unreadable.
+        ModelError: an output of a model has another shape than in `AnsweringModel`.
         CheckFailed: a model returns values that are not finite.
-        UsageError: not enough memory for the batch.
+        UsageError: `k` is below 1, or there is not enough memory for the batch.
     """
     _check_answers(answers, dataset)
     if k < 1:
-        raise UsageError(f"{k} answers cannot be ranked", "Take 1 or more.")
-    device = torch.device(device)
-    for model in models.values():
-        model.to(device=device, dtype=dtype)
-        model.eval()
-    # On the device once, not with every batch.
+        raise UsageError(f"invalid k={k}: must be 1 or more")
+    prepare(models, settings)
+    device = settings.device
+    # Copied once, not with every batch.
     answers = AnswerList(answers.texts, answers.ids.to(device), answers.mask.to(device))
-    sides = {name: _Side(name, model, answers, k, pair_batch, batch_size, device) for name, model in models.items()}
-    tally = _Tally(frozenset(answers.texts))
+    answerers = {name: _Answerer(name, model, answers, k, pair_batch, settings) for name, model in models.items()}
+    counts = _Counts()
     started = time.perf_counter()
     with (
         torch.inference_mode(),
-        explained_memory(f"{batch_size} questions"),
+        explained_memory(f"{settings.batch_size} questions"),
         progress.task("questions", questions) as task,
     ):
         for batch in batches:
-            _note_broken(batch, sample_id, strict, tally)
+            counts.skipped += skipped_of(batch.broken, sample_id, settings.strict)
             if batch.video is not None and len(batch.indices) > 0:
-                _ask(sides, batch, tally, device=device, dtype=dtype)
+                _ask(answerers, batch, counts)
             task.advance(len(batch.indices) + len(batch.broken))
-    listed = len(answers.texts)
-    return _result(sides, tally, dataset, answers=listed, k=min(k, listed), seconds=time.perf_counter() - started)
+    if counts.questions == 0:
+        problem = f"none of the {len(counts.skipped)} questions of {dataset} has a video that can be read"
+        raise nothing_readable(problem, counts.skipped)
+    return AnswerEvaluation(
+        dataset=dataset,
+        questions=counts.questions,
+        answers=len(answers.texts),
+        not_in_list=counts.not_in_list,
+        k=min(k, len(answers.texts)),
+        skipped=tuple(counts.skipped),
+        scores={
+            name: AnswerScore(counts.questions, each.correct, counts.videos, each.video_seconds, each.seconds)
+            for name, each in answerers.items()
+        },
+        same_answer=counts.same if len(answerers) == 2 else None,  # noqa: PLR2004
+        seconds=time.perf_counter() - started,
+    )
 
 
 @dataclass
-class _Side:
-    """One model with the answers to choose from, and how it did so far."""
+class _Counts:
+    """Counts that are the same for all models, and `same`, the questions that two models answered alike."""
+
+    questions: int = 0
+    videos: int = 0
+    not_in_list: int = 0
+    same: int = 0
+    batches: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+@dataclass
+class _Answerer:
+    """One model with the possible answers, its time and its right answers so far."""
 
     name: str
     model: AnsweringModel
     answers: AnswerList
     k: int
     pair_batch: int
-    batch_size: int
-    device: torch.device
+    settings: VideoSettings
     correct: int = 0
     video_seconds: float = 0.0
     seconds: float = 0.0
 
-    def look(self, video: Tensor) -> tuple[Tensor, float]:
-        """The tokens of videos, and how long they took."""
-        wait_for(self.device)
-        started = time.perf_counter()
-        tokens = self.model.encode_video(video)
-        wait_for(self.device)
-        seconds = time.perf_counter() - started
-        if tokens.dim() != _TOKENS_RANK or len(tokens) != len(video):
-            raise ModelError(f"{self.name}: the videos {tuple(video.shape)} become {tuple(tokens.shape)}")
-        return tokens, seconds
-
     def answer(self, video: Tensor, ids: Tensor, mask: Tensor, video_of: Tensor) -> list[str]:
         """The best answer to each question."""
-        tokens, seconds = self.look(video)
+        tokens, video_seconds = encode_timed(self.name, self.model, video, self.settings.device)
         started = time.perf_counter()
-        said: list[str] = []
-        # Each question gets the tokens of its video: there may be many about one, so not all at once.
-        parts = (part.split(self.batch_size) for part in (ids, mask, video_of))
-        for some_ids, some_mask, places in zip(*parts, strict=True):
-            states = self.model.encode_question(some_ids, some_mask, tokens[places])
+        given: list[str] = []
+        # Each question gets the tokens of its video. One video may have many questions, so they are split.
+        parts = (part.split(self.settings.batch_size) for part in (ids, mask, video_of))
+        for part_ids, part_mask, places in zip(*parts, strict=True):
+            states = self.model.encode_question(part_ids, part_mask, tokens[places])
             ranking = rank_answers(
                 self.model,
                 states,
-                some_mask,
+                part_mask,
                 self.answers.ids,
                 self.answers.mask,
                 k=self.k,
                 pair_batch=self.pair_batch,
                 name=self.name,
             )
-            said += [self.answers.texts[best] for best in ranking.topk_ids[:, 0].tolist()]
-        self.video_seconds += seconds
-        # The ranking is on the CPU: the device has nothing left to do.
-        self.seconds += seconds + time.perf_counter() - started
-        return said
+            given += [self.answers.texts[best] for best in ranking.topk_ids[:, 0].tolist()]
+        self.video_seconds += video_seconds
+        # No wait for the device: the ranking is on the CPU already.
+        self.seconds += video_seconds + time.perf_counter() - started
+        return given
 
 
-@dataclass
-class _Tally:
-    known: frozenset[str]
-    questions: int = 0
-    videos: int = 0
-    not_in_list: int = 0
-    batches: int = 0
-    same: int = 0
-    skipped: list[Skipped] = field(default_factory=list)
-
-
-def _ask(
-    sides: Mapping[str, _Side], batch: QuestionBatch, tally: _Tally, *, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Run the models over one batch and add up what they say."""
+def _ask(answerers: Mapping[str, _Answerer], batch: QuestionBatch, counts: _Counts) -> None:
+    """Run all models on one batch and count their answers."""
     assert batch.video is not None
     video_of = range(len(batch.video)) if batch.video_of is None else batch.video_of
     if not len(batch.indices) == len(video_of) == len(batch.ids) == len(batch.answers):
         raise ValueError("a batch needs one video and one answer for each question")
-    video = batch.video.to(device=device, dtype=dtype)
+    first = next(iter(answerers.values()))
+    device, listed = first.settings.device, set(first.answers.texts)
+    video = batch.video.to(device=device, dtype=first.settings.dtype)
     ids, mask, places = batch.ids.to(device), batch.mask.to(device), torch.tensor(video_of, device=device)
-    if tally.batches == 0:
-        # The first pass pays for memory pools and kernel selection; it is not part of the speed.
-        for side in sides.values():
-            side.look(video)
-    said: dict[str, list[str]] = {}
-    for name in in_turn(list(sides), tally.batches):
-        said[name] = sides[name].answer(video, ids, mask, places)
-        sides[name].correct += sum(one == right for one, right in zip(said[name], batch.answers, strict=True))
-    tally.batches += 1
-    tally.questions += len(batch.indices)
-    tally.videos += len(batch.video)
-    tally.not_in_list += sum(right not in tally.known for right in batch.answers)
-    if len(said) == 2:  # noqa: PLR2004
-        one, other = said.values()
-        tally.same += sum(mine == yours for mine, yours in zip(one, other, strict=True))
+    if counts.batches == 0:
+        # Warm-up, not timed: the first pass allocates memory pools and selects kernels.
+        for each in answerers.values():
+            encode_timed(each.name, each.model, video, device)
+    given: dict[str, list[str]] = {}
+    for name in in_turn(list(answerers), counts.batches):
+        given[name] = answerers[name].answer(video, ids, mask, places)
+        answerers[name].correct += _equal(given[name], batch.answers)
+    counts.batches += 1
+    counts.questions += len(batch.indices)
+    counts.videos += len(batch.video)
+    counts.not_in_list += sum(right not in listed for right in batch.answers)
+    if len(given) == 2:  # noqa: PLR2004
+        counts.same += _equal(*given.values())
 
 
-def _result(
-    sides: Mapping[str, _Side], tally: _Tally, dataset: str, *, answers: int, k: int, seconds: float
-) -> AnswerEvaluation:
-    if tally.questions == 0:
-        first = tally.skipped[0] if tally.skipped else None
-        raise DataError(
-            f"none of the {len(tally.skipped)} questions of {dataset} has a video that can be read",
-            f"The first: {first.sample}: {first.reason}" if first else None,
-        )
-    scores = {
-        name: AnswerScore(tally.questions, side.correct, tally.videos, side.video_seconds, side.seconds)
-        for name, side in sides.items()
-    }
-    return AnswerEvaluation(
-        dataset=dataset,
-        questions=tally.questions,
-        answers=answers,
-        not_in_list=tally.not_in_list,
-        k=k,
-        skipped=tuple(tally.skipped),
-        scores=scores,
-        same_answer=tally.same if len(sides) == 2 else None,  # noqa: PLR2004
-        seconds=seconds,
-    )
-
-
-def _note_broken(batch: QuestionBatch, sample_id: Callable[[int], str], strict: bool, tally: _Tally) -> None:
-    for index, reason in batch.broken:
-        if strict:
-            raise DataError(f"{sample_id(index)} cannot be read: {reason}")
-        tally.skipped.append(Skipped(sample_id(index), reason))
+def _equal(texts: Sequence[str], others: Sequence[str]) -> int:
+    """How many texts are the same."""
+    return sum(text == other for text, other in zip(texts, others, strict=True))
 
 
 def _check_answers(answers: AnswerList, dataset: str) -> None:
@@ -420,39 +383,38 @@ def _check_answers(answers: AnswerList, dataset: str) -> None:
 
 
 def _first_token(model: AnsweringModel, states: Tensor, mask: Tensor, answer_ids: Tensor, name: str) -> Tensor:
-    """How likely the first token of each answer is: float32 `[B, A]` on the CPU."""
-    # Every answer begins with the same token.
-    start = int(answer_ids[0, 0])
+    """Probability of the first token of each answer: float32 `[B, A]` on the CPU."""
+    start = int(answer_ids[0, 0])  # the same for every answer
     probabilities = finite(name, model.first_token_probabilities(states, mask, start))
     if probabilities.dim() != _MATRIX or len(probabilities) != len(states):
-        raise ModelError(f"{name}: {len(states)} questions become the probabilities {tuple(probabilities.shape)}")
-    first, words = answer_ids[:, _FIRST], probabilities.shape[1]
-    if int(first.max()) >= words:
-        raise ModelError(f"{name}: token {int(first.max())} of an answer is not among the {words} of the model")
+        raise ModelError(f"{name}: probabilities of {len(states)} questions have shape {tuple(probabilities.shape)}")
+    first, vocabulary = answer_ids[:, _FIRST], probabilities.shape[1]
+    if int(first.max()) >= vocabulary:
+        raise ModelError(f"{name}: token {int(first.max())} of an answer is not among its {vocabulary} tokens")
     return probabilities[:, first.to(probabilities.device)].float().cpu()
 
 
 def _losses(
     model: AnsweringModel,
-    asked: tuple[Tensor, Tensor],
-    said: tuple[Tensor, Tensor],
+    questions: tuple[Tensor, Tensor],
+    answers: tuple[Tensor, Tensor],
     chosen: Tensor,
     *,
     pair_batch: int,
     name: str,
 ) -> Tensor:
-    """The loss of the chosen answers `[B, k]` of each question: float32 `[B, k]` on the CPU.
+    """The loss of the chosen answers `[B, k]` to each question: float32 `[B, k]` on the CPU.
 
-    `asked` holds the states and the mask of the questions, `said` the ids and the mask of all answers.
+    `questions` are states and mask, `answers` ids and mask of the whole list.
     """
-    device, home = asked[0].device, said[0].device
-    questions, answers = torch.arange(len(chosen)).repeat_interleave(chosen.shape[1]), chosen.flatten()
+    device, home = questions[0].device, answers[0].device
+    rows = torch.arange(len(chosen)).repeat_interleave(chosen.shape[1])
     losses = []
-    for question, answer in zip(questions.split(pair_batch), answers.split(pair_batch), strict=True):
-        loss = model.answer_loss(
-            *(part[question.to(device)] for part in asked), *(part[answer.to(home)].to(device) for part in said)
-        )
-        if tuple(loss.shape) != (len(question),):
-            raise ModelError(f"{name}: {len(question)} answers have the losses {tuple(loss.shape)}")
+    for row, answer in zip(rows.split(pair_batch), chosen.flatten().split(pair_batch), strict=True):
+        asked = (part[row.to(device)] for part in questions)
+        candidates = (part[answer.to(home)].to(device) for part in answers)
+        loss = model.answer_loss(*asked, *candidates)
+        if tuple(loss.shape) != (len(row),):
+            raise ModelError(f"{name}: the losses of {len(row)} answers have shape {tuple(loss.shape)}")
         losses.append(finite(name, loss).float().cpu())
     return torch.cat(losses).view(chosen.shape)

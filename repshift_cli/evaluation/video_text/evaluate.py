@@ -1,10 +1,9 @@
-"""Evaluate a video-text model on a dataset: from annotations and video files to the scorers of both tasks."""
+"""Evaluate a video-text model on a dataset, by retrieval or question answering."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +14,23 @@ from torch.utils.data import DataLoader
 from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.data.builtin import moving_shapes
 from repshift_cli.data.preprocessing import Preprocessing
+from repshift_cli.data.video.annotations import QaSet, RetrievalSet, Task, VideoTextSet
 from repshift_cli.data.video.dataset import PreparedVideos, VideoBatch, Videos, collate_videos
 from repshift_cli.data.video.decode import UnreadableVideo
 from repshift_cli.data.video.tokenizer import Tokenizer
 from repshift_cli.errors import DataError, ModelError, UsageError
 from repshift_cli.evaluation.video_text.answering import AnswerEvaluation, AnswerList, QuestionBatch, evaluate_answers
-from repshift_cli.evaluation.video_text.data import (
-    BUILTIN_DATASETS,
-    LONGEST_ANSWER,
-    CaptionData,
-    QuestionData,
-    Task,
-    VideoData,
-)
-from repshift_cli.evaluation.video_text.retrieval import ClipBatch, RetrievalEvaluation, Texts, evaluate_retrieval
+from repshift_cli.evaluation.video_text.data import BUILTIN_DATASETS
+from repshift_cli.evaluation.video_text.encoding import VideoSettings
+from repshift_cli.evaluation.video_text.retrieval import ClipBatch, RetrievalEvaluation, evaluate_retrieval
 from repshift_cli.measure.attention_kernel import observed_attention
-from repshift_cli.models.attention_mode import AttentionMode, attention_mode, auto_note
+from repshift_cli.models.attention_mode import attention_mode, auto_note
 from repshift_cli.models.umt import Pooling, UmtAnswering, UmtModel, UmtRetrieval
 from repshift_cli.reduction.compressed_model import CompressedModel
 from repshift_cli.utils.progress import Progress
 
 __all__ = [
-    "DenseSelf",
-    "Settings",
+    "DenseView",
     "answer",
     "check_missing",
     "choose_pooling",
@@ -47,37 +40,19 @@ __all__ = [
     "task_of",
 ]
 
-
 _MODELS_OF_SHAPES = "umt-shapes"
 
+_LONGEST_ANSWER = 5  # tokens, as in UMT's fine-tuning
 
 _PAIRS_PER_VIDEO, _ANSWERS_PER_VIDEO = 4, 16
-"""Pairs at a time for each video at a time: pairs run through few layers, and answers see no video."""
+"""Pairs per batch for each video per batch: pairs run through few layers, and answers do not attend to videos."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How an evaluation runs.
+class DenseView:
+    """The dense model of a compressed model, on the same weights.
 
-    Attributes:
-        batch_size: videos at a time, and questions.
-        workers: processes that decode beside this one; 0 decodes in this one.
-        strict: stop at the first video that is missing or cannot be read.
-        rerank_k: how many candidates of each query are matched; None to leave that out, and for questions.
-        attention: what is to compute the attention of the video encoder.
+    Only the video encoder differs: everything after its tokens is the same module.
     """
-
-    batch_size: int
-    device: torch.device
-    dtype: torch.dtype
-    workers: int = 0
-    strict: bool = False
-    rerank_k: int | None = None
-    attention: AttentionMode = "auto"
-
-
-class DenseSelf:
-    """The original of a compressed model, on the same weights, for a scorer."""
 
     def __init__(self, compressed: CompressedModel) -> None:
         self.compressed = compressed
@@ -89,15 +64,14 @@ class DenseSelf:
             return tokens
 
     def __getattr__(self, name: str) -> Any:
-        # nothing behind the tokens is hooked
         return getattr(self.compressed.model, name)
 
 
 def task_of(model: nn.Module) -> Task:
-    """What a model was trained for.
+    """The task of a video-text model.
 
     Raises:
-        ModelError: it is no model for video and text.
+        ModelError: it is not a video-text model.
     """
     if isinstance(model, UmtRetrieval):
         return "retrieval"
@@ -107,33 +81,32 @@ def task_of(model: nn.Module) -> Task:
 
 
 def choose_pooling(opened: Opened, pooling: Pooling | None) -> Pooling:
-    """Set the pooling of a dense model for retrieval where the user says one, and tell which is used.
+    """Set the pooling of a dense retrieval model, where one is given. Returns the pooling in use.
 
     Raises:
-        UsageError: there is no choice.
+        UsageError: the model has only one pooling.
     """
     model = opened.loaded.model
     assert isinstance(model, UmtModel)
     if pooling is None:
         return model.pooling
     if task_of(model) == "qa":
-        raise UsageError(f"--pooling {pooling}: question answering pools nothing", "Leave the option out.")
+        raise UsageError(f"--pooling {pooling}: question answering does not pool", "Leave the option out.")
     if opened.compressed is not None:
         raise UsageError(
-            f"--pooling {pooling}: a compressed model has no whole frames to pool, so it and its dense self pool all "
-            "tokens that are left",
+            f"--pooling {pooling}: a compressed model has no whole frames, so it and its dense model pool all tokens",
             "Leave the option out, or give the dense checkpoint.",
         )
     model.pooling = pooling
     return pooling
 
 
-def open_tokenizer(vocabulary: Path | None, opened: Opened, data: VideoData) -> Tokenizer:
-    """The tokenizer of a model: by the user's file, or the one of the built-in models.
+def open_tokenizer(vocabulary: Path | None, opened: Opened, data: VideoTextSet) -> Tokenizer:
+    """The tokenizer of a model, from the given vocabulary file or from that of the built-in models.
 
     Raises:
         UsageError: no file is given, and the model is not built in.
-        DataError: it is not the vocabulary of this model.
+        DataError: the vocabulary has another size than the model's.
     """
     model, name = opened.loaded.model, opened.loaded.description.name
     assert isinstance(model, UmtModel)
@@ -153,17 +126,14 @@ def open_tokenizer(vocabulary: Path | None, opened: Opened, data: VideoData) -> 
 
 @torch.inference_mode()
 def observe_attention(
-    models: Mapping[str, Any], preprocessing: Preprocessing, settings: Settings, progress: Progress
+    models: Mapping[str, Any], preprocessing: Preprocessing, settings: VideoSettings, progress: Progress
 ) -> dict[str, str]:
-    """What computes attention in the video encoder of each model, seen on one empty clip.
+    """The attention kernel that each model's video encoder runs, by model name; see `measure.observed_attention`.
 
-    The models are moved to the device and dtype of the settings.
-
-    Returns:
-        By the names of the models; values as `measure.observed_attention`.
+    The models are moved to the device and dtype of the settings, and run on one empty clip.
 
     Raises:
-        UsageError: attention cannot be computed as the settings ask.
+        UsageError: the requested attention kernel is not available.
     """
     clip = torch.zeros(1, *preprocessing.shape, device=settings.device, dtype=settings.dtype)
     with _ready(models, settings):
@@ -173,8 +143,8 @@ def observe_attention(
 
 
 @contextmanager
-def _ready(models: Mapping[str, Any], settings: Settings) -> Iterator[None]:
-    """The models where and how they are to run."""
+def _ready(models: Mapping[str, Any], settings: VideoSettings) -> Iterator[None]:
+    """Move the models to the device and dtype; they use the requested attention kernel inside the context."""
     with ExitStack() as switched:
         for module in _modules(models):
             module.to(device=settings.device, dtype=settings.dtype)
@@ -183,29 +153,27 @@ def _ready(models: Mapping[str, Any], settings: Settings) -> Iterator[None]:
 
 
 def _modules(models: Mapping[str, Any]) -> list[nn.Module]:
-    """Each once; the dense self of a model is the model itself."""
-    parts = (model.compressed.model if isinstance(model, DenseSelf) else model for model in models.values())
+    """Each module once; a `DenseView` has the module of its compressed model."""
+    parts = (model.compressed.model if isinstance(model, DenseView) else model for model in models.values())
     return list({id(part): part for part in parts if isinstance(part, nn.Module)}.values())
 
 
 def retrieve(
     models: Mapping[str, Any],
-    data: CaptionData,
+    data: RetrievalSet,
     *,
     preprocessing: Preprocessing,
     tokenizer: Tokenizer,
-    positions: int,
-    settings: Settings,
+    settings: VideoSettings,
     progress: Progress,
 ) -> tuple[RetrievalEvaluation, tuple[str, ...]]:
-    """Look for the video of each caption and for the caption of each video.
+    """Retrieve the videos of each caption and the captions of each video.
 
     Args:
-        models: by name, all for the same clips and texts; see `RetrievalModel`.
-        positions: the longest text that they take.
+        models: `UmtRetrieval` or `DenseView`, by name, with the same clip shape and tokenizer.
 
     Returns:
-        The outcome, and the videos with fewer frames than a clip has.
+        The result, and the videos with fewer frames than a clip, whose last frame is repeated.
 
     Raises:
         RepshiftError: as `evaluate_retrieval`; also PyAV is not installed, or (`strict`) a video is missing.
@@ -216,21 +184,18 @@ def retrieve(
         ClipBatch(batch.indices, batch.video, batch.broken)
         for batch in _batches(data.videos, preprocessing, settings, padded)
     )
-    texts = tokenizer.texts(data.captions, min(data.text_length, positions))
+    texts = tokenizer.texts(data.captions, min(data.text_length, _positions(models)))
     with _ready(models, settings):
         result = evaluate_retrieval(
             models,
             clips,
-            Texts(texts.ids, texts.mask, data.videos_of_caption),
+            texts,
+            data.videos_of_caption,
             dataset=data.name,
             videos=len(data.videos),
             sample_id=data.videos.name,
-            batch_size=settings.batch_size,
-            device=settings.device,
-            dtype=settings.dtype,
-            strict=settings.strict,
+            settings=settings,
             progress=progress,
-            rerank_k=settings.rerank_k,
             pair_batch=_PAIRS_PER_VIDEO * settings.batch_size,
         )
     return result, tuple(padded)
@@ -238,46 +203,44 @@ def retrieve(
 
 def answer(
     models: Mapping[str, Any],
-    data: QuestionData,
+    data: QaSet,
     *,
     preprocessing: Preprocessing,
     tokenizer: Tokenizer,
-    positions: int,
-    settings: Settings,
+    settings: VideoSettings,
     progress: Progress,
 ) -> tuple[AnswerEvaluation, tuple[str, ...]]:
-    """Ask all questions; each video is decoded and encoded once, however many are about it.
+    """Answer all questions; each video is decoded and encoded once for all its questions.
 
-    Arguments, returns and errors as `retrieve`, with `AnsweringModel` and `evaluate_answers`.
+    Arguments, returns and errors as `retrieve`, with `UmtAnswering` and `evaluate_answers`.
     """
     check_missing(data, settings)
     padded: list[str] = []
     batches = _batches(data.videos, preprocessing, settings, padded)
-    answers = tokenizer.answers(data.answers, min(LONGEST_ANSWER, positions))
+    answers = tokenizer.answers(data.answers, min(_LONGEST_ANSWER, _positions(models)))
     with _ready(models, settings):
         result = evaluate_answers(
             models,
-            _question_batches(data, batches, tokenizer, min(data.text_length, positions)),
+            _question_batches(data, batches, tokenizer, min(data.text_length, _positions(models))),
             AnswerList(data.answers, answers.ids, answers.mask),
             dataset=data.name,
             questions=len(data.questions),
             sample_id=lambda index: data.videos.name(data.questions[index].video),
-            batch_size=settings.batch_size,
-            device=settings.device,
-            dtype=settings.dtype,
-            strict=settings.strict,
+            settings=settings,
             progress=progress,
             pair_batch=_ANSWERS_PER_VIDEO * settings.batch_size,
         )
     return result, tuple(padded)
 
 
-def check_missing(data: VideoData, settings: Settings) -> None:
-    """Refuse annotations of videos that are not there, where `strict` is on.
+def _positions(models: Mapping[str, Any]) -> int:
+    """Tokens of the longest text that the models take."""
+    positions: int = next(iter(models.values())).text.positions
+    return positions
 
-    Raises:
-        DataError: naming the first.
-    """
+
+def check_missing(data: VideoTextSet, settings: VideoSettings) -> None:
+    """Raise a DataError that names the first missing video, if `strict` is set and there is one."""
     if settings.strict and data.missing:
         raise DataError(
             f"{len(data.missing)} videos of {data.name} are missing, the first is {data.missing[0]}",
@@ -286,7 +249,7 @@ def check_missing(data: VideoData, settings: Settings) -> None:
 
 
 def _batches(
-    videos: Videos, preprocessing: Preprocessing, settings: Settings, padded: list[str]
+    videos: Videos, preprocessing: Preprocessing, settings: VideoSettings, padded: list[str]
 ) -> Iterator[VideoBatch]:
     """All videos in order; the names of those that were padded are added to `padded`."""
     loader = DataLoader(
@@ -305,14 +268,14 @@ def _batches(
 
 
 def _question_batches(
-    data: QuestionData, batches: Iterator[VideoBatch], tokenizer: Tokenizer, longest: int
+    data: QaSet, batches: Iterator[VideoBatch], tokenizer: Tokenizer, longest: int
 ) -> Iterator[QuestionBatch]:
-    """For each batch of videos all questions about them."""
-    about: list[list[int]] = [[] for _ in range(len(data.videos))]
+    """For each batch of videos, all questions about them."""
+    questions_of: list[list[int]] = [[] for _ in range(len(data.videos))]
     for index, question in enumerate(data.questions):
-        about[question.video].append(index)
+        questions_of[question.video].append(index)
     for batch in batches:
-        asked = [(index, place) for place, video in enumerate(batch.indices) for index in about[video]]
+        asked = [(index, place) for place, video in enumerate(batch.indices) for index in questions_of[video]]
         questions = [data.questions[index] for index, _ in asked]
         texts = tokenizer.texts([question.question for question in questions], longest)
         yield QuestionBatch(
@@ -321,6 +284,6 @@ def _question_batches(
             ids=texts.ids,
             mask=texts.mask,
             answers=[question.answer for question in questions],
-            broken=[(index, reason) for video, reason in batch.broken for index in about[video]],
+            broken=[(index, reason) for video, reason in batch.broken for index in questions_of[video]],
             video_of=[place for _, place in asked],
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from repshift_cli.errors import ModelError
 from repshift_cli.evaluation.common import explained_memory, finite
+from repshift_cli.evaluation.video_text.encoding import VideoModel
 from repshift_cli.utils.progress import Progress
 
 __all__ = [
@@ -25,46 +26,33 @@ __all__ = [
     "similarity",
 ]
 
-
 NOT_MATCHED = -100.0
-"""The matching score of a pair that was not among the best by similarity, as in UMT."""
+"""The matching score of a pair that is not among the best by similarity, as in UMT."""
 
 
-class RetrievalModel(Protocol):
-    """A module that compares videos with texts, cheaply by `project_*` and pair by pair by `match`."""
-
-    def encode_video(self, video: Tensor) -> Tensor:
-        """`[B, T, 3, H, W]` to tokens `[B, N, D]`, as many for every video."""
-        ...
+class RetrievalModel(VideoModel, Protocol):
+    """A module that compares videos with texts: fast by `project_*`, and pair by pair by `match`."""
 
     def project_video(self, tokens: Tensor) -> Tensor:
-        """`[B, N, D]` to `[B, F, E]`, of length 1 for each frame; one frame where all tokens are pooled."""
+        """`[B, N, D]` to `[B, F, E]`, of norm 1 for each frame; F is 1 where all tokens are pooled."""
         ...
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """int64 `[B, L]` each, to hidden states `[B, L, D']` of the layers below fusion."""
+        """int64 `[B, L]` each, to hidden states `[B, L, D']` below the fusion layers."""
         ...
 
     def project_text(self, hidden: Tensor) -> Tensor:
-        """`[B, L, D']` to `[B, E]`, of length 1."""
+        """`[B, L, D']` to `[B, E]`, of norm 1."""
         ...
 
     def match(self, hidden: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
         """The raw matching logits `[n]` of n texts `[n, L, D']`, `[n, L]` with one video `[1, N, D]`."""
         ...
 
-    def to(self, *, device: torch.device, dtype: torch.dtype) -> object:
-        """As of `nn.Module`."""
-        ...
-
-    def eval(self) -> object:
-        """As of `nn.Module`."""
-        ...
-
 
 @dataclass(frozen=True)
 class Scores:
-    """One score for each query and candidate, float32 on the CPU.
+    """A score for each query and candidate, float32 on the CPU.
 
     Attributes:
         text_to_video: `[S, V]`; texts are the queries.
@@ -77,12 +65,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class RankStats:
-    """Where the right answers stand.
+    """Ranks of the right answers.
 
     Attributes:
-        r1, r5, r10: percent of the queries with a right answer among the first 1, 5, 10.
-        median_rank, mean_rank: of the best right answer, 1 is the first place.
-        queries: how many there were.
+        r1, r5, r10: recall, percent of the queries with a right answer among the first 1, 5, 10.
+        median_rank, mean_rank: of the best right answer, counted from 1.
+        queries: their number.
     """
 
     r1: float
@@ -94,24 +82,24 @@ class RankStats:
 
 
 def similarity(video: Tensor, text: Tensor) -> Tensor:
-    """Mean over the frames of their cosines with a text.
+    """Mean cosine of the frames of each video with each text.
 
     Args:
-        video: `[V, F, E]`, of length 1 for each frame.
-        text: `[S, E]`, of length 1.
+        video: `[V, F, E]`, of norm 1 for each frame.
+        text: `[S, E]`, of norm 1.
 
     Returns:
         float32 `[V, S]`.
     """
-    # The mean of the products is the product with the mean; [V, F, S] is never held.
+    # The mean of the products is the product with the mean, which avoids [V, F, S].
     return video.float().mean(dim=1) @ text.float().T
 
 
 def ranks(scores: Tensor, truths: Sequence[Sequence[int]]) -> Tensor:
-    """The place of the best right answer of each query, 0 for the first.
+    """The rank of the best right answer of each query, counted from 0.
 
-    Places are those of a stable descending sort: among equal scores the lower index comes first, whether it is right or
-    not. So a model that scores everything alike is not rewarded, and the batch size does not decide.
+    Ranks are those of a stable descending sort: among equal scores the lower index comes first, right or wrong. So
+    constant scores get no advantage.
 
     Args:
         scores: `[Q, G]`, without NaN.
@@ -121,7 +109,7 @@ def ranks(scores: Tensor, truths: Sequence[Sequence[int]]) -> Tensor:
         int64 `[Q]`, from 0 to `G - 1`.
 
     Raises:
-        ValueError: another number of queries, or a query without a right answer in the gallery.
+        ValueError: the number of queries differs, or a query has no right answer in the gallery.
     """
     queries, gallery = scores.shape
     if len(truths) != queries:
@@ -136,16 +124,16 @@ def ranks(scores: Tensor, truths: Sequence[Sequence[int]]) -> Tensor:
     return best.scatter_reduce(0, rows, places[rows, columns], "amin")
 
 
-def rank_stats(places: Tensor) -> RankStats:
-    """Sum up what `ranks` returns: int64 `[Q]`, `Q > 0`."""
-    first_is_one = [place + 1 for place in places.tolist()]
-    count = len(first_is_one)
+def rank_stats(found: Tensor) -> RankStats:
+    """Statistics of the output of `ranks`, int64 `[Q]`, `Q > 0`."""
+    ranks_from_1 = [rank + 1 for rank in found.tolist()]
+    count = len(ranks_from_1)
 
     def within(top: int) -> float:
-        return 100.0 * sum(place <= top for place in first_is_one) / count
+        return 100.0 * sum(rank <= top for rank in ranks_from_1) / count
 
     return RankStats(
-        within(1), within(5), within(10), float(statistics.median(first_is_one)), sum(first_is_one) / count, count
+        within(1), within(5), within(10), float(statistics.median(ranks_from_1)), sum(ranks_from_1) / count, count
     )
 
 
@@ -162,26 +150,26 @@ def matching_scores(
     progress: Progress,
     label: str = "match",
 ) -> Scores:
-    """The matching score of the best `k` candidates of each query, in both directions.
+    """Matching scores of the best `k` candidates of each query, in both directions.
 
-    A pair that both directions ask for is matched once. Pairs go video by video: its tokens are copied to the device
-    once, and its keys and values serve many texts.
+    Each pair is matched once. Pairs are grouped by video: its tokens are copied to the device once, and its keys and
+    values are shared by many texts.
 
     Args:
         model: on `device`, in eval mode.
         sim: `[V, S]` on the CPU; among equal similarities the lower index is chosen.
         hidden, mask: `[S, L, D']` and `[S, L]` of all texts, on any device.
         tokens: `[V, N, D]` of all videos, on any device, or mapped from a file.
-        k: how many candidates of each query; all, where the gallery has no more.
-        pair_batch: pairs at a time.
+        k: number of candidates of each query; all where the gallery has fewer.
+        pair_batch: pairs per batch.
 
     Returns:
         Raw logits; `NOT_MATCHED` elsewhere.
 
     Raises:
-        ModelError: the model does not return one number for each pair.
-        CheckFailed: it returns numbers that are not finite.
-        UsageError: not enough memory for the pairs.
+        ModelError: the model does not return one logit per pair.
+        CheckFailed: it returns values that are not finite.
+        UsageError: there is not enough memory for the pairs.
     """
     for_video, for_text = _best(sim, k), _best(sim.T, k).T
     pairs = int((for_video | for_text).sum())
@@ -191,14 +179,13 @@ def matching_scores(
         explained_memory(f"{pair_batch} pairs of video and text"),
         progress.task(label, pairs) as task,
     ):
-        for video, wanted in enumerate(for_video | for_text):
-            seen = tokens[video : video + 1].to(device)
-            for texts in wanted.nonzero().squeeze(1).split(pair_batch):
-                logits = model.match(
-                    hidden[texts.to(hidden.device)].to(device), mask[texts.to(mask.device)].to(device), seen
-                )
+        for video, candidates in enumerate(for_video | for_text):
+            video_tokens = tokens[video : video + 1].to(device)
+            for texts in candidates.nonzero().squeeze(1).split(pair_batch):
+                states, states_mask = hidden[texts.to(hidden.device)], mask[texts.to(mask.device)]
+                logits = model.match(states.to(device), states_mask.to(device), video_tokens)
                 if tuple(logits.shape) != (len(texts),):
-                    raise ModelError(f"{label}: {tuple(logits.shape)} is returned where ({len(texts)},) is expected")
+                    raise ModelError(f"{label}: the logits have shape {tuple(logits.shape)}, not ({len(texts)},)")
                 scores[video, texts] = finite(label, logits).float().cpu()
                 task.advance(len(texts))
     return Scores(
@@ -208,7 +195,7 @@ def matching_scores(
 
 
 def ranking_order(scores: Tensor) -> Tensor:
-    """Candidates `[Q, G]` from the best on; among equal ones the lower index first."""
+    """Candidates `[Q, G]`, best first; among equal scores the lower index first."""
     return scores.argsort(dim=1, descending=True, stable=True)
 
 

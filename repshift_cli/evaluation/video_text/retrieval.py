@@ -1,4 +1,4 @@
-"""Retrieval between videos and texts: by similarity, and by a matching score for the best of each query."""
+"""Retrieval between videos and captions: ranks by similarity, then by a matching score for the best of each query."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from repshift_cli.data.video.tokenizer import TextBatch
 from repshift_cli.errors import DataError, ModelError, UsageError
 from repshift_cli.evaluation.common import Skipped, explained_memory, finite, in_turn, per_second
+from repshift_cli.evaluation.video_text.encoding import (
+    TOKEN_DIMS,
+    VideoSettings,
+    encode_timed,
+    nothing_readable,
+    prepare,
+    skipped_of,
+)
 from repshift_cli.evaluation.video_text.ranking import (
     RankStats,
     RetrievalModel,
@@ -25,31 +34,26 @@ from repshift_cli.evaluation.video_text.ranking import (
     similarity,
 )
 from repshift_cli.evaluation.video_text.token_store import GIB, TokenStore
-from repshift_cli.measure.device import wait_for
 from repshift_cli.utils.progress import Progress
 
 __all__ = [
     "Agreement",
     "ClipBatch",
-    "Directions",
+    "DirectionStats",
     "RetrievalEvaluation",
     "RetrievalScore",
-    "Texts",
     "evaluate_retrieval",
 ]
 
 
-_TOKENS_RANK = 3  # dimensions of tokens and hidden states: [B, N, D]
-
-
 @dataclass(frozen=True)
 class ClipBatch:
-    """What was read of some videos.
+    """A batch of videos.
 
     Attributes:
-        indices: of the videos that were read.
-        video: `[b, T, 3, H, W]` in the order of `indices`; None where none was read.
-        broken: videos that could not be read, with the reason.
+        indices: of the readable videos.
+        video: `[b, T, 3, H, W]` in the order of `indices`; None where no video is readable.
+        broken: unreadable videos, with the reason.
     """
 
     indices: Sequence[int]
@@ -58,22 +62,8 @@ class ClipBatch:
 
 
 @dataclass(frozen=True)
-class Texts:
-    """The captions.
-
-    Attributes:
-        ids, mask: int64 `[S, L]`.
-        video_of_caption: for each caption the indices of its videos, at least one.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    video_of_caption: Sequence[Sequence[int]]
-
-
-@dataclass(frozen=True)
-class Directions:
-    """Both ways to ask. UMT writes `img_*` for text to video and `txt_*` for video to text."""
+class DirectionStats:
+    """Ranks in both directions. UMT names them `img_*` (text to video) and `txt_*` (video to text)."""
 
     text_to_video: RankStats
     video_to_text: RankStats
@@ -81,7 +71,7 @@ class Directions:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Share (0 to 1) of the queries that two models answer with the same first place."""
+    """Share (0 to 1) of queries for which two models have the same first candidate."""
 
     text_to_video: float
     video_to_text: float
@@ -89,49 +79,48 @@ class Agreement:
 
 @dataclass(frozen=True)
 class RetrievalScore:
-    """What one model reached.
+    """The result of one model.
 
     Attributes:
-        videos, captions: that took part.
-        vtc: by similarity alone.
-        matching: by the matching score of the best `rerank_k` of each query; None without re-ranking. What lies
-            behind the first `rerank_k` is in no order, so R@K above it and the median and mean rank say little there.
-        tokens: for each video, behind the encoder.
-        seconds: time in the video encoder alone, for all videos.
-        matching_seconds: time to match all pairs, copies of tokens included; None without re-ranking.
+        videos: number of readable videos.
+        vtc: ranks by similarity alone.
+        matching: ranks by the matching score of the best `rerank_k` of each query; None without re-ranking. Candidates
+            behind the first `rerank_k` are unordered, so R@K above it and the median and mean rank mean little.
+        tokens: per video, after the encoder.
+        seconds: in the video encoder alone, for all videos.
+        matching_seconds: for matching all pairs, with copies of tokens; None without re-ranking.
     """
 
     videos: int
-    captions: int
-    vtc: Directions
-    matching: Directions | None
+    vtc: DirectionStats
+    matching: DirectionStats | None
     tokens: int
     seconds: float
     matching_seconds: float | None
 
     @property
     def videos_per_s(self) -> float:
-        """Videos per second of encoder time: no decoding, no copying."""
+        """Videos per second of encoder time, without decoding and copying."""
         return per_second(self.videos, self.seconds)
 
 
 @dataclass(frozen=True)
 class RetrievalEvaluation:
-    """The outcome for all models of a run.
+    """The result of all models.
 
     Attributes:
-        dataset: name of the dataset.
-        videos, captions: that took part, for every model.
-        skipped: videos that could not be read.
-        captions_left_out: captions that went with them, because none of their videos is left.
-        rerank_k: how many of each query were matched at most; None without re-ranking.
-        scores: by the name of the model.
-        vtc_agreement: by similarity, where there are two models; else None.
-        matching_agreement: by the matching score, where there are two models and re-ranking; else None.
-        tokens_where: where the vision tokens waited for re-ranking; None without it.
-        token_bytes: how large they were, for all models together.
-        text_bytes: of the states of the captions, which wait in memory; models with one text encoder share them.
-        seconds: from the first text to the last result, decoding and all models included.
+        dataset: its name.
+        videos, captions: number that every model was evaluated on.
+        skipped: unreadable videos.
+        captions_left_out: captions of which no video is readable.
+        rerank_k: candidates of each query that were matched at most; None without re-ranking.
+        scores: by model name.
+        vtc_agreement: by similarity; None unless there are two models.
+        matching_agreement: by matching score; None unless there are two models and re-ranking.
+        tokens_where: where vision tokens were kept for re-ranking; None without it.
+        token_bytes: their size, of all models.
+        text_bytes: size of the hidden states of the captions, in memory. Models with one text encoder share them.
+        seconds: from the first caption to the last result, with decoding, of all models.
     """
 
     dataset: str
@@ -152,362 +141,305 @@ class RetrievalEvaluation:
 def evaluate_retrieval(
     models: Mapping[str, RetrievalModel],
     clips: Iterable[ClipBatch],
-    texts: Texts,
+    texts: TextBatch,
+    videos_of_caption: Sequence[Sequence[int]],
     *,
     dataset: str,
     videos: int,
     sample_id: Callable[[int], str],
-    batch_size: int,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    strict: bool,
+    settings: VideoSettings,
     progress: Progress,
-    rerank_k: int | None = 128,
     pair_batch: int = 32,
     token_bytes: int = 2 * GIB,
     spill_to: Path | None = None,
 ) -> RetrievalEvaluation:
-    """Look for the video of each text and for the text of each video, with every model on the same decoded clips.
+    """Retrieve the videos of each caption and the captions of each video, with every model on the same decoded clips.
 
     Args:
-        models: by name. They are set to eval mode and moved to `device` and `dtype` in place.
-        clips: every video once, in any order, read while this runs.
-        texts: the captions.
+        models: by name. They are set to eval mode and moved to the device and dtype in place.
+        clips: every video once, in any order; read lazily.
+        texts: the captions, `[S, L]`.
+        videos_of_caption: for each caption the indices of its videos, at least one.
         dataset: its name.
-        videos: how many videos `clips` has, broken ones included.
-        sample_id: what a video is called, by its index.
-        batch_size: captions at a time, and for the message when memory runs out.
-        strict: stop at the first video that cannot be read, instead of leaving it and its captions out.
-        rerank_k: how many of each query are matched, in each direction; None to leave re-ranking out. Then no vision
-            token is kept.
-        pair_batch: pairs of video and text at a time, in re-ranking.
-        token_bytes: vision tokens of all models together may take so much memory while they wait for re-ranking; more
-            goes into temporary files. They are kept as they are, so it makes no difference to the result.
-        spill_to: folder for those files; the system's where None.
+        videos: number of videos in `clips`, unreadable ones included.
+        sample_id: returns the name of a video.
+        settings: without `rerank_k`, no vision token is kept.
+        pair_batch: pairs of video and text per batch of re-ranking.
+        token_bytes: limit on the memory for vision tokens that are kept for re-ranking, of all models. Beyond it they
+            are kept in temporary files, with the same result.
+        spill_to: folder for those files; None for the system's.
 
     Raises:
-        DataError: no video, a caption that belongs to a video that is not among the clips, or (`strict`) a video that
-            cannot be read.
-        ModelError: a model does not return tensors of the forms that `RetrievalModel` says.
+        DataError: no video is readable, a caption has no video among the clips, or (`strict`) a video is unreadable.
+        ModelError: an output of a model has another shape than in `RetrievalModel`.
         CheckFailed: a model returns values that are not finite.
-        UsageError: not enough memory for the batch.
-        OutputError: not enough space for the temporary files.
+        UsageError: `rerank_k` is below 1, or there is not enough memory for the batch.
+        OutputError: there is not enough space for the temporary files.
     """
-    if len(texts.ids) != len(texts.video_of_caption):
-        raise ValueError(f"{len(texts.video_of_caption)} lists of videos for {len(texts.ids)} captions")
+    if len(texts.ids) != len(videos_of_caption):
+        raise ValueError(f"{len(videos_of_caption)} lists of videos for {len(texts.ids)} captions")
+    rerank_k = settings.rerank_k
     if rerank_k is not None and rerank_k < 1:
-        raise UsageError(f"{rerank_k} candidates of each query cannot be ranked", "Take 1 or more.")
-    device = torch.device(device)
-    for model in models.values():
-        model.to(device=device, dtype=dtype)
-        model.eval()
+        raise UsageError(f"invalid rerank_k={rerank_k}: must be 1 or more")
+    prepare(models, settings)
     started = time.perf_counter()
     store = TokenStore(videos, token_bytes, spill_to) if rerank_k is not None else None
     with torch.inference_mode(), closing(store) if store is not None else nullcontext():
-        with explained_memory(f"{batch_size} videos"):
-            encoder = _TextEncoder(texts, batch_size, device, progress, keep_states=store is not None)
-            sides = {name: _Side(name, model, encoder.captions(name, model)) for name, model in models.items()}
-            gallery = _Gallery(videos, sample_id, strict)
-            _encode_clips(sides, clips, gallery, store, device=device, dtype=dtype, progress=progress)
-        truth = _Truth.of(texts.video_of_caption, gallery, dataset)
-        results = {
-            name: _score(
-                side,
-                truth,
-                store,
-                rerank_k=rerank_k,
-                pair_batch=pair_batch,
-                device=device,
-                progress=progress,
-            )
-            for name, side in sides.items()
-        }
-        return RetrievalEvaluation(
-            dataset=dataset,
-            videos=len(gallery.rows),
-            captions=len(truth.captions),
-            skipped=tuple(gallery.skipped),
-            captions_left_out=len(texts.ids) - len(truth.captions),
-            rerank_k=rerank_k,
-            scores={name: result.score for name, result in results.items()},
-            vtc_agreement=_agreement([result.vtc_first for result in results.values()]),
-            matching_agreement=_agreement([result.matching_first for result in results.values()]),
-            tokens_where=None if store is None else store.where,
-            token_bytes=0 if store is None else store.bytes,
-            text_bytes=encoder.bytes,
-            seconds=time.perf_counter() - started,
-        )
+        with explained_memory(f"{settings.batch_size} videos"):
+            captions = _captions_of_models(models, texts, settings, progress)
+            encoders = {name: _Encoder(name, model, captions[name]) for name, model in models.items()}
+            gallery = _Gallery(videos)
+            with progress.task("videos", videos) as task:
+                for batch in clips:
+                    gallery.skipped += skipped_of(batch.broken, sample_id, settings.strict)
+                    first_row = gallery.add(batch)
+                    if batch.video is not None and len(batch.indices) > 0:
+                        _encode_batch(encoders, batch.video, first_row, store, settings)
+                    task.advance(len(batch.indices) + len(batch.broken))
+        truth = _Truth.of(videos_of_caption, gallery, dataset)
+        results = [
+            _score(encoder, truth, store, settings, pair_batch, progress=progress) for encoder in encoders.values()
+        ]
+    states = {id(each.states): each.states.nbytes for each in captions.values() if each.states is not None}
+    return RetrievalEvaluation(
+        dataset=dataset,
+        videos=len(gallery.rows),
+        captions=len(truth.captions),
+        skipped=tuple(gallery.skipped),
+        captions_left_out=len(texts.ids) - len(truth.captions),
+        rerank_k=rerank_k,
+        scores=dict(zip(encoders, (result.score for result in results), strict=True)),
+        vtc_agreement=_agreement([result.vtc_first for result in results]),
+        matching_agreement=_agreement([result.matching_first for result in results]),
+        tokens_where=None if store is None else store.where,
+        token_bytes=0 if store is None else store.bytes,
+        text_bytes=sum(states.values()),
+        seconds=time.perf_counter() - started,
+    )
 
 
+@dataclass
 class _Gallery:
-    """The videos that were read: which row each has."""
+    """The row of each readable video in the embeddings; `videos` is the number of all videos."""
 
-    def __init__(self, videos: int, sample_id: Callable[[int], str], strict: bool) -> None:
-        self.videos = videos
-        self.sample_id = sample_id
-        self.strict = strict
-        self.rows: dict[int, int] = {}
-        self.broken: set[int] = set()
-        self.skipped: list[Skipped] = []
+    videos: int
+    rows: dict[int, int] = field(default_factory=dict)
+    broken: set[int] = field(default_factory=set)
+    skipped: list[Skipped] = field(default_factory=list)
 
-    def note(self, batch: ClipBatch) -> int:
-        """Take a batch in, and say which row its first video has."""
-        for index, reason in batch.broken:
-            if self.strict:
-                raise DataError(f"{self.sample_id(index)} cannot be read: {reason}")
-            self.broken.add(index)
-            self.skipped.append(Skipped(self.sample_id(index), reason))
+    def add(self, batch: ClipBatch) -> int:
+        """Returns the row of the first video of the batch."""
+        self.broken.update(index for index, _ in batch.broken)
         start = len(self.rows)
         self.rows.update({index: start + place for place, index in enumerate(batch.indices)})
         if len(self.rows) != start + len(batch.indices) or len(self.rows) > self.videos:
-            raise ValueError(f"a video came twice, or more than {self.videos} came")
+            raise ValueError(f"a video occurs twice, or there are more than {self.videos}")
         return start
 
 
 @dataclass(frozen=True)
 class _Truth:
-    """What belongs together, among what is left.
+    """The right answers among readable videos.
 
     Attributes:
-        captions: those that are left.
+        captions: indices of captions with a readable video.
         videos_of: for each of them the rows of its videos.
-        asking: the rows of the videos that have a caption: without one, a video is a candidate and no query.
-        captions_of: for each of those the places in `captions`.
+        queries: rows of videos with a caption; a video without one is a candidate, but not a query.
+        captions_of: for each of those the positions in `captions`.
     """
 
     captions: list[int]
     videos_of: list[list[int]]
-    asking: list[int]
+    queries: list[int]
     captions_of: list[list[int]]
 
     @staticmethod
-    def of(video_of_caption: Sequence[Sequence[int]], gallery: _Gallery, dataset: str) -> _Truth:
+    def of(videos_of_caption: Sequence[Sequence[int]], gallery: _Gallery, dataset: str) -> _Truth:
         if not gallery.rows:
-            first = gallery.skipped[0] if gallery.skipped else None
-            raise DataError(
-                f"none of the {len(gallery.skipped)} videos of {dataset} can be read",
-                f"The first: {first.sample}: {first.reason}" if first else None,
-            )
+            problem = f"none of the {len(gallery.skipped)} videos of {dataset} can be read"
+            raise nothing_readable(problem, gallery.skipped)
         captions: list[int] = []
         videos_of: list[list[int]] = []
         captions_of: dict[int, list[int]] = {}
-        for caption, its_videos in enumerate(video_of_caption):
-            unknown = [index for index in its_videos if index not in gallery.rows and index not in gallery.broken]
-            if unknown or not its_videos:
-                raise DataError(f"caption {caption} of {dataset} belongs to no video that is among the clips")
-            left = [gallery.rows[index] for index in its_videos if index in gallery.rows]
-            if not left:
-                continue
-            for row in left:
-                captions_of.setdefault(row, []).append(len(captions))
-            captions.append(caption)
-            videos_of.append(left)
+        for caption, videos in enumerate(videos_of_caption):
+            if not videos or any(index not in gallery.rows and index not in gallery.broken for index in videos):
+                raise DataError(f"caption {caption} of {dataset} has no video among the clips")
+            rows = [gallery.rows[index] for index in videos if index in gallery.rows]
+            if rows:
+                for row in rows:
+                    captions_of.setdefault(row, []).append(len(captions))
+                captions.append(caption)
+                videos_of.append(rows)
         if not captions:
-            raise DataError(f"no caption of {dataset} belongs to a video that can be read")
-        asking = sorted(captions_of)
-        return _Truth(captions, videos_of, asking, [captions_of[row] for row in asking])
+            raise DataError(f"no caption of {dataset} has a video that can be read")
+        queries = sorted(captions_of)
+        return _Truth(captions, videos_of, queries, [captions_of[row] for row in queries])
 
 
 class _Captions(NamedTuple):
-    """What a model makes of all captions: embeddings `[S, E]`, states `[S, L, D']` (None if nothing asks) and mask."""
+    """Encoded captions: embeddings `[S, E]`, hidden states `[S, L, D']` (None without re-ranking) and mask `[S, L]`."""
 
     embeddings: Tensor
     states: Tensor | None
     mask: Tensor
 
+    def select(self, rows: Sequence[int]) -> _Captions:
+        """Some captions; no copy where these are all."""
+        if len(rows) == len(self.embeddings):
+            return self
+        kept = torch.tensor(rows)
+        return _Captions(self.embeddings[kept], None if self.states is None else self.states[kept], self.mask[kept])
+
+
+def _captions_of_models(
+    models: Mapping[str, RetrievalModel], texts: TextBatch, settings: VideoSettings, progress: Progress
+) -> dict[str, _Captions]:
+    """By model name. Models with one text encoder, as a compressed and its dense model, share the result."""
+    by_encoder: dict[int, _Captions] = {}
+    captions = {}
+    for name, model in models.items():
+        key = id(getattr(model, "text_encoder", model))
+        if key not in by_encoder:
+            by_encoder[key] = _encode_captions(name, model, texts, settings, progress)
+        captions[name] = by_encoder[key]
+    return captions
+
+
+def _encode_captions(
+    name: str, model: RetrievalModel, texts: TextBatch, settings: VideoSettings, progress: Progress
+) -> _Captions:
+    embeddings, kept, row = [], None, 0
+    size, device = settings.batch_size, settings.device
+    with progress.task("texts", len(texts.ids)) as task:
+        for ids, mask in zip(texts.ids.split(size), texts.mask.split(size), strict=True):
+            states = model.encode_text(ids.to(device), mask.to(device))
+            if states.dim() != TOKEN_DIMS or tuple(states.shape[:2]) != tuple(ids.shape):
+                shape = tuple(states.shape)
+                raise ModelError(f"{name}: the hidden states of texts {tuple(ids.shape)} have shape {shape}")
+            embeddings.append(finite(name, model.project_text(states)).float().cpu())
+            if settings.rerank_k is not None:
+                if kept is None:  # allocated at once: torch.cat of parts would need twice the memory
+                    kept = torch.empty(len(texts.ids), *states.shape[1:], dtype=states.dtype)
+                kept[row : row + len(ids)] = states
+            row += len(ids)
+            task.advance(len(ids))
+    return _Captions(torch.cat(embeddings), kept, texts.mask.cpu())
+
 
 @dataclass
-class _Side:
-    """One model and what it made so far; video is `[b, F, E]` each."""
+class _Encoder:
+    """One model, its captions and the projections `[b, F, E]` of the videos so far."""
 
     name: str
     model: RetrievalModel
     captions: _Captions
     video: list[Tensor] = field(default_factory=list)
-    form: tuple[int, ...] | None = None
+    token_shape: tuple[int, ...] | None = None
     seconds: float = 0.0
 
-    @property
-    def tokens(self) -> int:
-        return self.form[0] if self.form else 0
+    def encode(self, video: Tensor, device: torch.device) -> Tensor:
+        """The tokens `[b, N, D]` of a batch; all batches must have the same N and D."""
+        tokens, seconds = encode_timed(self.name, self.model, video, device)
+        shape = tuple(tokens.shape[1:])
+        if self.token_shape not in (None, shape):
+            raise ModelError(f"{self.name}: a video has {shape} tokens and channels, earlier ones {self.token_shape}")
+        self.token_shape = shape
+        self.seconds += seconds
+        return tokens
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """The projection `[b, F, E]` of tokens, float32 on the CPU."""
+        projected = finite(self.name, self.model.project_video(tokens)).float().cpu()
+        width = self.captions.embeddings.shape[-1]
+        if projected.dim() != TOKEN_DIMS or len(projected) != len(tokens) or projected.shape[-1] != width:
+            shape = tuple(projected.shape)
+            raise ModelError(f"{self.name}: projected videos have shape {shape}, projected texts [., {width}]")
+        return projected
 
 
-@dataclass(frozen=True)
-class _Result:
-    """The score of a model, and the first places that it gave: text to video, video to text."""
+def _encode_batch(
+    encoders: Mapping[str, _Encoder], video: Tensor, row: int, store: TokenStore | None, settings: VideoSettings
+) -> None:
+    """Encode videos by every model; their tokens are stored from `row` on."""
+    device = settings.device
+    video = video.to(device=device, dtype=settings.dtype)
+    if row == 0:
+        # Warm-up, not timed: the first pass allocates memory pools and selects kernels.
+        first = {name: encoder.encode(video, device) for name, encoder in encoders.items()}
+        if store is not None:
+            store.open(first)
+        for encoder in encoders.values():
+            encoder.seconds = 0.0
+        del first
+    batches = len(next(iter(encoders.values())).video)
+    for name in in_turn(list(encoders), batches):
+        tokens = encoders[name].encode(video, device)
+        encoders[name].video.append(encoders[name].project(tokens))
+        if store is not None:
+            store.put(name, row, tokens)
+
+
+class _Result(NamedTuple):
+    """The score of a model, and the first candidate of each query: text to video, video to text."""
 
     score: RetrievalScore
-    vtc_first: tuple[Tensor, Tensor] | None
+    vtc_first: tuple[Tensor, Tensor]
     matching_first: tuple[Tensor, Tensor] | None
 
 
-class _TextEncoder:
-    """Encodes the captions once for all models that share a text encoder, as a model and its dense self do."""
-
-    def __init__(
-        self, texts: Texts, batch_size: int, device: torch.device, progress: Progress, *, keep_states: bool
-    ) -> None:
-        self._texts = texts
-        self._batch_size = batch_size
-        self._device = device
-        self._progress = progress
-        self._keep_states = keep_states
-        self._known: dict[int, _Captions] = {}
-
-    @property
-    def bytes(self) -> int:
-        """Of the states that are kept."""
-        return sum(each.states.nbytes for each in self._known.values() if each.states is not None)
-
-    def captions(self, name: str, model: RetrievalModel) -> _Captions:
-        key = id(getattr(model, "text_encoder", model))
-        if key not in self._known:
-            self._known[key] = self._encode(name, model)
-        return self._known[key]
-
-    def _encode(self, name: str, model: RetrievalModel) -> _Captions:
-        texts, embeddings, kept, row = self._texts, [], None, 0
-        with self._progress.task("texts", len(texts.ids)) as task:
-            for ids, mask in zip(texts.ids.split(self._batch_size), texts.mask.split(self._batch_size), strict=True):
-                states = model.encode_text(ids.to(self._device), mask.to(self._device))
-                if states.dim() != _TOKENS_RANK or tuple(states.shape[:2]) != tuple(ids.shape):
-                    raise ModelError(f"{name}: the texts {tuple(ids.shape)} become {tuple(states.shape)}")
-                embeddings.append(finite(name, model.project_text(states)).float().cpu())
-                if self._keep_states:
-                    if kept is None:  # all at once: joining parts would hold them twice
-                        kept = torch.empty(len(texts.ids), *states.shape[1:], dtype=states.dtype)
-                    kept[row : row + len(ids)] = states
-                row += len(ids)
-                task.advance(len(ids))
-        return _Captions(torch.cat(embeddings), kept, texts.mask.cpu())
-
-
-def _encode_clips(
-    sides: Mapping[str, _Side],
-    clips: Iterable[ClipBatch],
-    gallery: _Gallery,
-    store: TokenStore | None,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress,
-) -> None:
-    with progress.task("videos", gallery.videos) as task:
-        turn = 0
-        for batch in clips:
-            row = gallery.note(batch)
-            if batch.video is not None and len(batch.indices) > 0:
-                video = batch.video.to(device=device, dtype=dtype)
-                if turn == 0:
-                    # The first pass pays for memory pools and kernel selection; it is not part of the speed.
-                    first = {name: _tokens(side, video, len(batch.indices), device) for name, side in sides.items()}
-                    if store is not None:
-                        store.open(first)
-                    for side in sides.values():
-                        side.seconds = 0.0
-                    del first
-                for name in in_turn(list(sides), turn):
-                    tokens = _tokens(sides[name], video, len(batch.indices), device)
-                    sides[name].video.append(_projected(sides[name], tokens))
-                    if store is not None:
-                        store.put(name, row, tokens)
-                turn += 1
-            task.advance(len(batch.indices) + len(batch.broken))
-
-
-def _tokens(side: _Side, video: Tensor, count: int, device: torch.device) -> Tensor:
-    """The tokens `[count, N, D]` of a batch; every batch must have the same N and D."""
-    wait_for(device)
-    started = time.perf_counter()
-    tokens = side.model.encode_video(video)
-    wait_for(device)
-    side.seconds += time.perf_counter() - started
-    if tokens.dim() != _TOKENS_RANK or len(tokens) != count:
-        raise ModelError(f"{side.name}: the videos {tuple(video.shape)} become {tuple(tokens.shape)}")
-    form = tuple(tokens.shape[1:])
-    if side.form not in (None, form):
-        raise ModelError(f"{side.name}: videos become {form} tokens and channels, and {side.form} before")
-    side.form = form
-    return tokens
-
-
-def _projected(side: _Side, tokens: Tensor) -> Tensor:
-    """The projection `[b, F, E]` of tokens, float32 on the CPU."""
-    projected = finite(side.name, side.model.project_video(tokens)).float().cpu()
-    width = side.captions.embeddings.shape[-1]
-    if projected.dim() != _TOKENS_RANK or len(projected) != len(tokens) or projected.shape[-1] != width:
-        raise ModelError(f"{side.name}: videos are projected to {tuple(projected.shape)}, texts to [., {width}]")
-    return projected
-
-
 def _score(
-    side: _Side,
+    encoder: _Encoder,
     truth: _Truth,
     store: TokenStore | None,
-    *,
-    rerank_k: int | None,
+    settings: VideoSettings,
     pair_batch: int,
-    device: torch.device,
+    *,
     progress: Progress,
 ) -> _Result:
-    """Rank all queries by one model, by similarity and, with a store, by the matching score."""
-    video, captions = torch.cat(side.video), _those_of(side.captions, truth.captions)
+    """Rank the candidates of all queries by similarity and, with a store, by the matching score."""
+    video, captions = torch.cat(encoder.video), encoder.captions.select(truth.captions)
     sim = similarity(video, captions.embeddings)
-    by_similarity = Scores(text_to_video=sim.T, video_to_text=sim)
-    by_match, seconds = None, None
-    if store is not None and rerank_k is not None and captions.states is not None:
+    vtc, vtc_first = _rank(Scores(text_to_video=sim.T, video_to_text=sim), truth)
+    matching, matching_first, seconds = None, None, None
+    if store is not None and settings.rerank_k is not None and captions.states is not None:
         started = time.perf_counter()
-        by_match = matching_scores(
-            side.model,
+        scores = matching_scores(
+            encoder.model,
             sim,
             captions.states,
             captions.mask,
-            store.of(side.name, len(video)),
-            k=rerank_k,
+            store.get(encoder.name, len(video)),
+            k=settings.rerank_k,
             pair_batch=pair_batch,
-            device=device,
+            device=settings.device,
             progress=progress,
-            label=f"match {side.name}",
+            label=f"match {encoder.name}",
         )
         seconds = time.perf_counter() - started
+        matching, matching_first = _rank(scores, truth)
     score = RetrievalScore(
         videos=len(video),
-        captions=len(truth.captions),
-        vtc=_directions(by_similarity, truth),
-        matching=None if by_match is None else _directions(by_match, truth),
-        tokens=side.tokens,
-        seconds=side.seconds,
+        vtc=vtc,
+        matching=matching,
+        tokens=encoder.token_shape[0] if encoder.token_shape else 0,
+        seconds=encoder.seconds,
         matching_seconds=seconds,
     )
-    return _Result(score, _first(by_similarity, truth), None if by_match is None else _first(by_match, truth))
+    return _Result(score, vtc_first, matching_first)
 
 
-def _those_of(captions: _Captions, rows: Sequence[int]) -> _Captions:
-    """Without the captions of videos that could not be read; where there are none such, without a copy."""
-    if len(rows) == len(captions.embeddings):
-        return captions
-    kept = torch.tensor(rows)
-    states = None if captions.states is None else captions.states[kept]
-    return _Captions(captions.embeddings[kept], states, captions.mask[kept])
-
-
-def _directions(scores: Scores, truth: _Truth) -> Directions:
-    return Directions(
+def _rank(scores: Scores, truth: _Truth) -> tuple[DirectionStats, tuple[Tensor, Tensor]]:
+    """Rank statistics, and the first candidate of each query, in both directions."""
+    video_to_text = scores.video_to_text[truth.queries]
+    stats = DirectionStats(
         text_to_video=rank_stats(ranks(scores.text_to_video, truth.videos_of)),
-        video_to_text=rank_stats(ranks(scores.video_to_text[truth.asking], truth.captions_of)),
+        video_to_text=rank_stats(ranks(video_to_text, truth.captions_of)),
     )
-
-
-def _first(scores: Scores, truth: _Truth) -> tuple[Tensor, Tensor]:
-    """The first place of every query, in both directions."""
-    return ranking_order(scores.text_to_video)[:, 0], ranking_order(scores.video_to_text[truth.asking])[:, 0]
+    return stats, (ranking_order(scores.text_to_video)[:, 0], ranking_order(video_to_text)[:, 0])
 
 
 def _agreement(firsts: Sequence[tuple[Tensor, Tensor] | None]) -> Agreement | None:
     if len(firsts) != 2 or firsts[0] is None or firsts[1] is None:  # noqa: PLR2004
         return None
-    (text, video), (other_text, other_video) = firsts[0], firsts[1]
-    return Agreement(
-        text_to_video=float((text == other_text).double().mean()),
-        video_to_text=float((video == other_video).double().mean()),
-    )
+    shares = (float((one == other).double().mean()) for one, other in zip(*firsts, strict=True))
+    return Agreement(*shares)

@@ -1,4 +1,4 @@
-"""Annotations of videos: what belongs to what, and one clear error, with file and row, for what cannot be."""
+"""Annotations of videos: which texts belong to which videos, and errors with file and row for invalid ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from repshift_cli.data.catalog import DATA_DIR_VARIABLE
-from repshift_cli.data.video import annotations as video_text
-from repshift_cli.data.video.annotations import PROTOCOLS, QaSet, RetrievalSet, clean_text, open_video_text
+from repshift_cli.data.video import annotations as annotations_module
+from repshift_cli.data.video.annotations import (
+    PROTOCOLS,
+    QaSet,
+    Question,
+    RetrievalSet,
+    VideoTextSet,
+    clean_text,
+    open_video_text,
+)
+from repshift_cli.data.video.dataset import VideoFiles
 from repshift_cli.errors import DataError, RepshiftError, UsageError
 
 
@@ -53,8 +62,13 @@ def questions(tmp_path: Path, rows: object, **options: Any) -> QaSet:
     return found
 
 
+def paths(found: VideoTextSet) -> tuple[Path, ...]:
+    assert isinstance(found.videos, VideoFiles)
+    return found.videos.paths
+
+
 def names(found: RetrievalSet) -> str:
-    return "".join(path.stem for path in found.videos)
+    return "".join(path.stem for path in paths(found))
 
 
 @pytest.mark.parametrize(
@@ -81,10 +95,9 @@ def test_clean_text_is_clean(text: str) -> None:
 
 def test_one_caption_each(tmp_path: Path, videos: Path) -> None:
     found = retrieval(tmp_path, [{"video": "b.mp4", "caption": "A dog."}, {"video": "a", "caption": "a cat"}])
-    assert found.videos == (videos / "b.mp4", videos / "a.mp4")
+    assert paths(found) == (videos / "b.mp4", videos / "a.mp4")
     assert found.captions == ("a dog", "a cat")
     assert found.videos_of_caption == ((0,), (1,))
-    assert found.captions_of_video == ((0,), (1,))
     assert (found.name, found.missing, found.notes, found.protocol) == ("own", (), (), None)
     assert found.description == "own: 2 videos, 2 captions"
 
@@ -100,7 +113,6 @@ def test_many_captions_of_one_video(tmp_path: Path) -> None:
     assert names(found) == "ab"
     assert found.captions == ("one", "two", "three", "four")
     assert found.videos_of_caption == ((0,), (0,), (1,), (0,))
-    assert found.captions_of_video == ((0, 1, 3), (2,))
 
 
 @pytest.mark.usefixtures("videos")
@@ -109,12 +121,11 @@ def test_many_videos_of_one_caption(tmp_path: Path) -> None:
     found = retrieval(tmp_path, rows)
     assert names(found) == "cab"
     assert found.videos_of_caption == ((0, 1), (1, 2))
-    assert found.captions_of_video == ((0,), (0, 1), (1,))
     assert found.missing == ("x",)
 
 
 @pytest.mark.usefixtures("videos")
-def test_equal_captions_stay_apart(tmp_path: Path) -> None:
+def test_equal_captions_are_not_merged(tmp_path: Path) -> None:
     found = retrieval(tmp_path, [{"video": name, "caption": "Same"} for name in "ab"])
     assert found.captions == ("same", "same")
     assert found.videos_of_caption == ((0,), (1,))
@@ -128,7 +139,7 @@ def test_a_paragraph_is_one_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("videos")
-def test_missing_videos_take_their_captions_with_them(tmp_path: Path) -> None:
+def test_captions_of_missing_videos_are_left_out(tmp_path: Path) -> None:
     rows = [{"video": name, "caption": f"about {name}"} for name in ("x", "b", "y", "a", "x")]
     found = retrieval(tmp_path, rows)
     assert found.missing == ("x", "y")
@@ -143,12 +154,11 @@ def test_all_videos_missing(tmp_path: Path, videos: Path) -> None:
 
 
 @pytest.mark.usefixtures("videos")
-def test_a_limit_takes_videos_with_all_their_captions(tmp_path: Path) -> None:
+def test_a_limit_keeps_all_captions_of_a_video(tmp_path: Path) -> None:
     rows = [{"video": name, "caption": [f"{name}1", f"{name}2"]} for name in "abcdefghij"]
     found = retrieval(tmp_path, [*rows, {"video": ["a", "b"], "caption": "both"}], limit=5)
     assert names(found) == "bdfhj"
     assert found.captions == ("b1", "b2", "d1", "d2", "f1", "f2", "h1", "h2", "j1", "j2", "both")
-    assert found.captions_of_video == ((0, 1, 10), (2, 3), (4, 5), (6, 7), (8, 9))
     assert retrieval(tmp_path, rows, limit=100) == retrieval(tmp_path, rows)
 
 
@@ -159,15 +169,13 @@ def test_questions(tmp_path: Path, videos: Path) -> None:
         {"video": "a", "question": "How many?", "answer": "Two"},
     ]
     found = questions(tmp_path, rows)
-    assert [(item.id, item.video, item.question, item.answer) for item in found.items] == [
-        ("7", videos / "a.mp4", "what is this", "dog"),
-        ("2", videos / "a.mp4", "how many", "Two"),
-    ]
+    assert paths(found) == (videos / "a.mp4",)
+    assert found.questions == (Question(0, "what is this", "dog"), Question(0, "how many", "Two"))
     assert found.answers == ("Two", "dog", "man")
     assert found.missing == ("x",)
     assert any("no list of answers" in note for note in found.notes)
     assert found.description == "own: 2 questions about 1 videos, 3 answers"
-    assert [item.id for item in questions(tmp_path, rows, limit=1).items] == ["2"]
+    assert [one.question for one in questions(tmp_path, rows, limit=1).questions] == ["how many"]
 
 
 @pytest.mark.usefixtures("videos")
@@ -175,17 +183,17 @@ def test_questions_with_a_list_of_answers(tmp_path: Path) -> None:
     rows = [{"video": "a", "question": "q", "answer": answer} for answer in ("dog", "emu")]
     found = questions(tmp_path, rows, answers=written(tmp_path / "answers.json", ["man", "dog", "man"]))
     assert found.answers == ("man", "dog")
-    assert found.notes == ("the answers of 1 of 2 questions are not among those to choose from, so count as wrong",)
+    assert found.notes == ("the answers of 1 of 2 questions are not in the list of answers: they are wrong",)
 
 
 @pytest.mark.usefixtures("videos")
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({"a": 1}, "holds no list of answers"),
-        ([], "holds no list of answers"),
-        (["a", 3], "row 1 .* is no answer, but a number"),
-        (["a", " "], "row 1 .* is no answer, but an empty text"),
+        ({"a": 1}, "is not a list of answers"),
+        ([], "is not a list of answers"),
+        (["a", 3], "row 1 .* is not an answer, but a number"),
+        (["a", " "], "row 1 .* is not an answer, but an empty text"),
     ],
 )
 def test_damaged_answers(tmp_path: Path, content: object, reason: str) -> None:
@@ -202,11 +210,11 @@ ASKED = {"video": "a", "question": "q", "answer": "x"}
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
-        ({"video": "a"}, "holds no list of rows, but a mapping"),
-        ("text", "holds no list of rows, but a text"),
-        ([], "holds no rows"),
-        ([GOOD, 3], r"row 1 \(counted from 0\) is no mapping, but a number"),
-        ([GOOD, ["a"]], "row 1 .* is no mapping, but a list"),
+        ({"video": "a"}, "is not a list of rows, but a mapping"),
+        ("text", "is not a list of rows, but a text"),
+        ([], "has no rows"),
+        ([GOOD, 3], r"row 1 \(counted from 0\) is not a mapping, but a number"),
+        ([GOOD, ["a"]], "row 1 .* is not a mapping, but a list"),
         ([GOOD, {"video": "a"}], "row 1 .*: there is no 'caption'"),
         ([GOOD, {"video": "a", "captions": "x"}], "row 1 .*: there is no 'caption', but 'captions'"),
         ([GOOD, {"caption": "x"}], "row 1 .*: there is no 'video'"),
@@ -215,7 +223,7 @@ ASKED = {"video": "a", "question": "q", "answer": "x"}
         ([GOOD, {"video": "a", "caption": {}}], "row 1 .*: 'caption' is a mapping, not a text"),
         ([GOOD, {"video": "a", "caption": " \n"}], "row 1 .*: 'caption' is empty"),
         ([GOOD, {"video": "a", "caption": []}], "row 1 .*: 'caption' is an empty list"),
-        ([GOOD, {"video": "a", "caption": "\ud800"}], "row 1 .*: 'caption' has half a character"),
+        ([GOOD, {"video": "a", "caption": "\ud800"}], "row 1 .*: 'caption' has half of a surrogate pair"),
         ([GOOD, {"video": "", "caption": "x"}], "row 1 .*: 'video' is empty"),
         ([GOOD, {"video": True, "caption": "x"}], "row 1 .*: 'video' is a truth value"),
         ([GOOD, {"video": "../a", "caption": "x"}], "row 1 .*: the video name '../a' leads out"),
@@ -224,7 +232,6 @@ ASKED = {"video": "a", "question": "q", "answer": "x"}
         ([ASKED, GOOD], "row 1 .*: there is no 'question'"),
         ([ASKED, {**ASKED, "answer": ["x"]}], "row 1 .*: 'answer' is a list, not a text"),
         ([ASKED, {**ASKED, "question": ""}], "row 1 .*: 'question' is empty"),
-        ([ASKED, {**ASKED, "question_id": [1]}], "row 1 .*: 'question_id' is a list"),
     ],
 )
 def test_damaged_annotations(tmp_path: Path, rows: object, reason: str) -> None:
@@ -238,13 +245,13 @@ def test_damaged_annotations(tmp_path: Path, rows: object, reason: str) -> None:
     [
         (b"", "is not JSON"),
         (b'[{"video": "a"', "is not JSON"),
-        (b"\xff\xfe[]", "no text in UTF-8"),
+        (b"\xff\xfe[]", "not UTF-8 text"),
         (b"[" * 200_000, "nested too deeply"),
         (b"[" + b"9" * 10_000 + b"]", "is not JSON|a number"),
         (None, "cannot be read: No such file"),
     ],
 )
-def test_files_that_are_no_json(tmp_path: Path, videos: Path, content: bytes | None, reason: str) -> None:
+def test_files_that_are_not_json(tmp_path: Path, videos: Path, content: bytes | None, reason: str) -> None:
     path = tmp_path / "own.json"
     if content is not None:
         path.write_bytes(content)
@@ -253,7 +260,7 @@ def test_files_that_are_no_json(tmp_path: Path, videos: Path, content: bytes | N
 
 
 def test_too_large_a_file(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video_text, "_LARGEST_FILE", 10)
+    monkeypatch.setattr(annotations_module, "_LARGEST_FILE", 10)
     with pytest.raises(DataError, match="too large for annotations"):
         open_video_text(annotations=written(tmp_path / "own.json", [GOOD]), videos=videos)
 
@@ -281,12 +288,12 @@ JSON = st.recursive(
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(rows=JSON)
-def test_any_json_is_a_set_or_our_own_error(tmp_path: Path, videos: Path, rows: object) -> None:
+def test_any_json_is_a_set_or_a_repshift_error(tmp_path: Path, videos: Path, rows: object) -> None:
     try:
         found = open_video_text(annotations=written(tmp_path / "own.json", rows), videos=videos)
     except RepshiftError:
         return
-    assert found.items if isinstance(found, QaSet) else found.captions
+    assert found.questions if isinstance(found, QaSet) else found.captions
 
 
 @pytest.mark.parametrize("name", sorted(PROTOCOLS))
@@ -306,7 +313,7 @@ def test_every_protocol_is_found_by_its_names(tmp_path: Path, name: str) -> None
     if isinstance(found, QaSet):
         assert found.answers == ("no", "yes")
     else:
-        assert found.videos == (folder / "a.mp4",)
+        assert paths(found) == (folder / "a.mp4",)
 
 
 def test_a_folder_of_several_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,20 +322,20 @@ def test_a_folder_of_several_benchmarks(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv(DATA_DIR_VARIABLE, str(tmp_path))
     found = open_video_text("didemo")
     assert isinstance(found, RetrievalSet)
-    assert found.videos == (tmp_path / "didemo" / "a.mov",)
+    assert paths(found) == (tmp_path / "didemo" / "a.mov",)
     assert found.captions == ("one two",)
     assert found.protocol is not None
     assert found.protocol.first_seconds == 30
 
 
-def test_what_is_named_goes_before_what_is_found(tmp_path: Path, videos: Path) -> None:
+def test_given_paths_precede_those_of_the_protocol(tmp_path: Path, videos: Path) -> None:
     annotations = written(tmp_path / "my.json", [{"video": "a", "caption": "x"}])
     found = open_video_text("msrvtt", annotations=annotations, videos=videos)
     assert isinstance(found, RetrievalSet)
     assert names(found) == "a"
 
 
-def test_what_a_protocol_lacks_is_said(tmp_path: Path, videos: Path) -> None:
+def test_missing_files_of_a_protocol(tmp_path: Path, videos: Path) -> None:
     with pytest.raises(DataError, match=r"needs a folder\n.*--data-dir"):
         open_video_text("msvd")
     with pytest.raises(DataError, match=r"no annotations of msvd in .*\n.*msvd_ret_test\.json"):
@@ -342,11 +349,11 @@ def test_what_a_protocol_lacks_is_said(tmp_path: Path, videos: Path) -> None:
             open_video_text(name, annotations=written(tmp_path / "own.json", rows), videos=videos)
 
 
-def test_combinations_that_cannot_be(tmp_path: Path, videos: Path) -> None:
+def test_invalid_combinations(tmp_path: Path, videos: Path) -> None:
     annotations = written(tmp_path / "own.json", [GOOD])
     with pytest.raises(UsageError, match="neither a benchmark nor annotations"):
         open_video_text(annotations=annotations)
-    with pytest.raises(UsageError, match=r"answers .* have no meaning"):
+    with pytest.raises(UsageError, match=r"--answers .* is not used"):
         open_video_text(annotations=annotations, videos=videos, answers=tmp_path / "answers.json")
     with pytest.raises(UsageError, match="the limit is 0"):
         open_video_text(annotations=annotations, videos=videos, limit=0)

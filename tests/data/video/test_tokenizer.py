@@ -1,4 +1,4 @@
-"""Texts as BERT reads them: against the tokenizers of `transformers`, and vocabularies that are none."""
+"""The tokenizer against those of `transformers`, and invalid vocabularies."""
 
 # ruff: noqa: RUF001 (odd characters are what is tested here)
 
@@ -88,7 +88,7 @@ class TestAgainstTransformers:
         assert found == [2, *expected]
 
     @pytest.mark.parametrize("text", [text for text in TEXTS if text not in NOT_AS_IN_PYTHON])
-    def test_as_the_authors_had_it(self, text: str, vocabulary: Path) -> None:
+    def test_as_the_tokenizer_of_the_authors(self, text: str, vocabulary: Path) -> None:
         expected = official(vocabulary, "legacy")(text, add_special_tokens=False)["input_ids"]
         (found,) = rows(Tokenizer(vocabulary).texts([text], 1000))
         assert found == [2, *expected]
@@ -120,7 +120,7 @@ class TestAgainstTransformers:
 
 
 class TestBatches:
-    def test_texts_begin_and_do_not_end(self, vocabulary: Path) -> None:
+    def test_texts_have_a_start_token_and_no_end_token(self, vocabulary: Path) -> None:
         batch = Tokenizer(vocabulary).texts(["a man", "the", "a man is playing"], 32)
         words = [WORDS.index(word) for word in ("[CLS]", "a", "man", "is", "play", "##ing")]
         the = WORDS.index("the")
@@ -130,12 +130,12 @@ class TestBatches:
         assert batch.ids.is_contiguous()
 
     @pytest.mark.parametrize("longest", [1, 2, 5, 32])
-    def test_texts_are_cut(self, longest: int, vocabulary: Path) -> None:
+    def test_texts_are_truncated(self, longest: int, vocabulary: Path) -> None:
         batch = Tokenizer(vocabulary).texts(["a " * 50, "the man"], longest)
         assert rows(batch) == [([2] + [5] * 50)[:longest], [2, 7, 8][:longest]]
         assert batch.ids.shape == (2, longest)
 
-    def test_answers_end_unless_they_are_cut(self, vocabulary: Path) -> None:
+    def test_answers_have_an_end_token_unless_truncated(self, vocabulary: Path) -> None:
         batch = Tokenizer(vocabulary).answers(["guitar", "a man", "a man is", "a man is the", "a a a a a a", ""], 5)
         assert rows(batch) == [
             [2, 15, 3],
@@ -147,7 +147,7 @@ class TestBatches:
         ]
         assert batch.ids[0].tolist() == [2, 15, 3, 0, 0]
 
-    def test_an_answer_is_read_as_the_authors_write_it(self, vocabulary: Path) -> None:
+    def test_answers_are_encoded_as_by_the_authors(self, vocabulary: Path) -> None:
         """`answer + " [SEP]"`, in which their tokenizer takes `[SEP]` for what it is."""
         fast, ours = official(vocabulary), Tokenizer(vocabulary)
         answers = ["guitar", "the man's guitar", "a man is playing the guitar", "don't"]
@@ -157,7 +157,7 @@ class TestBatches:
         ]
         assert rows(ours.answers(answers, 5)) == expected
 
-    def test_words_that_are_not_known(self, vocabulary: Path) -> None:
+    def test_unknown_words(self, vocabulary: Path) -> None:
         assert rows(Tokenizer(vocabulary).texts(["zebra the zebra"], 32)) == [[2, 1, 7, 1]]
 
     def test_no_text_at_all(self, vocabulary: Path) -> None:
@@ -188,7 +188,7 @@ class TestVocabulary:
         assert Tokenizer(tmp_path).size == len(WORDS)
 
     @pytest.mark.parametrize("separator", ["\u2028", "\x85"])
-    def test_a_token_that_some_take_for_the_end_of_a_line(self, separator: str, tmp_path: Path) -> None:
+    def test_a_token_with_a_unicode_line_separator(self, separator: str, tmp_path: Path) -> None:
         """Only line feeds end a line: the tokens behind it keep their numbers, as in transformers."""
         path = write(tmp_path / "vocab.txt", [*WORDS[:10], f"a{separator}b", *WORDS[10:]])
         tokenizer = Tokenizer(path)
@@ -234,9 +234,9 @@ class TestVocabulary:
             Tokenizer(tmp_path)
 
     @pytest.mark.parametrize("twice", [["a"], ["a", "the", "[CLS]"], ["a "]])
-    def test_tokens_that_stand_twice(self, twice: list[str], tmp_path: Path) -> None:
+    def test_repeated_tokens(self, twice: list[str], tmp_path: Path) -> None:
         path = write(tmp_path / "vocab.txt", [*WORDS, *twice])
-        with pytest.raises(DataError, match=f"{len(twice)} tokens stand twice"):
+        with pytest.raises(DataError, match=f"{len(twice)} tokens are repeated"):
             Tokenizer(path)
 
     def test_too_large(self, tmp_path: Path) -> None:

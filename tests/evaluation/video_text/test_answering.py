@@ -1,4 +1,4 @@
-"""Answers from a list: the ranking of UMT's own code, and counts that are right where videos or answers are missing."""
+"""Ranking of answers against UMT's code, and counts with missing videos or answers."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from repshift_cli.evaluation.video_text.answering import (
     evaluate_answers,
     rank_answers,
 )
+from repshift_cli.evaluation.video_text.encoding import VideoSettings
 from repshift_cli.utils.progress import Silent
 from repshift_cli.utils.stats import wilson_interval
 
@@ -35,7 +36,7 @@ VECTORS = {
 
 
 class Table(nn.Module):
-    """Looks up what a decoder would say: states hold the number of the question, answers begin with their own word."""
+    """Looks up the outputs of a decoder: states hold the number of the question, each answer has its own first word."""
 
     def __init__(self, probabilities: Tensor, loss: Tensor, first: Tensor) -> None:
         super().__init__()
@@ -74,7 +75,7 @@ def umt() -> tuple[Table, Tensor]:
 
 
 @pytest.mark.parametrize(("case", "k"), [("out", 3), ("all", 6), ("all", 128)])
-def test_the_ranking_is_umts(case: str, k: int) -> None:
+def test_the_ranking_equals_umts(case: str, k: int) -> None:
     model, ids = umt()
     found = ranked(model, ids, k)
     assert found.topk_ids.tolist() == VECTORS[f"{case}/topk_ids"].tolist()
@@ -83,7 +84,7 @@ def test_the_ranking_is_umts(case: str, k: int) -> None:
     torch.testing.assert_close(found.log_probs, expected, atol=1e-5, rtol=0)
 
 
-def test_the_first_words_choose_umts_candidates() -> None:
+def test_the_first_tokens_select_umts_candidates() -> None:
     model, ids = umt()
     torch.testing.assert_close(model.probabilities[:, ids[:, 1]], VECTORS["out/prob_first_token"])
     ranked(model, ids, 3)
@@ -92,7 +93,7 @@ def test_the_first_words_choose_umts_candidates() -> None:
 
 
 @pytest.mark.parametrize("pair_batch", [1, 5, 1000])
-def test_the_chunk_of_pairs_does_not_matter(pair_batch: int) -> None:
+def test_the_pair_batch_does_not_change_the_result(pair_batch: int) -> None:
     model, ids = umt()
     found, expected = ranked(model, ids, 5, pair_batch), ranked(umt()[0], ids, 5)
     assert torch.equal(found.topk_ids, expected.topk_ids)
@@ -111,7 +112,7 @@ NUMBERS = st.integers(1, 6).flatmap(
 
 
 @given(NUMBERS)
-def test_the_ranking_is_that_of_a_plain_sort(drawn: tuple[list[int], list[int], int]) -> None:
+def test_the_ranking_equals_a_plain_sort(drawn: tuple[list[int], list[int], int]) -> None:
     likely, loss, k = drawn
     answers = len(likely)
     ids = torch.stack([torch.zeros(answers, dtype=torch.int64), torch.arange(answers)], dim=1)
@@ -132,7 +133,7 @@ def test_ties_go_to_the_lower_index() -> None:
     assert found.topk_ids.tolist() == [[0, 1, 2]]
 
 
-def test_a_probability_of_zero_is_the_last() -> None:
+def test_a_probability_of_zero_is_ranked_last() -> None:
     ids = torch.tensor([[0, word] for word in range(3)])
     found = ranked(Table(torch.tensor([[0.0, 0.9, 0.1]]), torch.zeros(1, 3), ids[:, 1]), ids, 3, questions=1)
     assert found.topk_ids.tolist() == [[1, 2, 0]]
@@ -148,7 +149,7 @@ LIST = AnswerList(
 
 
 class Toy(nn.Module):
-    """The video shows the place of the right word, and the model says the one that comes `shift` later."""
+    """The video shows the index of the right word, and the model answers with the word `shift` later."""
 
     def __init__(self, shift: float = 0.0) -> None:
         super().__init__()
@@ -190,10 +191,7 @@ def run(models: dict[str, Any], batches: Iterator[QuestionBatch], **options: Any
         "dataset": "toys",
         "questions": 5,
         "sample_id": lambda index: f"question-{index}",
-        "batch_size": 2,
-        "device": "cpu",
-        "dtype": torch.float32,
-        "strict": False,
+        "settings": VideoSettings(2, torch.device("cpu"), torch.float32, strict=options.pop("strict", False)),
         "progress": Silent(),
         **options,
     }
@@ -234,7 +232,7 @@ def test_strict_stops_at_the_first_broken_video() -> None:
         run({"toy": Toy()}, batches_of([0, 1, 2, 3, 4], WORDS, broken=(1,)), strict=True)
 
 
-def test_nothing_to_ask_is_an_error() -> None:
+def test_no_question_and_no_answer_raise() -> None:
     with pytest.raises(DataError, match="none of the 5 questions of toys") as caught:
         run({"toy": Toy()}, batches_of([0, 1, 2, 3, 4], WORDS, broken=range(5)))
     assert caught.value.hint == "The first: question-0: made to fail"
@@ -250,7 +248,7 @@ def test_k_is_at_most_the_list() -> None:
         run({"toy": Toy()}, batches_of([0], WORDS), k=0)
 
 
-def test_wrong_forms_are_told() -> None:
+def test_wrong_shapes_raise() -> None:
     class Flat(Toy):
         def encode_video(self, video: Tensor) -> Tensor:
             return super().encode_video(video)[:, 0]
@@ -279,7 +277,7 @@ def test_values_have_to_be_finite() -> None:
         run({"toy": Toy(shift=float("nan"))}, batches_of([0], WORDS))
 
 
-def test_running_out_of_memory_is_told() -> None:
+def test_running_out_of_memory_raises() -> None:
     class Greedy(Toy):
         def encode_video(self, video: Tensor) -> Tensor:
             raise torch.OutOfMemoryError("made to fail")

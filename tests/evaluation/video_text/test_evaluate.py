@@ -1,4 +1,4 @@
-"""Evaluating on datasets of videos: what is asked reaches the scorers once, and what cannot be is told."""
+"""Evaluation on datasets of videos: reading, scoring, and errors for invalid combinations."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.weights import Source
 from repshift_cli.data.builtin import moving_shapes
 from repshift_cli.data.preprocessing import Preprocessing
+from repshift_cli.data.video.annotations import QaSet, Question, RetrievalSet
 from repshift_cli.data.video.dataset import Videos
 from repshift_cli.data.video.decode import UnreadableVideo
 from repshift_cli.data.video.tokenizer import Tokenizer
 from repshift_cli.errors import DataError, ModelError, UsageError
-from repshift_cli.evaluation.video_text.data import CaptionData, Question, QuestionData, Wanted, open_data
+from repshift_cli.evaluation.video_text.data import DatasetOptions, open_data
+from repshift_cli.evaluation.video_text.encoding import VideoSettings
 from repshift_cli.evaluation.video_text.evaluate import (
-    DenseSelf,
-    Settings,
+    DenseView,
     answer,
     choose_pooling,
     open_tokenizer,
@@ -78,32 +79,33 @@ class WithoutPyAV(Noise):
         raise UsageError("reading videos needs PyAV", "Install it.")
 
 
-def captions(videos: Videos, **changes: Any) -> CaptionData:
+def captions(videos: Videos, **changes: Any) -> RetrievalSet:
     texts = [moving_shapes.caption(scene) for scene in moving_shapes.scenes(len(videos), 1)]
     places = tuple((index,) for index in range(len(videos)))
-    return CaptionData("noise", "", videos, captions=tuple(texts), videos_of_caption=places, **changes)
+    return RetrievalSet(
+        name="noise", description="", videos=videos, captions=tuple(texts), videos_of_caption=places, **changes
+    )
 
 
-def questions(videos: Videos, about: Sequence[int]) -> QuestionData:
+def questions(videos: Videos, about: Sequence[int]) -> QaSet:
     asked = tuple(Question(video, "what color is the circle", "red") for video in about)
-    return QuestionData("noise", "", videos, questions=asked, answers=moving_shapes.ANSWERS)
+    return QaSet(name="noise", description="", videos=videos, questions=asked, answers=moving_shapes.ANSWERS)
 
 
 def run(scorer: Any, model: UmtModel, data: Any, models: Any = None, **changes: Any) -> Any:
-    settings = Settings(**{"batch_size": 2, "device": CPU, "dtype": torch.float32, **changes})
+    settings = VideoSettings(**{"batch_size": 2, "device": CPU, "dtype": torch.float32, **changes})
     return scorer(
         models or {"dense": model},
         data,
         preprocessing=Preprocessing.of_model(model),
         tokenizer=shipped(),
-        positions=16,
         settings=settings,
         progress=Silent(),
     )
 
 
 class TestRunning:
-    def test_each_video_is_read_once_however_many_questions_there_are(self) -> None:
+    def test_each_video_is_read_once_for_all_its_questions(self) -> None:
         model, videos = tiny_umt(embed_dim=0), Noise(5, padded=(3,))
         result, padded = run(answer, model, questions(videos, [0, 1, 1, 1, 4, 0, 2, 3, 1]))
         assert videos.loaded == Counter(range(5))
@@ -134,33 +136,33 @@ class TestRunning:
             run(retrieve, tiny_umt(), data, strict=True)
 
     @pytest.mark.parametrize("workers", [0, 1])
-    def test_an_error_that_is_not_the_videos_comes_as_it_was_raised(self, workers: int) -> None:
+    def test_an_error_of_the_installation_is_raised_unchanged(self, workers: int) -> None:
         with pytest.raises(UsageError, match=r"^reading videos needs PyAV") as caught:
             run(retrieve, tiny_umt(), captions(WithoutPyAV()), workers=workers)
         assert caught.value.hint == "Install it."
 
-    def test_loader_processes_make_no_difference(self) -> None:
+    def test_loader_processes_do_not_change_the_result(self) -> None:
         model, data = tiny_umt(), captions(Noise(5, broken=(2,), padded=(4,)))
         here, there = (run(retrieve, model, data, workers=workers, rerank_k=3) for workers in (0, 2))
         assert here[1] == there[1] == ("noise-4",)
         assert here[0].skipped == there[0].skipped
         assert here[0].scores["dense"].matching == there[0].scores["dense"].matching
 
-    def test_the_dense_self_is_the_dense_model_pooled_over_all_tokens(self) -> None:
-        dense, hooked = tiny_umt(), opened(tiny_umt(), compressed=True)
+    def test_the_dense_view_is_the_dense_model_pooled_over_all_tokens(self) -> None:
+        dense, compressed_model = tiny_umt(), opened(tiny_umt(), compressed=True)
         clips = umt_clips(dense, 3)
-        assert hooked.compressed is not None
-        self_ = DenseSelf(hooked.compressed)
-        assert torch.equal(self_.encode_video(clips), dense.encode_video(clips))
+        assert compressed_model.compressed is not None
+        dense_view = DenseView(compressed_model.compressed)
+        assert torch.equal(dense_view.encode_video(clips), dense.encode_video(clips))
         dense.pooling = "all"
         tokens = dense.encode_video(clips)
-        assert torch.equal(self_.project_video(tokens), dense.project_video(tokens))  # type: ignore[operator]
-        assert hooked.loaded.model.encode_video(clips).shape[1] == tokens.shape[1] // 2  # type: ignore[operator]
+        assert torch.equal(dense_view.project_video(tokens), dense.project_video(tokens))  # type: ignore[operator]
+        assert compressed_model.loaded.model.encode_video(clips).shape[1] == tokens.shape[1] // 2  # type: ignore[operator]
 
-    def test_both_selves_are_compared_on_the_same_clips(self) -> None:
-        hooked = opened(tiny_umt(), compressed=True)
-        assert hooked.compressed is not None
-        models = {"compressed": hooked.loaded.model, "dense": DenseSelf(hooked.compressed)}
+    def test_compressed_and_dense_are_compared_on_the_same_clips(self) -> None:
+        compressed_model = opened(tiny_umt(), compressed=True)
+        assert compressed_model.compressed is not None
+        models = {"compressed": compressed_model.loaded.model, "dense": DenseView(compressed_model.compressed)}
         result, _ = run(retrieve, tiny_umt(), captions(Noise()), models, rerank_k=2)
         assert {name: score.tokens for name, score in result.scores.items()} == {"compressed": 24, "dense": 48}
         alone, _ = run(retrieve, tiny_umt(), captions(Noise()), {"dense": models["dense"]}, rerank_k=2)
@@ -175,7 +177,7 @@ class TestModels:
         with pytest.raises(ModelError):
             task_of(torch.nn.Identity())
 
-    def test_pooling_is_the_models_own_unless_told(self) -> None:
+    def test_pooling_is_the_models_own_by_default(self) -> None:
         model = tiny_umt()
         assert choose_pooling(opened(model), None) == model.pooling == "frames"
         assert choose_pooling(opened(model), "all") == model.pooling == "all"
@@ -184,12 +186,12 @@ class TestModels:
     def test_pooling_without_a_choice(self) -> None:
         with pytest.raises(UsageError, match="no whole frames"):
             choose_pooling(opened(tiny_umt(), compressed=True), "all")
-        with pytest.raises(UsageError, match="pools nothing"):
+        with pytest.raises(UsageError, match="does not pool"):
             choose_pooling(opened(tiny_umt(embed_dim=0)), "all")
 
     def test_vocabulary(self, tmp_path: Path) -> None:
         model, own = opened(tiny_umt(), name="umt_base"), captions(Noise())
-        scenes = open_data(Wanted("builtin:shapes", limit=2), "retrieval", "model")
+        scenes = open_data(DatasetOptions("builtin:shapes", limit=2), "retrieval", "model")
         assert open_tokenizer(None, model, scenes).size == 40
         assert open_tokenizer(None, opened(tiny_umt()), own).size == 40
         with pytest.raises(UsageError, match="umt_base needs its vocabulary"):
@@ -199,31 +201,31 @@ class TestModels:
             open_tokenizer(tmp_path / "vocab.txt", model, own)
 
 
-def annotate(folder: Path, rows: Sequence[dict[str, Any]]) -> Wanted:
+def annotate(folder: Path, rows: Sequence[dict[str, Any]]) -> DatasetOptions:
     (folder / "videos").mkdir(exist_ok=True)
     for row in rows:
         (folder / "videos" / row["video"]).write_bytes(b"0")
     (folder / "rows.json").write_text(json.dumps(rows))
-    return Wanted(annotations=folder / "rows.json", videos=folder / "videos")
+    return DatasetOptions(annotations=folder / "rows.json", videos=folder / "videos")
 
 
 class TestData:
     def test_builtin_captions(self) -> None:
-        data = open_data(Wanted("builtin:shapes", limit=7, seed=3), "retrieval", "model")
-        assert isinstance(data, CaptionData)
+        data = open_data(DatasetOptions("builtin:shapes", limit=7, seed=3), "retrieval", "model")
+        assert isinstance(data, RetrievalSet)
         assert data.captions == tuple(map(moving_shapes.caption, moving_shapes.scenes(7, 4)))
         assert len(data.videos) == 7
         assert data.annotations is None
 
     def test_builtin_questions(self) -> None:
-        data = open_data(Wanted("builtin:shapes-qa", limit=5), "qa", "model")
-        assert isinstance(data, QuestionData)
+        data = open_data(DatasetOptions("builtin:shapes-qa", limit=5), "qa", "model")
+        assert isinstance(data, QaSet)
         assert (len(data.questions), len(data.videos), data.answers) == (5, 3, moving_shapes.ANSWERS)
         first = moving_shapes.two_questions(moving_shapes.scenes(1, 1)[0])
         assert [(one.video, one.question, one.answer) for one in data.questions[:2]] == [(0, *one) for one in first]
 
-    def test_builtin_clips_are_the_models(self) -> None:
-        data = open_data(Wanted("builtin:shapes", limit=1), "retrieval", "model")
+    def test_builtin_clips_have_the_shape_of_the_model(self) -> None:
+        data = open_data(DatasetOptions("builtin:shapes", limit=1), "retrieval", "model")
         preprocessing = Preprocessing.of_model(tiny_umt())
         clip, padded = data.videos.load(0, preprocessing, preprocessing.transform())
         assert (tuple(clip.shape), padded) == (preprocessing.shape, False)
@@ -231,7 +233,7 @@ class TestData:
     def test_own_captions(self, tmp_path: Path) -> None:
         wanted = annotate(tmp_path, [{"video": "a.mp4", "caption": ["One.", "Two!"]}])
         data = open_data(wanted, "retrieval", "model")
-        assert isinstance(data, CaptionData)
+        assert isinstance(data, RetrievalSet)
         assert (data.captions, data.videos_of_caption, data.text_length) == (("one", "two"), ((0,), (0,)), 32)
         assert data.annotations is not None
         assert data.annotations.sha256 == sha256((tmp_path / "rows.json").read_bytes()).hexdigest()
@@ -239,16 +241,16 @@ class TestData:
     def test_own_questions_share_their_video(self, tmp_path: Path) -> None:
         rows = [{"video": name, "question": "what?", "answer": "it"} for name in ("a.mp4", "b.mp4", "a.mp4")]
         data = open_data(annotate(tmp_path, rows), "qa", "model")
-        assert isinstance(data, QuestionData)
+        assert isinstance(data, QaSet)
         assert ([one.video for one in data.questions], len(data.videos)) == ([0, 1, 0], 2)
 
-    def test_a_benchmarks_protocol_is_followed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_protocol_of_a_benchmark_is_followed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         rows = [{"video": "a.mp4", "caption": ["One.", "Two!"]}]
         wanted = annotate(tmp_path, rows)
         assert wanted.annotations is not None
         wanted.annotations.rename(tmp_path / "didemo_ret_test.json")
-        data = open_data(Wanted("didemo", data_dir=tmp_path), "retrieval", "model")
-        assert isinstance(data, CaptionData)
+        data = open_data(DatasetOptions("didemo", data_dir=tmp_path), "retrieval", "model")
+        assert isinstance(data, RetrievalSet)
         assert (data.captions, data.text_length) == (("one two",), 64)
         assert data.annotations is not None
         assert data.annotations.path.name == "didemo_ret_test.json"
@@ -257,28 +259,36 @@ class TestData:
             "repshift_cli.data.video.dataset.read_clip", lambda path, frames, first: seen.append(first) or 1 / 0
         )
         with pytest.raises(ZeroDivisionError):
-            data.videos.load(0, Preprocessing.of_model(tiny_umt()), lambda picture: picture)
+            data.videos.load(0, Preprocessing.of_model(tiny_umt()), lambda image: image)
         assert seen == [30.0]
-        apart = open_data(Wanted("didemo", data_dir=tmp_path, paragraph=False), "retrieval", "model")
-        assert isinstance(apart, CaptionData)
+        apart = open_data(DatasetOptions("didemo", data_dir=tmp_path, paragraph=False), "retrieval", "model")
+        assert isinstance(apart, RetrievalSet)
         assert len(apart.captions) == 2
 
     @pytest.mark.parametrize(
         ("wanted", "task", "message"),
         [
-            (Wanted("builtin:shapes-qa"), "retrieval", "for retrieval, but builtin:shapes-qa holds questions"),
-            (Wanted("builtin:shapes"), "qa", "for question answering, but builtin:shapes holds captions"),
-            (Wanted("msrvtt-qa"), "retrieval", "holds questions"),
-            (Wanted("imagenet-val"), "retrieval", "no dataset of videos"),
-            (Wanted("./folder"), "qa", "no dataset of videos"),
-            (Wanted("builtin:digits"), "qa", "no dataset of videos"),
-            (Wanted("builtin:shapes", paragraph=True), "retrieval", "--paragraph has no meaning"),
-            (Wanted("builtin:shapes", data_dir=Path("x")), "retrieval", "--data-dir has no meaning"),
-            (Wanted(annotations=Path("x"), data_dir=Path("x")), "qa", "--data-dir has no meaning"),
-            (Wanted(annotations=Path("x")), "retrieval", "neither a benchmark nor annotations with videos"),
+            (DatasetOptions("builtin:shapes-qa"), "retrieval", "for retrieval, but builtin:shapes-qa holds questions"),
+            (DatasetOptions("builtin:shapes"), "qa", "for question answering, but builtin:shapes holds captions"),
+            (DatasetOptions("msrvtt-qa"), "retrieval", "holds questions"),
+            (DatasetOptions("imagenet-val"), "retrieval", "not a dataset of videos"),
+            (DatasetOptions("./folder"), "qa", "not a dataset of videos"),
+            (DatasetOptions("builtin:digits"), "qa", "not a dataset of videos"),
+            (
+                DatasetOptions("builtin:shapes", paragraph=True),
+                "retrieval",
+                "--paragraph is not used by builtin:shapes",
+            ),
+            (DatasetOptions("builtin:shapes", data_dir=Path("x")), "retrieval", "--data-dir is not used by builtin"),
+            (
+                DatasetOptions(annotations=Path("x"), data_dir=Path("x")),
+                "qa",
+                "--data-dir needs the name of a benchmark",
+            ),
+            (DatasetOptions(annotations=Path("x")), "retrieval", "neither a benchmark nor annotations with videos"),
         ],
     )
-    def test_what_cannot_be(self, wanted: Wanted, task: Any, message: str) -> None:
+    def test_invalid_combinations(self, wanted: DatasetOptions, task: Any, message: str) -> None:
         with pytest.raises(UsageError, match=message):
             open_data(wanted, task, "the model")
 
@@ -287,7 +297,7 @@ class TestData:
         with pytest.raises(UsageError, match=r"question answering, but .*rows\.json holds captions"):
             open_data(wanted, "qa", "the model")
 
-    def test_an_unknown_name_has_a_guess(self) -> None:
+    def test_an_unknown_name_has_a_suggestion(self) -> None:
         with pytest.raises(DataError) as caught:
-            open_data(Wanted("msrvt"), "retrieval", "the model")
+            open_data(DatasetOptions("msrvt"), "retrieval", "the model")
         assert "Did you mean msrvtt" in str(caught.value)

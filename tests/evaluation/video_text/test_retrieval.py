@@ -1,4 +1,4 @@
-"""Retrieval: the numbers of UMT's own evaluation, places among ties, and a gallery that may not fit or be readable."""
+"""Retrieval against UMT's evaluation, ranks with ties, and galleries on disk or with unreadable videos."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from repshift_cli.data.video.tokenizer import TextBatch
 from repshift_cli.errors import CheckFailed, DataError, ModelError, OutputError, UsageError
 from repshift_cli.evaluation.common import Skipped
+from repshift_cli.evaluation.video_text.encoding import VideoSettings
 from repshift_cli.evaluation.video_text.ranking import (
     NOT_MATCHED,
     RankStats,
@@ -33,7 +35,6 @@ from repshift_cli.evaluation.video_text.retrieval import (
     Agreement,
     ClipBatch,
     RetrievalEvaluation,
-    Texts,
     evaluate_retrieval,
 )
 from repshift_cli.utils.progress import Silent
@@ -71,7 +72,7 @@ def recall(scores: Tensor, truths: Sequence[Sequence[int]]) -> list[float]:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != WITH_TIES])
-def test_recall_is_umts(case: str) -> None:
+def test_recall_equals_umts(case: str) -> None:
     metrics, text_to_video, video_to_text, truths = CASES[case]
     assert recall(TENSORS[text_to_video], truths) == official(metrics, "img")
     back = TENSORS[video_to_text]
@@ -79,8 +80,8 @@ def test_recall_is_umts(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_recall_is_umts_where_ties_go_to_the_higher_index(case: str) -> None:
-    """UMT sorts upwards and turns that around: of equal scores the last comes first. So mirror the gallery."""
+def test_recall_equals_umts_where_ties_go_to_the_higher_index(case: str) -> None:
+    """UMT reverses an ascending sort: of equal scores the last comes first. The gallery is mirrored for that order."""
     metrics, text_to_video, video_to_text, truths = CASES[case]
     for name, right, direction in (
         (text_to_video, truths, "img"),
@@ -91,18 +92,18 @@ def test_recall_is_umts_where_ties_go_to_the_higher_index(case: str) -> None:
         assert recall(scores.flip(1), mirrored) == official(metrics, direction)
 
 
-def test_behind_the_matched_ones_the_order_is_that_of_the_index() -> None:
+def test_unmatched_candidates_are_ordered_by_index() -> None:
     metrics, text_to_video, video_to_text, truths = CASES[WITH_TIES]
     assert recall(TENSORS[text_to_video], truths) == official(metrics, "img")
     back = TENSORS[video_to_text]
     here, there = recall(back, the_other_way(truths, len(back))), official(metrics, "txt")
-    # Three of seven were matched: R@5 reaches into those that were not, where UMT has another order.
+    # Three of seven were matched: R@5 includes unmatched candidates, which UMT orders differently.
     assert (here[0], here[2]) == (there[0], there[2])
     assert (here[1], there[1]) == (60.0, 80.0)
 
 
 @pytest.mark.parametrize("case", ["out", "nokt"])
-def test_similarity_is_umts(case: str) -> None:
+def test_similarity_equals_umts(case: str) -> None:
     found = similarity(TENSORS[f"{case}/vision_proj_l2"], TENSORS["out/text_proj_l2"])
     torch.testing.assert_close(found, TENSORS[f"{case}/sim_v2t"], atol=2e-7, rtol=0)
 
@@ -126,7 +127,7 @@ SCORES = st.integers(1, 6).flatmap(
 
 
 @given(SCORES)
-def test_ranks_are_those_of_a_plain_sort(queries: list[tuple[list[int], list[int]]]) -> None:
+def test_ranks_equal_a_plain_sort(queries: list[tuple[list[int], list[int]]]) -> None:
     expected = []
     for scores, right in queries:
         order = sorted(range(len(scores)), key=lambda one: (-scores[one], one))
@@ -137,7 +138,7 @@ def test_ranks_are_those_of_a_plain_sort(queries: list[tuple[list[int], list[int
 
 
 @given(SCORES)
-def test_ranks_see_the_order_of_the_scores_alone(queries: list[tuple[list[int], list[int]]]) -> None:
+def test_ranks_depend_on_the_order_of_the_scores_alone(queries: list[tuple[list[int], list[int]]]) -> None:
     scores, truths = torch.tensor([scores for scores, _ in queries]).float(), [right for _, right in queries]
     assert ranks(3 * scores.exp() - 7, truths).tolist() == ranks(scores, truths).tolist()
 
@@ -157,7 +158,7 @@ def test_without_ties_the_order_of_the_gallery_does_not_matter(queries: list[tup
     assert ranks(scores, truths).tolist() == ranks(scores.flip(1), mirrored).tolist()
 
 
-def test_a_model_that_scores_everything_alike_is_not_rewarded() -> None:
+def test_constant_scores_get_no_advantage() -> None:
     assert ranks(torch.zeros(4, 4), [[0], [1], [2], [3]]).tolist() == [0, 1, 2, 3]
 
 
@@ -168,7 +169,7 @@ def test_the_best_of_several_right_answers_counts() -> None:
 
 
 @pytest.mark.parametrize("truths", [[[0]], [[0], []], [[0], [3]], [[0], [-1]]])
-def test_ranks_refuse_wrong_truths(truths: list[list[int]]) -> None:
+def test_invalid_truths_raise(truths: list[list[int]]) -> None:
     with pytest.raises(ValueError):
         ranks(torch.zeros(2, 3), truths)
 
@@ -178,7 +179,7 @@ def test_rank_stats_count_from_one() -> None:
 
 
 class Table(nn.Module):
-    """Looks a matching score up: tokens hold the number of the video, hidden states that of the text."""
+    """Looks up a matching score: tokens hold the number of the video, hidden states that of the text."""
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
@@ -214,7 +215,7 @@ def matched(table: Tensor, sim: Tensor, k: int, pair_batch: int = 4) -> tuple[Sc
 
 
 @pytest.mark.parametrize(("case", "k"), [("ktest", 3), ("full", 128)])
-def test_reranking_is_umts(case: str, k: int) -> None:
+def test_reranking_equals_umts(case: str, k: int) -> None:
     found, _ = matched(TENSORS["eval/full/i2t_x"], TENSORS[f"eval/{case}/i2t_emb"], k)
     torch.testing.assert_close(found.video_to_text, TENSORS[f"eval/{case}/i2t_x"], atol=2e-6, rtol=0)
     torch.testing.assert_close(found.text_to_video, TENSORS[f"eval/{case}/t2i_x"], atol=2e-6, rtol=0)
@@ -222,7 +223,7 @@ def test_reranking_is_umts(case: str, k: int) -> None:
 
 @pytest.mark.parametrize("pair_batch", [1, 3, 1000])
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_the_chunk_of_pairs_does_not_matter(k: int, pair_batch: int) -> None:
+def test_the_pair_batch_does_not_change_the_result(k: int, pair_batch: int) -> None:
     torch.manual_seed(k)
     table, sim = torch.randn(7, 5), torch.randn(7, 5)
     found, model = matched(table, sim, k, pair_batch)
@@ -235,7 +236,7 @@ def test_the_chunk_of_pairs_does_not_matter(k: int, pair_batch: int) -> None:
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 8), st.integers(0, 99))
-def test_each_query_has_its_best_matched(videos: int, texts: int, k: int, seed: int) -> None:
+def test_the_best_candidates_of_each_query_are_matched(videos: int, texts: int, k: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     table = torch.randn(videos, texts, generator=generator)
     sim = torch.randint(0, 3, (videos, texts), generator=generator).float()
@@ -247,7 +248,7 @@ def test_each_query_has_its_best_matched(videos: int, texts: int, k: int, seed: 
             assert scores[row].tolist() == expected
 
 
-def test_enough_candidates_are_all() -> None:
+def test_all_candidates_are_matched_where_k_is_large() -> None:
     table = torch.randn(3, 4)
     found, model = matched(table, torch.randn(3, 4), 4)
     assert torch.equal(found.video_to_text, table)
@@ -315,9 +316,9 @@ def clips_of(numbers: Sequence[int], batch_size: int = 2, broken: Sequence[int] 
         )
 
 
-def texts_of(numbers: Sequence[int], videos: Sequence[Sequence[int]]) -> Texts:
+def texts_of(numbers: Sequence[int], videos: Sequence[Sequence[int]]) -> tuple[TextBatch, Sequence[Sequence[int]]]:
     ids = torch.tensor([[1, number, 9] for number in numbers])
-    return Texts(ids, torch.tensor([[1, 1, 0]]).expand(len(numbers), -1), videos)
+    return TextBatch(ids, torch.tensor([[1, 1, 0]]).expand(len(numbers), -1)), videos
 
 
 NUMBERS = [3, 11, 7, 0, 9, 5, 13]
@@ -328,23 +329,19 @@ def run(models: dict[str, Any], clips: Iterator[ClipBatch] | None = None, **opti
         "dataset": "toys",
         "videos": len(NUMBERS),
         "sample_id": lambda index: f"video-{index}",
-        "batch_size": 2,
-        "device": "cpu",
-        "dtype": torch.float32,
-        "strict": False,
         "progress": Silent(),
         "pair_batch": 4,
         **options,
     }
+    defaults: dict[str, Any] = {"batch_size": 2, "device": torch.device("cpu"), "dtype": torch.float32, "rerank_k": 128}
+    settings = {name: chosen.pop(name) for name in ("batch_size", "dtype", "strict", "rerank_k") if name in options}
+    chosen["settings"] = VideoSettings(**{**defaults, **settings})
     texts = chosen.pop("texts", texts_of(NUMBERS, [[index] for index in range(len(NUMBERS))]))
-    return evaluate_retrieval(models, clips_of(NUMBERS) if clips is None else clips, texts, **chosen)
+    return evaluate_retrieval(models, clips_of(NUMBERS) if clips is None else clips, *texts, **chosen)
 
 
 def without_times(result: RetrievalEvaluation) -> dict[str, Any]:
-    return {
-        name: (score.videos, score.captions, score.vtc, score.matching, score.tokens)
-        for name, score in result.scores.items()
-    }
+    return {name: (score.videos, score.vtc, score.matching, score.tokens) for name, score in result.scores.items()}
 
 
 def test_a_model_that_reads_the_number_finds_everything() -> None:
@@ -352,7 +349,7 @@ def test_a_model_that_reads_the_number_finds_everything() -> None:
     score = result.scores["toy"]
     perfect = RankStats(100.0, 100.0, 100.0, 1.0, 1.0, len(NUMBERS))
     assert score.vtc.text_to_video == score.vtc.video_to_text == perfect
-    assert (score.videos, score.captions, score.tokens) == (7, 7, FRAMES)
+    assert (score.videos, score.tokens) == (7, FRAMES)
     assert score.matching is not None
     assert score.seconds > 0
     assert score.videos_per_s == score.videos / score.seconds
@@ -362,8 +359,8 @@ def test_a_model_that_reads_the_number_finds_everything() -> None:
     assert (result.tokens_where, result.token_bytes) == ("memory", 7 * FRAMES * 3 * 4)
 
 
-def test_both_directions_are_what_they_say() -> None:
-    """Two captions of one video: three videos are looked for by four texts, and the shifted model errs one way."""
+def test_both_directions_by_hand() -> None:
+    """Two captions of one video: four texts have three videos, and the shifted model errs in one direction."""
     texts = texts_of([3, 4, 11, 7], [[0], [0], [1], [2]])
     result = run({"toy": Toy(shift=3.0)}, clips_of([3, 11, 7]), texts=texts, videos=3, rerank_k=None)
     score = result.scores["toy"]
@@ -378,11 +375,13 @@ def test_without_reranking_no_token_is_kept() -> None:
     assert result.scores["toy"].matching is None
     assert result.scores["toy"].matching_seconds is None
     assert (result.tokens_where, result.token_bytes, result.rerank_k) == (None, 0, None)
-    assert without_times(result)["toy"][2] == without_times(run({"toy": Toy()}))["toy"][2]
+    assert without_times(result)["toy"][1] == without_times(run({"toy": Toy()}))["toy"][1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_disk_makes_no_difference(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_on_disk_give_the_same_result(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[dict[str, Tensor]] = []
     inside: list[list[str]] = []
 
@@ -408,7 +407,7 @@ def test_the_disk_makes_no_difference(dtype: torch.dtype, tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_files_go_when_something_fails(tmp_path: Path) -> None:
+def test_the_files_are_deleted_after_an_error(tmp_path: Path) -> None:
     class Fails(Toy):
         def match(self, hidden: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
             assert list(tmp_path.rglob("*.tokens"))
@@ -420,7 +419,7 @@ def test_the_files_go_when_something_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_space_is_told_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_raises_before_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
     with pytest.raises(OutputError, match=r"0\.0 GiB left"):
         run({"toy": Toy()}, token_bytes=0, spill_to=tmp_path)
@@ -428,13 +427,13 @@ def test_too_little_space_is_told_before_it_is_used(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(("batch_size", "pair_batch"), [(1, 1), (3, 5), (7, 100)])
-def test_the_batch_size_does_not_matter(batch_size: int, pair_batch: int) -> None:
+def test_the_batch_size_does_not_change_the_result(batch_size: int, pair_batch: int) -> None:
     models = {"toy": Toy(shift=1.5)}
     found = run(models, clips_of(NUMBERS, batch_size), batch_size=batch_size, pair_batch=pair_batch, rerank_k=3)
     assert without_times(found) == without_times(run(models, rerank_k=3))
 
 
-def test_the_order_of_the_clips_does_not_matter() -> None:
+def test_the_order_of_the_clips_does_not_change_the_result() -> None:
     class Turned:
         def __iter__(self) -> Iterator[ClipBatch]:
             for index in reversed(range(len(NUMBERS))):
@@ -449,20 +448,20 @@ def test_a_gallery_as_large_as_k_is_matched_in_full() -> None:
     assert without_times(run(models, rerank_k=7)) == without_times(run(models, rerank_k=128))
 
 
-def test_broken_videos_go_with_their_captions() -> None:
-    # Caption 2 has another video left; caption 1 has not. Video 2 is broken, and so is all of the second batch.
+def test_captions_of_broken_videos_are_left_out() -> None:
+    # Caption 2 has another readable video; caption 1 has none. Video 2 is broken, and so is all of the second batch.
     texts = texts_of([3, 7, 9, 13, 5], [[0], [2], [2, 4], [6], [5]])
     result = run({"toy": Toy()}, clips_of(NUMBERS, 2, broken=(2, 3)), texts=texts)
     assert result.skipped == (Skipped("video-2", "made to fail"), Skipped("video-3", "made to fail"))
     assert (result.videos, result.captions, result.captions_left_out) == (5, 4, 1)
     score = result.scores["toy"]
     assert score.vtc.text_to_video == RankStats(100.0, 100.0, 100.0, 1.0, 1.0, 4)
-    # Video 1 has no caption: it is a candidate, and asks for nothing.
+    # Video 1 has no caption: it is a candidate and not a query.
     assert score.vtc.video_to_text == RankStats(100.0, 100.0, 100.0, 1.0, 1.0, 4)
     assert result.token_bytes == 7 * FRAMES * 3 * 4
 
 
-def test_left_out_videos_change_nothing_for_the_others() -> None:
+def test_left_out_videos_do_not_change_the_ranks_of_others() -> None:
     few = [NUMBERS[index] for index in (0, 1, 3, 4, 6)]
     expected = run({"toy": Toy(2.0)}, clips_of(few), texts=texts_of(few, [[i] for i in range(5)]), videos=5, rerank_k=2)
     found = run({"toy": Toy(2.0)}, clips_of(NUMBERS, 2, broken=(2, 5)), rerank_k=2)
@@ -474,7 +473,7 @@ def test_strict_stops_at_the_first_broken_video() -> None:
         run({"toy": Toy()}, clips_of(NUMBERS, 2, broken=(2,)), strict=True)
 
 
-def test_nothing_readable_is_an_error() -> None:
+def test_no_readable_video_raises() -> None:
     with pytest.raises(DataError, match="none of the 7 videos of toys") as caught:
         run({"toy": Toy()}, clips_of(NUMBERS, 2, broken=range(7)))
     assert caught.value.hint == "The first: video-0: made to fail"
@@ -482,7 +481,7 @@ def test_nothing_readable_is_an_error() -> None:
         run({"toy": Toy()}, clips_of(NUMBERS, 2, broken=(0,)), texts=texts_of([3], [[0]]))
 
 
-def test_a_caption_of_an_unknown_video_is_an_error() -> None:
+def test_a_caption_of_an_unknown_video_raises() -> None:
     with pytest.raises(DataError, match="caption 1 of toys"):
         run({"toy": Toy()}, texts=texts_of([3, 4], [[0], [70]]))
 
@@ -493,14 +492,14 @@ def test_two_models_see_the_same_clips_and_are_compared() -> None:
     assert models["one"].seen == models["other"].seen
     assert result.vtc_agreement is not None
     assert result.matching_agreement is not None
-    # Shifted by far, one and the same video is the nearest to all texts, and one text to all videos.
+    # With a large shift, one video is the nearest to all texts, and one text to all videos.
     assert result.matching_agreement.text_to_video == pytest.approx(1 / 7)
     assert result.matching_agreement.video_to_text == pytest.approx(1 / 7)
     same = run({"one": Toy(), "other": Toy()})
     assert same.vtc_agreement == same.matching_agreement == Agreement(1.0, 1.0)
 
 
-def test_wrong_forms_are_told() -> None:
+def test_wrong_shapes_raise() -> None:
     class Changing(Toy):
         def encode_video(self, video: Tensor) -> Tensor:
             return super().encode_video(video)[:, : len(video)]
@@ -531,7 +530,7 @@ def test_values_have_to_be_finite() -> None:
         run({"toy": Toy(shift=float("nan"))})
 
 
-def test_running_out_of_memory_is_told() -> None:
+def test_running_out_of_memory_raises() -> None:
     class Greedy(Toy):
         def encode_video(self, video: Tensor) -> Tensor:
             raise torch.OutOfMemoryError("made to fail")
@@ -540,7 +539,7 @@ def test_running_out_of_memory_is_told() -> None:
         run({"toy": Greedy()})
 
 
-def test_wrong_use_is_told() -> None:
+def test_invalid_arguments_raise() -> None:
     with pytest.raises(UsageError):
         run({"toy": Toy()}, rerank_k=0)
     with pytest.raises(ValueError):

@@ -1,0 +1,94 @@
+"""Shared by retrieval and question answering: settings, the timed video encoder and unreadable videos."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from repshift_cli.errors import DataError, ModelError
+from repshift_cli.evaluation.common import Skipped
+from repshift_cli.measure.device import wait_for
+from repshift_cli.models.attention_mode import AttentionMode
+
+__all__ = ["TOKEN_DIMS", "VideoModel", "VideoSettings", "encode_timed", "nothing_readable", "prepare", "skipped_of"]
+
+TOKEN_DIMS = 3
+"""Dimensions of tokens and hidden states, `[B, N, D]`."""
+
+
+@dataclass(frozen=True)
+class VideoSettings:
+    """How an evaluation runs.
+
+    Attributes:
+        batch_size: videos, captions or questions per batch.
+        workers: processes for decoding; 0 decodes in this process.
+        strict: stop at the first video that is missing or unreadable, instead of leaving it out.
+        rerank_k: candidates of each query that are matched; None without re-ranking and for questions.
+        attention: kernel of the video encoder.
+    """
+
+    batch_size: int
+    device: torch.device
+    dtype: torch.dtype
+    workers: int = 0
+    strict: bool = False
+    rerank_k: int | None = None
+    attention: AttentionMode = "auto"
+
+
+class VideoModel(Protocol):
+    """A module with a video encoder; `to` and `eval` are those of `nn.Module`."""
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """`[B, T, 3, H, W]` to tokens `[B, N, D]`, with the same N for every video."""
+        ...
+
+    def to(self, *, device: torch.device, dtype: torch.dtype) -> object: ...
+
+    def eval(self) -> object: ...
+
+
+def prepare(models: Mapping[str, VideoModel], settings: VideoSettings) -> None:
+    """Set models to eval mode and move them to the device and dtype, in place."""
+    for model in models.values():
+        model.to(device=settings.device, dtype=settings.dtype)
+        model.eval()
+
+
+def encode_timed(name: str, model: VideoModel, video: Tensor, device: torch.device) -> tuple[Tensor, float]:
+    """Encode videos `[B, T, 3, H, W]`; returns tokens `[B, N, D]` and seconds.
+
+    Raises:
+        ModelError: the output has another shape.
+    """
+    wait_for(device)
+    started = time.perf_counter()
+    tokens = model.encode_video(video)
+    wait_for(device)
+    seconds = time.perf_counter() - started
+    if tokens.dim() != TOKEN_DIMS or len(tokens) != len(video):
+        raise ModelError(f"{name}: the tokens of videos {tuple(video.shape)} have shape {tuple(tokens.shape)}")
+    return tokens, seconds
+
+
+def skipped_of(broken: Iterable[tuple[int, str]], sample_id: Callable[[int], str], strict: bool) -> list[Skipped]:
+    """Unreadable videos or their questions, by name.
+
+    Raises:
+        DataError: there is one, and `strict` is set.
+    """
+    skipped = [Skipped(sample_id(index), reason) for index, reason in broken]
+    if strict and skipped:
+        raise DataError(f"{skipped[0].sample} cannot be read: {skipped[0].reason}")
+    return skipped
+
+
+def nothing_readable(problem: str, skipped: Sequence[Skipped]) -> DataError:
+    """The error of a dataset without a readable video, with the first reason as hint."""
+    return DataError(problem, f"The first: {skipped[0].sample}: {skipped[0].reason}" if skipped else None)
