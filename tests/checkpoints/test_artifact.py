@@ -364,7 +364,7 @@ class TestWriting:
         program = (
             "import resource, signal, sys\n"
             "from pathlib import Path\n"
-            "sys.path.insert(0, sys.argv[2])\n"
+            "sys.path[:0] = sys.argv[2:]\n"
             "from test_artifact import TestWriting\n"
             "from repshift_cli.errors import OutputError\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -375,7 +375,7 @@ class TestWriting:
             "    print(error)\n"
         )
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, "-c", program, str(small.parent), str(TESTS)]
+        command = [sys.executable, "-c", program, str(small.parent), str(TESTS), str(Path(__file__).parent)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
         assert done.returncode == 0, done.stderr
         assert "cannot write" in done.stdout

@@ -16,7 +16,7 @@ from repshift_cli.utils.distributed import Processes, launched_together, togethe
 WORKER = """
 import json, os, sys, time
 from pathlib import Path
-from repshift_cli.processes import Processes, together
+from repshift_cli.utils.distributed import Processes, together
 
 with together() as group:
     found = {

@@ -533,7 +533,7 @@ class TestArtifact:
         wanted, path = self.written("middle", tmp_path)
         torch.save(vim_images(tiny_vim(), 3), tmp_path / "images.pt")
         code = (
-            "import sys, torch; from repshift_cli import artifact; torch.set_num_threads(1);"
+            "import sys, torch; from repshift_cli.checkpoints import artifact; torch.set_num_threads(1);"
             "model, images = artifact.load(sys.argv[1]), torch.load(sys.argv[2]);"
             "torch.save(model(images).detach(), sys.argv[3])"
         )
