@@ -31,7 +31,7 @@ __all__ = [
 
 
 class AttentionKind(str, Enum):
-    """What `--attention` takes; see `backends.py`."""
+    """What `--attention` takes; see `models/attention_mode.py`."""
 
     AUTO = "auto"
     FLASH = "flash"

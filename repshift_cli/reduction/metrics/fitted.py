@@ -24,7 +24,7 @@ _FLOAT_BYTES = 4
 
 
 class Fitted(Metric):
-    """`w x_i`, with one weight for each channel of the stream, fitted on unlabelled images (see `fitting.py`).
+    """`w x_i`, with one weight for each channel of the stream, fitted on unlabelled images (see `calibration/fit.py`).
 
     Attributes:
         weights: little-endian float32 in base64, a string that recipes and plans can hold; None is open, and
