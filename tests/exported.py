@@ -17,7 +17,7 @@ from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.weights import Source
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.export.job import Exported, export
-from repshift_cli.export.request import Request, Target
+from repshift_cli.export.request import Request
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.checks import resolve_for, with_defaults
 from repshift_cli.reduction.compressed_model import attach
@@ -70,7 +70,7 @@ def inputs_for(opened: Opened, count: int = 3, seed: int = 0) -> Tensor:
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def export_to(opened: Opened, target: Target, output: Path, **options: Any) -> Exported:
+def export_to(opened: Opened, target: str, output: Path, **options: Any) -> Exported:
     """Export without a word."""
     return export(opened, Request(target, output, **options), Silent())
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from paths import ROOT
 from torch import Tensor
 
 from repshift_cli import load
-from repshift_cli.checkpoints import artifact
+from repshift_cli.checkpoints import artifact, exported
 from repshift_cli.checkpoints.exported import open_exported, run_file
 from repshift_cli.checkpoints.schema import ExportDocument
 from repshift_cli.errors import CheckFailed, RepshiftError, UsageError
-from repshift_cli.export import job, onnx_graph, verify
+from repshift_cli.export import verify
+from repshift_cli.export.formats import FORMATS, onnx_graph
 from repshift_cli.export.job import check
-from repshift_cli.export.program import trace_program
-from repshift_cli.export.request import TARGETS, Request, Subject, Target, default_output
+from repshift_cli.export.request import Request, Subject
+from repshift_cli.export.trace import trace_program
 from repshift_cli.reduction.metrics.fitted import Fitted
 from repshift_cli.utils.progress import Silent
 
@@ -63,12 +65,12 @@ def alone(entries: list[dict[str, str]], folder: Path) -> list[Tensor]:
     return [torch.load(entry["path"] + ".found") for entry in entries]
 
 
-def round_trip(cases: list[tuple[str, Target, torch.dtype]], folder: Path, **options: Any) -> None:
+def round_trip(cases: list[tuple[str, str, torch.dtype]], folder: Path, **options: Any) -> None:
     """Export each family in each way, run all files in one fresh process, and compare with torch here."""
     entries, wanted = [], []
     for family, target, dtype in cases:
         opened, name = open_family(family), f"{family}_{target}_{dtype}".replace("torch.", "")
-        path = folder / default_output(name, target).name
+        path = folder / FORMATS[target].default_output(name).name
         exported = export_to(opened, target, path, dtype=dtype, **options)
         verdict = exported.document.verified
         assert verdict is not None
@@ -110,7 +112,7 @@ def test_a_file_that_does_not_run_is_refused(monkeypatch: pytest.MonkeyPatch, tm
     def broken(*args: Any) -> Tensor:
         raise RuntimeError("index out of bounds\nframe #0")
 
-    monkeypatch.setattr(job, "run_file", lambda *args: broken)
+    monkeypatch.setattr(exported, "run_file", lambda *args: broken)
     broken.outputs = broken  # type: ignore[attr-defined]
     with pytest.raises(CheckFailed, match=r"vit.pt2 does not run with 1 inputs: index out of bounds\n") as caught:
         export_to(open_family("timm_vit"), "pt2", tmp_path / "vit.pt2")
@@ -274,7 +276,7 @@ class TestHub:
         export_to(open_family("timm_vit"), "hub", output, verify=False)
         export_to(open_family("timm_vit"), "hub", output, verify=False, force=True)
         (output / "thesis.tex").touch()
-        with pytest.raises(UsageError, match="holds more than what"):
+        with pytest.raises(UsageError, match="holds other files than an export"):
             export_to(open_family("timm_vit"), "hub", output, force=True)
         assert (output / "thesis.tex").exists()
 
@@ -312,7 +314,7 @@ class TestVerify:
                         attribute.i = 1 - attribute.i
                         return
 
-        assert "of the kept places are those of torch" in self.wrong(change, monkeypatch, tmp_path)
+        assert "of the kept positions are those of torch" in self.wrong(change, monkeypatch, tmp_path)
 
     def test_values_that_are_no_numbers(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         def change(model: ModelProto) -> None:
@@ -328,22 +330,23 @@ class TestVerify:
         subject = Subject.of(open_family("timm_vit"), request)
         nowhere = 99
 
-        def watch(images: Tensor) -> tuple[Tensor, ...]:
+        def run(images: Tensor, wrong: int = 0) -> tuple[Tensor, ...]:
             trace = subject.run(images)
             first = torch.full((len(images), 1), nowhere)
-            return (trace.output, *(torch.cat((first, places[:, 1:]), dim=1) for places in trace.kept.values()))
+            kept = (torch.cat((first, places[:, 1:]), dim=1) for places in trace.kept.values())
+            return (trace.output + wrong, trace.output, *kept)
 
-        right = verify.compare(subject, request, lambda images: watch(images)[0], watch, Silent())
+        right = verify.compare(subject, request, run, Silent())
         assert right.passed
         assert right.swapped == right.inputs
         with pytest.raises(CheckFailed, match="outputs differ from those of torch"):
-            verify.compare(subject, request, lambda images: watch(images)[0] + 1, watch, Silent())
+            verify.compare(subject, request, partial(run, wrong=1), Silent())
 
     def test_an_existing_file_stays_where_the_check_fails(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         (tmp_path / "vit.pt2").write_text("precious")
-        monkeypatch.setattr(job, "run_file", lambda path, kind, document: _Zeros())
+        monkeypatch.setattr(exported, "run_file", lambda path, kind, document: _Zeros())
         with pytest.raises(CheckFailed):
             export_to(open_family("timm_vit"), "pt2", tmp_path / "vit.pt2", force=True)
         assert (tmp_path / "vit.pt2").read_text() == "precious"
@@ -409,16 +412,16 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"target": "onnx", "opset": 17}, "opset 18 or later"),
-            ({"target": "onnx", "opset": 99}, "up to 23"),
-            ({"target": "onnx", "dtype": torch.bfloat16}, "no kernels"),
-            ({"target": "onnx", "device": torch.device("cuda")}, "of no device"),
+            ({"target": "onnx", "opset": 17}, "invalid --opset 17: must be from 18 to 23"),
+            ({"target": "onnx", "opset": 99}, "invalid --opset 99: must be from 18 to 23"),
+            ({"target": "onnx", "dtype": torch.bfloat16}, "unsupported --dtype bfloat16: allowed: float32, float16"),
+            ({"target": "onnx", "device": torch.device("cuda")}, "unsupported --device cuda: allowed: cpu"),
             ({"target": "pt2", "opset": 20}, "--opset is for --to onnx"),
             ({"target": "pt2", "tune": True}, "--tune is for --to aoti"),
             ({"target": "onnx", "tune": True}, "--tune is for --to aoti"),
             ({"target": "hub", "tune": True}, "--tune is for --to aoti"),
-            ({"target": "hub", "batch": 2}, "no batch size"),
-            ({"target": "hub", "device": torch.device("cuda")}, "of no device"),
+            ({"target": "hub", "batch": 2}, "--batch is for --to aoti, onnx, pt2"),
+            ({"target": "hub", "device": torch.device("cuda")}, "unsupported --device cuda: allowed: cpu"),
         ],
     )
     def test_what_cannot_be(self, options: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -427,21 +430,21 @@ class TestRefused:
             check(Request(output=tmp_path / f"x{suffix}", **options))
 
     @pytest.mark.parametrize("target", ["onnx", "pt2", "aoti"])
-    def test_a_name_that_would_not_be_known(self, target: Target, tmp_path: Path) -> None:
+    def test_a_name_that_would_not_be_known(self, target: str, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="has a name that ends with"):
             check(Request(target, tmp_path / "model.bin"))
 
-    @pytest.mark.parametrize("target", TARGETS)
-    def test_an_output_that_exists(self, target: Target, tmp_path: Path) -> None:
-        output = tmp_path / default_output("model", target).name
+    @pytest.mark.parametrize("target", FORMATS)
+    def test_an_output_that_exists(self, target: str, tmp_path: Path) -> None:
+        output = tmp_path / FORMATS[target].default_output("model").name
         output.mkdir() if target == "hub" else output.touch()
         with pytest.raises(UsageError, match="already exists"):
             check(Request(target, output))
 
-    @pytest.mark.parametrize("target", TARGETS)
-    def test_a_folder_that_is_missing(self, target: Target, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("target", FORMATS)
+    def test_a_folder_that_is_missing(self, target: str, tmp_path: Path) -> None:
         with pytest.raises(RepshiftError, match="does not exist"):
-            check(Request(target, tmp_path / "no" / default_output("model", target).name))
+            check(Request(target, tmp_path / "no" / FORMATS[target].default_output("model").name))
 
     def test_weights_too_large_for_onnx(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(onnx_graph, "_MOST_BYTES", 1000)
