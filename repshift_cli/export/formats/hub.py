@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from repshift_cli.checkpoints.schema import ExportDocument
     from repshift_cli.export.request import Request, Subject
-    from repshift_cli.planning.plan import Plan
     from repshift_cli.utils.progress import Progress
 
 __all__ = ["FORMAT"]
@@ -165,7 +164,9 @@ def _card(document: ExportDocument, in_timm: bool) -> str:
             f"This model drops unimportant tokens between some of its layers: {reduced}. The weights are those of the "
             f"dense model. Made by [repshift](https://arxiv.org/abs/2508.00367) {document.repshift_version}."
         )
-        parts.append(_plan_table(plan))
+        rows = [f"| {site.site} | {site.tokens_in} | {site.tokens_out} |" for site in plan.sites]
+        parts.append("\n".join(["| after | tokens in | tokens out |", "|---|--:|--:|", *rows]))
+        parts.append(f"Reducer: `{plan.reducer.kind}`.")
     if document.recipe:
         parts.append(f"The recipe, `{document.recipe.name}`:\n\n```yaml\n{document.recipe.text.strip()}\n```")
     if document.measured:
@@ -182,13 +183,6 @@ def _card(document: ExportDocument, in_timm: bool) -> str:
         + (f", SHA-256 `{document.source['sha256']}`." if document.source.get("sha256") else ".")
     )
     return "\n\n".join(parts) + "\n"
-
-
-def _plan_table(plan: Plan) -> str:
-    rows = [f"| {site.site} | {site.tokens_in} | {site.tokens_out} |" for site in plan.sites]
-    return "\n".join(["| after | tokens in | tokens out |", "|---|--:|--:|", *rows]) + (
-        f"\n\nReducer: `{plan.reducer.kind}`."
-    )
 
 
 def _measured_table(measured: Mapping[str, Any]) -> str:

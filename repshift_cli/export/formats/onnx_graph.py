@@ -94,6 +94,7 @@ def build_graph(program: ExportedProgram, opset: int, names: tuple[str, Sequence
     Raises:
         ModelError: an operation cannot be expressed in this opset, or the weights are too large for one file.
     """
+    import onnx
     import torch
 
     weights = sum(tensor.nbytes for tensor in (*program.state_dict.values(), *program.constants.values()))
@@ -125,7 +126,10 @@ def build_graph(program: ExportedProgram, opset: int, names: tuple[str, Sequence
         ) from error
     model: ModelProto = found.model_proto
     _clean(model)
-    _check_valid(model, opset)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ModelError(f"the graph is not valid in ONNX opset {opset}: {first_line(error)}", _OTHERWISE) from error
     return model
 
 
@@ -201,16 +205,6 @@ def _clean(model: ModelProto) -> None:
 def _dims(values: Any) -> Iterator[Any]:
     for value in values:
         yield from value.type.tensor_type.shape.dim
-
-
-def _check_valid(model: ModelProto, opset: int) -> None:
-    """Run the checker and the shape inference of ONNX."""
-    import onnx
-
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ModelError(f"the graph is not valid in ONNX opset {opset}: {first_line(error)}", _OTHERWISE) from error
 
 
 def _reason(error: Exception) -> str:
