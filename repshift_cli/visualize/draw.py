@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,87 +114,79 @@ def kept_clips_figure(
     shown = list(range(frames)) if frames <= _MOST_FRAMES else frame_indices(frames, _MOST_FRAMES)
     if len(shown) < frames:
         remark = f"{remark}; {len(shown)} of {frames} frames are shown".removeprefix("; ")
-    strips = _strips(clips, kept, patches, merged)
+    strips = [strip for clip in range(count) for strip in _strips(clips[clip], clip, kept, patches, merged)]
+    sites = len(kept) + 1
     headers = [
         f"{_shortened(Path(result.sample).name, _CLIP_LETTERS)}\nfeatures moved by {result.moved:.4f} (1 - cosine)"
         for result in results or ()
     ]
     unit = _FRAME_SIDE / max(height, width)
     lines = [[_Line(line) for line in header.splitlines()] for header in headers]
-    wide = max(len(shown) * (unit * width + _GAP), _text_width(lines))
-    wide += _text_width([caption for strip in strips for caption in strip.captions])
-    size = wide, _clips_height(count, len(strips), unit * height)
-    figure, panels = _page((count * len(strips), 1), size, title, remark)
-    for row, panel in enumerate(panels[:, 0]):
-        clip, number = divmod(row, len(strips))
-        _draw_strip(panel, strips[number], clip, shown, pitch=width + max(1, round(_GAP / unit)))
-        if number == 0 and headers:
-            panel.set_title(headers[clip], loc="left", size=_TEXT, color=_INK, parse_math=False)
+    wide = max(len(shown) * (unit * width + _GAP), _text_width(lines)) + _text_width([each.lines for each in strips])
+    size = wide, _clips_height(count, sites, unit * height)
+    figure, panels = _page((len(strips), 1), size, title, remark)
+    for row, (panel, strip) in enumerate(zip(panels[:, 0], strips, strict=True)):
+        _draw_strip(panel, strip, shown, pitch=width + max(1, round(_GAP / unit)))
+        if row % sites == 0 and headers:
+            panel.set_title(headers[row // sites], loc="left", size=_TEXT, color=_INK, parse_math=False)
     return figure
 
 
 @dataclass(frozen=True)
 class _Strip:
-    """One film strip for each clip.
+    """A film strip.
 
     Attributes:
-        frames: uint8 `[n, T, H, W, 3]`.
-        captions: lines beside each clip.
-        words: text below each frame of each clip.
-        grid, cells: the patches, and bool `[n, T, rows, columns]`, True where kept; None for the input.
+        frames: uint8 `[T, H, W, 3]`.
+        lines: text beside it.
+        words: text below each frame.
+        grid, cells: the patches, and bool `[T, rows, columns]`, True where kept; None for the input.
     """
 
     frames: np.ndarray
-    captions: list[list[_Line]]
-    words: list[list[str]]
+    lines: list[_Line]
+    words: list[str]
     grid: PatchGrid | None = None
     cells: np.ndarray | None = None
 
 
 def _strips(
-    clips: np.ndarray, kept: Mapping[int, np.ndarray], patches: Mapping[int, PatchGrid], merged: bool
-) -> list[_Strip]:
-    """The input, and the kept patches after each site."""
-    count, frames, height, width = clips.shape[:4]
+    frames: np.ndarray, clip: int, kept: Mapping[int, np.ndarray], patches: Mapping[int, PatchGrid], merged: bool
+) -> Iterator[_Strip]:
+    """The input of a clip, and its kept patches after each site."""
+    count, height, width = frames.shape[:3]
+    plural = "frame" if count == 1 else "frames"
+
+    def lines(name: str, *details: str) -> list[_Line]:
+        return [_Line(name, weight="bold"), *(_Line(detail, _PALE) for detail in details)]
+
     total = next(iter(patches.values())).patches
-    plural = "frame" if frames == 1 else "frames"
-    beside = [_Line("input", weight="bold"), _Line(f"{total} patches", _PALE), _Line(f"{frames} {plural}", _PALE)]
-    found = [_Strip(clips, [beside] * count, [[f"frame {frame}" for frame in range(frames)]] * count)]
-    for layer, rows in kept.items():
-        grid = patches[layer]
-        tall = clips.reshape(count, frames * height, width, 3)
-        faded = fade_dropped(tall, kept_masks(rows, grid, frames * height, width)).reshape(clips.shape)
-        cells = by_frame(kept_cells(rows, grid), grid)
-        counts = kept_per_frame(rows, grid)
-        left, of_all = rows.shape[1], grid.rows * grid.columns
-        count_text = f"merged into {left} of {grid.patches}" if merged else f"{left} of {grid.patches} kept"
-        captions = [
-            [
-                _Line(f"after block {layer}", weight="bold"),
-                _Line(count_text, _PALE),
-                _Line(f"in {np.count_nonzero(numbers)} of {frames} {plural}", _PALE),
-            ]
-            for numbers in counts
-        ]
-        words = [[f"{number} of {of_all}" for number in numbers] for numbers in counts]
-        found.append(_Strip(faded, captions, words, grid, cells))
-    return found
+    words = [f"frame {frame}" for frame in range(count)]
+    yield _Strip(frames, lines("input", f"{total} patches", f"{count} {plural}"), words)
+    for layer, all_rows in kept.items():
+        grid, rows = patches[layer], all_rows[[clip]]
+        stacked = frames.reshape(1, count * height, width, 3)
+        faded = fade_dropped(stacked, kept_masks(rows, grid, count * height, width)).reshape(frames.shape)
+        per_frame, left = kept_per_frame(rows, grid)[0], rows.shape[1]
+        tokens = f"merged into {left} of {grid.patches}" if merged else f"{left} of {grid.patches} kept"
+        details = lines(f"after block {layer}", tokens, f"in {np.count_nonzero(per_frame)} of {count} {plural}")
+        words = [f"{number} of {grid.rows * grid.columns}" for number in per_frame]
+        yield _Strip(faded, details, words, grid, by_frame(kept_cells(rows, grid), grid)[0])
 
 
-def _draw_strip(panel: Axes, strip: _Strip, clip: int, shown: Sequence[int], pitch: int) -> None:
+def _draw_strip(panel: Axes, strip: _Strip, shown: Sequence[int], pitch: int) -> None:
     """Draw the frames `shown` of a clip, `pitch` pixels apart."""
-    height, width = strip.frames.shape[2:4]
+    height, width = strip.frames.shape[1:3]
     film = np.full((height, pitch * (len(shown) - 1) + width, 3), 255, dtype=np.uint8)
     for place, frame in enumerate(shown):
-        film[:, place * pitch : place * pitch + width] = strip.frames[clip, frame]
+        film[:, place * pitch : place * pitch + width] = strip.frames[frame]
         if strip.grid is not None and strip.cells is not None:
-            _outline(panel, strip.cells[clip, frame], strip.grid, place * pitch)
+            _outline(panel, strip.cells[frame], strip.grid, place * pitch)
     panel.imshow(film, interpolation="nearest")
     panel.set_anchor("W")
-    middles = [place * pitch + (width - 1) / 2 for place in range(len(shown))]
-    words = [strip.words[clip][frame] for frame in shown]
-    panel.set_xticks(middles, words, size=_SMALL, color=_PALE, parse_math=False)
-    _write_beside(panel, strip.captions[clip])
+    centers = [place * pitch + (width - 1) / 2 for place in range(len(shown))]
+    panel.set_xticks(centers, [strip.words[frame] for frame in shown], size=_SMALL, color=_PALE, parse_math=False)
+    _write_beside(panel, strip.lines)
 
 
 def _clips_height(clips: int, strips: int, frame: float) -> float:
