@@ -30,7 +30,7 @@ from repshift_cli.checkpoints.exported import open_exported
 from repshift_cli.cli.ui import Screen
 from repshift_cli.compression.api import compress_dense
 from repshift_cli.export.job import export
-from repshift_cli.export.request import Request, Target
+from repshift_cli.export.request import Request
 from repshift_cli.measure.device import DTYPES
 from repshift_cli.utils.progress import Progress
 
@@ -43,7 +43,7 @@ class Way:
     """A format; its name is that of a folder."""
 
     name: str
-    target: Target
+    target: str
     opset: int | None = None
     tune: bool = False
 

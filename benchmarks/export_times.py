@@ -20,7 +20,7 @@ from _results import publish, table
 
 from repshift_cli.checkpoints.exported import Runtime, open_exported
 from repshift_cli.checkpoints.load import load_checkpoint
-from repshift_cli.export.request import TARGETS, Target, default_output
+from repshift_cli.export.formats import FORMATS
 from repshift_cli.measure.device import device_name
 
 MODEL, RECIPE = "deit_base_patch16_224", "deit_base_paper"
@@ -34,7 +34,7 @@ NOTE = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--targets", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--runs", type=int, default=100, help="of each file")
     parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     options = parser.parse_args()
@@ -47,8 +47,8 @@ def main() -> None:
     publish("export_times", "Time of an export: DeiT-B", machine, body, dry_run=options.dry_run)
 
 
-def row(target: Target, folder: Path, runs: int) -> list[str]:
-    output = folder / default_output("deit", target)
+def row(target: str, folder: Path, runs: int) -> list[str]:
+    output = folder / FORMATS[target].default_output("deit")
     seconds = export(target, output)
     if target == "hub":
         size = sum(file.stat().st_size for file in output.iterdir())
@@ -57,7 +57,7 @@ def row(target: Target, folder: Path, runs: int) -> list[str]:
     return [target, f"{seconds:.1f}", f"{output.stat().st_size / 1e6:.0f}", str(runs), str(equal), f"{apart:.1g}"]
 
 
-def export(target: Target, output: Path) -> float:
+def export(target: str, output: Path) -> float:
     """Seconds that the command takes."""
     begin = time.perf_counter()
     subprocess.run(  # noqa: S603 (the command is written here)

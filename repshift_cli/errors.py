@@ -12,6 +12,7 @@ __all__ = [
     "RepshiftError",
     "UsageError",
     "first_line",
+    "last_line",
 ]
 
 
@@ -77,3 +78,8 @@ class OutputError(RepshiftError):
 def first_line(error: BaseException) -> str:
     """The first line of what a library says, which may go on for pages; its kind where it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error message; compilers print their summary there."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

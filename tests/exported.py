@@ -17,7 +17,7 @@ from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.weights import Source
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.export.job import Exported, export
-from repshift_cli.export.request import Request, Target
+from repshift_cli.export.request import Request
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.checks import resolve_for, with_defaults
 from repshift_cli.reduction.compressed_model import attach
@@ -34,7 +34,7 @@ _SIDE = 48
 
 
 def stored(version: int) -> Path:
-    """The checkpoint of a format version, as it was written when that version came."""
+    """The stored checkpoint of a format version."""
     return VECTORS / f"artifact_v{version}.safetensors"
 
 
@@ -54,7 +54,7 @@ def _cnn() -> Opened:
 
 
 def reduced_vit(reducer: str = "{kind: prune}", metric: str = "{kind: token_norm}") -> Opened:
-    """The tiny ViT, reduced in another way."""
+    """The tiny ViT with another reducer or metric."""
     opened = open_family("timm_vit")
     assert opened.compressed is not None
     model = opened.compressed.detach()
@@ -65,13 +65,13 @@ def reduced_vit(reducer: str = "{kind: prune}", metric: str = "{kind: token_norm
 
 
 def inputs_for(opened: Opened, count: int = 3, seed: int = 0) -> Tensor:
-    """Noise of the form that the model takes."""
+    """Random inputs of the shape of the model."""
     shape = opened.loaded.description.preprocessing.shape
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def export_to(opened: Opened, target: Target, output: Path, **options: Any) -> Exported:
-    """Export without a word."""
+def export_to(opened: Opened, target: str, output: Path, **options: Any) -> Exported:
+    """Export without progress output."""
     return export(opened, Request(target, output, **options), Silent())
 
 

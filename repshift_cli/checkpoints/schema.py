@@ -111,7 +111,7 @@ class ExportDocument(_Part):
     """
 
     export_version: PositiveInt
-    kind: Literal["onnx", "pt2", "aoti", "hub"]
+    kind: str
     repshift_version: str
     created: str
     versions: dict[str, str]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from repshift_cli.compression.measured import CompressReport
     from repshift_cli.evaluation.classification.result import Evaluation, Score
     from repshift_cli.utils.progress import Progress
-    from repshift_cli.visualize.view import View
+    from repshift_cli.visualize.view import Visualization
 
 __all__ = ["command"]
 
@@ -120,7 +120,7 @@ class _Results:
     compressed: CompressReport
     evaluation: Evaluation
     timing: BenchReport
-    view: View
+    view: Visualization
 
 
 class _Run:
@@ -192,15 +192,15 @@ class _Run:
             bench.show(report, named)
         return report
 
-    def visualize(self, opened: Opened) -> View:
-        from repshift_cli.visualize.view import view_kept
+    def visualize(self, opened: Opened) -> Visualization:
+        from repshift_cli.visualize.view import visualize as visualize_model
 
         self._announce(
             4,
             "Look: which patches are kept",
             ("visualize", self.files.model, "--output", self.files.picture),
         )
-        view = view_kept(opened, _DATA, _PICTURES)
+        view = visualize_model(opened, _DATA, _PICTURES)
         visualize.write(view, self.files.picture, None, self.force)
         if not self.quiet:
             visualize.show(view, self.files.picture, None)

@@ -1,4 +1,4 @@
-"""`repshift export`: a model as a file that runs where models are served, checked against torch."""
+"""`repshift export`: a model as a file that runs without repshift, verified against torch."""
 
 from __future__ import annotations
 
@@ -11,65 +11,59 @@ import typer
 
 from repshift_cli.cli import options
 from repshift_cli.errors import UsageError
+from repshift_cli.export.formats import FORMATS
 
 if TYPE_CHECKING:
     from repshift_cli.export.job import Exported
 
 __all__ = ["Target", "check_all", "command", "export_all", "show"]
 
+Target = Enum("Target", {name: name for name in FORMATS}, type=str)  # type: ignore[misc]
+"""Values of an option that names a format."""
+
 _DYNAMIC = "dynamic"
 
 
-class Target(str, Enum):
-    """What `--to` takes."""
-
-    ONNX = "onnx"
-    PT2 = "pt2"
-    AOTI = "aoti"
-    HUB = "hub"
-
-
 def command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A compressed checkpoint; or a dense one, as it is or with --recipe.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A compressed checkpoint, or a dense model.")],
     *,
     to: Annotated[
         Target,
-        typer.Option(
-            "--to",
-            help="onnx; pt2: a program of torch.export; aoti: compiled by AOTInductor; hub: a folder for timm and the "
-            "hub.",
-        ),
+        typer.Option("--to", help="; ".join(f"{name}: {known.description}" for name, known in FORMATS.items())),
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="File or folder.", show_default="<model>.onnx, .pt2, _aoti.pt2 or _hub"),
+        typer.Option(
+            "--output",
+            "-o",
+            help="File or folder.",
+            show_default=f"<model> and {', '.join(known.suffix for known in FORMATS.values())}",
+        ),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="Compress a dense model by this recipe first, uncalibrated.")
+        str | None, typer.Option("--recipe", "-r", help="Compress a dense model first, without calibration.")
     ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Export the dense model of a compressed one.")] = False,
-    batch: Annotated[
-        str, typer.Option("--batch", metavar="N|dynamic", help="Inputs at a time: any number, or N.")
-    ] = _DYNAMIC,
+    batch: Annotated[str, typer.Option("--batch", metavar="N|dynamic", help="Batch size: any, or N.")] = _DYNAMIC,
     dtype: Annotated[
         str | None,
         typer.Option(
-            "--dtype", help="float32 (default), float16 or bfloat16; for hub that of the file.", show_default=False
+            "--dtype",
+            help="float32 (default), float16 or bfloat16; for hub the default is that of the file.",
+            show_default=False,
         ),
     ] = None,
     opset: Annotated[
         int | None,
-        typer.Option("--opset", help="Of ONNX, 18 to 23 (default: 20); 23 has attention as one operator."),
+        typer.Option("--opset", help="ONNX opset, 18 to 23 (default: 20); 23 has attention as one operator."),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda; what a package is compiled for.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda; a package is compiled for it.")] = "cpu",
     tune: Annotated[
         bool,
-        typer.Option("--tune", help="aoti: time several kernels for each product on this machine, take the fastest."),
+        typer.Option("--tune", help="aoti: time several kernels for each product on this machine and use the fastest."),
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare what was written with the model in torch.")
+        bool, typer.Option("--verify/--no-verify", help="Compare the export with the model in torch.")
     ] = True,
     model_name: options.ModelName = None,
     heads: options.Heads = None,
@@ -80,17 +74,17 @@ def command(
     json: options.AsJson = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
 ) -> None:
-    """Write a model as ONNX, torch.export program, compiled package or hub folder that runs without repshift."""
+    """Export a model to ONNX, torch.export, a compiled package or a hub folder, to run without repshift."""
     size = _parse_batch(batch)
     from repshift_cli.checkpoints.identify import Clips
     from repshift_cli.cli import ui
     from repshift_cli.export.job import check, export, open_for_export
-    from repshift_cli.export.request import Request, default_output
+    from repshift_cli.export.request import Request
     from repshift_cli.measure.device import num_threads, resolve_device, resolve_dtype
 
     request = Request(
         target=to.value,
-        output=output or default_output(model, to.value),
+        output=output or FORMATS[to.value].default_output(model),
         dense=dense,
         batch=size,
         dtype=None if dtype is None else resolve_dtype(dtype),
@@ -115,7 +109,7 @@ def command(
 
 
 def check_all(checkpoint: Path, targets: Sequence[Target], force: bool) -> None:
-    """Refuse exports of a checkpoint that could not be written; errors as `exporting.check`."""
+    """Check the exports of a checkpoint before it is written; errors as `job.check`."""
     from repshift_cli.export.job import check
 
     for request in _requests(checkpoint, targets, force):
@@ -123,7 +117,7 @@ def check_all(checkpoint: Path, targets: Sequence[Target], force: bool) -> None:
 
 
 def export_all(checkpoint: Path, targets: Sequence[Target], force: bool) -> list[Exported]:
-    """Export a checkpoint that was just written, beside itself; errors as `exporting.export`."""
+    """Export a checkpoint into its own folder; errors as `job.export`."""
     from repshift_cli.cli import ui
     from repshift_cli.export.job import export, open_for_export
 
@@ -135,29 +129,27 @@ def export_all(checkpoint: Path, targets: Sequence[Target], force: bool) -> list
 
 
 def _requests(checkpoint: Path, targets: Sequence[Target], force: bool) -> list[Any]:
-    from repshift_cli.export.request import Request, default_output
+    from repshift_cli.export.request import Request
 
     return [
-        Request(target.value, checkpoint.parent / default_output(checkpoint.name, target.value), force=force)
+        Request(target.value, checkpoint.parent / FORMATS[target.value].default_output(checkpoint.name), force=force)
         for target in dict.fromkeys(targets)
     ]
 
 
 def _parse_batch(text: str) -> int | None:
-    """A number of inputs, None for any.
-
-    Raises:
-        UsageError: it is neither.
-    """
+    """A batch size, None for any; raises UsageError for other values."""
     if text == _DYNAMIC:
         return None
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise UsageError(f"--batch: {text!r} is neither dynamic nor a number from 1 on", "For example: --batch 8.")
+        raise UsageError(
+            f"invalid --batch {text}: must be dynamic or a number of at least 1", "For example: --batch 8."
+        )
     return int(text)
 
 
 def show(exported: Exported) -> None:
-    """Print what was written, for people."""
+    """Print the result as text."""
     from repshift_cli.cli import ui
 
     document = exported.document
@@ -170,17 +162,14 @@ def show(exported: Exported) -> None:
         most = sorted(exported.operators.items(), key=lambda item: -item[1])
         ui.print_text(f"graph    opset {document.opset}: {', '.join(f'{count} {name}' for name, count in most)}")
     if document.verified is None:
-        ui.print_text("checked  no: --no-verify was given")
+        ui.print_text("verified no: --no-verify was given")
     else:
         verdict = document.verified
-        told = [f"largest difference {verdict.max_difference:.2g} (allowed {verdict.tolerance:g})"]
+        parts = [f"largest difference {verdict.max_difference:.2g} (allowed {verdict.tolerance:g})"]
         if verdict.kept_equal is not None:
-            told.append(f"kept places equal {verdict.kept_equal:.2%}")
+            parts.append(f"kept positions equal {verdict.kept_equal:.2%}")
         if verdict.top1 is not None:
-            told.append(f"same class {verdict.top1:.1%}")
-        ui.print_text(f"checked  {', '.join(told)}; {verdict.inputs} inputs in batches of {_listed(verdict.batches)}")
+            parts.append(f"same class {verdict.top1:.1%}")
+        batches = ", ".join(map(str, verdict.batches))
+        ui.print_text(f"verified {', '.join(parts)}; {verdict.inputs} inputs in batches of {batches}")
     ui.print_text(f"wrote    {exported.output} ({exported.bytes / 1e6:.1f} MB)")
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))

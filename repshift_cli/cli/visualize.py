@@ -1,4 +1,4 @@
-"""`repshift visualize`: a picture of the tokens that a compressed model keeps, and their indices."""
+"""`repshift visualize`: an image of the tokens that a compressed model keeps, and their indices."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from repshift_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import Opened
-    from repshift_cli.visualize.view import View
+    from repshift_cli.visualize.view import Visualization
 
 __all__ = ["command", "document", "show"]
 
 _SCENES, _CLIP_SCENES = "builtin:digits", "builtin:shapes"
-_PICTURES, _CLIPS = 6, 3  # a clip takes several times the room of a picture
+_IMAGES, _CLIPS = 6, 3  # a clip takes the space of several images
 
 
 def command(
@@ -29,18 +29,18 @@ def command(
         typer.Option(
             "--data",
             metavar="FOLDER",
-            help="A folder with pictures (or videos), or a dataset. Default: built-in scenes, for a built-in model.",
+            help="A folder of images or videos, or a dataset. Default for a built-in model: built-in scenes.",
             show_default=False,
         ),
     ] = None,
     count: Annotated[
         int | None,
         typer.Option(
-            "--count", min=1, max=64, help="How many pictures or clips.", show_default=f"{_PICTURES}, or {_CLIPS} clips"
+            "--count", min=1, max=64, help="Number of images or clips.", show_default=f"{_IMAGES}, or {_CLIPS} clips"
         ),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="The picture (.png, .svg or .pdf).")
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Image file (.png, .svg or .pdf).")
     ] = Path("kept.png"),
     indices: Annotated[
         Path | None, typer.Option("--indices", metavar="FILE", help="Write the kept indices to this file, as JSON.")
@@ -52,15 +52,18 @@ def command(
     force: options.Force = False,
     json: options.AsJson = False,
 ) -> None:
-    """Show which patches of some pictures or clips a compressed model keeps, site by site."""
-    _check_outputs(output, indices, force)
+    """Show which patches of some images or clips a compressed model keeps after each site."""
+    from repshift_cli.utils.files import check_outputs
+
+    check_picture_format("--output", output)
+    check_outputs({"--output": output, "--indices": indices}, force)
 
     from repshift_cli.checkpoints.artifact import open_model
     from repshift_cli.cli import ui
     from repshift_cli.measure.device import resolve_device
-    from repshift_cli.visualize.view import view_kept
+    from repshift_cli.visualize.view import visualize
 
-    where = resolve_device(device)
+    target = resolve_device(device)
     opened = open_model(model, heads=heads, img_size=img_size)
     if opened.compressed is None:
         raise UsageError(
@@ -69,89 +72,75 @@ def command(
         )
     of_clips = opened.loaded.description.preprocessing.frames is not None
     samples = data or _default_data(opened, model, of_clips)
-    opened.module.to(where)
+    opened.module.to(target)
     for note in opened.loaded.notes:
         ui.remark(note)
-    view = view_kept(opened, samples, count or (_CLIPS if of_clips else _PICTURES), seed)
-    for reason in view.samples.skipped:
-        ui.warn(f"left out: {reason}")
-    write(view, output, indices, force)
+    shown = visualize(opened, samples, count or (_CLIPS if of_clips else _IMAGES), seed)
+    for reason in shown.samples.skipped:
+        ui.warn(f"skipped: {reason}")
+    write(shown, output, indices, force)
     if json:
-        ui.print_json(document(view, model, output, indices))
+        ui.print_json(document(shown, model, output, indices))
     else:
-        show(view, output, indices)
+        show(shown, output, indices)
 
 
-def write(view: View, output: Path, indices: Path | None, force: bool) -> None:
-    """Write the picture and, where asked for, the indices; errors as `files.atomic_output`."""
+def write(shown: Visualization, output: Path, indices: Path | None, force: bool) -> None:
+    """Write the image and, if given, the indices; errors as `files.atomic_output`."""
     import json
 
     from repshift_cli.utils.files import write_text
     from repshift_cli.visualize.draw import save_figure
 
-    save_figure(view.figure(), output, force)
+    save_figure(shown.figure(), output, force)
     if indices is not None:
-        write_text(indices, json.dumps(view.indices()) + "\n", force)
+        write_text(indices, json.dumps(shown.document()) + "\n", force)
 
 
-def show(view: View, output: Path, indices: Path | None) -> None:
-    """Print for people what was written, in 80 columns."""
+def show(shown: Visualization, output: Path, indices: Path | None) -> None:
+    """Print the result as text."""
     from repshift_cli.cli import ui
 
-    shown = len(view.readings)
-    counts = ((rows.shape[1], view.patches[layer].patches, layer) for layer, rows in view.kept.items())
+    samples = len(shown.results)
+    counts = ((rows.shape[1], shown.patches[layer].patches, layer) for layer, rows in shown.kept.items())
     stages = ", ".join(f"{kept} of {total} after block {layer}" for kept, total, layer in counts)
-    ui.print_text(f"merged  into {stages}" if view.merged else f"kept    {stages}")
-    if view.of_clips:
-        moved = [reading.moved for reading in view.readings]
-        mean = sum(moved) / shown
-        ui.print_text(f"moved   features by {mean:.4f} on average, {max(moved):.4f} at most (1 - cosine)")
-    if view.unchanged is not None:
-        ui.print_text(f"classes {view.unchanged} of {shown} predictions are the same as the dense model's")
-    ui.print_text(f"wrote   {output} ({view.samples.description})")
+    ui.print_text(f"merged  into {stages}" if shown.merged else f"kept    {stages}")
+    if shown.of_clips:
+        moved = [result.moved for result in shown.results]
+        ui.print_text(
+            f"moved   features by {sum(moved) / samples:.4f} on average, {max(moved):.4f} at most (1 - cosine)"
+        )
+    if shown.unchanged is not None:
+        ui.print_text(f"classes {shown.unchanged} of {samples} predictions agree with the dense model")
+    ui.print_text(f"wrote   {output} ({shown.samples.description})")
     if indices is not None:
-        ui.print_text(f"wrote   {indices} (indices of the {'merged' if view.merged else 'kept'} patches)")
+        ui.print_text(f"wrote   {indices} (indices of the {'merged' if shown.merged else 'kept'} patches)")
 
 
-def document(view: View, model: str, output: Path, indices: Path | None) -> dict[str, Any]:
-    """The JSON document of the command: what was seen, without the lists of indices."""
-    known = view.indices()
+def document(shown: Visualization, model: str, output: Path, indices: Path | None) -> dict[str, Any]:
+    """The JSON document of the command, without the kept positions."""
+    found = shown.document()
+    key = "clips" if shown.of_clips else "images"
+    samples = [{name: entry[name] for name in entry if name not in ("kept", "per_frame")} for entry in found.pop(key)]
     return {
         "model": model,
         "output": str(output),
         "indices": None if indices is None else str(indices),
-        "data": view.samples.description,
-        "skipped": list(view.samples.skipped),
-        **{key: known[key] for key in ("grid", "patch", "layers", "tokens") if key in known},
-        **({} if view.of_clips else {"unchanged": view.unchanged}),
-        **view.samples_to_dict(),
+        "data": shown.samples.description,
+        "skipped": list(shown.samples.skipped),
+        **found,
+        **({} if shown.of_clips else {"unchanged": shown.unchanged}),
+        key: samples,
     }
 
 
-def _check_outputs(output: Path, indices: Path | None, force: bool) -> None:
-    """Refuse what could not be written, before any work is done for it.
-
-    Raises:
-        UsageError, OutputError: as `files.check_output`; or the ending of the picture is none that can be drawn, or
-            both go to the same file.
-    """
-    from repshift_cli.utils.files import check_outputs
-
-    check_picture_format("--output", output)
-    check_outputs({"--output": output, "--indices": indices}, force)
-
-
 def _default_data(opened: Opened, model: str, of_clips: bool) -> str:
-    """The scenes that a built-in model was made for.
-
-    Raises:
-        UsageError: it is another model.
-    """
+    """The scenes that a built-in model was trained on; raises UsageError for other models."""
     from repshift_cli.checkpoints.load import BUILTIN
 
-    scenes, what = (_CLIP_SCENES, "videos") if of_clips else (_SCENES, "pictures")
+    scenes, what = (_CLIP_SCENES, "videos") if of_clips else (_SCENES, "images")
     if f"builtin:{opened.loaded.description.name}" in BUILTIN:
         return scenes
     raise UsageError(
-        f"no {what} were named for {model}", f"Add --data FOLDER (or --data {scenes} for built-in scenes)."
+        f"no {what} were given for {model}", f"Add --data FOLDER (or --data {scenes} for built-in scenes)."
     )

@@ -1,1 +1,1 @@
-"""Export a model to a file that runs without repshift. One file per format."""
+"""Export a model to a file that runs without repshift. Each file in `formats/` is one format."""

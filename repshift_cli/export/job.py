@@ -1,46 +1,38 @@
-"""The job: write, check, stamp, and only then let the file stand under its name."""
+"""Write an export to a temporary path, verify it, and move it to its output."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.artifact import Opened
-from repshift_cli.checkpoints.exported import require, run_file
+from repshift_cli.checkpoints.exported import require
 from repshift_cli.checkpoints.identify import Clips
 from repshift_cli.checkpoints.schema import ExportDocument
 from repshift_cli.compression.api import compress_dense
 from repshift_cli.errors import OutputError, UsageError
-from repshift_cli.export import hub, onnx_graph, verify
-from repshift_cli.export.package import compile_package, set_document, write_program
-from repshift_cli.export.program import trace_program
-from repshift_cli.export.request import Request, Subject, check_suffix
+from repshift_cli.export import verify
+from repshift_cli.export.formats import FORMATS
+from repshift_cli.export.request import Request, Subject
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.utils.files import atomic_output, check_output
 from repshift_cli.utils.progress import Progress
 
 __all__ = ["Exported", "check", "export", "open_for_export"]
 
-_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_OPTIONS = ("batch", "opset", "tune")
+"""Options that only some formats support."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
-
-    Attributes:
-        operators: of an ONNX graph, how often each stands in it.
-    """
+    """A written export; `operators` counts those of an ONNX graph by name."""
 
     output: Path
     document: ExportDocument
@@ -49,13 +41,12 @@ class Exported:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document of `repshift export`."""
-        told = self.document.model_dump(mode="json", include={"kind", "opset", "tuned", "device", "verified"})
-        ports = self.document.model_dump(mode="json", include={"input", "output"})
+        document = self.document.model_dump(mode="json")
         return {
             "output": str(self.output),
             "bytes": self.bytes,
-            **told,
-            "ports": ports,
+            **{key: document[key] for key in ("kind", "opset", "tuned", "device", "verified")},
+            "ports": {key: document[key] for key in ("input", "output")},
             "compressed": self.document.plan is not None,
             "gmacs": self.document.macs / 1e9,
             "dense_gmacs": self.document.dense_macs / 1e9,
@@ -64,34 +55,38 @@ class Exported:
 
 
 def check(request: Request) -> None:
-    """Refuse what cannot be, before a model is loaded.
+    """Check a request before the model is loaded.
 
     Raises:
-        UsageError, OutputError: as `files.check_output`; a package is missing, the opset cannot be, or two options do
-            not go together.
+        UsageError, OutputError: as `files.check_output`; the format does not support an option, or needs a package that
+            is not installed.
     """
-    if request.opset is not None and request.target != "onnx":
-        raise UsageError(f"--opset is for --to onnx, not for --to {request.target}", "Leave it out.")
-    if request.tune and request.target != "aoti":
-        raise UsageError(
-            f"--tune is for --to aoti, not for --to {request.target}, which is not compiled", "Leave it out."
-        )
-    if request.target == "onnx":
-        onnx_graph.check_opset(request.opset)
-        for package in _ONNX_PACKAGES:
-            require(package)
-        if request.dtype is torch.bfloat16:
+    wanted = FORMATS[request.target]
+    for option in _OPTIONS:
+        if getattr(request, option) not in (None, False) and option not in wanted.options:
+            allowed = ", ".join(known.name for known in FORMATS.values() if option in known.options)
+            raise UsageError(f"--{option} is for --to {allowed}, not for --to {wanted.name}", "Leave it out.")
+    dtype = str(request.dtype).removeprefix("torch.")
+    for option, value, allowed_values in (
+        ("dtype", None if request.dtype is None else dtype, wanted.dtypes),
+        ("device", request.device.type, wanted.devices),
+    ):
+        if value is not None and value not in allowed_values:
             raise UsageError(
-                "--dtype bfloat16: ONNX Runtime has no kernels for it on the CPU, so the file could not be checked",
-                "Use float32 or float16.",
+                f"--to {wanted.name}: unsupported --{option} {value}: allowed: {', '.join(allowed_values)}"
             )
-        if request.device.type != "cpu":
-            raise UsageError(f"--device {request.device}: an ONNX graph is of no device", "Leave --device out.")
-    if request.target == "hub":
-        _check_hub(request)
-    else:
-        check_suffix(request)
-        check_output(request.output, request.force)
+    for package in wanted.packages:
+        require(package)
+    wanted.check(request)
+    if wanted.is_folder:
+        return
+    suffix = Path(f"model{wanted.suffix}").suffix
+    if request.output.suffix != suffix:
+        raise UsageError(
+            f"-o {request.output}: a file of --to {wanted.name} has a name that ends with {suffix}",
+            f"For example -o {request.output.with_suffix(suffix).name}.",
+        )
+    check_output(request.output, request.force)
 
 
 def open_for_export(
@@ -104,7 +99,7 @@ def open_for_export(
     clips: Clips | None = None,
     progress: Progress,
 ) -> Opened:
-    """A compressed or dense model; with a recipe a dense one that follows it, uncalibrated. Errors as its parts."""
+    """Open a model; with a recipe, compress a dense one without calibration. Errors as `open_model`, `compress`."""
     if recipe is None:
         return artifact.open_model(name, model_name, heads, img_size, clips=clips)
     opened = compress_dense(name, recipe, model_name, heads, img_size, clips=clips, progress=progress)
@@ -115,144 +110,44 @@ def open_for_export(
 
 
 def export(opened: Opened, request: Request, progress: Progress) -> Exported:
-    """Write a model in a format that runs without repshift, checked against the model in torch.
+    """Write a model in a format that runs without repshift, and verify it against the model in torch.
 
     Args:
-        opened: the model; it is moved to the device and dtype of the request, and stays there.
+        opened: the model; it is moved to the device and dtype of the request.
 
     Raises:
-        CheckFailed: the file does not do what the model does, or is not what it is meant to be; nothing is left.
+        CheckFailed: the export does not compute what the model does, or is not a valid graph; no output is left.
         ModelError: the model cannot be traced or compiled.
         UsageError, OutputError: as `check`.
     """
     check(request)
-    subject = Subject.of(opened, request)
-    if request.target == "hub":
-        return _export_folder(subject, request, progress)
-    write = {"onnx": _write_onnx, "pt2": _write_program, "aoti": _write_package}[request.target]
-    output = request.output
-    # runtimes go by the ending of a name, which the temporary file of an atomic write has not
+    subject, output, wanted = Subject.of(opened, request), request.output, FORMATS[request.target]
+    with _atomic_folder(output) if wanted.is_folder else _atomic_file(output, request.force) as path:
+        draft = wanted.write(subject, request, path, progress)
+        document = draft.document
+        if request.verify:
+            verdict = verify.compare(subject, request, draft.reopen(), progress)
+            document = document.model_copy(update={"verified": verdict})
+        draft.save(document)
+    size = sum(file.stat().st_size for file in (output.iterdir() if wanted.is_folder else [output]))
+    return Exported(output, document, size, draft.operators)
+
+
+@contextmanager
+def _atomic_file(output: Path, force: bool) -> Iterator[Path]:
+    """As `atomic_output`, with a temporary path of the same suffix, which runtimes need."""
     with (
-        atomic_output(output, request.force) as temporary,
+        atomic_output(output, force) as temporary,
         tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.") as folder,
     ):
         path = Path(folder) / f"model{output.suffix}"
-        document, operators = write(subject, request, path, progress)
+        yield path
         path.replace(temporary)
-    return Exported(request.output, document, request.output.stat().st_size, operators)
-
-
-def _write_onnx(
-    subject: Subject, request: Request, path: Path, progress: Progress
-) -> tuple[ExportDocument, dict[str, int] | None]:
-    import onnx
-
-    opset = onnx_graph.check_opset(request.opset)
-    progress.note("tracing")
-    program = trace_program(subject, request, watched=True)
-    wanted = subject.run(subject.examples(request))
-    places = [f"kept_{layer}" for layer in wanted.kept]
-    document = subject.document(request, wanted.output, opset)
-    progress.note(f"writing ONNX of opset {opset}")
-    whole = onnx_graph.build_graph(program, opset, (subject.input_name, [subject.output_name, *places]))
-    model = onnx_graph.without_outputs(whole, places)
-    operators = onnx_graph.check_graph(model)
-    onnx_graph.set_document(model, document)
-    onnx.save(model, str(path))
-    if request.verify:
-        watched = path.with_stem("watched")
-        onnx.save(whole, str(watched))
-        run, watch = run_file(path, "onnx", document), run_file(watched, "onnx", document)
-        verdict = verify.compare(subject, request, run, watch.outputs, progress)
-        document = document.model_copy(update={"verified": verdict})
-        onnx_graph.set_document(model, document)
-        onnx.save(model, str(path))
-    return document, operators
-
-
-def _write_program(
-    subject: Subject, request: Request, path: Path, progress: Progress
-) -> tuple[ExportDocument, dict[str, int] | None]:
-    progress.note("tracing")
-    program = trace_program(subject, request, watched=False)
-    document = subject.document(request, subject.run(subject.examples(request)).output)
-    write_program(program, path, document)
-    if request.verify:
-        watched = path.with_stem("watched")
-        write_program(trace_program(subject, request, watched=True), watched, document)
-        run, watch = run_file(path, "pt2", document), run_file(watched, "pt2", document)
-        verdict = verify.compare(subject, request, run, watch.outputs, progress)
-        document = document.model_copy(update={"verified": verdict})
-        write_program(program, path, document)
-    return document, None
-
-
-def _write_package(
-    subject: Subject, request: Request, path: Path, progress: Progress
-) -> tuple[ExportDocument, dict[str, int] | None]:
-    progress.note("tracing")
-    program = trace_program(subject, request, watched=False)
-    document = subject.document(request, subject.run(subject.examples(request)).output)
-    progress.note(f"compiling{' and timing kernels' if request.tune else ''}, which takes a minute or more")
-    compile_package(program, path, request.device, tune=request.tune)
-    if request.verify:
-        # To compile it once more with the places as outputs would take twice as long. They are those of the program
-        # that was compiled; the compiled code is compared by what it returns.
-        watched = trace_program(subject, request, watched=True).module()
-        run = run_file(path, "aoti", document)
-        verdict = verify.compare(subject, request, run, watched, progress)
-        document = document.model_copy(update={"verified": verdict})
-    set_document(path, document)
-    return document, None
-
-
-def _export_folder(subject: Subject, request: Request, progress: Progress) -> Exported:
-    loaded = subject.opened.loaded
-    document = subject.document(request, subject.run(subject.examples(request)).output)
-    with _atomic_folder(request.output) as folder:
-        hub.write_weights(folder, subject, request)
-        hub.write_config(folder, subject, document)
-        in_timm = hub.known_to_timm(folder)
-        if request.verify:
-            again = Subject.of(hub.reload(folder), request)
-            watch = partial(_traced, again)
-            verdict = verify.compare(subject, request, lambda images: again.run(images).output, watch, progress)
-            if in_timm:
-                with Subject(subject.opened, dense=True).context():
-                    hub.check_timm(folder, loaded.model, verify.inputs_for(subject, request)[0])
-            document = document.model_copy(update={"verified": verdict})
-            hub.write_config(folder, subject, document)
-        hub.write_card(folder, document, in_timm)
-    size = sum(file.stat().st_size for file in request.output.iterdir())
-    return Exported(request.output, document, size)
-
-
-def _traced(subject: Subject, images: Tensor) -> Sequence[Tensor]:
-    trace = subject.run(images)
-    return (trace.output, *trace.kept.values())
-
-
-def _check_hub(request: Request) -> None:
-    output = request.output
-    if request.batch is not None:
-        raise UsageError("--batch: a folder for the hub is of no batch size", "Leave it out.")
-    if request.device.type != "cpu":
-        raise UsageError(f"--device {request.device}: a folder for the hub is of no device", "Leave --device out.")
-    if output.exists():
-        if not request.force:
-            raise UsageError(f"{output} already exists", "Add --force to replace it, or choose another name with -o.")
-        if not output.is_dir() or not hub.is_ours(output):
-            raise UsageError(
-                f"{output} holds more than what `repshift export` writes, so it is not replaced",
-                "Choose another name with -o, or remove it yourself.",
-            )
-    if not output.absolute().parent.is_dir():
-        raise OutputError(f"the folder {output.parent} does not exist", "Create it first, or choose another place.")
 
 
 @contextmanager
 def _atomic_folder(output: Path) -> Iterator[Path]:
-    """Yield a new folder beside `output`; on success it takes the place of that, on any failure it vanishes."""
+    """Yield a new folder beside `output`; on success it replaces `output`, on failure it is removed."""
     try:
         folder = Path(tempfile.mkdtemp(dir=output.absolute().parent, prefix=f".{output.name}.", suffix=".part"))
     except OSError as error:
@@ -267,9 +162,7 @@ def _atomic_folder(output: Path) -> Iterator[Path]:
     except OSError as error:
         if old.exists() and not output.exists():
             old.rename(output)
-        raise OutputError(
-            f"cannot write {output}: {error.strerror or error}", "Nothing was left under its name."
-        ) from error
+        raise OutputError(f"cannot write {output}: {error.strerror or error}", "No output was written.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -1,14 +1,13 @@
-"""What is asked for, what is exported, and the document that travels with it."""
+"""The options of an export, the exported model, and its metadata."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,36 +15,32 @@ from torch import Tensor, nn
 from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.checkpoints.identify.building import UMT
 from repshift_cli.checkpoints.schema import EXPORT_VERSION, ExportDocument, Port
-from repshift_cli.errors import UsageError
 from repshift_cli.planning.plan import Plan
 from repshift_cli.reduction.compressed_model import Trace
 
-__all__ = ["TARGETS", "Request", "Subject", "Target", "check_suffix", "default_output"]
+__all__ = ["Request", "Subject"]
 
-Target = Literal["onnx", "pt2", "aoti", "hub"]
-TARGETS: tuple[Target, ...] = get_args(Target)
-
-_SUFFIXES: dict[Target, str] = {"onnx": ".onnx", "pt2": ".pt2", "aoti": "_aoti.pt2", "hub": "_hub"}
 _EXAMPLES = 2
-"""Inputs that a graph is traced with, where it is to take any number: with one, torch would fix the batch to one."""
+"""Number of inputs to trace a dynamic batch size with: with one input torch fixes the size to one."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """How to export.
+    """Options of an export.
 
     Attributes:
-        target: format of the file.
-        output: file, or folder where the target is `hub`.
-        dense: whether the original model is exported, and not what is compressed.
-        batch: inputs at a time; None for any number.
-        dtype: of weights and inputs; None for float32, and for `hub` for that of the file.
+        target: name of the format.
+        output: file or folder.
+        dense: whether to export the dense model of a compressed one.
+        batch: batch size; None for any.
+        dtype: of weights and inputs; None for float32, for a hub folder for the dtype of the checkpoint.
         opset: of ONNX; None for the default.
-        tune: whether a package gets the fastest of several kernels for each product.
-        verify: whether what was written is compared with the model in torch.
+        tune: whether AOTInductor times several kernels for each product.
+        verify: whether the export is compared with the model in torch.
+        force: whether to replace an existing output.
     """
 
-    target: Target
+    target: str
     output: Path
     dense: bool = False
     batch: int | None = None
@@ -59,35 +54,29 @@ class Request:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is exported, on its device and in its dtype.
-
-    Attributes:
-        opened: compressed or dense.
-        dense: whether its dense self is meant.
-    """
+    """The exported model, on its device and in its dtype; with `dense`, without its reduction."""
 
     opened: Opened
     dense: bool
 
     @classmethod
     def of(cls, opened: Opened, request: Request) -> Subject:
-        """The model of a request; it is moved to the device and dtype, and stays there."""
+        """The model of a request. It is moved to the device and dtype of the request."""
         opened.module.to(device=request.device, dtype=request.dtype or torch.float32)
         return cls(opened, request.dense or opened.compressed is None)
 
     @property
     def plan(self) -> Plan | None:
-        """How tokens go; None where none does."""
+        """None for a dense model."""
         return None if self.dense or self.opened.compressed is None else self.opened.compressed.plan
 
-    @property
-    def context(self) -> Callable[[], AbstractContextManager[Any]]:
-        """What must be entered for the module to be what is meant."""
+    def context(self) -> AbstractContextManager[Any]:
+        """In this context `opened.module` computes what is exported."""
         compressed = self.opened.compressed
-        return compressed.dense if self.dense and compressed is not None else nullcontext
+        return compressed.dense() if self.dense and compressed is not None else nullcontext()
 
     def run(self, images: Tensor) -> Trace:
-        """One pass in torch: the output, and which places were kept by layer."""
+        """Run the model in torch: its output, and the kept positions by layer."""
         compressed = self.opened.compressed
         if self.dense or compressed is None:
             with torch.no_grad(), self.context():
@@ -95,34 +84,32 @@ class Subject:
         return compressed.trace(images)
 
     def traceable(self, *, watched: bool) -> nn.Module:
-        """A module of one input for a graph; one that is watched returns beside the output what each site kept."""
-        return (_Watched if watched else _Plain)(self).eval()
+        """The model as a module to trace; with `watched`, the kept positions of each site are outputs too."""
+        return _Traceable(self, watched).eval()
 
     @property
     def has_classes(self) -> bool:
-        """Whether the output are scores of classes."""
+        """Whether the output holds class scores."""
         return bool(getattr(self.opened.loaded.model, "num_classes", 0))
 
     @property
     def input_name(self) -> str:
-        """What an input is called."""
         return "images" if self.opened.loaded.description.preprocessing.frames is None else "video"
 
     @property
     def output_name(self) -> str:
-        """What the output is called."""
         if self.opened.loaded.description.architecture == UMT:
             return "embedding"
         return "logits" if self.has_classes else "features"
 
     def examples(self, request: Request) -> Tensor:
-        """Inputs for a graph to be traced with."""
+        """Inputs to trace the model with."""
         shape = self.opened.loaded.description.preprocessing.shape
         count = request.batch or _EXAMPLES
         return torch.zeros(count, *shape, device=request.device, dtype=request.dtype or torch.float32)
 
     def document(self, request: Request, output: Tensor, opset: int | None = None) -> ExportDocument:
-        """What the file says of itself, before it was checked."""
+        """The metadata of the export, before it is verified."""
         import timm
 
         from repshift_cli.version import __version__
@@ -158,50 +145,18 @@ class Subject:
         )
 
 
-class _Plain(nn.Module):
-    """The output alone. The name of the argument is that of the input in the graph."""
+class _Traceable(nn.Module):
+    """The argument of `forward` gives the input of the graph its name."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: Subject, watched: bool) -> None:
         super().__init__()
         self.model = subject.opened.module
-        self._context = subject.context
+        self._subject, self._watched = subject, watched
 
-    def forward(self, images: Tensor) -> Tensor:
-        with self._context():
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if self._watched:
+            trace = self._subject.run(images)
+            return (trace.output, *trace.kept.values())
+        with self._subject.context():
             output: Tensor = self.model(images)
         return output
-
-
-class _Watched(nn.Module):
-    """The output, and the places that were kept after each site."""
-
-    def __init__(self, subject: Subject) -> None:
-        super().__init__()
-        self.model = subject.opened.module
-        self._run = subject.run
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        trace = self._run(images)
-        return (trace.output, *trace.kept.values())
-
-
-def default_output(name: str, target: Target) -> Path:
-    """`<name>.onnx`, `<name>.pt2`, `<name>_aoti.pt2` or the folder `<name>_hub`, in the current folder."""
-    from repshift_cli.utils.files import weight_stem
-
-    stem = weight_stem(name.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:"))
-    return Path(f"{stem}{_SUFFIXES[target]}")
-
-
-def check_suffix(request: Request) -> None:
-    """Refuse a name that the file would not be known by.
-
-    Raises:
-        UsageError: naming the ending.
-    """
-    wanted = Path(f"x{_SUFFIXES[request.target]}").suffix
-    if wanted and request.output.suffix != wanted:
-        raise UsageError(
-            f"-o {request.output}: what is exported to {request.target} has a name that ends with {wanted}",
-            f"For example -o {request.output.with_suffix(wanted).name}.",
-        )

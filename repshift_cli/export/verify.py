@@ -1,10 +1,9 @@
-"""Whether an exported file does what the model does in torch, on fixed and random inputs at several batch sizes."""
+"""Compare an export with the model in torch: outputs and kept positions, at several batch sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,35 +19,31 @@ from repshift_cli.utils.progress import Progress
 __all__ = ["compare", "inputs_for"]
 
 _TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
-"""Largest difference of outputs of size 1: sums in another order, over all layers of a deep model."""
+"""Largest difference, divided by the largest output (at least 1). Sums in another order add up over the layers."""
 
-_MERGING = 4
-"""By how much more outputs may differ in half precision where tokens merge: which are most alike is rounded, too."""
+_MERGE_FACTOR = 4
+"""Factor of the tolerance if tokens merge in half precision, where rounding changes which ones are most similar."""
 
 _KEPT = {torch.float32: 0.99, torch.float16: 0.95, torch.bfloat16: 0.9}
-"""Least share of equal kept places. Two scores that are equal but for rounding may change places."""
+"""Least share of equal kept positions. Scores that are equal up to rounding may swap."""
 
 _MOST_SWAPPED = {torch.float32: 1, torch.float16: None, torch.bfloat16: None}
-"""Most inputs of which another token may be kept. In half precision it can be any."""
+"""Largest number of inputs with other kept tokens; None for no limit."""
 
 _BATCHES, _HEAVY_BATCHES = (1, 2, 5), (1, 2)
+_HEAVY_MACS = 40_000_000_000  # of large video models, which take seconds per clip
 _SCENES, _SEED = 4, 0
-_HEAVY_MACS = 40_000_000_000
-
-
-def _batches_for(subject: Subject, request: Request) -> tuple[int, ...]:
-    """The sizes of the batches to compare on: of a large video model few, since a clip takes seconds."""
-    if request.batch is not None:
-        return (request.batch,)
-    return _HEAVY_BATCHES if subject.opened.dense_macs > _HEAVY_MACS else _BATCHES
 
 
 def inputs_for(subject: Subject, request: Request) -> list[Tensor]:
-    """Random inputs, and behind them fixed ones, which are built-in scenes."""
+    """Random inputs at several batch sizes, followed by one batch of built-in images."""
     preprocessing = subject.opened.loaded.description.preprocessing
-    batches = _batches_for(subject, request)
+    batches = _HEAVY_BATCHES if subject.opened.dense_macs > _HEAVY_MACS else _BATCHES
     generator = torch.Generator().manual_seed(_SEED)
-    found = [torch.randn(count, *preprocessing.shape, generator=generator) for count in batches]
+    found = [
+        torch.randn(count, *preprocessing.shape, generator=generator)
+        for count in ([request.batch] if request.batch is not None else batches)
+    ]
     scenes = load_inputs(None, request.batch or _SCENES, preprocessing, _SEED).tensor
     dtype = request.dtype or torch.float32
     return [inputs.to(device=request.device, dtype=dtype) for inputs in (*found, scenes)]
@@ -56,7 +51,7 @@ def inputs_for(subject: Subject, request: Request) -> list[Tensor]:
 
 @dataclass
 class _Tally:
-    """What was found so far; `difference` over inputs of which the same tokens were kept, `any_difference` over all."""
+    """Comparison so far; `difference` over the inputs with the same kept tokens, `any_difference` over all."""
 
     difference: float = 0.0
     any_difference: float = 0.0
@@ -67,51 +62,66 @@ class _Tally:
     swapped: int = 0
     batches: set[int] = field(default_factory=set)
 
+    def add(self, wanted: Trace, found: Sequence[Tensor]) -> None:
+        """Count one batch: the trace in torch, and the outputs of the export as in `compare`."""
+        count = len(wanted.output)
+        same = torch.ones(count, dtype=torch.bool, device=wanted.output.device)
+        for places, others in zip(wanted.kept.values(), found[2:], strict=True):
+            kept_too = torch.stack([torch.isin(*pair) for pair in zip(places, others, strict=True)])
+            self.places += kept_too.numel()
+            self.same_places += int(kept_too.sum())
+            same &= kept_too.all(dim=1)
+        for output in found[:2]:
+            self.difference = max(self.difference, _difference(wanted.output[same], output[same]))
+            self.any_difference = max(self.any_difference, _difference(wanted.output, output))
+        self.inputs += count
+        self.swapped += count - int(same.sum())
+        self.batches.add(count)
+        self.same_top += int((wanted.output.argmax(dim=-1) == found[0].argmax(dim=-1)).sum())
+
 
 def compare(
-    subject: Subject,
-    request: Request,
-    run: Callable[[Tensor], Tensor],
-    watch: Callable[[Tensor], Sequence[Tensor]],
-    progress: Progress,
+    subject: Subject, request: Request, run: Callable[[Tensor], Sequence[Tensor]], progress: Progress
 ) -> Verdict:
-    """Hold what was written to the model in torch.
+    """Compare an export with the model in torch.
 
     Args:
-        run: the exported file.
-        watch: the same graph with the places that each site kept behind the output.
+        run: maps inputs to the output of the export, followed by the output and the kept positions of each site, of the
+            same graph.
 
     Raises:
-        CheckFailed: it does something else; with the numbers. Or it does not run.
+        CheckFailed: it does not run, or it computes something else; with the numbers.
     """
     inputs, tally = inputs_for(subject, request), _Tally()
     with progress.task("comparing with torch", len(inputs)) as task, torch.no_grad():
         for images in inputs:
-            _count(tally, subject.run(images), _ran(run, images, request), watch(images), subject.has_classes)
+            wanted = subject.run(images)
+            try:
+                found = run(images)
+            except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
+                raise CheckFailed(
+                    f"{request.output} does not run with {len(images)} inputs: {first_line(error)}",
+                    f"No output was written. {'Leave --tune out' if request.tune else 'Try it with --batch 1'}.",
+                ) from error
+            tally.add(wanted, found)
             task.advance()
     verdict = _verdict(tally, subject, request.dtype or torch.float32)
-    _check(verdict, request.output)
-    return verdict
-
-
-def _ran(run: Callable[[Tensor], Tensor], images: Tensor, request: Request) -> Tensor:
-    """What the file gives; errors as `compare`."""
-    try:
-        return run(images)
-    except RuntimeError as error:
-        if out_of_memory(error):
-            raise
+    if not verdict.passed:
         raise CheckFailed(
-            f"{request.output} does not run with {len(images)} inputs: {first_line(error)}",
-            f"Nothing was left under its name. {'Leave --tune out' if request.tune else 'Try it with --batch 1'}.",
-        ) from error
+            f"{request.output} does not compute what the model does: {_problem(verdict)}, on {verdict.inputs} inputs",
+            "No output was written. Export to float32, or write it unverified with --no-verify.",
+        )
+    return verdict
 
 
 def _verdict(tally: _Tally, subject: Subject, dtype: torch.dtype) -> Verdict:
     kept = tally.same_places / tally.places if tally.places else None
-    most, tolerance = _MOST_SWAPPED[dtype], _tolerance(subject, dtype)
+    most, tolerance = _MOST_SWAPPED[dtype], _TOLERANCES[dtype]
+    if subject.plan is not None and subject.plan.reducer.kind != "prune" and dtype != torch.float32:
+        tolerance *= _MERGE_FACTOR
     same_tokens = kept is None or (kept >= _KEPT[dtype] and (most is None or tally.swapped <= most))
-    # where other tokens were kept of every input, nothing else is left to tell whether the file is right
     difference = tally.difference if tally.swapped < tally.inputs else tally.any_difference
     return Verdict(
         passed=same_tokens and difference <= tolerance,
@@ -127,52 +137,20 @@ def _verdict(tally: _Tally, subject: Subject, dtype: torch.dtype) -> Verdict:
     )
 
 
-def _tolerance(subject: Subject, dtype: torch.dtype) -> float:
-    plan = subject.plan
-    merges = plan is not None and plan.reducer.kind != "prune"
-    return _TOLERANCES[dtype] * (_MERGING if merges and dtype != torch.float32 else 1)
-
-
-def _count(tally: _Tally, wanted: Trace, found: Tensor, watched: Sequence[Tensor], classes: bool) -> None:
-    count = len(wanted.output)
-    same = torch.ones(count, dtype=torch.bool, device=wanted.output.device)
-    for places, others in zip(wanted.kept.values(), watched[1:], strict=True):
-        found_again = torch.stack([torch.isin(*pair) for pair in zip(places, others, strict=True)])
-        tally.places += found_again.numel()
-        tally.same_places += int(found_again.sum())
-        same &= found_again.all(dim=1)
-    for output in (found, watched[0]):
-        tally.difference = max(tally.difference, _difference(wanted.output[same], output[same]))
-        tally.any_difference = max(tally.any_difference, _difference(wanted.output, output))
-    tally.inputs, tally.swapped = tally.inputs + count, tally.swapped + count - int(same.sum())
-    tally.batches.add(count)
-    if classes:
-        tally.same_top += int((wanted.output.argmax(dim=-1) == found.argmax(dim=-1)).sum())
+def _problem(verdict: Verdict) -> str:
+    kept, required = verdict.kept_equal, verdict.kept_required
+    if kept is not None and kept < required:
+        return f"only {kept:.2%} of the kept positions are those of torch (at least {required:.0%})"
+    if verdict.most_swapped is not None and verdict.swapped > verdict.most_swapped:
+        return f"it keeps other tokens than torch for {verdict.swapped} inputs (at most {verdict.most_swapped})"
+    return f"its outputs differ from those of torch by {verdict.max_difference:.2g} (at most {verdict.tolerance:g})"
 
 
 def _difference(wanted: Tensor, found: Tensor) -> float:
-    """Largest difference, as a part of the largest value where that is above 1; infinite where one is no number."""
+    """Largest difference, divided by the largest value (at least 1); infinite for other shapes, NaN and infinity."""
     if wanted.shape != found.shape:
         return float("inf")
     if not wanted.numel():
         return 0.0
-    apart = (wanted.double() - found.double()).abs().max() / wanted.double().abs().max().clamp(min=1.0)
-    return float(apart) if bool(apart.isfinite()) else float("inf")
-
-
-def _check(verdict: Verdict, output: Path) -> None:
-    """Refuse a file that does not do what the model does; errors as `compare`."""
-    if verdict.passed:
-        return
-    kept, required = verdict.kept_equal, verdict.kept_required
-    if kept is not None and kept < required:
-        problem = f"only {kept:.2%} of the kept places are those of torch (at least {required:.0%})"
-    elif verdict.most_swapped is not None and verdict.swapped > verdict.most_swapped:
-        problem = f"of {verdict.swapped} inputs it keeps other tokens than torch (at most {verdict.most_swapped})"
-    else:
-        apart, allowed = verdict.max_difference, verdict.tolerance
-        problem = f"its outputs differ from those of torch by {apart:.2g} (at most {allowed:g})"
-    raise CheckFailed(
-        f"{output} does not do what the model does: {problem}, on {verdict.inputs} inputs",
-        "Nothing was left under its name. Export to float32, or see what it does with --no-verify.",
-    )
+    largest = (wanted.double() - found.double()).abs().max() / wanted.double().abs().max().clamp(min=1.0)
+    return float(largest) if bool(largest.isfinite()) else float("inf")

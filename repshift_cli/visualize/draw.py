@@ -1,11 +1,8 @@
-"""Show which patches a compressed model keeps: as indices, and as a picture.
-
-The first half runs the model and turns tensors into plain arrays and words; the second half only draws.
-"""
+"""Draw the kept patches of images and clips."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,96 +15,61 @@ from repshift_cli.errors import UsageError
 from repshift_cli.utils.figures import PLOT_FORMATS
 from repshift_cli.utils.files import atomic_output
 from repshift_cli.visualize.patches import PatchGrid, by_frame, fade_dropped, kept_cells, kept_masks, kept_per_frame
-from repshift_cli.visualize.readings import Reading
+from repshift_cli.visualize.predictions import SampleResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
-__all__ = [
-    "check_page",
-    "kept_clips_figure",
-    "kept_tokens_figure",
-    "save_figure",
-]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing
+__all__ = ["check_page", "kept_clips_figure", "kept_tokens_figure", "save_figure"]
 
 _DPI = 200
-
-
 _SIDE, _FRAME_SIDE = 1.8, 1.0  # inches: the longer side of an image, and of a frame
-
-
 _LEAST_ROW = 1.1  # inches, for the lines beside an image
-
-
 _GAP = 0.12  # inches
-
-
 _WORDS_BELOW, _WORDS_ABOVE = 0.2, 0.5  # inches, of a film strip and of a clip
-
-
 _TALLEST = 150  # inches
-
-
 _MOST_FRAMES = 8
-
-
-_CLIP_LETTERS = 72
-
-
-_SHOWN_LETTERS = 24
-
-
+_CLIP_LETTERS, _LETTERS = 72, 24  # longest name above a clip, and beside an image
 _TITLE_SIZE, _TEXT, _SMALL = 10.0, 7.5, 6.0  # points
-
-
 _LEADING = 13  # points
-
-
-_LETTER = 0.62  # mean width of a letter, as a share of the size of the font
-
-
+_LETTER = 0.62  # mean width of a letter, divided by the font size
 _INK, _PALE, _WRONG, _EDGE = "#1a1a1a", "#767676", "#c23b00", "#d55e00"
 
 
 def kept_tokens_figure(
-    pictures: np.ndarray,
+    images: np.ndarray,
     kept: Mapping[int, np.ndarray],
     patches: Mapping[int, PatchGrid],
-    readings: Sequence[Reading] | None = None,
+    results: Sequence[SampleResult] | None = None,
     *,
     title: str = "Tokens that are kept",
     remark: str = "",
 ) -> Figure:
-    """Draw one row per image: the image, and after each site what is left of it.
+    """Draw one row per image: the image, and its kept patches after each site.
 
     Args:
-        pictures: uint8 `[n, H, W, 3]`.
-        kept: int64 `[n, K]` by layer: places in the grid of that layer.
+        images: uint8 `[n, H, W, 3]`.
+        kept: int64 `[n, K]` by layer: positions in the grid of that layer.
         patches: the grid of each layer.
-        readings: what to write beside each row.
+        results: written beside each row.
     """
-    height, width = pictures.shape[1:3]
-    captions = [_lines(reading) for reading in readings or ()]
+    height, width = images.shape[1:3]
+    captions = [_lines(result) for result in results or ()]
     unit = _SIDE / max(height, width)
     size = (len(kept) + 1) * (unit * width + _GAP) + _text_width(captions)
-    tall = len(pictures) * (max(unit * height, _LEAST_ROW) + _GAP)
-    figure, panels = _page((len(pictures), len(kept) + 1), (size, tall), title, remark)
+    tall = len(images) * (max(unit * height, _LEAST_ROW) + _GAP)
+    figure, panels = _page((len(images), len(kept) + 1), (size, tall), title, remark)
     counts = {grid.patches for grid in patches.values()}
     _write_above(panels[0, 0], "original", f"{counts.pop()} patches" if len(counts) == 1 else "")
     for column, (layer, rows) in enumerate(kept.items(), start=1):
         grid = patches[layer]
         _write_above(panels[0, column], f"after block {layer}", f"{rows.shape[1]} of {grid.patches} kept")
-        faded = fade_dropped(pictures, kept_masks(rows, grid, height, width))
+        faded = fade_dropped(images, kept_masks(rows, grid, height, width))
         for panel, image, cells in zip(panels[:, column], faded, kept_cells(rows, grid), strict=True):
             panel.imshow(image, interpolation="nearest")
             _outline(panel, cells, grid)
-    for panel, image in zip(panels[:, 0], pictures, strict=True):
+    for panel, image in zip(panels[:, 0], images, strict=True):
         panel.imshow(image, interpolation="nearest")
     for panel, beside in zip(panels[:, 0], captions, strict=False):
         _write_beside(panel, beside)
@@ -115,15 +77,15 @@ def kept_tokens_figure(
 
 
 def save_figure(figure: Figure, path: Path, force: bool) -> None:
-    """Write a figure, in the format that the ending tells; nothing half-written ever stands under `path`.
+    """Write a figure in the format of the suffix.
 
     Raises:
-        UsageError: the ending tells no format that can be drawn, or the file exists and `force` is off.
+        UsageError: the suffix is not one of `PLOT_FORMATS`, or the file exists and `force` is off.
         OutputError: as `files.atomic_output`.
     """
     kind = path.suffix.lower().removeprefix(".")
     if kind not in PLOT_FORMATS:
-        raise UsageError(f"{path} has no ending that tells a picture format", "Allowed are .png, .svg and .pdf.")
+        raise UsageError(f"{path}: unknown image format: allowed: .png, .svg, .pdf")
     with atomic_output(path, force) as temporary:
         figure.savefig(temporary, format=kind, bbox_inches="tight", pad_inches=0.15)
 
@@ -132,132 +94,116 @@ def kept_clips_figure(
     clips: np.ndarray,
     kept: Mapping[int, np.ndarray],
     patches: Mapping[int, PatchGrid],
-    readings: Sequence[Reading] | None = None,
+    results: Sequence[SampleResult] | None = None,
     *,
     title: str = "Tokens that are kept",
     remark: str = "",
     merged: bool = False,
 ) -> Figure:
-    """Draw film strips of each clip: the clip, and below it what is left of it after each site.
+    """Draw film strips of each clip: the clip, and below it its kept patches after each site.
 
     Args:
-        clips: uint8 `[n, T, H, W, 3]`; the patches cover each frame without a rest. Of more than 8 frames, 8 that are
-            evenly spaced are drawn.
-        kept: int64 `[n, K]` by layer: places in the grid of that layer.
+        clips: uint8 `[n, T, H, W, 3]`, with H and W multiples of the patch size. Of more than 8 frames, 8 evenly spaced
+            ones are drawn.
+        kept: int64 `[n, K]` by layer: positions in the grid of that layer.
         patches: the grid of each layer, of T frames.
-        readings: what to write above each clip.
-        merged: whether the other tokens flowed into those that are left.
+        results: written above each clip.
+        merged: whether the other tokens were merged.
     """
     count, frames, height, width = clips.shape[:4]
-    shown = _shown_frames(frames)
+    shown = list(range(frames)) if frames <= _MOST_FRAMES else frame_indices(frames, _MOST_FRAMES)
     if len(shown) < frames:
         remark = f"{remark}; {len(shown)} of {frames} frames are shown".removeprefix("; ")
-    strips = _strips(clips, kept, patches, merged)
-    headers = [_clip_lines(reading) for reading in readings or ()]
+    strips = [strip for clip in range(count) for strip in _strips(clips[clip], clip, kept, patches, merged)]
+    sites = len(kept) + 1
+    headers = [
+        f"{_shortened(Path(result.sample).name, _CLIP_LETTERS)}\nfeatures moved by {result.moved:.4f} (1 - cosine)"
+        for result in results or ()
+    ]
     unit = _FRAME_SIDE / max(height, width)
-    wide = max(len(shown) * (unit * width + _GAP), _text_width(headers))
-    wide += _text_width([caption for strip in strips for caption in strip.captions])
-    size = wide, _clips_height(count, len(strips), unit * height)
-    figure, panels = _page((count * len(strips), 1), size, title, remark)
-    for row, panel in enumerate(panels[:, 0]):
-        clip, number = divmod(row, len(strips))
-        _draw_strip(panel, strips[number], clip, shown, pitch=width + max(1, round(_GAP / unit)))
-        if number == 0 and headers:
-            text = "\n".join(line.text for line in headers[clip])
-            panel.set_title(text, loc="left", size=_TEXT, color=_INK, parse_math=False)
+    lines = [[_Line(line) for line in header.splitlines()] for header in headers]
+    wide = max(len(shown) * (unit * width + _GAP), _text_width(lines)) + _text_width([each.lines for each in strips])
+    size = wide, _clips_height(count, sites, unit * height)
+    figure, panels = _page((len(strips), 1), size, title, remark)
+    for row, (panel, strip) in enumerate(zip(panels[:, 0], strips, strict=True)):
+        _draw_strip(panel, strip, shown, pitch=width + max(1, round(_GAP / unit)))
+        if row % sites == 0 and headers:
+            panel.set_title(headers[row // sites], loc="left", size=_TEXT, color=_INK, parse_math=False)
     return figure
 
 
 @dataclass(frozen=True)
 class _Strip:
-    """One film strip for each clip.
+    """A film strip.
 
     Attributes:
-        pictures: uint8 `[n, T, H, W, 3]`.
-        captions: of each clip, what is written beside it.
-        words: of each clip, what is written below each frame.
-        grid, cells: the patches, and bool `[n, T, rows, columns]`, which of them are kept; None for the input.
+        frames: uint8 `[T, H, W, 3]`.
+        lines: text beside it.
+        words: text below each frame.
+        grid, cells: the patches, and bool `[T, rows, columns]`, True where kept; None for the input.
     """
 
-    pictures: np.ndarray
-    captions: list[list[_Line]]
-    words: list[list[str]]
+    frames: np.ndarray
+    lines: list[_Line]
+    words: list[str]
     grid: PatchGrid | None = None
     cells: np.ndarray | None = None
 
 
 def _strips(
-    clips: np.ndarray, kept: Mapping[int, np.ndarray], patches: Mapping[int, PatchGrid], merged: bool
-) -> list[_Strip]:
-    """The input, and what is left after each site."""
-    count, frames, height, width = clips.shape[:4]
+    frames: np.ndarray, clip: int, kept: Mapping[int, np.ndarray], patches: Mapping[int, PatchGrid], merged: bool
+) -> Iterator[_Strip]:
+    """The input of a clip, and its kept patches after each site."""
+    count, height, width = frames.shape[:3]
+    plural = "frame" if count == 1 else "frames"
+
+    def lines(name: str, *details: str) -> list[_Line]:
+        return [_Line(name, weight="bold"), *(_Line(detail, _PALE) for detail in details)]
+
     total = next(iter(patches.values())).patches
-    plural = "frame" if frames == 1 else "frames"
-    beside = [_Line("input", weight="bold"), _Line(f"{total} patches", _PALE), _Line(f"{frames} {plural}", _PALE)]
-    found = [_Strip(clips, [beside] * count, [[f"frame {frame}" for frame in range(frames)]] * count)]
-    for layer, rows in kept.items():
-        grid = patches[layer]
-        tall = clips.reshape(count, frames * height, width, 3)
-        faded = fade_dropped(tall, kept_masks(rows, grid, frames * height, width)).reshape(clips.shape)
-        cells = by_frame(kept_cells(rows, grid), grid)
-        counts = kept_per_frame(rows, grid)
-        left, of_all = rows.shape[1], grid.rows * grid.columns
-        told = f"merged into {left} of {grid.patches}" if merged else f"{left} of {grid.patches} kept"
-        captions = [
-            [
-                _Line(f"after block {layer}", weight="bold"),
-                _Line(told, _PALE),
-                _Line(f"in {np.count_nonzero(numbers)} of {frames} {plural}", _PALE),
-            ]
-            for numbers in counts
-        ]
-        words = [[f"{number} of {of_all}" for number in numbers] for numbers in counts]
-        found.append(_Strip(faded, captions, words, grid, cells))
-    return found
+    words = [f"frame {frame}" for frame in range(count)]
+    yield _Strip(frames, lines("input", f"{total} patches", f"{count} {plural}"), words)
+    for layer, all_rows in kept.items():
+        grid, rows = patches[layer], all_rows[[clip]]
+        stacked = frames.reshape(1, count * height, width, 3)
+        faded = fade_dropped(stacked, kept_masks(rows, grid, count * height, width)).reshape(frames.shape)
+        per_frame, left = kept_per_frame(rows, grid)[0], rows.shape[1]
+        tokens = f"merged into {left} of {grid.patches}" if merged else f"{left} of {grid.patches} kept"
+        details = lines(f"after block {layer}", tokens, f"in {np.count_nonzero(per_frame)} of {count} {plural}")
+        words = [f"{number} of {grid.rows * grid.columns}" for number in per_frame]
+        yield _Strip(faded, details, words, grid, by_frame(kept_cells(rows, grid), grid)[0])
 
 
-def _draw_strip(panel: Axes, strip: _Strip, clip: int, shown: Sequence[int], pitch: int) -> None:
-    """The frames `shown` of a clip, `pitch` pixels apart, with words below each one and beside them all."""
-    height, width = strip.pictures.shape[2:4]
+def _draw_strip(panel: Axes, strip: _Strip, shown: Sequence[int], pitch: int) -> None:
+    """Draw the frames `shown` of a clip, `pitch` pixels apart."""
+    height, width = strip.frames.shape[1:3]
     film = np.full((height, pitch * (len(shown) - 1) + width, 3), 255, dtype=np.uint8)
     for place, frame in enumerate(shown):
-        film[:, place * pitch : place * pitch + width] = strip.pictures[clip, frame]
+        film[:, place * pitch : place * pitch + width] = strip.frames[frame]
         if strip.grid is not None and strip.cells is not None:
-            _outline(panel, strip.cells[clip, frame], strip.grid, place * pitch)
+            _outline(panel, strip.cells[frame], strip.grid, place * pitch)
     panel.imshow(film, interpolation="nearest")
     panel.set_anchor("W")
-    middles = [place * pitch + (width - 1) / 2 for place in range(len(shown))]
-    words = [strip.words[clip][frame] for frame in shown]
-    panel.set_xticks(middles, words, size=_SMALL, color=_PALE, parse_math=False)
-    _write_beside(panel, strip.captions[clip])
-
-
-def _shown_frames(frames: int) -> list[int]:
-    """Those of a clip that are drawn: all, or some that are evenly spaced."""
-    return list(range(frames)) if frames <= _MOST_FRAMES else frame_indices(frames, _MOST_FRAMES)
-
-
-def _clip_lines(reading: Reading) -> list[_Line]:
-    """What is written above a clip."""
-    name = _shortened(Path(reading.sample).name, _CLIP_LETTERS)
-    return [_Line(name), _Line(f"features moved by {reading.moved:.4f} (1 - cosine)")]
+    centers = [place * pitch + (width - 1) / 2 for place in range(len(shown))]
+    panel.set_xticks(centers, [strip.words[frame] for frame in shown], size=_SMALL, color=_PALE, parse_math=False)
+    _write_beside(panel, strip.lines)
 
 
 def _clips_height(clips: int, strips: int, frame: float) -> float:
-    """Inches of so many clips, each with film strips of this height."""
+    """Height in inches of some clips with film strips for frames of this height."""
     return clips * (strips * (max(frame, _FRAME_SIDE / 2) + _WORDS_BELOW + _GAP) + _WORDS_ABOVE)
 
 
 def check_page(clips: int, sites: int, preprocessing: Preprocessing) -> None:
-    """Refuse more clips than one image holds, before the model runs."""
+    """Raise UsageError for more clips than fit on one page."""
     _, height, width = preprocessing.input_size
     fitting = int(_TALLEST / _clips_height(1, sites + 1, _FRAME_SIDE * height / max(height, width)))
     if clips > max(1, fitting):
-        raise UsageError(f"{clips} clips with {sites} sites do not fit one picture", f"Give --count {max(1, fitting)}.")
+        raise UsageError(f"{clips} clips with {sites} sites do not fit on one page", f"Give --count {max(1, fitting)}.")
 
 
 def _page(shape: tuple[int, int], size: tuple[float, float], title: str, remark: str) -> tuple[Figure, Any]:
-    """A figure with a grid of panels that show images; its size is that of the panels with what is written at them."""
+    """A figure with a grid of panels; `size` is that of the panels with their text."""
     from matplotlib.figure import Figure
 
     wide = max(size[0], _text_width([[_Line(title, size=_TITLE_SIZE, weight="bold"), _Line(remark)]]))
@@ -273,15 +219,15 @@ def _page(shape: tuple[int, int], size: tuple[float, float], title: str, remark:
 
 
 def _write(panel: Axes, text: str, place: tuple[float, float], shift: tuple[float, float], **style: Any) -> None:
-    """Text so many points away from a place, which is a share of the panel."""
+    """Write text `shift` points away from a place, which is a fraction of the panel."""
     # "$" would start a formula
     where: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "parse_math": False}
     panel.annotate(text, place, shift, **where, **style)
 
 
-def _write_above(panel: Axes, name: str, told: str) -> None:
+def _write_above(panel: Axes, name: str, detail: str) -> None:
     _write(panel, name, (0.5, 1), (0, 5 + _LEADING), ha="center", size=8.5, weight="bold", color=_INK)
-    _write(panel, told, (0.5, 1), (0, 5), ha="center", size=_TEXT, color=_PALE)
+    _write(panel, detail, (0.5, 1), (0, 5), ha="center", size=_TEXT, color=_PALE)
 
 
 def _write_beside(panel: Axes, lines: Sequence[_Line]) -> None:
@@ -292,7 +238,7 @@ def _write_beside(panel: Axes, lines: Sequence[_Line]) -> None:
 
 
 def _outline(panel: Axes, cells: np.ndarray, patches: PatchGrid, left: int = 0) -> None:
-    """A thin line wherever a kept patch meets a dropped one; `left` is the column at which the image begins."""
+    """Draw a line between kept and dropped patches; `left` is the first column of the image."""
     from matplotlib.collections import LineCollection
 
     high, wide = patches.height, patches.width
@@ -300,7 +246,7 @@ def _outline(panel: Axes, cells: np.ndarray, patches: PatchGrid, left: int = 0) 
     segments = [[(column, row + 1), (column + 1, row + 1)] for row, column in across]
     segments += [[(column + 1, row), (column + 1, row + 1)] for row, column in down]
     if segments:
-        scaled = np.array(segments) * (wide, high) + (left - 0.5, -0.5)  # the first pixel has its middle at 0
+        scaled = np.array(segments) * (wide, high) + (left - 0.5, -0.5)  # the center of the first pixel is at 0
         panel.add_collection(
             LineCollection(list(scaled), colors=_EDGE, linewidths=0.6, capstyle="projecting"), autolim=False
         )
@@ -316,29 +262,29 @@ class _Line:
     weight: str = "normal"
 
 
-def _lines(reading: Reading) -> list[_Line]:
-    """What is written beside a picture."""
+def _lines(result: SampleResult) -> list[_Line]:
+    """The lines beside an image."""
     lines = []
-    if reading.label_name is not None:
-        lines.append(_Line(f"true: {_shortened(reading.label_name)}"))
-    wanted = reading.label if reading.label is not None else reading.dense and reading.dense.label
-    for who, guess in (("dense", reading.dense), ("compressed", reading.compressed)):
-        if guess is not None:
-            right = guess.label == wanted
-            mark = "" if right else " \N{BALLOT X}"  # colour alone would not tell everyone
-            told = f"{who}: {_shortened(guess.name)} ({guess.probability:.0%}){mark}"
-            lines.append(_Line(told, _INK if right else _WRONG))
-    if reading.cosine is not None:
-        lines.append(_Line(f"features: cosine {reading.cosine:.3f}"))
-    path = Path(reading.sample)
-    return [*lines, _Line(_shortened(path.name if path.suffix else reading.sample), _PALE, _SMALL)]
+    if result.label_name is not None:
+        lines.append(_Line(f"true: {_shortened(result.label_name)}"))
+    expected = result.label if result.label is not None else result.dense and result.dense.label
+    for model, prediction in (("dense", result.dense), ("compressed", result.compressed)):
+        if prediction is not None:
+            right = prediction.label == expected
+            mark = "" if right else " \N{BALLOT X}"  # readable without colour
+            text = f"{model}: {_shortened(prediction.name)} ({prediction.probability:.0%}){mark}"
+            lines.append(_Line(text, _INK if right else _WRONG))
+    if result.cosine is not None:
+        lines.append(_Line(f"features: cosine {result.cosine:.3f}"))
+    path = Path(result.sample)
+    return [*lines, _Line(_shortened(path.name if path.suffix else result.sample), _PALE, _SMALL)]
 
 
 def _text_width(captions: Sequence[Sequence[_Line]]) -> float:
-    """About how many inches the widest line takes."""
+    """Estimated width of the longest line in inches."""
     widths = (len(line.text) * line.size * _LETTER / 72 for lines in captions for line in lines)
     return max(widths, default=0.0)
 
 
-def _shortened(text: str, letters: int = _SHOWN_LETTERS) -> str:
+def _shortened(text: str, letters: int = _LETTERS) -> str:
     return text if len(text) <= letters else text[: letters - 3] + "..."

@@ -15,8 +15,8 @@ from repshift_cli.errors import UsageError
 from repshift_cli.reduction.compressed_model import CompressedModel
 from repshift_cli.reduction.reducers.base import Merger, build_reducer
 from repshift_cli.visualize.draw import check_page, kept_clips_figure, kept_tokens_figure
-from repshift_cli.visualize.patches import PatchGrid, kept_per_frame, patch_grids, restore_pictures
-from repshift_cli.visualize.readings import Guess, Reading
+from repshift_cli.visualize.patches import PatchGrid, kept_per_frame, patch_grids, restore_images
+from repshift_cli.visualize.predictions import Prediction, SampleResult
 from repshift_cli.visualize.samples import Samples, draw_clips, draw_samples
 
 if TYPE_CHECKING:
@@ -24,28 +24,20 @@ if TYPE_CHECKING:
 
     from repshift_cli.checkpoints.artifact import Opened
 
-
-__all__ = [
-    "Observed",
-    "View",
-    "kept_clips_document",
-    "kept_indices_document",
-    "observe",
-    "view_kept",
-]
-
+__all__ = ["TracedOutputs", "Visualization", "kept_document", "trace_samples", "visualize"]
 
 _BATCH = 16
+_CLIP_DIMS = 5  # [n, T, C, H, W]
 
 
 @dataclass(frozen=True)
-class Observed:
-    """What a compressed model and its dense self make of some images or clips.
+class TracedOutputs:
+    """Kept tokens of some images or clips, and the outputs of both models.
 
     Attributes:
-        kept: int64 `[n, K]` by layer: places in the patch grid (or in the map) of what is left after it, ascending;
-            of merged tokens, the place of the one that the others flowed into.
-        dense, compressed: float32 `[n, K]`, what the two return.
+        kept: int64 `[n, K]` by layer: ascending positions of the remaining tokens in the patch grid; for merged tokens,
+            of those that the others were merged into.
+        dense, compressed: float32 `[n, K]`.
     """
 
     kept: dict[int, np.ndarray]
@@ -54,125 +46,112 @@ class Observed:
 
 
 @torch.inference_mode()
-def observe(model: CompressedModel, images: Tensor) -> Observed:
-    """Run the model, traced and dense, on images `[n, C, H, W]` or clips `[n, T, C, H, W]`, preprocessed; `n >= 1`."""
+def trace_samples(model: CompressedModel, images: Tensor) -> TracedOutputs:
+    """Run both models on preprocessed images `[n, C, H, W]` or clips `[n, T, C, H, W]`."""
     sample = next(model.model.parameters())
     traces, dense = [], []
     for part in images.split(max(1, _BATCH // math.prod(images.shape[1:-3]))):
         batch = part.to(device=sample.device, dtype=sample.dtype)
         traces.append(model.trace(batch))
-        with model.dense() as original:
-            dense.append(original(batch).float().cpu())
+        with model.dense() as dense_model:
+            dense.append(dense_model(batch).float().cpu())
     kept = {layer: torch.cat([trace.kept[layer].cpu() for trace in traces]) for layer in traces[0].kept}
-    in_order = {layer: rows.sort(dim=1).values.numpy() for layer, rows in kept.items()}  # merging leaves another order
-    return Observed(in_order, torch.cat(dense), torch.cat([trace.output.float().cpu() for trace in traces]))
+    in_order = {layer: rows.sort(dim=1).values.numpy() for layer, rows in kept.items()}  # merging changes the order
+    return TracedOutputs(in_order, torch.cat(dense), torch.cat([trace.output.float().cpu() for trace in traces]))
 
 
-def _read(samples: Samples, observed: Observed, has_head: bool) -> tuple[Reading, ...]:
-    """One reading per picture."""
+def _results(samples: Samples, outputs: TracedOutputs, has_head: bool) -> tuple[SampleResult, ...]:
     if not has_head:
-        likeness = torch.nn.functional.cosine_similarity(observed.dense.double(), observed.compressed.double(), dim=-1)
+        likeness = torch.nn.functional.cosine_similarity(outputs.dense.double(), outputs.compressed.double(), dim=-1)
         return tuple(
-            Reading(name, cosine=cosine) for name, cosine in zip(samples.names, likeness.tolist(), strict=True)
+            SampleResult(name, cosine=cosine) for name, cosine in zip(samples.names, likeness.tolist(), strict=True)
         )
-    columns = (samples.names, samples.labels, _guesses(observed.dense, samples), _guesses(observed.compressed, samples))
+    columns = (
+        samples.names,
+        samples.labels,
+        _predictions(outputs.dense, samples),
+        _predictions(outputs.compressed, samples),
+    )
     return tuple(
-        Reading(name, label, None if label is None else _class_name(label, samples.classes), dense, compressed)
+        SampleResult(name, label, None if label is None else _class_name(label, samples.classes), dense, compressed)
         for name, label, dense, compressed in zip(*columns, strict=True)
     )
 
 
-def _guesses(logits: Tensor, samples: Samples) -> Iterator[Guess]:
+def _predictions(logits: Tensor, samples: Samples) -> Iterator[Prediction]:
     best = logits.softmax(-1).max(-1)
     for label, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-        yield Guess(label, _class_name(label, samples.classes), probability)
+        yield Prediction(label, _class_name(label, samples.classes), probability)
 
 
 def _class_name(label: int, classes: tuple[str, ...] | None) -> str:
     return f"class {label}" if classes is None else classes[label]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All of it together
-
-
 @dataclass(frozen=True)
-class View:
-    """All that `repshift visualize` shows.
+class Visualization:
+    """What `repshift visualize` shows.
 
     Attributes:
-        patches: where the tokens that reach each layer lie.
-        pictures: uint8 `[n, H, W, 3]`, of clips `[n, T, H, W, 3]`, what the model saw.
-        kept: as in `Observed`.
-        merged: whether the other tokens flowed into those that are left.
+        patches: the patch grid by layer.
+        images: uint8 `[n, H, W, 3]`, of clips `[n, T, H, W, 3]`: the input of the model.
+        kept: as in `TracedOutputs`.
+        merged: whether the other tokens were merged.
     """
 
     title: str
     remark: str
     samples: Samples
     patches: Mapping[int, PatchGrid]
-    pictures: np.ndarray
+    images: np.ndarray
     kept: dict[int, np.ndarray]
-    readings: tuple[Reading, ...]
+    results: tuple[SampleResult, ...]
     merged: bool = False
 
     @property
     def of_clips(self) -> bool:
-        """Whether clips are shown, not pictures."""
         return self.samples.tensor.ndim == _CLIP_DIMS
 
     @property
     def unchanged(self) -> int | None:
-        """How many predictions are the same as the dense model's; None where the model has no head."""
-        pairs = [(reading.dense, reading.compressed) for reading in self.readings]
+        """Number of predictions that agree with the dense model; None without a head."""
+        pairs = [(result.dense, result.compressed) for result in self.results]
         same = [dense.label == compressed.label for dense, compressed in pairs if dense and compressed]
         return sum(same) if same else None
 
     def figure(self) -> Figure:
-        """The picture."""
-        seen = (self.pictures, self.kept, self.patches, self.readings)
+        arguments = (self.images, self.kept, self.patches, self.results)
         if self.of_clips:
-            return kept_clips_figure(*seen, title=self.title, remark=self.remark, merged=self.merged)
-        return kept_tokens_figure(*seen, title=self.title, remark=self.remark)
+            return kept_clips_figure(*arguments, title=self.title, remark=self.remark, merged=self.merged)
+        return kept_tokens_figure(*arguments, title=self.title, remark=self.remark)
 
-    def indices(self) -> dict[str, Any]:
-        """The kept indices, for a JSON file."""
-        if self.of_clips:
-            return kept_clips_document(self.kept, self.patches, self.readings, self.merged)
-        return kept_indices_document(self.kept, self.patches, self.readings)
-
-    def samples_to_dict(self) -> dict[str, Any]:
-        """What is said of each picture or clip, for JSON."""
-        if self.of_clips:
-            return {"clips": [reading.clip_to_dict() for reading in self.readings]}
-        return {"images": [reading.to_dict() for reading in self.readings]}
+    def document(self) -> dict[str, Any]:
+        """The kept positions as JSON, see `kept_document`."""
+        return kept_document(self.kept, self.patches, self.results, self.merged)
 
 
-_CLIP_DIMS = 5  # [n, T, C, H, W]
-
-
-def view_kept(opened: Opened, where: str, count: int, seed: int = 0) -> View:
-    """Look at what a compressed model keeps of some pictures, or of some clips where it takes those.
+def visualize(opened: Opened, where: str, count: int, seed: int = 0) -> Visualization:
+    """Run a compressed model on some images or clips and collect the kept tokens.
 
     Args:
-        opened: a compressed model, on the device where it is to run.
-        where, count, seed: which pictures or clips, see `draw_samples` and `draw_clips`.
+        opened: a compressed model, on the device to run on.
+        where, count, seed: which images or clips, see `draw_samples` and `draw_clips`.
 
     Raises:
-        UsageError: the model is dense, no picture is asked for, or more clips than a page holds.
-        ModelError: its patches have no known place.
+        UsageError: the model is dense, `count` is 0, or more clips than fit on one page.
+        ModelError: it has no patch grid.
         DataError: as `draw_samples` and `draw_clips`.
     """
     if opened.compressed is None:
         raise UsageError(
-            f"{opened.loaded.description.name} is a dense model, which keeps all tokens: there is nothing to show",
+            f"{opened.loaded.description.name} is dense: it keeps all tokens, so there is nothing to show",
             "Give a checkpoint that `repshift compress` wrote.",
         )
     description, plan = opened.loaded.description, opened.compressed.plan
     preprocessing = description.preprocessing
     if count < 1:
-        what = "pictures" if preprocessing.frames is None else "clips"
-        raise UsageError(f"{count} {what} were asked for", "Give a number of 1 or more.")
+        what = "images" if preprocessing.frames is None else "clips"
+        raise UsageError(f"invalid number of {what} {count}: must be at least 1")
     patches = patch_grids(opened.compressed)
     classes = int(getattr(opened.loaded.model, "num_classes", 0))
     if preprocessing.frames is None:
@@ -180,78 +159,58 @@ def view_kept(opened: Opened, where: str, count: int, seed: int = 0) -> View:
     else:
         samples = draw_clips(where, count, preprocessing, seed)
         check_page(len(samples.tensor), len(plan.sites), preprocessing)
-    observed = observe(opened.compressed, samples.tensor)
+    outputs = trace_samples(opened.compressed, samples.tensor)
     score = ", ".join(dict.fromkeys(site.metric.kind.replace("_", " ") for site in plan.sites))
     merged = isinstance(build_reducer(plan.reducer), Merger)
-    return View(
+    return Visualization(
         title=f"{description.name}: {'where tokens are left after merging' if merged else 'tokens that are kept'}",
         remark=f"{score}; {opened.dense_macs / opened.macs:.2f}x fewer MACs than dense",
         samples=samples,
         patches=patches,
-        pictures=restore_pictures(samples.tensor, preprocessing.mean, preprocessing.std),
-        kept=observed.kept,
-        readings=_read(samples, observed, classes > 0),
+        images=restore_images(samples.tensor, preprocessing.mean, preprocessing.std),
+        kept=outputs.kept,
+        results=_results(samples, outputs, classes > 0),
         merged=merged,
     )
 
 
-def kept_indices_document(
-    kept: Mapping[int, np.ndarray], patches: Mapping[int, PatchGrid], readings: Sequence[Reading]
+def kept_document(
+    kept: Mapping[int, np.ndarray],
+    patches: Mapping[int, PatchGrid],
+    results: Sequence[SampleResult],
+    merged: bool = False,
 ) -> dict[str, Any]:
-    """The kept patches as plain numbers.
+    """The kept positions as JSON.
 
     Args:
         kept: int64 `[n, K]` by layer.
-        patches: the grid of each layer.
-        readings: one per image.
+        patches: the patch grid by layer.
+        results: one per image or clip.
+        merged: whether the other tokens were merged.
 
     Returns:
-        For JSON: `grid` and `patch` (pixels) of the first layer, `layers` with the number kept and their own grid and
-        patch, and per image what was read and `kept`: the ascending indices by layer (row * columns + column in the
-        grid of that layer).
+        `grid` and `patch` (pixels) of the first layer; `layers` with their number of kept tokens, grid and patch; and
+        `images` or `clips` with their result and `kept`, the ascending positions by layer: row * columns + column in
+        the grid of that layer, for clips plus frame * rows * columns. Clips also have `per_frame`, the number of kept
+        tokens in each frame by layer, and their document has `tokens`, which is "kept" or "merged".
     """
-    images = []
-    for index, reading in enumerate(readings):
-        images.append(reading.to_dict() | {"kept": {str(layer): rows[index].tolist() for layer, rows in kept.items()}})
-    return {**_layer_words(kept, patches), "images": images}
+    grids = {layer: _grid_document(patches[layer]) for layer in kept}
+    layers = [{"layer": layer, "kept": int(rows.shape[1]), **grids[layer]} for layer, rows in kept.items()]
+    document = {**next(iter(grids.values())), "layers": layers}
+    of_clips = "frames" in document["grid"]
+    samples = []
+    for index, result in enumerate(results):
+        entry = result.to_dict(of_clips) | {"kept": {str(layer): rows[index].tolist() for layer, rows in kept.items()}}
+        if of_clips:
+            counts = {layer: kept_per_frame(rows[[index]], patches[layer])[0] for layer, rows in kept.items()}
+            entry["per_frame"] = {str(layer): numbers.tolist() for layer, numbers in counts.items()}
+        samples.append(entry)
+    if of_clips:
+        return {**document, "tokens": "merged" if merged else "kept", "clips": samples}
+    return {**document, "images": samples}
 
 
-def kept_clips_document(
-    kept: Mapping[int, np.ndarray], patches: Mapping[int, PatchGrid], readings: Sequence[Reading], merged: bool
-) -> dict[str, Any]:
-    """The kept patches of clips as plain numbers.
-
-    Args:
-        kept, patches, readings: as for `kept_indices_document`.
-        merged: whether the other tokens flowed into those that are left.
-
-    Returns:
-        For JSON: as for pictures, with `frames` in each `grid`; `tokens`, which is "kept" or "merged"; and `clips`,
-        with the ascending places by layer (frame * rows * columns + row * columns + column) and, as `per_frame`, how
-        many of them lie in each frame.
-    """
-    counts = {str(layer): kept_per_frame(rows, patches[layer]) for layer, rows in kept.items()}
-    clips = [
-        {
-            **reading.clip_to_dict(),
-            "kept": {str(layer): rows[index].tolist() for layer, rows in kept.items()},
-            "per_frame": {layer: numbers[index].tolist() for layer, numbers in counts.items()},
-        }
-        for index, reading in enumerate(readings)
-    ]
-    return {**_layer_words(kept, patches), "tokens": "merged" if merged else "kept", "clips": clips}
-
-
-def _layer_words(kept: Mapping[int, np.ndarray], patches: Mapping[int, PatchGrid]) -> dict[str, Any]:
-    grids = [_grid_words(patches[layer]) for layer in kept]
-    layers = [
-        {"layer": layer, "kept": int(rows.shape[1]), **grid}
-        for (layer, rows), grid in zip(kept.items(), grids, strict=True)
-    ]
-    return {**grids[0], "layers": layers}
-
-
-def _grid_words(patches: PatchGrid) -> dict[str, Any]:
+def _grid_document(patches: PatchGrid) -> dict[str, Any]:
     frames = {} if patches.frames is None else {"frames": patches.frames}
     return {
         "grid": {**frames, "rows": patches.rows, "columns": patches.columns},

@@ -1,4 +1,4 @@
-"""`repshift export` and what opens its files, as people call them."""
+"""`repshift export`, and the commands that open its files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def document_of(outcome: Outcome) -> dict[str, Any]:
 
 
 class TestExport:
-    def test_onnx_and_what_opens_it(self, shell: Command, small: Path, tmp_path: Path) -> None:
+    def test_onnx_and_bench(self, shell: Command, small: Path, tmp_path: Path) -> None:
         told = document_of(shell("export", small, "--to", "onnx", "--json"))
         assert told["output"] == "small.onnx"
         assert told["verified"]["passed"] is True
@@ -50,7 +50,12 @@ class TestExport:
     def test_the_table_and_a_program(self, cli: Command, small: Path, tmp_path: Path) -> None:
         outcome = cli("export", small, "--to", "pt2", "-o", "small.pt2")
         assert outcome.rc == 0, outcome.stderr
-        for word in ("images: float32 [batch, 3, 24, 24]", "largest difference", "kept places equal 100.00%", "wrote"):
+        for word in (
+            "images: float32 [batch, 3, 24, 24]",
+            "largest difference",
+            "kept positions equal 100.00%",
+            "wrote",
+        ):
             assert word in " ".join(outcome.stdout.split())
         assert all(len(line) <= 80 for line in outcome.stdout.splitlines())
         model = artifact.load(small)
@@ -64,9 +69,9 @@ class TestExport:
         assert artifact.load(tmp_path / "folder").plan.sites[0].tokens_out == 13
         assert (tmp_path / "folder" / "README.md").read_text().count("```yaml") == 1
 
-    def test_not_checked(self, cli: Command, small: Path) -> None:
+    def test_not_verified(self, cli: Command, small: Path) -> None:
         outcome = cli("export", small, "--to", "pt2", "--no-verify", "--batch", "2")
-        assert "checked  no" in outcome.stdout
+        assert "verified no" in outcome.stdout
         assert "[2, 3, 24, 24]" in outcome.stdout
 
     def test_compress_exports_too(self, cli: Command, dense: Path, recipe: Path, tmp_path: Path) -> None:
@@ -75,7 +80,7 @@ class TestExport:
         assert [each["output"] for each in document["exports"]] == ["fast.pt2", "fast_hub"]
         assert all(each["verified"]["passed"] for each in document["exports"])
 
-    def test_eval_runs_it(self, cli: Command) -> None:
+    def test_eval_of_a_program(self, cli: Command) -> None:
         told = ("export", "builtin:vit-digits-small", "--to", "pt2", "-o", "digits.pt2", "--batch", "8", "--no-verify")
         assert cli(*told).rc == 0
         evaluated = document_of(cli("eval", "digits.pt2", "--dataset", "builtin:digits", "--limit", "20", "--json"))
@@ -88,11 +93,11 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            (["--to", "onnx", "--opset", "11"], ["--opset 11", "18 or later"]),
-            (["--to", "onnx", "--dtype", "bfloat16"], ["no kernels"]),
-            (["--to", "onnx", "--batch", "0"], ["neither dynamic nor a number from 1"]),
-            (["--to", "onnx", "--batch", "many"], ["neither dynamic nor a number"]),
-            (["--to", "hub", "--batch", "4"], ["of no batch size"]),
+            (["--to", "onnx", "--opset", "11"], ["--opset 11", "must be from 18 to 23"]),
+            (["--to", "onnx", "--dtype", "bfloat16"], ["unsupported --dtype bfloat16", "allowed: float32, float16"]),
+            (["--to", "onnx", "--batch", "0"], ["invalid --batch 0: must be dynamic or a number of at least 1"]),
+            (["--to", "onnx", "--batch", "many"], ["invalid --batch many: must be dynamic or a number"]),
+            (["--to", "hub", "--batch", "4"], ["--batch is for --to aoti, onnx, pt2, not for --to hub"]),
             (["--to", "pt2", "-o", "small.onnx"], ["a name that ends with .pt2"]),
             (["--to", "pt2", "--opset", "20"], ["--opset is for --to onnx"]),
             (["--to", "onnx", "--tune"], ["--tune is for --to aoti, not for --to onnx"]),
@@ -100,7 +105,7 @@ class TestRefused:
             (["--to", "pt2", "--dtype", "int8"], ["unknown dtype 'int8'"]),
         ],
     )
-    def test_what_cannot_be(self, arguments: list[str], words: list[str], cli: Command, small: Path) -> None:
+    def test_invalid_options(self, arguments: list[str], words: list[str], cli: Command, small: Path) -> None:
         before = sorted(small.parent.iterdir())
         explained(cli("export", small, *arguments), 2, *words)
         assert sorted(small.parent.iterdir()) == before
@@ -125,7 +130,7 @@ class TestRefused:
         more = ("--dataset", "builtin:digits") if command == "eval" else ()
         explained(cli(command, name, *more), 3, name, words)
 
-    def test_what_an_exported_file_cannot_do(self, cli: Command, small: Path) -> None:
+    def test_unsupported_options_of_exported_files(self, cli: Command, small: Path) -> None:
         assert cli("export", small, "--to", "pt2", "--no-verify").rc == 0
         explained(cli("eval", "small.pt2", "--dataset", "builtin:digits", "--compare-dense"), 2, "has no dense self")
         explained(cli("bench", "small.pt2", "--img-size", "32"), 2, "--img-size", "is an exported file")
@@ -157,6 +162,6 @@ class TestRefused:
         assert "macs<=0.1 missed" in missed.stderr
         assert "cannot be measured inside a compiled graph or another runtime" in " ".join(missed.stderr.split())
 
-    def test_a_video_model_without_its_text_side(self, cli: Command, tmp_path: Path) -> None:
+    def test_a_video_model_without_its_text_encoder(self, cli: Command, tmp_path: Path) -> None:
         assert cli("export", stored(3), "--to", "pt2", "-o", "clip.pt2", "--no-verify").rc == 0
         explained(cli("eval", "clip.pt2", "--dataset", "builtin:shapes"), 3, "holds the vision encoder alone")

@@ -1,4 +1,4 @@
-"""Exports do what the model does, are what they are meant to be, and are refused where they are not."""
+"""Exports compute what the model does, have the promised form, and are refused otherwise."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,21 @@ from paths import ROOT
 from torch import Tensor
 
 from repshift_cli import load
-from repshift_cli.checkpoints import artifact
+from repshift_cli.checkpoints import artifact, exported
 from repshift_cli.checkpoints.exported import open_exported, run_file
 from repshift_cli.checkpoints.schema import ExportDocument
 from repshift_cli.errors import CheckFailed, RepshiftError, UsageError
-from repshift_cli.export import job, onnx_graph, verify
+from repshift_cli.export import verify
+from repshift_cli.export.formats import FORMATS, onnx_graph
 from repshift_cli.export.job import check
-from repshift_cli.export.program import trace_program
-from repshift_cli.export.request import TARGETS, Request, Subject, Target, default_output
+from repshift_cli.export.request import Request, Subject
+from repshift_cli.export.trace import trace_program
 from repshift_cli.reduction.metrics.fitted import Fitted
 from repshift_cli.utils.progress import Silent
 
 ALONE = """
 import json, sys
-sys.modules["repshift_cli"] = None  # as where it is not installed
+sys.modules["repshift_cli"] = None  # as if it were not installed
 import numpy, onnxruntime, torch
 for entry in json.load(open(sys.argv[1])):
     given = torch.load(entry["inputs"])
@@ -47,13 +49,13 @@ for entry in json.load(open(sys.argv[1])):
         found = torch.export.load(entry["path"]).module()(given)
     torch.save(found, entry["path"] + ".found")
 """
-"""What people run who have the files and not repshift."""
+"""Runs exported files in a process without repshift."""
 
 ROUNDING = {torch.float32: 1e-4, torch.float16: 3e-2}
 
 
 def alone(entries: list[dict[str, str]], folder: Path) -> list[Tensor]:
-    """What files give in a fresh process without repshift."""
+    """Outputs of exported files in a new process without repshift."""
     listed = folder / "entries.json"
     listed.write_text(json.dumps(entries))
     done = subprocess.run(
@@ -63,12 +65,12 @@ def alone(entries: list[dict[str, str]], folder: Path) -> list[Tensor]:
     return [torch.load(entry["path"] + ".found") for entry in entries]
 
 
-def round_trip(cases: list[tuple[str, Target, torch.dtype]], folder: Path, **options: Any) -> None:
-    """Export each family in each way, run all files in one fresh process, and compare with torch here."""
+def round_trip(cases: list[tuple[str, str, torch.dtype]], folder: Path, **options: Any) -> None:
+    """Export each family to each format, run all files in one new process, and compare with torch."""
     entries, wanted = [], []
     for family, target, dtype in cases:
         opened, name = open_family(family), f"{family}_{target}_{dtype}".replace("torch.", "")
-        path = folder / default_output(name, target).name
+        path = folder / FORMATS[target].default_output(name).name
         exported = export_to(opened, target, path, dtype=dtype, **options)
         verdict = exported.document.verified
         assert verdict is not None
@@ -99,7 +101,7 @@ def test_packages_of_every_family_run_without_repshift(family: str, tmp_path: Pa
     round_trip([(family, "aoti", torch.float32)], tmp_path)
 
 
-# of a UMT that merges, torch 2.14 tunes a package for any number of clips into one that reads outside of its input
+# torch 2.14 compiles a tuned package of a merging UMT with a dynamic batch size that reads outside of its input
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"umt"}))
 def test_tuned_packages_run_without_repshift(family: str, tmp_path: Path) -> None:
@@ -110,7 +112,7 @@ def test_a_file_that_does_not_run_is_refused(monkeypatch: pytest.MonkeyPatch, tm
     def broken(*args: Any) -> Tensor:
         raise RuntimeError("index out of bounds\nframe #0")
 
-    monkeypatch.setattr(job, "run_file", lambda *args: broken)
+    monkeypatch.setattr(exported, "run_file", lambda *args: broken)
     broken.outputs = broken  # type: ignore[attr-defined]
     with pytest.raises(CheckFailed, match=r"vit.pt2 does not run with 1 inputs: index out of bounds\n") as caught:
         export_to(open_family("timm_vit"), "pt2", tmp_path / "vit.pt2")
@@ -138,7 +140,7 @@ class TestOnnx:
         assert not {"Loop", "If", "Scan", "NonZero"} & operators.keys()
         assert not any(name.startswith("Scatter") for name in operators)
 
-    def test_names_and_free_batch(self, folder: Path) -> None:
+    def test_names_and_dynamic_batch(self, folder: Path) -> None:
         graph = onnx.load(folder / "vit.onnx").graph
         (given,), (returned,) = graph.input, graph.output
         assert (given.name, returned.name) == ("images", "logits")
@@ -146,13 +148,13 @@ class TestOnnx:
         assert shape == ["batch", 3, 24, 24]
         assert [dim.dim_param or dim.dim_value for dim in returned.type.tensor_type.shape.dim] == ["batch", 4]
 
-    def test_nothing_of_this_machine_is_in_it(self, folder: Path) -> None:
+    def test_no_folder_names_of_this_machine(self, folder: Path) -> None:
         for name in ("vit.onnx", "vit.pt2"):
             content = (folder / name).read_bytes()
             assert str(ROOT).encode() not in content
             assert str(Path(torch.__file__).parent).encode() not in content
 
-    def test_the_verdict_stands_in_its_metadata(self, folder: Path) -> None:
+    def test_metadata_has_the_result_of_the_check(self, folder: Path) -> None:
         (entry,) = onnx.load(folder / "vit.onnx").metadata_props
         document = ExportDocument.model_validate_json(entry.value)
         assert document.verified is not None
@@ -162,7 +164,7 @@ class TestOnnx:
         assert document.macs < document.dense_macs
         assert document.plan == artifact.load(stored(1)).plan
 
-    def test_a_long_graph_is_only_tidied(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_a_long_graph_skips_the_rewriting_rules(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(onnx_graph, "_MOST_TO_REWRITE", 10)
         exported = export_to(open_family("vim"), "onnx", tmp_path / "vim.onnx")
         assert exported.document.verified is not None
@@ -202,7 +204,7 @@ class TestOnnx:
         exported = export_to(reduced_vit(metric=metric), "onnx", tmp_path / "vit.onnx")
         assert exported.document.verified is not None
 
-    def test_of_equal_scores_the_lower_place_is_kept(self, tmp_path: Path) -> None:
+    def test_the_lower_position_is_kept_among_equal_scores(self, tmp_path: Path) -> None:
         class Ties(torch.nn.Module):
             def forward(self, scores: Tensor) -> tuple[Tensor, ...]:
                 from repshift_cli.ops.tokens import complement, split_top
@@ -224,7 +226,7 @@ class TestOnnx:
         assert others.tolist() == [[0, 3, 4, 5], [1, 2, 3, 4]]
 
     @pytest.mark.parametrize("operator", ["Loop", "ScatterND", "Scan"])
-    def test_an_operator_that_should_not_be_there(self, operator: str) -> None:
+    def test_unsupported_operators(self, operator: str) -> None:
         node = onnx.helper.make_node(operator, ["a"], ["b"])
         model = onnx.helper.make_model(onnx.helper.make_graph([node], "graph", [], []))
         with pytest.raises(CheckFailed, match=operator):
@@ -239,7 +241,7 @@ class TestOnnx:
 
 class TestHub:
     @pytest.mark.parametrize("family", FAMILIES)
-    def test_the_folder_is_the_compressed_model_and_the_dense_one(self, family: str, tmp_path: Path) -> None:
+    def test_the_folder_loads_as_the_compressed_model(self, family: str, tmp_path: Path) -> None:
         opened = open_family(family)
         exported = export_to(opened, "hub", tmp_path / "model")
         assert {path.name for path in exported.output.iterdir()} == {"README.md", "config.json", "model.safetensors"}
@@ -269,19 +271,19 @@ class TestHub:
         half, whole = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole"))
         assert half < 0.7 * whole
 
-    def test_a_folder_with_other_things_is_not_replaced(self, tmp_path: Path) -> None:
+    def test_a_folder_with_other_files_is_not_replaced(self, tmp_path: Path) -> None:
         output = tmp_path / "model"
         export_to(open_family("timm_vit"), "hub", output, verify=False)
         export_to(open_family("timm_vit"), "hub", output, verify=False, force=True)
         (output / "thesis.tex").touch()
-        with pytest.raises(UsageError, match="holds more than what"):
+        with pytest.raises(UsageError, match="holds other files than an export"):
             export_to(open_family("timm_vit"), "hub", output, force=True)
         assert (output / "thesis.tex").exists()
 
 
 class TestVerify:
     def wrong(self, change: Callable[[ModelProto], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-        """What is said of an export whose graph was changed."""
+        """The error message for an export whose graph was changed."""
         right = onnx_graph.build_graph
 
         def wrong(*arguments: Any) -> ModelProto:
@@ -312,9 +314,9 @@ class TestVerify:
                         attribute.i = 1 - attribute.i
                         return
 
-        assert "of the kept places are those of torch" in self.wrong(change, monkeypatch, tmp_path)
+        assert "of the kept positions are those of torch" in self.wrong(change, monkeypatch, tmp_path)
 
-    def test_values_that_are_no_numbers(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_nan_outputs(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         def change(model: ModelProto) -> None:
             weight = next(each for each in model.graph.initializer if each.name.endswith("head.bias"))
             values = onnx.numpy_helper.to_array(weight) * np.float32("nan")
@@ -322,28 +324,29 @@ class TestVerify:
 
         assert "differ from those of torch by inf" in self.wrong(change, monkeypatch, tmp_path)
 
-    def test_outputs_count_also_where_every_input_keeps_another_token(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_outputs_are_compared_if_every_input_keeps_another_token(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(verify._KEPT, torch.float16, 0.5)
         request = Request("pt2", Path("x.pt2"), dtype=torch.float16)
         subject = Subject.of(open_family("timm_vit"), request)
         nowhere = 99
 
-        def watch(images: Tensor) -> tuple[Tensor, ...]:
+        def run(images: Tensor, wrong: int = 0) -> tuple[Tensor, ...]:
             trace = subject.run(images)
             first = torch.full((len(images), 1), nowhere)
-            return (trace.output, *(torch.cat((first, places[:, 1:]), dim=1) for places in trace.kept.values()))
+            kept = (torch.cat((first, places[:, 1:]), dim=1) for places in trace.kept.values())
+            return (trace.output + wrong, trace.output, *kept)
 
-        right = verify.compare(subject, request, lambda images: watch(images)[0], watch, Silent())
+        right = verify.compare(subject, request, run, Silent())
         assert right.passed
         assert right.swapped == right.inputs
         with pytest.raises(CheckFailed, match="outputs differ from those of torch"):
-            verify.compare(subject, request, lambda images: watch(images)[0] + 1, watch, Silent())
+            verify.compare(subject, request, partial(run, wrong=1), Silent())
 
     def test_an_existing_file_stays_where_the_check_fails(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         (tmp_path / "vit.pt2").write_text("precious")
-        monkeypatch.setattr(job, "run_file", lambda path, kind, document: _Zeros())
+        monkeypatch.setattr(exported, "run_file", lambda path, kind, document: _Zeros())
         with pytest.raises(CheckFailed):
             export_to(open_family("timm_vit"), "pt2", tmp_path / "vit.pt2", force=True)
         assert (tmp_path / "vit.pt2").read_text() == "precious"
@@ -351,7 +354,7 @@ class TestVerify:
 
 
 class _Zeros:
-    """A file that gives nothing but zeros."""
+    """A file that returns zeros."""
 
     def __call__(self, images: Tensor) -> Tensor:
         return torch.zeros(len(images), 4)
@@ -361,7 +364,7 @@ class _Zeros:
 
 
 class TestProgram:
-    def test_it_has_no_operation_of_ours_and_no_scatter(self) -> None:
+    def test_operations_are_of_torch_and_without_scatter(self) -> None:
         for family in FAMILIES:
             opened = open_family(family)
             request = Request("pt2", Path("x.pt2"))
@@ -369,7 +372,7 @@ class TestProgram:
             names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
             assert not [name for name in names if "scatter" in name or "repshift" in name or "index_add" in name]
 
-    def test_the_document_lies_in_the_archive(self, folder: Path) -> None:
+    def test_the_archive_has_the_metadata(self, folder: Path) -> None:
         with zipfile.ZipFile(folder / "vit.pt2") as archive:
             (name,) = [name for name in archive.namelist() if name.endswith("repshift.json")]
             document = ExportDocument.model_validate_json(archive.read(name))
@@ -409,39 +412,39 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"target": "onnx", "opset": 17}, "opset 18 or later"),
-            ({"target": "onnx", "opset": 99}, "up to 23"),
-            ({"target": "onnx", "dtype": torch.bfloat16}, "no kernels"),
-            ({"target": "onnx", "device": torch.device("cuda")}, "of no device"),
+            ({"target": "onnx", "opset": 17}, "invalid --opset 17: must be from 18 to 23"),
+            ({"target": "onnx", "opset": 99}, "invalid --opset 99: must be from 18 to 23"),
+            ({"target": "onnx", "dtype": torch.bfloat16}, "unsupported --dtype bfloat16: allowed: float32, float16"),
+            ({"target": "onnx", "device": torch.device("cuda")}, "unsupported --device cuda: allowed: cpu"),
             ({"target": "pt2", "opset": 20}, "--opset is for --to onnx"),
             ({"target": "pt2", "tune": True}, "--tune is for --to aoti"),
             ({"target": "onnx", "tune": True}, "--tune is for --to aoti"),
             ({"target": "hub", "tune": True}, "--tune is for --to aoti"),
-            ({"target": "hub", "batch": 2}, "no batch size"),
-            ({"target": "hub", "device": torch.device("cuda")}, "of no device"),
+            ({"target": "hub", "batch": 2}, "--batch is for --to aoti, onnx, pt2"),
+            ({"target": "hub", "device": torch.device("cuda")}, "unsupported --device cuda: allowed: cpu"),
         ],
     )
-    def test_what_cannot_be(self, options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    def test_invalid_requests(self, options: dict[str, Any], words: str, tmp_path: Path) -> None:
         suffix = {"onnx": ".onnx", "pt2": ".pt2"}.get(options["target"], "")
         with pytest.raises(UsageError, match=words):
             check(Request(output=tmp_path / f"x{suffix}", **options))
 
     @pytest.mark.parametrize("target", ["onnx", "pt2", "aoti"])
-    def test_a_name_that_would_not_be_known(self, target: Target, tmp_path: Path) -> None:
+    def test_a_wrong_suffix(self, target: str, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="has a name that ends with"):
             check(Request(target, tmp_path / "model.bin"))
 
-    @pytest.mark.parametrize("target", TARGETS)
-    def test_an_output_that_exists(self, target: Target, tmp_path: Path) -> None:
-        output = tmp_path / default_output("model", target).name
+    @pytest.mark.parametrize("target", FORMATS)
+    def test_an_output_that_exists(self, target: str, tmp_path: Path) -> None:
+        output = tmp_path / FORMATS[target].default_output("model").name
         output.mkdir() if target == "hub" else output.touch()
         with pytest.raises(UsageError, match="already exists"):
             check(Request(target, output))
 
-    @pytest.mark.parametrize("target", TARGETS)
-    def test_a_folder_that_is_missing(self, target: Target, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("target", FORMATS)
+    def test_a_missing_folder(self, target: str, tmp_path: Path) -> None:
         with pytest.raises(RepshiftError, match="does not exist"):
-            check(Request(target, tmp_path / "no" / default_output("model", target).name))
+            check(Request(target, tmp_path / "no" / FORMATS[target].default_output("model").name))
 
     def test_weights_too_large_for_onnx(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(onnx_graph, "_MOST_BYTES", 1000)
@@ -450,7 +453,7 @@ class TestRefused:
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
-    def test_a_package_that_is_missing(
+    def test_a_missing_package(
         self, package: str, monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
     ) -> None:
         import importlib.util
@@ -464,7 +467,7 @@ class TestRefused:
                 open_exported(folder / "vit.onnx")
 
 
-def test_run_file_gives_all_outputs(folder: Path) -> None:
+def test_run_file_returns_all_outputs(folder: Path) -> None:
     opened = open_exported(folder / "vit.onnx")
     runtime = run_file(folder / "vit.onnx", "onnx", opened.runtime.document)
     (output,) = runtime.outputs(inputs_for(opened))

@@ -1,4 +1,4 @@
-"""The picture of kept tokens: what is computed, what is drawn, what is written, and the command."""
+"""`repshift visualize`: kept tokens, figures, documents, and the command."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from repshift_cli.visualize.patches import (
     kept_masks,
     kept_per_frame,
     patch_grid,
-    restore_pictures,
+    restore_images,
 )
-from repshift_cli.visualize.readings import Guess, Reading
+from repshift_cli.visualize.predictions import Prediction, SampleResult
 from repshift_cli.visualize.samples import _readable, draw_clips, draw_samples
-from repshift_cli.visualize.view import kept_clips_document, kept_indices_document, observe, view_kept
+from repshift_cli.visualize.view import kept_document, trace_samples, visualize
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 PREPROCESSING = Preprocessing((3, 32, 32), MEAN, STD, "bicubic", 1.0)
@@ -50,7 +50,7 @@ def opened(model: nn.Module, preprocessing: Preprocessing = PREPROCESSING, *, de
     return Opened(loaded, None if dense else compressed(model))
 
 
-def save_pictures(folder: Path, count: int, size: tuple[int, int] = (40, 40)) -> None:
+def save_images(folder: Path, count: int, size: tuple[int, int] = (40, 40)) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         noise = np.random.default_rng(index).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -66,8 +66,8 @@ class TestPatches:
         assert found == PatchGrid(rows=6, columns=4, height=8, width=16)
         assert found.patches == 24
 
-    def test_a_model_that_does_not_tell(self) -> None:
-        with pytest.raises(ModelError, match="Linear does not tell"):
+    def test_a_model_without_a_patch_grid(self) -> None:
+        with pytest.raises(ModelError, match="Linear has no patch grid"):
             patch_grid(nn.Linear(2, 2))
 
     def test_masks_cover_exactly_the_patches(self) -> None:
@@ -84,37 +84,37 @@ class TestPatches:
 
 
 class TestPixels:
-    def test_normalisation_is_undone(self) -> None:
+    def test_normalization_is_undone(self) -> None:
         pixels = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-        restored = restore_pictures((pixels / 255 - mean) / std, MEAN, STD)
+        restored = restore_images((pixels / 255 - mean) / std, MEAN, STD)
         assert restored.dtype == np.uint8
         assert np.array_equal(restored, pixels.permute(0, 2, 3, 1).numpy())
 
-    def test_values_outside_are_clipped(self) -> None:
-        restored = restore_pictures(torch.tensor([-9.0, 9.0]).view(1, 1, 1, 2), (0.5,), (0.5,))
+    def test_values_out_of_range_are_clipped(self) -> None:
+        restored = restore_images(torch.tensor([-9.0, 9.0]).view(1, 1, 1, 2), (0.5,), (0.5,))
         assert restored.tolist() == [[[[0, 0, 0], [255, 255, 255]]]]
 
     def test_four_channels_are_refused(self) -> None:
         with pytest.raises(ModelError, match="4 channels"):
-            restore_pictures(torch.zeros(1, 4, 2, 2), (0.5,) * 4, (0.5,) * 4)
+            restore_images(torch.zeros(1, 4, 2, 2), (0.5,) * 4, (0.5,) * 4)
 
     def test_kept_pixels_stay_and_others_fade_to_grey(self) -> None:
-        pictures = np.random.default_rng(0).integers(0, 256, (1, 6, 6, 3), dtype=np.uint8)
+        images = np.random.default_rng(0).integers(0, 256, (1, 6, 6, 3), dtype=np.uint8)
         masks = np.zeros((1, 6, 6), dtype=bool)
         masks[:, :3] = True
-        faded = fade_dropped(pictures, masks)
-        assert np.array_equal(faded[masks], pictures[masks])
+        faded = fade_dropped(images, masks)
+        assert np.array_equal(faded[masks], images[masks])
         rest = faded[~masks]
         assert (rest == rest[:, :1]).all()  # no colour
         assert rest.min() >= 170
         assert rest.max() - rest.min() > 10  # but shapes still show
 
 
-class TestObserve:
+class TestTraceSamples:
     def test_agrees_with_the_model(self) -> None:
         model, batch = compressed(), images(3)
-        found = observe(model, batch)
+        found = trace_samples(model, batch)
         trace = model.trace(batch)
         assert torch.equal(found.compressed, trace.output)
         with model.dense() as original, torch.inference_mode():
@@ -125,13 +125,13 @@ class TestObserve:
 
     def test_more_images_than_one_batch(self) -> None:
         model, batch = compressed(), images(20)
-        found = observe(model, batch)
+        found = trace_samples(model, batch)
         assert {layer: rows.shape for layer, rows in found.kept.items()} == {0: (20, 12), 2: (20, 5)}
-        alone = observe(model, batch[17:18])
+        alone = trace_samples(model, batch[17:18])
         assert np.array_equal(found.kept[2][17:18], alone.kept[2])
 
     def test_indices_ascend_and_later_ones_are_among_earlier(self) -> None:
-        kept = observe(compressed(), images(4)).kept
+        kept = trace_samples(compressed(), images(4)).kept
         for early, late in zip(kept[0], kept[2], strict=True):
             assert (np.diff(early) > 0).all()
             assert set(late) <= set(early) <= set(range(PATCHES))
@@ -152,7 +152,7 @@ class TestSamples:
 
     def test_class_folders_that_fit_the_head(self, tmp_path: Path) -> None:
         for name in ("cat", "dog"):
-            save_pictures(tmp_path / name, 2)
+            save_images(tmp_path / name, 2)
         found = draw_samples(str(tmp_path), 4, PREPROCESSING, 2, 0)
         assert found.classes == ("cat", "dog")
         assert sorted(found.labels) == [0, 0, 1, 1]  # type: ignore[type-var]
@@ -160,13 +160,13 @@ class TestSamples:
             assert Path(name).parent.name == ("cat", "dog")[label or 0]
 
     def test_other_folders_have_no_labels(self, tmp_path: Path) -> None:
-        save_pictures(tmp_path / "holiday" / "beach", 2)
-        save_pictures(tmp_path, 1)
+        save_images(tmp_path / "holiday" / "beach", 2)
+        save_images(tmp_path, 1)
         found = draw_samples(str(tmp_path), 9, PREPROCESSING, 10, 0)
         assert found.labels == (None, None, None)
 
-    def test_a_picture_that_cannot_be_read_is_left_out(self, tmp_path: Path) -> None:
-        save_pictures(tmp_path, 2)
+    def test_an_unreadable_image_is_skipped(self, tmp_path: Path) -> None:
+        save_images(tmp_path, 2)
         (tmp_path / "broken.png").write_bytes(b"")
         found = draw_samples(str(tmp_path), 3, PREPROCESSING, 10, 0)
         assert len(found.tensor) == 2
@@ -193,36 +193,39 @@ class TestSamples:
 
 class TestView:
     def test_of_a_model_with_registers(self) -> None:
-        view = view_kept(opened(tiny_vit(reg_tokens=3)), "builtin:digits", 3)
-        assert view.pictures.shape == (3, 32, 32, 3)
-        assert [reading.label is not None for reading in view.readings] == [True] * 3
+        view = visualize(opened(tiny_vit(reg_tokens=3)), "builtin:digits", 3)
+        assert view.images.shape == (3, 32, 32, 3)
+        assert [result.label is not None for result in view.results] == [True] * 3
         assert view.unchanged is not None
         assert 0 <= view.unchanged <= 3
         assert "fewer MACs" in view.remark
 
     def test_without_a_head_features_are_compared(self) -> None:
-        view = view_kept(opened(tiny_vit(num_classes=0)), "builtin:digits", 2)
+        view = visualize(opened(tiny_vit(num_classes=0)), "builtin:digits", 2)
         assert view.unchanged is None
-        for reading in view.readings:
-            assert reading.dense is reading.compressed is None
-            assert reading.cosine is not None
-            assert -1 <= reading.cosine <= 1.0001
+        for result in view.results:
+            assert result.dense is result.compressed is None
+            assert result.cosine is not None
+            assert -1 <= result.cosine <= 1.0001
 
     def test_a_dense_model_is_refused(self) -> None:
         with pytest.raises(UsageError, match="nothing to show"):
-            view_kept(opened(tiny_vit(), dense=True), "builtin:digits", 2)
+            visualize(opened(tiny_vit(), dense=True), "builtin:digits", 2)
 
-    def test_no_picture_asked_for(self) -> None:
-        with pytest.raises(UsageError, match="0 pictures"):
-            view_kept(opened(tiny_vit()), "builtin:digits", 0)
+    def test_a_count_of_zero(self) -> None:
+        with pytest.raises(UsageError, match="invalid number of images 0"):
+            visualize(opened(tiny_vit()), "builtin:digits", 0)
 
 
 class TestDocument:
     def test_holds_every_index_of_every_image(self) -> None:
         kept = {0: np.array([[0, 2, 3], [1, 2, 3]]), 2: np.array([[2], [3]])}
-        readings = (Reading("a.png", 1, "one", Guess(1, "one", 0.5), Guess(0, "zero", 0.25)), Reading("b.png"))
+        results = (
+            SampleResult("a.png", 1, "one", Prediction(1, "one", 0.5), Prediction(0, "zero", 0.25)),
+            SampleResult("b.png"),
+        )
         grids = dict.fromkeys(kept, PatchGrid(2, 2, 4, 8))
-        document = json.loads(json.dumps(kept_indices_document(kept, grids, readings)))
+        document = json.loads(json.dumps(kept_document(kept, grids, results)))
         assert document["grid"] == {"rows": 2, "columns": 2}
         assert document["patch"] == {"height": 4, "width": 8}
         grid = {key: document[key] for key in ("grid", "patch")}
@@ -255,28 +258,30 @@ def pixels(page: np.ndarray, panel: Any, height: int, width: int) -> np.ndarray:
 
 
 class TestFigure:
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 24, 48, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (2, 24, 48, 3), dtype=np.uint8)
     patches = dict.fromkeys((1, 5), PatchGrid(rows=3, columns=3, height=8, width=16))
     kept = {1: np.array([[0, 1, 4, 8], [2, 3, 4, 5]]), 5: np.array([[4], [5]])}  # noqa: RUF012
 
-    def test_one_row_per_picture_and_one_column_per_site(self) -> None:
-        figure = kept_tokens_figure(self.pictures, self.kept, self.patches)
+    def test_one_row_per_image_and_one_column_per_site(self) -> None:
+        figure = kept_tokens_figure(self.images, self.kept, self.patches)
         assert len(figure.axes) == 2 * 3
         written = texts(figure)
         for text in ("original", "9 patches", "after block 1", "4 of 9 kept", "after block 5", "1 of 9 kept"):
             assert text in written
 
     def test_pixels_are_sharp(self) -> None:
-        figure = kept_tokens_figure(self.pictures, self.kept, self.patches, [Reading("a.png"), Reading("b.png")])
+        figure = kept_tokens_figure(
+            self.images, self.kept, self.patches, [SampleResult("a.png"), SampleResult("b.png")]
+        )
         page = drawn(figure)
         for row, panel in enumerate(figure.axes[::3]):  # the originals
             assert panel.get_window_extent().width >= 7 * 48
-            assert np.array_equal(pixels(page, panel, 24, 48), self.pictures[row])
+            assert np.array_equal(pixels(page, panel, 24, 48), self.images[row])
 
-    def test_words_beside_a_row(self) -> None:
-        right, wrong = Guess(7, "seven", 0.98), Guess(1, "one", 0.51)
-        readings = [Reading("x/a.png", 7, "seven", right, wrong), Reading("b.png", cosine=0.987)]
-        written = texts(kept_tokens_figure(self.pictures, self.kept, self.patches, readings))
+    def test_text_beside_a_row(self) -> None:
+        right, wrong = Prediction(7, "seven", 0.98), Prediction(1, "one", 0.51)
+        results = [SampleResult("x/a.png", 7, "seven", right, wrong), SampleResult("b.png", cosine=0.987)]
+        written = texts(kept_tokens_figure(self.images, self.kept, self.patches, results))
         assert "true: seven" in written
         assert "dense: seven (98%)" in written
         assert "compressed: one (51%) \N{BALLOT X}" in written
@@ -284,28 +289,31 @@ class TestFigure:
         assert "features: cosine 0.987" in written
 
     def test_without_a_label_a_changed_prediction_is_marked(self) -> None:
-        same, other = Guess(7, "seven", 0.98), Guess(1, "one", 0.51)
-        readings = [Reading("a.png", dense=same, compressed=other), Reading("b.png", dense=same, compressed=same)]
-        written = texts(kept_tokens_figure(self.pictures, self.kept, self.patches, readings))
+        same, other = Prediction(7, "seven", 0.98), Prediction(1, "one", 0.51)
+        results = [
+            SampleResult("a.png", dense=same, compressed=other),
+            SampleResult("b.png", dense=same, compressed=same),
+        ]
+        written = texts(kept_tokens_figure(self.images, self.kept, self.patches, results))
         assert written.count("compressed: one (51%) \N{BALLOT X}") == 1
         assert "compressed: seven (98%)" in written
 
-    def test_long_words_are_cut_and_dollars_are_no_formula(self, tmp_path: Path) -> None:
-        readings = [Reading(f"{'long' * 20}.png", 0, "$x$ " + "w" * 80)] * 2
-        figure = kept_tokens_figure(self.pictures, self.kept, self.patches, readings, title="$_{", remark="$^{")
+    def test_long_names_are_shortened_and_dollars_are_text(self, tmp_path: Path) -> None:
+        results = [SampleResult(f"{'long' * 20}.png", 0, "$x$ " + "w" * 80)] * 2
+        figure = kept_tokens_figure(self.images, self.kept, self.patches, results, title="$_{", remark="$^{")
         assert max(map(len, texts(figure))) < 40
         save_figure(figure, tmp_path / "kept.svg", False)
 
     @pytest.mark.parametrize(("ending", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF")])
-    def test_the_ending_tells_the_format(self, tmp_path: Path, ending: str, start: bytes) -> None:
+    def test_the_suffix_selects_the_format(self, tmp_path: Path, ending: str, start: bytes) -> None:
         path = tmp_path / f"kept.{ending}"
-        save_figure(kept_tokens_figure(self.pictures, self.kept, self.patches), path, False)
+        save_figure(kept_tokens_figure(self.images, self.kept, self.patches), path, False)
         assert path.read_bytes().startswith(start)
         assert list(tmp_path.iterdir()) == [path]
 
     def test_no_format_and_no_overwriting(self, tmp_path: Path) -> None:
-        figure = kept_tokens_figure(self.pictures, self.kept, self.patches)
-        with pytest.raises(UsageError, match=r"kept\.tiff has no ending"):
+        figure = kept_tokens_figure(self.images, self.kept, self.patches)
+        with pytest.raises(UsageError, match=r"kept\.tiff: unknown image format"):
             save_figure(figure, tmp_path / "kept.tiff", False)
         path = tmp_path / "kept.png"
         path.write_text("precious")
@@ -336,12 +344,12 @@ def opened_umt(reducer: str = "prune", **options: Any) -> Opened:
     return Opened(LoadedModel(model.model, description, Source("object", None, None), {}), model)
 
 
-class TestClipPlaces:
+class TestClipPositions:
     def test_the_grid_of_a_model(self) -> None:
         assert patch_grid(tiny_umt(img_size=48, frames=5)) == PatchGrid(6, 6, 8, 8, frames=5)
         assert patch_grid(tiny_umt()).patches == 48
 
-    def test_every_place_is_the_patch_that_the_model_sees_there(self) -> None:
+    def test_positions_agree_with_the_patch_embedding(self) -> None:
         model = tiny_umt()
         grid = patch_grid(model)
         embed = model.vision_encoder.encoder.patch_embed
@@ -353,7 +361,7 @@ class TestClipPlaces:
                 lit = (embed(clip) != empty).any(dim=-1)[0]
                 assert lit.nonzero().flatten().tolist() == [place]
 
-    def test_frames_do_not_run_into_each_other(self) -> None:
+    def test_masks_of_neighbouring_frames(self) -> None:
         mask = kept_masks(np.array([[3, 7]]), CLIP_GRID, 3 * 16, 16)[0].reshape(3, 16, 16)
         assert mask[:2, 8:, 8:].all()
         assert mask.sum() == 2 * 64
@@ -362,10 +370,10 @@ class TestClipPlaces:
         assert kept_per_frame(np.array([[0, 1, 3, 11], [4, 5, 6, 7]]), CLIP_GRID).tolist() == [[3, 0, 1], [0, 4, 0]]
 
     @pytest.mark.parametrize("reducer", ["prune", "vid_tldr"])
-    def test_observed_places_are_those_of_the_trace(self, reducer: str) -> None:
+    def test_positions_agree_with_the_trace(self, reducer: str) -> None:
         model = smaller_umt(reducer)
         clips = umt_clips(model, 7)
-        found, trace = observe(model, clips), model.trace(clips)
+        found, trace = trace_samples(model, clips), model.trace(clips)
         assert {layer: rows.shape for layer, rows in found.kept.items()} == {0: (7, 36), 2: (7, 18)}
         for layer, rows in found.kept.items():
             assert (np.diff(rows, axis=1) > 0).all()
@@ -374,19 +382,19 @@ class TestClipPlaces:
 
 
 class TestClipSamples:
-    def test_scenes_are_named_by_what_they_show(self) -> None:
+    def test_names_of_scenes(self) -> None:
         first, again, other = (draw_clips("builtin:shapes", 3, CLIP, seed) for seed in (0, 0, 1))
         assert first.tensor.shape == (3, 3, 3, 32, 32)
         assert torch.equal(first.tensor, again.tensor)
         assert not torch.equal(first.tensor, other.tensor)
         scenes = moving_shapes.scenes(3, moving_shapes.TEST_SEED)
         assert first.names == tuple(map(moving_shapes.caption, scenes))
-        pixels = restore_pictures(first.tensor, MEAN, STD)
+        pixels = restore_images(first.tensor, MEAN, STD)
         assert np.array_equal(pixels[0], moving_shapes.render(scenes[0], 3, 32))
 
     def test_folders_of_frames(self, tmp_path: Path) -> None:
         for name in ("one", "two"):
-            save_pictures(tmp_path / name, 4)
+            save_images(tmp_path / name, 4)
         (tmp_path / "broken").mkdir()
         (tmp_path / "broken" / "0.png").write_bytes(b"x")
         found = draw_clips(str(tmp_path), 5, CLIP, 0)
@@ -407,19 +415,19 @@ class TestClipSamples:
 
 class TestClipView:
     def test_of_kept_tokens(self) -> None:
-        view = view_kept(opened_umt(), "builtin:shapes", 2)
+        view = visualize(opened_umt(), "builtin:shapes", 2)
         assert (view.of_clips, view.merged, view.unchanged) == (True, False, None)
-        assert view.pictures.shape == (2, 3, 32, 32, 3)
-        assert all(0 < reading.moved < 1 for reading in view.readings)
+        assert view.images.shape == (2, 3, 32, 32, 3)
+        assert all(0 < result.moved < 1 for result in view.results)
         written = texts(view.figure())
         assert "tiny: tokens that are kept" in written
         assert written.count("18 of 48 kept") == 2
         assert not any("dense:" in text or "compressed:" in text for text in written)
 
     def test_of_merged_tokens(self) -> None:
-        view = view_kept(opened_umt("vid_tldr", embed_dim=0), "builtin:shapes", 1)
+        view = visualize(opened_umt("vid_tldr", embed_dim=0), "builtin:shapes", 1)
         assert view.merged
-        assert view.indices()["tokens"] == "merged"
+        assert view.document()["tokens"] == "merged"
         written = texts(view.figure())
         assert "tiny: where tokens are left after merging" in written
         assert "merged into 36 of 48" in written
@@ -428,25 +436,25 @@ class TestClipView:
     def test_features_are_compared_with_the_dense_model(self) -> None:
         opened = opened_umt()
         assert opened.compressed is not None
-        view = view_kept(opened, "builtin:shapes", 1)
+        view = visualize(opened, "builtin:shapes", 1)
         with torch.no_grad(), opened.compressed.dense() as dense:
             original = dense(view.samples.tensor)
         likeness = torch.nn.functional.cosine_similarity(original, opened.compressed(view.samples.tensor))
-        assert view.readings[0].moved == pytest.approx(1 - likeness.item(), abs=1e-6)
+        assert view.results[0].moved == pytest.approx(1 - likeness.item(), abs=1e-6)
 
-    def test_what_cannot_be_shown(self) -> None:
-        with pytest.raises(UsageError, match="0 clips"):
-            view_kept(opened_umt(), "builtin:shapes", 0)
-        with pytest.raises(UsageError, match="64 clips with 2 sites do not fit one picture") as caught:
-            view_kept(opened_umt(), "builtin:shapes", 64)
+    def test_invalid_counts(self) -> None:
+        with pytest.raises(UsageError, match="invalid number of clips 0"):
+            visualize(opened_umt(), "builtin:shapes", 0)
+        with pytest.raises(UsageError, match="64 clips with 2 sites do not fit on one page") as caught:
+            visualize(opened_umt(), "builtin:shapes", 64)
         assert caught.value.hint == "Give --count 33."
 
 
 class TestClipDocument:
-    def test_places_and_the_grid_that_they_count_in(self) -> None:
+    def test_positions_and_grid(self) -> None:
         kept = {0: np.array([[0, 3, 4, 11], [4, 5, 6, 7]]), 2: np.array([[11], [4]])}
-        readings = (Reading("a/b.mp4", cosine=0.75), Reading("c"))
-        document = json.loads(json.dumps(kept_clips_document(kept, dict.fromkeys(kept, CLIP_GRID), readings, False)))
+        results = (SampleResult("a/b.mp4", cosine=0.75), SampleResult("c"))
+        document = json.loads(json.dumps(kept_document(kept, dict.fromkeys(kept, CLIP_GRID), results, False)))
         grid = {"grid": {"frames": 3, "rows": 2, "columns": 2}, "patch": {"height": 8, "width": 8}}
         layers = [{"layer": 0, "kept": 4, **grid}, {"layer": 2, "kept": 1, **grid}]
         first, second = document.pop("clips")
@@ -468,8 +476,8 @@ class TestClipFigure:
     """Pixels between two frames of this size."""
 
     def test_words(self) -> None:
-        readings = [Reading("x/a.mp4", cosine=0.987), Reading("a ring moves up", cosine=1.0000001)]
-        written = texts(kept_clips_figure(self.clips, self.kept, self.patches, readings, remark="fast"))
+        results = [SampleResult("x/a.mp4", cosine=0.987), SampleResult("a ring moves up", cosine=1.0000001)]
+        written = texts(kept_clips_figure(self.clips, self.kept, self.patches, results, remark="fast"))
         for text in (
             "input",
             "12 patches",
@@ -531,14 +539,14 @@ class TestClipFigure:
         assert counts == ["1 of 4"] + ["0 of 4"] * 3 + ["1 of 4"] + ["0 of 4"] * 3
 
     @pytest.mark.parametrize("frames", [1, 3])
-    def test_no_words_overlap_or_leave_the_page(self, frames: int) -> None:
+    def test_text_does_not_overlap_or_leave_the_page(self, frames: int) -> None:
         grid = PatchGrid(2, 2, 8, 8, frames=frames)
-        readings = [Reading("many words " * 20), Reading("/videos/a.mp4")]
+        results = [SampleResult("many words " * 20), SampleResult("/videos/a.mp4")]
         figure = kept_clips_figure(
             self.clips[:, :frames],
             {1: np.array([[0], [1]])},
             {1: grid},
-            readings,
+            results,
             title="a long title " * 4,
             remark="fast",
             merged=True,
@@ -569,9 +577,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestCommand:
-    def test_writes_a_picture_and_the_indices(self, shell: Command, checkpoints: Path, tmp_path: Path) -> None:
+    def test_writes_an_image_and_the_indices(self, shell: Command, checkpoints: Path, tmp_path: Path) -> None:
         model = str(checkpoints / "compressed.safetensors")
-        save_pictures(tmp_path / "photos", 3, size=(60, 40))
+        save_images(tmp_path / "photos", 3, size=(60, 40))
         done = shell("visualize", model, "--data", "photos", "--count", "2", "--indices", "kept.json")
         assert done.rc == 0, done.stderr
         assert "12 of 16 after block 0, 5 of 16 after block 2" in done.stdout
@@ -602,7 +610,7 @@ class TestCommand:
             (["none"], 3, "there is no file"),
         ],
     )
-    def test_mistakes_are_told_before_anything_is_written(
+    def test_errors_before_anything_is_written(
         self, *, cli: Command, checkpoints: Path, tmp_path: Path, arguments: list[str], code: int, message: str
     ) -> None:
         (tmp_path / "old.png").write_text("precious")
@@ -642,7 +650,7 @@ class TestCommandOnClips:
         assert [list(map(len, clip["kept"].values())) for clip in document["clips"]] == [[36, 18]] * 3
 
     def test_a_folder_as_json(self, shell: Command, clip_model: str, tmp_path: Path) -> None:
-        save_pictures(tmp_path / "videos" / "walk", 5)
+        save_images(tmp_path / "videos" / "walk", 5)
         done = shell("visualize", clip_model, "--data", "videos", "--json")
         assert done.rc == 0, done.stderr
         document = json.loads(done.stdout)

@@ -1,19 +1,16 @@
-"""Predictions of a model for one image."""
+"""Predictions of the dense and the compressed model for one sample."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = [
-    "Guess",
-    "Reading",
-]
+__all__ = ["Prediction", "SampleResult"]
 
 
 @dataclass(frozen=True)
-class Guess:
-    """A predicted class: its number, its name, and the probability that the model gives it (0 to 1)."""
+class Prediction:
+    """The predicted class, with its probability (0 to 1)."""
 
     label: int
     name: str
@@ -24,30 +21,31 @@ class Guess:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What is said beside one picture or clip.
+class SampleResult:
+    """Results for one image or clip.
 
     Attributes:
-        sample: path or name of it.
-        label, label_name: the true class, None where it is not known.
-        dense, compressed: the predictions, None where the model has no head.
-        cosine: likeness of the features of the two, where the model has no head.
+        sample: its path or name.
+        label, label_name: the true class, None if unknown.
+        dense, compressed: predictions of the two models, None without a head.
+        cosine: cosine similarity of the features of the two models, None with a head.
     """
 
     sample: str
     label: int | None = None
     label_name: str | None = None
-    dense: Guess | None = None
-    compressed: Guess | None = None
+    dense: Prediction | None = None
+    compressed: Prediction | None = None
     cosine: float | None = None
 
     @property
     def moved(self) -> float:
-        """How far the features moved: one minus their cosine."""
+        """Distance of the features: one minus their cosine similarity."""
         return 0.0 if self.cosine is None else max(0.0, 1 - self.cosine)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Of a picture, for JSON."""
+    def to_dict(self, of_clip: bool) -> dict[str, Any]:
+        if of_clip:
+            return {"clip": self.sample, "features_moved": round(self.moved, 6)}
         return {
             "image": self.sample,
             "label": self.label,
@@ -56,7 +54,3 @@ class Reading:
             "compressed": self.compressed.to_dict() if self.compressed else None,
             "feature_cosine": None if self.cosine is None else round(self.cosine, 6),
         }
-
-    def clip_to_dict(self) -> dict[str, Any]:
-        """Of a clip, for JSON."""
-        return {"clip": self.sample, "features_moved": round(self.moved, 6)}

@@ -1,4 +1,4 @@
-"""A model as a program of `torch.export`: the graph that all other graphs are made from."""
+"""Trace a model into a program of `torch.export`. All graphs are made from it."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ __all__ = ["foreign_operations", "trace_program"]
 
 
 def trace_program(subject: Subject, request: Request, *, watched: bool) -> ExportedProgram:
-    """Trace the model, with any number of inputs where the request fixes none.
+    """Trace the model, with a dynamic batch size unless the request fixes it.
 
     Args:
-        watched: whether the places that each site keeps are outputs too.
+        watched: whether the positions that each site keeps are outputs too.
 
     Raises:
-        ModelError: it cannot be traced, or would need operations that do not come with torch.
+        ModelError: it cannot be traced, or needs operations that are not part of torch.
     """
     module, inputs = subject.traceable(watched=watched), subject.examples(request)
     sizes = None if request.batch is not None else ({0: Dim("batch")},)
     try:
         with torch.no_grad():
             program = torch.export.export(module, (inputs,), dynamic_shapes=sizes, strict=False)
-    except (RuntimeError, ValueError, AttributeError, TypeError) as error:  # torch's own kinds of errors are these
+    except (RuntimeError, ValueError, AttributeError, TypeError) as error:  # errors of torch.export are of these types
         raise ModelError(
             f"{subject.opened.loaded.description.name} cannot be traced into a graph: {first_line(error)}",
             "Its code depends on values. Try `--batch 1`, or report it.",
         ) from error
     if foreign := foreign_operations(program):
         raise ModelError(
-            f"the graph needs {', '.join(foreign)}, which does not come with torch",
+            f"the graph needs operations that are not part of torch: {', '.join(foreign)}",
             "Export on a machine without the package of these kernels.",
         )
     return program
 
 
 def foreign_operations(program: ExportedProgram) -> list[str]:
-    """Operations of the graph that other libraries bring."""
+    """Operations of the graph that are not part of torch."""
     found: set[str] = set()
     for node in program.graph.nodes:
         namespace: Any = getattr(node.target, "namespace", None)

@@ -1,0 +1,69 @@
+"""What a file in `formats/` declares. The command line reads it, so it does not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from repshift_cli.utils.files import weight_stem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from repshift_cli.checkpoints.schema import ExportDocument
+    from repshift_cli.export.request import Request, Subject
+    from repshift_cli.utils.progress import Progress
+
+__all__ = ["Draft", "Format"]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An export before it is verified.
+
+    Attributes:
+        document: its metadata, without the result of the verification.
+        save: writes the export with the given metadata.
+        reopen: opens the export. The returned function maps inputs to the output of the export, followed by the output
+            and the kept positions of each site, of the same graph.
+        operators: of an ONNX graph, how often each operator occurs.
+    """
+
+    document: ExportDocument
+    save: Callable[[ExportDocument], None]
+    reopen: Callable[[], Callable[[Tensor], tuple[Tensor, ...]]]
+    operators: dict[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of `repshift export`.
+
+    Attributes:
+        name: value of `--to`.
+        description: for `--help`.
+        suffix: what the default output name adds to the name of the model.
+        write: builds the export for the given path.
+        is_folder: whether the output is a folder.
+        packages: what the format needs of the extra `onnx`.
+        dtypes, devices: what is supported.
+        options: which of `--batch`, `--opset` and `--tune` are supported.
+        check: raises UsageError for an invalid request; runs before a model is loaded.
+    """
+
+    name: str
+    description: str
+    suffix: str
+    write: Callable[[Subject, Request, Path, Progress], Draft]
+    is_folder: bool = False
+    packages: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    options: tuple[str, ...] = ("batch",)
+    check: Callable[[Request], None] = lambda request: None
+
+    def default_output(self, model: str) -> Path:
+        """Name of the model with the suffix of the format, in the current folder."""
+        return Path(weight_stem(model.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:")) + self.suffix)

@@ -1,0 +1,63 @@
+"""pt2: a program of `torch.export`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from repshift_cli.errors import OutputError, last_line
+from repshift_cli.export.format import Draft, Format
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.export import ExportedProgram
+
+    from repshift_cli.checkpoints.schema import ExportDocument
+    from repshift_cli.export.request import Request, Subject
+    from repshift_cli.utils.progress import Progress
+
+__all__ = ["FORMAT"]
+
+
+def _write(subject: Subject, request: Request, path: Path, progress: Progress) -> Draft:
+    from repshift_cli.checkpoints import exported
+    from repshift_cli.export.trace import trace_program
+
+    progress.note("tracing")
+    program = trace_program(subject, request, watched=False)
+    document = subject.document(request, subject.run(subject.examples(request)).output)
+
+    def save(document: ExportDocument) -> None:
+        _save_program(program, path, document)
+
+    def reopen() -> Callable[[Tensor], tuple[Tensor, ...]]:
+        save(document)
+        watched = path.with_stem("watched")
+        _save_program(trace_program(subject, request, watched=True), watched, document)
+        run, watch = (exported.run_file(file, "pt2", document) for file in (path, watched))
+        return lambda images: (run(images), *watch.outputs(images))
+
+    return Draft(document, save, reopen)
+
+
+def _save_program(program: ExportedProgram, path: Path, document: ExportDocument) -> None:
+    """Save a program with its metadata, without example inputs and folder names of this machine.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    import torch
+
+    from repshift_cli.checkpoints.exported import DOCUMENT_FILE
+
+    program.example_inputs = None
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    try:
+        torch.export.save(program, path, extra_files={DOCUMENT_FILE: document.model_dump_json()})
+    except RuntimeError as error:  # torch raises no OSError for a full disk
+        raise OutputError(f"cannot write the program: {last_line(error)}", "Is there enough disk space?") from error
+
+
+FORMAT = Format("pt2", "a program of torch.export", ".pt2", _write)
