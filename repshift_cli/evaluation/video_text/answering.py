@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from repshift_cli.errors import DataError, ModelError, UsageError
-from repshift_cli.evaluation.common import Skipped, explained_memory, finite, in_turn, per_second
+from repshift_cli.evaluation.common import Skipped, alternate_order, check_finite, explain_out_of_memory, per_second
 from repshift_cli.measure.device import wait_for
 from repshift_cli.utils.progress import Progress
 from repshift_cli.utils.stats import percent_interval
@@ -212,7 +212,7 @@ def rank_answers(
         CheckFailed: it returns numbers that are not finite.
         UsageError: not enough memory for the pairs.
     """
-    with torch.inference_mode(), explained_memory(f"{pair_batch} pairs of question and answer"):
+    with torch.inference_mode(), explain_out_of_memory(f"{pair_batch} pairs of question and answer"):
         first = _first_token(model, states, mask, answer_ids, name)
         order = first.argsort(dim=1, descending=True, stable=True)[:, :k]
         # A probability that is rounded to 0 has no logarithm; it stays the last one.
@@ -275,7 +275,7 @@ def evaluate_answers(
     started = time.perf_counter()
     with (
         torch.inference_mode(),
-        explained_memory(f"{batch_size} questions"),
+        explain_out_of_memory(f"{batch_size} questions"),
         progress.task("questions", questions) as task,
     ):
         for batch in batches:
@@ -365,7 +365,7 @@ def _ask(
         for side in sides.values():
             side.look(video)
     said: dict[str, list[str]] = {}
-    for name in in_turn(list(sides), tally.batches):
+    for name in alternate_order(list(sides), tally.batches):
         said[name] = sides[name].answer(video, ids, mask, places)
         sides[name].correct += sum(one == right for one, right in zip(said[name], batch.answers, strict=True))
     tally.batches += 1
@@ -423,7 +423,7 @@ def _first_token(model: AnsweringModel, states: Tensor, mask: Tensor, answer_ids
     """How likely the first token of each answer is: float32 `[B, A]` on the CPU."""
     # Every answer begins with the same token.
     start = int(answer_ids[0, 0])
-    probabilities = finite(name, model.first_token_probabilities(states, mask, start))
+    probabilities = check_finite(name, model.first_token_probabilities(states, mask, start))
     if probabilities.dim() != _MATRIX or len(probabilities) != len(states):
         raise ModelError(f"{name}: {len(states)} questions become the probabilities {tuple(probabilities.shape)}")
     first, words = answer_ids[:, _FIRST], probabilities.shape[1]
@@ -454,5 +454,5 @@ def _losses(
         )
         if tuple(loss.shape) != (len(question),):
             raise ModelError(f"{name}: {len(question)} answers have the losses {tuple(loss.shape)}")
-        losses.append(finite(name, loss).float().cpu())
+        losses.append(check_finite(name, loss).float().cpu())
     return torch.cat(losses).view(chosen.shape)

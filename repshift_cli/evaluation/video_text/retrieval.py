@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from repshift_cli.errors import DataError, ModelError, UsageError
-from repshift_cli.evaluation.common import Skipped, explained_memory, finite, in_turn, per_second
+from repshift_cli.evaluation.common import Skipped, alternate_order, check_finite, explain_out_of_memory, per_second
 from repshift_cli.evaluation.video_text.ranking import (
     RankStats,
     RetrievalModel,
@@ -204,7 +204,7 @@ def evaluate_retrieval(
     started = time.perf_counter()
     store = TokenStore(videos, token_bytes, spill_to) if rerank_k is not None else None
     with torch.inference_mode(), closing(store) if store is not None else nullcontext():
-        with explained_memory(f"{batch_size} videos"):
+        with explain_out_of_memory(f"{batch_size} videos"):
             encoder = _TextEncoder(texts, batch_size, device, progress, keep_states=store is not None)
             sides = {name: _Side(name, model, encoder.captions(name, model)) for name, model in models.items()}
             gallery = _Gallery(videos, sample_id, strict)
@@ -372,7 +372,7 @@ class _TextEncoder:
                 states = model.encode_text(ids.to(self._device), mask.to(self._device))
                 if states.dim() != _TOKENS_RANK or tuple(states.shape[:2]) != tuple(ids.shape):
                     raise ModelError(f"{name}: the texts {tuple(ids.shape)} become {tuple(states.shape)}")
-                embeddings.append(finite(name, model.project_text(states)).float().cpu())
+                embeddings.append(check_finite(name, model.project_text(states)).float().cpu())
                 if self._keep_states:
                     if kept is None:  # all at once: joining parts would hold them twice
                         kept = torch.empty(len(texts.ids), *states.shape[1:], dtype=states.dtype)
@@ -406,7 +406,7 @@ def _encode_clips(
                     for side in sides.values():
                         side.seconds = 0.0
                     del first
-                for name in in_turn(list(sides), turn):
+                for name in alternate_order(list(sides), turn):
                     tokens = _tokens(sides[name], video, len(batch.indices), device)
                     sides[name].video.append(_projected(sides[name], tokens))
                     if store is not None:
@@ -433,7 +433,7 @@ def _tokens(side: _Side, video: Tensor, count: int, device: torch.device) -> Ten
 
 def _projected(side: _Side, tokens: Tensor) -> Tensor:
     """The projection `[b, F, E]` of tokens, float32 on the CPU."""
-    projected = finite(side.name, side.model.project_video(tokens)).float().cpu()
+    projected = check_finite(side.name, side.model.project_video(tokens)).float().cpu()
     width = side.captions.embeddings.shape[-1]
     if projected.dim() != _TOKENS_RANK or len(projected) != len(tokens) or projected.shape[-1] != width:
         raise ModelError(f"{side.name}: videos are projected to {tuple(projected.shape)}, texts to [., {width}]")
