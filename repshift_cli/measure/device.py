@@ -128,7 +128,7 @@ def tiles_note(device: torch.device, dtype: torch.dtype, tokens: Sequence[int]) 
     if not odd or device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or not _has_matrix_unit():
         return None
     return (
-        f"tokens that are left ({', '.join(map(str, odd))}) are no multiples of {_MATRIX_TILE}, as the matrix unit of "
+        f"tokens that are left ({', '.join(map(str, odd))}) are not multiples of {_MATRIX_TILE}, as the matrix unit of "
         f"this CPU wants them in {str(dtype).removeprefix('torch.')}: `round_tokens: {_MATRIX_TILE}` in the recipe may "
         "be faster"
     )
