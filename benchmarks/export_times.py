@@ -58,7 +58,7 @@ def row(target: Target, folder: Path, runs: int) -> list[str]:
 
 
 def export(target: Target, output: Path) -> float:
-    """Seconds that the command takes."""
+    """Seconds of the command."""
     begin = time.perf_counter()
     subprocess.run(  # noqa: S603 (the command is written here)
         [sys.executable, "-m", "repshift_cli", "export", MODEL, "--recipe", RECIPE, "--to", target, "-o", str(output)],
@@ -70,13 +70,13 @@ def export(target: Target, output: Path) -> float:
 
 @torch.inference_mode()
 def repeated(runtime: Runtime, runs: int) -> tuple[int, float]:
-    """How many runs give the same bits as the first of their batch size, and how far sizes are apart."""
-    pictures = torch.randn(max(BATCHES), *load_checkpoint(MODEL).description.preprocessing.shape)
+    """Number of runs with the same bits as the first of their batch size, and the difference between batch sizes."""
+    images = torch.randn(max(BATCHES), *load_checkpoint(MODEL).description.preprocessing.shape)
     sizes = [BATCHES[run % len(BATCHES)] for run in range(runs)]
     first: dict[int, torch.Tensor] = {}
     equal = 0
     for size in sizes:
-        output = runtime(pictures[:size]).clone()
+        output = runtime(images[:size]).clone()
         equal += torch.equal(output, first.setdefault(size, output))
     whole = first[max(first)]
     return equal, max(float((output - whole[:size]).abs().max()) for size, output in first.items())

@@ -1,7 +1,7 @@
 """Accuracy of the built-in video models with fewer tokens: retrieval and question answering on encoded test videos.
 
-The baseline is the dense model on fewer, evenly spaced frames. At the same number of operations, tokens of all frames
-are dropped or merged after three blocks, by several scores.
+The baseline is the dense model on fewer, evenly spaced frames. At the same MACs, tokens of all frames
+are dropped or merged after three blocks, by several metrics.
 
     python benchmarks/video_accuracy.py --videos 300
 """
@@ -69,7 +69,7 @@ SIDES = {
 NOTE = (
     "R@1 of text-to-video and video-to-text by cosine, then re-ranked by the matching head (the best 16), and share "
     "of correct answers, in percent, mean over the seeds (each with its own videos). All pool over all tokens. "
-    "`frames` is the dense model on fewer frames; the others cost about as many operations."
+    "`frames` is the dense model on fewer frames; the others have about as many MACs."
 )
 
 
@@ -115,7 +115,7 @@ def section(frames: int, options: argparse.Namespace) -> str:
 
 
 def results(videos: Path, frames: int, options: argparse.Namespace) -> Iterator[tuple[str, float, list[float]]]:
-    """Name, cost relative to dense, and the five numbers of each side."""
+    """Name, cost relative to dense, and the five numbers of each model."""
     pair = tuple(Opened(load_checkpoint(f"builtin:umt-shapes{end}"), None) for end in ("", "-qa"))
     for each in pair:
         each.loaded.model.pooling = "all"
@@ -134,7 +134,7 @@ def results(videos: Path, frames: int, options: argparse.Namespace) -> Iterator[
 
 @contextmanager
 def shown_frames(pair: Sequence[Opened], frames: int) -> Iterator[int]:
-    """The dense models on evenly spaced frames, each at its own place in time; yields the operations of the first."""
+    """The dense models on evenly spaced frames with their positions in time; yields the MACs of the first."""
     encoders = [each.loaded.model.vision_encoder.encoder for each in pair]
     before = [encoder.forward for encoder in encoders]
     shape = pair[0].loaded.model.vision
@@ -157,7 +157,7 @@ def encode_frames(encoder: Any, video: Tensor, *, kept: list[int], shape: Vision
 
 
 def all_plans(pair: Sequence[Opened], macs: int, options: argparse.Namespace) -> dict[str, list[Plan]]:
-    """By name, a plan for each of the two models, of at most so many operations."""
+    """By name, a plan for each of the two models with at most this many MACs."""
     found = {}
     for name, (metric, reducer) in SIDES.items():
         plans = [plan_within(each, metric, reducer, macs) for each in pair]
@@ -170,7 +170,7 @@ def all_plans(pair: Sequence[Opened], macs: int, options: argparse.Namespace) ->
 
 
 def plan_within(opened: Opened, metric: str, reducer: str, macs: int) -> Plan:
-    """The mildest schedule, of one drop ratio at all sites, that costs at most so many operations."""
+    """The schedule with the smallest drop ratio, equal at all sites, with at most this many MACs."""
     model = opened.loaded.model
     for thousandths in range(20, 500, 2):
         drops = ", ".join(f"{{layer: {layer}, drop_ratio: {thousandths / 1000}}}" for layer in LAYERS)
@@ -185,7 +185,7 @@ def plan_within(opened: Opened, metric: str, reducer: str, macs: int) -> Plan:
 
 
 def _filled(opened: Opened, plan: Plan) -> Plan:
-    """The plan with open fields as the paper has them."""
+    """The plan with open fields set as in the paper."""
     model = opened.loaded.model
     return with_defaults(plan, {site.name: site for site in match(model).sites(model)})
 
@@ -200,7 +200,7 @@ def calibrated(opened: Opened, plan: Plan, options: argparse.Namespace) -> Plan:
 
 
 def measured(pair: Sequence[Opened], videos: Path, options: argparse.Namespace) -> list[float]:
-    """R@1 by cosine in both directions, by matching in both directions, and answers right; in percent."""
+    """R@1 by cosine in both directions, by matching in both directions, and correct answers; in percent."""
     settings = Settings(16, torch.device("cpu"), torch.float32, rerank_k=options.rerank)
     found, asked = (
         run(each, videos, file, task, settings)
