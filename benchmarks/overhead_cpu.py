@@ -48,9 +48,9 @@ def main() -> None:
         "with the choice",
     ]
     note = (
-        "Shares are of the time of the block. Medians of runs in which block, score, selection and gathering follow "
-        "each other as in the model, each on data that the previous one has just written. Operations that the site adds to "
-        f"its block, by the profiler at batch {options.batches[0]}: {added(compressed, options.batches[0])}."
+        "Shares are relative to the block. Medians of runs in which block, score, selection and gathering follow "
+        "each other as in the model, each on data that the previous one has just written. Operations added by the "
+        f"site, by the profiler at batch {options.batches[0]}: {added(compressed, options.batches[0])}."
     )
     machine = f"{device_name(torch.device('cpu'))}, float32, {options.threads} threads"
     title = "Cost of a site: the first of DeiT-S, 197 to 158 tokens"
