@@ -19,9 +19,9 @@ __all__ = ["CompileMode", "Compiled", "fresh_graphs", "quiet_tuning"]
 CompileMode = Literal["off", "default", "frozen", "reduce-overhead", "max-autotune"]
 """A mode of torch.compile, or `off`; `frozen` is `default` with the weights as constants of the graph.
 
-Constants are laid out for the kernels once. Otherwise each call does it, which takes as long for few tokens as for many.
-They need memory for a second copy of the weights. `max-autotune` on the CPU uses constants too, because torch has
-alternative kernels only for them.
+Constants are laid out for the kernels once. Otherwise each call does it, which takes as long for few as for
+many tokens. Constants need memory for a second copy of the weights. `max-autotune` on the CPU uses them too: torch has
+alternative kernels only for constants.
 """
 
 _MAX_REASON = 200

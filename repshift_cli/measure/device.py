@@ -121,7 +121,7 @@ def tiles_note(device: torch.device, dtype: torch.dtype, tokens: Sequence[int]) 
         return None
     return (
         f"token counts ({', '.join(map(str, odd))}) are not multiples of {_MATRIX_TILE}, the tile of the matrix unit "
-        f"of this CPU in {str(dtype).removeprefix('torch.')}: `round_tokens: {_MATRIX_TILE}` in the recipe may be faster"
+        f"of this CPU in {str(dtype).removeprefix('torch.')}: `round_tokens: {_MATRIX_TILE}` in a recipe may be faster"
     )
 
 

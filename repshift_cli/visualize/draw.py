@@ -1,7 +1,4 @@
-"""Show which patches a compressed model keeps: as indices, and as a picture.
-
-The first half runs the model and turns tensors into plain arrays and words; the second half only draws.
-"""
+"""Draw which patches a compressed model keeps."""
 
 from __future__ import annotations
 
@@ -33,81 +30,54 @@ __all__ = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing
-
 _DPI = 200
-
-
 _SIDE, _FRAME_SIDE = 1.8, 1.0  # inches: the longer side of an image, and of a frame
-
-
 _LEAST_ROW = 1.1  # inches, for the lines beside an image
-
-
 _GAP = 0.12  # inches
-
-
 _WORDS_BELOW, _WORDS_ABOVE = 0.2, 0.5  # inches, of a film strip and of a clip
-
-
 _TALLEST = 150  # inches
-
-
 _MOST_FRAMES = 8
-
-
 _CLIP_LETTERS = 72
-
-
 _SHOWN_LETTERS = 24
-
-
 _TITLE_SIZE, _TEXT, _SMALL = 10.0, 7.5, 6.0  # points
-
-
 _LEADING = 13  # points
-
-
 _LETTER = 0.62  # mean width of a letter, as a share of the size of the font
-
-
 _INK, _PALE, _WRONG, _EDGE = "#1a1a1a", "#767676", "#c23b00", "#d55e00"
 
 
 def kept_tokens_figure(
-    pictures: np.ndarray,
+    images: np.ndarray,
     kept: Mapping[int, np.ndarray],
     patches: Mapping[int, PatchGrid],
     readings: Sequence[Reading] | None = None,
     *,
-    title: str = "Tokens that are kept",
+    title: str = "Kept tokens",
     remark: str = "",
 ) -> Figure:
-    """Draw one row per image: the image, and after each site what is left of it.
+    """Draw one row per image: the image, and the kept patches after each site.
 
     Args:
-        pictures: uint8 `[n, H, W, 3]`.
-        kept: int64 `[n, K]` by layer: places in the grid of that layer.
+        images: uint8 `[n, H, W, 3]`.
+        kept: int64 `[n, K]` by layer: indices in the grid of that layer.
         patches: the grid of each layer.
-        readings: what to write beside each row.
+        readings: text beside each row.
     """
-    height, width = pictures.shape[1:3]
+    height, width = images.shape[1:3]
     captions = [_lines(reading) for reading in readings or ()]
     unit = _SIDE / max(height, width)
     size = (len(kept) + 1) * (unit * width + _GAP) + _text_width(captions)
-    tall = len(pictures) * (max(unit * height, _LEAST_ROW) + _GAP)
-    figure, panels = _page((len(pictures), len(kept) + 1), (size, tall), title, remark)
+    tall = len(images) * (max(unit * height, _LEAST_ROW) + _GAP)
+    figure, panels = _page((len(images), len(kept) + 1), (size, tall), title, remark)
     counts = {grid.patches for grid in patches.values()}
     _write_above(panels[0, 0], "original", f"{counts.pop()} patches" if len(counts) == 1 else "")
     for column, (layer, rows) in enumerate(kept.items(), start=1):
         grid = patches[layer]
         _write_above(panels[0, column], f"after block {layer}", f"{rows.shape[1]} of {grid.patches} kept")
-        faded = fade_dropped(pictures, kept_masks(rows, grid, height, width))
+        faded = fade_dropped(images, kept_masks(rows, grid, height, width))
         for panel, image, cells in zip(panels[:, column], faded, kept_cells(rows, grid), strict=True):
             panel.imshow(image, interpolation="nearest")
             _outline(panel, cells, grid)
-    for panel, image in zip(panels[:, 0], pictures, strict=True):
+    for panel, image in zip(panels[:, 0], images, strict=True):
         panel.imshow(image, interpolation="nearest")
     for panel, beside in zip(panels[:, 0], captions, strict=False):
         _write_beside(panel, beside)
@@ -115,15 +85,15 @@ def kept_tokens_figure(
 
 
 def save_figure(figure: Figure, path: Path, force: bool) -> None:
-    """Write a figure, in the format that the ending tells; nothing half-written ever stands under `path`.
+    """Write a figure in the format of the suffix; `path` is written whole or not at all.
 
     Raises:
-        UsageError: the ending tells no format that can be drawn, or the file exists and `force` is off.
+        UsageError: unknown suffix, or the file exists and `force` is False.
         OutputError: as `files.atomic_output`.
     """
     kind = path.suffix.lower().removeprefix(".")
     if kind not in PLOT_FORMATS:
-        raise UsageError(f"{path} has no ending that tells a picture format", "Allowed are .png, .svg and .pdf.")
+        raise UsageError(f"{path}: unknown suffix for a figure", "Allowed are .png, .svg and .pdf.")
     with atomic_output(path, force) as temporary:
         figure.savefig(temporary, format=kind, bbox_inches="tight", pad_inches=0.15)
 
@@ -134,19 +104,18 @@ def kept_clips_figure(
     patches: Mapping[int, PatchGrid],
     readings: Sequence[Reading] | None = None,
     *,
-    title: str = "Tokens that are kept",
+    title: str = "Kept tokens",
     remark: str = "",
     merged: bool = False,
 ) -> Figure:
-    """Draw film strips of each clip: the clip, and below it what is left of it after each site.
+    """Draw rows of frames for each clip: the clip, and below it the kept patches after each site.
 
     Args:
-        clips: uint8 `[n, T, H, W, 3]`; the patches cover each frame without a rest. Of more than 8 frames, 8 that are
-            evenly spaced are drawn.
-        kept: int64 `[n, K]` by layer: places in the grid of that layer.
+        clips: uint8 `[n, T, H, W, 3]`; the patches cover each frame exactly. At most 8 evenly spaced frames are drawn.
+        kept: int64 `[n, K]` by layer: indices in the grid of that layer.
         patches: the grid of each layer, of T frames.
-        readings: what to write above each clip.
-        merged: whether the other tokens flowed into those that are left.
+        readings: text above each clip.
+        merged: whether the other tokens were merged into the kept ones.
     """
     count, frames, height, width = clips.shape[:4]
     shown = _shown_frames(frames)
@@ -170,16 +139,16 @@ def kept_clips_figure(
 
 @dataclass(frozen=True)
 class _Strip:
-    """One film strip for each clip.
+    """One row of frames for each clip.
 
     Attributes:
-        pictures: uint8 `[n, T, H, W, 3]`.
-        captions: of each clip, what is written beside it.
-        words: of each clip, what is written below each frame.
+        images: uint8 `[n, T, H, W, 3]`.
+        captions: text beside each clip.
+        words: text below each frame of each clip.
         grid, cells: the patches, and bool `[n, T, rows, columns]`, which of them are kept; None for the input.
     """
 
-    pictures: np.ndarray
+    images: np.ndarray
     captions: list[list[_Line]]
     words: list[list[str]]
     grid: PatchGrid | None = None
@@ -189,7 +158,7 @@ class _Strip:
 def _strips(
     clips: np.ndarray, kept: Mapping[int, np.ndarray], patches: Mapping[int, PatchGrid], merged: bool
 ) -> list[_Strip]:
-    """The input, and what is left after each site."""
+    """The input, and the kept patches after each site."""
     count, frames, height, width = clips.shape[:4]
     total = next(iter(patches.values())).patches
     plural = "frame" if frames == 1 else "frames"
@@ -202,11 +171,11 @@ def _strips(
         cells = by_frame(kept_cells(rows, grid), grid)
         counts = kept_per_frame(rows, grid)
         left, of_all = rows.shape[1], grid.rows * grid.columns
-        told = f"merged into {left} of {grid.patches}" if merged else f"{left} of {grid.patches} kept"
+        total_kept = f"merged into {left} of {grid.patches}" if merged else f"{left} of {grid.patches} kept"
         captions = [
             [
                 _Line(f"after block {layer}", weight="bold"),
-                _Line(told, _PALE),
+                _Line(total_kept, _PALE),
                 _Line(f"in {np.count_nonzero(numbers)} of {frames} {plural}", _PALE),
             ]
             for numbers in counts
@@ -217,11 +186,11 @@ def _strips(
 
 
 def _draw_strip(panel: Axes, strip: _Strip, clip: int, shown: Sequence[int], pitch: int) -> None:
-    """The frames `shown` of a clip, `pitch` pixels apart, with words below each one and beside them all."""
-    height, width = strip.pictures.shape[2:4]
+    """The frames `shown` of a clip, `pitch` pixels apart, with their captions."""
+    height, width = strip.images.shape[2:4]
     film = np.full((height, pitch * (len(shown) - 1) + width, 3), 255, dtype=np.uint8)
     for place, frame in enumerate(shown):
-        film[:, place * pitch : place * pitch + width] = strip.pictures[clip, frame]
+        film[:, place * pitch : place * pitch + width] = strip.images[clip, frame]
         if strip.grid is not None and strip.cells is not None:
             _outline(panel, strip.cells[clip, frame], strip.grid, place * pitch)
     panel.imshow(film, interpolation="nearest")
@@ -233,31 +202,31 @@ def _draw_strip(panel: Axes, strip: _Strip, clip: int, shown: Sequence[int], pit
 
 
 def _shown_frames(frames: int) -> list[int]:
-    """Those of a clip that are drawn: all, or some that are evenly spaced."""
+    """The frames to draw: all, or some that are evenly spaced."""
     return list(range(frames)) if frames <= _MOST_FRAMES else frame_indices(frames, _MOST_FRAMES)
 
 
 def _clip_lines(reading: Reading) -> list[_Line]:
-    """What is written above a clip."""
+    """Text above a clip."""
     name = _shortened(Path(reading.sample).name, _CLIP_LETTERS)
     return [_Line(name), _Line(f"features moved by {reading.moved:.4f} (1 - cosine)")]
 
 
 def _clips_height(clips: int, strips: int, frame: float) -> float:
-    """Inches of so many clips, each with film strips of this height."""
+    """Height in inches of this many clips with `strips` rows each."""
     return clips * (strips * (max(frame, _FRAME_SIDE / 2) + _WORDS_BELOW + _GAP) + _WORDS_ABOVE)
 
 
 def check_page(clips: int, sites: int, preprocessing: Preprocessing) -> None:
-    """Refuse more clips than one image holds, before the model runs."""
+    """Raise a UsageError for more clips than one figure holds."""
     _, height, width = preprocessing.input_size
     fitting = int(_TALLEST / _clips_height(1, sites + 1, _FRAME_SIDE * height / max(height, width)))
     if clips > max(1, fitting):
-        raise UsageError(f"{clips} clips with {sites} sites do not fit one picture", f"Give --count {max(1, fitting)}.")
+        raise UsageError(f"{clips} clips with {sites} sites do not fit one figure", f"Give --count {max(1, fitting)}.")
 
 
 def _page(shape: tuple[int, int], size: tuple[float, float], title: str, remark: str) -> tuple[Figure, Any]:
-    """A figure with a grid of panels that show images; its size is that of the panels with what is written at them."""
+    """A figure with a grid of image panels; `size` is that of the panels with their captions, in inches."""
     from matplotlib.figure import Figure
 
     wide = max(size[0], _text_width([[_Line(title, size=_TITLE_SIZE, weight="bold"), _Line(remark)]]))
@@ -273,15 +242,15 @@ def _page(shape: tuple[int, int], size: tuple[float, float], title: str, remark:
 
 
 def _write(panel: Axes, text: str, place: tuple[float, float], shift: tuple[float, float], **style: Any) -> None:
-    """Text so many points away from a place, which is a share of the panel."""
-    # "$" would start a formula
+    """Text at `place` (fraction of the panel), shifted by points."""
+    # parse_math: "$" is not a formula
     where: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "parse_math": False}
     panel.annotate(text, place, shift, **where, **style)
 
 
-def _write_above(panel: Axes, name: str, told: str) -> None:
+def _write_above(panel: Axes, name: str, counts: str) -> None:
     _write(panel, name, (0.5, 1), (0, 5 + _LEADING), ha="center", size=8.5, weight="bold", color=_INK)
-    _write(panel, told, (0.5, 1), (0, 5), ha="center", size=_TEXT, color=_PALE)
+    _write(panel, counts, (0.5, 1), (0, 5), ha="center", size=_TEXT, color=_PALE)
 
 
 def _write_beside(panel: Axes, lines: Sequence[_Line]) -> None:
@@ -292,7 +261,7 @@ def _write_beside(panel: Axes, lines: Sequence[_Line]) -> None:
 
 
 def _outline(panel: Axes, cells: np.ndarray, patches: PatchGrid, left: int = 0) -> None:
-    """A thin line wherever a kept patch meets a dropped one; `left` is the column at which the image begins."""
+    """A thin line between kept and dropped patches; `left` is the first column of the image."""
     from matplotlib.collections import LineCollection
 
     high, wide = patches.height, patches.width
@@ -300,7 +269,7 @@ def _outline(panel: Axes, cells: np.ndarray, patches: PatchGrid, left: int = 0) 
     segments = [[(column, row + 1), (column + 1, row + 1)] for row, column in across]
     segments += [[(column + 1, row), (column + 1, row + 1)] for row, column in down]
     if segments:
-        scaled = np.array(segments) * (wide, high) + (left - 0.5, -0.5)  # the first pixel has its middle at 0
+        scaled = np.array(segments) * (wide, high) + (left - 0.5, -0.5)  # the centre of the first pixel is at 0
         panel.add_collection(
             LineCollection(list(scaled), colors=_EDGE, linewidths=0.6, capstyle="projecting"), autolim=False
         )
@@ -317,7 +286,7 @@ class _Line:
 
 
 def _lines(reading: Reading) -> list[_Line]:
-    """What is written beside a picture."""
+    """Text beside an image."""
     lines = []
     if reading.label_name is not None:
         lines.append(_Line(f"true: {_shortened(reading.label_name)}"))
@@ -325,9 +294,9 @@ def _lines(reading: Reading) -> list[_Line]:
     for who, guess in (("dense", reading.dense), ("compressed", reading.compressed)):
         if guess is not None:
             right = guess.label == wanted
-            mark = "" if right else " \N{BALLOT X}"  # colour alone would not tell everyone
-            told = f"{who}: {_shortened(guess.name)} ({guess.probability:.0%}){mark}"
-            lines.append(_Line(told, _INK if right else _WRONG))
+            mark = "" if right else " \N{BALLOT X}"  # not by colour alone, for colour-blind readers
+            text = f"{who}: {_shortened(guess.name)} ({guess.probability:.0%}){mark}"
+            lines.append(_Line(text, _INK if right else _WRONG))
     if reading.cosine is not None:
         lines.append(_Line(f"features: cosine {reading.cosine:.3f}"))
     path = Path(reading.sample)
@@ -335,7 +304,7 @@ def _lines(reading: Reading) -> list[_Line]:
 
 
 def _text_width(captions: Sequence[Sequence[_Line]]) -> float:
-    """About how many inches the widest line takes."""
+    """Approximate width of the widest line in inches."""
     widths = (len(line.text) * line.size * _LETTER / 72 for lines in captions for line in lines)
     return max(widths, default=0.0)
 

@@ -1,4 +1,4 @@
-"""Grid of patches of an image and masks of kept patches."""
+"""Grid of the patches of an image and masks of kept patches."""
 
 from __future__ import annotations
 
@@ -23,23 +23,18 @@ __all__ = [
     "kept_per_frame",
     "patch_grid",
     "patch_grids",
-    "restore_pictures",
+    "restore_images",
 ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Patches and pixels
 
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """How the patches lie in the input.
+    """Positions of the patches in the input.
 
     Attributes:
-        rows, columns: how many there are; patch `i` is in row `i // columns`.
+        rows, columns: of one frame; patch `i` is in row `i // columns`.
         height, width: of one patch, in pixels.
-        frames: of a clip, each with all these rows: patches are counted frame by frame, as if the frames stood one
-            below the other; None for a picture.
+        frames: of a clip, counted frame by frame as if stacked vertically; None for an image.
     """
 
     rows: int
@@ -55,35 +50,27 @@ class PatchGrid:
 
     @property
     def patches(self) -> int:
-        """How many there are in all."""
+        """Number of patches of all frames."""
         return self.lines * self.columns
 
 
 def patch_grid(model: nn.Module) -> PatchGrid:
-    """Where the patch tokens of a model lie in its input.
-
-    Raises:
-        ModelError: the model does not tell.
-    """
+    """The patch grid of a model; raises a ModelError if it is unknown."""
     if isinstance(model, UmtModel):
         shape = model.vision
         return PatchGrid(shape.side, shape.side, shape.patch_size, shape.patch_size, shape.frames)
     embedding = getattr(model, "patch_embed", None)
     grid, patch = getattr(embedding, "grid_size", None), getattr(embedding, "patch_size", None)
     if grid is None or patch is None:
-        raise ModelError(f"{type(model).__name__} does not tell where its patches lie, so they cannot be shown")
+        raise ModelError(f"{type(model).__name__}: unknown patch grid, so patches cannot be shown")
     rows, columns = (int(number) for number in grid)
-    # patches may overlap: then each stands for the pixels up to the next one
+    # overlapping patches are shown up to the start of the next one
     height, width = (int(number) for number in getattr(embedding, "stride", patch))
     return PatchGrid(rows, columns, height, width)
 
 
 def patch_grids(model: CompressedModel) -> dict[int, PatchGrid]:
-    """Where the tokens that reach each site of the plan lie in the input, by layer; for a feature map, its positions.
-
-    Raises:
-        ModelError: as `patch_grid`.
-    """
+    """By layer, the grid of the tokens that reach each site of the plan; of a feature map, its positions."""
     layers = [site.layer for site in model.plan.sites]
     if model.layout.map_size is None:
         return dict.fromkeys(layers, patch_grid(model.model))
@@ -97,7 +84,7 @@ def patch_grids(model: CompressedModel) -> dict[int, PatchGrid]:
     return found
 
 
-def restore_pictures(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+def restore_images(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Undo the normalisation of a model's input.
 
     Args:
@@ -108,11 +95,11 @@ def restore_pictures(images: Tensor, mean: Sequence[float], std: Sequence[float]
         uint8 `[..., H, W, 3]`.
 
     Raises:
-        ModelError: another number of channels.
+        ModelError: a different number of channels.
     """
     channels = images.shape[-3]
     if channels not in (1, 3):
-        raise ModelError(f"inputs with {channels} channels cannot be shown as pictures")
+        raise ModelError(f"inputs with {channels} channels cannot be shown as images")
     offset, scale = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
     pixels = (images.float().cpu() * scale + offset).mul(255).round().clamp(0, 255).to(torch.uint8)
     restored: np.ndarray = pixels.expand(*pixels.shape[:-3], 3, -1, -1).movedim(-3, -1).numpy()
@@ -120,11 +107,11 @@ def restore_pictures(images: Tensor, mean: Sequence[float], std: Sequence[float]
 
 
 def kept_masks(kept: np.ndarray, patches: PatchGrid, height: int, width: int) -> np.ndarray:
-    """Which pixels belong to kept patches; pixels beyond the last whole patch belong to none.
+    """Mask of the pixels of kept patches; pixels beyond the last whole patch belong to none.
 
     Args:
-        kept: int64 `[B, K]`, places in the patch grid.
-        height, width: of the picture; of a clip, of its frames one below the other.
+        kept: int64 `[B, K]`, indices in the patch grid.
+        height, width: of the image; of a clip, of its frames stacked vertically.
 
     Returns:
         bool `[B, height, width]`.
@@ -137,40 +124,38 @@ def kept_masks(kept: np.ndarray, patches: PatchGrid, height: int, width: int) ->
 
 
 def kept_cells(kept: np.ndarray, patches: PatchGrid) -> np.ndarray:
-    """Which cells of the patch grid are kept: int64 `[B, K]` to bool `[B, lines, columns]`."""
+    """Mask of the kept cells of the grid: int64 `[B, K]` to bool `[B, lines, columns]`."""
     cells = np.zeros((len(kept), patches.patches), dtype=bool)
     np.put_along_axis(cells, kept, True, axis=1)
     return cells.reshape(len(kept), patches.lines, patches.columns)
 
 
 def kept_per_frame(kept: np.ndarray, patches: PatchGrid) -> np.ndarray:
-    """How many tokens each frame of a clip keeps: int64 `[B, K]` to int64 `[B, frames]`."""
+    """Number of kept tokens in each frame: int64 `[B, K]` to int64 `[B, frames]`."""
     counts: np.ndarray = by_frame(kept_cells(kept, patches), patches).sum(axis=(2, 3))
     return counts
 
 
 def by_frame(lines: np.ndarray, patches: PatchGrid) -> np.ndarray:
-    """Frames that stand one below the other, taken apart: `[B, frames * H, ...]` to `[B, frames, H, ...]`."""
+    """Split vertically stacked frames: `[B, frames * H, ...]` to `[B, frames, H, ...]`."""
     frames = patches.frames or 1
     return lines.reshape(len(lines), frames, lines.shape[1] // frames, *lines.shape[2:])
 
 
-_FADED = 218.0  # light grey: dark and bright pictures both stand out against it
-
-
+_FADED = 218.0  # light grey, in contrast to dark and bright images
 _FADED_SHARE = 0.82
 
 
-def fade_dropped(pictures: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """Leave kept pixels as they are and let the others fade to a light grey, in which their shapes just show.
+def fade_dropped(images: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Keep the kept pixels and fade the others to light grey, in which their shapes remain visible.
 
     Args:
-        pictures: uint8 `[B, H, W, 3]`.
+        images: uint8 `[B, H, W, 3]`.
         masks: bool `[B, H, W]`, True where kept.
 
     Returns:
         uint8 `[B, H, W, 3]`.
     """
-    grey = pictures.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    grey = images.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
     faded = (_FADED_SHARE * _FADED + (1 - _FADED_SHARE) * grey).round().astype(np.uint8)
-    return np.where(masks[..., None], pictures, faded[..., None])
+    return np.where(masks[..., None], images, faded[..., None])

@@ -1,4 +1,4 @@
-"""Predictions of a model for one image."""
+"""Predictions of the dense and the compressed model for one image or clip."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Guess:
-    """A predicted class: its number, its name, and the probability that the model gives it (0 to 1)."""
+    """A predicted class: its index, name and probability (0 to 1)."""
 
     label: int
     name: str
@@ -25,13 +25,13 @@ class Guess:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is said beside one picture or clip.
+    """Label and predictions of one image or clip.
 
     Attributes:
-        sample: path or name of it.
-        label, label_name: the true class, None where it is not known.
-        dense, compressed: the predictions, None where the model has no head.
-        cosine: likeness of the features of the two, where the model has no head.
+        sample: its path or name.
+        label, label_name: the true class, None if unknown.
+        dense, compressed: predictions, None if the model has no head.
+        cosine: cosine similarity of the features of both models, if the model has no head.
     """
 
     sample: str
@@ -43,11 +43,11 @@ class Reading:
 
     @property
     def moved(self) -> float:
-        """How far the features moved: one minus their cosine."""
+        """Change of the features: 1 - cosine."""
         return 0.0 if self.cosine is None else max(0.0, 1 - self.cosine)
 
     def to_dict(self) -> dict[str, Any]:
-        """Of a picture, for JSON."""
+        """JSON entry of an image."""
         return {
             "image": self.sample,
             "label": self.label,
@@ -58,5 +58,5 @@ class Reading:
         }
 
     def clip_to_dict(self) -> dict[str, Any]:
-        """Of a clip, for JSON."""
+        """JSON entry of a clip."""
         return {"clip": self.sample, "features_moved": round(self.moved, 6)}

@@ -15,7 +15,7 @@ from repshift_cli.errors import UsageError
 from repshift_cli.reduction.compressed_model import CompressedModel
 from repshift_cli.reduction.reducers.base import Merger, build_reducer
 from repshift_cli.visualize.draw import check_page, kept_clips_figure, kept_tokens_figure
-from repshift_cli.visualize.patches import PatchGrid, kept_per_frame, patch_grids, restore_pictures
+from repshift_cli.visualize.patches import PatchGrid, kept_per_frame, patch_grids, restore_images
 from repshift_cli.visualize.readings import Guess, Reading
 from repshift_cli.visualize.samples import Samples, draw_clips, draw_samples
 
@@ -40,12 +40,12 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Observed:
-    """What a compressed model and its dense self make of some images or clips.
+    """Kept tokens and outputs of a compressed model and its dense model.
 
     Attributes:
-        kept: int64 `[n, K]` by layer: places in the patch grid (or in the map) of what is left after it, ascending;
-            of merged tokens, the place of the one that the others flowed into.
-        dense, compressed: float32 `[n, K]`, what the two return.
+        kept: int64 `[n, K]` by layer: ascending indices of the kept tokens in the patch grid or map; of merged tokens,
+            that of the token into which the others were merged.
+        dense, compressed: float32 `[n, K]`, the outputs.
     """
 
     kept: dict[int, np.ndarray]
@@ -61,20 +61,18 @@ def observe(model: CompressedModel, images: Tensor) -> Observed:
     for part in images.split(max(1, _BATCH // math.prod(images.shape[1:-3]))):
         batch = part.to(device=sample.device, dtype=sample.dtype)
         traces.append(model.trace(batch))
-        with model.dense() as original:
-            dense.append(original(batch).float().cpu())
+        with model.dense() as dense_model:
+            dense.append(dense_model(batch).float().cpu())
     kept = {layer: torch.cat([trace.kept[layer].cpu() for trace in traces]) for layer in traces[0].kept}
-    in_order = {layer: rows.sort(dim=1).values.numpy() for layer, rows in kept.items()}  # merging leaves another order
+    in_order = {layer: rows.sort(dim=1).values.numpy() for layer, rows in kept.items()}  # merging changes the order
     return Observed(in_order, torch.cat(dense), torch.cat([trace.output.float().cpu() for trace in traces]))
 
 
 def _read(samples: Samples, observed: Observed, has_head: bool) -> tuple[Reading, ...]:
-    """One reading per picture."""
+    """One reading per image or clip."""
     if not has_head:
-        likeness = torch.nn.functional.cosine_similarity(observed.dense.double(), observed.compressed.double(), dim=-1)
-        return tuple(
-            Reading(name, cosine=cosine) for name, cosine in zip(samples.names, likeness.tolist(), strict=True)
-        )
+        cosines = torch.nn.functional.cosine_similarity(observed.dense.double(), observed.compressed.double(), dim=-1)
+        return tuple(Reading(name, cosine=cosine) for name, cosine in zip(samples.names, cosines.tolist(), strict=True))
     columns = (samples.names, samples.labels, _guesses(observed.dense, samples), _guesses(observed.compressed, samples))
     return tuple(
         Reading(name, label, None if label is None else _class_name(label, samples.classes), dense, compressed)
@@ -92,45 +90,41 @@ def _class_name(label: int, classes: tuple[str, ...] | None) -> str:
     return f"class {label}" if classes is None else classes[label]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All of it together
-
-
 @dataclass(frozen=True)
 class View:
-    """All that `repshift visualize` shows.
+    """Everything that `repshift visualize` shows.
 
     Attributes:
-        patches: where the tokens that reach each layer lie.
-        pictures: uint8 `[n, H, W, 3]`, of clips `[n, T, H, W, 3]`, what the model saw.
+        patches: patch grid by layer.
+        images: uint8 `[n, H, W, 3]`, of clips `[n, T, H, W, 3]`, the inputs of the model.
         kept: as in `Observed`.
-        merged: whether the other tokens flowed into those that are left.
+        merged: whether the other tokens were merged into the kept ones.
     """
 
     title: str
     remark: str
     samples: Samples
     patches: Mapping[int, PatchGrid]
-    pictures: np.ndarray
+    images: np.ndarray
     kept: dict[int, np.ndarray]
     readings: tuple[Reading, ...]
     merged: bool = False
 
     @property
     def of_clips(self) -> bool:
-        """Whether clips are shown, not pictures."""
+        """Whether clips are shown."""
         return self.samples.tensor.ndim == _CLIP_DIMS
 
     @property
     def unchanged(self) -> int | None:
-        """How many predictions are the same as the dense model's; None where the model has no head."""
+        """Number of predictions equal to the dense model's; None if the model has no head."""
         pairs = [(reading.dense, reading.compressed) for reading in self.readings]
         same = [dense.label == compressed.label for dense, compressed in pairs if dense and compressed]
         return sum(same) if same else None
 
     def figure(self) -> Figure:
-        """The picture."""
-        seen = (self.pictures, self.kept, self.patches, self.readings)
+        """The figure."""
+        seen = (self.images, self.kept, self.patches, self.readings)
         if self.of_clips:
             return kept_clips_figure(*seen, title=self.title, remark=self.remark, merged=self.merged)
         return kept_tokens_figure(*seen, title=self.title, remark=self.remark)
@@ -142,7 +136,7 @@ class View:
         return kept_indices_document(self.kept, self.patches, self.readings)
 
     def samples_to_dict(self) -> dict[str, Any]:
-        """What is said of each picture or clip, for JSON."""
+        """Label and predictions of each image or clip, for JSON."""
         if self.of_clips:
             return {"clips": [reading.clip_to_dict() for reading in self.readings]}
         return {"images": [reading.to_dict() for reading in self.readings]}
@@ -152,27 +146,26 @@ _CLIP_DIMS = 5  # [n, T, C, H, W]
 
 
 def view_kept(opened: Opened, where: str, count: int, seed: int = 0) -> View:
-    """Look at what a compressed model keeps of some pictures, or of some clips where it takes those.
+    """Run a compressed model on some images or clips and collect the kept tokens.
 
     Args:
-        opened: a compressed model, on the device where it is to run.
-        where, count, seed: which pictures or clips, see `draw_samples` and `draw_clips`.
+        opened: a compressed model, on its device.
+        where, count, seed: of the images or clips, see `draw_samples` and `draw_clips`.
 
     Raises:
-        UsageError: the model is dense, no picture is asked for, or more clips than a page holds.
-        ModelError: its patches have no known place.
+        UsageError: the model is dense, `count` is below 1, or more clips than a figure holds.
+        ModelError: unknown patch grid.
         DataError: as `draw_samples` and `draw_clips`.
     """
     if opened.compressed is None:
         raise UsageError(
-            f"{opened.loaded.description.name} is a dense model, which keeps all tokens: there is nothing to show",
+            f"{opened.loaded.description.name} is a dense model, which keeps all tokens: nothing to show",
             "Give a checkpoint that `repshift compress` wrote.",
         )
     description, plan = opened.loaded.description, opened.compressed.plan
     preprocessing = description.preprocessing
     if count < 1:
-        what = "pictures" if preprocessing.frames is None else "clips"
-        raise UsageError(f"{count} {what} were asked for", "Give a number of 1 or more.")
+        raise UsageError(f"invalid count={count}: must be at least 1")
     patches = patch_grids(opened.compressed)
     classes = int(getattr(opened.loaded.model, "num_classes", 0))
     if preprocessing.frames is None:
@@ -181,14 +174,14 @@ def view_kept(opened: Opened, where: str, count: int, seed: int = 0) -> View:
         samples = draw_clips(where, count, preprocessing, seed)
         check_page(len(samples.tensor), len(plan.sites), preprocessing)
     observed = observe(opened.compressed, samples.tensor)
-    score = ", ".join(dict.fromkeys(site.metric.kind.replace("_", " ") for site in plan.sites))
+    metrics = ", ".join(dict.fromkeys(site.metric.kind.replace("_", " ") for site in plan.sites))
     merged = isinstance(build_reducer(plan.reducer), Merger)
     return View(
-        title=f"{description.name}: {'where tokens are left after merging' if merged else 'tokens that are kept'}",
-        remark=f"{score}; {opened.dense_macs / opened.macs:.2f}x fewer MACs than dense",
+        title=f"{description.name}: {'tokens after merging' if merged else 'kept tokens'}",
+        remark=f"{metrics}; {opened.dense_macs / opened.macs:.2f}x fewer MACs than dense",
         samples=samples,
         patches=patches,
-        pictures=restore_pictures(samples.tensor, preprocessing.mean, preprocessing.std),
+        images=restore_images(samples.tensor, preprocessing.mean, preprocessing.std),
         kept=observed.kept,
         readings=_read(samples, observed, classes > 0),
         merged=merged,
@@ -198,7 +191,7 @@ def view_kept(opened: Opened, where: str, count: int, seed: int = 0) -> View:
 def kept_indices_document(
     kept: Mapping[int, np.ndarray], patches: Mapping[int, PatchGrid], readings: Sequence[Reading]
 ) -> dict[str, Any]:
-    """The kept patches as plain numbers.
+    """JSON document of the kept patches of images.
 
     Args:
         kept: int64 `[n, K]` by layer.
@@ -206,29 +199,27 @@ def kept_indices_document(
         readings: one per image.
 
     Returns:
-        For JSON: `grid` and `patch` (pixels) of the first layer, `layers` with the number kept and their own grid and
-        patch, and per image what was read and `kept`: the ascending indices by layer (row * columns + column in the
-        grid of that layer).
+        `grid` and `patch` (pixels) of the first layer; `layers` with the number of kept tokens, grid and patch; and per
+        image its reading and `kept`: ascending indices by layer (row * columns + column in the grid of that layer).
     """
     images = []
     for index, reading in enumerate(readings):
         images.append(reading.to_dict() | {"kept": {str(layer): rows[index].tolist() for layer, rows in kept.items()}})
-    return {**_layer_words(kept, patches), "images": images}
+    return {**_layer_entries(kept, patches), "images": images}
 
 
 def kept_clips_document(
     kept: Mapping[int, np.ndarray], patches: Mapping[int, PatchGrid], readings: Sequence[Reading], merged: bool
 ) -> dict[str, Any]:
-    """The kept patches of clips as plain numbers.
+    """JSON document of the kept patches of clips.
 
     Args:
         kept, patches, readings: as for `kept_indices_document`.
-        merged: whether the other tokens flowed into those that are left.
+        merged: whether the other tokens were merged into the kept ones.
 
     Returns:
-        For JSON: as for pictures, with `frames` in each `grid`; `tokens`, which is "kept" or "merged"; and `clips`,
-        with the ascending places by layer (frame * rows * columns + row * columns + column) and, as `per_frame`, how
-        many of them lie in each frame.
+        As for images, with `frames` in each `grid`; `tokens`, which is "kept" or "merged"; and `clips` with ascending
+        indices by layer (frame * rows * columns + row * columns + column) and their number in each frame, `per_frame`.
     """
     counts = {str(layer): kept_per_frame(rows, patches[layer]) for layer, rows in kept.items()}
     clips = [
@@ -239,11 +230,11 @@ def kept_clips_document(
         }
         for index, reading in enumerate(readings)
     ]
-    return {**_layer_words(kept, patches), "tokens": "merged" if merged else "kept", "clips": clips}
+    return {**_layer_entries(kept, patches), "tokens": "merged" if merged else "kept", "clips": clips}
 
 
-def _layer_words(kept: Mapping[int, np.ndarray], patches: Mapping[int, PatchGrid]) -> dict[str, Any]:
-    grids = [_grid_words(patches[layer]) for layer in kept]
+def _layer_entries(kept: Mapping[int, np.ndarray], patches: Mapping[int, PatchGrid]) -> dict[str, Any]:
+    grids = [_grid_entry(patches[layer]) for layer in kept]
     layers = [
         {"layer": layer, "kept": int(rows.shape[1]), **grid}
         for (layer, rows), grid in zip(kept.items(), grids, strict=True)
@@ -251,7 +242,7 @@ def _layer_words(kept: Mapping[int, np.ndarray], patches: Mapping[int, PatchGrid
     return {**grids[0], "layers": layers}
 
 
-def _grid_words(patches: PatchGrid) -> dict[str, Any]:
+def _grid_entry(patches: PatchGrid) -> dict[str, Any]:
     frames = {} if patches.frames is None else {"frames": patches.frames}
     return {
         "grid": {**frames, "rows": patches.rows, "columns": patches.columns},

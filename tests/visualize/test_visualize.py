@@ -1,4 +1,4 @@
-"""The picture of kept tokens: what is computed, what is drawn, what is written, and the command."""
+"""Figures of kept tokens: kept patches, figures, files and the command."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from repshift_cli.visualize.patches import (
     kept_masks,
     kept_per_frame,
     patch_grid,
-    restore_pictures,
+    restore_images,
 )
 from repshift_cli.visualize.readings import Guess, Reading
 from repshift_cli.visualize.samples import _readable, draw_clips, draw_samples
@@ -49,7 +49,7 @@ def opened(model: nn.Module, preprocessing: Preprocessing = PREPROCESSING, *, de
     return Opened(loaded, None if dense else compressed(model))
 
 
-def save_pictures(folder: Path, count: int, size: tuple[int, int] = (40, 40)) -> None:
+def save_images(folder: Path, count: int, size: tuple[int, int] = (40, 40)) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         noise = np.random.default_rng(index).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -60,13 +60,13 @@ class TestPatches:
     def test_of_a_square_model(self) -> None:
         assert patch_grid(tiny_vit()) == PatchGrid(4, 4, 8, 8)
 
-    def test_neither_grid_nor_patch_need_be_square(self) -> None:
+    def test_rectangular_grid_and_patches(self) -> None:
         found = patch_grid(tiny_vit(img_size=(48, 64), patch_size=(8, 16), reg_tokens=3))
         assert found == PatchGrid(rows=6, columns=4, height=8, width=16)
         assert found.patches == 24
 
-    def test_a_model_that_does_not_tell(self) -> None:
-        with pytest.raises(ModelError, match="Linear does not tell"):
+    def test_a_model_without_a_patch_grid(self) -> None:
+        with pytest.raises(ModelError, match="Linear: unknown patch grid"):
             patch_grid(nn.Linear(2, 2))
 
     def test_masks_cover_exactly_the_patches(self) -> None:
@@ -86,24 +86,24 @@ class TestPixels:
     def test_normalisation_is_undone(self) -> None:
         pixels = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-        restored = restore_pictures((pixels / 255 - mean) / std, MEAN, STD)
+        restored = restore_images((pixels / 255 - mean) / std, MEAN, STD)
         assert restored.dtype == np.uint8
         assert np.array_equal(restored, pixels.permute(0, 2, 3, 1).numpy())
 
     def test_values_outside_are_clipped(self) -> None:
-        restored = restore_pictures(torch.tensor([-9.0, 9.0]).view(1, 1, 1, 2), (0.5,), (0.5,))
+        restored = restore_images(torch.tensor([-9.0, 9.0]).view(1, 1, 1, 2), (0.5,), (0.5,))
         assert restored.tolist() == [[[[0, 0, 0], [255, 255, 255]]]]
 
-    def test_four_channels_are_refused(self) -> None:
+    def test_four_channels_are_unsupported(self) -> None:
         with pytest.raises(ModelError, match="4 channels"):
-            restore_pictures(torch.zeros(1, 4, 2, 2), (0.5,) * 4, (0.5,) * 4)
+            restore_images(torch.zeros(1, 4, 2, 2), (0.5,) * 4, (0.5,) * 4)
 
     def test_kept_pixels_stay_and_others_fade_to_grey(self) -> None:
-        pictures = np.random.default_rng(0).integers(0, 256, (1, 6, 6, 3), dtype=np.uint8)
+        shown = np.random.default_rng(0).integers(0, 256, (1, 6, 6, 3), dtype=np.uint8)
         masks = np.zeros((1, 6, 6), dtype=bool)
         masks[:, :3] = True
-        faded = fade_dropped(pictures, masks)
-        assert np.array_equal(faded[masks], pictures[masks])
+        faded = fade_dropped(shown, masks)
+        assert np.array_equal(faded[masks], shown[masks])
         rest = faded[~masks]
         assert (rest == rest[:, :1]).all()  # no colour
         assert rest.min() >= 170
@@ -151,7 +151,7 @@ class TestSamples:
 
     def test_class_folders_that_fit_the_head(self, tmp_path: Path) -> None:
         for name in ("cat", "dog"):
-            save_pictures(tmp_path / name, 2)
+            save_images(tmp_path / name, 2)
         found = draw_samples(str(tmp_path), 4, PREPROCESSING, 2, 0)
         assert found.classes == ("cat", "dog")
         assert sorted(found.labels) == [0, 0, 1, 1]  # type: ignore[type-var]
@@ -159,13 +159,13 @@ class TestSamples:
             assert Path(name).parent.name == ("cat", "dog")[label or 0]
 
     def test_other_folders_have_no_labels(self, tmp_path: Path) -> None:
-        save_pictures(tmp_path / "holiday" / "beach", 2)
-        save_pictures(tmp_path, 1)
+        save_images(tmp_path / "holiday" / "beach", 2)
+        save_images(tmp_path, 1)
         found = draw_samples(str(tmp_path), 9, PREPROCESSING, 10, 0)
         assert found.labels == (None, None, None)
 
-    def test_a_picture_that_cannot_be_read_is_left_out(self, tmp_path: Path) -> None:
-        save_pictures(tmp_path, 2)
+    def test_an_unreadable_image_is_skipped(self, tmp_path: Path) -> None:
+        save_images(tmp_path, 2)
         (tmp_path / "broken.png").write_bytes(b"")
         found = draw_samples(str(tmp_path), 3, PREPROCESSING, 10, 0)
         assert len(found.tensor) == 2
@@ -193,7 +193,7 @@ class TestSamples:
 class TestView:
     def test_of_a_model_with_registers(self) -> None:
         view = view_kept(opened(tiny_vit(reg_tokens=3)), "builtin:digits", 3)
-        assert view.pictures.shape == (3, 32, 32, 3)
+        assert view.images.shape == (3, 32, 32, 3)
         assert [reading.label is not None for reading in view.readings] == [True] * 3
         assert view.unchanged is not None
         assert 0 <= view.unchanged <= 3
@@ -207,12 +207,12 @@ class TestView:
             assert reading.cosine is not None
             assert -1 <= reading.cosine <= 1.0001
 
-    def test_a_dense_model_is_refused(self) -> None:
+    def test_a_dense_model_is_unsupported(self) -> None:
         with pytest.raises(UsageError, match="nothing to show"):
             view_kept(opened(tiny_vit(), dense=True), "builtin:digits", 2)
 
-    def test_no_picture_asked_for(self) -> None:
-        with pytest.raises(UsageError, match="0 pictures"):
+    def test_count_below_one(self) -> None:
+        with pytest.raises(UsageError, match="invalid count=0"):
             view_kept(opened(tiny_vit()), "builtin:digits", 0)
 
 
@@ -246,7 +246,7 @@ def drawn(figure: Any) -> np.ndarray:
 
 
 def pixels(page: np.ndarray, panel: Any, height: int, width: int) -> np.ndarray:
-    """The pixels of an image, each once, read in the middle of the square that shows it."""
+    """The pixels of an image, each read once, in the middle of its square."""
     box = panel.get_window_extent()
     down = page.shape[0] - box.y1 + (np.arange(height) + 0.5) * box.height / height
     right = box.x0 + (np.arange(width) + 0.5) * box.width / width
@@ -254,28 +254,28 @@ def pixels(page: np.ndarray, panel: Any, height: int, width: int) -> np.ndarray:
 
 
 class TestFigure:
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 24, 48, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (2, 24, 48, 3), dtype=np.uint8)
     patches = dict.fromkeys((1, 5), PatchGrid(rows=3, columns=3, height=8, width=16))
     kept = {1: np.array([[0, 1, 4, 8], [2, 3, 4, 5]]), 5: np.array([[4], [5]])}  # noqa: RUF012
 
-    def test_one_row_per_picture_and_one_column_per_site(self) -> None:
-        figure = kept_tokens_figure(self.pictures, self.kept, self.patches)
+    def test_one_row_per_image_and_one_column_per_site(self) -> None:
+        figure = kept_tokens_figure(self.images, self.kept, self.patches)
         assert len(figure.axes) == 2 * 3
         written = texts(figure)
         for text in ("original", "9 patches", "after block 1", "4 of 9 kept", "after block 5", "1 of 9 kept"):
             assert text in written
 
     def test_pixels_are_sharp(self) -> None:
-        figure = kept_tokens_figure(self.pictures, self.kept, self.patches, [Reading("a.png"), Reading("b.png")])
+        figure = kept_tokens_figure(self.images, self.kept, self.patches, [Reading("a.png"), Reading("b.png")])
         page = drawn(figure)
         for row, panel in enumerate(figure.axes[::3]):  # the originals
             assert panel.get_window_extent().width >= 7 * 48
-            assert np.array_equal(pixels(page, panel, 24, 48), self.pictures[row])
+            assert np.array_equal(pixels(page, panel, 24, 48), self.images[row])
 
-    def test_words_beside_a_row(self) -> None:
+    def test_text_beside_a_row(self) -> None:
         right, wrong = Guess(7, "seven", 0.98), Guess(1, "one", 0.51)
         readings = [Reading("x/a.png", 7, "seven", right, wrong), Reading("b.png", cosine=0.987)]
-        written = texts(kept_tokens_figure(self.pictures, self.kept, self.patches, readings))
+        written = texts(kept_tokens_figure(self.images, self.kept, self.patches, readings))
         assert "true: seven" in written
         assert "dense: seven (98%)" in written
         assert "compressed: one (51%) \N{BALLOT X}" in written
@@ -285,26 +285,26 @@ class TestFigure:
     def test_without_a_label_a_changed_prediction_is_marked(self) -> None:
         same, other = Guess(7, "seven", 0.98), Guess(1, "one", 0.51)
         readings = [Reading("a.png", dense=same, compressed=other), Reading("b.png", dense=same, compressed=same)]
-        written = texts(kept_tokens_figure(self.pictures, self.kept, self.patches, readings))
+        written = texts(kept_tokens_figure(self.images, self.kept, self.patches, readings))
         assert written.count("compressed: one (51%) \N{BALLOT X}") == 1
         assert "compressed: seven (98%)" in written
 
-    def test_long_words_are_cut_and_dollars_are_no_formula(self, tmp_path: Path) -> None:
+    def test_long_text_is_shortened_and_dollars_are_no_formula(self, tmp_path: Path) -> None:
         readings = [Reading(f"{'long' * 20}.png", 0, "$x$ " + "w" * 80)] * 2
-        figure = kept_tokens_figure(self.pictures, self.kept, self.patches, readings, title="$_{", remark="$^{")
+        figure = kept_tokens_figure(self.images, self.kept, self.patches, readings, title="$_{", remark="$^{")
         assert max(map(len, texts(figure))) < 40
         save_figure(figure, tmp_path / "kept.svg", False)
 
     @pytest.mark.parametrize(("ending", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF")])
-    def test_the_ending_tells_the_format(self, tmp_path: Path, ending: str, start: bytes) -> None:
+    def test_the_suffix_sets_the_format(self, tmp_path: Path, ending: str, start: bytes) -> None:
         path = tmp_path / f"kept.{ending}"
-        save_figure(kept_tokens_figure(self.pictures, self.kept, self.patches), path, False)
+        save_figure(kept_tokens_figure(self.images, self.kept, self.patches), path, False)
         assert path.read_bytes().startswith(start)
         assert list(tmp_path.iterdir()) == [path]
 
-    def test_no_format_and_no_overwriting(self, tmp_path: Path) -> None:
-        figure = kept_tokens_figure(self.pictures, self.kept, self.patches)
-        with pytest.raises(UsageError, match=r"kept\.tiff has no ending"):
+    def test_unknown_format_and_existing_file(self, tmp_path: Path) -> None:
+        figure = kept_tokens_figure(self.images, self.kept, self.patches)
+        with pytest.raises(UsageError, match=r"kept\.tiff: unknown suffix"):
             save_figure(figure, tmp_path / "kept.tiff", False)
         path = tmp_path / "kept.png"
         path.write_text("precious")
@@ -316,7 +316,7 @@ class TestFigure:
 
 
 CLIP_GRID = PatchGrid(rows=2, columns=2, height=8, width=8, frames=3)
-"""12 tokens: place 7 is the lower right patch of frame 1."""
+"""12 tokens: index 7 is the lower right patch of frame 1."""
 
 CLIP = Preprocessing((3, 32, 32), MEAN, STD, "bicubic", 1.0, "squash", frames=3)
 PRUNE = "{kind: representation_shift, operation: mlp, distance: l2, reading: update, polarity: largest}"
@@ -340,7 +340,7 @@ class TestClipPlaces:
         assert patch_grid(tiny_umt(img_size=48, frames=5)) == PatchGrid(6, 6, 8, 8, frames=5)
         assert patch_grid(tiny_umt()).patches == 48
 
-    def test_every_place_is_the_patch_that_the_model_sees_there(self) -> None:
+    def test_every_index_is_the_patch_of_the_model(self) -> None:
         model = tiny_umt()
         grid = patch_grid(model)
         embed = model.vision_encoder.encoder.patch_embed
@@ -352,7 +352,7 @@ class TestClipPlaces:
                 lit = (embed(clip) != empty).any(dim=-1)[0]
                 assert lit.nonzero().flatten().tolist() == [place]
 
-    def test_frames_do_not_run_into_each_other(self) -> None:
+    def test_frames_are_separate(self) -> None:
         mask = kept_masks(np.array([[3, 7]]), CLIP_GRID, 3 * 16, 16)[0].reshape(3, 16, 16)
         assert mask[:2, 8:, 8:].all()
         assert mask.sum() == 2 * 64
@@ -361,7 +361,7 @@ class TestClipPlaces:
         assert kept_per_frame(np.array([[0, 1, 3, 11], [4, 5, 6, 7]]), CLIP_GRID).tolist() == [[3, 0, 1], [0, 4, 0]]
 
     @pytest.mark.parametrize("reducer", ["prune", "vid_tldr"])
-    def test_observed_places_are_those_of_the_trace(self, reducer: str) -> None:
+    def test_observed_indices_are_those_of_the_trace(self, reducer: str) -> None:
         model = smaller_umt(reducer)
         clips = umt_clips(model, 7)
         found, trace = observe(model, clips), model.trace(clips)
@@ -373,19 +373,19 @@ class TestClipPlaces:
 
 
 class TestClipSamples:
-    def test_scenes_are_named_by_what_they_show(self) -> None:
+    def test_scenes_are_named_by_their_captions(self) -> None:
         first, again, other = (draw_clips("builtin:shapes", 3, CLIP, seed) for seed in (0, 0, 1))
         assert first.tensor.shape == (3, 3, 3, 32, 32)
         assert torch.equal(first.tensor, again.tensor)
         assert not torch.equal(first.tensor, other.tensor)
         scenes = moving_shapes.scenes(3, moving_shapes.TEST_SEED)
         assert first.names == tuple(map(moving_shapes.caption, scenes))
-        pixels = restore_pictures(first.tensor, MEAN, STD)
+        pixels = restore_images(first.tensor, MEAN, STD)
         assert np.array_equal(pixels[0], moving_shapes.render(scenes[0], 3, 32))
 
     def test_folders_of_frames(self, tmp_path: Path) -> None:
         for name in ("one", "two"):
-            save_pictures(tmp_path / name, 4)
+            save_images(tmp_path / name, 4)
         (tmp_path / "broken").mkdir()
         (tmp_path / "broken" / "0.png").write_bytes(b"x")
         found = draw_clips(str(tmp_path), 5, CLIP, 0)
@@ -408,10 +408,10 @@ class TestClipView:
     def test_of_kept_tokens(self) -> None:
         view = view_kept(opened_umt(), "builtin:shapes", 2)
         assert (view.of_clips, view.merged, view.unchanged) == (True, False, None)
-        assert view.pictures.shape == (2, 3, 32, 32, 3)
+        assert view.images.shape == (2, 3, 32, 32, 3)
         assert all(0 < reading.moved < 1 for reading in view.readings)
         written = texts(view.figure())
-        assert "tiny: tokens that are kept" in written
+        assert "tiny: kept tokens" in written
         assert written.count("18 of 48 kept") == 2
         assert not any("dense:" in text or "compressed:" in text for text in written)
 
@@ -420,7 +420,7 @@ class TestClipView:
         assert view.merged
         assert view.indices()["tokens"] == "merged"
         written = texts(view.figure())
-        assert "tiny: where tokens are left after merging" in written
+        assert "tiny: tokens after merging" in written
         assert "merged into 36 of 48" in written
         assert not any("kept" in text for text in written)
 
@@ -433,16 +433,16 @@ class TestClipView:
         likeness = torch.nn.functional.cosine_similarity(original, opened.compressed(view.samples.tensor))
         assert view.readings[0].moved == pytest.approx(1 - likeness.item(), abs=1e-6)
 
-    def test_what_cannot_be_shown(self) -> None:
-        with pytest.raises(UsageError, match="0 clips"):
+    def test_invalid_counts(self) -> None:
+        with pytest.raises(UsageError, match="invalid count=0"):
             view_kept(opened_umt(), "builtin:shapes", 0)
-        with pytest.raises(UsageError, match="64 clips with 2 sites do not fit one picture") as caught:
+        with pytest.raises(UsageError, match="64 clips with 2 sites do not fit one figure") as caught:
             view_kept(opened_umt(), "builtin:shapes", 64)
         assert caught.value.hint == "Give --count 33."
 
 
 class TestClipDocument:
-    def test_places_and_the_grid_that_they_count_in(self) -> None:
+    def test_indices_and_their_grid(self) -> None:
         kept = {0: np.array([[0, 3, 4, 11], [4, 5, 6, 7]]), 2: np.array([[11], [4]])}
         readings = (Reading("a/b.mp4", cosine=0.75), Reading("c"))
         document = json.loads(json.dumps(kept_clips_document(kept, dict.fromkeys(kept, CLIP_GRID), readings, False)))
@@ -515,7 +515,7 @@ class TestClipFigure:
         found = np.array(lines[1]) - (left - 0.5, -0.5)
         assert sorted(found.tolist()) == [[[8, 8], [8, 16]], [[8, 8], [16, 8]]]
 
-    def test_of_many_frames_some_are_shown(self) -> None:
+    def test_some_of_many_frames_are_shown(self) -> None:
         clips = np.repeat(self.clips[:1], 4, axis=1)
         grid = PatchGrid(2, 2, 8, 8, frames=12)
         figure = kept_clips_figure(clips, {1: np.array([[0, 23, 24]])}, {1: grid}, remark="fast", merged=True)
@@ -530,7 +530,7 @@ class TestClipFigure:
         assert counts == ["1 of 4"] + ["0 of 4"] * 3 + ["1 of 4"] + ["0 of 4"] * 3
 
     @pytest.mark.parametrize("frames", [1, 3])
-    def test_no_words_overlap_or_leave_the_page(self, frames: int) -> None:
+    def test_no_text_overlaps_or_leaves_the_page(self, frames: int) -> None:
         grid = PatchGrid(2, 2, 8, 8, frames=frames)
         readings = [Reading("many words " * 20), Reading("/videos/a.mp4")]
         figure = kept_clips_figure(
@@ -568,9 +568,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestCommand:
-    def test_writes_a_picture_and_the_indices(self, shell: Command, checkpoints: Path, tmp_path: Path) -> None:
+    def test_writes_a_figure_and_the_indices(self, shell: Command, checkpoints: Path, tmp_path: Path) -> None:
         model = str(checkpoints / "compressed.safetensors")
-        save_pictures(tmp_path / "photos", 3, size=(60, 40))
+        save_images(tmp_path / "photos", 3, size=(60, 40))
         done = shell("visualize", model, "--data", "photos", "--count", "2", "--indices", "kept.json")
         assert done.rc == 0, done.stderr
         assert "12 of 16 after block 0, 5 of 16 after block 2" in done.stdout
@@ -601,7 +601,7 @@ class TestCommand:
             (["none"], 3, "there is no file"),
         ],
     )
-    def test_mistakes_are_told_before_anything_is_written(
+    def test_errors_are_raised_before_anything_is_written(
         self, *, cli: Command, checkpoints: Path, tmp_path: Path, arguments: list[str], code: int, message: str
     ) -> None:
         (tmp_path / "old.png").write_text("precious")
@@ -641,7 +641,7 @@ class TestCommandOnClips:
         assert [list(map(len, clip["kept"].values())) for clip in document["clips"]] == [[36, 18]] * 3
 
     def test_a_folder_as_json(self, shell: Command, clip_model: str, tmp_path: Path) -> None:
-        save_pictures(tmp_path / "videos" / "walk", 5)
+        save_images(tmp_path / "videos" / "walk", 5)
         done = shell("visualize", clip_model, "--data", "videos", "--json")
         assert done.rc == 0, done.stderr
         document = json.loads(done.stdout)
