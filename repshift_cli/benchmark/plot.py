@@ -13,10 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.container import BarContainer
 
 
-__all__ = [
-    "plot_report",
-]
-
+__all__ = ["plot_report"]
 
 _PALETTES: dict[str, tuple[str, ...]] = {  # colour-blind safe for compressed models and baselines
     "dense": ("#8c8c8c", "#bdbdbd", "#5f5f5f"),
@@ -24,9 +21,7 @@ _PALETTES: dict[str, tuple[str, ...]] = {  # colour-blind safe for compressed mo
     "peer": ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#f0e442", "#7a4b2a"),
 }
 
-
 _FROM_FILES = "from image files"
-
 
 _PANELS_ACROSS = 2
 
@@ -35,7 +30,6 @@ _PANEL_INCHES = (5.4, 3.4)
 
 
 _BARS_INCHES = 0.36  # per bar, so that the numbers above do not overlap
-
 
 _DPI = 150
 

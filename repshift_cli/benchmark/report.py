@@ -181,10 +181,6 @@ class Ratio:
         return f"{self.speedup} (MAC ratio {self.macs:.2f}x, efficiency {self.efficiency:.2f})"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Break-even batch size
-
-
 @dataclass(frozen=True)
 class BreakEven:
     """Smallest batch size from which one contender is faster than another.
@@ -237,10 +233,6 @@ def break_even(ratios: Sequence[Ratio]) -> tuple[BreakEven, ...]:
         not_above = tuple(batch for batch in tried if clear and batch > clear[0] and batch not in clear)
         found.append(BreakEven(first.name, first.against, first.setting, clear[0] if clear else None, tried, not_above))
     return tuple(found)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From files to results
 
 
 @dataclass(frozen=True)
@@ -329,10 +321,6 @@ class EndToEnd:
         }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The report
-
-
 @dataclass(frozen=True)
 class BenchReport:
     """All runs and ratios, setting by setting.
@@ -364,11 +352,6 @@ class BenchReport:
     def machine(self) -> str:
         """Device, dtype and threads as text."""
         return f"{self.device}, {self.dtype}, {self.threads} thread{'s' if self.threads > 1 else ''}"
-
-    @property
-    def settings(self) -> tuple[Setting, ...]:
-        """Each setting once, in the order of measuring."""
-        return tuple(dict.fromkeys(run.setting for run in self.runs))
 
     @property
     def break_even(self) -> tuple[BreakEven, ...]:

@@ -26,7 +26,6 @@ _FUSED_OPERATIONS = {
     "_scaled_dot_product_fused_attention_overrideable": "sdpa:fused",
 }
 
-
 _FLASH_FUNCTIONS = (attention.flash_attend, attention.flash_attend_packed)
 
 

@@ -18,14 +18,7 @@ from repshift_cli.utils.garbage import without_collection
 from repshift_cli.utils.progress import Progress, Task
 from repshift_cli.utils.stats import significant
 
-__all__ = [
-    "Speedup",
-    "Spread",
-    "Subject",
-    "Timing",
-    "compute_speedup",
-    "measure_latency",
-]
+__all__ = ["Speedup", "Spread", "Subject", "Timing", "compute_speedup", "measure_latency"]
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from repshift_cli.errors import CheckFailed, ModelError
 
-__all__ = [
-    "count_macs",
-]
+__all__ = ["count_macs"]
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, ...], batch: int = 1) -> int:

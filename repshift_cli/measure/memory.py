@@ -12,10 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = [
-    "parameter_bytes",
-    "peak_memory",
-]
+__all__ = ["parameter_bytes", "peak_memory"]
 
 
 def parameter_bytes(model: nn.Module) -> int:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = [
-    "Guess",
-    "Reading",
-]
+__all__ = ["Guess", "Reading"]
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,7 @@ from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.data.video.decode import UnreadableVideo, clip_tensor, read_clip
 from repshift_cli.errors import DataError, UsageError
 
-__all__ = [
-    "Samples",
-    "draw_clips",
-    "draw_samples",
-]
+__all__ = ["Samples", "draw_clips", "draw_samples"]
 
 
 @dataclass(frozen=True)

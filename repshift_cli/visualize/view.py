@@ -25,15 +25,7 @@ if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import Opened
 
 
-__all__ = [
-    "Observed",
-    "View",
-    "kept_clips_document",
-    "kept_indices_document",
-    "observe",
-    "view_kept",
-]
-
+__all__ = ["Observed", "View", "kept_clips_document", "kept_indices_document", "observe", "view_kept"]
 
 _BATCH = 16
 
@@ -202,9 +194,10 @@ def kept_indices_document(
         `grid` and `patch` (pixels) of the first layer; `layers` with the number of kept tokens, grid and patch; and per
         image its reading and `kept`: ascending indices by layer (row * columns + column in the grid of that layer).
     """
-    images = []
-    for index, reading in enumerate(readings):
-        images.append(reading.to_dict() | {"kept": {str(layer): rows[index].tolist() for layer, rows in kept.items()}})
+    images = [
+        {**reading.to_dict(), "kept": {str(layer): rows[index].tolist() for layer, rows in kept.items()}}
+        for index, reading in enumerate(readings)
+    ]
     return {**_layer_entries(kept, patches), "images": images}
 
 
@@ -234,17 +227,17 @@ def kept_clips_document(
 
 
 def _layer_entries(kept: Mapping[int, np.ndarray], patches: Mapping[int, PatchGrid]) -> dict[str, Any]:
-    grids = [_grid_entry(patches[layer]) for layer in kept]
-    layers = [
-        {"layer": layer, "kept": int(rows.shape[1]), **grid}
-        for (layer, rows), grid in zip(kept.items(), grids, strict=True)
-    ]
-    return {**grids[0], "layers": layers}
-
-
-def _grid_entry(patches: PatchGrid) -> dict[str, Any]:
-    frames = {} if patches.frames is None else {"frames": patches.frames}
-    return {
-        "grid": {**frames, "rows": patches.rows, "columns": patches.columns},
-        "patch": {"height": patches.height, "width": patches.width},
-    }
+    """Grid and patch of the first layer, and `layers`."""
+    layers = []
+    for layer, rows in kept.items():
+        grid = patches[layer]
+        frames = {} if grid.frames is None else {"frames": grid.frames}
+        layers.append(
+            {
+                "layer": layer,
+                "kept": int(rows.shape[1]),
+                "grid": {**frames, "rows": grid.rows, "columns": grid.columns},
+                "patch": {"height": grid.height, "width": grid.width},
+            }
+        )
+    return {"grid": layers[0]["grid"], "patch": layers[0]["patch"], "layers": layers}

@@ -167,7 +167,7 @@ class TestSweep:
             ("compressed", (8, 8)),
         ]
         assert [ratio.to_dict()["image_size"] for ratio in found.ratios] == [4, 8]
-        assert len(found.settings) == 2
+        assert len({run.setting for run in found.runs}) == 2
 
     def test_attention_is_refused_before_anything_runs(self) -> None:
         model = opened()

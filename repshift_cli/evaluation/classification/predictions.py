@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,11 +59,14 @@ class Predictions:
         """Whether the most likely output is correct, `[n]`."""
         return correct_at(1, self.top, self.answers)
 
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays by name in a file."""
+        return {"id": self.ids, "answers": self.answers, "top": self.top, "probabilities": self.probabilities}
+
     def subset(self, places: NDArray[np.intp]) -> Predictions:
         """These rows, in this order."""
-        return replace(
-            self, **{name: getattr(self, name)[places] for name in ("ids", "answers", "top", "probabilities")}
-        )
+        return Predictions(*(array[places] for array in self.arrays.values()), self.meta)
 
     def class_name(self, output: int) -> str:
         """Name of an output, or its number if unnamed."""
@@ -120,14 +123,7 @@ class _Damaged(Exception):
 
 
 def _write_npz(stream: IO[bytes], predictions: Predictions, meta: str) -> None:
-    np.savez_compressed(
-        stream,
-        id=predictions.ids,
-        answers=predictions.answers,
-        top=predictions.top,
-        probabilities=predictions.probabilities,
-        meta=np.array(meta),
-    )
+    np.savez_compressed(stream, **predictions.arrays, meta=np.array(meta))
 
 
 def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
@@ -154,16 +150,14 @@ def _check_size(size: int) -> None:
 
 def _write_parquet(stream: IO[bytes], predictions: Predictions, meta: str) -> None:
     arrow, parquet = _pyarrow("the file")
-    table = arrow.table(
-        {
-            "id": arrow.array(predictions.ids.tolist(), arrow.string()),
-            "answers": arrow.array(predictions.answers.tolist(), arrow.list_(arrow.int32())),
-            "top": arrow.array(predictions.top.tolist(), arrow.list_(arrow.int32())),
-            "probabilities": arrow.array(predictions.probabilities.tolist(), arrow.list_(arrow.float32())),
-        },
-        metadata={_META: meta},
-    )
-    parquet.write_table(table, stream)
+    types = {
+        "id": arrow.string(),
+        "answers": arrow.list_(arrow.int32()),
+        "top": arrow.list_(arrow.int32()),
+        "probabilities": arrow.list_(arrow.float32()),
+    }
+    columns = {name: arrow.array(array.tolist(), types[name]) for name, array in predictions.arrays.items()}
+    parquet.write_table(arrow.table(columns, metadata={_META: meta}), stream)
 
 
 def _read_parquet(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
@@ -175,13 +169,7 @@ def _read_parquet(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
             _check_size(size)
             table = file.read(columns=list(_ARRAYS))
         meta = (table.schema.metadata or {})[_META.encode()].decode()
-        columns = {name: table.column(name).to_pylist() for name in _ARRAYS}
-        arrays = {
-            "id": np.array(columns["id"], dtype=np.str_),
-            "answers": np.array(columns["answers"], dtype=np.int32),
-            "top": np.array(columns["top"], dtype=np.int32),
-            "probabilities": np.array(columns["probabilities"], dtype=np.float32),
-        }
+        arrays = {name: np.array(table.column(name).to_pylist(), dtype=kind) for name, kind in _ARRAYS.items()}
     except (arrow.ArrowException, KeyError, ValueError, TypeError, OverflowError) as error:
         raise _Damaged(str(error)) from error
     return arrays, meta
@@ -211,7 +199,7 @@ def _checked(arrays: Mapping[str, NDArray[Any]], text: str) -> Predictions:
         raise _Damaged("probabilities outside [0, 1]")
     if len(np.unique(arrays["id"])) != len(arrays["id"]):
         raise _Damaged("an image occurs twice")
-    return Predictions(arrays["id"], arrays["answers"], arrays["top"], arrays["probabilities"], meta)
+    return Predictions(*(arrays[name] for name in _ARRAYS), meta)
 
 
 def _pyarrow(what: str) -> tuple[Any, Any]:
