@@ -59,14 +59,19 @@ class Predictions:
         """Whether the most likely output is correct, `[n]`."""
         return correct_at(1, self.top, self.answers)
 
+    @staticmethod
+    def of(arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> Predictions:
+        """From arrays by name in a file."""
+        return Predictions(arrays["id"], arrays["answers"], arrays["top"], arrays["probabilities"], meta)
+
     @property
-    def arrays(self) -> dict[str, NDArray[Any]]:
+    def arrays(self) -> dict[str, Any]:
         """The arrays by name in a file."""
         return {"id": self.ids, "answers": self.answers, "top": self.top, "probabilities": self.probabilities}
 
     def subset(self, places: NDArray[np.intp]) -> Predictions:
         """These rows, in this order."""
-        return Predictions(*(array[places] for array in self.arrays.values()), self.meta)
+        return Predictions.of({name: array[places] for name, array in self.arrays.items()}, self.meta)
 
     def class_name(self, output: int) -> str:
         """Name of an output, or its number if unnamed."""
@@ -199,7 +204,7 @@ def _checked(arrays: Mapping[str, NDArray[Any]], text: str) -> Predictions:
         raise _Damaged("probabilities outside [0, 1]")
     if len(np.unique(arrays["id"])) != len(arrays["id"]):
         raise _Damaged("an image occurs twice")
-    return Predictions(*(arrays[name] for name in _ARRAYS), meta)
+    return Predictions.of(arrays, meta)
 
 
 def _pyarrow(what: str) -> tuple[Any, Any]:
