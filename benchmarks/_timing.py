@@ -1,4 +1,4 @@
-"""How the scripts time: small pieces of a model in turn, and whole models on this CPU."""
+"""Timing of the scripts: pieces of a model in turn, and whole models on this CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WARMUP = 10
 
 
 def timed(group: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, in turn, after a warm-up."""
+    """Median seconds of each function, run in turn after a warm-up."""
     samples: dict[str, list[float]] = {name: [] for name in group}
     for done in range(WARMUP + rounds):
         for name, run in group.items():
@@ -40,7 +40,7 @@ def pieces_parser(doc: str | None, batches: Sequence[int], rounds: int) -> argpa
 def cpu_settings(
     options: argparse.Namespace, dtype: torch.dtype = torch.float32, memory_format: MemoryFormat = "contiguous"
 ) -> BenchSettings:
-    """What the options `--seconds`, `--min-runs` and `--threads` of a script say, on the CPU."""
+    """Settings from the options `--seconds`, `--min-runs` and `--threads`, on the CPU."""
     return BenchSettings(
         device=torch.device("cpu"),
         dtype=dtype,

@@ -1,4 +1,4 @@
-"""What sizes in attention cost in each form, and what a score costs beside a block, at the sizes of DeiT-S.
+"""Cost of token sizes in attention, and of a score relative to a block, at the sizes of DeiT-S.
 
 python benchmarks/attention_cpu.py
 """

@@ -3,9 +3,9 @@
     python benchmarks/builtin_accuracy.py
 
 For each built-in model: top-1 on test scenes of several seeds with 20% of the tokens dropped at each of three sites
-(the default recipe), for every variant of representation shift that the model can show and for the baselines, which
-for a CNN are also smaller pictures at the same cost; then calibration on 128 unlabelled training scenes, several times,
-and how its choice does on the test scenes.
+(the default recipe), for every variant of representation shift and for the baselines. For a CNN, smaller images at the
+same cost are a baseline too. Then calibration on 128 unlabelled training scenes is repeated, and its choices are
+evaluated on the test scenes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Scenes:
 
 @dataclass(frozen=True)
 class Row:
-    """A score and its top-1 in percent on the scenes of each seed."""
+    """A metric and its top-1 in percent on the scenes of each seed."""
 
     name: str
     top1: tuple[float, ...]
@@ -67,15 +67,13 @@ def part(**options: object) -> Metric:
 
 
 def draw(loaded: LoadedModel, seed: int, count: int, side: int | None = None) -> Scenes:
-    """Test scenes as the model wants them, or smaller."""
+    """Preprocessed test scenes, or smaller ones."""
     preprocessing = loaded.description.preprocessing
     if side is not None:
         preprocessing = replace(preprocessing, input_size=(preprocessing.input_size[0], side, side))
     transform = preprocessing.transform()
     pairs = [DigitScenes("test", count, seed)[index] for index in range(count)]
-    return Scenes(
-        torch.stack([transform(picture) for picture, _ in pairs]), torch.tensor([label for _, label in pairs])
-    )
+    return Scenes(torch.stack([transform(image) for image, _ in pairs]), torch.tensor([label for _, label in pairs]))
 
 
 @torch.inference_mode()
@@ -122,7 +120,7 @@ def study(name: str, count: int, seeds: Sequence[int], calibrations: int) -> tup
         Row(f"random ({RANDOM_DRAWS} draws)", tuple(statistics.fmean(c) for c in zip(*draws, strict=True)))
     )
     share = family.macs(loaded.model, plan) / family.macs(loaded.model, None)
-    smaller = smaller_pictures(loaded, share, count, seeds) if layout.map_size else []
+    smaller = smaller_images(loaded, share, count, seeds) if layout.map_size else []
     sites = ", ".join(f"{planned.site} ({planned.tokens_in} to {planned.tokens_out})" for planned in plan.sites)
     return f"Accuracy on builtin:{name}: dense {dense.mean:.1f}%, MAC ratio {share:.3f}", [
         f"{len(seeds)} seeds of {count} test scenes; mean and standard deviation. Tokens are dropped after {sites}.",
@@ -132,8 +130,8 @@ def study(name: str, count: int, seeds: Sequence[int], calibrations: int) -> tup
     ]
 
 
-def smaller_pictures(loaded: LoadedModel, share: float, count: int, seeds: Sequence[int]) -> list[Row]:
-    """The dense model on smaller pictures: the largest that cost no more than the share, and those for a tenth more.
+def smaller_images(loaded: LoadedModel, share: float, count: int, seeds: Sequence[int]) -> list[Row]:
+    """The dense model on smaller images: the largest that cost no more than the share, and those for a tenth more.
 
     (The cost is a staircase, because maps have whole sizes: what costs a little more may be much better.)
     """

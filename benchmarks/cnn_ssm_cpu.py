@@ -1,8 +1,8 @@
 """ResNet-34, ResNet-50 and Vim-Ti at the paper's cost (arXiv 2508.00367, tables of CNNs and SSMs) on this CPU.
 
-Dense and compressed run in turn on the same weights; CNNs in both memory formats. For them a third side runs too, which
-crops the maps to the same sizes without looking at them: what is lost there is lost in the convolutions, which are less
-efficient on smaller maps, and not in scoring and gathering. Weights are random, which does not change the speed.
+Dense and compressed run in turn on the same weights; CNNs in both memory formats. For CNNs a third model crops the maps
+to the same sizes without a score. Its loss of efficiency is due to convolutions on smaller maps, not to scoring and
+gathering. Weights are random, which does not change the speed.
 
     python benchmarks/cnn_ssm_cpu.py --threads 2 --seconds 15
 """
@@ -30,7 +30,7 @@ from repshift_cli.utils.progress import Progress
 
 @dataclass(frozen=True)
 class Published:
-    """A row of the paper, measured on a data-centre GPU; GFLOPs there are multiply-accumulates."""
+    """A row of the paper, measured on a data-centre GPU; its GFLOPs are MACs."""
 
     title: str
     model: str
@@ -50,7 +50,7 @@ PUBLISHED = {
 CROP = "plain crop"
 NOTE = (
     "Milliseconds per batch: median [p10-p90] of interleaved runs. Efficiency is the speed-up divided by the ratio of "
-    "the multiply-accumulates (for Vim including the products of the scan). `of a plain crop` is the efficiency of the "
+    "the MACs (for Vim including the products of the scan). `of a plain crop` is the efficiency of the "
     "same network that crops its maps to the same sizes without a score, which is an upper bound for these sizes."
 )
 
@@ -71,7 +71,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=sorted(PUBLISHED), default=list(PUBLISHED))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each side at each batch size")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each model at each batch size")
     parser.add_argument("--min-runs", type=int, default=10)
     parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     return parser.parse_args()
@@ -87,7 +87,7 @@ def measure(published: Published, layout: MemoryFormat, options: argparse.Namesp
 
 
 def cropped(name: str, compressed: Contender, plan: Plan) -> Contender:
-    """The dense model with its maps cut to the sizes of the plan, whatever is in them."""
+    """The dense model with its maps cropped to the sizes of the plan."""
     model = load_checkpoint(name).model
     for site in plan.sites:
         assert site.grid_out is not None

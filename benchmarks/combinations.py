@@ -1,10 +1,10 @@
-"""Every score with every reducer at equal cost: accuracy on the built-in ViTs, and speed on DeiT-S.
+"""Every metric with every reducer at equal cost: accuracy on the built-in ViTs, and speed on DeiT-S.
 
     python benchmarks/combinations.py
 
-At each MAC ratio the tokens go after the paper's three sites, and one drop ratio for all of them is the mildest that
-comes down to the ratio, the operations of reducer and score included. Scores with something open are calibrated on 128
-unlabelled training scenes, with the reducer that they are shown with. ToMe's matching asks for no score.
+Tokens are dropped or merged after the paper's three sites. The drop ratio, equal at all sites, is the smallest one that
+reaches the MAC ratio, including the MACs of reducer and metric. Metrics with open fields are calibrated on 128
+unlabelled training scenes, with the same reducer. ToMe's matching needs no metric.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ SPEED_SIDES = {
 
 @dataclass(frozen=True)
 class Side:
-    """One combination, ready to run, and what it cost."""
+    """A combination and its cost."""
 
     reducer: str
     metric: str
@@ -122,7 +122,7 @@ def accuracy_page(name: str, options: argparse.Namespace) -> tuple[str, list[str
 
 
 def combinations(loaded: LoadedModel, ratio: float) -> Iterator[Side]:
-    """Every score with every reducer, each on a copy of the model."""
+    """Every metric with every reducer, each on a copy of the model."""
     images = load_images(None, CALIBRATION_IMAGES, loaded.description.preprocessing, 0).tensor
     pairs: list[tuple[str, str, str, str]] = [
         (*reducer, *metric) for reducer, metric in itertools.product(REDUCERS.items(), METRICS.items())
@@ -145,7 +145,7 @@ def combinations(loaded: LoadedModel, ratio: float) -> Iterator[Side]:
 
 
 def plan_within(model: nn.Module, metric: str, reducer: str, ratio: float) -> Plan:
-    """The mildest schedule, of one drop ratio at the paper's sites, of at most such a share of the operations."""
+    """The schedule with the smallest drop ratio at the paper's sites and at most this share of the MACs."""
     layout = match(model).layout(model)
     places = [drop.layer for drop in default_recipe(len(layout.sites)).layers]
     for thousandths in range(50, 700, 2):
@@ -188,7 +188,7 @@ def with_interval(right: int, total: int) -> str:
 
 
 def speeds(dense: nn.Module, sides: Sequence[Side], inputs: Tensor, seconds: float) -> list[str]:
-    """How many times faster than dense each side is, all timed in turn."""
+    """Speed-up of each model over dense, all timed in turn."""
     subjects = [Subject("dense", dense), *(Subject(f"{side.reducer}, {side.metric}", side.model) for side in sides)]
     times = measure_latency(subjects, inputs, max_seconds=seconds, warmup=2, progress=Screen(), min_runs=5)
     gains = [compute_speedup(times["dense"], times[subject.name]) for subject in subjects[1:]]
@@ -203,7 +203,7 @@ def speed_page(options: argparse.Namespace) -> tuple[str, list[str]]:
     sides = []
     for name, (metric, reducer) in SPEED_SIDES.items():
         plan = plan_within(model, metric, reducing[reducer], 0.65)
-        if has_open_fields(plan):  # with random weights nothing beats chance, and any weights take the same time
+        if has_open_fields(plan):  # random weights cannot be calibrated, and the time does not depend on them
             found = calibrate(
                 model, match(model), plan, images=images[:16], identity={}, batch_size=8, progress=Silent()
             )

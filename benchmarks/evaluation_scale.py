@@ -5,7 +5,7 @@ Every evaluation is a `repshift eval` command in its own process.
     python benchmarks/evaluation_scale.py --parts processes kills broken disk memory
 """
 
-# ruff: noqa: S603, S607 (every command that it starts is written here)
+# ruff: noqa: S603, S607 (all commands are written in this file)
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ LANES = 2
 """Series of killed runs at a time."""
 
 SLOWER = 1.3
-"""How many times as long as alone such a run takes beside another."""
+"""How many times slower a run is when another one runs too."""
 
 SAMPLE_SECONDS = 0.25
 SETTLED, ENDING = 0.25, 0.92
-"""Shares of a run between which its memory is expected to stay as it is; then it begins to give back what it has."""
+"""Shares of a run between which its memory should stay constant; after that it frees memory."""
 
 FULL_DISKS = (
     ("progress, no room from the start", 0, "--resume", "state"),
@@ -66,7 +66,7 @@ FULL_DISKS = (
     ("progress, room for some shards", 40, "--resume", "state"),
     ("predictions", 4, "--save-predictions", "p.npz"),
 )
-"""What is written, KiB of room for it, the option that writes it and its file or folder."""
+"""What is written, KiB of free space, the option that writes it and its file or folder."""
 
 Section = tuple[str, str]
 
@@ -92,23 +92,23 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--parts", nargs="+", choices=TITLES, default=list(TITLES))
-    parser.add_argument("--pictures", type=int, default=20_000, help="of `processes` and `memory`")
-    parser.add_argument("--size", type=int, default=256, help="side of the pictures in pixels")
+    parser.add_argument("--images", type=int, default=20_000, help="of `processes` and `memory`")
+    parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
     parser.add_argument("--kills", type=int, default=50, help="how often a run is killed")
-    parser.add_argument("--killed-pictures", type=int, default=1500, help="of a run that is killed")
+    parser.add_argument("--killed-images", type=int, default=1500, help="of a run that is killed")
     parser.add_argument("--broken", type=int, default=500, help="broken files, among three times as many good ones")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=None, help="where the pictures go, and most of them stay")
+    parser.add_argument("--folder", type=Path, default=None, help="folder for the images, kept for the next run")
     parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     return parser.parse_args()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures, and the command
+# Images, and the command
 
 
-def pictures(options: argparse.Namespace, root: Path, count: int) -> Path:
-    """Pictures to read: in the folder of this part, or where a folder was named, in that, to be used again."""
+def make_images(options: argparse.Namespace, root: Path, count: int) -> Path:
+    """Folder of images: of this part, or in `--folder`, to be used again."""
     if options.folder is None:
         return draw(root / "pictures", count, options.size)
     kept: Path = options.folder / f"digits-{count}-{options.size}"
@@ -123,8 +123,8 @@ def draw(root: Path, count: int, size: int) -> Path:
         (root / str(label)).mkdir(parents=True)
     scenes = DigitScenes("test", count)
     for index in range(count):
-        picture, label = scenes[index]
-        enlarged = picture.resize((size, size), Image.Resampling.BICUBIC)
+        image, label = scenes[index]
+        enlarged = image.resize((size, size), Image.Resampling.BICUBIC)
         enlarged.save(root / str(label) / f"{index:06d}.jpg", quality=90)
     return root
 
@@ -137,13 +137,13 @@ def command(arguments: Sequence[object], processes: int = 1) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    # a thread for each process, so that one and two differ in nothing but their number
+    # one thread per process, so that only the number of processes differs
     root = str(Path(__file__).resolve().parents[1])
     return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def evaluate(arguments: Sequence[object], processes: int = 1, **options: Any) -> tuple[dict[str, Any], float]:
-    """The document of a run that has to succeed, and its seconds."""
+    """JSON document and seconds of a run that must succeed."""
     began = time.perf_counter()
     done = subprocess.run(
         command(arguments, processes), capture_output=True, text=True, check=False, env=environment(), **options
@@ -167,10 +167,10 @@ def integers(document: dict[str, Any]) -> tuple[int, ...]:
 
 
 def several_processes(options: argparse.Namespace, root: Path) -> Section:
-    folder = pictures(options, root, options.pictures)
+    folder = make_images(options, root, options.images)
     rows, counts = [], []
     for processes in (1, 2):
-        # the decoding is part of what is shared, so each process does its own
+        # each process decodes its own images, so decoding is shared too
         document, seconds = evaluate(["--dataset", folder, "--workers", 0], processes)
         counts.append(integers(document))
         work = document["images"] / document["end_to_end_images_per_s"]
@@ -179,14 +179,14 @@ def several_processes(options: argparse.Namespace, root: Path) -> Section:
         )
     same = "the same whole numbers" if counts[0] == counts[1] else "DIFFERENT NUMBERS"
     ratio = float(rows[0][-2]) / float(rows[1][-2])
-    what = f"{options.pictures} JPEGs of {options.size} pixels, {MODEL}, one thread per process"
+    what = f"{options.images} JPEGs of {options.size} pixels, {MODEL}, one thread per process"
     columns = ["processes", *(key.replace("_", " ") for key in INTEGERS), "s, all", "s, evaluating", "bottleneck"]
     note = f"{what}: {same}; two evaluate {ratio:.2f}x as fast."
     return table(columns, rows), note
 
 
 def kill_and_resume(options: argparse.Namespace, root: Path) -> Section:
-    folder = pictures(options, root, options.killed_pictures)
+    folder = make_images(options, root, options.killed_images)
     arguments = ["--dataset", folder, "--workers", 0, "-b", 8]
     whole, seconds = evaluate(arguments)
     lanes = [
@@ -206,7 +206,7 @@ def kill_and_resume(options: argparse.Namespace, root: Path) -> Section:
         *("killed after s", "folders left"),
     ]
     note = (
-        f"SIGKILL at random moments of runs over {options.killed_pictures} images, {MODEL}, {LANES} runs at a time; "
+        f"SIGKILL at random moments of runs over {options.killed_images} images, {MODEL}, {LANES} runs at a time; "
         f"one alone and without a kill takes {seconds:.1f} s."
     )
     return table(columns, rows), note
@@ -214,7 +214,7 @@ def kill_and_resume(options: argparse.Namespace, root: Path) -> Section:
 
 @dataclass
 class Lane:
-    """A series of runs with one state, each killed at a random moment unless it comes to its end before."""
+    """A series of runs with one state, each killed at a random moment unless it ends before."""
 
     arguments: Sequence[object]
     state: Path
@@ -227,7 +227,7 @@ class Lane:
     wrong: int = 0
 
     def run(self, kills: int) -> None:
-        """So many kills, and then a run to the end."""
+        """Kill a number of runs, then run to the end."""
         while len(self.moments) < kills:
             self._attempt(self.rng.uniform(0, SLOWER * self.seconds))
         self._attempt(None)
@@ -277,7 +277,7 @@ def broken_files(options: argparse.Namespace, root: Path) -> Section:
 
 
 def full_disk(options: argparse.Namespace, root: Path) -> Section:
-    folder = pictures(options, root, 400)
+    folder = make_images(options, root, 400)
     arguments: list[object] = ["--dataset", folder, "-b", 8, "--workers", 0]
     expected = integers(evaluate(arguments)[0])
     rows = []
@@ -300,7 +300,7 @@ def full_disk(options: argparse.Namespace, root: Path) -> Section:
 
 
 def full_stdout(arguments: Sequence[object], expected: tuple[int, ...], root: Path) -> list[str]:
-    """A run that cannot print its numbers, and the one that goes on with what it has kept."""
+    """A run that cannot print its result, and the one that resumes it."""
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             command(arguments), stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment()
@@ -312,13 +312,13 @@ def full_stdout(arguments: Sequence[object], expected: tuple[int, ...], root: Pa
 
 
 def complaint(stderr: str, root: Path) -> tuple[str, str]:
-    """Whether there was a traceback, and what was said of the disk."""
+    """Whether there was a traceback, and the message about the disk."""
     told = next((line for line in stderr.splitlines() if "space" in line or "cannot write" in line), "-")
     return "TRACEBACK" if "Traceback" in stderr else "no", shortened(told.replace(str(root), ""))
 
 
 def memory_over_the_run(options: argparse.Namespace, root: Path) -> Section:
-    folder = pictures(options, root, options.pictures)
+    folder = make_images(options, root, options.images)
     rows = []
     for workers in (0, 1):
         with subprocess.Popen(
@@ -335,12 +335,12 @@ def memory_over_the_run(options: argparse.Namespace, root: Path) -> Section:
     columns = ["workers", "of", "MiB at a quarter", "MiB near the end", "slope, MiB per 1000 images"]
     flat = [[row[0], *cells] for row in rows for cells in (("the run", *row[1:4]), ("its workers", *row[4:7]))]
     span = f"{SETTLED:.0%} to {ENDING:.0%} of the time"
-    note = f"Resident memory over {options.pictures} images, {MODEL}; slopes by least squares over {span}."
+    note = f"Resident memory over {options.images} images, {MODEL}; slopes by least squares over {span}."
     return table(columns, [row for row in flat if row[2] != "-"]), note
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What they need
+# Memory and disks
 
 
 @dataclass
@@ -384,7 +384,7 @@ class Samples:
 
 
 def resident(pid: int) -> float:
-    """MiB; 0 where there is no such process any more."""
+    """MiB; 0 if the process has ended."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except (OSError, IndexError):
@@ -401,7 +401,7 @@ def children_of(pid: int) -> list[int]:
 
 @contextmanager
 def small_disk(folder: Path, room: int) -> Iterator[tuple[Path, str]]:
-    """A disk of its own with so many KiB of room: a tmpfs, which only root can mount."""
+    """A tmpfs of this many KiB, which only root can mount."""
     folder.mkdir()
     size = max(room, 4) + 64
     mounted = subprocess.run(
@@ -431,7 +431,7 @@ def encoded(kind: str, size: tuple[int, int] = (64, 48)) -> bytes:
 
 
 def huge_png() -> bytes:
-    """A header that promises 60,000 x 60,000 pixels."""
+    """A header for 60,000 x 60,000 pixels."""
     content = bytearray(encoded("PNG"))
     content[16:24] = (60_000).to_bytes(4, "big") * 2
     content[29:33] = zlib.crc32(bytes(content[12:29])).to_bytes(4, "big")

@@ -1,14 +1,14 @@
 """DeiT, dense and compressed, in ONNX Runtime, as a program of torch.export and compiled by AOTInductor, on this CPU.
 
-Each model is exported first (without the check, which `repshift export` makes): dense, with the schedule of the paper,
-and with nearly the same on tiles of 16 tokens. Then for each way those three run in turn; the ways one after the other,
-since threads of one runtime spin for a while after its turn. Weights are random, which does not change the speed. On a
-machine that others use, export before it is quiet:
+Each model is exported first (without the check of `repshift export`): dense, with the schedule of the paper, and with a
+similar one with multiples of 16 tokens. Then for each format these three run in turn. The formats run one after the
+other, because threads of a runtime spin for a while after its turn. Random weights do not change the speed. On a shared
+machine, export first and measure when it is idle:
 
     python benchmarks/export_cpu.py --exports FOLDER --no-measure
     GOMP_SPINCOUNT=10000 python benchmarks/export_cpu.py --exports FOLDER --threads 2 --seconds 20
 
-Without that variable torch's idle threads, which spin for long, take the cores of whatever runs next.
+Without that variable, idle threads of torch spin for long and occupy the cores of the next runtime.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ EAGER = "torch, eager"
 
 @dataclass(frozen=True)
 class Way:
-    """A format; its name is that of a folder."""
+    """An export format; its name is the name of a folder."""
 
     name: str
     target: str
@@ -75,30 +75,30 @@ NOTE = (
     "`compressed` uses the paper's recipe with 158, 127 and 102 tokens, `on tiles` 160, 128 and 112; `tuned` means "
     "`--tune`. The files accept any batch size. Latency per batch in ms: median [p10-p90]; the models of one line are "
     "interleaved. In brackets: speed-up over dense, and efficiency (speed-up divided by the ratio of the "
-    "multiply-accumulates). GELU is one ONNX operator from opset 20, attention from opset 23."
+    "MACs). GELU is one ONNX operator from opset 20, attention from opset 23."
 )
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=sorted(TITLES), default="small")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="there is no ONNX of bfloat16")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="bfloat16 is unsupported for ONNX")
     parser.add_argument(
-        "--opsets", type=int, nargs="*", default=None, help="default: 18 20 23, where ONNX has the dtype"
+        "--opsets", type=int, nargs="*", default=None, help="default: 18 20 23, if ONNX supports the dtype"
     )
     parser.add_argument("--skip", nargs="*", default=[], choices=["pt2", "aoti"], help="formats to leave out")
-    parser.add_argument("--exports", type=Path, help="keep exports in this folder, and take those that lie there")
+    parser.add_argument("--exports", type=Path, help="folder for exports; existing ones are used again")
     parser.add_argument("--no-measure", action="store_true", help="only export")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each side at each batch size")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each model at each batch size")
     parser.add_argument("--min-runs", type=int, default=10)
     parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     return parser.parse_args()
 
 
 def write_all(models: Mapping[str, Opened], options: argparse.Namespace, folder: Path, progress: Progress) -> list[str]:
-    """Export all sides in each way; returns the names of the ways, which are those of folders."""
+    """Export all models in each format; returns the names of the formats."""
     opsets = options.opsets
     if opsets is None:
         opsets = [] if options.dtype == "bfloat16" else [18, 20, 23]

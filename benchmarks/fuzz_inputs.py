@@ -1,7 +1,7 @@
-"""A campaign of hostile inputs against everything that reads files of strangers: what came out, how long, how large.
+"""Fuzz every reader of untrusted files: crashes, hangs and memory.
 
-Every input is made from a good one by a seed (tests/fuzzing.py). Anything but a result or a RepshiftError is a crash,
-more than `--hang` seconds is a hang, and memory is limited to so much beyond what the process has at the start.
+Every input is a valid one with seeded changes (tests/fuzzing.py). An exception other than RepshiftError is a crash,
+more than `--hang` seconds is a hang, and memory is limited to `--room` MiB above the start.
 
     python benchmarks/fuzz_inputs.py --inputs 100000
 """
@@ -38,7 +38,7 @@ NOTE = (
     "milliseconds for one input."
 )
 SHARES = {"headers of safetensors": 2, "annotations": 3, "exported files": 2}
-"""Of the inputs; targets that are not named here get one part."""
+"""Shares of the inputs; other targets get one."""
 
 
 _SHOWN_FRAMES = 8
@@ -79,8 +79,8 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0, help="of the first input")
-    parser.add_argument("--hang", type=float, default=10.0, help="seconds that an input may take")
-    parser.add_argument("--room", type=int, default=1024, help="MiB of memory beyond those at the start")
+    parser.add_argument("--hang", type=float, default=10.0, help="maximum seconds per input")
+    parser.add_argument("--room", type=int, default=1024, help="maximum memory in MiB above that at the start")
     parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     return parser.parse_args()
 
@@ -99,7 +99,7 @@ def campaign(fuzzer: Fuzzer, name: str, inputs: int, options: argparse.Namespace
     outcome = Outcome(inputs)
     for seed in range(options.seed, options.seed + inputs):
         began = time.perf_counter()
-        # what hangs where no signal is listened to ends the campaign, with the place where it hangs
+        # a hang that no signal can interrupt ends the run with a traceback
         faulthandler.dump_traceback_later(6 * options.hang, exit=True)
         signal.setitimer(signal.ITIMER_REAL, options.hang)
         try:

@@ -1,7 +1,7 @@
-"""All models of the paper (arXiv 2508.00367) on a GPU: batch sizes, half precision, backends, compiled, and peers.
+"""All models of the paper (arXiv 2508.00367) on a GPU: batch sizes, half precision, backends, compiled, and baselines.
 
-All sides of a setting run in turn on the same weights, which are random: that does not change the speed. Without a
-CUDA device the page says that nothing was measured.
+All models of a setting run in turn on the same weights. They are random, which does not change the speed. Without a
+CUDA device the page says `Not measured`.
 
     python benchmarks/gpu.py --dtype float16
     python benchmarks/gpu.py --models deit_base --batch-sizes 256 --compile default --against explicit tome
@@ -26,26 +26,26 @@ from repshift_cli.measure.latency import compute_speedup
 
 @dataclass(frozen=True)
 class Published:
-    """A model, its recipe, and the paper's rows in inputs a second: its baseline and theirs; None where it has none.
+    """A model, its recipe, and inputs per second in the paper: its baseline and its method; None if not in the paper.
 
     Attributes:
-        peers: what it can be compared with.
-        most: largest batch that is worth the time.
+        baselines: baselines that the model supports.
+        most: largest batch size to measure.
     """
 
     title: str
     model: str
     recipe: str
     per_s: tuple[int, int] | None
-    peers: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = ()
     most: int = 256
 
 
-VIT_PEERS = ("explicit", "class-attention", "class-attention-row", "bipartite", "tome", "fuse")
+VIT_BASELINES = ("explicit", "class-attention", "class-attention-row", "bipartite", "tome", "fuse")
 PUBLISHED = {
-    "deit_small": Published("DeiT-S", "deit_small_patch16_224", "deit_small_paper", (3002, 5948), VIT_PEERS),
-    "deit_base": Published("DeiT-B", "deit_base_patch16_224", "deit_base_paper", (1037, 2428), VIT_PEERS),
-    "vit_large": Published("ViT-L", "vit_large_patch16_224", "vit_large", None, VIT_PEERS),
+    "deit_small": Published("DeiT-S", "deit_small_patch16_224", "deit_small_paper", (3002, 5948), VIT_BASELINES),
+    "deit_base": Published("DeiT-B", "deit_base_patch16_224", "deit_base_paper", (1037, 2428), VIT_BASELINES),
+    "vit_large": Published("ViT-L", "vit_large_patch16_224", "vit_large", None, VIT_BASELINES),
     "umt_base": Published("UMT-B, 12 frames", "umt_base", "umt_base_fast", (32, 175), ("explicit",), 16),
     "umt_large": Published("UMT-L, 12 frames", "umt_large", "umt_large_paper", (12, 66), ("explicit",), 16),
     "resnet50": Published("ResNet-50", "resnet50", "resnet50_paper", (2927, 3553)),
@@ -66,8 +66,8 @@ def main() -> None:
         machine = report.machine
         sections.append(render(published, report))
     note = (
-        "Milliseconds per batch: median [p10-p90] of interleaved runs. `over explicit` is the paper's comparison; "
-        "efficiency is the speed-up over dense in the same setting divided by the ratio of the operations."
+        "Milliseconds per batch: median [p10-p90] of interleaved runs. `over explicit` is the comparison of the paper; "
+        "efficiency is the speed-up over dense in the same setting divided by the ratio of the MACs."
     )
     publish("gpu", TITLE, machine, [*sections, note], dry_run=options.dry_run)
 
@@ -81,15 +81,15 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--compile", nargs="+", default=["off"], help="off, default, reduce-overhead (CUDA graphs), ..."
     )
-    parser.add_argument("--against", nargs="*", default=None, help="peers (default: all that the model can have)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each side at each batch size")
+    parser.add_argument("--against", nargs="*", default=None, help="baselines (default: all that the model supports)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each model at each batch size")
     parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     return parser.parse_args()
 
 
 def measure(published: Published, options: argparse.Namespace) -> BenchReport:
     opened = compress_dense(published.model, recipe_name=published.recipe)
-    names = published.peers if options.against is None else options.against
+    names = published.baselines if options.against is None else options.against
     sweep = [
         BenchSettings(
             device=torch.device("cuda"),
@@ -112,7 +112,7 @@ def render(published: Published, report: BenchReport) -> str:
     if published.per_s is not None:
         before, after = published.per_s
         rows.append(["paper", "its baseline", "-", "-", f"{before}", "1.00x", "-", "-"])
-        rows.append(["paper", "theirs", "-", "-", f"{after}", f"{after / before:.2f}x", "-", "-"])
+        rows.append(["paper", "compressed", "-", "-", f"{after}", f"{after / before:.2f}x", "-", "-"])
     return f"## {published.title}, recipe `{published.recipe}`\n\n{table(columns, rows)}"
 
 

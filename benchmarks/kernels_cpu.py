@@ -1,9 +1,9 @@
-"""How the kernels of a ViT's blocks alone slow down as tokens go: what no schedule can win back, and which counts suit.
+"""Efficiency of the kernels of ViT blocks with fewer tokens: a limit for all schedules, and suitable token counts.
 
-All linear layers of all blocks run in the order of the model, nothing between them, with as many tokens as are left;
-then the fused attention of all blocks. Were the kernels equally good at every size, the time of the first would be
-proportional to the tokens, and that of the second to their square. `packed` has the weights laid out in advance, as
-`torch.compile` does with `freezing`; it says what laying them out costs. Weights are random.
+All linear layers of all blocks run in the order of the model with the given number of tokens, then the fused attention
+of all blocks. With equally efficient kernels, the time of the layers would be proportional to the number of tokens and
+that of attention to its square. `packed` has weights that are laid out in advance, as `torch.compile` does with
+`freezing`; the difference is the cost of the layout. Weights are random.
 
     python benchmarks/kernels_cpu.py --threads 2
 """
@@ -27,11 +27,11 @@ BLOCKS = 12
 HEAD = 64
 TOKENS = (197, 192, 176, 160, 158, 144, 128, 127, 112, 104, 102, 96, 64, 16)
 WAYS = {"plain": 1, "packed": 1, "attention": 2}
-"""What is timed, and the power of the tokens that it grows with."""
+"""What is timed, and the power of the number of tokens to which it is proportional."""
 
 
 class Layer(NamedTuple):
-    """One linear layer: `fc2` reads what `fc1` made wide, the others read the stream."""
+    """One linear layer: `fc2` reads the wide output of `fc1`, the others read the embedding."""
 
     weight: Tensor
     bias: Tensor
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def rows(found: list[list[tuple[float, ...]]]) -> list[list[str]]:
-    """A line for each number of tokens; `found` has for each batch the milliseconds of all ways, in that order."""
+    """A row per number of tokens; `found` has the milliseconds of each variant by batch size."""
     lines = []
     for index, tokens in enumerate(TOKENS):
         cells = [
@@ -75,7 +75,7 @@ def rows(found: list[list[tuple[float, ...]]]) -> list[list[str]]:
 
 @torch.inference_mode()
 def measure(width: int, batch: int, dtype: torch.dtype, rounds: int) -> list[tuple[float, ...]]:
-    """Milliseconds of all ways for each number of tokens."""
+    """Milliseconds of each variant for each number of tokens."""
     layers = [layer for _ in range(BLOCKS) for layer in block(width, dtype)]
     found = []
     for tokens in TOKENS:
@@ -111,7 +111,7 @@ def block(width: int, dtype: torch.dtype) -> list[Layer]:
 
 
 def packed(layer: Layer, count: int) -> Callable[[Tensor], Tensor]:
-    """The layer with weights as oneDNN wants them for `count` rows of input."""
+    """The layer with weights in oneDNN's layout for `count` rows of input."""
     operations: Any = torch.ops.mkldnn
     weight = operations._reorder_linear_weight(layer.weight, count)
     return lambda inputs: operations._linear_pointwise(inputs, weight, layer.bias, "none", [], "")

@@ -1,8 +1,7 @@
-"""Memory of the commands on large models: what a process holds at most, beside the size of the weights.
+"""Peak memory of the commands on large models, compared with the size of the weights.
 
-Linux tells two parts apart: anonymous memory, which the process allocated, and pages of files that it has mapped, which
-the system may take back at any time. Weights that come from a safetensors file are of the second kind. Each command
-runs in a process of its own, as people call it. Weights are random.
+Linux reports two kinds: anonymous memory, which the process allocated, and pages of mapped files, which the system may
+reclaim at any time. Weights in a safetensors file are mapped. Each command runs in its own process. Weights are random.
 
     python benchmarks/memory_cpu.py --threads 2
 """
@@ -29,16 +28,16 @@ from repshift_cli.measure.device import device_name
 
 SAMPLE_SECONDS = 0.01
 MIB = 1024
-"""KiB, which is what Linux counts in."""
+"""KiB, the unit of Linux."""
 
-PICTURES, CLASSES = 64, 1000
+IMAGES, CLASSES = 64, 1000
 VOCABULARY = 30522
-"""Tokens that UMT's text side knows; those of the built-in world come first, the others are never seen."""
+"""Vocabulary of UMT's text encoder; the built-in words come first, the others are unused."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model by name, its recipe, and the batches that it is timed and evaluated in."""
+    """A model, its recipe, and its batch sizes for timing and evaluation."""
 
     title: str
     model: str
@@ -56,7 +55,7 @@ NOTE = (
     "Largest MiB over the life of the process, sampled every 10 ms. `held`: anonymous memory. `mapped`: pages of "
     "mapped files, including torch's libraries (`inspect` of a small model: {idle}) and the weights. The two maxima "
     "need not coincide. `float32 weights` is the size of the file. `compress` runs without calibration; `bench` "
-    f"times dense and compressed; `eval` runs both on {PICTURES} images (UMT: on clips of 12 frames with captions), "
+    f"times dense and compressed; `eval` runs both on {IMAGES} images (UMT: on clips of 12 frames with captions), "
     "in batches of the given size. `bench` and `eval` read the compressed file."
 )
 
@@ -68,7 +67,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        draw_pictures(Path(folder) / "pictures")
+        draw_images(Path(folder) / "images")
         write_vocabulary(Path(folder) / "vocab.txt")
         idle = peak(["inspect", "deit_tiny_patch16_224"])[1]
         rows = [row for key in options.models for row in rows_of(SUBJECTS[key], Path(folder), options.threads)]
@@ -78,8 +77,8 @@ def main() -> None:
     publish("memory_cpu", "Memory of the commands on a CPU", machine, body, dry_run=options.dry_run)
 
 
-def draw_pictures(root: Path) -> None:
-    """One picture for each class of ImageNet."""
+def draw_images(root: Path) -> None:
+    """One image per class of ImageNet."""
     for label in range(CLASSES):
         folder = root / f"{label:04d}"
         folder.mkdir(parents=True)
@@ -92,13 +91,13 @@ def write_vocabulary(path: Path) -> None:
 
 
 def rows_of(subject: Subject, folder: Path, threads: int) -> list[list[str]]:
-    """A row for each command; the files go when they have been measured."""
+    """A row for each command; files are removed after measuring."""
     dense, fast = folder / "dense.safetensors", folder / "fast.safetensors"
     save_file(load_checkpoint(subject.model).tensors, dense)
     size = dense.stat().st_size / 2**20
     quick, run = ["--seconds", "1"], ["-b", subject.batch, "--threads", threads]
     clips = ["builtin:shapes", "--limit", subject.clips, "--vocab", folder / "vocab.txt"]
-    data = clips if subject.clips else [folder / "pictures", "--limit", PICTURES]
+    data = clips if subject.clips else [folder / "images", "--limit", IMAGES]
     what = ["--model", subject.model, "--recipe", subject.recipe, "--no-calibrate", "-o", fast]
     commands = {
         "compress": [dense, *what, *run, *quick],
@@ -116,7 +115,7 @@ def rows_of(subject: Subject, folder: Path, threads: int) -> list[list[str]]:
 
 
 def peak(arguments: list[object]) -> tuple[float, float]:
-    """The most that a command holds and maps, in MiB.
+    """Peak anonymous and mapped memory of a command, in MiB.
 
     Raises:
         SystemExit: the command fails.
@@ -136,7 +135,7 @@ def peak(arguments: list[object]) -> tuple[float, float]:
 
 
 def status(pid: int) -> dict[str, int]:
-    """Kinds of memory of a process in KiB; nothing for one that has ended."""
+    """Kinds of memory of a process in KiB; empty if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     except (FileNotFoundError, ProcessLookupError):

@@ -1,7 +1,7 @@
-"""What a site costs beside the block that it reduces: score, choice and gathering, and which operations they are.
+"""Cost of a site relative to its block: score, selection and gathering, and the operations that they add.
 
-The profiler counts the operations of the block with and without the site. What must not be among them is checked:
-float64, a copy of the kept tokens beyond the gathering itself, a value read back from the device.
+The profiler counts the operations of the block with and without the site. The script checks that the site adds no
+float64, no second copy of the kept tokens and no value read back from the device.
 
     python benchmarks/overhead_cpu.py --threads 2
 """
@@ -48,9 +48,9 @@ def main() -> None:
         "with the choice",
     ]
     note = (
-        "Shares are of the time of the block. Medians of runs in which block, score, choice and gathering follow each "
-        "other as in the model, each on data that the one before has just written. Operations that the site adds to "
-        f"its block, by the profiler at batch {options.batches[0]}: {added(compressed, options.batches[0])}."
+        "Shares are relative to the block. Medians of runs in which block, score, selection and gathering follow "
+        "each other as in the model, each on data that the previous one has just written. Operations added by the "
+        f"site, by the profiler at batch {options.batches[0]}: {added(compressed, options.batches[0])}."
     )
     machine = f"{device_name(torch.device('cpu'))}, float32, {options.threads} threads"
     title = "Cost of a site: the first of DeiT-S, 197 to 158 tokens"
@@ -67,7 +67,7 @@ def row(compressed: CompressedModel, batch: int, rounds: int) -> list[str]:
 
 
 def samples(compressed: CompressedModel, batch: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of the block and of the pieces of its site, each on what the one before it has just left in memory."""
+    """Seconds of the block and of the steps of its site, each on the output of the previous one."""
     block, tokens = first_block(compressed, batch)
     planned = compressed.plan.sites[0]
     metric, site = build_metric(planned.metric), SiteContext(planned.layer, 1, True)

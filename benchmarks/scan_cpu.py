@@ -1,7 +1,7 @@
 """The selective scan on this CPU: the loop that reference code runs, the loop over tokens, and the blocked scan.
 
-The sides run in turn, without gradients, at the sizes of Vision Mamba (E = 384, N = 16, two directions): 197 tokens and
-the 158 and 126 that are left when tokens have been let go.
+The variants run in turn, without gradients, at the sizes of Vision Mamba (E = 384, N = 16, two directions): 197 tokens,
+and 158 and 126 after dropping.
 
     python benchmarks/scan_cpu.py --threads 2 --runs 30
 """
@@ -46,7 +46,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=384, help="channels of the scan")
     parser.add_argument("--state", type=int, default=16, help="state of each channel")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
-    parser.add_argument("--runs", type=int, default=20, help="of each side at each size")
+    parser.add_argument("--runs", type=int, default=20, help="of each variant at each size")
     parser.add_argument(
         "--train", action="store_true", help="also time the gradient, at B = 64, L = 82, E = 128, N = 8"
     )
@@ -77,7 +77,7 @@ def random_inputs(batch: int, length: int, width: int, state: int) -> tuple[Tens
 
 
 def check(inputs: tuple[Tensor, ...]) -> None:
-    """The three sides agree, or their times say nothing."""
+    """Check that the three variants have equal outputs."""
     u, delta, a, b, c = inputs
     expected = sequential_scan(u, delta, a, b, c)
     for run in (naive_scan, selective_scan):
@@ -85,7 +85,7 @@ def check(inputs: tuple[Tensor, ...]) -> None:
 
 
 def naive_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """As reference code does it: one direction at a time, all decays at once, then a step for each token."""
+    """As in the reference code: one direction at a time, all decays at once, then a step per token."""
     directions = zip(u, delta, a, b, c, strict=True)
     return torch.stack([naive_direction(*direction) for direction in directions])
 

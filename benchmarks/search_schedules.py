@@ -1,10 +1,10 @@
-"""What a search is worth: found schedules beside the paper's on other scenes, and a latency target on DeiT-S.
+"""Found schedules compared with the paper's on other scenes, and a latency target on DeiT-S.
 
     python benchmarks/search_schedules.py
 
-On the built-in ViTs a search on 256 unlabelled training scenes looks for a share of the operations, from several seeds;
-the found schedule and the paper's, scaled to the same operations and with the same scores, are then compared on test
-scenes. On DeiT-S (random weights: only the time matters) a search looks for a latency; what it found is timed anew.
+On the built-in ViTs, searches on 256 unlabelled training scenes with several seeds have a target share of the MACs. The
+found schedule and the paper's, scaled to the same MACs and with the same metrics, are then compared on test scenes. On
+DeiT-S (with random weights, since only the time matters) the search has a latency target; its result is timed again.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def start(target: Target, metric: str) -> Recipe:
-    """Where a search begins."""
+    """Start of a search."""
     budget = Budget.model_validate({target.kind: target.value})
     return Recipe(version=1, metric=Part(kind=metric), reducer=Part(kind=METRICS[metric]), budget=budget)
 
@@ -130,7 +130,7 @@ def compared(model: nn.Module, found: SearchResult, images: Tensor, metric: str,
 
 
 def paper_plan(model: nn.Module, found: SearchResult, images: Tensor, metric: str) -> Plan:
-    """The paper's schedule that the search compared with, its scores made in the same way."""
+    """The paper's schedule that the search compared with, with the same metrics."""
     assert found.paper is not None
     prefix = match(model).layout(model).prefix_tokens
     layers = tuple(LayerDrop(layer=layer, keep_tokens=left - prefix) for layer, left in found.paper.tokens)

@@ -1,9 +1,8 @@
 """DeiT-S and DeiT-B with the schedule of the paper (arXiv 2508.00367, table of image classification) on this CPU.
 
-All sides run in turn in one process, on the same weights: the dense model with fused and with explicit attention (the
-paper compares with the latter), the compressed model, that with timm's own calls, nearly the same schedule on tiles of
-16 tokens, and at equal operations pruning by class attention and merging as ToMe does. Weights are random, which does
-not change the speed.
+All models run in turn in one process, on the same weights: the dense model with fused and with explicit attention (the
+paper compares with the latter), the compressed model, a similar schedule with multiples of 16 tokens, and, at equal
+MACs, pruning by class attention and ToMe's merging. Weights are random, which does not change the speed.
 
     python benchmarks/vit_cpu.py --threads 2 --seconds 10
 """
@@ -29,14 +28,13 @@ from repshift_cli.planning.plan import Plan
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.utils.progress import Progress
 
-PEERS = ("explicit", "class-attention", "class-attention-row", "bipartite", "tome")
+BASELINES = ("explicit", "class-attention", "class-attention-row", "bipartite", "tome")
 TILES = "on tiles"
-OWN_CODE = "timm's calls"
 
 
 @dataclass(frozen=True)
 class Published:
-    """Rows of the paper: a data-centre GPU, its own batch size; GFLOPs there are multiply-accumulates."""
+    """Rows of the paper, measured on a data-centre GPU with its own batch size; its GFLOPs are MACs."""
 
     title: str
     model: str
@@ -73,11 +71,11 @@ def main() -> None:
 
 NOTE = (
     "Milliseconds per batch: median [p10-p90] of interleaved runs. `over dense` is the speed-up over the dense model "
-    "with fused attention; efficiency is that divided by the ratio of the multiply-accumulates; `ours over it` is the "
+    "with fused attention; efficiency is that divided by the ratio of the MACs; `speed-up over it` is the "
     "speed-up of the compressed model over that row. `explicit` is dense with explicit attention, the paper's "
     "baseline. `class-attention` prunes with the full attention map, as its authors do, `class-attention-row` with "
-    "one row of it. `bipartite` merges at our sites, `tome` the same number of tokens in every block. `on tiles` has "
-    "token counts that are multiples of 16."
+    "one row of it. `bipartite` merges at the same sites, `tome` the same number of tokens in every block. `on tiles` "
+    "has multiples of 16 tokens."
 )
 
 
@@ -88,9 +86,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--compile", choices=get_args(CompileMode), default="off")
     parser.add_argument("--img-size", type=int, default=None, help="default: 224, as in the paper")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
+    parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=BASELINES)
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each side at each batch size")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each model at each batch size")
     parser.add_argument("--min-runs", type=int, default=10)
     parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
     return parser.parse_args()
@@ -98,38 +96,33 @@ def parse_options() -> argparse.Namespace:
 
 def measure(published: Published, options: argparse.Namespace, progress: Progress) -> BenchReport:
     opened = compress_dense(published.model, recipe_name=published.recipe, img_size=options.img_size)
-    sides = contenders_against({published.model: opened}, options.peers)
+    sides = contenders_against({published.model: opened}, options.baselines)
     assert opened.compressed is not None
-    # as the peers: all read the same memory
+    # shares the weights, like the baselines
     tiled = attach(dense_copy(opened.compressed), planned(published, options.img_size))
     size, dense = sides[0].input_size, sides[0].name
-    calls = opened.compressed.own_code
-    also = [Contender(TILES, tiled, tiled.macs(), size, against=dense, is_peer=True)]
-    if options.compile == "off":  # graphs hold no calls
-        own = Contender(OWN_CODE, opened.compressed, opened.macs, size, against=dense, is_peer=True, context=calls)
-        also.append(own)
-    names = tuple(each.name for each in also)
-    sides = [replace(side, peers=(*side.peers, *names)) if side.role == "compressed" else side for side in sides + also]
+    sides.append(Contender(TILES, tiled, tiled.macs(), size, against=dense, is_baseline=True))
+    sides = [replace(side, baselines=(*side.baselines, TILES)) if side.role == "compressed" else side for side in sides]
     settings = replace(cpu_settings(options, DTYPES[options.dtype]), compile=options.compile)
     return run_bench(sides, options.batch_sizes, settings, progress)
 
 
 def planned(published: Published, img_size: int | None) -> Plan:
-    """The plan on tiles."""
+    """The plan with multiples of 16 tokens."""
     compressed = compress_dense(published.model, recipe_name=published.tiles, img_size=img_size).compressed
     assert compressed is not None
     return compressed.plan
 
 
 def render(published: Published, report: BenchReport, *, as_published: bool) -> str:
-    columns = ["batch", "", "GMACs", "ms", "images/s", "over dense", "efficiency", "ours over it"]
+    columns = ["batch", "", "GMACs", "ms", "images/s", "over dense", "efficiency", "speed-up over it"]
     rows = [row(run, report) for run in report.runs]
     heading = f"## {published.title}, recipe `{published.recipe}`"
     if not as_published:
         return f"{heading}\n\n{table(columns, rows)}"
     gain = published.images_s / published.explicit_images_s
     rows.append(["paper, GPU", "dense, explicit", f"{published.dense_gmacs}", "-", f"{published.explicit_images_s}"])
-    rows.append(["paper, GPU", "theirs", f"{published.gmacs}", "-", f"{published.images_s}"])
+    rows.append(["paper, GPU", "compressed", f"{published.gmacs}", "-", f"{published.images_s}"])
     rows = [[*cells, *["-"] * (len(columns) - len(cells))] for cells in rows]
     words_of_paper = f"The paper's is {gain:.2f}x over the dense model with explicit attention."
     return f"{heading}\n\n{words_of_paper}\n\n{table(columns, rows)}"
@@ -138,8 +131,8 @@ def render(published: Published, report: BenchReport, *, as_published: bool) -> 
 def row(run: Run, report: BenchReport) -> list[str]:
     ratios = {(ratio.name, ratio.against): ratio for ratio in report.ratios if ratio.batch == run.batch}
     over_dense = ratios.get((run.name, "dense"))
-    ours = next(each for each in report.runs if each.role == "compressed" and each.batch == run.batch)
-    against = "-" if run is ours else words(compute_speedup(run.timing, ours.timing))
+    compressed = next(each for each in report.runs if each.role == "compressed" and each.batch == run.batch)
+    against = "-" if run is compressed else words(compute_speedup(run.timing, compressed.timing))
     cells = [str(run.batch), run.name, f"{run.macs / 1e9:.2f}", latency(run.latency), f"{run.throughput:.1f}"]
     return [*cells, *gain_of(over_dense), against]
 

@@ -32,11 +32,12 @@ from repshift_cli.checkpoints.weights import METADATA_KEY, read_weights
 from repshift_cli.data.sources.tar import tar_members
 from repshift_cli.data.video.annotations import open_video_text
 from repshift_cli.evaluation.classification.predictions import Predictions, load_predictions, save_predictions
-from repshift_cli.evaluation.classification.resume import State
+from repshift_cli.evaluation.classification.resume import ResumeState
 from repshift_cli.planning.plan import resolve
 from repshift_cli.planning.recipe import Recipe, shipped_recipes
 from repshift_cli.reduction.checks import check_parts
 from repshift_cli.reduction.families.base import match
+from repshift_cli.utils.hashing import digest_of_document
 from repshift_cli.utils.progress import Silent
 
 __all__ = ["TARGETS", "Fuzzer"]
@@ -82,8 +83,8 @@ class Fuzzer:
             (folder / "videos" / name).touch()
         self.predictions = self._predictions()
         self.tar = self._tar()
-        self.state = State(folder / "state", {"run": 1}, ("one",), Silent())
-        self.state.begin()
+        self.state = ResumeState(folder / "state", {"run": 1}, ("one",), Silent())
+        self.state.open()
 
     def recipe(self, rng: random.Random) -> None:
         """The text of a recipe, and the plan that it gives for a model."""
@@ -154,7 +155,7 @@ class Fuzzer:
         ModelDescription.from_dict(document.model)
 
     def saved_predictions(self, rng: random.Random) -> None:
-        """A file of predictions."""
+        """A prediction file."""
         path = self.folder / "p.npz"
         path.write_bytes(_changed_bytes(rng, self.predictions))
         load_predictions(path)
@@ -166,9 +167,9 @@ class Fuzzer:
         tar_members(path)
 
     def progress(self, rng: random.Random) -> None:
-        """A file of the state of a run, which is left aside where it is damaged."""
+        """A file of the state of a run, which is skipped if it is damaged."""
         good = {
-            "run": self.state._digest(),
+            "run": digest_of_document(self.state.header),
             "shard": 0,
             "images": 2,
             "counts": {"one": {"top1": 1, "top5": 2, "seconds": 0.5}},
@@ -184,7 +185,7 @@ class Fuzzer:
         }
         path = self.folder / "state" / "000000.json"
         path.write_text(_json(_changed_tree(rng, good)), encoding="utf-8", errors="replace")
-        self.state.known([0])
+        self.state.load([0])
 
     def _document(self) -> dict[str, Any]:
         torch.manual_seed(0)

@@ -1,7 +1,7 @@
-"""Other ways to make the same model faster, to be timed beside a compressed one: the same weights, the same cost.
+"""Baselines: other methods to make the same model faster, timed beside the compressed model.
 
-Each peer is a plan of its own, attached to a copy of the model that shares all its weights. Peers that work at the
-sites of the compressed model let the same numbers of tokens go there, so that all cost the same up to their own scores.
+A baseline is a plan on a copy of the model that shares all its weights. Baselines that work at the sites of the
+compressed model drop or merge the same numbers of tokens there, so the cost is equal up to their own scores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 from repshift_cli.benchmark.run import Contender, contenders_of
 from repshift_cli.checkpoints.artifact import Opened
-from repshift_cli.checkpoints.exported import OpenedExport, Runtime
+from repshift_cli.checkpoints.exported import OpenedExport
 from repshift_cli.errors import ModelError, RecipeError, UsageError
 from repshift_cli.models.attention_mode import AttentionMode, attention_mode
 from repshift_cli.planning.plan import Plan, PlanSite
@@ -27,89 +27,90 @@ from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.reducers.base import Merger, Reducer, build_reducer
 from repshift_cli.utils.suggest import nearest
 
-__all__ = ["PEERS", "Peer", "check_names", "contenders_against", "dense_copy", "shared_copy", "uniform_plan"]
+__all__ = ["BASELINES", "Baseline", "check_names", "contenders_against", "dense_copy", "shared_copy", "uniform_plan"]
 
-_FREE = Part(kind="random")
-"""The score of reducers that ask for none: it looks at no token, and costs the least."""
+_NO_SCORE = Part(kind="random")
+"""For reducers that need no score: it reads no token and costs the least."""
 
 _MATCHING = Part(kind="bipartite")
 
 
 @dataclass(frozen=True)
-class Peer:
-    """A way to make a dense model faster.
+class Baseline:
+    """A method to make a dense model faster.
 
     Attributes:
-        told: what it is, in words.
-        plan: from a compressed model to what the peer does in its place; None for the dense model itself.
-        attention: how it has to attend, whatever the setting says; None as the setting says.
+        plan: makes the plan of the baseline from a compressed model; None keeps the model dense.
+        attention: attention that it needs whatever the setting; None to use that of the setting.
     """
 
-    told: str
     plan: Callable[[CompressedModel], Plan] | None = None
     attention: AttentionMode | None = None
 
 
 def contenders_against(opened: Mapping[str, Opened], names: Sequence[str]) -> list[Contender]:
-    """The contenders of `contenders_of`, and for every compressed model its peers.
+    """The contenders of `contenders_of`, and the baselines of every compressed model.
 
     Args:
         opened: by label.
-        names: of `PEERS`; dense models take part in any case.
+        names: keys of `BASELINES`; dense models are always included.
 
     Raises:
-        UsageError: there is no such peer, nothing is compressed, or a model cannot be made into the peer, with those
-            that it can be made into.
+        UsageError: unknown baseline, no compressed model, or a baseline that the model does not support.
     """
     check_names(names)
-    wanted = [name for name in dict.fromkeys(names) if PEERS[name].plan or PEERS[name].attention]
+    wanted = [name for name in dict.fromkeys(names) if name != "dense"]
     found = contenders_of(opened)
-    exported = [contender for contender in found if isinstance(contender.module, Runtime)]
-    found = [contender for contender in found if contender not in exported]
-    compressed = [contender for contender in found if contender.role == "compressed"]
-    if wanted and any(isinstance(model, OpenedExport) for model in opened.values()):
-        raise UsageError("--against: an exported file cannot be made into a peer", "Name its checkpoint instead.")
-    if wanted and not compressed:
-        raise UsageError("--against: no model is compressed", "Add --recipe to compress it for the run.")
+    if not wanted:
+        return found
+    if any(isinstance(model, OpenedExport) for model in opened.values()):
+        raise UsageError("--against: unsupported for an exported file", "Name its checkpoint instead.")
     models = [model.compressed for model in opened.values() if model.compressed is not None]
-    ours: list[Contender] = []
-    peers: list[Contender] = []
-    for contender, model in zip(compressed, models, strict=True):
-        own = [_build(name, contender, model, single=len(compressed) == 1) for name in wanted]
-        ours.append(replace(contender, peers=tuple(peer.name for peer in own)))
-        peers += own
-    return [*(contender for contender in found if contender.role == "dense"), *ours, *peers, *exported]
+    if not models:
+        raise UsageError("--against: no model is compressed", "Add --recipe to compress it for the run.")
+    compressed: list[Contender] = []
+    baselines: list[Contender] = []
+    own = [contender for contender in found if contender.role == "compressed"]
+    for contender, model in zip(own, models, strict=True):
+        new = [_build(name, contender, model, single=len(models) == 1) for name in wanted]
+        compressed.append(replace(contender, baselines=tuple(each.name for each in new)))
+        baselines += new
+    return [*(contender for contender in found if contender.role == "dense"), *compressed, *baselines]
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse a peer that there is not.
-
-    Raises:
-        UsageError: with those that there are.
-    """
+    """Raise a UsageError for an unknown baseline."""
     for name in names:
-        if name not in PEERS:
+        if name not in BASELINES:
             raise UsageError(
-                f"--against: there is no peer {name!r}", f"{nearest(name, PEERS)}Known are {', '.join(PEERS)}."
+                f"--against: unknown baseline {name!r}",
+                f"{nearest(name, BASELINES)}Allowed are {', '.join(BASELINES)}.",
             )
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model with modules of its own, whose parameters and buffers are those of the model itself."""
+    """A copy of a model with its own modules and hooks, but the same parameters and buffers."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo)
 
 
-def uniform_plan(compressed: CompressedModel) -> Plan:
-    """Merging in every block, the same number of tokens in each, as ToMe has it (arXiv 2210.09461, section 3).
+def dense_copy(compressed: CompressedModel) -> nn.Module:
+    """`shared_copy` of the dense model."""
+    twin = shared_copy(compressed)
+    assert isinstance(twin, CompressedModel)
+    return twin.detach()
 
-    The number is the one whose cost is nearest to that of the compressed model. Where half of the tokens are fewer, as
-    many as that merge.
+
+def uniform_plan(compressed: CompressedModel) -> Plan:
+    """ToMe (arXiv 2210.09461, section 3): bipartite matching in every block, the same number of tokens in each.
+
+    The number is the one whose MACs are nearest to those of the compressed model. A block with fewer than twice that
+    many patches merges half of them.
 
     Raises:
         RecipeError: tokens of the model cannot be merged.
     """
-    _reducer(_MATCHING, compressed)
+    _checked_reducer(_MATCHING, compressed)
     dense = dense_copy(compressed)
     wanted = compressed.macs()
     most, low, high = (compressed.plan.patch_tokens - 1) // 2, 1, 1
@@ -123,29 +124,33 @@ def uniform_plan(compressed: CompressedModel) -> Plan:
 
 
 def _every_block(compressed: CompressedModel, count: int) -> Plan:
-    """Bipartite matching after each block, of `count` tokens where there are twice as many."""
+    """Bipartite matching after each block, of `count` tokens or half of the patches."""
     layout = compressed.layout
-    sites, patches = [], layout.patch_tokens
+    prefix, patches = layout.prefix_tokens, layout.patch_tokens
+    sites = []
     for info in layout.sites:
         left = patches - min(count, patches // 2)
         if left < patches:
-            sites.append(_site(info.name, info.layer, layout.prefix_tokens, patches, left))
+            site = PlanSite(
+                site=info.name,
+                layer=info.layer,
+                tokens_in=prefix + patches,
+                tokens_out=prefix + left,
+                metric=_NO_SCORE,
+            )
+            sites.append(site)
         patches = left
     return Plan(
         family=layout.family,
-        prefix_tokens=layout.prefix_tokens,
+        prefix_tokens=prefix,
         patch_tokens=layout.patch_tokens,
         sites=tuple(sites),
         reducer=_MATCHING,
     )
 
 
-def _site(name: str, layer: int, prefix: int, patches: int, left: int) -> PlanSite:
-    return PlanSite(site=name, layer=layer, tokens_in=prefix + patches, tokens_out=prefix + left, metric=_FREE)
-
-
 def _macs(dense: nn.Module, plan: Plan) -> int:
-    """What a plan costs; the model is dense before and after."""
+    """MACs of the dense model with a plan."""
     attached = attach(dense, plan)
     try:
         return attached.macs()
@@ -154,12 +159,12 @@ def _macs(dense: nn.Module, plan: Plan) -> int:
 
 
 def _same_counts(compressed: CompressedModel, part: Part, metric: Part | None) -> Plan:
-    """The plan of a compressed model with another reducer, and another score where one is given.
+    """The plan of a compressed model with another reducer, and another metric if not None.
 
     Raises:
-        RecipeError: the model cannot be reduced in this way.
+        RecipeError: unsupported by the model.
     """
-    reducer = _reducer(part, compressed)
+    reducer = _checked_reducer(part, compressed)
     changed = {"after": reducer.after} | ({"metric": metric} if metric else {})
     sites = tuple(site.model_copy(update=changed) for site in compressed.plan.sites)
     return compressed.plan.model_copy(update={"sites": sites, "reducer": part})
@@ -169,19 +174,19 @@ def _bipartite(compressed: CompressedModel) -> Plan:
     """Matching at the sites of the compressed model.
 
     Raises:
-        RecipeError: tokens cannot be merged, or more go at a site than can be matched.
+        RecipeError: tokens cannot be merged, or a site drops more than can be matched.
     """
-    plan, reducer = _same_counts(compressed, _MATCHING, _FREE), _reducer(_MATCHING, compressed)
+    plan, reducer = _same_counts(compressed, _MATCHING, _NO_SCORE), build_reducer(_MATCHING)
     assert isinstance(reducer, Merger)
     for site in plan.sites:
         patches, dropped = site.tokens_in - plan.prefix_tokens, site.tokens_in - site.tokens_out
         if dropped > (most := reducer.most(patches)):
-            raise RecipeError(f"{dropped} of {patches} tokens go at {site.site}, and matching can let {most} go")
+            raise RecipeError(f"{site.site} drops {dropped} of {patches} tokens, and matching can merge at most {most}")
     return plan
 
 
-def _reducer(part: Part, compressed: CompressedModel) -> Reducer:
-    """The reducer, known to work on this model; errors as `attach.check_reducer`."""
+def _checked_reducer(part: Part, compressed: CompressedModel) -> Reducer:
+    """The reducer; errors as `check_reducer`."""
     reducer = build_reducer(part)
     check_reducer(reducer, compressed.family, compressed.model)
     return reducer
@@ -189,37 +194,35 @@ def _reducer(part: Part, compressed: CompressedModel) -> Reducer:
 
 _CLASS_ATTENTION = partial(_same_counts, part=Part(kind="prune"), metric=Part(kind="class_attention"))
 
-PEERS: dict[str, Peer] = {
-    "dense": Peer("the dense model"),
-    "explicit": Peer("the dense model with explicit attention", attention="explicit"),
-    "class-attention": Peer(
-        "pruning by class attention, with explicit attention in every block", _CLASS_ATTENTION, "explicit"
-    ),
-    "class-attention-row": Peer("pruning by class attention, of which only one row is formed", _CLASS_ATTENTION),
-    "bipartite": Peer("ToMe's matching at the same sites", _bipartite),
-    "tome": Peer("ToMe's matching in every block, the same number in each", uniform_plan),
-    "fuse": Peer("the tokens that go fused into one", partial(_same_counts, part=Part(kind="fuse"), metric=None)),
+BASELINES: dict[str, Baseline] = {
+    "dense": Baseline(),
+    "explicit": Baseline(attention="explicit"),  # the dense model with explicit attention
+    "class-attention": Baseline(_CLASS_ATTENTION, "explicit"),  # pruning by the attention map of the class token
+    "class-attention-row": Baseline(_CLASS_ATTENTION),  # the same with fused attention, computing one row of the map
+    "bipartite": Baseline(_bipartite),  # ToMe's matching at the sites of the compressed model
+    "tome": Baseline(uniform_plan),  # ToMe's matching in every block
+    "fuse": Baseline(partial(_same_counts, part=Part(kind="fuse"), metric=None)),  # dropped tokens fused into one
 }
 """By the name that `--against` takes."""
 
 
 def _build(name: str, contender: Contender, compressed: CompressedModel, single: bool) -> Contender:
-    """The contender of a peer.
+    """The contender of a baseline.
 
     Raises:
-        UsageError: the model cannot be made into it, with those that it can be made into.
+        UsageError: the model does not support it, with those that it supports.
     """
     try:
         return _contender(name, contender, compressed, single)
     except (ModelError, RecipeError, UsageError) as error:
-        able = [other for other in PEERS if other != name and _is_possible(other, contender, compressed)]
+        supported = [other for other in BASELINES if other != name and _is_supported(other, contender, compressed)]
         raise UsageError(
-            f"--against {name}: {contender.name} ({compressed.family.name}) cannot be made into it: {error.message}",
-            f"Possible for this model and its plan: {', '.join(able)}.",
+            f"--against {name}: unsupported for {contender.name} ({compressed.family.name}): {error.message}",
+            f"Supported for this model and its plan: {', '.join(supported)}.",
         ) from error
 
 
-def _is_possible(name: str, contender: Contender, compressed: CompressedModel) -> bool:
+def _is_supported(name: str, contender: Contender, compressed: CompressedModel) -> bool:
     try:
         _contender(name, contender, compressed, single=True)
     except (ModelError, RecipeError, UsageError):
@@ -228,39 +231,32 @@ def _is_possible(name: str, contender: Contender, compressed: CompressedModel) -
 
 
 def _contender(name: str, contender: Contender, compressed: CompressedModel, single: bool) -> Contender:
-    peer = PEERS[name]
+    baseline = BASELINES[name]
     attached: CompressedModel | None = None
-    if peer.plan is not None:
-        attached = attach(dense_copy(compressed), peer.plan(compressed))
+    if baseline.plan is not None:
+        attached = attach(dense_copy(compressed), baseline.plan(compressed))
     module = contender.module if attached is None else attached
-    if peer.attention is not None:
-        with attention_mode(module, peer.attention):
-            pass  # refused here where there is nothing to switch
+    if baseline.attention is not None:
+        with attention_mode(module, baseline.attention):
+            pass  # raises if unsupported
     return Contender(
         name=name if single else f"{contender.name}, {name}",
         module=module,
         macs=compressed.dense_macs() if attached is None else attached.macs(),
         input_size=contender.input_size,
         against=contender.against,
-        context=partial(_as_peer, module, peer.attention, compressed if attached is None else None),
-        is_peer=True,
+        context=partial(_switched, module, baseline.attention, compressed if attached is None else None),
+        is_baseline=True,
         preprocessing=contender.preprocessing,
     )
 
 
 @contextmanager
-def _as_peer(module: nn.Module, attention: AttentionMode | None, dense: CompressedModel | None) -> Iterator[None]:
-    """What makes a module the peer: its attention, and the switch to the dense model where it is that."""
+def _switched(module: nn.Module, attention: AttentionMode | None, dense: CompressedModel | None) -> Iterator[None]:
+    """Set the attention of a baseline if not None; run `dense` without its hooks if not None."""
     with ExitStack() as entered:
-        if attention is not None:  # else that of the setting stays
+        if attention is not None:
             entered.enter_context(attention_mode(module, attention))
         if dense is not None:
             entered.enter_context(dense.dense())
         yield
-
-
-def dense_copy(compressed: CompressedModel) -> nn.Module:
-    """The dense model, as `shared_copy`: modules of its own on the same weights."""
-    twin = shared_copy(compressed)
-    assert isinstance(twin, CompressedModel)
-    return twin.detach()

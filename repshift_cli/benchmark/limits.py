@@ -1,19 +1,20 @@
-"""What a benchmark must reach, as `--budget` says it, and whether it did. Plain numbers; nothing here needs torch."""
+"""Limits of a benchmark (`--budget latency<=0.7`) and whether they are met. Plain numbers, no torch."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from repshift_cli.errors import CheckFailed, UsageError
+from repshift_cli.utils.stats import significant
 
 if TYPE_CHECKING:
     from repshift_cli.benchmark.report import BenchReport, Ratio, Run, Setting
 
-__all__ = ["Limit", "Verdict", "check", "require_met"]
+__all__ = ["BenchLimit", "LimitCheck", "check_limits", "require_met"]
 
 Sense = Literal["<=", ">="]
 
@@ -22,65 +23,39 @@ _ALLOWED = (
     "Allowed are macs<=0.66 and latency<=0.7 (fractions of dense), latency_ms<=50, peak_memory_mb<=500, "
     "throughput>=100, speedup>=1.3 and efficiency>=0.9."
 )
-
-
-class _Measured(NamedTuple):
-    """What a limit is about: its median, None where it cannot be seen, and p10 and p90 of it where it varies."""
-
-    value: float | None
-    interval: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class _Quantity:
-    """Something that can be limited: from which side, and what was measured of it."""
-
-    sense: Sense
-    of: Callable[[Ratio, Run], _Measured]
-
-
-def _latency(ratio: Ratio, run: Run) -> _Measured:
-    gain = ratio.speedup
-    return _Measured(1 / gain.ratio, (1 / gain.p90, 1 / gain.p10))
-
-
-def _latency_ms(ratio: Ratio, run: Run) -> _Measured:
-    return _Measured(run.latency.median, (run.latency.p10, run.latency.p90))
-
-
-def _memory(ratio: Ratio, run: Run) -> _Measured:
-    return _Measured(None if run.peak_bytes is None else run.peak_bytes / 1e6)
-
-
-def _throughput(ratio: Ratio, run: Run) -> _Measured:
-    return _Measured(run.throughput, (run.batch * 1e3 / run.latency.p90, run.batch * 1e3 / run.latency.p10))
-
-
-def _speedup(ratio: Ratio, run: Run) -> _Measured:
-    return _Measured(ratio.speedup.ratio, (ratio.speedup.p10, ratio.speedup.p90))
-
-
-def _efficiency(ratio: Ratio, run: Run) -> _Measured:
-    return _Measured(ratio.efficiency, (ratio.speedup.p10 / ratio.macs, ratio.speedup.p90 / ratio.macs))
-
-
-_QUANTITIES: dict[str, _Quantity] = {
-    "macs": _Quantity("<=", lambda ratio, run: _Measured(1 / ratio.macs)),
-    "latency": _Quantity("<=", _latency),
-    "latency_ms": _Quantity("<=", _latency_ms),
-    "peak_memory_mb": _Quantity("<=", _memory),
-    "throughput": _Quantity(">=", _throughput),
-    "speedup": _Quantity(">=", _speedup),
-    "efficiency": _Quantity(">=", _efficiency),
+_SENSES: dict[str, Sense] = {
+    "macs": "<=",
+    "latency": "<=",
+    "latency_ms": "<=",
+    "peak_memory_mb": "<=",
+    "throughput": ">=",
+    "speedup": ">=",
+    "efficiency": ">=",
 }
 
+_Interval = tuple[float, float]
+
+
+def _measured(ratio: Ratio, run: Run) -> dict[str, tuple[float | None, _Interval | None]]:
+    """Median, and p10 and p90 where it varies, of each quantity that can be limited."""
+    gain, latency = ratio.speedup, run.latency
+    return {
+        "macs": (1 / ratio.macs, None),
+        "latency": (1 / gain.ratio, (1 / gain.p90, 1 / gain.p10)),
+        "latency_ms": (latency.median, (latency.p10, latency.p90)),
+        "peak_memory_mb": (None if run.peak_bytes is None else run.peak_bytes / 1e6, None),
+        "throughput": (run.throughput, (run.batch * 1e3 / latency.p90, run.batch * 1e3 / latency.p10)),
+        "speedup": (gain.ratio, (gain.p10, gain.p90)),
+        "efficiency": (ratio.efficiency, (gain.p10 / ratio.macs, gain.p90 / ratio.macs)),
+    }
+
 
 @dataclass(frozen=True)
-class Limit:
-    """One thing that every compressed model must reach at every setting.
+class BenchLimit:
+    """A limit that every compressed model must meet in every setting.
 
     Attributes:
-        key: `macs` and `latency` are fractions of dense, `latency_ms` is of a batch, `throughput` images per second.
+        key: `macs` and `latency` are fractions of dense, `latency_ms` is per batch, `throughput` images per second.
     """
 
     key: str
@@ -88,22 +63,20 @@ class Limit:
     value: float
 
     @classmethod
-    def parse(cls, text: str) -> Limit:
-        """Read `latency<=0.7`.
-
-        Raises:
-            UsageError: it is none, with what is allowed.
-        """
+    def parse(cls, text: str) -> BenchLimit:
+        """Parse text such as `latency<=0.7`; raises a UsageError for invalid text."""
         found = _EXPRESSION.fullmatch(text)
         key, sense, number = found.groups() if found else ("", "", "")
-        value = _number(number)
-        quantity = _QUANTITIES.get(key)
-        if quantity is None or sense != quantity.sense or value is None:
-            raise UsageError(f"--budget: {text!r} cannot be understood", _ALLOWED)
-        return cls(key, quantity.sense, value)
+        try:
+            value = float(number)
+        except ValueError:
+            value = 0.0
+        if _SENSES.get(key) != sense or not 0 < value < math.inf:
+            raise UsageError(f"--budget: invalid limit {text!r}", _ALLOWED)
+        return cls(key, _SENSES[key], value)
 
     def holds(self, value: float) -> bool:
-        """Whether a value is within the limit."""
+        """Whether a value meets the limit."""
         return value <= self.value if self.sense == "<=" else value >= self.value
 
     def __str__(self) -> str:
@@ -111,41 +84,40 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether one compressed model reaches one limit at one setting.
+class LimitCheck:
+    """A limit checked for one compressed model in one setting.
 
     Attributes:
-        value: what was measured, the median; None where it cannot be.
-        interval: p10 and p90 of it; None for what does not vary.
+        value: the measured median; None if it cannot be measured.
+        interval: its p10 and p90; None if it does not vary.
     """
 
-    limit: Limit
+    limit: BenchLimit
     name: str
     setting: Setting
     value: float | None
-    interval: tuple[float, float] | None = None
+    interval: _Interval | None = None
 
     @property
     def met(self) -> bool:
-        """Whether the median is within the limit."""
+        """Whether the median meets the limit."""
         return self.value is not None and self.limit.holds(self.value)
 
     @property
     def separated(self) -> bool:
-        """Whether the whole interval lies on the side of the limit on which the median lies."""
+        """Whether p10 and p90 lie on the same side of the limit as the median."""
         ends = self.interval or ()
         return self.value is not None and all(self.limit.holds(end) == self.met for end in ends)
 
     def to_dict(self) -> dict[str, Any]:
         """An entry of `budget` in the JSON document."""
         low, high = self.interval or (None, None)
+        values = {"value": self.value, "p10": low, "p90": high}
         return {
             "budget": str(self.limit),
             "name": self.name,
             **self.setting.to_dict(),
-            "value": _rounded(self.value),
-            "p10": _rounded(low),
-            "p90": _rounded(high),
+            **{name: value and significant(value) for name, value in values.items()},
             "met": self.met,
             "separated": self.separated,
         }
@@ -154,18 +126,22 @@ class Verdict:
         where = f"batch {self.setting.batch}: {self.limit}"
         if self.value is None:
             return f"{where} not met: it cannot be measured inside a compiled graph or another runtime"
-        note = "" if self.separated or self.interval is None else f"; not separated, p10-p90 {_range(self.interval)}"
+        note = (
+            ""
+            if self.separated or self.interval is None
+            else f"; not separated, p10-p90 {self.interval[0]:.3g}-{self.interval[1]:.3g}"
+        )
         if self.met:
             return f"{where} met: {self.value:.4g}{note}"
         distance = f"{abs(self.value - self.limit.value):.3g} {'above' if self.limit.sense == '<=' else 'below'}"
         return f"{where} missed: {self.value:.4g}, {distance}{note}"
 
 
-def check(limits: Sequence[Limit], report: BenchReport) -> tuple[Verdict, ...]:
-    """Hold every compressed model of a report to every limit, at every setting.
+def check_limits(limits: Sequence[BenchLimit], report: BenchReport) -> tuple[LimitCheck, ...]:
+    """Check every compressed model of a report against every limit, in every setting.
 
     Raises:
-        UsageError: there are limits, but nothing is compressed.
+        UsageError: there are limits, but no compressed model.
     """
     runs = {(run.setting, run.name): run for run in report.runs}
     ratios = [
@@ -175,43 +151,17 @@ def check(limits: Sequence[Limit], report: BenchReport) -> tuple[Verdict, ...]:
     ]
     if limits and not ratios:
         raise UsageError("--budget: no model is compressed", "Add --recipe to compress it for the run.")
-    return tuple(_verdicts(limits, ratios, [runs[ratio.setting, ratio.name] for ratio in ratios]))
+    return tuple(
+        LimitCheck(limit, ratio.name, ratio.setting, *_measured(ratio, runs[ratio.setting, ratio.name])[limit.key])
+        for ratio in ratios
+        for limit in limits
+    )
 
 
-def require_met(verdicts: Sequence[Verdict]) -> None:
-    """Do nothing where all limits are reached.
-
-    Raises:
-        CheckFailed: some are not, with those that were missed and by how much.
-    """
-    missed = [verdict for verdict in verdicts if not verdict.met]
+def require_met(checks: Sequence[LimitCheck]) -> None:
+    """Raise CheckFailed if a limit is not met, with each miss and its size."""
+    missed = [each for each in checks if not each.met]
     if missed:
-        several = len({(verdict.name, verdict.setting.apart_from_batch) for verdict in verdicts}) > 1
-        told = (
-            f"{verdict}{f' ({verdict.name}, {verdict.setting.apart_from_batch})' if several else ''}"
-            for verdict in missed
-        )
-        raise CheckFailed(f"{len(missed)} of {len(verdicts)} budget checks were missed", "\n".join(told))
-
-
-def _verdicts(limits: Sequence[Limit], ratios: Sequence[Ratio], runs: Sequence[Run]) -> Iterator[Verdict]:
-    for ratio, run in zip(ratios, runs, strict=True):
-        for limit in limits:
-            yield Verdict(limit, ratio.name, ratio.setting, *_QUANTITIES[limit.key].of(ratio, run))
-
-
-def _number(text: str) -> float | None:
-    """A positive number, None for anything else."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) and value > 0 else None
-
-
-def _range(ends: tuple[float, float]) -> str:
-    return f"{ends[0]:.3g}-{ends[1]:.3g}"
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
+        several = len({(each.name, each.setting.apart_from_batch) for each in checks}) > 1
+        lines = (f"{each}{f' ({each.name}, {each.setting.apart_from_batch})' if several else ''}" for each in missed)
+        raise CheckFailed(f"{len(missed)} of {len(checks)} budget checks were missed", "\n".join(lines))

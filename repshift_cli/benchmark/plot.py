@@ -1,4 +1,4 @@
-"""The picture of a benchmark: images per second over the batch size, one panel for each setting."""
+"""Plot of a benchmark: images per second over the batch size, one panel per setting."""
 
 from __future__ import annotations
 
@@ -13,20 +13,15 @@ if TYPE_CHECKING:
     from matplotlib.container import BarContainer
 
 
-__all__ = [
-    "plot_report",
-]
+__all__ = ["plot_report"]
 
-
-_PALETTES: dict[str, tuple[str, ...]] = {  # compressed models and peers are told apart by every eye
+_PALETTES: dict[str, tuple[str, ...]] = {  # colour-blind safe for compressed models and baselines
     "dense": ("#8c8c8c", "#bdbdbd", "#5f5f5f"),
     "compressed": ("#0072b2", "#56b4e9", "#003f63"),
     "peer": ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#f0e442", "#7a4b2a"),
 }
 
-
-_FROM_FILES = "from picture files"
-
+_FROM_FILES = "from image files"
 
 _PANELS_ACROSS = 2
 
@@ -34,8 +29,7 @@ _PANELS_ACROSS = 2
 _PANEL_INCHES = (5.4, 3.4)
 
 
-_BARS_INCHES = 0.36  # for each bar, so that the numbers above them stay apart
-
+_BARS_INCHES = 0.36  # per bar, so that the numbers above do not overlap
 
 _DPI = 150
 
@@ -43,11 +37,11 @@ _DPI = 150
 def plot_report(report: BenchReport, path: Path, file_format: str) -> None:
     """Draw images per second for every batch size, with whiskers from p10 to p90, into a file.
 
-    Above a bar stands its speed-up over the dense model, where it is beyond doubt. Diamonds are passes from picture
-    files to results.
+    The number above a bar is its speed-up over the dense model, if it is clear. Diamonds are passes from image files to
+    results.
 
     Args:
-        file_format: one of `PLOT_FORMATS`; the name of the file need not say it.
+        file_format: one of `PLOT_FORMATS`; the suffix of the file is not used.
     """
     from matplotlib.figure import Figure
 
@@ -64,7 +58,7 @@ def plot_report(report: BenchReport, path: Path, file_format: str) -> None:
         if len(panels) > 1:
             axes.set_title(panel, fontsize=9)
     if _FROM_FILES in handles:
-        handles[_FROM_FILES] = handles.pop(_FROM_FILES)  # behind the names
+        handles[_FROM_FILES] = handles.pop(_FROM_FILES)  # after the names
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     for row in range(down):
@@ -82,14 +76,14 @@ def plot_report(report: BenchReport, path: Path, file_format: str) -> None:
 
 
 def _most_bars(report: BenchReport) -> int:
-    """Bars of the fullest panel, gaps between batches included."""
+    """Bars of the fullest panel, including gaps between batch sizes."""
     runs = [run.setting.apart_from_batch for run in report.runs]
     batches = len({run.batch for run in report.runs})
     return max(runs.count(panel) for panel in runs) + batches
 
 
 def _draw(axes: Axes, report: BenchReport, panel: str, colors: Mapping[str, str]) -> dict[str, Any]:
-    """One panel; returns what the legend shows."""
+    """Draw one panel; returns the legend entries."""
     runs = [run for run in report.runs if run.setting.apart_from_batch == panel]
     names = list(dict.fromkeys(run.name for run in runs))
     batches = list(dict.fromkeys(run.batch for run in runs))
@@ -115,7 +109,7 @@ def _draw(axes: Axes, report: BenchReport, panel: str, colors: Mapping[str, str]
 
 def _draw_bars(axes: Axes, runs: Sequence[Run], places: Sequence[float], width: float, color: str) -> BarContainer:
     heights = [run.throughput for run in runs]
-    # The slow end of the latency is the low end of the throughput; the median lies between them.
+    # p90 of the latency is p10 of the throughput.
     low = [run.throughput - run.batch * 1e3 / run.latency.p90 for run in runs]
     high = [run.batch * 1e3 / run.latency.p10 - run.throughput for run in runs]
     errors = {"elinewidth": 0.8, "capthick": 0.8}
@@ -130,7 +124,7 @@ def _draw_passes(axes: Axes, read: Sequence[tuple[float, Passes]]) -> dict[str, 
 
 
 def _gain(ratio: Ratio | None) -> str:
-    """The speed-up over dense; nothing where it may be chance."""
+    """The speed-up over dense; empty if it is not clear."""
     if ratio is None or not (ratio.speedup.clear or ratio.speedup.clearly_slower):
         return ""
     return f"{ratio.speedup.ratio:.2f}x"

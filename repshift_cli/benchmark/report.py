@@ -1,4 +1,4 @@
-"""What a benchmark found: runs, ratios, the batch from which on it pays, and the same as JSON and CSV."""
+"""Results of a benchmark: runs, ratios, break-even batch sizes, as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from repshift_cli.measure.latency import Speedup, Spread, Timing, compute_speedup
+from repshift_cli.utils.stats import significant
 
 __all__ = [
     "BenchReport",
@@ -30,22 +31,22 @@ __all__ = [
 MemoryFormat = Literal["contiguous", "channels_last"]
 
 Role = Literal["dense", "compressed", "peer"]
-"""The original, what it was compressed to, or another way to make it faster."""
+"""The dense model, the compressed model, or a baseline (`peer` in JSON and CSV)."""
 
 _BOUND_BY_READING = 0.5
-"""Share of the time spent waiting for data from which on the readers, and not the model, set the speed."""
+"""Share of time spent waiting for data above which reading limits the speed, not the model."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs of a group have in common, and so both sides of each comparison.
+    """Setting of a group of runs that are compared with each other.
 
     Attributes:
         batch: images at a time.
         image_size: height and width.
         dtype: `float32`, ...
-        attention: as it was asked for: `auto`, `explicit`, ...
-        compile: the mode of torch.compile, or `off`.
+        attention: as requested: `auto`, `explicit`, ...
+        compile: mode of torch.compile, or `off`.
     """
 
     batch: int
@@ -56,12 +57,12 @@ class Setting:
 
     @property
     def apart_from_batch(self) -> str:
-        """What stays the same in a sweep over batch sizes, in words."""
+        """All but the batch size, as text."""
         compiled = "" if self.compile == "off" else f", compile {self.compile}"
         return f"{self.dtype}, attention {self.attention}{compiled}, {'x'.join(map(str, self.image_size))}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys that every row of the JSON document has. A square image is one number."""
+        """Keys of every row of the JSON document. The size of a square image is one number."""
         height, width = self.image_size
         return {
             "batch": self.batch,
@@ -74,11 +75,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Compilation:
-    """What torch.compile took.
+    """Cost of torch.compile.
 
     Attributes:
         seconds: of the first run, which compiles.
-        recompiles: graphs that were compiled after it; there should be none.
+        recompiles: graphs compiled after it; should be 0.
     """
 
     seconds: float
@@ -87,14 +88,14 @@ class Compilation:
 
 @dataclass(frozen=True)
 class Run:
-    """What was measured of one contender in one group.
+    """Measurements of one contender in one setting.
 
     Attributes:
         macs: multiply-accumulates of one image.
         timing: of a batch.
-        peak_bytes: of a batch; None where it cannot be seen, inside a compiled graph or another runtime.
-        attention: the attention that really ran, see `measure.observed_attention`.
-        compilation: None for a model that was not compiled.
+        peak_bytes: of a batch; None if it cannot be measured, inside a compiled graph or another runtime.
+        attention: the attention kernel in use, see `observed_attention`.
+        compilation: None if not compiled.
     """
 
     name: str
@@ -129,8 +130,8 @@ class Run:
             **self.setting.to_dict(),
             "attention": self.attention,
             "gmacs": self.macs / 1e9,
-            "latency_ms": {**self.latency.to_dict(), "p99": _significant(self.timing.p99_ms)},
-            "throughput": _significant(self.throughput),
+            "latency_ms": {**self.latency.to_dict(), "p99": significant(self.timing.p99_ms)},
+            "throughput": significant(self.throughput),
             "peak_memory_mb": None if self.peak_bytes is None else round(self.peak_bytes / 1e6, 3),
             "compile_s": self.compilation and round(self.compilation.seconds, 3),
             "recompiles": self.compilation and self.compilation.recompiles,
@@ -139,7 +140,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A contender against another in one group: other / this one, so larger is better.
+    """A contender compared with another in one setting: other / this one, so larger is better.
 
     Attributes:
         role: of the contender `name`.
@@ -160,7 +161,7 @@ class Ratio:
 
     @property
     def efficiency(self) -> float:
-        """The part of the saved work that became speed: latency ratio / MAC ratio."""
+        """Latency ratio / MAC ratio: the share of the saved MACs that became speed."""
         return self.speedup.ratio / self.macs
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,11 +171,9 @@ class Ratio:
             "name": self.name,
             "role": self.role,
             "against": self.against,
-            "macs": _significant(self.macs),
-            "latency": _significant(self.speedup.ratio),
-            "latency_p10": _significant(self.speedup.p10),
-            "latency_p90": _significant(self.speedup.p90),
-            "efficiency": _significant(self.efficiency),
+            "macs": significant(self.macs),
+            **_latency_ratio(self.speedup),
+            "efficiency": significant(self.efficiency),
             "clear": self.speedup.clear,
         }
 
@@ -182,19 +181,15 @@ class Ratio:
         return f"{self.speedup} (MAC ratio {self.macs:.2f}x, efficiency {self.efficiency:.2f})"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From which batch on it pays
-
-
 @dataclass(frozen=True)
 class BreakEven:
-    """From which batch on one contender is faster than another.
+    """Smallest batch size from which one contender is faster than another.
 
     Attributes:
-        setting: of the group with the smallest batch.
-        batch: the smallest at which the speed-up is clear; None where it is at none.
-        tried: all batches, ascending.
-        not_above: larger batches at which it is not clear all the same.
+        setting: that of the smallest batch.
+        batch: the smallest with a clear speed-up; None if there is none.
+        tried: all batch sizes, ascending.
+        not_above: larger batch sizes without a clear speed-up.
     """
 
     name: str
@@ -226,35 +221,28 @@ class BreakEven:
 
 
 def break_even(ratios: Sequence[Ratio]) -> tuple[BreakEven, ...]:
-    """From which batch on it pays, for each comparison at each setting, in the order of the ratios."""
+    """Break-even batch size of each comparison in each setting, in the order of the ratios."""
     series: dict[tuple[Any, ...], list[Ratio]] = {}
     for ratio in ratios:
         series.setdefault((ratio.name, ratio.against, ratio.setting.apart_from_batch), []).append(ratio)
-    return tuple(_break_even(sorted(found, key=lambda ratio: ratio.batch)) for found in series.values())
-
-
-def _break_even(ratios: Sequence[Ratio]) -> BreakEven:
-    """Of one comparison at one setting, batches ascending."""
-    first, tried = ratios[0], tuple(ratio.batch for ratio in ratios)
-    batch = next((ratio.batch for ratio in ratios if ratio.speedup.clear), None)
-    not_above = [
-        ratio.batch for ratio in ratios if batch is not None and ratio.batch > batch and not ratio.speedup.clear
-    ]
-    return BreakEven(first.name, first.against, first.setting, batch, tried, tuple(not_above))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From files to results
+    found = []
+    for same in series.values():
+        by_batch = sorted(same, key=lambda ratio: ratio.batch)
+        first, clear = by_batch[0], [ratio.batch for ratio in by_batch if ratio.speedup.clear]
+        tried = tuple(ratio.batch for ratio in by_batch)
+        not_above = tuple(batch for batch in tried if clear and batch > clear[0] and batch not in clear)
+        found.append(BreakEven(first.name, first.against, first.setting, clear[0] if clear else None, tried, not_above))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Passes over the same pictures, each from the first request to the last result.
+    """Passes over the same images, each from the first request to the last result.
 
     Attributes:
-        images: pictures of one pass.
+        images: of one pass.
         seconds: of each pass.
-        waiting_s: of these, how long the model waited for pictures.
+        waiting_s: seconds of each pass in which the model waited for images.
     """
 
     images: int
@@ -268,16 +256,16 @@ class Passes:
 
     @property
     def waiting(self) -> float:
-        """Share of the time, 0 to 1, that was spent waiting for pictures."""
+        """Share of time (0 to 1) spent waiting for images."""
         return median(wait / whole for wait, whole in zip(self.waiting_s, self.seconds, strict=True))
 
     @property
     def bottleneck(self) -> Literal["reading", "model"]:
-        """What sets the speed."""
+        """What limits the speed."""
         return "reading" if self.waiting > _BOUND_BY_READING else "model"
 
     def to_dict(self) -> dict[str, Any]:
-        """Images per second, the share of waiting, and what sets the speed."""
+        """Part of an entry of `runs` in `end_to_end`."""
         return {
             "images_per_s": self.throughput.to_dict(),
             "waiting": round(self.waiting, 4),
@@ -287,14 +275,14 @@ class Passes:
 
 @dataclass(frozen=True)
 class EndToEnd:
-    """One group with pictures that are read, decoded and preprocessed for every pass.
+    """One setting with images that are read, decoded and preprocessed in every pass.
 
     Attributes:
-        data: what was read, in words.
-        workers: processes that read; 0 where the process of the model did so itself.
-        reading: passes that read only.
-        sides: by the name of the contender.
-        against: by the name of a contender, the one that it is compared with.
+        data: name of the dataset.
+        workers: reading processes; 0 reads in the process of the model.
+        reading: passes without a model.
+        sides: by name of the contender.
+        against: name of the contender that each is compared with.
     """
 
     setting: Setting
@@ -306,7 +294,7 @@ class EndToEnd:
 
     @property
     def speedups(self) -> dict[str, Speedup]:
-        """By the name of a contender, how many times faster it is than the one that it is compared with."""
+        """By name of the contender: how many times faster it is than the one it is compared with."""
         return {
             name: compute_speedup(Timing(self.sides[other].seconds), Timing(self.sides[name].seconds))
             for name, other in self.against.items()
@@ -325,9 +313,7 @@ class EndToEnd:
                 {
                     "name": name,
                     "against": self.against[name],
-                    "latency": _significant(found.ratio),
-                    "latency_p10": _significant(found.p10),
-                    "latency_p90": _significant(found.p90),
+                    **_latency_ratio(found),
                     "clear": found.clear,
                 }
                 for name, found in self.speedups.items()
@@ -335,18 +321,14 @@ class EndToEnd:
         }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All of it
-
-
 @dataclass(frozen=True)
 class BenchReport:
-    """All runs, group by group, and all ratios between them.
+    """All runs and ratios, setting by setting.
 
     Attributes:
-        device: as its maker calls it.
+        device: product name of the CPU or GPU.
         threads: of the CPU.
-        end_to_end: empty where no pictures were named.
+        end_to_end: empty without images to read.
     """
 
     device: str
@@ -358,27 +340,22 @@ class BenchReport:
 
     @property
     def dtype(self) -> str:
-        """What the models ran in."""
+        """The dtypes of the models, as text."""
         return ", ".join(self._dtypes)
 
     @property
     def attention(self) -> str:
-        """What attention really ran."""
+        """The attention kernels in use, as text."""
         return ", ".join(self._attentions)
 
     @property
     def machine(self) -> str:
-        """Device, dtype and threads in words."""
+        """Device, dtype and threads as text."""
         return f"{self.device}, {self.dtype}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
     @property
-    def settings(self) -> tuple[Setting, ...]:
-        """One for each group, in the order in which they were measured."""
-        return tuple(dict.fromkeys(run.setting for run in self.runs))
-
-    @property
     def break_even(self) -> tuple[BreakEven, ...]:
-        """From which batch on compressed models are faster than what they are compared with."""
+        """Break-even batch sizes of the compressed models."""
         return break_even([ratio for ratio in self.ratios if ratio.role == "compressed"])
 
     def to_dict(self) -> dict[str, Any]:
@@ -397,7 +374,7 @@ class BenchReport:
         }
 
     def to_csv(self) -> str:
-        """One line per run, under a line of names; what was not measured is empty."""
+        """A header and one line per run; what was not measured is empty."""
         text = io.StringIO()
         rows = list(self._rows())
         writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
@@ -415,7 +392,7 @@ class BenchReport:
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         over_dense = {(ratio.setting, ratio.name): ratio for ratio in self.ratios if self._is_dense(ratio)}
-        over_peer = {(ratio.setting, ratio.against): ratio for ratio in self.ratios if not self._is_dense(ratio)}
+        over_baseline = {(ratio.setting, ratio.against): ratio for ratio in self.ratios if not self._is_dense(ratio)}
         passes = {(found.setting, name): each for found in self.end_to_end for name, each in found.sides.items()}
         for run in self.runs:
             values = run.to_dict()
@@ -432,7 +409,7 @@ class BenchReport:
                 **_columns(values, ("compile_s", "recompiles")),
                 **_ratio_columns("over_dense", over_dense.get(key)),
                 "efficiency": over_dense[key].to_dict()["efficiency"] if key in over_dense else None,
-                **_ratio_columns("ours_over_it", over_peer.get(key)),
+                **_ratio_columns("ours_over_it", over_baseline.get(key)),
                 **_passes_columns(passes.get(key)),
             }
 
@@ -460,9 +437,10 @@ def _passes_columns(passes: Passes | None) -> dict[str, Any]:
 
 
 def _plain(values: Sequence[str]) -> str | list[str]:
-    """One value by itself, several as a list."""
+    """A single value, or a list of several."""
     return values[0] if len(values) == 1 else list(values)
 
 
-def _significant(value: float) -> float:
-    return float(f"{value:.4g}")
+def _latency_ratio(speedup: Speedup) -> dict[str, float]:
+    names = {"latency": speedup.ratio, "latency_p10": speedup.p10, "latency_p90": speedup.p90}
+    return {name: significant(value) for name, value in names.items()}

@@ -1,4 +1,4 @@
-"""`repshift bench`: time compressed models against their dense selves, and against other ways to be faster."""
+"""`repshift bench`: time compressed models, their dense models and baselines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 
-from repshift_cli.benchmark.limits import Limit, check, require_met
+from repshift_cli.benchmark.limits import BenchLimit, check_limits, require_met
 from repshift_cli.cli import options
 from repshift_cli.cli.show.bench import show, why_nothing
 from repshift_cli.errors import UsageError
@@ -71,9 +71,9 @@ def command(
         list[str] | None,
         typer.Option(
             "--against",
-            metavar="PEER[,PEER]",
-            help="Time these beside it, on the same weights and at the same cost: explicit, class-attention, "
-            "class-attention-row, bipartite, tome, fuse. The dense model takes part in any case.",
+            metavar="BASELINE[,BASELINE]",
+            help="Baselines to time too, on the same weights and at the same cost: explicit, class-attention, "
+            "class-attention-row, bipartite, tome, fuse. The dense model is always included.",
         ),
     ] = None,
     model: options.ModelName = None,
@@ -142,13 +142,13 @@ def command(
     json: options.AsJson = False,
     force: options.Force = False,
 ) -> None:
-    """Time compressed models against their dense selves and other ways, in turn and on the same weights.
+    """Time compressed models against their dense models and baselines, in turn and on the same weights.
 
     Several values of --batch-size, --img-size, --dtype, --attention and --compile are measured in all combinations.
     """
     batches = _parse_numbers("--batch-size", batch_size or DEFAULT_BATCHES, "-b 1,8 or -b 1 -b 8")
     sizes: list[int | None] = [*_parse_numbers("--img-size", img_size or [], "--img-size 224,288")]
-    limits = [Limit.parse(text) for text in budget or []]
+    limits = [BenchLimit.parse(text) for text in budget or []]
     reading = None if data is None else _Reading(data, images, workers)
     _check_outputs(csv, plot, force)
 
@@ -160,8 +160,8 @@ def command(
     from repshift_cli.measure.device import resolve_device, resolve_dtype
     from repshift_cli.models.attention_mode import AttentionMode
 
-    peers = _split(against or [])
-    check_names(peers)
+    baselines = _split(against or [])
+    check_names(baselines)
     place = resolve_device(device)
     sweep = [
         BenchSettings(
@@ -185,15 +185,15 @@ def command(
     opened = [_open_all(models or [], recipe, {**told, "img_size": size}) for size in sizes or [None]]
     for note in dict.fromkeys(note for each in opened for model in each.values() for note in model.loaded.notes):
         screen.note(note)
-    contenders = _contenders(opened, peers, limits)
+    contenders = _contenders(opened, baselines, limits)
     report = run_sweep(contenders, batches, sweep, screen, _source(reading))
-    verdicts = check(limits, report)
+    checks = check_limits(limits, report)
     _write_outputs(report, csv, plot, force)
     if json:
-        ui.print_json({**report.to_dict(), "budget": [verdict.to_dict() for verdict in verdicts]})
+        ui.print_json({**report.to_dict(), "budget": [each.to_dict() for each in checks]})
     else:
-        show(report, opened[0], verdicts)
-    require_met(verdicts)
+        show(report, opened[0], checks)
+    require_met(checks)
 
 
 def _split(values: Sequence[str]) -> list[str]:
@@ -291,7 +291,7 @@ def _labels(names: Sequence[str]) -> dict[str, str]:
 
 
 def _contenders(
-    opened: Sequence[Mapping[str, Opened]], peers: Sequence[str], limits: Sequence[Limit]
+    opened: Sequence[Mapping[str, Opened]], baselines: Sequence[str], limits: Sequence[BenchLimit]
 ) -> list[Contender]:
     """All that is timed, size by size.
 
@@ -300,7 +300,7 @@ def _contenders(
     """
     from repshift_cli.benchmark.baselines import contenders_against
 
-    found = [contender for each in opened for contender in contenders_against(each, peers)]
+    found = [contender for each in opened for contender in contenders_against(each, baselines)]
     if limits and not any(contender.role == "compressed" for contender in found):
         reason, hint = why_nothing(opened)
         raise UsageError(f"--budget: {reason}", hint)

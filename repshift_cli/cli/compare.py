@@ -10,7 +10,7 @@ import typer
 from repshift_cli.cli import options
 
 if TYPE_CHECKING:
-    from repshift_cli.evaluation.classification.comparison import Comparison, Side
+    from repshift_cli.evaluation.classification.comparison import ComparedRun, Comparison
 
 __all__ = ["command"]
 
@@ -63,7 +63,7 @@ def _show(found: Comparison, classes: int) -> None:
         ui.print_table(None, ("class", "images", "lost", "won"), shown)
 
 
-def _row(name: str, side: Side) -> tuple[str, ...]:
+def _row(name: str, side: ComparedRun) -> tuple[str, ...]:
     numbers = side.to_dict()
     cells = [
         text

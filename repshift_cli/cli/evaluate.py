@@ -259,7 +259,7 @@ def command(
 def _classify(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) -> None:
     """Evaluate a model of single pictures."""
     from repshift_cli.data.catalog import open_dataset
-    from repshift_cli.evaluation.classification.evaluate import evaluate, forget
+    from repshift_cli.evaluation.classification.evaluate import evaluate, finish
     from repshift_cli.utils.distributed import together
 
     refuse_videos(setup.name, setup.dataset, told)
@@ -291,7 +291,7 @@ def _classify(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progres
             if setup.saved and not result.interrupted:
                 _save(result, data.for_head(head_size(opened.loaded.model)), setup)
         if setup.resume is not None and not result.interrupted:
-            forget(setup.resume, group)
+            finish(setup.resume, group)
     if result.interrupted:
         raise Interrupted(INTERRUPTED)
 

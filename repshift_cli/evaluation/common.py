@@ -11,50 +11,44 @@ from torch import Tensor
 
 from repshift_cli.errors import CheckFailed, UsageError
 
-__all__ = [
-    "Skipped",
-    "explained_memory",
-    "finite",
-    "in_turn",
-    "per_second",
-]
+__all__ = ["Skipped", "alternate_order", "check_finite", "explain_out_of_memory", "per_second"]
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A picture that took no part, and why."""
+    """A sample that could not be read, and why."""
 
     sample: str
     reason: str
 
 
 def per_second(count: int, seconds: float) -> float:
-    """A rate; 0 where no time has passed."""
+    """Rate; 0 if no time has passed."""
     return count / seconds if seconds > 0 else 0.0
 
 
-def in_turn(names: list[str], turn: int) -> list[str]:
-    """The names, every second time in reverse, so that none always runs on the warmer caches."""
+def alternate_order(names: list[str], turn: int) -> list[str]:
+    """The names, reversed on every odd turn, so that no model always runs on warmer caches."""
     return names[::-1] if turn % 2 else names
 
 
-def finite(name: str, values: Tensor) -> Tensor:
-    """The values as they are.
+def check_finite(name: str, values: Tensor) -> Tensor:
+    """Return `values` unchanged; `name` is the model, for the message.
 
     Raises:
-        CheckFailed: one is not finite; `name` is what the model is called.
+        CheckFailed: a value is NaN or infinite.
     """
     if not bool(torch.isfinite(values).all()):
         raise CheckFailed(
             f"{name}: the model returns values that are not finite in {str(values.dtype).removeprefix('torch.')}",
-            "Evaluate with --dtype float32 or bfloat16; if that fails as well, the weights are damaged.",
+            "Evaluate with --dtype float32 or bfloat16. If that fails too, the weights are damaged.",
         )
     return values
 
 
 @contextmanager
-def explained_memory(what: str) -> Iterator[None]:
-    """Turn an error of the device's memory into one that says what to do; `what` is in memory at a time."""
+def explain_out_of_memory(what: str) -> Iterator[None]:
+    """Turn an out-of-memory error of the device into a UsageError; `what` is processed at a time, e.g. `8 videos`."""
     try:
         yield
     except torch.OutOfMemoryError as error:

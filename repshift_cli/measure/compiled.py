@@ -1,4 +1,4 @@
-"""torch.compile for timing: the whole model in one graph, with what compiling takes."""
+"""torch.compile for timing: the whole model as one graph, and the compile time."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from repshift_cli.measure.device import out_of_memory
 __all__ = ["CompileMode", "Compiled", "fresh_graphs", "quiet_tuning"]
 
 CompileMode = Literal["off", "default", "frozen", "reduce-overhead", "max-autotune"]
-"""A mode of torch.compile, or none at all; `frozen` is the default one with weights as constants of the graph.
+"""A mode of torch.compile, or `off`; `frozen` is `default` with the weights as constants of the graph.
 
-Constants are laid out in advance as the kernels want them, where otherwise each call does that anew. It takes as long
-for few tokens as for many, and it takes memory for a second copy of the weights. On the CPU `max-autotune` has them as
-well: for other weights torch knows no kernels to choose from.
+Constants are laid out for the kernels once. Otherwise each call does it, which takes as long for few as for
+many tokens. Constants need memory for a second copy of the weights. `max-autotune` on the CPU uses them too: torch has
+alternative kernels only for constants.
 """
 
-_LONGEST_REASON = 200
+_MAX_REASON = 200
 
 
 class Compiled:
-    """A model through torch.compile, for one shape of inputs.
+    """A model compiled for one shape of inputs.
 
-    Call `first` once, in the context and the inference mode of the later calls, since graphs depend on both.
+    Call `first` once, with the context and inference mode of the later calls: graphs depend on both.
 
     Args:
-        name: what messages call the model.
+        name: of the model, for messages.
         mode: any but `off`.
 
     Attributes:
-        seconds: how long the first call took, compiling included.
-        recompiles: graphs that were compiled in later calls.
+        seconds: of the first call, including compilation.
+        recompiles: graphs compiled in later calls.
     """
 
     def __init__(self, name: str, module: nn.Module, mode: CompileMode) -> None:
@@ -59,7 +59,7 @@ class Compiled:
         try:
             with quiet_tuning(), _constant_weights() if self._freezes(inputs.device) else nullcontext():
                 self._run(inputs)
-        except RuntimeError as error:  # of torch's own kinds of errors all are
+        except RuntimeError as error:  # the base class of torch's errors
             if out_of_memory(error):
                 raise
             raise UsageError(
@@ -75,7 +75,7 @@ class Compiled:
 
     def __call__(self, inputs: Tensor) -> Any:
         before = _graphs()
-        # outputs of a graph of CUDA calls are overwritten by the next one, which must be told to begin
+        # marks the start of a run, which overwrites the outputs of the last CUDA graph
         torch.compiler.cudagraph_mark_step_begin()
         output = self._run(inputs)
         self.recompiles += _graphs() - before
@@ -84,7 +84,7 @@ class Compiled:
 
 @contextmanager
 def fresh_graphs() -> Iterator[None]:
-    """Forget, before and after, all that was compiled, so that no shape becomes a dynamic one because of another."""
+    """Reset torch.compile before and after, so that a second shape does not become a dynamic one."""
     torch.compiler.reset()
     try:
         yield
@@ -94,21 +94,21 @@ def fresh_graphs() -> Iterator[None]:
 
 @contextmanager
 def quiet_tuning() -> Iterator[None]:
-    """Do not let torch print the times of all the kernels that it chooses from inside."""
-    from torch._inductor import config  # imports much, so only where something is compiled
+    """Stop torch from printing the times of all kernels that it tries."""
+    from torch._inductor import config  # slow import
 
     quiet = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
-    # not every version of torch has both
+    # some versions of torch lack one
     with config.patch({name: value for name, value in quiet.items() if hasattr(config, name)}):
         yield
 
 
 @contextmanager
 def _constant_weights() -> Iterator[None]:
-    """Let what is compiled inside take weights as constants.
+    """Compile with weights as constants.
 
-    The setting of the process it has to be: an option of `torch.compile` reaches the compiler of the graph, but not
-    the tracer before it, which then hands the weights over as inputs, and nothing is frozen.
+    This must be the setting of the process. An option of `torch.compile` reaches only the compiler of the graph, not
+    the tracer, which then passes the weights as inputs, so nothing is frozen.
     """
     from torch._inductor import config
 
@@ -117,7 +117,7 @@ def _constant_weights() -> Iterator[None]:
 
 
 def _own_function(module: nn.Module, name: str) -> Callable[[Tensor], Any]:
-    """A function that runs the module, with code of its own: graphs are kept and looked up by code."""
+    """A function that runs the module, with its own code object, by which torch looks up graphs."""
 
     def run(inputs: Tensor) -> Any:
         return module(inputs)
@@ -127,13 +127,13 @@ def _own_function(module: nn.Module, name: str) -> Callable[[Tensor], Any]:
 
 
 def _graphs() -> int:
-    """How many graphs were compiled so far in this process."""
-    from torch._dynamo.utils import counters  # imports much, so only where something is compiled
+    """Number of graphs compiled so far in this process."""
+    from torch._dynamo.utils import counters  # slow import
 
     return int(counters["stats"]["unique_graphs"])
 
 
 def _reason(error: RuntimeError) -> str:
-    """The first line of what torch says, which goes on for pages."""
+    """The first line of the message, shortened."""
     line = first_line(error)
-    return line if len(line) <= _LONGEST_REASON else f"{line[: _LONGEST_REASON - 3]}..."
+    return line if len(line) <= _MAX_REASON else f"{line[: _MAX_REASON - 3]}..."

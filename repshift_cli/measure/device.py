@@ -30,23 +30,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether the memory of the device did not suffice; the allocator of the CPU has no exception of its own."""
+    """Whether an error is out of memory; the CPU allocator raises a plain RuntimeError."""
     words = ("not enough memory", "alloc_cpu")
     return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done all that it was asked to; the CPU always has."""
+    """Wait until the device has finished all queued work; the CPU queues none."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What it was measured on
-
-
 def device_name(device: torch.device) -> str:
-    """The name that the maker gave to the processor or the graphics card."""
+    """Product name of the CPU or GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -58,10 +54,10 @@ def device_name(device: torch.device) -> str:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of this name, known to be there.
+    """The device of this name.
 
     Raises:
-        UsageError: the name is not one of cpu, cuda, cuda:0, ..., or there is no such device.
+        UsageError: the name is not cpu, cuda, cuda:0, ..., or the device does not exist.
     """
     allowed = "Allowed are cpu, cuda and cuda:N."
     try:
@@ -71,22 +67,18 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
-        raise UsageError(f"device {name!r} is not supported", allowed)
+        raise UsageError(f"unsupported device {name!r}", allowed)
     if not torch.cuda.is_available():
-        raise UsageError(f"device {name!r} was asked for, but torch sees no CUDA device", "Use --device cpu.")
+        raise UsageError(f"device {name!r}: torch finds no CUDA device", "Use --device cpu.")
     count = torch.cuda.device_count()
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= count:
-        raise UsageError(f"there is no device {name!r}", f"torch sees {count}: cuda:0 to cuda:{count - 1}.")
+        raise UsageError(f"device {name!r} does not exist", f"torch finds {count}: cuda:0 to cuda:{count - 1}.")
     return torch.device("cuda", index)
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """The floating-point type of this name.
-
-    Raises:
-        UsageError: the name is not one of `DTYPES`.
-    """
+    """The floating-point type of this name; raises a UsageError for names not in `DTYPES`."""
     if name not in DTYPES:
         raise UsageError(f"unknown dtype {name!r}", f"Allowed are {', '.join(DTYPES)}.")
     return DTYPES[name]
@@ -94,7 +86,7 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 @contextmanager
 def num_threads(count: int | None) -> Iterator[int]:
-    """Run with this many CPU threads, None for as many as torch takes by itself; yields the number in use."""
+    """Use this many CPU threads, None for torch's default; yields the number in use."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)
@@ -105,11 +97,11 @@ def num_threads(count: int | None) -> Iterator[int]:
 
 
 def waking_note(device: torch.device, count: int) -> str | None:
-    """A remark where OpenMP is told that idle threads sleep at once: each operation has to wake them anew."""
+    """A note if OMP_WAIT_POLICY=PASSIVE makes idle threads sleep: every operation has to wake them."""
     policy = os.environ.get("OMP_WAIT_POLICY", "").strip().upper()
     if device.type != "cpu" or count == 1 or policy != "PASSIVE":
         return None
-    return "OMP_WAIT_POLICY=PASSIVE is set: every operation wakes its threads anew, which at batch 1 costs much"
+    return "OMP_WAIT_POLICY=PASSIVE is set: every operation has to wake its threads, which is slow at batch 1"
 
 
 _MATRIX_TILE = 16
@@ -117,24 +109,23 @@ _MATRIX_TILE = 16
 
 
 def tiles_note(device: torch.device, dtype: torch.dtype, tokens: Sequence[int]) -> str | None:
-    """A remark where numbers of tokens do not suit the matrix unit of a CPU.
+    """A note if token counts are not multiples of the tile of the matrix unit (AMX) of a CPU.
 
-    Attention to 158 tokens in bfloat16 takes twice as long there as to 160 (benchmarks/kernels_cpu.py).
+    Attention over 158 tokens in bfloat16 takes twice as long as over 160 (benchmarks/kernels_cpu.py).
 
     Args:
-        tokens: that are left behind the sites of a sequence.
+        tokens: numbers of tokens after the sites of a sequence.
     """
     odd = [count for count in dict.fromkeys(tokens) if count % _MATRIX_TILE]
     if not odd or device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or not _has_matrix_unit():
         return None
     return (
-        f"tokens that are left ({', '.join(map(str, odd))}) are no multiples of {_MATRIX_TILE}, as the matrix unit of "
-        f"this CPU wants them in {str(dtype).removeprefix('torch.')}: `round_tokens: {_MATRIX_TILE}` in the recipe may "
-        "be faster"
+        f"token counts ({', '.join(map(str, odd))}) are not multiples of {_MATRIX_TILE}, the tile of the matrix unit "
+        f"of this CPU in {str(dtype).removeprefix('torch.')}: `round_tokens: {_MATRIX_TILE}` in a recipe may be faster"
     )
 
 
 def _has_matrix_unit() -> bool:
-    """Whether the CPU has AMX, as far as torch tells."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions
+    """Whether torch reports that the CPU has AMX."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older versions
     return bool(capabilities.get("amx_tile"))

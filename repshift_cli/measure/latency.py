@@ -1,4 +1,4 @@
-"""Time two models in turn and compare the medians."""
+"""Time models in turn and compare the medians."""
 
 from __future__ import annotations
 
@@ -16,24 +16,14 @@ from torch import Tensor
 from repshift_cli.measure.device import wait_for
 from repshift_cli.utils.garbage import without_collection
 from repshift_cli.utils.progress import Progress, Task
+from repshift_cli.utils.stats import significant
 
-__all__ = [
-    "Speedup",
-    "Spread",
-    "Subject",
-    "Timing",
-    "compute_speedup",
-    "measure_latency",
-]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Spread of repeated measurements
+__all__ = ["Speedup", "Spread", "Subject", "Timing", "compute_speedup", "measure_latency"]
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and 10th and 90th percentile of `count` samples; milliseconds where it is a latency."""
+    """Median and 10th and 90th percentile of `count` samples; latencies are in milliseconds."""
 
     median: float
     p10: float
@@ -42,11 +32,7 @@ class Spread:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Spread:
-        """The spread of samples in their own unit; percentiles are interpolated linearly.
-
-        Raises:
-            ValueError: there is no sample.
-        """
+        """The spread of samples; percentiles are interpolated linearly. Raises a ValueError without samples."""
         if not samples:
             raise ValueError("a spread needs at least one sample")
         if len(samples) == 1:
@@ -56,21 +42,21 @@ class Spread:
 
     @classmethod
     def of_seconds(cls, samples_s: Sequence[float]) -> Spread:
-        """The spread in milliseconds of samples in seconds; errors as `of`."""
+        """The spread in milliseconds of samples in seconds."""
         return cls.of([sample * 1e3 for sample in samples_s])
 
     def overlaps(self, other: Spread) -> bool:
-        """Whether the intervals from p10 to p90 share a point."""
+        """Whether the intervals from p10 to p90 overlap."""
         return self.p10 <= other.p90 and other.p10 <= self.p90
 
     def to_dict(self) -> dict[str, float]:
         """Median, p10 and p90, each with four significant digits."""
-        return {name: float(f"{getattr(self, name):.4g}") for name in ("median", "p10", "p90")}
+        return {name: significant(getattr(self, name)) for name in ("median", "p10", "p90")}
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long each run of one subject took, in seconds; sample `i` belongs to round `i` for every subject."""
+    """Seconds of each run of one subject; sample `i` is from round `i` for every subject."""
 
     samples_s: tuple[float, ...]
 
@@ -81,7 +67,7 @@ class Timing:
 
     @property
     def p99_ms(self) -> float:
-        """The 99th percentile in milliseconds; of fewer than a hundred samples hardly less than the largest."""
+        """The 99th percentile in milliseconds; close to the maximum for fewer than a hundred samples."""
         if len(self.samples_s) == 1:
             return self.samples_s[0] * 1e3
         return statistics.quantiles(self.samples_s, n=100, method="inclusive")[-1] * 1e3
@@ -92,9 +78,9 @@ class Speedup:
     """How many times faster one subject is than another.
 
     Attributes:
-        ratio: quotient of the median latencies; above 1 is faster.
-        p10, p90: percentiles of the quotients of the same round. Drift of the machine hits both sides of a round alike,
-            so these are tighter than what the two latency intervals tell.
+        ratio: ratio of the median latencies; above 1 is faster.
+        p10, p90: percentiles of the ratios within a round. Drift of the machine affects both runs of a round, so these
+            are tighter than the two latency intervals.
         overlap: whether the two latency intervals (p10 to p90) overlap.
     """
 
@@ -105,16 +91,16 @@ class Speedup:
 
     @property
     def clear(self) -> bool:
-        """Faster beyond doubt: the latency intervals do not overlap, or nine of ten rounds agree."""
+        """Clearly faster: the latency intervals do not overlap, or nine of ten rounds are faster."""
         return self.ratio > 1 and (not self.overlap or self.p10 > 1)
 
     @property
     def clearly_slower(self) -> bool:
-        """Slower beyond doubt, by the same measure."""
+        """Clearly slower, by the same criterion."""
         return self.ratio < 1 and (not self.overlap or self.p90 < 1)
 
     def __str__(self) -> str:
-        # Where only the pairs tell, they are shown: the two latency intervals alone would not bear it out.
+        # If only the paired rounds separate, they are shown.
         if self.clear:
             note = f", {self.p10:.2f}-{self.p90:.2f} in paired rounds" if self.overlap else ""
             return f"{self.ratio:.2f}x faster{note}"
@@ -124,28 +110,20 @@ class Speedup:
 
 
 def compute_speedup(dense: Timing, compressed: Timing) -> Speedup:
-    """How many times faster `compressed` is than `dense`; both from one call of `measure_latency`.
-
-    Raises:
-        ValueError: the timings do not have the same number of rounds.
-    """
+    """How many times faster `compressed` is than `dense`; both from one call of `measure_latency`."""
     paired = Spread.of([a / b for a, b in zip(dense.samples_s, compressed.samples_s, strict=True)])
     before, after = dense.spread, compressed.spread
     return Speedup(before.median / after.median, paired.p10, paired.p90, before.overlaps(after))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Latency
-
-
 @dataclass(frozen=True)
 class Subject:
-    """Something to be timed.
+    """A function to be timed.
 
     Attributes:
         name: unique among the subjects that are timed together.
         run: one run on the inputs.
-        context: entered before the clock starts and left after it stops, such as a switch to the dense model.
+        context: entered before the timer starts and exited after it stops, such as a switch to the dense model.
     """
 
     name: str
@@ -154,7 +132,7 @@ class Subject:
 
 
 def full_batch(images: Tensor, batch_size: int) -> Tensor:
-    """A batch of `batch_size`, the images repeated where there are fewer."""
+    """A batch of `batch_size` images, repeated if there are fewer."""
     repeats = -(-batch_size // len(images))
     return torch.cat([images] * repeats)[:batch_size].contiguous()
 
@@ -168,21 +146,21 @@ def measure_latency(
     progress: Progress,
     min_runs: int = 10,
 ) -> dict[str, Timing]:
-    """Time the subjects in turn, so that drift of the machine hits all of them alike.
+    """Time the subjects in turn, so that drift of the machine affects all of them alike.
 
-    One round runs every subject once; the order turns round each time (A B, B A, ...). Runs go without gradients
-    and with the garbage collector off; on CUDA the clock stops only when the device has finished.
+    One round runs every subject once; the order is reversed each time (A B, B A, ...). Gradients and the garbage
+    collector are off. On CUDA the timer waits for the device.
 
     Args:
-        inputs: handed to every subject; its device is the one that is waited for.
-        max_seconds: after this time no new round starts, once there are `min_runs`; warm-up does not count.
-        warmup: rounds that are run and thrown away.
+        inputs: of every subject; their device is synchronised.
+        max_seconds: no new round starts after this time, once there are `min_runs`; without warm-up.
+        warmup: rounds that are not counted.
 
     Returns:
         By name, in the order of `subjects`.
 
     Raises:
-        ValueError: two subjects have one name, or `min_runs` is below 1.
+        ValueError: two subjects have the same name, or `min_runs` is below 1.
     """
     names = [subject.name for subject in subjects]
     if len(set(names)) != len(names) or min_runs < 1:
@@ -204,7 +182,7 @@ def measure_latency(
 
 
 class _Clock:
-    """The time budget of one measurement; shows whole seconds as steps of a task."""
+    """The time limit of one measurement; shows whole seconds as steps of a task."""
 
     def __init__(self, max_seconds: float, task: Task) -> None:
         self._start = time.perf_counter()
@@ -237,5 +215,5 @@ def _time_once(subject: Subject, inputs: Tensor) -> float:
         output = subject.run(inputs)
         wait_for(inputs.device)
         seconds = time.perf_counter() - start
-        del output  # freed after the clock has stopped
+        del output  # freed after the timer has stopped
     return seconds

@@ -16,29 +16,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from repshift_cli.errors import CheckFailed, ModelError
 
-__all__ = [
-    "count_macs",
-]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Multiply-accumulates
+__all__ = ["count_macs"]
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, ...], batch: int = 1) -> int:
-    """Multiply-accumulates per image, counted while a weightless copy of the model runs on the `meta` device.
+    """Multiply-accumulates per image, counted in a run of a copy of the model on the `meta` device.
 
-    Matrix products, convolutions and attention count, fused or not; element-wise work, norms and sorting do not.
-    On `meta` every attention call takes a path that the counter knows, which is not so on each real device.
+    Matrix products, convolutions and attention (fused or not) are counted; element-wise operations, norms and sorting
+    are not. On `meta` the counter supports every attention call, which does not hold for real devices.
 
     Args:
-        model: on any device; it is not changed. The copy is in eval mode and keeps the hooks of the model.
+        model: on any device; not changed. The copy is in eval mode and keeps the hooks of the model.
         input_size: of one input: `(C, H, W)`, or `(T, C, H, W)` for a clip.
         batch: images in the counted run.
 
     Raises:
         ModelError: the model cannot run on `meta`, because its shapes depend on values.
-        CheckFailed: the count is not a whole number of multiply-accumulates per image.
+        CheckFailed: the count is not a whole number per image.
     """
     weightless = _meta_copy(model)
     dtypes = (parameter.dtype for parameter in weightless.parameters() if parameter.is_floating_point())
@@ -55,14 +49,14 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...], batch: int = 1) ->
     macs, rest = divmod(flops, 2 * batch)
     if rest:
         raise CheckFailed(
-            f"{flops} FLOPs for {batch} images of {type(model).__name__} are no whole number of multiply-accumulates",
+            f"{flops} FLOPs for {batch} images of {type(model).__name__} are not a whole number of MACs per image",
             "An operation of the model has a wrong formula in torch.utils.flop_counter.",
         )
     return macs
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:
-    """A deep copy in eval mode, without copying a single weight: parameters and buffers become empty `meta` ones."""
+    """A deep copy in eval mode with empty parameters and buffers on `meta`."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
@@ -71,7 +65,7 @@ def _meta_copy(model: nn.Module) -> nn.Module:
     weightless = copy.deepcopy(model, memo).eval()
     on_flash: list[Any] = [part for part in weightless.modules() if getattr(part, "flash_attn", False)]
     for part in on_flash:
-        part.flash_attn = False  # no counter knows it
+        part.flash_attn = False  # not supported by the counter
     return weightless
 
 
@@ -83,7 +77,7 @@ def _count_flops(run: Callable[[], Any]) -> int:
 
 @cache
 def _fused_attention_is_counted() -> bool:
-    """Whether this torch counts scaled dot-product attention on `meta`; some versions read it as zero."""
+    """Whether this version of torch counts scaled dot-product attention on `meta`; some count zero."""
     heads, queries, keys, width = 2, 3, 5, 8
     query = torch.empty(1, heads, queries, width, device="meta")
     key = torch.empty(1, heads, keys, width, device="meta")

@@ -12,30 +12,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = [
-    "parameter_bytes",
-    "peak_memory",
-]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
+__all__ = ["parameter_bytes", "peak_memory"]
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers; what is shared counts once."""
+    """Bytes of all parameters and buffers; shared ones count once."""
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def peak_memory(run: Callable[[Tensor], Any], inputs: Tensor) -> int:
-    """Most bytes that were alive at once during one run, beyond what lay there before it (weights and inputs).
+    """Peak bytes alive at once during one run, without those allocated before (weights and inputs).
 
-    On CUDA this is what the allocator tells. On the CPU it is the sum over live tensor storages that operations
-    returned, each counted once however many views it has; scratch space inside a kernel is not seen.
+    On CUDA it is reported by the allocator. On the CPU it is the sum over live tensor storages that operations
+    returned, each counted once; scratch memory inside a kernel is not included.
     """
     if inputs.device.type == "cuda":
         return _peak_on_cuda(run, inputs)
-    # Not inference_mode: with it, composite operations would arrive whole and hide the tensors inside them.
+    # Not inference_mode, which hides the tensors inside composite operations.
     tracker = _StorageTracker()
     with torch.inference_mode(False), torch.no_grad(), tracker:
         run(inputs)
@@ -54,20 +47,20 @@ def _peak_on_cuda(run: Callable[[Tensor], Any], inputs: Tensor) -> int:
 
 
 class _StorageTracker(TorchDispatchMode):
-    """Adds up the storages that operations return, and takes each off when its last tensor is gone."""
+    """Adds the storages that operations return, and subtracts each when its last tensor is freed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0
         self._live = 0
-        # By identity, since storages compare by value, and by weak reference, so as not to keep them alive.
+        # By identity, since storages compare by value; weak references do not keep them alive.
         self._known = WeakIdKeyDictionary(ref_type=weakref.ref)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for storage in _storages((args, kwargs)):  # not known yet: it is older than the run
+        for storage in _storages((args, kwargs)):  # allocated before the run
             self._known[storage] = True
         output = func(*args, **kwargs)
         for storage in _storages(output):

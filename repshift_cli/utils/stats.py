@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from math import exp, lgamma, log, sqrt
 
-__all__ = ["mcnemar", "paired_difference", "percent_interval", "wilson_interval"]
+__all__ = ["mcnemar", "paired_difference", "percent_interval", "significant", "wilson_interval"]
 
 _Z = 1.959963984540054
 """Quantile of the normal distribution for 95%."""
+
+
+def significant(value: float) -> float:
+    """The value rounded to four significant digits."""
+    return float(f"{value:.4g}")
 
 
 def percent_interval(correct: int, total: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Draw the images and clips that are shown."""
+"""Sample the images and clips to show."""
 
 from __future__ import annotations
 
@@ -16,26 +16,18 @@ from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.data.video.decode import UnreadableVideo, clip_tensor, read_clip
 from repshift_cli.errors import DataError, UsageError
 
-__all__ = [
-    "Samples",
-    "draw_clips",
-    "draw_samples",
-]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Samples and what the model says about them
+__all__ = ["Samples", "draw_clips", "draw_samples"]
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures or clips to look at.
+    """Images or clips to show.
 
     Attributes:
         tensor: float32 `[n, C, H, W]`, of clips `[n, T, C, H, W]`, preprocessed.
-        names: path or name of each; of a built-in clip, what it shows.
-        labels: class of each, None where the dataset does not tell (or has other classes than the model).
-        classes: names of the classes, None where they are only numbers.
+        names: path or name of each; caption of a built-in clip.
+        labels: class of each, None if unknown or if the model has other classes.
+        classes: names of the classes, None if they have none.
         description: one line for people.
         skipped: those that could not be read, with the reason.
     """

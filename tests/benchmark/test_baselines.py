@@ -1,4 +1,4 @@
-"""Peers cost what the compressed model costs, on the very same weights, and do what their names say."""
+"""Baselines cost as much as the compressed model, share its weights, and do what their names say."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiny_cnn import tiny_cnn
 from tiny_vim import tiny_vim
 from torch import nn
 
-from repshift_cli.benchmark.baselines import PEERS, contenders_against, shared_copy
+from repshift_cli.benchmark.baselines import BASELINES, contenders_against, shared_copy
 from repshift_cli.benchmark.run import BenchSettings, Contender, run_bench
 from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
@@ -27,7 +27,7 @@ from repshift_cli.reduction.checks import resolve_for
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.utils.progress import Silent
 
-ALL = tuple(PEERS)
+ALL = tuple(BASELINES)
 LAYERS = "[{layer: 1, drop_ratio: 0.25}, {layer: 3, drop_ratio: 0.5}]"
 
 
@@ -44,7 +44,7 @@ def contenders(model: nn.Module, names: tuple[str, ...] = ALL, recipe: Recipe | 
 
 @contextmanager
 def block_inputs(model: nn.Module) -> Iterator[list[int]]:
-    """How many tokens enter each block, in the order of the pass."""
+    """Numbers of tokens that enter each block."""
     seen: list[int] = []
     handles = [
         block.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1])) for block in model.blocks
@@ -69,19 +69,19 @@ class TestCounts:
         for name in ("compressed", "class-attention", "class-attention-row", "bipartite", "fuse"):
             assert tokens(found[name]) == [17, 17, 13, 13], name
 
-    def test_tome_lets_as_many_go_in_every_block(self) -> None:
+    def test_tome_merges_the_same_number_in_every_block(self) -> None:
         recipe = make_recipe("[{layer: 0, drop_ratio: 0.2}, {layer: 1, drop_ratio: 0.2}]")
         found = contenders(tiny_vit(), ("tome",), recipe)
         left = tokens(found["tome"])
         assert {before - after for before, after in pairwise(left)} == {2}
         assert found["tome"].module.plan.tokens_at(DEPTH) == (17, 15, 13, 11, 9)
 
-    def test_tome_takes_no_more_than_half(self) -> None:
+    def test_tome_merges_no_more_than_half(self) -> None:
         found = contenders(tiny_vit(), ("tome",), make_recipe("[{layer: 0, keep_tokens: 1}]"))
         assert tokens(found["tome"]) == [17, 10, 6, 4]  # 16 patches, 7 of them, then halves: 9, 5, 3
 
-    def test_tome_is_the_nearest(self) -> None:
-        """No other number of tokens a block costs nearer to the compressed model."""
+    def test_tome_has_the_nearest_macs(self) -> None:
+        """No other number of tokens per block has MACs nearer to those of the compressed model."""
         for layers in (LAYERS, "[{layer: 0, drop_ratio: 0.2}]", "[{layer: 0, drop_ratio: 0.6}]"):
             found = contenders(tiny_vit(), ("tome",), make_recipe(layers))
             wanted = found["compressed"].macs
@@ -109,30 +109,30 @@ class TestCounts:
 
 
 class TestCost:
-    def test_equal_but_for_the_score(self) -> None:
+    def test_equal_up_to_the_score(self) -> None:
         found = contenders(tiny_vit())
-        plain = found["compressed"].macs  # the norms of its score are no products
-        row = 2 * 32 * (17 + 13) // 2  # one query against all keys, at both sites
+        plain = found["compressed"].macs  # its score has no matrix products
+        row = 2 * 32 * (17 + 13) // 2  # one query and all keys, at both sites
         assert found["class-attention"].macs == found["class-attention-row"].macs == plain + row
         assert found["fuse"].macs == plain
         assert found["bipartite"].macs == plain + 16 * (8 * 8) + 16 * (6 * 6)
         assert found["explicit"].macs == found["dense"].macs
 
-    def test_it_is_what_runs(self) -> None:
+    def test_macs_are_those_of_the_module(self) -> None:
         for name, contender in contenders(tiny_vit()).items():
             with contender.context():
                 assert count_macs(contender.module, (3, 32, 32)) == contender.macs, name
 
 
 class TestWeights:
-    def test_they_are_the_same_memory(self) -> None:
+    def test_parameters_are_shared(self) -> None:
         found = contenders(tiny_vit(init_values=0.3))
         own = dict(found["dense"].module.model.named_parameters())
         for contender in found.values():
             for name, parameter in contender.module.model.named_parameters():
                 assert parameter is own[name]
 
-    def test_also_after_another_dtype(self) -> None:
+    def test_parameters_are_shared_after_a_change_of_dtype(self) -> None:
         found = contenders(tiny_vit())
         settings = BenchSettings(torch.device("cpu"), torch.bfloat16, seconds=0, min_runs=1, threads=1)
         run_bench(list(found.values()), [1], settings, Silent())
@@ -142,7 +142,7 @@ class TestWeights:
         assert all(found_here == pointers["dense"] for found_here in pointers.values())
         assert {parameter.dtype for parameter in found["fuse"].module.model.parameters()} == {torch.bfloat16}
 
-    def test_a_copy_has_modules_of_its_own(self) -> None:
+    def test_a_copy_has_its_own_modules(self) -> None:
         model = tiny_vit()
         twin = shared_copy(model)
         assert twin.blocks[0] is not model.blocks[0]
@@ -150,14 +150,14 @@ class TestWeights:
         assert not any(module._forward_hooks for module in model.modules())
         assert all(one is other for one, other in zip(model.parameters(), twin.parameters(), strict=True))
 
-    def test_the_compressed_model_stays_as_it_is(self) -> None:
+    def test_the_compressed_model_is_not_changed(self) -> None:
         model = opened(tiny_vit())
         before = model.module(images())
         contenders_against({"tiny": model}, ALL)
         assert torch.equal(model.module(images()), before)
 
 
-class TestWhatTheyDo:
+class TestOutputs:
     def test_explicit_attention_in_every_block(self) -> None:
         for name, contender in contenders(tiny_vit()).items():
             seen: list[bool] = []
@@ -168,7 +168,7 @@ class TestWhatTheyDo:
                 module(images())
             assert set(seen) == {name not in ("explicit", "class-attention")}, name
 
-    def test_the_explicit_one_says_what_the_dense_one_says(self) -> None:
+    def test_explicit_attention_has_the_outputs_of_dense(self) -> None:
         found = contenders(tiny_vit(), ("explicit",))
         outputs = []
         for name in ("dense", "explicit"):
@@ -176,7 +176,7 @@ class TestWhatTheyDo:
                 outputs.append(found[name].module(images()))
         torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
 
-    def test_both_forms_of_class_attention_choose_alike(self) -> None:
+    def test_both_forms_of_class_attention_keep_the_same_tokens(self) -> None:
         found = contenders(tiny_vit(), ("class-attention", "class-attention-row"))
         traces = []
         for name in ("class-attention", "class-attention-row"):
@@ -199,15 +199,15 @@ class TestWhatTheyDo:
             ("explicit", "dense"),
         ]
 
-    def test_several_models_have_peers_of_their_own(self) -> None:
+    def test_several_models_have_their_own_baselines(self) -> None:
         models = {"a": opened(tiny_vit()), "b": opened(tiny_vit(seed=1))}
         names = [each.name for each in contenders_against(models, ("fuse",))]
         assert names == ["tiny dense", "tiny dense 2", "a", "b", "a, fuse", "b, fuse"]
 
 
-class TestRefused:
+class TestUnsupported:
     def test_unknown(self) -> None:
-        with pytest.raises(UsageError, match="no peer 'tomee'") as found:
+        with pytest.raises(UsageError, match="unknown baseline 'tomee'") as found:
             contenders_against({"tiny": opened(tiny_vit())}, ["tomee"])
         assert "Did you mean tome?" in str(found.value.hint)
 
@@ -223,18 +223,20 @@ class TestRefused:
     )
     def test_on_a_network_without_attention(self, name: str) -> None:
         model = opened(tiny_cnn(), make_recipe("[{layer: layer1.1, drop_ratio: 0.3}]", "{kind: token_norm}"))
-        with pytest.raises(UsageError, match=f"--against {name}: compressed \\(resnet\\)") as found:
+        with pytest.raises(UsageError, match=f"--against {name}: unsupported for compressed \\(resnet\\)") as found:
             contenders_against({"tiny": model}, [name])
-        assert found.value.hint == "Possible for this model and its plan: dense."
+        assert found.value.hint == "Supported for this model and its plan: dense."
 
     def test_merging_on_vim(self) -> None:
         recipe = make_recipe("[{layer: 0, drop_ratio: 0.25}]", "{kind: token_norm}")
         with pytest.raises(UsageError, match="do not carry how many tokens each stands for"):
             contenders(tiny_vim(), ("bipartite",), recipe)
 
-    def test_more_than_matching_can_let_go(self) -> None:
+    def test_more_than_matching_can_merge(self) -> None:
         recipe = make_recipe("[{layer: 1, drop_ratio: 0.75}]")
-        with pytest.raises(UsageError, match=r"12 of 16 tokens go at blocks\.1, and matching can let 8 go") as found:
+        with pytest.raises(
+            UsageError, match=r"blocks\.1 drops 12 of 16 tokens, and matching can merge at most 8"
+        ) as found:
             contenders(tiny_vit(), ("bipartite",), recipe)
         assert found.value.hint is not None
         assert "tome" in found.value.hint

@@ -1,4 +1,4 @@
-"""What `--budget` takes, and that a miss is told with its size."""
+"""`--budget`: valid limits, and the size of a miss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from benches import SETTING, report, sweep_report
 
-from repshift_cli.benchmark.limits import Limit, Verdict, check, require_met
+from repshift_cli.benchmark.limits import BenchLimit, LimitCheck, check_limits, require_met
 from repshift_cli.errors import CheckFailed, UsageError
 
 
@@ -24,10 +24,10 @@ class TestParse:
             ("efficiency>=.9", "efficiency", 0.9),
         ],
     )
-    def test_taken(self, text: str, key: str, value: float) -> None:
-        limit = Limit.parse(text)
+    def test_valid(self, text: str, key: str, value: float) -> None:
+        limit = BenchLimit.parse(text)
         assert (limit.key, limit.value) == (key, value)
-        assert Limit.parse(str(limit)) == limit
+        assert BenchLimit.parse(str(limit)) == limit
 
     @pytest.mark.parametrize(
         "text",
@@ -48,15 +48,15 @@ class TestParse:
             "latency<=0.7 macs<=0.6",
         ],
     )
-    def test_refused(self, text: str) -> None:
-        with pytest.raises(UsageError, match="cannot be understood") as found:
-            Limit.parse(text)
+    def test_invalid(self, text: str) -> None:
+        with pytest.raises(UsageError, match="invalid limit") as found:
+            BenchLimit.parse(text)
         assert "latency<=0.7" in str(found.value.hint)
 
 
-def verdict(text: str) -> Verdict:
-    """On a report with twice the speed (2.1 to 1.05 s) and half of the operations, at batch 4."""
-    (found,) = check([Limit.parse(text)], report())
+def checked(text: str) -> LimitCheck:
+    """A limit on a report with twice the speed (2.1 to 1.05 s) and half of the MACs, at batch 4."""
+    (found,) = check_limits([BenchLimit.parse(text)], report())
     return found
 
 
@@ -75,14 +75,16 @@ class TestCheck:
         ],
     )
     def test_values(self, text: str, value: float, met: bool) -> None:
-        found = verdict(text)
+        found = checked(text)
         assert found.value == pytest.approx(value)
         assert found.met is met
         assert found.to_dict()["met"] is met
 
     def test_every_setting_is_checked(self) -> None:
         slow = replace(SETTING, batch=1)
-        found = check([Limit.parse("latency<=0.7")], sweep_report({slow: ((1.0,), (0.9,)), SETTING: ((1.0,), (0.5,))}))
+        found = check_limits(
+            [BenchLimit.parse("latency<=0.7")], sweep_report({slow: ((1.0,), (0.9,)), SETTING: ((1.0,), (0.5,))})
+        )
         assert [(each.setting.batch, each.met) for each in found] == [(1, False), (4, True)]
         assert str(found[0]) == "batch 1: latency<=0.7 missed: 0.9, 0.2 above"
         with pytest.raises(CheckFailed, match="1 of 2 budget checks") as missed:
@@ -91,35 +93,37 @@ class TestCheck:
         assert "batch 1: latency<=0.7 missed" in str(missed.value.hint)
         assert "batch 4" not in str(missed.value.hint)
 
-    def test_a_miss_names_what_differs(self) -> None:
+    def test_a_miss_names_model_and_setting(self) -> None:
         other = replace(SETTING, dtype="bfloat16")
-        found = check([Limit.parse("speedup>=3")], sweep_report({SETTING: ((1.0,), (0.5,)), other: ((1.0,), (0.5,))}))
+        found = check_limits(
+            [BenchLimit.parse("speedup>=3")], sweep_report({SETTING: ((1.0,), (0.5,)), other: ((1.0,), (0.5,))})
+        )
         with pytest.raises(CheckFailed) as missed:
             require_met(found)
         assert "batch 4: speedup>=3 missed: 2, 1 below (compressed, bfloat16, attention auto" in str(missed.value.hint)
 
-    def test_what_the_interval_does_not_separate(self) -> None:
+    def test_an_interval_across_the_limit_is_not_separated(self) -> None:
         wide = report(dense=(1.0,) * 5, compressed=(0.5, 0.55, 0.6, 0.8, 0.9))
-        (found,) = check([Limit.parse("latency<=0.7")], wide)
+        (found,) = check_limits([BenchLimit.parse("latency<=0.7")], wide)
         assert found.met
         assert not found.separated
         assert "met: 0.6; not separated, p10-p90 0.519-0.857" in str(found)
-        assert verdict("latency<=0.7").separated
+        assert checked("latency<=0.7").separated
 
-    def test_what_cannot_be_measured_is_not_met(self) -> None:
+    def test_a_quantity_that_is_not_measured_is_not_met(self) -> None:
         hidden = report()
         runs = tuple(replace(run, peak_bytes=None) for run in hidden.runs)
-        (found,) = check([Limit.parse("peak_memory_mb<=500")], replace(hidden, runs=runs))
+        (found,) = check_limits([BenchLimit.parse("peak_memory_mb<=500")], replace(hidden, runs=runs))
         assert not found.met
         assert "cannot be measured" in str(found)
         assert found.to_dict()["value"] is None
 
-    def test_peers_need_not_meet_it(self) -> None:
+    def test_baselines_are_not_checked(self) -> None:
         found = report()
-        peer = replace(found.ratios[0], role="peer")
+        baseline = replace(found.ratios[0], role="peer")
         with pytest.raises(UsageError, match="no model is compressed"):
-            check([Limit.parse("macs<=0.1")], replace(found, ratios=(peer,)))
+            check_limits([BenchLimit.parse("macs<=0.1")], replace(found, ratios=(baseline,)))
 
     def test_no_limits(self) -> None:
-        assert check([], replace(report(), ratios=())) == ()
+        assert check_limits([], replace(report(), ratios=())) == ()
         require_met([])

@@ -1,4 +1,4 @@
-"""The picture of a benchmark is drawn, whatever was swept."""
+"""Plots of benchmark reports."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def test_a_panel_for_each_setting(tmp_path: Path) -> None:
     path = tmp_path / "a.svg"
     plot_report(found, path, "svg")
     text = path.read_text()
-    for words in ("float32, attention auto, 224x224", "bfloat16", "compile default", "from picture files"):
+    for words in ("float32, attention auto, 224x224", "bfloat16", "compile default", "from image files"):
         assert f"<!-- {words}" in text or words in text
 
 
-def test_what_may_be_chance_has_no_number(tmp_path: Path) -> None:
+def test_unclear_speedups_have_no_number(tmp_path: Path) -> None:
     clear, path = report(), tmp_path / "a.svg"
     plot_report(clear, path, "svg")
     assert "2.00x" in path.read_text()

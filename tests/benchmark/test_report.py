@@ -1,4 +1,4 @@
-"""What a benchmark found, as JSON, CSV and words: nothing is called a speed-up that the intervals do not separate."""
+"""A report as JSON, CSV and text: no speed-up is claimed unless the intervals separate."""
 
 from __future__ import annotations
 
@@ -68,17 +68,17 @@ class TestJson:
         assert found.to_dict()["dtype"] == ["float32", "bfloat16"]
         assert "float32, bfloat16" in found.machine
 
-    def test_an_image_that_is_no_square(self) -> None:
+    def test_an_image_that_is_not_square(self) -> None:
         assert Setting(1, (224, 160)).to_dict()["image_size"] == [224, 160]
 
-    def test_what_compiling_took(self) -> None:
+    def test_compilation(self) -> None:
         run = replace(report().runs[0], compilation=Compilation(12.3456, 0), peak_bytes=None)
         told = run.to_dict()
         assert (told["compile_s"], told["recompiles"]) == (12.346, 0)
         assert told["peak_memory_mb"] is None
 
 
-class TestWords:
+class TestText:
     def test_of_a_ratio(self) -> None:
         assert str(report().ratios[0]) == "2.00x faster (MAC ratio 2.00x, efficiency 1.00)"
         noise = report(dense=(1.0, 1.3, 0.9), compressed=(1.1, 0.9, 1.2)).ratios[0]
@@ -104,14 +104,14 @@ class TestBreakEven:
         assert str(found) == words
         assert found.to_dict()["batch"] == batch
 
-    def test_each_setting_by_itself(self) -> None:
+    def test_each_setting_separately(self) -> None:
         both = [*ratios({1: FASTER}), *ratios({1: UNCLEAR, 8: FASTER}, dtype="bfloat16")]
         assert [(found.setting.dtype, found.batch) for found in break_even(both)] == [("float32", 1), ("bfloat16", 8)]
 
-    def test_peers_are_left_out(self) -> None:
+    def test_baselines_are_left_out(self) -> None:
         found = report()
-        peer = replace(found.ratios[0], name="peer", role="peer")
-        assert len(replace(found, ratios=(*found.ratios, peer)).break_even) == 1
+        baseline = replace(found.ratios[0], name="peer", role="peer")
+        assert len(replace(found, ratios=(*found.ratios, baseline)).break_even) == 1
 
 
 class TestCsv:
@@ -123,26 +123,28 @@ class TestCsv:
         assert (second["over_dense"], second["over_dense_clear"], second["efficiency"]) == ("2.0", "True", "1.0")
         assert (first["over_dense"], first["efficiency"]) == ("", "")
 
-    def test_peers_and_passes(self) -> None:
+    def test_baselines_and_passes(self) -> None:
         found = report()
-        peer = Run("peer", SETTING, 1_000_000_000, Timing((1.5, 1.6)), 0, "peer")
-        against_peer = Ratio(SETTING, "compressed", "peer", 1.0, FASTER)
+        baseline = Run("peer", SETTING, 1_000_000_000, Timing((1.5, 1.6)), 0, "peer")
+        against_baseline = Ratio(SETTING, "compressed", "peer", 1.0, FASTER)
         passes = Passes(8, (2.0, 2.0), (0.5, 0.5))
         read = EndToEnd(SETTING, "photos", 2, passes, {"dense": passes})
-        found = replace(found, runs=(*found.runs, peer), ratios=(*found.ratios, against_peer), end_to_end=(read,))
+        found = replace(
+            found, runs=(*found.runs, baseline), ratios=(*found.ratios, against_baseline), end_to_end=(read,)
+        )
         dense, compressed, last = csv.DictReader(found.to_csv().splitlines())
         assert (last["name"], last["role"], last["ours_over_it"], last["over_dense"]) == ("peer", "peer", "1.5", "")
         assert (compressed["ours_over_it"], compressed["over_dense"]) == ("", "2.0")
         assert (dense["end_to_end_per_s_median"], dense["waiting"], dense["bottleneck"]) == ("4.0", "0.25", "model")
         assert compressed["waiting"] == ""
 
-    def test_columns_are_the_same_in_each_line(self) -> None:
+    def test_all_lines_have_the_same_columns(self) -> None:
         lines = report().to_csv().splitlines()
         assert {line.count(",") for line in lines} == {lines[0].count(",")}
 
 
 class TestPasses:
-    def test_who_sets_the_speed(self) -> None:
+    def test_bottleneck(self) -> None:
         assert Passes(10, (2.0, 4.0), (0.2, 0.4)).bottleneck == "model"
         slow = Passes(10, (2.0, 4.0, 5.0), (1.9, 3.6, 2.0))
         assert (slow.bottleneck, slow.waiting, slow.throughput.median) == ("reading", 0.9, 2.5)

@@ -1,4 +1,4 @@
-"""The bench compares like with like and says so; how fast this machine is does not matter here."""
+"""The benchmark measures both sides alike; the measured times do not matter here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SETTINGS = BenchSettings(torch.device("cpu"), torch.float32, seconds=0, min_runs
 
 
 class Switched(nn.Module):
-    """Stands for a compressed model: half of the rows, unless it is dense."""
+    """A stand-in for a compressed model: half of the rows, unless it is dense."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class TestContenders:
             ("d", "toy dense 3"),
         ]
 
-    def test_compressed_files_know_their_source(self) -> None:
+    def test_compressed_files_of_one_source_share_the_dense_model(self) -> None:
         one, other = opened("file 1"), opened("file 2")
         for model in (one, other):
             model.loaded.document = {"source": {"sha256": "dense file"}}
@@ -121,11 +121,11 @@ class TestRunBench:
         assert found.dtype == "bfloat16"
         assert model.module.layer.weight.dtype is torch.bfloat16
 
-    def test_input_sizes_do_not_mix(self) -> None:
+    def test_input_sizes_are_measured_separately(self) -> None:
         small, large = (Contender(name, nn.Identity(), 1, (3, edge, edge)) for name, edge in (("s", 4), ("l", 8)))
         assert [run.name for run in run_bench([small, large], [1], SETTINGS, Silent()).runs] == ["s", "l"]
 
-    def test_too_large_a_batch(self) -> None:
+    def test_batch_does_not_fit_into_memory(self) -> None:
         class Hungry(nn.Module):
             def forward(self, images: Tensor) -> Tensor:
                 raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes.")
@@ -167,7 +167,7 @@ class TestSweep:
             ("compressed", (8, 8)),
         ]
         assert [ratio.to_dict()["image_size"] for ratio in found.ratios] == [4, 8]
-        assert len(found.settings) == 2
+        assert len({run.setting for run in found.runs}) == 2
 
     def test_attention_is_refused_before_anything_runs(self) -> None:
         model = opened()
@@ -177,23 +177,23 @@ class TestSweep:
         assert model.module.rows_seen == []
 
     def test_one_against_several(self) -> None:
-        peer = Contender("peer", nn.Identity(), 1000, SIZE, against="dense", is_peer=True)
-        dense, ours = contenders_of({"file": opened()})
-        found = run_bench([dense, replace(ours, peers=("peer",)), peer], [1], SETTINGS, Silent())
+        baseline = Contender("tome", nn.Identity(), 1000, SIZE, against="dense", is_baseline=True)
+        dense, compressed = contenders_of({"file": opened()})
+        found = run_bench([dense, replace(compressed, baselines=("tome",)), baseline], [1], SETTINGS, Silent())
         assert [(ratio.name, ratio.against, ratio.role) for ratio in found.ratios] == [
             ("compressed", "dense", "compressed"),
-            ("compressed", "peer", "compressed"),
-            ("peer", "dense", "peer"),
+            ("compressed", "tome", "compressed"),
+            ("tome", "dense", "peer"),
         ]
         assert [run.role for run in found.runs] == ["dense", "compressed", "peer"]
 
-    def test_clips_are_not_read_from_files(self) -> None:
+    def test_clips_cannot_be_read_from_files(self) -> None:
         clips = Contender("a", nn.Identity(), 1, (2, 3, 4, 4))
         source = Source(dataset=None, images=4, workers=0)  # type: ignore[arg-type]
         with pytest.raises(UsageError, match="takes clips"):
             run_sweep([clips], [1], [SETTINGS], Silent(), source)
 
-    def test_how_to_read_must_be_known(self) -> None:
+    def test_reading_needs_preprocessing(self) -> None:
         source = Source(dataset=None, images=4, workers=0)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="without preprocessing"):
             run_sweep([Contender("a", nn.Identity(), 1, SIZE)], [1], [SETTINGS], Silent(), source)
@@ -215,8 +215,8 @@ class TestAttentionMode:
             pass
 
 
-class Heard(Silent):
-    """Keeps the remarks."""
+class Notes(Silent):
+    """Keeps the notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -225,8 +225,8 @@ class Heard(Silent):
         self.notes.append(text)
 
 
-class TestTilesOfTheMatrixUnit:
-    """Counts of 13 and 6 tokens do not suit it."""
+class TestTilesNote:
+    """13 and 6 tokens are not multiples of the tile of the matrix unit."""
 
     def notes(self, dtype: torch.dtype, recipe: str = DROPS) -> list[str]:
         model = compressed(recipe=make_recipe(recipe))
@@ -234,22 +234,24 @@ class TestTilesOfTheMatrixUnit:
             Contender("dense", model, 2, (3, 32, 32), context=model.dense),
             Contender("compressed", model, 1, (3, 32, 32), against="dense"),
         ]
-        heard = Heard()
-        run_sweep(sides, [1], [replace(SETTINGS, dtype=dtype, attention=mode) for mode in ("auto", "explicit")], heard)
-        return heard.notes
+        progress = Notes()
+        run_sweep(
+            sides, [1], [replace(SETTINGS, dtype=dtype, attention=mode) for mode in ("auto", "explicit")], progress
+        )
+        return progress.notes
 
-    def test_a_remark_where_there_is_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_with_a_matrix_unit(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": True}, raising=False)
         (note,) = self.notes(torch.bfloat16)
-        assert "(13, 6) are no multiples of 16" in note
+        assert "(13, 6) are not multiples of 16" in note
         assert "in bfloat16: `round_tokens: 16`" in note
         assert not self.notes(torch.float32)
         assert not self.notes(torch.bfloat16, "[{layer: 0, keep_tokens: 15}]")
 
-    def test_none_elsewhere(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_a_matrix_unit(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": False}, raising=False)
         assert not self.notes(torch.bfloat16)
-        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)  # older versions do not tell
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)  # missing in older versions
         assert not self.notes(torch.bfloat16)
 
 

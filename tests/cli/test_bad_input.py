@@ -138,7 +138,7 @@ def test_an_unknown_builtin_model(command: str, cli: Command) -> None:
     ("arguments", "words"),
     [
         (["--device", "tpu"], ["unknown device 'tpu'"]),
-        (["--device", "meta"], ["device 'meta' is not supported"]),
+        (["--device", "meta"], ["unsupported device 'meta'"]),
         (["--dtype", "int8"], ["unknown dtype 'int8'", "float32, bfloat16, float16"]),
         (["--batch-size", "0"], ["--batch-size"]),
         (["--threads", "0"], ["--threads"]),

@@ -1,4 +1,4 @@
-"""`repshift bench`: what it takes, what it prints and writes, and how it ends."""
+"""`repshift bench`: options, output, files and exit codes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUICK = ("--seconds", "0", "--min-runs", "2", "--threads", "1")
 
 @pytest.fixture(name="run")
 def fixture_run(cli: Command, dense: Path, recipe: Path) -> Callable[..., Outcome]:
-    """The command on a tiny model that loses tokens at two sites."""
+    """The command on a tiny model that drops tokens at two sites."""
 
     def run(*options: object) -> Outcome:
         return cli("bench", dense, "--recipe", recipe, *QUICK, *options)
@@ -30,13 +30,13 @@ def fixture_run(cli: Command, dense: Path, recipe: Path) -> Callable[..., Outcom
 
 
 def refused(outcome: Outcome, rc: int, *words: str) -> None:
-    """The command printed no result and no traceback, and told all this."""
+    """The command failed without result and traceback, and its message has these words."""
     assert outcome.rc == rc, outcome.stderr
     assert outcome.stdout == ""
     assert "Traceback" not in outcome.stderr
-    said = " ".join(outcome.stderr.split())
+    message = " ".join(outcome.stderr.split())
     for word in words:
-        assert word in said
+        assert word in message
 
 
 class TestTable:
@@ -45,19 +45,19 @@ class TestTable:
         assert outcome.rc == 0, outcome.stderr
         assert all(len(line) <= 80 for line in outcome.stdout.splitlines())
         for word in (
-            "MACs to ours",
+            "MACs diff",
             "over dense",
             "efficiency",
-            "ours over it",
+            "speed-up over it",
             "class-attention-row",
-            "1, 2)",  # however the batches fared, that they were tried
+            "1, 2)",  # the batch sizes that were tried, whatever the result
             "batch 2: ",
         ):
             assert word in outcome.stdout
 
-    def test_without_peers_it_is_short(self, run: Callable[..., Outcome]) -> None:
+    def test_without_baselines_it_is_short(self, run: Callable[..., Outcome]) -> None:
         outcome = run("-b", "2")
-        assert "ours over it" not in outcome.stdout
+        assert "speed-up over it" not in outcome.stdout
         assert "Only 2 runs of each" in outcome.stdout
         assert "batch 2: " in outcome.stdout
 
@@ -98,7 +98,7 @@ class TestJson:
         assert (document["dtype"], document["attention"]) == ("float32", "sdpa:flash")
         assert (document["budget"], document["end_to_end"]) == ([], [])
 
-    def test_peers(self, run: Callable[..., Outcome]) -> None:
+    def test_baselines(self, run: Callable[..., Outcome]) -> None:
         document = json.loads(run("-b", "1", "--against", "dense,tome", "--against", "explicit", "--json").stdout)
         assert [run["name"] for run in document["runs"]] == ["dense", "compressed", "tome", "explicit"]
         assert [(ratio["name"], ratio["against"]) for ratio in document["ratios"]] == [
@@ -184,17 +184,17 @@ class TestBudget:
             ("latency<=1000", 2, True),
         ]
         assert (tmp_path / "a.csv").is_file()
-        said = " ".join(outcome.stderr.split())
-        assert "2 of 4 budget checks were missed" in said
-        assert "batch 2: macs<=0.1 missed: 0." in said
-        assert "above" in said
+        message = " ".join(outcome.stderr.split())
+        assert "2 of 4 budget checks were missed" in message
+        assert "batch 2: macs<=0.1 missed: 0." in message
+        assert "above" in message
 
-    def test_in_a_process_of_its_own(self, shell: Command, dense: Path, recipe: Path) -> None:
+    def test_in_its_own_process(self, shell: Command, dense: Path, recipe: Path) -> None:
         outcome = shell("bench", dense, "--recipe", recipe, *QUICK, "-b", "1", "--budget", "speedup>=1e6")
         assert outcome.rc == 5
         assert "speedup>=1e+06 missed" in outcome.stdout
 
-    def test_without_anything_compressed(self, cli: Command, dense: Path) -> None:
+    def test_without_a_compressed_model(self, cli: Command, dense: Path) -> None:
         refused(cli("bench", dense, *QUICK, "--budget", "macs<=0.5"), 2, "--budget: no model is compressed")
 
 
@@ -214,8 +214,8 @@ class TestRefused:
                 2,
                 ["--compile: unknown mode 'fast'", "off, default, frozen, reduce-overhead, max-autotune"],
             ),
-            (["--against", "evit"], 2, ["no peer 'evit'", "class-attention"]),
-            (["--budget", "latency<0.7"], 2, ["'latency<0.7' cannot be understood", "latency<=0.7"]),
+            (["--against", "evit"], 2, ["unknown baseline 'evit'", "class-attention"]),
+            (["--budget", "latency<0.7"], 2, ["invalid limit 'latency<0.7'", "latency<=0.7"]),
             (["--batch-size", "0"], 2, ["--batch-size: '0' is not a number from 1 on"]),
             (["--img-size", "big"], 2, ["--img-size: 'big' is not a number from 1 on"]),
             (["--img-size", "32,64"], 2, ["--img-size 64", "takes images of 32x32"]),
@@ -228,10 +228,10 @@ class TestRefused:
     def test_too_few_pictures(self, run: Callable[..., Outcome], pictures: Path) -> None:
         refused(run("-b", "32", "--data", pictures), 4, "20 pictures, which do not fill a batch of 32")
 
-    def test_a_peer_that_the_model_cannot_be(self, cli: Command, tmp_path: Path) -> None:
+    def test_unsupported_baseline(self, cli: Command, tmp_path: Path) -> None:
         (tmp_path / "r.yaml").write_text("version: 1\nlayers: [{layer: 0, drop_ratio: 0.5}]\n")
         outcome = cli("bench", "resnet18", "--recipe", "r.yaml", *QUICK, "--img-size", "64", "--against", "tome")
-        refused(outcome, 2, "--against tome: compressed (resnet) cannot be made into it", "Possible", "dense")
+        refused(outcome, 2, "--against tome: unsupported for compressed (resnet)", "Supported", "dense")
 
 
 class TestParsing:

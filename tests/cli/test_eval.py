@@ -1,4 +1,4 @@
-"""`repshift eval` as people call it: its output and its exit code."""
+"""`repshift eval` as a command: output and exit code."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def document(*arguments: str) -> Any:
 
 @pytest.fixture
 def digits(tmp_path: Path) -> Path:
-    """Ten class folders of built-in scenes, named as the classes of the built-in model."""
+    """Ten class folders of built-in scenes, named like the classes of the built-in model."""
     from repshift_cli.data.builtin.digits import DigitScenes
 
     for label in range(10):
         (tmp_path / "digits" / str(label)).mkdir(parents=True)
     scenes = DigitScenes("test", 30)
     for index in range(len(scenes)):
-        picture, label = scenes[index]
-        picture.save(tmp_path / "digits" / str(label) / f"{index}.png")
+        image, label = scenes[index]
+        image.save(tmp_path / "digits" / str(label) / f"{index}.png")
     return tmp_path / "digits"
 
 
-def test_without_arguments_the_builtin_model_meets_its_data() -> None:
+def test_defaults_are_the_builtin_model_and_dataset() -> None:
     result = document("--limit", "200")
     assert set(result) >= KEYS
     assert (result["dataset"], result["images"], result["skipped"]) == ("builtin:digits", 200, 0)
@@ -76,7 +76,7 @@ def test_same_numbers_from_files_and_from_scenes(digits: Path) -> None:
     assert (files["images"], files["top1"], files["top5"]) == (30, scenes["top1"], scenes["top5"])
 
 
-def test_unreadable_pictures_are_listed_on_stderr(digits: Path) -> None:
+def test_unreadable_images_are_listed_on_stderr(digits: Path) -> None:
     (digits / "0" / "broken.png").write_bytes(b"")
     done = call("builtin:vit-digits", "--dataset", str(digits), "--json")
     assert done.returncode == 0
@@ -114,14 +114,14 @@ def test_a_dataset_is_required_for_other_models(cli: Command, tmp_path: Path) ->
         (["--dataset", "./nowhere"], "does not exist"),
     ],
 )
-def test_data_errors_end_with_4(cli: Command, arguments: list[str], message: str) -> None:
+def test_data_errors_exit_with_4(cli: Command, arguments: list[str], message: str) -> None:
     done = cli("eval", *arguments)
     assert done.rc == 4, done.stderr
     assert message in done.stderr
     assert done.stdout == ""
 
 
-def test_classes_that_do_not_fit_the_head(cli: Command, tmp_path: Path) -> None:
+def test_class_count_differs_from_the_head(cli: Command, tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (20, 20)).save(tmp_path / name / "1.png")
@@ -135,11 +135,11 @@ def test_no_better_than_guessing(cli: Command, tmp_path: Path) -> None:
 
     scenes = DigitScenes("test", 120)
     for index in range(len(scenes)):
-        picture, label = scenes[index]
-        # each class folder has the digits of another one, in equal shares
+        image, label = scenes[index]
+        # each class folder has equally many digits of every class
         folder = tmp_path / "digits" / f"{(label + index // 12) % 10}"
         folder.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / f"{index}.png")
+        image.save(folder / f"{index}.png")
     done = cli("eval", "builtin:vit-digits-small", "--dataset", tmp_path / "digits", "--workers", "0")
     assert done.rc == 0, done.stderr
     assert "no better than guessing among 10" in done.stderr

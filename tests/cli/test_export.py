@@ -139,7 +139,7 @@ class TestRefused:
         explained(cli("bench", "small.pt2", "--recipe", "deit_small_paper"), 3, "small.pt2 is an exported file")
         explained(cli("bench", "small.pt2", "--compile", "default"), 2, "--compile", "is not compiled again")
         explained(cli("bench", "small.pt2", "--attention", "explicit"), 2, "--attention", "cannot be switched")
-        explained(cli("bench", "small.pt2", "--against", "tome"), 2, "--against", "cannot be made into a peer")
+        explained(cli("bench", "small.pt2", "--against", "tome"), 2, "--against", "unsupported for an exported file")
 
     def test_an_exported_file_needs_the_dense_one_to_be_compared_with(self, cli: Command, small: Path) -> None:
         assert cli("export", small, "--to", "pt2", "--no-verify").rc == 0

@@ -1,4 +1,4 @@
-"""torch.compile as the bench uses it. The graphs are made by dynamo as ever; what runs them is torch itself."""
+"""torch.compile in the benchmark: real dynamo graphs, run by the eager backend."""
 
 from __future__ import annotations
 
@@ -28,39 +28,39 @@ def _without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def test_dense_and_compressed_are_graphs_of_their_own() -> None:
+def test_dense_and_compressed_have_their_own_graphs() -> None:
     model = compressed()
     inputs = images()
     with torch.inference_mode():
-        dense, ours = (Compiled(name, model, "default") for name in ("dense", "compressed"))
+        dense, short = (Compiled(name, model, "default") for name in ("dense", "compressed"))
         with model.dense():
             dense.first(inputs)
             wanted = model(inputs)
-        ours.first(inputs)
+        short.first(inputs)
         for _ in range(2):
             with model.dense():
                 torch.testing.assert_close(dense(inputs), wanted, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(ours(inputs), model(inputs), rtol=1e-5, atol=1e-5)
-    assert (dense.recompiles, ours.recompiles) == (0, 0)
+            torch.testing.assert_close(short(inputs), model(inputs), rtol=1e-5, atol=1e-5)
+    assert (dense.recompiles, short.recompiles) == (0, 0)
     assert dense.seconds > 0
 
 
-@pytest.mark.parametrize(("mode", "told"), [("default", {"mode": "default"}), ("frozen", {})])
-def test_what_torch_is_told(mode: CompileMode, told: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("mode", "expected"), [("default", {"mode": "default"}), ("frozen", {})])
+def test_options_of_torch_compile(mode: CompileMode, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(torch, "compile", lambda run, **options: calls.append(options))
     Compiled("a", nn.Linear(4, 4), mode)
-    assert calls == [{"fullgraph": True, "dynamic": False} | told]
+    assert calls == [{"fullgraph": True, "dynamic": False} | expected]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize("mode", ["default", "frozen", "max-autotune"])
 def test_frozen_weights_are_constants(mode: CompileMode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # for once, the compiler
+    monkeypatch.undo()  # use the real compiler
     model, inputs = compressed(), images()
     with torch.inference_mode():
-        run = Compiled("ours", model, mode)
+        run = Compiled("compressed", model, mode)
         run.first(inputs)
         wanted = model(inputs)
         torch.testing.assert_close(run(inputs), wanted, rtol=1e-4, atol=1e-5)
@@ -68,7 +68,7 @@ def test_frozen_weights_are_constants(mode: CompileMode, monkeypatch: pytest.Mon
         unchanged = torch.allclose(run(inputs), wanted, rtol=1e-4, atol=1e-5)
     assert unchanged == (mode != "default")
     assert run.recompiles == 0
-    assert not inductor_config.freezing  # what the rest of the process compiles is not concerned
+    assert not inductor_config.freezing  # the setting is restored
 
 
 def test_a_second_graph_is_counted() -> None:
@@ -78,7 +78,7 @@ def test_a_second_graph_is_counted() -> None:
     assert run.recompiles == 1
 
 
-def test_what_cannot_be_one_graph_is_refused() -> None:
+def test_graph_breaks_are_unsupported() -> None:
     class Breaks(nn.Module):
         def forward(self, inputs: Tensor) -> Tensor:
             torch._dynamo.graph_break()
@@ -89,7 +89,7 @@ def test_what_cannot_be_one_graph_is_refused() -> None:
     assert len(found.value.message) < 300
 
 
-def test_out_of_memory_is_no_matter_of_compiling() -> None:
+def test_out_of_memory_is_not_a_compile_error() -> None:
     class Hungry(nn.Module):
         def forward(self, inputs: Tensor) -> Tensor:
             return inputs

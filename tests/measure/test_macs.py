@@ -1,4 +1,4 @@
-"""The count that is worked out from shapes and the one that is read off a run are the same number."""
+"""MACs computed from shapes equal those counted in a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("variant", "metric"), CASES)
-def test_worked_out_and_counted_agree(variant: str, metric: str) -> None:
+def test_computed_and_counted_macs_agree(variant: str, metric: str) -> None:
     options = {**VARIANTS, **MORE}[variant]
     model = tiny_vit(**options)
     wrapped = compressed(model, make_recipe(metric=metric))
@@ -44,5 +44,5 @@ def test_worked_out_and_counted_agree(variant: str, metric: str) -> None:
 def test_class_attention_costs_one_row() -> None:
     wrapped = compressed(tiny_vit(), make_recipe(metric="{kind: class_attention}"))
     plain = compressed(tiny_vit(), make_recipe(metric="{kind: token_norm}"))
-    # 17 tokens arrive at the first site and 13 at the second, 32 channels each
+    # 17 tokens at the first site and 13 at the second, 32 channels each
     assert wrapped.macs() - plain.macs() == (17 + 13) * 32

@@ -1,4 +1,4 @@
-"""Counts are exact, spread is arithmetic, subjects run in turn; no test asks how fast this machine is."""
+"""Exact counts, percentiles, order of timed runs; no test depends on the speed of the machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from repshift_cli.errors import CheckFailed, ModelError, UsageError
-from repshift_cli.measure.attention_kernel import attention_backend, observed_attention
+from repshift_cli.measure.attention_kernel import observed_attention
 from repshift_cli.measure.device import device_name, num_threads, out_of_memory, resolve_device, resolve_dtype
 from repshift_cli.measure.latency import Speedup, Spread, Subject, Timing, compute_speedup, measure_latency
 from repshift_cli.measure.macs import count_macs
@@ -48,7 +48,7 @@ class TestCountMacs:
         assert count_macs(on_meta("vit_base_patch16_siglip_224"), (3, 224, 224)) == expected
 
     def test_torch_encoder_layer(self) -> None:
-        """The fast path of torch's own encoder is one operation without a formula; it must not be taken."""
+        """The fast path of torch's encoder is one operation without a formula, so it must not be used."""
         model = nn.Sequential(nn.Flatten(1, 2), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
         assert count_macs(model, (2, 3, 8)) == block_macs(6, 8, 16)
 
@@ -58,7 +58,7 @@ class TestCountMacs:
         model = on_meta("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=0)
         assert count_macs(model, (3, 32, 32)) == 4 * 192 * 768 + block_macs(5, 192, 768)
 
-    def test_hooks_count_and_the_model_stays(self) -> None:
+    def test_hooks_are_counted_and_the_model_is_not_changed(self) -> None:
         class KeepFirst:
             def on_forward(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
                 return output[:, : output.shape[1] // 2]
@@ -83,7 +83,7 @@ class TestCountMacs:
 
         assert count_macs(Tied(), (1, 3, 4)) == 2 * 3 * 16 + 3 * 8
 
-    def test_shapes_from_values_are_refused(self) -> None:
+    def test_shapes_that_depend_on_values_are_unsupported(self) -> None:
         class Selects(nn.Module):
             def forward(self, x: Tensor) -> Tensor:
                 return x[x > 0]
@@ -91,7 +91,7 @@ class TestCountMacs:
         with pytest.raises(ModelError, match="Selects cannot be counted"):
             count_macs(Selects(), (3, 4, 4))
 
-    def test_odd_count_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_odd_count_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("repshift_cli.measure.macs._count_flops", lambda run: 7)
         monkeypatch.setattr("repshift_cli.measure.macs._fused_attention_is_counted", lambda: True)
         with pytest.raises(CheckFailed, match="7 FLOPs"):
@@ -169,7 +169,7 @@ class TestMeasureLatency:
         assert list(timings) == ["a", "b", "c"]
         assert all(len(timing.samples_s) == 3 for timing in timings.values())
 
-    def test_context_is_entered_for_its_own_subject(self) -> None:
+    def test_context_is_entered_for_its_subject_only(self) -> None:
         log: list[str] = []
 
         @contextmanager
@@ -182,12 +182,12 @@ class TestMeasureLatency:
         measure_latency(subjects, torch.zeros(1), max_seconds=0, warmup=0, progress=Silent(), min_runs=1)
         assert log == ["in", "a", "out", "b"]
 
-    def test_time_is_used_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_time_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
         now = iter(range(1000))
         monkeypatch.setattr("time.perf_counter", lambda: float(next(now)))
         subject = Subject("a", lambda _: None)
         timings = measure_latency([subject], torch.zeros(1), max_seconds=20, warmup=0, progress=Silent(), min_runs=2)
-        # The first two rounds look at the clock three times each, the others once more: the sixth ends after 20.
+        # The first two rounds read the clock three times each, the others four times: the sixth ends after 20.
         assert timings["a"].samples_s == (1.0,) * 6
 
     def test_inference_mode_and_garbage(self) -> None:
@@ -204,7 +204,7 @@ class TestMeasureLatency:
 
 
 class TestMemory:
-    def test_chain_frees_as_it_goes(self) -> None:
+    def test_a_chain_frees_intermediate_tensors(self) -> None:
         assert peak_memory(lambda x: (((x + 1) + 1) + 1) + 1, torch.zeros(1000)) == 2 * 4000
 
     def test_views_count_once(self) -> None:
@@ -214,14 +214,14 @@ class TestMemory:
 
         assert peak_memory(run, torch.zeros(1000)) == 4000
 
-    def test_inputs_weights_and_work_in_place_are_free(self) -> None:
+    def test_inputs_weights_and_in_place_operations_are_not_counted(self) -> None:
         weight = torch.ones(1000)
         assert peak_memory(lambda x: x.view(10, 100).add_(weight.view(10, 100)), torch.zeros(1000)) == 0
 
-    def test_what_stays_alive_adds_up(self) -> None:
+    def test_live_tensors_add_up(self) -> None:
         assert peak_memory(lambda x: [x + step for step in range(3)], torch.zeros(10, dtype=torch.float64)) == 240
 
-    def test_inside_of_composite_operations(self) -> None:
+    def test_tensors_inside_composite_operations(self) -> None:
         query = torch.zeros(1, 2, 16, 8)
         with sdpa_kernel(SDPBackend.MATH):
             peak = peak_memory(lambda x: functional.scaled_dot_product_attention(x, x, x), query)
@@ -232,7 +232,7 @@ class TestMemory:
         assert parameter_bytes(nn.Sequential(layer, layer, nn.BatchNorm1d(2))) == 4 * (8 + 8) + 8
 
 
-class TestMachine:
+class TestDevice:
     def test_device_has_a_name(self) -> None:
         assert device_name(CPU)
 
@@ -240,7 +240,7 @@ class TestMachine:
         assert resolve_device("cpu") == CPU
 
     @pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "meta"])
-    def test_wrong_device(self, name: str) -> None:
+    def test_unknown_device(self, name: str) -> None:
         with pytest.raises(UsageError, match=f"'{name}'"):
             resolve_device(name)
 
@@ -256,7 +256,7 @@ class TestMachine:
             resolve_dtype("fp16")
         assert "float32, bfloat16, float16" in str(caught.value)
 
-    def test_threads_come_back(self) -> None:
+    def test_threads_are_restored(self) -> None:
         before = torch.get_num_threads()
         with num_threads(before + 1) as count:
             assert count == torch.get_num_threads() == before + 1
@@ -276,11 +276,11 @@ class TestAttention:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_flash_on_cpu(self, dtype: torch.dtype) -> None:
-        assert attention_backend(CPU, dtype) == "sdpa:flash"
+        assert observed_attention(self.fused, torch.zeros(1, 2, 64, 64, dtype=dtype)) == "sdpa:flash"
 
     def test_math(self) -> None:
         with sdpa_kernel(SDPBackend.MATH):
-            assert attention_backend(CPU, torch.float32) == "sdpa:math"
+            assert observed_attention(self.fused, torch.zeros(1, 2, 64, 64)) == "sdpa:math"
 
     def test_explicit(self) -> None:
         images = torch.zeros(1, 2, 8, 8)
@@ -291,7 +291,7 @@ class TestAttention:
         assert observed_attention(lambda x: x.flatten(1).softmax(-1), torch.zeros(1, 2, 8, 8)) == "none"
 
 
-def test_what_counts_as_too_little_memory() -> None:
+def test_out_of_memory() -> None:
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes."))
     assert not out_of_memory(RuntimeError("something else"))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from repshift_cli.benchmark.limits import Verdict
+    from repshift_cli.benchmark.limits import LimitCheck
     from repshift_cli.benchmark.report import BenchReport, BreakEven, EndToEnd, Ratio, Run
     from repshift_cli.checkpoints.artifact import Opened
     from repshift_cli.measure.latency import Speedup, Spread
@@ -17,7 +17,7 @@ _ENOUGH_RUNS = 5
 _DECIMALS = ((0.1, 4), (1, 3), (10, 2), (100, 1))  # below this limit, so many places after the point
 
 
-def show(report: BenchReport, opened: Mapping[str, Opened], verdicts: Sequence[Verdict] = ()) -> None:
+def show(report: BenchReport, opened: Mapping[str, Opened], checks: Sequence[LimitCheck] = ()) -> None:
     """Print the report: a table for each setting, then what it says in words."""
     from repshift_cli.cli import ui
 
@@ -33,8 +33,8 @@ def show(report: BenchReport, opened: Mapping[str, Opened], verdicts: Sequence[V
         ui.print_text(f"Only {fewest} run{'s' if fewest > 1 else ''} of each: too few for the intervals to mean much.")
     if not report.ratios:
         ui.print_text("Nothing to compare: {}. {}".format(*why_nothing([opened])))
-    for verdict in verdicts:
-        ui.print_text(f"budget, {verdict}")
+    for each in checks:
+        ui.print_text(f"budget, {each}")
 
 
 def why_nothing(opened: Iterable[Mapping[str, Opened]]) -> tuple[str, str]:
@@ -60,8 +60,8 @@ def _show_head(report: BenchReport, opened: Mapping[str, Opened]) -> None:
     ui.print_text(report.machine)
     layout = "" if report.memory_format == "contiguous" else f", {report.memory_format} in memory"
     attention = "no attention" if report.attention == "none" else f"attention {report.attention}"
-    peers = any(run.role == "peer" for run in report.runs)
-    sides = "" if peers or len({run.attention for run in report.runs}) > 1 else " on both sides"
+    baselines = any(run.role == "peer" for run in report.runs)
+    sides = "" if baselines or len({run.attention for run in report.runs}) > 1 else " on both sides"
     ui.print_text(f"{attention}{layout}{sides}, torch {torch.__version__}\n")
 
 
@@ -74,7 +74,7 @@ def _show_panel(report: BenchReport, panel: str, unit: str) -> None:
     _show_runs(runs, unit)
     dense = {run.name for run in runs if run.role == "dense"}
     if any(run.role == "peer" for run in runs):
-        _show_peers(runs, ratios, dense)
+        _show_baselines(runs, ratios, dense)
     ours = [ratio for ratio in ratios if ratio.role == "compressed" and ratio.against in dense]
     several = len({ratio.name for ratio in ours}) > 1
     for ratio in ours:
@@ -103,8 +103,8 @@ def _show_runs(runs: Sequence[Run], unit: str) -> None:
     ui.print_table(None, columns, rows, left=2)
 
 
-def _show_peers(runs: Sequence[Run], ratios: Sequence[Ratio], dense: set[str]) -> None:
-    """What each way gains over dense, how much of its saved work that is, and how ours stands against it."""
+def _show_baselines(runs: Sequence[Run], ratios: Sequence[Ratio], dense: set[str]) -> None:
+    """Speed-up and efficiency of each model over dense, and of the compressed model over each baseline."""
     from repshift_cli.cli import ui
 
     over_dense = {(ratio.batch, ratio.name): ratio for ratio in ratios if ratio.against in dense}
@@ -118,7 +118,7 @@ def _show_peers(runs: Sequence[Run], ratios: Sequence[Ratio], dense: set[str]) -
         efficiency = f"{gain.efficiency:.2f}" if gain else ""
         row = [str(run.batch), run.name, beside, _gain(gain), efficiency, _gain(own)]
         rows.append(row)
-    columns = ["batch", "model", "MACs to ours", "over dense", "efficiency", "ours over it"]
+    columns = ["batch", "model", "MACs diff", "over dense", "efficiency", "speed-up over it"]
     ui.print_table(None, columns, rows, left=2)
     if any("?" in cell for row in rows for cell in row):
         ui.print_text("?: the intervals do not separate the two, so it is no speed-up.\n")
@@ -147,7 +147,7 @@ def _show_end_to_end(found: EndToEnd, unit: str, ours: set[str]) -> None:
 
     how = f"{found.workers} worker{'s' if found.workers > 1 else ''}" if found.workers else "the same process"
     size, count, passes = found.setting.batch, found.reading.images, len(found.reading.seconds)
-    ui.print_text(f"\nFrom files, batch {size}: {count} pictures of {found.data}, read by {how}, {passes} passes\n")
+    ui.print_text(f"\nFrom files, batch {size}: {count} images of {found.data}, read by {how}, {passes} passes\n")
     gains = found.speedups
     rows = [
         [

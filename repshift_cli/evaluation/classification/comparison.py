@@ -1,29 +1,29 @@
-"""What changed between two runs over the same pictures, and whether that is more than chance."""
+"""Compare the saved predictions of two runs on the same images, with tests of significance."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from repshift_cli.errors import DataError
+from repshift_cli.evaluation.classification.counts import correct_at
 from repshift_cli.evaluation.classification.predictions import Predictions
 from repshift_cli.utils.stats import mcnemar, paired_difference, percent_interval
 
-__all__ = ["ClassFlips", "Comparison", "Side", "compare_predictions"]
+__all__ = ["ClassChanges", "ComparedRun", "Comparison", "compare_predictions"]
 
 
 @dataclass(frozen=True)
-class Side:
-    """What one run reached on the pictures that both have.
+class ComparedRun:
+    """Accuracy of one run on the common images.
 
     Attributes:
-        model: what it was called.
-        images: how many pictures.
-        top1_correct, top5_correct: how many had a right answer first, or among the first five.
+        model: name of the model.
+        images: number of images.
+        top1_correct, top5_correct: images with a correct top-1 or top-5 prediction.
     """
 
     model: str
@@ -41,8 +41,8 @@ class Side:
 
 
 @dataclass(frozen=True)
-class ClassFlips:
-    """Pictures of one class: how many, and of how many the second run lost or won the right answer."""
+class ClassChanges:
+    """Images of one class, and how many the second run lost (correct, then wrong) or won (the reverse)."""
 
     name: str
     images: int
@@ -52,21 +52,21 @@ class ClassFlips:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs over the same pictures.
+    """Two runs on the same images.
 
     Attributes:
-        first, second: what each reached.
-        images: pictures that both have.
-        only_first, only_second: pictures that one of them lacks, because it could not read them, for example.
-        same: pictures that both put into the same class.
-        lost: pictures that the first has right and the second wrong.
+        first, second: accuracy of each run.
+        images: common images.
+        only_first, only_second: images of one run only, for example because the other could not read them.
+        same: images with the same top-1 class.
+        lost: images that the first predicts correctly and the second does not.
         won: the reverse.
-        other: pictures that both have wrong, but not alike.
-        classes: those with a change, the most changed first.
+        other: images that both predict wrongly, as different classes.
+        classes: those with lost or won images, most changes first.
     """
 
-    first: Side
-    second: Side
+    first: ComparedRun
+    second: ComparedRun
     images: int
     only_first: int
     only_second: int
@@ -74,22 +74,22 @@ class Comparison:
     lost: int
     won: int
     other: int
-    classes: tuple[ClassFlips, ...]
+    classes: tuple[ClassChanges, ...]
 
     @property
     def difference(self) -> float:
-        """Points of top-1 by which the second is above the first."""
+        """Top-1 accuracy of the second minus that of the first, in percentage points."""
         return 100.0 * (self.won - self.lost) / self.images
 
     @property
     def difference_interval(self) -> tuple[float, float]:
-        """95% interval of `difference`, from the pictures that changed."""
+        """95% interval of `difference`, paired by image."""
         low, high = paired_difference(self.lost, self.won, self.images)
         return 100.0 * low, 100.0 * high
 
     @property
     def p_value(self) -> float:
-        """Of McNemar's exact test of whether as many were lost as won."""
+        """p-value of McNemar's exact test that equally many are lost and won."""
         return mcnemar(self.lost, self.won)
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,84 +107,70 @@ class Comparison:
             "lost": self.lost,
             "won": self.won,
             "other_changes": self.other,
-            "classes": [vars(entry) for entry in self.classes],
+            "classes": [asdict(entry) for entry in self.classes],
         }
 
 
 def compare_predictions(first: Predictions, second: Predictions) -> Comparison:
-    """Compare two runs on the pictures that both have.
+    """Compare two runs on their common images.
 
     Raises:
-        DataError: they have no picture in common, or do not agree on what is right.
+        DataError: no common image, or different labels.
     """
-    _, ours, theirs = np.intersect1d(first.ids, second.ids, assume_unique=True, return_indices=True)
-    if len(ours) == 0:
+    _, in_first, in_second = np.intersect1d(first.ids, second.ids, assume_unique=True, return_indices=True)
+    if len(in_first) == 0:
         raise DataError(
-            "the two files have no picture in common",
-            "Compare runs over one dataset; pictures are told by their names.",
+            "the two files have no image in common",
+            "Compare runs on one dataset; images are matched by name.",
         )
-    one, other = _chosen(first, ours), _chosen(second, theirs)
+    one, other = first.subset(in_first), second.subset(in_second)
     _check_answers(one, other)
-    right, still = one.right, other.right
+    lost, won = one.correct & ~other.correct, ~one.correct & other.correct
     same = one.top[:, 0] == other.top[:, 0]
     return Comparison(
-        first=_side(one),
-        second=_side(other),
+        first=_accuracy(one),
+        second=_accuracy(other),
         images=len(one),
         only_first=len(first) - len(one),
         only_second=len(second) - len(other),
         same=int(same.sum()),
-        lost=int((right & ~still).sum()),
-        won=int((~right & still).sum()),
-        other=int((~right & ~still & ~same).sum()),
-        classes=_by_class(one, right & ~still, ~right & still),
+        lost=int(lost.sum()),
+        won=int(won.sum()),
+        other=int((~one.correct & ~other.correct & ~same).sum()),
+        classes=_by_class(one, lost, won),
     )
 
 
-def _chosen(predictions: Predictions, places: NDArray[np.intp]) -> Predictions:
-    return Predictions(
-        predictions.ids[places],
-        predictions.answers[places],
-        predictions.top[places],
-        predictions.probabilities[places],
-        predictions.meta,
+def _accuracy(predictions: Predictions) -> ComparedRun:
+    in_five = correct_at(5, predictions.top, predictions.answers)
+    return ComparedRun(
+        str(predictions.meta.get("model")), len(predictions), int(predictions.correct.sum()), int(in_five.sum())
     )
-
-
-def _side(predictions: Predictions) -> Side:
-    right, in_five = int(predictions.right.sum()), int(predictions.right_in_five.sum())
-    return Side(str(predictions.meta.get("model")), len(predictions), right, in_five)
 
 
 def _check_answers(one: Predictions, other: Predictions) -> None:
-    """Refuse runs that were judged by different labels: their difference would not be one of the models."""
+    """Raise if the labels differ: then the difference would not be one of the models."""
     width = max(one.answers.shape[1], other.answers.shape[1])
-    ours, theirs = (_filled(each.answers, width) for each in (one, other))
-    differing = np.flatnonzero((ours != theirs).any(axis=1))
+    first, second = (
+        np.sort(np.pad(each.answers, ((0, 0), (0, width - each.answers.shape[1])), constant_values=-1), axis=1)
+        for each in (one, other)
+    )
+    differing = np.flatnonzero((first != second).any(axis=1))
     if len(differing):
         raise DataError(
-            f"the two files do not agree on what is right for {len(differing)} pictures: {one.ids[differing[0]]}, ...",
+            f"the two files have different labels for {len(differing)} images: {one.ids[differing[0]]}, ...",
             "Compare runs that were evaluated with the same labels.",
         )
 
 
-def _filled(answers: NDArray[np.int32], width: int) -> NDArray[np.int32]:
-    """The answers as sets that can be compared: `[n, width]`, each row sorted."""
-    return np.sort(np.pad(answers, ((0, 0), (0, width - answers.shape[1])), constant_values=-1), axis=1)
-
-
-def _by_class(predictions: Predictions, lost: NDArray[np.bool_], won: NDArray[np.bool_]) -> tuple[ClassFlips, ...]:
-    """The classes in which something changed; a picture with several right answers counts under the first."""
+def _by_class(predictions: Predictions, lost: NDArray[np.bool_], won: NDArray[np.bool_]) -> tuple[ClassChanges, ...]:
+    """The classes with a change; an image with several correct classes counts for the first."""
     labels = predictions.answers[:, 0]
-    counts: Mapping[str, NDArray[np.int64]] = {
-        name: np.bincount(labels[chosen], minlength=int(labels.max()) + 1)
-        for name, chosen in (("images", np.ones_like(lost)), ("lost", lost), ("won", won))
-    }
-    changed = counts["lost"] + counts["won"]
-    order = sorted(np.flatnonzero(changed), key=lambda label: (-int(changed[label]), int(label)))
+    size = int(labels.max()) + 1
+    images, losses, wins = (np.bincount(each, minlength=size) for each in (labels, labels[lost], labels[won]))
+    changed = losses + wins
+    order = sorted(map(int, np.flatnonzero(changed)), key=lambda label: (-int(changed[label]), label))
     return tuple(
-        ClassFlips(
-            predictions.class_name(int(label)), *(int(counts[name][label]) for name in ("images", "lost", "won"))
-        )
+        ClassChanges(predictions.class_name(label), int(images[label]), int(losses[label]), int(wins[label]))
         for label in order
     )

@@ -1,4 +1,4 @@
-"""What was counted on some pictures, and the sum of several such counts. Plain numbers and NumPy, no torch."""
+"""Counts of correct predictions on a set of images, and their sum. Numbers and NumPy arrays, no torch."""
 
 from __future__ import annotations
 
@@ -8,98 +8,105 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Count", "Part", "Rows", "Said", "padded"]
+__all__ = ["Counts", "ModelCounts", "PredictionRows", "TopK", "correct_at"]
 
-_NO_ANSWER = -1
+_NO_LABEL = -1
 
 
 @dataclass(frozen=True)
-class Count:
-    """What one model reached: pictures whose label came first, and among the first five; seconds in the model."""
+class ModelCounts:
+    """Images with a correct top-1 and top-5 prediction of one model, and seconds in the model."""
 
     top1: int = 0
     top5: int = 0
     seconds: float = 0.0
 
-    def __add__(self, other: Count) -> Count:
-        return Count(self.top1 + other.top1, self.top5 + other.top5, self.seconds + other.seconds)
+    def __add__(self, other: ModelCounts) -> ModelCounts:
+        return ModelCounts(self.top1 + other.top1, self.top5 + other.top5, self.seconds + other.seconds)
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a model said of some pictures, the likeliest first.
+class TopK:
+    """The K most likely classes of each image.
 
     Attributes:
-        top: int32 `[n, K]`, outputs of the head.
-        probabilities: float32 `[n, K]`, theirs.
+        top: int32 `[n, K]`, indices of outputs, most likely first.
+        probabilities: float32 `[n, K]`, their probabilities.
     """
 
     top: NDArray[np.int32]
     probabilities: NDArray[np.float32]
 
+    @staticmethod
+    def joined(parts: Sequence[TopK]) -> TopK:
+        """Concatenate along the images; at least one part."""
+        return TopK(
+            np.concatenate([part.top for part in parts]), np.concatenate([part.probabilities for part in parts])
+        )
+
 
 @dataclass(frozen=True)
-class Rows:
-    """What was said of each of some pictures.
+class PredictionRows:
+    """Labels and predictions of each image.
 
     Attributes:
-        indices: of the pictures, in the dataset.
-        answers: int32 `[n, A]`, the outputs that are right; -1 where there are fewer than A.
-        said: by the name of the model.
+        indices: of the images in the dataset.
+        answers: int32 `[n, A]`, the correct outputs; -1 pads images with fewer than A.
+        top_k: by name of the model.
     """
 
     indices: tuple[int, ...]
     answers: NDArray[np.int32]
-    said: Mapping[str, Said]
+    top_k: Mapping[str, TopK]
 
     @staticmethod
-    def joined(parts: Sequence[Rows]) -> Rows:
-        """All of them, in the order of the pictures; one part at least, all of the same models."""
-        indices = [index for part in parts for index in part.indices]
-        order = np.argsort(np.array(indices, dtype=np.int64), kind="stable")
+    def joined(parts: Sequence[PredictionRows]) -> PredictionRows:
+        """Concatenate in the order of the images; at least one part, all of the same models."""
+        indices = np.concatenate([part.indices for part in parts])
+        order = np.argsort(indices, kind="stable")
         width = max(part.answers.shape[1] for part in parts)
-        answers = np.concatenate([padded(part.answers, width) for part in parts])
-        said = {
-            name: Said(
-                np.concatenate([part.said[name].top for part in parts])[order],
-                np.concatenate([part.said[name].probabilities for part in parts])[order],
-            )
-            for name in parts[0].said
-        }
-        return Rows(tuple(indices[place] for place in order), answers[order], said)
-
-
-@dataclass(frozen=True)
-class Part:
-    """What was counted on some pictures.
-
-    Attributes:
-        images: pictures that were classified.
-        counts: by the name of the model.
-        same: where there are two models, how many pictures both put into the same class; else 0.
-        skipped: places in the dataset of the pictures that could not be read, and why.
-        rows: picture by picture, where that was asked for.
-    """
-
-    images: int
-    counts: Mapping[str, Count]
-    same: int
-    skipped: tuple[tuple[int, str], ...]
-    rows: tuple[Rows, ...] = ()
-
-    @staticmethod
-    def joined(parts: Iterable[Part], models: Sequence[str]) -> Part:
-        """The sum of the parts, which are of these models."""
-        every = list(parts)
-        return Part(
-            images=sum(part.images for part in every),
-            counts={name: sum((part.counts[name] for part in every), Count()) for name in models},
-            same=sum(part.same for part in every),
-            skipped=tuple(entry for part in every for entry in part.skipped),
-            rows=tuple(rows for part in every for rows in part.rows),
+        pads = [((0, 0), (0, width - part.answers.shape[1])) for part in parts]
+        answers = [np.pad(part.answers, pad, constant_values=_NO_LABEL) for part, pad in zip(parts, pads, strict=True)]
+        top_k = {name: TopK.joined([part.top_k[name] for part in parts]) for name in parts[0].top_k}
+        return PredictionRows(
+            tuple(indices[order].tolist()),
+            np.concatenate(answers)[order],
+            {name: TopK(each.top[order], each.probabilities[order]) for name, each in top_k.items()},
         )
 
 
-def padded(answers: NDArray[np.int32], width: int) -> NDArray[np.int32]:
-    """Answers `[n, A]` as `[n, width]`, `width >= A`, with -1 for those that there are not."""
-    return np.pad(answers, ((0, 0), (0, width - answers.shape[1])), constant_values=_NO_ANSWER)
+@dataclass(frozen=True)
+class Counts:
+    """Results on some images, such as a batch or a shard.
+
+    Attributes:
+        images: number of classified images.
+        models: by name of the model.
+        same: images with the same top-1 class of both models; 0 unless there are two.
+        skipped: index and reason of each image that could not be read.
+        rows: prediction of each image, if requested.
+    """
+
+    images: int
+    models: Mapping[str, ModelCounts]
+    same: int
+    skipped: tuple[tuple[int, str], ...]
+    rows: tuple[PredictionRows, ...] = ()
+
+    @staticmethod
+    def joined(parts: Iterable[Counts], models: Iterable[str]) -> Counts:
+        """Sum over the parts, all of these models."""
+        parts = list(parts)
+        return Counts(
+            images=sum(part.images for part in parts),
+            models={name: sum((part.models[name] for part in parts), ModelCounts()) for name in models},
+            same=sum(part.same for part in parts),
+            skipped=tuple(entry for part in parts for entry in part.skipped),
+            rows=tuple(rows for part in parts for rows in part.rows),
+        )
+
+
+def correct_at(k: int, top: NDArray[np.int32], answers: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Whether one of the first `k` outputs is correct: int32 `[n, K]` and `[n, A]` to bool `[n]`."""
+    hits: NDArray[np.bool_] = (top[:, :k, None] == answers[:, None, :]).any(axis=(1, 2))
+    return hits

@@ -1,9 +1,10 @@
-"""Header and resume state of an image classification evaluation."""
+"""What an image evaluation depends on: models, data and settings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
@@ -19,21 +20,17 @@ from repshift_cli.utils.files import sha256_of
 from repshift_cli.utils.hashing import digest_of_document, digest_of_tensors
 from repshift_cli.version import __version__
 
-__all__ = [
-    "EvaluationJob",
-]
+__all__ = ["EvaluationJob"]
 
-
-_MOST_SHARDS = 256
-"""Of a run, each with a file of its own where progress is kept; small runs have one for each batch."""
-
+_MAX_SHARDS = 256
+"""Each shard is one file of the resume state; small runs have one shard per batch."""
 
 _STATE_FORMAT = 1
 
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """What is to be evaluated: all that the outcome depends on. The arguments are those of `evaluate`."""
+    """Everything that the result depends on; fields as in `evaluate`."""
 
     models: Mapping[str, nn.Module]
     dataset: ImageDataset
@@ -45,23 +42,19 @@ class EvaluationJob:
     attention: AttentionMode
     keep_rows: bool
 
-    @property
-    def batches(self) -> int:
-        """How many batches the dataset has."""
-        return -(-len(self.dataset) // self.batch_size)
-
-    @property
+    @cached_property
     def shards(self) -> list[range]:
-        """The batches of each shard, which is what progress is kept of and what processes share."""
-        size = -(-self.batches // _MOST_SHARDS)
-        return [range(first, min(first + size, self.batches)) for first in range(0, self.batches, size)]
+        """The batches of each shard. Shards are distributed over processes and saved for resuming."""
+        batches = -(-len(self.dataset) // self.batch_size)
+        size = -(-batches // _MAX_SHARDS)
+        return [range(first, min(first + size, batches)) for first in range(0, batches, size)]
 
-    def pictures(self, batch: int) -> range:
-        """The pictures of a batch."""
+    def images(self, batch: int) -> range:
+        """The images of a batch, by index in the dataset."""
         return range(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.dataset)))
 
     def header(self) -> dict[str, Any]:
-        """What makes this run the one that it is, in words that tell a user what differs."""
+        """Identity of the run for resuming; the keys are shown to the user where two runs differ."""
         stamps = sha256()
         for index in range(len(self.dataset)):
             stamps.update(self.dataset.stamp(index).encode("utf-8", "backslashreplace") + b"\n")
@@ -73,7 +66,7 @@ class EvaluationJob:
             "data": stamps.hexdigest(),
             "pictures": len(self.dataset),
             "outputs": digest_of_document([self.num_classes, self.dataset.outputs]),
-            "preprocessing": _json_form(self.preprocessing.to_dict()),
+            "preprocessing": self.preprocessing.to_dict(),
             "batch size": self.batch_size,
             "device": self.device.type,
             "dtype": str(self.dtype),
@@ -82,13 +75,8 @@ class EvaluationJob:
         }
 
 
-def _json_form(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON would give them back: tuples become lists."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-
 def _digest_of_model(model: nn.Module) -> str:
-    """SHA-256 of weights, and of the plan by which tokens go; of exported files, of all that is in them."""
+    """SHA-256 of weights and plan; of exported files, of the file."""
     plans = [part.plan.model_dump(mode="json") for part in model.modules() if isinstance(part, CompressedModel)]
     files = [sha256_of(part.path) for part in model.modules() if isinstance(part, Runtime)]
     kind = f"{type(model).__module__}.{type(model).__qualname__}"

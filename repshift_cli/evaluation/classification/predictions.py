@@ -1,4 +1,4 @@
-"""What a model said of each picture of a dataset, in a file: `.npz`, or `.parquet` where pyarrow is installed."""
+"""Saved predictions of a model for each image of a dataset: `.npz`, or `.parquet` if pyarrow is installed."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repshift_cli.errors import DataError, UsageError
+from repshift_cli.evaluation.classification.counts import correct_at
 from repshift_cli.utils.files import atomic_output
 
 __all__ = ["SUFFIXES", "Predictions", "check_suffix", "load_predictions", "save_predictions"]
 
 SUFFIXES = (".npz", ".parquet")
-"""Endings of files of predictions."""
+"""Suffixes of prediction files."""
 
 _FORMAT = 1
 _META = "meta"
-_LARGEST = 1 << 32
-"""Bytes of all arrays together; files that say more are damaged, or made to harm."""
+_MAX_BYTES = 1 << 32
+"""Of all arrays together; a larger size means a damaged or malicious file."""
 
-_MOST_OUTPUTS = 1 << 20
+_MAX_OUTPUTS = 1 << 20
 _ARRAYS = {"id": np.str_, "answers": np.int32, "top": np.int32, "probabilities": np.float32}
-"""What a file holds, each with its type."""
+"""The arrays of a file and their types."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What one model said of some pictures, all arrays in one order.
+    """Labels and predictions of one model; row `i` of each array is image `i`.
 
     Attributes:
-        ids: names of the pictures, `[n]`, each once.
-        answers: int32 `[n, A]`, the outputs that are right; -1 where there are fewer than A.
-        top: int32 `[n, K]`, the likeliest outputs, the likeliest first.
-        probabilities: float32 `[n, K]`, theirs.
-        meta: where they come from: `model`, `dataset`, and `classes`, the names of the outputs, or None.
+        ids: unique names of the images, `[n]`.
+        answers: int32 `[n, A]`, the correct outputs; -1 pads images with fewer than A.
+        top: int32 `[n, K]`, the most likely outputs, most likely first.
+        probabilities: float32 `[n, K]`, their probabilities.
+        meta: `model`, `dataset`, and `classes`, the names of the outputs, or None.
     """
 
     ids: NDArray[np.str_]
@@ -54,40 +55,47 @@ class Predictions:
         return len(self.ids)
 
     @property
-    def right(self) -> NDArray[np.bool_]:
-        """Whether the likeliest output is right, `[n]`."""
-        found: NDArray[np.bool_] = (self.top[:, :1] == self.answers).any(axis=1)
-        return found
+    def correct(self) -> NDArray[np.bool_]:
+        """Whether the most likely output is correct, `[n]`."""
+        return correct_at(1, self.top, self.answers)
+
+    @staticmethod
+    def of(arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> Predictions:
+        """From arrays by name in a file."""
+        return Predictions(arrays["id"], arrays["answers"], arrays["top"], arrays["probabilities"], meta)
 
     @property
-    def right_in_five(self) -> NDArray[np.bool_]:
-        """Whether one of the likeliest outputs is right, `[n]`."""
-        found: NDArray[np.bool_] = (self.top[:, :, None] == self.answers[:, None, :]).any(axis=(1, 2))
-        return found
+    def arrays(self) -> dict[str, Any]:
+        """The arrays by name in a file."""
+        return {"id": self.ids, "answers": self.answers, "top": self.top, "probabilities": self.probabilities}
+
+    def subset(self, places: NDArray[np.intp]) -> Predictions:
+        """These rows, in this order."""
+        return Predictions.of({name: array[places] for name, array in self.arrays.items()}, self.meta)
 
     def class_name(self, output: int) -> str:
-        """What an output stands for, or its number."""
+        """Name of an output, or its number if unnamed."""
         classes = self.meta.get("classes")
         return str(classes[output]) if isinstance(classes, list) and 0 <= output < len(classes) else str(output)
 
 
 def check_suffix(option: str, path: Path) -> None:
-    """Refuse a name that predictions cannot be written under, before any work is done.
+    """Check before any work that predictions can be written to `path`.
 
     Raises:
-        UsageError: the ending is not known, or pyarrow is missing.
+        UsageError: unknown suffix, or pyarrow is missing.
     """
     if path.suffix not in SUFFIXES:
-        raise UsageError(f"{option} {path}: the ending is not known", f"Known are {' and '.join(SUFFIXES)}.")
+        raise UsageError(f"{option} {path}: unknown suffix", f"Allowed are {' and '.join(SUFFIXES)}.")
     if path.suffix == ".parquet":
         _pyarrow(str(path))
 
 
 def save_predictions(path: Path, predictions: Predictions, force: bool) -> None:
-    """Write predictions; nothing half-written ever stands under `path`.
+    """Write predictions; `path` is written whole or not at all.
 
     Raises:
-        UsageError: as `check_suffix`; or the file exists and `force` is off.
+        UsageError: as `check_suffix`; or the file exists and `force` is False.
         OutputError: it cannot be written.
     """
     check_suffix("the file", path)
@@ -97,10 +105,10 @@ def save_predictions(path: Path, predictions: Predictions, force: bool) -> None:
 
 
 def load_predictions(path: Path) -> Predictions:
-    """Read a file of predictions; no code from it is ever run.
+    """Read a prediction file; never executes code from it.
 
     Raises:
-        DataError: it is missing, damaged, or no file of predictions.
+        DataError: it is missing, damaged, or not a prediction file.
         UsageError: as `check_suffix`.
     """
     check_suffix("the file", path)
@@ -112,22 +120,15 @@ def load_predictions(path: Path) -> Predictions:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except _Damaged as problem:
-        raise DataError(f"{path} holds no predictions, or is damaged: {problem}") from problem
+        raise DataError(f"{path} is not a prediction file, or is damaged: {problem}") from problem
 
 
 class _Damaged(Exception):
-    """What is wrong with a file of predictions."""
+    """Reason why a prediction file is invalid."""
 
 
 def _write_npz(stream: IO[bytes], predictions: Predictions, meta: str) -> None:
-    np.savez_compressed(
-        stream,
-        id=predictions.ids,
-        answers=predictions.answers,
-        top=predictions.top,
-        probabilities=predictions.probabilities,
-        meta=np.array(meta),
-    )
+    np.savez_compressed(stream, **predictions.arrays, meta=np.array(meta))
 
 
 def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
@@ -140,30 +141,28 @@ def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
             meta = archive[_META]
     except (_Damaged, OSError):
         raise
-    except Exception as error:  # damaged archives end in the errors of whatever unpacks them, such as zlib.error
+    except Exception as error:  # a damaged archive raises errors of the unpacker, such as zlib.error
         raise _Damaged(str(error) or type(error).__name__) from error
     if meta.dtype.kind != "U" or meta.shape != ():
-        raise _Damaged("its description is no text")
+        raise _Damaged("its metadata are not text")
     return arrays, str(meta)
 
 
 def _check_size(size: int) -> None:
-    if size > _LARGEST:
+    if size > _MAX_BYTES:
         raise _Damaged(f"its arrays take {size} bytes")
 
 
 def _write_parquet(stream: IO[bytes], predictions: Predictions, meta: str) -> None:
     arrow, parquet = _pyarrow("the file")
-    table = arrow.table(
-        {
-            "id": arrow.array(predictions.ids.tolist(), arrow.string()),
-            "answers": arrow.array(predictions.answers.tolist(), arrow.list_(arrow.int32())),
-            "top": arrow.array(predictions.top.tolist(), arrow.list_(arrow.int32())),
-            "probabilities": arrow.array(predictions.probabilities.tolist(), arrow.list_(arrow.float32())),
-        },
-        metadata={_META: meta},
-    )
-    parquet.write_table(table, stream)
+    types = {
+        "id": arrow.string(),
+        "answers": arrow.list_(arrow.int32()),
+        "top": arrow.list_(arrow.int32()),
+        "probabilities": arrow.list_(arrow.float32()),
+    }
+    columns = {name: arrow.array(array.tolist(), types[name]) for name, array in predictions.arrays.items()}
+    parquet.write_table(arrow.table(columns, metadata={_META: meta}), stream)
 
 
 def _read_parquet(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
@@ -175,49 +174,43 @@ def _read_parquet(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
             _check_size(size)
             table = file.read(columns=list(_ARRAYS))
         meta = (table.schema.metadata or {})[_META.encode()].decode()
-        columns = {name: table.column(name).to_pylist() for name in _ARRAYS}
-        arrays = {
-            "id": np.array(columns["id"], dtype=np.str_),
-            "answers": np.array(columns["answers"], dtype=np.int32),
-            "top": np.array(columns["top"], dtype=np.int32),
-            "probabilities": np.array(columns["probabilities"], dtype=np.float32),
-        }
+        arrays = {name: np.array(table.column(name).to_pylist(), dtype=kind) for name, kind in _ARRAYS.items()}
     except (arrow.ArrowException, KeyError, ValueError, TypeError, OverflowError) as error:
         raise _Damaged(str(error)) from error
     return arrays, meta
 
 
 def _checked(arrays: Mapping[str, NDArray[Any]], text: str) -> Predictions:
-    """The predictions, whose parts fit together."""
+    """Predictions with consistent shapes and values."""
     try:
         meta = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _Damaged(f"its description is no JSON: {error}") from error
+        raise _Damaged(f"its metadata are not JSON: {error}") from error
     if not isinstance(meta, dict) or meta.pop("format", None) != _FORMAT:
-        raise _Damaged(f"its description is not that of format {_FORMAT}")
+        raise _Damaged(f"its metadata are not of format {_FORMAT}")
     for name, kind in _ARRAYS.items():
         array, dimensions = arrays[name], 1 if name == "id" else 2
         if array.dtype.type is not kind or array.ndim != dimensions or len(array) != len(arrays["id"]):
             raise _Damaged(f"{name} has the shape {array.shape} of {array.dtype}")
     if len(arrays["id"]) == 0 or 0 in arrays["top"].shape or 0 in arrays["answers"].shape:
-        raise _Damaged("there is nothing in it")
+        raise _Damaged("it is empty")
     if arrays["top"].shape != arrays["probabilities"].shape:
-        raise _Damaged("not each output has a probability")
+        raise _Damaged("not one probability per output")
     if arrays["answers"][:, 0].min() < 0 or arrays["top"].min() < 0:
-        raise _Damaged("there are outputs below 0")
-    if max(arrays["answers"].max(), arrays["top"].max()) >= _MOST_OUTPUTS:
-        raise _Damaged(f"there are outputs above {_MOST_OUTPUTS}")
+        raise _Damaged("outputs below 0")
+    if max(arrays["answers"].max(), arrays["top"].max()) >= _MAX_OUTPUTS:
+        raise _Damaged(f"outputs above {_MAX_OUTPUTS}")
     if not ((arrays["probabilities"] >= 0) & (arrays["probabilities"] <= 1 + 1e-3)).all():
-        raise _Damaged("there are probabilities that cannot be")
+        raise _Damaged("probabilities outside [0, 1]")
     if len(np.unique(arrays["id"])) != len(arrays["id"]):
-        raise _Damaged("a picture stands in it twice")
-    return Predictions(arrays["id"], arrays["answers"], arrays["top"], arrays["probabilities"], meta)
+        raise _Damaged("an image occurs twice")
+    return Predictions.of(arrays, meta)
 
 
 def _pyarrow(what: str) -> tuple[Any, Any]:
     if find_spec("pyarrow") is None:
         raise UsageError(
             f"{what}: parquet needs pyarrow, which is not installed",
-            "Run `pip install 'repshift-cli[parquet]'`, or name a file that ends with .npz.",
+            "Run `pip install 'repshift-cli[parquet]'`, or use the suffix .npz.",
         )
     return import_module("pyarrow"), import_module("pyarrow.parquet")

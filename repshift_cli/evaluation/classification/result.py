@@ -9,35 +9,28 @@ from typing import Literal
 import numpy as np
 
 from repshift_cli.data.dataset import ImageDataset
-from repshift_cli.evaluation.classification.counts import Rows
+from repshift_cli.evaluation.classification.counts import PredictionRows
 from repshift_cli.evaluation.classification.predictions import Predictions
 from repshift_cli.evaluation.common import Skipped, per_second
 from repshift_cli.utils.stats import percent_interval
 from repshift_cli.version import __version__
 
-__all__ = [
-    "Evaluation",
-    "Pace",
-    "Score",
-    "predictions_of",
-]
-
+__all__ = ["Evaluation", "Pace", "Score", "predictions_of"]
 
 _NOTABLE_WAITING = 0.1
-"""Share of the time above which a device that only waits for data is held up by them."""
+"""Share of time waiting for data above which data loading is the bottleneck on a separate device."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one model reached.
+    """Accuracy and speed of one model.
 
     Attributes:
-        images: pictures that were classified.
-        top1_correct, top5_correct: how many had their label first, or among the first five (all, where the head has
-            fewer classes than five).
-        seconds: time in the model alone, for all pictures; of several processes, added up.
-        attention: what computed its attention, as `measure.observed_attention` has it; of several processes, joined
-            with `+` where they differ. None where all was done in an earlier run.
+        images: number of classified images.
+        top1_correct, top5_correct: images whose label is the most likely class, or among the five most likely.
+        seconds: time in the model alone for all images, summed over processes.
+        attention: attention kernel, see `observed_attention`; joined with `+` if processes differ. None if an earlier
+            run had classified all images.
     """
 
     images: int
@@ -68,22 +61,22 @@ class Score:
 
     @property
     def images_per_s(self) -> float:
-        """Images per second of model time: no decoding, no copying; of each process, where there are several."""
+        """Images per second of model time per process, without decoding and copying."""
         return per_second(self.images, self.seconds)
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Where the time of a run went: seconds, added up over its processes, without what was done in an earlier run.
+    """Seconds spent on data and models, summed over processes, without those of an earlier run.
 
     Attributes:
-        total: from the first picture to the last result.
-        waited: until a batch was there, the first one left out: for that one nothing can be done.
-        decoding: processor time of reading, decoding and transforming.
-        models: processor time in the models, and beside them in the process that runs them.
-        workers: processes that decoded beside each of the others.
-        processes: how many ran models.
-        shares_cores: whether the models run on the processor too.
+        total: from the first image to the last result.
+        waited: waiting for batches, without the first one.
+        decoding: CPU time of reading, decoding and transforming.
+        models: CPU time of the processes that run the models, without decoding.
+        workers: decoding processes per process that runs models.
+        processes: number of processes that run models.
+        shares_cores: whether the models run on the CPU too.
     """
 
     total: float
@@ -96,12 +89,12 @@ class Pace:
 
     @property
     def waiting(self) -> float:
-        """Share of the time (0 to 1) that was spent waiting for data."""
+        """Share of time (0 to 1) spent waiting for data."""
         return min(1.0, self.waited / self.total) if self.total > 0 else 0.0
 
     @property
     def bottleneck(self) -> Literal["data", "model"]:
-        """Which side holds up the other: on shared cores the one that takes more of them, else data if waited for."""
+        """What limits the speed: on shared cores the larger CPU time, else data if the models wait for it."""
         if self.shares_cores:
             return "data" if self.decoding > self.models else "model"
         return "data" if self.waiting > _NOTABLE_WAITING else "model"
@@ -109,23 +102,22 @@ class Pace:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The outcome for all models of a run.
+    """Result for all models of a run.
 
     Attributes:
         dataset: name of the dataset.
-        total: pictures of the dataset.
-        outputs: of the head, among how many a model chose.
-        images: pictures that were classified, by every model.
-        skipped: pictures that could not be read.
-        scores: by the name of the model.
-        same_top1: where there are two models, how many pictures both put into the same class; else None.
-        seconds: from the first picture to the last result, decoding and all models included; of several processes, the
-            slowest one's.
-        fresh: how many of the pictures were read in this run, and not in one that it goes on with.
-        interrupted: whether it was; then not all pictures took part.
+        total: images of the dataset.
+        outputs: number of outputs among which a model chooses.
+        images: images classified by every model.
+        skipped: images that could not be read.
+        scores: by name of the model.
+        same_top1: with two models, images with the same top-1 class; else None.
+        seconds: from the first image to the last result, decoding and all models included; of the slowest process.
+        fresh: images classified in this run, not in an earlier one that was resumed.
+        interrupted: whether it was, so that images are missing.
         pace: where the time went.
-        batch_size: pictures at a time in the end; less than was asked for where the memory did not suffice.
-        rows: what was said of each picture, where that was asked for.
+        batch_size: final number of images at a time; lower than requested if memory ran out.
+        rows: prediction of each image, if requested.
     """
 
     dataset: str
@@ -140,11 +132,11 @@ class Evaluation:
     interrupted: bool
     pace: Pace
     batch_size: int
-    rows: Rows | None = None
+    rows: PredictionRows | None = None
 
     @property
     def agreement(self) -> float | None:
-        """Share (0 to 1) of pictures that both models put into the same class; None unless there are two."""
+        """Share (0 to 1) of images with the same top-1 class; None unless there are two models."""
         return None if self.same_top1 is None else self.same_top1 / self.images
 
     @property
@@ -154,13 +146,13 @@ class Evaluation:
 
 
 def predictions_of(result: Evaluation, name: str, dataset: ImageDataset, model: str) -> Predictions:
-    """What one of the models said, for a file.
+    """Predictions of one model, for a file.
 
     Args:
         result: of an evaluation with `keep_rows`.
-        name: of the model, in the result.
-        dataset: what was evaluated, labelled for the head.
-        model: what the file is to call it.
+        name: key of the model in the result.
+        dataset: the evaluated dataset, labelled for the head.
+        model: name of the model in the file.
     """
     rows = result.rows
     assert rows is not None
@@ -168,8 +160,8 @@ def predictions_of(result: Evaluation, name: str, dataset: ImageDataset, model: 
     return Predictions(
         ids=np.array([dataset.key(index) for index in rows.indices], dtype=np.str_),
         answers=rows.answers,
-        top=rows.said[name].top,
-        probabilities=rows.said[name].probabilities,
+        top=rows.top_k[name].top,
+        probabilities=rows.top_k[name].probabilities,
         meta={
             "model": model,
             "dataset": result.dataset,

@@ -1,14 +1,14 @@
-"""Where an evaluation stands, in a folder: what makes it this one, and a file for each of its shards that is done.
+"""State of an interrupted evaluation: a folder with a header and one file per completed shard.
 
-Each file is written whole or not at all, so a run may end at any moment, by a signal that nobody can catch too. Several
-processes write into one folder, each its own shards; or each machine has a folder of that name.
+Each file is written whole or not at all, so a run may be killed at any moment. Processes write their own shards, into
+one folder or into a folder of that name on each machine.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,28 +16,28 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from repshift_cli.errors import OutputError, UsageError
-from repshift_cli.evaluation.classification.counts import Count, Part, Rows, Said
+from repshift_cli.evaluation.classification.counts import Counts, ModelCounts, PredictionRows, TopK
 from repshift_cli.utils.files import atomic_output
 from repshift_cli.utils.hashing import digest_of_document
 from repshift_cli.utils.progress import Progress
 
-__all__ = ["State", "clear"]
+__all__ = ["ResumeState", "remove_state"]
 
 _HEADER = "run.json"
-_OTHER = "Name another folder, or remove this one to begin anew."
-_LARGEST_FILE = 1 << 30
+_HINT = "Choose another folder, or remove this one to start again."
+_MAX_BYTES = 1 << 30
 _Natural = Annotated[int, Field(ge=0)]
 
 
 @dataclass
-class State:
+class ResumeState:
     """The folder of a run.
 
     Attributes:
-        folder: made where it is missing.
-        header: what makes the run this one; what JSON can hold.
+        folder: created by `open`.
+        header: identity of the run, as JSON values.
         models: the names of its models.
-        progress: told of what is not as it should be.
+        progress: receives warnings.
     """
 
     folder: Path
@@ -46,104 +46,91 @@ class State:
     progress: Progress
     _failing: bool = field(default=False, init=False)
 
-    def begin(self) -> None:
-        """Make the folder, or see that it is that of this run.
+    def open(self) -> None:
+        """Create the folder, or check that it belongs to this run.
 
         Raises:
-            UsageError: it is that of another run, or of something else.
+            UsageError: it is the folder of another run, or of something else.
             OutputError: it cannot be written to.
         """
+        header = self.folder / _HEADER
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            there = (self.folder / _HEADER).exists()
-            if not there and any(entry.name != _HEADER and not _is_ours(entry.name) for entry in self.folder.iterdir()):
-                raise UsageError(f"the folder {self.folder} holds something else than where a run stands", _OTHER)
+            if header.exists():
+                self._check_header(header)
+                return
+            # an interrupted run may have left a partial header
+            if not all(path == header or path.match(f".{_HEADER}.*.part") for path in self.folder.iterdir()):
+                raise UsageError(f"the folder {self.folder} is not an evaluation state: it has other files", _HINT)
         except FileExistsError as error:
-            raise UsageError(f"{self.folder} is a file, not a folder", "Name a folder with --resume.") from error
+            raise UsageError(f"{self.folder} is a file, not a folder", "Give a folder to --resume.") from error
         except OSError as error:
-            raise OutputError(f"cannot make the folder {self.folder}: {error.strerror or error}") from error
-        if there:
-            self._check_header()
-        else:
-            _write(self.folder / _HEADER, self.header)
+            raise OutputError(f"cannot create the folder {self.folder}: {error.strerror or error}") from error
+        _write(header, self.header)
 
-    def tidy(self) -> None:
-        """Remove what writing left that was cut off; for one process alone, before the others begin."""
+    def remove_partial_files(self) -> None:
+        """Remove what an interrupted write left; for one process alone, before the others start."""
         if (self.folder / _HEADER).is_file():
             for path in self.folder.glob(".*.json.*.part"):
                 path.unlink(missing_ok=True)
 
-    def known(self, shards: Sequence[int]) -> dict[int, Part]:
-        """Those of the shards that are done. A file that is damaged is left aside: its shard is done again."""
-        found: dict[int, Part] = {}
+    def load(self, shards: Iterable[int]) -> dict[int, Counts]:
+        """Counts of the completed shards. A damaged file is skipped with a warning."""
+        found: dict[int, Counts] = {}
         for shard in shards:
             path = self._path(shard)
             if not path.exists():
                 continue
             try:
-                found[shard] = self._read(path, shard)
+                document = _Shard.model_validate_json(_text(path))
+                found[shard] = document.to_counts(digest_of_document(self.header), shard, self.models)
             except (OSError, ValueError, OverflowError, RecursionError):
-                self.progress.warn(f"{path} is damaged, so its pictures are evaluated again")
+                self.progress.warn(f"{path} is damaged: its images are evaluated again")
         return found
 
-    def keep(self, shard: int, part: Part) -> None:
-        """Note that a shard is done. Where that cannot be written, the run goes on, and says so once."""
-        document = {"run": self._digest(), "shard": shard, **_document(part)}
+    def save(self, shard: int, counts: Counts) -> None:
+        """Save a completed shard. If that fails, the run continues with one warning."""
+        document = {"run": digest_of_document(self.header), "shard": shard, **_document(counts)}
         try:
             _write(self._path(shard), document)
         except OutputError as error:
             if not self._failing:
                 self._failing = True
-                self.progress.warn(f"{error.message}; the run goes on, but could not be taken up again from here")
+                self.progress.warn(f"{error.message}; the run continues but cannot be resumed from here")
         else:
             self._failing = False
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:06d}.json"
 
-    def _digest(self) -> str:
-        return digest_of_document(self.header)
-
-    def _check_header(self) -> None:
-        path = self.folder / _HEADER
+    def _check_header(self, path: Path) -> None:
         try:
             found = json.loads(_text(path))
         except (OSError, ValueError, RecursionError) as error:
-            raise UsageError(f"{path} is damaged, so nobody knows whose state it is", _OTHER) from error
+            raise UsageError(f"{path} is damaged, so the run it belongs to is unknown", _HINT) from error
         if not isinstance(found, dict):
-            raise UsageError(f"{path} is not the state of an evaluation", _OTHER)
-        wanted = json.loads(json.dumps(dict(self.header)))
-        differing = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+            raise UsageError(f"{path} is not the state of an evaluation", _HINT)
+        expected = json.loads(json.dumps(self.header))
+        differing = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
         if differing:
             raise UsageError(
-                f"{self.folder} is the state of another evaluation: it differs in {', '.join(differing)}", _OTHER
+                f"{self.folder} is the state of another evaluation: it differs in {', '.join(differing)}", _HINT
             )
 
-    def _read(self, path: Path, shard: int) -> Part:
-        document = _Shard.model_validate_json(_text(path))
-        if document.run != self._digest() or document.shard != shard:
-            raise ValueError("a file of another run")
-        return document.part(self.models)
 
-
-def clear(folder: Path) -> None:
-    """Remove the folder of a run, the mark of the run last, so that what is left can still be told."""
+def remove_state(folder: Path) -> None:
+    """Remove the folder of a run, the header last, so that a partly removed folder is still recognised."""
     try:
         for path in folder.glob("[0-9]*.json"):
             path.unlink(missing_ok=True)
         (folder / _HEADER).unlink(missing_ok=True)
         folder.rmdir()
     except OSError:
-        return  # the user keeps something of his own in it, or another process was quicker
-
-
-def _is_ours(name: str) -> bool:
-    """Whether a name is one that a run which was cut off may have left before there was a header."""
-    return name.startswith(f".{_HEADER}.") and name.endswith(".part")
+        return  # it has other files, or another process was faster
 
 
 def _text(path: Path) -> str:
-    if path.stat().st_size > _LARGEST_FILE:
+    if path.stat().st_size > _MAX_BYTES:
         raise ValueError("too large")
     return path.read_text(encoding="utf-8")
 
@@ -157,13 +144,13 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class _Count(_Strict):
+class _ModelCounts(_Strict):
     top1: _Natural
     top5: _Natural
     seconds: Annotated[float, Field(ge=0)]
 
 
-class _Said(_Strict):
+class _TopK(_Strict):
     top: list[list[int]]
     probabilities: list[list[float]]
 
@@ -171,68 +158,66 @@ class _Said(_Strict):
 class _Rows(_Strict):
     indices: list[_Natural]
     answers: list[list[int]]
-    said: dict[str, _Said]
+    said: dict[str, _TopK]
+
+    def to_rows(self) -> PredictionRows:
+        count = len(self.indices)
+        top_k = {
+            name: TopK(
+                np.array(each.top, dtype=np.int32).reshape(count, -1),
+                np.array(each.probabilities, dtype=np.float32).reshape(count, -1),
+            )
+            for name, each in self.said.items()
+        }
+        if any(each.top.shape != each.probabilities.shape for each in top_k.values()):
+            raise ValueError("not one probability per output")
+        return PredictionRows(tuple(self.indices), np.array(self.answers, dtype=np.int32).reshape(count, -1), top_k)
 
 
 class _Shard(_Strict):
-    """The form of a file."""
+    """Contents of a file."""
 
     run: str
     shard: _Natural
     images: _Natural
-    counts: dict[str, _Count]
+    counts: dict[str, _ModelCounts]
     same: _Natural
     skipped: list[tuple[_Natural, str]]
     rows: list[_Rows]
 
-    def part(self, models: Sequence[str]) -> Part:
-        """What was counted.
-
-        Raises:
-            ValueError: the numbers do not belong together.
-        """
+    def to_counts(self, run: str, shard: int, models: Sequence[str]) -> Counts:
+        """Raises ValueError if the file belongs to another run or shard, or its numbers are inconsistent."""
+        if self.run != run or self.shard != shard:
+            raise ValueError("a file of another run")
         if set(self.counts) != set(models) or any(set(rows.said) != set(models) for rows in self.rows):
             raise ValueError("other models")
         if self.same > self.images or any(not each.top1 <= each.top5 <= self.images for each in self.counts.values()):
-            raise ValueError("more pictures than there are")
-        return Part(
+            raise ValueError("more correct than images")
+        return Counts(
             images=self.images,
-            counts={name: Count(**self.counts[name].model_dump()) for name in models},
+            models={name: ModelCounts(**self.counts[name].model_dump()) for name in models},
             same=self.same,
             skipped=tuple(self.skipped),
-            rows=tuple(_rows(rows) for rows in self.rows),
+            rows=tuple(rows.to_rows() for rows in self.rows),
         )
 
 
-def _rows(rows: _Rows) -> Rows:
-    count = len(rows.indices)
-    said = {
-        name: Said(
-            np.array(each.top, dtype=np.int32).reshape(count, -1),
-            np.array(each.probabilities, dtype=np.float32).reshape(count, -1),
-        )
-        for name, each in rows.said.items()
-    }
-    if any(each.top.shape != each.probabilities.shape for each in said.values()):
-        raise ValueError("not a probability for each output")
-    return Rows(tuple(rows.indices), np.array(rows.answers, dtype=np.int32).reshape(count, -1), said)
-
-
-def _document(part: Part) -> dict[str, Any]:
+def _document(counts: Counts) -> dict[str, Any]:
+    """The fields of `_Shard`, as JSON values."""
     return {
-        "images": part.images,
-        "counts": {name: vars(count) for name, count in part.counts.items()},
-        "same": part.same,
-        "skipped": [list(entry) for entry in part.skipped],
+        "images": counts.images,
+        "counts": {name: asdict(each) for name, each in counts.models.items()},
+        "same": counts.same,
+        "skipped": counts.skipped,
         "rows": [
             {
-                "indices": list(rows.indices),
+                "indices": rows.indices,
                 "answers": rows.answers.tolist(),
                 "said": {
-                    name: {"top": said.top.tolist(), "probabilities": said.probabilities.tolist()}
-                    for name, said in rows.said.items()
+                    name: {"top": each.top.tolist(), "probabilities": each.probabilities.tolist()}
+                    for name, each in rows.top_k.items()
                 },
             }
-            for rows in part.rows
+            for rows in counts.rows
         ],
     }

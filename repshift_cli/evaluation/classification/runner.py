@@ -1,42 +1,39 @@
-"""Run the models over the images and count correct predictions."""
+"""Run the models on a batch of images and count correct predictions."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor
 
 from repshift_cli.data.dataset import ImageDataset
 from repshift_cli.data.loader import Batch
 from repshift_cli.errors import DataError, ModelError, UsageError
-from repshift_cli.evaluation.classification.counts import Count, Part, Rows, Said
+from repshift_cli.evaluation.classification.counts import Counts, ModelCounts, PredictionRows, TopK, correct_at
 from repshift_cli.evaluation.classification.job import EvaluationJob
-from repshift_cli.evaluation.common import finite, in_turn
+from repshift_cli.evaluation.common import alternate_order, check_finite
 from repshift_cli.measure.attention_kernel import observed_attention
 from repshift_cli.measure.device import out_of_memory, wait_for
 from repshift_cli.utils.progress import Progress
 
-__all__ = [
-    "Runner",
-]
-
+__all__ = ["Runner"]
 
 _TOP = 5
-
-
 _LOGITS_RANK = 2  # dimensions of logits: [B, K]
 
 
 @dataclass
 class Runner:
-    """Runs the models over batches, as many pictures at a time as there is memory for.
+    """Runs the models over batches; the batch size is halved while the device runs out of memory.
 
     Attributes:
-        limit: pictures at a time.
-        attention: what computed it, by the name of the model, once there was a batch.
+        limit: images at a time.
+        attention: the attention kernel by name of the model, known after the first batch.
     """
 
     job: EvaluationJob
@@ -47,55 +44,59 @@ class Runner:
     def __post_init__(self) -> None:
         self.limit = self.job.batch_size
 
-    def part(self, batch: Batch) -> Part:
-        """What the models say of a batch."""
-        dataset, skipped = self.job.dataset, tuple(batch.broken)
+    def classify(self, batch: Batch) -> Counts:
+        """Run all models on the images of a batch and count."""
+        job, skipped = self.job, tuple(batch.broken)
         if batch.pixels is None:
-            return Part(0, {name: Count() for name in self.job.models}, 0, skipped)
-        _check_labels(batch, dataset, self.job.num_classes)
-        heard = self._heard(batch)
-        counts = {name: _count(said, batch.answers) for name, said in heard.items()}
-        first = [said.top[:, 0] for said in heard.values()]
-        same = int((first[0] == first[1]).sum()) if len(first) == 2 else 0  # noqa: PLR2004
-        rows = (_rows(batch, heard),) if self.job.keep_rows else ()
-        return Part(len(batch.indices), counts, same, skipped, rows)
-
-    def _heard(self, batch: Batch) -> dict[str, _Heard]:
-        """What each model says, with the batch halved until it fits into the memory."""
-        assert batch.pixels is not None
-        pieces: list[dict[str, _Heard]] = []
+            return Counts(0, {name: ModelCounts() for name in job.models}, 0, skipped)
+        _check_labels(batch, job.dataset, job.num_classes)
+        pieces: list[dict[str, tuple[TopK, float]]] = []
         place = 0
         while place < len(batch.pixels):
             pixels = batch.pixels[place : place + self.limit]
-            try:
-                pieces.append(self._piece(pixels, batch.number))
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                if len(pixels) == 1:
-                    raise UsageError(
-                        "the device has not enough memory for one image at a time", "Use another --device or --dtype."
-                    ) from error
-            else:
-                place += len(pixels)
+            found = self._try_piece(pixels, batch.number)
+            if found is None:
+                self._halve(len(pixels))
                 continue
-            # here, and not above: the error holds on to what the failed pass had in memory
-            self._halve(len(pixels))
-        return {name: _Heard.joined([piece[name] for piece in pieces]) for name in self.job.models}
+            pieces.append(found)
+            place += len(pixels)
+        top_k = {name: TopK.joined([piece[name][0] for piece in pieces]) for name in job.models}
+        seconds = {name: sum(piece[name][1] for piece in pieces) for name in job.models}
+        answers = batch.answers.to(torch.int32).numpy()
+        return Counts(
+            images=len(batch.indices),
+            models={name: _count(top_k[name].top, answers, seconds[name]) for name in job.models},
+            same=_same_top1(top_k),
+            skipped=skipped,
+            rows=(PredictionRows(tuple(batch.indices), answers, top_k),) if job.keep_rows else (),
+        )
 
-    def _piece(self, pixels: Tensor, turn: int) -> dict[str, _Heard]:
+    def _try_piece(self, pixels: Tensor, turn: int) -> dict[str, tuple[TopK, float]] | None:
+        """`_run_piece`; None if the memory does not suffice. Returning frees what the failed pass had allocated."""
+        try:
+            return self._run_piece(pixels, turn)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            if len(pixels) == 1:
+                raise UsageError(
+                    "the device has not enough memory for one image at a time", "Use another --device or --dtype."
+                ) from error
+        return None
+
+    def _run_piece(self, pixels: Tensor, turn: int) -> dict[str, tuple[TopK, float]]:
+        """Predictions and seconds by name of the model."""
         job = self.job
         pixels = pixels.to(device=job.device, non_blocking=True).to(dtype=job.dtype)
         if len(self.attention) < len(job.models):
-            # The first pass pays for memory pools and kernel selection; it is not part of the speed, so it can be
-            # watched.
+            # The first pass allocates memory and selects kernels. It is not timed, so it can be observed.
             for name, model in job.models.items():
                 self.attention[name] = observed_attention(model, pixels)
-        found: dict[str, _Heard] = {}
-        for name in in_turn(list(job.models), turn):
+        found: dict[str, tuple[TopK, float]] = {}
+        for name in alternate_order(list(job.models), turn):
             logits, seconds = _timed(job.models[name], pixels, job.device)
             _check_logits(name, logits, len(pixels), job.num_classes)
-            found[name] = _heard(logits, job.dataset.outputs, seconds)
+            found[name] = _top_k(logits, job.dataset.outputs), seconds
         return found
 
     def _halve(self, size: int) -> None:
@@ -108,45 +109,7 @@ class Runner:
             torch.cuda.empty_cache()
 
 
-@dataclass(frozen=True)
-class _Heard:
-    """The outputs that a model holds likeliest: int64 `[B, K]`; their probabilities float32 `[B, K]`; its seconds."""
-
-    top: Tensor
-    probabilities: Tensor
-    seconds: float
-
-    @staticmethod
-    def joined(pieces: Sequence[_Heard]) -> _Heard:
-        """Pieces of a batch, in order."""
-        return _Heard(
-            torch.cat([piece.top for piece in pieces]),
-            torch.cat([piece.probabilities for piece in pieces]),
-            sum(piece.seconds for piece in pieces),
-        )
-
-
-def _heard(logits: Tensor, outputs: tuple[int, ...] | None, seconds: float) -> _Heard:
-    """The likeliest of the outputs among which is chosen."""
-    places = None if outputs is None else torch.tensor(outputs, device=logits.device)
-    chosen = logits if places is None else logits[:, places]
-    values, top = chosen.topk(min(_TOP, chosen.shape[1]), dim=1)
-    # the softmax of the five, without that of all the others
-    probabilities = (values.float() - chosen.float().logsumexp(dim=1, keepdim=True)).exp()
-    return _Heard((top if places is None else places[top]).cpu(), probabilities.cpu(), seconds)
-
-
-def _count(said: _Heard, answers: Tensor) -> Count:
-    hits = (said.top[:, :, None] == answers[:, None, :]).any(dim=2)
-    return Count(int(hits[:, 0].sum()), int(hits.any(dim=1).sum()), said.seconds)
-
-
-def _rows(batch: Batch, heard: Mapping[str, _Heard]) -> Rows:
-    said = {name: Said(each.top.to(torch.int32).numpy(), each.probabilities.numpy()) for name, each in heard.items()}
-    return Rows(tuple(batch.indices), batch.answers.to(torch.int32).numpy(), said)
-
-
-def _timed(model: nn.Module, pixels: Tensor, device: torch.device) -> tuple[Tensor, float]:
+def _timed(model: Callable[[Tensor], Tensor], pixels: Tensor, device: torch.device) -> tuple[Tensor, float]:
     wait_for(device)
     started = time.perf_counter()
     logits = model(pixels)
@@ -154,20 +117,41 @@ def _timed(model: nn.Module, pixels: Tensor, device: torch.device) -> tuple[Tens
     return logits, time.perf_counter() - started
 
 
+def _top_k(logits: Tensor, outputs: tuple[int, ...] | None) -> TopK:
+    """The most likely of `outputs`, of all if None."""
+    allowed = torch.arange(logits.shape[1]) if outputs is None else torch.tensor(outputs)
+    chosen = logits if outputs is None else logits[:, allowed.to(logits.device)]
+    values, places = chosen.topk(min(_TOP, chosen.shape[1]), dim=1)
+    # softmax of the K values alone
+    probabilities = (values.float() - chosen.float().logsumexp(dim=1, keepdim=True)).exp()
+    return TopK(allowed[places.cpu()].to(torch.int32).numpy(), probabilities.cpu().numpy())
+
+
+def _count(top: NDArray[np.int32], answers: NDArray[np.int32], seconds: float) -> ModelCounts:
+    return ModelCounts(int(correct_at(1, top, answers).sum()), int(correct_at(_TOP, top, answers).sum()), seconds)
+
+
+def _same_top1(top_k: Mapping[str, TopK]) -> int:
+    if len(top_k) != 2:  # noqa: PLR2004
+        return 0
+    first, second = (each.top[:, 0] for each in top_k.values())
+    return int((first == second).sum())
+
+
 def _check_logits(name: str, logits: object, batch: int, num_classes: int) -> None:
     if not isinstance(logits, Tensor) or logits.dim() != _LOGITS_RANK:
         raise ModelError(f"{name}: the model does not return class scores, so it cannot be evaluated on labels")
     if tuple(logits.shape) != (batch, num_classes):
-        raise ModelError(f"{name}: the model returns {tuple(logits.shape)} where ({batch}, {num_classes}) is expected")
-    finite(name, logits)
+        raise ModelError(f"{name}: the model returns {tuple(logits.shape)}: expected ({batch}, {num_classes})")
+    check_finite(name, logits)
 
 
 def _check_labels(batch: Batch, dataset: ImageDataset, num_classes: int) -> None:
-    """Refuse labels outside the head, where no list of classes told it beforehand."""
-    fits = range(num_classes) if dataset.outputs is None else frozenset(dataset.outputs)
+    """Labels of datasets without a list of classes are known only when they are read."""
+    allowed = range(num_classes) if dataset.outputs is None else frozenset(dataset.outputs)
     for index, (label, *_) in zip(batch.indices, batch.answers.tolist(), strict=True):
-        if label not in fits:
+        if label not in allowed:
             raise DataError(
                 f"{dataset.sample_id(index)} has label {label}, but the head of the model has {num_classes} outputs",
-                f"Labels from 0 to {num_classes - 1} fit. Choose a model that was trained on this dataset.",
+                f"Labels must be from 0 to {num_classes - 1}. Choose a model that was trained on this dataset.",
             )

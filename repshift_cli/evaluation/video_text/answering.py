@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from repshift_cli.errors import DataError, ModelError, UsageError
-from repshift_cli.evaluation.common import Skipped, explained_memory, finite, in_turn, per_second
+from repshift_cli.evaluation.common import Skipped, alternate_order, check_finite, explain_out_of_memory, per_second
 from repshift_cli.evaluation.video_text.encoding import (
     VideoModel,
     VideoSettings,
@@ -206,7 +206,7 @@ def rank_answers(
         CheckFailed: the model returns values that are not finite.
         UsageError: there is not enough memory for the pairs.
     """
-    with torch.inference_mode(), explained_memory(f"{pair_batch} pairs of question and answer"):
+    with torch.inference_mode(), explain_out_of_memory(f"{pair_batch} pairs of question and answer"):
         first = _first_token(model, states, mask, answer_ids, name)
         order = first.argsort(dim=1, descending=True, stable=True)[:, :k]
         # A probability that is rounded to 0 has no logarithm; it stays last.
@@ -263,7 +263,7 @@ def evaluate_answers(
     started = time.perf_counter()
     with (
         torch.inference_mode(),
-        explained_memory(f"{settings.batch_size} questions"),
+        explain_out_of_memory(f"{settings.batch_size} questions"),
         progress.task("questions", questions) as task,
     ):
         for batch in batches:
@@ -357,7 +357,7 @@ def _ask(answerers: Mapping[str, _Answerer], batch: QuestionBatch, counts: _Coun
         for each in answerers.values():
             encode_timed(each.name, each.model, video, device)
     given: dict[str, list[str]] = {}
-    for name in in_turn(list(answerers), counts.batches):
+    for name in alternate_order(list(answerers), counts.batches):
         given[name] = answerers[name].answer(video, ids, mask, places)
         answerers[name].correct += _equal(given[name], batch.answers)
     counts.batches += 1
@@ -385,7 +385,7 @@ def _check_answers(answers: AnswerList, dataset: str) -> None:
 def _first_token(model: AnsweringModel, states: Tensor, mask: Tensor, answer_ids: Tensor, name: str) -> Tensor:
     """Probability of the first token of each answer: float32 `[B, A]` on the CPU."""
     start = int(answer_ids[0, 0])  # the same for every answer
-    probabilities = finite(name, model.first_token_probabilities(states, mask, start))
+    probabilities = check_finite(name, model.first_token_probabilities(states, mask, start))
     if probabilities.dim() != _MATRIX or len(probabilities) != len(states):
         raise ModelError(f"{name}: probabilities of {len(states)} questions have shape {tuple(probabilities.shape)}")
     first, vocabulary = answer_ids[:, _FIRST], probabilities.shape[1]
@@ -416,5 +416,5 @@ def _losses(
         loss = model.answer_loss(*asked, *candidates)
         if tuple(loss.shape) != (len(row),):
             raise ModelError(f"{name}: the losses of {len(row)} answers have shape {tuple(loss.shape)}")
-        losses.append(finite(name, loss).float().cpu())
+        losses.append(check_finite(name, loss).float().cpu())
     return torch.cat(losses).view(chosen.shape)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from repshift_cli.errors import ModelError
-from repshift_cli.evaluation.common import explained_memory, finite
+from repshift_cli.evaluation.common import check_finite, explain_out_of_memory
 from repshift_cli.evaluation.video_text.encoding import VideoModel
 from repshift_cli.utils.progress import Progress
 
@@ -176,7 +176,7 @@ def matching_scores(
     scores = torch.full(tuple(sim.shape), NOT_MATCHED)
     with (
         torch.inference_mode(),
-        explained_memory(f"{pair_batch} pairs of video and text"),
+        explain_out_of_memory(f"{pair_batch} pairs of video and text"),
         progress.task(label, pairs) as task,
     ):
         for video, candidates in enumerate(for_video | for_text):
@@ -186,7 +186,7 @@ def matching_scores(
                 logits = model.match(states.to(device), states_mask.to(device), video_tokens)
                 if tuple(logits.shape) != (len(texts),):
                     raise ModelError(f"{label}: the logits have shape {tuple(logits.shape)}, not ({len(texts)},)")
-                scores[video, texts] = finite(label, logits).float().cpu()
+                scores[video, texts] = check_finite(label, logits).float().cpu()
                 task.advance(len(texts))
     return Scores(
         text_to_video=scores.where(for_text, NOT_MATCHED).T.contiguous(),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from repshift_cli.data.video.tokenizer import TextBatch
 from repshift_cli.errors import DataError, ModelError, UsageError
-from repshift_cli.evaluation.common import Skipped, explained_memory, finite, in_turn, per_second
+from repshift_cli.evaluation.common import Skipped, alternate_order, check_finite, explain_out_of_memory, per_second
 from repshift_cli.evaluation.video_text.encoding import (
     TOKEN_DIMS,
     VideoSettings,
@@ -185,7 +185,7 @@ def evaluate_retrieval(
     started = time.perf_counter()
     store = TokenStore(videos, token_bytes, spill_to) if rerank_k is not None else None
     with torch.inference_mode(), closing(store) if store is not None else nullcontext():
-        with explained_memory(f"{settings.batch_size} videos"):
+        with explain_out_of_memory(f"{settings.batch_size} videos"):
             captions = _captions_of_models(models, texts, settings, progress)
             encoders = {name: _Encoder(name, model, captions[name]) for name, model in models.items()}
             gallery = _Gallery(videos)
@@ -316,7 +316,7 @@ def _encode_captions(
             if states.dim() != TOKEN_DIMS or tuple(states.shape[:2]) != tuple(ids.shape):
                 shape = tuple(states.shape)
                 raise ModelError(f"{name}: the hidden states of texts {tuple(ids.shape)} have shape {shape}")
-            embeddings.append(finite(name, model.project_text(states)).float().cpu())
+            embeddings.append(check_finite(name, model.project_text(states)).float().cpu())
             if settings.rerank_k is not None:
                 if kept is None:  # allocated at once: torch.cat of parts would need twice the memory
                     kept = torch.empty(len(texts.ids), *states.shape[1:], dtype=states.dtype)
@@ -349,7 +349,7 @@ class _Encoder:
 
     def project(self, tokens: Tensor) -> Tensor:
         """The projection `[b, F, E]` of tokens, float32 on the CPU."""
-        projected = finite(self.name, self.model.project_video(tokens)).float().cpu()
+        projected = check_finite(self.name, self.model.project_video(tokens)).float().cpu()
         width = self.captions.embeddings.shape[-1]
         if projected.dim() != TOKEN_DIMS or len(projected) != len(tokens) or projected.shape[-1] != width:
             shape = tuple(projected.shape)
@@ -372,7 +372,7 @@ def _encode_batch(
             encoder.seconds = 0.0
         del first
     batches = len(next(iter(encoders.values())).video)
-    for name in in_turn(list(encoders), batches):
+    for name in alternate_order(list(encoders), batches):
         tokens = encoders[name].encode(video, device)
         encoders[name].video.append(encoders[name].project(tokens))
         if store is not None:

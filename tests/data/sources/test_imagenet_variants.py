@@ -159,7 +159,7 @@ class TestSubsets:
         assert data.for_head(1000).outputs == tuple(indices)
         result = run(data)
         assert result.rows is not None
-        assert set(result.rows.said["dense"].top.flatten().tolist()) <= set(indices)
+        assert set(result.rows.top_k["dense"].top.flatten().tolist()) <= set(indices)
         assert (result.images, result.scores["dense"].top1_correct, result.outputs) == (3, 2, 200)
         assert open_dataset(f"imagenet-{subset}", tmp_path, limit=2).for_head(1000).outputs == tuple(indices)
 

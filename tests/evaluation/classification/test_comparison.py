@@ -1,4 +1,4 @@
-"""Two runs over the same pictures: what changed, counted by hand."""
+"""Two runs on the same images: changes counted by hand."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from repshift_cli.evaluation.classification.comparison import Comparison, compar
 from repshift_cli.evaluation.classification.predictions import Predictions
 
 
-def said(pairs: dict[str, int], labels: dict[str, tuple[int, ...]], model: str = "m") -> Predictions:
-    """What a model holds likeliest, by picture; second comes the class after it."""
+def predictions(pairs: dict[str, int], labels: dict[str, tuple[int, ...]], model: str = "m") -> Predictions:
+    """Top-1 class by image; the second most likely class is the next one."""
     width = max(map(len, labels.values()))
     answers = [[*labels[name], *[-1] * (width - len(labels[name]))] for name in pairs]
     return Predictions(
@@ -28,14 +28,14 @@ LABELS: dict[str, tuple[int, ...]] = {"p": (0,), "q": (0,), "r": (1,), "s": (1, 
 
 @pytest.fixture
 def found() -> Comparison:
-    first = said({"p": 0, "q": 0, "r": 0, "s": 2, "t": 2, "u": 5}, LABELS, "dense")
-    second = said({"u": 6, "t": 2, "s": 1, "r": 1, "q": 2, "p": 1}, LABELS, "fast")
+    first = predictions({"p": 0, "q": 0, "r": 0, "s": 2, "t": 2, "u": 5}, LABELS, "dense")
+    second = predictions({"u": 6, "t": 2, "s": 1, "r": 1, "q": 2, "p": 1}, LABELS, "fast")
     return compare_predictions(first, second)
 
 
-def test_every_picture_counts_once(found: Comparison) -> None:
+def test_every_image_counts_once(found: Comparison) -> None:
     assert (found.images, found.only_first, found.only_second) == (6, 0, 0)
-    # p and q are lost, r is won, s is right in both with another answer, t is the same, u is wrong in both
+    # p and q are lost, r is won, s is correct in both with another class, t is the same, u is wrong in both
     assert (found.same, found.lost, found.won, found.other) == (1, 2, 1, 1)
     assert (found.first.top1_correct, found.second.top1_correct) == (4, 3)
     assert (found.first.top5_correct, found.second.top5_correct) == (5, 3)
@@ -45,7 +45,7 @@ def test_every_picture_counts_once(found: Comparison) -> None:
     assert found.p_value == 1.0
 
 
-def test_flips_by_class(found: Comparison) -> None:
+def test_changes_by_class(found: Comparison) -> None:
     assert [(each.name, each.images, each.lost, each.won) for each in found.classes] == [
         ("ant", 2, 2, 0),
         ("bee", 2, 0, 1),
@@ -62,22 +62,22 @@ def test_document(found: Comparison) -> None:
     assert document["mcnemar_p"] == 1.0
 
 
-def test_pictures_of_one_run_alone_take_no_part() -> None:
-    found = compare_predictions(said({"p": 0, "q": 0}, LABELS), said({"q": 0, "t": 2, "u": 2}, LABELS))
+def test_images_of_one_run_only_are_ignored() -> None:
+    found = compare_predictions(predictions({"p": 0, "q": 0}, LABELS), predictions({"q": 0, "t": 2, "u": 2}, LABELS))
     assert (found.images, found.only_first, found.only_second, found.same) == (1, 1, 2, 1)
 
 
-def test_more_padding_makes_no_other_label() -> None:
-    one = said({"p": 0}, {"p": (0,)})
+def test_padding_does_not_change_the_labels() -> None:
+    one = predictions({"p": 0}, {"p": (0,)})
     other = Predictions(one.ids, np.array([[0, -1, -1]], dtype=np.int32), one.top, one.probabilities, one.meta)
     assert compare_predictions(one, other).same == 1
 
 
-def test_nothing_in_common() -> None:
-    with pytest.raises(DataError, match="no picture in common"):
-        compare_predictions(said({"p": 0}, LABELS), said({"q": 0}, LABELS))
+def test_no_common_image() -> None:
+    with pytest.raises(DataError, match="no image in common"):
+        compare_predictions(predictions({"p": 0}, LABELS), predictions({"q": 0}, LABELS))
 
 
-def test_other_labels() -> None:
-    with pytest.raises(DataError, match="do not agree on what is right for 1 pictures: p"):
-        compare_predictions(said({"p": 0, "q": 0}, LABELS), said({"p": 0, "q": 0}, {**LABELS, "p": (1,)}))
+def test_different_labels() -> None:
+    with pytest.raises(DataError, match="have different labels for 1 images: p"):
+        compare_predictions(predictions({"p": 0, "q": 0}, LABELS), predictions({"p": 0, "q": 0}, {**LABELS, "p": (1,)}))

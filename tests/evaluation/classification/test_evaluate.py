@@ -1,4 +1,4 @@
-"""Evaluation: right counts, models on the same pictures, and broken pictures or unfit labels told apart."""
+"""Evaluation: counts, models on the same images, unreadable images and labels that do not fit the head."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLAIN = Preprocessing((3, 8, 8), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "nearest", 1.
 
 
 class Shades(ImageDataset):
-    """Plain pictures whose red value is their label; some can be broken."""
+    """Images whose red value is their label; some can be unreadable."""
 
     def __init__(self, labels: list[int], classes: int | None = None, broken: tuple[int, ...] = ()) -> None:
         self.name = "shades"
@@ -56,7 +56,7 @@ class Shades(ImageDataset):
 
 
 class Reader(nn.Module):
-    """Reads the label off the red value, then answers `label + shift`; the runners-up follow in steps of one."""
+    """Predicts red value + `shift`; the following classes are the next most likely."""
 
     def __init__(self, classes: int, shift: int = 0) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def run(models: dict[str, nn.Module], dataset: ImageDataset, num_classes: int = 
 
 
 class TestScores:
-    def test_all_right(self) -> None:
+    def test_all_correct(self) -> None:
         result = run({"one": Reader(10)}, Shades(list(range(10))))
         score = result.scores["one"]
         assert (score.top1, score.top5, score.top1_correct, score.top5_correct) == (100.0, 100.0, 10, 10)
@@ -95,12 +95,12 @@ class TestScores:
         assert result.images_per_s > 0
 
     def test_second_place_counts_for_top5_only(self) -> None:
-        # the answer is one too low, so the label comes second
+        # the prediction is one too low, so the label is second
         score = run({"one": Reader(10, shift=-1)}, Shades(list(range(10)))).scores["one"]
         assert (score.top1, score.top5) == (0.0, 100.0)
 
     @pytest.mark.parametrize(("shift", "expected"), [(-4, 100.0), (-5, 0.0)])
-    def test_the_border_of_top5(self, shift: int, expected: float) -> None:
+    def test_the_limit_of_top5(self, shift: int, expected: float) -> None:
         assert run({"one": Reader(10, shift=shift)}, Shades([3, 7])).scores["one"].top5 == expected
 
     def test_fewer_classes_than_five(self) -> None:
@@ -132,7 +132,7 @@ class TestTwoModels:
         assert result.agreement == pytest.approx(0.7)
         assert (result.scores["a"].top1, result.scores["b"].top1) == (100.0, 70.0)
 
-    def test_they_see_the_same_batches_and_only_one_warm_up(self) -> None:
+    def test_same_batches_and_one_warm_up(self) -> None:
         models = {"a": Reader(10), "b": Reader(10)}
         run(dict(models), Shades(list(range(10)), broken=(0,)))
         assert models["a"].batches == models["b"].batches == [3, 3, 4, 2]
@@ -142,13 +142,13 @@ class TestTwoModels:
         assert run({"one": model.train()}, Shades(list(range(10)))).scores["one"].top1 == 100.0
 
 
-class TestBroken:
-    def test_left_out_and_listed(self) -> None:
+class TestUnreadable:
+    def test_skipped_and_listed(self) -> None:
         result = run({"one": Reader(10)}, Shades([1, 2, 3], broken=(1,)))
         assert result.images == 2
         assert [(entry.sample, entry.reason) for entry in result.skipped] == [("shade-1", "made to fail")]
 
-    def test_strict_names_the_first(self) -> None:
+    def test_strict_raises_for_the_first(self) -> None:
         with pytest.raises(DataError, match="shade-1 cannot be read: made to fail") as caught:
             run({"one": Reader(10)}, Shades([1, 2, 3], broken=(1, 2)), strict=True)
         assert caught.value.exit_code == 4
@@ -157,14 +157,14 @@ class TestBroken:
         assert run({"one": Reader(10)}, Shades([1, 2, 3, 4, 5], broken=(0, 1)), batch_size=2).images == 3
 
     def test_all(self) -> None:
-        with pytest.raises(DataError, match="none of the 2 pictures of shades can be read"):
+        with pytest.raises(DataError, match="none of the 2 images of shades can be read"):
             run({"one": Reader(10)}, Shades([1, 2], broken=(0, 1)))
 
-    def test_no_pictures(self) -> None:
-        with pytest.raises(DataError, match="has no pictures"):
+    def test_no_images(self) -> None:
+        with pytest.raises(DataError, match="has no images"):
             run({"one": Reader(10)}, Shades([]))
 
-    def test_other_errors_are_not_swallowed(self) -> None:
+    def test_other_errors_are_raised(self) -> None:
         class Wrong(Shades):
             def load(self, index: int) -> tuple[Image.Image, int]:
                 raise KeyError(index)
@@ -235,7 +235,7 @@ class TestHeads:
 
 
 class TestProgress:
-    def test_every_picture_is_counted(self) -> None:
+    def test_every_image_is_counted(self) -> None:
         seen: list[tuple[str, int]] = []
 
         class Listener(Silent):
@@ -253,7 +253,7 @@ class TestProgress:
 
 
 class TestMemory:
-    """A device that takes so many pictures and no more."""
+    """A device with memory for a limited number of images."""
 
     class Small(Reader):
         def __init__(self, room: int, error: Exception) -> None:
@@ -268,10 +268,10 @@ class TestMemory:
 
     class Notes(Silent):
         def __init__(self) -> None:
-            self.told: list[str] = []
+            self.texts: list[str] = []
 
         def note(self, text: str) -> None:
-            self.told.append(text)
+            self.texts.append(text)
 
     ERRORS = (
         torch.OutOfMemoryError("CUDA out of memory."),
@@ -280,39 +280,39 @@ class TestMemory:
 
     @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu"])
     @pytest.mark.parametrize("room", [1, 3, 5])
-    def test_the_batch_is_halved_until_it_fits_and_that_is_said_once(self, room: int, error: Exception) -> None:
+    def test_the_batch_is_halved_until_it_fits_with_one_note(self, room: int, error: Exception) -> None:
         model, notes = self.Small(room, error), self.Notes()
         labels = [index % 10 for index in range(50)]
         result = run({"one": model}, Shades(labels, broken=(47,)), batch_size=16, progress=notes)
         assert (result.images, result.scores["one"].top1_correct) == (49, 49)
         assert result.batch_size <= room
-        assert len(notes.told) == 1
-        assert "not enough memory for 16 images at a time" in notes.told[0]
-        # what did not fit once is not tried again
+        assert len(notes.texts) == 1
+        assert "not enough memory for 16 images at a time" in notes.texts[0]
+        # a size that did not fit is not tried again
         assert [count for count in model.batches if count < 0] == sorted(
             {count for count in model.batches if count < 0}
         )
 
-    def test_both_models_keep_seeing_the_same(self) -> None:
+    def test_both_models_see_the_same_images(self) -> None:
         models = {"a": Reader(10), "b": self.Small(3, self.ERRORS[0])}
         result = run(dict(models), Shades([index % 10 for index in range(20)]), batch_size=8, keep_rows=True)
         assert result.same_top1 == 20
         assert result.rows is not None
-        assert result.rows.said["a"].top.tolist() == result.rows.said["b"].top.tolist()
+        assert result.rows.top_k["a"].top.tolist() == result.rows.top_k["b"].top.tolist()
 
-    def test_not_even_one(self) -> None:
+    def test_one_image_does_not_fit(self) -> None:
         with pytest.raises(UsageError, match="not enough memory for one image") as caught:
             run({"one": self.Small(0, self.ERRORS[0])}, Shades([1, 2]))
         assert caught.value.exit_code == 2
 
-    def test_other_errors_of_the_model_are_not_swallowed(self) -> None:
+    def test_other_errors_of_the_model_are_raised(self) -> None:
         with pytest.raises(RuntimeError, match="shapes"):
             run({"one": self.Small(0, RuntimeError("shapes do not match"))}, Shades([1, 2]))
 
 
 class TestInterruption:
     class Impatient(Shades):
-        """The user presses Ctrl-C while a picture is read."""
+        """Raises KeyboardInterrupt while an image is read."""
 
         def __init__(self, at: int) -> None:
             super().__init__([index % 10 for index in range(20)], broken=(1,))
@@ -323,12 +323,12 @@ class TestInterruption:
                 raise KeyboardInterrupt
             return super().load(index)
 
-    def test_whole_batches_until_then_are_counted(self) -> None:
+    def test_complete_batches_are_counted(self) -> None:
         result = run({"one": Reader(10)}, self.Impatient(10))
         assert (result.interrupted, result.images, result.total, len(result.skipped)) == (True, 7, 20, 1)
         assert result.scores["one"].top1_correct == 7
 
-    def test_before_the_first_batch_there_is_nothing_to_tell(self) -> None:
+    def test_before_the_first_batch_it_is_raised(self) -> None:
         with pytest.raises(KeyboardInterrupt):
             run({"one": Reader(10)}, self.Impatient(3))
 
@@ -344,7 +344,7 @@ class TestInterruption:
 
 
 class TestRows:
-    def test_what_was_said_of_each_picture(self) -> None:
+    def test_prediction_of_each_image(self) -> None:
         labels = [index % 10 for index in range(11)]
         result = run({"one": Reader(10), "two": Reader(10, 1)}, Shades(labels, broken=(3,)), keep_rows=True)
         rows = result.rows
@@ -352,40 +352,40 @@ class TestRows:
         assert rows.indices == (0, 1, 2, 4, 5, 6, 7, 8, 9, 10)
         assert rows.answers[:, 0].tolist() == [labels[index] for index in rows.indices]
         for name, shift in (("one", 0), ("two", 1)):
-            said = rows.said[name]
+            top_k = rows.top_k[name]
             expected = [[(labels[index] + shift + place) % 10 for place in range(5)] for index in rows.indices]
-            assert said.top.tolist() == expected
+            assert top_k.top.tolist() == expected
             logits = -torch.arange(10.0)
-            assert torch.allclose(torch.from_numpy(said.probabilities[0]), logits.softmax(0)[:5])
+            assert torch.allclose(torch.from_numpy(top_k.probabilities[0]), logits.softmax(0)[:5])
         assert run({"one": Reader(10)}, Shades(labels)).rows is None
 
 
 class TestAnswers:
-    """Pictures with several right answers, and heads of which some outputs take no part."""
+    """Images with several correct classes, and datasets with fewer classes than the head."""
 
     class Several(Shades):
         def answers(self, index: int, label: int) -> tuple[int, ...]:
             return (label, (label + 1) % 10) if index % 2 else (label,)
 
-    def test_each_of_several_is_right(self) -> None:
+    def test_each_of_several_answers_is_correct(self) -> None:
         data = self.Several([index % 10 for index in range(20)])
         assert run({"one": Reader(10)}, data).scores["one"].top1_correct == 20
         assert run({"one": Reader(10, 1)}, data).scores["one"].top1_correct == 10
         score = run({"one": Reader(10, -3)}, data).scores["one"]
-        assert (score.top1_correct, score.top5_correct) == (0, 20)  # a second right answer counts once
+        assert (score.top1_correct, score.top5_correct) == (0, 20)  # two correct answers count once
 
-    def test_outputs_that_take_no_part(self) -> None:
+    def test_outputs_outside_the_dataset_are_ignored(self) -> None:
         data = Shades([1, 4, 8])
         data.outputs = (1, 4, 8)
-        # the answer is one too high, but 2, 5 and 9 may not be chosen: what comes next is the next class that may
+        # the prediction is one too high, but 2, 5 and 9 are not allowed: the next allowed class is predicted
         result = run({"one": Reader(10, 1)}, data, keep_rows=True)
         assert result.rows is not None
-        assert result.rows.said["one"].top.tolist() == [[4, 8, 1], [8, 1, 4], [1, 4, 8]]
-        assert result.rows.said["one"].probabilities.sum(axis=1).tolist() == pytest.approx([1, 1, 1])
+        assert result.rows.top_k["one"].top.tolist() == [[4, 8, 1], [8, 1, 4], [1, 4, 8]]
+        assert result.rows.top_k["one"].probabilities.sum(axis=1).tolist() == pytest.approx([1, 1, 1])
         assert result.scores["one"].top1_correct == 0
         assert run({"one": Reader(10)}, data).scores["one"].top1_correct == 3
 
-    def test_a_label_that_may_not_be_chosen(self) -> None:
+    def test_a_label_outside_the_dataset(self) -> None:
         data = Shades([1, 2])
         data.outputs = (1, 4, 8)
         with pytest.raises(DataError, match="shade-1 has label 2"):
@@ -397,15 +397,15 @@ class TestPace:
         usual = {"total": 10.0, "waited": 0.0, "decoding": 1.0, "models": 9.0, "workers": 1, "processes": 1}
         return Pace(**{**usual, "shares_cores": True, **changes})
 
-    def test_on_shared_cores_the_side_that_takes_more_of_them(self) -> None:
+    def test_on_shared_cores_the_larger_cpu_time(self) -> None:
         assert self.pace().bottleneck == "model"
         assert self.pace(decoding=12.0).bottleneck == "data"
 
-    def test_on_a_device_the_side_that_is_waited_for(self) -> None:
+    def test_on_a_device_the_waiting_time(self) -> None:
         assert self.pace(shares_cores=False, waited=0.5).bottleneck == "model"
         assert self.pace(shares_cores=False, waited=4.0, decoding=0.1).bottleneck == "data"
 
-    def test_a_run_has_one(self) -> None:
+    def test_pace_of_a_run(self) -> None:
         pace = run({"one": Reader(10)}, Shades([1] * 20)).pace
         assert 0 <= pace.waiting <= 1
         assert pace.total > 0
@@ -413,7 +413,7 @@ class TestPace:
         assert (pace.workers, pace.processes, pace.shares_cores) == (0, 1, True)
 
 
-def test_a_stream_is_not_shared() -> None:
+def test_a_stream_cannot_be_shared() -> None:
     class Two(Processes):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Files of predictions: what is written comes back, and what is damaged ends in one error."""
+"""Prediction files: reading returns what was written, and a damaged file raises a DataError."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from repshift_cli.errors import DataError, OutputError, UsageError
+from repshift_cli.evaluation.classification.counts import correct_at
 from repshift_cli.evaluation.classification.predictions import (
     Predictions,
     check_suffix,
@@ -42,24 +43,24 @@ def arrays(**changes: Any) -> dict[str, Any]:
     return {**usual, "meta": np.array(json.dumps({"format": 1, **one.meta})), **changes}
 
 
-def test_what_is_right() -> None:
+def test_correct_predictions() -> None:
     one = predictions()
-    assert one.right.tolist() == [True, True, False]
-    assert one.right_in_five.tolist() == [True, True, True]
+    assert one.correct.tolist() == [True, True, False]
+    assert correct_at(5, one.top, one.answers).tolist() == [True, True, True]
     assert [one.class_name(output) for output in (1, 7)] == ["dog", "7"]
     assert predictions(meta={}).class_name(1) == "1"
 
 
 @pytest.mark.parametrize("suffix", KINDS)
-def test_what_is_written_comes_back(tmp_path: Path, suffix: str) -> None:
+def test_reading_returns_what_was_written(tmp_path: Path, suffix: str) -> None:
     path, one = tmp_path / f"p{suffix}", predictions()
     save_predictions(path, one, force=False)
     back = load_predictions(path)
     assert back.meta == one.meta
     for name in ("ids", "answers", "top", "probabilities"):
-        ours, theirs = getattr(one, name), getattr(back, name)
-        assert theirs.dtype == ours.dtype
-        assert (theirs == ours).all()
+        written, read = getattr(one, name), getattr(back, name)
+        assert read.dtype == written.dtype
+        assert (read == written).all()
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     with pytest.raises(UsageError, match="already exists"):
         save_predictions(path, one, force=False)
@@ -73,8 +74,8 @@ def test_npz_opens_without_this_project(tmp_path: Path) -> None:
         assert found["id"].tolist() == predictions().ids.tolist()
 
 
-@pytest.mark.parametrize(("name", "message"), [("p.csv", "ending is not known"), ("p", "ending is not known")])
-def test_endings(tmp_path: Path, name: str, message: str) -> None:
+@pytest.mark.parametrize(("name", "message"), [("p.csv", "unknown suffix"), ("p", "unknown suffix")])
+def test_unknown_suffixes(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         check_suffix("--save-predictions", tmp_path / name)
 
@@ -86,7 +87,7 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "npz" in str(caught.value)
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -100,22 +101,22 @@ class TestDamaged:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"id": np.array(["a", "a", "b"])}, "stands in it twice"),
+            ({"id": np.array(["a", "a", "b"])}, "occurs twice"),
             ({"id": np.array(["a"])}, "has the shape"),
             ({"id": np.array([1, 2, 3])}, "has the shape"),
             ({"top": np.zeros((3, 2), dtype=np.int64)}, "has the shape"),
-            ({"top": np.zeros((3, 1), dtype=np.int32)}, "not each output has a probability"),
+            ({"top": np.zeros((3, 1), dtype=np.int32)}, "not one probability per output"),
             ({"top": np.full((3, 2), -1, dtype=np.int32)}, "below 0"),
             ({"answers": np.full((3, 1), 2**30, dtype=np.int32)}, "above"),
-            ({"answers": np.full((3, 0), 0, dtype=np.int32)}, "nothing in it"),
-            ({"probabilities": np.full((3, 2), np.nan, dtype=np.float32)}, "cannot be"),
-            ({"meta": np.array("{")}, "no JSON"),
-            ({"meta": np.array("[" * 100_000)}, "no JSON"),
-            ({"meta": np.array('{"format": 2}')}, "not that of format 1"),
-            ({"meta": np.array(["a", "b"])}, "is no text"),
+            ({"answers": np.full((3, 0), 0, dtype=np.int32)}, "is empty"),
+            ({"probabilities": np.full((3, 2), np.nan, dtype=np.float32)}, "outside"),
+            ({"meta": np.array("{")}, "not JSON"),
+            ({"meta": np.array("[" * 100_000)}, "not JSON"),
+            ({"meta": np.array('{"format": 2}')}, "not of format 1"),
+            ({"meta": np.array(["a", "b"])}, "not text"),
         ],
     )
-    def test_parts_that_do_not_fit(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    def test_inconsistent_arrays(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
         np.savez(tmp_path / "p.npz", **arrays(**changes))
         with pytest.raises(DataError, match=message) as caught:
             load_predictions(tmp_path / "p.npz")
@@ -126,7 +127,7 @@ class TestDamaged:
         with pytest.raises(DataError, match="damaged"):
             load_predictions(tmp_path / "p.npz")
 
-    def test_arrays_that_are_said_to_be_huge(self, tmp_path: Path) -> None:
+    def test_headers_of_huge_arrays(self, tmp_path: Path) -> None:
         np.savez(tmp_path / "whole.npz", **arrays())
         with zipfile.ZipFile(tmp_path / "whole.npz") as whole, zipfile.ZipFile(tmp_path / "p.npz", "w") as changed:
             for name in whole.namelist():
@@ -141,17 +142,17 @@ class TestDamaged:
             load_predictions(tmp_path / "p.npz")
 
     @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"text"])
-    def test_no_archive(self, tmp_path: Path, content: bytes) -> None:
+    def test_not_an_archive(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "p.npz").write_bytes(content)
         with pytest.raises(DataError, match="damaged"):
             load_predictions(tmp_path / "p.npz")
 
-    def test_no_file(self, tmp_path: Path) -> None:
+    def test_missing_file(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no file"):
             load_predictions(tmp_path / "p.npz")
 
     @given(st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 255)), min_size=1, max_size=6))
-    def test_any_damage(self, tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]]) -> None:
+    def test_random_damage(self, tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]]) -> None:
         path = tmp_path_factory.mktemp("p") / "p.npz"
         save_predictions(path, predictions(), force=False)
         content = bytearray(path.read_bytes())

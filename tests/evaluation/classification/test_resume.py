@@ -1,4 +1,4 @@
-"""A run that was cut off goes on, with the same numbers; the state of another run is refused."""
+"""An interrupted run resumes with the same numbers; the state of another run is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from repshift_cli.data.dataset import ImageDataset
 from repshift_cli.data.decode import UnreadableSample
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import DataError, OutputError, UsageError
-from repshift_cli.evaluation.classification.evaluate import evaluate, forget
+from repshift_cli.evaluation.classification.evaluate import evaluate, finish
 from repshift_cli.evaluation.classification.result import Evaluation
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.utils.distributed import Processes
@@ -29,7 +29,7 @@ SMALL = Preprocessing((3, 32, 32), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "nearest", 
 
 
 class Colours(ImageDataset):
-    """Plain pictures; reading one can be made to end the run."""
+    """Images of one colour; reading one can interrupt the run."""
 
     def __init__(self, count: int = 23, ends_at: int | None = None, label: int = 0) -> None:
         self.name = "colours"
@@ -66,18 +66,18 @@ class Colours(ImageDataset):
 
 class Warnings(Silent):
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.texts: list[str] = []
 
     def warn(self, text: str) -> None:
-        self.told.append(text)
+        self.texts.append(text)
 
 
 EXPORT = ExportDocument.model_construct(num_classes=10)
-"""As much of what an exported file says as is needed here."""
+"""The fields of an exported file that are needed here."""
 
 
 class Exported(Runtime):
-    """An exported file, of which no weight is seen from outside."""
+    """An exported file, whose weights are not in its state dict."""
 
     def forward(self, images: Tensor) -> Tensor:
         return self.outputs(images)[0]
@@ -106,7 +106,7 @@ def run(data: ImageDataset, resume: Path | None, running: dict[str, nn.Module] |
 
 
 def numbers(result: Evaluation) -> Any:
-    """All that must not depend on where a run was cut off."""
+    """Everything that must not depend on where a run was interrupted."""
     rows = result.rows
     assert rows is not None
     return (
@@ -116,7 +116,7 @@ def numbers(result: Evaluation) -> Any:
         result.same_top1,
         rows.indices,
         rows.answers.tolist(),
-        {name: (said.top.tolist(), said.probabilities.tolist()) for name, said in rows.said.items()},
+        {name: (each.top.tolist(), each.probabilities.tolist()) for name, each in rows.top_k.items()},
     )
 
 
@@ -125,19 +125,19 @@ def whole() -> Any:
     return numbers(run(Colours(), None))
 
 
-class TestGoingOn:
+class TestResume:
     @pytest.mark.parametrize("ends_at", [4, 5, 13, 22])
-    def test_the_numbers_are_those_of_a_run_without_a_break(self, tmp_path: Path, whole: Any, ends_at: int) -> None:
+    def test_numbers_equal_those_of_an_uninterrupted_run(self, tmp_path: Path, whole: Any, ends_at: int) -> None:
         first = run(Colours(ends_at=ends_at), tmp_path / "state")
         assert first.interrupted
         rest = Colours()
         second = run(rest, tmp_path / "state")
         assert not second.interrupted
         assert numbers(second) == whole
-        assert rest.read == list(range(ends_at // 4 * 4, 23))  # only what was not done
+        assert rest.read == list(range(ends_at // 4 * 4, 23))  # only what was not completed
         assert second.fresh == len([index for index in rest.read if index != 6])
 
-    def test_several_breaks_and_a_run_that_was_done(self, tmp_path: Path, whole: Any) -> None:
+    def test_several_interruptions_and_a_completed_run(self, tmp_path: Path, whole: Any) -> None:
         for ends_at in (5, 9, 9, 21):
             assert run(Colours(ends_at=ends_at), tmp_path / "s").interrupted
         assert numbers(run(Colours(), tmp_path / "s")) == whole
@@ -147,45 +147,45 @@ class TestGoingOn:
         assert again.read == []
         assert {score.attention for score in done.scores.values()} == {None}
 
-    def test_a_break_before_the_first_batch(self, tmp_path: Path, whole: Any) -> None:
+    def test_interruption_before_the_first_batch(self, tmp_path: Path, whole: Any) -> None:
         with pytest.raises(KeyboardInterrupt):
             run(Colours(ends_at=0), tmp_path / "s")
         assert numbers(run(Colours(), tmp_path / "s")) == whole
 
-    def test_what_was_cut_off_while_it_was_written_is_done_again(self, tmp_path: Path, whole: Any) -> None:
+    def test_damaged_files_are_evaluated_again(self, tmp_path: Path, whole: Any) -> None:
         run(Colours(ends_at=20), tmp_path / "s")
         shards = sorted((tmp_path / "s").glob("0*.json"))
         shards[0].write_text(shards[0].read_text()[:-40])
         shards[1].write_text(shards[2].read_text())
         (tmp_path / "s" / ".000003.json.abc.part").write_text("{")
-        heard = Warnings()
-        assert numbers(run(Colours(), tmp_path / "s", progress=heard)) == whole
-        assert len(heard.told) == 2
-        assert all("is damaged" in text for text in heard.told)
+        warnings = Warnings()
+        assert numbers(run(Colours(), tmp_path / "s", progress=warnings)) == whole
+        assert len(warnings.texts) == 2
+        assert all("is damaged" in text for text in warnings.texts)
         assert not list((tmp_path / "s").glob(".*"))
 
-    def test_strict_meets_what_was_skipped_before(self, tmp_path: Path) -> None:
+    def test_strict_raises_for_images_skipped_before(self, tmp_path: Path) -> None:
         run(Colours(), tmp_path / "s")
         with pytest.raises(UnreadableSample, match="colour-6 cannot be read: made to fail"):
             run(Colours(), tmp_path / "s", strict=True)
 
-    def test_a_large_run_has_no_more_than_so_many_files(self, tmp_path: Path) -> None:
+    def test_the_number_of_files_is_limited(self, tmp_path: Path) -> None:
         run(Colours(2100), tmp_path / "s", {"one": tiny_vit(depth=1)}, batch_size=4, keep_rows=False)
         assert len(list((tmp_path / "s").glob("0*.json"))) == 175  # 525 batches, three to a shard
 
-    def test_it_is_removed_when_the_outcome_was_told(self, tmp_path: Path) -> None:
+    def test_finish_removes_the_folder(self, tmp_path: Path) -> None:
         run(Colours(), tmp_path / "s")
-        forget(tmp_path / "s", Processes())
+        finish(tmp_path / "s", Processes())
         assert not (tmp_path / "s").exists()
 
-    def test_what_else_lies_there_stays(self, tmp_path: Path) -> None:
+    def test_other_files_stay(self, tmp_path: Path) -> None:
         run(Colours(), tmp_path / "s")
         (tmp_path / "s" / "notes.txt").write_text("mine")
-        forget(tmp_path / "s", Processes())
+        finish(tmp_path / "s", Processes())
         assert [path.name for path in (tmp_path / "s").iterdir()] == ["notes.txt"]
 
 
-class TestOthers:
+class TestOtherRuns:
     @pytest.mark.parametrize(
         ("changes", "what"),
         [
@@ -233,20 +233,20 @@ class TestOthers:
         assert data.read == []
 
     @pytest.mark.parametrize("content", ["", "{", "[]", "[" * 100_000, '{"evaluation": 1}'])
-    def test_a_header_that_is_none(self, tmp_path: Path, content: str) -> None:
+    def test_invalid_headers(self, tmp_path: Path, content: str) -> None:
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(UsageError, match=r"state|damaged"):
             run(Colours(), tmp_path)
 
-    def test_a_folder_of_something_else_and_a_file(self, tmp_path: Path) -> None:
+    def test_a_folder_with_other_files_and_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "photo.jpg").touch()
-        with pytest.raises(UsageError, match="something else"):
+        with pytest.raises(UsageError, match="other files"):
             run(Colours(), tmp_path)
         with pytest.raises(UsageError, match="is a file"):
             run(Colours(), tmp_path / "photo.jpg")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["photo.jpg"]
 
-    def test_data_errors_come_first(self, tmp_path: Path) -> None:
+    def test_data_errors_are_raised_before_the_folder_is_made(self, tmp_path: Path) -> None:
         with pytest.raises(DataError):
             run(Colours(0), tmp_path / "s")
         assert not (tmp_path / "s").exists()
@@ -256,7 +256,7 @@ KEPT = "[{layer: 1, keep_tokens: 9}]"
 
 
 class TestFullDisk:
-    def test_the_run_goes_on_and_says_once_that_it_is_not_kept(
+    def test_the_run_continues_with_one_warning(
         self, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         written = Path.write_text
@@ -267,13 +267,13 @@ class TestFullDisk:
             return written(self, text, **options)
 
         monkeypatch.setattr(Path, "write_text", full)
-        heard = Warnings()
-        assert numbers(run(Colours(), tmp_path / "s", progress=heard)) == whole
-        assert len(heard.told) == 1
-        assert "No space left on device; the run goes on" in heard.told[0]
+        warnings = Warnings()
+        assert numbers(run(Colours(), tmp_path / "s", progress=warnings)) == whole
+        assert len(warnings.texts) == 1
+        assert "No space left on device; the run continues" in warnings.texts[0]
         assert [path.name for path in (tmp_path / "s").iterdir()] == ["run.json"]
 
-    def test_no_room_at_the_start_is_an_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_full_disk_at_the_start_is_an_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(self: Path, text: str, **options: Any) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -282,7 +282,7 @@ class TestFullDisk:
             run(Colours(), tmp_path / "s")
 
 
-def test_files_hold_what_json_can(tmp_path: Path) -> None:
+def test_files_are_strict_json(tmp_path: Path) -> None:
     run(Colours(), tmp_path / "s")
     for path in (tmp_path / "s").iterdir():
         json.loads(path.read_text(), parse_constant=pytest.fail)
