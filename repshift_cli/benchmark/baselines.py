@@ -21,7 +21,7 @@ from repshift_cli.checkpoints.exported import OpenedExport, Runtime
 from repshift_cli.errors import ModelError, RecipeError, UsageError
 from repshift_cli.models.attention_mode import AttentionMode, attention_mode
 from repshift_cli.planning.plan import Plan, PlanSite
-from repshift_cli.planning.recipe import Part
+from repshift_cli.planning.recipe import ComponentSpec
 from repshift_cli.reduction.checks import check_reducer
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.reducers.base import Merger, Reducer, build_reducer
@@ -29,10 +29,10 @@ from repshift_cli.utils.suggest import nearest
 
 __all__ = ["PEERS", "Peer", "check_names", "contenders_against", "dense_copy", "shared_copy", "uniform_plan"]
 
-_FREE = Part(kind="random")
+_FREE = ComponentSpec(kind="random")
 """The score of reducers that ask for none: it looks at no token, and costs the least."""
 
-_MATCHING = Part(kind="bipartite")
+_MATCHING = ComponentSpec(kind="bipartite")
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _macs(dense: nn.Module, plan: Plan) -> int:
         attached.detach()
 
 
-def _same_counts(compressed: CompressedModel, part: Part, metric: Part | None) -> Plan:
+def _same_counts(compressed: CompressedModel, part: ComponentSpec, metric: ComponentSpec | None) -> Plan:
     """The plan of a compressed model with another reducer, and another score where one is given.
 
     Raises:
@@ -180,14 +180,14 @@ def _bipartite(compressed: CompressedModel) -> Plan:
     return plan
 
 
-def _reducer(part: Part, compressed: CompressedModel) -> Reducer:
+def _reducer(part: ComponentSpec, compressed: CompressedModel) -> Reducer:
     """The reducer, known to work on this model; errors as `attach.check_reducer`."""
     reducer = build_reducer(part)
     check_reducer(reducer, compressed.family, compressed.model)
     return reducer
 
 
-_CLASS_ATTENTION = partial(_same_counts, part=Part(kind="prune"), metric=Part(kind="class_attention"))
+_CLASS_ATTENTION = partial(_same_counts, part=ComponentSpec(kind="prune"), metric=ComponentSpec(kind="class_attention"))
 
 PEERS: dict[str, Peer] = {
     "dense": Peer("the dense model"),
@@ -198,7 +198,9 @@ PEERS: dict[str, Peer] = {
     "class-attention-row": Peer("pruning by class attention, of which only one row is formed", _CLASS_ATTENTION),
     "bipartite": Peer("ToMe's matching at the same sites", _bipartite),
     "tome": Peer("ToMe's matching in every block, the same number in each", uniform_plan),
-    "fuse": Peer("the tokens that go fused into one", partial(_same_counts, part=Part(kind="fuse"), metric=None)),
+    "fuse": Peer(
+        "the tokens that go fused into one", partial(_same_counts, part=ComponentSpec(kind="fuse"), metric=None)
+    ),
 }
 """By the name that `--against` takes."""
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli.calibration.fit import fit_scores
-from repshift_cli.calibration.outputs import Predictions, agreement, distance, predictions, run_batches
+from repshift_cli.calibration.outputs import ReferenceOutputs, agreement, distance, reference_outputs, run_batches
 from repshift_cli.errors import CheckFailed, DataError, RecipeError
 from repshift_cli.planning.plan import Plan, PlanSite
-from repshift_cli.planning.recipe import Part
+from repshift_cli.planning.recipe import ComponentSpec
 from repshift_cli.reduction.checks import feeds, with_defaults
 from repshift_cli.reduction.compressed_model import attach, branch
 from repshift_cli.reduction.families.base import Family, Site
@@ -38,8 +38,8 @@ from repshift_cli.utils.progress import Progress, Task
 __all__ = [
     "Calibration",
     "CandidateResult",
-    "Outcome",
-    "Run",
+    "CandidateRunner",
+    "Deviation",
     "SiteChoice",
     "calibrate",
     "choose_metric",
@@ -84,7 +84,7 @@ _MIN_MILD = 16
 
 
 @dataclass
-class Outcome:
+class Deviation:
     """How far predictions are from the dense model's, image by image.
 
     Attributes:
@@ -118,13 +118,13 @@ class Outcome:
 
 
 @dataclass
-class CandidateResult(Outcome):
+class CandidateResult(Deviation):
     """One candidate and what it does."""
 
     metric: Metric = field(kw_only=True)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"metric": self.metric.part().model_dump(), **self.numbers()}
+        return {"metric": self.metric.spec().model_dump(), **self.numbers()}
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class SiteChoice:
 
     def to_dict(self) -> dict[str, Any]:
         candidates = [candidate.to_dict() for candidate in self.candidates]
-        return {"site": self.site, "chosen": self.chosen.part().model_dump(), "candidates": candidates}
+        return {"site": self.site, "chosen": self.chosen.spec().model_dump(), "candidates": candidates}
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,9 @@ class Calibration:
     """
 
     sites: tuple[SiteChoice, ...]
-    result: Outcome
-    random: Outcome
-    default: Outcome
+    result: Deviation
+    random: Deviation
+    default: Deviation
     sigmas: float
     clear: bool
     images: int
@@ -184,9 +184,9 @@ class Calibration:
         return harmless and self.sigmas > -_MARGIN_SIGMAS
 
     @property
-    def parts(self) -> list[Part]:
+    def specs(self) -> list[ComponentSpec]:
         """The chosen metric of each site, as a plan names it."""
-        return [choice.chosen.part() for choice in self.sites]
+        return [choice.chosen.spec() for choice in self.sites]
 
     def to_dict(self) -> dict[str, Any]:
         checked = {"chosen": self.result, "random": self.random, "default": self.default}
@@ -242,13 +242,13 @@ def calibrate(
         reference = run_batches(model, images, batch_size, task)
         if not bool(reference.isfinite().all()):
             raise CheckFailed("the dense model returns values that are not finite", "Calibrate in float32.")
-        run = Run(model, images, predictions(model, reference), batch_size, task)
+        run = CandidateRunner(model, images, reference_outputs(model, reference), batch_size, task)
         choices: list[SiteChoice] = []
         for planned, candidates in zip(plan.sites, variants, strict=True):
-            before = [choice.chosen.part() for choice in choices]
+            before = [choice.chosen.spec() for choice in choices]
             choices.append(choose_metric(run, plan.with_metrics([*before, planned.metric]), candidates, border))
-        result = run.check(plan.with_metrics([choice.chosen.part() for choice in choices]), border)
-        draws = [run.check(plan.with_metric(part), border) for part in _random_parts()]
+        result = run.check(plan.with_metrics([choice.chosen.spec() for choice in choices]), border)
+        draws = [run.check(plan.with_metric(part), border) for part in _random_specs()]
         default = run.check(with_defaults(asked, sites), border)
     random = _mean_of(draws)
     sigmas = _sigmas(random.distances, result.distances)
@@ -276,7 +276,7 @@ def fit_open(model: nn.Module, plan: Plan, images: Tensor, batch_size: int, prog
         found = fit_scores(model, layers, images, batch_size, _FIT_SEED, task, after=after)
     parts = [planned.metric for planned in plan.sites]
     for index, layer in zip(wanted, layers, strict=True):
-        parts[index] = found[layer].part()
+        parts[index] = found[layer].spec()
     return plan.with_metrics(parts)
 
 
@@ -285,7 +285,7 @@ def unfitted(metric: Metric) -> bool:
     return isinstance(metric, Fitted) and metric.open
 
 
-def choose_metric(run: Run, plan: Plan, variants: Sequence[Metric], count: int) -> SiteChoice:
+def choose_metric(run: CandidateRunner, plan: Plan, variants: Sequence[Metric], count: int) -> SiteChoice:
     """The best metric for the last site of the plan, on the first `count` images."""
     candidates = [CandidateResult(metric=variant) for variant in variants]
     if len(candidates) == 1:
@@ -309,10 +309,10 @@ def _rounds(count: int) -> list[tuple[int, int]]:
     return [(math.ceil(share * count), survivors) for share, survivors in _ROUNDS]
 
 
-class Run:
+class CandidateRunner:
     """The images, what the dense model makes of them, and how far others are from that."""
 
-    def __init__(self, model: nn.Module, images: Tensor, dense: Predictions, batch_size: int, task: Task) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, dense: ReferenceOutputs, batch_size: int, task: Task) -> None:
         self.model = model
         self.images = images
         self.dense = dense
@@ -339,18 +339,18 @@ class Run:
         for candidate in candidates:
             self._judge(candidate, 0)
 
-    def check(self, plan: Plan, start: int) -> Outcome:
+    def check(self, plan: Plan, start: int) -> Deviation:
         """A whole plan on the images from `start` on."""
         compressed = attach(self.model, plan)
         try:
             output = run_batches(compressed, self.images[start:], self.batch_size, self.task)
         finally:
             compressed.detach()
-        result = Outcome(outputs=[output])
+        result = Deviation(outputs=[output])
         self._judge(result, start)
         return result
 
-    def _judge(self, outcome: Outcome, start: int) -> None:
+    def _judge(self, outcome: Deviation, start: int) -> None:
         """Compare all outputs that there are, which begin at image `start`, with those of the dense model."""
         given = self.dense.of(torch.cat(outcome.outputs))
         wanted = self.dense.reference[start : start + len(given)]
@@ -360,8 +360,8 @@ class Run:
             outcome.agreeing = agreement(wanted, given).tolist()
 
 
-def _random_parts() -> list[Part]:
-    return [Part.model_validate({"kind": "random", "seed": seed}) for seed in _RANDOM_SEEDS]
+def _random_specs() -> list[ComponentSpec]:
+    return [ComponentSpec.model_validate({"kind": "random", "seed": seed}) for seed in _RANDOM_SEEDS]
 
 
 def runnable(planned: PlanSite, site: Site) -> list[Metric]:
@@ -388,10 +388,10 @@ def _steps(variants: Sequence[int], images: int) -> int:
     return steps
 
 
-def _mean_of(draws: list[Outcome]) -> Outcome:
+def _mean_of(draws: list[Deviation]) -> Deviation:
     columns = zip(*(draw.distances for draw in draws), strict=True)
     agreeing = zip(*(draw.agreeing for draw in draws), strict=True)
-    return Outcome(
+    return Deviation(
         [math.fsum(column) / len(column) for column in columns],
         [math.fsum(column) / len(column) for column in agreeing],
     )

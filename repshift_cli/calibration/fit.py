@@ -24,7 +24,7 @@ from torch.nn import functional
 from repshift_cli.errors import CheckFailed
 from repshift_cli.planning.layout import After
 from repshift_cli.reduction.metrics.fitted import Fitted
-from repshift_cli.reduction.watch import Seen, watching
+from repshift_cli.reduction.watch import BlockOutput, record_block_outputs
 from repshift_cli.utils.progress import Task
 
 __all__ = ["fit_scores", "influence", "is_classifier"]
@@ -66,7 +66,7 @@ def fit_scores(  # noqa: PLR0917
     sums: dict[int, _NormalEquations] = {layer: _NormalEquations() for layer in layers}
     generator = torch.Generator().manual_seed(seed)
     # a caller in inference mode would hand over tensors that know no gradients
-    with torch.inference_mode(False), torch.enable_grad(), watching(model, after) as seen:
+    with torch.inference_mode(False), torch.enable_grad(), record_block_outputs(model, after) as seen:
         for batch in images.split(min(batch_size, _MOST_AT_A_TIME)):
             inputs = batch.clone().requires_grad_()
             responses = _responses(model, model(inputs))
@@ -78,7 +78,7 @@ def fit_scores(  # noqa: PLR0917
     return {layer: Fitted.of(equations.solve().tolist()) for layer, equations in sums.items()}
 
 
-def influence(responses: Tensor, seen: Mapping[int, Seen], generator: torch.Generator) -> dict[int, Tensor]:
+def influence(responses: Tensor, seen: Mapping[int, BlockOutput], generator: torch.Generator) -> dict[int, Tensor]:
     """How much the outputs hang on each token, to first order.
 
     Args:

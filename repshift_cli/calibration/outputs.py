@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from repshift_cli.utils.progress import Task
 
 __all__ = [
-    "Predictions",
+    "ReferenceOutputs",
     "agreement",
     "distance",
     "divergence",
-    "predictions",
+    "reference_outputs",
     "run_batches",
 ]
 
 
 @dataclass(frozen=True)
-class Predictions:
+class ReferenceOutputs:
     """What a model says of inputs, in a form in which two models can be compared.
 
     A classifier gives logits. A model that is there to compare embeddings (it has a `temperature`) is asked which of
@@ -46,13 +46,13 @@ class Predictions:
         return _centred(outputs) @ self.gallery.T / self.temperature
 
 
-def predictions(model: nn.Module, outputs: Tensor) -> Predictions:
+def reference_outputs(model: nn.Module, outputs: Tensor) -> ReferenceOutputs:
     """How to compare with a dense model, given its outputs `[n, channels]` for all inputs."""
     temperature = getattr(model, "temperature", None)
     if not isinstance(temperature, float):
-        return Predictions(outputs, None, 1.0, getattr(model, "num_classes", 0) > 0)
+        return ReferenceOutputs(outputs, None, 1.0, getattr(model, "num_classes", 0) > 0)
     gallery = _centred(outputs)
-    return Predictions(gallery @ gallery.T / temperature, gallery, temperature, True)
+    return ReferenceOutputs(gallery @ gallery.T / temperature, gallery, temperature, True)
 
 
 def _centred(embeddings: Tensor) -> Tensor:

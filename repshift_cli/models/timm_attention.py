@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from repshift_cli.ops.attention import attend_projected, backend_of
 
-__all__ = ["FlexibleAttention", "SizesByCount", "heed_sizes", "is_attention", "run_on_flash"]
+__all__ = ["FlexibleAttention", "TokenSizes", "is_attention", "run_on_flash", "use_proportional_attention"]
 
 
-class SizesByCount(Protocol):
+class TokenSizes(Protocol):
     """Knows the sizes of the tokens that are on their way."""
 
     def sizes_of(self, count: int) -> Tensor | None:
@@ -25,7 +25,7 @@ class SizesByCount(Protocol):
 
 
 class FlexibleAttention(Attention):
-    """A timm `Attention` with two more switches; see `heed_sizes` and `run_on_flash`, which make one.
+    """A timm `Attention` with two more switches; see `use_proportional_attention` and `run_on_flash`, which make one.
 
     Where neither has an effect, timm's own code runs.
 
@@ -34,7 +34,7 @@ class FlexibleAttention(Attention):
         flash_attn: whether flash-attn runs where `fused_attn` asks for a fused kernel.
     """
 
-    sizes: SizesByCount | None = None
+    sizes: TokenSizes | None = None
     flash_attn: bool = False
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -68,7 +68,7 @@ def is_attention(module: nn.Module) -> bool:
     return type(module) in (Attention, FlexibleAttention)
 
 
-def heed_sizes(attention: Attention, sizes: SizesByCount | None) -> None:
+def use_proportional_attention(attention: Attention, sizes: TokenSizes | None) -> None:
     """From now on each key counts as often as the size of its token says; None undoes it."""
     flexible = _flexible(attention)
     flexible.sizes = sizes

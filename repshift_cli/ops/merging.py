@@ -1,4 +1,4 @@
-"""Which tokens are alike, and how some flow into others: the arithmetic that merging reducers share."""
+"""Which tokens are alike, and how tokens are merged into others: the arithmetic that merging reducers share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from repshift_cli.ops.tokens import add_at, gather_tokens
 
-__all__ = ["Pairs", "flow", "key_features", "nearest", "pair", "unit_range"]
+__all__ = ["Pairs", "key_features", "merge_into", "nearest", "pair", "unit_range"]
 
 
 class Pairs(NamedTuple):
@@ -63,15 +63,15 @@ def unit_range(scores: Tensor) -> Tensor:
     return (scores - low) / (high - low).clamp_min(torch.finfo(scores.dtype).tiny)
 
 
-def flow(kept: Tensor, sizes: Tensor, sources: Tensor, shares: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Let tokens flow into others, each of which becomes the mean of all that it then stands for.
+def merge_into(kept: Tensor, sizes: Tensor, sources: Tensor, shares: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge tokens into others, each of which becomes the size-weighted mean.
 
     Tokens that nothing flows into stay as they are, to the bit.
 
     Args:
         kept: `[B, K, C]`, the tokens that stay; their memory may be used for the result.
         sizes: `[B, K]`, how many tokens each of them stands for.
-        sources: `[B, D, C]`, the tokens that flow.
+        sources: `[B, D, C]`, the tokens to merge.
         shares: `[B, D]`, how much of a token each of those counts.
         targets: int64 `[B, D]`, the place among `kept` that each flows into.
 

@@ -23,7 +23,7 @@ from pydantic import (
 
 from repshift_cli.errors import RecipeError
 from repshift_cli.planning.layout import After, Grid, Layout, SiteInfo
-from repshift_cli.planning.recipe import LayerDrop, Part, Place, Recipe
+from repshift_cli.planning.recipe import ComponentSpec, LayerDrop, Place, Recipe
 from repshift_cli.utils.suggest import nearest
 
 __all__ = [
@@ -55,7 +55,7 @@ class PlanSite(_Frozen):
     grid_in: tuple[PositiveInt, PositiveInt] | None = None
     grid_out: tuple[PositiveInt, PositiveInt] | None = None
     after: After = "block"
-    metric: Part
+    metric: ComponentSpec
 
     @property
     def shape_in(self) -> tuple[int, ...]:
@@ -90,7 +90,7 @@ class Plan(_Frozen):
     prefix_tokens: NonNegativeInt
     patch_tokens: PositiveInt
     sites: Annotated[tuple[PlanSite, ...], Field(min_length=1)]
-    reducer: Part
+    reducer: ComponentSpec
 
     @model_validator(mode="after")
     def _counts_follow(self) -> Plan:
@@ -119,11 +119,11 @@ class Plan(_Frozen):
             counts.append(drops.get(layer, counts[-1]))
         return tuple(counts)
 
-    def with_metric(self, metric: Part) -> Plan:
+    def with_metric(self, metric: ComponentSpec) -> Plan:
         """The same counts with another score, the same at every site."""
         return self.with_metrics([metric] * len(self.sites))
 
-    def with_metrics(self, metrics: Sequence[Part]) -> Plan:
+    def with_metrics(self, metrics: Sequence[ComponentSpec]) -> Plan:
         """The same counts with another score for each site; for fewer scores than sites, the plan ends earlier."""
         sites = (site.model_copy(update={"metric": metric}) for site, metric in zip(self.sites, metrics, strict=False))
         return self.model_copy(update={"sites": tuple(sites)})

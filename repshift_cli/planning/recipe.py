@@ -32,8 +32,8 @@ from repshift_cli.utils.suggest import nearest
 
 __all__ = [
     "Budget",
+    "ComponentSpec",
     "LayerDrop",
-    "Part",
     "Place",
     "Recipe",
     "default_recipe",
@@ -55,7 +55,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Part(BaseModel):
+class ComponentSpec(BaseModel):
     """A metric or a reducer as the recipe names it: its kind, and options that its own file checks."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -84,7 +84,7 @@ class LayerDrop(_Strict):
     drop_ratio: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
     keep_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     keep_grid: tuple[Annotated[StrictInt, Field(ge=1)], Annotated[StrictInt, Field(ge=1)]] | None = None
-    metric: Part | None = None
+    metric: ComponentSpec | None = None
 
     @model_validator(mode="after")
     def _one_amount(self) -> LayerDrop:
@@ -149,8 +149,8 @@ class Recipe(_Strict):
     version: Literal[1]
     description: StrictStr | None = None
     model: StrictStr | None = None
-    metric: Part = Part(kind="representation_shift")
-    reducer: Part = Part(kind="prune")
+    metric: ComponentSpec = ComponentSpec(kind="representation_shift")
+    reducer: ComponentSpec = ComponentSpec(kind="prune")
     round_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     layers: Annotated[tuple[LayerDrop, ...], Field(min_length=1)] = ()
     budget: Budget | None = None

@@ -9,10 +9,10 @@ from types import GenericAlias
 from typing import Any, TypeVar
 
 from repshift_cli.errors import RecipeError
-from repshift_cli.planning.recipe import Part, Place, dotted, validate
+from repshift_cli.planning.recipe import ComponentSpec, Place, dotted, validate
 from repshift_cli.utils.suggest import nearest
 
-__all__ = ["build_part", "members"]
+__all__ = ["build_component", "members"]
 
 _Base = TypeVar("_Base")
 
@@ -32,7 +32,7 @@ def members(package: str, base: type[_Base]) -> Iterator[type[_Base]]:
                 yield value
 
 
-def build_part(part: Part, known: dict[str, Any], place: Place, path: tuple[str | int, ...]) -> Any:
+def build_component(part: ComponentSpec, known: dict[str, Any], place: Place, path: tuple[str | int, ...]) -> Any:
     """The metric or reducer that a recipe names, with its options checked.
 
     Args:

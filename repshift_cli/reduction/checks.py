@@ -9,7 +9,7 @@ from torch import nn
 from repshift_cli.errors import RecipeError
 from repshift_cli.planning.layout import After
 from repshift_cli.planning.plan import Plan, resolve
-from repshift_cli.planning.recipe import Part, Place, Recipe
+from repshift_cli.planning.recipe import ComponentSpec, Place, Recipe
 from repshift_cli.reduction.families.base import Family, Site, match
 from repshift_cli.reduction.metrics.base import Metric, build_metric
 from repshift_cli.reduction.reducers.base import Merger, Reducer, build_reducer
@@ -17,8 +17,8 @@ from repshift_cli.reduction.reducers.base import Merger, Reducer, build_reducer
 __all__ = [
     "acts_after",
     "check_channels",
+    "check_components",
     "check_feeds",
-    "check_parts",
     "check_reducer",
     "check_reducer_feeds",
     "feeds",
@@ -73,7 +73,7 @@ def check_reducer_feeds(reducer: Reducer, site: Site, place: Place | None = None
         )
 
 
-def check_parts(recipe: Recipe) -> None:
+def check_components(recipe: Recipe) -> None:
     """Build every metric and the reducer that a recipe names, to refuse what cannot be before any work.
 
     Raises:
@@ -86,7 +86,7 @@ def check_parts(recipe: Recipe) -> None:
     build_reducer(recipe.reducer, recipe.place)
 
 
-def acts_after(reducer: Part) -> After:
+def acts_after(reducer: ComponentSpec) -> After:
     """What of a block has been computed when a reducer acts."""
     return build_reducer(reducer).after
 
@@ -103,7 +103,7 @@ def with_defaults(plan: Plan, sites: Mapping[str, Site]) -> Plan:
         metric = build_metric(planned.metric)
         choices = [metric.with_defaults(), *metric.variants()]
         fitting = (choice for choice in choices if feeds(choice, sites[planned.site], planned.after))
-        chosen.append(next(fitting, choices[0]).part())
+        chosen.append(next(fitting, choices[0]).spec())
     return plan.with_metrics(chosen)
 
 

@@ -77,7 +77,9 @@ class CompressedModel(nn.Module):
         self._hooks: list[SiteHook] = []
         self._handles: list[Any] = []
         self._undo_sizes = (
-            self._heed_sizes(stream) if isinstance(reducer, Merger) and reducer.pooled_by_size else nothing
+            self._use_proportional_attention(stream)
+            if isinstance(reducer, Merger) and reducer.pooled_by_size
+            else nothing
         )
         sites = {site.name: site for site in family.sites(model)}
         for planned, here in zip(plan.sites, metrics, strict=True):
@@ -192,15 +194,15 @@ class CompressedModel(nn.Module):
             for hook in self._hooks:
                 hook.place(parameter.device)
 
-    def _heed_sizes(self, stream: Stream) -> Callable[[], None]:
-        passages, undo = self.family.heed_sizes(self.model, stream)
+    def _use_proportional_attention(self, stream: Stream) -> Callable[[], None]:
+        edits, undo = self.family.use_proportional_attention(self.model, stream)
         first = self.family.sites(self.model)[0].block
         self._handles.append(first.register_forward_pre_hook(BeginHook(stream).on_begin))
-        for passage in passages:
-            hook, module = TensorEditHook(passage.change), passage.module
-            if passage.side == "output":
+        for edit in edits:
+            hook, module = TensorEditHook(edit.change), edit.module
+            if edit.side == "output":
                 self._handles.append(module.register_forward_hook(hook.on_output))
-            elif passage.side == "input":
+            elif edit.side == "input":
                 self._handles.append(module.register_forward_pre_hook(hook.on_input))
             else:
                 self._handles.append(module.register_forward_pre_hook(hook.on_mask, with_kwargs=True))

@@ -13,7 +13,7 @@ from repshift_cli.errors import UsageError
 from repshift_cli.planning.plan import PlanSite
 from repshift_cli.reduction.families.base import Probe, Stream
 from repshift_cli.reduction.metrics.base import Metric, SiteContext
-from repshift_cli.reduction.reducers.base import Chooser, Merger, Reducer
+from repshift_cli.reduction.reducers.base import Merger, Pruner, Reducer
 
 __all__ = [
     "BeginHook",
@@ -99,7 +99,7 @@ class SiteHook:
         return output if everything else self._choose(output, keep)
 
     def _choose(self, output: Any, keep: Tensor) -> Any:
-        assert isinstance(self.reducer, Chooser)
+        assert isinstance(self.reducer, Pruner)
         return self.stream.reduce(output, keep, self.planned, self.reducer.reduce)
 
     def _check(self, output: Any, kwargs: dict[str, Any]) -> None:

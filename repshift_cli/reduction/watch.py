@@ -13,13 +13,13 @@ from repshift_cli.planning.layout import After
 from repshift_cli.reduction.families.base import Stream, match
 
 __all__ = [
-    "Seen",
-    "watching",
+    "BlockOutput",
+    "record_block_outputs",
 ]
 
 
 @dataclass(frozen=True)
-class Seen:
+class BlockOutput:
     """What left one block in a pass.
 
     Attributes:
@@ -34,14 +34,14 @@ class Seen:
 
 
 @contextmanager
-def watching(model: nn.Module, after: After = "block") -> Iterator[dict[int, Seen]]:
+def record_block_outputs(model: nn.Module, after: After = "block") -> Iterator[dict[int, BlockOutput]]:
     """Inside the context each pass of a dense model leaves what left each block, by layer.
 
     Raises:
         ModelError: the model is not supported.
     """
     family = match(model)
-    stream, seen = family.stream(model), dict[int, Seen]()
+    stream, seen = family.stream(model), dict[int, BlockOutput]()
     handles = []
     for site in family.sites(model):
         place = site.attended if after == "attention" else site.block
@@ -57,7 +57,7 @@ def watching(model: nn.Module, after: After = "block") -> Iterator[dict[int, See
 class _Watch:
     """Remembers what left one block."""
 
-    def __init__(self, stream: Stream, layer: int, seen: dict[int, Seen]) -> None:
+    def __init__(self, stream: Stream, layer: int, seen: dict[int, BlockOutput]) -> None:
         self.stream = stream
         self.layer = layer
         self.seen = seen
@@ -66,7 +66,7 @@ class _Watch:
         """Store it."""
         value, prefix = self.stream.enter(output), self.stream.prefix
         tokens = self.stream.block_output(value)[:, prefix:]
-        self.seen[self.layer] = Seen(tokens, self.stream.carrier(value), self._view)
+        self.seen[self.layer] = BlockOutput(tokens, self.stream.carrier(value), self._view)
 
     def _view(self, value: Tensor) -> Tensor:
         return self.stream.carried(value)[:, self.stream.prefix :]

@@ -12,15 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repshift_cli.calibration.calibrate import Run, choose_metric, runnable
+from repshift_cli.calibration.calibrate import CandidateRunner, choose_metric, runnable
 from repshift_cli.calibration.fit import fit_scores
-from repshift_cli.calibration.outputs import Predictions, agreement, distance, divergence, predictions, run_batches
+from repshift_cli.calibration.outputs import (
+    ReferenceOutputs,
+    agreement,
+    distance,
+    divergence,
+    reference_outputs,
+    run_batches,
+)
 from repshift_cli.errors import CheckFailed, RecipeError
 from repshift_cli.measure.device import device_name
 from repshift_cli.measure.latency import Speedup, Subject, Timing, compute_speedup, full_batch, measure_latency
 from repshift_cli.planning.layout import After
 from repshift_cli.planning.plan import Plan
-from repshift_cli.planning.recipe import Part
+from repshift_cli.planning.recipe import ComponentSpec
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.families.base import Family
 from repshift_cli.search.additive import Kept
@@ -58,7 +65,7 @@ class ImageSubset:
     """Some of the images, and what the dense model makes of them."""
 
     images: Tensor
-    dense: Predictions
+    dense: ReferenceOutputs
     labels: Tensor | None
 
 
@@ -89,7 +96,7 @@ class Evaluator:
 
     def _part(self, start: int, stop: int) -> ImageSubset:
         labels = None if self.labels is None else self.labels[start:stop]
-        return ImageSubset(self.images[start:stop], predictions(self.model, self.outputs[start:stop]), labels)
+        return ImageSubset(self.images[start:stop], reference_outputs(self.model, self.outputs[start:stop]), labels)
 
     @property
     def has_head(self) -> bool:
@@ -136,17 +143,17 @@ class Evaluator:
     def choose(self, plan: Plan) -> list[dict[str, Any]] | None:
         """The metric of each site, open fields filled one site after the other; None where a site can feed none."""
         part = self.parts["choice"]
-        run = Run(self.model, part.images, part.dense, self.batch_size, NoTask())
+        run = CandidateRunner(self.model, part.images, part.dense, self.batch_size, NoTask())
         sites = {site.name: site for site in self.family.sites(self.model)}
-        chosen: list[Part] = []
+        chosen: list[ComponentSpec] = []
         try:
             for planned in plan.sites:
                 variants = runnable(planned, sites[planned.site])
                 if len(variants) > 1:
                     so_far = plan.with_metrics([*chosen, planned.metric])
-                    chosen.append(choose_metric(run, so_far, variants, len(part.images)).chosen.part())
+                    chosen.append(choose_metric(run, so_far, variants, len(part.images)).chosen.spec())
                 else:
-                    chosen.append(variants[0].part())
+                    chosen.append(variants[0].spec())
         except RecipeError:
             return None
         return [found.model_dump() for found in chosen]
@@ -154,7 +161,7 @@ class Evaluator:
     def fit(self, layers: Sequence[int], after: After, task: Task) -> dict[str, dict[str, Any]]:
         """The fitted metric of each layer, by its number."""
         found = fit_scores(self.model, layers, self.parts["choice"].images, self.batch_size, 0, task, after=after)
-        return {str(layer): metric.part().model_dump() for layer, metric in found.items()}
+        return {str(layer): metric.spec().model_dump() for layer, metric in found.items()}
 
     @property
     def place(self) -> str:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from repshift_cli.errors import UsageError
 from repshift_cli.planning.layout import Grid, Layout
-from repshift_cli.planning.recipe import LayerDrop, Part, Recipe
+from repshift_cli.planning.recipe import ComponentSpec, LayerDrop, Recipe
 from repshift_cli.search.additive import TINY, Additive, Kept, drops, levels
 
 __all__ = [
@@ -362,8 +362,8 @@ def to_recipe(
     layout: Layout,
     layers: Sequence[int],
     *,
-    metrics: Mapping[int, Part],
-    reducer: Part,
+    metrics: Mapping[int, ComponentSpec],
+    reducer: ComponentSpec,
     model: str | None = None,
     description: str | None = None,
 ) -> Recipe:
@@ -380,7 +380,7 @@ def to_recipe(
     if not chosen:
         raise UsageError("the schedule lets no token go")
     texts = Counter(metrics[layer].model_dump_json() for layer in chosen)
-    common = Part.model_validate_json(texts.most_common(1)[0][0])
+    common = ComponentSpec.model_validate_json(texts.most_common(1)[0][0])
     rows = [
         drop if metrics[layer] == common else drop.model_copy(update={"metric": metrics[layer]})
         for layer, drop in chosen.items()

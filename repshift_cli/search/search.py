@@ -29,7 +29,7 @@ from repshift_cli.calibration.calibrate import unfitted
 from repshift_cli.errors import CheckFailed, DataError, RecipeError, UsageError
 from repshift_cli.planning.layout import After
 from repshift_cli.planning.plan import Plan, resolve
-from repshift_cli.planning.recipe import PAPER_DROP_RATIO, Part, Recipe, default_recipe
+from repshift_cli.planning.recipe import PAPER_DROP_RATIO, ComponentSpec, Recipe, default_recipe
 from repshift_cli.reduction.checks import acts_after, resolve_for
 from repshift_cli.reduction.families.base import Family
 from repshift_cli.reduction.metrics.base import build_metric
@@ -145,7 +145,7 @@ class _Search:
         self.random = random.Random(settings.seed)  # noqa: S311 (a search, not a secret)
         self.reducer = settings.start.reducer
         self.open = self._open_metrics()
-        self.scores: dict[int, Part] = {}  # by layer, the metric that is used there now
+        self.scores: dict[int, ComponentSpec] = {}  # by layer, the metric that is used there now
         self.layers: list[int] = []
         self.tried: dict[str, Evaluated] = {}
         self.latencies: dict[str, float] = {}
@@ -176,7 +176,7 @@ class _Search:
 
     # -- scores and curves
 
-    def _open_metrics(self) -> dict[int, Part]:
+    def _open_metrics(self) -> dict[int, ComponentSpec]:
         """By layer, the metric that the start recipe gives it, perhaps with open fields."""
         given = {drop.layer: drop.metric for drop in self.settings.start.layers if drop.metric is not None}
         metric = self.settings.start.metric
@@ -189,7 +189,7 @@ class _Search:
             return
         with self.progress.task("fitting scores", len(self.bench.parts["choice"].images)) as task:
             found = self.memo.get(["fit"], lambda _: self.bench.fit(layers, self._after, task), NoTask())[0]
-        self.open |= {layer: Part.model_validate(found[str(layer)]) for layer in layers}
+        self.open |= {layer: ComponentSpec.model_validate(found[str(layer)]) for layer in layers}
 
     def _choose_scores(self) -> None:
         """The metric of each layer, as the only site; layers that can feed none drop out."""
@@ -209,13 +209,13 @@ class _Search:
                 return plan
         return None
 
-    def _choices(self, plans: Sequence[Plan]) -> list[list[Part] | None]:
+    def _choices(self, plans: Sequence[Plan]) -> list[list[ComponentSpec] | None]:
         """For each plan the metrics of its sites, chosen along it."""
         asked = [plan.with_metrics([self.open[site.layer] for site in plan.sites]) for plan in plans]
         keys = [f"choose {plan_key(plan)}" for plan in asked]
         with self.progress.task("choosing scores", len(asked)) as task:
             found = self.memo.get(keys, lambda index: self.bench.choose(asked[index]), task)
-        return [None if parts is None else [Part.model_validate(part) for part in parts] for parts in found]
+        return [None if parts is None else [ComponentSpec.model_validate(part) for part in parts] for parts in found]
 
     def _sense(self) -> None:
         """The harm of each layer, and with it the additive model."""
@@ -261,13 +261,15 @@ class _Search:
         """Patch tokens of the dense model."""
         return self.bench.layout.patch_tokens
 
-    def _single(self, layer: int, kept: int, reducer: Part | None = None) -> Plan | None:
+    def _single(self, layer: int, kept: int, reducer: ComponentSpec | None = None) -> Plan | None:
         """The plan whose only site is this layer; None where it cannot be."""
         index = [site.layer for site in self.bench.layout.sites]
         schedule = tuple(kept if other >= layer else self.tokens for other in index)
         return self._plan(schedule, index, self.scores or self.open, reducer or self.reducer)
 
-    def _plan(self, kept: Kept, layers: Sequence[int], metrics: Mapping[int, Part], reducer: Part) -> Plan | None:
+    def _plan(
+        self, kept: Kept, layers: Sequence[int], metrics: Mapping[int, ComponentSpec], reducer: ComponentSpec
+    ) -> Plan | None:
         parts = {layer: metrics.get(layer, self.open[layer]) for layer in layers}
         try:
             recipe = to_recipe(kept, self.bench.layout, layers, metrics=parts, reducer=reducer)
@@ -275,7 +277,7 @@ class _Search:
         except UsageError:
             return None
 
-    def _by_macs(self, reducer: Part) -> Additive:
+    def _by_macs(self, reducer: ComponentSpec) -> Additive:
         """Costs in multiply-accumulates, within what the reducer can take."""
         return replace(self._macs_model, most=self._most(reducer))
 
@@ -304,7 +306,7 @@ class _Search:
         schedule = tuple(kept if other >= layer else self.tokens for other in self.open)
         try:
             recipe = to_recipe(
-                schedule, self.bench.layout, list(self.open), metrics=self.open, reducer=Part(kind="prune")
+                schedule, self.bench.layout, list(self.open), metrics=self.open, reducer=ComponentSpec(kind="prune")
             )
             return resolve(recipe, self.bench.layout, self._after)
         except UsageError:
@@ -331,7 +333,7 @@ class _Search:
             harm=lambda site, kept: self.curves[site](kept),
         )
 
-    def _most(self, reducer: Part) -> Callable[[int], int]:
+    def _most(self, reducer: ComponentSpec) -> Callable[[int], int]:
         """How many of so many tokens a reducer can take at one site, as far as all of them tell."""
         key = reducer.model_dump_json()
         if key not in self.limits:
@@ -343,7 +345,7 @@ class _Search:
             self.limits[key] = partial(_share_of, low, self.tokens)
         return self.limits[key]
 
-    def _model(self, reducer: Part | None = None) -> Additive:
+    def _model(self, reducer: ComponentSpec | None = None) -> Additive:
         """The additive model of what the target limits, latency or else operations, within what a reducer can take."""
         base = self._by_macs(reducer or self.reducer)
         if self.rate is None:
@@ -360,11 +362,13 @@ class _Search:
         """The schedule as a plan, with the scores of now; None where the model cannot carry it out."""
         return self._with(kept, self.scores, self.reducer, name)
 
-    def _scores_of(self, candidate: Candidate | None) -> dict[int, Part]:
+    def _scores_of(self, candidate: Candidate | None) -> dict[int, ComponentSpec]:
         """The scores of a candidate, at other layers those of now."""
         return self.scores | {site.layer: site.metric for site in candidate.plan.sites} if candidate else self.scores
 
-    def _with(self, kept: Kept, metrics: Mapping[int, Part], reducer: Part, name: str) -> Candidate | None:
+    def _with(
+        self, kept: Kept, metrics: Mapping[int, ComponentSpec], reducer: ComponentSpec, name: str
+    ) -> Candidate | None:
         kept = on_tiles(kept, self.tokens, self.bench.layout.prefix_tokens, self.multiple)
         plan = self._plan(kept, self.layers, metrics, reducer)
         if plan is None:
@@ -381,7 +385,7 @@ class _Search:
         name: str,
         *,
         by_macs: bool = False,
-        reducer: Part | None = None,
+        reducer: ComponentSpec | None = None,
         like: Candidate | None = None,
     ) -> Candidate | None:
         """The schedule stretched or shrunk to the budget; what scores and reducers cost in operations is in it.
@@ -648,7 +652,7 @@ class _Search:
         assert self.best is not None
         self.reducer = self.best.candidate.plan.reducer
 
-    def _with_reducer(self, best: Candidate, budget: float, reducer: Part) -> list[Candidate | None]:
+    def _with_reducer(self, best: Candidate, budget: float, reducer: ComponentSpec) -> list[Candidate | None]:
         """The schedule on the budget with another reducer; with one that can take fewer, also its own best one."""
         model = self._model(reducer)
         schedules = [best.kept]
@@ -754,7 +758,7 @@ class _Search:
         plan = best.candidate.plan
         latency = self._latency(plan) if self.settings.seconds > 0 else None
         given = self._given()
-        drawn = plan.with_metric(Part.model_validate({"kind": "random", "seed": self.settings.seed}))
+        drawn = plan.with_metric(ComponentSpec.model_validate({"kind": "random", "seed": self.settings.seed}))
         held = self._held([plan, drawn, *([paper.candidate.plan] if paper else [])])
         if held[0] is None:
             raise CheckFailed("the found schedule returns values that are not finite on the images held back")

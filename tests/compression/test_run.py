@@ -275,7 +275,7 @@ class TestCalibration:
         document = artifact.open_model(output).loaded.document
         assert document is not None
         assert document["calibration"]["clear"] is False
-        assert report.plan.sites[0].metric == report.calibration.parts[0]
+        assert report.plan.sites[0].metric == report.calibration.specs[0]
 
     def test_pictures_of_calibration_are_not_those_of_the_check(
         self, dense: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from repshift_cli.errors import RecipeError
 from repshift_cli.planning.layout import Layout, SiteInfo
 from repshift_cli.planning.plan import Plan, resolve, tokens_dropped
-from repshift_cli.planning.recipe import LayerDrop, Part, Recipe
+from repshift_cli.planning.recipe import ComponentSpec, LayerDrop, Recipe
 
 SITES = tuple(SiteInfo(f"blocks.{layer}", layer) for layer in range(12))
 
@@ -134,15 +134,15 @@ def test_a_schedule_that_keeps_no_token_is_refused() -> None:
 
 def test_with_metric_changes_the_score_at_each_site_and_nothing_else() -> None:
     plan = resolve(recipe("[{layer: 0, drop_ratio: 0.2}, {layer: 3, drop_ratio: 0.2}]"), layout())
-    changed = plan.with_metric(Part(kind="random", seed=3))
-    assert {site.metric for site in changed.sites} == {Part(kind="random", seed=3)}
+    changed = plan.with_metric(ComponentSpec(kind="random", seed=3))
+    assert {site.metric for site in changed.sites} == {ComponentSpec(kind="random", seed=3)}
     assert counts(changed) == counts(plan)
     assert plan.sites[0].metric.kind == "representation_shift"
 
 
 def test_with_metrics_gives_each_site_its_own_and_may_end_earlier() -> None:
     plan = resolve(recipe("[{layer: 0, drop_ratio: 0.2}, {layer: 3, drop_ratio: 0.2}]"), layout())
-    parts = [Part(kind="random", seed=1), Part(kind="random", seed=2)]
+    parts = [ComponentSpec(kind="random", seed=1), ComponentSpec(kind="random", seed=2)]
     assert [site.metric for site in plan.with_metrics(parts).sites] == parts
     assert counts(plan.with_metrics(parts)) == counts(plan)
     assert counts(plan.with_metrics(parts[:1])) == counts(plan)[:1]

@@ -10,7 +10,7 @@ from paths import ROOT
 
 from repshift_cli.errors import RecipeError
 from repshift_cli.planning.recipe import LayerDrop, Recipe, default_recipe, shipped_recipes
-from repshift_cli.reduction.checks import check_parts
+from repshift_cli.reduction.checks import check_components
 from repshift_cli.reduction.metrics.base import build_metric, metric_kinds
 from repshift_cli.reduction.reducers.base import build_reducer, reducer_kinds
 from repshift_cli.search.target import Target
@@ -264,7 +264,7 @@ json_like = st.recursive(
 def test_the_score_of_one_layer_is_checked_in_its_place(metric: str, message: str) -> None:
     text = f"version: 1\nlayers:\n  - {{layer: 0, drop_ratio: 0.2, metric: {metric}}}\n"
     with pytest.raises(RecipeError, match=message):
-        check_parts(Recipe.parse(text, "r.yaml"))
+        check_components(Recipe.parse(text, "r.yaml"))
 
 
 @given(st.sampled_from(["version", "metric", "reducer", "layers", "model", "description"]), json_like)
@@ -348,7 +348,7 @@ class TestParts:
     def test_part_of_a_metric_builds_it_again(self) -> None:
         for kind in metric_kinds().values():
             for variant in kind().variants():
-                assert build_metric(variant.part()) == variant
+                assert build_metric(variant.spec()) == variant
 
     @pytest.mark.parametrize(
         ("fixed", "count"),
@@ -364,7 +364,7 @@ class TestParts:
         recipe = Recipe.parse(GOOD.replace("  operation: mlp", "".join(f"  {k}: {v}\n" for k, v in fixed.items())))
         variants = build_metric(recipe.metric).variants()
         assert len(set(variants)) == len(variants) == count
-        assert all(variant.part().options.items() >= fixed.items() for variant in variants)
+        assert all(variant.spec().options.items() >= fixed.items() for variant in variants)
         assert all(len(variant.variants()) == 1 for variant in variants)
 
     def test_defaults_are_the_papers(self) -> None:

@@ -40,7 +40,7 @@ from repshift_cli.reduction.checks import has_open_fields, resolve_for
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.families.base import families, match
 from repshift_cli.reduction.metrics.base import Metric, metric_kinds
-from repshift_cli.reduction.reducers.base import Chooser, Merged, reducer_kinds
+from repshift_cli.reduction.reducers.base import Merged, Pruner, reducer_kinds
 
 
 def possible(metric: Metric, variant: str) -> bool:
@@ -49,7 +49,7 @@ def possible(metric: Metric, variant: str) -> bool:
     return metric.taps() <= {"block_input", "block_output", *site.probes}
 
 
-CHOOSERS = [kind for kind, found in reducer_kinds().items() if issubclass(found, Chooser)]
+CHOOSERS = [kind for kind, found in reducer_kinds().items() if issubclass(found, Pruner)]
 """Those that merge need a family that carries sizes: `TestMerging`, and tests/families/test_umt_family.py."""
 
 ALL = [

@@ -19,12 +19,12 @@ from repshift_cli.planning.registry import members
 __all__ = [
     "Family",
     "Merge",
-    "Passage",
     "Probe",
     "Reduce",
     "Site",
     "SizedStream",
     "Stream",
+    "TensorEdit",
     "families",
     "match",
     "nothing",
@@ -48,7 +48,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Passage:
+class TensorEdit:
     """A module at which what passes is changed.
 
     Attributes:
@@ -249,7 +249,9 @@ class Family(ABC):
         """Why tokens of this model cannot be merged, or None where they can, for its stream is a `SizedStream`."""
         return f"models of the family {self.name} do not carry how many tokens each stands for"
 
-    def heed_sizes(self, model: nn.Module, stream: Stream) -> tuple[list[Passage], Callable[[], None]]:
+    def use_proportional_attention(
+        self, model: nn.Module, stream: Stream
+    ) -> tuple[list[TensorEdit], Callable[[], None]]:
         """Let attention and pooling heed the sizes of the tokens in a stream that was made for the model.
 
         Returns:

@@ -24,7 +24,7 @@ from repshift_cli.ops.attention import size_bias
 from repshift_cli.ops.tokens import Sized, mean_by_size
 from repshift_cli.planning.layout import Layout, SiteInfo
 from repshift_cli.planning.plan import Plan
-from repshift_cli.reduction.families.base import Family, Passage, Probe, Site, SizedStream, Stream
+from repshift_cli.reduction.families.base import Family, Probe, Site, SizedStream, Stream, TensorEdit
 
 __all__ = ["TimmViT"]
 
@@ -127,11 +127,11 @@ class TimmViT(Family):
                 return f"blocks.{index} attends by {name}, which cannot weight tokens by size"
         return None
 
-    def heed_sizes(self, model: Any, stream: Stream) -> tuple[list[Passage], Callable[[], None]]:
+    def use_proportional_attention(self, model: Any, stream: Stream) -> tuple[list[TensorEdit], Callable[[], None]]:
         assert isinstance(stream, _Beside)
         attentions = [part for block in model.blocks for part in _attentions(block)]
-        _heed(attentions, stream)
-        return _pooling_passages(model, stream), partial(_heed, attentions, None)
+        _set_sizes(attentions, stream)
+        return _pooling_edits(model, stream), partial(_set_sizes, attentions, None)
 
     def macs(self, model: Any, plan: Plan | None) -> int:
         layout = self.layout(model)
@@ -226,25 +226,25 @@ def _attention_probes(attention: Any) -> dict[str, Probe]:
     }
 
 
-def _heed(attentions: list[Any], stream: _Beside | None) -> None:
+def _set_sizes(attentions: list[Any], stream: _Beside | None) -> None:
     for attention in attentions:
-        timm_attention.heed_sizes(attention, stream)
+        timm_attention.use_proportional_attention(attention, stream)
 
 
-def _pooling_passages(model: Any, stream: _Beside) -> list[Passage]:
+def _pooling_edits(model: Any, stream: _Beside) -> list[TensorEdit]:
     """Where pooling must heed sizes: a mean over patches weights each by its size, attention pooling its keys.
 
     A class token and a maximum are what they are.
     """
     if model.attn_pool is not None:
-        return [Passage(model.attn_pool, "mask", partial(_pool_bias, stream=stream))]
+        return [TensorEdit(model.attn_pool, "mask", partial(_pool_bias, stream=stream))]
     if model.global_pool not in ("avg", "avgmax"):
         return []
     first = 0 if model.pool_include_prefix else int(model.num_prefix_tokens)
     pooled = partial(_pool_sized, stream=stream, first=first, with_max=model.global_pool == "avgmax")
     return [
-        Passage(model.norm, "output", partial(_remember, stream=stream)),
-        Passage(model.fc_norm, "input", pooled),
+        TensorEdit(model.norm, "output", partial(_remember, stream=stream)),
+        TensorEdit(model.fc_norm, "input", pooled),
     ]
 
 

@@ -12,7 +12,7 @@ from repshift_cli.models.umt import Block, UmtModel, UmtRetrieval
 from repshift_cli.ops.tokens import Sized, mean_by_size
 from repshift_cli.planning.layout import Layout, SiteInfo
 from repshift_cli.planning.plan import Plan
-from repshift_cli.reduction.families.base import Family, Passage, Probe, Site, SizedStream, Stream, nothing
+from repshift_cli.reduction.families.base import Family, Probe, Site, SizedStream, Stream, TensorEdit, nothing
 
 __all__ = ["Umt", "UmtStream"]
 
@@ -102,11 +102,11 @@ class Umt(Family):
     def stream(self, model: Any) -> Stream:
         return UmtStream()
 
-    def heed_sizes(self, model: Any, stream: Stream) -> tuple[list[Passage], Callable[[], None]]:
+    def use_proportional_attention(self, model: Any, stream: Stream) -> tuple[list[TensorEdit], Callable[[], None]]:
         assert isinstance(stream, UmtStream)
         norm = model.vision_encoder.encoder.norm
-        passages = [Passage(norm, "output", stream.remember), Passage(model.averaged, "output", stream.weight)]
-        return passages, nothing
+        edits = [TensorEdit(norm, "output", stream.remember), TensorEdit(model.averaged, "output", stream.weight)]
+        return edits, nothing
 
     def adapt(self, model: Any) -> Callable[[], None]:
         before = model.pooling

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from repshift_cli.planning.recipe import Part, Place
-from repshift_cli.planning.registry import build_part, members
+from repshift_cli.planning.recipe import ComponentSpec, Place
+from repshift_cli.planning.registry import build_component, members
 
 __all__ = ["Metric", "SiteContext", "Tap", "build_metric", "metric_kinds", "norms"]
 
@@ -111,9 +111,9 @@ class Metric(BaseModel, ABC):
         """The open fields filled as the paper has them."""
         return self
 
-    def part(self) -> Part:
+    def spec(self) -> ComponentSpec:
         """The metric as a recipe names it, open fields left out."""
-        return Part(kind=self.kind, **self._filled())
+        return ComponentSpec(kind=self.kind, **self._filled())
 
     def _filled(self) -> dict[str, Any]:
         """The fields that are not open, polarity last: people read what is measured before which end is kept."""
@@ -146,11 +146,11 @@ def metric_kinds() -> dict[str, type[Metric]]:
     return {found.kind: found for found in members("repshift_cli.reduction.metrics", Metric)}  # type: ignore[type-abstract]
 
 
-def build_metric(part: Part, place: Place | None = None, path: tuple[str | int, ...] = ("metric",)) -> Metric:
+def build_metric(part: ComponentSpec, place: Place | None = None, path: tuple[str | int, ...] = ("metric",)) -> Metric:
     """The metric that a recipe names at `path`.
 
     Raises:
         RecipeError: an unknown kind or option, with its place in the recipe.
     """
-    metric: Metric = build_part(part, metric_kinds(), place or Place("metric", {}), path)
+    metric: Metric = build_component(part, metric_kinds(), place or Place("metric", {}), path)
     return metric

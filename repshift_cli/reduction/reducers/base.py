@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from repshift_cli.planning.layout import After
-from repshift_cli.planning.recipe import Part, Place
-from repshift_cli.planning.registry import build_part, members
+from repshift_cli.planning.recipe import ComponentSpec, Place
+from repshift_cli.planning.registry import build_component, members
 
-__all__ = ["Chooser", "Dims", "Merged", "Merger", "Reducer", "build_reducer", "reducer_kinds"]
+__all__ = ["Dims", "Merged", "Merger", "Pruner", "Reducer", "build_reducer", "reducer_kinds"]
 
 
 class Dims(NamedTuple):
@@ -66,7 +66,7 @@ class Reducer(BaseModel, ABC):
         return 0
 
 
-class Chooser(Reducer):
+class Pruner(Reducer):
     """A reducer that leaves the tokens with the best scores, in order."""
 
     @abstractmethod
@@ -83,7 +83,7 @@ class Chooser(Reducer):
 
 
 class Merger(Reducer):
-    """A reducer that lets tokens flow together, and so needs to know how many each stands for.
+    """A reducer that merges tokens, and so needs to know how many each stands for.
 
     Attributes:
         pooled_by_size: whether a mean over tokens weights them by size. (Attention always does.)
@@ -116,11 +116,11 @@ def reducer_kinds() -> dict[str, type[Reducer]]:
     return {found.kind: found for found in members("repshift_cli.reduction.reducers", Reducer)}
 
 
-def build_reducer(part: Part, place: Place | None = None) -> Reducer:
+def build_reducer(part: ComponentSpec, place: Place | None = None) -> Reducer:
     """The reducer that a recipe names.
 
     Raises:
         RecipeError: an unknown kind or option, with its place in the recipe.
     """
-    reducer: Reducer = build_part(part, reducer_kinds(), place or Place("reducer", {}), ("reducer",))
+    reducer: Reducer = build_component(part, reducer_kinds(), place or Place("reducer", {}), ("reducer",))
     return reducer

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from repshift_cli.ops.merging import flow, key_features, pair
+from repshift_cli.ops.merging import key_features, merge_into, pair
 from repshift_cli.ops.tokens import gather_tokens, with_prefix
 from repshift_cli.reduction.reducers.base import Dims, Merged, Merger
 
@@ -64,7 +64,7 @@ def match(tokens: Tensor, sizes: Tensor, features: Tensor, count: int, prefix: i
     places = torch.cat((2 * kept + first, goals), dim=1)
     sources, targets = 2 * pairs.sources + first + prefix, pairs.targets + prefix + kept.shape[1]
     index = with_prefix(places, prefix)
-    merged, new_sizes = flow(
+    merged, new_sizes = merge_into(
         gather_tokens(tokens, index),
         sizes.gather(1, index),
         gather_tokens(tokens, sources),

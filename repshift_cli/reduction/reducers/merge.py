@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from repshift_cli.ops.merging import flow, key_features, nearest
+from repshift_cli.ops.merging import key_features, merge_into, nearest
 from repshift_cli.ops.tokens import gather_tokens, split_top, with_prefix
 from repshift_cli.reduction.reducers.base import Dims, Merged, Merger
 
@@ -40,7 +40,7 @@ class Merge(Merger):
             targets = nearest(gather_tokens(features, gone), gather_tokens(features, keep + prefix))
         else:
             targets = nearest(sources, kept[:, prefix:])
-        merged, new_sizes = flow(kept, sizes.gather(1, index), sources, sizes.gather(1, gone), targets + prefix)
+        merged, new_sizes = merge_into(kept, sizes.gather(1, index), sources, sizes.gather(1, gone), targets + prefix)
         return Merged(merged, new_sizes, keep)
 
     def macs(self, patches: int, dropped: int, dims: Dims) -> int:

@@ -1,4 +1,4 @@
-"""vid-TLDR: tokens flow into the one that is most like them, as strongly as they are salient."""
+"""vid-TLDR: tokens are merged into the one that is most like them, as strongly as they are salient."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from repshift_cli.ops.merging import flow, pair, unit_range
+from repshift_cli.ops.merging import merge_into, pair, unit_range
 from repshift_cli.ops.tokens import gather_tokens
 from repshift_cli.planning.layout import After
 from repshift_cli.reduction.reducers.base import Dims, Merged, Merger
@@ -57,7 +57,7 @@ def saliency(scores: Tensor) -> Tensor:
 
 
 def merge(tokens: Tensor, sizes: Tensor, scores: Tensor, count: int) -> Merged:
-    """Let `count` tokens flow into others.
+    """Merge `count` tokens into others.
 
     Args:
         tokens: `[B, N, C]`.
@@ -95,7 +95,7 @@ def merge_weighted(tokens: Tensor, sizes: Tensor, weights: Tensor, count: int) -
     index = torch.cat((2 * kept, odd), dim=1)
     shares = (sizes * weights.to(sizes.dtype)).gather(1, 2 * pairs.sources)
     # the scores have no say in who merges with whom, only in how much of it is left
-    merged, merged_sizes = flow(
+    merged, merged_sizes = merge_into(
         gather_tokens(tokens, index),
         sizes.gather(1, index),
         gather_tokens(tokens, 2 * pairs.sources),

@@ -29,7 +29,7 @@ from repshift_cli.errors import ModelError, RecipeError, UsageError
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.planning.layout import Grid
 from repshift_cli.planning.plan import Plan
-from repshift_cli.planning.recipe import Part
+from repshift_cli.planning.recipe import ComponentSpec
 from repshift_cli.reduction.compressed_model import CompressedModel, attach, branch
 from repshift_cli.reduction.families.base import match
 from repshift_cli.reduction.metrics.base import build_metric
@@ -423,7 +423,9 @@ class TestContract:
     @pytest.mark.parametrize("kind", ["basic", "convnext", "regnet_y"])
     def test_a_branch_of_candidates_is_each_of_them(self, kind: str, layout: str) -> None:
         metrics = [
-            build_metric(Part(kind="representation_shift", operation="block", distance=distance, polarity=polarity))
+            build_metric(
+                ComponentSpec(kind="representation_shift", operation="block", distance=distance, polarity=polarity)
+            )
             for distance in ("l2", "cosine")
             for polarity in ("largest", "smallest")
         ]
@@ -432,7 +434,7 @@ class TestContract:
         with torch.no_grad():
             branched = branch(copy.deepcopy(model), plan, [metric.with_defaults() for metric in metrics])(batch)
             for place, metric in enumerate(metrics):
-                own = plan.with_metrics([plan.sites[0].metric, metric.part()])
+                own = plan.with_metrics([plan.sites[0].metric, metric.spec()])
                 alone = attach(copy.deepcopy(model), own)(batch)
                 torch.testing.assert_close(branched[2 * place : 2 * place + 2], alone, rtol=1e-4, atol=1e-4)
         assert len(branched.unique(dim=0)) > 4
@@ -450,7 +452,7 @@ class TestContract:
         assert {candidate.metric.operation for candidate in candidates} == {"block"}
         assert len(candidates) == 6
         assert math.isfinite(found.result.distance)
-        attach(tiny_cnn(kind, size), plan.with_metrics(found.parts))
+        attach(tiny_cnn(kind, size), plan.with_metrics(found.specs))
 
     def test_checkpointed_blocks_reduce_all_the_same(self) -> None:
         wrapped = compressed_cnn("convnext")

@@ -597,7 +597,7 @@ class TestCalibration:
             assert len(tried) == operations
             assert ("mlp" in tried) == (reducer == "prune")
         assert model.pooling == "frames"
-        chosen = attach(model, plan.with_metrics(found.parts))
+        chosen = attach(model, plan.with_metrics(found.specs))
         assert chosen(clips).isfinite().all()
 
     @some_ways
@@ -612,7 +612,7 @@ class TestCalibration:
             outputs = branched(clips).chunk(len(candidates))
         branched.detach()
         for candidate, output in zip(candidates, outputs, strict=True):
-            alone = attach(model, plan.with_metrics([plan.sites[0].metric, candidate.part()]))
+            alone = attach(model, plan.with_metrics([plan.sites[0].metric, candidate.spec()]))
             with torch.no_grad():
                 torch.testing.assert_close(output, alone(clips), rtol=1e-5, atol=1e-5)
             alone.detach()

@@ -29,7 +29,7 @@ from repshift_cli.models.vim import VimStream, VisionMamba, create
 from repshift_cli.ops import mamba_kernels
 from repshift_cli.ops.selective_scan import selective_scan as plain_scan
 from repshift_cli.planning.plan import PlanSite
-from repshift_cli.planning.recipe import Part, Recipe
+from repshift_cli.planning.recipe import ComponentSpec, Recipe
 from repshift_cli.reduction.checks import has_open_fields, with_defaults
 from repshift_cli.reduction.compressed_model import CompressedModel, attach, branch
 from repshift_cli.reduction.families import vim as family_file
@@ -379,7 +379,7 @@ class TestCalibration:
         for choice in found.sites:
             assert len(choice.candidates) == 18
             assert {candidate.metric.operation for candidate in choice.candidates} == {"mixer", "block"}  # type: ignore[attr-defined]
-        chosen = attach(model, plan.with_metrics(found.parts))
+        chosen = attach(model, plan.with_metrics(found.specs))
         assert gap("middle", chosen, images[:2]) < 1e-4
 
     @pytest.mark.parametrize("variant", ["middle", "double"])
@@ -387,7 +387,7 @@ class TestCalibration:
         model = tiny_vim(**VARIANTS[variant])
         images = vim_images(model)
         plan = make_plan(model, recipe(SHIFT, "[{layer: 0, keep_tokens: 11}, {layer: 2, keep_tokens: 5}]"))
-        part = Part(kind="representation_shift")
+        part = ComponentSpec(kind="representation_shift")
         sites = match(model).sites(model)
         candidates = [
             *(
@@ -395,8 +395,8 @@ class TestCalibration:
                 for metric in build_metric(part).variants()
                 if metric.taps() <= {"block_input", "block_output", *sites[2].probes}
             ),
-            build_metric(Part(kind="token_norm")),
-            build_metric(Part(kind="random", seed=1)),
+            build_metric(ComponentSpec(kind="token_norm")),
+            build_metric(ComponentSpec(kind="random", seed=1)),
         ]
         branched = branch(model, plan, candidates)
         with torch.no_grad():
@@ -404,7 +404,7 @@ class TestCalibration:
         branched.detach()
         assert len(candidates) == 20
         for metric, output in zip(candidates, outputs, strict=True):
-            alone = attach(model, plan.with_metrics([plan.sites[0].metric, metric.part()]))
+            alone = attach(model, plan.with_metrics([plan.sites[0].metric, metric.spec()]))
             with torch.no_grad():
                 torch.testing.assert_close(output, alone(images), rtol=1e-5, atol=1e-5)
             alone.detach()
