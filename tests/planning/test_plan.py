@@ -103,10 +103,10 @@ def test_a_small_ratio_of_few_tokens_drops_none() -> None:
         ("[{layer: block.3, drop_ratio: 0.2}]", "the model has no layer block.3", "Did you mean blocks.3?"),
         (
             "[{layer: 1, drop_ratio: 0.2}, {layer: 1, drop_ratio: 0.2}]",
-            "r.yaml:2:39: layers[1]: layer 1 stands twice",
+            "r.yaml:2:39: layers[1]: layer 1 is given twice",
             None,
         ),
-        ("[{layer: 1, drop_ratio: 0.2}, {layer: blocks.1, keep_tokens: 9}]", "layer blocks.1 stands twice", None),
+        ("[{layer: 1, drop_ratio: 0.2}, {layer: blocks.1, keep_tokens: 9}]", "layer blocks.1 is given twice", None),
         ("[{layer: 0, keep_tokens: 197}]", "keep_tokens is 197, but only 196 patch tokens reach blocks.0", None),
         ("[{layer: 3, keep_tokens: 9}, {layer: 0, keep_tokens: 8}]", "layers[0]: keep_tokens is 9, but only 8", None),
     ],
@@ -128,7 +128,7 @@ def test_a_schedule_that_keeps_no_token_is_refused() -> None:
     """No ratio below 1 gets there by itself, so the amount is forced."""
     none_left = recipe("[{layer: 4, keep_tokens: 1}]")
     amount = none_left.layers[0].model_copy(update={"keep_tokens": 0})
-    with pytest.raises(RecipeError, match=r"nothing is left after blocks\.4: all 196 patch tokens would go"):
+    with pytest.raises(RecipeError, match=r"nothing is left after blocks\.4: all 196 patch tokens would be dropped"):
         resolve(none_left.model_copy(update={"layers": (amount,)}), layout())
 
 

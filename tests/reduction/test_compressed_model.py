@@ -399,7 +399,7 @@ class TestWhatCannotBe:
                 super().__init__()
 
         model = tiny_vit(block_fn=OtherBlock)
-        with pytest.raises(ModelError, match=r"blocks\.0 is a OtherBlock, which is not known \(known: Block, "):
+        with pytest.raises(ModelError, match=r"blocks\.0 is a OtherBlock, which is not supported \(supported: Block, "):
             match(model)
 
     def test_a_subclass_of_a_known_block_may_do_anything(self) -> None:
@@ -409,7 +409,7 @@ class TestWhatCannotBe:
             def forward(self, x: Tensor, **_: Any) -> Tensor:
                 return x
 
-        with pytest.raises(ModelError, match="Changed, which is not known"):
+        with pytest.raises(ModelError, match="Changed, which is not supported"):
             match(tiny_vit(block_fn=Changed))
 
     def test_dynamic_image_size(self) -> None:
@@ -823,7 +823,7 @@ class TestMergingThatCannotBe:
     @pytest.mark.parametrize("merge", WITH_KEYS)
     def test_keys_that_cannot_be_seen(self, merge: str) -> None:
         model = tiny_vit(**VARIANTS["parallel_things_block"])
-        told = r"needs attention_key, which blocks\.0 cannot show: it runs several branches side by side"
+        told = r"needs attention_key, which blocks\.0 cannot show: it runs several branches in parallel"
         with pytest.raises(RecipeError, match=rf"^recipe:3:1: \w+ {told}") as caught:
             resolve_for(model, merged_recipe(merge))
         assert "{kind: merge} (by the hidden state)" in str(caught.value.hint)
@@ -833,7 +833,9 @@ class TestMergingThatCannotBe:
     @pytest.mark.parametrize("variant", ["plain", "registers", "mean_pooling"])
     def test_more_than_half_at_a_site(self, variant: str) -> None:
         model = tiny_vit(**VARIANTS[variant])
-        told = r"recipe:4:\d+: layers\[1\]: 7 of 12 tokens would go at blocks\.2, but bipartite can let 6 go there"
+        told = (
+            r"recipe:4:\d+: layers\[1\]: 7 of 12 tokens would be removed at blocks\.2, but bipartite can remove 6 there"
+        )
         with pytest.raises(RecipeError, match=told) as caught:
             resolve_for(model, merged_recipe("bipartite", DROPS))
         assert caught.value.hint == "Keep 6 or more."

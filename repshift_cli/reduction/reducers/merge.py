@@ -1,4 +1,4 @@
-"""Merging: each token that goes is averaged into the kept token that is most like it."""
+"""Merging: each dropped token is averaged into the most similar kept token."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["Merge"]
 
 
 class Merge(Merger):
-    """The score decides which tokens go, likeness decides where each of them goes.
+    """The score decides which tokens are dropped; similarity decides which kept token each is merged into.
 
     Attributes:
-        similarity: what two tokens are compared by: the stream at the site (`hidden`), or the mean of their keys over
-            the heads (`keys`), which has fewer channels.
+        similarity: compares the stream at the site (`hidden`), or the mean of the keys over the heads (`keys`), which
+            has fewer channels.
     """
 
     kind: ClassVar[str] = "merge"

@@ -1,4 +1,4 @@
-"""Pruning: the tokens that are not kept are gone."""
+"""Pruning: the other tokens are dropped."""
 
 from __future__ import annotations
 

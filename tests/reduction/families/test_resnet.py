@@ -495,16 +495,16 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("name", "options", "reason"),
         [
-            ("res2net50_26w_4s", {"layers": (1, 1, 1, 1)}, "layer1.0 is a Bottle2neck, which is not known"),
-            ("resnest14d", {}, "layer1.0 is a ResNestBottleneck, which is not known"),
-            ("skresnet18", {}, "layer1.0 is a SelectiveKernelBasic, which is not known"),
-            ("resnetaa50", CNNS["bottleneck"][1], "path and shortcut of layer2.0 come out with different sizes"),
-            ("resnetaa50d", CNNS["bottleneck_d"][1], "path and shortcut of layer2.0 come out with different sizes"),
-            ("bottleneck", {"block_args": {"attn_layer": "cbam"}}, "is a CbamModule, which is not known"),
-            ("bottleneck", {"block_args": {"attn_layer": "gc"}}, "is a GlobalContext, which is not known"),
-            ("convnext", {"output_stride": 16}, "is a Conv2dSame, which is not known"),
-            ("regnet_v_average", {"output_stride": 8}, "is a AvgPool2dSame, which is not known"),
-            ("basic", {"layers": (1, 1, 1, 1)}, "none of its blocks has an input and an output of one shape"),
+            ("res2net50_26w_4s", {"layers": (1, 1, 1, 1)}, "layer1.0 is a Bottle2neck, which is not supported"),
+            ("resnest14d", {}, "layer1.0 is a ResNestBottleneck, which is not supported"),
+            ("skresnet18", {}, "layer1.0 is a SelectiveKernelBasic, which is not supported"),
+            ("resnetaa50", CNNS["bottleneck"][1], "path and shortcut of layer2.0 have outputs of different sizes"),
+            ("resnetaa50d", CNNS["bottleneck_d"][1], "path and shortcut of layer2.0 have outputs of different sizes"),
+            ("bottleneck", {"block_args": {"attn_layer": "cbam"}}, "is a CbamModule, which is not supported"),
+            ("bottleneck", {"block_args": {"attn_layer": "gc"}}, "is a GlobalContext, which is not supported"),
+            ("convnext", {"output_stride": 16}, "is a Conv2dSame, which is not supported"),
+            ("regnet_v_average", {"output_stride": 8}, "is a AvgPool2dSame, which is not supported"),
+            ("basic", {"layers": (1, 1, 1, 1)}, "none of its blocks has an input and an output of the same shape"),
             *(
                 (kind, {"global_pool": "", "num_classes": 0}, "without global pooling")
                 for kind in ("basic", "convnext")
@@ -526,7 +526,7 @@ class TestRefusals:
             pass
 
         with pytest.raises(
-            ModelError, match=r"layer1\.0 is a Changed, which is not known \(known blocks: BasicBlock, "
+            ModelError, match=r"layer1\.0 is a Changed, which is not supported \(supported blocks: BasicBlock, "
         ):
             match(tiny_cnn("basic", block=Changed))
 
@@ -534,11 +534,11 @@ class TestRefusals:
         ("part", "reason"),
         [
             (nn.Conv2d(64, 64, 3, padding="same"), "a convolution with the padding 'same'"),
-            (BlurPool2d(64, pad_mode="circular"), "maxpool pads in a way that is not known before it blurs"),
-            (nn.LPPool2d(2, 2), "a part of maxpool is a LPPool2d, which is not known"),
-            (nn.Upsample(scale_factor=2), "a part of maxpool is a Upsample, which is not known"),
-            (nn.AdaptiveAvgPool2d(7), "a part of maxpool is a AdaptiveAvgPool2d, which is not known"),
-            (nn.ZeroPad2d(1), "a part of maxpool is a ZeroPad2d, which is not known"),
+            (BlurPool2d(64, pad_mode="circular"), "maxpool blurs with a padding that is not supported"),
+            (nn.LPPool2d(2, 2), "a part of maxpool is a LPPool2d, which is not supported"),
+            (nn.Upsample(scale_factor=2), "a part of maxpool is a Upsample, which is not supported"),
+            (nn.AdaptiveAvgPool2d(7), "a part of maxpool is a AdaptiveAvgPool2d, which is not supported"),
+            (nn.ZeroPad2d(1), "a part of maxpool is a ZeroPad2d, which is not supported"),
         ],
     )
     def test_a_part_that_does_something_else_to_a_map(self, part: nn.Module, reason: str) -> None:

@@ -368,7 +368,7 @@ class TestMetrics:
     )
     def test_after_attention_there_is_no_mlp_yet(self, metric: str) -> None:
         with pytest.raises(
-            RecipeError, match=r"representation_shift needs mlp_(update|stream), which is not there yet"
+            RecipeError, match=r"representation_shift needs mlp_(update|stream), which does not exist yet"
         ):
             compressed_umt(tiny_umt(), umt_recipe(DROPS, metric, "vid_tldr"))
         with pytest.raises(RecipeError) as caught:
@@ -417,15 +417,15 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("layers", "message"),
         [
-            ("[{layer: 0, keep_tokens: 23}]", "25 of 48 tokens would go at blocks.0, but"),
-            ("[{layer: 0, keep_tokens: 30}, {layer: 2, drop_ratio: 0.6}]", "18 of 30 tokens would go"),
+            ("[{layer: 0, keep_tokens: 23}]", "25 of 48 tokens would be removed at blocks.0, but"),
+            ("[{layer: 0, keep_tokens: 30}, {layer: 2, drop_ratio: 0.6}]", "18 of 30 tokens would be removed"),
         ],
     )
     def test_more_than_half_cannot_merge(self, layers: str, message: str) -> None:
         with pytest.raises(RecipeError) as caught:
             build("vid_tldr", "entropy", layers)
         assert message in caught.value.message
-        assert "vid_tldr can let " in caught.value.message
+        assert "vid_tldr can remove " in caught.value.message
         assert caught.value.hint in ("Keep 24 or more.", "Keep 15 or more.")
         assert build("prune", "entropy", layers).plan.sites
 
@@ -659,7 +659,7 @@ class TestArtifact:
             path, written[reducer] = self.written("plain", reducer, metric, tmp_path / reducer)
             torch.save(umt_clips(tiny_umt()), path.with_name("clips.pt"))
         code = (
-            "import sys, torch; from pathlib import Path; from repshift_cli import artifact; torch.set_num_threads(1)\n"
+            "import sys, torch; from pathlib import Path; from repshift_cli.checkpoints import artifact; torch.set_num_threads(1)\n"
             "for folder in map(Path, sys.argv[1:]):\n"
             "    model, clips = artifact.load(folder / 'small.safetensors'), torch.load(folder / 'clips.pt')\n"
             "    torch.save(model.model.encode_video(clips).detach(), folder / 'tokens.pt')\n"

@@ -354,7 +354,7 @@ class TestMetrics:
     def test_what_a_mixer_does_not_have_is_refused(self, metric: str, needs: str) -> None:
         with pytest.raises(RecipeError, match=needs) as caught:
             compressed(tiny_vim(), recipe(metric))
-        assert "a state space model has neither attention nor an MLP, but a mixer" in str(caught.value)
+        assert "a state space model has a mixer, and neither attention nor an MLP" in str(caught.value)
 
     @pytest.mark.parametrize(
         "open_metric", ["{kind: representation_shift}", "{kind: representation_shift, reading: literal}"]
@@ -533,7 +533,7 @@ class TestArtifact:
         wanted, path = self.written("middle", tmp_path)
         torch.save(vim_images(tiny_vim(), 3), tmp_path / "images.pt")
         code = (
-            "import sys, torch; from repshift_cli import artifact; torch.set_num_threads(1);"
+            "import sys, torch; from repshift_cli.checkpoints import artifact; torch.set_num_threads(1);"
             "model, images = artifact.load(sys.argv[1]), torch.load(sys.argv[2]);"
             "torch.save(model(images).detach(), sys.argv[3])"
         )
