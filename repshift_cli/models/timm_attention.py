@@ -1,7 +1,7 @@
 """timm's `Attention` with proportional attention (ToMe) and flash-attn.
 
-Only the class of the object changes, to `FlexibleAttention` and back. So its parameters, keys, hooks and all references to
-it stay valid.
+Only the class of the object changes, to `FlexibleAttention` and back. So its parameters, keys, hooks and all references
+to it stay valid.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """timm's convolutional networks of residual blocks: ResNet, ConvNeXt and RegNet.
 
 A convolution needs a grid, so whole rows and columns of the feature map are dropped, after blocks whose input and
-output have the same shape: there each position has a shift. The result is a smaller dense map in the same memory format,
-so all later layers compute less.
+output have the same shape: there each position has a shift. The result is a smaller dense map in the same memory
+format, so all later layers compute less.
 """
 
 from __future__ import annotations

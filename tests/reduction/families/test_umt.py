@@ -659,7 +659,8 @@ class TestArtifact:
             path, written[reducer] = self.written("plain", reducer, metric, tmp_path / reducer)
             torch.save(umt_clips(tiny_umt()), path.with_name("clips.pt"))
         code = (
-            "import sys, torch; from pathlib import Path; from repshift_cli.checkpoints import artifact; torch.set_num_threads(1)\n"
+            "import sys, torch; from pathlib import Path; from repshift_cli.checkpoints import artifact\n"
+            "torch.set_num_threads(1)\n"
             "for folder in map(Path, sys.argv[1:]):\n"
             "    model, clips = artifact.load(folder / 'small.safetensors'), torch.load(folder / 'clips.pt')\n"
             "    torch.save(model.model.encode_video(clips).detach(), folder / 'tokens.pt')\n"
