@@ -157,7 +157,8 @@ EACH_WAY = [
     ]
     if case.supported()
 ]
-ALL = [*EACH_MODEL, *EACH_WAY]
+MERGING = [Case("timm_vit", variant, BLOCK, "merge") for variant in tiny.VARIANTS if variant not in FORMS["timm_vit"]]
+ALL = [*EACH_MODEL, *EACH_WAY, *(case for case in MERGING if case.supported())]
 
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
 every_way = pytest.mark.parametrize("case", EACH_WAY, ids=str)
