@@ -1,4 +1,4 @@
-"""What every metric, every reducer and every form of model owe each other; new ones join by being registered."""
+"""Compressed ViTs: refusals, copies, traces and merging. All families: `families/test_contract.py`."""
 
 from __future__ import annotations
 

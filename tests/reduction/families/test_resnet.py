@@ -1,4 +1,4 @@
-"""Convolutional networks lose whole rows and columns, and all that follows runs on the smaller map."""
+"""Convolutional networks drop rows and columns; later layers run on the smaller map. See also `test_contract.py`."""
 
 from __future__ import annotations
 

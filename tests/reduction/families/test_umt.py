@@ -1,4 +1,4 @@
-"""UMT with fewer tokens: against UMT written out, and what every family owes."""
+"""UMT with fewer tokens, against a naive implementation. The contract of all families is in `test_contract.py`."""
 
 from __future__ import annotations
 

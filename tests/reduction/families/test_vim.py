@@ -1,4 +1,4 @@
-"""Vim with fewer tokens: against Vim written out token by token, and what every family owes."""
+"""Vim with fewer tokens, against a naive implementation. The contract of all families is in `test_contract.py`."""
 
 from __future__ import annotations
 
