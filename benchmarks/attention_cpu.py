@@ -14,7 +14,7 @@ from _timing import pieces_parser, timed
 
 from repshift_cli.measure.device import device_name
 from repshift_cli.ops.attention import attend
-from repshift_cli.planning.recipe import Part
+from repshift_cli.planning.recipe import ComponentSpec
 from repshift_cli.reduction.metrics.base import Metric, SiteContext, build_metric
 from repshift_cli.reduction.metrics.fitted import Fitted
 
@@ -66,7 +66,7 @@ def scores(batch: int) -> dict[str, Callable[[], object]]:
     tokens = torch.randn(batch, ARRIVING, HEADS * WIDTH)
     seen = {"block_output": tokens, "mlp_update": torch.randn_like(tokens)}
     site = SiteContext(layer=0, prefix=1, class_token=True)
-    shift: Metric = build_metric(Part(kind="representation_shift")).with_defaults()
+    shift: Metric = build_metric(ComponentSpec(kind="representation_shift")).with_defaults()
     fitted = Fitted.of(torch.randn(HEADS * WIDTH).tolist())
     return {
         "block": lambda: block(tokens),

@@ -27,7 +27,7 @@ from repshift_cli.data.inputs import load_images
 from repshift_cli.measure.device import device_name
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.planning.plan import Plan, resolve
-from repshift_cli.planning.recipe import Part, default_recipe
+from repshift_cli.planning.recipe import ComponentSpec, default_recipe
 from repshift_cli.reduction.checks import feeds
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.families.base import match
@@ -63,7 +63,7 @@ class Row:
 
 
 def part(**options: object) -> Metric:
-    return build_metric(Part.model_validate(options))
+    return build_metric(ComponentSpec.model_validate(options))
 
 
 def draw(loaded: LoadedModel, seed: int, count: int, side: int | None = None) -> Scenes:
@@ -105,7 +105,7 @@ def study(name: str, count: int, seeds: Sequence[int], calibrations: int) -> tup
     dense = Row("dense", tuple(top1(loaded.model, scenes) for scenes in sets))
 
     def row(metric: Metric, name: str | None = None) -> Row:
-        return Row(name or str(metric), accuracy(loaded, plan.with_metric(metric.part()), sets))
+        return Row(name or str(metric), accuracy(loaded, plan.with_metric(metric.spec()), sets))
 
     shifts = [
         row(metric, str(metric).removeprefix("representation_shift "))
@@ -173,13 +173,13 @@ def calibration_table(
         found = calibrate(
             loaded.model,
             match(loaded.model),
-            plan.with_metric(Part(kind="representation_shift")),
+            plan.with_metric(ComponentSpec(kind="representation_shift")),
             images=batch.tensor,
             identity=batch.identity,
             batch_size=32,
             progress=Silent(),
         )
-        got = Row("", accuracy(loaded, plan.with_metrics(found.parts), sets)).mean
+        got = Row("", accuracy(loaded, plan.with_metrics(found.specs), sets)).mean
         names = "; ".join(str(choice.chosen).removeprefix("representation_shift ") for choice in found.sites)
         gaps = [f"{got - other:+.2f}" for other in (dense.mean, best, random.mean)]
         rows.append([names, str(seed), f"{got:.2f}", *gaps, f"{found.sigmas:.1f}"])

@@ -139,7 +139,7 @@ def combinations(loaded: LoadedModel, ratio: float) -> Iterator[Side]:
                 batch_size=32,
                 progress=Silent(),
             )
-            plan = plan.with_metrics(found.parts)
+            plan = plan.with_metrics(found.specs)
         model = attach(copy.deepcopy(loaded.model), plan)
         yield Side(reducer, metric, model, model.macs() / model.dense_macs())
 
@@ -207,7 +207,7 @@ def speed_page(options: argparse.Namespace) -> tuple[str, list[str]]:
             found = calibrate(
                 model, match(model), plan, images=images[:16], identity={}, batch_size=8, progress=Silent()
             )
-            plan = plan.with_metrics(found.parts)
+            plan = plan.with_metrics(found.specs)
         compressed = attach(copy.deepcopy(model), plan)
         sides.append(Side(name, metric, compressed, compressed.macs() / compressed.dense_macs()))
     parts = [

@@ -29,7 +29,7 @@ from repshift_cli.data.inputs import load_images
 from repshift_cli.measure.device import device_name
 from repshift_cli.measure.latency import Subject, compute_speedup, measure_latency
 from repshift_cli.planning.plan import Plan
-from repshift_cli.planning.recipe import Budget, LayerDrop, Part, Recipe
+from repshift_cli.planning.recipe import Budget, ComponentSpec, LayerDrop, Recipe
 from repshift_cli.reduction.checks import resolve_for
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.families.base import match
@@ -73,7 +73,9 @@ def parse_options() -> argparse.Namespace:
 def start(target: Target, metric: str) -> Recipe:
     """Start of a search."""
     budget = Budget.model_validate({target.kind: target.value})
-    return Recipe(version=1, metric=Part(kind=metric), reducer=Part(kind=METRICS[metric]), budget=budget)
+    return Recipe(
+        version=1, metric=ComponentSpec(kind=metric), reducer=ComponentSpec(kind=METRICS[metric]), budget=budget
+    )
 
 
 def quality(options: argparse.Namespace) -> list[str]:
@@ -134,14 +136,16 @@ def paper_plan(model: nn.Module, found: SearchResult, images: Tensor, metric: st
     assert found.paper is not None
     prefix = match(model).layout(model).prefix_tokens
     layers = tuple(LayerDrop(layer=layer, keep_tokens=left - prefix) for layer, left in found.paper.tokens)
-    recipe = Recipe(version=1, metric=Part(kind=metric), reducer=Part(kind=METRICS[metric]), layers=layers)
+    recipe = Recipe(
+        version=1, metric=ComponentSpec(kind=metric), reducer=ComponentSpec(kind=METRICS[metric]), layers=layers
+    )
     plan = resolve_for(model, recipe)
     if metric == "fitted":
         return fit_open(model, plan, images[:FIT_IMAGES], 32, Silent())
     chosen = calibrate(
         model, match(model), plan, images=images[: 2 * FIT_IMAGES], identity={}, batch_size=32, progress=Silent()
     )
-    return plan.with_metrics(chosen.parts)
+    return plan.with_metrics(chosen.specs)
 
 
 def latencies(options: argparse.Namespace) -> list[str]:
@@ -156,7 +160,7 @@ def latencies(options: argparse.Namespace) -> list[str]:
             identity={"where": "noise"},
             start=start(Target("latency", value), "fitted"),
             batch_size=options.batch,
-            reducers=(Part(kind="prune"),),
+            reducers=(ComponentSpec(kind="prune"),),
         )
         begin = time.monotonic()
         found = search(model, match(model), settings, Screen())

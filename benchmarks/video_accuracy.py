@@ -198,7 +198,7 @@ def calibrated(opened: Opened, plan: Plan, options: argparse.Namespace) -> Plan:
     result = calibrate(
         model, match(model), plan, images=clips.tensor, identity=clips.identity, batch_size=16, progress=Silent()
     )
-    return plan.with_metrics(result.parts)
+    return plan.with_metrics(result.specs)
 
 
 def measured(pair: Sequence[Opened], videos: Path, options: argparse.Namespace) -> list[float]:

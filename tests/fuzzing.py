@@ -35,7 +35,7 @@ from repshift_cli.evaluation.classification.predictions import Predictions, load
 from repshift_cli.evaluation.classification.resume import ResumeState
 from repshift_cli.planning.plan import resolve
 from repshift_cli.planning.recipe import Recipe, shipped_recipes
-from repshift_cli.reduction.checks import check_parts
+from repshift_cli.reduction.checks import check_components
 from repshift_cli.reduction.families.base import match
 from repshift_cli.utils.hashing import digest_of_document
 from repshift_cli.utils.progress import Silent
@@ -91,7 +91,7 @@ class Fuzzer:
         text = rng.choice(self.recipes)
         changed = _changed_bytes(rng, text.encode()) if rng.random() < 0.5 else _as_text(rng, _changed_yaml(rng, text))
         recipe = Recipe.parse(changed.decode("utf-8", "replace"), "fuzzed")
-        check_parts(recipe)
+        check_components(recipe)
         if recipe.layers:
             resolve(recipe, self.layout)
 

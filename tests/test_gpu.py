@@ -109,7 +109,7 @@ def test_a_fitted_score_copies_its_weights_once() -> None:
 
     model = tiny_vit()
     plan = resolve_for(model, make_recipe(metric="{kind: fitted}"))
-    part = Fitted.of(torch.randn(32, generator=torch.Generator().manual_seed(0)).tolist()).part()
+    part = Fitted.of(torch.randn(32, generator=torch.Generator().manual_seed(0)).tolist()).spec()
     wrapped = attach(model, plan.with_metrics([part] * len(plan.sites))).to(CUDA)
     sample = images().to(CUDA)
     wrapped(sample)

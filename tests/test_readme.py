@@ -53,10 +53,10 @@ def test_what_the_readme_links_to_is_there() -> None:
 
 def test_the_recipe_of_the_readme_is_fine() -> None:
     from repshift_cli.planning.recipe import Recipe
-    from repshift_cli.reduction.checks import check_parts
+    from repshift_cli.reduction.checks import check_components
 
     (text,) = [text for language, text in BLOCKS if language == "yaml"]
-    check_parts(Recipe.parse(text))
+    check_components(Recipe.parse(text))
 
 
 def test_the_test_command_of_the_readme_is_what_ci_runs() -> None:

@@ -21,7 +21,7 @@ from repshift_cli.checkpoints.exported import OpenedExport
 from repshift_cli.errors import ModelError, RecipeError, UsageError
 from repshift_cli.models.attention_mode import AttentionMode, attention_mode
 from repshift_cli.planning.plan import Plan, PlanSite
-from repshift_cli.planning.recipe import Part
+from repshift_cli.planning.recipe import ComponentSpec
 from repshift_cli.reduction.checks import check_reducer
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.reducers.base import Merger, Reducer, build_reducer
@@ -29,10 +29,10 @@ from repshift_cli.utils.suggest import nearest
 
 __all__ = ["BASELINES", "Baseline", "check_names", "contenders_against", "dense_copy", "shared_copy", "uniform_plan"]
 
-_NO_SCORE = Part(kind="random")
+_NO_SCORE = ComponentSpec(kind="random")
 """For reducers that need no score: it reads no token and costs the least."""
 
-_MATCHING = Part(kind="bipartite")
+_MATCHING = ComponentSpec(kind="bipartite")
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _macs(dense: nn.Module, plan: Plan) -> int:
         attached.detach()
 
 
-def _same_counts(compressed: CompressedModel, part: Part, metric: Part | None) -> Plan:
+def _same_counts(compressed: CompressedModel, part: ComponentSpec, metric: ComponentSpec | None) -> Plan:
     """The plan of a compressed model with another reducer, and another metric if not None.
 
     Raises:
@@ -185,14 +185,14 @@ def _bipartite(compressed: CompressedModel) -> Plan:
     return plan
 
 
-def _checked_reducer(part: Part, compressed: CompressedModel) -> Reducer:
+def _checked_reducer(part: ComponentSpec, compressed: CompressedModel) -> Reducer:
     """The reducer; errors as `check_reducer`."""
     reducer = build_reducer(part)
     check_reducer(reducer, compressed.family, compressed.model)
     return reducer
 
 
-_CLASS_ATTENTION = partial(_same_counts, part=Part(kind="prune"), metric=Part(kind="class_attention"))
+_CLASS_ATTENTION = partial(_same_counts, part=ComponentSpec(kind="prune"), metric=ComponentSpec(kind="class_attention"))
 
 BASELINES: dict[str, Baseline] = {
     "dense": Baseline(),
@@ -201,7 +201,9 @@ BASELINES: dict[str, Baseline] = {
     "class-attention-row": Baseline(_CLASS_ATTENTION),  # the same with fused attention, computing one row of the map
     "bipartite": Baseline(_bipartite),  # ToMe's matching at the sites of the compressed model
     "tome": Baseline(uniform_plan),  # ToMe's matching in every block
-    "fuse": Baseline(partial(_same_counts, part=Part(kind="fuse"), metric=None)),  # dropped tokens fused into one
+    "fuse": Baseline(
+        partial(_same_counts, part=ComponentSpec(kind="fuse"), metric=None)
+    ),  # dropped tokens fused into one
 }
 """By the name that `--against` takes."""
 

@@ -1,14 +1,13 @@
-"""Choose the score of each site by what it does to the predictions on unlabelled images.
+"""Choose the metric of each site by its effect on the predictions for unlabelled images.
 
-Which operation, distance, reading and sign of the shift is the right one is a property of the model, and of the layer:
-on the built-in ViT the tokens that block 0 moves most must stay, and those that block 3 moves least (docs/results.md).
-So every way to fill the fields that the recipe leaves open is tried at the first site, the one whose predictions stay
-nearest to the dense model's is taken, then the next site, given the choice before it, and so on.
+The best operation, distance, reading and polarity of the shift depend on the model and the layer: in the built-in ViT,
+the tokens to keep are those with the largest shift in block 0 and those with the smallest in block 3 (docs/results.md).
+So at the first site every way to fill the open fields is tried, and the one with predictions nearest to the dense
+model's is chosen; then the next site, given the earlier choices, and so on.
 
-At each site the candidates run in rounds, all on a few images, then fewer on more: bad ones show at once. The paper's
-choice runs to the end, and stays where none is better by more than chance. They share what lies before the site
-(`attach.branch`). In the end the choices together are checked on images that took no part in
-choosing, beside random dropping and the paper's choice.
+At each site the candidates run in rounds: all on a few images, then fewer on more. The paper's choice runs to the end,
+and is kept unless another is better by more than chance. Candidates share the layers before the site (`branch`).
+Finally all choices together are compared on held-out images with random dropping and with the paper's choice.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli.calibration.fit import fit_scores
-from repshift_cli.calibration.outputs import Predictions, agreement, distance, predictions, run_batches
+from repshift_cli.calibration.outputs import ReferenceOutputs, agreement, distance, reference_outputs, run_batches
 from repshift_cli.errors import CheckFailed, DataError, RecipeError
 from repshift_cli.planning.plan import Plan, PlanSite
-from repshift_cli.planning.recipe import Part
+from repshift_cli.planning.recipe import ComponentSpec
 from repshift_cli.reduction.checks import feeds, with_defaults
 from repshift_cli.reduction.compressed_model import attach, branch
 from repshift_cli.reduction.families.base import Family, Site
@@ -38,8 +37,8 @@ from repshift_cli.utils.progress import Progress, Task
 __all__ = [
     "Calibration",
     "CandidateResult",
-    "Outcome",
-    "Run",
+    "CandidateRunner",
+    "Deviation",
     "SiteChoice",
     "calibrate",
     "choose_metric",
@@ -48,50 +47,39 @@ __all__ = [
     "unfitted",
 ]
 
-
 _ROUNDS = ((1 / 8, 5), (3 / 8, 2), (1.0, 1))
-"""Share of the choosing images that have been seen after each round, and how many candidates survive it."""
-
+"""After each round: the share of the images for choosing that were used, and the number of candidates kept."""
 
 _CHOOSING_SHARE = 0.5
-"""Share of all images on which is chosen; the others check the result."""
-
+"""Share of all images for choosing; the others are held out."""
 
 _MARGIN_SIGMAS = 1.0
-"""By how many standard errors a candidate must be better than the paper's choice to take its place; less is chance."""
-
+"""A candidate replaces the paper's choice if it is better by this many standard errors."""
 
 _RANDOM_SEEDS = (0, 1)
 
-
 _FIT_SEED = 0
-
 
 _CLEAR_SIGMAS = 3.0
 
-
 _CLEAR_SHARE = 0.9
-
 
 _MIN_IMAGES = 8
 
-
 _MILD_AGREEMENT = 0.9
 
-
 _MIN_MILD = 16
-"""Fewer images say nothing of how often predictions change."""
+"""Minimum number of images to judge how often predictions change."""
 
 
 @dataclass
-class Outcome:
-    """How far predictions are from the dense model's, image by image.
+class Deviation:
+    """Distance of predictions from the dense model's, per image.
 
     Attributes:
-        distances: per image: squared Hellinger distance to the dense model's probabilities, or one minus the cosine
-            where there are none.
-        agreeing: per image: 1.0 where the prediction is the same. Empty where there is none.
-        outputs: what the model returned, batch by batch.
+        distances: squared Hellinger distance between the probabilities, or one minus the cosine of features.
+        agreeing: 1.0 where the predicted class is the same. Empty for features.
+        outputs: of the model, by batch.
     """
 
     distances: list[float] = field(default_factory=list)
@@ -100,7 +88,7 @@ class Outcome:
 
     @property
     def distance(self) -> float:
-        """Mean distance over the images seen."""
+        """Mean distance over the images."""
         return math.fsum(self.distances) / len(self.distances) if self.distances else math.inf
 
     @property
@@ -109,7 +97,7 @@ class Outcome:
         return math.fsum(self.agreeing) / len(self.agreeing) if self.agreeing else None
 
     def numbers(self) -> dict[str, Any]:
-        """Images seen, mean distance and share of unchanged predictions."""
+        """Number of images, mean distance and share of unchanged predictions."""
         return {
             "images": len(self.distances),
             "distance": round(self.distance, 6) if math.isfinite(self.distance) else None,
@@ -118,21 +106,18 @@ class Outcome:
 
 
 @dataclass
-class CandidateResult(Outcome):
-    """One candidate and what it does."""
+class CandidateResult(Deviation):
+    """The deviation of one candidate."""
 
     metric: Metric = field(kw_only=True)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"metric": self.metric.part().model_dump(), **self.numbers()}
+        return {"metric": self.metric.spec().model_dump(), **self.numbers()}
 
 
 @dataclass(frozen=True)
 class SiteChoice:
-    """What was found at one site: the chosen candidate, then the others, best first.
-
-    Those that fell out early saw fewer images. The paper's choice stays where none is clearly better.
-    """
+    """The candidates at one site: the chosen one, then the others, best first. Those dropped early saw fewer images."""
 
     site: str
     candidates: tuple[CandidateResult, ...]
@@ -144,28 +129,28 @@ class SiteChoice:
 
     def to_dict(self) -> dict[str, Any]:
         candidates = [candidate.to_dict() for candidate in self.candidates]
-        return {"site": self.site, "chosen": self.chosen.part().model_dump(), "candidates": candidates}
+        return {"site": self.site, "chosen": self.chosen.spec().model_dump(), "candidates": candidates}
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration found.
+    """The result of calibration.
 
     Attributes:
         sites: the choice at each site.
-        result: all choices together, on the images that took no part in choosing.
-        random: the same cost with tokens dropped at random, mean of several draws, on the same images.
-        default: what would be used without calibration, on the same images.
-        sigmas: how many standard errors the result is better than random, over paired images.
+        result: all choices together, on the held-out images.
+        random: random dropping with the same token counts, mean of several draws, on the same images.
+        default: the metrics without calibration, on the same images.
+        sigmas: by how many standard errors the result is better than random, over paired images.
         clear: whether that is a clear margin.
-        images: how many images were used, for choosing and checking together.
-        identity: what they were.
+        images: number of images for choosing and checking together.
+        identity: of the images, for the record.
     """
 
     sites: tuple[SiteChoice, ...]
-    result: Outcome
-    random: Outcome
-    default: Outcome
+    result: Deviation
+    random: Deviation
+    default: Deviation
     sigmas: float
     clear: bool
     images: int
@@ -174,19 +159,16 @@ class Calibration:
 
     @property
     def mild(self) -> bool:
-        """Whether so little goes that it hardly matters what: random dropping leaves nine of ten predictions alone.
-
-        And what was chosen is not worse than that by more than chance.
-        """
+        """Whether random dropping keeps nine of ten predictions, and the choice is not worse by more than chance."""
         agreement = self.random.agreement
         enough = len(self.random.agreeing) >= _MIN_MILD
         harmless = enough and agreement is not None and agreement >= _MILD_AGREEMENT
         return harmless and self.sigmas > -_MARGIN_SIGMAS
 
     @property
-    def parts(self) -> list[Part]:
-        """The chosen metric of each site, as a plan names it."""
-        return [choice.chosen.part() for choice in self.sites]
+    def specs(self) -> list[ComponentSpec]:
+        """The chosen metric of each site, as in a plan."""
+        return [choice.chosen.spec() for choice in self.sites]
 
     def to_dict(self) -> dict[str, Any]:
         checked = {"chosen": self.result, "random": self.random, "default": self.default}
@@ -217,14 +199,14 @@ def calibrate(
     Args:
         model: dense, in eval mode, on the device and in the dtype to calibrate in.
         family: the model's family.
-        plan: how many tokens go where; some fields of its metrics are open.
+        plan: some fields of its metrics are open.
         images: `[n, C, H, W]`, preprocessed, unlabelled; at least 8.
-        identity: what the images are, for the record.
+        identity: of the images, for the record.
 
     Raises:
         DataError: too few images.
         RecipeError: no candidate can run on this model.
-        CheckFailed: the dense model itself returns values that are not finite.
+        CheckFailed: the dense model returns values that are not finite.
     """
     if len(images) < _MIN_IMAGES:
         raise DataError(f"calibration needs at least {_MIN_IMAGES} images, there are {len(images)}")
@@ -234,7 +216,7 @@ def calibrate(
     sites = {site.name: site for site in family.sites(model)}
     border = math.ceil(_CHOOSING_SHARE * len(images))
     with ExitStack() as stack:
-        stack.callback(family.adapt(model))  # the dense model is compared as it is beside a reduced one
+        stack.callback(family.adapt(model))  # compare with the dense model as adapted for reduction
         asked, plan = plan, fit_open(model, plan, images[:border], batch_size, progress)
         variants = [runnable(planned, sites[planned.site]) for planned in plan.sites]
         steps = _steps([len(found) for found in variants], len(images))
@@ -242,13 +224,14 @@ def calibrate(
         reference = run_batches(model, images, batch_size, task)
         if not bool(reference.isfinite().all()):
             raise CheckFailed("the dense model returns values that are not finite", "Calibrate in float32.")
-        run = Run(model, images, predictions(model, reference), batch_size, task)
+        run = CandidateRunner(model, images, reference_outputs(model, reference), batch_size, task)
         choices: list[SiteChoice] = []
         for planned, candidates in zip(plan.sites, variants, strict=True):
-            before = [choice.chosen.part() for choice in choices]
+            before = [choice.chosen.spec() for choice in choices]
             choices.append(choose_metric(run, plan.with_metrics([*before, planned.metric]), candidates, border))
-        result = run.check(plan.with_metrics([choice.chosen.part() for choice in choices]), border)
-        draws = [run.check(plan.with_metric(part), border) for part in _random_parts()]
+        result = run.check(plan.with_metrics([choice.chosen.spec() for choice in choices]), border)
+        specs = [ComponentSpec.model_validate({"kind": "random", "seed": seed}) for seed in _RANDOM_SEEDS]
+        draws = [run.check(plan.with_metric(spec), border) for spec in specs]
         default = run.check(with_defaults(asked, sites), border)
     random = _mean_of(draws)
     sigmas = _sigmas(random.distances, result.distances)
@@ -266,7 +249,7 @@ def calibrate(
 
 
 def fit_open(model: nn.Module, plan: Plan, images: Tensor, batch_size: int, progress: Progress) -> Plan:
-    """The plan with those scores fitted that are to be; errors as `fit_scores`."""
+    """The plan with its unfitted scores fitted; errors as `fit_scores`."""
     metrics = [build_metric(planned.metric) for planned in plan.sites]
     wanted = [index for index, metric in enumerate(metrics) if unfitted(metric)]
     if not wanted:
@@ -276,16 +259,16 @@ def fit_open(model: nn.Module, plan: Plan, images: Tensor, batch_size: int, prog
         found = fit_scores(model, layers, images, batch_size, _FIT_SEED, task, after=after)
     parts = [planned.metric for planned in plan.sites]
     for index, layer in zip(wanted, layers, strict=True):
-        parts[index] = found[layer].part()
+        parts[index] = found[layer].spec()
     return plan.with_metrics(parts)
 
 
 def unfitted(metric: Metric) -> bool:
-    """Whether the metric has weights that were not fitted yet."""
+    """Whether the metric needs weights and has none yet."""
     return isinstance(metric, Fitted) and metric.open
 
 
-def choose_metric(run: Run, plan: Plan, variants: Sequence[Metric], count: int) -> SiteChoice:
+def choose_metric(run: CandidateRunner, plan: Plan, variants: Sequence[Metric], count: int) -> SiteChoice:
     """The best metric for the last site of the plan, on the first `count` images."""
     candidates = [CandidateResult(metric=variant) for variant in variants]
     if len(candidates) == 1:
@@ -297,7 +280,7 @@ def choose_metric(run: Run, plan: Plan, variants: Sequence[Metric], count: int) 
         alive = best if usual in best else [*best[:-1], usual]
         seen = until
     ranked = sorted(candidates, key=lambda result: (-len(result.distances), result.distance))
-    # Of few images one or two may decide, so the paper's choice gives way only to what is better beyond that.
+    # with few images one or two may decide, so the paper's choice is only replaced by a clearly better one
     if _sigmas(usual.distances, ranked[0].distances) < _MARGIN_SIGMAS:
         ranked.remove(usual)
         ranked.insert(0, usual)
@@ -305,14 +288,14 @@ def choose_metric(run: Run, plan: Plan, variants: Sequence[Metric], count: int) 
 
 
 def _rounds(count: int) -> list[tuple[int, int]]:
-    """Images that have been seen after each round, and candidates that survive it."""
+    """After each round: the number of images used, and of candidates kept."""
     return [(math.ceil(share * count), survivors) for share, survivors in _ROUNDS]
 
 
-class Run:
-    """The images, what the dense model makes of them, and how far others are from that."""
+class CandidateRunner:
+    """Runs plans on the images and measures the deviation from the dense model."""
 
-    def __init__(self, model: nn.Module, images: Tensor, dense: Predictions, batch_size: int, task: Task) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, dense: ReferenceOutputs, batch_size: int, task: Task) -> None:
         self.model = model
         self.images = images
         self.dense = dense
@@ -320,12 +303,9 @@ class Run:
         self.task = task
 
     def compare(self, plan: Plan, candidates: Sequence[CandidateResult], start: int, stop: int) -> None:
-        """Add to each candidate for the last site what the images from `start` to `stop` show.
-
-        They have seen those before `start`.
-        """
+        """Run the candidates for the last site, which have seen the images before `start`, on those up to `stop`."""
         branched = branch(self.model, plan, [candidate.metric for candidate in candidates])
-        # about as many rows at a time as four plain batches have, whatever the number of candidates
+        # about as many rows as four plain batches, for any number of candidates
         size = max(1, 4 * self.batch_size // len(candidates))
         try:
             for first in range(start, stop, size):
@@ -339,19 +319,19 @@ class Run:
         for candidate in candidates:
             self._judge(candidate, 0)
 
-    def check(self, plan: Plan, start: int) -> Outcome:
-        """A whole plan on the images from `start` on."""
+    def check(self, plan: Plan, start: int) -> Deviation:
+        """The deviation of a plan on the images from `start` on."""
         compressed = attach(self.model, plan)
         try:
             output = run_batches(compressed, self.images[start:], self.batch_size, self.task)
         finally:
             compressed.detach()
-        result = Outcome(outputs=[output])
+        result = Deviation(outputs=[output])
         self._judge(result, start)
         return result
 
-    def _judge(self, outcome: Outcome, start: int) -> None:
-        """Compare all outputs that there are, which begin at image `start`, with those of the dense model."""
+    def _judge(self, outcome: Deviation, start: int) -> None:
+        """Compare all outputs, from image `start` on, with those of the dense model."""
         given = self.dense.of(torch.cat(outcome.outputs))
         wanted = self.dense.reference[start : start + len(given)]
         far = distance(wanted, given, self.dense.are_logits)
@@ -360,12 +340,8 @@ class Run:
             outcome.agreeing = agreement(wanted, given).tolist()
 
 
-def _random_parts() -> list[Part]:
-    return [Part.model_validate({"kind": "random", "seed": seed}) for seed in _RANDOM_SEEDS]
-
-
 def runnable(planned: PlanSite, site: Site) -> list[Metric]:
-    """The variants that a site can feed."""
+    """The variants that the site supports."""
     metric = build_metric(planned.metric)
     found = [variant for variant in metric.variants() if feeds(variant, site, planned.after)]
     if not found:
@@ -376,7 +352,7 @@ def runnable(planned: PlanSite, site: Site) -> list[Metric]:
 
 
 def _steps(variants: Sequence[int], images: int) -> int:
-    """Images that go through a model or a branch of it: the dense pass, all rounds, and the checks in the end."""
+    """Number of images in the dense pass, all rounds and the final checks."""
     border = math.ceil(_CHOOSING_SHARE * images)
     checks = 2 + len(_RANDOM_SEEDS)
     steps = images + checks * (images - border)
@@ -388,17 +364,17 @@ def _steps(variants: Sequence[int], images: int) -> int:
     return steps
 
 
-def _mean_of(draws: list[Outcome]) -> Outcome:
+def _mean_of(draws: list[Deviation]) -> Deviation:
     columns = zip(*(draw.distances for draw in draws), strict=True)
     agreeing = zip(*(draw.agreeing for draw in draws), strict=True)
-    return Outcome(
+    return Deviation(
         [math.fsum(column) / len(column) for column in columns],
         [math.fsum(column) / len(column) for column in agreeing],
     )
 
 
 def _sigmas(worse: list[float], better: list[float]) -> float:
-    """By how many standard errors the paired mean of `worse - better` lies above zero."""
+    """The paired mean of `worse - better` in standard errors."""
     if not all(map(math.isfinite, (*worse, *better))):
         lost = sum(map(math.isinf, worse)) - sum(map(math.isinf, better))
         return math.copysign(99.0, lost) if lost else 0.0

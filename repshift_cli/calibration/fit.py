@@ -1,16 +1,16 @@
-"""Fit a score to a model: which direction of its stream tells how much the output hangs on a token.
+"""Fit a score to a model: a direction of its stream that predicts the influence of a token on the output.
 
-What matters of a token is how far the dense model's predictions would move if it went. To first order that is a product
-of its gradient with what would change, and one backward pass tells it of all tokens at all layers: with `p` the
-predicted probabilities and `d_i = x_i - mean_j x_j`, what would be left out of the stream with token i,
+The influence of a token is how far the dense model's predictions move if it is dropped. To first order that is a
+product with its gradient, and one backward pass computes it for all tokens at all layers. With `p` the predicted
+probabilities and `d_i = x_i - mean_j x_j` the part of the stream that is lost with token i,
 
     I_i = sum_c p_c (d log p_c / d x_i . d_i)^2 ,
 
-the Fisher information along `d_i`, twice the KL divergence to second order. The sum over the classes is taken by random
-signs: the gradient of `sum_c e_c sqrt(p_c) log p_c` squares to it in the mean.
+the Fisher information along `d_i`, twice the KL divergence to second order. The sum over classes is estimated with
+random signs `e_c`: the squared gradient of `sum_c e_c sqrt(p_c) log p_c` has this mean.
 
-Then `log I_i`, brought to mean 0 and deviation 1 within each image, is regressed on the channels of the token (ridge).
-The weights are all that is needed afterwards: the score `w x_i` costs one product per channel, less than a norm.
+Then `log I_i`, standardised within each image, is regressed on the channels of the token (ridge). The score is `w x_i`:
+one product per channel, cheaper than a norm.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from torch.nn import functional
 from repshift_cli.errors import CheckFailed
 from repshift_cli.planning.layout import After
 from repshift_cli.reduction.metrics.fitted import Fitted
-from repshift_cli.reduction.watch import Seen, watching
+from repshift_cli.reduction.watch import BlockOutput, record_block_outputs
 from repshift_cli.utils.progress import Task
 
 __all__ = ["fit_scores", "influence", "is_classifier"]
 
 _DRAWS = 2
-"""Random signs per image. One does as well on the built-in models; two leave less to chance."""
+"""Random signs per image. On the built-in models one is as good; two reduce the variance."""
 
 _RIDGE = 0.01
-"""Of the mean variance of a channel. Ten times more or less changed the accuracy on the built-in models by nothing."""
+"""Relative to the mean variance of a channel. A factor of 10 did not change the accuracy of the built-in models."""
 
 _MOST_AT_A_TIME = 16
-"""Images whose graph is held in memory."""
+"""Images per backward pass."""
 
 _TINY = 1e-12
 
@@ -55,18 +55,18 @@ def fit_scores(  # noqa: PLR0917
 
     Args:
         model: dense, in eval mode, of a supported family.
-        layers: where scores are wanted.
+        layers: to fit scores for.
         images: `[n, ...]`, preprocessed, unlabelled.
         seed: of the random signs.
-        after: where in a block tokens will go.
+        after: where in a block tokens will be dropped.
 
     Raises:
         CheckFailed: the gradients are not finite.
     """
     sums: dict[int, _NormalEquations] = {layer: _NormalEquations() for layer in layers}
     generator = torch.Generator().manual_seed(seed)
-    # a caller in inference mode would hand over tensors that know no gradients
-    with torch.inference_mode(False), torch.enable_grad(), watching(model, after) as seen:
+    # a caller may be in inference mode, where tensors have no gradients
+    with torch.inference_mode(False), torch.enable_grad(), record_block_outputs(model, after) as seen:
         for batch in images.split(min(batch_size, _MOST_AT_A_TIME)):
             inputs = batch.clone().requires_grad_()
             responses = _responses(model, model(inputs))
@@ -78,12 +78,12 @@ def fit_scores(  # noqa: PLR0917
     return {layer: Fitted.of(equations.solve().tolist()) for layer, equations in sums.items()}
 
 
-def influence(responses: Tensor, seen: Mapping[int, Seen], generator: torch.Generator) -> dict[int, Tensor]:
-    """How much the outputs hang on each token, to first order.
+def influence(responses: Tensor, seen: Mapping[int, BlockOutput], generator: torch.Generator) -> dict[int, Tensor]:
+    """The influence of each token on the outputs, to first order.
 
     Args:
-        responses: `[B, D]`, with a gradient; the squares of what they change by are summed.
-        seen: what the pass left at each layer.
+        responses: `[B, D]`, with a gradient; the squares of their changes are summed.
+        seen: the output of each block.
         generator: of the random signs, on the CPU.
 
     Returns:
@@ -107,14 +107,14 @@ def influence(responses: Tensor, seen: Mapping[int, Seen], generator: torch.Gene
 
 
 class _NormalEquations:
-    """The sums of a linear regression within images, without a constant, which ranks nothing."""
+    """The sums of a linear regression within images, without a constant, which would not change the ranking."""
 
     def __init__(self) -> None:
         self.products: Tensor | None = None
         self.right: Tensor | None = None
 
     def add(self, tokens: Tensor, target: Tensor) -> None:
-        """Tokens `[B, N, C]` and how much hangs on each, `[B, N]`."""
+        """Tokens `[B, N, C]` and their influence `[B, N]`."""
         if not bool(target.isfinite().all()):
             raise CheckFailed("the gradients of the model are not finite", "Fit the score in float32.")
         wanted = (target + _TINY * target.mean(dim=1, keepdim=True) + torch.finfo(target.dtype).tiny).log()
@@ -126,7 +126,7 @@ class _NormalEquations:
         self.right = right if self.right is None else self.right + right
 
     def solve(self) -> Tensor:
-        """The weights, `[C]`, of length one: only the order of the scores matters."""
+        """The weights `[C]`, of length one: only the order of the scores matters."""
         assert self.products is not None
         assert self.right is not None
         ridge = _RIDGE * self.products.diagonal().mean().clamp_min(_TINY)
@@ -136,12 +136,12 @@ class _NormalEquations:
 
 
 def is_classifier(model: nn.Module) -> bool:
-    """Whether the outputs are logits of classes. (A model that compares embeddings has a temperature.)"""
+    """Whether the outputs are class logits, and not embeddings (which have a temperature)."""
     return getattr(model, "num_classes", 0) > 0 and not isinstance(getattr(model, "temperature", None), float)
 
 
 def _responses(model: nn.Module, outputs: Tensor) -> Tensor:
-    """`sqrt(p) log p` of a classifier, with p as it is; the direction of the features of other models: `[B, D]`."""
+    """`[B, D]`: `sqrt(p) log p` of a classifier, with a constant p; the normalised features of other models."""
     if is_classifier(model):
         logs = outputs.float().log_softmax(-1)
         return logs.detach().mul(0.5).exp() * logs

@@ -9,27 +9,20 @@ from torch import Tensor, nn
 
 from repshift_cli.utils.progress import Task
 
-__all__ = [
-    "Predictions",
-    "agreement",
-    "distance",
-    "divergence",
-    "predictions",
-    "run_batches",
-]
+__all__ = ["ReferenceOutputs", "agreement", "distance", "divergence", "reference_outputs", "run_batches"]
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """What a model says of inputs, in a form in which two models can be compared.
+class ReferenceOutputs:
+    """Outputs of the dense model in a form in which another model can be compared with it.
 
-    A classifier gives logits. A model that is there to compare embeddings (it has a `temperature`) is asked which of
-    the dense model's embeddings each of its own is like, both without their mean: what all embeddings have in common
-    does not matter to a ranking, yet it is most of what moves when the mean is taken over fewer tokens.
+    For a classifier these are logits. For a model of embeddings (it has a `temperature`) they are similarities to the
+    dense model's embeddings, both without their mean: the common part of all embeddings does not change a ranking, but
+    it changes most when the mean is taken over fewer tokens.
 
     Attributes:
-        reference: of the dense model, `[n, classes]`, or features `[n, channels]`.
-        gallery: its embeddings without their mean, of length one, `[n, channels]`; None for other models.
+        reference: logits `[n, classes]`, or features `[n, channels]`.
+        gallery: the centred embeddings of length one, `[n, channels]`; None for other models.
         temperature: of the similarities.
         are_logits: whether `reference` are logits.
     """
@@ -40,19 +33,19 @@ class Predictions:
     are_logits: bool
 
     def of(self, outputs: Tensor) -> Tensor:
-        """Outputs of another model for some of the inputs, all that there are, in the form of `reference`."""
+        """Outputs of another model for some of the inputs, in the form of `reference`."""
         if self.gallery is None:
             return outputs
         return _centred(outputs) @ self.gallery.T / self.temperature
 
 
-def predictions(model: nn.Module, outputs: Tensor) -> Predictions:
-    """How to compare with a dense model, given its outputs `[n, channels]` for all inputs."""
+def reference_outputs(model: nn.Module, outputs: Tensor) -> ReferenceOutputs:
+    """The outputs `[n, channels]` of the dense model for all inputs, prepared for comparison."""
     temperature = getattr(model, "temperature", None)
     if not isinstance(temperature, float):
-        return Predictions(outputs, None, 1.0, getattr(model, "num_classes", 0) > 0)
+        return ReferenceOutputs(outputs, None, 1.0, getattr(model, "num_classes", 0) > 0)
     gallery = _centred(outputs)
-    return Predictions(gallery @ gallery.T / temperature, gallery, temperature, True)
+    return ReferenceOutputs(gallery @ gallery.T / temperature, gallery, temperature, True)
 
 
 def _centred(embeddings: Tensor) -> Tensor:
@@ -61,10 +54,10 @@ def _centred(embeddings: Tensor) -> Tensor:
 
 
 def divergence(reference: Tensor, output: Tensor, has_head: bool) -> Tensor:
-    """How far outputs are from the dense model's, per image, in float32.
+    """Divergence of outputs from the dense model's, per image, in float32.
 
     Args:
-        reference, output: `[B, classes]` logits, or `[B, channels]` features where `has_head` is off.
+        reference, output: `[B, classes]` logits, or `[B, channels]` features without `has_head`.
 
     Returns:
         `[B]`: KL(reference || output) in nats for logits, `1 - cosine` for features.
@@ -76,10 +69,9 @@ def divergence(reference: Tensor, output: Tensor, has_head: bool) -> Tensor:
 
 
 def distance(reference: Tensor, output: Tensor, has_head: bool) -> Tensor:
-    """As `divergence`, but bounded: by it candidates are compared.
+    """A bounded divergence to compare candidates by.
 
-    One image on which a confident model changes its mind has a KL as large as that of hundreds of harmless ones; the
-    mean would tell little else.
+    The KL of one image with a changed confident prediction can dominate the mean over hundreds of images.
 
     Returns:
         `[B]`: the squared Hellinger distance `1 - sum sqrt(p q)` of the probabilities for logits, in 0..1; `1 - cosine`
@@ -97,7 +89,7 @@ def agreement(reference: Tensor, output: Tensor) -> Tensor:
 
 
 def run_batches(model: nn.Module, images: Tensor, batch_size: int, task: Task) -> Tensor:
-    """What a model returns for all images, batch by batch."""
+    """The outputs of a model for all images, run in batches."""
     parts = []
     for batch in images.split(batch_size):
         parts.append(model(batch))

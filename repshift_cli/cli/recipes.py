@@ -39,10 +39,10 @@ def show(
 def check(file: Annotated[str, typer.Argument(help="A recipe file or a shipped name.")]) -> None:
     """Check a recipe without a model: keys, types, metric and reducer."""
     from repshift_cli.planning.recipe import Recipe
-    from repshift_cli.reduction.checks import check_parts
+    from repshift_cli.reduction.checks import check_components
 
     recipe = Recipe.load(file)
-    check_parts(recipe)
+    check_components(recipe)
     told = f"{len(recipe.layers)} sites" if recipe.budget is None else f"a search for {recipe.budget}"
     typer.echo(f"{file}: fine ({told})")
 

@@ -78,7 +78,7 @@ def compress(
         )
         if not (found.clear or found.mild):
             raise unclear_choice(found)
-        plan = job.plan.with_metrics(found.parts)
+        plan = job.plan.with_metrics(found.specs)
     return artifact.attach_loaded(loaded, plan)
 
 

@@ -119,7 +119,7 @@ def choose_metric(
         if not settings.force:
             raise problem
         job.warn(problem.message)
-    return job.plan.with_metrics(found.parts), found
+    return job.plan.with_metrics(found.specs), found
 
 
 def unclear_choice(found: Calibration) -> CheckFailed:

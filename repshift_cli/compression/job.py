@@ -22,7 +22,7 @@ from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, RecipeError
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe, default_recipe
-from repshift_cli.reduction.checks import check_feeds, check_parts, has_open_fields, resolve_for, with_defaults
+from repshift_cli.reduction.checks import check_components, check_feeds, has_open_fields, resolve_for, with_defaults
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.families.base import Family, Site, match
 from repshift_cli.reduction.metrics.base import build_metric
@@ -57,7 +57,7 @@ def checked_recipe(recipe: Recipe | str | Path | None) -> Recipe | None:
     if recipe is not None and not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
     if recipe is not None:
-        check_parts(recipe)
+        check_components(recipe)
     return recipe
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from repshift_cli.calibration.calibrate import Calibration
-from repshift_cli.calibration.outputs import agreement, divergence, predictions
+from repshift_cli.calibration.outputs import agreement, divergence, reference_outputs
 from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.compression.settings import Settings
 from repshift_cli.data.inputs import ImageBatch
@@ -235,7 +235,7 @@ def _compare(
                 dense.append(compressed(part))
             outputs.append(compressed(part))
             task.advance(len(part))
-    wanted = predictions(compressed.model, torch.cat(dense))
+    wanted = reference_outputs(compressed.model, torch.cat(dense))
     given = wanted.of(torch.cat(outputs))
     distance = float(divergence(wanted.reference, given, wanted.are_logits).mean())
     return (float(agreement(wanted.reference, given).mean()) if wanted.are_logits else None), distance

@@ -16,7 +16,7 @@ from repshift_cli.measure.device import resolve_device, resolve_dtype
 from repshift_cli.models.attention_mode import attention_mode, auto_note, check_attention
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
-from repshift_cli.reduction.checks import check_parts
+from repshift_cli.reduction.checks import check_components
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.search.job import Found, SearchRequest, find, start_recipe, with_reducers
 from repshift_cli.search.target import Target
@@ -135,7 +135,7 @@ def _search(dense: DenseModel, recipe: Recipe | None, request: SearchRequest, se
     loaded = dense.loaded
     request = with_reducers(recipe, request, loaded, dense.family)
     start = start_recipe(recipe, request, loaded)
-    check_parts(start)
+    check_components(start)
     dense.check_name(start)
     inputs = _labelled(dense, settings, count)
     dense.note(f"searching for {request.target} on {inputs.batch.description}")

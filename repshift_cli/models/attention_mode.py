@@ -1,13 +1,12 @@
-"""What computes the attention of a model: the one place where it is decided, and switched for a while.
+"""Select the attention backend of a model.
 
-- `flash`: the package flash-attn, in its own layout; what it cannot take (attention pooling, blocks that project
-  attention and MLP in one product) stays on torch's kernels.
-- `sdpa`: torch's scaled dot-product attention, on one of its fused kernels and never on its math fall-back;
-  `sdpa:flash` and so on pin one kernel.
-- `explicit`: a product, a softmax and a product, with the map of all pairs.
-- `auto`: flash-attn where it is installed and can run, else as the model has it.
+- `flash`: the package flash-attn; attention that it does not support (attention pooling, blocks that project attention
+  and MLP in one product) stays on torch's kernels.
+- `sdpa`: torch's scaled dot-product attention on a fused kernel, never its math fallback; `sdpa:flash` etc. select one.
+- `explicit`: a product, a softmax and a product, with the whole attention map.
+- `auto`: flash-attn if it is installed and can run, else the setting of the model.
 
-`measure.observed_attention` tells what really ran.
+`measure.attention_kernel.observed_attention` returns what ran.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _KERNELS = {
     "sdpa:math": [SDPBackend.MATH],
 }
 _NO_KERNEL = ("No available kernel", "No viable backend for scaled_dot_product_attention")
-"""How torch says that no kernel which is allowed can run, on CUDA and on the CPU."""
+"""Torch's error messages if no allowed kernel can run, on CUDA and on CPU."""
 
 _CHECKED_TOKENS = 16
 _INSTALL = "pip install 'repshift-cli[flash]'"
@@ -47,19 +46,18 @@ _INSTALL = "pip install 'repshift-cli[flash]'"
 
 @contextmanager
 def attention_mode(module: nn.Module, mode: AttentionMode) -> Iterator[None]:
-    """Inside the context all attention of a model is computed as asked, afterwards as before.
+    """Compute all attention of a model in this mode inside the context.
 
-    Parameters, keys and hooks stay. Contexts nest; the inner one counts. Where flash-attn runs is decided on entering,
-    by where the model lies then. Which kernel torch takes is a setting of the process: while the context is open,
-    `sdpa` and its kernels hold for other models as well.
+    Parameters, keys and hooks stay. Contexts nest. The device and dtype on entering decide whether flash-attn can run.
+    The choice of torch's kernel is global: inside the context it also applies to other models.
 
     Args:
-        module: any model; of its attention timm's own and that of UMT can run on flash-attn, and whatever has the
-            switch `fused_attn`, as timm's modules do, on the other backends.
+        module: any model; timm's own attention and that of UMT can run on flash-attn, modules with the option
+            `fused_attn`, as in timm, on the other backends.
 
     Raises:
-        UsageError: the model has no attention that can be switched, flash-attn is asked for and cannot run, or, from
-            within, no kernel of those that are asked for can take an attention of the model.
+        UsageError: the model has no attention that can be switched, flash-attn is requested and cannot run, or, inside
+            the context, no requested kernel supports an attention of the model.
     """
     flashing = {id(part) for part in _on_flash(module, mode)}
     switches = _switches(module)
@@ -79,11 +77,7 @@ def attention_mode(module: nn.Module, mode: AttentionMode) -> Iterator[None]:
 
 
 def check_attention(module: nn.Module, mode: AttentionMode) -> None:
-    """Refuse early what `attention_mode` would refuse on entering, and kernels of torch that cannot run at all.
-
-    Raises:
-        UsageError: as `attention_mode`.
-    """
+    """Raise `UsageError` if entering `attention_mode` would, or if torch's kernel cannot run at all."""
     with attention_mode(module, mode), torch.no_grad():
         for device, dtype, width in {_kind(part) for part in _flash_takers(module)} if mode in _KERNELS else ():
             query = torch.zeros(1, 1, _CHECKED_TOKENS, width, device=device, dtype=dtype)
@@ -110,7 +104,7 @@ def flash_missing() -> str | None:
 
 
 def auto_note(module: nn.Module, mode: AttentionMode) -> str | None:
-    """What to tell the user where `auto` does without flash-attn for no other reason than that it is not there."""
+    """A note if `auto` does not use flash-attn only because it is not installed."""
     kinds = {_kind(part) for part in _flash_takers(module) if part.fused_attn}
     fits = any(not _misfits(*kind) for kind in kinds)
     if mode != "auto" or not fits or (missing := flash_missing()) is None:
@@ -119,7 +113,7 @@ def auto_note(module: nn.Module, mode: AttentionMode) -> str | None:
 
 
 def _misfits(device: torch.device, dtype: torch.dtype, width: int) -> list[str]:
-    """What of the model does not suit flash-attn, installed or not."""
+    """Reasons why flash-attn does not support the model, installed or not."""
     found = []
     if device.type != "cuda":
         found.append(f"it runs on CUDA, and the model is on {device.type}")
@@ -133,11 +127,7 @@ def _misfits(device: torch.device, dtype: torch.dtype, width: int) -> list[str]:
 
 
 def _on_flash(module: nn.Module, mode: AttentionMode) -> list[Any]:
-    """The modules that run on flash-attn in this mode.
-
-    Raises:
-        UsageError: it is asked for, and none can.
-    """
+    """The modules that run on flash-attn in this mode; raises `UsageError` if it is requested and none can."""
     if mode not in ("auto", "flash"):
         return []
     takers = [part for part in _flash_takers(module) if mode == "flash" or part.fused_attn]
@@ -167,7 +157,7 @@ def _switches(module: nn.Module) -> list[Any]:
 
 
 def _flash_takers(module: nn.Module) -> list[Any]:
-    """The attention that can be computed by flash-attn, as far as its kind is concerned."""
+    """The attention modules of a kind that flash-attn supports."""
     return [part for part in _switches(module) if hasattr(part, "flash_attn") or timm_attention.is_attention(part)]
 
 
@@ -184,7 +174,7 @@ def _switch(part: Any, fused: bool, flash: bool) -> None:
 
 
 def _kind(part: Any) -> tuple[torch.device, torch.dtype, int]:
-    """Device and dtype that the attention runs in, and the channels of its heads."""
+    """Device, dtype and head width of an attention module."""
     weight = next(part.qkv.parameters())
     device: torch.device = weight.device
     cast = device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
@@ -193,7 +183,7 @@ def _kind(part: Any) -> tuple[torch.device, torch.dtype, int]:
 
 @contextmanager
 def _explained(mode: AttentionMode) -> Iterator[None]:
-    """Say of torch's error that no kernel can run what to do."""
+    """Turn torch's error that no kernel can run into a `UsageError` with a hint."""
     try:
         yield
     except RuntimeError as error:

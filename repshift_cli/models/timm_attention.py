@@ -1,48 +1,49 @@
-"""timm's `Attention`, made to heed sizes of tokens and to run on flash-attn.
+"""timm's `Attention` with proportional attention (ToMe) and flash-attn.
 
-It is one and the same object that becomes a `FlexibleAttention` and turns back: only its class changes. So its parts,
-parameters, keys and the hooks on it stay where they are, and whoever holds it goes on holding it.
+Only the class of the object changes, to `FlexibleAttention` and back. So its parameters, keys, hooks and all references
+to it stay valid.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 from timm.layers import Attention
 from torch import Tensor, nn
 
 from repshift_cli.ops.attention import attend_projected, backend_of
 
-__all__ = ["FlexibleAttention", "SizesByCount", "heed_sizes", "is_attention", "run_on_flash"]
+__all__ = ["FlexibleAttention", "TokenSizes", "is_attention", "run_on_flash", "use_proportional_attention"]
 
 
-class SizesByCount(Protocol):
-    """Knows the sizes of the tokens that are on their way."""
+class TokenSizes(Protocol):
+    """Sizes of the tokens in the running pass."""
 
     def sizes_of(self, count: int) -> Tensor | None:
-        """`[B, count]`, or None where each of so many tokens stands for itself."""
+        """`[B, count]`; None where `count` tokens all have size 1."""
         ...
 
 
 class FlexibleAttention(Attention):
-    """A timm `Attention` with two more switches; see `heed_sizes` and `run_on_flash`, which make one.
+    """A timm `Attention` with two options, set by `use_proportional_attention` and `run_on_flash`.
 
-    Where neither has an effect, timm's own code runs.
+    Without effect of either, timm's own code runs.
 
     Attributes:
-        sizes: tells how many tokens each key stands for; None for one each.
-        flash_attn: whether flash-attn runs where `fused_attn` asks for a fused kernel.
+        sizes: the number of tokens that each key stands for; None for 1.
+        flash_attn: whether flash-attn runs if `fused_attn` is on.
     """
 
-    sizes: SizesByCount | None = None
+    sizes: TokenSizes | None = None
     flash_attn: bool = False
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """`[B, T, C]` to the same. Masks only come where no token has a size, since sites refuse them."""
+        """`[B, T, C]` to the same shape. Sites reject masks, so a mask and sizes never come together."""
         sizes = None if self.sizes is None else self.sizes.sizes_of(x.shape[1])
         backend = backend_of(self.fused_attn, self.flash_attn)
         if sizes is None and (backend != "flash" or attn_mask is not None or is_causal):
-            causal = {"is_causal": True} if is_causal else {}  # older versions of timm do not know it
+            causal = {"is_causal": True} if is_causal else {}  # older versions of timm lack it
             dense: Tensor = super().forward(x, attn_mask=attn_mask, **causal)
             return dense
         projected = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
@@ -54,7 +55,7 @@ class FlexibleAttention(Attention):
             norms=None if plain else (self.q_norm, self.k_norm),
             dropout=self.attn_drop.p if self.training else 0.0,
         )
-        # older versions of timm do not know the norm and the gate
+        # older versions of timm lack the norm and the gate
         if (norm := getattr(self, "norm", None)) is not None:
             mixed = norm(mixed)
         if (gate := getattr(self, "gate", None)) is not None:
@@ -64,36 +65,25 @@ class FlexibleAttention(Attention):
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether it is timm's plain attention, as it comes or as it was made here, and no other that derives from it."""
+    """Whether it is timm's `Attention` itself or a `FlexibleAttention`, and no other subclass."""
     return type(module) in (Attention, FlexibleAttention)
 
 
-def heed_sizes(attention: Attention, sizes: SizesByCount | None) -> None:
-    """From now on each key counts as often as the size of its token says; None undoes it."""
-    flexible = _flexible(attention)
-    flexible.sizes = sizes
-    _settle(flexible)
+def use_proportional_attention(attentions: Iterable[Attention], sizes: TokenSizes | None) -> None:
+    """Weight each key by the size of its token; None undoes it."""
+    for attention in attentions:
+        _set_option(attention, "sizes", sizes)
 
 
 def run_on_flash(attention: Attention, on: bool) -> None:
-    """Whether flash-attn runs from now on, where `fused_attn` asks for a fused kernel."""
-    flexible = _flexible(attention)
-    flexible.flash_attn = on
-    _settle(flexible)
+    """Run on flash-attn if `fused_attn` is on; False undoes it."""
+    _set_option(attention, "flash_attn", on or None)
 
 
-def _flexible(attention: Attention) -> FlexibleAttention:
-    if not isinstance(attention, FlexibleAttention):
-        attention.__class__ = FlexibleAttention
-    assert isinstance(attention, FlexibleAttention)
-    return attention
-
-
-def _settle(attention: FlexibleAttention) -> None:
-    """Leave nothing of a switch that is off; where both are, it is timm's own again."""
-    if attention.sizes is None:
-        vars(attention).pop("sizes", None)
-    if not attention.flash_attn:
-        vars(attention).pop("flash_attn", None)
-    if attention.sizes is None and not attention.flash_attn:
-        attention.__class__ = Attention  # type: ignore[assignment]
+def _set_option(attention: Attention, name: str, value: Any) -> None:
+    """Set an option, or remove it if the value is None. Without options the class is timm's own."""
+    options = vars(attention)
+    options.pop(name, None)
+    if value is not None:
+        options[name] = value
+    attention.__class__ = FlexibleAttention if options.keys() & {"sizes", "flash_attn"} else Attention

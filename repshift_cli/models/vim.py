@@ -1,7 +1,7 @@
 """Vision Mamba (Vim, arXiv 2401.09417): a bidirectional state space model on image patches.
 
-Parameters have the names of the authors' checkpoints, so that these load unchanged. Between its layers the model hands
-on a `VimStream`, in which the class token may stand anywhere: whoever takes tokens away moves it along.
+Parameters have the names of the authors' checkpoints. Layers pass on a `VimStream`, in which the class token may be at
+any position, so that tokens can be removed.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ def create(name: str, **args: Any) -> VisionMamba:
 
     Raises:
         KeyError: there is no model of this name.
-        ValueError, TypeError: arguments that cannot be.
+        ValueError, TypeError: invalid arguments.
     """
     return VisionMamba(**{**MODELS[name], **args})
 
 
 class VimStream(NamedTuple):
-    """What goes from layer to layer.
+    """The input and output of a layer.
 
     Attributes:
-        hidden: `[B, T, C]`, what the last mixer gave, not yet added to the stream.
-        residual: `[B, T, C]`, float32, the stream that it will be added to.
-        place: int64 `[B, n]`, ascending, where the n class tokens of each image are among its T tokens.
+        hidden: `[B, T, C]`, the output of the last mixer, not yet added to the stream.
+        residual: `[B, T, C]`, float32, the stream before it.
+        place: int64 `[B, n]`, the positions of the n class tokens among the T tokens, ascending.
     """
 
     hidden: Tensor
@@ -60,7 +60,7 @@ class VimStream(NamedTuple):
 
 
 class PatchEmbed(nn.Module):
-    """Patches, which overlap where `stride` is smaller than `patch_size`, to tokens in row-major order."""
+    """Patches as tokens in row-major order; they overlap if `stride` is smaller than `patch_size`."""
 
     def __init__(self, img_size: tuple[int, int], patch_size: int, stride: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -101,8 +101,7 @@ class RMSNorm(nn.Module):
 class Mixer(nn.Module):
     """A selective state space model that reads the tokens forwards and backwards (Vim, algorithm 1).
 
-    Names with `_b` belong to the backward direction. Both directions read the same projection of the tokens, and run
-    as one batch here.
+    Names with `_b` belong to the backward direction. Both directions read the same projection and run as one batch.
     """
 
     def __init__(self, width: int, d_state: int, expand: int = 2) -> None:
@@ -143,7 +142,7 @@ class Mixer(nn.Module):
     def _convolved(self, x: Tensor) -> Tensor:
         """Causal depthwise convolution and SiLU of each direction, `[2, B, T, E]` to the same shape.
 
-        Shifted products, token by token: the channels stay last, where all else wants them.
+        As shifted products, so that the channels stay last, as for the other operations.
         """
         weight, bias = self._pair("conv1d", "weight")[:, :, 0], self._pair("conv1d", "bias")
         taps = weight.permute(2, 0, 1)[:, :, None, None]
@@ -154,7 +153,7 @@ class Mixer(nn.Module):
         return functional.silu(mixed)
 
     def _with_kernels(self, x: Tensor) -> Tensor:
-        """The same by the CUDA kernels of the authors of Mamba."""
+        """As `_both_directions`, with the CUDA kernels of Mamba's authors."""
         total = None
         for end, turn in (("", False), ("_b", True)):
             conv, project, step = (getattr(self, f"{name}{end}") for name in ("conv1d", "x_proj", "dt_proj"))
@@ -176,7 +175,7 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def _start_steps(self) -> None:
-        """Random steps between 0.001 and 0.1, as Mamba starts with (arXiv 2312.00752, section 3.6)."""
+        """Initialise steps between 0.001 and 0.1, as in Mamba (arXiv 2312.00752, section 3.6)."""
         for step in (self.dt_proj, self.dt_proj_b):
             nn.init.uniform_(step.weight, -(self.rank**-0.5), self.rank**-0.5)
             delta = torch.empty_like(step.bias).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
@@ -193,7 +192,7 @@ def _initial_decay(inner: int, d_state: int) -> Tensor:
 
 
 class VimBlock(nn.Module):
-    """Adds what came before to the stream, norms it, and mixes; what the mixer gives is added by the next block."""
+    """Adds `hidden` to the stream, normalises it and mixes; the next block adds the mixer's output."""
 
     def __init__(self, width: int, d_state: int) -> None:
         super().__init__()
@@ -201,19 +200,19 @@ class VimBlock(nn.Module):
         self.mixer = Mixer(width, d_state)
 
     def forward(self, stream: VimStream) -> VimStream:
-        """`[B, T, C]` tokens to the same number."""
+        """`[B, T, C]` to the same shape."""
         residual = stream.residual + stream.hidden
         return VimStream(self.mixer(self.norm(residual)), residual, stream.place)
 
 
 class VisionMamba(nn.Module):
-    """Vim with one class token in the middle of the patches, or with two around them.
+    """Vim with one class token in the middle of the patches, or one at each end.
 
     Args:
         img_size: side of the image in pixels, or height and width.
         patch_size: side of a patch.
-        stride: from patch to patch; None for patches that do not overlap.
-        class_token: `middle` stands after half of the patches, `double` is one before and one after all of them.
+        stride: of the patches; None for `patch_size`.
+        class_token: `middle` is after half of the patches, `double` is one before and one after all of them.
         d_state: size N of the state of each channel.
 
     Raises:
@@ -266,7 +265,7 @@ class VisionMamba(nn.Module):
         return stream
 
     def embed(self, images: Tensor) -> VimStream:
-        """Patches with class tokens and positions."""
+        """Patches with class tokens and position embeddings."""
         patches = self.patch_embed(images)
         batch, count = patches.shape[:2]
         if self.class_token == "double":  # noqa: S105
@@ -287,7 +286,7 @@ class VisionMamba(nn.Module):
         return pooled
 
     def patch_features(self, stream: VimStream) -> Tensor:
-        """All patch tokens after the last norm, `[B, N, C]`; only where none has gone."""
+        """All patch tokens of the dense model after the last norm, `[B, N, C]`."""
         normed: Tensor = self.norm_f(stream.hidden + stream.residual)
         if self.class_token == "double":  # noqa: S105
             return normed[:, 1:-1]
@@ -300,7 +299,7 @@ class VisionMamba(nn.Module):
             if name.startswith(("cls_token", "pos_embed", "head.weight")):
                 nn.init.trunc_normal_(parameter, std=0.02)
             elif name.endswith("out_proj.weight"):
-                # each layer adds to the stream once, so the start is scaled by the root of their number
+                # each layer adds to the stream once, so weights are scaled by the root of the number of layers
                 nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
                 parameter.div_(math.sqrt(len(self.layers)))
             elif name == "head.bias":
@@ -309,7 +308,7 @@ class VisionMamba(nn.Module):
 
 def _check_sizes(size: tuple[int, int], patch_size: int, stride: int, class_token: str) -> None:
     if class_token not in ("middle", "double"):
-        raise ValueError(f"class_token is middle or double, not {class_token!r}")
+        raise ValueError(f"invalid class_token={class_token!r}: must be middle or double")
     if min(*size, patch_size, stride) < 1 or min(size) < patch_size:
         raise ValueError(f"patches of {patch_size} at stride {stride} do not fit an image of {size[0]}x{size[1]}")
     if any((side - patch_size) % stride for side in size):
@@ -317,7 +316,7 @@ def _check_sizes(size: tuple[int, int], patch_size: int, stride: int, class_toke
 
 
 def _configuration(input_size: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
-    """Preprocessing of the authors' evaluation, in timm's words."""
+    """Preprocessing of the authors' evaluation, as a timm configuration."""
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     return {

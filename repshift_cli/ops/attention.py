@@ -1,16 +1,13 @@
-"""Attention in which a token counts as often as it stands for others, on fused kernels.
+"""Proportional attention (ToMe) on fused kernels.
 
 Where `s_j` tokens were merged into key `j`, attention is `softmax(q k^T / sqrt(d) + log s) v` (ToMe, arXiv 2210.09461,
-equation 1): the key weighs as much as its tokens would have weighed. Two forms of it run on a fused kernel; they agree
-up to rounding, and the device decides which is cheaper:
+equation 1). Two forms of it run on a fused kernel, and agree up to rounding:
 
-- `mask`: `log s` as an additive mask, one row that all queries share. On CPU it costs a tenth of the attention.
-- `folded`: `log s` as one more group of channels of q and k, so that no mask is passed. On CUDA every mask leaves the
-  flash kernel, and this form does not.
+- `mask`: `log s` as an additive mask, one row for all queries. On CPU it costs a tenth of the attention.
+- `folded`: `log s` as one more group of channels of q and k. On CUDA a mask would disable the flash kernel.
 
-Which library computes it is a `Backend`. The package flash-attn takes no mask and a layout of its own, in which the
-output of a projection can be handed to it as it is (`attend_projected`). Its functions for sequences of several lengths
-are not needed: all sequences of a batch have one length, since a plan says how many tokens are left.
+A `Backend` is the library. The package flash-attn supports no mask, and takes the output of a projection in its own
+layout (`attend_projected`).
 """
 
 from __future__ import annotations
@@ -31,8 +28,6 @@ __all__ = [
     "attend_projected",
     "backend_of",
     "cheapest_form",
-    "flash_attend",
-    "flash_attend_packed",
     "fold",
     "size_bias",
 ]
@@ -43,26 +38,21 @@ Backend = Literal["flash", "sdpa", "explicit"]
 Form = Literal["mask", "folded", "explicit"]
 
 WIDEST = 256
-"""Flash kernels on CUDA take no wider heads."""
+"""Maximum width of a head for flash kernels on CUDA."""
 
 _CHANNEL_GROUP = 8
-"""Fused kernels take widths of heads that are multiples of this."""
+"""Fused kernels need a head width that is a multiple of this."""
 
 
 def backend_of(fused: bool, flash: bool) -> Backend:
-    """The backend by the two switches of an attention module.
-
-    Args:
-        fused: whether a fused kernel runs at all, as timm's `fused_attn` says.
-        flash: whether that is the one of flash-attn.
-    """
+    """The backend for timm's `fused_attn` and our `flash_attn` option."""
     if not fused:
         return "explicit"
     return "flash" if flash else "sdpa"
 
 
 def cheapest_form(device: torch.device, width: int) -> Form:
-    """The form that stays on torch's flash kernel of a device, for heads of `width` channels."""
+    """The form that torch's flash kernel of the device supports, for heads of `width` channels."""
     return "folded" if device.type == "cuda" and _foldable(width) else "mask"
 
 
@@ -74,13 +64,13 @@ def attend_projected(
     norms: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of a sequence to itself, from the output of the projection to queries, keys and values.
+    """Self-attention from the output of the projection to queries, keys and values.
 
     Args:
         projected: `[B, T, 3, heads, d]`.
         sizes: `[B, T]`, how many tokens each key stands for, positive; None where each stands for itself.
-        backend: what computes it. flash-attn hands heads over to sdpa that are too wide to fold sizes into.
-        norms: over the channels of each head, of the queries and of the keys; None where they go as they are.
+        backend: flash-attn falls back to sdpa for heads that are too wide to fold sizes into.
+        norms: of the queries and of the keys, over the channels of each head; None for no norms.
         dropout: probability that a weight is set to zero.
 
     Returns:
@@ -110,7 +100,7 @@ def attend(
     Args:
         query, key, value: `[B, heads, T, d]`.
         sizes: `[B, T]`, how many tokens each key stands for, positive; None where each stands for itself.
-        form: how the sizes come in; `explicit` spells attention out, without a fused kernel.
+        form: `explicit` uses no fused kernel.
         dropout: probability that a weight is set to zero.
 
     Returns:
@@ -135,10 +125,7 @@ def attend(
 def flash_attend(
     query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0, scale: float | None = None
 ) -> Tensor:
-    """Attention by flash-attn.
-
-    Torch's function modes see the call, as they see those of torch itself: what flash-attn calls inside is its own
-    matter and differs between its versions.
+    """Attention by flash-attn; torch's function modes see this call, independent of the flash-attn version.
 
     Args:
         query, key, value: `[B, T, heads, d]`, float16 or bfloat16 on CUDA.
@@ -148,7 +135,7 @@ def flash_attend(
         `[B, T, heads, d]`.
 
     Raises:
-        ImportError: flash-attn is not installed (`backends.flash_problem` tells beforehand).
+        ImportError: flash-attn is not installed (see `attention_mode.flash_problem`).
     """
     if has_torch_function((query, key, value)):
         found: Tensor = handle_torch_function(
@@ -162,7 +149,7 @@ def flash_attend(
 
 
 def flash_attend_packed(projected: Tensor, *, dropout: float = 0.0) -> Tensor:
-    """As `flash_attend`, from `[B, T, 3, heads, d]`; where gradients flow, they come back as one tensor."""
+    """As `flash_attend`, from `[B, T, 3, heads, d]`; its gradient is one tensor."""
     if has_torch_function((projected,)):
         found: Tensor = handle_torch_function(flash_attend_packed, (projected,), projected, dropout=dropout)
         return found
@@ -174,7 +161,7 @@ def flash_attend_packed(projected: Tensor, *, dropout: float = 0.0) -> Tensor:
 
 def _flash_sized(query: Tensor, key: Tensor, value: Tensor, sizes: Tensor | None, dropout: float) -> Tensor:
     """`[B, T, heads, d]` each and `[B, T]`, to `[B, T, heads, d]`."""
-    # under autocast norms give float32, which sdpa would round by itself
+    # under autocast norms return float32, which sdpa would convert itself
     query, key = query.to(value.dtype), key.to(value.dtype)
     if sizes is None:
         return flash_attend(query, key, value, dropout=dropout)
@@ -184,18 +171,17 @@ def _flash_sized(query: Tensor, key: Tensor, value: Tensor, sizes: Tensor | None
 
 
 def size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
-    """`log s`, taken in float32 at least, in `dtype`."""
+    """`log s` in `dtype`, computed in float32 or wider."""
     return sizes.to(torch.promote_types(sizes.dtype, dtype)).log().to(dtype)
 
 
 def fold(
     query: Tensor, key: Tensor, value: Tensor, sizes: Tensor, heads_at: Literal[1, 2] = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v with a group of channels more, so that `q k^T / sqrt(d)` holds the bias `log s` of the keys.
+    """q, k and v with one more group of channels, so that `q k^T / sqrt(d)` includes the bias `log s` of the keys.
 
-    The group is 1 on the side of q, and on that of k `sqrt(d) log s` in two parts: what the dtype can hold of it, and
-    what is left over (nothing in float32). The scale stays that of the width before, `1 / sqrt(d)`. v is padded too,
-    since flash kernels want one width for all three.
+    The new channels of q are 1. Those of k are `sqrt(d) log s`, rounded to the dtype, and the rounding error. The scale
+    remains `1 / sqrt(d)` with the original width. v is padded, since flash kernels need one width for all three.
 
     Args:
         query, key, value: `[B, heads, T, d]`, or `[B, T, heads, d]`.
@@ -203,7 +189,7 @@ def fold(
         heads_at: the dimension of the heads in q, k and v.
 
     Returns:
-        As q, k and v, with d + 8 channels; of the result only the first d count.
+        As q, k and v, with d + 8 channels; only the first d channels of the attention are the result.
     """
     width = key.shape[-1]
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -220,5 +206,5 @@ def fold(
 
 
 def _foldable(width: int) -> bool:
-    """Whether heads of this width have room for the channels of the sizes."""
+    """Whether heads of this width have room for the size channels."""
     return width + _CHANNEL_GROUP <= WIDEST

@@ -1,4 +1,4 @@
-"""CUDA kernels for Mamba, from the packages of its authors, where they are installed and the device allows."""
+"""CUDA kernels for Mamba from its authors' packages, if installed."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class _Kernels(NamedTuple):
 
 
 def usable(x: Tensor, d_state: int) -> bool:
-    """Whether the kernels can run on `[B, T, E]`: on CUDA, both packages there, and no graph is being traced.
+    """Whether the kernels can run on `[B, T, E]`: on CUDA, both packages installed, and not in a traced graph.
 
-    (A graph with foreign kernels would not run where they are not installed.)
+    (A graph with these kernels would not run where they are not installed.)
     """
     if not x.is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
@@ -34,13 +34,13 @@ def usable(x: Tensor, d_state: int) -> bool:
 
 @cache
 def _kernels() -> _Kernels | None:
-    """Both kernels; None where a package is missing, or is there but was built for another torch."""
+    """Both kernels; None if a package is missing or does not load."""
     try:
         return _Kernels(
             import_module("causal_conv1d").causal_conv1d_fn,
             import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn,
         )
-    except Exception:  # a library that does not load fails in many ways; the pure way serves then
+    except Exception:  # a library built for another torch fails in many ways
         return None
 
 

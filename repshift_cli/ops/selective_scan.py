@@ -2,7 +2,7 @@
 
     s_t = exp(delta_t A) s_{t-1} + (delta_t u_t) B_t,    y_t = <C_t, s_t>,    s_{-1} = 0
 
-Nothing here divides by a product of decays: every factor lies in [0, 1], so a state that has died out is exactly 0.
+No code divides by a product of decays: all factors lie in [0, 1], so states underflow to 0 exactly.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Operands(NamedTuple):
 def selective_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """K independent scans over L >= 1 tokens, such as the two directions of Vision Mamba (arXiv 2401.09417).
 
-    Memory is linear in L. For a backward pass only the arguments are kept, and the states are computed again.
+    Memory is linear in L. The backward pass stores the arguments only and recomputes the states.
 
     Args:
         u: `[K, B, L, E]`, any floating dtype.
@@ -46,7 +46,7 @@ def selective_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) ->
     """
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     inputs = _Operands(*(tensor.to(dtype) for tensor in (u, delta, a, b, c)))
-    # Blocks pay where there is a cache to stay in; a graph or another device wants few and large operations.
+    # blocks use the CPU cache; graphs and other devices need few, large operations
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or u.device.type != "cpu" or not u.numel():
         y = _two_level_scan(inputs)
     elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
@@ -68,15 +68,11 @@ def sequential_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -
     return torch.stack(outputs, dim=2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Two levels: for graphs and for devices where starting an operation is dear
-
-
 def _two_level_scan(inputs: _Operands) -> Tensor:
-    """About 2 sqrt(L) steps: inside the chunks, all chunks at once, and then from chunk to chunk.
+    """For graphs and GPUs: about 2 sqrt(L) steps, within all chunks at once, then from chunk to chunk.
 
-    The state after position p of a chunk is `local_p + decay_p * start`: what the chunk alone would give, plus what is
-    left of the state before the chunk.
+    The state at position p of a chunk is `local_p + decay_p * start`: the state of the chunk alone, plus the decayed
+    state before the chunk.
     """
     u, delta, a, b, c = inputs
     length = u.shape[2]
@@ -96,10 +92,7 @@ def _two_level_scan(inputs: _Operands) -> Tensor:
 
 
 def _positions(tensor: Tensor, chunk: int) -> tuple[Tensor, ...]:
-    """`[K, B, L, X]` as one `[K, B, chunks, X]` for each position in a chunk; zeros behind the last token.
-
-    A token with delta = 0 leaves the state as it is.
-    """
+    """`[K, B, L, X]` as one `[K, B, chunks, X]` for each position in a chunk, padded with zeros (no effect)."""
     missing = -tensor.shape[2] % chunk
     return functional.pad(tensor, (0, 0, 0, missing)).unflatten(2, (-1, chunk)).unbind(3)
 
@@ -114,17 +107,16 @@ def _chunk_starts(ends: Tensor, decays: Tensor) -> Tensor:
     return torch.stack(starts, dim=2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Blocks: for the CPU. The states of some rows and a few tokens stay in the cache, and within a block the scan is an
-# associative one. Rows come first, so that a thread works on the same rows, hence in its own cache, throughout.
+# The blocked scan is for the CPU: the states of some rows and a few tokens stay in the cache, and within a block the
+# scan is associative. Rows come first, so that a thread works on the same rows, in its own cache.
 
-_SLICE = 3 << 13  # elements of the states of one token, enough to hide what starting an operation costs
-_BLOCK = 9 << 14  # elements of the states of one block; two such arrays in float32 fit the L2 cache of a core
-_MOST_THREADS = 8  # each has its part of a block; beyond this the buffers would be larger than they are worth
+_SLICE = 3 << 13  # elements of the states of one token, enough to hide the overhead of an operation
+_BLOCK = 9 << 14  # elements of the states of one block; two such float32 arrays fit the L2 cache of a core
+_MOST_THREADS = 8  # limits the size of the buffers
 
 
 class _Blocking(NamedTuple):
-    """How the K B rows and the L tokens are cut."""
+    """The spans of the K B rows and of the L tokens."""
 
     rows: list[slice]
     tokens: list[slice]
@@ -140,7 +132,7 @@ class _Blocking(NamedTuple):
 
 
 def _equal_spans(total: int, most: int) -> list[slice]:
-    """Spans of one size, at most `most`, that cover `total`; the last may overlap, and does that work again."""
+    """Spans of one size, at most `most`, that cover `total`; the last may overlap."""
     count = -(-total // most)
     size = -(-total // count)
     firsts = (min(index * size, total - size) for index in range(count))
@@ -154,8 +146,8 @@ def _size(span: slice) -> int:
 def _recurrence(decay: Tensor, values: Tensor) -> list[Callable[[], Tensor]]:
     """The operations that turn `values` into the states of v_t += decay_t v_{t-1}, in place; both `[rows, T, N, E]`.
 
-    An associative scan (Blelloch 1990, section 1.4): neighbours are joined in pairs, the pairs are solved the same way,
-    and the others follow from the pair before them. About 3 log2 T operations, on less than 3 T tokens in all.
+    An associative scan (Blelloch 1990, section 1.4): neighbours are joined in pairs, the pairs are solved recursively,
+    and the others follow from the pair before them. About 3 log2 T operations, on less than 3 T tokens in total.
     The decays are overwritten; that of the first token is not used.
     """
     if values.shape[1] == 1:

@@ -28,7 +28,7 @@ __all__ = [
 def keep_top(scores: Tensor, count: int) -> Tensor:
     """Indices of the `count` largest scores of each row, in ascending order of index.
 
-    Ties go to the lower index, so that batch size and device do not decide.
+    Of equal scores the lower index is kept, independent of batch size and device.
 
     Args:
         scores: float `[B, N]`.
@@ -41,28 +41,28 @@ def keep_top(scores: Tensor, count: int) -> Tensor:
 
 
 def split_top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """As `keep_top`, and beside it the indices of the others, the best first: int64 `[B, count]`, `[B, N - count]`."""
+    """As `keep_top`, and the indices of the others, best first: int64 `[B, count]` and `[B, N - count]`."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     return order[:, :count].sort(dim=-1).values, order[:, count:]
 
 
 def keep_top_behind(scores: Tensor, count: int, prefix: int) -> Tensor:
-    """As `keep_top`, with the prefix tokens, which stand in front and have no score, among those that stay.
+    """As `keep_top` with unscored prefix tokens in front, which are always kept.
 
     Args:
         scores: float `[B, N]`, of the patch tokens.
         count: how many of them to keep, `1 <= count <= N`.
 
     Returns:
-        int64 `[B, prefix + count]`, places among all `prefix + N` tokens, ascending: the prefix is in front.
+        int64 `[B, prefix + count]`, ascending positions among all `prefix + N` tokens.
     """
-    # one operation more on the scores in place of three on the index
+    # one operation on the scores instead of three on the index
     scores = functional.pad(scores, (prefix, 0), value=math.inf) if prefix else scores
     return keep_top(scores, prefix + count)
 
 
 def with_prefix(index: Tensor, prefix: int) -> Tensor:
-    """Places among the patch tokens as places among all, the prefix in front: int64 `[B, K]` to `[B, prefix + K]`."""
+    """Positions among the patch tokens to positions among all, prefix included: int64 `[B, K]` to `[B, prefix + K]`."""
     if not prefix:
         return index
     front = torch.arange(prefix, device=index.device).expand(index.shape[0], -1)
@@ -70,16 +70,16 @@ def with_prefix(index: Tensor, prefix: int) -> Tensor:
 
 
 def keep_lines(scores: Tensor, kept: tuple[int, int]) -> Tensor:
-    """The positions of a map that lie in its best rows and in its best columns, ascending.
+    """The positions of a map in its best rows and best columns, ascending.
 
-    The score of a line is the mean over its positions; ties go to the lower index.
+    The score of a line is the mean over its positions; of equal scores the lower index is kept.
 
     Args:
         scores: float `[B, H, W]`.
-        kept: how many rows and columns stay.
+        kept: number of rows and columns to keep.
 
     Returns:
-        int64 `[B, rows * columns]`, row-major places in the map: row `i` is at `i * W`.
+        int64 `[B, rows * columns]`, row-major positions in the map.
     """
     rows, columns = keep_top(scores.mean(dim=2), kept[0]), keep_top(scores.mean(dim=1), kept[1])
     return (rows.unsqueeze(2) * scores.shape[2] + columns.unsqueeze(1)).flatten(1)
@@ -90,46 +90,44 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
 
     Args:
         tokens: `[B, T, C]`.
-        index: int64 `[B, K]`, places among the T.
+        index: int64 `[B, K]`, positions among the T.
 
     Returns:
-        `[B, K, C]`, in memory token by token as usual, or channel by channel where `tokens` are.
+        `[B, K, C]`, channel-major in memory if `tokens` are, else token-major.
     """
     batch, total, channels = tokens.shape
     if tokens.stride(2) != 1 and tokens.mT.is_contiguous():
-        # `gather` along the last axis has a fast way for an index that is the same in all channels
+        # `gather` along the last axis is fast for an index that is the same in all channels
         return tokens.mT.gather(2, index.unsqueeze(1).expand(-1, channels, -1)).mT
-    if not in_graph() and batch == 1:  # a graph is for batches of any size
+    if not in_graph() and batch == 1:  # a graph must support any batch size
         return tokens.index_select(1, index[0])
-    # Whole rows of the flattened batch: on the CPU this is 7 to 10 times faster than `gather` channel by channel.
+    # whole rows of the flattened batch: on CPU 7 to 10 times faster than `gather` by channel
     rows = index + (torch.arange(batch, device=index.device) * total).unsqueeze(1)
     return tokens.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
 def complement(index: Tensor, count: int) -> Tensor:
-    """The places of `0..count-1` that `index` leaves out, ascending.
-
-    Meant for few places: all others are compared with each of them.
+    """The numbers of `0..count-1` that are not in `index`, ascending. Cost: `K * count`, for small K.
 
     Args:
         index: int64 `[B, K]`, distinct within each row.
-        count: number of places.
+        count: upper bound.
 
     Returns:
         int64 `[B, count - K]`.
     """
     left_out, left = (torch.arange(size, device=index.device) for size in (index.shape[1], count - index.shape[1]))
-    # the i-th place that is left out has `index_i - i` others before it
+    # before the i-th number of `index` there are `index_i - i` others
     before = index.sort(dim=-1).values - left_out
     return left + (before.unsqueeze(1) <= left.unsqueeze(1)).sum(dim=2)
 
 
 def add_at(tokens: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """Tokens with values added to some of them; where places are equal, to one token several.
+    """Tokens with values added at some positions, which may repeat.
 
     Args:
         tokens: `[B, K, C]`; outside graphs their memory is used for the result.
-        places: int64 `[B, D]`, among the K.
+        places: int64 `[B, D]`, positions among the K.
         values: `[B, D, C]`.
     """
     count = tokens.shape[1]
@@ -137,7 +135,7 @@ def add_at(tokens: Tensor, places: Tensor, values: Tensor) -> Tensor:
         here = torch.arange(count, device=places.device).unsqueeze(1) == places.unsqueeze(1)  # [B, K, D]
         return tokens + here.to(values.dtype) @ values
     rows = places + (torch.arange(places.shape[0], device=places.device) * count).unsqueeze(1)
-    # whole rows of the flattened batch: on the CPU this is 2 to 3 times faster than `scatter_add` channel by channel
+    # whole rows of the flattened batch: on CPU 2 to 3 times faster than `scatter_add` by channel
     summed = tokens.flatten(0, 1).index_add_(0, rows.flatten(), values.flatten(0, 1))
     return summed.unflatten(0, tokens.shape[:2])
 
@@ -147,7 +145,7 @@ def put_at(tokens: Tensor, place: Tensor, values: Tensor) -> Tensor:
 
     Args:
         tokens: `[B, K, C]`; outside graphs their memory is used for the result.
-        place: int64 `[B, 1]`, among the K.
+        place: int64 `[B, 1]`, position among the K.
         values: `[B, C]`, in the dtype of the tokens.
     """
     if in_graph():
@@ -161,17 +159,17 @@ def put_at(tokens: Tensor, place: Tensor, values: Tensor) -> Tensor:
 def in_graph() -> bool:
     """Whether a graph is being traced, for `torch.compile` or an export.
 
-    A graph gets no scatter: every runtime has a product instead, and on a GPU a scatter that adds is not repeatable.
+    Graphs use matrix products instead of scatters, which some runtimes lack and which are not deterministic on GPUs.
     """
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class Sized(NamedTuple):
-    """Tokens and how many each stands for.
+    """Tokens and their sizes.
 
     Attributes:
         tokens: `[B, T, C]`.
-        sizes: float32 `[B, T]`; None where each stands for itself.
+        sizes: float32 `[B, T]`, how many tokens each stands for; None for 1.
     """
 
     tokens: Tensor
@@ -179,6 +177,6 @@ class Sized(NamedTuple):
 
 
 def mean_by_size(tokens: Tensor, sizes: Tensor) -> Tensor:
-    """The mean over tokens, each as often as its size says: `[B, T, C]` and `[B, T]` to `[B, C]`."""
+    """The mean over tokens, weighted by size: `[B, T, C]` and `[B, T]` to `[B, C]`."""
     weights = (sizes / sizes.sum(dim=1, keepdim=True)).to(tokens.dtype)
     return (tokens * weights.unsqueeze(2)).sum(dim=1)

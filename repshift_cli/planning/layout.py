@@ -7,18 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
-__all__ = [
-    "After",
-    "Grid",
-    "Layout",
-    "SiteInfo",
-    "Window",
-]
-
+__all__ = ["After", "Grid", "Layout", "SiteInfo", "Window"]
 
 After = Literal["block", "attention"]
-"""What of a block has been computed when its tokens are reduced: all of it, or its attention."""
-
+"""Tokens are reduced after the whole block, or after its attention."""
 
 Grid = tuple[int, int]
 """Rows and columns."""
@@ -26,11 +18,11 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Window:
-    """A convolution or a pooling, which reads a map through a window and may change its size; per axis.
+    """A convolution or a pooling, by axis.
 
     Attributes:
         name: of the module.
-        ceil: whether a last window that sticks out counts too.
+        ceil: whether a last, incomplete window counts.
     """
 
     name: str
@@ -41,14 +33,11 @@ class Window:
     ceil: bool = False
 
     def output(self, grid: Grid) -> Grid:
-        """Rows and columns that come out; below 1 where the window does not fit."""
+        """Rows and columns of the output; below 1 if the window does not fit."""
         return (self._side(0, grid[0]), self._side(1, grid[1]))
 
     def least(self) -> Grid:
-        """The smallest map on which every tap of the window reads the map somewhere, and not padding alone.
-
-        (For a stride of one; with a longer one some tap may still miss a map of this size.)
-        """
+        """The smallest map on which, at stride 1, every tap of the kernel reads more than padding."""
         reach = ((d * (k - 1) - p + 1) for k, d, p in zip(self.kernel, self.dilation, self.padding, strict=True))
         return cast(Grid, tuple(max(1, side) for side in reach))
 
@@ -57,17 +46,17 @@ class Window:
         if room < 0:
             return 0
         count = room // self.stride[axis] + 1
-        # as torch: a window more, unless it would begin in the padding behind the map
+        # as in torch: one window more, unless it would begin in the padding
         more = self.ceil and room % self.stride[axis] and count * self.stride[axis] < side + self.padding[axis]
         return count + bool(more)
 
 
 @dataclass(frozen=True)
 class SiteInfo:
-    """A place where tokens can go: after the block `name`, which is the `layer`-th from 0.
+    """A place where tokens can be removed: after the block `name`, which has the index `layer`.
 
     Attributes:
-        windows: what the map goes through from the site before (or the input) to this one.
+        windows: from the previous site (or the input) to this one.
     """
 
     name: str
@@ -77,19 +66,19 @@ class SiteInfo:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a family tells of a model for one input size.
+    """The tokens and sites of a model for one input size.
 
     Attributes:
         family: the family's name.
-        prefix_tokens: class, distillation and register tokens, which never go.
-        patch_tokens: tokens that stand for a place in the input; where their number changes from layer to layer,
-            those at the first site.
+        prefix_tokens: class, distillation and register tokens, which are always kept.
+        patch_tokens: tokens of positions in the input; where their number changes from layer to layer, those at the
+            first site.
         class_token: whether the first prefix token is a class token.
         sites: in the order of the forward pass.
-        map_size: rows and columns of the input where tokens form a feature map, from which only whole rows and
-            columns can go; None where they are a sequence.
-        tail: what the map goes through after the last site.
-        barred: blocks that are no sites, with the reason.
+        map_size: rows and columns of the input if tokens form a feature map, of which only whole rows and columns can
+            be dropped; None for a sequence.
+        tail: the windows after the last site.
+        barred: blocks that are not sites, with the reason.
     """
 
     family: str
@@ -102,7 +91,7 @@ class Layout:
     barred: Mapping[str, str] = field(default_factory=dict)
 
     def grids(self, kept: Mapping[int, Grid] | None = None) -> Iterator[tuple[SiteInfo, Grid]]:
-        """Each site with the map that reaches it, given what is kept at the layers before; for feature maps."""
+        """Each site with the size of the map there, given the sizes kept at earlier layers; for feature maps."""
         grid = self.map_size or (1, self.patch_tokens)
         for site in self.sites:
             for window in site.windows:
@@ -111,5 +100,5 @@ class Layout:
             grid = (kept or {}).get(site.layer, grid)
 
     def tokens(self, kept: Mapping[int, Grid] | None = None) -> dict[int, int]:
-        """Tokens that reach the site of each layer, prefix tokens included; for feature maps."""
+        """Tokens at the site of each layer, prefix tokens included; for feature maps."""
         return {site.layer: self.prefix_tokens + math.prod(grid) for site, grid in self.grids(kept)}

@@ -1,6 +1,6 @@
-"""From a recipe and the layout of a model to a plan: at each site, how many tokens come in and go out.
+"""Resolve a recipe for the layout of a model: a plan with the number of tokens before and after each site.
 
-Integers only; nothing here needs torch. Counts depend on the recipe and the input size alone, never on the image.
+Integers only, without torch. Counts depend on the recipe and the input size, never on the image.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, cast
 
 from pydantic import (
     BaseModel,
@@ -23,17 +23,10 @@ from pydantic import (
 
 from repshift_cli.errors import RecipeError
 from repshift_cli.planning.layout import After, Grid, Layout, SiteInfo
-from repshift_cli.planning.recipe import LayerDrop, Part, Place, Recipe
+from repshift_cli.planning.recipe import ComponentSpec, LayerDrop, Recipe
 from repshift_cli.utils.suggest import nearest
 
-__all__ = [
-    "Plan",
-    "PlanSite",
-    "lines_kept",
-    "resolve",
-    "rounded",
-    "tokens_dropped",
-]
+__all__ = ["Plan", "PlanSite", "lines_kept", "resolve", "rounded", "shape_text", "tokens_dropped"]
 
 
 class _Frozen(BaseModel):
@@ -41,11 +34,11 @@ class _Frozen(BaseModel):
 
 
 class PlanSite(_Frozen):
-    """Tokens that pass one site, prefix tokens included, and the score that chooses among them.
+    """The tokens before and after one site, prefix tokens included, and the metric that scores them.
 
     Attributes:
         grid_in, grid_out: rows and columns of a feature map, whose positions are its tokens; None for sequences.
-        after: where in the block they go.
+        after: where in the block tokens are removed.
     """
 
     site: str
@@ -55,7 +48,7 @@ class PlanSite(_Frozen):
     grid_in: tuple[PositiveInt, PositiveInt] | None = None
     grid_out: tuple[PositiveInt, PositiveInt] | None = None
     after: After = "block"
-    metric: Part
+    metric: ComponentSpec
 
     @property
     def shape_in(self) -> tuple[int, ...]:
@@ -78,19 +71,19 @@ class PlanSite(_Frozen):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # a sequence has no grid, and readers of earlier versions know no such keys
+        # earlier versions do not have these keys
         usual = {"grid_in": None, "grid_out": None, "after": "block"}
         return {key: value for key, value in handler(self).items() if key not in usual or value != usual[key]}
 
 
 class Plan(_Frozen):
-    """A resolved recipe: what `attach` carries out and what the artifact stores."""
+    """A resolved recipe: `attach` carries it out, and an artifact stores it."""
 
     family: str
     prefix_tokens: NonNegativeInt
     patch_tokens: PositiveInt
     sites: Annotated[tuple[PlanSite, ...], Field(min_length=1)]
-    reducer: Part
+    reducer: ComponentSpec
 
     @model_validator(mode="after")
     def _counts_follow(self) -> Plan:
@@ -98,7 +91,7 @@ class Plan(_Frozen):
         for site in self.sites:
             if site.layer <= layer:
                 raise ValueError(f"{site.site}: layer {site.layer} comes after layer {layer}")
-            # what happens to a map between two sites is known to the model's layout alone
+            # the change of a map between two sites depends on the model's layout
             if site.grid_in is None and site.tokens_in != tokens:
                 raise ValueError(f"{site.site}: {site.tokens_in} tokens in, but {tokens} arrive")
             if site.tokens_out <= self.prefix_tokens:
@@ -108,33 +101,33 @@ class Plan(_Frozen):
 
     @property
     def grids_kept(self) -> dict[int, Grid]:
-        """Rows and columns that are left after each layer where some go; empty for sequences."""
+        """Rows and columns after each layer with a site of the plan; empty for sequences."""
         return {site.layer: site.grid_out for site in self.sites if site.grid_out is not None}
 
     def tokens_at(self, blocks: int) -> tuple[int, ...]:
-        """How many tokens of a sequence enter each of `blocks` blocks, and then the head: `blocks + 1` numbers."""
+        """Tokens of a sequence that enter each of `blocks` blocks and the head: `blocks + 1` numbers."""
         drops = {site.layer: site.tokens_out for site in self.sites}
         counts = [self.prefix_tokens + self.patch_tokens]
         for layer in range(blocks):
             counts.append(drops.get(layer, counts[-1]))
         return tuple(counts)
 
-    def with_metric(self, metric: Part) -> Plan:
-        """The same counts with another score, the same at every site."""
+    def with_metric(self, metric: ComponentSpec) -> Plan:
+        """The plan with this metric at every site."""
         return self.with_metrics([metric] * len(self.sites))
 
-    def with_metrics(self, metrics: Sequence[Part]) -> Plan:
-        """The same counts with another score for each site; for fewer scores than sites, the plan ends earlier."""
+    def with_metrics(self, metrics: Sequence[ComponentSpec]) -> Plan:
+        """The plan with one metric for each site; with fewer metrics than sites, it ends earlier."""
         sites = (site.model_copy(update={"metric": metric}) for site, metric in zip(self.sites, metrics, strict=False))
         return self.model_copy(update={"sites": tuple(sites)})
 
     def summary(self) -> list[dict[str, Any]]:
-        """The rows that `compress` prints: site, layer, tokens_in, tokens_out and the metric."""
+        """The sites as dicts: site, layer, tokens_in, tokens_out and the metric."""
         return [site.model_dump() for site in self.sites]
 
 
 def tokens_dropped(drop: LayerDrop, patch_tokens: int) -> int:
-    """How many of `patch_tokens` go: `floor(drop_ratio * patch_tokens)`, exactly as the decimal number is written.
+    """How many of `patch_tokens` are dropped: `floor(drop_ratio * patch_tokens)`, with the ratio as decimal number.
 
     (0.29 * 100 is 28.999... in binary floating point; here it is 29.)
     """
@@ -146,21 +139,17 @@ def tokens_dropped(drop: LayerDrop, patch_tokens: int) -> int:
 
 
 def rounded(kept: int, multiple: int, least: int, most: int) -> int:
-    """The multiple of `multiple` that is nearest to `kept` tokens, of two the larger one.
-
-    Args:
-        least, most: what it may be; where no multiple lies between them, `kept` stays as it is.
-    """
+    """The multiple of `multiple` in `least..most` that is nearest to `kept`, of two the larger; `kept` if none is."""
     below = kept // multiple * multiple
     possible = [count for count in (below, below + multiple) if least <= count <= most]
     return min(possible, key=lambda count: (abs(count - kept), -count), default=kept)
 
 
 def lines_kept(drop: LayerDrop, grid: Grid) -> Grid:
-    """Rows and columns of a map of `grid` that stay.
+    """Rows and columns of a map of `grid` that are kept.
 
-    With `drop_ratio` at most that share of the positions goes, as evenly from both axes as whole lines allow: as few
-    rows as hold their part, the root of the share that stays, then as few columns as hold the rest.
+    With `drop_ratio` at most that share of the positions is dropped, as evenly from both axes as whole lines allow:
+    rows are rounded up from `rows * sqrt(1 - drop_ratio)`, then columns from what is left for them.
     """
     if drop.keep_grid is not None:
         return drop.keep_grid
@@ -168,40 +157,50 @@ def lines_kept(drop: LayerDrop, grid: Grid) -> Grid:
         return grid
     rows, columns = grid
     share = 1 - Fraction(str(drop.drop_ratio))
-    # the smallest h with h >= rows * sqrt(share), in whole numbers: h^2 * denominator >= rows^2 * numerator
-    kept_rows = _root_up(-(-(rows * rows * share.numerator) // share.denominator))
-    kept_columns = math.ceil(share * rows * columns / kept_rows)
-    return kept_rows, min(kept_columns, columns)
+    # the smallest h with h >= rows * sqrt(share), in integers: h^2 * denominator >= rows^2 * numerator
+    square = -(-(rows * rows * share.numerator) // share.denominator)
+    root = math.isqrt(square)
+    kept_rows = root if root * root == square else root + 1
+    return kept_rows, min(math.ceil(share * rows * columns / kept_rows), columns)
 
 
-def _root_up(number: int) -> int:
-    """The smallest whole number whose square is at least `number`."""
-    root = math.isqrt(number)
-    return root if root * root == number else root + 1
+class _Step(NamedTuple):
+    """One entry of `layers`: its place in the recipe, for messages, the entry itself and its site."""
+
+    where: str
+    drop: LayerDrop
+    site: SiteInfo
 
 
 def resolve(recipe: Recipe, layout: Layout, after: After = "block", most: Callable[[int], int] | None = None) -> Plan:
-    """Lay a recipe over a model.
+    """Resolve a recipe for a model: compute the tokens at each site.
 
     Args:
         after: where in a block the recipe's reducer acts.
-        most: how many of so many patch tokens it can take at one site; None for all.
+        most: how many of `n` patch tokens the reducer can remove at one site; None for all.
 
     Raises:
-        RecipeError: a layer that the model lacks, a layer twice, more tokens kept than there are, or none left; or more
-            dropped than the reducer can.
+        RecipeError: a layer that the model lacks, a layer twice, more tokens kept than there are, none left, or more
+            removed than the reducer can.
     """
-    chosen: dict[int, tuple[int, SiteInfo]] = {}
+    steps: dict[int, _Step] = {}
     for index, drop in enumerate(recipe.layers):
-        site = _find_site(drop, layout, recipe.place, index)
-        if site.layer in chosen:
-            raise RecipeError(f"{_where(recipe.place, index)}: layer {drop.layer} stands twice")
-        chosen[site.layer] = (index, site)
-    count = _count if layout.map_size is None else _count_lines
-    sites = count(recipe, layout, [chosen[layer] for layer in sorted(chosen)])
-    if most is not None:
-        for planned in sites:
-            _check_most(recipe, chosen[planned.layer][0], planned, layout.prefix_tokens, most)
+        where = f"{recipe.place.at(('layers', index))}: layers[{index}]"
+        site = _find_site(drop, layout, where)
+        if site.layer in steps:
+            raise RecipeError(f"{where}: layer {drop.layer} is given twice")
+        steps[site.layer] = _Step(where, drop, site)
+    ordered = [steps[layer] for layer in sorted(steps)]
+    sites = (_sequence_sites if layout.map_size is None else _map_sites)(recipe, layout, ordered)
+    for planned in sites:
+        patches, dropped = planned.tokens_in - layout.prefix_tokens, planned.tokens_in - planned.tokens_out
+        limit = patches if most is None else most(patches)
+        if dropped > limit:
+            raise RecipeError(
+                f"{steps[planned.layer].where}: {dropped} of {patches} tokens would be removed at {planned.site}, but "
+                f"{recipe.reducer.kind} can remove {limit} there",
+                f"Keep {patches - limit} or more.",
+            )
     return Plan(
         family=layout.family,
         prefix_tokens=layout.prefix_tokens,
@@ -211,22 +210,23 @@ def resolve(recipe: Recipe, layout: Layout, after: After = "block", most: Callab
     )
 
 
-def _check_most(recipe: Recipe, index: int, planned: PlanSite, prefix: int, most: Callable[[int], int]) -> None:
-    patches = planned.tokens_in - prefix
-    dropped, limit = planned.tokens_in - planned.tokens_out, most(patches)
-    if dropped > limit:
-        raise RecipeError(
-            f"{_where(recipe.place, index)}: {dropped} of {patches} tokens would go at {planned.site}, but "
-            f"{recipe.reducer.kind} can let {limit} go there",
-            f"Keep {patches - limit} or more.",
-        )
+def _find_site(drop: LayerDrop, layout: Layout, where: str) -> SiteInfo:
+    for site in layout.sites:
+        if drop.layer in (site.layer, site.name):
+            return site
+    if (reason := layout.barred.get(str(drop.layer))) is not None:
+        names = ", ".join(site.name for site in layout.sites)
+        raise RecipeError(f"{where}: nothing can be dropped after {drop.layer}: {reason}", f"Possible are {names}.")
+    first, last = layout.sites[0], layout.sites[-1]
+    allowed = f"It has the layers {first.layer} ({first.name}) to {last.layer} ({last.name})."
+    hint = nearest(str(drop.layer), [site.name for site in layout.sites]) + allowed
+    raise RecipeError(f"{where}: the model has no layer {drop.layer}", hint)
 
 
-def _count(recipe: Recipe, layout: Layout, chosen: list[tuple[int, SiteInfo]]) -> tuple[PlanSite, ...]:
-    """Follow the tokens of a sequence through the chosen sites, first to last."""
-    sites, patches = [], layout.patch_tokens
-    for index, site in chosen:
-        drop, where = recipe.layers[index], _where(recipe.place, index)
+def _sequence_sites(recipe: Recipe, layout: Layout, steps: Sequence[_Step]) -> list[PlanSite]:
+    """The token counts of a sequence at its sites, first to last."""
+    sites, patches, prefix = [], layout.patch_tokens, layout.prefix_tokens
+    for where, drop, site in steps:
         if drop.keep_grid is not None:
             raise RecipeError(
                 f"{where}: keep_grid is for feature maps, and the tokens of this model form a sequence",
@@ -234,50 +234,51 @@ def _count(recipe: Recipe, layout: Layout, chosen: list[tuple[int, SiteInfo]]) -
             )
         dropped = tokens_dropped(drop, patches)
         if drop.drop_ratio is not None and recipe.round_tokens is not None and dropped:
-            total = layout.prefix_tokens + patches
-            # fewer than all: a site that lets nothing go would score for nothing
-            dropped = total - rounded(total - dropped, recipe.round_tokens, layout.prefix_tokens + 1, total - 1)
+            total = prefix + patches
+            # fewer than all: at a site that drops nothing the score would be computed for nothing
+            dropped = total - rounded(total - dropped, recipe.round_tokens, prefix + 1, total - 1)
         if dropped < 0:
             raise RecipeError(
                 f"{where}: keep_tokens is {drop.keep_tokens}, but only {patches} patch tokens reach {site.name}"
             )
         if dropped >= patches:
-            raise RecipeError(f"{where}: nothing is left after {site.name}: all {patches} patch tokens would go")
+            raise RecipeError(
+                f"{where}: nothing is left after {site.name}: all {patches} patch tokens would be dropped"
+            )
+        tokens, patches = prefix + patches, patches - dropped
         sites.append(
             PlanSite(
                 site=site.name,
                 layer=site.layer,
-                tokens_in=layout.prefix_tokens + patches,
-                tokens_out=layout.prefix_tokens + patches - dropped,
+                tokens_in=tokens,
+                tokens_out=prefix + patches,
                 metric=drop.metric or recipe.metric,
             )
         )
-        patches -= dropped
-    return tuple(sites)
+    return sites
 
 
-def _count_lines(recipe: Recipe, layout: Layout, chosen: list[tuple[int, SiteInfo]]) -> tuple[PlanSite, ...]:
-    """Follow a feature map through the chosen sites: rows and columns go there, strides shrink it in between."""
+def _map_sites(recipe: Recipe, layout: Layout, steps: Sequence[_Step]) -> list[PlanSite]:
+    """The sizes of a feature map at its sites: rows and columns are dropped there, strides shrink it in between."""
     if recipe.round_tokens is not None:
         raise RecipeError(
             f"{recipe.place.at(('round_tokens',))}: round_tokens is for sequences; of a feature map whole rows and "
-            "columns stay",
+            "columns are kept",
             "Leave it out, and give keep_grid where a size suits better.",
         )
     sites: list[PlanSite] = []
     kept: dict[int, Grid] = {}
-    for index, site in chosen:
-        drop, where = recipe.layers[index], _where(recipe.place, index)
+    for where, drop, site in steps:
         grid = next(grid for found, grid in layout.grids(kept) if found.layer == site.layer)
         if drop.keep_tokens is not None:
             raise RecipeError(
-                f"{where}: keep_tokens is for sequences; from a feature map whole rows and columns go",
-                f"Give drop_ratio, or keep_grid: [rows, columns] of the {grid[0]}x{grid[1]} that reach {site.name}.",
+                f"{where}: keep_tokens is for sequences; of a feature map whole rows and columns are dropped",
+                f"Give drop_ratio, or keep_grid: [rows, columns] of the {shape_text(grid)} that reach {site.name}.",
             )
         left = lines_kept(drop, grid)
         if left[0] > grid[0] or left[1] > grid[1]:
             raise RecipeError(
-                f"{where}: keep_grid is {left[0]}x{left[1]}, but only {grid[0]}x{grid[1]} reach {site.name}"
+                f"{where}: keep_grid is {shape_text(left)}, but only {shape_text(grid)} reach {site.name}"
             )
         kept[site.layer] = left
         _check_windows(layout, kept, site, where)
@@ -292,44 +293,25 @@ def _count_lines(recipe: Recipe, layout: Layout, chosen: list[tuple[int, SiteInf
                 metric=drop.metric or recipe.metric,
             )
         )
-    return tuple(sites)
+    return sites
 
 
 def _check_windows(layout: Layout, kept: Mapping[int, Grid], site: SiteInfo, where: str) -> None:
-    """Refuse a map that is too small for what comes after `site`, if the dense map is not.
-
-    Raises:
-        RecipeError: naming the map and the module whose kernel it is too small for.
-    """
+    """Raise `RecipeError` if the map becomes too small for a later kernel, and the dense map does not."""
     grid = dense = layout.map_size or (1, 1)
-    passages = [(found.layer, found.windows) for found in layout.sites] + [(-1, layout.tail)]
-    for layer, windows in passages:
+    for layer, windows in [*((found.layer, found.windows) for found in layout.sites), (-1, layout.tail)]:
         for window in windows:
-            least = tuple(min(pair) for pair in zip(window.least(), dense, strict=True))
-            if any(side < need for side, need in zip(grid, least, strict=True)):
+            need = cast(Grid, tuple(min(pair) for pair in zip(window.least(), dense, strict=True)))
+            if grid[0] < need[0] or grid[1] < need[1]:
                 raise RecipeError(
-                    f"{where}: of the map, {kept[site.layer][0]}x{kept[site.layer][1]} would be left after "
-                    f"{site.name}, and {grid[0]}x{grid[1]} at {window.name}, smaller than its "
-                    f"{window.kernel[0]}x{window.kernel[1]} kernel can use",
-                    f"There it must be at least {least[0]}x{least[1]}: drop fewer, or after a later layer.",
+                    f"{where}: of the map, {shape_text(kept[site.layer])} would be left after {site.name}, and "
+                    f"{shape_text(grid)} at {window.name}, smaller than its {shape_text(window.kernel)} kernel can use",
+                    f"There it must be at least {shape_text(need)}: drop fewer, or after a later layer.",
                 )
             grid, dense = window.output(grid), window.output(dense)
         grid = kept.get(layer, grid)
 
 
-def _find_site(drop: LayerDrop, layout: Layout, place: Place, index: int) -> SiteInfo:
-    for site in layout.sites:
-        if drop.layer in (site.layer, site.name):
-            return site
-    where = f"{_where(place, index)}:"
-    if (reason := layout.barred.get(str(drop.layer))) is not None:
-        names = ", ".join(site.name for site in layout.sites)
-        raise RecipeError(f"{where} nothing can go after {drop.layer}: {reason}", f"Possible are {names}.")
-    first, last = layout.sites[0], layout.sites[-1]
-    allowed = f"It has the layers {first.layer} ({first.name}) to {last.layer} ({last.name})."
-    hint = nearest(str(drop.layer), [site.name for site in layout.sites]) + allowed
-    raise RecipeError(f"{where} the model has no layer {drop.layer}", hint)
-
-
-def _where(place: Place, index: int) -> str:
-    return f"{place.at(('layers', index))}: layers[{index}]"
+def shape_text(shape: tuple[int, ...]) -> str:
+    """A shape as text: `14x14`."""
+    return "x".join(map(str, shape))

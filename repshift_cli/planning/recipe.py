@@ -1,7 +1,7 @@
-"""The recipe: which layers let tokens go, how many, and by which score. YAML in, a frozen `Recipe` out.
+"""Parse a recipe: after which layers tokens are dropped, how many, and by which score. YAML in, a frozen `Recipe` out.
 
-A metric or a reducer is known here only by its `kind` and its options; the file that implements it says which options
-there are (see `metrics/` and `reducers/`), so that a new one needs no change here.
+Of a metric or a reducer only `kind` is read here. Its own file checks the options (see `reduction/metrics/` and
+`reduction/reducers/`), so that a new one needs no change here.
 """
 
 from __future__ import annotations
@@ -30,22 +30,10 @@ from pydantic import (
 from repshift_cli.errors import RecipeError
 from repshift_cli.utils.suggest import nearest
 
-__all__ = [
-    "Budget",
-    "LayerDrop",
-    "Part",
-    "Place",
-    "Recipe",
-    "default_recipe",
-    "shipped_recipes",
-]
-
+__all__ = ["Budget", "ComponentSpec", "LayerDrop", "Place", "Recipe", "default_recipe", "shipped_recipes"]
 
 _Model = TypeVar("_Model", bound=BaseModel)
-
-
 _Path = tuple[str | int, ...]
-
 
 PAPER_DROP_RATIO = 0.2
 """What the paper drops at each of its three sites (arXiv 2508.00367)."""
@@ -55,8 +43,8 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Part(BaseModel):
-    """A metric or a reducer as the recipe names it: its kind, and options that its own file checks."""
+class ComponentSpec(BaseModel):
+    """A metric or a reducer in a recipe: its kind, and options that its own file checks."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -69,22 +57,22 @@ class Part(BaseModel):
 
 
 class LayerDrop(_Strict):
-    """What happens after one layer. Exactly one of `drop_ratio`, `keep_tokens` and `keep_grid` is given.
+    """One entry of `layers`. Exactly one of `drop_ratio`, `keep_tokens` and `keep_grid` is given.
 
     Attributes:
         layer: index of the block from 0, or the name of the site (`blocks.3`).
-        drop_ratio: share of the patch tokens that are there now; `floor(ratio * tokens)` go. Of a feature map, share
-            of its positions; as many whole rows and columns go as hold no more than that.
-        keep_tokens: number of patch tokens that stay.
-        keep_grid: rows and columns of a feature map that stay.
-        metric: the score at this site, where it is not that of the whole recipe.
+        drop_ratio: share of the patch tokens at this layer; `floor(ratio * tokens)` are dropped. Of a feature map,
+            share of its positions: at most that share is dropped, as whole rows and columns.
+        keep_tokens: number of patch tokens to keep.
+        keep_grid: rows and columns of a feature map to keep.
+        metric: the metric at this site; None for that of the recipe.
     """
 
     layer: Annotated[StrictInt, Field(ge=0)] | StrictStr
     drop_ratio: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
     keep_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     keep_grid: tuple[Annotated[StrictInt, Field(ge=1)], Annotated[StrictInt, Field(ge=1)]] | None = None
-    metric: Part | None = None
+    metric: ComponentSpec | None = None
 
     @model_validator(mode="after")
     def _one_amount(self) -> LayerDrop:
@@ -95,13 +83,13 @@ class LayerDrop(_Strict):
 
 
 class Budget(_Strict):
-    """What a search is to reach, where a recipe leaves the layers to it. Exactly one is given.
+    """The target of a search for the layers. Exactly one is given.
 
     Attributes:
         macs: multiply-accumulates, as a fraction of the dense model's.
         latency: time for a batch, as a fraction of the dense model's, measured where the search runs.
-        agreement: least share of predictions that stay as the dense model's.
-        max_drop: most points of top-1 that may be lost, on labelled images.
+        agreement: minimum share of predictions equal to the dense model's.
+        max_drop: maximum loss of top-1 accuracy in percentage points, on labelled images.
     """
 
     macs: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
@@ -123,7 +111,7 @@ class Budget(_Strict):
 
 @dataclass(frozen=True)
 class Place:
-    """Where the parts of a recipe stand in its text: file name, and (line, column) from 1 of each key path."""
+    """Positions in the text of a recipe: file name, and (line, column) from 1 of each key path."""
 
     name: str
     marks: Mapping[_Path, tuple[int, int]]
@@ -137,20 +125,20 @@ class Place:
 
 
 class Recipe(_Strict):
-    """A parsed recipe. Make one with `Recipe.load` (file or shipped name) or `Recipe.parse` (text).
+    """A parsed recipe, made by `Recipe.load` (file or shipped name) or `Recipe.parse` (text).
 
-    Exactly one of `layers` and `budget` is given; with a budget `layers` is empty, and a search has to find them.
+    Exactly one of `layers` and `budget` is given; with a budget `layers` is empty, and a search finds them.
 
     Attributes:
-        round_tokens: where `drop_ratio` says how many tokens go, or a search does, all that are left (prefix tokens
-            included) become a multiple of this, since matrix kernels work in tiles. None leaves numbers as they are.
+        round_tokens: round the tokens that `drop_ratio` or a search keeps, prefix tokens included, to a multiple of
+            this, since matrix kernels work in tiles. None does not round.
     """
 
     version: Literal[1]
     description: StrictStr | None = None
     model: StrictStr | None = None
-    metric: Part = Part(kind="representation_shift")
-    reducer: Part = Part(kind="prune")
+    metric: ComponentSpec = ComponentSpec(kind="representation_shift")
+    reducer: ComponentSpec = ComponentSpec(kind="prune")
     round_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     layers: Annotated[tuple[LayerDrop, ...], Field(min_length=1)] = ()
     budget: Budget | None = None
@@ -173,12 +161,12 @@ class Recipe(_Strict):
 
     @property
     def text(self) -> str:
-        """The YAML, verbatim as it was given."""
+        """The YAML as given."""
         return self._text
 
     @property
     def place(self) -> Place:
-        """Where each key stands, for messages."""
+        """Position of each key, for messages."""
         return self._place
 
     @classmethod
@@ -186,12 +174,12 @@ class Recipe(_Strict):
         """Read a recipe from a YAML file, or by the name of a shipped one (`deit_small_paper`).
 
         Raises:
-            RecipeError: there is no such file or recipe, or what it says cannot be; the message names file, line, key.
+            RecipeError: no such file or recipe, or an invalid one; the message has file, line and key.
         """
         path = Path(source)
         try:
             is_file, is_folder = path.is_file(), path.is_dir()
-        except OSError:  # too long for the name of a file, such as the text of a recipe
+        except OSError:  # too long for a file name, such as the text of a recipe
             is_file = is_folder = False
         if is_file:
             return cls.parse(_read(path), str(source))
@@ -212,7 +200,7 @@ class Recipe(_Strict):
         return recipe
 
     def to_yaml(self) -> str:
-        """The recipe as YAML, keys that say nothing left out."""
+        """The recipe as YAML, without empty keys."""
         data = self.model_dump(mode="json", exclude_none=True)
         if not self.layers:
             del data["layers"]
@@ -222,11 +210,11 @@ class Recipe(_Strict):
 def default_recipe(blocks: int, layers: Sequence[int] | None = None) -> Recipe:
     """The paper's schedule scaled to a model: 0.2 after the first block, at a quarter and at half of them.
 
-    The metric's options are left open, so that calibration chooses them.
+    The metric's options are open, so that calibration chooses them.
 
     Args:
-        blocks: how many blocks there are at which tokens can go.
-        layers: the index of each among all blocks, where some are left out.
+        blocks: number of blocks that are sites.
+        layers: the index of each among all blocks; None for `0..blocks - 1`.
     """
     places = sorted({0, blocks // 4, blocks // 2})
     chosen = [layers[place] for place in places] if layers else places
@@ -241,9 +229,9 @@ def default_recipe(blocks: int, layers: Sequence[int] | None = None) -> Recipe:
 
 
 def shipped_recipes() -> dict[str, str]:
-    """Names and texts of the recipes that come with the package."""
+    """Names and texts of the recipes in the package."""
     packaged = files("repshift_cli").joinpath("recipes")
-    # In a source checkout the recipes stand beside the package; in a wheel they travel inside it.
+    # beside the package in a source checkout, inside it in a wheel
     folder = packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "recipes"
     if not folder.is_dir():
         return {}
@@ -252,28 +240,25 @@ def shipped_recipes() -> dict[str, str]:
 
 
 def validate(kind: type[_Model], data: Any, place: Place, path: _Path) -> _Model:
-    """Check `data`, which stands at `path` of a recipe, against a pydantic model.
+    """Check `data` at `path` of a recipe against a pydantic model.
 
     Raises:
-        RecipeError: the first thing that is wrong, with file, line, key, what is allowed and the nearest match.
+        RecipeError: the first error, with file, line, key, allowed values and the nearest match.
     """
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        # A wrong key often makes another look missing, so unknown keys are reported first.
+        # a wrong key often makes another look missing, so unknown keys are reported first
         details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
         raise _explain(details[0], kind, data, place, path) from None
 
 
 _LONGEST_VALUE = 60
 
-
 _MOST_CHARACTERS = 1 << 24
-"""Of a recipe, in which fitted weights may stand: a file that was named by mistake would be parsed for hours."""
-
+"""Limit for a recipe, which may hold fitted weights: parsing a large file given by mistake would take hours."""
 
 _BUDGET_WORDS = "should be a mapping with one key, such as {macs: 0.65}"
-
 
 _PLAIN_WORDS = {
     "too_short": "is empty: name at least one layer",
@@ -307,13 +292,13 @@ def _explain(detail: Any, kind: type[BaseModel], data: Any, place: Place, path: 
 
 
 def _shortened(value: Any) -> str:
-    """A value as Python writes it; of a long one, such as weights, its beginning."""
+    """The repr of a value, cut if it is long, as weights are."""
     text = repr(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
 
 
 def _existing(loc: _Path, data: Any) -> _Path:
-    """The part of a pydantic location that is a real path in `data` (it adds names of union members)."""
+    """The part of a pydantic location that is a path in `data` (pydantic adds names of union members)."""
     found: list[str | int] = []
     for step in loc:
         in_list = isinstance(data, list | tuple) and isinstance(step, int) and step < len(data)
@@ -325,13 +310,13 @@ def _existing(loc: _Path, data: Any) -> _Path:
 
 
 def _owner(kind: type[BaseModel], path: _Path) -> type[BaseModel]:
-    """The model that the mapping at `path` is checked by."""
+    """The pydantic model for the mapping at `path`."""
     owners: dict[str | int, type[BaseModel]] = {"layers": LayerDrop, "budget": Budget}
     return owners.get(path[0], kind) if path else kind
 
 
 def dotted(path: _Path) -> str:
-    """A key path as people write it: `layers[0].metric.kind`."""
+    """A key path as text: `layers[0].metric.kind`."""
     text = ""
     for step in path:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else str(step)
@@ -348,7 +333,7 @@ def _read(path: Path) -> str:
 
 
 def _read_yaml(text: str, name: str) -> tuple[Any, Place]:
-    """The plain data of a YAML document and where its keys stand."""
+    """The data of a YAML document and the positions of its keys."""
     if len(text) > _MOST_CHARACTERS:
         raise RecipeError(
             f"{name} has {len(text)} characters, which are too many for a recipe", f"At most {_MOST_CHARACTERS} fit."
@@ -373,9 +358,9 @@ def _read_yaml(text: str, name: str) -> tuple[Any, Place]:
 def _collect_marks(
     node: yaml.Node | None, path: _Path, marks: dict[_Path, tuple[int, int]], name: str, seen: set[int]
 ) -> None:
-    """Fill `marks`; a key that stands twice is refused (YAML readers keep the last one without a word).
+    """Fill `marks`, and raise `RecipeError` for a duplicate key (YAML readers keep the last one silently).
 
-    What an alias stands for is visited once: aliases may nest without end, or fan out without bound.
+    The target of an alias is visited once: aliases may be recursive, or multiply without bound.
     """
     if id(node) in seen:
         return
@@ -385,7 +370,7 @@ def _collect_marks(
             inner = (*path, str(key.value))
             if inner in marks:
                 line = key.start_mark.line + 1
-                raise RecipeError(f"{name}:{line}:{key.start_mark.column + 1}: the key {dotted(inner)} stands twice")
+                raise RecipeError(f"{name}:{line}:{key.start_mark.column + 1}: the key {dotted(inner)} is given twice")
             marks[inner] = (key.start_mark.line + 1, key.start_mark.column + 1)
             _collect_marks(value, inner, marks, name, seen)
     elif isinstance(node, yaml.SequenceNode):

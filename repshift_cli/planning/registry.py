@@ -1,4 +1,4 @@
-"""Registries that find their members by themselves: one file in a folder is one metric, reducer or family."""
+"""Registries of metrics, reducers and families: each file of a folder defines one member."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from types import GenericAlias
 from typing import Any, TypeVar
 
 from repshift_cli.errors import RecipeError
-from repshift_cli.planning.recipe import Part, Place, dotted, validate
+from repshift_cli.planning.recipe import ComponentSpec, Place, dotted, validate
 from repshift_cli.utils.suggest import nearest
 
-__all__ = ["build_part", "members"]
+__all__ = ["build_component", "members"]
 
 _Base = TypeVar("_Base")
 
@@ -23,7 +23,7 @@ def members(package: str, base: type[_Base]) -> Iterator[type[_Base]]:
     for module_info in sorted(pkgutil.iter_modules(folder.__path__), key=lambda info: info.name):
         module = importlib.import_module(f"{package}.{module_info.name}")
         for value in vars(module).values():
-            # before Python 3.11 an alias such as tuple[int, int] says that it is a type
+            # before Python 3.11 an alias such as tuple[int, int] is an instance of type
             if isinstance(value, GenericAlias) or not isinstance(value, type) or not issubclass(value, base):
                 continue
             if value.__module__ != module.__name__ or value is base:
@@ -32,20 +32,20 @@ def members(package: str, base: type[_Base]) -> Iterator[type[_Base]]:
                 yield value
 
 
-def build_part(part: Part, known: dict[str, Any], place: Place, path: tuple[str | int, ...]) -> Any:
-    """The metric or reducer that a recipe names, with its options checked.
+def build_component(spec: ComponentSpec, known: dict[str, Any], place: Place, path: tuple[str | int, ...]) -> Any:
+    """The metric or reducer of a recipe, with its options checked.
 
     Args:
-        part: kind and options.
+        spec: kind and options.
         known: pydantic models by kind.
-        place: where the recipe stands, for messages.
-        path: where the part stands in the recipe; its last key is `metric` or `reducer`.
+        place: of the recipe, for messages.
+        path: of the component in the recipe; its last key is `metric` or `reducer`.
 
     Raises:
-        RecipeError: an unknown kind, or an option that cannot be.
+        RecipeError: an unknown kind, or an invalid option.
     """
-    if part.kind not in known:
-        hint = f"{nearest(part.kind, known)}Allowed: {', '.join(known)}."
+    if spec.kind not in known:
+        hint = f"{nearest(spec.kind, known)}Allowed: {', '.join(known)}."
         where = (*path, "kind")
-        raise RecipeError(f"{place.at(where)}: {dotted(where)}: there is no {path[-1]} {part.kind!r}", hint)
-    return validate(known[part.kind], part.options, place, path)
+        raise RecipeError(f"{place.at(where)}: {dotted(where)}: unknown {path[-1]} {spec.kind!r}", hint)
+    return validate(known[spec.kind], spec.options, place, path)

@@ -1,26 +1,25 @@
-"""Check a recipe and a plan against a model's family."""
+"""Check a recipe and a plan against a model and its family."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from repshift_cli.errors import RecipeError
-from repshift_cli.planning.layout import After
-from repshift_cli.planning.plan import Plan, resolve
-from repshift_cli.planning.recipe import Part, Place, Recipe
+from repshift_cli.planning.layout import After, Layout
+from repshift_cli.planning.plan import Plan, resolve, shape_text
+from repshift_cli.planning.recipe import ComponentSpec, Place, Recipe
 from repshift_cli.reduction.families.base import Family, Site, match
 from repshift_cli.reduction.metrics.base import Metric, build_metric
 from repshift_cli.reduction.reducers.base import Merger, Reducer, build_reducer
 
 __all__ = [
     "acts_after",
-    "check_channels",
+    "check_components",
     "check_feeds",
-    "check_parts",
+    "check_plan",
     "check_reducer",
-    "check_reducer_feeds",
     "feeds",
     "has_open_fields",
     "resolve_for",
@@ -29,52 +28,23 @@ __all__ = [
 
 
 def resolve_for(model: nn.Module, recipe: Recipe) -> Plan:
-    """Lay a recipe over a dense model of a supported family.
+    """Resolve a recipe for a dense model.
 
     Raises:
         ModelError: the model is not supported.
-        RecipeError: the recipe cannot be followed.
+        RecipeError: the recipe does not fit the model.
     """
     family, reducer = match(model), build_reducer(recipe.reducer, recipe.place)
     check_reducer(reducer, family, model, recipe.place)
-    most = reducer.most if isinstance(reducer, Merger) else None
-    plan = resolve(recipe, family.layout(model), reducer.after, most)
+    plan = resolve(recipe, family.layout(model), reducer.after, reducer.most if isinstance(reducer, Merger) else None)
     sites = {site.name: site for site in family.sites(model)}
     for planned in plan.sites:
-        check_reducer_feeds(reducer, sites[planned.site], recipe.place)
+        _check_reducer_taps(reducer, sites[planned.site], recipe.place)
     return plan
 
 
-def check_reducer(reducer: Reducer, family: Family, model: nn.Module, place: Place | None = None) -> None:
-    """Refuse a reducer that the model's family cannot carry out.
-
-    Raises:
-        RecipeError: with its place in the recipe.
-    """
-    where = f"{place.at(('reducer',))}: " if place else ""
-    if isinstance(reducer, Merger) and (reason := family.merge_refusal(model)) is not None:
-        raise RecipeError(f"{where}{reducer.kind} merges tokens, and {reason}", "Use reducer: {kind: prune}.")
-    if reducer.after == "attention" and any(site.attended is None for site in family.sites(model)):
-        raise RecipeError(f"{where}{reducer.kind} acts after attention, where {family.name} models cannot be reduced")
-
-
-def check_reducer_feeds(reducer: Reducer, site: Site, place: Place | None = None) -> None:
-    """Refuse a reducer that asks for a tensor which the block at `site` cannot show when it acts.
-
-    Raises:
-        RecipeError: with the reason that the family gives, and its place in the recipe.
-    """
-    lacking = sorted(reducer.taps() - _shown(site, reducer.after))
-    if lacking:
-        where = f"{place.at(('reducer',))}: " if place else ""
-        raise RecipeError(
-            f"{where}{reducer.kind} needs {lacking[0]}, which {site.name} cannot show: {_reason(site, lacking[0])}",
-            "Use reducer: {kind: merge} (by the hidden state) or {kind: prune}.",
-        )
-
-
-def check_parts(recipe: Recipe) -> None:
-    """Build every metric and the reducer that a recipe names, to refuse what cannot be before any work.
+def check_components(recipe: Recipe) -> None:
+    """Build every metric and the reducer of a recipe, so that errors in them show before any work.
 
     Raises:
         RecipeError: an unknown kind or option, with its place in the recipe.
@@ -86,34 +56,64 @@ def check_parts(recipe: Recipe) -> None:
     build_reducer(recipe.reducer, recipe.place)
 
 
-def acts_after(reducer: Part) -> After:
-    """What of a block has been computed when a reducer acts."""
-    return build_reducer(reducer).after
+def check_plan(
+    plan: Plan, model: nn.Module, family: Family, metrics: Sequence[Sequence[Metric]], reducer: Reducer
+) -> None:
+    """Raise `RecipeError` unless the plan, with these metrics at its sites, fits the model."""
+    _check_counts(plan, family.layout(model))
+    check_reducer(reducer, family, model)
+    sites = {site.name: site for site in family.sites(model)}
+    for planned, site_metrics in zip(plan.sites, metrics, strict=True):
+        site = sites[planned.site]
+        if planned.after != reducer.after:
+            raise RecipeError(f"the plan reduces after the {planned.after}, which {reducer.kind} does not do")
+        for metric in site_metrics:
+            check_feeds(metric, site, planned.after)
+            if site.width and metric.channels not in (None, site.width):
+                raise RecipeError(
+                    f"{metric.kind} has weights for {metric.channels} channels, and tokens at {site.name} have "
+                    f"{site.width}",
+                    "Its weights are of another model: leave them out, and calibration fits them.",
+                )
+        _check_reducer_taps(reducer, site)
 
 
-def has_open_fields(plan: Plan) -> bool:
-    """Whether the plan leaves something for calibration to choose."""
-    return build_reducer(plan.reducer).scored and any(build_metric(planned.metric).open for planned in plan.sites)
-
-
-def with_defaults(plan: Plan, sites: Mapping[str, Site]) -> Plan:
-    """The plan with the open fields of its metrics as the paper has them, or as a site allows where it cannot."""
-    chosen = []
+def _check_counts(plan: Plan, layout: Layout) -> None:
+    expected = (layout.family, layout.prefix_tokens, layout.patch_tokens)
+    if (plan.family, plan.prefix_tokens, plan.patch_tokens) != expected:
+        raise RecipeError(
+            f"the plan is for {plan.family} with {plan.prefix_tokens} + {plan.patch_tokens} tokens, "
+            f"the model is {layout.family} with {layout.prefix_tokens} + {layout.patch_tokens}"
+        )
+    known = {(site.name, site.layer) for site in layout.sites}
     for planned in plan.sites:
-        metric = build_metric(planned.metric)
-        choices = [metric.with_defaults(), *metric.variants()]
-        fitting = (choice for choice in choices if feeds(choice, sites[planned.site], planned.after))
-        chosen.append(next(fitting, choices[0]).part())
-    return plan.with_metrics(chosen)
+        if (planned.site, planned.layer) not in known:
+            raise RecipeError(f"the plan names {planned.site} as layer {planned.layer}, which the model does not have")
+    arriving = {site.layer: grid for site, grid in layout.grids(plan.grids_kept)} if layout.map_size else {}
+    for planned in plan.sites:
+        if planned.grid_in != arriving.get(planned.layer):
+            raise RecipeError(
+                f"the plan has {shape_text(planned.shape_in)} tokens at {planned.site}, "
+                f"the model has {shape_text(arriving.get(planned.layer) or ())}"
+            )
 
 
-def feeds(metric: Metric, site: Site, after: After = "block") -> bool:
-    """Whether the block at `site` can show every tensor that the metric asks for, at the time when it is asked."""
-    return metric.taps() <= _shown(site, after)
+def check_reducer(reducer: Reducer, family: Family, model: nn.Module, place: Place | None = None) -> None:
+    """Raise `RecipeError`, with the place in the recipe, if models of the family do not support the reducer."""
+    where = _where(place, ("reducer",))
+    if isinstance(reducer, Merger) and (reason := family.merge_refusal(model)) is not None:
+        raise RecipeError(f"{where}{reducer.kind} merges tokens, and {reason}", "Use reducer: {kind: prune}.")
+    if reducer.after == "attention" and any(site.attended is None for site in family.sites(model)):
+        raise RecipeError(f"{where}{reducer.kind} acts after attention, where {family.name} models cannot be reduced")
 
 
-def _shown(site: Site, after: After) -> frozenset[str]:
-    return site.early if after == "attention" else frozenset({"block_input", "block_output", *site.probes})
+def _check_reducer_taps(reducer: Reducer, site: Site, place: Place | None = None) -> None:
+    if missing := sorted(reducer.taps() - _available(site, reducer.after)):
+        raise RecipeError(
+            f"{_where(place, ('reducer',))}{reducer.kind} needs {missing[0]}, which {site.name} cannot show: "
+            f"{_reason(site, missing[0])}",
+            "Use reducer: {kind: merge} (by the hidden state) or {kind: prune}.",
+        )
 
 
 def check_feeds(
@@ -123,35 +123,56 @@ def check_feeds(
     place: Place | None = None,
     path: tuple[str | int, ...] = ("metric",),
 ) -> None:
-    """Refuse a metric, which stands at `path` of a recipe, if the block at `site` can feed no variant of it.
-
-    Raises:
-        RecipeError: with the reason that the family gives.
-    """
+    """Raise `RecipeError` if the site has the tensors for no variant of the metric, which stands at `path`."""
     if any(feeds(variant, site, after) for variant in metric.variants()):
         return
-    lacking = min(metric.variants()[0].taps() - _shown(site, after))
-    where = f"{place.at(path)}: " if place else ""
-    if after == "attention" and feeds(metric.variants()[0], site):
+    first = metric.variants()[0]
+    missing = min(first.taps() - _available(site, after))
+    start = f"{_where(place, path)}{metric.kind} needs {missing}"
+    if after == "attention" and feeds(first, site):
         raise RecipeError(
-            f"{where}{metric.kind} needs {lacking}, which is not there yet after the attention of {site.name}, where "
-            "tokens are merged",
+            f"{start}, which does not exist yet after the attention of {site.name}, where tokens are merged",
             "Possible are representation_shift with operation: attention or block, and the other metrics.",
         )
     raise RecipeError(
-        f"{where}{metric.kind} needs {lacking}, which {site.name} cannot show: {_reason(site, lacking)}",
+        f"{start}, which {site.name} cannot show: {_reason(site, missing)}",
         "representation_shift with operation: block works on every block.",
     )
 
 
-def check_channels(metric: Metric, site: Site) -> None:
-    """Raise if the metric needs a number of channels that the site does not have."""
-    if site.width and metric.channels not in (None, site.width):
-        raise RecipeError(
-            f"{metric.kind} has weights for {metric.channels} channels, and tokens at {site.name} have {site.width}",
-            "Its weights are of another model: leave them out, and calibration fits them.",
-        )
+def feeds(metric: Metric, site: Site, after: After = "block") -> bool:
+    """Whether every tensor that the metric reads is available at the site."""
+    return metric.taps() <= _available(site, after)
 
 
-def _reason(site: Site, lacking: str) -> str:
-    return site.missing.get(lacking) or site.missing.get("*", "the family does not show it")
+def acts_after(reducer: ComponentSpec) -> After:
+    """The part of a block after which a reducer acts."""
+    return build_reducer(reducer).after
+
+
+def has_open_fields(plan: Plan) -> bool:
+    """Whether calibration has something to choose in the plan."""
+    return build_reducer(plan.reducer).scored and any(build_metric(planned.metric).open for planned in plan.sites)
+
+
+def with_defaults(plan: Plan, sites: Mapping[str, Site]) -> Plan:
+    """The plan with the open fields of its metrics set as in the paper, or to the first variant that a site allows."""
+    chosen = []
+    for planned in plan.sites:
+        metric = build_metric(planned.metric)
+        choices = [metric.with_defaults(), *metric.variants()]
+        fitting = (choice for choice in choices if feeds(choice, sites[planned.site], planned.after))
+        chosen.append(next(fitting, choices[0]).spec())
+    return plan.with_metrics(chosen)
+
+
+def _available(site: Site, after: After) -> frozenset[str]:
+    return site.early if after == "attention" else frozenset({"block_input", "block_output", *site.probes})
+
+
+def _reason(site: Site, tensor: str) -> str:
+    return site.missing.get(tensor) or site.missing.get("*", "the family does not show it")
+
+
+def _where(place: Place | None, path: tuple[str | int, ...]) -> str:
+    return f"{place.at(path)}: " if place else ""

@@ -1,72 +1,59 @@
-"""Forward hooks that score and reduce tokens."""
+"""Forward hooks that score and reduce tokens. Plain objects, whose bound methods survive `deepcopy` and `pickle`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from repshift_cli.errors import UsageError
-from repshift_cli.planning.plan import PlanSite
-from repshift_cli.reduction.families.base import Probe, Stream
+from repshift_cli.planning.plan import PlanSite, shape_text
+from repshift_cli.reduction.families.base import Probe, Stream, TensorEdit
 from repshift_cli.reduction.metrics.base import Metric, SiteContext
-from repshift_cli.reduction.reducers.base import Chooser, Merger, Reducer
+from repshift_cli.reduction.reducers.base import Merger, Pruner, Reducer
 
-__all__ = [
-    "BeginHook",
-    "SiteHook",
-    "TapHook",
-    "TensorEditHook",
-    "shape_text",
-]
+__all__ = ["SiteHook", "TapHook", "TensorEditHook"]
 
 
 class SiteHook:
-    """Scores and reduces at one site. A plain object: bound methods of it survive `deepcopy` and `pickle`.
+    """Scores and reduces the tokens at one site.
 
-    With several metrics the stream branches here: the batch that goes on holds the first one's choice for all images,
-    then the second one's, and so on.
+    With several metrics the batch is repeated here: the rows of the first metric's choice, then the second's, etc.
+
+    Attributes:
+        wanted: the tensors that the metrics and the reducer read.
+        tapped: those of them that `TapHook`s store in `seen`. The hook itself sees the others.
+        placed: the metrics with their tensors on `device`.
+        recorded: while the model is traced, places of the kept patch tokens, one entry per metric.
     """
 
     def __init__(
-        self,
-        planned: PlanSite,
-        stream: Stream,
-        context: SiteContext,
-        *,
-        metrics: tuple[Metric, ...],
-        reducer: Reducer,
+        self, planned: PlanSite, stream: Stream, class_token: bool, *, metrics: tuple[Metric, ...], reducer: Reducer
     ) -> None:
         self.planned = planned
         self.stream = stream
-        self.context = context
-        self.metrics = metrics
-        self.placed = metrics
+        self.context = SiteContext(planned.layer, stream.prefix, class_token)
+        self.metrics = self.placed = metrics
         self.device: torch.device | None = None
         self.reducer = reducer
         self.wanted = reducer.taps().union(*(metric.taps() for metric in metrics))
+        direct = {"block_output"} if planned.after == "attention" else {"block_input", "block_output"}
+        self.tapped = self.wanted - direct
         self.enabled = True
         self.seen: dict[str, Tensor] = {}
         self.recorded: list[Tensor] | None = None
 
-    @property
-    def tapped(self) -> frozenset[str]:
-        """The tensors that taps have to remember; the others the hook is handed itself."""
-        return self.wanted - (
-            {"block_output"} if self.planned.after == "attention" else {"block_input", "block_output"}
-        )
-
     def place(self, device: torch.device) -> None:
-        """Bring what the metrics hold to a device, so that no pass has to copy it."""
+        """Move the tensors of the metrics to a device, so that no forward pass has to."""
         if device != self.device:
             self.placed = tuple(metric.on(device) for metric in self.metrics)
             self.device = device
 
     def on_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Replace the output of the block by what is left of it."""
+        """Forward hook: replace the output of the block by the reduced stream."""
         if not self.enabled:
             return output
         arrived = self.stream.enter(output)
@@ -75,7 +62,7 @@ class SiteHook:
             self.seen["block_input"] = self.stream.block_input(args, arrived)
         if "block_output" in self.wanted:
             self.seen["block_output"] = self.stream.block_output(arrived)
-        if not torch.compiler.is_compiling():  # a pass that is traced is to leave nothing behind
+        if not torch.compiler.is_compiling():  # a traced pass must not change state
             self.place(self.stream.carrier(arrived).device)
         branches = [self._reduce(metric, arrived) for metric in self.placed]
         self.seen = {}
@@ -85,22 +72,22 @@ class SiteHook:
         scores = metric.score(self.seen, self.context)
         if not metric.keeps_largest:
             scores = -scores
-        everything = self.planned.tokens_out == self.planned.tokens_in
-        if isinstance(self.reducer, Merger) and not everything:
+        keeps_all = self.planned.tokens_out == self.planned.tokens_in
+        if isinstance(self.reducer, Merger) and not keeps_all:
             merge = partial(self.reducer.merge, seen=self.seen)
             reduced, places = self.stream.merge(output, scores, self.planned, merge)
-            if self.recorded is not None:
-                self.recorded.append(places)
+            self._record(places)
             return reduced
         keep = self.stream.choose(scores, output, self.planned)
-        if self.recorded is not None:
-            self.recorded.append(self.stream.patches(keep))
-        # a copy could differ in its strides, and then in the last bits of what follows
-        return output if everything else self._choose(output, keep)
-
-    def _choose(self, output: Any, keep: Tensor) -> Any:
-        assert isinstance(self.reducer, Chooser)
+        self._record(self.stream.patches(keep))
+        if keeps_all:
+            return output  # a copy could differ in its strides, and then in the last bits of later layers
+        assert isinstance(self.reducer, Pruner)
         return self.stream.reduce(output, keep, self.planned, self.reducer.reduce)
+
+    def _record(self, places: Tensor) -> None:
+        if self.recorded is not None:
+            self.recorded.append(places)
 
     def _check(self, output: Any, kwargs: dict[str, Any]) -> None:
         shape, expected = self.stream.shape(output), self.planned.shape_in
@@ -111,7 +98,7 @@ class SiteHook:
             )
         if kwargs.get("attn_mask") is not None:
             raise UsageError(
-                f"{self.planned.site} was called with an attention mask, which would not fit the tokens that are left",
+                f"{self.planned.site} was called with an attention mask, which does not fit the remaining tokens",
                 "Run without a mask, or inside `with model.dense():`.",
             )
         if isinstance(self.reducer, Merger) and kwargs.get("is_causal"):
@@ -121,43 +108,12 @@ class SiteHook:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        # tensors of a pass in flight are nobody's business but that pass's
+        # a copy does not take over the tensors of a running pass
         return {**self.__dict__, "seen": {}, "recorded": None, "placed": self.metrics, "device": None}
 
 
-class TensorEditHook:
-    """Changes what passes at one module while the sites are at work."""
-
-    def __init__(self, change: Callable[[Tensor], Tensor | None]) -> None:
-        self.change = change
-
-    def on_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Before the module runs: its first argument."""
-        return (self.change(args[0]), *args[1:])
-
-    def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """After it: what it returns."""
-        return self.change(output)
-
-    def on_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Before it runs: the mask that it is handed."""
-        mask = self.change(args[0])
-        return args, kwargs if mask is None else {**kwargs, "attn_mask": mask}
-
-
-class BeginHook:
-    """Tells the stream that a pass begins."""
-
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
-
-    def on_begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Before the first block."""
-        self.stream.begin()
-
-
 class TapHook:
-    """Remembers one tensor for the hook on the block."""
+    """Stores one tensor in `SiteHook.seen`."""
 
     def __init__(self, owner: SiteHook, name: str, probe: Probe) -> None:
         self.owner = owner
@@ -166,13 +122,37 @@ class TapHook:
         self.view = probe.view
 
     def on_forward(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Store the tensor that passes."""
-        if not self.owner.enabled:
-            return
-        value = args[0] if self.side == "input" else output
-        self.owner.seen[self.name] = self.view(value) if self.view else value
+        """Forward hook."""
+        if self.owner.enabled:
+            value = args[0] if self.side == "input" else output
+            self.owner.seen[self.name] = self.view(value) if self.view else value
 
 
-def shape_text(shape: tuple[int, ...]) -> str:
-    """A tensor shape as text."""
-    return "x".join(map(str, shape))
+class TensorEditHook:
+    """Carries out a `TensorEdit`."""
+
+    def __init__(self, edit: TensorEdit) -> None:
+        self.change = edit.change
+
+    @classmethod
+    def register(cls, edit: TensorEdit) -> RemovableHandle:
+        """Hook the module of the edit."""
+        hook = cls(edit)
+        if edit.side == "output":
+            return edit.module.register_forward_hook(hook.on_output)
+        if edit.side == "input":
+            return edit.module.register_forward_pre_hook(hook.on_input)
+        return edit.module.register_forward_pre_hook(hook.on_mask, with_kwargs=True)
+
+    def on_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Forward pre-hook: change the first argument."""
+        return (self.change(args[0]), *args[1:])
+
+    def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Forward hook: change the output."""
+        return self.change(output)
+
+    def on_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Forward pre-hook: set the attention mask."""
+        mask = self.change(args[0])
+        return args, kwargs if mask is None else {**kwargs, "attn_mask": mask}

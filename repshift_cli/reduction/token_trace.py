@@ -1,4 +1,4 @@
-"""Where each kept token and map line came from."""
+"""Original positions of the kept tokens, and of the kept rows and columns of a feature map."""
 
 from __future__ import annotations
 
@@ -8,27 +8,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repshift_cli.planning.layout import Grid, Window
+from repshift_cli.planning.layout import Grid, Layout, Window
 
-__all__ = [
-    "MapState",
-    "TokenState",
-]
+__all__ = ["MapState", "TokenState", "start_trace"]
 
 
 @dataclass
 class TokenState:
-    """What is known of the patch tokens on their way through the model.
+    """The patch tokens of a sequence between two sites.
 
     Attributes:
-        index: int64 `[B, N]`, the original place of each patch token that is left.
+        index: int64 `[B, N]`, the original position of each remaining patch token.
     """
 
     index: Tensor
 
     @classmethod
     def start(cls, batch: int, patches: int, device: torch.device) -> TokenState:
-        """Before the first site: all tokens at their own place."""
+        """All tokens, before the first site."""
         return cls(torch.arange(patches, device=device).expand(batch, patches))
 
     def keep(self, index: Tensor, grid: Grid | None = None) -> TokenState:
@@ -36,17 +33,16 @@ class TokenState:
         return TokenState(self.index.gather(1, index))
 
     def through(self, windows: Sequence[Window]) -> TokenState:
-        """A sequence passes no windows."""
+        """A sequence has no windows."""
         return self
 
 
 @dataclass
 class MapState:
-    """What is known of the rows and columns of a feature map on their way through the model.
+    """The rows and columns of a feature map between two sites.
 
     Attributes:
-        rows, columns: int64 `[B, h]` and `[B, w]`, the place of each line that is left, on the map that the dense model
-            has here.
+        rows, columns: int64 `[B, h]` and `[B, w]`, the position of each remaining line on the dense model's map here.
         dense: the size of that map.
     """
 
@@ -56,13 +52,13 @@ class MapState:
 
     @classmethod
     def start(cls, batch: int, grid: Grid, device: torch.device) -> MapState:
-        """All lines of a map at their own place."""
+        """All lines of a map."""
         rows, columns = (torch.arange(side, device=device).expand(batch, side) for side in grid)
         return cls(rows, columns, grid)
 
     @property
     def index(self) -> Tensor:
-        """int64 `[B, h * w]`, places of the positions that are left, row-major on the dense map."""
+        """int64 `[B, h * w]`, the remaining positions, row-major on the dense map."""
         return (self.rows.unsqueeze(2) * self.dense[1] + self.columns.unsqueeze(1)).flatten(1)
 
     def keep(self, index: Tensor, grid: Grid | None = None) -> MapState:
@@ -74,7 +70,7 @@ class MapState:
         return MapState(rows, columns, self.dense)
 
     def through(self, windows: Sequence[Window]) -> MapState:
-        """After convolutions and poolings: each line that comes out stands for the one in the middle of its window."""
+        """After convolutions and poolings: each output line stands for the line in the middle of its window."""
         state = self
         for window in windows:
             dense = window.output(state.dense)
@@ -84,12 +80,18 @@ class MapState:
         return state
 
 
+def start_trace(layout: Layout, images: Tensor) -> TokenState | MapState:
+    """The state before the first site."""
+    if layout.map_size is None:
+        return TokenState.start(images.shape[0], layout.patch_tokens, images.device)
+    return MapState.start(images.shape[0], layout.map_size, images.device)
+
+
 def _middle_lines(lines: Tensor, window: Window, axis: int) -> Tensor:
-    """Places on the dense map behind the window, int64 `[B, n]`, of the lines that come out of it along one axis."""
+    """The lines `[B, side]` of one axis before the window to those after it, int64 `[B, n]`, on the dense map there."""
     side, stride = lines.shape[1], window.stride[axis]
-    sides = (side, side)
     middle = window.dilation[axis] * (window.kernel[axis] - 1) // 2 - window.padding[axis]
-    count = window.output(sides)[axis]
+    count = window.output((side, side))[axis]
     taken = (torch.arange(count, device=lines.device) * stride + middle).clamp(0, side - 1)
-    # with little padding the middle of the first window lies steps inside the map, and comes out as line 0
+    # with little padding the middle of the first window lies inside the map, and is line 0 of the output
     return lines[:, taken] // stride - middle // stride

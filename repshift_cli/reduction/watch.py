@@ -1,10 +1,11 @@
-"""Record token counts and scores while a model runs."""
+"""Record the tokens that leave each block while a dense model runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,20 +13,17 @@ from torch import Tensor, nn
 from repshift_cli.planning.layout import After
 from repshift_cli.reduction.families.base import Stream, match
 
-__all__ = [
-    "Seen",
-    "watching",
-]
+__all__ = ["BlockOutput", "record_block_outputs"]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What left one block in a pass.
+class BlockOutput:
+    """The output of one block in a forward pass.
 
     Attributes:
-        tokens: `[B, T, C]`, as metrics see them, without the prefix.
-        carrier: the tensor that what follows was computed from.
-        view: turns a tensor like `carrier` into one like `tokens`.
+        tokens: `[B, N, C]`, as metrics see them, without the prefix.
+        carrier: the tensor that the later layers are computed from.
+        view: turns a tensor like `carrier`, such as its gradient, into one like `tokens`.
     """
 
     tokens: Tensor
@@ -34,39 +32,34 @@ class Seen:
 
 
 @contextmanager
-def watching(model: nn.Module, after: After = "block") -> Iterator[dict[int, Seen]]:
-    """Inside the context each pass of a dense model leaves what left each block, by layer.
+def record_block_outputs(model: nn.Module, after: After = "block") -> Iterator[dict[int, BlockOutput]]:
+    """Inside the context each pass of a dense model fills the dict with the output of each block, by layer.
 
     Raises:
         ModelError: the model is not supported.
     """
     family = match(model)
-    stream, seen = family.stream(model), dict[int, Seen]()
+    stream, outputs = family.stream(model), dict[int, BlockOutput]()
     handles = []
     for site in family.sites(model):
         place = site.attended if after == "attention" else site.block
         assert place is not None
-        handles.append(place.register_forward_hook(_Watch(stream, site.layer, seen).on_block))
+        record = partial(_record, stream=stream, outputs=outputs, layer=site.layer)
+        handles.append(place.register_forward_hook(record))
     try:
-        yield seen
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
 
 
-class _Watch:
-    """Remembers what left one block."""
+def _record(
+    module: nn.Module, args: Any, output: Any, *, stream: Stream, outputs: dict[int, BlockOutput], layer: int
+) -> None:
+    value = stream.enter(output)
 
-    def __init__(self, stream: Stream, layer: int, seen: dict[int, Seen]) -> None:
-        self.stream = stream
-        self.layer = layer
-        self.seen = seen
+    def without_prefix(carrier: Tensor) -> Tensor:
+        return stream.carried(carrier)[:, stream.prefix :]
 
-    def on_block(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Store it."""
-        value, prefix = self.stream.enter(output), self.stream.prefix
-        tokens = self.stream.block_output(value)[:, prefix:]
-        self.seen[self.layer] = Seen(tokens, self.stream.carrier(value), self._view)
-
-    def _view(self, value: Tensor) -> Tensor:
-        return self.stream.carried(value)[:, self.stream.prefix :]
+    tokens = stream.block_output(value)[:, stream.prefix :]
+    outputs[layer] = BlockOutput(tokens, stream.carrier(value), without_prefix)

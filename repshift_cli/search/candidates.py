@@ -9,7 +9,7 @@ from repshift_cli.calibration.calibrate import unfitted
 from repshift_cli.errors import RecipeError, UsageError
 from repshift_cli.planning.layout import After, Layout
 from repshift_cli.planning.plan import Plan, resolve
-from repshift_cli.planning.recipe import Part, Recipe
+from repshift_cli.planning.recipe import ComponentSpec, Recipe
 from repshift_cli.reduction.checks import acts_after, resolve_for
 from repshift_cli.reduction.metrics.base import build_metric
 from repshift_cli.search.additive import Kept
@@ -26,8 +26,8 @@ _METRIC_SHARES = (0.5, 0.7, 0.9)
 class Method:
     """The metric of each layer, and the reducer."""
 
-    metrics: Mapping[int, Part]
-    reducer: Part
+    metrics: Mapping[int, ComponentSpec]
+    reducer: ComponentSpec
 
     def along(self, plan: Plan) -> Method:
         """The reducer and the metrics of a plan; its other layers keep the metrics of this method."""
@@ -47,7 +47,7 @@ class Planner:
 
     evaluator: Evaluator
     start: Recipe
-    open_metrics: Mapping[int, Part]
+    open_metrics: Mapping[int, ComponentSpec]
     layers: tuple[int, ...]
 
     @property
@@ -86,7 +86,7 @@ class Planner:
 
     def single_site_counts(self, layer: int, kept: int) -> Plan | None:
         """As `single_site` for MACs: without the limit of a reducer, which several sites can exceed together."""
-        prune = Part(kind="prune")
+        prune = ComponentSpec(kind="prune")
         try:
             recipe = to_recipe(
                 self._step(layer, kept), self.layout, self._all_layers, metrics=self.open_metrics, reducer=prune
@@ -131,7 +131,7 @@ def choose_layer_metrics(start: Recipe, trials: Trials) -> tuple[Planner, Method
     planner = Planner(trials.evaluator, start, open_metrics, tuple(open_metrics))
     method = Method(open_metrics, start.reducer)
     plans = [plan for layer in open_metrics if (plan := _single_site(planner, layer, method)) is not None]
-    chosen: dict[int, Part] = {}
+    chosen: dict[int, ComponentSpec] = {}
     for metrics in choose_metrics(planner, trials, plans):
         chosen |= metrics or {}
     if not chosen:
@@ -139,7 +139,7 @@ def choose_layer_metrics(start: Recipe, trials: Trials) -> tuple[Planner, Method
     return replace(planner, layers=tuple(sorted(chosen))), replace(method, metrics={**open_metrics, **chosen})
 
 
-def choose_metrics(planner: Planner, trials: Trials, plans: Sequence[Plan]) -> list[dict[int, Part] | None]:
+def choose_metrics(planner: Planner, trials: Trials, plans: Sequence[Plan]) -> list[dict[int, ComponentSpec] | None]:
     """For each plan the metrics of its layers, chosen in order; None if a site can run no variant."""
     asked = [plan.with_metrics([planner.open_metrics[site.layer] for site in plan.sites]) for plan in plans]
     with trials.progress.task("choosing scores", len(plans)) as task:
@@ -147,12 +147,12 @@ def choose_metrics(planner: Planner, trials: Trials, plans: Sequence[Plan]) -> l
     return [
         None
         if parts is None
-        else {site.layer: Part.model_validate(part) for site, part in zip(plan.sites, parts, strict=True)}
+        else {site.layer: ComponentSpec.model_validate(part) for site, part in zip(plan.sites, parts, strict=True)}
         for plan, parts in zip(plans, found, strict=True)
     ]
 
 
-def _open_metrics(start: Recipe, trials: Trials) -> dict[int, Part]:
+def _open_metrics(start: Recipe, trials: Trials) -> dict[int, ComponentSpec]:
     """By layer, the metric of the start recipe; metrics without weights are fitted, for all layers at once."""
     given = {drop.layer: drop.metric for drop in start.layers if drop.metric is not None}
     sites = trials.evaluator.layout.sites

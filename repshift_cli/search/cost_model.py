@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from repshift_cli.planning.recipe import Part
+from repshift_cli.planning.recipe import ComponentSpec
 from repshift_cli.search.additive import Additive, Curve, Kept
 from repshift_cli.search.candidates import Method, Planner
 from repshift_cli.search.evaluator import Candidate, Trials
@@ -46,15 +46,15 @@ class CostModel:
 
     planner: Planner
     macs: Additive
-    limit: Callable[[Part], Limit]
+    limit: Callable[[ComponentSpec], Limit]
     rate: Callable[[int], float] | None
     factor: float = 1.0
 
-    def by_macs(self, reducer: Part) -> Additive:
+    def by_macs(self, reducer: ComponentSpec) -> Additive:
         """The additive model of MACs, within the limit of a reducer."""
         return replace(self.macs, most=self.limit(reducer))
 
-    def by_target(self, reducer: Part) -> Additive:
+    def by_target(self, reducer: ComponentSpec) -> Additive:
         """The additive model of what the target limits: latency, or else MACs."""
         base = self.by_macs(reducer)
         if self.rate is None:
@@ -62,7 +62,7 @@ class CostModel:
         rate, factor = self.rate, self.factor
         return replace(base, gain=lambda site, kept: base.gain(site, kept) * rate(kept) * factor)
 
-    def front(self, reducer: Part) -> Front:
+    def front(self, reducer: ComponentSpec) -> Front:
         """The best schedules for every cost."""
         return solve(replace(self.by_target(reducer), site_cost=_SITE_COST))
 
@@ -165,12 +165,12 @@ def _measure_rate(planner: Planner, trials: Trials, method: Method) -> Callable[
     return lambda kept: float(np.interp(kept, counts, values))
 
 
-def _limits(planner: Planner, method: Method) -> Callable[[Part], Limit]:
+def _limits(planner: Planner, method: Method) -> Callable[[ComponentSpec], Limit]:
     """The limit of each reducer, found by bisection and cached."""
 
     @cache
     def most_at_once(reducer: str) -> int:
-        tried = replace(method, reducer=Part.model_validate_json(reducer))
+        tried = replace(method, reducer=ComponentSpec.model_validate_json(reducer))
         low, high = 1, planner.tokens - 1
         while low < high:
             middle = (low + high + 1) // 2
@@ -178,7 +178,7 @@ def _limits(planner: Planner, method: Method) -> Callable[[Part], Limit]:
             low, high = (middle, high) if any(plan is not None for plan in plans) else (low, middle - 1)
         return low
 
-    def limit(reducer: Part) -> Limit:
+    def limit(reducer: ComponentSpec) -> Limit:
         most = most_at_once(reducer.model_dump_json())
         return lambda arriving: max(1, arriving * most // planner.tokens)
 

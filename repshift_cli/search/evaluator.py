@@ -12,15 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repshift_cli.calibration.calibrate import Run, choose_metric, runnable
+from repshift_cli.calibration.calibrate import CandidateRunner, choose_metric, runnable
 from repshift_cli.calibration.fit import fit_scores
-from repshift_cli.calibration.outputs import Predictions, agreement, distance, divergence, predictions, run_batches
+from repshift_cli.calibration.outputs import (
+    ReferenceOutputs,
+    agreement,
+    distance,
+    divergence,
+    reference_outputs,
+    run_batches,
+)
 from repshift_cli.errors import CheckFailed, RecipeError
 from repshift_cli.measure.device import device_name
 from repshift_cli.measure.latency import Speedup, Subject, Timing, compute_speedup, full_batch, measure_latency
 from repshift_cli.planning.layout import After
 from repshift_cli.planning.plan import Plan
-from repshift_cli.planning.recipe import Part
+from repshift_cli.planning.recipe import ComponentSpec
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.families.base import Family
 from repshift_cli.search.additive import Kept
@@ -84,7 +91,7 @@ class ImagePart:
     """Some of the images, with the outputs of the dense model."""
 
     images: Tensor
-    dense: Predictions
+    dense: ReferenceOutputs
     labels: Tensor | None
 
 
@@ -92,7 +99,7 @@ class Evaluator:
     """The dense model and the images. Every method is a pure function of its arguments, except `latency`."""
 
     def __init__(self, model: nn.Module, family: Family, settings: SearchSettings, progress: Progress) -> None:
-        """Run the dense model on all images.
+        """CandidateRunner the dense model on all images.
 
         Raises:
             CheckFailed: its outputs are not finite.
@@ -119,7 +126,7 @@ class Evaluator:
 
     def _part(self, start: int, stop: int) -> ImagePart:
         labels = None if self.labels is None else self.labels[start:stop]
-        return ImagePart(self.images[start:stop], predictions(self.model, self.outputs[start:stop]), labels)
+        return ImagePart(self.images[start:stop], reference_outputs(self.model, self.outputs[start:stop]), labels)
 
     @property
     def has_head(self) -> bool:
@@ -165,17 +172,17 @@ class Evaluator:
     def choose_metrics(self, plan: Plan) -> list[dict[str, Any]] | None:
         """Choose the open fields of the metric of each site, in order; None if a site can feed no variant."""
         part = self.parts["metrics"]
-        run = Run(self.model, part.images, part.dense, self.batch_size, NoTask())
+        run = CandidateRunner(self.model, part.images, part.dense, self.batch_size, NoTask())
         sites = {site.name: site for site in self.family.sites(self.model)}
-        chosen: list[Part] = []
+        chosen: list[ComponentSpec] = []
         try:
             for planned in plan.sites:
                 variants = runnable(planned, sites[planned.site])
                 if len(variants) > 1:
                     so_far = plan.with_metrics([*chosen, planned.metric])
-                    chosen.append(choose_metric(run, so_far, variants, len(part.images)).chosen.part())
+                    chosen.append(choose_metric(run, so_far, variants, len(part.images)).chosen.spec())
                 else:
-                    chosen.append(variants[0].part())
+                    chosen.append(variants[0].spec())
         except RecipeError:
             return None
         return [found.model_dump() for found in chosen]
@@ -183,7 +190,7 @@ class Evaluator:
     def fit_metrics(self, layers: Sequence[int], after: After, task: Task) -> dict[str, dict[str, Any]]:
         """Fit the metric of each layer; by the number of the layer."""
         found = fit_scores(self.model, layers, self.parts["metrics"].images, self.batch_size, 0, task, after=after)
-        return {str(layer): metric.part().model_dump() for layer, metric in found.items()}
+        return {str(layer): metric.spec().model_dump() for layer, metric in found.items()}
 
     @property
     def measured_on(self) -> str:
@@ -257,11 +264,11 @@ class Trials:
         keys = [f"{kind} {_key(plan)}" for plan in plans]
         return self._cache.get(keys, lambda index: evaluate(plans[index]), task)
 
-    def fit_metrics(self, layers: Sequence[int], after: After) -> dict[int, Part]:
+    def fit_metrics(self, layers: Sequence[int], after: After) -> dict[int, ComponentSpec]:
         """As `Evaluator.fit_metrics`."""
         with self.progress.task("fitting scores", len(self.evaluator.parts["metrics"].images)) as task:
             found = self._cache.get(["fit"], lambda _: self.evaluator.fit_metrics(layers, after, task), NoTask())[0]
-        return {layer: Part.model_validate(found[str(layer)]) for layer in layers}
+        return {layer: ComponentSpec.model_validate(found[str(layer)]) for layer in layers}
 
 
 class NoTask:

@@ -17,7 +17,7 @@ from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.data.inputs import ImageBatch, Labelled
 from repshift_cli.errors import UsageError
 from repshift_cli.measure.device import device_name
-from repshift_cli.planning.recipe import Budget, Part, Recipe
+from repshift_cli.planning.recipe import Budget, ComponentSpec, Recipe
 from repshift_cli.reduction.checks import check_reducer
 from repshift_cli.reduction.families.base import Family, match
 from repshift_cli.reduction.reducers.base import Merger, build_reducer
@@ -146,17 +146,17 @@ def start_recipe(recipe: Recipe | None, request: SearchRequest, loaded: LoadedMo
     """
     family = match(loaded.model)
     for kind in request.reducers:
-        check_reducer(build_reducer(Part(kind=kind)), family, loaded.model)
+        check_reducer(build_reducer(ComponentSpec(kind=kind)), family, loaded.model)
     if recipe is not None and not request.reducers:
         check_reducer(build_reducer(recipe.reducer, recipe.place), family, loaded.model, recipe.place)
     target = request.target
     if recipe is None:
         budget = Budget.model_validate({target.kind.replace("-", "_"): target.value})
-        merged = bool(request.reducers) and isinstance(build_reducer(Part(kind=request.reducers[0])), Merger)
-        metric = Part(kind="fitted" if merged or is_classifier(loaded.model) else "representation_shift")
+        merged = bool(request.reducers) and isinstance(build_reducer(ComponentSpec(kind=request.reducers[0])), Merger)
+        metric = ComponentSpec(kind="fitted" if merged or is_classifier(loaded.model) else "representation_shift")
         recipe = Recipe(version=1, budget=budget, metric=metric)
     if request.reducers and request.reducers[0] != recipe.reducer.kind:
-        recipe = recipe.model_copy(update={"reducer": Part(kind=request.reducers[0])})
+        recipe = recipe.model_copy(update={"reducer": ComponentSpec(kind=request.reducers[0])})
     return recipe
 
 
@@ -195,7 +195,7 @@ def find(
         start=start,
         batch_size=batch_size,
         seed=seed,
-        reducers=tuple(Part(kind=kind) for kind in request.reducers),
+        reducers=tuple(ComponentSpec(kind=kind) for kind in request.reducers),
         state=request.state,
         seconds=request.seconds,
     )

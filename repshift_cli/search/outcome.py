@@ -9,7 +9,7 @@ from typing import Any
 
 from repshift_cli.errors import CheckFailed, RecipeError
 from repshift_cli.planning.plan import Plan
-from repshift_cli.planning.recipe import PAPER_DROP_RATIO, Part, Recipe, default_recipe
+from repshift_cli.planning.recipe import PAPER_DROP_RATIO, ComponentSpec, Recipe, default_recipe
 from repshift_cli.reduction.checks import resolve_for
 from repshift_cli.search.candidates import Method, choose_metrics
 from repshift_cli.search.cost_model import CostModel
@@ -100,7 +100,7 @@ class Outcome:
         plan = best.candidate.plan
         latency = self.trials.latency(plan) if self.settings.seconds > 0 else None
         given = self._given()
-        random = plan.with_metric(Part.model_validate({"kind": "random", "seed": self.settings.seed}))
+        random = plan.with_metric(ComponentSpec.model_validate({"kind": "random", "seed": self.settings.seed}))
         heldout = self._heldout([plan, random, *([paper.candidate.plan] if paper else [])])
         if heldout[0] is None:
             raise CheckFailed("the found schedule returns values that are not finite on the held-out images")

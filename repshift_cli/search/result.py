@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repshift_cli.errors import CheckFailed
 from repshift_cli.planning.plan import Plan
-from repshift_cli.planning.recipe import Part, Recipe
+from repshift_cli.planning.recipe import ComponentSpec, Recipe
 from repshift_cli.search.target import QUALITY_SLACK, Target
 from repshift_cli.utils.stats import percent_interval
 
@@ -43,7 +43,7 @@ class SearchSettings:
     batch_size: int = 8
     seed: int = 0
     evaluations: int = 40
-    reducers: tuple[Part, ...] = ()
+    reducers: tuple[ComponentSpec, ...] = ()
     state: Path | None = None
     seconds: float = 5.0
 

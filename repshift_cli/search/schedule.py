@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from repshift_cli.errors import UsageError
 from repshift_cli.planning.layout import Grid, Layout
-from repshift_cli.planning.recipe import LayerDrop, Part, Recipe
+from repshift_cli.planning.recipe import ComponentSpec, LayerDrop, Recipe
 from repshift_cli.search.additive import TINY, Additive, Kept, drops, levels
 
 __all__ = ["Front", "Solution", "fit", "layer_drops", "neighbours", "on_tiles", "paper_schedule", "solve", "to_recipe"]
@@ -310,8 +310,8 @@ def to_recipe(
     layout: Layout,
     layers: Sequence[int],
     *,
-    metrics: Mapping[int, Part],
-    reducer: Part,
+    metrics: Mapping[int, ComponentSpec],
+    reducer: ComponentSpec,
     model: str | None = None,
     description: str | None = None,
 ) -> Recipe:
@@ -328,7 +328,7 @@ def to_recipe(
     if not chosen:
         raise UsageError("the schedule drops no token")
     texts = Counter(metrics[layer].model_dump_json() for layer in chosen)
-    common = Part.model_validate_json(texts.most_common(1)[0][0])
+    common = ComponentSpec.model_validate_json(texts.most_common(1)[0][0])
     rows = [
         drop if metrics[layer] == common else drop.model_copy(update={"metric": metrics[layer]})
         for layer, drop in chosen.items()

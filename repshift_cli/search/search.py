@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from repshift_cli.errors import CheckFailed, DataError, UsageError
-from repshift_cli.planning.recipe import Part
+from repshift_cli.planning.recipe import ComponentSpec
 from repshift_cli.reduction.families.base import Family
 from repshift_cli.reduction.metrics.base import build_metric
 from repshift_cli.search.additive import Additive, Kept
@@ -314,7 +314,7 @@ class _Search:
             self._reduce_cost(min((*results, self._found), key=lambda tried: tried.order))
         self.method = replace(self.method, reducer=self._found.candidate.plan.reducer)
 
-    def _with_reducer(self, best: Candidate, budget: float, reducer: Part) -> list[Candidate | None]:
+    def _with_reducer(self, best: Candidate, budget: float, reducer: ComponentSpec) -> list[Candidate | None]:
         """The schedule with another reducer; and the best schedule of that reducer if it cannot take as many tokens."""
         schedules = [best.kept]
         if not self.costs.by_target(reducer).possible(best.kept):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
 from torch import nn
 
 from repshift_cli.errors import UsageError
-from repshift_cli.planning.recipe import Part
+from repshift_cli.planning.recipe import ComponentSpec
 from repshift_cli.search.result import SearchSettings
 from repshift_cli.utils.files import atomic_output
 from repshift_cli.utils.hashing import digest_of_tensors
@@ -40,8 +40,8 @@ class _Quality(BaseModel):
 
 _FORMS: dict[str, TypeAdapter[Any]] = {
     "latency": TypeAdapter(Annotated[FiniteFloat, Field(gt=0)]),
-    "fit": TypeAdapter(dict[str, Part]),
-    "choose": TypeAdapter(list[Part] | None),
+    "fit": TypeAdapter(dict[str, ComponentSpec]),
+    "choose": TypeAdapter(list[ComponentSpec] | None),
     **dict.fromkeys(("judge", "sense", "held"), TypeAdapter(_Quality | None)),
 }
 """Form of the results by kind of evaluation, the first word of the key."""

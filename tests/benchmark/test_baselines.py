@@ -22,7 +22,7 @@ from repshift_cli.checkpoints.weights import Source
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import UsageError
 from repshift_cli.measure.macs import count_macs
-from repshift_cli.planning.recipe import Part, Recipe
+from repshift_cli.planning.recipe import ComponentSpec, Recipe
 from repshift_cli.reduction.checks import resolve_for
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.utils.progress import Silent
@@ -97,7 +97,7 @@ class TestCounts:
                             "layer": layer,
                             "tokens_in": 1 + patches,
                             "tokens_out": 1 + left,
-                            "metric": Part(kind="random"),
+                            "metric": ComponentSpec(kind="random"),
                         }
                     )
                     sites.append(site.model_dump())

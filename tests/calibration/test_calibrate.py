@@ -24,7 +24,7 @@ from repshift_cli.calibration.calibrate import (
 from repshift_cli.calibration.outputs import agreement, distance, divergence
 from repshift_cli.errors import DataError, RecipeError
 from repshift_cli.planning.plan import Plan
-from repshift_cli.planning.recipe import Part
+from repshift_cli.planning.recipe import ComponentSpec
 from repshift_cli.reduction.checks import feeds
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.families.base import match
@@ -103,7 +103,7 @@ def run(
 
 def open_plan(model: nn.Module, metric: dict[str, object], layers: str = LAYERS) -> Plan:
     """The plan of a recipe whose metric has only these fields filled."""
-    part = Part(kind="representation_shift", **metric)
+    part = ComponentSpec(kind="representation_shift", **metric)
     return make_plan(model, make_recipe(layers)).with_metric(part)
 
 
@@ -135,7 +135,7 @@ class TestChoice:
         model, batch = tiny_vit(), images(24)
         first, again, other = run(model, batch), run(model, batch), run(model, batch, batch_size=5)
         assert first.to_dict() == again.to_dict()
-        assert first.parts == other.parts
+        assert first.specs == other.specs
         assert first.result.distance == pytest.approx(other.result.distance, rel=1e-3)
 
     def test_the_model_is_left_as_it_was(self) -> None:
@@ -147,7 +147,7 @@ class TestChoice:
         assert torch.equal(model(images()), wanted)
 
 
-USUAL = build_metric(Part.model_validate({"kind": "representation_shift"})).with_defaults()
+USUAL = build_metric(ComponentSpec.model_validate({"kind": "representation_shift"})).with_defaults()
 
 
 class TestRounds:
@@ -204,7 +204,7 @@ class TestRounds:
         with torch.no_grad():
             reference = model(batch)
         for candidate in found.sites[1].candidates:
-            compressed = attach(model, plan.with_metrics([found.parts[0], candidate.metric.part()]))
+            compressed = attach(model, plan.with_metrics([found.specs[0], candidate.metric.spec()]))
             with torch.no_grad():
                 alone = distance(reference, compressed(batch), has_head=True)
             compressed.detach()
@@ -213,7 +213,7 @@ class TestRounds:
     def test_the_result_is_judged_on_images_that_took_no_part(self) -> None:
         model, batch = tiny_vit(), images(16)
         found = run(model, batch)
-        compressed = attach(model, make_plan(model, make_recipe(LAYERS)).with_metrics(found.parts))
+        compressed = attach(model, make_plan(model, make_recipe(LAYERS)).with_metrics(found.specs))
         with torch.no_grad():
             output = compressed(batch[8:])
             with compressed.dense():
@@ -241,7 +241,7 @@ class TestRounds:
     def test_blocks_that_hide_their_parts_leave_the_whole_block(self) -> None:
         found = run(tiny_vit(**VARIANTS["parallel_things_block"]), images(8))
         (choice,) = found.sites
-        assert {candidate.metric.part().options["operation"] for candidate in choice.candidates} == {"block"}
+        assert {candidate.metric.spec().options["operation"] for candidate in choice.candidates} == {"block"}
         assert len(choice.candidates) == 6
         assert math.isfinite(found.default.distance)  # the paper's choice needs the MLP; another takes its place
 

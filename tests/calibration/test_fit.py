@@ -20,13 +20,13 @@ from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.compression.api import compress
 from repshift_cli.data.inputs import load_images
 from repshift_cli.errors import CheckFailed, RecipeError
-from repshift_cli.planning.recipe import Part, Recipe
+from repshift_cli.planning.recipe import ComponentSpec, Recipe
 from repshift_cli.reduction.checks import resolve_for
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.families.base import match
 from repshift_cli.reduction.metrics.base import SiteContext, build_metric
 from repshift_cli.reduction.metrics.fitted import Fitted
-from repshift_cli.reduction.watch import Seen, watching
+from repshift_cli.reduction.watch import BlockOutput, record_block_outputs
 from repshift_cli.utils.progress import Silent
 
 SITE = SiteContext(layer=0, prefix=1, class_token=True)
@@ -50,7 +50,7 @@ class Counted:
 class TestWeights:
     def test_are_a_string_that_builds_the_metric_again(self) -> None:
         metric = Fitted.of([0.5, -1.25, 3.0e-7])
-        again = build_metric(Part.model_validate(metric.part().model_dump()))
+        again = build_metric(ComponentSpec.model_validate(metric.spec().model_dump()))
         assert again == metric
         assert isinstance(again, Fitted)
         assert again.channels == 3
@@ -101,10 +101,10 @@ class TestWeights:
             compress(tiny_vit(), recipe(f"{{kind: fitted, weights: {weights}}}"))
 
     def test_unfitted_it_is_the_shift_over_the_block(self) -> None:
-        default = build_metric(Part(kind="fitted")).with_defaults().part()
+        default = build_metric(ComponentSpec(kind="fitted")).with_defaults().spec()
         assert default.kind == "representation_shift"
         assert default.options["operation"] == "block"
-        assert build_metric(Part(kind="fitted")).open
+        assert build_metric(ComponentSpec(kind="fitted")).open
 
 
 def resolve_and_build(given: Recipe) -> None:
@@ -118,7 +118,7 @@ class TestPlacing:
     def hooked() -> CompressedModel:
         weights = torch.randn(32, generator=torch.Generator().manual_seed(0)).tolist()
         model = tiny_vit()
-        part = Fitted.of(weights).part()
+        part = Fitted.of(weights).spec()
         plan = resolve_for(model, recipe("{kind: fitted}"))
         return attach(model, plan.with_metrics([part] * len(plan.sites)))
 
@@ -134,7 +134,7 @@ class TestPlacing:
         assert isinstance(moved, Fitted)
         assert (moved, moved.vector.device.type, moved.vector.is_inference()) == (metric, "meta", False)
         assert metric.vector.device.type == "cpu"
-        assert moved.part() == metric.part()
+        assert moved.spec() == metric.spec()
 
     @pytest.mark.parametrize("moved", ["the wrapper", "the model inside"])
     def test_once(self, moved: str) -> None:
@@ -179,7 +179,7 @@ class TestInfluence:
         """The mean over all patterns of signs is, exactly, the sum over the classes."""
         model = tiny_vit(num_classes=3).double()
         batch = images(2).double()
-        with watching(model) as seen:
+        with record_block_outputs(model) as seen:
             output = model(batch)
             logs = output.log_softmax(-1)
             here = {1: seen[1]}
@@ -200,13 +200,13 @@ class TestInfluence:
     def test_tells_which_token_is_read(self) -> None:
         """A model whose output hangs on one place alone: that place has all the influence."""
         tokens = torch.randn(1, 5, 4, requires_grad=True)
-        seen = {0: Seen(tokens, tokens, lambda value: value)}
+        seen = {0: BlockOutput(tokens, tokens, lambda value: value)}
         found = influence(tokens[:, 3] * 2.0, seen, torch.Generator().manual_seed(0))[0]
         assert found[0, 3] > 0
         assert found[0, [0, 1, 2, 4]].eq(0).all()
 
 
-def drawn(responses: Tensor, seen: dict[int, Seen]) -> Tensor:
+def drawn(responses: Tensor, seen: dict[int, BlockOutput]) -> Tensor:
     """`influence` for one pattern of signs: all draws are plus one."""
     (gradient,) = torch.autograd.grad(responses.sum(), [seen[1].carrier], retain_graph=True)
     tokens = seen[1].tokens.detach()
@@ -275,9 +275,9 @@ class TestFit:
             progress=Silent(),
         )
         assert found.clear
-        assert all(part.kind == "fitted" for part in found.parts)
-        fitted = unchanged(loaded.model, plan.with_metrics(found.parts), scenes.tensor[48:])
-        chance = unchanged(loaded.model, plan.with_metric(Part(kind="random")), scenes.tensor[48:])
+        assert all(part.kind == "fitted" for part in found.specs)
+        fitted = unchanged(loaded.model, plan.with_metrics(found.specs), scenes.tensor[48:])
+        chance = unchanged(loaded.model, plan.with_metric(ComponentSpec(kind="random")), scenes.tensor[48:])
         assert fitted >= least
         assert fitted >= chance + 0.05
 

@@ -26,7 +26,7 @@ from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.checkpoints.weights import METADATA_KEY
 from repshift_cli.compression.api import compress_dense
 from repshift_cli.errors import CheckpointError, OutputError, UsageError
-from repshift_cli.planning.recipe import Part, Recipe
+from repshift_cli.planning.recipe import ComponentSpec, Recipe
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.metrics.base import metric_kinds
 from repshift_cli.reduction.metrics.fitted import Fitted
@@ -98,7 +98,7 @@ class TestRoundTrip:
         path, loaded = write(model, tmp_path, recipe)
         wanted, again = attach(loaded.model, make_plan(loaded.model, recipe)), artifact.load(path)
         assert again.plan == wanted.plan
-        assert again.plan.reducer == Part(kind="merge", similarity="keys")
+        assert again.plan.reducer == ComponentSpec(kind="merge", similarity="keys")
         pruned = attach(tiny_vit(**OPTIONS, **VARIANTS["mean_pooling_with_class_token"]), make_plan(model))
         with torch.no_grad():
             assert torch.equal(again(images(3)), wanted(images(3)))

@@ -25,7 +25,7 @@ RECIPES = [
     ("version: one\nlayers: [{layer: 0, drop_ratio: 0.2}]\n", ["1:1", "version: should be 1 (it is 'one')"]),
     ("version: 3\nlayers: [{layer: 0, drop_ratio: 0.2}]\n", ["version: should be 1 (it is 3)"]),
     ("version: 1\nlayers: [{layer: 9, drop_ratio: 0.2}]\n", ["2:10", "no layer 9", "0 (blocks.0) to 3 (blocks.3)"]),
-    ("version: 1\nlayers: [{layer: 0, drop_ratio: 0.2}, {layer: 0, drop_ratio: 0.2}]\n", ["layer 0 stands twice"]),
+    ("version: 1\nlayers: [{layer: 0, drop_ratio: 0.2}, {layer: 0, drop_ratio: 0.2}]\n", ["layer 0 is given twice"]),
     ("version: 1\nlayers: [{layer: 0, drop_ratio: 1.5}]\n", ["layers[0].drop_ratio: should be less than 1"]),
     ("version: 1\nlayers: [{layer: 0, drop_ratio: 0.0}]\n", ["should be greater than 0"]),
     ("version: 1\nlayers: []\n", ["layers: is empty"]),
@@ -33,7 +33,7 @@ RECIPES = [
     ("version: 1\nlayers: [{layer: 0, keep_tokens: 0}]\n", ["keep_tokens: should be greater than or equal to 1"]),
     ("version: 1\nlayers: [{layer: 0\n", ["3:1", "this is not YAML"]),
     ("- 1\n", ["a recipe is a mapping"]),
-    ("version: 1\nversion: 1\nlayers: []\n", ["2:1", "the key version stands twice"]),
+    ("version: 1\nversion: 1\nlayers: []\n", ["2:1", "the key version is given twice"]),
     ("version: 1\nmetric: {kind: magic}\nlayers: [{layer: 0, drop_ratio: 0.2}]\n", ["2:10", "no metric 'magic'"]),
     (
         "version: 1\nreducer: {kind: prune, hard: true}\nlayers: [{layer: 0, drop_ratio: 0.2}]\n",
@@ -247,7 +247,7 @@ class TestRecipesCommand:
 
     def test_check_of_a_wrong_one(self, cli: Command, tmp_path: Path) -> None:
         (tmp_path / "bad.yaml").write_text("version: 1\nmetric: {kind: x}\nlayers: [{layer: 0, drop_ratio: 0.2}]\n")
-        explained(cli("recipes", "check", "bad.yaml"), 2, "bad.yaml:2:10: metric.kind: there is no metric 'x'")
+        explained(cli("recipes", "check", "bad.yaml"), 2, "bad.yaml:2:10: metric.kind: unknown metric 'x'")
 
 
 def test_an_unknown_command(cli: Command) -> None:

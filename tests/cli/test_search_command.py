@@ -182,7 +182,7 @@ class TestSearch:
         assert "reducer: {kind: merge}" in found["recipe"]
         outcome = cli(*arguments, "--reducer", "prunne", "--force")
         assert outcome.rc == 2
-        assert "there is no reducer 'prunne'" in outcome.stderr
+        assert "unknown reducer 'prunne'" in outcome.stderr
 
     def test_another_seed_draws_other_images(self, cli: Command, dense: Path, pictures: Path, tmp_path: Path) -> None:
         (tmp_path / "start.yaml").write_text("version: 1\nmetric: {kind: token_norm}\nbudget: {macs: 0.7}\n")

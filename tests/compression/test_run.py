@@ -221,7 +221,7 @@ class TestRefusals:
             compress(tiny_vit(attn_layer="diff"), make_recipe(metric="{kind: class_attention}"))
 
     def test_a_recipe_is_checked_before_the_weights_are_read(self, tmp_path: Path) -> None:
-        with pytest.raises(RecipeError, match="there is no metric 'mlp'"):
+        with pytest.raises(RecipeError, match="unknown metric 'mlp'"):
             run(tmp_path / "missing.safetensors", recipe=recipe_file(tmp_path, metric="{kind: mlp}"))
 
     def test_cuda_without_cuda(self, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +275,7 @@ class TestCalibration:
         document = artifact.open_model(output).loaded.document
         assert document is not None
         assert document["calibration"]["clear"] is False
-        assert report.plan.sites[0].metric == report.calibration.parts[0]
+        assert report.plan.sites[0].metric == report.calibration.specs[0]
 
     def test_pictures_of_calibration_are_not_those_of_the_check(
         self, dense: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

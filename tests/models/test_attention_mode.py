@@ -150,7 +150,7 @@ class TestParity:
                 rows = [part(row.repeat_interleave(n, 0)[None])[0] for row, n in zip(x, whole, strict=True)]
                 firsts = whole.cumsum(1) - whole
                 wanted = torch.stack([row[first] for row, first in zip(rows, firsts, strict=True)])
-                timm_attention.heed_sizes(part, FixedSizes(some_sizes()))
+                timm_attention.use_proportional_attention([part], FixedSizes(some_sizes()))
             flash.calls.clear()
             with attention_mode(part, mode):
                 found = part(x)

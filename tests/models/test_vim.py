@@ -190,7 +190,7 @@ class TestUse:
     @pytest.mark.parametrize(
         ("args", "message"),
         [
-            ({"class_token": "first"}, "class_token is middle or double, not 'first'"),
+            ({"class_token": "first"}, "invalid class_token='first': must be middle or double"),
             ({"img_size": 4}, "patches of 8 at stride 8 do not fit an image of 4x4"),
             ({"img_size": (32, 30)}, "leave a rest of an image of 32x30"),
             ({"stride": 5}, "patches of 8 at stride 5 leave a rest"),

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from repshift_cli.errors import RecipeError
 from repshift_cli.planning.layout import Layout, SiteInfo
 from repshift_cli.planning.plan import Plan, resolve, tokens_dropped
-from repshift_cli.planning.recipe import LayerDrop, Part, Recipe
+from repshift_cli.planning.recipe import ComponentSpec, LayerDrop, Recipe
 
 SITES = tuple(SiteInfo(f"blocks.{layer}", layer) for layer in range(12))
 
@@ -103,10 +103,10 @@ def test_a_small_ratio_of_few_tokens_drops_none() -> None:
         ("[{layer: block.3, drop_ratio: 0.2}]", "the model has no layer block.3", "Did you mean blocks.3?"),
         (
             "[{layer: 1, drop_ratio: 0.2}, {layer: 1, drop_ratio: 0.2}]",
-            "r.yaml:2:39: layers[1]: layer 1 stands twice",
+            "r.yaml:2:39: layers[1]: layer 1 is given twice",
             None,
         ),
-        ("[{layer: 1, drop_ratio: 0.2}, {layer: blocks.1, keep_tokens: 9}]", "layer blocks.1 stands twice", None),
+        ("[{layer: 1, drop_ratio: 0.2}, {layer: blocks.1, keep_tokens: 9}]", "layer blocks.1 is given twice", None),
         ("[{layer: 0, keep_tokens: 197}]", "keep_tokens is 197, but only 196 patch tokens reach blocks.0", None),
         ("[{layer: 3, keep_tokens: 9}, {layer: 0, keep_tokens: 8}]", "layers[0]: keep_tokens is 9, but only 8", None),
     ],
@@ -128,21 +128,21 @@ def test_a_schedule_that_keeps_no_token_is_refused() -> None:
     """No ratio below 1 gets there by itself, so the amount is forced."""
     none_left = recipe("[{layer: 4, keep_tokens: 1}]")
     amount = none_left.layers[0].model_copy(update={"keep_tokens": 0})
-    with pytest.raises(RecipeError, match=r"nothing is left after blocks\.4: all 196 patch tokens would go"):
+    with pytest.raises(RecipeError, match=r"nothing is left after blocks\.4: all 196 patch tokens would be dropped"):
         resolve(none_left.model_copy(update={"layers": (amount,)}), layout())
 
 
 def test_with_metric_changes_the_score_at_each_site_and_nothing_else() -> None:
     plan = resolve(recipe("[{layer: 0, drop_ratio: 0.2}, {layer: 3, drop_ratio: 0.2}]"), layout())
-    changed = plan.with_metric(Part(kind="random", seed=3))
-    assert {site.metric for site in changed.sites} == {Part(kind="random", seed=3)}
+    changed = plan.with_metric(ComponentSpec(kind="random", seed=3))
+    assert {site.metric for site in changed.sites} == {ComponentSpec(kind="random", seed=3)}
     assert counts(changed) == counts(plan)
     assert plan.sites[0].metric.kind == "representation_shift"
 
 
 def test_with_metrics_gives_each_site_its_own_and_may_end_earlier() -> None:
     plan = resolve(recipe("[{layer: 0, drop_ratio: 0.2}, {layer: 3, drop_ratio: 0.2}]"), layout())
-    parts = [Part(kind="random", seed=1), Part(kind="random", seed=2)]
+    parts = [ComponentSpec(kind="random", seed=1), ComponentSpec(kind="random", seed=2)]
     assert [site.metric for site in plan.with_metrics(parts).sites] == parts
     assert counts(plan.with_metrics(parts)) == counts(plan)
     assert counts(plan.with_metrics(parts[:1])) == counts(plan)[:1]

@@ -134,10 +134,20 @@ class TestErrors:
         ("kind", "layers", "message", "hint"),
         [
             *(
-                ("bottleneck", LAYERS % layer, f"nothing can go after {layer}: its output has another size", "layer1.1")
+                (
+                    "bottleneck",
+                    LAYERS % layer,
+                    f"nothing can be dropped after {layer}: its output differs in size",
+                    "layer1.1",
+                )
                 for layer in ("layer1.0", "0", "layer2.0", "2")
             ),
-            ("regnet_z", LAYERS % "s2.b1", "nothing can go after s2.b1: it has no shortcut", "Possible are s2.b2"),
+            (
+                "regnet_z",
+                LAYERS % "s2.b1",
+                "nothing can be dropped after s2.b1: it has no shortcut",
+                "Possible are s2.b2",
+            ),
             ("basic", LAYERS % "layer1.3", "the model has no layer layer1.3", "Did you mean layer1.1?"),
             ("basic", LAYERS % "stages.0", "the model has no layer stages.0", "1 (layer1.1) to 7 (layer4.1)"),
             ("basic", LAYERS % "8", "the model has no layer 8", "It has the layers 1 (layer1.1) to 7"),
@@ -183,7 +193,7 @@ class TestErrors:
         assert caught.value.exit_code == 2
 
     def test_a_layer_twice(self) -> None:
-        with pytest.raises(RecipeError, match=r"layer layer1\.1 stands twice"):
+        with pytest.raises(RecipeError, match=r"layer layer1\.1 is given twice"):
             line_plan(tiny_cnn(), "[{layer: 1, drop_ratio: 0.2}, {layer: layer1.1, drop_ratio: 0.2}]")
 
     def test_a_grid_of_a_sequence(self) -> None:

@@ -10,7 +10,7 @@ from paths import ROOT
 
 from repshift_cli.errors import RecipeError
 from repshift_cli.planning.recipe import LayerDrop, Recipe, default_recipe, shipped_recipes
-from repshift_cli.reduction.checks import check_parts
+from repshift_cli.reduction.checks import check_components
 from repshift_cli.reduction.metrics.base import build_metric, metric_kinds
 from repshift_cli.reduction.reducers.base import build_reducer, reducer_kinds
 from repshift_cli.search.target import Target
@@ -80,13 +80,13 @@ def test_a_recipe_cannot_be_changed() -> None:
         (
             "{kind: prune}",
             "{kind: prun}",
-            "r.yaml:5:11: reducer.kind: there is no reducer 'prun'",
+            "r.yaml:5:11: reducer.kind: unknown reducer 'prun'",
             "Did you mean prune?",
         ),
         (
             "kind: representation_shift",
             "kind: representation_shft",
-            "r.yaml:3:3: metric.kind: there is no metric 'representation_shft'",
+            "r.yaml:3:3: metric.kind: unknown metric 'representation_shft'",
             "Did you mean representation_shift? Allowed: attention_entropy, class_attention",
         ),
         ("{kind: prune}", "prune", "r.yaml:5:1: reducer: should be a mapping with the key kind", None),
@@ -147,8 +147,8 @@ def test_what_is_wrong_is_told_with_its_place(old: str, new: str, message: str, 
             "a: !!python/object/apply:os.system [ls]\n",
             "r.yaml:1:4: this is not YAML: could not determine a constructor",
         ),
-        ("version: 1\nversion: 1\nlayers: []\n", "r.yaml:2:1: the key version stands twice"),
-        ("version: 1\nlayers:\n  - {layer: 0, layer: 1}\n", "r.yaml:3:16: the key layers[0].layer stands twice"),
+        ("version: 1\nversion: 1\nlayers: []\n", "r.yaml:2:1: the key version is given twice"),
+        ("version: 1\nlayers:\n  - {layer: 0, layer: 1}\n", "r.yaml:3:16: the key layers[0].layer is given twice"),
         ("version: 1\nlayers: &a [*a]\n", "layers[0]: should be a"),
         ("version: 1\n? [a]\n: 1\n", "this is not YAML"),
         ("version: 1\nlayers: [{layer: 0, drop_ratio: 0.1}]\n7: 8\n", "r.yaml:3:1: unknown key 7"),
@@ -256,7 +256,7 @@ json_like = st.recursive(
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
-        ("{kind: mlp}", r"r\.yaml:3:42: layers\[0\]\.metric\.kind: there is no metric 'mlp'"),
+        ("{kind: mlp}", r"r\.yaml:3:42: layers\[0\]\.metric\.kind: unknown metric 'mlp'"),
         ("{kind: random, sed: 3}", r"r\.yaml:3:56: unknown key layers\[0\]\.metric\.sed"),
         ("{kind: token_norm, polarity: up}", r"r\.yaml:3:60: layers\[0\]\.metric\.polarity: should be"),
     ],
@@ -264,7 +264,7 @@ json_like = st.recursive(
 def test_the_score_of_one_layer_is_checked_in_its_place(metric: str, message: str) -> None:
     text = f"version: 1\nlayers:\n  - {{layer: 0, drop_ratio: 0.2, metric: {metric}}}\n"
     with pytest.raises(RecipeError, match=message):
-        check_parts(Recipe.parse(text, "r.yaml"))
+        check_components(Recipe.parse(text, "r.yaml"))
 
 
 @given(st.sampled_from(["version", "metric", "reducer", "layers", "model", "description"]), json_like)
@@ -348,7 +348,7 @@ class TestParts:
     def test_part_of_a_metric_builds_it_again(self) -> None:
         for kind in metric_kinds().values():
             for variant in kind().variants():
-                assert build_metric(variant.part()) == variant
+                assert build_metric(variant.spec()) == variant
 
     @pytest.mark.parametrize(
         ("fixed", "count"),
@@ -364,7 +364,7 @@ class TestParts:
         recipe = Recipe.parse(GOOD.replace("  operation: mlp", "".join(f"  {k}: {v}\n" for k, v in fixed.items())))
         variants = build_metric(recipe.metric).variants()
         assert len(set(variants)) == len(variants) == count
-        assert all(variant.part().options.items() >= fixed.items() for variant in variants)
+        assert all(variant.spec().options.items() >= fixed.items() for variant in variants)
         assert all(len(variant.variants()) == 1 for variant in variants)
 
     def test_defaults_are_the_papers(self) -> None:

@@ -24,7 +24,7 @@ def on_meta(name: str) -> nn.Module:
 
 def planned(recipe: Recipe, model: nn.Module) -> Plan:
     plan = resolve_for(model, recipe)
-    return plan.with_metric(build_metric(recipe.metric).with_defaults().part())
+    return plan.with_metric(build_metric(recipe.metric).with_defaults().spec())
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))

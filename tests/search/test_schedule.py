@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from repshift_cli.errors import UsageError
 from repshift_cli.planning.layout import Layout, SiteInfo, Window
 from repshift_cli.planning.plan import resolve
-from repshift_cli.planning.recipe import Part, default_recipe
+from repshift_cli.planning.recipe import ComponentSpec, default_recipe
 from repshift_cli.search.additive import Additive, Kept, drops
 from repshift_cli.search.schedule import fit, layer_drops, neighbours, on_tiles, paper_schedule, solve, to_recipe
 
 UNIT = 1 / 64
 """Savings are multiples of this, so that their sums are exact and no two share a bin."""
 
-SHIFT = Part.model_validate({"kind": "representation_shift", "operation": "mlp", "polarity": "largest"})
-NORM = Part(kind="token_norm")
-PRUNE = Part(kind="prune")
+SHIFT = ComponentSpec.model_validate({"kind": "representation_shift", "operation": "mlp", "polarity": "largest"})
+NORM = ComponentSpec(kind="token_norm")
+PRUNE = ComponentSpec(kind="prune")
 METRICS = dict.fromkeys(range(12), SHIFT)
 
 

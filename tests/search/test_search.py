@@ -23,7 +23,7 @@ from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.data.inputs import load_images
 from repshift_cli.errors import CheckFailed, DataError, RecipeError, UsageError
 from repshift_cli.planning.plan import Plan
-from repshift_cli.planning.recipe import Part, Recipe, default_recipe
+from repshift_cli.planning.recipe import ComponentSpec, Recipe, default_recipe
 from repshift_cli.reduction.checks import resolve_for
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.families.base import match
@@ -220,7 +220,7 @@ class TestCost:
             run("macs=0.65", tiny_vit(attn_layer="diff"), start=start)
 
     def test_other_reducers_are_tried(self) -> None:
-        result = run("macs=0.65", reducers=(Part(kind="prune"), Part(kind="bipartite")))
+        result = run("macs=0.65", reducers=(ComponentSpec(kind="prune"), ComponentSpec(kind="bipartite")))
         assert "reducer bipartite" in {point.name for point in result.tried}
         assert "reducer prune" not in {point.name for point in result.tried}
         assert all(point.macs <= 0.65 + 1e-9 for point in result.tried if point.name != "other cost")
@@ -543,7 +543,7 @@ def test_the_built_in_model_beats_chance_and_the_paper() -> None:
 
 def replace_metric(recipe: Recipe) -> Recipe:
     """The recipe with all fields fixed except the polarity, so that there are fewer variants."""
-    part = Part.model_validate(
+    part = ComponentSpec.model_validate(
         {"kind": "representation_shift", "operation": "mlp", "distance": "l2", "reading": "update"}
     )
     return recipe.model_copy(update={"metric": part})

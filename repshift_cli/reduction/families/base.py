@@ -1,4 +1,4 @@
-"""What a family is: it knows where in a kind of model tokens can go, and where each tensor of a layer can be seen."""
+"""The interface of a family: the sites of a kind of model, and where each tensor of a block can be hooked."""
 
 from __future__ import annotations
 
@@ -16,31 +16,19 @@ from repshift_cli.planning.layout import Layout
 from repshift_cli.planning.plan import Plan, PlanSite
 from repshift_cli.planning.registry import members
 
-__all__ = [
-    "Family",
-    "Merge",
-    "Passage",
-    "Probe",
-    "Reduce",
-    "Site",
-    "SizedStream",
-    "Stream",
-    "families",
-    "match",
-    "nothing",
-]
+__all__ = ["Family", "Probe", "Site", "SizedStream", "Stream", "TensorEdit", "do_nothing", "families", "match"]
 
 Reduce = Callable[[Tensor, Tensor], Tensor]
-"""What a reducer does: tokens `[B, T, C]` and all places that stay, int64 `[B, K]`; to `[B, K, C]`."""
+"""`Pruner.reduce`: tokens `[B, T, C]` and all kept positions, int64 `[B, K]`, to `[B, K, C]`."""
 
 Merge = Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]]
-"""What one that merges does: tokens `[B, prefix + N, C]`, sizes `[B, prefix + N]`, scores `[B, N]`, how many go, and
-prefix; to tokens, sizes and the places of the patch tokens that are left."""
+"""`Merger.merge`: tokens `[B, prefix + N, C]`, sizes `[B, prefix + N]`, scores `[B, N]`, how many patch tokens to
+remove, and prefix; to tokens, sizes and the positions of the remaining patch tokens."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Where a tensor can be seen: at the input or the output of a module, perhaps through a function."""
+    """The input or the output of a module; `view` turns it into the tensor that metrics read."""
 
     module: nn.Module
     side: Literal["input", "output"] = "output"
@@ -48,12 +36,12 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Passage:
-    """A module at which what passes is changed.
+class TensorEdit:
+    """A change to a tensor at one module.
 
     Attributes:
-        side: what is changed: its first argument (`input`), what it returns (`output`), or the `attn_mask` that it is
-            handed, which is made from its first argument (`mask`; None for no mask).
+        side: what is changed: the first argument (`input`), the output, or the argument `attn_mask` (`mask`), which
+            `change` makes from the first argument (None for no mask).
     """
 
     module: nn.Module
@@ -63,19 +51,19 @@ class Passage:
 
 @dataclass(frozen=True)
 class Site:
-    """A block after which tokens can go.
+    """A block after which tokens can be dropped or merged.
 
     Attributes:
-        name: as the model names the module, `blocks.3`; where it holds several encoders, as the reduced one does.
+        name: of the module in the model, `blocks.3`; in a model with several encoders, its name in the reduced one.
         layer: index of the block.
-        block: its output is what the family's `Stream` can read.
-        probes: where the tensors that metrics ask for can be seen. `block_input` and `block_output` need none.
-        missing: why a tensor cannot be seen here, for messages; the key `*` stands for every tensor.
-        attention_channels: heads times channels per head of its attention, 0 where it has none.
+        block: a module whose output the family's `Stream` reads.
+        probes: where to find the tensors that metrics read. `block_input` and `block_output` need none.
+        missing: why a tensor is not available here, for messages; the key `*` stands for every tensor.
+        attention_channels: heads times channels per head of its attention, 0 without attention.
         width, head: channels of a token, and of one head; 0 where tokens cannot be merged.
-        attended: a module that passes on the stream between attention and MLP, where it can be reduced as well; None
-            where the block has none.
-        early: the tensors that can be seen by then; `block_output` is then what is there so far.
+        attended: a module whose output is the stream between attention and MLP, where it can be reduced as well; None
+            if the block has none.
+        early: the tensors that are available there; `block_output` is then the stream so far.
     """
 
     name: str
@@ -91,10 +79,10 @@ class Site:
 
 
 class Stream:
-    """How tokens travel from block to block, and so how the hook on a block reads and reduces them.
+    """The form in which tokens pass from block to block, and how a hook on a block reads and reduces them.
 
-    This one is the plain form, a tensor `[B, prefix + N, C]`; other families override what differs with them. What a
-    block returns is entered first; the other methods know the entered form, and the next block gets what left.
+    This class handles a plain tensor `[B, prefix + N, C]`; families override what differs. `enter` converts the output
+    of a block, the other methods take the converted value, and `leave` returns the input of the next block.
 
     Attributes:
         prefix: tokens at the front that metrics do not score.
@@ -104,72 +92,76 @@ class Stream:
         self.prefix = prefix
 
     def begin(self) -> None:
-        """A pass through the model begins."""
+        """Clear the state of the last pass."""
+
+    def on_first_block(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the first block."""
+        self.begin()
 
     def enter(self, output: Any) -> Any:
-        """What a block returned, with all that travels beside it."""
+        """The output of a block, with the state that belongs to it."""
         return output
 
     def leave(self, value: Any) -> Any:
-        """What the next block takes."""
+        """The input of the next block."""
         return value
 
     def shape(self, value: Any) -> tuple[int, ...]:
-        """What `PlanSite.shape_in` is compared with: how many tokens there are."""
+        """The number of tokens, to compare with `PlanSite.shape_in`."""
         return (value.shape[1],)
 
     def block_input(self, args: tuple[Any, ...], output: Any) -> Tensor:
-        """The tokens that entered a block, `[B, prefix + N, C]`, given its arguments and its output."""
+        """The tokens `[B, prefix + N, C]` before a block, from its arguments and its output."""
         entered: Tensor = args[0]
         return entered
 
     def block_output(self, output: Any) -> Tensor:
-        """The tokens that leave a block, `[B, prefix + N, C]`."""
+        """The tokens `[B, prefix + N, C]` after a block."""
         left: Tensor = output
         return left
 
     def carrier(self, output: Any) -> Tensor:
-        """The tensor whose change moves what follows: by its gradient one tells how much hangs on each token."""
+        """The tensor that the later layers are computed from; its gradient is the influence of each token."""
         tokens: Tensor = output
         return tokens
 
     def carried(self, carrier: Tensor) -> Tensor:
-        """A tensor like `carrier`, such as its gradient, token by token: `[B, prefix + N, C]`."""
+        """A tensor like `carrier`, such as its gradient, as tokens `[B, prefix + N, C]`."""
         return carrier
 
     def choose(self, scores: Tensor, output: Any, planned: PlanSite) -> Tensor:
-        """What stays.
+        """The tokens to keep.
 
         Args:
-            scores: float32, one for each token that metrics see without the prefix; the largest stay.
+            scores: float32, one per token that metrics see, without the prefix; the largest are kept.
             output: of the block.
-            planned: how many.
+            planned: the site of the plan, which has the counts.
 
         Returns:
-            int64 `[B, K]`, ascending places, here among all tokens, those of the prefix included. What they mean is a
-            matter of `reduce` and `patches`.
+            int64 `[B, K]`, ascending positions, here among all tokens, the prefix included. `reduce` and `patches` of
+            the same class interpret them.
         """
         return keep_top_behind(scores, planned.tokens_out - self.prefix, self.prefix)
 
     def patches(self, keep: Tensor) -> Tensor:
-        """What `choose` returned as ascending places among the patch tokens."""
+        """The result of `choose` as ascending positions among the patch tokens."""
         return keep[:, self.prefix :] - self.prefix
 
     def reduce(self, output: Any, keep: Tensor, planned: PlanSite, reduce: Reduce) -> Any:
-        """The output of the block with only the tokens at `keep` left, by way of a reducer."""
+        """The output of the block with only the tokens at `keep`."""
         return reduce(output, keep)
 
     def merge(self, output: Any, scores: Tensor, planned: PlanSite, merge: Merge) -> tuple[Any, Tensor]:
-        """What a reducer that merges makes of the stream, and the place of each patch token that is left, `[B, K]`."""
+        """The output of the block after a merge, and the positions `[B, K]` of the remaining patch tokens."""
         raise NotImplementedError(type(self).__name__)
 
     def join(self, outputs: Sequence[Any]) -> Any:
-        """One batch after the other."""
+        """Concatenate along the batch."""
         return torch.cat(list(outputs))
 
 
 class SizedStream(Stream):
-    """Tokens beside which their sizes travel. Here the blocks themselves pass on both, as `tokens.Sized`."""
+    """Tokens with their sizes. Here the blocks themselves pass on both, as `tokens.Sized`."""
 
     def shape(self, value: Sized) -> tuple[int, ...]:
         return (value.tokens.shape[1],)
@@ -204,9 +196,9 @@ class Family(ABC):
     """One kind of model.
 
     Attributes:
-        name: what plans call it.
-        covers: the models that it covers, in words for people.
-        shows: the tensors that its sites can show beside `block_input` and `block_output`.
+        name: of the family in plans.
+        covers: the supported models, for messages.
+        shows: the tensors that its sites have besides `block_input` and `block_output`.
     """
 
     name: ClassVar[str]
@@ -215,11 +207,11 @@ class Family(ABC):
 
     @abstractmethod
     def accepts(self, model: nn.Module) -> bool:
-        """Whether the model is of this kind (even if something in it is not supported)."""
+        """Whether the model is of this kind, supported or not."""
 
-    @abstractmethod
     def refusal(self, model: nn.Module) -> str | None:
-        """Why this particular model cannot be reduced, or None where it can."""
+        """Why this model of the kind is not supported, or None."""
+        return None
 
     @abstractmethod
     def layout(self, model: nn.Module) -> Layout:
@@ -233,46 +225,47 @@ class Family(ABC):
     def macs(self, model: nn.Module, plan: Plan | None) -> int:
         """Multiply-accumulates of one image, from the shapes alone; None is the dense model.
 
-        Counts matrix products and convolutions, as the field does, and the products of a scan; norms, activations and
-        scores are left out.
+        Counts matrix products, convolutions and the products of a scan; not norms, activations and scores.
         """
 
     def scan_macs(self, model: nn.Module, plan: Plan | None) -> int:
-        """The part of `macs` that is element by element, which counters of operations do not see."""
+        """The element-wise part of `macs`, which operation counters do not count."""
         return 0
 
     def stream(self, model: nn.Module) -> Stream:
-        """How tokens travel between the blocks of the model."""
+        """The form in which tokens pass between the blocks of the model."""
         return Stream(self.layout(model).prefix_tokens)
 
     def merge_refusal(self, model: nn.Module) -> str | None:
-        """Why tokens of this model cannot be merged, or None where they can, for its stream is a `SizedStream`."""
+        """Why tokens of this model cannot be merged, or None if they can; then its stream is a `SizedStream`."""
         return f"models of the family {self.name} do not carry how many tokens each stands for"
 
-    def heed_sizes(self, model: nn.Module, stream: Stream) -> tuple[list[Passage], Callable[[], None]]:
-        """Let attention and pooling heed the sizes of the tokens in a stream that was made for the model.
+    def use_proportional_attention(
+        self, model: nn.Module, stream: Stream
+    ) -> tuple[list[TensorEdit], Callable[[], None]]:
+        """Weight tokens by size in attention and pooling; the sizes are those of the stream.
 
         Returns:
-            Where what passes must be changed, and what undoes the rest.
+            The edits to hook, and a function that undoes all other changes.
         """
-        return [], nothing
+        return [], do_nothing
 
     def adapt(self, model: nn.Module) -> Callable[[], None]:
-        """Prepare what comes behind the blocks for fewer tokens, in the dense pass as well; returns what undoes it."""
-        return nothing
+        """Prepare the head for fewer tokens, in the dense pass as well; returns a function that undoes it."""
+        return do_nothing
 
 
 def families() -> list[Family]:
-    """One of each family."""
-    # mypy objects to an abstract class as argument, though `members` only compares with it
+    """One instance of each family."""
+    # mypy rejects an abstract class as argument, but `members` only compares with it
     return [found() for found in members("repshift_cli.reduction.families", Family)]  # type: ignore[type-abstract]
 
 
 def match(model: nn.Module) -> Family:
-    """The family that knows this model.
+    """The family of a model.
 
     Raises:
-        ModelError: none does, or it does and says why the model cannot be reduced.
+        ModelError: the model is of no family, or its family does not support it.
     """
     for family in families():
         if family.accepts(model):
@@ -287,5 +280,5 @@ def match(model: nn.Module) -> Family:
     )
 
 
-def nothing() -> None:
-    """Undoes what was not done. A function with a name, since hooked models are pickled."""
+def do_nothing() -> None:
+    """Undoes no change. A named function, since hooked models are pickled."""

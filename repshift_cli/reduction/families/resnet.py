@@ -1,8 +1,8 @@
 """timm's convolutional networks of residual blocks: ResNet, ConvNeXt and RegNet.
 
-A convolution needs a grid, so whole rows and columns of the feature map go, after blocks whose input and output have
-one shape: there the shift of each position is what the block did to it. What is kept is a smaller dense map in the
-memory format of the whole one, so all that follows really gets smaller.
+A convolution needs a grid, so whole rows and columns of the feature map are dropped, after blocks whose input and
+output have the same shape: there each position has a shift. The result is a smaller dense map in the same memory
+format, so all later layers compute less.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ _SHORTCUTS: dict[type[nn.Module], str] = {
     PreBottleneck: "downsample",
     ConvNeXtBlock: "shortcut",
 }
-"""The blocks that are known, and under which name each has what its shortcut goes through."""
+"""The supported blocks, and the name of the module on the shortcut of each."""
 
 _SEQUENCES = (nn.Sequential, ConvNormAct, Mlp, GlobalResponseNormMlp)
-"""Modules that run their parts in the order in which they have them."""
+"""Modules that run their children in order."""
 
 _NORMS = (
     nn.BatchNorm2d,
@@ -74,14 +74,15 @@ _BY_POSITION = (
     "timm.layers.activations",
     "timm.layers.drop",
 )
-"""Where the modules without weights are defined that leave the size of a map as it is."""
+"""The modules in which torch and timm define layers without weights that keep the size of a map."""
 
 _LONG_SIDE = 64
 _GATES = (SEModule, EffectiveSEModule, EcaModule)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
 class _Map(Stream):
-    """A feature map `[B, C, H, W]`; its positions are the tokens, row by row."""
+    """A feature map `[B, C, H, W]`; its positions are the tokens, row-major."""
 
     def shape(self, value: Tensor) -> tuple[int, ...]:
         return tuple(value.shape[2:])
@@ -103,7 +104,7 @@ class _Map(Stream):
 
 
 def _positions(value: Tensor) -> Tensor:
-    """A view `[B, H * W, C]`: token by token in memory where the map is channels-last."""
+    """A view `[B, H * W, C]`, token-major in memory if the map is channels-last."""
     return value.flatten(2).mT
 
 
@@ -123,15 +124,15 @@ class ResidualCNN(Family):
             for piece in pieces:
                 piece.windows()
             odd = next((piece.name for piece in pieces if not piece.ways_agree()), None)
-        except _NotKnownError as error:
+        except _UnsupportedError as error:
             return str(error)
         if odd is not None:
-            return f"path and shortcut of {odd} come out with different sizes on maps with an odd number of lines"
-        if not any(piece.barred is None for piece in pieces if piece.block):
-            return "none of its blocks has an input and an output of one shape"
+            return f"path and shortcut of {odd} have outputs of different sizes for maps with an odd number of lines"
+        if not any(piece.barred is None for piece in pieces if piece.layer >= 0):
+            return "none of its blocks has an input and an output of the same shape"
         pooling = getattr(model, "global_pool", None) or getattr(model.head, "global_pool", None)
         if getattr(pooling, "pool_type", "avg") == "":
-            return "it was built without global pooling, and returns a map whose size would change"
+            return "it was built without global pooling, and the size of the map that it returns would change"
         return None
 
     def layout(self, model: Any) -> Layout:
@@ -143,14 +144,17 @@ class ResidualCNN(Family):
             if piece.barred is None:
                 sites.append(SiteInfo(piece.name, piece.layer, tuple(windows)))
                 windows = []
-            elif piece.block:
+            elif piece.layer >= 0:
                 barred[piece.name] = barred[str(piece.layer)] = piece.barred
         size = _input_size(model)
         _check_size(size, [*(window for site in sites for window in site.windows), *windows])
+        grid = size
+        for window in sites[0].windows:
+            grid = window.output(grid)
         return Layout(
             family=self.name,
             prefix_tokens=0,
-            patch_tokens=math.prod(_passed(size, sites[0].windows)),
+            patch_tokens=math.prod(grid),
             class_token=False,
             sites=tuple(sites),
             map_size=size,
@@ -159,7 +163,7 @@ class ResidualCNN(Family):
         )
 
     def sites(self, model: Any) -> list[Site]:
-        missing = {"*": "a residual block of convolutions has neither attention nor an MLP on a stream of tokens"}
+        missing = {"*": "a residual block of convolutions has neither attention nor an MLP"}
         return [
             Site(piece.name, piece.layer, piece.module, {}, missing, width=piece.channels)
             for piece in _pieces(model)
@@ -182,14 +186,14 @@ class ResidualCNN(Family):
 
 @dataclass(frozen=True)
 class _Piece:
-    """A stretch of the network, in the order of the forward pass.
+    """A part of the network, in the order of the forward pass.
 
     Attributes:
-        name: as the model names the module.
-        layer: index among the blocks, -1 for what is no block.
-        path: the modules that the map goes through.
-        shortcut: what it goes through on its way around them, if anything.
-        barred: why nothing can go after it; None for a site.
+        name: of the module in the model.
+        layer: index among the residual blocks, -1 for other parts.
+        path: the modules on the main path.
+        shortcut: the module on the shortcut, if any.
+        barred: why nothing can be dropped after it; None for a site.
     """
 
     name: str
@@ -199,37 +203,28 @@ class _Piece:
     shortcut: nn.Module | None
     barred: str | None
 
-    @property
-    def block(self) -> bool:
-        """Whether it is a residual block."""
-        return self.layer >= 0
-
     def windows(self) -> list[Window]:
-        """What shrinks the map or reads beyond one position of it, on the path."""
+        """The layers of the path that shrink the map or read more than one position."""
         return [step for step, _ in self._steps(self.path) if step is not None]
 
     def output(self, grid: Grid) -> Grid:
-        """The map that comes out."""
+        """Size of the output map."""
         return self._output(self.path, grid)
 
     def ways_agree(self) -> bool:
-        """Whether path and shortcut, if there is one, give maps of one size, whatever the size that goes in.
-
-        Raises:
-            _NotKnownError: a part of it is of a kind that is not known.
-        """
+        """Whether path and shortcut give maps of the same size for every input size."""
         if self.shortcut is None:
             return True
-        sides = range(_LONG_SIDE, _LONG_SIDE + 8)  # every rest that strides up to 8 can leave
+        sides = range(_LONG_SIDE, _LONG_SIDE + 8)  # every remainder for strides up to 8
         return all(self._output(self.path, (n, n)) == self._output(self._around, (n, n)) for n in sides)
 
     def macs(self, grid: Grid) -> int:
-        """Multiply-accumulates on the path and on the shortcut."""
+        """Multiply-accumulates of path and shortcut."""
         return self._macs(self.path, grid) + self._macs(self._around, grid)
 
     @property
     def channels(self) -> int:
-        """Channels of the map that comes out."""
+        """Channels of the output map."""
         leaves = [leaf for _, leaf in self._steps(self.path) if isinstance(leaf, nn.Conv2d | nn.Linear)]
         last = leaves[-1]
         return last.out_channels if isinstance(last, nn.Conv2d) else last.out_features
@@ -257,55 +252,43 @@ class _Piece:
                 yield _window(leaf, self.name), leaf
 
 
-class _NotKnownError(Exception):
-    """A part of the model whose effect on a map of another size is not known."""
+class _UnsupportedError(Exception):
+    """A part of the model whose effect on a map of another size is unknown."""
 
 
 def _pieces(model: Any) -> list[_Piece]:
-    """The whole network up to the head.
-
-    Raises:
-        _NotKnownError: it has a block of a kind that is not known.
-    """
+    """The network up to the head."""
     pieces: list[_Piece] = []
     layer = 0
-    for name, module in _stretches(model):
+    for name in _names(model):
+        module = model.get_submodule(name)
         if type(module) in _SHORTCUTS:
             pieces.append(_block(name, module, layer))
             layer += 1
         elif isinstance(module, nn.Sequential | nn.Identity | ConvNormAct) or not list(module.children()):
-            pieces.append(_Piece(name, module, -1, (module,), None, "it is no block"))
+            pieces.append(_Piece(name, module, -1, (module,), None, "it is not a block"))
         else:
             known = ", ".join(dict.fromkeys(kind.__name__ for kind in _SHORTCUTS))
-            raise _NotKnownError(f"{name} is a {type(module).__name__}, which is not known (known blocks: {known})")
+            raise _UnsupportedError(
+                f"{name} is a {type(module).__name__}, which is not supported (supported blocks: {known})"
+            )
     return pieces
 
 
-def _stretches(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Stem, blocks and what lies between them, by name."""
+def _names(model: Any) -> list[str]:
+    """Names of stem, blocks and the modules between them."""
+
+    def children(name: str) -> list[str]:
+        return [f"{name}.{child}" for child, _ in model.get_submodule(name).named_children()]
+
     if isinstance(model, ResNet):
-        yield from _named(model, "conv1", "bn1", "act1", "maxpool")
-        for stage in ("layer1", "layer2", "layer3", "layer4"):
-            yield from _children(model, stage)
-    elif isinstance(model, ConvNeXt):
-        yield from _named(model, "stem")
-        for index in range(len(model.stages)):
-            yield from _named(model, f"stages.{index}.downsample")
-            yield from _children(model, f"stages.{index}.blocks")
-        yield from _named(model, "norm_pre")
-    else:
-        yield from _named(model, "stem")
-        for stage in ("s1", "s2", "s3", "s4"):
-            yield from _children(model, stage)
-        yield from _named(model, "final_conv")
-
-
-def _named(model: nn.Module, *names: str) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, model.get_submodule(name)) for name in names)
-
-
-def _children(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    return ((f"{name}.{child}", part) for child, part in model.get_submodule(name).named_children())
+        blocks = [name for stage in ("layer1", "layer2", "layer3", "layer4") for name in children(stage)]
+        return ["conv1", "bn1", "act1", "maxpool", *blocks]
+    if isinstance(model, ConvNeXt):
+        stages = [f"stages.{index}" for index in range(len(model.stages))]
+        blocks = [name for stage in stages for name in (f"{stage}.downsample", *children(f"{stage}.blocks"))]
+        return ["stem", *blocks, "norm_pre"]
+    return ["stem", *(name for stage in ("s1", "s2", "s3", "s4") for name in children(stage)), "final_conv"]
 
 
 def _block(name: str, module: nn.Module, layer: int) -> _Piece:
@@ -316,24 +299,14 @@ def _block(name: str, module: nn.Module, layer: int) -> _Piece:
     if isinstance(shortcut, nn.Identity):
         shortcut = None
     elif shortcut is not None:
-        barred = "its output has another size or width than its input, so a position has no shift"
+        barred = "its output differs in size or width from its input, so a position has no shift"
     elif isinstance(module, RegNetBottleneck | PreBottleneck):
-        barred = "it has no shortcut, so what comes out is no changed version of what went in"
+        barred = "it has no shortcut, so its output is not a changed version of its input"
     return _Piece(name, module, layer, path, shortcut, barred)
 
 
-def _passed(grid: Grid, windows: Iterable[Window]) -> Grid:
-    for window in windows:
-        grid = window.output(grid)
-    return grid
-
-
 def _check_size(size: Grid, windows: Iterable[Window]) -> None:
-    """Refuse images of which nothing reaches the head.
-
-    Raises:
-        UsageError: naming the module at which nothing is left.
-    """
+    """Raise `UsageError` if images of this size shrink to nothing before the head."""
     grid = size
     for window in windows:
         grid = window.output(grid)
@@ -345,46 +318,39 @@ def _check_size(size: Grid, windows: Iterable[Window]) -> None:
 
 
 def _leaves(module: nn.Module, name: str) -> Iterator[nn.Module]:
-    """The parts of a module in the order in which they run."""
+    """The layers of a module in the order in which they run."""
     if isinstance(module, _SEQUENCES):
         for part in module.children():
             yield from _leaves(part, name)
     elif isinstance(module, _GATES + _NORMS) or not list(module.children()):
         yield module
     else:
-        raise _NotKnownError(f"a part of {name} is a {type(module).__name__}, which is not known")
+        raise _UnsupportedError(f"a part of {name} is a {type(module).__name__}, which is not supported")
 
 
 def _window(leaf: nn.Module, name: str) -> Window | None:
-    """What a module without parts does to the size of a map; None where each position stays by itself."""
-    if isinstance(leaf, nn.MaxPool2d | nn.AvgPool2d):
-        dilation = _pair(getattr(leaf, "dilation", 1))
-        window = Window(
-            name, _pair(leaf.kernel_size), _pair(leaf.stride), _pair(leaf.padding), dilation, leaf.ceil_mode
-        )
-        _check_type(leaf, (nn.MaxPool2d, nn.AvgPool2d), name)
-        return window
+    """What a layer does to the size of a map; None if it works on each position alone.
+
+    The exact types matter: subclasses in timm pad depending on the size of the map.
+    """
+    if type(leaf) in (nn.MaxPool2d, nn.AvgPool2d):
+        pool: Any = leaf
+        sizes = (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding), _pair(getattr(pool, "dilation", 1)))
+        return Window(name, *sizes, pool.ceil_mode)
     if isinstance(leaf, BlurPool2d):
         before, after = leaf.padding[0], leaf.padding[-1]
         if before != after or leaf.pad_mode != "reflect":
-            raise _NotKnownError(f"{name} pads in a way that is not known before it blurs")
+            raise _UnsupportedError(f"{name} blurs with a padding that is not supported")
         return Window(name, _pair(leaf.filt_size), _pair(leaf.stride), _pair(before))
-    if isinstance(leaf, nn.Conv2d):
-        _check_type(leaf, (nn.Conv2d,), name)
+    if type(leaf) is nn.Conv2d:
         if isinstance(leaf.padding, str):
-            raise _NotKnownError(f"{name} has a convolution with the padding {leaf.padding!r}")
+            raise _UnsupportedError(f"{name} has a convolution with the padding {leaf.padding!r}")
         window = Window(name, _pair(leaf.kernel_size), _pair(leaf.stride), _pair(leaf.padding), _pair(leaf.dilation))
         return None if window.kernel == window.stride == (1, 1) else window
     plain = type(leaf).__module__.startswith(_BY_POSITION) and not list(leaf.parameters(recurse=False))
     if plain or isinstance(leaf, (nn.Linear, *_NORMS, *_GATES)):
         return None
-    raise _NotKnownError(f"a part of {name} is a {type(leaf).__name__}, which is not known")
-
-
-def _check_type(leaf: nn.Module, known: tuple[type[nn.Module], ...], name: str) -> None:
-    """Subclasses of timm pad to the size of the map, which a window does not tell."""
-    if type(leaf) not in known:
-        raise _NotKnownError(f"a part of {name} is a {type(leaf).__name__}, which is not known")
+    raise _UnsupportedError(f"a part of {name} is a {type(leaf).__name__}, which is not supported")
 
 
 def _pair(value: Any) -> Grid:
@@ -392,31 +358,26 @@ def _pair(value: Any) -> Grid:
 
 
 def _leaf_macs(leaf: nn.Module, grid: Grid, channels: int) -> int:
-    """Multiply-accumulates of one module that gives a map of `grid` and `channels`."""
+    """Multiply-accumulates of a layer whose output map has this `grid` and these `channels`."""
     if isinstance(leaf, nn.Conv2d | nn.Linear):
         return math.prod(grid) * leaf.weight.numel()
     if isinstance(leaf, BlurPool2d):
         return math.prod(grid) * int(leaf.channels or channels) * math.prod(_pair(leaf.filt_size))
     if isinstance(leaf, _GATES):
-        # on the mean over the map, so its size does not matter
-        return sum(_gate_macs(part, channels) for part in leaf.modules())
+        # gates run on the mean over the map
+        weights = {kind: sum(p.weight.numel() for p in leaf.modules() if isinstance(p, kind)) for kind in _CONVOLUTIONS}
+        return weights[nn.Conv2d] + channels * weights[nn.Conv1d]
     return 0
 
 
-def _gate_macs(part: nn.Module, channels: int) -> int:
-    if isinstance(part, nn.Conv1d):
-        return channels * part.weight.numel()
-    return part.weight.numel() if isinstance(part, nn.Conv2d) else 0
-
-
 def _head_macs(model: Any) -> int:
-    """The classifier, on one pooled position."""
+    """Multiply-accumulates of the classifier, on one pooled position."""
     head = model.fc if isinstance(model, ResNet) else model.head
     return sum(part.weight.numel() for part in head.modules() if isinstance(part, nn.Linear | nn.Conv2d))
 
 
 def _input_size(model: Any) -> Grid:
-    """Rows and columns of the image that the model is configured for; the weights fit any."""
+    """The image size in the model's configuration; the weights fit any size."""
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     _, height, width = config.get("input_size") or (3, 224, 224)
     return int(height), int(width)

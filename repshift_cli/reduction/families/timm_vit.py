@@ -1,7 +1,7 @@
-"""timm's `VisionTransformer` and its subclasses: ViT, DeiT, DINOv2, SigLIP and their kin.
+"""timm's `VisionTransformer` and its subclasses: ViT, DeiT, DINOv2, SigLIP and others.
 
-All of them carry a stream `[B, T, C]` through `model.blocks`. What differs is how a block is put together, and so
-where its parts can be seen; each kind of block has one function here.
+All of them pass a stream `[B, T, C]` through `model.blocks`. Each kind of block has one function here that returns its
+probes.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from repshift_cli.ops.attention import size_bias
 from repshift_cli.ops.tokens import Sized, mean_by_size
 from repshift_cli.planning.layout import Layout, SiteInfo
 from repshift_cli.planning.plan import Plan
-from repshift_cli.reduction.families.base import Family, Passage, Probe, Site, SizedStream, Stream
+from repshift_cli.reduction.families.base import Family, Probe, Site, SizedStream, Stream, TensorEdit
 
 __all__ = ["TimmViT"]
 
 
-class _Beside(SizedStream):
-    """Tokens `[B, prefix + N, C]` that the blocks pass on, with their sizes kept beside the pass that is under way.
+class _TimmStream(SizedStream):
+    """Tokens `[B, prefix + N, C]` that the blocks pass on; their sizes are stored here during a pass.
 
-    They are kept by how many tokens there are, which no two sites that merge leave alike: a block that is checkpointed
-    runs once more on the way back, when later sites have sizes of their own.
+    The key is the number of tokens, which is unique to each merging site. A checkpointed block runs again in the
+    backward pass, when the sizes of later sites are stored too.
     """
 
     def __init__(self, prefix: int) -> None:
@@ -53,27 +53,26 @@ class _Beside(SizedStream):
         return value.tokens
 
     def block_input(self, args: tuple[Any, ...], output: Sized) -> Tensor:
-        entered: Tensor = args[0]
-        return entered
+        return Stream.block_input(self, args, output)
 
     def sizes_of(self, count: int) -> Tensor | None:
-        """The sizes of tokens of which there are so many, `[B, count]`."""
+        """The sizes `[B, count]` where there are `count` tokens."""
         return self.sizes.get(count)
 
     def last(self) -> Tensor | None:
-        """The sizes behind all blocks."""
+        """The sizes after all blocks."""
         return self.sizes[min(self.sizes)] if self.sizes else None
 
     def __getstate__(self) -> dict[str, Any]:
-        # tensors of a pass in flight are nobody's business but that pass's
+        # a copy does not take over the tensors of a running pass
         return {**self.__dict__, "sizes": {}, "normed": None}
 
 
 class TimmViT(Family):
-    """Plain, distilled and register ViTs; class token, mean or attention pooling."""
+    """ViTs with class token, distillation token, registers, mean pooling or attention pooling."""
 
     name: ClassVar[str] = "timm_vit"
-    covers: ClassVar[str] = "timm's Vision Transformers: ViT, DeiT, DINOv2, SigLIP and their kin"
+    covers: ClassVar[str] = "timm's Vision Transformers: ViT, DeiT, DINOv2, SigLIP and others"
     shows: ClassVar[frozenset[str]] = frozenset(
         {"attention_update", "mlp_update", "mlp_stream", "attention_query", "attention_key"}
     )
@@ -85,7 +84,7 @@ class TimmViT(Family):
         for index, block in enumerate(model.blocks):
             if _block_probes(block) is None:
                 known = ", ".join(kind.__name__ for kind in _PROBES)
-                return f"blocks.{index} is a {type(block).__name__}, which is not known (known: {known})"
+                return f"blocks.{index} is a {type(block).__name__}, which is not supported (supported: {known})"
         if model.global_pool == "prr":
             return "its pooling (prr) arranges all patch tokens in a fixed grid"
         if getattr(model, "dynamic_img_size", False):
@@ -105,18 +104,22 @@ class TimmViT(Family):
     def sites(self, model: Any) -> list[Site]:
         found = []
         for index, block in enumerate(model.blocks):
-            probes = _block_probes(block) or {}
-            attentions = _attentions(block)
-            channels = {
-                "attention_channels": sum(part.num_heads * part.head_dim for part in attentions),
-                "width": int(model.embed_dim),
-                "head": int(attentions[0].head_dim) if attentions else 0,
-            }
-            found.append(Site(f"blocks.{index}", index, block, probes, _missing(block, probes), **channels))
+            probes, attentions = _block_probes(block) or {}, _attentions(block)
+            site = Site(
+                name=f"blocks.{index}",
+                layer=index,
+                block=block,
+                probes=probes,
+                missing=_missing(block, probes),
+                attention_channels=sum(part.num_heads * part.head_dim for part in attentions),
+                width=int(model.embed_dim),
+                head=int(attentions[0].head_dim) if attentions else 0,
+            )
+            found.append(site)
         return found
 
     def stream(self, model: Any) -> Stream:
-        return _Beside(int(model.num_prefix_tokens))
+        return _TimmStream(int(model.num_prefix_tokens))
 
     def merge_refusal(self, model: Any) -> str | None:
         for index, block in enumerate(model.blocks):
@@ -127,11 +130,11 @@ class TimmViT(Family):
                 return f"blocks.{index} attends by {name}, which cannot weight tokens by size"
         return None
 
-    def heed_sizes(self, model: Any, stream: Stream) -> tuple[list[Passage], Callable[[], None]]:
-        assert isinstance(stream, _Beside)
+    def use_proportional_attention(self, model: Any, stream: Stream) -> tuple[list[TensorEdit], Callable[[], None]]:
+        assert isinstance(stream, _TimmStream)
         attentions = [part for block in model.blocks for part in _attentions(block)]
-        _heed(attentions, stream)
-        return _pooling_passages(model, stream), partial(_heed, attentions, None)
+        timm_attention.use_proportional_attention(attentions, stream)
+        return _pooling_edits(model, stream), partial(timm_attention.use_proportional_attention, attentions, None)
 
     def macs(self, model: Any, plan: Plan | None) -> int:
         layout = self.layout(model)
@@ -148,7 +151,7 @@ class TimmViT(Family):
 
 
 def _block_probes(block: nn.Module) -> dict[str, Probe] | None:
-    """Where the parts of a block can be seen; None for a kind of block that is not known."""
+    """The probes of a block; None for an unsupported kind of block."""
     probes = _PROBES.get(type(block))
     return None if probes is None else probes(block)
 
@@ -192,7 +195,7 @@ def _parallel_scaling_probes(block: Any) -> dict[str, Probe]:
 
 
 def _parallel_things_probes(block: Any) -> dict[str, Probe]:
-    """Several attentions side by side, then several MLPs: only the block as a whole is one update."""
+    """Several attentions in parallel, then several MLPs: only the whole block is one update."""
     return {"mlp_stream": Probe(block.ffns[0], "input")}
 
 
@@ -206,14 +209,14 @@ _PROBES: dict[type[nn.Module], Callable[[Any], dict[str, Probe]]] = {
 
 def _missing(block: nn.Module, probes: dict[str, Probe]) -> dict[str, str]:
     if isinstance(block, ParallelThingsBlock):
-        return {"*": "it runs several branches side by side"}
+        return {"*": "it runs several branches in parallel"}
     if "attention_update" not in probes:
         return {"*": "it projects attention and MLP in one matrix product"}
-    return {"*": f"the queries and keys of its {type(getattr(block, 'attn', block)).__name__} are not known"}
+    return {"*": f"the queries and keys of {type(getattr(block, 'attn', block)).__name__} are not supported"}
 
 
 def _attention_probes(attention: Any) -> dict[str, Probe]:
-    """Queries and keys of timm's `Attention`, read off the output of its fused projection."""
+    """Queries and keys of timm's `Attention`, parts of the output of its fused projection."""
     projection = getattr(attention, "qkv", None)
     if not timm_attention.is_attention(attention) or not isinstance(projection, nn.Linear):
         return {}
@@ -226,47 +229,42 @@ def _attention_probes(attention: Any) -> dict[str, Probe]:
     }
 
 
-def _heed(attentions: list[Any], stream: _Beside | None) -> None:
-    for attention in attentions:
-        timm_attention.heed_sizes(attention, stream)
+def _pooling_edits(model: Any, stream: _TimmStream) -> list[TensorEdit]:
+    """A mean over patches weights each by its size, attention pooling its keys.
 
-
-def _pooling_passages(model: Any, stream: _Beside) -> list[Passage]:
-    """Where pooling must heed sizes: a mean over patches weights each by its size, attention pooling its keys.
-
-    A class token and a maximum are what they are.
+    Pooling by class token or by maximum needs no edit.
     """
     if model.attn_pool is not None:
-        return [Passage(model.attn_pool, "mask", partial(_pool_bias, stream=stream))]
+        return [TensorEdit(model.attn_pool, "mask", partial(_pool_bias, stream=stream))]
     if model.global_pool not in ("avg", "avgmax"):
         return []
     first = 0 if model.pool_include_prefix else int(model.num_prefix_tokens)
     pooled = partial(_pool_sized, stream=stream, first=first, with_max=model.global_pool == "avgmax")
     return [
-        Passage(model.norm, "output", partial(_remember, stream=stream)),
-        Passage(model.fc_norm, "input", pooled),
+        TensorEdit(model.norm, "output", partial(_remember, stream=stream)),
+        TensorEdit(model.fc_norm, "input", pooled),
     ]
 
 
-def _remember(normed: Tensor, stream: _Beside) -> Tensor:
+def _remember(normed: Tensor, stream: _TimmStream) -> Tensor:
     stream.normed = normed
     return normed
 
 
-def _pool_sized(pooled: Tensor, stream: _Beside, first: int, with_max: bool) -> Tensor:
-    """`[B, C]`, the mean by size in place of the plain mean over the tokens from `first` on."""
+def _pool_sized(pooled: Tensor, stream: _TimmStream, first: int, with_max: bool) -> Tensor:
+    """`[B, C]`, the mean weighted by size in place of the plain mean over the tokens from `first` on."""
     sizes, normed = stream.last(), stream.normed
-    stream.normed = None  # it belongs to this pass, and a head that is called alone must not meet it
+    stream.normed = None  # a head that is called alone must not use the tokens of this pass
     if sizes is None or normed is None or normed.shape[0] != pooled.shape[0]:
         return pooled
     mean = mean_by_size(normed[:, first:], sizes[:, first:])
     return 0.5 * (normed[:, first:].amax(dim=1) + mean) if with_max else mean
 
 
-def _pool_bias(tokens: Tensor, stream: _Beside) -> Tensor | None:
+def _pool_bias(tokens: Tensor, stream: _TimmStream) -> Tensor | None:
     """The mask for attention pooling over the last of the tokens, `[B, 1, 1, T]`."""
     sizes, count = stream.last(), tokens.shape[1]
-    # a head that is called alone may be given tokens of another pass
+    # a head that is called alone may get tokens of another pass
     if sizes is None or count not in (sizes.shape[1], sizes.shape[1] - stream.prefix):
         return None
     return size_bias(sizes[:, -count:], tokens.dtype)[:, None, None, :]
@@ -292,7 +290,7 @@ def _block_macs(block: nn.Module, tokens: int) -> int:
 
 
 def _attentions(block: nn.Module) -> list[Any]:
-    """The modules that attend; a parallel block does so itself."""
+    """The attention modules; a parallel block is one itself."""
     return [part for part in block.modules() if hasattr(part, "head_dim")]
 
 
@@ -304,7 +302,7 @@ def _attention_channels(attention: Any) -> int:
 
 
 def _pool_macs(model: Any, tokens: int, prefix: int) -> int:
-    """Attention pooling (SigLIP's `map`): a few latent queries against all tokens that are left."""
+    """Attention pooling (SigLIP's `map`): a few latent queries against all remaining tokens."""
     pool = model.attn_pool
     if pool is None:
         return 0

@@ -1,4 +1,4 @@
-"""UMT: video models that attend over all places of all frames at once."""
+"""UMT: video models with attention over all positions of all frames."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from repshift_cli.models.umt import Block, UmtModel, UmtRetrieval
 from repshift_cli.ops.tokens import Sized, mean_by_size
 from repshift_cli.planning.layout import Layout, SiteInfo
 from repshift_cli.planning.plan import Plan
-from repshift_cli.reduction.families.base import Family, Passage, Probe, Site, SizedStream, Stream, nothing
+from repshift_cli.reduction.families.base import Family, Probe, Site, SizedStream, Stream, TensorEdit, do_nothing
 
 __all__ = ["Umt", "UmtStream"]
 
@@ -20,7 +20,7 @@ _EARLY = frozenset({"block_input", "block_output", "attention_update", "attentio
 
 
 class UmtStream(SizedStream):
-    """What the blocks pass on, and what the last pass left for the mean over its tokens."""
+    """The tokens and sizes that the blocks pass on, and the last ones of a pass for the mean over tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,25 +35,25 @@ class UmtStream(SizedStream):
         return value
 
     def remember(self, normed: Tensor) -> Tensor:
-        """The tokens behind the last norm, `[B, N, C]`."""
+        """Store the tokens after the last norm, `[B, N, C]`."""
         self.normed = normed
         return normed
 
     def weight(self, mean: Tensor) -> Tensor:
-        """`[B, 1, C]`, the mean by size in place of the plain mean."""
+        """`[B, 1, C]`, the mean weighted by size in place of the plain mean."""
         sizes, normed = self.sizes, self.normed
-        self.normed = None  # it belongs to this pass, and tokens of another may be averaged next
+        self.normed = None  # the next mean may be over tokens of another pass
         if sizes is None or normed is None:
             return mean
         return mean_by_size(normed, sizes).unsqueeze(1)
 
     def __getstate__(self) -> dict[str, Any]:
-        # tensors of a pass in flight are nobody's business but that pass's
+        # a copy does not take over the tensors of a running pass
         return {**self.__dict__, "sizes": None, "normed": None}
 
 
 class Umt(Family):
-    """The vision encoder of UMT, whichever text model reads its tokens."""
+    """The vision encoder of UMT, with any text model."""
 
     name: ClassVar[str] = "umt"
     covers: ClassVar[str] = "UMT for text-video retrieval and video question answering"
@@ -64,17 +64,13 @@ class Umt(Family):
     def accepts(self, model: nn.Module) -> bool:
         return isinstance(model, UmtModel)
 
-    def refusal(self, model: Any) -> str | None:
-        return None
-
     def layout(self, model: Any) -> Layout:
-        names = (f"blocks.{index}" for index in range(len(model.blocks)))  # of the vision encoder
         return Layout(
             family=self.name,
             prefix_tokens=0,
             patch_tokens=model.vision.tokens,
             class_token=False,
-            sites=tuple(SiteInfo(name, index) for index, name in enumerate(names)),
+            sites=tuple(SiteInfo(f"blocks.{index}", index) for index in range(len(model.blocks))),
         )
 
     def sites(self, model: Any) -> list[Site]:
@@ -102,11 +98,11 @@ class Umt(Family):
     def stream(self, model: Any) -> Stream:
         return UmtStream()
 
-    def heed_sizes(self, model: Any, stream: Stream) -> tuple[list[Passage], Callable[[], None]]:
+    def use_proportional_attention(self, model: Any, stream: Stream) -> tuple[list[TensorEdit], Callable[[], None]]:
         assert isinstance(stream, UmtStream)
         norm = model.vision_encoder.encoder.norm
-        passages = [Passage(norm, "output", stream.remember), Passage(model.averaged, "output", stream.weight)]
-        return passages, nothing
+        edits = [TensorEdit(norm, "output", stream.remember), TensorEdit(model.averaged, "output", stream.weight)]
+        return edits, do_nothing
 
     def adapt(self, model: Any) -> Callable[[], None]:
         before = model.pooling

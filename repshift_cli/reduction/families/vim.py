@@ -1,7 +1,7 @@
-"""Vision Mamba: a sequence that two scans read, with class tokens that stand among the patches.
+"""Vision Mamba: two scans over a sequence with class tokens among the patches.
 
-A scan depends on the order of the tokens and on which are there, so tokens are really removed, in order, from the
-hidden state and from the residual stream alike. The class token stays, at a place that then differs for each image.
+A scan depends on which tokens there are and on their order, so dropped tokens are removed from the hidden state and
+from the residual stream, and the order is kept. The class token stays, at a position that then differs for each image.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from repshift_cli.models.vim import CONV_WIDTH, VimBlock, VimStream, VisionMamba
+from repshift_cli.models.vim import CONV_WIDTH, VimStream, VisionMamba
 from repshift_cli.ops.tokens import complement, keep_top
 from repshift_cli.planning.layout import Layout, SiteInfo
 from repshift_cli.planning.plan import Plan, PlanSite
@@ -22,7 +22,7 @@ __all__ = ["Vim"]
 
 
 class _ClassTokensInside(Stream):
-    """`VimStream`: metrics see all tokens, and the class tokens are left out of the choice."""
+    """A `VimStream`: metrics see all tokens, and class tokens are always kept."""
 
     def __init__(self, class_tokens: int) -> None:
         super().__init__(prefix=0)
@@ -38,7 +38,7 @@ class _ClassTokensInside(Stream):
         return output.residual + output.hidden
 
     def carrier(self, output: VimStream) -> Tensor:
-        return output.hidden  # the next layer reads the sum of both, so their gradients are the same
+        return output.hidden  # the next layer reads hidden + residual, so both have the same gradient
 
     def choose(self, scores: Tensor, output: VimStream, planned: PlanSite) -> Tensor:
         patches = complement(output.place, scores.shape[1])
@@ -47,7 +47,7 @@ class _ClassTokensInside(Stream):
     def reduce(self, output: VimStream, keep: Tensor, planned: PlanSite, reduce: Reduce) -> VimStream:
         patches = complement(output.place, planned.tokens_in).gather(1, keep)
         tokens = torch.cat((output.place, patches), dim=1).sort(dim=1).values
-        # as many tokens stand before a class token as have smaller places
+        # the new position of a class token is the number of kept tokens before it
         place = (tokens.unsqueeze(1) < output.place.unsqueeze(2)).sum(dim=2)
         return VimStream(reduce(output.hidden, tokens), reduce(output.residual, tokens), place)
 
@@ -65,9 +65,6 @@ class Vim(Family):
     def accepts(self, model: nn.Module) -> bool:
         return isinstance(model, VisionMamba)
 
-    def refusal(self, model: Any) -> str | None:
-        return None
-
     def layout(self, model: Any) -> Layout:
         return Layout(
             family=self.name,
@@ -78,9 +75,16 @@ class Vim(Family):
         )
 
     def sites(self, model: Any) -> list[Site]:
-        missing = {"*": "a state space model has neither attention nor an MLP, but a mixer"}
+        missing = {"*": "a state space model has a mixer, and neither attention nor an MLP"}
         return [
-            Site(f"layers.{index}", index, layer, _probes(layer), missing, width=layer.mixer.out_proj.out_features)
+            Site(
+                name=f"layers.{index}",
+                layer=index,
+                block=layer,
+                probes={"mixer_update": Probe(layer.mixer), "mixer_stream": Probe(layer.norm, "input")},
+                missing=missing,
+                width=layer.mixer.out_proj.out_features,
+            )
             for index, layer in enumerate(model.layers)
         ]
 
@@ -90,9 +94,12 @@ class Vim(Family):
     def macs(self, model: Any, plan: Plan | None) -> int:
         patches = model.patch_embed.num_patches * model.patch_embed.proj.weight.numel()
         head = model.head.weight.numel() if isinstance(model.head, nn.Linear) else 0
+        mixers = [(layer.mixer, tokens) for layer, tokens in zip(model.layers, self._tokens(model, plan), strict=True)]
         linear = sum(
-            tokens * _linear_macs(layer.mixer)
-            for layer, tokens in zip(model.layers, self._tokens(model, plan), strict=True)
+            tokens * part.weight.numel()
+            for mixer, tokens in mixers
+            for part in mixer.modules()
+            if isinstance(part, nn.Linear)
         )
         return int(patches + linear + head + self.scan_macs(model, plan))
 
@@ -101,24 +108,15 @@ class Vim(Family):
         return sum(tokens * macs for tokens, macs in zip(self._tokens(model, plan), per_token, strict=True))
 
     def _tokens(self, model: Any, plan: Plan | None) -> tuple[int, ...]:
-        """How many tokens enter each layer."""
+        """Tokens that enter each layer."""
         layers = len(model.layers)
         if plan is not None:
             return plan.tokens_at(layers)[:layers]
         return (model.num_prefix_tokens + model.patch_embed.num_patches,) * layers
 
 
-def _probes(layer: VimBlock) -> dict[str, Probe]:
-    return {"mixer_update": Probe(layer.mixer), "mixer_stream": Probe(layer.norm, "input")}
-
-
-def _linear_macs(mixer: nn.Module) -> int:
-    """Weights of the projections in and out, and of those of both directions."""
-    return sum(part.weight.numel() for part in mixer.modules() if isinstance(part, nn.Linear))
-
-
 def _scan_macs(mixer: Any) -> int:
-    """Products of one token, element by element, in both directions.
+    """Element-wise products of one token in both directions.
 
     The causal convolution; `delta A`, `B (delta u)`, `a s` and `C s` for each of the N states of a channel; `delta u`,
     `D u` and the gate for each channel.

@@ -1,4 +1,4 @@
-"""How sharply each token attends: it takes the whole attention map, which fused attention never forms."""
+"""Entropy of each token's attention. It needs the whole attention map, which fused attention does not compute."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["AttentionEntropy", "mean_attention", "sharpness"]
 class AttentionEntropy(Metric):
     """Negative entropy `sum_j a_ij log a_ij` of the attention of token i (vid-TLDR, arXiv 2403.13347).
 
-    a is `softmax(q k^T / sqrt(d))`, averaged over the heads, and j runs over all tokens that token i looks at, prefix
-    tokens included. Salient tokens look at few places: their entropy is low, and the score is large.
+    a is `softmax(q k^T / sqrt(d))`, averaged over the heads; j runs over all tokens, the prefix included. Salient
+    tokens attend to few tokens: their entropy is low, and the score is large.
     """
 
     kind: ClassVar[str] = "attention_entropy"
@@ -41,11 +41,11 @@ def mean_attention(queries: Tensor, keys: Tensor) -> Tensor:
         queries, keys: `[B, heads, T, d]`.
 
     Returns:
-        float32 `[B, T, T]`, whose rows add up to 1.
+        float32 `[B, T, T]`; each row sums to 1.
     """
     batch, heads, tokens, channels = queries.shape
     total = torch.zeros(batch, tokens, tokens, dtype=torch.float32, device=queries.device)
-    # Head by head: all maps at once would be `heads` times the memory, 350 MB for one clip of 2352 tokens.
+    # head by head: all maps at once take `heads` times the memory, 350 MB for one clip of 2352 tokens
     for query, key in zip(queries.unbind(1), keys.unbind(1), strict=True):
         total += ((query @ key.mT).float() * channels**-0.5).softmax(dim=-1)
     return total / heads

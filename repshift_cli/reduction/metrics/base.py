@@ -1,4 +1,4 @@
-"""What a metric is: it asks for tensors that pass at a site and returns one score per patch token."""
+"""The interface of a metric: it reads tensors at a site and returns one score per patch token."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from repshift_cli.planning.recipe import Part, Place
-from repshift_cli.planning.registry import build_part, members
+from repshift_cli.planning.recipe import ComponentSpec, Place
+from repshift_cli.planning.registry import build_component, members
 
 __all__ = ["Metric", "SiteContext", "Tap", "build_metric", "metric_kinds", "norms"]
 
@@ -28,14 +28,14 @@ Tap = Literal[
     "attention_query",  # queries as attention uses them, [B, heads, T, d]
     "attention_key",  # keys, likewise
 ]
-"""Tensors that a family can show at a site. T counts prefix and patch tokens."""
+"""Tensors that may be available at a site. T counts prefix and patch tokens."""
 
 Polarity = Literal["largest", "smallest"]
 
 
 @dataclass(frozen=True)
 class SiteContext:
-    """What a metric may know of the site beside the tensors.
+    """The site at which a metric reads tensors.
 
     Attributes:
         layer: index of the block.
@@ -49,9 +49,9 @@ class SiteContext:
 
 
 class Metric(BaseModel, ABC):
-    """A score. Its fields are the keys that a recipe may give under `metric`.
+    """A score. Its fields are the keys under `metric` in a recipe.
 
-    A field that is None is open: calibration chooses it among `variants`, else `with_defaults` fills it.
+    A field that is None is open: calibration chooses one of `variants`, else `with_defaults` fills it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,18 +69,17 @@ class Metric(BaseModel, ABC):
 
         Args:
             seen: the tensors that `taps` names.
-            site: where they were seen.
 
         Returns:
-            float32 `[B, N]`. Which end is kept is a matter of `polarity`.
+            float32 `[B, N]`; `polarity` decides which end is kept.
         """
 
     def on(self, device: torch.device) -> Metric:
-        """The metric with the tensors that it holds on a device; the metric itself where it holds none elsewhere."""
+        """The metric with its tensors on a device; the metric itself if they are there."""
         return self
 
     def macs(self, tokens: int, attention_channels: int) -> int:
-        """Multiply-accumulates of the score for one image that are matrix products (norms and sums do not count).
+        """Multiply-accumulates of the score for one image, matrix products only.
 
         Args:
             tokens: tokens that reach the site, prefix tokens included.
@@ -90,33 +89,33 @@ class Metric(BaseModel, ABC):
 
     @property
     def open(self) -> bool:
-        """Whether calibration has something to choose or to fit."""
+        """Whether calibration has a field to choose or weights to fit."""
         return len(self.variants()) > 1
 
     @property
     def channels(self) -> int | None:
-        """Channels that the tokens must have, None for any number."""
+        """Required channels of the tokens, None for any number."""
         return None
 
     @property
     def keeps_largest(self) -> bool:
-        """Whether the tokens with the largest scores stay."""
+        """Whether the tokens with the largest scores are kept."""
         return self.polarity != "smallest"
 
     def variants(self) -> tuple[Metric, ...]:
-        """Every way to fill the open fields; the metric itself where none is open."""
+        """Every way to fill the open fields; the metric itself if none is open."""
         return (self,)
 
     def with_defaults(self) -> Metric:
-        """The open fields filled as the paper has them."""
+        """The metric with its open fields set as in the paper."""
         return self
 
-    def part(self) -> Part:
-        """The metric as a recipe names it, open fields left out."""
-        return Part(kind=self.kind, **self._filled())
+    def spec(self) -> ComponentSpec:
+        """The metric as in a recipe, without open fields."""
+        return ComponentSpec(kind=self.kind, **self._filled())
 
     def _filled(self) -> dict[str, Any]:
-        """The fields that are not open, polarity last: people read what is measured before which end is kept."""
+        """The fields that are not open, polarity last."""
         values = self.model_dump(mode="json", exclude_none=True)
         return {key: values[key] for key in sorted(values, key=lambda key: key == "polarity")}
 
@@ -128,29 +127,25 @@ class Metric(BaseModel, ABC):
 def norms(tokens: Tensor, order: int = 2) -> Tensor:
     """Norm of each token, `[B, N, C]` to float32 `[B, N]`; half-precision tokens are summed in float32."""
     if tokens.dtype == torch.float32 and tokens.stride(-1) == 1:
-        return vector_norm(tokens, ord=order, dim=-1)  # at batch 1 the calls about dtypes below are felt
+        return vector_norm(tokens, ord=order, dim=-1)  # the dtype calls below cost time at batch 1
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     if tokens.stride(-1) != 1:
-        # channel by channel in memory: `vector_norm` would walk across it, a plain sum does not (4 times faster)
-        return tokens.abs().sum(-1, dtype=dtype).float() if order == 1 else _square_sum(tokens, dtype).sqrt().float()
+        # channel-major in memory, where a plain sum is 4 times faster than `vector_norm`
+        return (tokens.abs().sum(-1, dtype=dtype) if order == 1 else tokens.to(dtype).square().sum(-1).sqrt()).float()
     return vector_norm(tokens, ord=order, dim=-1, dtype=dtype).float()
-
-
-def _square_sum(tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    return tokens.to(dtype).square().sum(-1)
 
 
 def metric_kinds() -> dict[str, type[Metric]]:
     """All metrics by kind."""
-    # mypy objects to an abstract class as argument, though `members` only compares with it
+    # mypy rejects an abstract class as argument, but `members` only compares with it
     return {found.kind: found for found in members("repshift_cli.reduction.metrics", Metric)}  # type: ignore[type-abstract]
 
 
-def build_metric(part: Part, place: Place | None = None, path: tuple[str | int, ...] = ("metric",)) -> Metric:
-    """The metric that a recipe names at `path`.
+def build_metric(spec: ComponentSpec, place: Place | None = None, path: tuple[str | int, ...] = ("metric",)) -> Metric:
+    """The metric at `path` of a recipe.
 
     Raises:
         RecipeError: an unknown kind or option, with its place in the recipe.
     """
-    metric: Metric = build_part(part, metric_kinds(), place or Place("metric", {}), path)
+    metric: Metric = build_component(spec, metric_kinds(), place or Place("metric", {}), path)
     return metric

@@ -1,4 +1,4 @@
-"""Attention of the class token to each patch: one row of the attention map, so the fused kernel stays on."""
+"""Attention of the class token to each patch: one row of the attention map, so fused attention stays enabled."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["ClassAttention"]
 class ClassAttention(Metric):
     """`softmax(q_class K^T / sqrt(d))`, averaged over the heads (EViT, arXiv 2202.07800, equation 3).
 
-    Only the class query meets the keys, which costs N d per head. Where there is no class token, the mean of the
-    patch queries takes its part.
+    Only the class query is multiplied with the keys, which costs N d per head. Without a class token it is the mean of
+    the patch queries.
     """
 
     kind: ClassVar[str] = "class_attention"

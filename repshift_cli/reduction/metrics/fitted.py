@@ -1,4 +1,4 @@
-"""A score fitted to the model: the projection of a token that best tells how much the output hangs on it."""
+"""A score fitted to the model: a linear projection that predicts the influence of a token on the output."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Fitted(Metric):
     """`w x_i`, with one weight for each channel of the stream, fitted on unlabelled images (see `calibration/fit.py`).
 
     Attributes:
-        weights: little-endian float32 in base64, a string that recipes and plans can hold; None is open, and
-            calibration fits it.
+        weights: little-endian float32 in base64, as a string for recipes and plans; None is open, and calibration fits
+            them.
     """
 
     kind: ClassVar[str] = "fitted"
@@ -51,7 +51,7 @@ class Fitted(Metric):
 
     @classmethod
     def of(cls, weights: Sequence[float]) -> Fitted:
-        """With these weights, one for each channel."""
+        """The metric with these weights, one for each channel."""
         values = array("f", weights)
         return cls(weights=base64.b64encode(_little_endian(values).tobytes()).decode("ascii"))
 
@@ -65,8 +65,8 @@ class Fitted(Metric):
 
     @cached_property
     def vector(self) -> Tensor:
-        """The weights as numbers, float32 `[C]`; of an open score there are none."""
-        # not a private attribute of pydantic: `torch.compile` does not get through those
+        """The weights, float32 `[C]`; empty for an open score."""
+        # not a private attribute of pydantic, which `torch.compile` does not support
         values = array("f")
         values.frombytes(base64.b64decode(self.weights or ""))
         return _lasting(lambda: torch.tensor(_little_endian(values)))
@@ -80,12 +80,12 @@ class Fitted(Metric):
 
     def score(self, seen: Mapping[str, Tensor], site: SiteContext) -> Tensor:
         tokens = seen["block_output"].float()
-        weights = self.vector.to(tokens.device)  # which does nothing where `on` was asked before
-        # autocast would round a matrix product to half precision, and many scores to the same one
+        weights = self.vector.to(tokens.device)  # no copy after `on`
+        # autocast would round a matrix product to half precision, and make many scores equal
         device = tokens.device.type
         rounded = device != "meta" and torch.is_autocast_enabled(device)
         scores = (tokens * weights).sum(-1) if rounded else tokens @ weights
-        return scores[:, site.prefix :]  # to leave the prefix out before would take a copy
+        return scores[:, site.prefix :]  # slicing the prefix off earlier would copy
 
     def on(self, device: torch.device) -> Metric:
         if self.vector.device == device:
@@ -95,11 +95,11 @@ class Fitted(Metric):
         return moved
 
     def with_defaults(self) -> Metric:
-        """Where nothing was fitted, the shift over the block, which every block can show."""
+        """Without weights, the shift over the block, which every block supports."""
         return RepresentationShift(operation="block").with_defaults() if self.open else self
 
     def __eq__(self, other: object) -> bool:
-        # the decoded tensor, which pydantic would compare too, follows from the weights
+        # without the decoded tensor, which pydantic would compare too
         return isinstance(other, Fitted) and (self.weights, self.polarity) == (other.weights, other.polarity)
 
     def __hash__(self) -> int:
@@ -110,7 +110,7 @@ class Fitted(Metric):
 
 
 def _lasting(make: Callable[[], Tensor]) -> Tensor:
-    """A tensor that can take part in a pass with gradients, which one made in inference mode could not."""
+    """Make a tensor outside inference mode, so that it can be used in a pass with gradients."""
     with torch.inference_mode(False):
         return make()
 

@@ -1,4 +1,4 @@
-"""Random scores: the baseline that every other score must beat."""
+"""Random scores, a baseline for every other score."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["Random"]
 
 
 class Random(Metric):
-    """Scores drawn from the seed, the layer and the place of the token, the same for every image.
+    """Scores drawn from the seed, the layer and the position of the token, the same for every image.
 
-    A draw for each image would make a result depend on its neighbours in the batch, or on their order.
+    With a draw for each image, a result would depend on the other images of the batch.
     """
 
     kind: ClassVar[str] = "random"

@@ -1,8 +1,8 @@
-"""Representation shift: how far a layer moves a token (arXiv 2508.00367, section 3)."""
+"""Representation shift: how much a layer changes a token (arXiv 2508.00367, section 3)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import product
 from typing import ClassVar, Literal, get_args
 
@@ -18,6 +18,7 @@ Distance = Literal["l2", "l1", "cosine"]
 Reading = Literal["update", "literal"]
 
 _UPDATE: dict[Operation, Tap] = {"mlp": "mlp_update", "attention": "attention_update", "mixer": "mixer_update"}
+_ORDERS: dict[Distance, int] = {"l2": 2, "l1": 1}
 _STREAM: dict[Operation, Tap] = {"mlp": "mlp_stream", "attention": "block_input", "mixer": "mixer_stream"}
 
 
@@ -27,10 +28,10 @@ class RepresentationShift(Metric):
     Attributes:
         operation: F is the MLP sublayer, the attention sublayer, the mixer of a state space model, or the whole block.
         distance: D is the L2 or the L1 norm of the difference, or one minus the cosine.
-        reading: `update` compares the stream after the sublayer with the stream before it (for L2: the norm of what
-            the sublayer adds); `literal` compares the branch output without its residual with the stream, as the
-            paper's formula `||MLP(LN(x')) - x'||` stands. For `block` the two are the same.
-        polarity: whether tokens with the largest or the smallest shift stay.
+        reading: `update` compares the stream after the sublayer with the stream before it (for L2: the norm of the
+            sublayer's output); `literal` compares the branch output without its residual with the stream, as in the
+            paper's formula `||MLP(LN(x')) - x'||`. For `block` the two are the same.
+        polarity: whether tokens with the largest or the smallest shift are kept.
     """
 
     kind: ClassVar[str] = "representation_shift"
@@ -55,12 +56,25 @@ class RepresentationShift(Metric):
             return _distance(distance, after, before)
         update = seen[_UPDATE[operation]]
         if reading == "update" and distance != "cosine":
-            return _norm(distance, update)[:, site.prefix :]  # of all tokens: what is whole in memory is read faster
+            return norms(update, _ORDERS[distance])[
+                :, site.prefix :
+            ]  # the norm of all tokens: contiguous memory is read faster
         update, stream = update[:, site.prefix :], seen[_STREAM[operation]][:, site.prefix :]
         return _distance(distance, update if reading == "literal" else stream + update, stream)
 
     def variants(self) -> tuple[Metric, ...]:
-        return tuple(dict.fromkeys(self._variants()))
+        names = ("operation", "distance", "reading", "polarity")
+        allowed = (get_args(kind) for kind in (Operation, Distance, Reading, Polarity))
+        given = (getattr(self, name) for name in names)
+        found: dict[Metric, None] = {}
+        for values in product(
+            *((value,) if value is not None else every for value, every in zip(given, allowed, strict=True))
+        ):
+            fields = dict(zip(names, values, strict=True))
+            if fields["operation"] == "block" and self.reading is None:
+                fields["reading"] = "update"  # both readings of a whole block are the same
+            found[RepresentationShift(**fields)] = None
+        return tuple(found)
 
     def with_defaults(self) -> Metric:
         operation, distance, reading = self._choice()
@@ -68,27 +82,9 @@ class RepresentationShift(Metric):
             operation=operation, distance=distance, reading=reading, polarity=self.polarity or "largest"
         )
 
-    def _variants(self) -> Iterator[Metric]:
-        fields = (
-            get_args(Operation) if self.operation is None else (self.operation,),
-            get_args(Distance) if self.distance is None else (self.distance,),
-            get_args(Reading) if self.reading is None else (self.reading,),
-            get_args(Polarity) if self.polarity is None else (self.polarity,),
-        )
-        for operation, distance, reading, polarity in product(*fields):
-            # both readings of a whole block are one and the same
-            same = operation == "block" and self.reading is None
-            yield RepresentationShift(
-                operation=operation, distance=distance, reading="update" if same else reading, polarity=polarity
-            )
-
     def _choice(self) -> tuple[Operation, Distance, Reading]:
-        """The fields, open ones as in the paper's best variant: MLP and L2, by its update."""
+        """The fields, open ones as in the paper's best variant: the L2 norm of the MLP update."""
         return self.operation or "mlp", self.distance or "l2", self.reading or "update"
-
-
-def _norm(distance: Distance, difference: Tensor) -> Tensor:
-    return norms(difference, 1 if distance == "l1" else 2)
 
 
 def _distance(distance: Distance, after: Tensor, before: Tensor) -> Tensor:
@@ -97,6 +93,6 @@ def _distance(distance: Distance, after: Tensor, before: Tensor) -> Tensor:
         return 1.0 - torch.nn.functional.cosine_similarity(after.float(), before.float(), dim=-1)
     after, before = after.float(), before.float()
     if distance == "l2" and after.stride(-1) != 1:
-        # channel by channel in memory, as feature maps are: one pass for difference and square
+        # channel-major in memory, as feature maps are: one pass for difference and square
         return torch.nn.functional.mse_loss(after, before, reduction="none").sum(-1).sqrt()
-    return _norm(distance, after - before)
+    return norms(after - before, _ORDERS[distance])

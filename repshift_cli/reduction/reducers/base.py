@@ -1,4 +1,4 @@
-"""What a reducer is: it turns the tokens of a site and the choice of the metric into fewer tokens."""
+"""The interface of a reducer: it turns the tokens at a site and the scores of a metric into fewer tokens."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from repshift_cli.planning.layout import After
-from repshift_cli.planning.recipe import Part, Place
-from repshift_cli.planning.registry import build_part, members
+from repshift_cli.planning.recipe import ComponentSpec, Place
+from repshift_cli.planning.registry import build_component, members
 
-__all__ = ["Chooser", "Dims", "Merged", "Merger", "Reducer", "build_reducer", "reducer_kinds"]
+__all__ = ["Dims", "Merged", "Merger", "Pruner", "Reducer", "build_reducer", "reducer_kinds"]
 
 
 class Dims(NamedTuple):
@@ -24,12 +24,12 @@ class Dims(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """What a merge leaves.
+    """The result of a merge.
 
     Attributes:
         tokens: `[B, prefix + K, C]`.
-        sizes: `[B, prefix + K]`, how many tokens each stands for; not always whole numbers.
-        places: int64 `[B, K]`, the place of each patch token that is left among the patch tokens before the merge.
+        sizes: `[B, prefix + K]`, how many tokens each stands for; not always integers.
+        places: int64 `[B, K]`, the position of each remaining patch token among the patch tokens before the merge.
     """
 
     tokens: Tensor
@@ -38,11 +38,11 @@ class Merged(NamedTuple):
 
 
 class Reducer(BaseModel, ABC):
-    """A way to reduce. Its fields are the keys that a recipe may give under `reducer`.
+    """A way to reduce tokens. Its fields are the keys under `reducer` in a recipe.
 
     Attributes:
-        after: what has been computed when it acts: the whole block, or its attention.
-        scored: whether the scores have a say in what goes or stays.
+        after: whether it acts after the whole block or after its attention.
+        scored: whether it uses the scores.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,22 +52,22 @@ class Reducer(BaseModel, ABC):
     scored: ClassVar[bool] = True
 
     def taps(self) -> frozenset[str]:
-        """Names of the tensors that it reads beside the tokens, as metrics name them (`metrics.Tap`)."""
+        """Names of the tensors that it reads besides the tokens (see `metrics.base.Tap`)."""
         return frozenset()
 
     def macs(self, patches: int, dropped: int, dims: Dims) -> int:
-        """Multiply-accumulates of reducing one image that are matrix products.
+        """Multiply-accumulates of reducing one image, matrix products only.
 
         Args:
             patches: patch tokens that reach the site.
-            dropped: how many of them disappear.
+            dropped: how many of them are removed.
             dims: their channels.
         """
         return 0
 
 
-class Chooser(Reducer):
-    """A reducer that leaves the tokens with the best scores, in order."""
+class Pruner(Reducer):
+    """A reducer that keeps the tokens with the best scores, in order."""
 
     @abstractmethod
     def reduce(self, tokens: Tensor, keep: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Chooser(Reducer):
 
         Args:
             tokens: `[B, T, C]`, of patches and others.
-            keep: int64 `[B, K]`, ascending places among the T; those that are not patches are all among them.
+            keep: int64 `[B, K]`, ascending positions among the T; it includes all tokens that are not patches.
 
         Returns:
             `[B, K, C]`.
@@ -83,10 +83,10 @@ class Chooser(Reducer):
 
 
 class Merger(Reducer):
-    """A reducer that lets tokens flow together, and so needs to know how many each stands for.
+    """A reducer that merges tokens, and so needs their sizes.
 
     Attributes:
-        pooled_by_size: whether a mean over tokens weights them by size. (Attention always does.)
+        pooled_by_size: whether a mean over tokens weights them by size (attention always does).
     """
 
     pooled_by_size: ClassVar[bool] = True
@@ -101,13 +101,13 @@ class Merger(Reducer):
             tokens: `[B, prefix + N, C]`.
             sizes: `[B, prefix + N]`, how many tokens each stands for.
             scores: float32 `[B, N]`; large ones are important.
-            count: how many patch tokens disappear; more than none.
-            prefix: prefix tokens, which stay as they are, in front.
+            count: how many patch tokens are removed, at least 1.
+            prefix: prefix tokens in front, which stay unchanged.
             seen: the tensors that `taps` names.
         """
 
     def most(self, patches: int) -> int:
-        """How many of so many patch tokens can disappear at one site."""
+        """How many of `patches` tokens can be removed at one site."""
         return patches - 1
 
 
@@ -116,11 +116,11 @@ def reducer_kinds() -> dict[str, type[Reducer]]:
     return {found.kind: found for found in members("repshift_cli.reduction.reducers", Reducer)}
 
 
-def build_reducer(part: Part, place: Place | None = None) -> Reducer:
-    """The reducer that a recipe names.
+def build_reducer(spec: ComponentSpec, place: Place | None = None) -> Reducer:
+    """The reducer of a recipe.
 
     Raises:
         RecipeError: an unknown kind or option, with its place in the recipe.
     """
-    reducer: Reducer = build_part(part, reducer_kinds(), place or Place("reducer", {}), ("reducer",))
+    reducer: Reducer = build_component(spec, reducer_kinds(), place or Place("reducer", {}), ("reducer",))
     return reducer

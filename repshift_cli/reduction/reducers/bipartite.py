@@ -1,4 +1,4 @@
-"""Bipartite soft matching (ToMe): the tokens that are most like another go into it, whatever they say."""
+"""Bipartite soft matching (ToMe): the most similar tokens are merged, independent of the score."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from repshift_cli.ops.merging import flow, key_features, pair
+from repshift_cli.ops.merging import key_features, merge_into, pair
 from repshift_cli.ops.tokens import gather_tokens, with_prefix
 from repshift_cli.reduction.reducers.base import Dims, Merged, Merger
 
@@ -16,10 +16,10 @@ __all__ = ["Bipartite", "match"]
 
 
 class Bipartite(Merger):
-    """Token merging (ToMe, arXiv 2210.09461, section 3), after the block. The score has no say.
+    """Token merging (ToMe, arXiv 2210.09461, section 3), after the block. The score is not used.
 
     Tokens are compared by the mean of their keys over the heads. Counted from the first token of the sequence, those
-    at even places are sources and those at odd places are targets; prefix tokens are neither.
+    at even positions are sources and those at odd positions are targets; prefix tokens are neither.
     """
 
     kind: ClassVar[str] = "bipartite"
@@ -41,7 +41,7 @@ class Bipartite(Merger):
 
 
 def match(tokens: Tensor, sizes: Tensor, features: Tensor, count: int, prefix: int = 0) -> Merged:
-    """Merge the `count` sources that are most like a target.
+    """Merge the `count` sources that are most similar to a target.
 
     Args:
         tokens: `[B, prefix + N, C]`.
@@ -50,21 +50,20 @@ def match(tokens: Tensor, sizes: Tensor, features: Tensor, count: int, prefix: i
         count: at most N // 2.
 
     Returns:
-        Prefix tokens, then the sources that stay, then the targets. Where there are prefix tokens, the sources are in
-        order; without, those that are most alike come first, as the authors' code has it: what is a source at the next
-        site depends on it.
+        Prefix tokens, then the remaining sources, then the targets. With prefix tokens the sources are in order;
+        without, the most similar come first, as in the authors' code: the sources at the next site depend on it.
     """
     batch, total, _ = tokens.shape
     if not 0 <= count <= (total - prefix) // 2:
         raise ValueError(f"of {total - prefix} patch tokens 0 to {(total - prefix) // 2} can merge, not {count}")
-    first = prefix % 2  # among the patches, the place of the first source
+    first = prefix % 2  # position of the first source among the patches
     pairs = pair(features[:, prefix + first :: 2], features[:, prefix + 1 - first :: 2], count)
     kept = pairs.kept.sort(dim=-1).values if prefix else pairs.kept
     goals = torch.arange(1 - first, total - prefix, 2, device=tokens.device).expand(batch, -1)
     places = torch.cat((2 * kept + first, goals), dim=1)
     sources, targets = 2 * pairs.sources + first + prefix, pairs.targets + prefix + kept.shape[1]
     index = with_prefix(places, prefix)
-    merged, new_sizes = flow(
+    merged, new_sizes = merge_into(
         gather_tokens(tokens, index),
         sizes.gather(1, index),
         gather_tokens(tokens, sources),

@@ -1,4 +1,4 @@
-"""Fusing: all tokens that go become one, which stands for the background."""
+"""Fusing: all dropped tokens become one, which stands for the background."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["Fuse"]
 
 
 class Fuse(Merger):
-    """The least important token that stays takes in all that go (EViT, arXiv 2202.07800, section 3.2).
+    """All dropped tokens are merged into the least important kept one (EViT, arXiv 2202.07800, section 3.2).
 
-    It becomes their mean, weighted by the score. As many tokens are left as after pruning: one of them is the fused.
+    It becomes their mean, weighted by the score. The token count is that of pruning.
 
     Attributes:
-        carry: whether a token that was fused at an earlier site flows into the next fused one, with the weight of all
-            that it stands for, so that there is never more than one; else it is scored like any other.
+        carry: whether a token that was fused at an earlier site is merged into the next fused one, weighted by its
+            size, so that there is never more than one; else it is scored like any other.
     """
 
     kind: ClassVar[str] = "fuse"
@@ -50,5 +50,5 @@ class Fuse(Merger):
 
 
 def _weights(scores: Tensor, sizes: Tensor) -> Tensor:
-    """Positive weights that grow with the score: from a thousandth for the lowest to 1 for the highest, times size."""
+    """Positive weights that grow with the score, from 0.001 for the lowest to 1 for the highest, times size."""
     return sizes * (0.001 + 0.999 * unit_range(scores))

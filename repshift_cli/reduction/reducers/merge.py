@@ -1,4 +1,4 @@
-"""Merging: each token that goes is averaged into the kept token that is most like it."""
+"""Merging: each dropped token is averaged into the most similar kept token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from repshift_cli.ops.merging import flow, key_features, nearest
+from repshift_cli.ops.merging import key_features, merge_into, nearest
 from repshift_cli.ops.tokens import gather_tokens, split_top, with_prefix
 from repshift_cli.reduction.reducers.base import Dims, Merged, Merger
 
@@ -15,11 +15,11 @@ __all__ = ["Merge"]
 
 
 class Merge(Merger):
-    """The score decides which tokens go, likeness decides where each of them goes.
+    """The score decides which tokens are dropped; similarity decides which kept token each is merged into.
 
     Attributes:
-        similarity: what two tokens are compared by: the stream at the site (`hidden`), or the mean of their keys over
-            the heads (`keys`), which has fewer channels.
+        similarity: compares the stream at the site (`hidden`), or the mean of the keys over the heads (`keys`), which
+            has fewer channels.
     """
 
     kind: ClassVar[str] = "merge"
@@ -40,7 +40,7 @@ class Merge(Merger):
             targets = nearest(gather_tokens(features, gone), gather_tokens(features, keep + prefix))
         else:
             targets = nearest(sources, kept[:, prefix:])
-        merged, new_sizes = flow(kept, sizes.gather(1, index), sources, sizes.gather(1, gone), targets + prefix)
+        merged, new_sizes = merge_into(kept, sizes.gather(1, index), sources, sizes.gather(1, gone), targets + prefix)
         return Merged(merged, new_sizes, keep)
 
     def macs(self, patches: int, dropped: int, dims: Dims) -> int:

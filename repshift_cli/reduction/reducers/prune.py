@@ -1,4 +1,4 @@
-"""Pruning: the tokens that are not kept are gone."""
+"""Pruning: the other tokens are dropped."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from repshift_cli.ops.tokens import gather_tokens
-from repshift_cli.reduction.reducers.base import Chooser
+from repshift_cli.reduction.reducers.base import Pruner
 
 __all__ = ["Prune"]
 
 
-class Prune(Chooser):
+class Prune(Pruner):
     """Keep the chosen tokens unchanged and in order, drop the others."""
 
     kind: ClassVar[str] = "prune"

@@ -1,4 +1,4 @@
-"""vid-TLDR: tokens flow into the one that is most like them, as strongly as they are salient."""
+"""vid-TLDR: tokens are merged into the most similar one, weighted by saliency."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from repshift_cli.ops.merging import flow, pair, unit_range
+from repshift_cli.ops.merging import merge_into, pair, unit_range
 from repshift_cli.ops.tokens import gather_tokens
 from repshift_cli.planning.layout import After
 from repshift_cli.reduction.reducers.base import Dims, Merged, Merger
@@ -21,7 +21,7 @@ class VidTLDR(Merger):
 
     kind: ClassVar[str] = "vid_tldr"
     after: ClassVar[After] = "attention"
-    pooled_by_size: ClassVar[bool] = False  # as in the authors' models, which pool by a plain mean
+    pooled_by_size: ClassVar[bool] = False  # the authors' models pool by a plain mean
 
     def merge(  # noqa: PLR0917
         self, tokens: Tensor, sizes: Tensor, scores: Tensor, count: int, prefix: int, seen: Mapping[str, Tensor]
@@ -40,10 +40,10 @@ class VidTLDR(Merger):
 
 
 def saliency(scores: Tensor) -> Tensor:
-    """What a score says of the weight that a token keeps (vid-TLDR, arXiv 2403.13347).
+    """The weight of each token in a merge (vid-TLDR, arXiv 2403.13347).
 
-    Brought to 0..1, then what lies above the mean, divided by its maximum: tokens below the mean have no weight at all,
-    and the best one has weight 1. A rise or a stretch of all scores changes nothing.
+    Scores are scaled to 0..1, the mean is subtracted, negative values are set to 0, and the maximum is scaled to 1. The
+    result does not change if scores are shifted or scaled by a positive factor.
 
     Args:
         scores: float `[B, N]`, large for important tokens.
@@ -57,28 +57,28 @@ def saliency(scores: Tensor) -> Tensor:
 
 
 def merge(tokens: Tensor, sizes: Tensor, scores: Tensor, count: int) -> Merged:
-    """Let `count` tokens flow into others.
+    """Merge `count` tokens into others.
 
     Args:
         tokens: `[B, N, C]`.
         sizes: float32 `[B, N]`, how many tokens each stands for, all positive.
         scores: float32 `[B, N]`, large for important tokens.
-        count: how many tokens disappear, at most N // 2.
+        count: how many tokens are removed, at most N // 2.
 
     Returns:
-        The even tokens that stay, in order, then all odd ones. With `count` 0 everything stays as and where it is.
+        The remaining even tokens, in order, then all odd ones. With `count` 0, the tokens unchanged.
 
     Raises:
-        ValueError: more tokens shall disappear than there are targets.
+        ValueError: `count` is out of range.
     """
     return merge_weighted(tokens, sizes, saliency(scores), count)
 
 
 def merge_weighted(tokens: Tensor, sizes: Tensor, weights: Tensor, count: int) -> Merged:
-    """`merge` with the saliency at hand.
+    """`merge` with given weights in place of scores.
 
-    A target becomes the mean of itself and its sources, by size. The size of a source is first multiplied by its
-    weight, so one without weight just goes, and the sum of the sizes falls by what the weights leave out.
+    A target becomes the mean of itself and its sources, weighted by size. The size of a source is first multiplied by
+    its weight: a source of weight 0 is dropped, and the sum of all sizes shrinks.
 
     Args:
         tokens, sizes, count: as for `merge`.
@@ -94,8 +94,7 @@ def merge_weighted(tokens: Tensor, sizes: Tensor, weights: Tensor, count: int) -
     odd = torch.arange(1, total, 2, device=tokens.device).expand(batch, -1)
     index = torch.cat((2 * kept, odd), dim=1)
     shares = (sizes * weights.to(sizes.dtype)).gather(1, 2 * pairs.sources)
-    # the scores have no say in who merges with whom, only in how much of it is left
-    merged, merged_sizes = flow(
+    merged, merged_sizes = merge_into(
         gather_tokens(tokens, index),
         sizes.gather(1, index),
         gather_tokens(tokens, 2 * pairs.sources),

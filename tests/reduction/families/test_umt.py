@@ -1,11 +1,8 @@
-"""UMT with fewer tokens: against UMT written out, and what every family owes."""
+"""UMT with fewer tokens, against a naive implementation. The contract of all families is in `test_contract.py`."""
 
 from __future__ import annotations
 
-import copy
-import io
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -226,25 +223,6 @@ class TestCounts:
         entering, _, last = counts_at(model.model, umt_clips(model))  # type: ignore[arg-type]
         assert [*entering, last] == expected
 
-    @each_way
-    def test_what_is_kept_is_nested(self, reducer: str, metric: str) -> None:
-        model = build(reducer, metric)
-        kept = model.trace(umt_clips(model)).kept
-        assert list(kept) == [0, 1, 3]
-        before = [set(range(48))] * 2
-        for (layer, index), count in zip(kept.items(), [36, 20, 10], strict=True):
-            rows = [set(row) for row in index.tolist()]
-            assert {len(row) for row in rows} == {count}, layer
-            assert all(row <= wider for row, wider in zip(rows, before, strict=True))
-            before = rows
-
-    @some_ways
-    def test_what_is_kept_is_ascending(self, reducer: str, metric: str) -> None:
-        """As `Trace.kept` promises, however the tokens lie in the model."""
-        model = build(reducer, metric)
-        for index in model.trace(umt_clips(model)).kept.values():
-            assert torch.equal(index, index.sort(dim=1).values)
-
     def test_merging_keeps_every_other_token(self) -> None:
         model = build("vid_tldr", "entropy", "[{layer: 0, keep_tokens: 30}]")
         for row in model.trace(umt_clips(model)).kept[0].tolist():
@@ -267,45 +245,8 @@ class TestCounts:
             assert torch.equal(model.model.encode_video(clips), dense.encode_video(clips))
             assert torch.equal(model(clips), dense(clips))
 
-    @each_way
-    def test_a_plan_that_keeps_all_changes_no_bit_by_any_metric(self, reducer: str, metric: str) -> None:
-        model, dense = build(reducer, metric, KEEP_ALL), tiny_umt()
-        clips = umt_clips(dense)
-        with torch.no_grad():
-            assert torch.equal(model.model.encode_video(clips), dense.encode_video(clips))  # type: ignore[operator]
-
-    @each_way
-    def test_neighbours_do_not_matter(self, reducer: str, metric: str) -> None:
-        model: Any = build(reducer, metric)
-        clips = umt_clips(model, 4)
-        together, tokens = model.trace(clips), self.tokens(model, clips)
-        others = clips.clone()
-        others[1:] = 3 * others[1:].flip(0) + 1
-        assert torch.equal(self.tokens(model, others)[0], tokens[0])
-        for row, clip in enumerate(clips):
-            alone = model.trace(clip.unsqueeze(0))
-            torch.testing.assert_close(together.output[row], alone.output[0], rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(tokens[row], self.tokens(model, clip.unsqueeze(0))[0], rtol=1e-4, atol=5e-5)
-            for layer, kept in together.kept.items():
-                assert torch.equal(kept[row], alone.kept[layer][0])
-
-    @staticmethod
-    def tokens(model: CompressedModel, clips: Tensor) -> Tensor:
-        with torch.no_grad():
-            tokens: Tensor = model.model.encode_video(clips)  # type: ignore[operator]
-            return tokens
-
 
 class TestMacs:
-    @pytest.mark.parametrize("embed_dim", [24, 0])
-    @each_way
-    def test_counted_on_a_real_pass(self, reducer: str, metric: str, embed_dim: int) -> None:
-        model = build(reducer, metric, embed_dim=embed_dim)
-        size = tuple(umt_clips(model, 1).shape[1:])
-        assert count_macs(model, size, batch=2) == model.macs() == model.macs(counted=True)
-        with model.dense():
-            assert count_macs(model, size) == model.dense_macs()
-
     @each_variant
     def test_of_the_model_itself(self, variant: str) -> None:
         model = tiny_umt(**VARIANTS[variant])
@@ -368,7 +309,7 @@ class TestMetrics:
     )
     def test_after_attention_there_is_no_mlp_yet(self, metric: str) -> None:
         with pytest.raises(
-            RecipeError, match=r"representation_shift needs mlp_(update|stream), which is not there yet"
+            RecipeError, match=r"representation_shift needs mlp_(update|stream), which does not exist yet"
         ):
             compressed_umt(tiny_umt(), umt_recipe(DROPS, metric, "vid_tldr"))
         with pytest.raises(RecipeError) as caught:
@@ -417,15 +358,15 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("layers", "message"),
         [
-            ("[{layer: 0, keep_tokens: 23}]", "25 of 48 tokens would go at blocks.0, but"),
-            ("[{layer: 0, keep_tokens: 30}, {layer: 2, drop_ratio: 0.6}]", "18 of 30 tokens would go"),
+            ("[{layer: 0, keep_tokens: 23}]", "25 of 48 tokens would be removed at blocks.0, but"),
+            ("[{layer: 0, keep_tokens: 30}, {layer: 2, drop_ratio: 0.6}]", "18 of 30 tokens would be removed"),
         ],
     )
     def test_more_than_half_cannot_merge(self, layers: str, message: str) -> None:
         with pytest.raises(RecipeError) as caught:
             build("vid_tldr", "entropy", layers)
         assert message in caught.value.message
-        assert "vid_tldr can let " in caught.value.message
+        assert "vid_tldr can remove " in caught.value.message
         assert caught.value.hint in ("Keep 24 or more.", "Keep 15 or more.")
         assert build("prune", "entropy", layers).plan.sites
 
@@ -451,7 +392,7 @@ class TestRefused:
     @pytest.mark.parametrize("shape", [(2, 3, 32, 32), (5, 3, 32, 32), (3, 3, 40, 40), (3, 3, 32, 24)])
     @some_ways
     def test_other_clips(self, reducer: str, metric: str, shape: tuple[int, ...]) -> None:
-        with pytest.raises(ValueError, match="invalid clip shape"):
+        with pytest.raises(ValueError, match="are expected, not of"):
             build(reducer, metric)(torch.zeros(2, *shape))
 
     @some_ways
@@ -466,27 +407,6 @@ class TestRefused:
 
 
 class TestModule:
-    @some_ways
-    def test_the_same_weights_under_the_same_keys(self, reducer: str, metric: str) -> None:
-        before, after = tiny_umt().state_dict(), build(reducer, metric).state_dict()
-        assert list(after) == list(before)
-        assert all(torch.equal(after[key], before[key]) for key in before)
-
-    @each_way
-    def test_dense_is_the_model_as_it_was(self, reducer: str, metric: str) -> None:
-        model: Any = build(reducer, metric)
-        clips, same = umt_clips(model), tiny_umt()
-        with torch.no_grad():
-            wanted, by_frames = same.encode_video(clips), same(clips)
-            same.pooling = "all"
-            reduced = model(clips)
-            with model.dense() as dense:
-                assert torch.equal(dense.encode_video(clips), wanted)
-                assert torch.equal(dense(clips), same(clips))
-            assert torch.equal(model(clips), reduced)
-            assert not torch.allclose(reduced, same(clips), atol=1e-3)
-            assert torch.equal(model.detach()(clips), by_frames)
-
     @pytest.mark.parametrize(("embed_dim", "before"), [(24, "frames"), (0, "all")])
     @some_ways
     def test_pooling_is_over_all_tokens_while_attached(
@@ -502,20 +422,6 @@ class TestModule:
         assert dense.pooling == before
         assert not any(module._forward_hooks for module in dense.modules())
 
-    @each_way
-    @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
-    def test_a_copy_stands_on_its_own(self, way: str, reducer: str, metric: str) -> None:
-        model: Any = build(reducer, metric)
-        clips = umt_clips(model)
-        with torch.no_grad():
-            wanted = model(clips)
-            other = copied(model, way)
-            for parameter in model.model.parameters():
-                parameter.zero_()
-            assert torch.equal(other(clips), wanted)
-        other.detach()
-        assert (other.model.pooling, model.model.pooling) == ("frames", "all")
-
     @some_ways
     def test_gradients_reach_every_weight_of_the_encoder(self, reducer: str, metric: str) -> None:
         model: Any = build(reducer, metric, "[{layer: 0, keep_tokens: 30}, {layer: 2, keep_tokens: 16}]")
@@ -526,23 +432,6 @@ class TestModule:
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
             assert parameter.grad.any(), name
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-    @each_way
-    def test_other_number_types(self, reducer: str, metric: str, dtype: torch.dtype) -> None:
-        model: Any = build(reducer, metric)
-        model.model.to(dtype)
-        with torch.no_grad():
-            tokens = model.model.encode_video(umt_clips(model))
-        assert tokens.dtype == dtype
-        assert tokens.isfinite().all()
-
-    @each_way
-    def test_inference_mode_and_autocast(self, reducer: str, metric: str) -> None:
-        model = build(reducer, metric)
-        clips = umt_clips(model)
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            assert model(clips).isfinite().all()
 
     @each_way
     def test_explicit_attention_is_the_same(self, reducer: str, metric: str) -> None:
@@ -573,17 +462,6 @@ class TestModule:
             assert model.first_token_probabilities(states, mask, 2).shape == (2, 40)
 
 
-def copied(model: CompressedModel, way: str) -> CompressedModel:
-    if way == "deepcopy":
-        return copy.deepcopy(model)
-    if way == "pickle":
-        return pickle.loads(pickle.dumps(model))
-    stored = io.BytesIO()
-    torch.save(model, stored)
-    stored.seek(0)
-    return torch.load(stored, weights_only=False)
-
-
 class TestCalibration:
     @pytest.mark.parametrize(("reducer", "operations"), [("prune", 3), ("vid_tldr", 2)])
     def test_open_fields_are_filled(self, reducer: str, operations: int) -> None:
@@ -597,7 +475,7 @@ class TestCalibration:
             assert len(tried) == operations
             assert ("mlp" in tried) == (reducer == "prune")
         assert model.pooling == "frames"
-        chosen = attach(model, plan.with_metrics(found.parts))
+        chosen = attach(model, plan.with_metrics(found.specs))
         assert chosen(clips).isfinite().all()
 
     @some_ways
@@ -612,38 +490,16 @@ class TestCalibration:
             outputs = branched(clips).chunk(len(candidates))
         branched.detach()
         for candidate, output in zip(candidates, outputs, strict=True):
-            alone = attach(model, plan.with_metrics([plan.sites[0].metric, candidate.part()]))
+            alone = attach(model, plan.with_metrics([plan.sites[0].metric, candidate.spec()]))
             with torch.no_grad():
                 torch.testing.assert_close(output, alone(clips), rtol=1e-5, atol=1e-5)
             alone.detach()
         assert len({output.sum().item() for output in outputs}) > len(candidates) // 2
 
 
-class TestGraphs:
-    @pytest.mark.parametrize(
-        ("reducer", "metric", "embed_dim"), [("prune", "mlp", 24), ("prune", "entropy", 0), ("vid_tldr", "entropy", 24)]
-    )
-    def test_export_with_a_free_batch(self, reducer: str, metric: str, embed_dim: int) -> None:
-        model = build(reducer, metric, embed_dim=embed_dim)
-        shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
-        program = torch.export.export(model.model, (umt_clips(model, 2),), dynamic_shapes=shapes).module()
-        for count in (1, 5):
-            clips = umt_clips(model, count)
-            with torch.no_grad():
-                torch.testing.assert_close(program(clips), model(clips), rtol=1e-5, atol=1e-5)
-
-    @some_ways
-    def test_compile_without_a_break(self, reducer: str, metric: str) -> None:
-        model = build(reducer, metric)
-        clips = umt_clips(model)
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(clips), model(clips), rtol=1e-5, atol=1e-5)
-
-
 class TestArtifact:
     @some_ways
-    @pytest.mark.parametrize("variant", ["plain", "answering", "interpolated"])
+    @pytest.mark.parametrize("variant", ["plain"])
     def test_it_comes_back_bit_for_bit(self, variant: str, reducer: str, metric: str, tmp_path: Path) -> None:
         path, wanted = self.written(variant, reducer, metric, tmp_path)
         opened: Any = artifact.load(path)
@@ -659,8 +515,7 @@ class TestArtifact:
             path, written[reducer] = self.written("plain", reducer, metric, tmp_path / reducer)
             torch.save(umt_clips(tiny_umt()), path.with_name("clips.pt"))
         code = (
-            "import sys, torch; from pathlib import Path\n"
-            "from repshift_cli.checkpoints import artifact\n"
+            "import sys, torch; from pathlib import Path; from repshift_cli.checkpoints import artifact\n"
             "torch.set_num_threads(1)\n"
             "for folder in map(Path, sys.argv[1:]):\n"
             "    model, clips = artifact.load(folder / 'small.safetensors'), torch.load(folder / 'clips.pt')\n"

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from repshift_cli.errors import RecipeError
-from repshift_cli.ops.merging import flow, key_features, nearest, pair
+from repshift_cli.ops.merging import key_features, merge_into, nearest, pair
 from repshift_cli.ops.tokens import keep_top_behind
-from repshift_cli.planning.recipe import Part
-from repshift_cli.reduction.reducers.base import Chooser, Dims, Merged, Merger, build_reducer, reducer_kinds
+from repshift_cli.planning.recipe import ComponentSpec
+from repshift_cli.reduction.reducers.base import Dims, Merged, Merger, Pruner, build_reducer, reducer_kinds
 from repshift_cli.reduction.reducers.bipartite import Bipartite, match
 from repshift_cli.reduction.reducers.fuse import Fuse
 from repshift_cli.reduction.reducers.merge import Merge
@@ -124,7 +124,7 @@ def naive_pairs(case: Case, row: int, features: Tensor, count: int) -> dict[int,
 
 def test_every_merging_reducer_is_here() -> None:
     assert {type(merger) for merger in MERGERS.values()} == {
-        kind for kind in reducer_kinds().values() if not issubclass(kind, Chooser)
+        kind for kind in reducer_kinds().values() if not issubclass(kind, Pruner)
     }
 
 
@@ -283,8 +283,8 @@ class TestAllOfThem:
     @pytest.mark.parametrize("kind", reducer_kinds())
     def test_gradients_flow_through_every_kind(self, kind: str) -> None:
         case = Case(2, 8, 1, 5, 0.5)
-        reducer, tokens = build_reducer(Part(kind=kind)), case.tokens.clone().requires_grad_()
-        if isinstance(reducer, Chooser):
+        reducer, tokens = build_reducer(ComponentSpec(kind=kind)), case.tokens.clone().requires_grad_()
+        if isinstance(reducer, Pruner):
             output = reducer.reduce(tokens, keep_top_behind(case.scores, 5, 1))
         else:
             assert isinstance(reducer, Merger)
@@ -487,7 +487,7 @@ class TestPieces:
 
     def test_several_flow_into_one(self) -> None:
         tokens = torch.tensor([[[0.0], [6.0], [3.0], [7.0]]])
-        found, sizes = flow(
+        found, sizes = merge_into(
             tokens[:, [0, 3]],
             torch.tensor([[1.0, 4.0]]),
             tokens[:, [1, 2]],
@@ -514,6 +514,6 @@ class TestPieces:
         ]
         for part in options:
             with pytest.raises(RecipeError, match="reducer"):
-                build_reducer(Part(**part))
-        assert build_reducer(Part(kind="merge", similarity="keys")) == Merge(similarity="keys")
-        assert build_reducer(Part(kind="fuse", carry=True)) == Fuse(carry=True)
+                build_reducer(ComponentSpec(**part))
+        assert build_reducer(ComponentSpec(kind="merge", similarity="keys")) == Merge(similarity="keys")
+        assert build_reducer(ComponentSpec(kind="fuse", carry=True)) == Fuse(carry=True)

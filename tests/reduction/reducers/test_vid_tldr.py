@@ -23,13 +23,13 @@ from repshift_cli.reduction.reducers.vid_tldr import VidTLDR, merge, merge_weigh
 UNIT = load_file(VECTORS / "vidtldr_unit.safetensors")
 SITE = SiteContext(layer=0, prefix=0, class_token=False)
 
-UNIT = [("in/x", None, "unit/{}1", "unit/x1"), ("unit/x1", "unit/size1", "unit/{}2", "unit/x2")]
+UNIT_STEPS = [("in/x", None, "unit/{}1", "unit/x1"), ("unit/x1", "unit/size1", "unit/{}2", "unit/x2")]
 FLOW = [
     ("flow_a/pre_merge.0", None, "flow_a/{}.0", "flow_a/post_merge.0"),
     ("flow_a/pre_merge.1", "flow_a/size.0", "flow_a/{}.1", "flow_a/post_merge.1"),
     ("flow_a/pre_merge.1", "flow_a/size.0", "flow_b/{}.1", "flow_b/post_merge.1"),
 ]
-STEPS = [pytest.param(*step, id=step[3]) for step in UNIT + FLOW]
+STEPS = [pytest.param(*step, id=step[3]) for step in UNIT_STEPS + FLOW]
 """Tokens and sizes before, the names of what the merge found, tokens after."""
 
 ATTENTION = [("in/attn1", "unit/score1"), ("in/attn2", "unit/score2"), ("flow_a/attn.1", "flow_a/score.1")]
