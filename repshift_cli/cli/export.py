@@ -1,11 +1,11 @@
-"""`repshift export`: a model as a file that runs where models are served, checked against torch."""
+"""`repshift export`: write a model for other runtimes and verify it against PyTorch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,7 @@ from repshift_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from repshift_cli.export.job import Exported
+    from repshift_cli.export.request import Request
 
 __all__ = ["Target", "check_all", "command", "export_all", "show"]
 
@@ -21,7 +22,7 @@ _DYNAMIC = "dynamic"
 
 
 class Target(str, Enum):
-    """What `--to` takes."""
+    """Values of `--to`."""
 
     ONNX = "onnx"
     PT2 = "pt2"
@@ -31,45 +32,50 @@ class Target(str, Enum):
 
 def command(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A compressed checkpoint; or a dense one, as it is or with --recipe.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A compressed checkpoint, or a dense one (exported dense without --recipe)."
+        ),
     ],
     *,
     to: Annotated[
         Target,
         typer.Option(
-            "--to",
-            help="onnx; pt2: a program of torch.export; aoti: compiled by AOTInductor; hub: a folder for timm and the "
-            "hub.",
+            "--to", help="onnx; pt2 (torch.export program); aoti (compiled by AOTInductor); hub (folder for timm)."
         ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="File or folder.", show_default="<model>.onnx, .pt2, _aoti.pt2 or _hub"),
+        typer.Option(
+            "--output", "-o", help="Output file or folder.", show_default="<model>.onnx, .pt2, _aoti.pt2 or _hub"
+        ),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="Compress a dense model by this recipe first, uncalibrated.")
+        str | None,
+        typer.Option("--recipe", "-r", help="Compress a dense model by this recipe first, without calibration."),
     ] = None,
-    dense: Annotated[bool, typer.Option("--dense", help="Export the dense model of a compressed one.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Export the dense model of a compressed checkpoint.")] = False,
     batch: Annotated[
-        str, typer.Option("--batch", metavar="N|dynamic", help="Inputs at a time: any number, or N.")
+        str, typer.Option("--batch", metavar="N|dynamic", help="Batch size of the exported model.")
     ] = _DYNAMIC,
     dtype: Annotated[
         str | None,
         typer.Option(
-            "--dtype", help="float32 (default), float16 or bfloat16; for hub that of the file.", show_default=False
+            "--dtype",
+            help="float32, float16 or bfloat16 (default: float32; for hub that of the checkpoint).",
+            show_default=False,
         ),
     ] = None,
     opset: Annotated[
         int | None,
-        typer.Option("--opset", help="Of ONNX, 18 to 23 (default: 20); 23 has attention as one operator."),
+        typer.Option("--opset", help="ONNX opset, 18 to 23 (default: 20). 23 has attention as one operator."),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda; what a package is compiled for.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda: the device to compile for (aoti).")] = "cpu",
     tune: Annotated[
-        bool,
-        typer.Option("--tune", help="aoti: time several kernels for each product on this machine, take the fastest."),
+        bool, typer.Option("--tune", help="aoti: time several matrix kernels on this machine and use the fastest.")
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare what was written with the model in torch.")
+        bool, typer.Option("--verify/--no-verify", help="Compare the exported model with the model in PyTorch.")
     ] = True,
     model_name: options.ModelName = None,
     heads: options.Heads = None,
@@ -78,9 +84,9 @@ def command(
     checkpoint_frames: options.CheckpointFrames = None,
     threads: options.Threads = None,
     json: options.AsJson = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    force: options.Overwrite = False,
 ) -> None:
-    """Write a model as ONNX, torch.export program, compiled package or hub folder that runs without repshift."""
+    """Export a model to ONNX, torch.export, AOTInductor or timm."""
     size = _parse_batch(batch)
     from repshift_cli.checkpoints.identify import Clips
     from repshift_cli.cli import ui
@@ -115,7 +121,7 @@ def command(
 
 
 def check_all(checkpoint: Path, targets: Sequence[Target], force: bool) -> None:
-    """Refuse exports of a checkpoint that could not be written; errors as `exporting.check`."""
+    """Check before the work that a checkpoint can be exported; errors as `export.job.check`."""
     from repshift_cli.export.job import check
 
     for request in _requests(checkpoint, targets, force):
@@ -123,7 +129,7 @@ def check_all(checkpoint: Path, targets: Sequence[Target], force: bool) -> None:
 
 
 def export_all(checkpoint: Path, targets: Sequence[Target], force: bool) -> list[Exported]:
-    """Export a checkpoint that was just written, beside itself; errors as `exporting.export`."""
+    """Export a checkpoint into its own folder; errors as `export.job.export`."""
     from repshift_cli.cli import ui
     from repshift_cli.export.job import export, open_for_export
 
@@ -134,7 +140,7 @@ def export_all(checkpoint: Path, targets: Sequence[Target], force: bool) -> list
     ]
 
 
-def _requests(checkpoint: Path, targets: Sequence[Target], force: bool) -> list[Any]:
+def _requests(checkpoint: Path, targets: Sequence[Target], force: bool) -> list[Request]:
     from repshift_cli.export.request import Request, default_output
 
     return [
@@ -144,7 +150,7 @@ def _requests(checkpoint: Path, targets: Sequence[Target], force: bool) -> list[
 
 
 def _parse_batch(text: str) -> int | None:
-    """A number of inputs, None for any.
+    """A batch size, or None for `dynamic`.
 
     Raises:
         UsageError: it is neither.
@@ -152,16 +158,16 @@ def _parse_batch(text: str) -> int | None:
     if text == _DYNAMIC:
         return None
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise UsageError(f"--batch: {text!r} is neither dynamic nor a number from 1 on", "For example: --batch 8.")
+        raise UsageError(f"invalid --batch {text!r}: must be {_DYNAMIC} or an integer >= 1")
     return int(text)
 
 
 def show(exported: Exported) -> None:
-    """Print what was written, for people."""
+    """Print what was written."""
     from repshift_cli.cli import ui
 
-    document = exported.document
-    ui.print_text(f"model    {document.model['name']}, {'with fewer tokens' if document.plan else 'dense'}")
+    document, verified = exported.document, exported.document.verified
+    ui.print_text(f"model    {document.model['name']}, {'compressed' if document.plan else 'dense'}")
     ui.print_text(f"cost     {document.dense_macs / 1e9:.3f} -> {document.macs / 1e9:.3f} GMACs per input")
     for label, port in (("input", document.input), ("output", document.output)):
         shape = ", ".join("batch" if size is None else str(size) for size in port.shape)
@@ -169,18 +175,14 @@ def show(exported: Exported) -> None:
     if exported.operators is not None:
         most = sorted(exported.operators.items(), key=lambda item: -item[1])
         ui.print_text(f"graph    opset {document.opset}: {', '.join(f'{count} {name}' for name, count in most)}")
-    if document.verified is None:
-        ui.print_text("checked  no: --no-verify was given")
+    if verified is None:
+        ui.print_text("verified no (--no-verify)")
     else:
-        verdict = document.verified
-        told = [f"largest difference {verdict.max_difference:.2g} (allowed {verdict.tolerance:g})"]
-        if verdict.kept_equal is not None:
-            told.append(f"kept places equal {verdict.kept_equal:.2%}")
-        if verdict.top1 is not None:
-            told.append(f"same class {verdict.top1:.1%}")
-        ui.print_text(f"checked  {', '.join(told)}; {verdict.inputs} inputs in batches of {_listed(verdict.batches)}")
+        parts = [f"largest difference {verified.max_difference:.2g} (allowed {verified.tolerance:g})"]
+        if verified.kept_equal is not None:
+            parts.append(f"kept tokens equal {verified.kept_equal:.2%}")
+        if verified.top1 is not None:
+            parts.append(f"same class {verified.top1:.1%}")
+        batches = ", ".join(map(str, verified.batches))
+        ui.print_text(f"verified {', '.join(parts)}; {verified.inputs} inputs in batches of {batches}")
     ui.print_text(f"wrote    {exported.output} ({exported.bytes / 1e6:.1f} MB)")
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from repshift_cli.cli import options
-from repshift_cli.cli.bench import check_picture_format
 from repshift_cli.cli.show.search import show_search
-from repshift_cli.cli.torchrun import Interrupted, one_voice, refuse_torchrun
+from repshift_cli.cli.torchrun import Interrupted, rank_zero_errors, refuse_torchrun
 from repshift_cli.errors import INTERRUPTED, UsageError
+from repshift_cli.utils.figures import check_figure_path
 from repshift_cli.utils.files import check_outputs, sha256_of, weight_stem, write_text
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def command(
     checkpoint_frames: options.CheckpointFrames = None,
     device: options.Device = "cpu",
     dtype: options.MeasureDtype = "float32",
-    batch_size: options.InputsAtATime = None,
+    batch_size: options.BatchSize = None,
     threads: options.Threads = None,
     seconds: Annotated[
         float, typer.Option("--seconds", min=0.0, help="Time of each latency measurement; 0 measures none.")
@@ -122,7 +122,7 @@ def command(
     force: options.Force = False,
 ) -> None:
     """Find the schedule that meets a target with the least change of the predictions, and write it as a recipe."""
-    with one_voice():
+    with rank_zero_errors():
         refuse_torchrun("repshift search")
     goal = _target(target, recipe)
     files = _Files(output or default_output(checkpoint, goal), save, plot, state)
@@ -185,7 +185,7 @@ class _Files:
             UsageError, OutputError: as `files.check_outputs`; or the plot has an unknown file format.
         """
         if self.plot is not None:
-            check_picture_format("--plot", self.plot)
+            check_figure_path("--plot", self.plot)
         outputs = {"--output": self.recipe, "--save": self.checkpoint, "--plot": self.plot}
         check_outputs({**outputs, "--state": self.state_file}, force=True)
         for option, path in outputs.items():

@@ -187,10 +187,9 @@ class _Watched(nn.Module):
 
 def default_output(name: str, target: Target) -> Path:
     """`<name>.onnx`, `<name>.pt2`, `<name>_aoti.pt2` or the folder `<name>_hub`, in the current folder."""
-    from repshift_cli.utils.files import weight_stem
+    from repshift_cli.utils import files
 
-    stem = weight_stem(name.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:"))
-    return Path(f"{stem}{_SUFFIXES[target]}")
+    return files.default_output(name, _SUFFIXES[target])
 
 
 def check_suffix(request: Request) -> None:

@@ -234,7 +234,7 @@ class TestCalibrationData:
 
     def test_nothing_clear(self, cli: Command, dense: Path, pictures: Path, tmp_path: Path) -> None:
         outcome = cli("compress", dense, "--calibration", pictures, *QUICK, "-o", "out.safetensors")
-        explained(outcome, 5, "no candidate beats random dropping clearly", "--force")
+        explained(outcome, 5, "no score is clearly better than random dropping", "--force")
         assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -243,7 +243,7 @@ class TestRecipesCommand:
         explained(cli("recipes", "show", "deit_smal_paper"), 2, "Did you mean deit_small_paper?")
 
     def test_show_of_a_dense_checkpoint(self, cli: Command, dense: Path) -> None:
-        explained(cli("recipes", "show", dense), 3, "holds no recipe")
+        explained(cli("recipes", "show", dense), 3, "contains no recipe")
 
     def test_check_of_a_wrong_one(self, cli: Command, tmp_path: Path) -> None:
         (tmp_path / "bad.yaml").write_text("version: 1\nmetric: {kind: x}\nlayers: [{layer: 0, drop_ratio: 0.2}]\n")

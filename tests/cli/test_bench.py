@@ -1,4 +1,4 @@
-"""`repshift bench`: what it takes, what it prints and writes, and how it ends."""
+"""`repshift bench`: options, output, files and exit codes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fixture_run(cli: Command, dense: Path, recipe: Path) -> Callable[..., Outcom
 
 
 def refused(outcome: Outcome, rc: int, *words: str) -> None:
-    """The command printed no result and no traceback, and told all this."""
+    """The command printed no result and no traceback, and named all this on stderr."""
     assert outcome.rc == rc, outcome.stderr
     assert outcome.stdout == ""
     assert "Traceback" not in outcome.stderr
@@ -40,24 +40,24 @@ def refused(outcome: Outcome, rc: int, *words: str) -> None:
 
 
 class TestTable:
-    def test_it_fits(self, run: Callable[..., Outcome]) -> None:
+    def test_fits_80_columns(self, run: Callable[..., Outcome]) -> None:
         outcome = run("-b", "1,2", "--against", "explicit,class-attention-row,tome,fuse")
         assert outcome.rc == 0, outcome.stderr
         assert all(len(line) <= 80 for line in outcome.stdout.splitlines())
         for word in (
-            "MACs to ours",
-            "over dense",
+            "extra MACs",
+            "vs dense",
             "efficiency",
-            "ours over it",
+            "compressed is",
             "class-attention-row",
             "1, 2)",  # however the batches fared, that they were tried
             "batch 2: ",
         ):
             assert word in outcome.stdout
 
-    def test_without_peers_it_is_short(self, run: Callable[..., Outcome]) -> None:
+    def test_without_baselines(self, run: Callable[..., Outcome]) -> None:
         outcome = run("-b", "2")
-        assert "ours over it" not in outcome.stdout
+        assert "compressed is" not in outcome.stdout
         assert "Only 2 runs of each" in outcome.stdout
         assert "batch 2: " in outcome.stdout
 
@@ -98,7 +98,7 @@ class TestJson:
         assert (document["dtype"], document["attention"]) == ("float32", "sdpa:flash")
         assert (document["budget"], document["end_to_end"]) == ([], [])
 
-    def test_peers(self, run: Callable[..., Outcome]) -> None:
+    def test_baselines(self, run: Callable[..., Outcome]) -> None:
         document = json.loads(run("-b", "1", "--against", "dense,tome", "--against", "explicit", "--json").stdout)
         assert [run["name"] for run in document["runs"]] == ["dense", "compressed", "tome", "explicit"]
         assert [(ratio["name"], ratio["against"]) for ratio in document["ratios"]] == [
@@ -202,22 +202,26 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("options", "rc", "words"),
         [
-            (["--plot", "a.jpg"], 2, ["a.jpg", ".png, .svg and .pdf"]),
+            (["--plot", "a.jpg"], 2, ["a.jpg", "must end in .png, .svg or .pdf"]),
             (["--plot", "a.svg", "--csv", "a.svg"], 2, ["both name"]),
             (["--csv", "missing/a.csv"], 1, ["does not exist"]),
             (["--dtype", "int8"], 2, ["'int8'", "float32"]),
             (["--dtype", "float32,"], 2, ["unknown dtype ''"]),
             (["--device", "tpu"], 2, ["'tpu'"]),
-            (["--attention", "explict"], 2, ["--attention: unknown mode 'explict'", "Did you mean explicit?"]),
+            (
+                ["--attention", "explict"],
+                2,
+                ["unknown --attention 'explict': allowed: auto, flash", "Did you mean explicit?"],
+            ),
             (
                 ["--compile", "fast"],
                 2,
-                ["--compile: unknown mode 'fast'", "off, default, frozen, reduce-overhead, max-autotune"],
+                ["unknown --compile 'fast': allowed: off, default, frozen, reduce-overhead, max-autotune"],
             ),
             (["--against", "evit"], 2, ["no peer 'evit'", "class-attention"]),
             (["--budget", "latency<0.7"], 2, ["'latency<0.7' cannot be understood", "latency<=0.7"]),
-            (["--batch-size", "0"], 2, ["--batch-size: '0' is not a number from 1 on"]),
-            (["--img-size", "big"], 2, ["--img-size: 'big' is not a number from 1 on"]),
+            (["--batch-size", "0"], 2, ["invalid --batch-size '0': must be an integer >= 1"]),
+            (["--img-size", "big"], 2, ["invalid --img-size 'big': must be an integer >= 1"]),
             (["--img-size", "32,64"], 2, ["--img-size 64", "takes images of 32x32"]),
             (["--data", "nowhere"], 4, ["the folder nowhere does not exist"]),
         ],
@@ -228,7 +232,7 @@ class TestRefused:
     def test_too_few_pictures(self, run: Callable[..., Outcome], pictures: Path) -> None:
         refused(run("-b", "32", "--data", pictures), 4, "20 pictures, which do not fill a batch of 32")
 
-    def test_a_peer_that_the_model_cannot_be(self, cli: Command, tmp_path: Path) -> None:
+    def test_a_baseline_that_the_model_does_not_support(self, cli: Command, tmp_path: Path) -> None:
         (tmp_path / "r.yaml").write_text("version: 1\nlayers: [{layer: 0, drop_ratio: 0.5}]\n")
         outcome = cli("bench", "resnet18", "--recipe", "r.yaml", *QUICK, "--img-size", "64", "--against", "tome")
         refused(outcome, 2, "--against tome: compressed (resnet) cannot be made into it", "Possible", "dense")
@@ -236,12 +240,12 @@ class TestRefused:
 
 class TestParsing:
     def test_numbers(self) -> None:
-        assert bench._parse_numbers("-b", ["1, 8", "4", "8"], "") == [1, 8, 4]
+        assert bench._parse_integers("-b", ["1, 8", "4", "8"]) == [1, 8, 4]
 
     @pytest.mark.parametrize("text", ["0", "-1", "x", "1,", "1.5", "\u00b2"])
     def test_wrong_numbers(self, text: str) -> None:
         with pytest.raises(UsageError, match="--batch-size"):
-            bench._parse_numbers("--batch-size", [text], "")
+            bench._parse_integers("--batch-size", [text])
 
     def test_labels(self) -> None:
         assert bench._labels(["x/a.safetensors", "y/b.pth", "vit.v2"]) == {
@@ -250,7 +254,7 @@ class TestParsing:
             "vit.v2": "vit.v2",
         }
         assert list(bench._labels(["x/a.pt", "y/a.pt"])) == ["x/a.pt", "y/a.pt"]
-        with pytest.raises(UsageError, match="given twice"):
+        with pytest.raises(UsageError, match="a model is given twice"):
             bench._labels(["a.pt", "a.pt"])
 
 

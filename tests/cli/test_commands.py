@@ -216,7 +216,7 @@ class TestRecipes:
     @pytest.mark.parametrize("name", sorted(shipped_recipes()))
     def test_show_and_check(self, name: str, cli: Command) -> None:
         assert cli("recipes", "show", name).stdout == shipped_recipes()[name]
-        assert "fine" in cli("recipes", "check", name).stdout
+        assert "valid" in cli("recipes", "check", name).stdout
 
     def test_the_default_can_be_saved_and_used(self, cli: Command, dense: Path, tmp_path: Path) -> None:
         (tmp_path / "mine.yaml").write_text(cli("recipes", "show", "default", "--blocks", 4).stdout)

@@ -126,7 +126,7 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
     assert "is a file, not a folder" in done.stderr
     done = call("demo", "--output-dir", "taken/below", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "cannot make the folder" in done.stderr
+    assert "cannot create the folder" in done.stderr
     assert (tmp_path / "taken").read_text() == "precious"
 
 

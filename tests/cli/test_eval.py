@@ -97,7 +97,7 @@ def test_strict_stops(cli: Command, digits: Path) -> None:
 def test_compare_dense_needs_a_compressed_model(cli: Command) -> None:
     done = cli("eval", "--limit", "5", "--compare-dense")
     assert done.rc == 2
-    assert "is dense itself" in done.stderr
+    assert "is a dense model" in done.stderr
 
 
 def test_a_dataset_is_required_for_other_models(cli: Command, tmp_path: Path) -> None:
