@@ -16,7 +16,8 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="repshift",
-    help="Speed up trained vision models by dropping unimportant tokens between layers.\n\nNo training needed.",
+    help="Speed up trained vision models by dropping unimportant tokens.\n\n"
+    "Tokens are dropped or merged between layers. No training needed.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

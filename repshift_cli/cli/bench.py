@@ -68,7 +68,9 @@ def command(
     heads: options.Heads = None,
     img_size: Annotated[
         list[str] | None,
-        typer.Option("--img-size", metavar="N[,N]", help="Images of N x N: any for a CNN, else as the weights allow."),
+        typer.Option(
+            "--img-size", metavar="N[,N]", help="Image size N x N: any for a CNN, else what the weights allow."
+        ),
     ] = None,
     frames: options.Frames = None,
     checkpoint_frames: options.CheckpointFrames = None,
@@ -104,12 +106,15 @@ def command(
         typer.Option(
             "--data",
             metavar="FOLDER",
-            help="Also time the whole way from image files to results: a folder of images, or a dataset.",
+            help="Also time end to end, from image files to results: a folder of images, or a dataset.",
         ),
     ] = None,
     images: Annotated[int, typer.Option("--images", min=1, metavar="N", help="Images per pass over --data.")] = 256,
     workers: Annotated[
-        int, typer.Option("--workers", min=0, help="Worker processes that read them; 0 reads in the main process.")
+        int,
+        typer.Option(
+            "--workers", min=0, metavar="N", help="Worker processes that read them; 0 reads in the main process."
+        ),
     ] = 0,
     budget: Annotated[
         list[str] | None,
@@ -121,11 +126,18 @@ def command(
         ),
     ] = None,
     seconds: Annotated[
-        float, typer.Option("--seconds", min=0.0, help="Duration of the measurement per model and setting.")
+        float,
+        typer.Option("--seconds", min=0.0, metavar="S", help="Duration of the measurement per model and setting."),
     ] = 10.0,
-    min_runs: Annotated[int, typer.Option("--min-runs", min=1, help="Minimum number of runs per model.")] = 10,
-    csv: Annotated[Path | None, typer.Option("--csv", help="Write one line per run to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Plot images per second (.png, .svg or .pdf).")] = None,
+    min_runs: Annotated[
+        int, typer.Option("--min-runs", min=1, metavar="N", help="Minimum number of runs per model.")
+    ] = 10,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write one line per run to this file.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Plot images per second (.png, .svg or .pdf).")
+    ] = None,
     json: options.AsJson = False,
     force: options.Overwrite = False,
 ) -> None:

@@ -19,7 +19,10 @@ def command(
     checkpoint: options.Checkpoint,
     *,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="A YAML file or a shipped recipe (repshift recipes list).")
+        str | None,
+        typer.Option(
+            "--recipe", "-r", metavar="RECIPE", help="A YAML file or a shipped recipe (repshift recipes list)."
+        ),
     ] = None,
     target: Annotated[
         str | None,
@@ -39,16 +42,22 @@ def command(
     checkpoint_frames: options.CheckpointFrames = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Output file.", show_default="<checkpoint>_repshift.safetensors"),
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Output file.", show_default="<checkpoint>_repshift.safetensors"
+        ),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="Images or videos to compare predictions on: a folder or a dataset."),
+        typer.Option(
+            "--data", metavar="FOLDER", help="Images or videos to compare predictions on: a folder or a dataset."
+        ),
     ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
-            "--calibration", help="Unlabelled images or videos to choose the metric on: a folder or a dataset."
+            "--calibration",
+            metavar="FOLDER",
+            help="Unlabelled images or videos to choose the metric on: a folder or a dataset.",
         ),
     ] = None,
     calibrate: Annotated[
@@ -56,18 +65,20 @@ def command(
     ] = True,
     calibration_images: Annotated[
         int | None,
-        typer.Option(min=8, help="Number of calibration images (default: 128; 32 clips for large video models)."),
+        typer.Option(
+            min=8, metavar="N", help="Number of calibration images (default: 128; 32 clips for large video models)."
+        ),
     ] = None,
     device: options.Device = "cpu",
     dtype: options.MeasureDtype = "float32",
     batch_size: options.BatchSize = None,
     threads: options.Threads = None,
     attention: options.Attention = options.AttentionKind.AUTO,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Duration of the latency measurement.")] = 10.0,
+    seconds: Annotated[float, typer.Option(min=0.0, metavar="S", help="Duration of the latency measurement.")] = 10.0,
     seed: options.Seed = 0,
     export: Annotated[
         list[Target] | None,
-        typer.Option("--export", help="Also export the result, may be repeated (see repshift export)."),
+        typer.Option("--export", metavar="FORMAT", help="Also export to onnx, pt2, aoti or hub; may be repeated."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan only: do not run, measure or write.")

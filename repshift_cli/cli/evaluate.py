@@ -98,6 +98,7 @@ def command(
             "--batch-size",
             "-b",
             min=1,
+            metavar="N",
             help=f"Batch size (default: {_IMAGE_BATCH} images, {_VIDEO_BATCH} videos).",
             show_default=False,
         ),
@@ -111,6 +112,7 @@ def command(
         typer.Option(
             "--workers",
             min=0,
+            metavar="N",
             help="Worker processes that decode; 0 decodes in the main process (default: chosen by the number of cores "
             "for images, 0 for videos).",
             show_default=False,
@@ -138,7 +140,7 @@ def command(
         ),
     ] = None,
     force: options.Overwrite = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed of the built-in scenes.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Random seed of the built-in scenes.")] = 0,
     frames: options.Frames = None,
     checkpoint_frames: options.CheckpointFrames = None,
     annotations: Annotated[

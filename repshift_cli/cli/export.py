@@ -47,12 +47,18 @@ def command(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Output file or folder.", show_default="<model>.onnx, .pt2, _aoti.pt2 or _hub"
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Output file or folder.",
+            show_default="<model>.onnx, .pt2, _aoti.pt2 or _hub",
         ),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", "-r", help="Compress a dense model by this recipe first, without calibration."),
+        typer.Option(
+            "--recipe", "-r", metavar="RECIPE", help="Compress a dense model by this recipe first, without calibration."
+        ),
     ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Export the dense model of a compressed checkpoint.")] = False,
     batch: Annotated[
@@ -62,15 +68,20 @@ def command(
         str | None,
         typer.Option(
             "--dtype",
+            metavar="DTYPE",
             help="float32, float16 or bfloat16 (default: float32; for hub that of the checkpoint).",
             show_default=False,
         ),
     ] = None,
     opset: Annotated[
         int | None,
-        typer.Option("--opset", help="ONNX opset, 18 to 23 (default: 20). 23 has attention as one operator."),
+        typer.Option(
+            "--opset", metavar="N", help="ONNX opset, 18 to 23 (default: 20). 23 has attention as one operator."
+        ),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda: the device to compile for (aoti).")] = "cpu",
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="cpu or cuda: the device to compile for (aoti).")
+    ] = "cpu",
     tune: Annotated[
         bool, typer.Option("--tune", help="aoti: time several matrix kernels on this machine and use the fastest.")
     ] = False,

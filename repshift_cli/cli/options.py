@@ -65,21 +65,25 @@ Checkpoint = Annotated[
 
 ModelName = Annotated[
     str | None,
-    typer.Option("--model", metavar="NAME", help="The name (timm's, vim_..., umt_...), where the file does not tell."),
+    typer.Option(
+        "--model", metavar="NAME", help="Model name (of timm, vim_... or umt_...), if the file does not contain it."
+    ),
 ]
 
-DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder of the dataset (or REPSHIFT_DATA_DIR).")]
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", metavar="DIR", help="Folder of the dataset (or REPSHIFT_DATA_DIR).")
+]
 
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...")]
 
-Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16.")]
 
 BatchSize = Annotated[
     int | None,
-    typer.Option("--batch-size", "-b", min=1, help="Batch size (default: 8; 1 for large video models)."),
+    typer.Option("--batch-size", "-b", min=1, metavar="N", help="Batch size (default: 8; 1 for large video models)."),
 ]
 
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: all cores).")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads (default: all cores).")]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 
@@ -88,29 +92,36 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite existing outputs
 Overwrite = Annotated[bool, typer.Option("--force", help="Overwrite existing outputs.")]
 
 Heads = Annotated[
-    int | None, typer.Option("--heads", min=1, help="Attention heads, for a shape that no timm model has.")
+    int | None, typer.Option("--heads", min=1, metavar="N", help="Attention heads, if no timm model has this shape.")
 ]
 
 ImgSize = Annotated[
     int | None,
-    typer.Option("--img-size", min=1, metavar="N", help="Images of N x N: any for a CNN, else as the weights allow."),
+    typer.Option(
+        "--img-size", min=1, metavar="N", help="Image size N x N: any for a CNN, else what the weights allow."
+    ),
 ]
 
 MeasureDtype = Annotated[
-    str, typer.Option("--dtype", help="float32, bfloat16 or float16 while running; the file keeps its own.")
+    str,
+    typer.Option(
+        "--dtype", metavar="DTYPE", help="float32, bfloat16 or float16 while running; the file keeps its own."
+    ),
 ]
 
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Random seed for sampling images.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Random seed for sampling images.")]
 
 Frames = Annotated[
     int | None,
-    typer.Option("--frames", min=1, metavar="N", help="Frames of a clip, where the file of a video model tells none."),
+    typer.Option(
+        "--frames", min=1, metavar="N", help="Frames per clip, if the file of a video model does not contain it."
+    ),
 ]
 
 CheckpointFrames = Annotated[
     int | None,
     typer.Option(
-        "--checkpoint-frames", min=1, metavar="N", help="Frames that it was trained on, to stretch its positions from."
+        "--checkpoint-frames", min=1, metavar="N", help="Frames per clip in training, to resize position embeddings."
     ),
 ]
 

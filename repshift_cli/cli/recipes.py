@@ -25,8 +25,10 @@ def list_shipped() -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="A shipped recipe, `default`, or a compressed checkpoint.")],
-    blocks: Annotated[int, typer.Option(min=1, help="Number of blocks of the model, for `default`.")] = 12,
+    name: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A shipped recipe, `default`, or a compressed checkpoint.")
+    ],
+    blocks: Annotated[int, typer.Option(min=1, metavar="N", help="Number of blocks of the model, for `default`.")] = 12,
     calibrated: Annotated[
         bool, typer.Option("--calibrated", help="Compressed checkpoints: print the calibrated metric of each site.")
     ] = False,
@@ -36,7 +38,7 @@ def show(
 
 
 @app.command()
-def check(file: Annotated[str, typer.Argument(help="A recipe file or a shipped recipe.")]) -> None:
+def check(file: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file or a shipped recipe.")]) -> None:
     """Check a recipe without a model: keys, types, metric and reducer."""
     from repshift_cli.planning.recipe import Recipe
     from repshift_cli.reduction.checks import check_parts
