@@ -21,7 +21,7 @@ QUICK = ("--seconds", "0", "--min-runs", "2", "--threads", "1")
 
 @pytest.fixture(name="run")
 def fixture_run(cli: Command, dense: Path, recipe: Path) -> Callable[..., Outcome]:
-    """The command on a tiny model that loses tokens at two sites."""
+    """The command on a tiny model that drops tokens at two sites."""
 
     def run(*options: object) -> Outcome:
         return cli("bench", dense, "--recipe", recipe, *QUICK, *options)
@@ -61,7 +61,7 @@ class TestTable:
         assert "Only 2 runs of each" in outcome.stdout
         assert "batch 2: " in outcome.stdout
 
-    def test_of_a_sweep_and_files(self, run: Callable[..., Outcome], pictures: Path) -> None:
+    def test_sweep_and_files(self, run: Callable[..., Outcome], pictures: Path) -> None:
         outcome = run("-b", "2", "--attention", "auto,explicit", "--data", pictures, "--images", "4")
         assert outcome.rc == 0, outcome.stderr
         assert all(len(line) <= 80 for line in outcome.stdout.splitlines())
@@ -93,7 +93,7 @@ class TestJson:
             assert row["latency_ms"].keys() == {"median", "p10", "p90", "p99"}
             assert row["attention"] == {"sdpa": "sdpa:flash", "explicit": "explicit"}[row["attention_mode"]]
 
-    def test_one_value_is_plain(self, run: Callable[..., Outcome]) -> None:
+    def test_a_single_value_is_not_a_list(self, run: Callable[..., Outcome]) -> None:
         document = json.loads(run("-b", "1", "--json").stdout)
         assert (document["dtype"], document["attention"]) == ("float32", "sdpa:flash")
         assert (document["budget"], document["end_to_end"]) == ([], [])
@@ -109,7 +109,7 @@ class TestJson:
             ("explicit", "dense"),
         ]
 
-    def test_several_sizes_of_a_network(self, cli: Command, tmp_path: Path) -> None:
+    def test_several_image_sizes(self, cli: Command, tmp_path: Path) -> None:
         (tmp_path / "r.yaml").write_text("version: 1\nlayers: [{layer: 0, drop_ratio: 0.5}]\n")
         outcome = cli("bench", "resnet18", "--recipe", "r.yaml", *QUICK, "--img-size", "64,96", "-b", "1", "--json")
         assert outcome.rc == 0, outcome.stderr
@@ -142,7 +142,7 @@ class TestFiles:
         assert float(compressed["over_dense"]) > 0
 
     @pytest.mark.parametrize("option", ["csv", "plot"])
-    def test_existing_output_is_refused_first(
+    def test_existing_output_is_checked_first(
         self, run: Callable[..., Outcome], tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = tmp_path / "a.svg"
@@ -189,12 +189,12 @@ class TestBudget:
         assert "batch 2: macs<=0.1 missed: 0." in said
         assert "above" in said
 
-    def test_in_a_process_of_its_own(self, shell: Command, dense: Path, recipe: Path) -> None:
+    def test_exit_code_of_the_process(self, shell: Command, dense: Path, recipe: Path) -> None:
         outcome = shell("bench", dense, "--recipe", recipe, *QUICK, "-b", "1", "--budget", "speedup>=1e6")
         assert outcome.rc == 5
         assert "speedup>=1e+06 missed" in outcome.stdout
 
-    def test_without_anything_compressed(self, cli: Command, dense: Path) -> None:
+    def test_without_a_compressed_model(self, cli: Command, dense: Path) -> None:
         refused(cli("bench", dense, *QUICK, "--budget", "macs<=0.5"), 2, "--budget: no model is compressed")
 
 
@@ -229,7 +229,7 @@ class TestRefused:
     def test_options(self, options: list[str], rc: int, words: list[str], run: Callable[..., Outcome]) -> None:
         refused(run(*options), rc, *words)
 
-    def test_too_few_pictures(self, run: Callable[..., Outcome], pictures: Path) -> None:
+    def test_too_few_images(self, run: Callable[..., Outcome], pictures: Path) -> None:
         refused(run("-b", "32", "--data", pictures), 4, "20 pictures, which do not fill a batch of 32")
 
     def test_a_baseline_that_the_model_does_not_support(self, cli: Command, tmp_path: Path) -> None:
@@ -239,11 +239,11 @@ class TestRefused:
 
 
 class TestParsing:
-    def test_numbers(self) -> None:
+    def test_integers(self) -> None:
         assert bench._parse_integers("-b", ["1, 8", "4", "8"]) == [1, 8, 4]
 
     @pytest.mark.parametrize("text", ["0", "-1", "x", "1,", "1.5", "\u00b2"])
-    def test_wrong_numbers(self, text: str) -> None:
+    def test_invalid_integers(self, text: str) -> None:
         with pytest.raises(UsageError, match="--batch-size"):
             bench._parse_integers("--batch-size", [text])
 

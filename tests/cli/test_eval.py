@@ -50,7 +50,7 @@ def digits(tmp_path: Path) -> Path:
     return tmp_path / "digits"
 
 
-def test_without_arguments_the_builtin_model_meets_its_data() -> None:
+def test_without_arguments_the_builtin_model_is_evaluated_on_its_scenes() -> None:
     result = document("--limit", "200")
     assert set(result) >= KEYS
     assert (result["dataset"], result["images"], result["skipped"]) == ("builtin:digits", 200, 0)
@@ -76,7 +76,7 @@ def test_same_numbers_from_files_and_from_scenes(digits: Path) -> None:
     assert (files["images"], files["top1"], files["top5"]) == (30, scenes["top1"], scenes["top5"])
 
 
-def test_unreadable_pictures_are_listed_on_stderr(digits: Path) -> None:
+def test_unreadable_images_are_listed_on_stderr(digits: Path) -> None:
     (digits / "0" / "broken.png").write_bytes(b"")
     done = call("builtin:vit-digits", "--dataset", str(digits), "--json")
     assert done.returncode == 0
@@ -100,7 +100,7 @@ def test_compare_dense_needs_a_compressed_model(cli: Command) -> None:
     assert "is a dense model" in done.stderr
 
 
-def test_a_dataset_is_required_for_other_models(cli: Command, tmp_path: Path) -> None:
+def test_a_dataset_is_required_for_models_that_are_not_built_in(cli: Command, tmp_path: Path) -> None:
     done = cli("eval", str(tmp_path / "some.safetensors"))
     assert done.rc == 2
     assert "--dataset" in done.stderr

@@ -52,7 +52,7 @@ def counted(text: str) -> dict[str, Any]:
     return {key: document[key] for key in keys}
 
 
-def test_a_run_that_was_killed_goes_on(cli: Command, tmp_path: Path) -> None:
+def test_a_killed_run_is_resumed(cli: Command, tmp_path: Path) -> None:
     fresh = cli("eval", *FEW)
     assert fresh.rc == 0, fresh.stderr
     for shards in (2, 9):
@@ -71,7 +71,7 @@ def test_a_run_that_was_killed_goes_on(cli: Command, tmp_path: Path) -> None:
     assert not (tmp_path / "state").exists()
 
 
-def test_ctrl_c_tells_what_there_is(cli: Command, tmp_path: Path) -> None:
+def test_ctrl_c_prints_the_partial_result(cli: Command, tmp_path: Path) -> None:
     with running(tmp_path, *FEW, "--resume", "state") as process:
         wait_for_shards(tmp_path / "state", 3)
         process.send_signal(signal.SIGINT)
@@ -105,7 +105,7 @@ class TestPredictions:
         assert "McNemar's exact test: p =" in shown.stdout
         assert "same prediction:" in shown.stdout
 
-    def test_the_dense_model_has_a_file_of_its_own(self, cli: Command, dense: Path, recipe: Path) -> None:
+    def test_predictions_of_the_dense_model_have_their_own_file(self, cli: Command, dense: Path, recipe: Path) -> None:
         made = cli("compress", dense, "-r", recipe, "-o", "fast.safetensors", "--seconds", "0")
         assert made.rc == 0, made.stderr
         few = ("--limit", "12", "--compare-dense", "--save-predictions", "p.npz", "--workers", "0")
@@ -131,7 +131,7 @@ class TestPredictions:
             (("eval", "builtin:umt-shapes", "--resume", "state"), 2, "is for image models"),
         ],
     )
-    def test_what_cannot_be(self, cli: Command, arguments: tuple[str, ...], rc: int, message: str) -> None:
+    def test_invalid_options(self, cli: Command, arguments: tuple[str, ...], rc: int, message: str) -> None:
         done = cli(*arguments)
         assert done.rc == rc, done.stderr
         assert message in done.stderr

@@ -93,7 +93,7 @@ def expected(arguments: list[str], cli: Command) -> dict[str, Any]:
     return found
 
 
-def test_several_processes_count_the_same(arguments: list[str], expected: dict[str, Any], tmp_path: Path) -> None:
+def test_several_processes_give_the_same_counts(arguments: list[str], expected: dict[str, Any], tmp_path: Path) -> None:
     done = launch(3, *arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert exact(done.stdout) == expected
@@ -101,7 +101,7 @@ def test_several_processes_count_the_same(arguments: list[str], expected: dict[s
     assert done.stderr.count("images could not be read") == 1
 
 
-def test_a_run_of_several_that_was_killed_goes_on_with_another_number(
+def test_a_killed_run_is_resumed_with_another_number_of_processes(
     arguments: list[str], expected: dict[str, Any], cli: Command, tmp_path: Path
 ) -> None:
     state = tmp_path / "state"
@@ -128,7 +128,7 @@ def test_a_run_of_several_that_was_killed_goes_on_with_another_number(
     assert not state.exists()
 
 
-def test_an_error_in_one_process_is_told_once_and_ends_all(digits: Path, tmp_path: Path) -> None:
+def test_an_error_in_one_process_is_printed_once_and_ends_all(digits: Path, tmp_path: Path) -> None:
     # the last broken picture is in the part of the second process
     done = launch(2, "--dataset", str(digits), "-b", "2", "--strict", "--json", folder=tmp_path)
     assert done.returncode != 0
@@ -137,7 +137,7 @@ def test_an_error_in_one_process_is_told_once_and_ends_all(digits: Path, tmp_pat
     assert "evaluation/classification/evaluate.py" not in done.stderr  # torchrun shows its own traceback, not ours
 
 
-def test_videos_are_for_one_process(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_videos_need_one_process(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     done = cli("eval", "builtin:umt-shapes")

@@ -32,7 +32,7 @@ def document_of(outcome: Outcome) -> dict[str, Any]:
 
 
 class TestExport:
-    def test_onnx_and_what_opens_it(self, shell: Command, small: Path, tmp_path: Path) -> None:
+    def test_onnx_is_opened_by_other_commands(self, shell: Command, small: Path, tmp_path: Path) -> None:
         told = document_of(shell("export", small, "--to", "onnx", "--json"))
         assert told["output"] == "small.onnx"
         assert told["verified"]["passed"] is True
@@ -47,7 +47,7 @@ class TestExport:
         assert [run["name"] for run in bench["runs"]] == ["dense.onnx", "small.onnx"]
         assert [ratio["against"] for ratio in bench["ratios"]] == ["dense.onnx"]
 
-    def test_the_table_and_a_program(self, cli: Command, small: Path, tmp_path: Path) -> None:
+    def test_report_and_program(self, cli: Command, small: Path, tmp_path: Path) -> None:
         outcome = cli("export", small, "--to", "pt2", "-o", "small.pt2")
         assert outcome.rc == 0, outcome.stderr
         for word in ("images: float32 [batch, 3, 24, 24]", "largest difference", "kept tokens equal 100.00%", "wrote"):
@@ -58,13 +58,13 @@ class TestExport:
         with torch.no_grad():
             torch.testing.assert_close(open_exported(tmp_path / "small.pt2").module(images), model(images))
 
-    def test_a_dense_model_by_a_recipe(self, cli: Command, dense: Path, recipe: Path, tmp_path: Path) -> None:
+    def test_a_dense_model_with_a_recipe(self, cli: Command, dense: Path, recipe: Path, tmp_path: Path) -> None:
         arguments = ("export", dense, "--recipe", recipe, "--to", "hub", "-o", "folder", "--json")
         assert document_of(cli(*arguments))["compressed"] is True
         assert artifact.load(tmp_path / "folder").plan.sites[0].tokens_out == 13
         assert (tmp_path / "folder" / "README.md").read_text().count("```yaml") == 1
 
-    def test_not_checked(self, cli: Command, small: Path) -> None:
+    def test_without_verification(self, cli: Command, small: Path) -> None:
         outcome = cli("export", small, "--to", "pt2", "--no-verify", "--batch", "2")
         assert "verified no" in outcome.stdout
         assert "[2, 3, 24, 24]" in outcome.stdout
@@ -100,12 +100,12 @@ class TestRefused:
             (["--to", "pt2", "--dtype", "int8"], ["unknown dtype 'int8'"]),
         ],
     )
-    def test_what_cannot_be(self, arguments: list[str], words: list[str], cli: Command, small: Path) -> None:
+    def test_invalid_options(self, arguments: list[str], words: list[str], cli: Command, small: Path) -> None:
         before = sorted(small.parent.iterdir())
         explained(cli("export", small, *arguments), 2, *words)
         assert sorted(small.parent.iterdir()) == before
 
-    def test_an_output_that_exists(self, cli: Command, small: Path) -> None:
+    def test_an_existing_output(self, cli: Command, small: Path) -> None:
         (small.parent / "small.pt2").write_text("precious")
         explained(cli("export", small, "--to", "pt2"), 2, "small.pt2 already exists", "--force")
         assert (small.parent / "small.pt2").read_text() == "precious"
@@ -125,7 +125,7 @@ class TestRefused:
         more = ("--dataset", "builtin:digits") if command == "eval" else ()
         explained(cli(command, name, *more), 3, name, words)
 
-    def test_what_an_exported_file_cannot_do(self, cli: Command, small: Path) -> None:
+    def test_commands_that_need_a_checkpoint(self, cli: Command, small: Path) -> None:
         assert cli("export", small, "--to", "pt2", "--no-verify").rc == 0
         explained(
             cli("eval", "small.pt2", "--dataset", "builtin:digits", "--compare-dense"),
@@ -161,6 +161,6 @@ class TestRefused:
         assert "macs<=0.1 missed" in missed.stderr
         assert "cannot be measured inside a compiled graph or another runtime" in " ".join(missed.stderr.split())
 
-    def test_a_video_model_without_its_text_side(self, cli: Command, tmp_path: Path) -> None:
+    def test_a_video_model_without_its_text_encoder(self, cli: Command, tmp_path: Path) -> None:
         assert cli("export", stored(3), "--to", "pt2", "-o", "clip.pt2", "--no-verify").rc == 0
         explained(cli("eval", "clip.pt2", "--dataset", "builtin:shapes"), 3, "holds the vision encoder only")
