@@ -77,7 +77,7 @@ def _sites(opened: Opened, family: Family, layout: Layout, plan: Plan | None) ->
     from repshift_cli.reduction.metrics.base import metric_kinds
 
     counts = _tokens(layout, plan)
-    grids = layout.grids(plan.grids_kept if plan else None)
+    grids = {site.layer: list(grid) for site, grid in layout.grids(plan.grids_kept if plan else None)}
     # variants that need something no block of the family has (a mixer in a ViT) are not counted as limits of a block
     family_taps = {"block_input", "block_output", *family.shows}
     known = {
@@ -90,7 +90,7 @@ def _sites(opened: Opened, family: Family, layout: Layout, plan: Plan | None) ->
         entry: dict[str, Any] = {"site": site.name, "layer": site.layer, "block": type(site.block).__name__}
         entry["tokens"] = counts[site.layer]
         if layout.map_size:
-            entry["grid"] = list(grids[site.layer])
+            entry["grid"] = grids[site.layer]
         entry["scores"] = [kind for kind, count in possible.items() if count]
         entry["limited"] = {
             kind: f"{count} of {len(known[kind])} variants: {site.missing.get('*', 'not shown')}"

@@ -79,9 +79,9 @@ class Processes:
             done, problem = [work()], None
         except RepshiftError as error:
             done, problem = [], error
-        for error in self.collect(problem):
-            if error is not None:
-                raise error
+        for failure in self.collect(problem):
+            if failure is not None:
+                raise failure
         return done[0]
 
     def stop(self) -> None:

@@ -142,7 +142,7 @@ class TestRefused:
 
     def test_an_exported_file_needs_the_dense_one_to_be_compared_with(self, cli: Command, small: Path) -> None:
         assert cli("export", small, "--to", "pt2", "--no-verify").rc == 0
-        words = ("same format and weights", "the dense one with --dense, and name both")
+        words = ("same format and weights", "Export the dense model too, with --dense")
         outcome = cli("bench", "small.pt2", *QUICK)
         assert outcome.rc == 0
         assert all(word in " ".join(outcome.stdout.split()) for word in words)

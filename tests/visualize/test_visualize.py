@@ -592,9 +592,9 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
         [
-            (["dense"], 2, "Compress it first: repshift compress"),
+            (["dense"], 2, "Run: repshift compress"),
             (["compressed"], 2, "Add --data FOLDER"),
-            (["compressed", "-o", "kept.gif"], 2, "--output: kept.gif has no ending"),
+            (["compressed", "-o", "kept.gif"], 2, "invalid --output kept.gif: must end in"),
             (["compressed", "-o", "old.png"], 2, "already exists"),
             (["compressed", "-o", "a.png", "--indices", "a.png"], 2, "both name a.png"),
             (["compressed", "--data", "./nowhere"], 4, "does not exist"),
