@@ -20,7 +20,14 @@ from repshift_cli.cli.show.evaluate import (
     warn_of_skipped,
 )
 from repshift_cli.cli.show.video_text import Run
-from repshift_cli.cli.torchrun import Interrupted, is_first, own_device, rank_zero_errors, screen_of_first
+from repshift_cli.cli.torchrun import (
+    Interrupted,
+    is_first,
+    own_device,
+    rank_zero_errors,
+    refuse_torchrun,
+    screen_of_first,
+)
 from repshift_cli.errors import INTERRUPTED, ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -322,16 +329,11 @@ def _evaluate_videos(opened: Opened, given: _EvalOptions, video: VideoOptions, s
     from repshift_cli.checkpoints.exported import OpenedExport
     from repshift_cli.evaluation.video_text.data import Wanted
     from repshift_cli.evaluation.video_text.evaluate import DenseSelf, Settings
-    from repshift_cli.utils.distributed import launched_together
 
     for option, value in (("--resume", given.resume), ("--save-predictions", given.predictions)):
         if value:
             raise UsageError(f"{option} is for image models, and {given.name} takes videos", "Leave it out.")
-    if launched_together():
-        raise UsageError(
-            f"{given.name} takes videos: retrieval and question answering run in one process",
-            "Start it without torchrun.",
-        )
+    refuse_torchrun("evaluating videos")
     if isinstance(opened, OpenedExport):
         raise ModelError(
             f"{given.name} holds the vision encoder only; retrieval and question answering need the text encoder too",
