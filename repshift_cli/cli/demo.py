@@ -29,7 +29,7 @@ __all__ = ["command"]
 _MODEL = "builtin:vit-digits"
 _DATA = "builtin:digits"
 _SCENES = 1000
-_PICTURES = 6
+_IMAGES = 6
 _BATCHES = (1, 32)
 _COMPRESS_SECONDS = 2.0
 _BENCH_SECONDS = 3.0
@@ -63,12 +63,12 @@ def command(
     seconds = round(time.monotonic() - begin, 1)
     document = {
         "seconds": seconds,
-        "files": {"model": str(files.model), "picture": str(files.picture), "report": str(files.report)},
+        "files": {"model": str(files.model), "picture": str(files.figure), "report": str(files.report)},
         "summary": _summary(evaluation, timing, macs),
         "compress": compressed.to_dict(),
         "eval": evaluation_document(evaluation, macs, str(files.model), opened.loaded.description.preprocessing),
         "bench": timing.to_dict(),
-        "visualize": visualize.document(view, str(files.model), files.picture, None),
+        "visualize": visualize.document(view, str(files.model), files.figure, None),
     }
     write_text(files.report, ui.to_json(document), force)
     if json:
@@ -88,7 +88,7 @@ class _Files:
         return self.folder / "vit_digits_repshift.safetensors"
 
     @property
-    def picture(self) -> Path:
+    def figure(self) -> Path:
         return self.folder / "kept_tokens.png"
 
     @property
@@ -110,7 +110,7 @@ class _Files:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot create the folder {self.folder}: {error.strerror or error}") from error
-        for path in (self.model, self.picture, self.report):
+        for path in (self.model, self.figure, self.report):
             check_output(path, force)
 
 
@@ -187,12 +187,12 @@ class _Demo:
         from repshift_cli.visualize.view import view_kept
 
         self._announce(
-            4, "Visualize: which patches are kept", ("visualize", self.files.model, "--output", self.files.picture)
+            4, "Visualize: which patches are kept", ("visualize", self.files.model, "--output", self.files.figure)
         )
-        view = view_kept(opened, _DATA, _PICTURES)
-        visualize.write(view, self.files.picture, None, self.force)
+        view = view_kept(opened, _DATA, _IMAGES)
+        visualize.write(view, self.files.figure, None, self.force)
         if not self.quiet:
-            visualize.show(view, self.files.picture, None)
+            visualize.show(view, self.files.figure, None)
         return view
 
     def _announce(self, number: int, title: str, arguments: tuple[object, ...]) -> None:
@@ -251,7 +251,7 @@ def _show_summary(
     lines += [
         f"files     {files.folder}/",
         f"{'':12}{files.model.name:34}the compressed model",
-        f"{'':12}{files.picture.name:34}the patches that it keeps",
+        f"{'':12}{files.figure.name:34}the patches that it keeps",
         f"{'':12}{files.report.name:34}all results as JSON",
         f"\nDone in {seconds:.0f} s. With your own model and images:",
         "$ repshift compress MODEL.safetensors --calibration FOLDER",

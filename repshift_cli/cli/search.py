@@ -13,7 +13,7 @@ from repshift_cli.cli.show.search import show_search
 from repshift_cli.cli.torchrun import Interrupted, rank_zero_errors, refuse_torchrun
 from repshift_cli.errors import INTERRUPTED, UsageError
 from repshift_cli.utils.figures import check_figure_path
-from repshift_cli.utils.files import check_outputs, sha256_of, weight_stem, write_text
+from repshift_cli.utils.files import check_outputs, default_output, sha256_of, write_text
 
 if TYPE_CHECKING:
     from repshift_cli.compression.settings import Settings
@@ -35,10 +35,7 @@ _KINDS = {
 
 
 def command(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(help="A .safetensors, .pth or .pt file, a folder with config.json, a timm name, builtin:..."),
-    ],
+    checkpoint: options.Checkpoint,
     *,
     target: Annotated[
         str | None,
@@ -121,11 +118,11 @@ def command(
     json: options.AsJson = False,
     force: options.Force = False,
 ) -> None:
-    """Find the schedule that meets a target with the least change of the predictions, and write it as a recipe."""
+    """Find the best drop schedule for a target, and write a recipe."""
     with rank_zero_errors():
         refuse_torchrun("repshift search")
     goal = _target(target, recipe)
-    files = _Files(output or default_output(checkpoint, goal), save, plot, state)
+    files = _Files(output or default_output(checkpoint, f"_{goal.kind}{goal.value:g}.yaml"), save, plot, state)
     files.check(force)
 
     from repshift_cli.checkpoints.identify import Clips
@@ -298,12 +295,6 @@ def _target(text: str | None, recipe: str | None) -> Target:
             "Add --target macs=0.65, latency=0.6, agreement=0.99 or max-drop=0.5, or a recipe with a budget.",
         )
     return Target.parse(text)
-
-
-def default_output(checkpoint: str, target: Target) -> Path:
-    """`<name>_macs0.65.yaml` in the current folder."""
-    name = checkpoint.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:")
-    return Path(f"{weight_stem(name)}_{target.kind}{target.value:g}.yaml")
 
 
 def document(found: Found, files: _Files) -> dict[str, Any]:

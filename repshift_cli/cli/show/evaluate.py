@@ -18,6 +18,7 @@ __all__ = ["COMPRESSED", "DENSE", "announce_dataset", "evaluation_document", "sh
 DENSE = "dense"
 COMPRESSED = "compressed"
 _MAX_SKIPPED_SHOWN = 10
+_SCORE_KEYS = ("top1", "top5", "top1_interval", "top5_interval", "top1_correct", "top5_correct", "images_per_s")
 
 
 def announce_dataset(opened: Opened, data: ImageDataset) -> None:
@@ -124,14 +125,4 @@ def evaluation_document(
 
 
 def _numbers(score: Score, macs: int) -> dict[str, Any]:
-    return {
-        "top1": score.top1,
-        "top5": score.top5,
-        "top1_interval": list(score.top1_interval),
-        "top5_interval": list(score.top5_interval),
-        "top1_correct": score.top1_correct,
-        "top5_correct": score.top5_correct,
-        "images_per_s": score.images_per_s,
-        "gmacs": macs / 1e9,
-        "attention": score.attention,
-    }
+    return {key: getattr(score, key) for key in _SCORE_KEYS} | {"gmacs": macs / 1e9, "attention": score.attention}
