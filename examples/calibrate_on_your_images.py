@@ -1,11 +1,11 @@
-"""Let unlabelled images of your own choose how tokens are scored.
+"""Choose the metric by calibration on your own unlabelled images.
 
     python examples/calibrate_on_your_images.py                                # built-in model and scenes
     python examples/calibrate_on_your_images.py vit_base.safetensors photos/   # yours
 
-On some models the tokens that a layer moves most matter most, on others those that it moves least; nothing but the
-model's own behaviour tells. So all ways to score are tried on the images, and the one whose predictions stay nearest
-to the dense model's is taken. `repshift compress MODEL --calibration FOLDER` does the same and writes a checkpoint.
+In some models the tokens that a layer changes most are the important ones, in others those that it changes least.
+Calibration tries all metrics on the images and chooses the one whose predictions are closest to the dense model's.
+`repshift compress MODEL --calibration FOLDER` does the same and writes a checkpoint.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ layers: [{layer: 0, drop_ratio: 0.2}, {layer: 3, drop_ratio: 0.2}, {layer: 6, dr
 
 
 @torch.inference_mode()
-def change(model: CompressedModel, images: torch.Tensor) -> float:
+def divergence(model: CompressedModel, images: torch.Tensor) -> float:
     """Mean KL divergence in nats of the compressed predictions from the dense ones."""
-    given = model(images).log_softmax(-1)
-    with model.dense() as original:
-        wanted = original(images).log_softmax(-1)
-    return float((wanted.exp() * (wanted - given)).sum(-1).mean())
+    compressed = model(images).log_softmax(-1)
+    with model.dense() as dense_model:
+        dense = dense_model(images).log_softmax(-1)
+    return float((dense.exp() * (dense - compressed)).sum(-1).mean())
 
 
 def main() -> None:
@@ -47,17 +47,17 @@ def main() -> None:
     folder = sys.argv[2] if len(sys.argv) > 2 else "builtin:digits"  # noqa: PLR2004
     preprocessing = load_dense(name).description.preprocessing
     images = load_images(folder, 96, preprocessing, seed=0).tensor
-    # what is chosen on some images is judged on others
+    # calibrate on some images, evaluate on others
     border = len(images) * 2 // 3
     for_calibration, others = images[:border], images[border:]
 
     for polarity in ("largest", "smallest"):
         model = compress(name, Recipe.parse(FIXED.format(polarity=polarity)))
-        print(f"keep the {polarity} MLP shift: KL {change(model, others):.4f} nats")
+        print(f"keep the {polarity} MLP shift: KL {divergence(model, others):.4f} nats")
 
     model = compress(name, Recipe.parse(OPEN), calibration=for_calibration)
     chosen = ", ".join(model.plan.sites[0].metric.options.values())
-    print(f"calibrated ({chosen}): KL {change(model, others):.4f} nats")
+    print(f"calibrated ({chosen}): KL {divergence(model, others):.4f} nats")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Compress a feature extractor without a head (DINOv2), and put its tokens back into their places in the picture.
+"""Compress a feature extractor without a head (DINOv2), and put its tokens back into a feature map.
 
     python examples/feature_extractor.py
 
-Uses random weights, so that it runs anywhere in seconds; with pretrained ones nothing else changes.
+Uses random weights, so that it runs in seconds. Pretrained weights work the same way.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ layers:
 
 
 def to_grid(tokens: Tensor, kept: Tensor, rows: int, columns: int) -> Tensor:
-    """Put kept patch tokens back where they came from.
+    """Put kept patch tokens back into the patch grid.
 
     Args:
         tokens: `[B, K, C]`.
-        kept: int64 `[B, K]`, places in the grid, row by row.
+        kept: int64 `[B, K]`, indices in the grid, row by row.
 
     Returns:
         `[B, C, rows, columns]`, zero where a token was dropped.
@@ -46,18 +46,18 @@ def main() -> None:
     images = torch.rand(2, 3, 224, 224)
 
     trace = model.trace(images)
-    with model.dense() as original:
-        before = original(images)
-    likeness = torch.nn.functional.cosine_similarity(before, trace.output)
-    print(f"one vector per image: {tuple(trace.output.shape)}, cosine to the dense one {likeness.mean():.3f}")
+    with model.dense() as dense_model:
+        features_before = dense_model(images)
+    cosine = torch.nn.functional.cosine_similarity(features_before, trace.output)
+    print(f"one vector per image: {tuple(trace.output.shape)}, cosine to the dense model's {cosine.mean():.3f}")
     print(f"multiply-accumulates: {model.dense_macs() / 1e9:.2f} -> {model.macs() / 1e9:.2f} billion per image")
 
     tokens = model.model.forward_features(images)
-    kept = trace.kept[max(trace.kept)]  # after the last site, so of what comes out
+    kept = trace.kept[max(trace.kept)]  # of the last site
     prefix = model.plan.prefix_tokens
     rows, columns = model.model.patch_embed.grid_size
     features = to_grid(tokens[:, prefix:], kept, rows, columns)
-    print(f"tokens {tuple(tokens.shape)} -> feature map {tuple(features.shape)}; of the first image are left:")
+    print(f"tokens {tuple(tokens.shape)} -> feature map {tuple(features.shape)}; kept in the first image:")
     for row in features[0].abs().sum(0) > 0:
         print(" ".join("#" if there else "." for there in row))
 

@@ -1,9 +1,9 @@
-"""Fine-tune a compressed model: gradients flow through the tokens that are kept.
+"""Fine-tune a compressed model: gradients flow through the kept tokens.
 
     python examples/finetune.py
 
-Drops far more tokens than is free of charge, then wins back some accuracy in a few steps on built-in scenes. The
-weights keep their names, so `model.state_dict()` fits the dense model as well.
+Drops so many tokens that accuracy suffers, then recovers some of it in a few steps on built-in scenes. Parameter names
+do not change, so `model.state_dict()` also fits the dense model.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ STEPS = 20
 BATCH = 32
 
 
-def draw(scenes: DigitScenes, start: int, count: int, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+def load(scenes: DigitScenes, start: int, count: int, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
     """Images `[count, C, H, W]` and labels `[count]`."""
     transform = preprocessing.transform()
-    pictures, labels = zip(*(scenes[start + index] for index in range(count)), strict=True)
-    return torch.stack([transform(picture) for picture in pictures]), torch.tensor(labels)
+    images, labels = zip(*(scenes[start + index] for index in range(count)), strict=True)
+    return torch.stack([transform(image) for image in images]), torch.tensor(labels)
 
 
 @torch.inference_mode()
-def judge(model: nn.Module, images: Tensor, labels: Tensor) -> str:
-    """Loss and accuracy in words."""
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> str:
+    """Loss and accuracy as text."""
     model.eval()
     logits = torch.cat([model(part) for part in images.split(64)])
     accuracy = (logits.argmax(-1) == labels).float().mean()
@@ -48,24 +48,24 @@ def judge(model: nn.Module, images: Tensor, labels: Tensor) -> str:
 
 def main() -> None:
     torch.manual_seed(0)
-    # a loaded model is frozen and its weights may be a view of the file, so training takes a copy
+    # copy for training: a loaded model is frozen and its weights may be a view of the file
     model = copy.deepcopy(compress("builtin:vit-digits", Recipe.parse(RECIPE))).requires_grad_(True)
     preprocessing = model.preprocessing
-    test = draw(DigitScenes("test", 256), 0, 256, preprocessing)
+    test = load(DigitScenes("test", 256), 0, 256, preprocessing)
     with model.dense():
-        print(f"dense:  {judge(model, *test)}")
-    print(f"before: {judge(model, *test)}  ({model.dense_macs() / model.macs():.2f}x fewer multiply-accumulates)")
+        print(f"dense:  {evaluate(model, *test)}")
+    print(f"before: {evaluate(model, *test)}  ({model.dense_macs() / model.macs():.2f}x fewer multiply-accumulates)")
 
     scenes = DigitScenes("train", STEPS * BATCH, seed=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     for step in range(STEPS):
-        images, labels = draw(scenes, step * BATCH, BATCH, preprocessing)
+        images, labels = load(scenes, step * BATCH, BATCH, preprocessing)
         model.train()
         loss = cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    print(f"after:  {judge(model, *test)}  ({STEPS} steps of {BATCH} scenes)")
+    print(f"after:  {evaluate(model, *test)}  ({STEPS} steps of {BATCH} scenes)")
 
 
 if __name__ == "__main__":

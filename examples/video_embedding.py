@@ -15,7 +15,7 @@ from repshift_cli.data.builtin.moving_shapes import scene_tensor
 from repshift_cli.data.video.annotations import clean_text
 from repshift_cli.data.video.tokenizer import Tokenizer
 
-# tokens flow into those that are most like them, as vid-TLDR does, by a score that needs no attention map
+# merge tokens into their most similar ones as vid-TLDR does, by a score that needs no attention map
 RECIPE = """
 version: 1
 metric: {kind: representation_shift, operation: attention, distance: l2, reading: update, polarity: largest}
@@ -28,7 +28,7 @@ layers:
 
 @torch.inference_mode()
 def main() -> None:
-    model = compress("builtin:umt-shapes", Recipe.parse(RECIPE))  # or a checkpoint of UMT
+    model = compress("builtin:umt-shapes", Recipe.parse(RECIPE))  # or a UMT checkpoint
     frames, size = model.preprocessing.frames, model.preprocessing.input_size[1]
     print(f"multiply-accumulates: {model.dense_macs() / 1e6:.0f} -> {model.macs() / 1e6:.0f} million per clip")
 
@@ -36,13 +36,13 @@ def main() -> None:
     transform = model.preprocessing.transform()
     scenes = moving_shapes.scenes(32, moving_shapes.TEST_SEED)
     clips = torch.stack([scene_tensor(moving_shapes.render(scene, frames, size), transform) for scene in scenes])
-    videos = model(clips)  # [B, E], of length one
-    with model.dense() as original:
-        before = original(clips)
+    videos = model(clips)  # [B, E], normalized
+    with model.dense() as dense_model:
+        before = dense_model(clips)
     print(f"cosine to the dense embedding: {torch.nn.functional.cosine_similarity(before, videos).mean():.3f}")
 
     captions = [clean_text(moving_shapes.caption(scene)) for scene in scenes]
-    with moving_shapes.vocabulary_file() as path:  # of the authors' checkpoints: vocab.txt of bert-base-uncased
+    with moving_shapes.vocabulary_file() as path:  # for the released checkpoints: vocab.txt of bert-base-uncased
         ids, mask = Tokenizer(path).texts(captions, 32)
     texts = model.model.project_text(model.model.encode_text(ids, mask))
     best = (texts @ videos.T).argmax(dim=1)

@@ -1,4 +1,4 @@
-"""Every error that a user can cause or meet, each with the exit code that the command line ends with."""
+"""Errors that are shown to the user, with the exit code of each kind."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ __all__ = [
     "last_line",
 ]
 
-
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
 
 class RepshiftError(Exception):
-    """An error that is explained to the user without a traceback.
+    """An error that is shown without a traceback.
 
     Args:
         message: what is wrong, and where.
@@ -40,17 +39,17 @@ class RepshiftError(Exception):
 
 
 class UsageError(RepshiftError):
-    """An option, an argument or a combination of them that cannot be."""
+    """An invalid option or argument, or an invalid combination."""
 
     exit_code = 2
 
 
 class RecipeError(UsageError):
-    """A recipe that does not parse, or that the model cannot follow."""
+    """An invalid recipe, or one that does not fit the model."""
 
 
 class ModelError(RepshiftError):
-    """A kind of model, or of module in it, that is not supported."""
+    """An unsupported model, or an unsupported module in it."""
 
     exit_code = 3
 
@@ -60,23 +59,23 @@ class CheckpointError(ModelError):
 
 
 class DataError(RepshiftError):
-    """A dataset that is unknown, missing, empty, unreadable or unfit for the model."""
+    """A dataset that is unknown, missing, empty, unreadable or does not fit the model."""
 
     exit_code = 4
 
 
 class CheckFailed(RepshiftError):
-    """A check that the command made of its own result has failed."""
+    """A check of the command's own result failed."""
 
     exit_code = 5
 
 
 class OutputError(RepshiftError):
-    """A result that could not be written."""
+    """A result could not be written."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a library says, which may go on for pages; its kind where it says nothing."""
+    """The first line of the message of an error, or the name of its class if it has no message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

@@ -1,4 +1,4 @@
-"""How a command ended, and that it said why."""
+"""The outcome of a command, and a check of its error message."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Command = Callable[..., Outcome]
 
 
 def explained(outcome: Outcome, rc: int, *words: str) -> None:
-    """The command ended with this code, told all this on stderr, and printed no result and no traceback."""
+    """Assert the exit code and these words on stderr, no result and no traceback."""
     assert outcome.rc == rc, outcome.stderr
     assert outcome.stdout == ""
     assert "Traceback" not in outcome.stderr

@@ -37,20 +37,20 @@ def run(name: str, cwd: Path) -> str:
     return done.stdout
 
 
-def test_each_example_is_tested_and_says_how_to_run_it() -> None:
+def test_each_example_is_tested_and_documents_its_command() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(PRINTED)
     for path in EXAMPLES.glob("*.py"):
         assert f"python examples/{path.name}" in path.read_text()
 
 
 @pytest.mark.parametrize("name", sorted(set(PRINTED) - {"finetune"}))
-def test_example_runs_and_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
+def test_example_runs_and_writes_nothing(name: str, tmp_path: Path) -> None:
     assert re.search(PRINTED[name], run(name, tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_finetuning_wins_back_accuracy_and_leaves_the_asset_alone(tmp_path: Path) -> None:
+def test_finetuning_lowers_the_loss_and_does_not_change_the_asset(tmp_path: Path) -> None:
     asset = ROOT / "repshift_cli" / "assets" / "vit_digits.safetensors"
     before = asset.read_bytes()
     printed = run("finetune", tmp_path)

@@ -1,4 +1,4 @@
-"""The command line: one file per command, each of which parses, calls and renders."""
+"""The command line: one file per command, which parses options and calls; `show/` prints reports."""
 
 from repshift_cli.cli.app import main
 

@@ -1,4 +1,4 @@
-"""The Typer application: which commands there are and how they end."""
+"""The Typer application: commands, exit codes and error messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="repshift",
-    help="Make trained vision models faster by letting unimportant tokens go between layers.",
+    help="Speed up trained vision models by dropping unimportant tokens.\n\n"
+    "Tokens are dropped or merged between layers. No training needed.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -46,25 +47,25 @@ def _print_version(value: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and stop.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Options of every command."""
+    """Options of every command; Typer handles `--version`, `main` handles `--debug`."""
 
 
 def main() -> None:
-    """Run the command line; errors become one message and an exit code (see docs/architecture.md)."""
-    _share_cores()
+    """Run the command line. An error becomes one message and an exit code (docs/architecture.md)."""
+    _limit_thread_spinning()
     debug = "--debug" in sys.argv
     try:
         app(prog_name="repshift")
     except Interrupted:
-        raise  # it has told what it left behind
+        raise  # the command has printed its own message
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
             raise
-        typer.echo("interrupted; nothing half-done was left behind", err=True)
+        typer.echo("interrupted; no partial output was left", err=True)
         sys.exit(INTERRUPTED)
     except Exception as problem:
         if debug:
@@ -72,26 +73,24 @@ def main() -> None:
         sys.exit(_explain(problem))
 
 
-def _share_cores() -> None:
-    """Let idle OpenMP threads spin for less than a millisecond before they sleep; has to happen before torch loads.
+def _limit_thread_spinning() -> None:
+    """Let idle OpenMP threads spin for less than a millisecond; must run before torch is imported.
 
-    As libgomp has it they spin so long that two processes on the same cores slow each other down 14 times over; without
-    any spinning each operation wakes its threads anew, a quarter of the time at batch 1 (docs/benchmarking.md).
+    With libgomp's default, two processes on the same cores slow each other down 14 times. Without spinning, waking
+    threads takes a quarter of the time at batch 1 (docs/benchmarking.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _explain(problem: Exception) -> int:
-    """Show a problem on stderr; returns the exit code."""
+    """Print an error to stderr and return the exit code."""
     from repshift_cli.cli import ui
     from repshift_cli.errors import RepshiftError
 
     if isinstance(problem, RepshiftError):
         ui.error(problem)
         return problem.exit_code
-    text = f"{type(problem).__name__}: {problem}"
-    ui.error(
-        RepshiftError(f"unexpected: {text}", "Run again as `repshift --debug ...` for the traceback, and report it.")
-    )
+    message = f"unexpected: {type(problem).__name__}: {problem}"
+    ui.error(RepshiftError(message, "Run `repshift --debug ...` to see the traceback, and report it."))
     return 1

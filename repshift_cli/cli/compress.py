@@ -1,4 +1,4 @@
-"""`repshift compress`: a checkpoint and a recipe in, a faster checkpoint out, with a table that says by how much."""
+"""`repshift compress`: compress a checkpoint by a recipe and measure the result."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from repshift_cli.cli.export import Target, check_all, export_all
 from repshift_cli.cli.export import show as show_export
 from repshift_cli.cli.show.compress import show_compression
 
-__all__ = [
-    "command",
-]
+__all__ = ["command"]
 
 
 def command(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(help="A .safetensors, .pth or .pt file, a folder with config.json, a timm name, builtin:..."),
-    ],
+    checkpoint: options.Checkpoint,
     *,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="A YAML file or a shipped recipe (repshift recipes list).")
+        str | None,
+        typer.Option(
+            "--recipe", "-r", metavar="RECIPE", help="A YAML file or a shipped recipe (repshift recipes list)."
+        ),
     ] = None,
     target: Annotated[
         str | None,
@@ -32,7 +30,7 @@ def command(
             "--target",
             "-t",
             metavar="KIND=VALUE",
-            help="Search for the layers first, those of the recipe are not used: macs=0.65, latency=0.6, "
+            help="Search for the layers and ratios instead of using those of the recipe: macs=0.65, latency=0.6, "
             "agreement=0.99 or max-drop=0.5 (see repshift search).",
             show_default=False,
         ),
@@ -44,48 +42,59 @@ def command(
     checkpoint_frames: options.CheckpointFrames = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Where the result goes.", show_default="<checkpoint>_repshift.safetensors"),
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Output file.", show_default="<checkpoint>_repshift.safetensors"
+        ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", help="Pictures or videos to compare predictions on: a folder or a dataset.")
+        str | None,
+        typer.Option(
+            "--data", metavar="FOLDER", help="Images or videos to compare predictions on: a folder or a dataset."
+        ),
     ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
-            "--calibration", help="Unlabelled pictures or videos of the model's own kind, to choose the score."
+            "--calibration",
+            metavar="FOLDER",
+            help="Unlabelled images or videos to choose the metric on: a folder or a dataset.",
         ),
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate/--no-calibrate", help="Choose what the recipe leaves open on pictures.")
+        bool, typer.Option("--calibrate/--no-calibrate", help="Choose on images what the recipe leaves open.")
     ] = True,
     calibration_images: Annotated[
         int | None,
         typer.Option(
-            min=8, help="How many pictures calibration uses (default: 128; 32 clips for a large video model)."
+            min=8, metavar="N", help="Number of calibration images (default: 128; 32 clips for large video models)."
         ),
     ] = None,
     device: options.Device = "cpu",
     dtype: options.MeasureDtype = "float32",
-    batch_size: options.InputsAtATime = None,
+    batch_size: options.BatchSize = None,
     threads: options.Threads = None,
     attention: options.Attention = options.AttentionKind.AUTO,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Time for the latency measurement.")] = 10.0,
+    seconds: Annotated[float, typer.Option(min=0.0, metavar="S", help="Duration of the latency measurement.")] = 10.0,
     seed: options.Seed = 0,
     export: Annotated[
         list[Target] | None,
-        typer.Option("--export", help="Export the result too, beside it; may be repeated (see repshift export)."),
+        typer.Option("--export", metavar="FORMAT", help="Also export to onnx, pt2, aoti or hub; may be repeated."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; run, measure and write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan only: do not run, measure or write.")
+    ] = False,
     json: options.AsJson = False,
     force: options.Force = False,
 ) -> None:
-    """Make a checkpoint faster by letting unimportant tokens go, and measure it."""
+    """Write a faster checkpoint and measure speed-up and quality."""
     from repshift_cli.checkpoints.identify import Clips
     from repshift_cli.cli import ui
     from repshift_cli.compression.run import compress_checkpoint
     from repshift_cli.compression.settings import Settings
     from repshift_cli.measure.device import num_threads as using_threads
+    from repshift_cli.utils.files import default_output
 
+    output = output or default_output(checkpoint, "_repshift.safetensors")
     settings = Settings(
         recipe=recipe,
         target=target,
@@ -93,7 +102,7 @@ def command(
         heads=heads,
         img_size=img_size,
         clips=Clips(frames, checkpoint_frames),
-        output=output or default_output(checkpoint),
+        output=output,
         data=data,
         calibration=calibration,
         calibrate=calibrate,
@@ -107,23 +116,15 @@ def command(
         force=force,
     )
     targets = [] if dry_run else (export or [])
-    check_all(output or default_output(checkpoint), targets, force)
+    check_all(output, targets, force)
     with using_threads(threads):
         report = compress_checkpoint(checkpoint, settings, ui.Screen(), dry_run)
         if not json:
             show_compression(report)  # before the exports, of which one may fail
         exported = export_all(report.output, targets, force) if report.output else []
     if json:
-        told = {"exports": [each.to_dict() for each in exported]} if exported else {}
-        ui.print_json(report.to_dict() | told)
+        exports = {"exports": [each.to_dict() for each in exported]} if exported else {}
+        ui.print_json(report.to_dict() | exports)
     else:
         for each in exported:
             show_export(each)
-
-
-def default_output(checkpoint: str) -> Path:
-    """`<name>_repshift.safetensors` in the current folder."""
-    from repshift_cli.utils.files import weight_stem
-
-    name = checkpoint.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:")
-    return Path(f"{weight_stem(name)}_repshift.safetensors")

@@ -1,4 +1,4 @@
-"""`repshift demo`: the whole tool in a minute, on the built-in model and data, with the commands that do each step."""
+"""`repshift demo`: compress, evaluate, time and draw the built-in model, and print the command of each step."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from repshift_cli.cli import bench, options, visualize
 from repshift_cli.cli.evaluate import head_size, models_of
 from repshift_cli.cli.show.compress import show_compression
 from repshift_cli.cli.show.evaluate import evaluation_document, show_evaluation
+from repshift_cli.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from repshift_cli.benchmark.report import BenchReport
@@ -28,7 +29,7 @@ __all__ = ["command"]
 _MODEL = "builtin:vit-digits"
 _DATA = "builtin:digits"
 _SCENES = 1000
-_PICTURES = 6
+_IMAGES = 6
 _BATCHES = (1, 32)
 _COMPRESS_SECONDS = 2.0
 _BENCH_SECONDS = 3.0
@@ -40,34 +41,45 @@ _WIDTH = 79
 def command(
     *,
     output_dir: Annotated[
-        Path, typer.Option("--output-dir", "-o", metavar="DIR", help="Where the files go; made if it is missing.")
+        Path, typer.Option("--output-dir", "-o", metavar="DIR", help="Output folder; created if missing.")
     ] = Path("repshift_demo"),
-    force: options.Force = False,
+    force: options.Overwrite = False,
     json: options.AsJson = False,
 ) -> None:
-    """Compress the built-in model, check its accuracy, time it and show what it keeps, in about a minute."""
+    """Run every step on the built-in model, in about a minute."""
     begin = time.monotonic()
     files = _Files(output_dir)
     files.check(force)
 
     from repshift_cli.checkpoints.artifact import open_model
     from repshift_cli.cli import ui
+    from repshift_cli.utils.files import write_text
 
-    run = _Run(files, ui.Screen(), force, quiet=json)
-    compressed = run.compress()
+    demo = _Demo(files, ui.Screen(), force, quiet=json)
+    compressed = demo.compress()
     opened = open_model(files.model)
-    results = _Results(compressed, run.evaluate(opened), run.bench(opened), run.visualize(opened))
-    document = _document(results, opened, files, time.monotonic() - begin)
-    _write_report(files.report, document, force)
+    evaluation, timing, view = demo.evaluate(opened), demo.bench(opened), demo.visualize(opened)
+    macs = {"dense": opened.dense_macs, "compressed": opened.macs}
+    seconds = round(time.monotonic() - begin, 1)
+    document = {
+        "seconds": seconds,
+        "files": {"model": str(files.model), "picture": str(files.figure), "report": str(files.report)},
+        "summary": _summary(evaluation, timing, macs),
+        "compress": compressed.to_dict(),
+        "eval": evaluation_document(evaluation, macs, str(files.model), opened.loaded.description.preprocessing),
+        "bench": timing.to_dict(),
+        "visualize": visualize.document(view, str(files.model), files.figure, None),
+    }
+    write_text(files.report, ui.to_json(document), force)
     if json:
         ui.print_json(document)
     else:
-        _show_summary(results, files, document["seconds"])
+        _show_summary(evaluation, timing, macs, files, seconds)
 
 
 @dataclass(frozen=True)
 class _Files:
-    """What the demo writes, all in one folder."""
+    """The output files of the demo."""
 
     folder: Path
 
@@ -76,55 +88,34 @@ class _Files:
         return self.folder / "vit_digits_repshift.safetensors"
 
     @property
-    def picture(self) -> Path:
+    def figure(self) -> Path:
         return self.folder / "kept_tokens.png"
 
     @property
     def report(self) -> Path:
         return self.folder / "report.json"
 
-    def to_dict(self) -> dict[str, str]:
-        return {"model": str(self.model), "picture": str(self.picture), "report": str(self.report)}
-
     def check(self, force: bool) -> None:
-        """Make the folder, and refuse to start where something stands in the way.
+        """Create the folder, and check that the files can be written.
 
         Raises:
-            UsageError: files of an earlier run are there and `force` is off, or the folder is a file.
-            OutputError: the folder cannot be made or written to.
+            UsageError: files exist and `force` is false, or the folder is a file.
+            OutputError: the folder cannot be created or written to.
         """
-        from repshift_cli.errors import OutputError, UsageError
         from repshift_cli.utils.files import check_output
 
-        every = (self.model, self.picture, self.report)
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"{self.folder} is a file, not a folder", "Choose a folder with --output-dir.")
-        there = [path.name for path in every if path.exists()]
-        if there and not force:
-            raise UsageError(
-                f"the folder {self.folder} has {', '.join(there)} already",
-                "Add --force to replace them, or choose another folder with --output-dir.",
-            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"cannot make the folder {self.folder}: {error.strerror or error}") from error
-        for path in every:
+            raise OutputError(f"cannot create the folder {self.folder}: {error.strerror or error}") from error
+        for path in (self.model, self.figure, self.report):
             check_output(path, force)
 
 
-@dataclass(frozen=True)
-class _Results:
-    """What the four steps found."""
-
-    compressed: CompressReport
-    evaluation: Evaluation
-    timing: BenchReport
-    view: Visualization
-
-
-class _Run:
-    """The steps; each tells the command that does the same, does it, and shows what came out."""
+class _Demo:
+    """The steps. Each prints the command that does the same, runs it, and prints its result."""
 
     def __init__(self, files: _Files, progress: Progress, force: bool, quiet: bool) -> None:
         self.files = files
@@ -138,7 +129,7 @@ class _Run:
 
         self._announce(
             1,
-            "Compress: choose the score on unlabelled scenes, then let tokens go",
+            "Compress: choose the metric on unlabelled scenes, then drop tokens",
             ("compress", _MODEL, "--output", self.files.model, "--seconds", f"{_COMPRESS_SECONDS:g}"),
         )
         settings = Settings(output=self.files.model, seconds=_COMPRESS_SECONDS, force=self.force)
@@ -171,7 +162,7 @@ class _Run:
             progress=self.progress,
         )
         if not self.quiet:
-            show_evaluation(result, _macs(opened))
+            show_evaluation(result, {"compressed": opened.macs, "dense": opened.dense_macs})
         return result
 
     def bench(self, opened: Opened) -> BenchReport:
@@ -182,7 +173,7 @@ class _Run:
         batches = ",".join(str(batch) for batch in _BATCHES)
         self._announce(
             3,
-            "Time: both in turn, on the same weights",
+            "Time: dense and compressed in turn, on the same weights",
             ("bench", self.files.model, "--batch-size", batches, "--seconds", f"{_BENCH_SECONDS:g}"),
         )
         named = {self.files.model.stem: opened}
@@ -196,18 +187,16 @@ class _Run:
         from repshift_cli.visualize.view import visualize as visualize_model
 
         self._announce(
-            4,
-            "Look: which patches are kept",
-            ("visualize", self.files.model, "--output", self.files.picture),
+            4, "Visualize: which patches are kept", ("visualize", self.files.model, "--output", self.files.figure)
         )
-        view = visualize_model(opened, _DATA, _PICTURES)
-        visualize.write(view, self.files.picture, None, self.force)
+        view = visualize_model(opened, _DATA, _IMAGES)
+        visualize.write(view, self.files.figure, None, self.force)
         if not self.quiet:
-            visualize.show(view, self.files.picture, None)
+            visualize.show(view, self.files.figure, None)
         return view
 
     def _announce(self, number: int, title: str, arguments: tuple[object, ...]) -> None:
-        """The title of a step and the command that does it by hand, which must be whole when it is copied."""
+        """Print the title of a step and its command, which can be copied as it is."""
         if self.quiet:
             return
         first = "" if number == 1 else "\n"
@@ -218,7 +207,7 @@ class _Run:
 
 
 def _command_lines(words: list[str]) -> list[str]:
-    """A command behind a prompt, broken before an option where the line would be too long."""
+    """A command behind a prompt; long lines break before an option."""
     parts: list[str] = []
     for word in map(shlex.quote, words):
         if word.startswith("-") or not parts:
@@ -234,70 +223,41 @@ def _command_lines(words: list[str]) -> list[str]:
     return lines
 
 
-def _macs(opened: Opened) -> dict[str, int]:
-    return {"compressed": opened.macs, "dense": opened.dense_macs}
-
-
-def _document(results: _Results, opened: Opened, files: _Files, seconds: float) -> dict[str, Any]:
-    """The JSON document: a summary, and what each of the commands would print."""
-    name = str(files.model)
-    scores, timing = results.evaluation.scores, results.timing
-    speedup = [
-        {"batch": ratio.batch, "latency": ratio.to_dict()["latency"], "clear": ratio.speedup.clear}
-        for ratio in timing.ratios
-    ]
+def _summary(evaluation: Evaluation, timing: BenchReport, macs: dict[str, int]) -> dict[str, Any]:
     return {
-        "seconds": round(seconds, 1),
-        "files": files.to_dict(),
-        "summary": {
-            "top1": {"dense": scores["dense"].top1, "compressed": scores["compressed"].top1},
-            "agreement": results.evaluation.agreement,
-            "ratio_macs": float(f"{opened.dense_macs / opened.macs:.4g}"),
-            "speedup": speedup,
-        },
-        "compress": results.compressed.to_dict(),
-        "eval": evaluation_document(results.evaluation, _macs(opened), name, opened.loaded.description.preprocessing),
-        "bench": timing.to_dict(),
-        "visualize": visualize.document(results.view, name, files.picture, None),
+        "top1": {name: evaluation.scores[name].top1 for name in ("dense", "compressed")},
+        "agreement": evaluation.agreement,
+        "ratio_macs": float(f"{macs['dense'] / macs['compressed']:.4g}"),
+        "speedup": [
+            {"batch": ratio.batch, "latency": ratio.to_dict()["latency"], "clear": ratio.speedup.clear}
+            for ratio in timing.ratios
+        ],
     }
 
 
-def _write_report(path: Path, document: dict[str, Any], force: bool) -> None:
-    import json
-
-    from repshift_cli.utils.files import write_text
-
-    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n", force)
-
-
-def _show_summary(results: _Results, files: _Files, seconds: float) -> None:
-    compressed, scores = results.compressed, results.evaluation.scores
-    dense_macs, macs = compressed.dense_macs, compressed.macs
+def _show_summary(
+    evaluation: Evaluation, timing: BenchReport, macs: dict[str, int], files: _Files, seconds: float
+) -> None:
+    dense, compressed = (_percent(evaluation.scores[name]) for name in ("dense", "compressed"))
+    before, after = macs["dense"] / 1e9, macs["compressed"] / 1e9
     lines = [
         f"\n{'Summary ':-<{_WIDTH}}",
-        f"accuracy  {_percent(scores['dense'])} dense -> {_percent(scores['compressed'])} compressed",
-        f"          on {results.evaluation.images} test scenes, without training (in brackets: 95% intervals)",
-        f"work      {dense_macs / 1e9:.3f} -> {macs / 1e9:.3f} GMACs per image, {dense_macs / macs:.2f}x less",
+        f"accuracy  {dense} dense -> {compressed} compressed",
+        f"          on {evaluation.images} test scenes, without training ([95% interval])",
+        f"cost      {before:.3f} -> {after:.3f} GMACs per image, {before / after:.2f}x less",
     ]
-    for index, ratio in enumerate(results.timing.ratios):
+    for index, ratio in enumerate(timing.ratios):
         lines.append(f"{'' if index else 'speed':10}batch {ratio.batch}: {ratio.speedup}")
     lines += [
         f"files     {files.folder}/",
-        *(f"{'':12}{path.name:34}{told}" for path, told in _contents(files)),
-        f"\nThat took {seconds:.0f} s. Now with a model and pictures of your own:",
+        f"{'':12}{files.model.name:34}the compressed model",
+        f"{'':12}{files.figure.name:34}the patches that it keeps",
+        f"{'':12}{files.report.name:34}all results as JSON",
+        f"\nDone in {seconds:.0f} s. With your own model and images:",
         "$ repshift compress MODEL.safetensors --calibration FOLDER",
     ]
-    for line in lines:
-        typer.echo(line)
+    typer.echo("\n".join(lines))
 
 
 def _percent(score: Score) -> str:
     return "{:.1f}% [{:.1f}-{:.1f}]".format(score.top1, *score.top1_interval)
-
-
-def _contents(files: _Files) -> tuple[tuple[Path, str], ...]:
-    return (
-        (files.model, "the compressed model"),
-        (files.picture, "which patches it keeps"),
-        (files.report, "all numbers from above"),
-    )

@@ -1,8 +1,7 @@
-"""`repshift eval`: accuracy on a labelled dataset; of video-text models, retrieval and answers."""
+"""`repshift eval`: accuracy on labelled images; retrieval and question answering of video-text models."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,10 +16,17 @@ from repshift_cli.cli.show.evaluate import (
     DENSE,
     announce_dataset,
     evaluation_document,
-    report_skipped,
     show_evaluation,
+    warn_of_skipped,
 )
-from repshift_cli.cli.torchrun import Interrupted, is_first, one_voice, own_device, screen_of_first
+from repshift_cli.cli.torchrun import (
+    Interrupted,
+    is_first,
+    own_device,
+    rank_zero_errors,
+    refuse_torchrun,
+    screen_of_first,
+)
 from repshift_cli.errors import INTERRUPTED, ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -28,64 +34,38 @@ if TYPE_CHECKING:
 
     from repshift_cli.checkpoints.artifact import Opened
     from repshift_cli.data.dataset import ImageDataset
-    from repshift_cli.data.preprocessing import Preprocessing
     from repshift_cli.evaluation.classification.result import Evaluation
     from repshift_cli.utils.progress import Progress
 
-
-__all__ = [
-    "check_comparison",
-    "command",
-    "head_size",
-    "models_of",
-]
-
+__all__ = ["check_comparison", "command", "head_size", "models_of"]
 
 _DEFAULT_MODEL = "builtin:vit-digits"
-
-
 _DEFAULT_DATASET = "builtin:digits"
-
-
 _DEFAULT_VIDEOS = {"builtin:umt-shapes": "builtin:shapes", "builtin:umt-shapes-qa": "builtin:shapes-qa"}
-
-
 _BUILTIN = "builtin:"
-
-
-_FIRST = "first"
-
-
-_ENOUGH_TO_JUDGE = 100
-"""Pictures, before an accuracy is called no better than guessing."""
-
-
-_IMAGES_AT_A_TIME, _VIDEOS_AT_A_TIME = 64, 8
+_MIN_IMAGES_TO_JUDGE = 100
+"""Images needed to warn about an accuracy no better than guessing."""
+_IMAGE_BATCH, _VIDEO_BATCH = 64, 8
 
 
 @dataclass(frozen=True)
-class _Setup:
-    """How the command was told to run, for pictures and videos alike.
+class _EvalOptions:
+    """Options that models of images and of videos share.
 
-    Device and dtype are those of torch, `attention` is an `AttentionMode`.
+    `settings` are the arguments that `classification.evaluate` and `video_text.evaluate.Settings` have in common.
     """
 
     name: str
     dataset: str | None
     data_dir: Path | None
-    batch_size: int | None
-    device: Any
-    dtype: Any
-    workers: int | None
-    attention: Any
-    strict: bool
     limit: int | None
     seed: int
     compare_dense: bool
-    json: bool
     resume: Path | None
-    saved: Mapping[str, Path]
+    predictions: tuple[Path, ...]
     force: bool
+    json: bool
+    settings: dict[str, Any]
 
 
 def command(
@@ -98,10 +78,10 @@ def command(
         typer.Option(
             "--dataset",
             metavar="NAME",
-            help="imagenet-val, imagenet-real, imagenet-v2, imagenet-a, imagenet-r, builtin:digits, the path of a "
-            "folder with class folders or of a tar, or a name that timm reads, such as torch/cifar10. For video: "
-            "msrvtt, msvd, activitynet, didemo, lsmdc, ssv2-label, ssv2-template, msrvtt-qa, msvd-qa, builtin:shapes "
-            "or builtin:shapes-qa.",
+            help="Images: imagenet-val, imagenet-real, imagenet-v2, imagenet-a, imagenet-r, builtin:digits, a folder "
+            "of class folders, a tar file, or a dataset that timm can read (torch/cifar10). Videos: msrvtt, msvd, "
+            "activitynet, didemo, lsmdc, ssv2-label, ssv2-template, msrvtt-qa, msvd-qa, builtin:shapes, "
+            "builtin:shapes-qa.",
             show_default=False,
         ),
     ] = None,
@@ -109,11 +89,11 @@ def command(
     limit: Annotated[
         int | None,
         typer.Option(
-            "--limit", min=1, metavar="N", help="Only N pictures, videos or questions, evenly spaced over the dataset."
+            "--limit", min=1, metavar="N", help="Use N images, videos or questions, evenly spaced over the dataset."
         ),
     ] = None,
     compare_dense: Annotated[
-        bool, typer.Option("--compare-dense", help="Evaluate the original model too, on the same inputs.")
+        bool, typer.Option("--compare-dense", help="Also evaluate the dense model, on the same inputs.")
     ] = False,
     model_name: options.ModelName = None,
     heads: options.Heads = None,
@@ -124,7 +104,8 @@ def command(
             "--batch-size",
             "-b",
             min=1,
-            help=f"Inputs at a time. Default: {_IMAGES_AT_A_TIME} images, {_VIDEOS_AT_A_TIME} videos.",
+            metavar="N",
+            help=f"Batch size (default: {_IMAGE_BATCH} images, {_VIDEO_BATCH} videos).",
             show_default=False,
         ),
     ] = None,
@@ -137,21 +118,22 @@ def command(
         typer.Option(
             "--workers",
             min=0,
-            help="Processes that decode (0: decode in this one). Default: for images as many as are of use, for "
-            "videos 0.",
+            metavar="N",
+            help="Worker processes that decode; 0 decodes in the main process (default: chosen by the number of cores "
+            "for images, 0 for videos).",
             show_default=False,
         ),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at the first picture or video that cannot be read.")
+        bool, typer.Option("--strict", help="Stop at the first image or video that cannot be read.")
     ] = False,
     resume: Annotated[
         Path | None,
         typer.Option(
             "--resume",
             metavar="DIR",
-            help="Images: keep how far the run is in this folder. The same command goes on after an interruption, "
-            "whatever it was; a finished run removes the folder.",
+            help="Images: save progress in this folder. After an interruption, the same command continues from "
+            "there. A finished run deletes the folder.",
         ),
     ] = None,
     save_predictions: Annotated[
@@ -159,47 +141,47 @@ def command(
         typer.Option(
             "--save-predictions",
             metavar="FILE",
-            help="Images: write what was said of each (.npz, or .parquet with pyarrow), for `repshift compare`; of the "
-            "dense model of --compare-dense into a second file, FILE_dense.",
+            help="Images: write the predictions (.npz, or .parquet with pyarrow) for `repshift compare`. With "
+            "--compare-dense, those of the dense model go to FILE_dense.",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file of predictions.")] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Which built-in scenes are drawn.")] = 0,
+    force: options.Overwrite = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Random seed of the built-in scenes.")] = 0,
     frames: options.Frames = None,
     checkpoint_frames: options.CheckpointFrames = None,
     annotations: Annotated[
         Path | None,
-        typer.Option("--annotations", metavar="FILE", help="Captions or questions of videos, as UMT's JSON files."),
+        typer.Option("--annotations", metavar="FILE", help="Captions or questions of videos, as JSON in UMT's format."),
     ] = None,
     videos: Annotated[
-        Path | None, typer.Option("--videos", metavar="DIR", help="The folder that the annotations' videos lie in.")
+        Path | None, typer.Option("--videos", metavar="DIR", help="Folder of the videos named in --annotations.")
     ] = None,
     answers: Annotated[
         Path | None,
-        typer.Option("--answers", metavar="FILE", help="JSON list of the answers to choose from (default: all right)."),
+        typer.Option("--answers", metavar="FILE", help="JSON list of possible answers (default: all correct answers)."),
     ] = None,
     vocab: Annotated[
-        Path | None, typer.Option("--vocab", metavar="FILE", help="vocab.txt of the BERT that reads the texts.")
+        Path | None, typer.Option("--vocab", metavar="FILE", help="vocab.txt of the BERT text encoder.")
     ] = None,
     rerank: Annotated[
         bool | None,
         typer.Option(
             "--rerank/--no-rerank",
-            help="Retrieval: order the best of each query by the matching score (default), or by similarity alone.",
+            help="Retrieval: re-rank the top candidates by matching score (default), or rank by similarity only.",
             show_default=False,
         ),
     ] = None,
     rerank_k: Annotated[
         int | None,
         typer.Option(
-            "--rerank-k", min=1, metavar="K", help="How many of each query are re-ranked (128).", show_default=False
+            "--rerank-k", min=1, metavar="K", help="Candidates per query to re-rank (default: 128).", show_default=False
         ),
     ] = None,
     paragraph: Annotated[
         bool | None,
         typer.Option(
             "--paragraph/--no-paragraph",
-            help="Whether a list of captions is one text (default: as the benchmark has it, else not).",
+            help="Join the captions of a video into one text (default: as in the benchmark).",
             show_default=False,
         ),
     ] = None,
@@ -207,260 +189,224 @@ def command(
         Pooling | None,
         typer.Option(
             "--pooling",
-            help="Dense models for retrieval: pool each frame, as UMT does (default), or all tokens, as compressed "
+            help="Retrieval with dense models: pool per frame as UMT does (default), or over all tokens as compressed "
             "models do.",
             show_default=False,
         ),
     ] = None,
     json: options.AsJson = False,
 ) -> None:
-    """Measure accuracy on a labelled dataset, and the dense model beside it where asked.
+    """Measure accuracy on a labelled dataset.
 
-    Models for video and text: retrieval in both directions, or answers to questions.
+    For video-text models: retrieval in both directions, or question answering.
     """
-    with one_voice():
-        saved = _prediction_files(save_predictions, compare_dense, force)
-        told = VideoOptions(annotations, videos, answers, vocab, rerank, rerank_k, paragraph, pooling)
-        chosen = _dataset_of(model, dataset, annotations)
+    with rank_zero_errors():
+        predictions = _prediction_paths(save_predictions, compare_dense, force)
+        dataset = _dataset_of(model, dataset, annotations)
 
         from repshift_cli.checkpoints.exported import open_any
         from repshift_cli.checkpoints.identify import Clips
         from repshift_cli.measure.device import num_threads, resolve_device, resolve_dtype
 
-        setup = _Setup(
-            name=model,
-            dataset=chosen,
-            data_dir=data_dir,
-            batch_size=batch_size,
-            device=resolve_device(own_device(device)),
-            dtype=resolve_dtype(dtype),
-            workers=workers,
-            attention=attention.value,
-            strict=strict,
-            limit=limit,
-            seed=seed,
-            compare_dense=compare_dense,
-            json=json,
-            resume=resume,
-            saved=saved,
-            force=force,
+        settings = {
+            "batch_size": batch_size,
+            "device": resolve_device(own_device(device)),
+            "dtype": resolve_dtype(dtype),
+            "workers": workers,
+            "strict": strict,
+            "attention": attention.value,
+        }
+        given = _EvalOptions(
+            model, dataset, data_dir, limit, seed, compare_dense, resume, predictions, force, json, settings
         )
+        video = VideoOptions(annotations, videos, answers, vocab, rerank, rerank_k, paragraph, pooling)
         opened = open_any(model, model_name, heads, img_size, clips=Clips(frames, checkpoint_frames))
         screen = screen_of_first()
         for note in opened.loaded.notes:
             screen.note(note)
+        evaluate = _evaluate_images if opened.loaded.description.preprocessing.frames is None else _evaluate_videos
         with num_threads(threads):
-            if opened.loaded.description.preprocessing.frames is None:
-                _classify(opened, told, setup, screen)
-            else:
-                _watch(opened, told, setup, screen)
+            evaluate(opened, given, video, screen)
 
 
-def _classify(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) -> None:
-    """Evaluate a model of single pictures."""
+def _evaluate_images(opened: Opened, given: _EvalOptions, video: VideoOptions, screen: Progress) -> None:
     from repshift_cli.data.catalog import open_dataset
     from repshift_cli.evaluation.classification.evaluate import evaluate, finish
     from repshift_cli.utils.distributed import together
 
-    refuse_videos(setup.name, setup.dataset, told)
-    assert setup.dataset is not None
-    data = open_dataset(setup.dataset, setup.data_dir, setup.limit, setup.seed)
-    models = models_of(opened, setup.compare_dense, setup.name)
-    preprocessing = opened.loaded.description.preprocessing
-    if not setup.json and is_first():
-        announce_dataset(opened, data.for_head(head_size(opened.loaded.model)), preprocessing)
-    with together(setup.device) as group:
+    refuse_videos(given.name, given.dataset, video)
+    assert given.dataset is not None
+    classes = head_size(opened.loaded.model)
+    data = open_dataset(given.dataset, given.data_dir, given.limit, given.seed)
+    models = models_of(opened, given.compare_dense, given.name)
+    if not given.json and is_first():
+        announce_dataset(opened, data.for_head(classes))
+    settings = given.settings | {"batch_size": given.settings["batch_size"] or _IMAGE_BATCH}
+    with together(settings["device"]) as group:
         result = evaluate(
             models,
             data,
-            preprocessing,
-            batch_size=setup.batch_size or _IMAGES_AT_A_TIME,
-            device=setup.device,
-            dtype=setup.dtype,
-            workers=setup.workers,
-            strict=setup.strict,
-            num_classes=head_size(opened.loaded.model),
+            opened.loaded.description.preprocessing,
+            num_classes=classes,
             progress=screen,
             group=group,
-            attention=setup.attention,
-            resume=setup.resume,
-            keep_rows=bool(setup.saved),
+            resume=given.resume,
+            keep_rows=bool(given.predictions),
+            **settings,
         )
         if group.is_first:
-            _tell(result, opened, setup, preprocessing)
-            if setup.saved and not result.interrupted:
-                _save(result, data.for_head(head_size(opened.loaded.model)), setup)
-        if setup.resume is not None and not result.interrupted:
-            finish(setup.resume, group)
+            _report(result, opened, given)
+            if not result.interrupted:
+                _save_predictions(result, data.for_head(classes), given)
+        if given.resume is not None and not result.interrupted:
+            finish(given.resume, group)
     if result.interrupted:
         raise Interrupted(INTERRUPTED)
 
 
-def _tell(result: Evaluation, opened: Opened, setup: _Setup, preprocessing: Preprocessing) -> None:
-    """Print what came out, all of it or what there is after an interruption."""
+def _report(result: Evaluation, opened: Opened, given: _EvalOptions) -> None:
+    """Print the result and warnings, also after an interruption."""
     from repshift_cli.cli import ui
 
-    report_skipped(result)
+    warn_of_skipped(result)
     macs = {COMPRESSED: opened.macs, DENSE: opened.dense_macs}
-    if setup.json:
-        ui.print_json(evaluation_document(result, macs, setup.name, preprocessing))
+    if given.json:
+        preprocessing = opened.loaded.description.preprocessing
+        ui.print_json(evaluation_document(result, macs, given.name, preprocessing))
     else:
         show_evaluation(result, macs)
     if DENSE in result.scores:
-        _check_better_than_guessing(result)
+        low, high = result.scores[DENSE].top1_interval
+        if result.images >= _MIN_IMAGES_TO_JUDGE and low <= 100 / result.outputs <= high:
+            ui.warn(
+                f"the dense model is no better than guessing among {result.outputs} classes: check that the labels "
+                "are those of its head and that its weights are trained"
+            )
     if result.interrupted:
-        kept = "" if setup.resume is None else f"; the same command goes on from {setup.resume}"
-        ui.warn(f"interrupted: these are the numbers of {result.images} of {result.total} pictures{kept}")
+        resume = f"; run the same command to continue from {given.resume}" if given.resume else ""
+        ui.warn(f"interrupted: this is the result of {result.images} of {result.total} images{resume}")
 
 
-def _check_better_than_guessing(result: Evaluation) -> None:
-    """Warn if the accuracy of the dense model is no better than guessing."""
-    from repshift_cli.cli import ui
-
-    score = result.scores[DENSE]
-    low, high = score.top1_interval
-    guessed = 100 / result.outputs
-    if result.images >= _ENOUGH_TO_JUDGE and low <= guessed <= high:
-        ui.warn(
-            f"the dense model is no better than guessing among {result.outputs}: are the labels those of its head, and "
-            "are its weights trained?"
-        )
-
-
-def _prediction_files(path: Path | None, compare_dense: bool, force: bool) -> dict[str, Path]:
-    """Where predictions go, by the name of the model; empty where none are asked for.
+def _prediction_paths(path: Path | None, compare_dense: bool, force: bool) -> tuple[Path, ...]:
+    """The files of `--save-predictions`, in the order of the models.
 
     Raises:
-        UsageError, OutputError: they could not be written there.
+        UsageError, OutputError: one of them cannot be written.
     """
     from repshift_cli.evaluation.classification.predictions import check_suffix
-    from repshift_cli.utils.files import check_outputs
+    from repshift_cli.utils.files import check_output
 
     if path is None:
-        return {}
+        return ()
     check_suffix("--save-predictions", path)
-    files = {_FIRST: path}
-    if compare_dense:
-        files[DENSE] = path.with_name(f"{path.stem}_{DENSE}{path.suffix}")
-    check_outputs(files, force)
-    return files
+    dense = path.with_name(f"{path.stem}_{DENSE}{path.suffix}")
+    paths = (path, dense) if compare_dense else (path,)
+    for each in paths:
+        check_output(each, force)
+    return paths
 
 
-def _save(result: Evaluation, data: ImageDataset, setup: _Setup) -> None:
-    """Write what was said of each picture, a file for each model."""
+def _save_predictions(result: Evaluation, data: ImageDataset, given: _EvalOptions) -> None:
     from repshift_cli.cli import ui
     from repshift_cli.evaluation.classification.predictions import save_predictions
     from repshift_cli.evaluation.classification.result import predictions_of
 
-    for name in result.scores:
-        path = setup.saved.get(name, setup.saved[_FIRST])
-        model = f"{setup.name} ({name})" if len(result.scores) > 1 else setup.name
-        save_predictions(path, predictions_of(result, name, data, model), setup.force)
-        if not setup.json:
+    for name, path in zip(result.scores, given.predictions, strict=False):
+        model = f"{given.name} ({name})" if len(result.scores) > 1 else given.name
+        save_predictions(path, predictions_of(result, name, data, model), given.force)
+        if not given.json:
             ui.print_text(f"wrote {path}")
 
 
-def _watch(opened: Opened, told: VideoOptions, setup: _Setup, screen: Progress) -> None:
-    """Evaluate a model for video and text.
+def _evaluate_videos(opened: Opened, given: _EvalOptions, video: VideoOptions, screen: Progress) -> None:
+    """Evaluate a video-text model.
 
     Raises:
-        UsageError: an option is for models of single pictures, or torchrun started several processes.
+        UsageError: an option is for image models only, or torchrun started several processes.
         ModelError: it is an exported file.
     """
     from repshift_cli.checkpoints.exported import OpenedExport
     from repshift_cli.evaluation.video_text.data import DatasetOptions
     from repshift_cli.evaluation.video_text.encoding import VideoSettings
     from repshift_cli.evaluation.video_text.evaluate import DenseView
-    from repshift_cli.utils.distributed import launched_together
 
-    options_of_images = {
-        "--resume": setup.resume is not None,
-        "--save-predictions": bool(setup.saved),
-    }
-    if given := [option for option, is_given in options_of_images.items() if is_given]:
-        raise UsageError(f"{given[0]} is for models of single pictures, and {setup.name} takes clips", "Leave it out.")
-    if launched_together():
-        raise UsageError(
-            f"{setup.name} takes clips: retrieval and answers are evaluated by one process",
-            "Start it without torchrun.",
-        )
+    for option, value in (("--resume", given.resume), ("--save-predictions", given.predictions)):
+        if value:
+            raise UsageError(f"{option} is for image models, and {given.name} takes videos", "Leave it out.")
+    refuse_torchrun("evaluating videos")
     if isinstance(opened, OpenedExport):
         raise ModelError(
-            f"{setup.name} holds the vision encoder alone, and retrieval and answers need the text side too",
+            f"{given.name} holds the vision encoder only; retrieval and question answering need the text encoder too",
             "Evaluate the checkpoint that it was exported from.",
         )
-    check_comparison(opened, setup.compare_dense, setup.name)
+    check_comparison(opened, given.compare_dense, given.name)
     compressed = opened.compressed
     models: dict[str, Any] = {DENSE if compressed is None else COMPRESSED: opened.loaded.model}
-    if compressed is not None and setup.compare_dense:
+    if compressed is not None and given.compare_dense:
         models[DENSE] = DenseView(compressed)
     data_options = DatasetOptions(
-        setup.dataset,
-        told.annotations,
-        told.videos,
-        told.answers,
-        setup.data_dir,
-        told.paragraph,
-        setup.limit,
-        setup.seed,
+        given.dataset,
+        video.annotations,
+        video.videos,
+        video.answers,
+        given.data_dir,
+        video.paragraph,
+        given.limit,
+        given.seed,
     )
-    settings = VideoSettings(
-        setup.batch_size or _VIDEOS_AT_A_TIME,
-        setup.device,
-        setup.dtype,
-        setup.workers or 0,
-        setup.strict,
-        attention=setup.attention,
-    )
+    settings = given.settings | {
+        "batch_size": given.settings["batch_size"] or _VIDEO_BATCH,
+        "workers": given.settings["workers"] or 0,
+    }
     run(
         opened,
         models,
-        setup.name,
+        given.name,
         data_options=data_options,
-        options=told,
-        settings=settings,
+        options=video,
+        settings=VideoSettings(**settings),
         progress=screen,
-        json=setup.json,
+        json=given.json,
     )
 
 
 def _dataset_of(model: str, dataset: str | None, annotations: Path | None) -> str | None:
-    """The dataset that was named, or the one that belongs to a built-in model; None for annotations alone.
+    """The given dataset, or the default of a built-in model; None with `--annotations` alone.
 
     Raises:
-        UsageError: none was named and the model is not built in.
+        UsageError: no dataset is given and the model is not built in.
     """
     if dataset is not None or annotations is not None:
         return dataset
     if model.startswith(_BUILTIN):
         return _DEFAULT_VIDEOS.get(model, _DEFAULT_DATASET)
     raise UsageError(
-        f"no dataset was named for {model}",
+        f"no dataset given for {model}",
         "Add --dataset imagenet-val --data-dir DIR, or --dataset FOLDER with one folder per class. For video models: "
         "--dataset msrvtt --data-dir DIR, or --annotations FILE --videos DIR.",
     )
 
 
 def check_comparison(opened: Opened, compare_dense: bool, name: str) -> None:
-    """Refuse to compare a dense model with itself.
+    """Check that there is a dense model to compare with.
 
     Raises:
-        UsageError: a comparison was asked for, but the model is dense.
+        UsageError: `compare_dense` is set, but the model is dense or an exported file.
     """
-    if opened.compressed is None and opened.reduced and compare_dense:
+    if opened.compressed is not None or not compare_dense:
+        return
+    if opened.reduced:
         raise UsageError(
-            f"--compare-dense: {name} is an exported file, which has no dense self",
-            "Export that too, with --dense, and evaluate both; or evaluate the checkpoint.",
+            f"--compare-dense: {name} is an exported file without its dense model",
+            "Export the dense model with --dense and evaluate both, or evaluate the checkpoint.",
         )
-    if opened.compressed is None and compare_dense:
-        raise UsageError(
-            f"--compare-dense: {name} is dense itself, there is nothing to compare",
-            "Leave the option out, or give a checkpoint that `repshift compress` wrote.",
-        )
+    raise UsageError(
+        f"--compare-dense: {name} is a dense model", "Leave it out, or give a checkpoint from `repshift compress`."
+    )
 
 
 def models_of(opened: Opened, compare_dense: bool, name: str) -> dict[str, nn.Module]:
-    """The modules to run, by name; the first one is what was asked for. Errors as `check_comparison`."""
+    """The models to evaluate, the given one first. Errors as `check_comparison`."""
     from repshift_cli.checkpoints.exported import OpenedExport
 
     check_comparison(opened, compare_dense, name)
@@ -469,13 +415,11 @@ def models_of(opened: Opened, compare_dense: bool, name: str) -> dict[str, nn.Mo
         return {COMPRESSED if opened.reduced else DENSE: opened.flexible}
     if compressed is None:
         return {DENSE: opened.module}
-    if not compare_dense:
-        return {COMPRESSED: compressed}
-    return {COMPRESSED: compressed, DENSE: _dense_view(compressed)}
+    return {COMPRESSED: compressed} | ({DENSE: _dense_view(compressed)} if compare_dense else {})
 
 
 def _dense_view(compressed: Any) -> nn.Module:
-    """A module that runs the original of a compressed model, on the same weights."""
+    """A module that runs the dense model on the weights of a compressed model."""
     from torch import Tensor, nn
 
     class DenseView(nn.Module):
@@ -491,12 +435,12 @@ def _dense_view(compressed: Any) -> nn.Module:
 
 
 def head_size(model: nn.Module) -> int:
-    """How many classes the head of a model has.
+    """The number of classes of a model.
 
     Raises:
-        ModelError: the model does not tell.
+        ModelError: it has no `num_classes`.
     """
     size = getattr(model, "num_classes", None)
     if not isinstance(size, int):
-        raise ModelError("the model does not say how many classes its head has, so it cannot be evaluated on labels")
+        raise ModelError("cannot evaluate on labels: the model does not define its number of classes (num_classes)")
     return size

@@ -72,7 +72,7 @@ def command(
     checkpoint_frames: options.CheckpointFrames = None,
     threads: options.Threads = None,
     json: options.AsJson = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    force: options.Overwrite = False,
 ) -> None:
     """Export a model to ONNX, torch.export, a compiled package or a hub folder, to run without repshift."""
     size = _parse_batch(batch)

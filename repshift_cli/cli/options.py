@@ -1,4 +1,4 @@
-"""Options that several commands share, so that they read the same everywhere."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ __all__ = [
     "Attention",
     "AttentionKind",
     "BatchSize",
+    "Checkpoint",
     "CheckpointFrames",
     "DataDir",
     "Device",
@@ -21,9 +22,9 @@ __all__ = [
     "Frames",
     "Heads",
     "ImgSize",
-    "InputsAtATime",
     "MeasureDtype",
     "ModelName",
+    "Overwrite",
     "Pooling",
     "Seed",
     "Threads",
@@ -31,7 +32,7 @@ __all__ = [
 
 
 class AttentionKind(str, Enum):
-    """What `--attention` takes; see `models/attention_mode.py`."""
+    """Values of `--attention`; see `models/attention_mode.py`."""
 
     AUTO = "auto"
     FLASH = "flash"
@@ -48,81 +49,85 @@ Attention = Annotated[
     typer.Option(
         "--attention",
         metavar="KIND",
-        help="What computes attention, on all sides: flash (the package flash-attn), sdpa (torch's fused kernels; one "
-        "of them by name: sdpa:flash, sdpa:efficient, sdpa:cudnn, sdpa:math), explicit, or auto: flash-attn where it "
-        "can run, else as the model has it.",
+        help="Attention implementation of all models: auto (flash-attn if it can run, else the model's own), flash "
+        "(flash-attn), sdpa (fused kernels of torch), sdpa:flash, sdpa:efficient, sdpa:cudnn, sdpa:math, explicit.",
     ),
 ]
 
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A .safetensors, .pth or .pt file, a folder with config.json, a timm name, or a built-in model "
+        "(builtin:vit-digits).",
+    ),
+]
 
 ModelName = Annotated[
     str | None,
-    typer.Option("--model", metavar="NAME", help="The name (timm's, vim_..., umt_...), where the file does not tell."),
+    typer.Option(
+        "--model", metavar="NAME", help="Model name (of timm, vim_... or umt_...), if the file does not contain it."
+    ),
 ]
 
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", metavar="DIR", help="Folder of the dataset (or REPSHIFT_DATA_DIR).")
+]
 
-DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Where the dataset lies (or REPSHIFT_DATA_DIR).")]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...")]
 
+Dtype = Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16.")]
 
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
-
-
-Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
-
-
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")]
-
-
-InputsAtATime = Annotated[
+BatchSize = Annotated[
     int | None,
-    typer.Option("--batch-size", "-b", min=1, help="Inputs at a time (default: 8; 1 for a large video model)."),
+    typer.Option("--batch-size", "-b", min=1, metavar="N", help="Batch size (default: 8; 1 for large video models)."),
 ]
 
+Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads (default: all cores).")]
 
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: as many as cores).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 
+Force = Annotated[bool, typer.Option("--force", help="Overwrite existing outputs, and continue when a check fails.")]
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
-
-
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output, and go on where a check says no.")]
-
+Overwrite = Annotated[bool, typer.Option("--force", help="Overwrite existing outputs.")]
 
 Heads = Annotated[
-    int | None, typer.Option("--heads", min=1, help="Attention heads, for a shape that no timm model has.")
+    int | None, typer.Option("--heads", min=1, metavar="N", help="Attention heads, if no timm model has this shape.")
 ]
-
 
 ImgSize = Annotated[
     int | None,
-    typer.Option("--img-size", min=1, metavar="N", help="Images of N x N: any for a CNN, else as the weights allow."),
+    typer.Option(
+        "--img-size", min=1, metavar="N", help="Image size N x N: any for a CNN, else what the weights allow."
+    ),
 ]
-
 
 MeasureDtype = Annotated[
-    str, typer.Option("--dtype", help="float32, bfloat16 or float16, to run in; the file keeps its own.")
+    str,
+    typer.Option(
+        "--dtype", metavar="DTYPE", help="float32, bfloat16 or float16 while running; the file keeps its own."
+    ),
 ]
 
-
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Which pictures are drawn.")]
-
+Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Random seed for sampling images.")]
 
 Frames = Annotated[
     int | None,
-    typer.Option("--frames", min=1, metavar="N", help="Frames of a clip, where the file of a video model tells none."),
+    typer.Option(
+        "--frames", min=1, metavar="N", help="Frames per clip, if the file of a video model does not contain it."
+    ),
 ]
-
 
 CheckpointFrames = Annotated[
     int | None,
     typer.Option(
-        "--checkpoint-frames", min=1, metavar="N", help="Frames that it was trained on, to stretch its positions from."
+        "--checkpoint-frames", min=1, metavar="N", help="Frames per clip in training, to resize position embeddings."
     ),
 ]
 
 
 class Pooling(str, Enum):
-    """What `--pooling` takes."""
+    """Values of `--pooling`."""
 
     FRAMES = "frames"
     ALL = "all"

@@ -1,4 +1,4 @@
-"""`repshift recipes`: the recipes that come with the tool."""
+"""`repshift recipes`: list, print and check recipes."""
 
 from __future__ import annotations
 
@@ -20,42 +20,44 @@ def list_shipped() -> None:
 
     recipes = {name: Recipe.parse(text, f"{name}.yaml") for name, text in shipped_recipes().items()}
     rows = [[name, recipe.description or ""] for name, recipe in recipes.items()]
-    ui.print_table(None, ["name", "what it does"], rows, left=2)
+    ui.print_table(None, ["name", "description"], rows, left=2)
 
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="A shipped recipe, `default`, or a compressed checkpoint.")],
-    blocks: Annotated[int, typer.Option(min=1, help="Depth of the model, for `default`.")] = 12,
+    name: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A shipped recipe, `default`, or a compressed checkpoint.")
+    ],
+    blocks: Annotated[int, typer.Option(min=1, metavar="N", help="Number of blocks of the model, for `default`.")] = 12,
     calibrated: Annotated[
-        bool, typer.Option("--calibrated", help="Of a compressed checkpoint: with what calibration chose at each site.")
+        bool, typer.Option("--calibrated", help="Compressed checkpoints: print the calibrated metric of each site.")
     ] = False,
 ) -> None:
-    """Print a recipe as YAML, ready to be saved and changed."""
+    """Print a recipe as YAML, to save and edit."""
     typer.echo(_calibrated(name) if calibrated else _text(name, blocks), nl=False)
 
 
 @app.command()
-def check(file: Annotated[str, typer.Argument(help="A recipe file or a shipped name.")]) -> None:
+def check(file: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file or a shipped recipe.")]) -> None:
     """Check a recipe without a model: keys, types, metric and reducer."""
     from repshift_cli.planning.recipe import Recipe
     from repshift_cli.reduction.checks import check_components
 
     recipe = Recipe.load(file)
     check_components(recipe)
-    told = f"{len(recipe.layers)} sites" if recipe.budget is None else f"a search for {recipe.budget}"
-    typer.echo(f"{file}: fine ({told})")
+    content = f"{len(recipe.layers)} sites" if recipe.budget is None else f"a search for {recipe.budget}"
+    typer.echo(f"{file}: valid ({content})")
 
 
 def _calibrated(name: str) -> str:
-    """The plan of a compressed checkpoint as a recipe that leaves nothing open."""
+    """The plan of a compressed checkpoint as a recipe that needs no calibration."""
     from repshift_cli.checkpoints.artifact import open_model
     from repshift_cli.errors import CheckpointError
     from repshift_cli.planning.recipe import LayerDrop, Recipe
 
     compressed = open_model(name).compressed
     if compressed is None:
-        raise CheckpointError(f"{name} holds no plan", "It is not a compressed checkpoint.")
+        raise CheckpointError(f"{name} contains no plan", "It is not a compressed checkpoint.")
     plan = compressed.plan
     layers = tuple(
         LayerDrop(layer=site.layer, keep_grid=site.grid_out, metric=site.metric)
@@ -76,8 +78,7 @@ def _text(name: str, blocks: int) -> str:
         return Recipe.load(name).text
     from repshift_cli.checkpoints.weights import read_weights
 
-    document = read_weights(Path(name)).document
-    stored = document.get("recipe") if document else None
+    stored = (read_weights(Path(name)).document or {}).get("recipe")
     if not isinstance(stored, dict) or not isinstance(stored.get("text"), str):
-        raise CheckpointError(f"{name} holds no recipe", "It is not a compressed checkpoint.")
+        raise CheckpointError(f"{name} contains no recipe", "It is not a compressed checkpoint.")
     return str(stored["text"])

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from repshift_cli.cli import options
-from repshift_cli.cli.bench import check_picture_format
 from repshift_cli.cli.show.search import show_search
-from repshift_cli.cli.torchrun import Interrupted, one_voice, refuse_torchrun
+from repshift_cli.cli.torchrun import Interrupted, rank_zero_errors, refuse_torchrun
 from repshift_cli.errors import INTERRUPTED, UsageError
-from repshift_cli.utils.files import check_outputs, sha256_of, weight_stem, write_text
+from repshift_cli.utils.figures import check_figure_path
+from repshift_cli.utils.files import check_outputs, default_output, sha256_of, write_text
 
 if TYPE_CHECKING:
     from repshift_cli.compression.settings import Settings
@@ -35,10 +35,7 @@ _KINDS = {
 
 
 def command(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(help="A .safetensors, .pth or .pt file, a folder with config.json, a timm name, builtin:..."),
-    ],
+    checkpoint: options.Checkpoint,
     *,
     target: Annotated[
         str | None,
@@ -112,7 +109,7 @@ def command(
     checkpoint_frames: options.CheckpointFrames = None,
     device: options.Device = "cpu",
     dtype: options.MeasureDtype = "float32",
-    batch_size: options.InputsAtATime = None,
+    batch_size: options.BatchSize = None,
     threads: options.Threads = None,
     seconds: Annotated[
         float, typer.Option("--seconds", min=0.0, help="Time of each latency measurement; 0 measures none.")
@@ -121,11 +118,11 @@ def command(
     json: options.AsJson = False,
     force: options.Force = False,
 ) -> None:
-    """Find the schedule that meets a target with the least change of the predictions, and write it as a recipe."""
-    with one_voice():
+    """Find the best drop schedule for a target, and write a recipe."""
+    with rank_zero_errors():
         refuse_torchrun("repshift search")
     goal = _target(target, recipe)
-    files = _Files(output or default_output(checkpoint, goal), save, plot, state)
+    files = _Files(output or default_output(checkpoint, f"_{goal.kind}{goal.value:g}.yaml"), save, plot, state)
     files.check(force)
 
     from repshift_cli.checkpoints.identify import Clips
@@ -185,7 +182,7 @@ class _Files:
             UsageError, OutputError: as `files.check_outputs`; or the plot has an unknown file format.
         """
         if self.plot is not None:
-            check_picture_format("--plot", self.plot)
+            check_figure_path("--plot", self.plot)
         outputs = {"--output": self.recipe, "--save": self.checkpoint, "--plot": self.plot}
         check_outputs({**outputs, "--state": self.state_file}, force=True)
         for option, path in outputs.items():
@@ -298,12 +295,6 @@ def _target(text: str | None, recipe: str | None) -> Target:
             "Add --target macs=0.65, latency=0.6, agreement=0.99 or max-drop=0.5, or a recipe with a budget.",
         )
     return Target.parse(text)
-
-
-def default_output(checkpoint: str, target: Target) -> Path:
-    """`<name>_macs0.65.yaml` in the current folder."""
-    name = checkpoint.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:")
-    return Path(f"{weight_stem(name)}_{target.kind}{target.value:g}.yaml")
 
 
 def document(found: Found, files: _Files) -> dict[str, Any]:

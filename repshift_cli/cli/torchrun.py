@@ -1,4 +1,4 @@
-"""What a command does where `torchrun` started it several times: one process speaks, and each has its own card."""
+"""Commands under `torchrun`: only rank 0 prints, and each process has its own GPU."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from contextlib import contextmanager
 from repshift_cli.errors import RepshiftError, UsageError
 from repshift_cli.utils.progress import Progress, Silent
 
-__all__ = ["Interrupted", "is_first", "one_voice", "own_device", "refuse_torchrun", "screen_of_first"]
+__all__ = ["Interrupted", "is_first", "own_device", "rank_zero_errors", "refuse_torchrun", "screen_of_first"]
 
 _GRACE_SECONDS = 30.0
-"""For which another process than the first waits with an error: torchrun ends it as soon as the first has told its."""
+"""How long other ranks hold an error back. `torchrun` ends them as soon as rank 0 has printed its own."""
 
 
 class Interrupted(SystemExit):
-    """The command was interrupted, and has told what it has until then."""
+    """The command was interrupted and has already printed its partial result."""
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints and writes: the only one, or the first that torchrun started."""
+    """Whether this process prints and writes: it is the only one, or rank 0."""
     if os.environ.get("RANK", "0") == "0":
         return True
     from repshift_cli.utils.distributed import launched_together
@@ -30,20 +30,20 @@ def is_first() -> bool:
 
 
 def screen_of_first() -> Progress:
-    """Where this process shows how far it is: nowhere, where it is not the first."""
+    """Progress on stderr for rank 0, none for other ranks."""
     from repshift_cli.cli import ui
 
     return ui.Screen() if is_first() else Silent()
 
 
 def own_device(device: str) -> str:
-    """The card of this process, where torchrun started several and `cuda` alone is asked for."""
+    """The GPU of this process if `cuda` is given under `torchrun`."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 @contextmanager
-def one_voice() -> Iterator[None]:
-    """Let the first process alone tell an error that all of them meet."""
+def rank_zero_errors() -> Iterator[None]:
+    """Let rank 0 alone report an error that every rank raises."""
     try:
         yield
     except RepshiftError:
@@ -53,7 +53,7 @@ def one_voice() -> Iterator[None]:
 
 
 def refuse_torchrun(command: str) -> None:
-    """Refuse to run in several processes.
+    """Check that the command runs in one process.
 
     Raises:
         UsageError: `torchrun` started several.

@@ -1,4 +1,4 @@
-"""What a person sees: consoles, tables, progress, errors. Results go to stdout, everything else to stderr."""
+"""Console output. Results go to stdout; progress, notes, warnings and errors to stderr."""
 
 from __future__ import annotations
 
@@ -10,18 +10,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
 from repshift_cli.errors import OutputError, RepshiftError
 from repshift_cli.utils.progress import Task
 
-__all__ = ["Screen", "error", "print_json", "print_table", "print_text", "remark", "warn"]
-
-
-def _stdout() -> Console:
-    return Console(highlight=False, soft_wrap=False)
+__all__ = ["Screen", "error", "print_json", "print_table", "print_text", "remark", "to_json", "warn"]
 
 
 def _stderr() -> Console:
@@ -29,60 +25,62 @@ def _stderr() -> Console:
 
 
 @contextmanager
-def _written() -> Iterator[None]:
-    """What is printed has been written afterwards: work that waits for it may then forget what it has kept.
+def _stdout() -> Iterator[Console]:
+    """A console on stdout, flushed at the end, so that callers may then delete what they kept for a rerun.
 
     Raises:
-        OutputError: it cannot be, because the disk of a file that stdout leads to is full, for example.
+        OutputError: writing failed, for example because the disk is full.
     """
     try:
-        yield
+        yield Console(highlight=False, soft_wrap=False)
         sys.stdout.flush()
     except BrokenPipeError:
-        raise  # whoever reads it wants no more
+        raise  # the reader has closed the pipe
     except OSError as error:
-        raise OutputError(
-            f"cannot write the output: {error.strerror or error}", "Print it to another place."
-        ) from error
+        raise OutputError(f"cannot write to stdout: {error.strerror or error}") from error
+
+
+def to_json(document: Any) -> str:
+    """A document as indented JSON with a final newline."""
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout; errors as `_written`."""
-    with _written():
-        sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    """Print one JSON document; errors as `_stdout`."""
+    with _stdout():
+        sys.stdout.write(to_json(document))
 
 
 def print_text(text: str) -> None:
-    """Plain words on stdout, square brackets in it are not markup; errors as `_written`."""
-    with _written():
-        _stdout().print(text, markup=False)
+    """Print text without markup; errors as `_stdout`."""
+    with _stdout() as console:
+        console.print(text, markup=False)
 
 
 def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """A table on stdout; the first `left` columns are text, the others numbers. Errors as `_written`."""
+    """Print a table; the first `left` columns are text, the others numbers. Errors as `_stdout`."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < left else "right")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    console = _stdout()
-    with _written():
+    with _stdout() as console:
         console.print(table)
         console.print()
 
 
 def warn(text: str) -> None:
-    """A remark on stderr that the user should not miss."""
+    """Print a warning."""
     _stderr().print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
 
 
 def remark(text: str) -> None:
-    """A remark on stderr."""
+    """Print a note."""
     _stderr().print(escape(text), style="dim", soft_wrap=True)
 
 
 def error(problem: RepshiftError) -> None:
-    """An error on stderr: what is wrong, then what to do."""
+    """Print an error and its hint."""
     console = _stderr()
     console.print(f"[bold red]error:[/bold red] {escape(problem.message)}", soft_wrap=True)
     if problem.hint:
@@ -90,7 +88,7 @@ def error(problem: RepshiftError) -> None:
 
 
 class _BarTask:
-    def __init__(self, bars: Bars, identity: Any) -> None:
+    def __init__(self, bars: Bars, identity: TaskID) -> None:
         self._bars = bars
         self._identity = identity
 
@@ -99,17 +97,15 @@ class _BarTask:
 
 
 class Screen:
-    """Progress bars and remarks on stderr (bars only where stderr is a terminal)."""
-
-    def __init__(self) -> None:
-        self._console = _stderr()
+    """Notes, warnings and progress bars on stderr; bars only on a terminal."""
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Task]:
+        console = _stderr()
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        shown = self._console.is_terminal
-        bars = Bars(*columns, TimeRemainingColumn(), console=self._console, transient=True, disable=not shown)
-        with bars:
+        with Bars(
+            *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+        ) as bars:
             yield _BarTask(bars, bars.add_task(label, total=total))
 
     def warn(self, text: str) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from repshift_cli.cli import options
-from repshift_cli.cli.bench import check_picture_format
 from repshift_cli.errors import UsageError
+from repshift_cli.utils.figures import check_figure_path
 
 if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import Opened
@@ -49,13 +49,13 @@ def command(
     img_size: options.ImgSize = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
-    force: options.Force = False,
+    force: options.Overwrite = False,
     json: options.AsJson = False,
 ) -> None:
     """Show which patches of some images or clips a compressed model keeps after each site."""
     from repshift_cli.utils.files import check_outputs
 
-    check_picture_format("--output", output)
+    check_figure_path("--output", output)
     check_outputs({"--output": output, "--indices": indices}, force)
 
     from repshift_cli.checkpoints.artifact import open_model

@@ -124,9 +124,13 @@ def choose_metric(
 
 def unclear_choice(found: Calibration) -> CheckFailed:
     """The error of a calibration in which no candidate clearly beats random dropping."""
+    random, chosen = found.random, found.result
+    if random.agreement is None or chosen.agreement is None:
+        numbers = f"prediction distance {random.distance:.4f} for random dropping, {chosen.distance:.4f} for the choice"
+    else:
+        numbers = f"random dropping kept {random.agreement:.1%} of predictions, the chosen score {chosen.agreement:.1%}"
     return CheckFailed(
-        f"no candidate beats random dropping clearly: the best at each site together change predictions by "
-        f"{found.result.distance:.4f} against {found.random.distance:.4f} of random "
-        f"(Hellinger; {found.sigmas:.1f} standard errors, on {len(found.result.distances)} inputs)",
+        f"no score is clearly better than random dropping: {numbers} "
+        f"({found.sigmas:.1f} standard errors, {len(chosen.distances)} inputs)",
         "Calibrate on more inputs of the model's own kind, drop fewer tokens, or add --force.",
     )

@@ -1,1 +1,1 @@
-"""Small helpers that import nothing of the domain."""
+"""Small utilities: files, progress, processes, statistics."""

@@ -1,4 +1,4 @@
-"""Several processes that work together, as `torchrun` starts them: who is which, and how they tell each other what."""
+"""The processes of one `torchrun` job."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _STOP = "stop"
 
 
 class Processes:
-    """The processes that share some work; one alone where there is no group.
+    """The processes that share a job; only this one if there is no process group.
 
-    All methods but `stopped` and `stop` are called by every process at the same point, or by none.
+    Every process must call the same methods in the same order, except for `stop` and `stopped`.
 
     Attributes:
-        rank: number of this process, from 0.
-        count: how many there are.
-        nearby: how many of them run on this machine.
+        rank: rank of this process.
+        count: number of processes.
+        nearby: number of processes on this machine.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
-        """Join the group that there is; `device` is that of this process, on which numbers are added up."""
+        """Join the process group, if there is one; `device` is used for sums."""
         grouped = distributed.is_available() and distributed.is_initialized()
         self.rank = distributed.get_rank() if grouped else 0
         self.count = distributed.get_world_size() if grouped else 1
@@ -45,16 +45,16 @@ class Processes:
         self._device = device or torch.device("cpu")
         self._store: Store | None = None
         if self.count > 1:
-            # each piece of work has a name of its own, or it would find that the last one was stopped
+            # a new prefix for each job, so that the stop flag of the last one is not seen
             self._store = PrefixStore(self.collect(uuid4().hex)[0], _get_default_store())
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this process prints and writes."""
         return self.rank == 0
 
     def collect(self, mine: _Value) -> list[_Value]:
-        """What each process gives, in the order of their numbers; anything that can be pickled."""
+        """Gather a picklable object from each process, in order of rank."""
         if self.count == 1:
             return [mine]
         parts: list[_Value | None] = [None] * self.count
@@ -62,7 +62,7 @@ class Processes:
         return parts  # type: ignore[return-value]
 
     def added(self, mine: Sequence[int]) -> list[int]:
-        """The sums of whole numbers over all processes, place by place: exact below 2^63."""
+        """Elementwise sums of integers over all processes, exact below 2^63."""
         if self.count == 1:
             return list(mine)
         numbers: Tensor = torch.tensor(mine, dtype=torch.int64, device=self._device)
@@ -70,43 +70,43 @@ class Processes:
         return [int(number) for number in numbers.tolist()]
 
     def agreed(self, work: Callable[[], _Value]) -> _Value:
-        """Do what each process does for itself; where it fails in one, it fails in all, with the same error.
+        """Run `work` in every process. If it fails in one, all raise the same error.
 
         Raises:
-            RepshiftError: that of the first process in which `work` raised one.
+            RepshiftError: from the process of lowest rank in which `work` raised one.
         """
         try:
             done, problem = [work()], None
         except RepshiftError as error:
             done, problem = [], error
-        for told in self.collect(problem):
-            if told is not None:
-                raise told
+        for failure in self.collect(problem):
+            if failure is not None:
+                raise failure
         return done[0]
 
     def stop(self) -> None:
-        """Ask the others to come to an end; when this returns, they are told so."""
+        """Ask the other processes to stop; the flag is set when this returns."""
         if self._store is not None:
             self._store.set(_STOP, "1")
-            # `set` does not wait for the store, but what the same process asks next is answered after it
+            # `set` is asynchronous; a `get` from the same process returns after it
             self._store.get(_STOP)
 
     def stopped(self) -> bool:
-        """Whether one of the others asked for the end."""
+        """Whether another process called `stop`."""
         return self._store is not None and self._store.check([_STOP])
 
 
 def launched_together() -> bool:
-    """Whether `torchrun` started this process and others beside it."""
+    """Whether `torchrun` started several processes."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
 @contextmanager
 def together(device: torch.device | None = None) -> Iterator[Processes]:
-    """The group of this run: the one that exists, or one made of what `torchrun` set.
+    """Use the existing process group, or create one from the variables that `torchrun` set.
 
     Args:
-        device: where this process adds up numbers; with a card that is done by nccl, everything else by gloo.
+        device: device of this process for sums: NCCL on CUDA. Everything else uses Gloo.
     """
     if not launched_together() or (distributed.is_available() and distributed.is_initialized()):
         yield Processes(device)
@@ -125,7 +125,7 @@ def together(device: torch.device | None = None) -> Iterator[Processes]:
 
 @contextmanager
 def _one_interrupt() -> Iterator[None]:
-    """Listen to the first interrupt only: `torchrun` hands on what the keyboard has sent to all processes already."""
+    """Ignore interrupts after the first: `torchrun` forwards what the terminal already sent to all processes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

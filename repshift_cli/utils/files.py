@@ -1,4 +1,4 @@
-"""Writing files so that nothing is lost: a temporary neighbour first, then a rename."""
+"""Checking and writing output files."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ __all__ = [
     "atomic_output",
     "check_output",
     "check_outputs",
+    "default_output",
     "sha256_of",
     "weight_stem",
     "write_text",
@@ -25,16 +26,16 @@ __all__ = [
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
-"""Endings of files that hold weights."""
+"""Extensions of weight files."""
 
 EXPORT_SUFFIXES = (".onnx", ".pt2")
-"""Endings of files that hold a model as a graph."""
+"""Extensions of exported models."""
 
 _READ_BYTES = 1 << 22
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
+    """SHA-256 of a file, in hexadecimal."""
     digest = sha256()
     with path.open("rb") as file:
         while part := file.read(_READ_BYTES):
@@ -43,10 +44,10 @@ def sha256_of(path: Path) -> str:
 
 
 def check_output(path: Path, force: bool) -> None:
-    """Refuse an output that could not be written, before any work is done for it.
+    """Check before the work that an output can be written.
 
     Raises:
-        UsageError: the file exists and `force` is off, or the path is a folder.
+        UsageError: the file exists and `force` is false, or the path is not a regular file.
         OutputError: the folder is missing or cannot be written to.
     """
     try:
@@ -54,44 +55,39 @@ def check_output(path: Path, force: bool) -> None:
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     if is_folder:
-        raise UsageError(f"{path} is a folder", "Give the name of a file with -o.")
+        raise UsageError(f"{path} is a folder", "Give a file name.")
     if is_there and not path.is_file():
-        raise UsageError(f"{path} is not a regular file", "Give the name of a file with -o.")
+        raise UsageError(f"{path} is not a regular file", "Give another file name.")
     if is_there and not force:
-        raise UsageError(f"{path} already exists", "Add --force to replace it, or choose another name with -o.")
+        raise UsageError(f"{path} already exists", "Add --force to overwrite it, or give another file name.")
     folder = path.parent
     if not folder.is_dir():
-        raise OutputError(f"the folder {folder} does not exist", "Create it first, or choose another place with -o.")
+        raise OutputError(f"the folder {folder} does not exist", "Create it first, or give another path.")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"the folder {folder} cannot be written to", "Choose another place with -o.")
+        raise OutputError(f"cannot write to the folder {folder}", "Give another path.")
 
 
 def check_outputs(named: Mapping[str, Path | None], force: bool) -> None:
-    """Refuse outputs that could not all be written.
-
-    Args:
-        named: by option, the file that it names, if any.
+    """Check several outputs, given by option.
 
     Raises:
-        UsageError: two options name one file; or as `check_output`.
+        UsageError: two options name the same file; or as `check_output`.
         OutputError: as `check_output`.
     """
+    given = {option: path for option, path in named.items() if path is not None}
     seen: dict[Path, str] = {}
-    for option, path in named.items():
-        if path is None:
-            continue
+    for option, path in given.items():
         other = seen.setdefault(path.resolve(), option)
         if other != option:
             raise UsageError(f"{other} and {option} both name {path}", "Give two different files.")
-    for path in named.values():
-        if path is not None:
-            check_output(path, force)
+    for path in given.values():
+        check_output(path, force)
 
 
 def weight_stem(name: str) -> str:
-    """A file's name without its folder and without an ending of weights; other names as they are.
+    """The file name of a checkpoint without folder and extension; other names unchanged.
 
-    That of an exported file keeps its ending, which tells what runs it.
+    An exported file keeps its extension, which names the runtime.
     """
     path = Path(name)
     if path.suffix in EXPORT_SUFFIXES:
@@ -99,13 +95,18 @@ def weight_stem(name: str) -> str:
     return path.stem if path.suffix in WEIGHT_SUFFIXES else name
 
 
+def default_output(model: str, suffix: str) -> Path:
+    """The default output of a command: `<model><suffix>` in the current folder."""
+    return Path(weight_stem(model.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:")) + suffix)
+
+
 @contextmanager
 def atomic_output(path: Path, force: bool) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it takes the place of `path`, on any failure it vanishes.
+    """Yield a temporary path in the same folder. It replaces `path` on success and is deleted on failure.
 
     Raises:
-        UsageError, OutputError: as `check_output`.
-        OutputError: the system could not write (a full disk, for example).
+        UsageError: as `check_output`.
+        OutputError: as `check_output`, or writing failed (a full disk, for example).
     """
     check_output(path, force)
     try:
@@ -121,9 +122,7 @@ def atomic_output(path: Path, force: bool) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}", "Nothing was left under its name."
-        ) from error
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""Python's garbage collector, out of the way."""
+"""Pausing Python's garbage collector."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["without_collection"]
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Look for no garbage inside the context: for what is short, or is timed."""
+    """Pause garbage collection, for short or timed work."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

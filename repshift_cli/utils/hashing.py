@@ -1,4 +1,4 @@
-"""SHA-256 of things that are not files."""
+"""SHA-256 of tensors and JSON documents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 __all__ = ["digest_of_document", "digest_of_tensors"]
 
 _ELEMENTS = 1 << 24
-"""Of a tensor at a time, so that no second copy of it is made."""
+"""Elements of a tensor that are hashed at a time, so that it is not copied as a whole."""
 
 
 def digest_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -27,5 +27,5 @@ def digest_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def digest_of_document(document: Any) -> str:
-    """SHA-256 of what JSON can hold; the order of keys is of no account."""
+    """SHA-256 of a JSON document, independent of the order of keys."""
     return sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

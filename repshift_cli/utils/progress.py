@@ -1,4 +1,4 @@
-"""How long work tells that it goes on, without knowing who listens."""
+"""Progress reporting, independent of the UI."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ __all__ = ["Progress", "Silent", "Task"]
 
 
 class Task(Protocol):
-    """One piece of work with a known number of steps."""
+    """Work with a known number of steps."""
 
     def advance(self, steps: int = 1) -> None: ...
 
 
 class Progress(Protocol):
-    """Opens tasks, takes remarks, and warnings that must not be missed; the command line shows all on stderr."""
+    """Shows running tasks, notes and warnings. The command line prints all of them to stderr."""
 
     def task(self, label: str, total: int) -> AbstractContextManager[Task]: ...
 
@@ -25,17 +25,15 @@ class Progress(Protocol):
     def warn(self, text: str) -> None: ...
 
 
-class _SilentTask:
-    def advance(self, steps: int = 1) -> None:
-        pass
-
-
 class Silent:
-    """A listener that shows nothing."""
+    """Progress that shows nothing."""
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Task]:
-        yield _SilentTask()
+        yield self
+
+    def advance(self, steps: int = 1) -> None:
+        pass
 
     def note(self, text: str) -> None:
         pass

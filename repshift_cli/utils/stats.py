@@ -1,4 +1,4 @@
-"""How sure a share is, and a difference of two: intervals and a test for counts. Plain numbers."""
+"""Confidence intervals of proportions, and McNemar's test."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ def percent_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 def wilson_interval(correct: int, total: int, z: float = _Z) -> tuple[float, float]:
-    """Wilson's score interval of a share.
+    """Wilson score interval of a proportion.
 
     Args:
         correct, total: `0 <= correct <= total`, `total > 0`.
         z: quantile of the normal distribution; the default gives 95%.
 
     Returns:
-        Lower and upper end, in 0..1.
+        Lower and upper end, in [0, 1].
     """
     if not 0 <= correct <= total or total == 0:
-        raise ValueError(f"{correct} of {total} is no share")
+        raise ValueError(f"invalid proportion {correct}/{total}")
     share = correct / total
     spread = z * sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     middle = share + z * z / (2 * total)
     scale = 1 + z * z / total
-    # the share lies inside, also where rounding says otherwise
+    # the proportion lies inside the interval; rounding could move an end past it
     return min(share, max(0.0, (middle - spread) / scale)), max(share, min(1.0, (middle + spread) / scale))
 
 
 def paired_difference(lost: int, won: int, total: int, z: float = _Z) -> tuple[float, float]:
-    """Interval of the difference of two shares of the same things, as Bonett and Price (2012) have it.
+    """Interval of the difference of two paired proportions (Bonett and Price, 2012).
 
-    It is Wald's, with one more of each kind of change, which keeps its promise for few changes as well.
+    Wald's interval with one more of each change, which keeps its coverage for few changes.
 
     Args:
-        lost: things that the first counted and the second did not.
-        won: the reverse.
-        total: things, changed or not; more than 0.
+        lost: items that only the first counted.
+        won: items that only the second counted.
+        total: all items, `total > 0`.
 
     Returns:
-        Lower and upper end of `(won - lost) / total`, in -1..1.
+        Lower and upper end of `(won - lost) / total`, in [-1, 1].
     """
     if lost < 0 or won < 0 or lost + won > total or total == 0:
-        raise ValueError(f"{lost} and {won} of {total} are no shares")
+        raise ValueError(f"invalid changes {lost} and {won} of {total}")
     down, up = (lost + 1) / (total + 2), (won + 1) / (total + 2)
     spread = z * sqrt((down + up - (up - down) ** 2) / (total + 2))
     plain = (won - lost) / total
@@ -63,19 +63,16 @@ def paired_difference(lost: int, won: int, total: int, z: float = _Z) -> tuple[f
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """The p-value of McNemar's exact test: how likely changes as uneven as these are, or more so, by chance alone.
+    """Two-sided p-value of McNemar's exact test; 1 if nothing changed.
 
     Args:
-        lost, won: as `paired_difference`.
-
-    Returns:
-        Two-sided, in 0..1; 1 where nothing changed.
+        lost, won: as in `paired_difference`.
     """
     changed, fewer = lost + won, min(lost, won)
     if lost < 0 or won < 0:
-        raise ValueError(f"{lost} and {won} are no counts")
+        raise ValueError(f"invalid counts {lost} and {won}")
     if lost == won:
         return 1.0
-    # logarithms: the number of ways is far above what a float holds
+    # logarithms, because the binomial coefficients overflow a float
     logs = [lgamma(changed + 1) - lgamma(k + 1) - lgamma(changed - k + 1) for k in range(fewer + 1)]
     return min(1.0, 2.0 * sum(exp(ways - changed * log(2.0)) for ways in logs))

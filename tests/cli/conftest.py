@@ -1,4 +1,4 @@
-"""What most tests of commands begin with."""
+"""Fixtures of the tests of commands."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tiny import make_recipe, save_weights, tiny_vit
 
 @pytest.fixture
 def dense(tmp_path: Path) -> Path:
-    """A dense checkpoint of width 128, which tells its heads by convention."""
+    """A dense checkpoint of width 128, whose number of heads follows from the width."""
     return save_weights(tiny_vit(embed_dim=128), tmp_path / "dense.safetensors")
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    """A recipe that leaves nothing open, for `dense`."""
+    """A recipe for `dense` that needs no calibration."""
     path = tmp_path / "r.yaml"
     path.write_text(make_recipe(metric="{kind: token_norm}").text)
     return path
@@ -26,7 +26,7 @@ def recipe(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """A folder with 20 pictures of noise."""
+    """A folder with 20 images of noise."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     random = np.random.default_rng(0)

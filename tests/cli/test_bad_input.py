@@ -1,4 +1,4 @@
-"""What goes wrong is said in one message, with the exit code of its kind, and nothing is written."""
+"""Invalid input: one message, the exit code of its kind, and no output."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def test_a_recipe_for_another_model(cli: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["deit_smal_paper", "missing.yaml"])
-def test_a_recipe_that_is_not_there(name: str, cli: Command, dense: Path) -> None:
+def test_an_unknown_recipe(name: str, cli: Command, dense: Path) -> None:
     explained(cli("compress", dense, "-r", name), 2, f"no recipe {name}", "repshift recipes list")
 
 
 def damaged(path: Path, kind: str) -> Path:
-    """Make a checkpoint that cannot be used."""
+    """Write an invalid checkpoint."""
     model = tiny_vit(embed_dim=128)
     state = model.state_dict()
     path = path / {"pickle": "code.pth", "truncated_torch": "half.pth"}.get(kind, "bad.safetensors")
@@ -162,20 +162,20 @@ def test_cuda_without_cuda(cli: Command, dense: Path, monkeypatch: pytest.Monkey
 
 
 class TestOutput:
-    def test_it_exists(self, cli: Command, dense: Path, recipe: Path, tmp_path: Path) -> None:
+    def test_an_existing_file(self, cli: Command, dense: Path, recipe: Path, tmp_path: Path) -> None:
         (tmp_path / "out.safetensors").write_text("precious")
         outcome = cli("compress", dense, "-r", recipe, "-o", "out.safetensors")
         explained(outcome, 2, "out.safetensors already exists", "--force")
         assert (tmp_path / "out.safetensors").read_text() == "precious"
 
-    def test_its_folder_is_missing(self, cli: Command, dense: Path, recipe: Path) -> None:
+    def test_a_missing_folder(self, cli: Command, dense: Path, recipe: Path) -> None:
         explained(cli("compress", dense, "-r", recipe, "-o", "no/out.safetensors"), 1, "folder no does not exist")
 
-    def test_its_folder_takes_no_files(self, cli: Command, dense: Path, recipe: Path) -> None:
+    def test_a_folder_that_cannot_be_written(self, cli: Command, dense: Path, recipe: Path) -> None:
         outcome = cli("compress", dense, "-r", recipe, *QUICK, "-o", "/proc/out.safetensors")
         explained(outcome, 1, "cannot")
 
-    def test_the_disk_fills_up(self, cli: Command, dense: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_full_disk(self, cli: Command, dense: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from repshift_cli.checkpoints import artifact
 
         def half(tensors: object, path: Path, metadata: object) -> None:
@@ -203,7 +203,7 @@ class TestCompressedAlready:
         edit(document)
         save_file(load_file(path), path, metadata={"format": "pt", "repshift": json.dumps(document)})
 
-    def test_compressing_it_again(self, small: Path, cli: Command) -> None:
+    def test_compressing_again(self, small: Path, cli: Command) -> None:
         explained(cli("compress", small), 3, "is compressed already: its own plan would be lost", "--force")
 
     @pytest.mark.parametrize("command", ["inspect", "bench", "compress"])
@@ -219,22 +219,22 @@ class TestCompressedAlready:
 
 class TestCalibrationData:
     @pytest.mark.parametrize("option", ["--calibration", "--data"])
-    def test_a_folder_that_is_missing(self, option: str, cli: Command, dense: Path) -> None:
+    def test_a_missing_folder(self, option: str, cli: Command, dense: Path) -> None:
         explained(cli("compress", dense, option, "./nowhere"), 4, "nowhere does not exist")
 
-    def test_a_folder_without_pictures(self, cli: Command, dense: Path, tmp_path: Path) -> None:
+    def test_a_folder_without_images(self, cli: Command, dense: Path, tmp_path: Path) -> None:
         (tmp_path / "none").mkdir()
         explained(cli("compress", dense, "--calibration", "./none"), 4, "there are no pictures in none")
 
-    def test_too_few_pictures(self, cli: Command, dense: Path, pictures: Path) -> None:
+    def test_too_few_images(self, cli: Command, dense: Path, pictures: Path) -> None:
         for path in sorted(pictures.iterdir())[3:]:
             path.unlink()
         outcome = cli("compress", dense, "--calibration", pictures)
         explained(outcome, 4, "calibration needs at least 8 images")
 
-    def test_nothing_clear(self, cli: Command, dense: Path, pictures: Path, tmp_path: Path) -> None:
+    def test_no_metric_beats_random_dropping(self, cli: Command, dense: Path, pictures: Path, tmp_path: Path) -> None:
         outcome = cli("compress", dense, "--calibration", pictures, *QUICK, "-o", "out.safetensors")
-        explained(outcome, 5, "no candidate beats random dropping clearly", "--force")
+        explained(outcome, 5, "no score is clearly better than random dropping", "--force")
         assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -243,9 +243,9 @@ class TestRecipesCommand:
         explained(cli("recipes", "show", "deit_smal_paper"), 2, "Did you mean deit_small_paper?")
 
     def test_show_of_a_dense_checkpoint(self, cli: Command, dense: Path) -> None:
-        explained(cli("recipes", "show", dense), 3, "holds no recipe")
+        explained(cli("recipes", "show", dense), 3, "contains no recipe")
 
-    def test_check_of_a_wrong_one(self, cli: Command, tmp_path: Path) -> None:
+    def test_check_of_an_invalid_recipe(self, cli: Command, tmp_path: Path) -> None:
         (tmp_path / "bad.yaml").write_text("version: 1\nmetric: {kind: x}\nlayers: [{layer: 0, drop_ratio: 0.2}]\n")
         explained(cli("recipes", "check", "bad.yaml"), 2, "bad.yaml:2:10: metric.kind: unknown metric 'x'")
 
@@ -254,7 +254,7 @@ def test_an_unknown_command(cli: Command) -> None:
     explained(cli("compres"), 2, "compres")
 
 
-def test_an_error_nobody_foresaw_is_one_message(cli: Command, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_one_message(cli: Command, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by [nothing]")
 
@@ -273,5 +273,5 @@ def test_debug_shows_the_traceback(shell: Command) -> None:
     assert "RecipeError" in outcome.stderr
 
 
-def test_names_with_brackets_are_printed_as_they_are(cli: Command) -> None:
+def test_names_with_brackets_are_not_markup(cli: Command) -> None:
     explained(cli("inspect", "a[bold]b.safetensors"), 3, "there is no file a[bold]b.safetensors")

@@ -30,38 +30,38 @@ def fixture_run(cli: Command, dense: Path, recipe: Path) -> Callable[..., Outcom
 
 
 def refused(outcome: Outcome, rc: int, *words: str) -> None:
-    """The command failed without result and traceback, and its message has these words."""
+    """The command printed no result and no traceback, and named all this on stderr."""
     assert outcome.rc == rc, outcome.stderr
     assert outcome.stdout == ""
     assert "Traceback" not in outcome.stderr
-    message = " ".join(outcome.stderr.split())
+    said = " ".join(outcome.stderr.split())
     for word in words:
-        assert word in message
+        assert word in said
 
 
 class TestTable:
-    def test_it_fits(self, run: Callable[..., Outcome]) -> None:
+    def test_fits_80_columns(self, run: Callable[..., Outcome]) -> None:
         outcome = run("-b", "1,2", "--against", "explicit,class-attention-row,tome,fuse")
         assert outcome.rc == 0, outcome.stderr
         assert all(len(line) <= 80 for line in outcome.stdout.splitlines())
         for word in (
-            "MACs diff",
-            "over dense",
+            "extra MACs",
+            "vs dense",
             "efficiency",
-            "speed-up over it",
+            "compressed is",
             "class-attention-row",
-            "1, 2)",  # the batch sizes that were tried, whatever the result
+            "1, 2)",  # however the batches fared, that they were tried
             "batch 2: ",
         ):
             assert word in outcome.stdout
 
-    def test_without_baselines_it_is_short(self, run: Callable[..., Outcome]) -> None:
+    def test_without_baselines(self, run: Callable[..., Outcome]) -> None:
         outcome = run("-b", "2")
-        assert "speed-up over it" not in outcome.stdout
+        assert "compressed is" not in outcome.stdout
         assert "Only 2 runs of each" in outcome.stdout
         assert "batch 2: " in outcome.stdout
 
-    def test_of_a_sweep_and_files(self, run: Callable[..., Outcome], pictures: Path) -> None:
+    def test_sweep_and_files(self, run: Callable[..., Outcome], pictures: Path) -> None:
         outcome = run("-b", "2", "--attention", "auto,explicit", "--data", pictures, "--images", "4")
         assert outcome.rc == 0, outcome.stderr
         assert all(len(line) <= 80 for line in outcome.stdout.splitlines())
@@ -93,7 +93,7 @@ class TestJson:
             assert row["latency_ms"].keys() == {"median", "p10", "p90", "p99"}
             assert row["attention"] == {"sdpa": "sdpa:flash", "explicit": "explicit"}[row["attention_mode"]]
 
-    def test_one_value_is_plain(self, run: Callable[..., Outcome]) -> None:
+    def test_a_single_value_is_not_a_list(self, run: Callable[..., Outcome]) -> None:
         document = json.loads(run("-b", "1", "--json").stdout)
         assert (document["dtype"], document["attention"]) == ("float32", "sdpa:flash")
         assert (document["budget"], document["end_to_end"]) == ([], [])
@@ -109,7 +109,7 @@ class TestJson:
             ("explicit", "dense"),
         ]
 
-    def test_several_sizes_of_a_network(self, cli: Command, tmp_path: Path) -> None:
+    def test_several_image_sizes(self, cli: Command, tmp_path: Path) -> None:
         (tmp_path / "r.yaml").write_text("version: 1\nlayers: [{layer: 0, drop_ratio: 0.5}]\n")
         outcome = cli("bench", "resnet18", "--recipe", "r.yaml", *QUICK, "--img-size", "64,96", "-b", "1", "--json")
         assert outcome.rc == 0, outcome.stderr
@@ -142,7 +142,7 @@ class TestFiles:
         assert float(compressed["over_dense"]) > 0
 
     @pytest.mark.parametrize("option", ["csv", "plot"])
-    def test_existing_output_is_refused_first(
+    def test_existing_output_is_checked_first(
         self, run: Callable[..., Outcome], tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = tmp_path / "a.svg"
@@ -184,12 +184,12 @@ class TestBudget:
             ("latency<=1000", 2, True),
         ]
         assert (tmp_path / "a.csv").is_file()
-        message = " ".join(outcome.stderr.split())
-        assert "2 of 4 budget checks were missed" in message
-        assert "batch 2: macs<=0.1 missed: 0." in message
-        assert "above" in message
+        said = " ".join(outcome.stderr.split())
+        assert "2 of 4 budget checks were missed" in said
+        assert "batch 2: macs<=0.1 missed: 0." in said
+        assert "above" in said
 
-    def test_in_its_own_process(self, shell: Command, dense: Path, recipe: Path) -> None:
+    def test_exit_code_of_the_process(self, shell: Command, dense: Path, recipe: Path) -> None:
         outcome = shell("bench", dense, "--recipe", recipe, *QUICK, "-b", "1", "--budget", "speedup>=1e6")
         assert outcome.rc == 5
         assert "speedup>=1e+06 missed" in outcome.stdout
@@ -202,22 +202,26 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("options", "rc", "words"),
         [
-            (["--plot", "a.jpg"], 2, ["a.jpg", ".png, .svg and .pdf"]),
+            (["--plot", "a.jpg"], 2, ["a.jpg", "must end in .png, .svg or .pdf"]),
             (["--plot", "a.svg", "--csv", "a.svg"], 2, ["both name"]),
             (["--csv", "missing/a.csv"], 1, ["does not exist"]),
             (["--dtype", "int8"], 2, ["'int8'", "float32"]),
             (["--dtype", "float32,"], 2, ["unknown dtype ''"]),
             (["--device", "tpu"], 2, ["'tpu'"]),
-            (["--attention", "explict"], 2, ["--attention: unknown mode 'explict'", "Did you mean explicit?"]),
+            (
+                ["--attention", "explict"],
+                2,
+                ["unknown --attention 'explict': allowed: auto, flash", "Did you mean explicit?"],
+            ),
             (
                 ["--compile", "fast"],
                 2,
-                ["--compile: unknown mode 'fast'", "off, default, frozen, reduce-overhead, max-autotune"],
+                ["unknown --compile 'fast': allowed: off, default, frozen, reduce-overhead, max-autotune"],
             ),
-            (["--against", "evit"], 2, ["unknown baseline 'evit'", "class-attention"]),
-            (["--budget", "latency<0.7"], 2, ["invalid limit 'latency<0.7'", "latency<=0.7"]),
-            (["--batch-size", "0"], 2, ["--batch-size: '0' is not a number from 1 on"]),
-            (["--img-size", "big"], 2, ["--img-size: 'big' is not a number from 1 on"]),
+            (["--against", "evit"], 2, ["no peer 'evit'", "class-attention"]),
+            (["--budget", "latency<0.7"], 2, ["'latency<0.7' cannot be understood", "latency<=0.7"]),
+            (["--batch-size", "0"], 2, ["invalid --batch-size '0': must be an integer >= 1"]),
+            (["--img-size", "big"], 2, ["invalid --img-size 'big': must be an integer >= 1"]),
             (["--img-size", "32,64"], 2, ["--img-size 64", "takes images of 32x32"]),
             (["--data", "nowhere"], 4, ["the folder nowhere does not exist"]),
         ],
@@ -225,23 +229,23 @@ class TestRefused:
     def test_options(self, options: list[str], rc: int, words: list[str], run: Callable[..., Outcome]) -> None:
         refused(run(*options), rc, *words)
 
-    def test_too_few_pictures(self, run: Callable[..., Outcome], pictures: Path) -> None:
+    def test_too_few_images(self, run: Callable[..., Outcome], pictures: Path) -> None:
         refused(run("-b", "32", "--data", pictures), 4, "20 pictures, which do not fill a batch of 32")
 
-    def test_unsupported_baseline(self, cli: Command, tmp_path: Path) -> None:
+    def test_a_baseline_that_the_model_does_not_support(self, cli: Command, tmp_path: Path) -> None:
         (tmp_path / "r.yaml").write_text("version: 1\nlayers: [{layer: 0, drop_ratio: 0.5}]\n")
         outcome = cli("bench", "resnet18", "--recipe", "r.yaml", *QUICK, "--img-size", "64", "--against", "tome")
-        refused(outcome, 2, "--against tome: unsupported for compressed (resnet)", "Supported", "dense")
+        refused(outcome, 2, "--against tome: compressed (resnet) cannot be made into it", "Possible", "dense")
 
 
 class TestParsing:
-    def test_numbers(self) -> None:
-        assert bench._parse_numbers("-b", ["1, 8", "4", "8"], "") == [1, 8, 4]
+    def test_integers(self) -> None:
+        assert bench._parse_integers("-b", ["1, 8", "4", "8"]) == [1, 8, 4]
 
     @pytest.mark.parametrize("text", ["0", "-1", "x", "1,", "1.5", "\u00b2"])
-    def test_wrong_numbers(self, text: str) -> None:
+    def test_invalid_integers(self, text: str) -> None:
         with pytest.raises(UsageError, match="--batch-size"):
-            bench._parse_numbers("--batch-size", [text], "")
+            bench._parse_integers("--batch-size", [text])
 
     def test_labels(self) -> None:
         assert bench._labels(["x/a.safetensors", "y/b.pth", "vit.v2"]) == {
@@ -250,7 +254,7 @@ class TestParsing:
             "vit.v2": "vit.v2",
         }
         assert list(bench._labels(["x/a.pt", "y/a.pt"])) == ["x/a.pt", "y/a.pt"]
-        with pytest.raises(UsageError, match="given twice"):
+        with pytest.raises(UsageError, match="a model is given twice"):
             bench._labels(["a.pt", "a.pt"])
 
 

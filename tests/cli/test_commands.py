@@ -1,4 +1,4 @@
-"""The commands at work: what they print and what they write."""
+"""Output and files of the commands."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ QUICK = ("--seconds", "0", "--batch-size", "2")
 
 
 class TestIdleThreads:
-    """What OpenMP is told before torch loads it."""
+    """Variables of OpenMP, which are set before torch is imported."""
 
     @staticmethod
     def told(own: dict[str, str]) -> dict[str, str]:
-        """What is in the environment after `repshift --version`, of the variables that OpenMP reads."""
+        """The variables of OpenMP after `repshift --version`."""
         names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
         script = f"""
 import os, sys
@@ -45,14 +45,14 @@ except SystemExit:
         )
         return dict(pair.split("=") for pair in done.stdout.splitlines()[-1].split())
 
-    def test_they_spin_for_a_moment_before_they_sleep(self) -> None:
+    def test_spinning_is_limited(self) -> None:
         assert self.told({}) == {"OMP_WAIT_POLICY": "None", "GOMP_SPINCOUNT": "10000"}
 
     @pytest.mark.parametrize("own", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
-    def test_what_the_user_has_set_stays(self, own: dict[str, str]) -> None:
+    def test_variables_of_the_user_are_kept(self, own: dict[str, str]) -> None:
         assert self.told(own) == {"OMP_WAIT_POLICY": "None", "GOMP_SPINCOUNT": "None"} | own
 
-    def test_a_benchmark_says_where_they_sleep_at_once(self, cli: Command, dense: Path, recipe: Path) -> None:
+    def test_bench_notes_a_passive_wait_policy(self, cli: Command, dense: Path, recipe: Path) -> None:
         quick = ("bench", dense, "--recipe", recipe, "--seconds", "0", "-b", "1")
         assert "OMP_WAIT_POLICY=PASSIVE is set" in cli(*quick, "--threads", "2").stderr
         assert "OMP_WAIT_POLICY" not in cli(*quick, "--threads", "1").stderr
@@ -98,7 +98,7 @@ class TestHelp:
         ],
     )
     @pytest.mark.parametrize("flag", ["--help", "-h"])
-    def test_each_command_tells_its_options(
+    def test_help_lists_the_options_in_80_columns(
         self, flag: str, command: list[str], options: list[str], cli: Command
     ) -> None:
         outcome = cli(*command, flag)
@@ -109,7 +109,7 @@ class TestHelp:
         assert missing == []
         assert all(len(line) <= 80 for line in outcome.stdout.splitlines())
 
-    def test_without_a_command_it_shows_the_help(self, cli: Command) -> None:
+    def test_help_without_a_command(self, cli: Command) -> None:
         outcome = cli()
         assert "Usage: repshift" in outcome.stdout + outcome.stderr
 
@@ -119,9 +119,7 @@ class TestHelp:
 
 
 class TestCompress:
-    def test_json_is_one_document_and_nothing_else(
-        self, shell: Command, dense: Path, recipe: Path, tmp_path: Path
-    ) -> None:
+    def test_json_is_one_document(self, shell: Command, dense: Path, recipe: Path, tmp_path: Path) -> None:
         outcome = shell("compress", dense, "--recipe", recipe, *QUICK, "-o", "small.safetensors", "--json")
         assert outcome.rc == 0, outcome.stderr
         document = json.loads(outcome.stdout)
@@ -138,7 +136,7 @@ class TestCompress:
             assert word in outcome.stdout
         assert all(len(line) <= 80 for line in outcome.stdout.splitlines())
 
-    def test_the_default_name_of_the_output(self, cli: Command, dense: Path, recipe: Path, tmp_path: Path) -> None:
+    def test_default_output(self, cli: Command, dense: Path, recipe: Path, tmp_path: Path) -> None:
         assert cli("compress", dense, "--recipe", recipe, *QUICK).rc == 0
         assert (tmp_path / "dense_repshift.safetensors").is_file()
 
@@ -153,11 +151,11 @@ class TestCompress:
         assert "no recipe was given" in outcome.stderr
         assert sorted(tmp_path.iterdir()) == before
 
-    def test_a_dry_run_for_people(self, cli: Command, dense: Path) -> None:
+    def test_a_dry_run_as_text(self, cli: Command, dense: Path) -> None:
         outcome = cli("compress", dense, "--dry-run")
         assert "Dry run: nothing was run, measured or written." in outcome.stdout
 
-    def test_a_dry_run_does_not_mind_an_output_that_exists(self, cli: Command, dense: Path, tmp_path: Path) -> None:
+    def test_a_dry_run_ignores_an_existing_output(self, cli: Command, dense: Path, tmp_path: Path) -> None:
         (tmp_path / "dense_repshift.safetensors").touch()
         assert cli("compress", dense, "--dry-run").rc == 0
 
@@ -168,7 +166,7 @@ class TestCompress:
         assert all(len(site["candidates"]) == 30 for site in found["sites"])
         assert found["images"] == 16
 
-    def test_the_builtin_model_calibrates_itself(self, shell: Command, tmp_path: Path) -> None:
+    def test_the_builtin_model_is_calibrated_on_builtin_scenes(self, shell: Command, tmp_path: Path) -> None:
         outcome = shell("compress", "builtin:vit-digits", *QUICK, "-o", "small.safetensors", "--json")
         assert outcome.rc == 0, outcome.stderr
         document = json.loads(outcome.stdout)
@@ -197,7 +195,7 @@ class TestInspect:
         assert "17 -> 13" in shown.stdout
         assert all(len(line) <= 80 for line in shown.stdout.splitlines())
 
-    def test_what_cannot_be_says_why(self, cli: Command, tmp_path: Path) -> None:
+    def test_an_unsupported_block_is_named(self, cli: Command, tmp_path: Path) -> None:
         from timm.models.vision_transformer import ParallelThingsBlock
 
         model = timm.create_model("vit_small_patch16_36x1_224", depth=2, img_size=32, block_fn=ParallelThingsBlock)
@@ -216,9 +214,9 @@ class TestRecipes:
     @pytest.mark.parametrize("name", sorted(shipped_recipes()))
     def test_show_and_check(self, name: str, cli: Command) -> None:
         assert cli("recipes", "show", name).stdout == shipped_recipes()[name]
-        assert "fine" in cli("recipes", "check", name).stdout
+        assert "valid" in cli("recipes", "check", name).stdout
 
-    def test_the_default_can_be_saved_and_used(self, cli: Command, dense: Path, tmp_path: Path) -> None:
+    def test_the_default_recipe_can_be_saved_and_used(self, cli: Command, dense: Path, tmp_path: Path) -> None:
         (tmp_path / "mine.yaml").write_text(cli("recipes", "show", "default", "--blocks", 4).stdout)
         document = json.loads(cli("compress", dense, "-r", "mine.yaml", "--dry-run", "--json").stdout)
         assert [row["layer"] for row in document["plan"]] == [0, 1, 2]
@@ -231,12 +229,12 @@ class TestRecipes:
 
 
 class TestAttention:
-    """`--attention` of the commands that measure: each says what really ran."""
+    """`--attention` of the commands that measure: each reports the kernel that ran."""
 
     @pytest.mark.parametrize(
         ("asked", "ran"), [("sdpa", "sdpa:flash"), ("explicit", "explicit"), ("auto", "sdpa:flash")]
     )
-    def test_named_in_json(self, asked: str, ran: str, cli: Command, recipe: Path, dense: Path) -> None:
+    def test_observed_attention_in_json(self, asked: str, ran: str, cli: Command, recipe: Path, dense: Path) -> None:
         chosen = ("--attention", asked, "--json")
         done = cli("compress", dense, "--recipe", recipe, *QUICK, "-o", "small.safetensors", *chosen)
         assert done.rc == 0, done.stderr
@@ -246,7 +244,7 @@ class TestAttention:
         assert json.loads(done.stdout)["attention"] == ran
 
     @pytest.mark.parametrize(("asked", "ran"), [("sdpa:math", "sdpa:math"), ("explicit", "explicit")])
-    def test_named_by_eval(self, asked: str, ran: str, cli: Command, recipe: Path, tmp_path: Path) -> None:
+    def test_observed_attention_in_eval(self, asked: str, ran: str, cli: Command, recipe: Path, tmp_path: Path) -> None:
         done = cli("compress", "builtin:vit-digits-small", *QUICK, "--no-calibrate", "-o", "small.safetensors")
         assert done.rc == 0, done.stderr
         options = ("small.safetensors", "--dataset", "builtin:digits", "--limit", "8", "--attention", asked)
@@ -255,13 +253,13 @@ class TestAttention:
         assert f"attention: {ran}\n" in cli("eval", *options).stdout
 
     @pytest.mark.parametrize("task", ["", "-qa"])
-    def test_named_by_eval_of_videos(self, task: str, cli: Command) -> None:
+    def test_observed_attention_in_video_eval(self, task: str, cli: Command) -> None:
         options = (f"builtin:umt-shapes{task}", "--limit", "4", "--attention", "explicit")
         assert json.loads(cli("eval", *options, "--json").stdout)["attention"] == "explicit"
         assert "attention: explicit, on that side\n" in cli("eval", *options).stdout
 
-    def test_several_are_joined_and_sides_told_apart(self, cli: Command) -> None:
-        """vid-TLDR's own score forms the map, and only the compressed model has it."""
+    def test_several_kernels_are_joined_per_model(self, cli: Command) -> None:
+        """vid-TLDR's own score computes the attention map, in the compressed model only."""
         path = Path("r.yaml")
         path.write_text(
             "version: 1\nmetric: {kind: attention_entropy}\nreducer: {kind: prune}\n"
@@ -283,7 +281,9 @@ class TestAttention:
         done = cli("eval", "builtin:umt-shapes", "--limit", "4", *chosen)
         assert json.loads(done.stdout)["attention"] == "flash-attn"
 
-    def test_the_file_does_not_depend_on_it(self, cli: Command, dense: Path, recipe: Path, tmp_path: Path) -> None:
+    def test_the_file_does_not_depend_on_attention(
+        self, cli: Command, dense: Path, recipe: Path, tmp_path: Path
+    ) -> None:
         for kind in ("sdpa", "explicit"):
             assert (
                 cli("compress", dense, "-r", recipe, *QUICK, "-o", f"{kind}.safetensors", "--attention", kind).rc == 0
@@ -294,7 +294,7 @@ class TestAttention:
         assert observed_attention(other, images(1)) == "sdpa:flash"
 
     @pytest.mark.parametrize("command", ["compress", "bench", "eval"])
-    def test_flash_attn_where_it_cannot_run(self, command: str, cli: Command, tmp_path: Path) -> None:
+    def test_flash_attn_without_cuda(self, command: str, cli: Command, tmp_path: Path) -> None:
         outcome = cli(command, "builtin:vit-digits-small", "--attention", "flash")
         assert outcome.rc == 2
         assert "cannot run on flash-attn: it runs on CUDA" in " ".join(outcome.stderr.split())
@@ -302,7 +302,7 @@ class TestAttention:
         assert "Traceback" not in outcome.stderr
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_kernel_that_is_not_for_this_device(self, cli: Command, tmp_path: Path) -> None:
+    def test_an_unavailable_kernel(self, cli: Command, tmp_path: Path) -> None:
         outcome = cli("compress", "builtin:vit-digits-small", "--attention", "sdpa:cudnn")
         assert outcome.rc == 2
         assert "sdpa:cudnn: torch has no kernel" in " ".join(outcome.stderr.split())
@@ -313,14 +313,14 @@ class TestAttention:
         assert outcome.rc == 2
         assert "no attention in ResNet can be switched to 'sdpa'" in " ".join(outcome.stderr.split())
 
-    def test_a_kind_that_is_not_known(self, cli: Command) -> None:
+    def test_an_unknown_kind(self, cli: Command) -> None:
         outcome = cli("eval", "--attention", "fast")
         assert outcome.rc == 2
         assert "sdpa:flash" in outcome.stderr
 
 
 class TestBench:
-    def test_compressed_against_its_dense_self(self, cli: Command, dense: Path, recipe: Path) -> None:
+    def test_compressed_against_dense(self, cli: Command, dense: Path, recipe: Path) -> None:
         cli("compress", dense, "--recipe", recipe, *QUICK, "-o", "small.safetensors")
         outcome = cli("bench", "small.safetensors", "--seconds", "0", "-b", "1,2", "--json")
         assert outcome.rc == 0, outcome.stderr

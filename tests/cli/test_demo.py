@@ -1,4 +1,4 @@
-"""`repshift demo` as people call it: a process of its own, on the built-in model."""
+"""`repshift demo` in a process of its own."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def commands(printed: str) -> list[list[str]]:
-    """The command lines that the demo tells, as words."""
+    """The commands that the demo prints, as words."""
     joined = printed.replace("\\\n", " ")
     return [shlex.split(line[2:]) for line in joined.splitlines() if line.startswith("$ ")]
 
@@ -51,7 +51,7 @@ def test_writes_everything_into_one_folder(run: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_numbers_are_good(run: tuple[Path, str]) -> None:
+def test_results(run: tuple[Path, str]) -> None:
     folder, _ = run
     report = json.loads((folder / "repshift_demo" / "report.json").read_text())
     assert report["seconds"] > 0
@@ -69,7 +69,7 @@ def test_the_numbers_are_good(run: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
-def test_fits_80_columns_and_sums_up(run: tuple[Path, str]) -> None:
+def test_fits_80_columns_and_ends_with_a_summary(run: tuple[Path, str]) -> None:
     _, printed = run
     assert max(len(line.rstrip()) for line in printed.splitlines()) <= 80
     summary = printed[printed.index("Summary ---") :]
@@ -82,7 +82,7 @@ def test_fits_80_columns_and_sums_up(run: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_commands_that_it_tells_work(run: tuple[Path, str]) -> None:
+def test_the_printed_commands_work(run: tuple[Path, str]) -> None:
     folder, printed = run
     steps = commands(printed)
     assert [words[:2] for words in steps] == [
@@ -126,11 +126,11 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
     assert "is a file, not a folder" in done.stderr
     done = call("demo", "--output-dir", "taken/below", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "cannot make the folder" in done.stderr
+    assert "cannot create the folder" in done.stderr
     assert (tmp_path / "taken").read_text() == "precious"
 
 
-def test_long_commands_break_before_an_option_and_stay_whole() -> None:
+def test_long_commands_break_before_an_option() -> None:
     from repshift_cli.cli.demo import _command_lines
 
     folder = "a folder/" + "x" * 60

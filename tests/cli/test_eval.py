@@ -1,4 +1,4 @@
-"""`repshift eval` as a command: output and exit code."""
+"""`repshift eval` as people call it: its output and its exit code."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def document(*arguments: str) -> Any:
 
 @pytest.fixture
 def digits(tmp_path: Path) -> Path:
-    """Ten class folders of built-in scenes, named like the classes of the built-in model."""
+    """Ten class folders of built-in scenes, named as the classes of the built-in model."""
     from repshift_cli.data.builtin.digits import DigitScenes
 
     for label in range(10):
         (tmp_path / "digits" / str(label)).mkdir(parents=True)
     scenes = DigitScenes("test", 30)
     for index in range(len(scenes)):
-        image, label = scenes[index]
-        image.save(tmp_path / "digits" / str(label) / f"{index}.png")
+        picture, label = scenes[index]
+        picture.save(tmp_path / "digits" / str(label) / f"{index}.png")
     return tmp_path / "digits"
 
 
-def test_defaults_are_the_builtin_model_and_dataset() -> None:
+def test_without_arguments_the_builtin_model_is_evaluated_on_its_scenes() -> None:
     result = document("--limit", "200")
     assert set(result) >= KEYS
     assert (result["dataset"], result["images"], result["skipped"]) == ("builtin:digits", 200, 0)
@@ -97,10 +97,10 @@ def test_strict_stops(cli: Command, digits: Path) -> None:
 def test_compare_dense_needs_a_compressed_model(cli: Command) -> None:
     done = cli("eval", "--limit", "5", "--compare-dense")
     assert done.rc == 2
-    assert "is dense itself" in done.stderr
+    assert "is a dense model" in done.stderr
 
 
-def test_a_dataset_is_required_for_other_models(cli: Command, tmp_path: Path) -> None:
+def test_a_dataset_is_required_for_models_that_are_not_built_in(cli: Command, tmp_path: Path) -> None:
     done = cli("eval", str(tmp_path / "some.safetensors"))
     assert done.rc == 2
     assert "--dataset" in done.stderr
@@ -114,14 +114,14 @@ def test_a_dataset_is_required_for_other_models(cli: Command, tmp_path: Path) ->
         (["--dataset", "./nowhere"], "does not exist"),
     ],
 )
-def test_data_errors_exit_with_4(cli: Command, arguments: list[str], message: str) -> None:
+def test_data_errors_end_with_4(cli: Command, arguments: list[str], message: str) -> None:
     done = cli("eval", *arguments)
     assert done.rc == 4, done.stderr
     assert message in done.stderr
     assert done.stdout == ""
 
 
-def test_class_count_differs_from_the_head(cli: Command, tmp_path: Path) -> None:
+def test_classes_that_do_not_fit_the_head(cli: Command, tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (20, 20)).save(tmp_path / name / "1.png")
@@ -135,11 +135,11 @@ def test_no_better_than_guessing(cli: Command, tmp_path: Path) -> None:
 
     scenes = DigitScenes("test", 120)
     for index in range(len(scenes)):
-        image, label = scenes[index]
-        # each class folder has equally many digits of every class
+        picture, label = scenes[index]
+        # each class folder has the digits of another one, in equal shares
         folder = tmp_path / "digits" / f"{(label + index // 12) % 10}"
         folder.mkdir(parents=True, exist_ok=True)
-        image.save(folder / f"{index}.png")
+        picture.save(folder / f"{index}.png")
     done = cli("eval", "builtin:vit-digits-small", "--dataset", tmp_path / "digits", "--workers", "0")
     assert done.rc == 0, done.stderr
     assert "no better than guessing among 10" in done.stderr

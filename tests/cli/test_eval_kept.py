@@ -1,4 +1,4 @@
-"""Files of `repshift eval`: state that survives SIGKILL, saved predictions, and `repshift compare`."""
+"""What `repshift eval` leaves behind: progress that survives SIGKILL, predictions, and `repshift compare` of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FEW = (MODEL, "--limit", "120", "-b", "4", "--workers", "0", "--threads", "1", "
 
 @contextmanager
 def running(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """`repshift eval` as a process that can be killed."""
+    """`repshift eval` as a process that can be ended in the middle."""
     process = subprocess.Popen(
         [sys.executable, "-m", "repshift_cli", "eval", *arguments],
         cwd=folder,
@@ -42,7 +42,7 @@ def running(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 def wait_for_shards(folder: Path, count: int) -> None:
     deadline = time.monotonic() + 120
     while len(list(folder.glob("0*.json"))) < count:
-        assert time.monotonic() < deadline, "no state is saved"
+        assert time.monotonic() < deadline, "nothing is kept"
         time.sleep(0.01)
 
 
@@ -52,7 +52,7 @@ def counted(text: str) -> dict[str, Any]:
     return {key: document[key] for key in keys}
 
 
-def test_a_killed_run_resumes(cli: Command, tmp_path: Path) -> None:
+def test_a_killed_run_is_resumed(cli: Command, tmp_path: Path) -> None:
     fresh = cli("eval", *FEW)
     assert fresh.rc == 0, fresh.stderr
     for shards in (2, 9):
@@ -71,7 +71,7 @@ def test_a_killed_run_resumes(cli: Command, tmp_path: Path) -> None:
     assert not (tmp_path / "state").exists()
 
 
-def test_ctrl_c_prints_the_result_so_far(cli: Command, tmp_path: Path) -> None:
+def test_ctrl_c_prints_the_partial_result(cli: Command, tmp_path: Path) -> None:
     with running(tmp_path, *FEW, "--resume", "state") as process:
         wait_for_shards(tmp_path / "state", 3)
         process.send_signal(signal.SIGINT)
@@ -81,8 +81,8 @@ def test_ctrl_c_prints_the_result_so_far(cli: Command, tmp_path: Path) -> None:
     assert found["interrupted"]
     assert 12 <= found["images"] < 120
     assert found["of"] == 120
-    assert "interrupted: these are the numbers of" in err
-    assert "goes on from state" in err
+    assert "interrupted: this is the result of" in err
+    assert "to continue from state" in err
     assert "Traceback" not in err
     assert counted(cli("eval", *FEW, "--resume", "state").stdout)["images"] == 120
 
@@ -103,9 +103,9 @@ class TestPredictions:
         assert shown.rc == 0, shown.stderr
         assert max(map(len, shown.stdout.splitlines())) <= 80
         assert "McNemar's exact test: p =" in shown.stdout
-        assert "the same prediction:" in shown.stdout
+        assert "same prediction:" in shown.stdout
 
-    def test_the_dense_model_has_its_own_file(self, cli: Command, dense: Path, recipe: Path) -> None:
+    def test_predictions_of_the_dense_model_have_their_own_file(self, cli: Command, dense: Path, recipe: Path) -> None:
         made = cli("compress", dense, "-r", recipe, "-o", "fast.safetensors", "--seconds", "0")
         assert made.rc == 0, made.stderr
         few = ("--limit", "12", "--compare-dense", "--save-predictions", "p.npz", "--workers", "0")
@@ -124,14 +124,14 @@ class TestPredictions:
     @pytest.mark.parametrize(
         ("arguments", "rc", "message"),
         [
-            (("eval", MODEL, "--save-predictions", "p.csv"), 2, "unknown suffix"),
+            (("eval", MODEL, "--save-predictions", "p.csv"), 2, "ending is not known"),
             (("eval", MODEL, "--save-predictions", "nowhere/p.npz"), 1, "does not exist"),
             (("compare", "a.npz", "b.npz"), 4, "no file a.npz"),
-            (("eval", "builtin:umt-shapes", "--save-predictions", "p.npz"), 2, "for models of single pictures"),
-            (("eval", "builtin:umt-shapes", "--resume", "state"), 2, "for models of single pictures"),
+            (("eval", "builtin:umt-shapes", "--save-predictions", "p.npz"), 2, "is for image models"),
+            (("eval", "builtin:umt-shapes", "--resume", "state"), 2, "is for image models"),
         ],
     )
-    def test_invalid_arguments(self, cli: Command, arguments: tuple[str, ...], rc: int, message: str) -> None:
+    def test_invalid_options(self, cli: Command, arguments: tuple[str, ...], rc: int, message: str) -> None:
         done = cli(*arguments)
         assert done.rc == rc, done.stderr
         assert message in done.stderr

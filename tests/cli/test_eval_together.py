@@ -1,4 +1,4 @@
-"""`torchrun ... -m repshift_cli eval`: the same counts for any number of processes."""
+"""`torchrun ... -m repshift_cli eval`: the whole numbers of one process, whatever the number of processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 def together(processes: int, *arguments: str) -> list[str]:
-    """Command that starts `repshift eval` in this many processes."""
+    """The command that starts so many of `repshift eval`."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return [sys.executable, *launch, "-m", "repshift_cli", "eval", *arguments]
 
@@ -51,7 +51,7 @@ def exact(text: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Class folders of 45 scenes, some of them unreadable."""
+    """Class folders of 45 scenes, some of which cannot be read."""
     from repshift_cli.data.builtin.digits import DigitScenes
 
     root = tmp_path_factory.mktemp("digits")
@@ -59,8 +59,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / str(label)).mkdir()
     scenes = DigitScenes("test", 45)
     for index in range(45):
-        image, label = scenes[index]
-        image.save(root / str(label) / f"{index:02d}.png")
+        picture, label = scenes[index]
+        picture.save(root / str(label) / f"{index:02d}.png")
     for broken in sorted(root.glob("*/*.png"))[3::17]:
         broken.write_bytes(broken.read_bytes()[:100])
     return root
@@ -85,7 +85,7 @@ def arguments(digits: Path, compressed: Path) -> list[str]:
 
 @pytest.fixture
 def expected(arguments: list[str], cli: Command) -> dict[str, Any]:
-    """Counts of one process."""
+    """What one process counts."""
     alone = cli("eval", *arguments)
     assert alone.rc == 0, alone.stderr
     found = exact(alone.stdout)
@@ -93,15 +93,15 @@ def expected(arguments: list[str], cli: Command) -> dict[str, Any]:
     return found
 
 
-def test_several_processes_count_the_same(arguments: list[str], expected: dict[str, Any], tmp_path: Path) -> None:
+def test_several_processes_give_the_same_counts(arguments: list[str], expected: dict[str, Any], tmp_path: Path) -> None:
     done = launch(3, *arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert exact(done.stdout) == expected
     assert json.loads(done.stdout)["data"]["processes"] == 3
-    assert done.stderr.count("pictures could not be read") == 1
+    assert done.stderr.count("images could not be read") == 1
 
 
-def test_a_killed_run_resumes_with_another_number_of_processes(
+def test_a_killed_run_is_resumed_with_another_number_of_processes(
     arguments: list[str], expected: dict[str, Any], cli: Command, tmp_path: Path
 ) -> None:
     state = tmp_path / "state"
@@ -134,9 +134,7 @@ def test_an_error_in_one_process_is_printed_once_and_ends_all(digits: Path, tmp_
     assert done.returncode != 0
     assert done.stdout == ""
     assert done.stderr.count("cannot be read") == 1
-    assert (
-        "evaluation/classification/evaluate.py" not in done.stderr
-    )  # torchrun prints its own traceback, but none of this package
+    assert "evaluation/classification/evaluate.py" not in done.stderr  # torchrun shows its own traceback, not ours
 
 
 def test_videos_need_one_process(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_plan_holds_for_it(network: Path, recipe: Path, cli: Command, tmp_path: Path) -> None:
+def test_the_plan_fits_another_image_size(network: Path, recipe: Path, cli: Command, tmp_path: Path) -> None:
     outcome = cli("compress", network, "-r", recipe, *QUICK, "--img-size", "64", "-o", "small.safetensors")
     assert outcome.rc == 0, outcome.stderr
     opened = artifact.open_model(tmp_path / "small.safetensors")

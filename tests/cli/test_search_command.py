@@ -413,17 +413,17 @@ class TestInterrupted:
         outcome = cli("search", dense, "-t", "macs=0.7", *QUICK)
         assert outcome.rc == 130
         assert "The state is kept in dense_macs0.7.yaml.state.json; the same command continues" in words(outcome.stderr)
-        assert "nothing half-done" not in outcome.stderr
+        assert "no partial output" not in outcome.stderr
         assert not (tmp_path / "dense_macs0.7.yaml").exists()
 
     def test_within_compress_nothing_is_written(
         self, cli: Command, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         best_so_far = SimpleNamespace(result=SimpleNamespace(interrupted=True))
-        monkeypatch.setattr("repshift_cli.compression.find", lambda *_, **__: best_so_far)
+        monkeypatch.setattr("repshift_cli.compression.run.find", lambda *_, **__: best_so_far)
         outcome = cli("compress", dense, "-t", "macs=0.7", "--calibration-images", "16", "-o", "s.safetensors")
         assert outcome.rc == 130
-        assert "interrupted; nothing half-done was left behind" in outcome.stderr
+        assert "interrupted; no partial output was left" in outcome.stderr
         assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.safetensors"]
 
     def test_the_state_of_another_search_is_refused(self, cli: Command, dense: Path, tmp_path: Path) -> None:

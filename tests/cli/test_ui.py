@@ -1,4 +1,4 @@
-"""What is printed has been written, or an error says that it could not be."""
+"""Printing to stdout flushes, and errors of writing are raised."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def printed_to(stream: TextIO, print_something: Callable[[], None], monkeypatch:
 
 @pytest.mark.skipif(not FULL.exists(), reason="there is no device here that is always full")
 @pytest.mark.parametrize("print_something", PRINTS, ids=["json", "text", "table"])
-def test_a_full_disk_is_told_at_once(print_something: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OutputError, match="cannot write the output: No space left on device"):
+def test_a_full_disk_is_an_error(print_something: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OutputError, match="cannot write to stdout: No space left on device"):
         printed_to(FULL.open("w"), print_something, monkeypatch)
 
 
-def test_a_reader_that_is_gone_is_no_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_pipe_is_not_an_output_error(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with pytest.raises(BrokenPipeError):

@@ -266,12 +266,12 @@ class TestCalibration:
 
     def test_not_clear_is_an_error(self, dense: Path, pictures: Path, tmp_path: Path) -> None:
         recipe, output = recipe_file(tmp_path, self.OPEN), tmp_path / "small.safetensors"
-        with pytest.raises(CheckFailed, match="no candidate beats random dropping clearly") as caught:
+        with pytest.raises(CheckFailed, match="no score is clearly better than random dropping") as caught:
             run(dense, recipe=recipe, output=output, calibration=str(pictures))
         assert caught.value.exit_code == 5
         assert not output.exists()
         report = run(dense, recipe=recipe, output=output, calibration=str(pictures), force=True)
-        assert any("no candidate beats random" in note for note in report.notes)
+        assert any("no score is clearly better than random" in note for note in report.notes)
         document = artifact.open_model(output).loaded.document
         assert document is not None
         assert document["calibration"]["clear"] is False
@@ -320,7 +320,7 @@ class TestModelInMemory:
 
     def test_calibration_that_is_not_clear(self) -> None:
         model = tiny_vit()
-        with pytest.raises(CheckFailed, match="no candidate beats random"):
+        with pytest.raises(CheckFailed, match="no score is clearly better than random"):
             compress(model, make_recipe(metric=TestCalibration.OPEN), calibration=images(16))
         assert not any(part._forward_hooks for part in model.modules())
 

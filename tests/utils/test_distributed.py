@@ -1,4 +1,4 @@
-"""Processes as `torchrun` starts them: what each gives reaches all, in order, and one can ask the others to end."""
+"""The processes of one `torchrun` job: gathering, sums, stopping."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Path(sys.argv[1] + os.environ["RANK"]).write_text(json.dumps(found))
 @pytest.mark.parametrize(
     ("rank", "world", "together"), [(None, None, False), ("1", None, False), ("1", "1", False), ("1", "2", True)]
 )
-def test_processes_are_several_only_where_torchrun_says_so(
+def test_launched_together_reads_the_variables_of_torchrun(
     monkeypatch: pytest.MonkeyPatch, rank: str | None, world: str | None, together: bool
 ) -> None:
     for name, value in (("RANK", rank), ("WORLD_SIZE", world)):
@@ -53,7 +53,7 @@ def test_processes_are_several_only_where_torchrun_says_so(
     assert launched_together() == together
 
 
-def test_one_process_is_all_there_is() -> None:
+def test_one_process_without_a_group() -> None:
     with together() as group:
         assert (group.rank, group.count, group.nearby, group.is_first) == (0, 1, 1, True)
         assert group.collect("a") == ["a"]
@@ -64,7 +64,7 @@ def test_one_process_is_all_there_is() -> None:
 
 
 @pytest.mark.slow
-def test_what_each_gives_reaches_all(tmp_path: Path) -> None:
+def test_gathering_sums_and_stopping(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(script)]

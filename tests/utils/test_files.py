@@ -1,4 +1,4 @@
-"""A result is written whole or not at all."""
+"""Checking and writing output files."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from repshift_cli.errors import OutputError, UsageError
 from repshift_cli.utils.files import atomic_output, check_output, write_text
 
 
-def test_the_text_is_there_and_nothing_else(tmp_path: Path) -> None:
+def test_write_text_leaves_no_other_file(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "grüße", force=False)
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "grüße"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
+def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     write_text(tmp_path / "a.txt", "x", force=False)
     assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 
 
-def test_an_existing_file_stays_without_force(tmp_path: Path) -> None:
+def test_an_existing_file_needs_force(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(UsageError, match="already exists") as caught:
@@ -41,7 +41,7 @@ def test_an_existing_file_stays_without_force(tmp_path: Path) -> None:
     "problem", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError("x")]
 )
 @pytest.mark.parametrize("existing", [True, False])
-def test_a_failure_leaves_what_was_there(problem: BaseException, existing: bool, tmp_path: Path) -> None:
+def test_a_failure_changes_nothing(problem: BaseException, existing: bool, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     if existing:
         path.write_text("old")
@@ -79,7 +79,7 @@ def test_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
         check_output(tmp_path, force=True)
 
 
-def test_a_folder_that_takes_no_files() -> None:
+def test_a_folder_that_cannot_be_written() -> None:
     with pytest.raises(OutputError, match="cannot"):
         write_text(Path("/proc/repshift.txt"), "x", force=False)
 

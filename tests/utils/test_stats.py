@@ -1,4 +1,4 @@
-"""Intervals and the test of paired counts, against published numbers and exact arithmetic."""
+"""Confidence intervals and the test of McNemar, against known values and properties."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class TestWilson:
         assert percent_interval(correct, total) == pytest.approx((100 * low, 100 * high), abs=5e-3)
 
     @pytest.mark.parametrize(("correct", "total"), [(0, 0), (-1, 3), (4, 3)])
-    def test_no_share(self, correct: int, total: int) -> None:
-        with pytest.raises(ValueError, match="no share"):
+    def test_invalid_proportion(self, correct: int, total: int) -> None:
+        with pytest.raises(ValueError, match="invalid proportion"):
             wilson_interval(correct, total)
 
 
 class TestPairedDifference:
     @given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 500))
-    def test_it_holds_the_difference_and_turns_with_the_sides(self, lost: int, won: int, same: int) -> None:
+    def test_contains_the_difference_and_is_antisymmetric(self, lost: int, won: int, same: int) -> None:
         total = lost + won + same
         if total == 0:
             return
@@ -43,14 +43,14 @@ class TestPairedDifference:
         assert paired_difference(9, 3, 100) == pytest.approx((-0.12981, 0.01216), abs=5e-5)
 
     @pytest.mark.parametrize(("lost", "won", "total"), [(0, 0, 0), (-1, 0, 4), (3, 2, 4)])
-    def test_no_shares(self, lost: int, won: int, total: int) -> None:
-        with pytest.raises(ValueError, match="no shares"):
+    def test_invalid_changes(self, lost: int, won: int, total: int) -> None:
+        with pytest.raises(ValueError, match="invalid changes"):
             paired_difference(lost, won, total)
 
 
 class TestMcNemar:
     @given(st.integers(0, 300), st.integers(0, 300))
-    def test_it_is_the_binomial_test(self, lost: int, won: int) -> None:
+    def test_equals_the_binomial_test(self, lost: int, won: int) -> None:
         changed, fewer = lost + won, min(lost, won)
         tail = sum(comb(changed, k) for k in range(fewer + 1))
         exact = min(Fraction(1), Fraction(2 * tail, 2**changed))
@@ -65,6 +65,6 @@ class TestMcNemar:
     def test_nothing_changed(self) -> None:
         assert mcnemar(0, 0) == mcnemar(7, 7) == 1.0
 
-    def test_no_counts(self) -> None:
-        with pytest.raises(ValueError, match="no counts"):
+    def test_invalid_counts(self) -> None:
+        with pytest.raises(ValueError, match="invalid counts"):
             mcnemar(-1, 3)

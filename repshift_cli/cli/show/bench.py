@@ -1,24 +1,25 @@
-"""What `repshift bench` prints for people, in 80 columns."""
+"""Print the report of `repshift bench`, in 80 columns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from repshift_cli.benchmark.limits import LimitCheck
-    from repshift_cli.benchmark.report import BenchReport, BreakEven, EndToEnd, Ratio, Run
+    from repshift_cli.benchmark.report import BenchReport, EndToEnd, Ratio, Run
     from repshift_cli.checkpoints.artifact import Opened
     from repshift_cli.measure.latency import Speedup, Spread
 
 __all__ = ["show", "why_nothing"]
 
 _ENOUGH_RUNS = 5
-_DECIMALS = ((0.1, 4), (1, 3), (10, 2), (100, 1))  # below this limit, so many places after the point
+_DECIMALS = ((0.1, 4), (1, 3), (10, 2), (100, 1))
+"""Values below the limit are printed with this number of decimals."""
 
 
-def show(report: BenchReport, opened: Mapping[str, Opened], checks: Sequence[LimitCheck] = ()) -> None:
-    """Print the report: a table for each setting, then what it says in words."""
+def show(report: BenchReport, opened: Mapping[str, Opened], verdicts: Sequence[LimitCheck] = ()) -> None:
+    """Print a table for each setting, then the speed-ups and the budget checks."""
     from repshift_cli.cli import ui
 
     _show_head(report, opened)
@@ -30,21 +31,21 @@ def show(report: BenchReport, opened: Mapping[str, Opened], checks: Sequence[Lim
             ui.print_text(f"--- {panel}\n")
         _show_panel(report, panel, unit)
     if (fewest := min(run.latency.count for run in report.runs)) < _ENOUGH_RUNS:
-        ui.print_text(f"Only {fewest} run{'s' if fewest > 1 else ''} of each: too few for the intervals to mean much.")
+        ui.print_text(f"Only {fewest} run{'s' if fewest > 1 else ''} of each: too few for reliable intervals.")
     if not report.ratios:
         ui.print_text("Nothing to compare: {}. {}".format(*why_nothing([opened])))
-    for each in checks:
-        ui.print_text(f"budget, {each}")
+    for verdict in verdicts:
+        ui.print_text(f"budget, {verdict}")
 
 
 def why_nothing(opened: Iterable[Mapping[str, Opened]]) -> tuple[str, str]:
-    """Why nothing is compared with its dense self, and what to do."""
+    """Why no model is compared with a dense model, and what to do."""
     from repshift_cli.checkpoints.exported import OpenedExport
 
     if any(isinstance(model, OpenedExport) for each in opened for model in each.values()):
         return (
-            "an exported file is compared with one of the same format and weights, dense with compressed",
-            "Export the other one too, the dense one with --dense, and name both.",
+            "an exported file is compared with a dense one of the same format and weights",
+            "Export the dense model too, with --dense, and give both.",
         )
     return "no model is compressed", "Add --recipe to compress it for the run."
 
@@ -56,17 +57,15 @@ def _show_head(report: BenchReport, opened: Mapping[str, Opened]) -> None:
 
     ui.print_text(", ".join(opened))
     if random := [label for label, model in opened.items() if model.loaded.source.origin == "random"]:
-        ui.print_text(f"random weights, which do not change the speed: {', '.join(random)}")
+        ui.print_text(f"random weights (they do not change the speed): {', '.join(random)}")
     ui.print_text(report.machine)
-    layout = "" if report.memory_format == "contiguous" else f", {report.memory_format} in memory"
+    layout = "" if report.memory_format == "contiguous" else f", memory format {report.memory_format}"
     attention = "no attention" if report.attention == "none" else f"attention {report.attention}"
-    baselines = any(run.role == "peer" for run in report.runs)
-    sides = "" if baselines or len({run.attention for run in report.runs}) > 1 else " on both sides"
-    ui.print_text(f"{attention}{layout}{sides}, torch {torch.__version__}\n")
+    ui.print_text(f"{attention}{layout}, torch {torch.__version__}\n")
 
 
 def _show_panel(report: BenchReport, panel: str, unit: str) -> None:
-    """All that was measured in one setting, at every batch size."""
+    """Print the runs of one setting at all batch sizes."""
     from repshift_cli.cli import ui
 
     runs = [run for run in report.runs if run.setting.apart_from_batch == panel]
@@ -79,11 +78,14 @@ def _show_panel(report: BenchReport, panel: str, unit: str) -> None:
     several = len({ratio.name for ratio in ours}) > 1
     for ratio in ours:
         ui.print_text(f"batch {ratio.batch}{f', {ratio.name}' if several else ''}: {ratio}")
-    found = [each for each in report.break_even if each.setting.apart_from_batch == panel and each.against in dense]
-    for each in found:
-        _show_break_even(each, several)
-    for line in _compile_words(runs):
-        ui.print_text(line)
+    for found in report.break_even:
+        if found.setting.apart_from_batch == panel and found.against in dense and len(found.tried) > 1:
+            ui.print_text(f"{f'{found.name}: ' if several else ''}{found}")
+    for batch in dict.fromkeys(run.batch for run in runs if run.compilation):
+        compiled = [(run.name, run.compilation) for run in runs if run.batch == batch and run.compilation]
+        seconds = ", ".join(f"{name} {each.seconds:.1f} s" for name, each in compiled)
+        again = sum(each.recompiles for _, each in compiled)
+        ui.print_text(f"batch {batch} compiled in: {seconds}; recompiled while timed: {again or 'never'}")
     for read in report.end_to_end:
         if read.setting.apart_from_batch == panel:
             _show_end_to_end(read, unit, {ratio.name for ratio in ours})
@@ -97,14 +99,14 @@ def _show_runs(runs: Sequence[Run], unit: str) -> None:
     columns = ["batch", "model", "GMACs", "ms [p10-p90]", f"{unit}s/s", *["peak MB"] * with_memory]
     rows = []
     for run in runs:
-        row = [str(run.batch), run.name, _number(run.macs / 1e9), _latency(run.latency), _number(run.throughput)]
-        row += [_or_dash(run.peak_bytes, 1e-6)] * with_memory
+        row = [str(run.batch), run.name, _number(run.macs / 1e9), _spread(run.latency), _number(run.throughput)]
+        row += ["-" if run.peak_bytes is None else _number(run.peak_bytes * 1e-6)] * with_memory
         rows.append(row)
     ui.print_table(None, columns, rows, left=2)
 
 
 def _show_baselines(runs: Sequence[Run], ratios: Sequence[Ratio], dense: set[str]) -> None:
-    """Speed-up and efficiency of each model over dense, and of the compressed model over each baseline."""
+    """Print each model against dense, and the compressed model against each baseline."""
     from repshift_cli.cli import ui
 
     over_dense = {(ratio.batch, ratio.name): ratio for ratio in ratios if ratio.against in dense}
@@ -114,74 +116,46 @@ def _show_baselines(runs: Sequence[Run], ratios: Sequence[Ratio], dense: set[str
     rows = []
     for run in runs:
         gain, own = over_dense.get((run.batch, run.name)), ours.get((run.batch, run.name))
-        beside = f"{run.macs / own_macs[run.name] - 1:+.1%}" if run.name in own_macs else ""
+        extra = f"{run.macs / own_macs[run.name] - 1:+.1%}" if run.name in own_macs else ""
         efficiency = f"{gain.efficiency:.2f}" if gain else ""
-        row = [str(run.batch), run.name, beside, _gain(gain), efficiency, _gain(own)]
-        rows.append(row)
-    columns = ["batch", "model", "MACs diff", "over dense", "efficiency", "speed-up over it"]
+        versus_dense, versus_baseline = (_ratio(each.speedup) if each else "" for each in (gain, own))
+        if own and own.speedup.clear:
+            versus_baseline += " faster"
+        elif own and own.speedup.clearly_slower:
+            versus_baseline = f"{1 / own.speedup.ratio:.2f}x slower"
+        rows.append([str(run.batch), run.name, extra, versus_dense, efficiency, versus_baseline])
+    columns = ["batch", "model", "extra MACs", "vs dense", "efficiency", "compressed is"]
     ui.print_table(None, columns, rows, left=2)
     if any("?" in cell for row in rows for cell in row):
-        ui.print_text("?: the intervals do not separate the two, so it is no speed-up.\n")
-
-
-def _show_break_even(found: BreakEven, several: bool) -> None:
-    from repshift_cli.cli import ui
-
-    if len(found.tried) > 1:
-        ui.print_text(f"{f'{found.name}: ' if several else ''}{found}")
-
-
-def _compile_words(runs: Sequence[Run]) -> Iterator[str]:
-    """How long compiling took, batch by batch, and whether a graph had to be compiled again."""
-    for batch in dict.fromkeys(run.batch for run in runs):
-        compiled = [run for run in runs if run.batch == batch and run.compilation]
-        if not compiled:
-            continue
-        took = ", ".join(f"{run.name} {run.compilation.seconds:.1f} s" for run in compiled if run.compilation)
-        again = sum(run.compilation.recompiles for run in compiled if run.compilation)
-        yield f"batch {batch} compiled: {took}; recompiled while it was timed: {again or 'never'}"
+        ui.print_text("?: not a clear difference, the intervals overlap.\n")
 
 
 def _show_end_to_end(found: EndToEnd, unit: str, ours: set[str]) -> None:
     from repshift_cli.cli import ui
 
-    how = f"{found.workers} worker{'s' if found.workers > 1 else ''}" if found.workers else "the same process"
+    how = f"{found.workers} worker process{'es' if found.workers > 1 else ''}" if found.workers else "the main process"
     size, count, passes = found.setting.batch, found.reading.images, len(found.reading.seconds)
     ui.print_text(f"\nFrom files, batch {size}: {count} images of {found.data}, read by {how}, {passes} passes\n")
-    gains = found.speedups
+    gains = {name: _ratio(gain) for name, gain in found.speedups.items()}
     rows = [
-        [
-            name,
-            _latency(each.throughput),
-            f"{each.waiting:.0%}",
-            each.bottleneck,
-            _words(gains[name]) if name in gains else "",
-        ]
-        for name, each in found.sides.items()
+        [name, _spread(side.throughput), f"{side.waiting:.0%}", side.bottleneck, gains.get(name, "")]
+        for name, side in found.sides.items()
     ]
-    rows.append(["reading alone", _latency(found.reading.throughput), "", "", ""])
-    ui.print_table(None, ["model", f"{unit}s/s [p10-p90]", "waiting", "bound by", "over dense"], rows)
+    rows.append(["reading alone", _spread(found.reading.throughput), "", "", ""])
+    ui.print_table(None, ["model", f"{unit}s/s [p10-p90]", "waiting", "bound by", "vs dense"], rows)
     for name in sorted(ours & gains.keys()):
-        ui.print_text(f"batch {size}, {name}, from files: {gains[name]}")
+        ui.print_text(f"batch {size}, {name}, from files: {found.speedups[name]}")
 
 
-def _gain(ratio: Ratio | None) -> str:
-    return _words(ratio.speedup) if ratio else ""
-
-
-def _words(gain: Speedup) -> str:
-    """The ratio, marked where it may be chance."""
+def _ratio(gain: Speedup) -> str:
+    """The ratio, with a question mark if it could be chance."""
     return f"{gain.ratio:.2f}x" if gain.clear or gain.clearly_slower else f"{gain.ratio:.2f}x ?"
 
 
-def _latency(spread: Spread) -> str:
+def _spread(spread: Spread) -> str:
     return f"{_number(spread.median)} [{_number(spread.p10)}-{_number(spread.p90)}]"
 
 
-def _or_dash(value: float | None, scale: float = 1.0) -> str:
-    return "-" if value is None else _number(value * scale)
-
-
 def _number(value: float) -> str:
-    """Three significant digits, and all digits before the point."""
+    """Three significant digits, and all digits before the decimal point."""
     return next((f"{value:.{places}f}" for limit, places in _DECIMALS if abs(value) < limit), f"{value:.0f}")

@@ -1,4 +1,4 @@
-"""Print the result of `repshift compress`."""
+"""Print the report of `repshift compress`."""
 
 from __future__ import annotations
 
@@ -10,21 +10,17 @@ if TYPE_CHECKING:
     from repshift_cli.calibration.calibrate import Calibration
     from repshift_cli.compression.measured import CompressReport, Measured
 
-
-__all__ = [
-    "show_compression",
-]
+__all__ = ["show_compression"]
 
 
 def show_compression(report: CompressReport) -> None:
-    """Print the report for people, in 80 columns."""
+    """Print the report in 80 columns."""
     from repshift_cli.cli import ui
+    from repshift_cli.compression.inputs import is_builtin
 
     plan, unit = report.plan, report.loaded.description.preprocessing.unit
     params = sum(parameter.numel() for parameter in report.loaded.model.parameters())
-    ui.print_text(
-        f"model   {report.loaded.description.name} ({report.family}), {params:,} parameters, kept as they are"
-    )
+    ui.print_text(f"model   {report.loaded.description.name} ({report.family}), {params:,} parameters, unchanged")
     ui.print_text(f"recipe  {report.recipe.place.name}")
     ui.print_text(f"reducer {plan.reducer.kind}")
     ui.print_text("")
@@ -34,93 +30,88 @@ def show_compression(report: CompressReport) -> None:
         from repshift_cli.cli.show.search import show_found
 
         show_found(report.found)
-    show_sites(plan, "Plan: tokens through each site")
+    show_sites(plan, "Plan: tokens at each site")
     if report.measured:
         _show_measured(report.measured, unit)
+        if report.measured.images.builtin and not is_builtin(report.loaded):
+            ui.print_text(f"quality not measured: give {unit}s of the model's own kind with --data")
+        else:
+            ui.print_text(f"quality {_quality(report.measured, unit)} on {report.measured.images.description}")
     else:
         ratio = report.dense_macs / report.macs
         ui.print_text(f"{report.dense_macs / 1e9:.2f} -> {report.macs / 1e9:.2f} GMACs per {unit} ({ratio:.2f}x less)")
         ui.print_text("Dry run: nothing was run, measured or written.")
     if report.output:
         size = report.output.stat().st_size / 1e6
-        ui.print_text(f"wrote   {report.output} ({size:.1f} MB; tokens go, weights stay, so the size is the same)")
+        ui.print_text(f"wrote   {report.output} ({size:.1f} MB; weights are unchanged, so is the size)")
 
 
 def _show_measured(measured: Measured, unit: str) -> None:
     from repshift_cli.cli import ui
 
     before, after = measured.dense, measured.compressed
+    milliseconds = [
+        [_milliseconds(each) for each in (side.latency.median, side.latency.p10, side.latency.p90)]
+        for side in (before, after)
+    ]
+
+    def row(name: str, digits: int, dense: float, compressed: float, ratio: float) -> list[str]:
+        return [name, f"{dense:.{digits}f}", f"{compressed:.{digits}f}", f"{ratio:.2f}x"]
+
     rows = [
-        [
-            f"GMACs per {unit}",
-            f"{before.macs / 1e9:.3f}",
-            f"{after.macs / 1e9:.3f}",
-            f"{before.macs / after.macs:.2f}x",
-        ],
-        [
-            "latency, median ms",
-            _milliseconds(before.latency.median),
-            _milliseconds(after.latency.median),
-            f"{measured.speedup.ratio:.2f}x",
-        ],
-        [
-            "  p10 - p90",
-            f"{_milliseconds(before.latency.p10)} - {_milliseconds(before.latency.p90)}",
-            f"{_milliseconds(after.latency.p10)} - {_milliseconds(after.latency.p90)}",
-            "",
-        ],
-        [
-            f"{unit}s per second",
-            f"{before.throughput:.1f}",
-            f"{after.throughput:.1f}",
-            f"{after.throughput / before.throughput:.2f}x",
-        ],
-        [
-            "peak memory, MB",
-            f"{before.peak_bytes / 1e6:.0f}",
-            f"{after.peak_bytes / 1e6:.0f}",
-            f"{before.peak_bytes / after.peak_bytes:.2f}x",
-        ],
+        row(f"GMACs per {unit}", 3, before.macs / 1e9, after.macs / 1e9, before.macs / after.macs),
+        ["latency, median ms", *(median for median, _, _ in milliseconds), f"{measured.speedup.ratio:.2f}x"],
+        ["  p10 - p90", *(f"{p10} - {p90}" for _, p10, p90 in milliseconds), ""],
+        row(f"{unit}s per second", 1, before.throughput, after.throughput, after.throughput / before.throughput),
+        row(
+            "peak memory, MB", 0, before.peak_bytes / 1e6, after.peak_bytes / 1e6, before.peak_bytes / after.peak_bytes
+        ),
     ]
     attention = "" if measured.attention == "none" else f", {measured.attention}"
     title = f"Measured: batch {measured.batch_size}, {measured.dtype}, {measured.threads} threads{attention}"
     ui.print_table(title, ["", "dense", "compressed", "ratio"], rows)
     ui.print_text(f"speed   {measured.speedup}")
-    if measured.agreement is not None and unit == "clip":
-        told = (
-            f"{measured.agreement:.1%} are still most like themselves among all "
-            f"(mean KL of that {measured.divergence:.4f} nats)"
+
+
+def _quality(measured: Measured, unit: str) -> str:
+    if measured.agreement is None:
+        return f"features differ by {measured.divergence:.4f} (1 - cosine; the model has no head)"
+    if unit == "clip":
+        return (
+            f"{measured.agreement:.1%} of clips still closest to their dense embedding "
+            f"(mean KL {measured.divergence:.4f} nats)"
         )
-    elif measured.agreement is not None:
-        told = f"{measured.agreement:.1%} of predictions unchanged (mean KL {measured.divergence:.4f} nats)"
-    else:
-        told = f"features differ by {measured.divergence:.4f} (one minus cosine; the model has no head)"
-    ui.print_text(f"quality {told} on {measured.images.description}")
+    return f"{measured.agreement:.1%} of predictions unchanged (mean KL {measured.divergence:.4f} nats)"
 
 
 def _show_calibration(calibration: Calibration, unit: str) -> None:
     from repshift_cli.cli import ui
 
-    rows = [["chosen, site by site", *_cells(calibration.result.numbers())]]
-    rows.append(["without calibration", *_cells(calibration.default.numbers())])
-    rows.append(["dropped at random", *_cells(calibration.random.numbers())])
+    outcomes = {
+        "chosen per site": calibration.result,
+        "without calibration": calibration.default,
+        "random dropping": calibration.random,
+    }
+    rows = [[name, *_cells(outcome.numbers())] for name, outcome in outcomes.items()]
     tried = sum(len(choice.candidates) for choice in calibration.sites)
     title = f"Calibration: {tried} candidates on {calibration.images} unlabelled {unit}s, {calibration.seconds:.0f} s"
-    ui.print_table(title, ["on the half that took no part in choosing", f"{unit}s", "change", "unchanged"], rows)
-    verdict = "NOT clearly better than random"
+    ui.print_table(title, [f"on the held-out {unit}s", f"{unit}s", "prediction distance", "unchanged"], rows)
+    verdict = "NOT clearly better than random dropping"
     if calibration.clear:
-        verdict = "clearly better than random"
+        verdict = "clearly better than random dropping"
     elif calibration.mild:
-        verdict = "so little goes that random hardly harms either"
+        verdict = "so few tokens are dropped that random dropping does hardly more harm"
     ui.print_text(f"        {verdict} ({calibration.sigmas:.1f} standard errors)")
     ui.print_text("")
 
 
 def _cells(result: dict[str, object]) -> list[str]:
-    agreement = result["agreement"]
-    same = f"{agreement:.1%}" if isinstance(agreement, float) else "-"
-    far = result["distance"]
-    return [str(result["images"]), f"{far:.4f}" if isinstance(far, float) else "-", same]
+    agreement, distance = result["agreement"], result["distance"]
+    return [
+        str(result["images"]),
+        f"{distance:.4f}" if isinstance(distance, float) else "-",
+        f"{agreement:.1%}" if isinstance(agreement, float) else "-",
+    ]
 
 
 def _milliseconds(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Print the results of `repshift eval` on images, and make their JSON documents."""
+"""Print the results of `repshift eval` on images, and make their JSON document."""
 
 from __future__ import annotations
 
@@ -13,52 +13,40 @@ if TYPE_CHECKING:
     from repshift_cli.data.preprocessing import Preprocessing
     from repshift_cli.evaluation.classification.result import Evaluation, Pace, Score
 
-
-__all__ = [
-    "COMPRESSED",
-    "DENSE",
-    "announce_dataset",
-    "evaluation_document",
-    "report_skipped",
-    "show_evaluation",
-]
-
+__all__ = ["COMPRESSED", "DENSE", "announce_dataset", "evaluation_document", "show_evaluation", "warn_of_skipped"]
 
 DENSE = "dense"
-
-
 COMPRESSED = "compressed"
+_MAX_SKIPPED_SHOWN = 10
+_SCORE_KEYS = ("top1", "top5", "top1_interval", "top5_interval", "top1_correct", "top5_correct", "images_per_s")
 
 
-_SHOWN_SKIPPED = 10
-
-
-def announce_dataset(opened: Opened, data: ImageDataset, preprocessing: Preprocessing) -> None:
-    """Log the model, the dataset and the preprocessing."""
+def announce_dataset(opened: Opened, data: ImageDataset) -> None:
+    """Print the model, the dataset and the preprocessing."""
     from repshift_cli.cli import ui
 
     ui.print_text(f"model:         {opened.loaded.description.name}")
     ui.print_text(f"dataset:       {data.description}")
     if data.outputs is not None:
-        ui.print_text(f"outputs:       the {len(data.outputs)} of the head that the dataset has classes for")
-    ui.print_text(f"preprocessing: {preprocessing}\n")
+        ui.print_text(f"classes:       {len(data.outputs)} of the head, those of the dataset")
+    ui.print_text(f"preprocessing: {opened.loaded.description.preprocessing}\n")
 
 
-def report_skipped(result: Evaluation) -> None:
-    """Log the images that could not be read."""
+def warn_of_skipped(result: Evaluation) -> None:
+    """List the images that could not be read."""
     from repshift_cli.cli import ui
 
     if not result.skipped:
         return
-    lines = [f"{len(result.skipped)} pictures could not be read and were left out (--strict stops at the first):"]
-    lines += [f"  {entry.sample}: {entry.reason}" for entry in result.skipped[:_SHOWN_SKIPPED]]
-    if len(result.skipped) > _SHOWN_SKIPPED:
-        lines.append(f"  and {len(result.skipped) - _SHOWN_SKIPPED} more (--json lists all)")
+    lines = [f"{len(result.skipped)} images could not be read and were skipped (--strict stops at the first):"]
+    lines += [f"  {entry.sample}: {entry.reason}" for entry in result.skipped[:_MAX_SKIPPED_SHOWN]]
+    if len(result.skipped) > _MAX_SKIPPED_SHOWN:
+        lines.append(f"  and {len(result.skipped) - _MAX_SKIPPED_SHOWN} more (--json lists all)")
     ui.warn("\n".join(lines))
 
 
 def show_evaluation(result: Evaluation, macs: Mapping[str, int]) -> None:
-    """Print the result for people, in 80 columns; `macs` per image, by the names of the models."""
+    """Print the result in 80 columns; `macs` per image by model name."""
     from repshift_cli.cli import ui
     from repshift_cli.utils.stats import percent_interval
 
@@ -73,7 +61,7 @@ def show_evaluation(result: Evaluation, macs: Mapping[str, int]) -> None:
             f"top-1 {change:+.2f} points against dense; {result.same_top1} of {result.images} predictions are the same "
             f"({100 * result.same_top1 / result.images:.2f}%, 95%: {low:.2f}-{high:.2f})"
         )
-    ui.print_text(f"images/s is model time alone; end to end it was {result.images_per_s:.1f} images/s")
+    ui.print_text(f"images/s is model time only; end to end: {result.images_per_s:.1f} images/s")
     ui.print_text(_pace_words(result.pace))
     observed = {name: score.attention for name, score in result.scores.items() if score.attention is not None}
     if observed:
@@ -94,17 +82,14 @@ def _row(name: str, score: Score, macs: int) -> tuple[str, ...]:
 
 
 def _pace_words(pace: Pace) -> str:
-    """Which side held up the other, and what can be done about it."""
-    beside = f"decoded by {pace.workers} beside it" if pace.workers else "decoded in turn with it"
-    many = f" in {pace.processes} processes" if pace.processes > 1 else ""
-    text = f"waiting for data took {pace.waiting:.0%} of the time{many} ({beside})"
-    if pace.shares_cores:
-        side = "decoding" if pace.bottleneck == "data" else "the model"
-        text += f"; of the processor time, decoding took {pace.decoding:.1f} s and the model {pace.models:.1f} s: "
-        return f"{text}{side} is the bottleneck"
-    if pace.bottleneck == "data":
-        return f"{text}: data are the bottleneck, and more --workers may help where there are cores for them"
-    return f"{text}: the model is the bottleneck"
+    """Time spent waiting for data, and the bottleneck."""
+    workers = f"{pace.workers} worker process{'es' if pace.workers > 1 else ''}" if pace.workers else "no workers"
+    ranks = f", {pace.processes} ranks" if pace.processes > 1 else ""
+    cpu = f"; CPU time: decoding {pace.decoding:.1f} s, model {pace.models:.1f} s" if pace.shares_cores else ""
+    hint = " (try more --workers)" if pace.bottleneck == "data" and not pace.shares_cores else ""
+    return (
+        f"waiting for data: {pace.waiting:.0%} of the time ({workers}{ranks}){cpu}; bottleneck: {pace.bottleneck}{hint}"
+    )
 
 
 def evaluation_document(
@@ -122,7 +107,14 @@ def evaluation_document(
         **_numbers(result.scores[first], macs[first]),
         "interrupted": result.interrupted,
         "end_to_end_images_per_s": result.images_per_s,
-        "data": _pace(result.pace),
+        "data": {
+            "waiting": result.pace.waiting,
+            "bottleneck": result.pace.bottleneck,
+            "decoding_s": result.pace.decoding,
+            "model_s": result.pace.models,
+            "workers": result.pace.workers,
+            "processes": result.pace.processes,
+        },
         "skipped_files": [{"file": entry.sample, "reason": entry.reason} for entry in result.skipped],
         "preprocessing": preprocessing.to_dict(),
     }
@@ -132,26 +124,5 @@ def evaluation_document(
     return found
 
 
-def _pace(pace: Pace) -> dict[str, Any]:
-    return {
-        "waiting": pace.waiting,
-        "bottleneck": pace.bottleneck,
-        "decoding_s": pace.decoding,
-        "model_s": pace.models,
-        "workers": pace.workers,
-        "processes": pace.processes,
-    }
-
-
 def _numbers(score: Score, macs: int) -> dict[str, Any]:
-    return {
-        "top1": score.top1,
-        "top5": score.top5,
-        "top1_interval": list(score.top1_interval),
-        "top5_interval": list(score.top5_interval),
-        "top1_correct": score.top1_correct,
-        "top5_correct": score.top5_correct,
-        "images_per_s": score.images_per_s,
-        "gmacs": macs / 1e9,
-        "attention": score.attention,
-    }
+    return {key: getattr(score, key) for key in _SCORE_KEYS} | {"gmacs": macs / 1e9, "attention": score.attention}

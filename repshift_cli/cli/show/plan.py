@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from repshift_cli.planning.plan import Plan
 
-
-__all__ = [
-    "describe_metric",
-    "describe_tokens",
-    "show_sites",
-]
-
+__all__ = ["describe_metric", "describe_tokens", "show_sites"]
 
 _LONGEST_OPTION = 24
-"""Longer ones are weights, which only a machine reads."""
+"""Longer options are fitted weights and are not printed."""
 
 
 def show_sites(plan: Plan, title: str) -> None:
-    """Print what goes where, and by which score."""
+    """Print the metric and the tokens of each site."""
     from repshift_cli.cli import ui
 
     rows = [
@@ -34,16 +27,16 @@ def show_sites(plan: Plan, title: str) -> None:
         ]
         for site in plan.sites
     ]
-    ui.print_table(title, ["after", "kept by", "tokens in", "tokens out"], rows, left=2)
+    ui.print_table(title, ["after", "metric", "tokens in", "tokens out"], rows, left=2)
 
 
 def describe_tokens(tokens: int, grid: Sequence[int] | None) -> str:
-    """How many tokens there are, and for a feature map how they lie: `3136 (56x56)`."""
+    """The number of tokens, and the size of a feature map: `3136 (56x56)`."""
     return f"{tokens} ({grid[0]}x{grid[1]})" if grid else str(tokens)
 
 
 def describe_metric(metric: dict[str, object]) -> str:
-    """`mlp, l2, update, largest` for a shift, the kind and its options for other scores."""
+    """`mlp, l2, update, largest` for representation shift, kind and options for others."""
     options = [str(value) for key, value in metric.items() if key != "kind"]
     values = ", ".join(option for option in options if len(option) <= _LONGEST_OPTION)
     return values if metric["kind"] == "representation_shift" else f"{metric['kind']} ({values})"
