@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.cli import options
 from repshift_cli.cli.export import Target, check_all, export_all
 from repshift_cli.cli.export import show as show_export
@@ -80,7 +81,6 @@ def command(
     force: options.Force = False,
 ) -> None:
     """Make a checkpoint faster by letting unimportant tokens go, and measure it."""
-    from repshift_cli.checkpoints.identify import Clips
     from repshift_cli.cli import ui
     from repshift_cli.compression.run import compress_checkpoint
     from repshift_cli.compression.settings import Settings
@@ -89,10 +89,7 @@ def command(
     settings = Settings(
         recipe=recipe,
         target=target,
-        model_name=model,
-        heads=heads,
-        img_size=img_size,
-        clips=Clips(frames, checkpoint_frames),
+        load=LoadOptions(model, heads, img_size, frames, checkpoint_frames),
         output=output or default_output(checkpoint),
         data=data,
         calibration=calibration,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from repshift_cli.checkpoints.builtin import BUILTIN
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.cli import options
 from repshift_cli.cli.evaluate_video import VideoOptions, refuse, run
 from repshift_cli.cli.options import Pooling
@@ -46,9 +48,6 @@ _DEFAULT_MODEL = "builtin:vit-digits"
 
 
 _DEFAULT_DATASET = "builtin:digits"
-
-
-_DEFAULT_VIDEOS = {"builtin:umt-shapes": "builtin:shapes", "builtin:umt-shapes-qa": "builtin:shapes-qa"}
 
 
 _BUILTIN = "builtin:"
@@ -225,7 +224,6 @@ def command(
         chosen = _dataset_of(model, dataset, annotations)
 
         from repshift_cli.checkpoints.exported import open_any
-        from repshift_cli.checkpoints.identify import Clips
         from repshift_cli.measure.device import num_threads, resolve_device, resolve_dtype
 
         setup = _Setup(
@@ -246,7 +244,7 @@ def command(
             saved=saved,
             force=force,
         )
-        opened = open_any(model, model_name, heads, img_size, clips=Clips(frames, checkpoint_frames))
+        opened = open_any(model, LoadOptions(model_name, heads, img_size, frames, checkpoint_frames))
         screen = screen_of_first()
         for note in opened.loaded.notes:
             screen.note(note)
@@ -424,7 +422,7 @@ def _dataset_of(model: str, dataset: str | None, annotations: Path | None) -> st
     if dataset is not None or annotations is not None:
         return dataset
     if model.startswith(_BUILTIN):
-        return _DEFAULT_VIDEOS.get(model, _DEFAULT_DATASET)
+        return BUILTIN[model].dataset if model in BUILTIN else _DEFAULT_DATASET
     raise UsageError(
         f"no dataset was named for {model}",
         "Add --dataset imagenet-val --data-dir DIR, or --dataset FOLDER with one folder per class. For video models: "

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.cli import options
 from repshift_cli.cli.show.plan import describe_metric, describe_tokens
 from repshift_cli.utils.garbage import without_collection
@@ -31,10 +32,9 @@ def command(
     """Show a model's blocks, tokens and sites, what can be reduced, and why something cannot."""
     with without_collection():  # a tenth of the time, most of which is importing torch and timm
         from repshift_cli.checkpoints.artifact import open_model
-        from repshift_cli.checkpoints.identify import Clips
         from repshift_cli.cli import ui
 
-        opened = open_model(checkpoint, model, heads, img_size, clips=Clips(frames, checkpoint_frames))
+        opened = open_model(checkpoint, LoadOptions(model, heads, img_size, frames, checkpoint_frames))
         document = _describe(opened)
     for note in opened.loaded.notes:
         ui.remark(note)

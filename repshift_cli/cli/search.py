@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.cli import options
 from repshift_cli.cli.bench import check_picture_format
 from repshift_cli.cli.show.search import show_search
@@ -128,7 +129,6 @@ def command(
         files = _Files.of(checkpoint, goal, output=output, save=save, plot=plot, state=state)
         files.check(force)
 
-        from repshift_cli.checkpoints.identify import Clips
         from repshift_cli.cli import ui
         from repshift_cli.compression.run import search_checkpoint
         from repshift_cli.compression.settings import Settings
@@ -140,10 +140,7 @@ def command(
         request = Request(goal, evaluations, tuple(reducer or ()), files.state, seconds)
         settings = Settings(
             recipe=recipe,
-            model_name=model,
-            heads=heads,
-            img_size=img_size,
-            clips=Clips(frames, checkpoint_frames),
+            load=LoadOptions(model, heads, img_size, frames, checkpoint_frames),
             output=files.checkpoint,
             data=data,
             calibration_images=images,

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from repshift_cli.errors import ModelError
-from repshift_cli.models.umt import UmtModel
+from repshift_cli.planning.layout import PatchGrid
 from repshift_cli.reduction.compressed_model import CompressedModel
 
 __all__ = [
-    "PatchGrid",
     "by_frame",
     "fade_dropped",
     "kept_cells",
     "kept_masks",
     "kept_per_frame",
-    "patch_grid",
     "patch_grids",
     "restore_pictures",
 ]
@@ -31,62 +28,15 @@ __all__ = [
 # Patches and pixels
 
 
-@dataclass(frozen=True)
-class PatchGrid:
-    """How the patches lie in the input.
-
-    Attributes:
-        rows, columns: how many there are; patch `i` is in row `i // columns`.
-        height, width: of one patch, in pixels.
-        frames: of a clip, each with all these rows: patches are counted frame by frame, as if the frames stood one
-            below the other; None for a picture.
-    """
-
-    rows: int
-    columns: int
-    height: int
-    width: int
-    frames: int | None = None
-
-    @property
-    def lines(self) -> int:
-        """Rows of all frames together."""
-        return self.rows * (self.frames or 1)
-
-    @property
-    def patches(self) -> int:
-        """How many there are in all."""
-        return self.lines * self.columns
-
-
-def patch_grid(model: nn.Module) -> PatchGrid:
-    """Where the patch tokens of a model lie in its input.
-
-    Raises:
-        ModelError: the model does not tell.
-    """
-    if isinstance(model, UmtModel):
-        shape = model.vision
-        return PatchGrid(shape.side, shape.side, shape.patch_size, shape.patch_size, shape.frames)
-    embedding = getattr(model, "patch_embed", None)
-    grid, patch = getattr(embedding, "grid_size", None), getattr(embedding, "patch_size", None)
-    if grid is None or patch is None:
-        raise ModelError(f"{type(model).__name__} does not tell where its patches lie, so they cannot be shown")
-    rows, columns = (int(number) for number in grid)
-    # patches may overlap: then each stands for the pixels up to the next one
-    height, width = (int(number) for number in getattr(embedding, "stride", patch))
-    return PatchGrid(rows, columns, height, width)
-
-
 def patch_grids(model: CompressedModel) -> dict[int, PatchGrid]:
     """Where the tokens that reach each site of the plan lie in the input, by layer; for a feature map, its positions.
 
     Raises:
-        ModelError: as `patch_grid`.
+        ModelError: as `Family.patch_grid`.
     """
     layers = [site.layer for site in model.plan.sites]
     if model.layout.map_size is None:
-        return dict.fromkeys(layers, patch_grid(model.model))
+        return dict.fromkeys(layers, model.family.patch_grid(model.model))
     found: dict[int, PatchGrid] = {}
     high = wide = 1
     for site, (rows, columns) in model.layout.grids():

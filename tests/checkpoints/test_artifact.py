@@ -23,6 +23,7 @@ import repshift_cli
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.weights import METADATA_KEY
 from repshift_cli.compression.api import compress_dense
 from repshift_cli.errors import CheckpointError, OutputError, UsageError
@@ -49,7 +50,7 @@ DOCUMENT_KEYS = {
 def write(model: nn.Module, folder: Path, recipe: Recipe | None = None) -> tuple[Path, LoadedModel]:
     """Save the model dense, load it, and save it compressed."""
     recipe = recipe or make_recipe()
-    loaded = load_checkpoint(save_weights(model, folder / "dense.safetensors"), heads=2)
+    loaded = load_checkpoint(save_weights(model, folder / "dense.safetensors"), LoadOptions(heads=2))
     plan = make_plan(loaded.model, recipe)
     document = artifact.make_document(loaded, plan, recipe, None, {"ratio": {"macs": 1.5}})
     artifact.save(folder / "small.safetensors", loaded, document)
@@ -134,7 +135,7 @@ class TestRoundTrip:
     def test_timm_opens_it_as_the_dense_model(self, tmp_path: Path) -> None:
         model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3).eval()
         path = save_weights(model, tmp_path / "dense.safetensors")
-        loaded = load_checkpoint(path, model_name="vit_tiny_patch16_224")
+        loaded = load_checkpoint(path, LoadOptions(model_name="vit_tiny_patch16_224"))
         recipe = make_recipe("[{layer: 0, keep_tokens: 2}]")
         document = artifact.make_document(loaded, make_plan(loaded.model, recipe), recipe, None, {})
         artifact.save(tmp_path / "small.safetensors", loaded, document)
@@ -152,7 +153,7 @@ class TestRoundTrip:
         model = tiny_vit(**OPTIONS)
         model.blocks[1].norm1.weight = model.blocks[0].norm1.weight
         torch.save(model.state_dict(), tmp_path / "dense.pth")
-        loaded = load_checkpoint(tmp_path / "dense.pth", heads=2)
+        loaded = load_checkpoint(tmp_path / "dense.pth", LoadOptions(heads=2))
         recipe = make_recipe()
         artifact.save(
             tmp_path / "small.safetensors",
@@ -179,7 +180,7 @@ class TestDocument:
         self, metric: str, reducer: str, version: int, tmp_path: Path
     ) -> None:
         save_weights(tiny_vit(**OPTIONS), tmp_path / "dense.safetensors")
-        loaded = load_checkpoint(tmp_path / "dense.safetensors", heads=2)
+        loaded = load_checkpoint(tmp_path / "dense.safetensors", LoadOptions(heads=2))
         recipe = make_recipe(metric=metric, reducer=reducer)
         document = artifact.make_document(loaded, make_plan(loaded.model, recipe), recipe, None, {})
         assert document["format_version"] == version <= artifact.FORMAT_VERSION
@@ -293,16 +294,16 @@ class TestDamage:
         model = timm.create_model("test_vit", num_classes=3)
         path = save_weights(model, tmp_path / "test_vit.safetensors")
         with pytest.raises(CheckpointError, match="is a dense checkpoint"):
-            artifact.load(path) if load_checkpoint(path, "test_vit") else None
+            artifact.load(path) if load_checkpoint(path, LoadOptions(model_name="test_vit")) else None
 
     def test_another_name_than_the_file_has(self, small: Path) -> None:
         with pytest.raises(UsageError, match="Leave --model out"):
-            artifact.open_model(small, model_name="deit_small_patch16_224")
+            artifact.open_model(small, LoadOptions(model_name="deit_small_patch16_224"))
 
 
 class TestOpened:
     def test_dense(self, small: Path) -> None:
-        opened = artifact.open_model(small.with_name("dense.safetensors"), heads=2)
+        opened = artifact.open_model(small.with_name("dense.safetensors"), LoadOptions(heads=2))
         assert opened.compressed is None
         assert opened.module is opened.loaded.model
         assert opened.macs == opened.dense_macs
@@ -319,7 +320,7 @@ class TestOpened:
 
 class TestWriting:
     def attempt(self, folder: Path, force: bool) -> None:
-        loaded = load_checkpoint(folder / "dense.safetensors", heads=2)
+        loaded = load_checkpoint(folder / "dense.safetensors", LoadOptions(heads=2))
         recipe = make_recipe()
         document = artifact.make_document(loaded, make_plan(loaded.model, recipe), recipe, None, {})
         artifact.save(folder / "small.safetensors", loaded, document, force)

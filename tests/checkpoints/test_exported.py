@@ -17,6 +17,7 @@ from torch import nn
 from repshift_cli.benchmark.run import BenchSettings, contenders_of, run_bench
 from repshift_cli.checkpoints.exported import InChunks, is_exported, kind_of, open_any, open_exported
 from repshift_cli.checkpoints.identify import Clips
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.schema import EXPORT_VERSION
 from repshift_cli.errors import CheckpointError, UsageError
 from repshift_cli.utils.progress import Silent
@@ -95,7 +96,7 @@ class TestOpen:
     )
     def test_an_exported_file_tells_all_itself(self, told: dict[str, Any], folder: Path) -> None:
         with pytest.raises(UsageError, match="is an exported file"):
-            open_any(folder / "vit.onnx", **told)
+            open_any(folder / "vit.onnx", LoadOptions(**told))
 
     def test_moving_it_does_not_change_it(self, folder: Path) -> None:
         opened = open_exported(folder / "vit.pt2")

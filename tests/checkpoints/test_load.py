@@ -21,8 +21,10 @@ from tiny import images, save_weights, tiny_vit
 from torch import nn
 
 from repshift_cli.checkpoints.build import build
-from repshift_cli.checkpoints.load import BUILTIN, load_checkpoint
+from repshift_cli.checkpoints.builtin import BUILTIN
+from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.weights import read_weights
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, UsageError
@@ -51,7 +53,7 @@ def same(loaded: LoadedModel, model: nn.Module) -> bool:
 
 def refusal(path: Path | str, **options: Any) -> CheckpointError:
     with pytest.raises(CheckpointError) as caught:
-        load_checkpoint(path, **options)
+        load_checkpoint(path, LoadOptions(**options))
     assert caught.value.exit_code == 3
     return caught.value
 
@@ -78,7 +80,7 @@ class TestContainers:
     def test_torch_files(self, name: str, model: nn.Module, tmp_path: Path) -> None:
         path = tmp_path / "weights.pth"
         torch.save(CONTAINERS[name](model.state_dict()), path)
-        loaded = load_checkpoint(path, model_name=NAME)
+        loaded = load_checkpoint(path, LoadOptions(model_name=NAME))
         assert same(loaded, model)
         assert list(loaded.tensors) == list(model.state_dict())
 
@@ -86,7 +88,7 @@ class TestContainers:
     def test_averaged_weights_win_and_are_told(self, key: str, model: nn.Module, tmp_path: Path) -> None:
         path = tmp_path / "weights.pth"
         torch.save({"model": timm_model(num_classes=5).state_dict(), key: model.state_dict()}, path)
-        loaded = load_checkpoint(path, model_name=NAME)
+        loaded = load_checkpoint(path, LoadOptions(model_name=NAME))
         assert same(loaded, model)
         assert any(f"averaged weights ({key}) are used" in note for note in loaded.notes)
 
@@ -94,12 +96,12 @@ class TestContainers:
     def test_endings_of_torch_files(self, suffix: str, model: nn.Module, tmp_path: Path) -> None:
         path = tmp_path / f"weights{suffix}"
         torch.save(model.state_dict(), path)
-        assert same(load_checkpoint(path, model_name=NAME), model)
+        assert same(load_checkpoint(path, LoadOptions(model_name=NAME)), model)
 
     def test_the_old_torch_format(self, model: nn.Module, tmp_path: Path) -> None:
         path = tmp_path / "weights.pth"
         torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)
-        assert same(load_checkpoint(path, model_name=NAME), model)
+        assert same(load_checkpoint(path, LoadOptions(model_name=NAME)), model)
 
     def test_safetensors(self, model: nn.Module, tmp_path: Path) -> None:
         loaded = load_checkpoint(save_weights(model, tmp_path / "weights.safetensors"))
@@ -129,12 +131,15 @@ class TestContainers:
         import hashlib
 
         path = save_weights(model, tmp_path / "weights.safetensors")
-        assert load_checkpoint(path, model_name=NAME).source.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert (
+            load_checkpoint(path, LoadOptions(model_name=NAME)).source.sha256
+            == hashlib.sha256(path.read_bytes()).hexdigest()
+        )
 
     def test_loading_leaves_the_random_numbers_alone(self, model: nn.Module, tmp_path: Path) -> None:
         path = save_weights(model, tmp_path / "weights.safetensors")
         torch.manual_seed(1)
-        load_checkpoint(path, model_name=NAME)
+        load_checkpoint(path, LoadOptions(model_name=NAME))
         load_checkpoint("test_vit")
         found = torch.rand(1)
         torch.manual_seed(1)
@@ -205,12 +210,12 @@ class TestFolder:
 
     def test_what_it_says_goes_before_a_recipe(self, model: nn.Module, tmp_path: Path) -> None:
         save_for_hf(model, tmp_path, safe_serialization=True)
-        assert load_checkpoint(tmp_path, fallback_name="deit_tiny_patch16_224").description.name == NAME
+        assert load_checkpoint(tmp_path, LoadOptions(fallback_name="deit_tiny_patch16_224")).description.name == NAME
 
     def test_heads_that_contradict_it(self, model: nn.Module, tmp_path: Path) -> None:
         save_for_hf(model, tmp_path, safe_serialization=True)
         assert "has 3 attention heads, not 6" in refusal(tmp_path, heads=6).message
-        assert same(load_checkpoint(tmp_path, heads=3), model)
+        assert same(load_checkpoint(tmp_path, LoadOptions(heads=3)), model)
 
     def test_no_weights(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({"architecture": NAME}))
@@ -260,7 +265,7 @@ class TestNames:
     def test_a_model_name_that_timm_does_not_have(self, model: nn.Module, tmp_path: Path) -> None:
         path = save_weights(model, tmp_path / "weights.safetensors")
         with pytest.raises(UsageError, match="there is no model named 'vit_tiny_patch16_24'") as caught:
-            load_checkpoint(path, model_name="vit_tiny_patch16_24")
+            load_checkpoint(path, LoadOptions(model_name="vit_tiny_patch16_24"))
         assert "Did you mean vit_tiny_patch16_224?" in str(caught.value)
 
     def test_a_tag_that_timm_does_not_have(self, model: nn.Module, tmp_path: Path) -> None:
@@ -276,10 +281,10 @@ class TestNames:
 
     def test_the_name_that_a_recipe_gives(self, model: nn.Module, tmp_path: Path) -> None:
         path = save_weights(model, tmp_path / "weights.safetensors")
-        loaded = load_checkpoint(path, fallback_name="deit_tiny_patch16_224")
+        loaded = load_checkpoint(path, LoadOptions(fallback_name="deit_tiny_patch16_224"))
         assert loaded.description.name == "deit_tiny_patch16_224"
         assert same(loaded, model)
-        assert load_checkpoint(path, fallback_name="no_such_model").description.name == NAME
+        assert load_checkpoint(path, LoadOptions(fallback_name="no_such_model")).description.name == NAME
 
     def test_a_name_that_is_too_long_for_a_file(self) -> None:
         refusal("x" * 5000)
@@ -489,5 +494,5 @@ def test_tied_weights_are_loaded(tmp_path: Path) -> None:
     model = tiny_vit(embed_dim=64)
     model.blocks[1].norm1.weight = model.blocks[0].norm1.weight
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    loaded = load_checkpoint(tmp_path / "weights.pth", heads=2)
+    loaded = load_checkpoint(tmp_path / "weights.pth", LoadOptions(heads=2))
     assert same(loaded, model)

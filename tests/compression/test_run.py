@@ -16,6 +16,7 @@ from tiny import images, make_recipe, save_weights, tiny_vit
 
 from repshift_cli.calibration.calibrate import Calibration, calibrate
 from repshift_cli.checkpoints import artifact
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.compression.api import compress
 from repshift_cli.compression.measured import CompressReport
 from repshift_cli.compression.run import compress_checkpoint
@@ -33,7 +34,8 @@ from repshift_cli.measure.macs import count_macs
 from repshift_cli.utils.progress import Silent
 
 FIXED = "{kind: representation_shift, operation: mlp, distance: l2, reading: update, polarity: largest}"
-QUICK = Settings(heads=2, seconds=0.0, batch_size=4)
+QUICK = Settings(load=LoadOptions(heads=2), seconds=0.0, batch_size=4)
+NO_HEADS = LoadOptions()
 
 
 @pytest.fixture
@@ -143,7 +145,7 @@ class TestCompressedAgain:
         return output
 
     def test_refused(self, small: Path, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="is compressed already: its own plan would be lost") as caught:
+        with pytest.raises(CheckpointError, match="is already compressed: its own plan would be lost") as caught:
             run(small, recipe=recipe_file(tmp_path), output=tmp_path / "smaller.safetensors")
         assert caught.value.exit_code == 3
         assert "--force" in str(caught.value)
@@ -153,7 +155,7 @@ class TestCompressedAgain:
         output = tmp_path / "smaller.safetensors"
         recipe = recipe_file(tmp_path, layers="[{layer: 1, keep_tokens: 4}]")
         report = run(small, recipe=recipe, output=output, force=True)
-        assert any("compressed anew" in note for note in report.notes)
+        assert any("compressed again" in note for note in report.notes)
         again = artifact.load(output)
         assert again.plan.tokens_at(4) == (17, 17, 5, 5, 5)
         with torch.no_grad(), again.dense():
@@ -190,16 +192,16 @@ class TestRefusals:
 
     def test_weights_that_do_not_fit_the_named_model(self, dense: Path) -> None:
         with pytest.raises(CheckpointError, match=r"do not fit deit_small_patch16_224: .*missing: .*shapes: "):
-            run(dense, model_name="deit_small_patch16_224", heads=None)
+            run(dense, load=LoadOptions(model_name="deit_small_patch16_224"))
 
     @pytest.mark.parametrize("name", ["deit_tiny_patch16_224.fb_in1k", "deit_tiny_patch16_224"])
     def test_a_tag_does_not_change_what_a_recipe_is_for(self, name: str) -> None:
-        settings = replace(QUICK, recipe="deit_tiny_paper", heads=None)
+        settings = replace(QUICK, recipe="deit_tiny_paper", load=NO_HEADS)
         assert compress_checkpoint(name, settings, Silent(), dry_run=True).plan.sites[0].tokens_out == 158
 
     def test_a_recipe_says_which_of_two_equal_shapes_it_is(self, tmp_path: Path) -> None:
         weights = save_weights(timm.create_model("deit_tiny_patch16_224"), tmp_path / "weights.safetensors")
-        settings = replace(QUICK, heads=None)
+        settings = replace(QUICK, load=NO_HEADS)
         guessed = compress_checkpoint(str(weights), settings, Silent(), dry_run=True)
         told = compress_checkpoint(str(weights), replace(settings, recipe="deit_tiny_paper"), Silent(), dry_run=True)
         assert guessed.loaded.description.name == "vit_tiny_patch16_224"
@@ -211,7 +213,7 @@ class TestRefusals:
             RecipeError, match="the recipe is for deit_small_patch16_224, but the model is deit_tiny"
         ) as caught:
             compress_checkpoint(
-                "deit_tiny_patch16_224", replace(QUICK, recipe=path, heads=None), Silent(), dry_run=True
+                "deit_tiny_patch16_224", replace(QUICK, recipe=path, load=NO_HEADS), Silent(), dry_run=True
             )
         assert caught.value.message.startswith(f"{path}:5:1: ")
         assert caught.value.exit_code == 2
@@ -266,12 +268,12 @@ class TestCalibration:
 
     def test_not_clear_is_an_error(self, dense: Path, pictures: Path, tmp_path: Path) -> None:
         recipe, output = recipe_file(tmp_path, self.OPEN), tmp_path / "small.safetensors"
-        with pytest.raises(CheckFailed, match="no candidate beats random dropping clearly") as caught:
+        with pytest.raises(CheckFailed, match="no candidate is clearly better than random dropping") as caught:
             run(dense, recipe=recipe, output=output, calibration=str(pictures))
         assert caught.value.exit_code == 5
         assert not output.exists()
         report = run(dense, recipe=recipe, output=output, calibration=str(pictures), force=True)
-        assert any("no candidate beats random" in note for note in report.notes)
+        assert any("no candidate is clearly better than random" in note for note in report.notes)
         document = artifact.open_model(output).loaded.document
         assert document is not None
         assert document["calibration"]["clear"] is False
@@ -286,7 +288,7 @@ class TestCalibration:
             seen.append(options["images"])
             return calibrate(*arguments, **options)
 
-        monkeypatch.setattr("repshift_cli.compression.inputs.calibrate", watch)
+        monkeypatch.setattr("repshift_cli.compression.job.calibrate", watch)
         report = run(dense, recipe=recipe_file(tmp_path, self.OPEN), calibration=str(pictures), force=True)
         assert report.measured is not None
         checked = report.measured.images.tensor
@@ -320,7 +322,7 @@ class TestModelInMemory:
 
     def test_calibration_that_is_not_clear(self) -> None:
         model = tiny_vit()
-        with pytest.raises(CheckFailed, match="no candidate beats random"):
+        with pytest.raises(CheckFailed, match="no candidate is clearly better than random"):
             compress(model, make_recipe(metric=TestCalibration.OPEN), calibration=images(16))
         assert not any(part._forward_hooks for part in model.modules())
 
@@ -364,7 +366,7 @@ class TestPictures:
 
 
 def test_parallel_blocks_work_without_a_recipe_and_without_pictures() -> None:
-    settings = replace(QUICK, heads=None)
+    settings = replace(QUICK, load=NO_HEADS)
     report = compress_checkpoint("vit_small_patch16_18x2_224", settings, Silent(), dry_run=True)
     assert {site.metric.options["operation"] for site in report.plan.sites} == {"block"}
 
@@ -372,7 +374,7 @@ def test_parallel_blocks_work_without_a_recipe_and_without_pictures() -> None:
 def test_a_score_of_one_layer_that_cannot_be_fed_is_blamed_in_its_place(tmp_path: Path) -> None:
     layers = "[{layer: 0, drop_ratio: 0.2, metric: {kind: class_attention}}]"
     path = recipe_file(tmp_path, FIXED.replace("mlp", "block"), layers=layers)
-    settings = replace(QUICK, heads=None, recipe=path)
+    settings = replace(QUICK, load=NO_HEADS, recipe=path)
     with pytest.raises(RecipeError, match=r"r\.yaml:\d+:\d+: class_attention needs attention_key") as caught:
         compress_checkpoint("vit_small_patch16_18x2_224", settings, Silent(), dry_run=True)
     line = int(caught.value.message.split(":")[1])

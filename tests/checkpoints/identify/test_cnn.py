@@ -15,10 +15,11 @@ from tiny import images, save_weights, tiny_vit
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints.build import build
-from repshift_cli.checkpoints.identify import identify
 from repshift_cli.checkpoints.identify.identity import Identity
+from repshift_cli.checkpoints.identify.match import identify
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, UsageError
 
@@ -30,7 +31,7 @@ def weights_of(name: str, **options: Any) -> dict[str, Tensor]:
 
 
 def found(tensors: dict[str, Tensor], hint: str = "weights", model_name: str | None = None) -> Identity:
-    return identify(tensors, "weights.pth", model_name, None, hint)
+    return identify(tensors, "weights.pth", LoadOptions(model_name), hint)
 
 
 def refusal(tensors: dict[str, Tensor], hint: str = "weights", model_name: str | None = None) -> CheckpointError:
@@ -103,7 +104,7 @@ def test_registered_models_are_found_by_their_tensors(name: str) -> None:
     tensors = weights_of(name)
     identity = found(tensors)
     assert (identity.name, identity.architecture, identity.args) == (name, name, {})
-    assert any(f"taken for {name} by its tensors" in note for note in identity.notes)
+    assert any(f"detected {name} from tensor names and shapes" in note for note in identity.notes)
 
 
 @pytest.mark.parametrize("name", ["resnet14t", "convnext_atto", "regnety_002"])
@@ -130,7 +131,7 @@ def test_counters_that_old_files_do_not_have(tmp_path: Path) -> None:
     state = {key: value for key, value in model.state_dict().items() if "num_batches_tracked" not in key}
     torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "old.pth")
     for model_name in (None, "test_resnet"):
-        loaded = load_checkpoint(tmp_path / "old.pth", model_name=model_name)
+        loaded = load_checkpoint(tmp_path / "old.pth", LoadOptions(model_name=model_name))
         assert loaded.tensors.keys() == model.state_dict().keys()
         assert same(loaded, model)
 
@@ -148,7 +149,7 @@ class TestSeveralThatFit:
         assert found(tensors, model_name=name).name == name
 
     def test_the_recipe_says_which(self) -> None:
-        identity = identify(weights_of("resnet50"), "weights.pth", None, None, "weights", fallback="resnetblur50")
+        identity = identify(weights_of("resnet50"), "weights.pth", LoadOptions(fallback_name="resnetblur50"), "weights")
         assert identity.name == "resnetblur50"
 
 
@@ -166,7 +167,7 @@ class TestPreprocessing:
         identity = found(weights_of("resnet50"), hint="resnet50.tv_in1k")
         assert identity.name == "resnet50.tv_in1k"
         assert (identity.preprocessing.interpolation, identity.preprocessing.crop_pct) == ("bilinear", 0.875)
-        assert identity.notes == ["taken for resnet50.tv_in1k by its tensors"]
+        assert identity.notes == ["detected resnet50.tv_in1k from tensor names and shapes"]
 
 
 def official_convnext(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -190,7 +191,7 @@ class TestOtherKeys:
         model = trained("convnextv2_atto")
         torch.save({"model": official_convnext(dict(model.state_dict()))}, tmp_path / "convnextv2_atto_1k_224.pt")
         for model_name in (None, "convnextv2_atto"):
-            loaded = load_checkpoint(tmp_path / "convnextv2_atto_1k_224.pt", model_name=model_name)
+            loaded = load_checkpoint(tmp_path / "convnextv2_atto_1k_224.pt", LoadOptions(model_name=model_name))
             assert loaded.tensors.keys() == model.state_dict().keys()
             assert same(loaded, model)
 
@@ -272,7 +273,7 @@ def test_tensors_of_odd_shapes_are_refused(changes: dict[str, Tensor], model_nam
     state = {key: torch.zeros(value.shape) for key, value in weights_of("test_resnet").items()} | changes
     save_file(state, tmp_path / "test_resnet.safetensors")
     with pytest.raises(CheckpointError):
-        load_checkpoint(tmp_path / "test_resnet.safetensors", model_name=model_name)
+        load_checkpoint(tmp_path / "test_resnet.safetensors", LoadOptions(model_name=model_name))
 
 
 def test_other_numbers_of_channels() -> None:
@@ -305,8 +306,12 @@ class TestImageSize:
     def test_of_a_file(self, tmp_path: Path) -> None:
         model = trained("test_resnet")
         path = save_weights(model, tmp_path / "weights.safetensors")
-        assert load_checkpoint(path, "test_resnet").description.preprocessing.input_size == (3, 160, 160)
-        loaded = load_checkpoint(path, "test_resnet", img_size=96)
+        assert load_checkpoint(path, LoadOptions(model_name="test_resnet")).description.preprocessing.input_size == (
+            3,
+            160,
+            160,
+        )
+        loaded = load_checkpoint(path, LoadOptions(model_name="test_resnet", img_size=96))
         assert loaded.description.preprocessing.input_size == (3, 96, 96)
         assert Preprocessing.of_model(loaded.model) == loaded.description.preprocessing
         assert "images of 96x96 are used instead of 160x160, as --img-size says" in loaded.notes
@@ -322,23 +327,23 @@ class TestImageSize:
         config["pretrained_cfg"]["input_size"] = [3, 128, 128]
         (tmp_path / "config.json").write_text(json.dumps(config))
         for asked, size in ((None, 128), (64, 64)):
-            loaded = load_checkpoint(tmp_path, img_size=asked)
+            loaded = load_checkpoint(tmp_path, LoadOptions(img_size=asked))
             assert loaded.description.preprocessing.input_size == (3, size, size)
             assert loaded.model.pretrained_cfg["input_size"] == (3, size, size)
 
     def test_of_a_name(self) -> None:
-        loaded = load_checkpoint("test_resnet", img_size=64)
+        loaded = load_checkpoint("test_resnet", LoadOptions(img_size=64))
         assert loaded.source.origin == "random"
         assert loaded.model.pretrained_cfg["input_size"] == (3, 64, 64)
 
     def test_of_a_vit(self, tmp_path: Path) -> None:
         path = save_weights(tiny_vit(embed_dim=128), tmp_path / "vit.safetensors")
-        assert load_checkpoint(path, img_size=32).description.preprocessing.input_size == (3, 32, 32)
+        assert load_checkpoint(path, LoadOptions(img_size=32)).description.preprocessing.input_size == (3, 32, 32)
         with pytest.raises(UsageError, match="takes images of 32x32: its positions are made for that size"):
-            load_checkpoint(path, img_size=64)
+            load_checkpoint(path, LoadOptions(img_size=64))
 
     def test_random_weights_are_drawn_for_any(self) -> None:
-        loaded = load_checkpoint("test_vit", img_size=96)
+        loaded = load_checkpoint("test_vit", LoadOptions(img_size=96))
         assert loaded.description.args == {"img_size": 96}
         assert loaded.model(images(1, 96)).shape == (1, 1000)
 
@@ -346,7 +351,7 @@ class TestImageSize:
     @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
     def test_one_that_cannot_be(self, name: str, size: int) -> None:
         with pytest.raises(UsageError, match="is not a number from 1 to 16384"):
-            load_checkpoint(name, img_size=size)
+            load_checkpoint(name, LoadOptions(img_size=size))
 
     def test_metadata_of_another_size_than_the_model(self, tmp_path: Path) -> None:
         import json

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from tiny_umt import reference, tiny_umt, umt_clips
 from torch import Tensor
 
 from repshift_cli.checkpoints.build import build
-from repshift_cli.checkpoints.identify import Clips, identify
 from repshift_cli.checkpoints.identify.identity import Identity
+from repshift_cli.checkpoints.identify.match import identify
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, RepshiftError, UsageError
 from repshift_cli.models import umt
@@ -27,15 +29,12 @@ from repshift_cli.models.umt import UmtAnswering, UmtModel, UmtRetrieval
 
 State = dict[str, Tensor]
 
-SMALL = Clips(frames=3)
-"""What has to be told of `tiny_umt()` beside 4 heads and images of 32."""
-
 
 def load(path: Path, model: UmtModel | None = None, **options: Any) -> LoadedModel:
     """Loaded as the model that the file is of, or as `tiny_umt()`."""
     shape = (model or tiny_umt()).vision
-    told = {"heads": shape.heads, "img_size": shape.img_size, "clips": Clips(shape.frames, shape.checkpoint_frames)}
-    return load_checkpoint(path, **{**told, **options})
+    own = LoadOptions(None, shape.heads, shape.img_size, shape.frames, shape.checkpoint_frames)
+    return load_checkpoint(path, replace(own, **options))
 
 
 def same(loaded: LoadedModel, model: UmtModel) -> bool:
@@ -45,8 +44,7 @@ def same(loaded: LoadedModel, model: UmtModel) -> bool:
 
 
 def found(tensors: State, **options: Any) -> Identity:
-    told = {"heads": 4, **options}
-    return identify(tensors, "weights.pth", told.pop("model_name", None), told.pop("heads"), "weights", **told)
+    return identify(tensors, "weights.pth", LoadOptions(**{"heads": 4, **options}), "weights")
 
 
 def state(**options: Any) -> State:
@@ -143,13 +141,13 @@ class TestThereAndBack:
         monkeypatch.setitem(umt.MODELS, "umt_tiny", (umt.VisionShape(**shape), model.text, 24))
         path = save_weights(model, tmp_path / "weights.safetensors")
         assert load_checkpoint(path).description.name == "umt_tiny"
-        assert load_checkpoint(path, "umt_tiny").description.name == "umt_tiny"
-        assert load_checkpoint(path, fallback_name="umt_tiny").description.name == "umt_tiny"
+        assert load_checkpoint(path, LoadOptions(model_name="umt_tiny")).description.name == "umt_tiny"
+        assert load_checkpoint(path, LoadOptions(fallback_name="umt_tiny")).description.name == "umt_tiny"
         with pytest.raises(CheckpointError, match="the weights are those of umt_tiny, not of umt_base"):
-            load_checkpoint(path, "umt_base")
+            load_checkpoint(path, LoadOptions(model_name="umt_base"))
         with pytest.raises(CheckpointError, match="the weights are those of another UMT, not of umt_tiny"):
-            load_checkpoint(path, "umt_tiny", heads=4)
-        told = load_checkpoint(path, "umt_tiny", img_size=32, clips=Clips(frames=3, checkpoint_frames=2))
+            load_checkpoint(path, LoadOptions(model_name="umt_tiny", heads=4))
+        told = load_checkpoint(path, LoadOptions(model_name="umt_tiny", img_size=32, frames=3, checkpoint_frames=2))
         assert told.description.preprocessing.shape == (3, 3, 32, 32)
         assert told.description.args["vision"]["checkpoint_frames"] == 2
 
@@ -158,16 +156,16 @@ class TestThereAndBack:
         shape = umt.VisionShape(**model.vision.to_dict() | {"img_size": 64, "frames": 12})
         monkeypatch.setitem(umt.MODELS, "umt_tiny", (shape, model.text, 24))
         assert load_checkpoint("umt_tiny").description.preprocessing.shape == (12, 3, 64, 64)
-        loaded = load_checkpoint("umt_tiny", img_size=32, clips=Clips(frames=3))
+        loaded = load_checkpoint("umt_tiny", LoadOptions(img_size=32, frames=3))
         assert loaded.description.preprocessing.shape == (3, 3, 32, 32)
         assert "RANDOM weights" in loaded.notes[0]
         again = build(loaded.description, loaded.tensors, "umt_tiny")
         with torch.no_grad():
             assert torch.equal(again(umt_clips(model)), loaded.model(umt_clips(model)))
         with pytest.raises(UsageError, match="--img-size 36 does not fit umt_tiny: patches of 8 leave a rest"):
-            load_checkpoint("umt_tiny", img_size=36)
+            load_checkpoint("umt_tiny", LoadOptions(img_size=36))
         with pytest.raises(UsageError, match=r"--frames 1000000 does not fit umt_tiny: .* more than any model takes"):
-            load_checkpoint("umt_tiny", clips=Clips(frames=10**6))
+            load_checkpoint("umt_tiny", LoadOptions(frames=10**6))
 
 
 class TestHeads:
@@ -195,7 +193,7 @@ class TestHeads:
         path = tmp_path / "weights.safetensors"
         save_file(case.weights, path)
         try:
-            loaded = load_checkpoint(path, heads=4, img_size=32, clips=Clips(frames=4))
+            loaded = load_checkpoint(path, LoadOptions(heads=4, img_size=32, frames=4))
         except CheckpointError as error:
             assert "--heads" not in error.hint, f"it asks for what was given: {error.message}"
         else:
@@ -208,41 +206,41 @@ class TestClips:
     def test_what_a_checkpoint_does_not_tell_is_noted(self) -> None:
         identity = found(state(), heads=None)
         assert identity.preprocessing.shape == (12, 3, 224, 224)
-        told = "a checkpoint of UMT does not tell its clips: 12 frames of 224x224 are used (--frames, --img-size)"
+        told = "the checkpoint does not say which clips it takes: assumed 12 frames of 224x224 (--frames, --img-size)"
         assert told in identity.notes
-        assert found(state(), img_size=32, clips=SMALL).notes == []
+        assert found(state(), img_size=32, frames=3).notes == []
 
     @pytest.mark.parametrize(
         ("options", "shape"),
         [
             ({"img_size": 32}, (12, 3, 32, 32)),
-            ({"clips": Clips(frames=1)}, (1, 3, 224, 224)),
-            ({"img_size": 384, "clips": Clips(frames=16, checkpoint_frames=4)}, (16, 3, 384, 384)),
+            ({"frames": 1}, (1, 3, 224, 224)),
+            ({"img_size": 384, "frames": 16, "checkpoint_frames": 4}, (16, 3, 384, 384)),
         ],
     )
     def test_they_are_told(self, options: dict[str, Any], shape: tuple[int, ...]) -> None:
         identity = found(state(), **options)
         assert identity.preprocessing.shape == shape
-        vision, clips = identity.args["vision"], options.get("clips", Clips())
+        vision = identity.args["vision"]
         assert (vision["frames"], vision["img_size"]) == (shape[0], shape[2])
-        assert vision["checkpoint_frames"] == clips.checkpoint_frames
+        assert vision["checkpoint_frames"] == options.get("checkpoint_frames")
 
     @pytest.mark.parametrize("size", [30, 225, 4])
     def test_a_size_that_is_no_multiple(self, size: int) -> None:
-        with pytest.raises(UsageError, match=f"--img-size {size}: patches of 8 leave a rest"):
+        with pytest.raises(UsageError, match=f"invalid --img-size {size}: must be a multiple of the patch size 8"):
             found(state(), img_size=size)
 
-    @pytest.mark.parametrize("clips", [Clips(frames=-1), Clips(frames=10**9), Clips(checkpoint_frames=-2)])
-    def test_clips_that_cannot_be(self, clips: Clips, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("clips", [{"frames": -1}, {"frames": 10**9}, {"checkpoint_frames": -2}])
+    def test_invalid_clips(self, clips: dict[str, int], tmp_path: Path) -> None:
         path = save_weights(tiny_umt(), tmp_path / "weights.safetensors")
         with pytest.raises(RepshiftError):
-            load(path, clips=clips)
+            load(path, **clips)
 
-    @pytest.mark.parametrize("clips", [Clips(frames=3), Clips(checkpoint_frames=3)])
-    def test_a_model_of_pictures_takes_none(self, clips: Clips, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("clips", [{"frames": 3}, {"checkpoint_frames": 3}])
+    def test_a_model_of_images_takes_none(self, clips: dict[str, int], tmp_path: Path) -> None:
         path = save_weights(tiny_vit(), tmp_path / "weights.safetensors")
-        with pytest.raises(UsageError, match="takes single pictures, no clips"):
-            load_checkpoint(path, heads=2, clips=clips)
+        with pytest.raises(UsageError, match="takes single images, not clips"):
+            load_checkpoint(path, LoadOptions(heads=2, **clips))
 
 
 def plus(**extra: tuple[int, ...]) -> Callable[[State], State]:
@@ -342,7 +340,7 @@ class TestRefused:
     def test_other_video_models(self, shapes: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
         torch.save({"model": {key: torch.zeros(shape) for key, shape in shapes.items()}}, tmp_path / "weights.pth")
         with pytest.raises(CheckpointError) as caught:
-            load_checkpoint(tmp_path / "weights.pth", heads=4)
+            load_checkpoint(tmp_path / "weights.pth", LoadOptions(heads=4))
         assert caught.value.exit_code == 3
         if any(key.startswith("vision_encoder.") for key in shapes):
             assert "it has a vision encoder, but not that of UMT" in caught.value.message
@@ -395,7 +393,7 @@ class TestMetadata:
         assert (loaded.description.name, loaded.description.preprocessing.frames) == ("mine", 3)
         assert same(loaded, tiny_umt())
         path = tmp_path / "mine.safetensors"
-        assert same(load_checkpoint(path, img_size=32, heads=4, clips=Clips(frames=3)), tiny_umt())
+        assert same(load_checkpoint(path, LoadOptions(img_size=32, heads=4, frames=3)), tiny_umt())
 
     @pytest.mark.usefixtures("_little_memory")
     @pytest.mark.parametrize(
@@ -468,14 +466,14 @@ class TestMetadata:
 
     def test_frames_that_the_user_tells_otherwise(self, tmp_path: Path) -> None:
         path = written(tmp_path / "mine.safetensors")
-        with pytest.raises(UsageError, match=r"--frames 5: .* takes clips of 3 frames, as its metadata says"):
-            load_checkpoint(path, clips=Clips(frames=5))
+        with pytest.raises(UsageError, match=r"--frames 5: the metadata of .* names clips of 3 frames"):
+            load_checkpoint(path, LoadOptions(frames=5))
         with pytest.raises(UsageError, match=r"--img-size 40: .* takes images of 32x32"):
-            load_checkpoint(path, img_size=40)
+            load_checkpoint(path, LoadOptions(img_size=40))
         with pytest.raises(CheckpointError, match="mine has 4 attention heads, not 2"):
-            load_checkpoint(path, heads=2)
+            load_checkpoint(path, LoadOptions(heads=2))
 
     def test_checkpoint_frames_that_the_user_tells_are_not_ignored(self, tmp_path: Path) -> None:
         path = written(tmp_path / "mine.safetensors")
         with pytest.raises(UsageError, match="--checkpoint-frames"):
-            load_checkpoint(path, clips=Clips(checkpoint_frames=2))
+            load_checkpoint(path, LoadOptions(checkpoint_frames=2))

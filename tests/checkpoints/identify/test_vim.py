@@ -15,11 +15,12 @@ from tiny_vim import tiny_vim
 from torch import Tensor
 
 from repshift_cli.checkpoints.build import build
-from repshift_cli.checkpoints.identify import identify
 from repshift_cli.checkpoints.identify.identity import Identity
+from repshift_cli.checkpoints.identify.match import identify
 from repshift_cli.checkpoints.identify.names import canonical_name
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, UsageError
 from repshift_cli.models import vim
@@ -43,8 +44,7 @@ def named(name: str = "vim_tiny_patch16_224", **options: Any) -> State:
 
 
 def found(tensors: State, **options: Any) -> Identity:
-    model_name, heads = options.pop("model_name", None), options.pop("heads", None)
-    return identify(tensors, "weights.pth", model_name, heads, "weights", **options)
+    return identify(tensors, "weights.pth", LoadOptions(**options), "weights")
 
 
 def same(loaded: LoadedModel, model: VisionMamba) -> bool:
@@ -81,8 +81,8 @@ class TestThereAndBack:
         path = save_weights(model, tmp_path / "weights.safetensors")
         guessed = load_checkpoint(path)
         assert guessed.description.preprocessing.input_size == (3, 112, 112)
-        assert any("7x7 positions are taken for images of 112x112 with stride 16" in note for note in guessed.notes)
-        loaded = load_checkpoint(path, img_size=64)
+        assert any("7x7 positions mean images of 112x112 with stride 16" in note for note in guessed.notes)
+        loaded = load_checkpoint(path, LoadOptions(img_size=64))
         assert loaded.description.args["stride"] == 8
         assert not any("--img-size" in note for note in loaded.notes)
         assert same(loaded, model)
@@ -133,7 +133,7 @@ class TestNames:
         assert found(tensors).args == {"img_size": 240}
         identity = found(tensors, model_name=name)
         assert (identity.name, identity.args) == (name, {"img_size": 128})
-        assert "img_size 128 is read off the weights" in identity.notes
+        assert "img_size 128 is read from the weights" in identity.notes
         assert found(tensors, fallback=name).name == name
         by_size = found(tensors, img_size=128)
         assert (by_size.name, by_size.args) == (name, {"img_size": 128})
@@ -159,15 +159,15 @@ class TestNames:
             assert (identity.name, identity.architecture) == ("vim_tiny_patch16_224",) * 2
         with pytest.raises(CheckpointError, match="do not fit vim_tiny_patch16_224: missing: layers"):
             save_file({key: torch.zeros(value.shape) for key, value in tensors.items()}, tmp_path / "w.safetensors")
-            load_checkpoint(tmp_path / "w.safetensors", OFFICIAL)
+            load_checkpoint(tmp_path / "w.safetensors", LoadOptions(model_name=OFFICIAL))
 
     @pytest.mark.parametrize("name", ["vim_tiny_patch16_224", OFFICIAL])
     def test_random_weights(self, name: str) -> None:
-        loaded = load_checkpoint(name, img_size=64)
+        loaded = load_checkpoint(name, LoadOptions(img_size=64))
         assert (loaded.source.origin, loaded.description.name) == ("random", "vim_tiny_patch16_224")
         assert any("RANDOM" in note for note in loaded.notes)
         assert loaded.model.patch_embed.img_size == (64, 64)
-        again = load_checkpoint(name, img_size=64)
+        again = load_checkpoint(name, LoadOptions(img_size=64))
         assert all(torch.equal(loaded.tensors[key], again.tensors[key]) for key in loaded.tensors)
 
     def test_wrong_names(self, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ class TestNames:
         assert "Did you mean vim_tiny_patch16_stride8_224?" in str(caught.value)
         path = save_weights(small(), tmp_path / "weights.safetensors")
         with pytest.raises(UsageError, match="no model named 'vim_tyny_patch16_224'") as usage:
-            load_checkpoint(path, "vim_tyny_patch16_224")
+            load_checkpoint(path, LoadOptions(model_name="vim_tyny_patch16_224"))
         assert "Did you mean vim_tiny_patch16_224?" in str(usage.value)
 
     def test_weights_of_another_model(self) -> None:
@@ -296,6 +296,6 @@ class TestImageSize:
         description = ModelDescription("mine", "vim", args, Preprocessing.of_model(model))
         metadata = {"repshift": json.dumps({"model": description.to_dict()})}
         save_file(dict(model.state_dict()), tmp_path / "mine.safetensors", metadata)
-        assert same(load_checkpoint(tmp_path / "mine.safetensors", img_size=32), model)
+        assert same(load_checkpoint(tmp_path / "mine.safetensors", LoadOptions(img_size=32)), model)
         with pytest.raises(UsageError, match="takes images of 32x32: its positions are made for that size"):
-            load_checkpoint(tmp_path / "mine.safetensors", img_size=64)
+            load_checkpoint(tmp_path / "mine.safetensors", LoadOptions(img_size=64))

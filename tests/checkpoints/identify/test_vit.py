@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from tiny import images, save_weights, tiny_vit
 from torch import Tensor, nn
 
-from repshift_cli.checkpoints.identify import identify
 from repshift_cli.checkpoints.identify.identity import Identity
+from repshift_cli.checkpoints.identify.match import identify
 from repshift_cli.checkpoints.load import load_checkpoint
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.errors import CheckpointError
 
 
@@ -25,8 +26,7 @@ def weights_of(name: str, **options: Any) -> dict[str, Tensor]:
 
 
 def found(tensors: dict[str, Tensor], hint: str = "weights", **options: Any) -> Identity:
-    model_name, heads = options.pop("model_name", None), options.pop("heads", None)
-    return identify(tensors, "weights.pth", model_name, heads, hint, **options)
+    return identify(tensors, "weights.pth", LoadOptions(**options), hint)
 
 
 def refusal(tensors: dict[str, Tensor], hint: str = "weights", **options: Any) -> CheckpointError:
@@ -83,7 +83,7 @@ def test_another_preprocessing_that_may_be_meant_is_told(hint: str) -> None:
 def test_the_users_word_comes_first() -> None:
     identity = found(weights_of("vit_small_patch16_224", num_classes=5), model_name="deit_small_patch16_224")
     assert (identity.name, identity.args) == ("deit_small_patch16_224", {"num_classes": 5})
-    assert identity.notes == ["num_classes 5 is read off the weights"]
+    assert identity.notes == ["num_classes 5 is read from the weights"]
 
 
 def test_models_that_compute_different_things_are_listed() -> None:
@@ -98,31 +98,31 @@ def test_models_that_compute_different_things_are_listed() -> None:
 
 class TestTheNameThatARecipeGives:
     def test_it_goes_before_a_guess(self) -> None:
-        identity = found(weights_of("vit_small_patch16_224", num_classes=5), fallback="deit_small_patch16_224")
+        identity = found(weights_of("vit_small_patch16_224", num_classes=5), fallback_name="deit_small_patch16_224")
         assert (identity.name, identity.args) == ("deit_small_patch16_224", {"num_classes": 5})
-        assert "taken for deit_small_patch16_224, which the recipe names: the tensors fit it" in identity.notes
+        assert "assumed deit_small_patch16_224, which the recipe names: the tensors fit it" in identity.notes
 
     def test_it_tells_which_of_several_it_is(self) -> None:
         name = "vit_base_patch32_clip_quickgelu_224"
-        assert found(weights_of("vit_base_patch32_clip_224"), fallback=name).name == name
+        assert found(weights_of("vit_base_patch32_clip_224"), fallback_name=name).name == name
 
     def test_it_names_what_no_convention_covers(self) -> None:
         tensors = weights_of("beit_base_patch16_224")
         assert "without a position table" in refusal(tensors).message
-        assert found(tensors, fallback="beit_base_patch16_224").name == "beit_base_patch16_224"
+        assert found(tensors, fallback_name="beit_base_patch16_224").name == "beit_base_patch16_224"
 
     @pytest.mark.parametrize("fallback", ["deit_tiny_patch16_224", "resnet18", "deit_small_patch16_224.no_such_tag"])
     def test_one_that_does_not_fit_is_ignored(self, fallback: str) -> None:
         tensors = weights_of("vit_small_patch16_224")
-        assert found(tensors, fallback=fallback) == found(tensors)
+        assert found(tensors, fallback_name=fallback) == found(tensors)
 
     def test_the_users_word_goes_before_it(self) -> None:
         tensors = weights_of("vit_small_patch16_224")
-        identity = found(tensors, model_name="vit_small_patch16_224", fallback="deit_small_patch16_224")
+        identity = found(tensors, model_name="vit_small_patch16_224", fallback_name="deit_small_patch16_224")
         assert identity.name == "vit_small_patch16_224"
 
     def test_the_users_heads_go_before_it(self) -> None:
-        identity = found(weights_of("vit_small_patch16_224"), heads=12, fallback="deit_small_patch16_224")
+        identity = found(weights_of("vit_small_patch16_224"), heads=12, fallback_name="deit_small_patch16_224")
         assert (identity.architecture, identity.args["num_heads"]) == (None, 12)
 
 
@@ -212,9 +212,9 @@ class TestShapesThatTimmHasNoNameFor:
             load_checkpoint(path)
         assert "Give --heads; possible are 1, 2, 3, 4, 6." in str(caught.value)
         with torch.no_grad():
-            assert torch.equal(load_checkpoint(path, heads=3).model(images()), model(images()))
+            assert torch.equal(load_checkpoint(path, LoadOptions(heads=3)).model(images()), model(images()))
         with pytest.raises(CheckpointError, match="5 heads do not divide a width of 96"):
-            load_checkpoint(path, heads=5)
+            load_checkpoint(path, LoadOptions(heads=5))
 
     def test_a_shape_that_no_vit_has(self, tmp_path: Path) -> None:
         state = dict(tiny_vit(embed_dim=64).state_dict()) | {"blocks.0.attn.rel_pos": torch.zeros(3)}
@@ -284,4 +284,4 @@ def test_tensors_of_odd_shapes_are_refused(changes: dict[str, Tensor], model_nam
     tensors = {key: torch.zeros(value.shape) for key, value in weights_of("vit_tiny_patch16_224").items()} | changes
     save_file(tensors, tmp_path / "weights.safetensors")
     with pytest.raises(CheckpointError):
-        load_checkpoint(tmp_path / "weights.safetensors", model_name=model_name)
+        load_checkpoint(tmp_path / "weights.safetensors", LoadOptions(model_name=model_name))
