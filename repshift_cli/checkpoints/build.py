@@ -25,7 +25,7 @@ def build(description: ModelDescription, tensors: Mapping[str, Tensor], where: s
     """
     architecture = description.architecture
     if not is_architecture(architecture):
-        raise CheckpointError(f"{where}: there is no model named {architecture!r}")
+        raise CheckpointError(f"{where}: unknown model {architecture!r}")
     model = build_on_meta(architecture, description.args, where, tensors, description.name)
     _check_fit(model, tensors, description.name, where)
     model.load_state_dict(dict(tensors), strict=True, assign=True)

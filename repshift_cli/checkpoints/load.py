@@ -185,7 +185,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise CheckpointError(f"{path} has no key 'architecture'", "timm writes one with save_for_hf.")
     if not is_model_name(config["architecture"]):
-        raise CheckpointError(f"{path}: there is no model named {config['architecture']!r}")
+        raise CheckpointError(f"{path}: unknown model {config['architecture']!r}")
     for key in ("model_args", "pretrained_cfg"):
         config[key] = config.get(key) or {}
         if not isinstance(config[key], dict):

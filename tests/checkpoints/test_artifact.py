@@ -1,4 +1,4 @@
-"""Compressed checkpoints: what is written, what comes back, and what is refused."""
+"""Compressed checkpoints: writing, loading, errors."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class TestRoundTrip:
         self.run_elsewhere(path, tmp_path)
 
     def run_elsewhere(self, path: Path, folder: Path) -> None:
-        """Load the compressed file in a fresh process, and compare what it returns with what it returns here."""
+        """Compare the outputs in a new process with those in this one."""
         with torch.no_grad():
             torch.save({"images": images(3), "output": artifact.load(path)(images(3))}, folder / "wanted.pt")
         program = (
@@ -144,7 +144,7 @@ class TestRoundTrip:
         with torch.no_grad():
             assert torch.equal(again(images(2)), model(images(2)))
 
-    def test_as_a_dense_model_of_our_own(self, small: Path) -> None:
+    def test_loads_as_a_dense_model(self, small: Path) -> None:
         loaded = load_checkpoint(small)
         with torch.no_grad():
             assert torch.equal(loaded.model(images()), tiny_vit(**OPTIONS)(images()))
@@ -176,7 +176,7 @@ class TestDocument:
             (f"{{kind: fitted, weights: {Fitted.of([0.5] * 32).weights}}}", "prune", 4),
         ],
     )
-    def test_version_is_the_first_that_knows_all_parts(
+    def test_version_is_the_first_that_supports_all_parts(
         self, metric: str, reducer: str, version: int, tmp_path: Path
     ) -> None:
         save_weights(tiny_vit(**OPTIONS), tmp_path / "dense.safetensors")
@@ -226,19 +226,19 @@ class TestDamage:
     def test_a_newer_format_says_what_to_do(self, version: int, small: Path) -> None:
         rewrite(small, lambda document: document.update(format_version=version))
         known = artifact.FORMAT_VERSION
-        with pytest.raises(CheckpointError, match=rf"by a newer repshift \(format {version}, this one knows {known}"):
+        with pytest.raises(CheckpointError, match=rf"by a newer repshift \(format {version}, supported up to {known}"):
             artifact.load(small)
         with pytest.raises(CheckpointError, match="pip install --upgrade repshift-cli"):
             artifact.load(small)
 
-    def test_a_newer_format_whose_model_is_told_otherwise(self, small: Path) -> None:
+    def test_a_newer_format_with_another_model_description(self, small: Path) -> None:
         newer = {"format_version": artifact.FORMAT_VERSION + 1, "model": {"graph": "something new"}}
         rewrite(small, lambda document: document.update(newer))
         with pytest.raises(CheckpointError, match="written by a newer repshift"):
             artifact.load(small)
 
     @pytest.mark.parametrize("version", [None, 0, -1, "1", 1.0])
-    def test_a_version_that_is_none(self, version: object, small: Path) -> None:
+    def test_an_invalid_version(self, version: object, small: Path) -> None:
         rewrite(small, lambda document: document.update(format_version=version))
         with pytest.raises(CheckpointError, match="the version of its metadata"):
             artifact.load(small)
@@ -278,7 +278,7 @@ class TestDamage:
             lambda _: "",
         ],
     )
-    def test_a_document_that_cannot_be(self, change: Callable[[dict[str, Any]], Any], small: Path) -> None:
+    def test_an_invalid_document(self, change: Callable[[dict[str, Any]], Any], small: Path) -> None:
         rewrite(small, change)
         with pytest.raises(CheckpointError) as caught:
             artifact.load(small)
@@ -296,7 +296,7 @@ class TestDamage:
         with pytest.raises(CheckpointError, match="is a dense checkpoint"):
             artifact.load(path) if load_checkpoint(path, LoadOptions(model_name="test_vit")) else None
 
-    def test_another_name_than_the_file_has(self, small: Path) -> None:
+    def test_a_model_name_that_contradicts_the_file(self, small: Path) -> None:
         with pytest.raises(UsageError, match="Leave --model out"):
             artifact.open_model(small, LoadOptions(model_name="deit_small_patch16_224"))
 
@@ -314,7 +314,7 @@ class TestOpened:
         assert opened.macs < opened.dense_macs
 
     def test_a_recipe_on_top_of_a_plan_is_refused(self, small: Path) -> None:
-        with pytest.raises(CheckpointError, match="compressed already"):
+        with pytest.raises(CheckpointError, match="already compressed"):
             compress_dense(small, recipe_name="deit_small_paper")
 
 
@@ -337,7 +337,7 @@ class TestWriting:
         "problem", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left (os error 28)")]
     )
     @pytest.mark.parametrize("existing", [True, False])
-    def test_a_disk_that_fills_up(
+    def test_a_full_disk(
         self, existing: bool, problem: Exception, small: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         before = small.read_bytes()
@@ -357,8 +357,8 @@ class TestWriting:
         assert not existing or small.read_bytes() == before
 
     @pytest.mark.parametrize("existing", [True, False])
-    def test_a_file_that_the_system_does_not_let_grow(self, existing: bool, small: Path) -> None:
-        """Real refusals to write, from the kernel, in a process of its own."""
+    def test_a_file_size_limit_of_the_system(self, existing: bool, small: Path) -> None:
+        """Write errors of the kernel, in a separate process."""
         before = small.read_bytes()
         if not existing:
             small.unlink()

@@ -98,7 +98,7 @@ def test_several_processes_count_the_same(arguments: list[str], expected: dict[s
     assert done.returncode == 0, done.stderr
     assert exact(done.stdout) == expected
     assert json.loads(done.stdout)["data"]["processes"] == 3
-    assert done.stderr.count("pictures could not be read") == 1
+    assert done.stderr.count("images could not be read") == 1
 
 
 def test_a_run_of_several_that_was_killed_goes_on_with_another_number(

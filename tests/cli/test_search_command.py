@@ -159,7 +159,7 @@ class TestSearch:
     def test_builtin_scenes_are_said_plainly(self, cli: Command, dense: Path) -> None:
         outcome = cli("search", dense, "-t", "macs=0.7", *QUICK)
         assert outcome.rc == 0, outcome.stderr
-        assert "no pictures were named, so the search looks at built-in scenes" in words(outcome.stderr)
+        assert "no images were given, so the search uses built-in scenes" in words(outcome.stderr)
         assert "top-1" not in outcome.stdout
 
     def test_the_start_gives_metric_reducer_and_target(self, cli: Command, dense: Path, tmp_path: Path) -> None:
@@ -308,8 +308,8 @@ class TestRefused:
             ("--heads", 3, 3, "3 heads do not divide a width of 128"),
             ("--model", "resnet50", 3, "the weights do not fit resnet50"),
             ("--img-size", 33, 2, "--img-size 33: "),
-            ("--frames", 4, 2, "takes single pictures, no clips"),
-            ("--checkpoint-frames", 4, 2, "takes single pictures, no clips"),
+            ("--frames", 4, 2, "takes single images, not clips"),
+            ("--checkpoint-frames", 4, 2, "takes single images, not clips"),
         ],
     )
     def test_model_options_reach_the_loader(
@@ -593,7 +593,7 @@ class TestOtherUsersOfABudget:
     def test_bench_says_what_to_do(self, cli: Command, dense: Path, budget: str) -> None:
         outcome = cli("bench", dense, "--recipe", budget, "--seconds", "0")
         assert outcome.rc == 2
-        assert "b.yaml:2:1: the recipe has a budget in place of layers" in words(outcome.stderr)
+        assert "b.yaml:2:1: the recipe has a budget instead of layers" in words(outcome.stderr)
         assert "`repshift search MODEL --recipe FILE` finds the layers" in words(outcome.stderr)
 
     def test_so_does_the_python_api(self, budget: str, tmp_path: Path) -> None:

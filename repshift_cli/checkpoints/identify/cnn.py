@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints.identify.building import class_count, quickly_on_meta, size_args
-from repshift_cli.checkpoints.identify.identity import Fitting, Identity, fitting_names, shapes, supported
+from repshift_cli.checkpoints.identify.identity import Fitting, Identity, best_fit, shapes, supported
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError
 
@@ -65,12 +65,7 @@ def kind_of(tensors: Mapping[str, Tensor]) -> Kind | None:
 
 
 def identify(kind: Kind, tensors: Mapping[str, Tensor], where: str, heads: int | None, hint: str) -> Identity:
-    """Find the network that the weights belong to.
-
-    Raises:
-        CheckpointError: timm has no model with these tensors, or several that compute different things; or the user
-            gives a number of attention heads.
-    """
+    """Find the network that the weights belong to; errors as `match.identify`."""
     if heads is not None:
         raise CheckpointError(f"{where}: a {kind.name} has no attention heads", "Leave --heads out.")
     fitting: Fitting = next(filter(None, (_agreeing(names, tensors) for names in kind.candidates(kind, tensors))), {})
@@ -114,7 +109,7 @@ def _same(tensors: Mapping[str, Tensor], model: nn.Module) -> bool:
 
 
 def _chosen(fitting: Fitting, tensors: Mapping[str, Tensor], where: str, hint: str) -> Identity:
-    name = fitting_names(fitting, where, hint)[0]
+    name = best_fit(fitting, where, hint)
     model, args = fitting[name]
     tag = next((tag for tag in _tags(name) if f"{name}.{tag}" in hint), None)
     if tag is not None:

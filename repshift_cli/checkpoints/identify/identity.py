@@ -13,7 +13,7 @@ from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError
 from repshift_cli.reduction.families.base import families
 
-__all__ = ["Fitting", "Identity", "fitting_names", "shapes", "supported"]
+__all__ = ["Fitting", "Identity", "best_fit", "shapes", "supported"]
 
 Fitting = dict[str, tuple[nn.Module, dict[str, Any]]]
 """Models that fit, by name, with their builder arguments."""
@@ -47,8 +47,8 @@ def supported() -> str:
     return f"Supported are {', '.join(family.covers for family in families())}."
 
 
-def fitting_names(fitting: Fitting, where: str, hint: str, plain: str = "") -> list[str]:
-    """The models that fit, best first: those in the name of the file, else those with the shortest names.
+def best_fit(fitting: Fitting, where: str, hint: str, plain: str = "") -> str:
+    """The model that is named like the file, else the one with the shortest name.
 
     Args:
         hint: the file's name.
@@ -65,4 +65,4 @@ def fitting_names(fitting: Fitting, where: str, hint: str, plain: str = "") -> l
             f"{where}: several models have exactly these tensors but compute different things: {', '.join(names)}",
             "Choose one with --model.",
         )
-    return names
+    return names[0]

@@ -32,15 +32,11 @@ def recognises(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def identify(tensors: Mapping[str, Tensor], where: str, options: LoadOptions, name: str | None = None) -> Identity:
-    """The UMT model that the weights belong to.
+    """The UMT model that the weights belong to; errors as `match.identify`.
 
     Args:
         options: heads of the vision encoder; image size and frames, of which the weights fit any.
         name: one of `MODELS`, if the user gives it.
-
-    Raises:
-        CheckpointError: the weights are those of another model.
-        UsageError: the image size does not fit the patches.
     """
     native, notes = _native(tensors)
     vision = _vision(native, where, options.heads)

@@ -50,12 +50,7 @@ def recognises(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def identify(tensors: Mapping[str, Tensor], where: str, options: LoadOptions) -> Identity:
-    """Find the Vim that the weights belong to.
-
-    Raises:
-        CheckpointError: the form is not supported.
-        UsageError: it does not take images of `img_size`.
-    """
+    """Find the Vim that the weights belong to; errors as `match.identify`."""
     shape, side = _read(tensors, where)
     size, stride, certain = _size(side, shape.patch_size, None, options.img_size, where)
     full = {**asdict(shape), "img_size": size, "stride": stride}
@@ -73,12 +68,7 @@ def identify(tensors: Mapping[str, Tensor], where: str, options: LoadOptions) ->
 def named(
     name: str, tensors: Mapping[str, Tensor], where: str, given: Mapping[str, Any], img_size: int | None
 ) -> Identity:
-    """The named Vim; only sizes and number of classes are read from the weights.
-
-    Raises:
-        CheckpointError: the form of the weights is not supported.
-        UsageError: the model does not take images of `img_size`.
-    """
+    """The named Vim; only sizes and number of classes are read from the weights."""
     if not recognises(tensors):
         raise CheckpointError(f"{where}: the weights do not fit {name}: missing: {_FIRST}A_log")
     shape, side = _read(tensors, where)
@@ -189,9 +179,6 @@ def _size(side: int, patch: int, stride: int | None, wanted: int | None, where: 
     Args:
         stride: of the named model, if there is a name.
         wanted: image size that the user gives.
-
-    Raises:
-        UsageError: the positions do not fit that size.
     """
     strides = [stride] if stride else [each for each in (patch, patch // 2) if each]
     if wanted is not None:
@@ -199,7 +186,11 @@ def _size(side: int, patch: int, stride: int | None, wanted: int | None, where: 
         if not fits and stride is None and side > 1 and (wanted - patch) % (side - 1) == 0:
             fits = [each for each in [(wanted - patch) // (side - 1)] if 0 < each <= patch]
         if not fits:
-            raise _wrong_size(side, patch, strides, wanted, where)
+            sizes = ", ".join(f"{_image(side, patch, each)} (stride {each})" for each in strides)
+            raise UsageError(
+                f"--img-size {wanted}: {where} has {side * side} positions ({side}x{side}) for patches of {patch}",
+                f"Allowed: {sizes}. Leave --img-size out, or resize the position table first.",
+            )
         return wanted, fits[0], True
     for each in strides:
         if _image(side, patch, each) == _SIZE:
@@ -210,14 +201,3 @@ def _size(side: int, patch: int, stride: int | None, wanted: int | None, where: 
 def _image(side: int, patch: int, stride: int) -> int:
     """Image size of a grid with `side` patches per row."""
     return (side - 1) * stride + patch
-
-
-def _wrong_size(side: int, patch: int, strides: list[int], wanted: int, where: str) -> UsageError:
-    need = (max((wanted - patch) // each + 1, 0) for each in strides)
-    needed = ", ".join(f"{count * count} at stride {each}" for count, each in zip(need, strides, strict=True))
-    sizes = ", ".join(f"{_image(side, patch, each)} (stride {each})" for each in strides)
-    return UsageError(
-        f"--img-size {wanted}: {where} has {side * side} positions ({side}x{side}) for patches of {patch}, "
-        f"but images of {wanted}x{wanted} need {needed}",
-        f"Allowed: {sizes}. Leave --img-size out, or resize the position table first.",
-    )

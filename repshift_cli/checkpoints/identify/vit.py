@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints.identify.building import HEAD_SIZE, check_divides, head_count, quickly_on_meta, size_args
-from repshift_cli.checkpoints.identify.identity import Fitting, Identity, fitting_names, shapes, supported
+from repshift_cli.checkpoints.identify.identity import Fitting, Identity, best_fit, shapes, supported
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError
 
@@ -36,32 +36,39 @@ _OTHER_KINDS = {
 
 @dataclass(frozen=True)
 class _Shape:
-    """Sizes and parts that the tensors of a ViT show."""
+    """What the tensors of a ViT show: arguments of `VisionTransformer`, and two more.
 
-    width: int
+    Attributes:
+        distilled: whether there is a distillation token.
+        head_size: channels per head.
+    """
+
+    img_size: list[int]
+    patch_size: list[int]
+    in_chans: int
+    num_classes: int
+    embed_dim: int
     depth: int
-    patch: tuple[int, int]
-    channels: int
-    image: tuple[int, int]
-    classes: int
-    class_token: bool
-    registers: int
-    distilled: bool
-    no_embed_class: bool
-    pooling: str
-    layer_scale: bool
-    pre_norm: bool
-    qk_norm: int
+    mlp_ratio: float
     qkv_bias: bool
-    hidden: int
+    qk_norm: bool
+    init_values: float | None
+    class_token: bool
+    reg_tokens: int
+    no_embed_class: bool
+    pre_norm: bool
+    global_pool: str
+    distilled: bool
+    head_size: int
+
+    def args(self, heads: int) -> dict[str, Any]:
+        """Arguments of the builder."""
+        args = {**asdict(self), "num_heads": heads}
+        return {key: value for key, value in args.items() if key not in ("distilled", "head_size")}
 
 
 def identify(tensors: Mapping[str, Tensor], where: str, heads: int | None, hint: str) -> Identity:
-    """Find the ViT that the weights belong to.
-
-    Raises:
-        CheckpointError: no known model fits, or several do.
-    """
+    """Find the ViT that the weights belong to; errors as `match.identify`."""
     try:
         shape = _read_shape(tensors, where)
     except IndexError:
@@ -90,31 +97,30 @@ def _read_shape(tensors: Mapping[str, Tensor], where: str) -> _Shape:
     patches, blocks = tensors.get("patch_embed.proj.weight"), _count_blocks(tensors)
     if patches is None or patches.ndim != 4 or not blocks:  # noqa: PLR2004 (a convolution's weight)
         raise _unknown(tensors, where)
-    width = patches.shape[0]
-    class_token = "cls_token" in tensors
-    distilled = "dist_token" in tensors
+    width, channels, *patch_size = patches.shape
+    class_token, distilled = "cls_token" in tensors, "dist_token" in tensors
     registers = next((tensors[key].shape[1] for key in ("reg_token", "register_tokens") if key in tensors), 0)
-    prefix = int(class_token) + int(distilled) + registers
-    grid, no_embed_class = _grid(tensors, prefix, where)
+    side, no_embed_class = _grid(tensors, class_token + distilled + registers, where)
     head, hidden = tensors.get("head.weight"), tensors.get("blocks.0.mlp.fc2.weight")
     norm = tensors.get("blocks.0.attn.q_norm.weight")
     return _Shape(
-        width=width,
+        img_size=[side * size for size in patch_size],
+        patch_size=patch_size,
+        in_chans=channels,
+        num_classes=head.shape[0] if head is not None else 0,
+        embed_dim=width,
         depth=blocks,
-        patch=(patches.shape[2], patches.shape[3]),
-        channels=patches.shape[1],
-        image=(grid * patches.shape[2], grid * patches.shape[3]),
-        classes=head.shape[0] if head is not None else 0,
-        class_token=class_token,
-        registers=registers,
-        distilled=distilled,
-        no_embed_class=no_embed_class,
-        pooling=_pooling(tensors, class_token),
-        layer_scale="blocks.0.ls1.gamma" in tensors,
-        pre_norm="norm_pre.weight" in tensors,
-        qk_norm=norm.shape[0] if norm is not None else 0,
+        mlp_ratio=hidden.shape[1] / width if hidden is not None else 4.0,
         qkv_bias="blocks.0.attn.qkv.bias" in tensors,
-        hidden=hidden.shape[1] if hidden is not None else 4 * width,
+        qk_norm=norm is not None,
+        init_values=1e-5 if "blocks.0.ls1.gamma" in tensors else None,
+        class_token=class_token,
+        reg_tokens=registers,
+        no_embed_class=no_embed_class,
+        pre_norm="norm_pre.weight" in tensors,
+        global_pool=_pooling(tensors, class_token),
+        distilled=distilled,
+        head_size=norm.shape[0] if norm is not None else HEAD_SIZE,
     )
 
 
@@ -156,7 +162,7 @@ def _registered(shape: _Shape, tensors: Mapping[str, Tensor]) -> Fitting:
 
     known = (name for module in ("vision_transformer", "deit") for name in timm.list_models(module=module))
     names = [name for name in known if _may_fit(name.split("_"), shape)]
-    sized = [name for name in names if str(shape.image[0]) in name.split("_")]
+    sized = [name for name in names if str(shape.img_size[0]) in name.split("_")]
     return _agreeing(sized, shape, tensors) or _agreeing([name for name in names if name not in sized], shape, tensors)
 
 
@@ -165,11 +171,11 @@ def _may_fit(parts: list[str], shape: _Shape) -> bool:
     registers = next((int(part[3:]) for part in parts if re.fullmatch(r"reg\d+", part)), 0)
     attention_pooled = ("siglip" in parts or "map" in parts) and "gap" not in parts
     return (
-        f"patch{shape.patch[0]}" in parts
+        f"patch{shape.patch_size[0]}" in parts
         and ("distilled" in parts) == shape.distilled
-        and registers == shape.registers
-        and attention_pooled == (shape.pooling == "map")
-        and ("gap" not in parts or shape.pooling == "avg")
+        and registers == shape.reg_tokens
+        and attention_pooled == (shape.global_pool == "map")
+        and ("gap" not in parts or shape.global_pool == "avg")
         and ("clip" in parts) == shape.pre_norm
     )
 
@@ -179,7 +185,7 @@ def _agreeing(names: list[str], shape: _Shape, tensors: Mapping[str, Tensor]) ->
     skip = {"weight_init": "skip"}
     for name in names:
         model: Any = quickly_on_meta(name, skip)
-        if len(getattr(model, "blocks", ())) != shape.depth or getattr(model, "embed_dim", 0) != shape.width:
+        if len(getattr(model, "blocks", ())) != shape.depth or getattr(model, "embed_dim", 0) != shape.embed_dim:
             continue
         args = size_args(model, tensors)
         if args:
@@ -191,7 +197,7 @@ def _agreeing(names: list[str], shape: _Shape, tensors: Mapping[str, Tensor]) ->
 
 def _choose(fitting: Fitting, tensors: Mapping[str, Tensor], where: str, hint: str) -> Identity:
     """The model in the name of the file, else the one with the shortest name, if all compute the same."""
-    name = fitting_names(fitting, where, hint, plain="vit_")[0]
+    name = best_fit(fitting, where, hint, plain="vit_")
     model, args = fitting[name]
     preprocessing = Preprocessing.of_model(model)
     notes = [f"detected {name} from tensor names and shapes ({head_count(model) or 'unknown'} heads by convention)"]
@@ -208,55 +214,32 @@ def _unregistered(shape: _Shape, tensors: Mapping[str, Tensor], where: str, head
     """A ViT whose shape no timm model has."""
     if shape.distilled:
         raise CheckpointError(f"{where}: a distilled ViT of unknown shape", "Name the model with --model.")
-    count = check_divides(heads or _heads(shape, where), shape.width, where)
-    args = _vit_args(shape, count)
-    name = f"ViT of width {shape.width}, depth {shape.depth}, patch {shape.patch[0]}"
+    count = check_divides(heads or _heads(shape, where), shape.embed_dim, where)
+    name = f"ViT of width {shape.embed_dim}, depth {shape.depth}, patch {shape.patch_size[0]}"
     notes = [
         f"no timm model has these shapes: built as a {name} with {count} heads",
         "assumed its preprocessing: ImageNet mean and std, bicubic, crop 0.9",
     ]
     kept = {key: value for key, value in tensors.items() if key != "mask_token"}
-    return Identity(name, None, args, _imagenet_preprocessing(shape), kept, notes)
+    return Identity(name, None, shape.args(count), _imagenet_preprocessing(shape), kept, notes)
 
 
 def _heads(shape: _Shape, where: str) -> int:
-    size = shape.qk_norm or HEAD_SIZE
-    if shape.width % size == 0:
-        return shape.width // size
-    possible = [count for count in range(1, 33) if shape.width % count == 0 and shape.width // count >= 16]  # noqa: PLR2004
+    if shape.embed_dim % shape.head_size == 0:
+        return shape.embed_dim // shape.head_size
+    possible = [count for count in range(1, 33) if shape.embed_dim % count == 0 and shape.embed_dim // count >= 16]  # noqa: PLR2004
     raise CheckpointError(
-        f"{where}: unknown number of attention heads for width {shape.width}",
+        f"{where}: unknown number of attention heads for width {shape.embed_dim}",
         f"Give --heads. Allowed: {', '.join(map(str, possible))}.",
     )
-
-
-def _vit_args(shape: _Shape, heads: int) -> dict[str, Any]:
-    return {
-        "img_size": list(shape.image),
-        "patch_size": list(shape.patch),
-        "in_chans": shape.channels,
-        "num_classes": shape.classes,
-        "embed_dim": shape.width,
-        "depth": shape.depth,
-        "num_heads": heads,
-        "mlp_ratio": shape.hidden / shape.width,
-        "qkv_bias": shape.qkv_bias,
-        "qk_norm": bool(shape.qk_norm),
-        "init_values": 1e-5 if shape.layer_scale else None,
-        "class_token": shape.class_token,
-        "reg_tokens": shape.registers,
-        "no_embed_class": shape.no_embed_class,
-        "pre_norm": shape.pre_norm,
-        "global_pool": shape.pooling,
-    }
 
 
 def _imagenet_preprocessing(shape: _Shape) -> Preprocessing:
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    height, width = shape.image
+    height, width = shape.img_size
     return Preprocessing(
-        (shape.channels, height, width), tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD), "bicubic", 0.9
+        (shape.in_chans, height, width), tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD), "bicubic", 0.9
     )
 
 

@@ -1,4 +1,4 @@
-"""ResNet, ConvNeXt and RegNet: told from their tensors, loaded, and at other image sizes."""
+"""ResNet, ConvNeXt and RegNet: detection, loading, other image sizes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def refusal(tensors: dict[str, Tensor], hint: str = "weights", model_name: str |
 
 
 def trained(name: str, **options: Any) -> nn.Module:
-    """A model in eval mode whose statistics and scales are not those that it starts with."""
+    """A model in eval mode with statistics and scales as after training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         model: nn.Module = timm.create_model(name, **{"num_classes": 7, **options})
@@ -100,7 +100,7 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
         "regnetz_040_h",
     ],
 )
-def test_registered_models_are_found_by_their_tensors(name: str) -> None:
+def test_registered_models_are_detected(name: str) -> None:
     tensors = weights_of(name)
     identity = found(tensors)
     assert (identity.name, identity.architecture, identity.args) == (name, name, {})
@@ -214,7 +214,7 @@ class TestOtherKeys:
         assert "downsample_layers.0.0.weight" in identity.tensors
 
 
-class TestShapesThatTimmHasNoNameFor:
+class TestUnregisteredShapes:
     ARGS = {"num_classes": 4, "channels": [16, 24, 32, 48], "layers": [1, 2, 1, 1]}  # noqa: RUF012
 
     def test_they_are_refused_with_the_reason(self) -> None:
@@ -250,7 +250,7 @@ class TestShapesThatTimmHasNoNameFor:
             {"no_such": 1},
         ],
     )
-    def test_arguments_that_cannot_be(self, changes: dict[str, Any]) -> None:
+    def test_invalid_arguments(self, changes: dict[str, Any]) -> None:
         model = timm.create_model("resnet18", **self.ARGS)
         description = ModelDescription("mine", "resnet18", self.ARGS | changes, Preprocessing.of_model(model))
         with pytest.raises(CheckpointError):
@@ -339,7 +339,7 @@ class TestImageSize:
     def test_of_a_vit(self, tmp_path: Path) -> None:
         path = save_weights(tiny_vit(embed_dim=128), tmp_path / "vit.safetensors")
         assert load_checkpoint(path, LoadOptions(img_size=32)).description.preprocessing.input_size == (3, 32, 32)
-        with pytest.raises(UsageError, match="takes images of 32x32: its positions are made for that size"):
+        with pytest.raises(UsageError, match="takes images of 32x32: its position table has that size"):
             load_checkpoint(path, LoadOptions(img_size=64))
 
     def test_random_weights_are_drawn_for_any(self) -> None:
@@ -350,7 +350,7 @@ class TestImageSize:
     @pytest.mark.parametrize("size", [0, -3, 10**6])
     @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
     def test_one_that_cannot_be(self, name: str, size: int) -> None:
-        with pytest.raises(UsageError, match="is not a number from 1 to 16384"):
+        with pytest.raises(UsageError, match="must be from 1 to 16384"):
             load_checkpoint(name, LoadOptions(img_size=size))
 
     def test_metadata_of_another_size_than_the_model(self, tmp_path: Path) -> None:

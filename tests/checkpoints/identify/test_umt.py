@@ -75,7 +75,7 @@ class TestThereAndBack:
             {"text": {"width": 128, "heads": 2, "depth": 5, "positions": 9}, "embed_dim": 10},
         ],
     )
-    def test_the_form_is_read_off(self, options: dict[str, Any], tmp_path: Path) -> None:
+    def test_the_form_is_detected(self, options: dict[str, Any], tmp_path: Path) -> None:
         model = tiny_umt(**options)
         loaded = load(save_weights(model, tmp_path / "weights.safetensors"), model)
         assert isinstance(loaded.model, UmtModel)
@@ -122,7 +122,7 @@ class TestThereAndBack:
     def test_what_serves_pretraining_is_left_out_with_a_note(self, tmp_path: Path) -> None:
         torch.save({"model": pretraining(state())}, tmp_path / "weights.pth")
         loaded = load(tmp_path / "weights.pth")
-        assert "3 tensors that only serve pretraining are left out" in loaded.notes
+        assert "left out 3 tensors that only pretraining uses" in loaded.notes
         assert set(loaded.tensors) == set(state())
 
     @pytest.mark.parametrize("embed_dim", [24, 0])
@@ -176,7 +176,7 @@ class TestHeads:
     def test_another_width_needs_them(self, tmp_path: Path) -> None:
         model = tiny_umt(width=48)
         path = save_weights(model, tmp_path / "weights.safetensors")
-        with pytest.raises(CheckpointError, match="heads cannot be told for a width of 48") as caught:
+        with pytest.raises(CheckpointError, match="unknown number of attention heads for width 48") as caught:
             load(path, heads=None)
         assert caught.value.hint == "Give --heads."
         assert same(load(path, heads=4), model)
@@ -188,7 +188,7 @@ class TestHeads:
             load(path, heads=heads)
 
     def test_of_a_text_encoder_of_another_width(self, tmp_path: Path) -> None:
-        """The reference vectors, with 48 channels on both sides: what is asked for has to help."""
+        """The reference vectors, with 48 channels on both sides."""
         case = reference("retrieval")
         path = tmp_path / "weights.safetensors"
         save_file(case.weights, path)
@@ -203,7 +203,7 @@ class TestHeads:
 
 
 class TestClips:
-    def test_what_a_checkpoint_does_not_tell_is_noted(self) -> None:
+    def test_assumed_clips_are_noted(self) -> None:
         identity = found(state(), heads=None)
         assert identity.preprocessing.shape == (12, 3, 224, 224)
         told = "the checkpoint does not say which clips it takes: assumed 12 frames of 224x224 (--frames, --img-size)"
@@ -218,7 +218,7 @@ class TestClips:
             ({"img_size": 384, "frames": 16, "checkpoint_frames": 4}, (16, 3, 384, 384)),
         ],
     )
-    def test_they_are_told(self, options: dict[str, Any], shape: tuple[int, ...]) -> None:
+    def test_given_clips(self, options: dict[str, Any], shape: tuple[int, ...]) -> None:
         identity = found(state(), **options)
         assert identity.preprocessing.shape == shape
         vision = identity.args["vision"]
@@ -226,7 +226,7 @@ class TestClips:
         assert vision["checkpoint_frames"] == options.get("checkpoint_frames")
 
     @pytest.mark.parametrize("size", [30, 225, 4])
-    def test_a_size_that_is_no_multiple(self, size: int) -> None:
+    def test_a_size_that_is_not_a_multiple(self, size: int) -> None:
         with pytest.raises(UsageError, match=f"invalid --img-size {size}: must be a multiple of the patch size 8"):
             found(state(), img_size=size)
 
@@ -293,7 +293,7 @@ class TestRefused:
             (without("blocks.2.norm1"), "missing: vision_encoder.encoder.blocks.2.norm1.bias"),
             (without("layer.1.crossattention.self.key"), "missing: text_encoder.encoder.layer.1.crossattention"),
             (without("pool_norm"), "missing: vision_encoder.pool_norm.bias"),
-            (plus(text_proj__gate=(3,)), "not known: text_proj.gate"),
+            (plus(text_proj__gate=(3,)), "unknown: text_proj.gate"),
             (plus(vision_encoder__encoder__blocks__1__norm1__weight=(3,)), "norm1.weight is [3], not [64]"),
             (plus(itm_head__weight=(3, 64)), "shapes: itm_head.weight is [3, 64], not [2, 64]"),
             (plus(text_encoder__embeddings__position_ids=(1, 3)), "position_ids is [1, 3], not [1, 16]"),
@@ -352,7 +352,7 @@ class TestRefused:
                 return (Path.touch, (tmp_path / "harm",))
 
         torch.save({"model": state(), "config": Harm()}, tmp_path / "weights.pth")
-        with pytest.raises(CheckpointError, match="could run code, so it was refused"):
+        with pytest.raises(CheckpointError, match="could run code when loaded"):
             load(tmp_path / "weights.pth")
         assert not (tmp_path / "harm").exists()
 
@@ -375,7 +375,7 @@ def written(path: Path, changes: dict[str, Any] | None = None, **preprocessing: 
 
 @pytest.fixture
 def _little_memory() -> Iterator[None]:
-    """No test takes the machine down: an allocation of more than 4 GB above what is in use fails."""
+    """Limit the memory: allocations of more than 4 GB fail."""
     if sys.platform != "linux":
         pytest.skip("only Linux keeps to the limit")
     import resource
@@ -388,7 +388,7 @@ def _little_memory() -> Iterator[None]:
 
 
 class TestMetadata:
-    def test_a_file_that_says_what_it_is(self, tmp_path: Path) -> None:
+    def test_a_self_describing_file(self, tmp_path: Path) -> None:
         loaded = load_checkpoint(written(tmp_path / "mine.safetensors"))
         assert (loaded.description.name, loaded.description.preprocessing.frames) == ("mine", 3)
         assert same(loaded, tiny_umt())
@@ -446,25 +446,25 @@ class TestMetadata:
         ],
         ids=str,
     )
-    def test_arguments_that_cannot_be(self, changes: dict[str, Any], tmp_path: Path) -> None:
+    def test_invalid_arguments(self, changes: dict[str, Any], tmp_path: Path) -> None:
         path = written(tmp_path / "mine.safetensors", changes)
         with pytest.raises(CheckpointError) as caught:
             load_checkpoint(path)
         assert caught.value.exit_code == 3
 
     @pytest.mark.parametrize("frames", [10**9, -1, 0, "many", [3]])
-    def test_frames_that_cannot_be(self, frames: object, tmp_path: Path) -> None:
+    def test_invalid_frames(self, frames: object, tmp_path: Path) -> None:
         path = written(tmp_path / "mine.safetensors", frames=frames)
         with pytest.raises(CheckpointError, match=r"frames|preprocessing of the model cannot be read"):
             load_checkpoint(path)
 
     @pytest.mark.parametrize("preprocessing", [{"frames": 5}, {"frames": None}, {"input_size": [3, 40, 40]}])
-    def test_clips_that_are_not_those_of_the_model(self, preprocessing: dict[str, Any], tmp_path: Path) -> None:
+    def test_clips_of_another_model(self, preprocessing: dict[str, Any], tmp_path: Path) -> None:
         path = written(tmp_path / "mine.safetensors", **preprocessing)
         with pytest.raises(CheckpointError, match="its metadata names"):
             load_checkpoint(path)
 
-    def test_frames_that_the_user_tells_otherwise(self, tmp_path: Path) -> None:
+    def test_frames_that_contradict_the_file(self, tmp_path: Path) -> None:
         path = written(tmp_path / "mine.safetensors")
         with pytest.raises(UsageError, match=r"--frames 5: the metadata of .* names clips of 3 frames"):
             load_checkpoint(path, LoadOptions(frames=5))
@@ -473,7 +473,7 @@ class TestMetadata:
         with pytest.raises(CheckpointError, match="mine has 4 attention heads, not 2"):
             load_checkpoint(path, LoadOptions(heads=2))
 
-    def test_checkpoint_frames_that_the_user_tells_are_not_ignored(self, tmp_path: Path) -> None:
+    def test_checkpoint_frames_that_contradict_the_file(self, tmp_path: Path) -> None:
         path = written(tmp_path / "mine.safetensors")
         with pytest.raises(UsageError, match="--checkpoint-frames"):
             load_checkpoint(path, LoadOptions(checkpoint_frames=2))

@@ -1,4 +1,4 @@
-"""Vision Mamba: told from the tensors of its authors' checkpoints, and refused where it is of another form."""
+"""Vision Mamba: detection of the authors' checkpoints, and refusal of other forms."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class TestThereAndBack:
             {"img_size": 224, "patch_size": 32, "stride": 16},
         ],
     )
-    def test_the_form_is_read_off(self, options: dict[str, Any], tmp_path: Path) -> None:
+    def test_the_form_is_detected(self, options: dict[str, Any], tmp_path: Path) -> None:
         model = small(**options)
         loaded = load_checkpoint(save_weights(model, tmp_path / "weights.safetensors"))
         assert loaded.description.architecture == "vim"
@@ -127,7 +127,7 @@ class TestNames:
         assert (identity.name, identity.args) == ("vim_tiny_patch16_224", options)
         assert found(named(**options), model_name="vim_tiny_patch16_224").args == options
 
-    def test_the_user_tells_the_stride(self) -> None:
+    def test_a_name_gives_the_stride(self) -> None:
         name = "vim_tiny_patch16_stride8_224"
         tensors = named(name, img_size=128)
         assert found(tensors).args == {"img_size": 240}
@@ -152,7 +152,7 @@ class TestNames:
     def test_the_authors_long_names(self, name: str, short: str | None) -> None:
         assert canonical_name(name) == (short or name)
 
-    def test_they_are_taken_everywhere(self, tmp_path: Path) -> None:
+    def test_long_names_are_accepted_everywhere(self, tmp_path: Path) -> None:
         tensors = named(depth=1)
         for option in ("model_name", "fallback"):
             identity = found(named(), **{option: OFFICIAL})
@@ -175,7 +175,7 @@ class TestNames:
             load_checkpoint("vim_tiny_patch16_stride4_224")
         assert "Did you mean vim_tiny_patch16_stride8_224?" in str(caught.value)
         path = save_weights(small(), tmp_path / "weights.safetensors")
-        with pytest.raises(UsageError, match="no model named 'vim_tyny_patch16_224'") as usage:
+        with pytest.raises(UsageError, match="unknown model 'vim_tyny_patch16_224'") as usage:
             load_checkpoint(path, LoadOptions(model_name="vim_tyny_patch16_224"))
         assert "Did you mean vim_tiny_patch16_224?" in str(usage.value)
 
@@ -189,7 +189,7 @@ def without(*words: str) -> Callable[[State], State]:
 
 
 def plus(**shapes: tuple[int, ...]) -> Callable[[State], State]:
-    """Tensors more, or others; a double underscore stands for the point in a key."""
+    """Add or replace tensors; a double underscore stands for the point in a key."""
     return lambda state: state | {key.replace("__", "."): torch.zeros(shape) for key, shape in shapes.items()}
 
 
@@ -265,7 +265,7 @@ class TestRefusals:
             {"no_such": 1},
         ],
     )
-    def test_arguments_that_cannot_be(self, changes: dict[str, Any]) -> None:
+    def test_invalid_arguments(self, changes: dict[str, Any]) -> None:
         model = small()
         args = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "d_state": 4, "num_classes": 10}
         description = ModelDescription("mine", "vim", args | changes, Preprocessing.of_model(model))
@@ -274,21 +274,20 @@ class TestRefusals:
 
 
 class TestImageSize:
-    def test_what_the_positions_allow_is_told(self) -> None:
+    def test_allowed_sizes_are_listed(self) -> None:
         with pytest.raises(UsageError) as caught:
             found(named(), img_size=448)
         assert "--img-size 448: weights.pth has 196 positions (14x14) for patches of 16" in caught.value.message
-        assert "images of 448x448 need 784 at stride 16, 3025 at stride 8" in caught.value.message
-        assert "Possible are 224 (stride 16), 120 (stride 8)." in caught.value.hint
+        assert "Allowed: 224 (stride 16), 120 (stride 8)." in caught.value.hint
 
-    def test_the_name_tells_the_stride(self) -> None:
+    def test_the_stride_of_a_named_model(self) -> None:
         with pytest.raises(UsageError) as caught:
             found(named(), img_size=120, model_name="vim_tiny_patch16_224")
-        assert "Possible are 224 (stride 16)." in caught.value.hint
+        assert "Allowed: 224 (stride 16)." in caught.value.hint
         identity = found(named(), img_size=120)
         assert (identity.name, identity.args) == ("vim_tiny_patch16_stride8_224", {"img_size": 120})
 
-    def test_of_a_file_that_says_what_it_is(self, tmp_path: Path) -> None:
+    def test_of_a_self_describing_file(self, tmp_path: Path) -> None:
         import json
 
         model = small()
@@ -297,5 +296,5 @@ class TestImageSize:
         metadata = {"repshift": json.dumps({"model": description.to_dict()})}
         save_file(dict(model.state_dict()), tmp_path / "mine.safetensors", metadata)
         assert same(load_checkpoint(tmp_path / "mine.safetensors", LoadOptions(img_size=32)), model)
-        with pytest.raises(UsageError, match="takes images of 32x32: its positions are made for that size"):
+        with pytest.raises(UsageError, match="takes images of 32x32: its position table has that size"):
             load_checkpoint(tmp_path / "mine.safetensors", LoadOptions(img_size=64))
