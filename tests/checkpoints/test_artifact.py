@@ -240,7 +240,7 @@ class TestDamage:
     @pytest.mark.parametrize("version", [None, 0, -1, "1", 1.0])
     def test_an_invalid_version(self, version: object, small: Path) -> None:
         rewrite(small, lambda document: document.update(format_version=version))
-        with pytest.raises(CheckpointError, match="the version of its metadata"):
+        with pytest.raises(CheckpointError, match="invalid metadata version"):
             artifact.load(small)
 
     @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ class TestWriting:
             "import resource, signal, sys\n"
             "from pathlib import Path\n"
             "sys.path.insert(0, sys.argv[2])\n"
-            "from test_artifact import TestWriting\n"
+            "from checkpoints.test_artifact import TestWriting\n"
             "from repshift_cli.errors import OutputError\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"

@@ -203,9 +203,9 @@ class TestFolder:
         save_weights(model, tmp_path / "model.safetensors")
         config = {"architecture": NAME, "model_args": {key: "elsewhere"}}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        assert f"the arguments of the model hold {key}" in refusal(tmp_path).message
+        assert f"unsupported model arguments {key}" in refusal(tmp_path).message
         description = ModelDescription("a ViT", NAME, {key: "elsewhere"}, Preprocessing.of_model(model))
-        with pytest.raises(CheckpointError, match=f"hold {key}, which no checkpoint may set"):
+        with pytest.raises(CheckpointError, match=f"unsupported model arguments {key}"):
             build(description, model.state_dict(), "weights.safetensors")
 
     def test_the_config_wins_over_a_recipe(self, model: nn.Module, tmp_path: Path) -> None:

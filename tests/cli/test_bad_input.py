@@ -113,7 +113,7 @@ CHECKPOINTS = [
     ("pickle", ["which could run code when loaded"]),
     ("other", ["the tensors fit no known model", "Supported are"]),
     ("several", ["several models have exactly these tensors", "resnet18, resnetblur18", "--model"]),
-    ("no_name", ["it looks like a ResNet with stages of 1, 1, 2, 1 blocks, but timm has no name for one", "--model"]),
+    ("no_name", ["it looks like a ResNet with stages of 1, 1, 2, 1 blocks, but no timm model has these", "--model"]),
     ("vim", ["looks like a Vision Mamba that is not supported: it reads the tokens in one direction only"]),
     ("heads", ["unknown number of attention heads", "Give --heads. Allowed: 1, 2, 3, 4, 6."]),
     ("misfit", ["blocks.0.mlp.fc1.weight is [3, 3], not [512, 128]"]),

@@ -313,7 +313,7 @@ class TestModelInMemory:
         assert [site.layer for site in compress(tiny_vit()).plan.sites] == [0, 1, 2]
 
     def test_calibrated_on_a_tensor(self) -> None:
-        from test_calibrate import planted
+        from calibration.test_calibrate import planted
 
         model, batch = planted("smallest")
         recipe = make_recipe("[{layer: 0, keep_tokens: 8}]", "{kind: representation_shift, operation: block}")

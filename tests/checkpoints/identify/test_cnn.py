@@ -123,7 +123,7 @@ def test_torchvisions_files(tmp_path: Path) -> None:
     loaded = load_checkpoint(tmp_path / "resnet18-f37072fd.pth")
     assert loaded.description.name == "resnet18"
     assert same(loaded, model)
-    assert any("resnet18.tv_in1k" in note and "preprocessing is assumed" in note for note in loaded.notes)
+    assert any("resnet18.tv_in1k" in note and "assumed its preprocessing" in note for note in loaded.notes)
 
 
 def test_counters_that_old_files_do_not_have(tmp_path: Path) -> None:
@@ -219,7 +219,10 @@ class TestUnregisteredShapes:
 
     def test_they_are_refused_with_the_reason(self) -> None:
         error = refusal(weights_of("resnet18", **self.ARGS), "resnet18")
-        assert "it looks like a ResNet with stages of 1, 2, 1, 1 blocks, but timm has no name for one" in error.message
+        assert (
+            "it looks like a ResNet with stages of 1, 2, 1, 1 blocks, but no timm model has these tensors"
+            in error.message
+        )
         assert "--model" in error.hint
 
     def test_our_own_files_say_what_it_is(self, tmp_path: Path) -> None:
@@ -314,7 +317,7 @@ class TestImageSize:
         loaded = load_checkpoint(path, LoadOptions(model_name="test_resnet", img_size=96))
         assert loaded.description.preprocessing.input_size == (3, 96, 96)
         assert Preprocessing.of_model(loaded.model) == loaded.description.preprocessing
-        assert "images of 96x96 are used instead of 160x160, as --img-size says" in loaded.notes
+        assert "image size set to 96x96 instead of 160x160 (--img-size)" in loaded.notes
         assert same(loaded, model, 96)
 
     def test_of_a_folder(self, tmp_path: Path) -> None:

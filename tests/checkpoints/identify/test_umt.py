@@ -206,8 +206,8 @@ class TestClips:
     def test_assumed_clips_are_noted(self) -> None:
         identity = found(state(), heads=None)
         assert identity.preprocessing.shape == (12, 3, 224, 224)
-        told = "the checkpoint does not say which clips it takes: assumed 12 frames of 224x224 (--frames, --img-size)"
-        assert told in identity.notes
+        note = "the checkpoint does not say which clips it takes: assumed 12 frames of 224x224 (--frames, --img-size)"
+        assert note in identity.notes
         assert found(state(), img_size=32, frames=3).notes == []
 
     @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ class TestNames:
         identity = found(tensors, model_name=name)
         assert (identity.name, identity.args) == (name, {"img_size": 128})
         assert "img_size 128 is read from the weights" in identity.notes
-        assert found(tensors, fallback=name).name == name
+        assert found(tensors, fallback_name=name).name == name
         by_size = found(tensors, img_size=128)
         assert (by_size.name, by_size.args) == (name, {"img_size": 128})
 
@@ -154,7 +154,7 @@ class TestNames:
 
     def test_long_names_are_accepted_everywhere(self, tmp_path: Path) -> None:
         tensors = named(depth=1)
-        for option in ("model_name", "fallback"):
+        for option in ("model_name", "fallback_name"):
             identity = found(named(), **{option: OFFICIAL})
             assert (identity.name, identity.architecture) == ("vim_tiny_patch16_224",) * 2
         with pytest.raises(CheckpointError, match="do not fit vim_tiny_patch16_224: missing: layers"):
@@ -216,11 +216,11 @@ class TestRefusals:
             (plus(layers__0__mixer__dt_proj__weight=(64, 5)), "its steps have rank 5, where 2 is supported (dt_rank"),
             (plus(pos_embed=(1, 19, 32)), "19 positions and 1 class tokens make no square grid"),
             (plus(pos_embed=(1, 1, 32)), "1 positions and 1 class tokens make no square grid"),
-            (plus(pos_embed=(17, 32)), "a tensor has another number of dimensions than it has in a Vim"),
-            (plus(layers__0__mixer__A_log=()), "a tensor has another number of dimensions"),
-            (plus(layers__0__mixer__A_log=(64, 0)), "state 0 have to be at least 1"),
+            (plus(pos_embed=(17, 32)), "a tensor has the wrong number of dimensions for a Vim"),
+            (plus(layers__0__mixer__A_log=()), "a tensor has the wrong number of dimensions"),
+            (plus(layers__0__mixer__A_log=(64, 0)), "state 0: must be at least 1"),
             (plus(patch_embed__proj__weight=(32, 3, 8, 4)), "its patches of 8x4 are not square"),
-            (plus(patch_embed__proj__weight=(32, 3, 1, 8, 8)), "a tensor has another number of dimensions"),
+            (plus(patch_embed__proj__weight=(32, 3, 1, 8, 8)), "a tensor has the wrong number of dimensions"),
             (plus(patch_embed__proj__weight=(32, 1, 8, 8)), "3 input channels are supported, these weights take 1"),
             (without("patch_embed"), "it looks like a Vision Mamba without patch_embed.proj.weight"),
             (without("out_proj"), "it looks like a Vision Mamba without out_proj.weight"),

@@ -52,7 +52,7 @@ def refusal(tensors: dict[str, Tensor], hint: str = "weights", **options: Any) -
 def test_registered_models_are_detected(name: str, detected: str) -> None:
     identity = found(weights_of(name))
     assert (identity.name, identity.architecture, identity.args) == (detected, detected, {})
-    assert any("by its tensors" in note for note in identity.notes)
+    assert any("from tensor names and shapes" in note for note in identity.notes)
 
 
 def test_image_size_and_classes_are_detected() -> None:
@@ -227,7 +227,7 @@ class TestUnregisteredShapes:
     ("name", "message"),
     [
         ("swin_tiny_patch4_window7_224", "looks like a Swin Transformer, whose windows need the whole grid"),
-        ("resnest14d", "it looks like a ResNet with stages of 1, 1, 1, 1 blocks, but timm has no name for one"),
+        ("resnest14d", "it looks like a ResNet with stages of 1, 1, 1, 1 blocks, but no timm model has these tensors"),
         ("efficientnet_b0", "the tensors fit no known model"),
         ("beit_base_patch16_224", "unknown image size, since there is no position table"),
     ],
