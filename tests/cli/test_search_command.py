@@ -429,7 +429,7 @@ class TestInterrupted:
         self, cli: Command, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         best_so_far = SimpleNamespace(result=SimpleNamespace(interrupted=True))
-        monkeypatch.setattr("repshift_cli.compression.find", lambda *_, **__: best_so_far)
+        monkeypatch.setattr("repshift_cli.compression.run.find", lambda *_, **__: best_so_far)
         outcome = cli("compress", dense, "-t", "macs=0.7", "--calibration-images", "16", "-o", "s.safetensors")
         assert outcome.rc == 130
         assert "interrupted; nothing half-done was left behind" in outcome.stderr
@@ -535,7 +535,7 @@ class TestCompress:
         ("extra", "message"),
         [
             (("--dry-run",), "--dry-run: the plan for macs=0.7 is known only after a search"),
-            (("--no-calibrate",), "--no-calibrate: the search for macs=0.7 chooses by pictures"),
+            (("--no-calibrate",), "--no-calibrate: the search for macs=0.7 needs images"),
         ],
     )
     def test_what_a_search_cannot_do(self, extra: tuple[str, ...], message: str, cli: Command, dense: Path) -> None:
@@ -597,7 +597,7 @@ class TestOtherUsersOfABudget:
         assert "`repshift search MODEL --recipe FILE` finds the layers" in words(outcome.stderr)
 
     def test_so_does_the_python_api(self, budget: str, tmp_path: Path) -> None:
-        with pytest.raises(RecipeError, match="budget in place of layers"):
+        with pytest.raises(RecipeError, match="budget instead of layers"):
             compress(tiny_vit(), Recipe.load(tmp_path / budget))
 
     def test_recipes_check_and_show(self, cli: Command, budget: str, tmp_path: Path) -> None:
