@@ -20,7 +20,8 @@ from _results import publish, table
 from torch import Tensor
 
 from repshift_cli.calibration.calibrate import calibrate
-from repshift_cli.checkpoints.load import BUILTIN, load_checkpoint
+from repshift_cli.checkpoints.builtin import BUILTIN
+from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.data.builtin.digits import DigitScenes
 from repshift_cli.data.inputs import load_images

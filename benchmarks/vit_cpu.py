@@ -19,6 +19,7 @@ from _timing import cpu_settings
 from repshift_cli.benchmark.baselines import contenders_against, dense_copy
 from repshift_cli.benchmark.report import BenchReport, Ratio, Run
 from repshift_cli.benchmark.run import Contender, run_bench
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.cli.ui import Screen
 from repshift_cli.compression.api import compress_dense
 from repshift_cli.measure.compiled import CompileMode
@@ -95,7 +96,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def measure(published: Published, options: argparse.Namespace, progress: Progress) -> BenchReport:
-    opened = compress_dense(published.model, recipe_name=published.recipe, img_size=options.img_size)
+    opened = compress_dense(published.model, published.recipe, LoadOptions(img_size=options.img_size))
     sides = contenders_against({published.model: opened}, options.baselines)
     assert opened.compressed is not None
     # shares the weights, like the baselines
@@ -109,7 +110,7 @@ def measure(published: Published, options: argparse.Namespace, progress: Progres
 
 def planned(published: Published, img_size: int | None) -> Plan:
     """The plan with multiples of 16 tokens."""
-    compressed = compress_dense(published.model, recipe_name=published.tiles, img_size=img_size).compressed
+    compressed = compress_dense(published.model, published.tiles, LoadOptions(img_size=img_size)).compressed
     assert compressed is not None
     return compressed.plan
 

@@ -27,6 +27,7 @@ from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.exported import DOCUMENT_FILE, kind_of, read_document
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import ModelDescription
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.schema import EXPORT_VERSION
 from repshift_cli.checkpoints.weights import METADATA_KEY, read_weights
 from repshift_cli.data.sources.tar import tar_members
@@ -124,7 +125,7 @@ class Fuzzer:
         path.write_bytes(struct.pack("<Q", told) + header + data[:cut])
         weights = read_weights(path)
         if rng.random() < 0.1:  # which is slow
-            load_checkpoint(path, heads=rng.choice([None, 2]))
+            load_checkpoint(path, LoadOptions(heads=rng.choice([None, 2])))
         assert isinstance(weights.tensors, dict)
 
     def annotations(self, rng: random.Random) -> None:
@@ -191,7 +192,7 @@ class Fuzzer:
         torch.manual_seed(0)
         path = self.folder / "good.safetensors"
         path.write_bytes(to_safetensors(self.tensors))
-        loaded = load_checkpoint(path, heads=2)
+        loaded = load_checkpoint(path, LoadOptions(heads=2))
         recipe = make_recipe("[{layer: 0, drop_ratio: 0.25}, {layer: 2, keep_tokens: 5}]")
         plan = make_plan(loaded.model, recipe)
         document: dict[str, Any] = json.loads(json.dumps(artifact.make_document(loaded, plan, recipe, None, {})))

@@ -56,6 +56,7 @@ def test_the_package_has_no_module_that_hides_a_function() -> None:
 
 
 def test_compress_look_inside_and_load_again(tmp_path: Path) -> None:
+    from repshift_cli.checkpoints.options import LoadOptions
     from repshift_cli.compression.run import compress_checkpoint
     from repshift_cli.compression.settings import Settings
     from repshift_cli.utils.progress import Silent
@@ -71,7 +72,9 @@ def test_compress_look_inside_and_load_again(tmp_path: Path) -> None:
 
     (tmp_path / "r.yaml").write_text(recipe.text)
     path = save_weights(tiny_vit(embed_dim=64), tmp_path / "dense.safetensors")
-    settings = Settings(recipe=str(tmp_path / "r.yaml"), heads=2, output=tmp_path / "small.safetensors", seconds=0.0)
+    settings = Settings(
+        recipe=str(tmp_path / "r.yaml"), load=LoadOptions(heads=2), output=tmp_path / "small.safetensors", seconds=0.0
+    )
     compress_checkpoint(str(path), settings, Silent())
     again = repshift_cli.load(tmp_path / "small.safetensors")
     assert torch.equal(again.trace(images()).output, trace.output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
@@ -189,3 +190,44 @@ def test_one_file_is_one_member(kind: str) -> None:
     homes = [member.__module__.rsplit(".", 1)[1] for member in members(package, base)]
     stems = {Path(file).stem for file in FILES if file.startswith(f"reduction/{kind}/")}
     assert sorted(homes) == sorted(stems - {"__init__", "base"})
+
+
+MODEL_KINDS = {"umt", "vim", "cnn"}
+
+KINDS_KNOWN_IN = (
+    *("reduction/families/", "models/", "checkpoints/identify/", "evaluation/video_text/", "data/video/"),
+    "checkpoints/builtin.py",  # the table with the names of the built-in models
+)
+
+
+def words_of(name: str) -> set[str]:
+    """Lower-case words of an identifier or a key: `UmtModel` has `umt` and `model`."""
+    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+
+
+def names_and_keys(file: str) -> Iterator[tuple[str, int]]:
+    """Identifiers of a file, and strings that it compares or uses as keys, with the line."""
+    for node in ast.walk(tree_of(file)):
+        line = getattr(node, "lineno", 0)
+        for field in ("id", "attr", "arg", "name", "asname", "module"):
+            if isinstance(value := getattr(node, field, None), str):
+                yield value, line
+        keys: list[ast.expr | None] = []
+        if isinstance(node, ast.Compare):
+            keys = [node.left, *node.comparators]
+        elif isinstance(node, ast.Dict):
+            keys = list(node.keys)
+        elif isinstance(node, ast.Subscript):
+            keys = [node.slice]
+        elif isinstance(node, ast.MatchValue):
+            keys = [node.value]
+        for key in keys:
+            for part in getattr(key, "elts", [key]):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    yield part.value, line
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if not file.startswith(KINDS_KNOWN_IN)])
+def test_families_own_what_is_special_to_a_kind_of_model(file: str) -> None:
+    found = [f"{file}:{line} {name}" for name, line in names_and_keys(file) if words_of(name) & MODEL_KINDS]
+    assert not found, f"{found}: ask the family instead"

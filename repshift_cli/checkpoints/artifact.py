@@ -1,35 +1,32 @@
 """Write and read compressed checkpoints.
 
-A compressed checkpoint is one `.safetensors`: the tensors of the dense model under their own keys, so that any other
-tool opens it as that model, and in the metadata a JSON document that says how to let the tokens go. Loading replays
-the plan; nothing is decided again.
+A compressed checkpoint is one `.safetensors` file: the tensors of the dense model under their own keys, so that other
+tools open it as that model, and in the metadata a JSON document with the plan. Loading replays the plan.
 """
 
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from repshift_cli.checkpoints.identify import Clips
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel
+from repshift_cli.checkpoints.options import LoadOptions
+from repshift_cli.checkpoints.schema import ArtifactDocument, ModelPart, RecipePart, SourcePart, creation
 from repshift_cli.checkpoints.weights import FORMAT_VERSION, METADATA_KEY
 from repshift_cli.errors import CheckpointError, OutputError, RecipeError
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
-from repshift_cli.reduction.families.base import match
+from repshift_cli.reduction.families.base import families, match
 from repshift_cli.utils.files import atomic_output
 
 __all__ = [
@@ -44,10 +41,8 @@ __all__ = [
     "stored_plan",
 ]
 
-
-_FAMILY_VERSIONS = {"timm_vit": 1, "resnet": 2, "vim": 2, "umt": 3}
 _PART_VERSIONS = {"fuse": 4, "merge": 4, "bipartite": 4, "fitted": 4, "vid_tldr": 3, "attention_entropy": 3}
-"""The first version whose readers know the plans of a family, and a reducer or a metric; others are as old as 1."""
+"""The first format version with this metric or reducer; 1 for others."""
 
 
 @dataclass
@@ -55,7 +50,7 @@ class Opened:
     """A model that is ready to run, dense or compressed.
 
     Attributes:
-        loaded: the dense model and what is known of it.
+        loaded: the dense model and its description.
         compressed: the same model with its plan attached, None for a dense checkpoint.
     """
 
@@ -64,7 +59,7 @@ class Opened:
 
     @property
     def module(self) -> nn.Module:
-        """What to run."""
+        """The module to run."""
         return self.compressed if self.compressed is not None else self.loaded.model
 
     @property
@@ -79,28 +74,18 @@ class Opened:
 
     @property
     def reduced(self) -> bool:
-        """Whether tokens go in `module`."""
+        """Whether `module` drops or merges tokens."""
         return self.compressed is not None
 
 
-def open_model(
-    name: str | Path,
-    model_name: str | None = None,
-    heads: int | None = None,
-    img_size: int | None = None,
-    *,
-    clips: Clips | None = None,
-) -> Opened:
-    """Load any model: a compressed checkpoint with its plan at work, or a dense one.
-
-    Args:
-        name, model_name, heads, img_size, clips: as for `checkpoint.load`.
+def open_model(name: str | Path, options: LoadOptions | None = None) -> Opened:
+    """Load a dense checkpoint, or a compressed one with its plan attached; `name` as for `load_checkpoint`.
 
     Raises:
-        CheckpointError: as `checkpoint.load`; also a compressed checkpoint that is damaged or from a newer version.
-        UsageError: as `checkpoint.load`.
+        CheckpointError: as `load_checkpoint`; or a compressed checkpoint is damaged or from a newer version.
+        UsageError: as `load_checkpoint`.
     """
-    loaded = load_checkpoint(name, model_name, heads, img_size, clips=clips)
+    loaded = load_checkpoint(name, options)
     plan = stored_plan(loaded)
     try:
         return Opened(loaded, attach_loaded(loaded, plan) if plan else None)
@@ -109,7 +94,7 @@ def open_model(
 
 
 def attach_loaded(loaded: LoadedModel, plan: Plan) -> CompressedModel:
-    """Attach a plan to a loaded model, and keep the preprocessing beside it; errors as `attach`."""
+    """Attach a plan to a loaded model and give the result its preprocessing; errors as `attach`."""
     compressed = attach(loaded.model, plan)
     compressed.preprocessing = loaded.description.preprocessing
     return compressed
@@ -128,57 +113,49 @@ def load(path: str | Path) -> CompressedModel:
 
 
 def stored_plan(loaded: LoadedModel) -> Plan | None:
-    """The plan in the metadata of a checkpoint, None for a dense one.
-
-    Raises:
-        CheckpointError: the plan cannot be.
-    """
+    """The plan in the metadata of a checkpoint, None for a dense one; raises CheckpointError for an invalid plan."""
     document = loaded.document
     if document is None or not {"plan", "format_version"} & document.keys():
         return None
-    where = loaded.source.path or "the checkpoint"
     try:
         return Plan.model_validate(document.get("plan"))
     except ValidationError as error:
+        where = loaded.source.path or "the checkpoint"
         raise CheckpointError(f"{where}: its plan is damaged: {error.errors()[0]['msg']}") from error
 
 
-def make_document(
-    loaded: LoadedModel, plan: Plan, recipe: Recipe, calibration: Mapping[str, Any] | None, measured: Mapping[str, Any]
+def make_document(  # noqa: PLR0917
+    loaded: LoadedModel,
+    plan: Plan,
+    recipe: Recipe,
+    calibration: dict[str, Any] | None,
+    measured: dict[str, Any],
+    search: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The JSON document of a compressed checkpoint."""
-    import timm
-
-    from repshift_cli.version import __version__
-
-    source = loaded.source
-    return {
-        "format_version": _version_of(plan),
-        "repshift_version": __version__,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": loaded.description.to_dict(),
-        "plan": plan.model_dump(mode="json"),
-        "recipe": {"name": recipe.place.name, "text": recipe.text},
-        "source": {
-            "origin": source.origin,
-            "name": Path(source.path).name if source.path else None,
-            "sha256": source.sha256,
-        },
-        "calibration": calibration,
-        "measured": dict(measured),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
-    }
+    """The JSON document of a compressed checkpoint, see `ArtifactDocument`."""
+    document = ArtifactDocument(
+        format_version=_version_of(plan),
+        **creation(),
+        model=ModelPart(**loaded.description.to_dict()),
+        plan=plan,
+        recipe=RecipePart(name=recipe.place.name, text=recipe.text),
+        source=SourcePart(**loaded.source.to_dict()),
+        calibration=calibration,
+        measured=measured,
+        search=search,
+    )
+    return document.model_dump(mode="json", exclude=None if search else {"search"})
 
 
 def _version_of(plan: Plan) -> int:
-    """The first version whose readers know all that stands in a plan."""
+    """The first format version whose readers can load a plan."""
     kinds = {plan.reducer.kind, *(site.metric.kind for site in plan.sites)}
-    family = _FAMILY_VERSIONS.get(plan.family, FORMAT_VERSION)
-    return max(family, *(_PART_VERSIONS.get(kind, 1) for kind in kinds))
+    family = next(family for family in families() if family.name == plan.family)
+    return max(family.format_version, *(_PART_VERSIONS.get(kind, 1) for kind in kinds))
 
 
 def save(path: Path, loaded: LoadedModel, document: Mapping[str, Any], force: bool = False) -> None:
-    """Write a compressed checkpoint; nothing half-written ever stands under `path`.
+    """Write a compressed checkpoint. The file appears under `path` only when it is complete.
 
     Raises:
         UsageError: the file exists and `force` is off.
@@ -190,15 +167,15 @@ def save(path: Path, loaded: LoadedModel, document: Mapping[str, Any], force: bo
         try:
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:
-            raise OutputError(f"cannot write {path}: {error}", "Nothing was left under its name.") from error
+            raise OutputError(f"cannot write {path}: {error}", "No file was left there.") from error
 
 
 def separated(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors contiguous and each in memory of its own, as safetensors wants them (tied weights are copied)."""
-    apart: dict[str, Tensor] = {}
+    """The tensors contiguous and without shared memory, as safetensors requires; tied weights are copied."""
+    found: dict[str, Tensor] = {}
     places: set[int] = set()
     for key, value in tensors.items():
         place = value.untyped_storage().data_ptr()
-        apart[key] = value.clone() if place in places else value.contiguous()
+        found[key] = value.clone() if place in places else value.contiguous()
         places.add(place)
-    return apart
+    return found

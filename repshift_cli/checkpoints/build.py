@@ -1,4 +1,4 @@
-"""Build a model from its description and its tensors."""
+"""Build a model from its description and tensors, and set its image size."""
 
 from __future__ import annotations
 
@@ -7,38 +7,32 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from repshift_cli.checkpoints.identify.building import UMT, VIM, build_on_meta, create
-from repshift_cli.checkpoints.identify.names import is_model_name
+from repshift_cli.checkpoints.identify.building import build_on_meta, create, is_architecture
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.weights import first_names
 from repshift_cli.data.preprocessing import LARGEST_SIDE, Preprocessing, fixed_size
 from repshift_cli.errors import CheckpointError, UsageError
-from repshift_cli.models.umt import UmtModel
+from repshift_cli.reduction.families.base import find
 
-__all__ = [
-    "build",
-    "checked_size",
-    "configure",
-    "set_image_size",
-]
+__all__ = ["build", "checked_size", "configure", "set_image_size"]
 
 
 def build(description: ModelDescription, tensors: Mapping[str, Tensor], where: str) -> nn.Module:
-    """Build the model of a description around these weights (float32, eval mode, CPU).
+    """Build the model of a description with these weights (float32, eval mode, CPU).
 
     Raises:
-        CheckpointError: the weights do not fit; the message says which keys and shapes.
+        CheckpointError: the weights do not fit; the message lists keys and shapes.
     """
     architecture = description.architecture
-    if architecture not in (None, VIM, UMT) and not is_model_name(architecture):
-        raise CheckpointError(f"{where}: there is no model named {architecture!r}")
+    if not is_architecture(architecture):
+        raise CheckpointError(f"{where}: unknown model {architecture!r}")
     model = build_on_meta(architecture, description.args, where, tensors, description.name)
     _check_fit(model, tensors, description.name, where)
     model.load_state_dict(dict(tensors), strict=True, assign=True)
-    if isinstance(model, UmtModel):
-        model.restore_buffers()
+    if family := find(model):
+        family.after_load(model)
     if any(buffer.is_meta for buffer in model.buffers()):
-        # A buffer that is not stored has to be computed, which needs a real device.
+        # A buffer that is not stored is computed, which needs a real device.
         model = create(architecture, description.args, where)
         model.load_state_dict(dict(tensors), strict=True, assign=True)
     configure(model, description.preprocessing)
@@ -46,16 +40,16 @@ def build(description: ModelDescription, tensors: Mapping[str, Tensor], where: s
 
 
 def configure(model: nn.Module, preprocessing: Preprocessing) -> None:
-    """Let the model's own configuration say what is known of its images: a convolutional network takes any size."""
+    """Write the preprocessing to the model's own configuration, where timm keeps it."""
     config = dict(getattr(model, "pretrained_cfg", None) or {})
     model.pretrained_cfg = {**config, **preprocessing.to_dict()}  # type: ignore[assignment]
 
 
 def set_image_size(loaded: LoadedModel, img_size: int | None) -> None:
-    """Let a model take images of another size, where its weights fit any; None leaves it as it is.
+    """Set the image size of a model whose weights fit any size; None leaves it as it is.
 
     Raises:
-        UsageError: the weights fit one size only, or what was decided for it does.
+        UsageError: the weights or the plan of the model are for one size.
     """
     preprocessing = loaded.description.preprocessing
     channels, *size = preprocessing.input_size
@@ -65,24 +59,24 @@ def set_image_size(loaded: LoadedModel, img_size: int | None) -> None:
     checked_size(img_size)
     if loaded.document is not None and "plan" in loaded.document:
         raise UsageError(
-            f"--img-size {img_size}: {what} was compressed for images of {now}, and its plan holds for no other size",
+            f"--img-size {img_size}: {what} was compressed for images of {now}, and its plan fits no other size",
             f"Leave --img-size out, or compress the dense checkpoint again with --img-size {img_size}.",
         )
     if fixed_size(loaded.model):
         raise UsageError(
-            f"--img-size {img_size}: {what} takes images of {now}: its positions are made for that size",
+            f"--img-size {img_size}: {what} takes images of {now}: its position table has that size",
             "Leave --img-size out, or resize the position table first.",
         )
     changed = replace(preprocessing, input_size=(channels, img_size, img_size))
     loaded.description = replace(loaded.description, preprocessing=changed)
-    loaded.notes.append(f"images of {img_size}x{img_size} are used instead of {now}, as --img-size says")
+    loaded.notes.append(f"image size set to {img_size}x{img_size} instead of {now} (--img-size)")
     configure(loaded.model, changed)
 
 
 def checked_size(img_size: int) -> int:
     """Return the image size, or raise if it is out of range."""
     if not 1 <= img_size <= LARGEST_SIDE:
-        raise UsageError(f"--img-size: {img_size} is not a number from 1 to {LARGEST_SIDE}")
+        raise UsageError(f"invalid --img-size {img_size}: must be from 1 to {LARGEST_SIDE}")
     return img_size
 
 
@@ -90,7 +84,7 @@ def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], name: str, where
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     given = {key: tuple(value.shape) for key, value in tensors.items()}
     problems = []
-    for label, keys in (("missing", expected.keys() - given.keys()), ("not known", given.keys() - expected.keys())):
+    for label, keys in (("missing", expected.keys() - given.keys()), ("unknown", given.keys() - expected.keys())):
         if keys:
             problems.append(f"{label}: {first_names(sorted(keys))}")
     wrong = [
@@ -101,8 +95,8 @@ def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], name: str, where
     if wrong:
         problems.append(f"shapes: {first_names(wrong)}")
     parameters = [key for key, _ in model.named_parameters() if key in tensors]
-    whole = [f"{key} is {tensors[key].dtype}" for key in parameters if not tensors[key].is_floating_point()]
-    if whole:
-        problems.append(f"not floating point: {first_names(whole)}")
+    integers = [f"{key} is {tensors[key].dtype}" for key in parameters if not tensors[key].is_floating_point()]
+    if integers:
+        problems.append(f"not floating point: {first_names(integers)}")
     if problems:
         raise CheckpointError(f"{where}: the weights do not fit {name}: {'; '.join(problems)}")

@@ -1,7 +1,6 @@
-"""Run exported files: ONNX graphs, `torch.export` programs and AOTInductor packages, as modules that take tensors.
+"""Open and run exported files: ONNX graphs, `torch.export` programs and AOTInductor packages.
 
-Each file carries our JSON document, so that it says what it is without the library that runs it. A `.pt2` holds a
-program or a package: both are zip archives, and what lies in them tells them apart.
+Each file holds our JSON document. A `.pt2` is a zip archive with a program or a package.
 """
 
 from __future__ import annotations
@@ -10,9 +9,9 @@ import json
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.artifact import Opened
-from repshift_cli.checkpoints.identify import Clips
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.schema import EXPORT_VERSION, ExportDocument
 from repshift_cli.checkpoints.weights import METADATA_KEY, Source
 from repshift_cli.errors import CheckpointError, UsageError, first_line
@@ -44,27 +43,25 @@ __all__ = [
 ]
 
 Kind = Literal["onnx", "pt2", "aoti"]
-"""What an exported file is run by: ONNX Runtime, torch's interpreter, or as the compiled code that it is."""
+"""The runtime of an exported file: ONNX Runtime, torch's interpreter, or compiled code."""
 
 DOCUMENT_FILE = f"{METADATA_KEY}.json"
-"""Under this name a `.pt2` holds our JSON document."""
+"""Name of our JSON document in a `.pt2`."""
+
+_Value = TypeVar("_Value")
 
 _LARGEST_DOCUMENT = 1 << 24
-"""Bytes of what a file says of itself."""
+"""Bytes of a document."""
 
-_AGAIN = "Copy it again, or export the model anew."
+_AGAIN = "Copy it again, or export the model again."
 
 
 class Runtime(nn.Module, ABC):
-    """An exported file as a module. Weights belong to the runtime: `to` and `state_dict` do not see them.
-
-    Args:
-        path: the file.
-        document: what it says of itself.
+    """An exported file as a module. The runtime holds the weights, so `to` and `state_dict` do not see them.
 
     Attributes:
-        num_classes: outputs of the head, None where there is none.
-        hides_memory: whether the runtime allocates where torch does not see it.
+        num_classes: outputs of the head, None without a head.
+        hides_memory: whether torch does not see the memory of the runtime.
     """
 
     hides_memory: ClassVar[bool] = True
@@ -76,17 +73,17 @@ class Runtime(nn.Module, ABC):
         self.num_classes = document.num_classes
 
     def forward(self, images: Tensor) -> Tensor:
-        """What the model gives for `[B, ...]` of the dtype and the shape that the file is for.
+        """The output for inputs `[B, ...]`.
 
         Raises:
-            UsageError: they are not those.
+            UsageError: the file is for another dtype or shape.
         """
         self._check(images)
         return self.outputs(images)[0]
 
     @abstractmethod
     def outputs(self, images: Tensor) -> tuple[Tensor, ...]:
-        """All that the file gives; our own files give one tensor, but for those that a check is made with."""
+        """All outputs: one, or more in a file that is written for a check."""
 
     def _check(self, images: Tensor) -> None:
         wanted = self.document.input
@@ -104,7 +101,7 @@ class Runtime(nn.Module, ABC):
 
 
 class _OnnxRuntime(Runtime):
-    """On the CPU, with as many threads as torch has."""
+    """On the CPU, with as many threads as torch."""
 
     def __init__(self, path: Path, document: ExportDocument) -> None:
         super().__init__(path, document)
@@ -113,7 +110,7 @@ class _OnnxRuntime(Runtime):
 
     def outputs(self, images: Tensor) -> tuple[Tensor, ...]:
         if images.device.type != "cpu":
-            raise UsageError(f"{self.path}: ONNX files are run on the CPU here", "Use --device cpu.")
+            raise UsageError(f"{self.path}: ONNX files run on the CPU only", "Use --device cpu.")
         if torch.get_num_threads() != self._threads:
             self._threads = torch.get_num_threads()
             self._session = self._open()
@@ -125,17 +122,17 @@ class _OnnxRuntime(Runtime):
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
-        options.log_severity_level = 3  # what goes wrong is raised
-        # threads that wait in a loop take the processor from whatever is timed in turn with this
+        options.log_severity_level = 3  # errors are raised
+        # waiting threads must not slow down the other model of a comparison
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             return onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors have no common class
-            raise CheckpointError(f"{self.path} is not run by ONNX Runtime: {first_line(error)}", _AGAIN) from error
+            raise CheckpointError(f"ONNX Runtime cannot run {self.path}: {first_line(error)}", _AGAIN) from error
 
 
 class _Program(Runtime):
-    """A program of `torch.export`, operation by operation as eager models run."""
+    """A program of `torch.export`, run operation by operation."""
 
     hides_memory: ClassVar[bool] = False
 
@@ -143,10 +140,10 @@ class _Program(Runtime):
         super().__init__(path, document)
         try:
             self._program: Any = torch.export.load(str(path))
-        except Exception as error:  # a file that is cut short fails in many ways
+        except Exception as error:  # a truncated file fails in many ways
             raise CheckpointError(f"{path} does not load as a program: {first_line(error)}", _AGAIN) from error
         self._device = torch.device(document.device)
-        # in a tuple, so that its parameters are not listed: cast alone they would not fit the program
+        # in a tuple, so that `to` does not cast its parameters, which would no longer fit the program
         self._module: tuple[Any] = (self._program.module(),)
 
     def outputs(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -159,17 +156,20 @@ class _Program(Runtime):
 
 
 class _Package(Runtime):
-    """What AOTInductor compiled, for one kind of device."""
+    """A package of AOTInductor, compiled for one kind of device."""
 
     def __init__(self, path: Path, document: ExportDocument) -> None:
         super().__init__(path, document)
-        _check_device(path, document.device)
+        if torch.device(document.device).type == "cuda" and not torch.cuda.is_available():
+            raise UsageError(
+                f"{path} was compiled for CUDA, and torch finds no CUDA device", "Export it with --device cpu."
+            )
         try:
             self._package: tuple[Any] = (torch._inductor.aoti_load_package(str(path)),)
-        except Exception as error:  # as above, and what the linker says
+        except Exception as error:  # as above, and errors of the linker
             raise CheckpointError(
                 f"{path} does not load as a compiled package: {first_line(error)}",
-                "It runs where it was compiled, and where processor, system and torch are the same. Else export anew.",
+                "It runs only where processor, system and torch are as at its compilation. Else export it again.",
             ) from error
 
     def outputs(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -184,7 +184,7 @@ RUNTIMES: Mapping[Kind, type[Runtime]] = {"onnx": _OnnxRuntime, "pt2": _Program,
 
 
 class InChunks(nn.Module):
-    """A file with a fixed batch, for any number of inputs: in chunks, of which the last is filled up."""
+    """A file with a fixed batch, run on any number of inputs in chunks. The last chunk is padded."""
 
     def __init__(self, runtime: Runtime, batch: int) -> None:
         super().__init__()
@@ -192,7 +192,6 @@ class InChunks(nn.Module):
         self.batch = batch
 
     def forward(self, images: Tensor) -> Tensor:
-        """As the file, for `[B, ...]` with any B."""
         missing = -len(images) % self.batch
         filled = torch.cat((images, images[-1:].expand(missing, *images.shape[1:])))
         return torch.cat([self.runtime(part) for part in filled.split(self.batch)])[: len(images)]
@@ -200,7 +199,7 @@ class InChunks(nn.Module):
 
 @dataclass
 class OpenedExport(Opened):
-    """An exported file that is ready to run; `compressed` is None, since there is no dense self in it."""
+    """An exported file that is ready to run; `compressed` is None, since it holds no dense model."""
 
     runtime: Runtime
 
@@ -222,58 +221,46 @@ class OpenedExport(Opened):
 
     @property
     def weights(self) -> str:
-        """What tells weights apart: their hash, and where there was no file, the name of the model."""
+        """Identity of the weights: their hash, or the name of the model without a file."""
         document = self.runtime.document
         return str(document.source.get("sha256") or document.model["name"])
 
     @property
     def flexible(self) -> nn.Module:
-        """What to run on any number of inputs."""
+        """A module for any number of inputs."""
         batch = self.runtime.document.input.shape[0]
         return self.runtime if batch is None else InChunks(self.runtime, batch)
 
 
 def is_exported(name: str | Path) -> bool:
-    """Whether this is the name of an exported file that is there."""
+    """Whether this is an existing file with the suffix of an exported one."""
     path = Path(name)
     return path.suffix.lower() in EXPORT_SUFFIXES and path.is_file()
 
 
-def open_any(
-    name: str | Path,
-    model_name: str | None = None,
-    heads: int | None = None,
-    img_size: int | None = None,
-    *,
-    clips: Clips | None = None,
-) -> Opened:
-    """As `artifact.open_model`, and exported files too, which tell themselves what the arguments tell of others.
+def open_any(name: str | Path, options: LoadOptions | None = None) -> Opened:
+    """Open a checkpoint or an exported file, which allows no options.
 
     Raises:
-        UsageError, CheckpointError: as `artifact.open_model` and `open_exported`; or an argument was given for an
-            exported file.
+        UsageError, CheckpointError: as `artifact.open_model` and `open_exported`; or options for an exported file.
     """
     if not is_exported(name):
-        return artifact.open_model(name, model_name, heads, img_size, clips=clips)
-    told = {"--model": model_name, "--heads": heads, "--img-size": img_size}
-    given = [option for option, value in told.items() if value is not None]
-    if clips not in (None, Clips()):
-        given.append("--frames")
+        return artifact.open_model(name, options)
+    given = [key for key, value in asdict(options or LoadOptions()).items() if value is not None]
     if given:
-        raise UsageError(
-            f"{given[0]}: {name} is an exported file, which is made for one model and size", "Leave it out."
-        )
+        option = given[0].removesuffix("_name").replace("_", "-")
+        raise UsageError(f"--{option}: {name} is an exported file, made for one model and size", "Leave it out.")
     return open_exported(Path(name))
 
 
 def open_exported(path: Path) -> OpenedExport:
-    """Open a file that `repshift export` wrote.
+    """Open a file of `repshift export`.
 
-    A compiled package is native code, and runs as such: open only what you trust.
+    A compiled package is native code: open only files that you trust.
 
     Raises:
-        CheckpointError: it is damaged, of a newer version, or was not written by us.
-        UsageError: its runtime is not installed, or there is no such device.
+        CheckpointError: it is damaged, of a newer version, or not written by repshift.
+        UsageError: its runtime or device is missing.
     """
     kind = kind_of(path)
     document = read_document(path, kind)
@@ -285,18 +272,14 @@ def open_exported(path: Path) -> OpenedExport:
 
 
 def run_file(path: Path, kind: Kind, document: ExportDocument) -> Runtime:
-    """A file of this kind, ready to run; errors as `open_exported`."""
+    """A file of a known kind, ready to run; errors as `open_exported`."""
     if kind == "onnx":
         require("onnxruntime")
     return RUNTIMES[kind](path, document)
 
 
 def kind_of(path: Path) -> Kind:
-    """What an exported file is, by its content.
-
-    Raises:
-        CheckpointError: it is none of these, or damaged.
-    """
+    """The kind of an exported file, by its content; raises CheckpointError for other files."""
     if path.suffix.lower() == ".onnx":
         return "onnx"
     names = [name.partition("/")[2] for name in _archive_names(path)]
@@ -308,25 +291,25 @@ def kind_of(path: Path) -> Kind:
 
 
 def read_document(path: Path, kind: Kind) -> ExportDocument:
-    """What a file says of itself.
+    """The document in an exported file.
 
     Raises:
-        CheckpointError: it is damaged, says nothing, or is of a newer version.
-        UsageError: what reads it is not installed.
+        CheckpointError: the file is damaged, has no document, or is of a newer version.
+        UsageError: the package that reads it is not installed.
     """
     text = _onnx_document(path) if kind == "onnx" else _archived_document(path)
     if text is None:
         raise CheckpointError(
-            f"{path} was not written by `repshift export`: it does not say what it is",
-            "Export the model with repshift; other files run in their own runtime.",
+            f"{path} was not written by `repshift export`: it has no document",
+            "Export the model with repshift. Other files run in their own runtime.",
         )
     try:
         document = json.loads(text)
         version = document.get("export_version")
         if isinstance(version, int) and version > EXPORT_VERSION:
             raise CheckpointError(
-                f"{path} was written by a newer repshift (export {version}, this one knows {EXPORT_VERSION})",
-                "Upgrade: pip install --upgrade repshift-cli. Its own runtime opens the file all the same.",
+                f"{path} was written by a newer repshift (export {version}, supported up to {EXPORT_VERSION})",
+                "Upgrade: pip install --upgrade repshift-cli. Its own runtime can open the file.",
             )
         return ExportDocument.model_validate(document)
     except (ValueError, AttributeError, RecursionError) as error:
@@ -335,11 +318,7 @@ def read_document(path: Path, kind: Kind) -> ExportDocument:
 
 
 def require(package: str) -> None:
-    """Refuse to go on without a package that ONNX files need.
-
-    Raises:
-        UsageError: naming the extra that brings it.
-    """
+    """Raise UsageError if a package for ONNX files is not installed."""
     from importlib.util import find_spec
 
     if find_spec(package) is None:
@@ -366,32 +345,26 @@ def _archived_document(path: Path) -> str | None:
     name = next((name for name in _archive_names(path) if name.endswith(f"/{DOCUMENT_FILE}")), None)
     if name is None:
         return None
-    return _in_archive(path, lambda archive: _member(archive, name).decode("utf-8"))
 
+    def read(archive: zipfile.ZipFile) -> str:
+        size = archive.getinfo(name).file_size
+        if size > _LARGEST_DOCUMENT:
+            raise ValueError(f"{name} takes {size} bytes")
+        return archive.read(name).decode("utf-8")
 
-def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A file in an archive, its size checked before there is memory for it."""
-    size = archive.getinfo(name).file_size
-    if size > _LARGEST_DOCUMENT:
-        raise ValueError(f"{name} takes {size} bytes")
-    return archive.read(name)
+    return _in_archive(path, read)
 
 
 def _archive_names(path: Path) -> list[str]:
-    return _in_archive(path, lambda archive: archive.namelist())
+    return _in_archive(path, zipfile.ZipFile.namelist)
 
 
-def _in_archive(path: Path, read: Callable[[zipfile.ZipFile], Any]) -> Any:
+def _in_archive(path: Path, read: Callable[[zipfile.ZipFile], _Value]) -> _Value:
     try:
         with zipfile.ZipFile(path) as archive:
             return read(archive)
-    except Exception as error:  # damaged archives end in the errors of whatever unpacks them, such as zlib.error
+    except Exception as error:  # damaged archives raise errors of many kinds, such as zlib.error
         raise CheckpointError(f"{path} is not a .pt2 archive, or is damaged: {first_line(error)}", _AGAIN) from error
-
-
-def _check_device(path: Path, device: str) -> None:
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"{path} was compiled for CUDA, and torch sees no CUDA device", "Export it with --device cpu.")
 
 
 def _as_tuple(found: Any) -> tuple[Tensor, ...]:

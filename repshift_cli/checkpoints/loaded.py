@@ -8,26 +8,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from repshift_cli.checkpoints.builtin import BUILTIN
 from repshift_cli.checkpoints.weights import Source
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError
 
-__all__ = [
-    "LoadedModel",
-    "ModelDescription",
-]
+__all__ = ["LoadedModel", "ModelDescription"]
 
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """All that is needed to build the model again without its weights.
+    """What is needed to build the model again, besides its weights.
 
     Attributes:
-        name: what people call it: the name of the model, or words for a shape that has none.
-        architecture: name in timm's registry or of one of Vim's models; or what is built from `args` alone: None for a
-            `VisionTransformer`, "vim" for a `VisionMamba`, "umt" for a UMT.
-        args: keyword arguments for the builder.
-        preprocessing: the model's own evaluation transform.
+        name: of the model, or a description of a shape without a name.
+        architecture: a registered name, or a kind that is built from `args` alone, see `identify.building.create`.
+        args: keyword arguments of the builder.
+        preprocessing: the evaluation transform.
     """
 
     name: str
@@ -40,29 +37,29 @@ class ModelDescription:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelDescription:
-        """From the form that `to_dict` gives.
+        """From a dict of `to_dict`.
 
         Raises:
-            CheckpointError: a key is missing or of a wrong type.
+            CheckpointError: a key is missing or has the wrong type.
         """
         try:
             name, architecture, args = values["name"], values["architecture"], values["args"]
             preprocessing = Preprocessing.from_dict(values["preprocessing"])
         except (KeyError, TypeError) as error:
-            raise CheckpointError(f"the description of the model in the file is incomplete: {error!r}") from error
+            raise CheckpointError(f"the model description in the file is incomplete: {error!r}") from error
         if not (isinstance(name, str) and isinstance(architecture, str | None) and isinstance(args, dict)):
-            raise CheckpointError("the description of the model in the file has values of the wrong type")
+            raise CheckpointError("the model description in the file has values of the wrong type")
         return cls(name, architecture, args, preprocessing)
 
 
 @dataclass
 class LoadedModel:
-    """A dense model in eval mode on the CPU, with what is known of it.
+    """A dense model in eval mode on the CPU, with its origin.
 
     Attributes:
-        tensors: the weights as they were read (dtype included), under the model's keys.
-        notes: what was assumed rather than told by the file, in words for the user.
-        document: our metadata of the file, which holds a plan if it is a compressed checkpoint.
+        tensors: the weights in the dtype of the file, under the model's keys.
+        notes: assumptions that the file does not confirm, for the user.
+        document: our metadata of the file, which holds the plan of a compressed checkpoint.
     """
 
     model: nn.Module
@@ -71,3 +68,8 @@ class LoadedModel:
     tensors: dict[str, Tensor]
     notes: list[str] = field(default_factory=list)
     document: dict[str, Any] | None = None
+
+    @property
+    def is_builtin(self) -> bool:
+        """Whether it is one of the built-in models, which the built-in datasets are for."""
+        return self.source.origin == "builtin" or f"builtin:{self.description.name}" in BUILTIN

@@ -1,18 +1,30 @@
-"""The JSON documents that travel with our files, as schemas: of compressed checkpoints and of exported files.
+"""Schemas of the JSON documents in compressed checkpoints and exported files.
 
-`docs/artifact.schema.json` and `docs/export.schema.json` are made from these classes, and the tests hold what is
-written to them. Reading a checkpoint goes by the parts that it needs, so that a file is not refused for a note in it.
+`docs/artifact.schema.json` and `docs/export.schema.json` are generated from these classes. Loading a checkpoint reads
+only the parts that it needs, so that an invalid note does not make a file unusable.
 """
 
 from __future__ import annotations
 
+import platform
+from datetime import datetime, timezone
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from repshift_cli.planning.plan import Plan
 
-__all__ = ["EXPORT_VERSION", "ArtifactDocument", "ExportDocument", "Port", "Verdict"]
+__all__ = [
+    "EXPORT_VERSION",
+    "ArtifactDocument",
+    "ExportDocument",
+    "ModelPart",
+    "Port",
+    "RecipePart",
+    "SourcePart",
+    "Verdict",
+    "creation",
+]
 
 EXPORT_VERSION = 1
 """Version of the document of exported files. Readers refuse newer ones."""
@@ -23,7 +35,7 @@ class _Part(BaseModel):
 
 
 class ModelPart(_Part):
-    """What builds the model again, and how a picture becomes its input."""
+    """See `ModelDescription`."""
 
     name: str
     architecture: str | None
@@ -32,18 +44,32 @@ class ModelPart(_Part):
 
 
 class RecipePart(_Part):
-    """The recipe as its author wrote it."""
+    """The text of the recipe."""
 
     name: str
     text: str
 
 
 class SourcePart(_Part):
-    """Where the dense weights came from; the hash is null where there was no file."""
+    """Where the dense weights came from; the hash is null without a file."""
 
     origin: Literal["file", "folder", "cache", "random", "builtin", "object"]
     name: str | None
     sha256: str | None
+
+
+def creation() -> dict[str, Any]:
+    """The fields of a document that say when and by which versions it was made."""
+    import timm
+    import torch
+
+    from repshift_cli.version import __version__
+
+    return {
+        "repshift_version": __version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+    }
 
 
 class ArtifactDocument(_Part):
@@ -63,7 +89,7 @@ class ArtifactDocument(_Part):
 
 
 class Port(_Part):
-    """An input or an output; a size that is null is free."""
+    """An input or an output; null is a dynamic size."""
 
     name: str
     shape: list[PositiveInt | None] = Field(min_length=1)
@@ -71,19 +97,19 @@ class Port(_Part):
 
 
 class Verdict(_Part):
-    """What the comparison of an exported file with the model in torch gave.
+    """Result of the comparison of an exported file with the model in torch.
 
     Attributes:
-        batches: the sizes of the batches that ran.
-        inputs: how many inputs they held.
+        batches: batch sizes that ran.
+        inputs: number of inputs.
         max_difference: largest difference of an output, divided by the largest output (at least 1), over the inputs
-            of which the same tokens were kept; over all where there is none such.
-        tolerance: how large that may be.
-        kept_equal: share of the kept places that are the same, over all sites and inputs; null where no token goes.
-        kept_required: how large that has to be.
-        swapped: inputs of which another token was kept at some site, so that their outputs are of no use here.
-        most_swapped: how many these may be; null for any number.
-        top1: share of the inputs with the same largest output; null for outputs that are no scores of classes.
+            with the same kept tokens; over all inputs if there are none.
+        tolerance: upper limit of `max_difference`.
+        kept_equal: share of equal kept places, over all sites and inputs; null for a dense model.
+        kept_required: lower limit of `kept_equal`.
+        swapped: inputs with another kept token at some site, whose outputs are not compared.
+        most_swapped: upper limit of `swapped`; null for none.
+        top1: share of the inputs with the same largest output; null for outputs that are not class scores.
     """
 
     passed: bool
@@ -99,15 +125,15 @@ class Verdict(_Part):
 
 
 class ExportDocument(_Part):
-    """What an exported file says of itself, see docs/exporting.md.
+    """The metadata of an exported file, see docs/exporting.md.
 
     Attributes:
-        plan: how tokens go; null for a dense model.
-        macs, dense_macs: multiply-accumulates of one input, of this model and of its dense self.
-        num_classes: outputs of the head; null where there is none.
+        plan: null for a dense model.
+        macs, dense_macs: multiply-accumulates per input, of this model and of the dense model.
+        num_classes: outputs of the head; null without a head.
         opset: of ONNX; null for other files.
-        tuned: whether kernels were timed and chosen for it.
-        verified: null where nothing was compared.
+        tuned: whether the fastest kernels were chosen by timing.
+        verified: null if nothing was compared.
     """
 
     export_version: PositiveInt

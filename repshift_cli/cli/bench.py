@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, TypeVar, get_args
 
 import typer
 
 from repshift_cli.benchmark.limits import BenchLimit, check_limits, require_met
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.cli import options
 from repshift_cli.cli.show.bench import show, why_nothing
 from repshift_cli.errors import UsageError
@@ -158,7 +160,6 @@ def command(
     from repshift_cli.benchmark.baselines import check_names, contenders_against
     from repshift_cli.benchmark.end_to_end import Source
     from repshift_cli.benchmark.run import BenchSettings, run_sweep
-    from repshift_cli.checkpoints.identify import Clips
     from repshift_cli.cli import ui
     from repshift_cli.data.inputs import open_pictures
     from repshift_cli.measure.compiled import CompileMode
@@ -185,8 +186,10 @@ def command(
         )
     ]
     screen = ui.Screen()
-    told = {"model_name": model, "heads": heads, "clips": Clips(frames, checkpoint_frames)}
-    opened = [_open_all(models or [], recipe, {**told, "img_size": size}) for size in sizes or [None]]
+    opened = [
+        _open_all(models or [], recipe, LoadOptions(model, heads, size, frames, checkpoint_frames))
+        for size in sizes or [None]
+    ]
     for note in dict.fromkeys(note for each in opened for model in each.values() for note in model.loaded.notes):
         screen.note(note)
     contenders = [contender for each in opened for contender in contenders_against(each, baselines)]
@@ -234,18 +237,18 @@ def _parse_integers(option: str, values: Sequence[str]) -> list[int]:
     return list(dict.fromkeys(int(text) for text in _split(values)))
 
 
-def _open_all(names: Sequence[str], recipe: str | None, told: Mapping[str, Any]) -> dict[str, Opened]:
-    """Open the models, by label; without names, the default one. `told` are the options about loading."""
+def _open_all(names: Sequence[str], recipe: str | None, load: LoadOptions) -> dict[str, Opened]:
+    """Open the models, by label; without names, the default one."""
     from repshift_cli.checkpoints.exported import open_any
     from repshift_cli.compression.api import compress_dense
 
     if not names:
-        name = told["model_name"] or DEFAULT_MODEL
-        opened = compress_dense(name, recipe_name=recipe or DEFAULT_RECIPE, **{**told, "model_name": None})
+        name = load.model_name or DEFAULT_MODEL
+        opened = compress_dense(name, recipe or DEFAULT_RECIPE, replace(load, model_name=None))
         return {opened.loaded.description.name: opened}
     if recipe is None:
-        return {label: open_any(name, **told) for label, name in _labels(names).items()}
-    return {label: compress_dense(name, recipe_name=recipe, **told) for label, name in _labels(names).items()}
+        return {label: open_any(name, load) for label, name in _labels(names).items()}
+    return {label: compress_dense(name, recipe, load) for label, name in _labels(names).items()}
 
 
 def _labels(names: Sequence[str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.cli import options
 from repshift_cli.cli.export import Target, check_all, export_all
 from repshift_cli.cli.export import show as show_export
@@ -87,7 +88,6 @@ def command(
     force: options.Force = False,
 ) -> None:
     """Write a faster checkpoint and measure speed-up and quality."""
-    from repshift_cli.checkpoints.identify import Clips
     from repshift_cli.cli import ui
     from repshift_cli.compression.run import compress_checkpoint
     from repshift_cli.compression.settings import Settings
@@ -98,10 +98,7 @@ def command(
     settings = Settings(
         recipe=recipe,
         target=target,
-        model_name=model,
-        heads=heads,
-        img_size=img_size,
-        clips=Clips(frames, checkpoint_frames),
+        load=LoadOptions(model, heads, img_size, frames, checkpoint_frames),
         output=output,
         data=data,
         calibration=calibration,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from repshift_cli.checkpoints.builtin import BUILTIN
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.cli import options
 from repshift_cli.cli.evaluate_video import VideoOptions, refuse_videos, run
 from repshift_cli.cli.options import Pooling
@@ -41,7 +43,6 @@ __all__ = ["check_comparison", "command", "head_size", "models_of"]
 
 _DEFAULT_MODEL = "builtin:vit-digits"
 _DEFAULT_DATASET = "builtin:digits"
-_DEFAULT_VIDEOS = {"builtin:umt-shapes": "builtin:shapes", "builtin:umt-shapes-qa": "builtin:shapes-qa"}
 _BUILTIN = "builtin:"
 _MIN_IMAGES_TO_JUDGE = 100
 """Images needed to warn about an accuracy no better than guessing."""
@@ -205,7 +206,6 @@ def command(
         dataset = _dataset_of(model, dataset, annotations)
 
         from repshift_cli.checkpoints.exported import open_any
-        from repshift_cli.checkpoints.identify import Clips
         from repshift_cli.measure.device import num_threads, resolve_device, resolve_dtype
 
         settings = {
@@ -220,7 +220,7 @@ def command(
             model, dataset, data_dir, limit, seed, compare_dense, resume, predictions, force, json, settings
         )
         video = VideoOptions(annotations, videos, answers, vocab, rerank, rerank_k, paragraph, pooling)
-        opened = open_any(model, model_name, heads, img_size, clips=Clips(frames, checkpoint_frames))
+        opened = open_any(model, LoadOptions(model_name, heads, img_size, frames, checkpoint_frames))
         screen = screen_of_first()
         for note in opened.loaded.notes:
             screen.note(note)
@@ -379,7 +379,7 @@ def _dataset_of(model: str, dataset: str | None, annotations: Path | None) -> st
     if dataset is not None or annotations is not None:
         return dataset
     if model.startswith(_BUILTIN):
-        return _DEFAULT_VIDEOS.get(model, _DEFAULT_DATASET)
+        return BUILTIN[model].dataset if model in BUILTIN else _DEFAULT_DATASET
     raise UsageError(
         f"no dataset given for {model}",
         "Add --dataset imagenet-val --data-dir DIR, or --dataset FOLDER with one folder per class. For video models: "

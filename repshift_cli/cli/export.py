@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.cli import options
 from repshift_cli.errors import UsageError
 from repshift_cli.export.formats import FORMATS
@@ -76,7 +77,6 @@ def command(
 ) -> None:
     """Export a model to ONNX, torch.export, a compiled package or a hub folder, to run without repshift."""
     size = _parse_batch(batch)
-    from repshift_cli.checkpoints.identify import Clips
     from repshift_cli.cli import ui
     from repshift_cli.export.job import check, export, open_for_export
     from repshift_cli.export.request import Request
@@ -96,9 +96,9 @@ def command(
     )
     check(request)
     screen = ui.Screen()
-    clips = Clips(frames, checkpoint_frames)
+    load = LoadOptions(model_name, heads, img_size, frames, checkpoint_frames)
     with num_threads(threads):
-        opened = open_for_export(model, recipe, model_name, heads, img_size, clips=clips, progress=screen)
+        opened = open_for_export(model, recipe, load, progress=screen)
         for note in opened.loaded.notes if recipe is None else ():
             screen.note(note)
         exported = export(opened, request, screen)

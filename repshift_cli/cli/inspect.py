@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.cli import options
 from repshift_cli.cli.show.plan import describe_metric, describe_tokens
 from repshift_cli.utils.garbage import without_collection
@@ -30,10 +31,9 @@ def command(
     """Show the blocks, tokens and reduction sites of a model."""
     with without_collection():  # saves a tenth of the time, most of which is importing torch and timm
         from repshift_cli.checkpoints.artifact import open_model
-        from repshift_cli.checkpoints.identify import Clips
         from repshift_cli.cli import ui
 
-        opened = open_model(checkpoint, model, heads, img_size, clips=Clips(frames, checkpoint_frames))
+        opened = open_model(checkpoint, LoadOptions(model, heads, img_size, frames, checkpoint_frames))
         document = _describe(opened)
     for note in opened.loaded.notes:
         ui.remark(note)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.cli import options
 from repshift_cli.cli.show.search import show_search
 from repshift_cli.cli.torchrun import Interrupted, rank_zero_errors, refuse_torchrun
@@ -125,7 +126,6 @@ def command(
     files = _Files(output or default_output(checkpoint, f"_{goal.kind}{goal.value:g}.yaml"), save, plot, state)
     files.check(force)
 
-    from repshift_cli.checkpoints.identify import Clips
     from repshift_cli.cli import ui
     from repshift_cli.compression.run import search_checkpoint
     from repshift_cli.compression.settings import Settings
@@ -135,10 +135,7 @@ def command(
     request = SearchRequest(goal, evaluations, tuple(reducer or ()), files.state_file, seconds)
     settings = Settings(
         recipe=recipe,
-        model_name=model,
-        heads=heads,
-        img_size=img_size,
-        clips=Clips(frames, checkpoint_frames),
+        load=LoadOptions(model, heads, img_size, frames, checkpoint_frames),
         output=files.checkpoint,
         data=data,
         calibration_images=images,

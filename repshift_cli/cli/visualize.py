@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.cli import options
 from repshift_cli.errors import UsageError
 from repshift_cli.utils.figures import check_figure_path
@@ -64,7 +65,7 @@ def command(
     from repshift_cli.visualize.view import visualize
 
     target = resolve_device(device)
-    opened = open_model(model, heads=heads, img_size=img_size)
+    opened = open_model(model, LoadOptions(heads=heads, img_size=img_size))
     if opened.compressed is None:
         raise UsageError(
             f"{model} is dense: it keeps all tokens, so there is nothing to show",
@@ -136,10 +137,8 @@ def document(shown: Visualization, model: str, output: Path, indices: Path | Non
 
 def _default_data(opened: Opened, model: str, of_clips: bool) -> str:
     """The scenes that a built-in model was trained on; raises UsageError for other models."""
-    from repshift_cli.checkpoints.load import BUILTIN
-
     scenes, what = (_CLIP_SCENES, "videos") if of_clips else (_SCENES, "images")
-    if f"builtin:{opened.loaded.description.name}" in BUILTIN:
+    if opened.loaded.is_builtin:
         return scenes
     raise UsageError(
         f"no {what} were given for {model}", f"Add --data FOLDER (or --data {scenes} for built-in scenes)."

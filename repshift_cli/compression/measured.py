@@ -26,25 +26,15 @@ from repshift_cli.reduction.compressed_model import CompressedModel
 from repshift_cli.search.job import Found
 from repshift_cli.utils.progress import Progress
 
-__all__ = [
-    "CompressReport",
-    "Measured",
-    "Side",
-    "check_counts",
-    "check_outputs",
-    "measure_models",
-]
-
+__all__ = ["CompressReport", "Measured", "ModelCost", "check_counts", "check_outputs", "measure_models"]
 
 _MIN_RUNS = 5
-
-
 _WARMUP_ROUNDS = 1
 
 
 @dataclass(frozen=True)
-class Side:
-    """What was measured of one side of the comparison."""
+class ModelCost:
+    """Cost of the dense or of the compressed model: inputs per second, peak memory with weights."""
 
     macs: int
     latency: Spread
@@ -62,17 +52,17 @@ class Side:
 
 @dataclass(frozen=True)
 class Measured:
-    """Dense and compressed, side by side, on one machine in one run.
+    """Dense and compressed model, measured in one run.
 
     Attributes:
-        agreement: share of images whose predicted class is unchanged, or of clips that are still most like themselves
-            among all; None where the model has no head.
-        divergence: mean KL in nats (or one minus the cosine of features) against the dense model.
-        images: what agreement was measured on.
+        agreement: share of images with unchanged predicted class, or of clips that are still most similar to
+            themselves among all; None without a head.
+        divergence: mean KL in nats (or one minus the cosine of features) from the dense model.
+        images: the images of `agreement`.
     """
 
-    dense: Side
-    compressed: Side
+    dense: ModelCost
+    compressed: ModelCost
     speedup: Speedup
     agreement: float | None
     divergence: float
@@ -105,13 +95,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class CompressReport:
-    """All that `repshift compress` tells.
+    """Result of `repshift compress`.
 
     Attributes:
+        calibration: None if nothing was calibrated.
         measured: None for a dry run.
-        calibration: None where nothing was calibrated.
-        found: the search for a budget; None where the recipe has layers.
-        notes: what was assumed or not checked.
+        notes: assumptions and warnings.
+        found: the search for a budget; None for a recipe with layers.
     """
 
     loaded: LoadedModel
@@ -149,11 +139,7 @@ class CompressReport:
 
 @torch.inference_mode()
 def check_counts(compressed: CompressedModel, loaded: LoadedModel) -> None:
-    """The count of operations against the analytic one.
-
-    Raises:
-        CheckFailed: they differ.
-    """
+    """Raise CheckFailed if the counted operations differ from the analytic ones."""
     size = loaded.description.preprocessing.shape
     with compressed.dense():
         _check_count("dense", count_macs(compressed.model, size), compressed.dense_macs(counted=True))
@@ -162,11 +148,7 @@ def check_counts(compressed: CompressedModel, loaded: LoadedModel) -> None:
 
 @torch.inference_mode()
 def check_outputs(compressed: CompressedModel, images: Tensor) -> None:
-    """One real forward: shapes and finite values.
-
-    Raises:
-        CheckFailed: something is off.
-    """
+    """Raise CheckFailed if one forward pass gives another shape than the dense model, or values that are not finite."""
     with compressed.dense():
         wanted = compressed(images)
     output = compressed(images)
@@ -178,7 +160,7 @@ def check_outputs(compressed: CompressedModel, images: Tensor) -> None:
 
 def _check_count(side: str, counted: int, planned: int) -> None:
     if counted != planned:
-        raise CheckFailed(f"the {side} model runs {counted} multiply-accumulates, by its plan it should be {planned}")
+        raise CheckFailed(f"the {side} model runs {counted} multiply-accumulates, but its plan has {planned}")
 
 
 @torch.inference_mode()
@@ -190,7 +172,7 @@ def measure_models(  # noqa: PLR0917
     batch_size: int,
     progress: Progress,
 ) -> Measured:
-    """Latency in turn, memory, and agreement of predictions."""
+    """Measure latency (both models in turn), memory, and agreement of predictions."""
     inputs = full_batch(images, batch_size)
     subjects = [Subject("dense", compressed, compressed.dense), Subject("compressed", compressed)]
     times = measure_latency(
@@ -202,16 +184,16 @@ def measure_models(  # noqa: PLR0917
         progress=progress,
     )
     weights = parameter_bytes(compressed.model)
-    sides = {}
+    costs = {}
     for subject, macs in zip(subjects, (compressed.dense_macs(), compressed.macs()), strict=True):
         latency = times[subject.name].spread
         with subject.context():
             peak = weights + peak_memory(subject.run, inputs)
-        sides[subject.name] = Side(macs, latency, batch_size * 1e3 / latency.median, peak)
+        costs[subject.name] = ModelCost(macs, latency, batch_size * 1e3 / latency.median, peak)
     unchanged, distance = _compare(compressed, images, batch_size, progress)
     return Measured(
-        dense=sides["dense"],
-        compressed=sides["compressed"],
+        dense=costs["dense"],
+        compressed=costs["compressed"],
         speedup=compute_speedup(times["dense"], times["compressed"]),
         agreement=unchanged,
         divergence=distance,
@@ -227,7 +209,7 @@ def measure_models(  # noqa: PLR0917
 def _compare(
     compressed: CompressedModel, images: Tensor, batch_size: int, progress: Progress
 ) -> tuple[float | None, float]:
-    """Share of unchanged predictions (None where there are none) and mean divergence from the dense model."""
+    """Share of unchanged predictions (None without a head) and mean divergence from the dense model."""
     dense, outputs = [], []
     with progress.task("comparing predictions", len(images)) as task:
         for part in images.split(batch_size):

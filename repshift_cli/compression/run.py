@@ -1,4 +1,4 @@
-"""The main job: a dense checkpoint and a recipe in, a checked, measured and compressed checkpoint out."""
+"""`repshift compress` and `repshift search`: load, plan, calibrate or search, attach, measure, save."""
 
 from __future__ import annotations
 
@@ -6,47 +6,50 @@ from dataclasses import replace
 
 from repshift_cli.calibration.calibrate import Calibration
 from repshift_cli.checkpoints import artifact
-from repshift_cli.compression.inputs import JobImages, choose_metric, is_builtin, is_same_place, load_job_inputs
-from repshift_cli.compression.job import CompressionJob, DenseModel, checked_recipe, load_dense
-from repshift_cli.compression.measured import CompressReport, check_counts, check_outputs, measure_models
+from repshift_cli.checkpoints.loaded import LoadedModel
+from repshift_cli.compression.inputs import draw_images, is_same_place, load_job_inputs, load_search_inputs
+from repshift_cli.compression.job import (
+    CompressionJob,
+    Notes,
+    check_recipe_model,
+    checked_recipe,
+    load_dense,
+    unclear_choice,
+)
+from repshift_cli.compression.measured import CompressReport, Measured, check_counts, check_outputs, measure_models
 from repshift_cli.compression.settings import Amounts, Settings
-from repshift_cli.data.inputs import ImageBatch, Labelled, load_inputs, load_labelled
+from repshift_cli.data.inputs import ImageBatch
 from repshift_cli.errors import UsageError
 from repshift_cli.measure.device import resolve_device, resolve_dtype
 from repshift_cli.models.attention_mode import attention_mode, auto_note, check_attention
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.checks import check_components
-from repshift_cli.reduction.compressed_model import attach
+from repshift_cli.reduction.compressed_model import CompressedModel, attach
+from repshift_cli.reduction.families.base import match
 from repshift_cli.search.job import Found, SearchRequest, find, start_recipe, with_reducers
 from repshift_cli.search.target import Target
 from repshift_cli.utils.files import check_output
 from repshift_cli.utils.progress import Progress
 
-__all__ = [
-    "compress_checkpoint",
-    "save_found",
-    "search_checkpoint",
-]
-
+__all__ = ["compress_checkpoint", "save_found", "search_checkpoint"]
 
 _QUICK_EVALUATIONS = 12
-"""Schedules that the search within `compress` tries, where `search` tries more."""
-
+"""Schedules that the search within `compress` tries."""
 
 _MORE_IMAGES = 2
-"""How many times as many pictures `search` looks at by itself: half of them check."""
+"""`search` uses this many times as many images: half of them are held out."""
 
 
 def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_run: bool = False) -> CompressReport:
-    """Carry out `repshift compress`.
+    """Run `repshift compress`.
 
     Args:
-        name: what to compress, see `checkpoint.load`.
+        name: the checkpoint, as for `load_checkpoint`.
         dry_run: stop after the plan: nothing is run, measured or written.
 
     Raises:
-        RepshiftError: of the kind and exit code that says what went wrong.
+        RepshiftError: its class and exit code say what went wrong.
     """
     if settings.output and not dry_run:
         check_output(settings.output, settings.force)
@@ -58,149 +61,190 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
             "Run `repshift search` first, then look at the recipe that it writes.",
         )
     device, dtype = resolve_device(settings.device), resolve_dtype(settings.dtype)
-    loaded = load_dense(name, recipe, settings.model_name, settings.heads, settings.img_size, clips=settings.clips)
-    dense = DenseModel.of(loaded, progress, settings.force)
+    notes = Notes(progress)
+    loaded = load_dense(name, settings.load, recipe, notes, settings.force)
     if target:
         loaded.model.to(device=device, dtype=dtype)
         check_attention(loaded.model, settings.attention)
-        return _compress_to_target(dense, recipe, target, settings)
-    job = CompressionJob(dense, recipe)
+        return _compress_to_target(loaded, recipe, target, settings, notes)
+    job = CompressionJob(loaded, recipe, notes)
     if dry_run:
         if job.open:
-            job.note("the score is left to calibration; shown is what is used without images")
-        return job.report(job.default_plan(), None, None, None)
+            notes.note("calibration chooses the score; shown is the score without images")
+        return _report(job, attach(loaded.model, job.default_plan()))
     loaded.model.to(device=device, dtype=dtype)
     check_attention(loaded.model, settings.attention)
-    amounts = Amounts.of(settings, loaded, job.family)
-    images = JobImages(job, settings, amounts)
-    plan, calibration = choose_metric(job, images, settings, amounts.batch)
-    return _finish(job, plan, calibration, images.for_agreement, settings, None)
+    amounts = Amounts.of(settings, loaded)
+    for_calibration, for_agreement = draw_images(job, settings, amounts)
+    plan, calibration = _choose_metric(job, for_calibration, settings, amounts.batch)
+    return _finish(job, plan, for_agreement, settings, calibration=calibration)
 
 
 def search_checkpoint(name: str, settings: Settings, request: SearchRequest, progress: Progress) -> Found:
-    """Carry out the search of `repshift search`: the recipe gives metric and reducer, `data` the pictures.
+    """Run the search of `repshift search`: the recipe gives metric and reducer, `data` the images.
 
     Args:
-        name: what to search for, see `checkpoint.load`.
+        name: the checkpoint, as for `load_checkpoint`.
 
     Raises:
-        RepshiftError: of the kind and exit code that says what went wrong.
+        RepshiftError: its class and exit code say what went wrong.
         KeyboardInterrupt: before a first schedule was found.
     """
     recipe = checked_recipe(settings.recipe)
     device, dtype = resolve_device(settings.device), resolve_dtype(settings.dtype)
-    loaded = load_dense(name, recipe, settings.model_name, settings.heads, settings.img_size, clips=settings.clips)
-    dense = DenseModel.of(loaded, progress, settings.force)
+    notes = Notes(progress)
+    loaded = load_dense(name, settings.load, recipe, notes, settings.force)
     loaded.model.to(device=device, dtype=dtype)
-    count = settings.calibration_images or _MORE_IMAGES * Amounts.of(settings, loaded, dense.family).calibration
-    return _search(dense, recipe, request, settings, count)
+    count = settings.calibration_images or _MORE_IMAGES * Amounts.of(settings, loaded).calibration
+    return _search(loaded, recipe, request, settings, count, notes)
 
 
 def save_found(found: Found, settings: Settings, progress: Progress) -> CompressReport:
     """Check, measure and write the compressed checkpoint of a finished search; errors as `compress_checkpoint`."""
-    job = CompressionJob(DenseModel(found.loaded, progress), found.recipe)
-    return _finish(job, job.default_plan(), None, found.heldout, settings, found)
+    job = CompressionJob(found.loaded, found.recipe, Notes(progress))
+    return _finish(job, job.default_plan(), found.heldout, settings, found=found)
 
 
-def _compress_to_target(dense: DenseModel, recipe: Recipe | None, target: Target, settings: Settings) -> CompressReport:
-    """Search for the layers, then go on as with any recipe.
+def _compress_to_target(
+    loaded: LoadedModel, recipe: Recipe | None, target: Target, settings: Settings, notes: Notes
+) -> CompressReport:
+    """Search for the layers, then continue as with any recipe.
 
     Raises:
-        KeyboardInterrupt: also where there is a best so far, which is not what was asked for.
+        KeyboardInterrupt: also if the search was interrupted with a first result.
     """
     if not settings.calibrate:
-        raise UsageError(f"--no-calibrate: the search for {target} chooses by pictures", "Leave it out.")
+        raise UsageError(f"--no-calibrate: the search for {target} needs images", "Leave it out.")
     if recipe is not None and recipe.layers:
-        dense.note(f"the layers of {recipe.place.name} are not used: a search looks for those that reach {target}")
+        notes.note(f"the layers of {recipe.place.name} are not used: a search finds those for {target}")
+    amounts = Amounts.of(settings, loaded)
     request = SearchRequest(target, _QUICK_EVALUATIONS, seconds=settings.seconds)
-    amounts = Amounts.of(settings, dense.loaded, dense.family)
-    found = _search(dense, recipe, request, settings, amounts.calibration)
+    found = _search(loaded, recipe, request, settings, amounts.calibration, notes)
     if found.result.interrupted:
         raise KeyboardInterrupt
     if not settings.force:
         found.result.require_met()
     elif not found.result.met:
-        dense.warn(f"the target {target} is not met: the nearest is {target.kind}={found.result.nearest:.4g}")
+        notes.warn(f"the target {target} is not met: the nearest is {target.kind}={found.result.nearest:.4g}")
     if missed := found.missed_on_heldout():
-        dense.warn(missed)
-    job = CompressionJob(dense, found.recipe)
-    where = settings.calibration
-    apart = settings.data is not None and where is not None and not is_same_place(settings.data, where)
-    images = load_job_inputs(dense, settings.data, amounts.agreement, settings.seed) if apart else found.heldout
-    return _finish(job, job.default_plan(), None, images, settings, found)
+        notes.warn(missed)
+    job = CompressionJob(loaded, found.recipe, notes)
+    images = found.heldout
+    if settings.data and settings.calibration and not is_same_place(settings.data, settings.calibration):
+        images = load_job_inputs(loaded, settings.data, amounts.agreement, settings.seed, notes)
+    return _finish(job, job.default_plan(), images, settings, found=found)
 
 
-def _search(dense: DenseModel, recipe: Recipe | None, request: SearchRequest, settings: Settings, count: int) -> Found:
-    """Draw `count` pictures, say which they are, and search."""
-    loaded = dense.loaded
-    request = with_reducers(recipe, request, loaded, dense.family)
+def _search(  # noqa: PLR0917
+    loaded: LoadedModel, recipe: Recipe | None, request: SearchRequest, settings: Settings, count: int, notes: Notes
+) -> Found:
+    """Search on `count` images."""
+    family = match(loaded.model)
+    request = with_reducers(recipe, request, loaded, family)
     start = start_recipe(recipe, request, loaded)
     check_components(start)
-    dense.check_name(start)
-    inputs = _labelled(dense, settings, count)
-    dense.note(f"searching for {request.target} on {inputs.batch.description}")
+    check_recipe_model(start, loaded.description)
+    inputs = load_search_inputs(loaded, settings, count, notes)
+    notes.note(f"searching for {request.target} on {inputs.batch.description}")
     with attention_mode(loaded.model, settings.attention):
         return find(
             loaded,
-            dense.family,
+            family,
             start,
             request,
             inputs,
-            batch_size=Amounts.of(settings, loaded, dense.family).batch,
+            batch_size=Amounts.of(settings, loaded).batch,
             seed=settings.seed,
-            progress=dense.progress,
+            progress=notes.progress,
         )
 
 
-def _labelled(dense: DenseModel, settings: Settings, count: int) -> Labelled:
-    where, loaded = settings.calibration or settings.data, dense.loaded
-    preprocessing = loaded.description.preprocessing
-    if where is None and not is_builtin(loaded):
-        dense.warn(
-            "no pictures were named, so the search looks at built-in scenes, which this model was not made for: what "
-            "it finds need not hold. Name unlabelled pictures of the model's own kind"
+def _choose_metric(
+    job: CompressionJob, images: ImageBatch | None, settings: Settings, batch_size: int
+) -> tuple[Plan, Calibration | None]:
+    """Set the open fields of the metric, by calibration if there are images for it."""
+    if not job.open:
+        return job.default_plan(), None
+    if images is None:
+        why = "--no-calibrate was given" if not settings.calibrate else "there are no images of the model's own kind"
+        job.notes.warn(
+            f"NOT CALIBRATED: {why}. The paper's choice is used; whether it keeps the right tokens of this "
+            "model was not checked. Give unlabelled images with --calibration DIR"
         )
-        scenes = load_inputs(where, count, preprocessing, settings.seed)
-        return Labelled(scenes, None, "the built-in scenes show other classes than those of this model")
-    inputs = load_labelled(where, count, preprocessing, getattr(loaded.model, "num_classes", None), settings.seed)
-    dense.tell_skipped(inputs.batch)
-    return inputs
+        return job.default_plan(), None
+    found = job.calibrate(images.tensor, images.identity, batch_size=batch_size)
+    if found.mild and not found.clear:
+        job.notes.note(
+            f"so few tokens are dropped that random dropping changes {1 - (found.random.agreement or 0):.1%} of the "
+            "predictions: the choice of tokens hardly matters and was not checked"
+        )
+    elif not found.clear:
+        problem = unclear_choice(found)
+        if not settings.force:
+            raise problem
+        job.notes.warn(problem.message)
+    return job.plan.with_metrics(found.specs), found
 
 
-def _finish(  # noqa: PLR0917
+def _finish(
     job: CompressionJob,
     plan: Plan,
-    calibration: Calibration | None,
     images: ImageBatch,
     settings: Settings,
-    found: Found | None,
+    *,
+    calibration: Calibration | None = None,
+    found: Found | None = None,
 ) -> CompressReport:
     """Attach the plan, check and measure the compressed model, and write it."""
     loaded, sample = job.loaded, next(job.loaded.model.parameters())
     compressed = attach(loaded.model, plan)
     checked = images.tensor.to(device=sample.device, dtype=sample.dtype)
     check_counts(compressed, loaded)
-    batch = Amounts.of(settings, loaded, job.family).batch
     if note := auto_note(compressed, settings.attention):
-        job.note(note)
+        job.notes.note(note)
     with attention_mode(compressed, settings.attention):
         check_outputs(compressed, checked[:2])
-        measured = measure_models(compressed, images, checked, settings, batch, job.progress)
-    if settings.output:
-        kept = calibration.to_dict() if calibration else None
-        document = artifact.make_document(loaded, plan, job.recipe, kept, measured.to_dict())
-        if found:
-            document["search"] = found.provenance()
-        artifact.save(settings.output, loaded, document, settings.force)
-    return replace(job.report(plan, calibration, measured, settings.output), found=found)
+        batch_size = Amounts.of(settings, loaded).batch
+        measured = measure_models(compressed, images, checked, settings, batch_size, job.notes.progress)
+    report = _report(job, compressed, calibration, measured, found)
+    if settings.output is None:
+        return report
+    document = artifact.make_document(
+        loaded,
+        plan,
+        job.recipe,
+        calibration.to_dict() if calibration else None,
+        measured.to_dict(),
+        found.provenance() if found else None,
+    )
+    artifact.save(settings.output, loaded, document, settings.force)
+    return replace(report, output=settings.output)
+
+
+def _report(
+    job: CompressionJob,
+    compressed: CompressedModel,
+    calibration: Calibration | None = None,
+    measured: Measured | None = None,
+    found: Found | None = None,
+) -> CompressReport:
+    return CompressReport(
+        loaded=job.loaded,
+        family=job.family.name,
+        recipe=job.recipe,
+        plan=compressed.plan,
+        dense_macs=compressed.dense_macs(),
+        macs=compressed.macs(),
+        calibration=calibration,
+        measured=measured,
+        output=None,
+        notes=tuple(job.notes.texts),
+        found=found,
+    )
 
 
 def _target(settings: Settings, recipe: Recipe | None) -> Target | None:
-    """What a search is to reach: as the user says, else as the recipe does; None where the recipe has layers.
-
-    Raises:
-        UsageError: it cannot be.
-    """
+    """The target of the user, else the budget of the recipe; None for a recipe with layers."""
     if settings.target is not None:
         return Target.parse(settings.target)
     return Target.parse(str(recipe.budget)) if recipe is not None and recipe.budget is not None else None

@@ -5,16 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from repshift_cli.checkpoints.identify import Clips
 from repshift_cli.checkpoints.loaded import LoadedModel
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.models.attention_mode import AttentionMode
-from repshift_cli.reduction.families.base import Family
+from repshift_cli.reduction.families.base import match
 
-__all__ = [
-    "Amounts",
-    "Settings",
-]
-
+__all__ = ["Amounts", "Settings"]
 
 _HEAVY_MACS = 20_000_000_000
 
@@ -25,24 +21,21 @@ class Settings:
 
     Attributes:
         recipe: file or shipped name; None for the default schedule.
-        target: what a search is to reach (`macs=0.65`), in place of the layers of the recipe; None for its own budget
-            or its layers.
-        output: where the checkpoint goes; None to write none.
-        data: pictures on which agreement is measured (folder or dataset); None for built-in scenes.
-        calibration: pictures for calibration; None for `data`, or built-in scenes where the model is built in.
-        calibrate: whether open fields of the metric are calibrated at all.
-        calibration_images, agreement_images, batch_size: None for the `_Amounts` that suit the model.
+        target: target of a search (`macs=0.65`) that replaces the layers of the recipe; None for the recipe's own
+            budget or layers.
+        load: what the user says about the model.
+        output: path of the checkpoint; None to write none.
+        data: images for the comparison of predictions (folder or dataset); None for built-in scenes.
+        calibration: images for calibration; None for `data`, or built-in scenes for a built-in model.
+        calibrate: whether open fields of the metric are calibrated.
+        calibration_images, agreement_images, batch_size: None for the `Amounts` of the model.
         seconds: time for the latency measurement.
-        attention: what is to compute attention while a search looks and while both sides are measured; the file that
-            is written does not depend on it.
+        attention: implementation of attention during search and measurement; the written file does not depend on it.
     """
 
     recipe: str | None = None
     target: str | None = None
-    model_name: str | None = None
-    heads: int | None = None
-    img_size: int | None = None
-    clips: Clips = field(default_factory=Clips)
+    load: LoadOptions = field(default_factory=LoadOptions)
     output: Path | None = None
     data: str | None = None
     calibration: str | None = None
@@ -60,23 +53,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class Amounts:
-    """How many inputs serve what: a clip of a large video model is as much work as a hundred pictures.
-
-    Attributes:
-        batch: at a time.
-        agreement: for the comparison with the dense model.
-        calibration: for calibration.
-    """
+    """Numbers of inputs: per batch, for the comparison with the dense model, and for calibration."""
 
     batch: int = 8
     agreement: int = 32
     calibration: int = 128
 
     @classmethod
-    def of(cls, settings: Settings, loaded: LoadedModel, family: Family) -> Amounts:
-        """What the user asks for, else what suits the model."""
+    def of(cls, settings: Settings, loaded: LoadedModel) -> Amounts:
+        """The numbers of the user, else those for the model: a clip costs a large model as much as 100 images."""
         clips = loaded.description.preprocessing.frames is not None
-        usual = cls(1, 4, 32) if clips and family.macs(loaded.model, None) > _HEAVY_MACS else cls()
+        heavy = clips and match(loaded.model).macs(loaded.model, None) > _HEAVY_MACS
+        usual = cls(1, 4, 32) if heavy else cls()
         return cls(
             settings.batch_size or usual.batch,
             settings.agreement_images or usual.agreement,

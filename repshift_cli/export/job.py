@@ -13,7 +13,7 @@ from typing import Any
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.checkpoints.exported import require
-from repshift_cli.checkpoints.identify import Clips
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.schema import ExportDocument
 from repshift_cli.compression.api import compress_dense
 from repshift_cli.errors import OutputError, UsageError
@@ -92,17 +92,14 @@ def check(request: Request) -> None:
 def open_for_export(
     name: str,
     recipe: str | None,
-    model_name: str | None = None,
-    heads: int | None = None,
-    img_size: int | None = None,
+    options: LoadOptions | None = None,
     *,
-    clips: Clips | None = None,
     progress: Progress,
 ) -> Opened:
     """Open a model; with a recipe, compress a dense one without calibration. Errors as `open_model`, `compress`."""
     if recipe is None:
-        return artifact.open_model(name, model_name, heads, img_size, clips=clips)
-    opened = compress_dense(name, recipe, model_name, heads, img_size, clips=clips, progress=progress)
+        return artifact.open_model(name, options)
+    opened = compress_dense(name, recipe, options, progress=progress)
     assert opened.compressed is not None
     plan = opened.compressed.plan
     opened.loaded.document = artifact.make_document(opened.loaded, plan, Recipe.load(recipe), None, {})

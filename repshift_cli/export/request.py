@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints.artifact import Opened
-from repshift_cli.checkpoints.identify.building import UMT
-from repshift_cli.checkpoints.schema import EXPORT_VERSION, ExportDocument, Port
+from repshift_cli.checkpoints.schema import EXPORT_VERSION, ExportDocument, Port, creation
 from repshift_cli.planning.plan import Plan
 from repshift_cli.reduction.compressed_model import Trace
+from repshift_cli.reduction.families.base import match
 
 __all__ = ["Request", "Subject"]
 
@@ -98,9 +96,8 @@ class Subject:
 
     @property
     def output_name(self) -> str:
-        if self.opened.loaded.description.architecture == UMT:
-            return "embedding"
-        return "logits" if self.has_classes else "features"
+        """What the output is called."""
+        return match(self.opened.loaded.model).output_name(self.opened.loaded.model)
 
     def examples(self, request: Request) -> Tensor:
         """Inputs to trace the model with."""
@@ -109,29 +106,18 @@ class Subject:
         return torch.zeros(count, *shape, device=request.device, dtype=request.dtype or torch.float32)
 
     def document(self, request: Request, output: Tensor, opset: int | None = None) -> ExportDocument:
-        """The metadata of the export, before it is verified."""
-        import timm
-
-        from repshift_cli.version import __version__
-
+        """What the file says of itself, before it was checked."""
         loaded, inputs = self.opened.loaded, self.examples(request)
         dtype = str(inputs.dtype).removeprefix("torch.")
         stored = loaded.document or {}
-        known = {
-            "origin": loaded.source.origin,
-            "name": Path(loaded.source.path).name if loaded.source.path else None,
-            "sha256": loaded.source.sha256,
-        }
         return ExportDocument(
             export_version=EXPORT_VERSION,
             kind=request.target,
-            repshift_version=__version__,
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            versions={"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+            **creation(),
             model=loaded.description.to_dict(),
             plan=self.plan,
             recipe=None if self.dense else stored.get("recipe"),
-            source=stored.get("source") or known,
+            source=stored.get("source") or loaded.source.to_dict(),
             measured=None if self.dense else stored.get("measured"),
             macs=self.opened.dense_macs if self.dense else self.opened.macs,
             dense_macs=self.opened.dense_macs,

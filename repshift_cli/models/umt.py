@@ -216,12 +216,22 @@ class UmtModel(nn.Module):
         self.averaged = nn.Identity()
         self.vision_encoder = VisionEncoder(vision, pools)
         self.text_encoder = TextEncoder(text, vision.width)
-        self.pretrained_cfg: dict[str, Any] = _configuration(vision)
+        self.pretrained_cfg: dict[str, Any] = pretrained_cfg(vision)
 
     @property
     def img_size(self) -> tuple[int, int]:
         """Height and width of a frame."""
         return (self.vision.img_size, self.vision.img_size)
+
+    @property
+    def frames(self) -> int:
+        """Frames per clip."""
+        return self.vision.frames
+
+    @property
+    def checkpoint_frames(self) -> int | None:
+        """See `VisionShape`."""
+        return self.vision.checkpoint_frames
 
     @property
     def temperature(self) -> float:
@@ -434,8 +444,8 @@ def _check(shape: VisionShape) -> None:
         raise ValueError(f"invalid heads={shape.heads}: must divide width={shape.width}")
 
 
-def _configuration(shape: VisionShape) -> dict[str, Any]:
-    """Preprocessing of the authors' evaluation in the keys of timm, and the number of frames."""
+def pretrained_cfg(shape: VisionShape) -> dict[str, Any]:
+    """Preprocessing of the authors' evaluation, in timm's words, and the number of frames."""
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     return {

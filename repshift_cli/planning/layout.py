@@ -7,7 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
-__all__ = ["After", "Grid", "Layout", "SiteInfo", "Window"]
+__all__ = [
+    "After",
+    "Grid",
+    "Layout",
+    "PatchGrid",
+    "SiteInfo",
+    "Window",
+]
+
 
 After = Literal["block", "attention"]
 """Tokens are reduced after the whole block, or after its attention."""
@@ -62,6 +70,34 @@ class SiteInfo:
     name: str
     layer: int
     windows: tuple[Window, ...] = ()
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """How the patches lie in the input.
+
+    Attributes:
+        rows, columns: of patches; patch `i` is in row `i // columns`.
+        height, width: of one patch, in pixels.
+        frames: of a clip, each with all these rows: patches are counted frame by frame, as if the frames stood one
+            below the other; None for an image.
+    """
+
+    rows: int
+    columns: int
+    height: int
+    width: int
+    frames: int | None = None
+
+    @property
+    def lines(self) -> int:
+        """Rows of all frames together."""
+        return self.rows * (self.frames or 1)
+
+    @property
+    def patches(self) -> int:
+        """Number of patches."""
+        return self.lines * self.columns
 
 
 @dataclass(frozen=True)

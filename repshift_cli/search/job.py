@@ -12,7 +12,6 @@ import torch
 
 from repshift_cli.calibration.fit import is_classifier
 from repshift_cli.checkpoints.identify.names import is_model_name
-from repshift_cli.checkpoints.load import BUILTIN
 from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.data.inputs import ImageBatch, Labelled
 from repshift_cli.errors import UsageError
@@ -219,7 +218,7 @@ def _named(recipe: Recipe, loaded: LoadedModel) -> Recipe:
     """The recipe restricted to this model if it holds fitted weights, which are useless for other models."""
     parts = [recipe.metric, *(drop.metric for drop in recipe.layers if drop.metric is not None)]
     name = loaded.description.name
-    known = is_model_name(name.partition(".")[0]) or f"builtin:{name}" in BUILTIN
+    known = is_model_name(name.partition(".")[0]) or loaded.is_builtin
     if recipe.model is not None or not known or not any(part.kind == "fitted" for part in parts):
         return recipe
     return Recipe.parse(recipe.model_copy(update={"model": name}).to_yaml(), recipe.place.name)

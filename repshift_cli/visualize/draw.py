@@ -12,9 +12,10 @@ import numpy as np
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.data.video.decode import frame_indices
 from repshift_cli.errors import UsageError
+from repshift_cli.planning.layout import PatchGrid
 from repshift_cli.utils.figures import PLOT_FORMATS
 from repshift_cli.utils.files import atomic_output
-from repshift_cli.visualize.patches import PatchGrid, by_frame, fade_dropped, kept_cells, kept_masks, kept_per_frame
+from repshift_cli.visualize.patches import by_frame, fade_dropped, kept_cells, kept_masks, kept_per_frame
 from repshift_cli.visualize.predictions import SampleResult
 
 if TYPE_CHECKING:

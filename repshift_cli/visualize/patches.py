@@ -4,76 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from repshift_cli.errors import ModelError
-from repshift_cli.models.umt import UmtModel
+from repshift_cli.planning.layout import PatchGrid
 from repshift_cli.reduction.compressed_model import CompressedModel
 
 __all__ = [
-    "PatchGrid",
     "by_frame",
     "fade_dropped",
     "kept_cells",
     "kept_masks",
     "kept_per_frame",
-    "patch_grid",
     "patch_grids",
     "restore_images",
 ]
 
 
-@dataclass(frozen=True)
-class PatchGrid:
-    """The patches of an input.
-
-    Attributes:
-        rows, columns: size of the grid of an image or a frame; patch `i` is in row `i // columns`.
-        height, width: of one patch, in pixels.
-        frames: of a clip, which is treated as its frames stacked vertically; None for an image.
-    """
-
-    rows: int
-    columns: int
-    height: int
-    width: int
-    frames: int | None = None
-
-    @property
-    def lines(self) -> int:
-        """Rows of all frames."""
-        return self.rows * (self.frames or 1)
-
-    @property
-    def patches(self) -> int:
-        """Number of patches."""
-        return self.lines * self.columns
-
-
-def patch_grid(model: nn.Module) -> PatchGrid:
-    """The patch grid of a model; raises ModelError for a model without one."""
-    if isinstance(model, UmtModel):
-        shape = model.vision
-        return PatchGrid(shape.side, shape.side, shape.patch_size, shape.patch_size, shape.frames)
-    embedding = getattr(model, "patch_embed", None)
-    grid, patch = getattr(embedding, "grid_size", None), getattr(embedding, "patch_size", None)
-    if grid is None or patch is None:
-        raise ModelError(f"{type(model).__name__} has no patch grid, so its patches cannot be shown")
-    rows, columns = (int(number) for number in grid)
-    # where patches overlap, each is drawn up to the start of the next one
-    height, width = (int(number) for number in getattr(embedding, "stride", patch))
-    return PatchGrid(rows, columns, height, width)
-
-
 def patch_grids(model: CompressedModel) -> dict[int, PatchGrid]:
-    """The grid of the tokens at each site, by layer; raises ModelError as `patch_grid`."""
+    """The grid of the tokens at each site, by layer; raises ModelError as `Family.patch_grid`."""
     layers = [site.layer for site in model.plan.sites]
     if model.layout.map_size is None:
-        return dict.fromkeys(layers, patch_grid(model.model))
+        return dict.fromkeys(layers, model.family.patch_grid(model.model))
     found: dict[int, PatchGrid] = {}
     high = wide = 1
     for site, (rows, columns) in model.layout.grids():

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from repshift_cli.errors import UsageError
+from repshift_cli.planning.layout import PatchGrid
 from repshift_cli.reduction.compressed_model import CompressedModel
 from repshift_cli.reduction.reducers.base import Merger, build_reducer
 from repshift_cli.visualize.draw import check_page, kept_clips_figure, kept_tokens_figure
-from repshift_cli.visualize.patches import PatchGrid, kept_per_frame, patch_grids, restore_images
+from repshift_cli.visualize.patches import kept_per_frame, patch_grids, restore_images
 from repshift_cli.visualize.predictions import Prediction, SampleResult
 from repshift_cli.visualize.samples import Samples, draw_clips, draw_samples
 

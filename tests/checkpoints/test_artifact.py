@@ -1,4 +1,4 @@
-"""Compressed checkpoints: what is written, what comes back, and what is refused."""
+"""Compressed checkpoints: writing, loading, errors."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ import repshift_cli
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.weights import METADATA_KEY
 from repshift_cli.compression.api import compress_dense
 from repshift_cli.errors import CheckpointError, OutputError, UsageError
@@ -49,7 +50,7 @@ DOCUMENT_KEYS = {
 def write(model: nn.Module, folder: Path, recipe: Recipe | None = None) -> tuple[Path, LoadedModel]:
     """Save the model dense, load it, and save it compressed."""
     recipe = recipe or make_recipe()
-    loaded = load_checkpoint(save_weights(model, folder / "dense.safetensors"), heads=2)
+    loaded = load_checkpoint(save_weights(model, folder / "dense.safetensors"), LoadOptions(heads=2))
     plan = make_plan(loaded.model, recipe)
     document = artifact.make_document(loaded, plan, recipe, None, {"ratio": {"macs": 1.5}})
     artifact.save(folder / "small.safetensors", loaded, document)
@@ -106,7 +107,7 @@ class TestRoundTrip:
         self.run_elsewhere(path, tmp_path)
 
     def run_elsewhere(self, path: Path, folder: Path) -> None:
-        """Load the compressed file in a fresh process, and compare what it returns with what it returns here."""
+        """Compare the outputs in a new process with those in this one."""
         with torch.no_grad():
             torch.save({"images": images(3), "output": artifact.load(path)(images(3))}, folder / "wanted.pt")
         program = (
@@ -134,7 +135,7 @@ class TestRoundTrip:
     def test_timm_opens_it_as_the_dense_model(self, tmp_path: Path) -> None:
         model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3).eval()
         path = save_weights(model, tmp_path / "dense.safetensors")
-        loaded = load_checkpoint(path, model_name="vit_tiny_patch16_224")
+        loaded = load_checkpoint(path, LoadOptions(model_name="vit_tiny_patch16_224"))
         recipe = make_recipe("[{layer: 0, keep_tokens: 2}]")
         document = artifact.make_document(loaded, make_plan(loaded.model, recipe), recipe, None, {})
         artifact.save(tmp_path / "small.safetensors", loaded, document)
@@ -143,7 +144,7 @@ class TestRoundTrip:
         with torch.no_grad():
             assert torch.equal(again(images(2)), model(images(2)))
 
-    def test_as_a_dense_model_of_our_own(self, small: Path) -> None:
+    def test_loads_as_a_dense_model(self, small: Path) -> None:
         loaded = load_checkpoint(small)
         with torch.no_grad():
             assert torch.equal(loaded.model(images()), tiny_vit(**OPTIONS)(images()))
@@ -152,7 +153,7 @@ class TestRoundTrip:
         model = tiny_vit(**OPTIONS)
         model.blocks[1].norm1.weight = model.blocks[0].norm1.weight
         torch.save(model.state_dict(), tmp_path / "dense.pth")
-        loaded = load_checkpoint(tmp_path / "dense.pth", heads=2)
+        loaded = load_checkpoint(tmp_path / "dense.pth", LoadOptions(heads=2))
         recipe = make_recipe()
         artifact.save(
             tmp_path / "small.safetensors",
@@ -175,11 +176,11 @@ class TestDocument:
             (f"{{kind: fitted, weights: {Fitted.of([0.5] * 32).weights}}}", "prune", 4),
         ],
     )
-    def test_version_is_the_first_that_knows_all_parts(
+    def test_version_is_the_first_that_supports_all_parts(
         self, metric: str, reducer: str, version: int, tmp_path: Path
     ) -> None:
         save_weights(tiny_vit(**OPTIONS), tmp_path / "dense.safetensors")
-        loaded = load_checkpoint(tmp_path / "dense.safetensors", heads=2)
+        loaded = load_checkpoint(tmp_path / "dense.safetensors", LoadOptions(heads=2))
         recipe = make_recipe(metric=metric, reducer=reducer)
         document = artifact.make_document(loaded, make_plan(loaded.model, recipe), recipe, None, {})
         assert document["format_version"] == version <= artifact.FORMAT_VERSION
@@ -225,21 +226,21 @@ class TestDamage:
     def test_a_newer_format_says_what_to_do(self, version: int, small: Path) -> None:
         rewrite(small, lambda document: document.update(format_version=version))
         known = artifact.FORMAT_VERSION
-        with pytest.raises(CheckpointError, match=rf"by a newer repshift \(format {version}, this one knows {known}"):
+        with pytest.raises(CheckpointError, match=rf"by a newer repshift \(format {version}, supported up to {known}"):
             artifact.load(small)
         with pytest.raises(CheckpointError, match="pip install --upgrade repshift-cli"):
             artifact.load(small)
 
-    def test_a_newer_format_whose_model_is_told_otherwise(self, small: Path) -> None:
+    def test_a_newer_format_with_another_model_description(self, small: Path) -> None:
         newer = {"format_version": artifact.FORMAT_VERSION + 1, "model": {"graph": "something new"}}
         rewrite(small, lambda document: document.update(newer))
         with pytest.raises(CheckpointError, match="written by a newer repshift"):
             artifact.load(small)
 
     @pytest.mark.parametrize("version", [None, 0, -1, "1", 1.0])
-    def test_a_version_that_is_none(self, version: object, small: Path) -> None:
+    def test_an_invalid_version(self, version: object, small: Path) -> None:
         rewrite(small, lambda document: document.update(format_version=version))
-        with pytest.raises(CheckpointError, match="the version of its metadata"):
+        with pytest.raises(CheckpointError, match="invalid metadata version"):
             artifact.load(small)
 
     @pytest.mark.parametrize(
@@ -277,7 +278,7 @@ class TestDamage:
             lambda _: "",
         ],
     )
-    def test_a_document_that_cannot_be(self, change: Callable[[dict[str, Any]], Any], small: Path) -> None:
+    def test_an_invalid_document(self, change: Callable[[dict[str, Any]], Any], small: Path) -> None:
         rewrite(small, change)
         with pytest.raises(CheckpointError) as caught:
             artifact.load(small)
@@ -293,16 +294,16 @@ class TestDamage:
         model = timm.create_model("test_vit", num_classes=3)
         path = save_weights(model, tmp_path / "test_vit.safetensors")
         with pytest.raises(CheckpointError, match="is a dense checkpoint"):
-            artifact.load(path) if load_checkpoint(path, "test_vit") else None
+            artifact.load(path) if load_checkpoint(path, LoadOptions(model_name="test_vit")) else None
 
-    def test_another_name_than_the_file_has(self, small: Path) -> None:
+    def test_a_model_name_that_contradicts_the_file(self, small: Path) -> None:
         with pytest.raises(UsageError, match="Leave --model out"):
-            artifact.open_model(small, model_name="deit_small_patch16_224")
+            artifact.open_model(small, LoadOptions(model_name="deit_small_patch16_224"))
 
 
 class TestOpened:
     def test_dense(self, small: Path) -> None:
-        opened = artifact.open_model(small.with_name("dense.safetensors"), heads=2)
+        opened = artifact.open_model(small.with_name("dense.safetensors"), LoadOptions(heads=2))
         assert opened.compressed is None
         assert opened.module is opened.loaded.model
         assert opened.macs == opened.dense_macs
@@ -313,13 +314,13 @@ class TestOpened:
         assert opened.macs < opened.dense_macs
 
     def test_a_recipe_on_top_of_a_plan_is_refused(self, small: Path) -> None:
-        with pytest.raises(CheckpointError, match="compressed already"):
+        with pytest.raises(CheckpointError, match="already compressed"):
             compress_dense(small, recipe_name="deit_small_paper")
 
 
 class TestWriting:
     def attempt(self, folder: Path, force: bool) -> None:
-        loaded = load_checkpoint(folder / "dense.safetensors", heads=2)
+        loaded = load_checkpoint(folder / "dense.safetensors", LoadOptions(heads=2))
         recipe = make_recipe()
         document = artifact.make_document(loaded, make_plan(loaded.model, recipe), recipe, None, {})
         artifact.save(folder / "small.safetensors", loaded, document, force)
@@ -336,7 +337,7 @@ class TestWriting:
         "problem", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left (os error 28)")]
     )
     @pytest.mark.parametrize("existing", [True, False])
-    def test_a_disk_that_fills_up(
+    def test_a_full_disk(
         self, existing: bool, problem: Exception, small: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         before = small.read_bytes()
@@ -356,8 +357,8 @@ class TestWriting:
         assert not existing or small.read_bytes() == before
 
     @pytest.mark.parametrize("existing", [True, False])
-    def test_a_file_that_the_system_does_not_let_grow(self, existing: bool, small: Path) -> None:
-        """Real refusals to write, from the kernel, in a process of its own."""
+    def test_a_file_size_limit_of_the_system(self, existing: bool, small: Path) -> None:
+        """Write errors of the kernel, in a separate process."""
         before = small.read_bytes()
         if not existing:
             small.unlink()

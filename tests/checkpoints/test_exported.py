@@ -1,4 +1,4 @@
-"""Exported files are told apart by content, run as modules, and say what is wrong with them."""
+"""Exported files: kinds by content, modules that run them, errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from repshift_cli.benchmark.run import BenchSettings, contenders_of, run_bench
 from repshift_cli.checkpoints.exported import InChunks, is_exported, kind_of, open_any, open_exported
-from repshift_cli.checkpoints.identify import Clips
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.schema import EXPORT_VERSION
 from repshift_cli.errors import CheckpointError, UsageError
 from repshift_cli.utils.progress import Silent
@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
-    """Copies that a test may damage."""
+    """Copies for tests that damage them."""
     for path in made.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path
@@ -50,7 +50,7 @@ def archive(path: Path, *names: str) -> Path:
 
 
 def set_onnx(path: Path, text: str | None) -> None:
-    """Replace what an ONNX file says of itself."""
+    """Replace the document of an ONNX file."""
     model = onnx.load(path)
     del model.metadata_props[:]
     if text is not None:
@@ -79,7 +79,7 @@ class TestKinds:
         with pytest.raises(CheckpointError, match="holds neither a program"):
             kind_of(archive(tmp_path / "x.pt2", "m/other.txt"))
 
-    def test_which_names_are_exported_files(self, folder: Path) -> None:
+    def test_names_of_exported_files(self, folder: Path) -> None:
         assert is_exported(folder / "vit.onnx")
         assert is_exported(str(folder / "vit.pt2"))
         assert not is_exported(folder / "missing.onnx")
@@ -87,15 +87,15 @@ class TestKinds:
 
 
 class TestOpen:
-    def test_other_models_open_as_ever(self) -> None:
+    def test_checkpoints_open_too(self) -> None:
         assert open_any(stored(1)).compressed is not None
 
     @pytest.mark.parametrize(
-        "told", [{"model_name": "deit_tiny_patch16_224"}, {"heads": 2}, {"img_size": 24}, {"clips": Clips(4, None)}]
+        "given", [{"model_name": "deit_tiny_patch16_224"}, {"heads": 2}, {"img_size": 24}, {"frames": 4}]
     )
-    def test_an_exported_file_tells_all_itself(self, told: dict[str, Any], folder: Path) -> None:
+    def test_an_exported_file_allows_no_options(self, given: dict[str, Any], folder: Path) -> None:
         with pytest.raises(UsageError, match="is an exported file"):
-            open_any(folder / "vit.onnx", **told)
+            open_any(folder / "vit.onnx", LoadOptions(**given))
 
     def test_moving_it_does_not_change_it(self, folder: Path) -> None:
         opened = open_exported(folder / "vit.pt2")
@@ -143,7 +143,7 @@ class TestDamage:
             open_exported(folder / "vit.onnx")
 
     @pytest.mark.parametrize("damage", ["too large", "another compression", "locked"])
-    def test_an_archive_that_is_not_to_be_unpacked(self, damage: str, tmp_path: Path) -> None:
+    def test_an_archive_that_cannot_be_unpacked(self, damage: str, tmp_path: Path) -> None:
         path = tmp_path / "bomb.pt2"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
             made.writestr("e/models/model.json", "{}")
@@ -158,7 +158,7 @@ class TestDamage:
         with pytest.raises(CheckpointError, match=r"bomb.pt2 is not a .pt2 archive, or is damaged: "):
             open_exported(path)
 
-    def test_a_file_of_somebody_else(self, folder: Path) -> None:
+    def test_a_file_of_another_tool(self, folder: Path) -> None:
         set_onnx(folder / "vit.onnx", None)
         with pytest.raises(CheckpointError, match="was not written by `repshift export`"):
             open_exported(folder / "vit.onnx")
@@ -172,7 +172,7 @@ class TestDamage:
 
 
 class TestBench:
-    def test_a_compressed_graph_is_held_to_the_dense_one(self, folder: Path) -> None:
+    def test_a_compressed_graph_is_compared_with_the_dense_one(self, folder: Path) -> None:
         opened = {name: open_exported(folder / name) for name in ("vit.onnx", "dense.onnx", "vit.pt2")}
         found = {each.name: each.against for each in contenders_of(opened)}
         assert found == {"dense.onnx": None, "vit.onnx": "dense.onnx", "vit.pt2": None}
@@ -181,7 +181,7 @@ class TestBench:
         opened = {"vit": open_any(stored(1)), "vit.onnx": open_any(folder / "vit.onnx")}
         assert [each.name for each in contenders_of(opened)] == ["artifact_v1 dense", "vit", "vit.onnx"]
 
-    def test_memory_is_told_where_torch_sees_it(self, folder: Path) -> None:
+    def test_memory_is_reported_where_torch_sees_it(self, folder: Path) -> None:
         opened = {name: open_exported(folder / name) for name in ("vit.onnx", "dense.onnx", "vit.pt2")}
         report = run_bench(contenders_of(opened), [2], SETTINGS, Silent())
         memory = {run.name: run.peak_bytes for run in report.runs}
@@ -193,7 +193,7 @@ class TestBench:
 
 
 class Doubling(nn.Module):
-    """Stands for a file that takes two at a time."""
+    """Stand-in for a file with a batch of two."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         assert len(images) == 2

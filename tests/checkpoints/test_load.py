@@ -1,4 +1,4 @@
-"""Reading weights: every container that people use, and everything that can be wrong with one."""
+"""Reading weights: all containers, and errors of damaged or unsafe ones."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from tiny import images, save_weights, tiny_vit
 from torch import nn
 
 from repshift_cli.checkpoints.build import build
-from repshift_cli.checkpoints.load import BUILTIN, load_checkpoint
+from repshift_cli.checkpoints.builtin import BUILTIN
+from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.weights import read_weights
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, UsageError
@@ -31,7 +33,7 @@ NAME = "vit_tiny_patch16_224"
 
 
 def timm_model(name: str = NAME, **options: Any) -> nn.Module:
-    """A registered model, small for its kind, with weights that tell its outputs apart."""
+    """A small registered model with distinct outputs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = timm.create_model(name, **{"img_size": 32, "num_classes": 7, **options})
@@ -51,7 +53,7 @@ def same(loaded: LoadedModel, model: nn.Module) -> bool:
 
 def refusal(path: Path | str, **options: Any) -> CheckpointError:
     with pytest.raises(CheckpointError) as caught:
-        load_checkpoint(path, **options)
+        load_checkpoint(path, LoadOptions(**options))
     assert caught.value.exit_code == 3
     return caught.value
 
@@ -78,28 +80,28 @@ class TestContainers:
     def test_torch_files(self, name: str, model: nn.Module, tmp_path: Path) -> None:
         path = tmp_path / "weights.pth"
         torch.save(CONTAINERS[name](model.state_dict()), path)
-        loaded = load_checkpoint(path, model_name=NAME)
+        loaded = load_checkpoint(path, LoadOptions(model_name=NAME))
         assert same(loaded, model)
         assert list(loaded.tensors) == list(model.state_dict())
 
     @pytest.mark.parametrize("key", ["model_ema", "state_dict_ema"])
-    def test_averaged_weights_win_and_are_told(self, key: str, model: nn.Module, tmp_path: Path) -> None:
+    def test_averaged_weights_are_used_and_noted(self, key: str, model: nn.Module, tmp_path: Path) -> None:
         path = tmp_path / "weights.pth"
         torch.save({"model": timm_model(num_classes=5).state_dict(), key: model.state_dict()}, path)
-        loaded = load_checkpoint(path, model_name=NAME)
+        loaded = load_checkpoint(path, LoadOptions(model_name=NAME))
         assert same(loaded, model)
         assert any(f"averaged weights ({key}) are used" in note for note in loaded.notes)
 
     @pytest.mark.parametrize("suffix", [".pt", ".bin", ".ckpt", ".tar"])
-    def test_endings_of_torch_files(self, suffix: str, model: nn.Module, tmp_path: Path) -> None:
+    def test_suffixes_of_torch_files(self, suffix: str, model: nn.Module, tmp_path: Path) -> None:
         path = tmp_path / f"weights{suffix}"
         torch.save(model.state_dict(), path)
-        assert same(load_checkpoint(path, model_name=NAME), model)
+        assert same(load_checkpoint(path, LoadOptions(model_name=NAME)), model)
 
     def test_the_old_torch_format(self, model: nn.Module, tmp_path: Path) -> None:
         path = tmp_path / "weights.pth"
         torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)
-        assert same(load_checkpoint(path, model_name=NAME), model)
+        assert same(load_checkpoint(path, LoadOptions(model_name=NAME)), model)
 
     def test_safetensors(self, model: nn.Module, tmp_path: Path) -> None:
         loaded = load_checkpoint(save_weights(model, tmp_path / "weights.safetensors"))
@@ -125,16 +127,19 @@ class TestContainers:
         torch.save(content, tmp_path / "weights.pth")
         assert "holds no tensors" in refusal(tmp_path / "weights.pth").message
 
-    def test_the_hash_is_the_files(self, model: nn.Module, tmp_path: Path) -> None:
+    def test_hash_of_the_file(self, model: nn.Module, tmp_path: Path) -> None:
         import hashlib
 
         path = save_weights(model, tmp_path / "weights.safetensors")
-        assert load_checkpoint(path, model_name=NAME).source.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert (
+            load_checkpoint(path, LoadOptions(model_name=NAME)).source.sha256
+            == hashlib.sha256(path.read_bytes()).hexdigest()
+        )
 
     def test_loading_leaves_the_random_numbers_alone(self, model: nn.Module, tmp_path: Path) -> None:
         path = save_weights(model, tmp_path / "weights.safetensors")
         torch.manual_seed(1)
-        load_checkpoint(path, model_name=NAME)
+        load_checkpoint(path, LoadOptions(model_name=NAME))
         load_checkpoint("test_vit")
         found = torch.rand(1)
         torch.manual_seed(1)
@@ -150,7 +155,7 @@ class TestFolder:
         assert loaded.source.origin == "folder"
         assert loaded.description.name == NAME
 
-    def test_arguments_that_shapes_do_not_tell(self, tmp_path: Path) -> None:
+    def test_arguments_that_shapes_do_not_give(self, tmp_path: Path) -> None:
         options = {"img_size": 32, "patch_size": 8, "num_heads": 4}
         other = timm_model(**options)
         save_for_hf(other, tmp_path, safe_serialization=True, model_args=options)
@@ -175,7 +180,7 @@ class TestFolder:
             ("[]", "has no key 'architecture'"),
             ("{}", "has no key 'architecture'"),
             ('{"architecture": 3}', "has no key 'architecture'"),
-            ('{"architecture": "nothing_like_it"}', "there is no model named 'nothing_like_it'"),
+            ('{"architecture": "nothing_like_it"}', "unknown model 'nothing_like_it'"),
             ('{"architectures": ["ViTForImageClassification"]}', "transformers library (ViTForImageClassification)"),
             ('{"architecture": "vit_tiny_patch16_224", "model_args": {"no_such": 1}}', "cannot be built"),
             ('{"architecture": "vit_tiny_patch16_224", "model_args": [1]}', "model_args"),
@@ -187,30 +192,30 @@ class TestFolder:
             ('{"architecture": "deit_small_patch16_224"}', "do not fit deit_small_patch16_224"),
         ],
     )
-    def test_a_config_that_cannot_be(self, config: str | None, message: str, model: nn.Module, tmp_path: Path) -> None:
+    def test_an_invalid_config(self, config: str | None, message: str, model: nn.Module, tmp_path: Path) -> None:
         save_weights(model, tmp_path / "model.safetensors")
         if config is not None:
             (tmp_path / "config.json").write_text(config)
         assert message in refusal(tmp_path).message
 
     @pytest.mark.parametrize("key", ["checkpoint_path", "pretrained", "pretrained_cfg", "cache_dir", "features_only"])
-    def test_arguments_that_would_read_elsewhere(self, key: str, model: nn.Module, tmp_path: Path) -> None:
+    def test_arguments_that_would_read_other_files(self, key: str, model: nn.Module, tmp_path: Path) -> None:
         save_weights(model, tmp_path / "model.safetensors")
         config = {"architecture": NAME, "model_args": {key: "elsewhere"}}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        assert f"the arguments of the model hold {key}" in refusal(tmp_path).message
+        assert f"unsupported model arguments {key}" in refusal(tmp_path).message
         description = ModelDescription("a ViT", NAME, {key: "elsewhere"}, Preprocessing.of_model(model))
-        with pytest.raises(CheckpointError, match=f"hold {key}, which no checkpoint may set"):
+        with pytest.raises(CheckpointError, match=f"unsupported model arguments {key}"):
             build(description, model.state_dict(), "weights.safetensors")
 
-    def test_what_it_says_goes_before_a_recipe(self, model: nn.Module, tmp_path: Path) -> None:
+    def test_the_config_wins_over_a_recipe(self, model: nn.Module, tmp_path: Path) -> None:
         save_for_hf(model, tmp_path, safe_serialization=True)
-        assert load_checkpoint(tmp_path, fallback_name="deit_tiny_patch16_224").description.name == NAME
+        assert load_checkpoint(tmp_path, LoadOptions(fallback_name="deit_tiny_patch16_224")).description.name == NAME
 
     def test_heads_that_contradict_it(self, model: nn.Module, tmp_path: Path) -> None:
         save_for_hf(model, tmp_path, safe_serialization=True)
         assert "has 3 attention heads, not 6" in refusal(tmp_path, heads=6).message
-        assert same(load_checkpoint(tmp_path, heads=3), model)
+        assert same(load_checkpoint(tmp_path, LoadOptions(heads=3)), model)
 
     def test_no_weights(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({"architecture": NAME}))
@@ -218,7 +223,7 @@ class TestFolder:
 
 
 class TestNames:
-    def test_a_timm_name_has_random_weights_and_says_so(self) -> None:
+    def test_a_timm_name_gives_random_weights_and_a_note(self) -> None:
         first, second = load_checkpoint("test_vit"), load_checkpoint("test_vit")
         assert first.source.origin == "random"
         assert any("RANDOM" in note for note in first.notes)
@@ -241,17 +246,17 @@ class TestNames:
         assert refusal(name).message == f"there is no file {name}"
 
     @pytest.mark.parametrize("name", ["hf-hub:timm/vit_tiny_patch16_224", "local-dir:models"])
-    def test_names_that_would_reach_elsewhere(self, name: str) -> None:
+    def test_names_that_would_read_other_places(self, name: str) -> None:
         refusal(name)
 
     def test_an_unknown_builtin(self) -> None:
-        with pytest.raises(UsageError, match="there is no builtin:vit-digit") as caught:
+        with pytest.raises(UsageError, match="unknown built-in model builtin:vit-digit") as caught:
             load_checkpoint("builtin:vit-digit")
         assert caught.value.exit_code == 2
         assert "Did you mean builtin:vit-digits?" in str(caught.value)
 
     @pytest.mark.parametrize("name", BUILTIN)
-    def test_builtin_models_are_there(self, name: str) -> None:
+    def test_builtin_models_load(self, name: str) -> None:
         loaded = load_checkpoint(name)
         assert loaded.source.origin == "builtin"
         assert loaded.description.preprocessing.frames or loaded.model.num_classes == 10
@@ -259,8 +264,8 @@ class TestNames:
 
     def test_a_model_name_that_timm_does_not_have(self, model: nn.Module, tmp_path: Path) -> None:
         path = save_weights(model, tmp_path / "weights.safetensors")
-        with pytest.raises(UsageError, match="there is no model named 'vit_tiny_patch16_24'") as caught:
-            load_checkpoint(path, model_name="vit_tiny_patch16_24")
+        with pytest.raises(UsageError, match="unknown model 'vit_tiny_patch16_24'") as caught:
+            load_checkpoint(path, LoadOptions(model_name="vit_tiny_patch16_24"))
         assert "Did you mean vit_tiny_patch16_224?" in str(caught.value)
 
     def test_a_tag_that_timm_does_not_have(self, model: nn.Module, tmp_path: Path) -> None:
@@ -276,10 +281,10 @@ class TestNames:
 
     def test_the_name_that_a_recipe_gives(self, model: nn.Module, tmp_path: Path) -> None:
         path = save_weights(model, tmp_path / "weights.safetensors")
-        loaded = load_checkpoint(path, fallback_name="deit_tiny_patch16_224")
+        loaded = load_checkpoint(path, LoadOptions(fallback_name="deit_tiny_patch16_224"))
         assert loaded.description.name == "deit_tiny_patch16_224"
         assert same(loaded, model)
-        assert load_checkpoint(path, fallback_name="no_such_model").description.name == NAME
+        assert load_checkpoint(path, LoadOptions(fallback_name="no_such_model")).description.name == NAME
 
     def test_a_name_that_is_too_long_for_a_file(self) -> None:
         refusal("x" * 5000)
@@ -317,16 +322,16 @@ class TestDamage:
         path.write_bytes(content)
         assert "or is damaged" in refusal(path).message
 
-    def test_a_safetensors_header_that_lies(self, tmp_path: Path) -> None:
+    def test_an_inconsistent_safetensors_header(self, tmp_path: Path) -> None:
         header = json.dumps({"a": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]}}).encode()
         path = tmp_path / "weights.safetensors"
         path.write_bytes(len(header).to_bytes(8, "little") + header + b"\x00" * 16)
         assert "or is damaged" in refusal(path).message
 
-    def test_an_unknown_ending(self, tmp_path: Path) -> None:
+    def test_an_unknown_suffix(self, tmp_path: Path) -> None:
         path = tmp_path / "weights.gguf"
         path.write_bytes(b"1234")
-        assert "Known are .safetensors, .pth" in str(refusal(path))
+        assert "Allowed: .safetensors, .pth" in str(refusal(path))
 
     def test_a_torch_file_under_the_name_of_safetensors(self, model: nn.Module, tmp_path: Path) -> None:
         path = tmp_path / "weights.safetensors"
@@ -336,8 +341,8 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ([1, 2, 3], "holds a list, not a table of weights"),
-            (torch.zeros(3), "holds a Tensor, not a table of weights"),
+            ([1, 2, 3], "holds a list, not a mapping of weights"),
+            (torch.zeros(3), "holds a Tensor, not a mapping of weights"),
             ({}, "holds no tensors"),
             ({"epoch": 3, "lr": 0.1}, "holds no tensors"),
             ({"state_dict": {}}, "holds no tensors"),
@@ -356,7 +361,7 @@ class TestDamage:
 
 
 class Payload:
-    """Unpickling it would create a file."""
+    """Unpickling this creates a file."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -366,8 +371,8 @@ class Payload:
 
 
 class TestOptions:
-    def test_those_of_umt_are_plain_data(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Its checkpoints hold a mapping of a class of their own, which is not there to be loaded."""
+    def test_options_of_umt_are_plain_data(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """UMT checkpoints hold a mapping of a class that is not installed."""
         module = ModuleType("utils.easydict")
         kind = type("EasyDict", (dict,), {"__module__": "utils.easydict"})
         module.EasyDict = kind  # type: ignore[attr-defined]
@@ -381,7 +386,7 @@ class TestOptions:
 
 
 class TestCode:
-    """A pickle can hold code; none of it may run."""
+    """Code in a pickle must not run."""
 
     @pytest.fixture
     def marker(self, tmp_path: Path) -> Path:
@@ -398,7 +403,7 @@ class TestCode:
         state = {"model": model.state_dict(), "args": Payload(marker)}
         torch.save(state, path, _use_new_zipfile_serialization=zipped)
         error = refusal(path)
-        assert "loading them could run code, so it was refused" in error.message
+        assert "which could run code when loaded" in error.message
         assert "safetensors" in str(error)
         assert not marker.exists()
 
@@ -436,18 +441,18 @@ class TestFit:
         message = refusal(tmp_path / "weights.safetensors", model_name=NAME).message
         assert "the weights do not fit vit_tiny_patch16_224" in message
         assert "missing: norm.weight" in message
-        assert "not known: surprise" in message
+        assert "unknown: surprise" in message
         assert "blocks.0.mlp.fc1.weight is [5, 192], not [768, 192]" in message
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8])
-    def test_whole_numbers_are_no_weights(self, dtype: torch.dtype, model: nn.Module, tmp_path: Path) -> None:
+    def test_integers_are_refused(self, dtype: torch.dtype, model: nn.Module, tmp_path: Path) -> None:
         state = dict(model.state_dict())
         state["blocks.0.mlp.fc1.weight"] = state["blocks.0.mlp.fc1.weight"].to(dtype)
         save_file(state, tmp_path / "weights.safetensors")
         message = refusal(tmp_path / "weights.safetensors").message
         assert f"not floating point: blocks.0.mlp.fc1.weight is {dtype}" in message
 
-    def test_quantised_tensors_are_no_weights(self, model: nn.Module, tmp_path: Path) -> None:
+    def test_quantised_tensors_are_refused(self, model: nn.Module, tmp_path: Path) -> None:
         state = dict(model.state_dict())
         state["head.weight"] = torch.quantize_per_tensor(state["head.weight"], 0.1, 0, torch.qint8)
         torch.save(state, tmp_path / "weights.pth")
@@ -475,19 +480,19 @@ def test_a_description_reads_back() -> None:
     assert ModelDescription.from_dict(json.loads(json.dumps(description.to_dict()))) == description
 
 
-def test_preprocessing_is_timms(tmp_path: Path) -> None:
+def test_preprocessing_equals_timms(tmp_path: Path) -> None:
     from PIL import Image
     from timm.data import create_transform, resolve_model_data_config
 
     model = timm_model("test_vit", img_size=160, num_classes=3)
-    picture = Image.effect_noise((200, 140), 60).convert("RGB")
-    wanted = create_transform(**resolve_model_data_config(model), is_training=False)(picture)
-    assert torch.equal(Preprocessing.of_model(model).transform()(picture), wanted)
+    image = Image.effect_noise((200, 140), 60).convert("RGB")
+    wanted = create_transform(**resolve_model_data_config(model), is_training=False)(image)
+    assert torch.equal(Preprocessing.of_model(model).transform()(image), wanted)
 
 
 def test_tied_weights_are_loaded(tmp_path: Path) -> None:
     model = tiny_vit(embed_dim=64)
     model.blocks[1].norm1.weight = model.blocks[0].norm1.weight
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    loaded = load_checkpoint(tmp_path / "weights.pth", heads=2)
+    loaded = load_checkpoint(tmp_path / "weights.pth", LoadOptions(heads=2))
     assert same(loaded, model)

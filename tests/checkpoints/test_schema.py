@@ -1,4 +1,4 @@
-"""What our files say of themselves: as the schemas have it, in every version that there was."""
+"""Documents of all format versions follow the schemas."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def document_of(path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
 class TestStored:
-    def test_it_loads_and_gives_what_it_gave(self, version: int) -> None:
+    def test_outputs_are_unchanged(self, version: int) -> None:
         model = artifact.load(stored(version))
         with torch.no_grad():
             output = model(expected()[f"v{version}/input"])
         torch.testing.assert_close(output, expected()[f"v{version}/output"], rtol=1e-4, atol=1e-5)
 
-    def test_it_says_its_version_and_follows_the_schema(self, version: int) -> None:
+    def test_version_and_schema(self, version: int) -> None:
         document = document_of(stored(version))
         assert document["format_version"] == version
         assert ArtifactDocument.model_validate(document).model_dump(mode="json", exclude={"search"}) == document
 
 
-def test_a_search_is_known_to_the_schema() -> None:
+def test_the_schema_allows_a_search() -> None:
     document = {**document_of(stored(1)), "search": {"target": "macs=0.6"}}
     assert ArtifactDocument.model_validate(document).search == {"target": "macs=0.6"}
 
@@ -48,13 +48,13 @@ def test_a_search_is_known_to_the_schema() -> None:
 @pytest.mark.parametrize(
     "change", [{"surprise": 1}, {"plan": None}, {"format_version": 0}, {"source": {"origin": "heaven"}}, {"model": {}}]
 )
-def test_a_document_that_cannot_be(change: dict[str, Any]) -> None:
+def test_an_invalid_document(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         ArtifactDocument.model_validate({**document_of(stored(1)), **change})
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_the_schema_in_the_documents_is_that_of_the_code(name: str) -> None:
+def test_the_schema_in_docs_is_up_to_date(name: str) -> None:
     written = json.loads((DOCS / f"{name}.schema.json").read_text(encoding="utf-8"))
     made = SCHEMAS[name].model_json_schema()
     # how a type is written down is a matter of pydantic's version
@@ -65,5 +65,5 @@ def test_the_schema_in_the_documents_is_that_of_the_code(name: str) -> None:
     }
 
 
-def test_a_model_in_memory_gets_a_document_as_well() -> None:
+def test_a_model_in_memory_gets_a_document() -> None:
     ArtifactDocument.model_validate(open_family("resnet").loaded.document)

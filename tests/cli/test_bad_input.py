@@ -110,12 +110,12 @@ CHECKPOINTS = [
     ("truncated", ["is not a safetensors file, or is damaged"]),
     ("truncated_torch", ["is not a PyTorch weights file, or is damaged"]),
     ("text", ["is not a safetensors file, or is damaged"]),
-    ("pickle", ["loading them could run code, so it was refused"]),
-    ("other", ["the tensors are those of no model that is known", "Supported are"]),
+    ("pickle", ["which could run code when loaded"]),
+    ("other", ["the tensors fit no known model", "Supported are"]),
     ("several", ["several models have exactly these tensors", "resnet18, resnetblur18", "--model"]),
-    ("no_name", ["it looks like a ResNet with stages of 1, 1, 2, 1 blocks, but timm has no name for one", "--model"]),
+    ("no_name", ["it looks like a ResNet with stages of 1, 1, 2, 1 blocks, but no timm model has these", "--model"]),
     ("vim", ["looks like a Vision Mamba that is not supported: it reads the tokens in one direction only"]),
-    ("heads", ["the number of attention heads cannot be told", "Give --heads; possible are 1, 2, 3, 4, 6."]),
+    ("heads", ["unknown number of attention heads", "Give --heads. Allowed: 1, 2, 3, 4, 6."]),
     ("misfit", ["blocks.0.mlp.fc1.weight is [3, 3], not [512, 128]"]),
 ]
 
@@ -131,7 +131,12 @@ def test_checkpoints(kind: str, words: list[str], command: str, cli: Command, tm
 
 @pytest.mark.parametrize("command", ["inspect", "compress", "bench", "eval"])
 def test_an_unknown_builtin_model(command: str, cli: Command) -> None:
-    explained(cli(command, "builtin:vit-digit"), 2, "there is no builtin:vit-digit", "Did you mean builtin:vit-digits?")
+    explained(
+        cli(command, "builtin:vit-digit"),
+        2,
+        "unknown built-in model builtin:vit-digit",
+        "Did you mean builtin:vit-digits?",
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,10 +149,10 @@ def test_an_unknown_builtin_model(command: str, cli: Command) -> None:
         (["--threads", "0"], ["--threads"]),
         (["--heads", "0"], ["--heads"]),
         (["--img-size", "0"], ["--img-size"]),
-        (["--img-size", "64"], ["--img-size 64", "takes images of 32x32: its positions are made for that size"]),
+        (["--img-size", "64"], ["--img-size 64", "takes images of 32x32: its position table has that size"]),
         (["--seconds", "-1"], ["--seconds"]),
         (["--calibration-images", "3"], ["--calibration-images"]),
-        (["--model", "vit_bas_patch16_224"], ["there is no model named 'vit_bas_patch16_224'", "Did you mean"]),
+        (["--model", "vit_bas_patch16_224"], ["unknown model 'vit_bas_patch16_224'", "Did you mean"]),
         (["--no-such-option"], ["--no-such-option"]),
         (["-o", "."], ["is a folder"]),
     ],
@@ -203,8 +208,8 @@ class TestCompressedAlready:
         edit(document)
         save_file(load_file(path), path, metadata={"format": "pt", "repshift": json.dumps(document)})
 
-    def test_compressing_again(self, small: Path, cli: Command) -> None:
-        explained(cli("compress", small), 3, "is compressed already: its own plan would be lost", "--force")
+    def test_compressing_it_again(self, small: Path, cli: Command) -> None:
+        explained(cli("compress", small), 3, "is already compressed: its own plan would be lost", "--force")
 
     @pytest.mark.parametrize("command", ["inspect", "bench", "compress"])
     def test_a_newer_format(self, command: str, small: Path, cli: Command) -> None:

@@ -246,7 +246,7 @@ class TestRefused:
             (["--dataset", "msrvtt"], "takes single pictures, and msrvtt is a dataset of videos"),
             (["--annotations", "a.json", "--videos", "v"], "--annotations has no meaning"),
             (["--no-rerank"], "--rerank has no meaning"),
-            (["--frames", "3"], "takes single pictures"),
+            (["--frames", "3"], "takes single images"),
         ],
     )
     def test_videos_for_a_model_of_pictures(self, cli: Command, arguments: list[str], message: str) -> None:

@@ -62,7 +62,7 @@ def test_of_a_dense_network(network: Path, recipe: Path, cli: Command) -> None:
     options = ("--recipe", recipe, "--seconds", "0", "--min-runs", "1", "-b", "1")
     outcome = cli("bench", network, *options, "--img-size", "64", "--json")
     assert outcome.rc == 0, outcome.stderr
-    assert "images of 64x64 are used instead of 224x224" in " ".join(outcome.stderr.split())
+    assert "image size set to 64x64 instead of 224x224" in " ".join(outcome.stderr.split())
 
 
 def test_from_python() -> None:

@@ -152,7 +152,7 @@ class TestSearch:
     def test_warns_if_it_uses_builtin_scenes(self, cli: Command, dense: Path) -> None:
         outcome = cli("search", dense, "-t", "macs=0.7", *QUICK)
         assert outcome.rc == 0, outcome.stderr
-        assert "no pictures were named, so the search looks at built-in scenes" in words(outcome.stderr)
+        assert "no images were given, so the search uses built-in scenes" in words(outcome.stderr)
         assert "top-1" not in outcome.stdout
 
     def test_the_recipe_gives_metric_reducer_and_target(self, cli: Command, dense: Path, tmp_path: Path) -> None:
@@ -301,8 +301,8 @@ class TestRefused:
             ("--heads", 3, 3, "3 heads do not divide a width of 128"),
             ("--model", "resnet50", 3, "the weights do not fit resnet50"),
             ("--img-size", 33, 2, "--img-size 33: "),
-            ("--frames", 4, 2, "takes single pictures, no clips"),
-            ("--checkpoint-frames", 4, 2, "takes single pictures, no clips"),
+            ("--frames", 4, 2, "takes single images, not clips"),
+            ("--checkpoint-frames", 4, 2, "takes single images, not clips"),
         ],
     )
     def test_model_options_reach_the_loader(
@@ -490,7 +490,7 @@ class TestCompress:
         ("extra", "message"),
         [
             (("--dry-run",), "--dry-run: the plan for macs=0.7 is known only after a search"),
-            (("--no-calibrate",), "--no-calibrate: the search for macs=0.7 chooses by pictures"),
+            (("--no-calibrate",), "--no-calibrate: the search for macs=0.7 needs images"),
         ],
     )
     def test_options_that_a_search_refuses(
@@ -558,11 +558,11 @@ class TestOtherUsersOfABudget:
     def test_bench_refuses_it(self, cli: Command, dense: Path, budget: str) -> None:
         outcome = cli("bench", dense, "--recipe", budget, "--seconds", "0")
         assert outcome.rc == 2
-        assert "b.yaml:2:1: the recipe has a budget in place of layers" in words(outcome.stderr)
+        assert "b.yaml:2:1: the recipe has a budget instead of layers" in words(outcome.stderr)
         assert "`repshift search MODEL --recipe FILE` finds the layers" in words(outcome.stderr)
 
-    def test_the_python_api_refuses_it(self, budget: str, tmp_path: Path) -> None:
-        with pytest.raises(RecipeError, match="budget in place of layers"):
+    def test_so_does_the_python_api(self, budget: str, tmp_path: Path) -> None:
+        with pytest.raises(RecipeError, match="budget instead of layers"):
             compress(tiny_vit(), Recipe.load(tmp_path / budget))
 
     def test_recipes_check_and_show(self, cli: Command, budget: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The main job from end to end, in this process, on small models."""
+"""`compress` from end to end on small models."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tiny import images, make_recipe, save_weights, tiny_vit
 
 from repshift_cli.calibration.calibrate import Calibration, calibrate
 from repshift_cli.checkpoints import artifact
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.compression.api import compress
 from repshift_cli.compression.measured import CompressReport
 from repshift_cli.compression.run import compress_checkpoint
@@ -33,7 +34,8 @@ from repshift_cli.measure.macs import count_macs
 from repshift_cli.utils.progress import Silent
 
 FIXED = "{kind: representation_shift, operation: mlp, distance: l2, reading: update, polarity: largest}"
-QUICK = Settings(heads=2, seconds=0.0, batch_size=4)
+QUICK = Settings(load=LoadOptions(heads=2), seconds=0.0, batch_size=4)
+NO_HEADS = LoadOptions()
 
 
 @pytest.fixture
@@ -42,9 +44,9 @@ def dense(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Twenty pictures of noise."""
-    folder = tmp_path / "pictures"
+def image_folder(tmp_path: Path) -> Path:
+    """Twenty images of noise."""
+    folder = tmp_path / "images"
     folder.mkdir()
     random = np.random.default_rng(0)
     for index in range(20):
@@ -63,7 +65,7 @@ def run(dense: Path, dry_run: bool = False, **changes: Any) -> CompressReport:
 
 
 class TestFile:
-    def test_what_is_reported_is_what_is_written(self, dense: Path, tmp_path: Path) -> None:
+    def test_the_report_equals_the_file(self, dense: Path, tmp_path: Path) -> None:
         output = tmp_path / "small.safetensors"
         report = run(dense, recipe=recipe_file(tmp_path), output=output)
         assert report.output == output
@@ -95,7 +97,7 @@ class TestFile:
         assert 0 <= document["agreement"] <= 1
         assert document["divergence"] >= 0
 
-    def test_counts_are_those_of_a_real_run(self, dense: Path, tmp_path: Path) -> None:
+    def test_counts_equal_those_of_a_real_run(self, dense: Path, tmp_path: Path) -> None:
         report = run(dense, recipe=recipe_file(tmp_path), output=tmp_path / "small.safetensors")
         opened = artifact.open_model(tmp_path / "small.safetensors")
         assert opened.compressed is not None
@@ -128,7 +130,7 @@ class TestFile:
         assert report.measured.agreement is None
         assert 0 <= report.measured.divergence <= 2
 
-    def test_run_in_bfloat16_and_written_as_it_was(self, dense: Path, tmp_path: Path) -> None:
+    def test_bfloat16_runs_leave_the_file_in_float32(self, dense: Path, tmp_path: Path) -> None:
         run(dense, recipe=recipe_file(tmp_path), output=tmp_path / "small.safetensors", dtype="bfloat16")
         model = artifact.load(tmp_path / "small.safetensors")
         wanted = tiny_vit(embed_dim=64).state_dict()
@@ -143,17 +145,17 @@ class TestCompressedAgain:
         return output
 
     def test_refused(self, small: Path, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="is compressed already: its own plan would be lost") as caught:
+        with pytest.raises(CheckpointError, match="is already compressed: its own plan would be lost") as caught:
             run(small, recipe=recipe_file(tmp_path), output=tmp_path / "smaller.safetensors")
         assert caught.value.exit_code == 3
         assert "--force" in str(caught.value)
         assert not (tmp_path / "smaller.safetensors").exists()
 
-    def test_with_force_its_dense_weights_are_taken(self, small: Path, tmp_path: Path) -> None:
+    def test_force_compresses_its_dense_weights(self, small: Path, tmp_path: Path) -> None:
         output = tmp_path / "smaller.safetensors"
         recipe = recipe_file(tmp_path, layers="[{layer: 1, keep_tokens: 4}]")
         report = run(small, recipe=recipe, output=output, force=True)
-        assert any("compressed anew" in note for note in report.notes)
+        assert any("compressed again" in note for note in report.notes)
         again = artifact.load(output)
         assert again.plan.tokens_at(4) == (17, 17, 5, 5, 5)
         with torch.no_grad(), again.dense():
@@ -166,7 +168,7 @@ class TestCompressedAgain:
 
 
 class TestRefusals:
-    """What cannot be is said before anything is run or written."""
+    """Errors come before anything is run or written."""
 
     @pytest.fixture(autouse=True)
     def nothing_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,28 +192,28 @@ class TestRefusals:
 
     def test_weights_that_do_not_fit_the_named_model(self, dense: Path) -> None:
         with pytest.raises(CheckpointError, match=r"do not fit deit_small_patch16_224: .*missing: .*shapes: "):
-            run(dense, model_name="deit_small_patch16_224", heads=None)
+            run(dense, load=LoadOptions(model_name="deit_small_patch16_224"))
 
     @pytest.mark.parametrize("name", ["deit_tiny_patch16_224.fb_in1k", "deit_tiny_patch16_224"])
     def test_a_tag_does_not_change_what_a_recipe_is_for(self, name: str) -> None:
-        settings = replace(QUICK, recipe="deit_tiny_paper", heads=None)
+        settings = replace(QUICK, recipe="deit_tiny_paper", load=NO_HEADS)
         assert compress_checkpoint(name, settings, Silent(), dry_run=True).plan.sites[0].tokens_out == 158
 
-    def test_a_recipe_says_which_of_two_equal_shapes_it_is(self, tmp_path: Path) -> None:
+    def test_a_recipe_chooses_among_two_equal_shapes(self, tmp_path: Path) -> None:
         weights = save_weights(timm.create_model("deit_tiny_patch16_224"), tmp_path / "weights.safetensors")
-        settings = replace(QUICK, heads=None)
+        settings = replace(QUICK, load=NO_HEADS)
         guessed = compress_checkpoint(str(weights), settings, Silent(), dry_run=True)
         told = compress_checkpoint(str(weights), replace(settings, recipe="deit_tiny_paper"), Silent(), dry_run=True)
         assert guessed.loaded.description.name == "vit_tiny_patch16_224"
         assert told.loaded.description.name == "deit_tiny_patch16_224"
 
-    def test_a_recipe_for_another_model_than_the_user_says(self, tmp_path: Path) -> None:
+    def test_a_recipe_that_contradicts_the_model_option(self, tmp_path: Path) -> None:
         path = recipe_file(tmp_path, extra="model: deit_small_patch16_224\n")
         with pytest.raises(
             RecipeError, match="the recipe is for deit_small_patch16_224, but the model is deit_tiny"
         ) as caught:
             compress_checkpoint(
-                "deit_tiny_patch16_224", replace(QUICK, recipe=path, heads=None), Silent(), dry_run=True
+                "deit_tiny_patch16_224", replace(QUICK, recipe=path, load=NO_HEADS), Silent(), dry_run=True
             )
         assert caught.value.message.startswith(f"{path}:5:1: ")
         assert caught.value.exit_code == 2
@@ -229,13 +231,13 @@ class TestRefusals:
         with pytest.raises(UsageError, match="no CUDA device"):
             run(dense, device="cuda")
 
-    def test_a_layer_that_the_model_lacks(self, dense: Path, tmp_path: Path) -> None:
+    def test_a_missing_layer(self, dense: Path, tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match="the model has no layer 9"):
             run(dense, recipe=recipe_file(tmp_path, layers="[{layer: 9, drop_ratio: 0.5}]"))
 
 
 class TestChecks:
-    def test_a_count_that_is_off(self, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_wrong_count(self, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("repshift_cli.compression.measured.count_macs", lambda *_: 7)
         with pytest.raises(CheckFailed, match="runs 7 multiply-accumulates") as caught:
             run(dense, recipe=recipe_file(tmp_path), output=tmp_path / "small.safetensors")
@@ -253,32 +255,32 @@ class TestChecks:
 class TestCalibration:
     OPEN = "{kind: representation_shift, operation: block, distance: l2}"
 
-    def test_without_pictures_it_says_so(self, dense: Path, tmp_path: Path) -> None:
+    def test_a_warning_without_images(self, dense: Path, tmp_path: Path) -> None:
         report = run(dense, recipe=recipe_file(tmp_path, self.OPEN))
         assert report.calibration is None
         assert any("NOT CALIBRATED: there are no images of the model's own kind" in note for note in report.notes)
         assert report.plan.sites[0].metric.options["polarity"] == "largest"
 
-    def test_turned_off_it_says_so(self, dense: Path, pictures: Path, tmp_path: Path) -> None:
+    def test_a_warning_with_no_calibrate(self, dense: Path, image_folder: Path, tmp_path: Path) -> None:
         recipe = recipe_file(tmp_path, self.OPEN)
-        report = run(dense, recipe=recipe, calibration=str(pictures), calibrate=False)
+        report = run(dense, recipe=recipe, calibration=str(image_folder), calibrate=False)
         assert any("NOT CALIBRATED: --no-calibrate was given" in note for note in report.notes)
 
-    def test_not_clear_is_an_error(self, dense: Path, pictures: Path, tmp_path: Path) -> None:
+    def test_not_clear_is_an_error(self, dense: Path, image_folder: Path, tmp_path: Path) -> None:
         recipe, output = recipe_file(tmp_path, self.OPEN), tmp_path / "small.safetensors"
         with pytest.raises(CheckFailed, match="no score is clearly better than random dropping") as caught:
-            run(dense, recipe=recipe, output=output, calibration=str(pictures))
+            run(dense, recipe=recipe, output=output, calibration=str(image_folder))
         assert caught.value.exit_code == 5
         assert not output.exists()
-        report = run(dense, recipe=recipe, output=output, calibration=str(pictures), force=True)
+        report = run(dense, recipe=recipe, output=output, calibration=str(image_folder), force=True)
         assert any("no score is clearly better than random" in note for note in report.notes)
         document = artifact.open_model(output).loaded.document
         assert document is not None
         assert document["calibration"]["clear"] is False
         assert report.plan.sites[0].metric == report.calibration.specs[0]
 
-    def test_pictures_of_calibration_are_not_those_of_the_check(
-        self, dense: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_calibration_and_check_use_different_images(
+        self, dense: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: list[torch.Tensor] = []
 
@@ -286,14 +288,14 @@ class TestCalibration:
             seen.append(options["images"])
             return calibrate(*arguments, **options)
 
-        monkeypatch.setattr("repshift_cli.compression.inputs.calibrate", watch)
-        report = run(dense, recipe=recipe_file(tmp_path, self.OPEN), calibration=str(pictures), force=True)
+        monkeypatch.setattr("repshift_cli.compression.job.calibrate", watch)
+        report = run(dense, recipe=recipe_file(tmp_path, self.OPEN), calibration=str(image_folder), force=True)
         assert report.measured is not None
         checked = report.measured.images.tensor
         assert (len(seen[0]), len(checked)) == (16, 4)
         assert not any(torch.equal(one, other) for one in seen[0] for other in checked)
 
-    def test_one_picture_is_too_few(self, dense: Path, tmp_path: Path) -> None:
+    def test_one_image_is_too_few(self, dense: Path, tmp_path: Path) -> None:
         (tmp_path / "one").mkdir()
         Image.new("RGB", (40, 40)).save(tmp_path / "one" / "1.png")
         with pytest.raises(DataError, match="too few") as caught:
@@ -311,7 +313,7 @@ class TestModelInMemory:
         assert [site.layer for site in compress(tiny_vit()).plan.sites] == [0, 1, 2]
 
     def test_calibrated_on_a_tensor(self) -> None:
-        from test_calibrate import planted
+        from calibration.test_calibrate import planted
 
         model, batch = planted("smallest")
         recipe = make_recipe("[{layer: 0, keep_tokens: 8}]", "{kind: representation_shift, operation: block}")
@@ -334,45 +336,45 @@ class TestModelInMemory:
         assert model(images()).shape == (2, 10)
 
 
-class TestPictures:
-    """Which pictures serve which end."""
+class TestImages:
+    """Which images are for calibration and which for the comparison."""
 
     OPEN = "{kind: representation_shift, operation: block, distance: l2, reading: update}"
 
     def test_the_same_folder_under_two_names_is_still_split(
-        self, dense: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, dense: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
         recipe = recipe_file(tmp_path, self.OPEN)
-        report = run(dense, recipe=recipe, calibration="pictures", data=str(pictures), force=True)
+        report = run(dense, recipe=recipe, calibration="images", data=str(image_folder), force=True)
         assert report.measured is not None
         assert report.calibration is not None
         assert report.measured.images.identity["part"] == "agreement"
         assert report.calibration.identity["part"] == "calibration"
 
-    def test_pictures_of_calibration_serve_the_comparison_where_nothing_is_open(
-        self, dense: Path, pictures: Path, tmp_path: Path
+    def test_images_of_calibration_serve_the_comparison_where_nothing_is_open(
+        self, dense: Path, image_folder: Path, tmp_path: Path
     ) -> None:
-        report = run(dense, recipe=recipe_file(tmp_path), calibration=str(pictures))
+        report = run(dense, recipe=recipe_file(tmp_path), calibration=str(image_folder))
         assert report.measured is not None
-        assert report.measured.images.identity["where"].endswith("pictures")
+        assert report.measured.images.identity["where"].endswith("images")
         assert any("only serve the comparison" in note for note in report.notes)
 
-    def test_a_folder_that_is_missing_is_told_even_then(self, dense: Path, tmp_path: Path) -> None:
+    def test_a_missing_folder_is_an_error_even_then(self, dense: Path, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="does not exist"):
             run(dense, recipe=recipe_file(tmp_path), calibration=str(tmp_path / "none"))
 
 
-def test_parallel_blocks_work_without_a_recipe_and_without_pictures() -> None:
-    settings = replace(QUICK, heads=None)
+def test_parallel_blocks_work_without_a_recipe_and_without_images() -> None:
+    settings = replace(QUICK, load=NO_HEADS)
     report = compress_checkpoint("vit_small_patch16_18x2_224", settings, Silent(), dry_run=True)
     assert {site.metric.options["operation"] for site in report.plan.sites} == {"block"}
 
 
-def test_a_score_of_one_layer_that_cannot_be_fed_is_blamed_in_its_place(tmp_path: Path) -> None:
+def test_an_unsupported_metric_of_one_layer_is_reported_with_its_line(tmp_path: Path) -> None:
     layers = "[{layer: 0, drop_ratio: 0.2, metric: {kind: class_attention}}]"
     path = recipe_file(tmp_path, FIXED.replace("mlp", "block"), layers=layers)
-    settings = replace(QUICK, heads=None, recipe=path)
+    settings = replace(QUICK, load=NO_HEADS, recipe=path)
     with pytest.raises(RecipeError, match=r"r\.yaml:\d+:\d+: class_attention needs attention_key") as caught:
         compress_checkpoint("vit_small_patch16_18x2_224", settings, Silent(), dry_run=True)
     line = int(caught.value.message.split(":")[1])

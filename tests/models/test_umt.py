@@ -31,7 +31,8 @@ from tiny_umt import (
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repshift_cli.checkpoints.identify import identify
+from repshift_cli.checkpoints.identify.match import identify
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.evaluation.video_text.answering import rank_answers
 from repshift_cli.evaluation.video_text.ranking import matching_scores, similarity
 from repshift_cli.models import umt
@@ -612,15 +613,15 @@ class TestOfficialKeys:
     def test_the_pretraining_checkpoint(self) -> None:
         state = official_state("pretraining")
         assert len(state) == 580
-        identity = identify(state, "b16_25m.pth", None, None, "b16_25m")
+        identity = identify(state, "b16_25m.pth", LoadOptions(), "b16_25m")
         assert (identity.name, identity.architecture) == ("umt_base", "umt")
         expected = {key: value.shape for key, value in on_meta("umt_base").state_dict().items()}
         assert {key: value.shape for key, value in identity.tensors.items()} == expected
-        assert f"{580 - 397} tensors that only serve pretraining are left out" in identity.notes
+        assert f"left out {580 - 397} tensors that only pretraining uses" in identity.notes
 
     @pytest.mark.parametrize("name", umt.MODELS)
     def test_every_model_is_identified_by_its_tensors(self, name: str) -> None:
-        identity = identify(dict(on_meta(name).state_dict()), "weights.pth", None, None, "weights")
+        identity = identify(dict(on_meta(name).state_dict()), "weights.pth", LoadOptions(), "weights")
         vision, text, embed_dim = umt.MODELS[name]
         assert identity.name == name
         assert identity.args == {"vision": asdict(vision), "text": asdict(text), "embed_dim": embed_dim}

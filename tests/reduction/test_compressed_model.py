@@ -29,6 +29,7 @@ from tiny_vim import tiny_vim
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints.load import load_checkpoint
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.errors import ModelError, RecipeError, UsageError
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.planning.plan import Plan
@@ -318,7 +319,7 @@ def test_export_agrees_with_the_model(dynamic: bool) -> None:
 
 def test_half_precision_files_are_run_in_float32(tmp_path: Any) -> None:
     model = tiny_vit(embed_dim=64).half()
-    loaded = load_checkpoint(save_weights(model, tmp_path / "half.safetensors"), heads=2)
+    loaded = load_checkpoint(save_weights(model, tmp_path / "half.safetensors"), LoadOptions(heads=2))
     assert {value.dtype for value in loaded.tensors.values()} == {torch.float16}
     assert {value.dtype for value in loaded.model.parameters()} == {torch.float32}
 

@@ -26,14 +26,14 @@ from repshift_cli.data.builtin import moving_shapes
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.data.sources.class_labels import imagenet_wnids
 from repshift_cli.errors import DataError, ModelError, UsageError
+from repshift_cli.planning.layout import PatchGrid
 from repshift_cli.reduction.compressed_model import CompressedModel
+from repshift_cli.reduction.families.base import families, match
 from repshift_cli.visualize.draw import kept_clips_figure, kept_tokens_figure, save_figure
 from repshift_cli.visualize.patches import (
-    PatchGrid,
     fade_dropped,
     kept_masks,
     kept_per_frame,
-    patch_grid,
     restore_images,
 )
 from repshift_cli.visualize.predictions import Prediction, SampleResult
@@ -57,6 +57,10 @@ def save_images(folder: Path, count: int, size: tuple[int, int] = (40, 40)) -> N
         Image.fromarray(noise).save(folder / f"{index}.png")
 
 
+def patch_grid(model: nn.Module) -> PatchGrid:
+    return match(model).patch_grid(model)
+
+
 class TestPatches:
     def test_of_a_square_model(self) -> None:
         assert patch_grid(tiny_vit()) == PatchGrid(4, 4, 8, 8)
@@ -66,9 +70,9 @@ class TestPatches:
         assert found == PatchGrid(rows=6, columns=4, height=8, width=16)
         assert found.patches == 24
 
-    def test_a_model_without_a_patch_grid(self) -> None:
-        with pytest.raises(ModelError, match="Linear has no patch grid"):
-            patch_grid(nn.Linear(2, 2))
+    def test_a_model_without_a_grid(self) -> None:
+        with pytest.raises(ModelError, match="Linear has no grid of patches"):
+            families()[0].patch_grid(nn.Linear(2, 2))
 
     def test_masks_cover_exactly_the_patches(self) -> None:
         patches = PatchGrid(rows=2, columns=3, height=4, width=5)

@@ -1,4 +1,4 @@
-"""Build a model by its name and arguments, which may come from a file and are not trusted."""
+"""Build a model by name and arguments. The arguments can come from a file and are not trusted."""
 
 from __future__ import annotations
 
@@ -10,32 +10,39 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from repshift_cli.checkpoints.identify.names import is_model_name
 from repshift_cli.errors import CheckpointError
 from repshift_cli.models import umt, vim
 
 __all__ = [
+    "HEAD_SIZE",
     "UMT",
     "VIM",
     "build_on_meta",
+    "check_divides",
     "check_heads",
-    "classes",
+    "class_count",
     "create",
     "head_count",
+    "is_architecture",
     "quickly_on_meta",
     "size_args",
 ]
 
 VIM = "vim"
-"""The architecture of a Vim of a shape that has no name."""
+"""The architecture of a Vim whose shape has no name."""
 
 UMT = "umt"
-"""The architecture of a UMT, whose sizes stand in the arguments."""
+"""The architecture of a UMT. Its sizes are in the arguments."""
+
+HEAD_SIZE = 64
+"""Channels per head in nearly every ViT (Dosovitskiy et al. 2021, table 1)."""
 
 _HEADS = ("head.weight", "fc.weight", "head.fc.weight", "visual.head.proj.weight", "visual.head.mlp.fc2.weight")
-"""Where models keep their classifier."""
+"""Keys of the classifier."""
 
 _DEPTHS = ("depth", "layers", "blocks")
-"""Arguments with these words say how many blocks are built, in all or in each stage."""
+"""Arguments with these words are numbers of blocks, in all or per stage."""
 
 _NOT_FOR_FILES = frozenset(
     {
@@ -56,23 +63,28 @@ _NOT_FOR_FILES = frozenset(
         "scriptable",
     }
 )
-"""Arguments of `timm.create_model` that read or download something, or give another kind of module."""
+"""Arguments of `timm.create_model` that read or download files, or build another kind of module."""
+
+
+def is_architecture(name: str | None) -> bool:
+    """Whether `create` knows this architecture."""
+    return name in (None, VIM, UMT) or is_model_name(name)
 
 
 def create(name: str | None, args: Mapping[str, Any], where: str) -> nn.Module:
-    """Build a model without weights: by its registered name, a Vim ("vim"), a UMT ("umt") or a ViT of timm's (None).
+    """Build a model without weights: by its registered name, a Vim ("vim"), a UMT ("umt") or one of timm's ViTs (None).
 
     Raises:
-        CheckpointError: `args`, which may come from a file, would make timm read or download something.
-        Exception: of any kind, from the builder, where `args` are not those of the model.
+        CheckpointError: `args` would make timm read or download files.
+        Exception: any, from a builder that does not take `args`.
     """
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
     if refused := sorted(_NOT_FOR_FILES & args.keys()):
         raise CheckpointError(
-            f"{where}: the arguments of the model hold {', '.join(refused)}, which no checkpoint may set",
-            "Only arguments that shape the model are taken, such as img_size or num_heads.",
+            f"{where}: unsupported model arguments {', '.join(refused)}",
+            "Only arguments that shape the model are allowed, such as img_size or num_heads.",
         )
     if name is None:
         return VisionTransformer(**args)
@@ -91,10 +103,10 @@ def create(name: str | None, args: Mapping[str, Any], where: str) -> nn.Module:
 def build_on_meta(
     name: str | None, args: Mapping[str, Any], where: str, tensors: Mapping[str, Tensor], label: str = ""
 ) -> nn.Module:
-    """Build a model that is to hold these tensors, without memory of its own.
+    """Build a model for these tensors on the meta device, without memory.
 
     Args:
-        label: what to call the model in messages, where not by its name.
+        label: the model in messages; default its name.
 
     Raises:
         CheckpointError: it cannot be built.
@@ -106,16 +118,12 @@ def build_on_meta(
             return create(name, args, where)
     except CheckpointError:
         raise
-    except Exception as error:  # builders raise of every kind where arguments are not theirs
-        raise CheckpointError(f"{where}: {label} cannot be built: {_told(error)}") from error
-
-
-def _told(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    except Exception as error:  # builders raise errors of every kind for unknown arguments
+        raise CheckpointError(f"{where}: {label} cannot be built: {str(error) or type(error).__name__}") from error
 
 
 def _check_depth(args: Mapping[str, Any], tensors: Mapping[str, Tensor], label: str, where: str) -> None:
-    """Every block holds tensors: a model of more blocks than those would take long to build only to be refused."""
+    """Refuse more blocks than tensors: such a model takes long to build and cannot fit."""
     for key, value in args.items():
         if isinstance(value, Mapping):
             _check_depth(value, tensors, label, where)
@@ -126,13 +134,13 @@ def _check_depth(args: Mapping[str, Any], tensors: Mapping[str, Tensor], label: 
         blocks = sum(count for count in counts if isinstance(count, int | float))
         if tensors and blocks > len(tensors):
             raise CheckpointError(
-                f"{where}: {label} cannot be built: {key} {value} asks for {blocks} blocks, "
+                f"{where}: {label} cannot be built: {key} {value} means {blocks} blocks, "
                 f"but there are only {len(tensors)} tensors"
             )
 
 
 class _WithoutValues(TorchFunctionMode):
-    """Leaves out what only fills tensors: nothing is computed on meta, yet going through it takes most of the time."""
+    """Skip operations that only fill tensors. They have no effect on meta, but take most of the time."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
@@ -143,38 +151,34 @@ class _WithoutValues(TorchFunctionMode):
 
 
 def quickly_on_meta(name: str, args: Mapping[str, Any]) -> nn.Module:
-    """As `build_on_meta`, for a registered model with arguments that are its own."""
+    """As `build_on_meta`, for a registered model and trusted arguments."""
     with torch.device("meta"), _WithoutValues():
         return create(name, args, name)
 
 
-def classes(tensors: Mapping[str, Tensor]) -> int:
-    """How many classes the weights have a head for, 0 where there is no head."""
+def class_count(tensors: Mapping[str, Tensor]) -> int:
+    """Number of classes of the head, 0 without a head."""
     head = next((tensors[key] for key in _HEADS if key in tensors), None)
     return head.shape[0] if head is not None and head.ndim > 1 else 0
 
 
 def size_args(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """How image size and number of classes of the weights differ from the model's own."""
+    """Builder arguments for the image size and number of classes of the weights, if they differ from the model's."""
     args: dict[str, Any] = {}
-    if (count := classes(tensors)) != getattr(model, "num_classes", count):
+    if (count := class_count(tensors)) != getattr(model, "num_classes", count):
         args["num_classes"] = count
     position, own = tensors.get("pos_embed"), getattr(model, "pos_embed", None)
     if position is None or not isinstance(own, Tensor) or position.ndim != own.ndim:
         return args
     if position.shape[1] != own.shape[1]:
-        without_place = own.shape[1] - model.patch_embed.num_patches
-        side = math.isqrt(max(position.shape[1] - without_place, 0))
+        prefix = own.shape[1] - model.patch_embed.num_patches
+        side = math.isqrt(max(position.shape[1] - prefix, 0))
         args["img_size"] = side * model.patch_embed.patch_size[0]
     return args
 
 
 def check_heads(model: nn.Module, name: str, heads: int | None, where: str) -> None:
-    """Refuse the user's number of heads where what the model is has another.
-
-    Raises:
-        CheckpointError: naming both.
-    """
+    """Raise CheckpointError if the model has another number of heads than the user says."""
     count = head_count(model)
     if heads is None or heads == count:
         return
@@ -183,6 +187,13 @@ def check_heads(model: nn.Module, name: str, heads: int | None, where: str) -> N
 
 
 def head_count(model: nn.Module) -> int | None:
-    """Attention heads of the model, None where it has none."""
+    """Attention heads of the model, None if it has none."""
     counts = (getattr(part, "num_heads", None) for part in model.modules())
     return next((count for count in counts if isinstance(count, int)), None)
+
+
+def check_divides(heads: int, width: int, where: str) -> int:
+    """Return the number of heads, or raise CheckpointError if it does not divide the width."""
+    if width % heads:
+        raise CheckpointError(f"{where}: {heads} heads do not divide a width of {width}")
+    return heads

@@ -1,7 +1,7 @@
 """timm's ResNet, ConvNeXt and RegNet.
 
-A model has up to a hundred blocks, and timm has dozens of models of each kind. What is cheap to compare goes first: a
-model with one block in each stage, or what timm has in a table. Only what is left is built whole.
+A model has up to a hundred blocks, and timm has dozens of models of each kind. Cheap comparisons come first: a model
+with one block per stage, or timm's table of depths. Only the models that are left are built in full.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from repshift_cli.checkpoints.identify.building import classes, quickly_on_meta, size_args
-from repshift_cli.checkpoints.identify.identity import Fitting, Identity, fitting_names, shapes, supported
+from repshift_cli.checkpoints.identify.building import class_count, quickly_on_meta, size_args
+from repshift_cli.checkpoints.identify.identity import Fitting, Identity, best_fit, shapes, supported
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError
 
 __all__ = ["Kind", "identify", "kind_of", "native_keys"]
 
 _COUNTER = ".num_batches_tracked"
-"""A buffer of batch norms that older files do not have; nothing but training reads it."""
+"""A buffer of batch norms that only training reads and older files lack."""
 
 _DEPTH_OF_A_NAME = re.compile(r"\d+")
 _NEAR = 2
-"""Some names count the layers of the stem, or leave out the classifier."""
+"""Some names count layers of the stem, or leave out the classifier."""
 
 _STAGES = 4
 _SHOWN_TAGS = 3
@@ -37,11 +37,11 @@ class Kind:
     """One of timm's kinds of networks.
 
     Attributes:
-        name: what people call it.
-        module: where timm has it.
-        signs: tensors of which every such network has one.
-        block: how the keys of a block begin, up to its index: a pattern with groups `stage` and `block`.
-        candidates: names of the models that may have these tensors, likely ones before the others.
+        name: for messages.
+        module: of timm.
+        signs: every such network has one of these tensors.
+        block: prefix of the keys of a block, with groups `stage` and `block`.
+        candidates: names of models that can have these tensors, likely ones first.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Kind:
     candidates: Callable[[Kind, Mapping[str, Tensor]], Iterator[list[str]]]
 
     def stages(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-        """How many blocks each stage has."""
+        """Blocks per stage."""
         found: dict[str, set[str]] = {}
         for match in map(self.block.match, tensors):
             if match:
@@ -60,37 +60,31 @@ class Kind:
 
 
 def kind_of(tensors: Mapping[str, Tensor]) -> Kind | None:
-    """The kind of network that has tensors of these names."""
+    """The kind of network with tensors of these names."""
     return next((kind for kind in _KINDS if any(sign in tensors for sign in kind.signs)), None)
 
 
 def identify(kind: Kind, tensors: Mapping[str, Tensor], where: str, heads: int | None, hint: str) -> Identity:
-    """Find the network that the weights belong to.
-
-    Raises:
-        CheckpointError: timm has none with these tensors, or several that compute different things; or the user tells
-            attention heads, which none has.
-    """
+    """Find the network that the weights belong to; errors as `match.identify`."""
     if heads is not None:
         raise CheckpointError(f"{where}: a {kind.name} has no attention heads", "Leave --heads out.")
     fitting: Fitting = next(filter(None, (_agreeing(names, tensors) for names in kind.candidates(kind, tensors))), {})
     if not fitting:
         counts = ", ".join(map(str, kind.stages(tensors).values()))
         raise CheckpointError(
-            f"{where}: it looks like a {kind.name} with stages of {counts} blocks, but timm has no name for one with "
-            "these tensors",
-            f"If it is one of timm's under other keys, say which with --model. {supported()}",
+            f"{where}: it looks like a {kind.name} with stages of {counts} blocks, but no timm model has these tensors",
+            f"If its keys are renamed, name the model with --model. {supported()}",
         )
     return _chosen(fitting, tensors, where, hint)
 
 
 def native_keys(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Weights under timm's keys, from those of ConvNeXt's authors or of OpenCLIP, with counters that were left out."""
+    """The weights under timm's keys, converted from ConvNeXt's authors and OpenCLIP, with missing counters added."""
     from timm.models.convnext import ConvNeXt, checkpoint_filter_fn
 
     found = dict(tensors)
     if isinstance(model, ConvNeXt) and any(key.startswith(("downsample_layers.", "visual.trunk.")) for key in found):
-        # where the weights are of another shape than the model, they stay as they are and do not fit
+        # weights of another shape stay as they are, and are refused later
         with suppress(KeyError, RuntimeError, IndexError):
             found = checkpoint_filter_fn(found, model)
     counters = (key for key in model.state_dict() if key.endswith(_COUNTER) and key not in found)
@@ -98,7 +92,7 @@ def native_keys(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
 
 
 def _agreeing(names: list[str], tensors: Mapping[str, Tensor]) -> Fitting:
-    """Those of the models whose tensors agree with these one by one."""
+    """The models with exactly these tensors."""
     fitting: Fitting = {}
     for name in names:
         model = quickly_on_meta(name, {})
@@ -115,32 +109,32 @@ def _same(tensors: Mapping[str, Tensor], model: nn.Module) -> bool:
 
 
 def _chosen(fitting: Fitting, tensors: Mapping[str, Tensor], where: str, hint: str) -> Identity:
-    name = fitting_names(fitting, where, hint)[0]
+    name = best_fit(fitting, where, hint)
     model, args = fitting[name]
     tag = next((tag for tag in _tags(name) if f"{name}.{tag}" in hint), None)
     if tag is not None:
         name = f"{name}.{tag}"
         model = quickly_on_meta(name, args)
     preprocessing = Preprocessing.of_model(model)
-    notes = [f"taken for {name} by its tensors"]
+    notes = [f"detected {name} from tensor names and shapes"]
     others = [] if tag else _other_preprocessing(name, preprocessing)
     if others:
         notes.append(
-            f"its preprocessing is assumed: {preprocessing}; other weights of it were trained with another: if the "
-            f"file holds such, say so with --model, for example {', '.join(others)}"
+            f"assumed its preprocessing: {preprocessing}; other weights of this model use another: "
+            f"choose with --model, for example {', '.join(others)}"
         )
     return Identity(name, name, args, preprocessing, native_keys(tensors, model), notes)
 
 
 def _tags(name: str) -> list[str]:
-    """The weights that timm knows of a model."""
+    """Tags of the pretrained weights of a model."""
     import timm
 
     return [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
 
 
 def _other_preprocessing(name: str, assumed: Preprocessing) -> list[str]:
-    """Weights of the model that have another preprocessing, one for each; torchvision's first."""
+    """One name per other preprocessing of the model's weights; torchvision's first."""
     import timm
     from timm.data import resolve_data_config
 
@@ -149,8 +143,8 @@ def _other_preprocessing(name: str, assumed: Preprocessing) -> list[str]:
         config = timm.get_pretrained_cfg(f"{name}.{tag}")
         if config is None:
             continue
-        told = Preprocessing.from_dict(resolve_data_config(pretrained_cfg=config.to_dict()))
-        found.setdefault(str(told), f"{name}.{tag}")
+        other = Preprocessing.from_dict(resolve_data_config(pretrained_cfg=config.to_dict()))
+        found.setdefault(str(other), f"{name}.{tag}")
     return list(found.values())[1 : 1 + _SHOWN_TAGS]
 
 
@@ -161,9 +155,9 @@ def _names(kind: Kind) -> list[str]:
 
 
 def _by_first_blocks(kind: Kind, tensors: Mapping[str, Tensor], names: list[str], depths: str) -> list[str]:
-    """Those of the models that agree in all but the blocks after the first of each stage."""
+    """The models with these tensors in the first block of each stage and outside of blocks."""
     first = {key: value for key, value in tensors.items() if _in_first_block(kind, key)}
-    short = {depths: (1,) * _STAGES, "num_classes": classes(tensors)}
+    short = {depths: (1,) * _STAGES, "num_classes": class_count(tensors)}
     return [name for name in names if _same(first, quickly_on_meta(name, short))]
 
 
@@ -173,11 +167,13 @@ def _in_first_block(kind: Kind, key: str) -> bool:
 
 
 def _resnets(kind: Kind, tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """Names tell the number of layers: two or three in a block, stem and classifier."""
+    """Names hold the number of layers: two or three per block, stem and classifier."""
     per_block = 3 if "layer1.0.conv3.weight" in tensors else 2
     layers = per_block * sum(kind.stages(tensors).values()) + 2
     names = _names(kind)
-    likely = [name for name in names if (told := _DEPTH_OF_A_NAME.search(name)) and abs(int(told[0]) - layers) <= _NEAR]
+    likely = [
+        name for name in names if (found := _DEPTH_OF_A_NAME.search(name)) and abs(int(found[0]) - layers) <= _NEAR
+    ]
     yield _by_first_blocks(kind, tensors, likely, "layers")
     yield _by_first_blocks(kind, tensors, [name for name in names if name not in likely], "layers")
 
@@ -187,7 +183,7 @@ def _convnexts(kind: Kind, tensors: Mapping[str, Tensor]) -> Iterator[list[str]]
 
 
 def _regnets(kind: Kind, tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """timm has the number of blocks in a table."""
+    """A table of timm has the number of blocks."""
     from timm.models.regnet import model_cfgs
 
     blocks = sum(kind.stages(tensors).values())
@@ -199,13 +195,10 @@ _KINDS = (
     Kind(
         "ConvNeXt",
         "convnext",
-        tuple(
-            f"{start}stages.0.{block}"
-            for start, block in (
-                ("", "blocks.0.conv_dw.weight"),
-                ("visual.trunk.", "blocks.0.conv_dw.weight"),
-                ("", "0.dwconv.weight"),
-            )
+        (
+            "stages.0.blocks.0.conv_dw.weight",
+            "visual.trunk.stages.0.blocks.0.conv_dw.weight",
+            "stages.0.0.dwconv.weight",
         ),
         re.compile(r"(?:visual\.trunk\.)?stages\.(?P<stage>\d)\.(?:blocks\.)?(?P<block>\d+)\."),
         _convnexts,

@@ -1,4 +1,4 @@
-"""What identification finds, and how one of several models that fit is chosen."""
+"""The result of identification, and the choice between several models that fit."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError
 from repshift_cli.reduction.families.base import families
 
-__all__ = ["Fitting", "Identity", "fitting_names", "shapes", "supported"]
+__all__ = ["Fitting", "Identity", "best_fit", "shapes", "supported"]
 
 Fitting = dict[str, tuple[nn.Module, dict[str, Any]]]
-"""Models that fit, by name, each with the arguments that it was built with."""
+"""Models that fit, by name, with their builder arguments."""
 
 
 @dataclass
@@ -24,12 +24,9 @@ class Identity:
     """A model that fits the weights.
 
     Attributes:
-        name: what people call it.
-        architecture: registered name, or what `create` builds from `args` alone: None for a ViT, "vim" for a Vim.
-        args: what the builder needs beside the name.
-        preprocessing: the evaluation transform.
+        name, architecture, args, preprocessing: see `ModelDescription`.
         tensors: the weights under the model's own keys.
-        notes: what was assumed.
+        notes: assumptions, for the user.
     """
 
     name: str
@@ -41,7 +38,7 @@ class Identity:
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """What is compared: names and shapes."""
+    """Shapes by name, which identification compares."""
     return {key: value.shape for key, value in tensors.items()}
 
 
@@ -50,15 +47,15 @@ def supported() -> str:
     return f"Supported are {', '.join(family.covers for family in families())}."
 
 
-def fitting_names(fitting: Fitting, where: str, hint: str, plain: str = "") -> list[str]:
-    """The models that fit, the one to take first: what the file is named after, else the plainest.
+def best_fit(fitting: Fitting, where: str, hint: str, plain: str = "") -> str:
+    """The model that is named like the file, else the one with the shortest name.
 
     Args:
         hint: the file's name.
-        plain: how the names begin that go before others of their length.
+        plain: prefix of the names that come before others of the same length.
 
     Raises:
-        CheckpointError: several are left that compute different things.
+        CheckpointError: several fit and compute different things.
     """
     hinted = [name for name in fitting if hint and (hint in name or name in hint)]
     names = sorted(hinted or fitting, key=lambda name: ("img_size" in fitting[name][1], len(name), name))
@@ -66,6 +63,6 @@ def fitting_names(fitting: Fitting, where: str, hint: str, plain: str = "") -> l
     if len({repr(fitting[name][0]) for name in names}) > 1:
         raise CheckpointError(
             f"{where}: several models have exactly these tensors but compute different things: {', '.join(names)}",
-            "Say which it is with --model.",
+            "Choose one with --model.",
         )
-    return names
+    return names[0]

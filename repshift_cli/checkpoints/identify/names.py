@@ -1,4 +1,4 @@
-"""The names that a model can be called by: timm's, and those of the models that are built here."""
+"""Names of models: those of timm, Vim and UMT."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _OTHER_VIMS = ("noclstok", "rope")
 
 
 def canonical_name(name: str) -> str:
-    """The name under which a model is known here: Vim's authors write out what all of their models share."""
+    """The short name of a model. Names of Vim's authors also list what all of their models share."""
     short, details, rest = name.partition(_VIM_DETAILS)
     if details and short in vim.MODELS and not any(word in rest for word in _OTHER_VIMS):
         return short
@@ -19,20 +19,20 @@ def canonical_name(name: str) -> str:
 
 
 def encoder_name(name: str) -> str:
-    """What recipes are for: UMT's models for retrieval and for questions have the same vision encoder."""
+    """The name of the vision encoder, which UMT's models for retrieval and for question answering share."""
     return name.removesuffix("_qa") if name in umt.MODELS else name
 
 
 def is_model_name(name: str) -> bool:
-    """Whether a model can be built by this name."""
+    """Whether `create` builds a model of this name."""
     import timm
 
-    # timm also takes "hf-hub:" and "local-dir:" names, which would download or read elsewhere
+    # timm also accepts "hf-hub:" and "local-dir:" names, which download or read other files
     return ":" not in name and (canonical_name(name) in (*vim.MODELS, *umt.MODELS) or timm.is_model(name))
 
 
 def model_names() -> list[str]:
-    """All of them, for the nearest match to a wrong one."""
+    """All names, for suggestions."""
     import timm
 
     return [*timm.list_models(), *vim.MODELS, *umt.MODELS]

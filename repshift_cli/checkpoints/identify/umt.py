@@ -1,4 +1,4 @@
-"""UMT checkpoints: which of its models the weights are, and what they do not tell."""
+"""Video-text models of UMT under the keys of their authors."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from repshift_cli.checkpoints.identify.building import UMT
+from repshift_cli.checkpoints.identify.building import HEAD_SIZE, UMT, check_divides
 from repshift_cli.checkpoints.identify.identity import Identity
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, UsageError
 from repshift_cli.models.bert import TextShape
-from repshift_cli.models.umt import MODELS, VisionShape
+from repshift_cli.models.umt import MODELS, VisionShape, pretrained_cfg
 
 __all__ = ["MODELS", "identify", "recognises"]
 
 _PATCHES = "vision_encoder.encoder.patch_embed.proj.weight"
 _PATCH_DIMS = 5  # width, channels, frames, rows, columns
-_HEAD_SIZE = 64
 _TEACHING = ("clip_teacher.", "vision_encoder.clip_decoder.", "text_encoder.cls.")
-"""What only serves pretraining."""
+"""Prefixes of tensors that only pretraining uses."""
 
 
 def recognises(tensors: Mapping[str, Tensor]) -> bool:
@@ -30,85 +31,52 @@ def recognises(tensors: Mapping[str, Tensor]) -> bool:
     return any(key.startswith("vision_encoder.") for key in tensors)
 
 
-def identify(
-    tensors: Mapping[str, Tensor],
-    where: str,
-    *,
-    heads: int | None = None,
-    img_size: int | None = None,
-    frames: int | None = None,
-    checkpoint_frames: int | None = None,
-    name: str | None = None,
-) -> Identity:
-    """The UMT model that the weights belong to.
+def identify(tensors: Mapping[str, Tensor], where: str, options: LoadOptions, name: str | None = None) -> Identity:
+    """The UMT model that the weights belong to; errors as `match.identify`.
 
     Args:
-        heads: of the vision encoder, where the user tells them.
-        img_size, frames, checkpoint_frames: see `VisionShape`; the weights fit any.
-        name: one of `MODELS`, where the user tells it.
-
-    Raises:
-        CheckpointError: the weights are those of another model.
-        UsageError: the image size does not fit the patches.
+        options: heads of the vision encoder; image size and frames, of which the weights fit any.
+        name: one of `MODELS`, if the user gives it.
     """
     native, notes = _native(tensors)
-    vision = _vision(native, where, heads)
+    vision = _vision(native, where, options.heads)
     text, embed_dim = _text(native, where, vision.width // vision.heads), _embed_dim(native)
     vision = replace(
         vision,
-        img_size=img_size or vision.img_size,
-        frames=frames or vision.frames,
-        checkpoint_frames=checkpoint_frames,
+        img_size=options.img_size or vision.img_size,
+        frames=options.frames or vision.frames,
+        checkpoint_frames=options.checkpoint_frames,
     )
     if vision.img_size % vision.patch_size:
-        raise UsageError(f"--img-size {img_size}: patches of {vision.patch_size} leave a rest", "Give a multiple.")
+        raise UsageError(
+            f"invalid --img-size {vision.img_size}: must be a multiple of the patch size {vision.patch_size}"
+        )
     found = _name(vision, text, embed_dim)
     if name is not None and name != found:
         raise CheckpointError(f"{where}: the weights are those of {found or 'another UMT'}, not of {name}")
-    told = f"{vision.frames} frames of {vision.img_size}x{vision.img_size}"
-    if not (img_size and frames):
-        notes.append(f"a checkpoint of UMT does not tell its clips: {told} are used (--frames, --img-size)")
+    clip = f"{vision.frames} frames of {vision.img_size}x{vision.img_size}"
+    if not (options.img_size and options.frames):
+        notes.append(f"the checkpoint does not say which clips it takes: assumed {clip} (--frames, --img-size)")
     label = found or f"UMT of width {vision.width}, depth {vision.depth}"
     args = {"vision": asdict(vision), "text": asdict(text), "embed_dim": embed_dim}
-    return Identity(label, UMT, args, preprocessing(vision), native, notes)
-
-
-def preprocessing(vision: VisionShape) -> Preprocessing:
-    """The authors' evaluation transform for these clips."""
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
-    return Preprocessing(
-        (3, vision.img_size, vision.img_size),
-        tuple(IMAGENET_DEFAULT_MEAN),
-        tuple(IMAGENET_DEFAULT_STD),
-        "bicubic",
-        1.0,
-        "squash",
-        vision.frames,
-    )
+    return Identity(label, UMT, args, Preprocessing.from_dict(pretrained_cfg(vision)), native, notes)
 
 
 def _native(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights under the names of the fine-tuned models, without what serves pretraining."""
+    """The weights under the keys of the fine-tuned models, without those that only pretraining uses."""
     native = {
         key.replace("text_encoder.bert.", "text_encoder.", 1): value
         for key, value in tensors.items()
         if not key.startswith(_TEACHING)
     }
     left = len(tensors) - len(native)
-    notes = [f"{left} tensors that only serve pretraining are left out"] if left else []
+    notes = [f"left out {left} tensors that only pretraining uses"] if left else []
     for encoder in ("text_encoder.", "text_decoder.bert."):
         # newer versions of transformers do not store them
         table = native.get(f"{encoder}embeddings.position_embeddings.weight")
         if table is not None:
-            native.setdefault(f"{encoder}embeddings.position_ids", _places(table))
+            native.setdefault(f"{encoder}embeddings.position_ids", torch.arange(table.shape[0]).unsqueeze(0))
     return native, notes
-
-
-def _places(table: Tensor) -> Tensor:
-    import torch
-
-    return torch.arange(table.shape[0]).unsqueeze(0)
 
 
 def _vision(tensors: Mapping[str, Tensor], where: str, heads: int | None) -> VisionShape:
@@ -122,23 +90,15 @@ def _vision(tensors: Mapping[str, Tensor], where: str, heads: int | None) -> Vis
     width, _, tubelet, height, breadth = patches.shape
     if tubelet != 1 or height != breadth:
         raise CheckpointError(f"{where}: patches of {tubelet} frames and {height}x{breadth} are not supported")
-    count = heads or _heads(width, where)
-    if width % count:
-        raise CheckpointError(f"{where}: {count} heads do not divide a width of {width}")
+    if not heads and width % HEAD_SIZE:
+        raise CheckpointError(f"{where}: unknown number of attention heads for width {width}", "Give --heads.")
+    count = check_divides(heads or width // HEAD_SIZE, width, where)
     depth = _count(tensors, r"vision_encoder\.encoder\.blocks\.(\d{1,4})\.")
     return VisionShape(patch_size=height, width=width, depth=depth, heads=count, hidden=hidden.shape[0])
 
 
-def _heads(width: int, where: str) -> int:
-    if width % _HEAD_SIZE:
-        raise CheckpointError(
-            f"{where}: the number of attention heads cannot be told for a width of {width}", "Give --heads."
-        )
-    return width // _HEAD_SIZE
-
-
 def _text(tensors: Mapping[str, Tensor], where: str, head_size: int) -> TextShape:
-    """Sizes of the text encoder; where its heads cannot be 64 wide, they are as wide as those of the vision encoder."""
+    """Sizes of the text encoder. Its heads have 64 channels, or else as many as those of the vision encoder."""
     start = "text_encoder.embeddings."
     tables = [tensors.get(f"{start}{name}_embeddings.weight") for name in ("word", "position", "token_type")]
     hidden = tensors.get("text_encoder.encoder.layer.0.intermediate.dense.weight")
@@ -158,7 +118,7 @@ def _text(tensors: Mapping[str, Tensor], where: str, head_size: int) -> TextShap
         vocabulary=words,
         width=width,
         depth=_count(tensors, r"text_encoder\.encoder\.layer\.(\d{1,4})\."),
-        heads=width // (head_size if width % _HEAD_SIZE else _HEAD_SIZE),
+        heads=width // (head_size if width % HEAD_SIZE else HEAD_SIZE),
         hidden=hidden.shape[0],
         positions=positions,
         fusion_layer=min(crossing),

@@ -1,7 +1,6 @@
 """Vision Mamba (Vim) under the keys of its authors.
 
-Nearly all of it can be read off the tensors; what is built here is one of the forms that the authors trained, and the
-others are refused with what tells them.
+The tensors give nearly all sizes. The supported forms are those that the authors trained; others are refused.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from repshift_cli.checkpoints.identify.building import VIM, build_on_meta, check_heads
 from repshift_cli.checkpoints.identify.identity import Identity
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, UsageError
 from repshift_cli.models.vim import CONV_WIDTH, MODELS, VisionMamba
@@ -23,7 +23,7 @@ __all__ = ["MODELS", "identify", "named", "recognises"]
 
 _FIRST = "layers.0.mixer."
 _SIZE = 224
-"""The images that the authors trained on."""
+"""Image size of the authors' training."""
 
 _EXPAND = 2
 _HINT = "Supported are Vim's bidirectional models (bimambav2) with class token and position table."
@@ -31,7 +31,7 @@ _HINT = "Supported are Vim's bidirectional models (bimambav2) with class token a
 
 @dataclass(frozen=True)
 class _Shape:
-    """What the tensors of a Vim tell."""
+    """Sizes that the tensors of a Vim give."""
 
     embed_dim: int
     depth: int
@@ -45,28 +45,22 @@ class _Shape:
 
 
 def recognises(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the weights are those of a Vim, of whatever form."""
+    """Whether these are the weights of a Vim of any form."""
     return f"{_FIRST}A_log" in tensors
 
 
-def identify(tensors: Mapping[str, Tensor], where: str, heads: int | None, img_size: int | None) -> Identity:
-    """Find the Vim that the weights belong to.
-
-    Raises:
-        CheckpointError: it is of a form that is not supported.
-        UsageError: it does not take images of `img_size`.
-    """
+def identify(tensors: Mapping[str, Tensor], where: str, options: LoadOptions) -> Identity:
+    """Find the Vim that the weights belong to; errors as `match.identify`."""
     shape, side = _read(tensors, where)
-    size, stride, told = _size(side, shape.patch_size, None, img_size, where)
+    size, stride, certain = _size(side, shape.patch_size, None, options.img_size, where)
     full = {**asdict(shape), "img_size": size, "stride": stride}
     name, architecture, args = _called(full)
     model = build_on_meta(architecture, args, where, tensors, name)
-    check_heads(model, name, heads, where)
-    notes = [f"taken for {name} by its tensors", _assumed(shape)]
-    if not told:
+    check_heads(model, name, options.heads, where)
+    notes = [f"detected {name} from tensor names and shapes", _assumed(shape)]
+    if not certain:
         notes.append(
-            f"{side}x{side} positions are taken for images of {size}x{size} with stride {stride}: "
-            "if they are not, say so with --img-size"
+            f"assumed that {side}x{side} positions mean images of {size}x{size} with stride {stride} (--img-size)"
         )
     return Identity(name, architecture, args, Preprocessing.of_model(model), dict(tensors), notes)
 
@@ -74,31 +68,26 @@ def identify(tensors: Mapping[str, Tensor], where: str, heads: int | None, img_s
 def named(
     name: str, tensors: Mapping[str, Tensor], where: str, given: Mapping[str, Any], img_size: int | None
 ) -> Identity:
-    """The Vim that somebody says it is: only sizes and classes are read off the weights.
-
-    Raises:
-        CheckpointError: the weights are of a form that is not supported.
-        UsageError: the model does not take images of `img_size`.
-    """
+    """The named Vim; only sizes and number of classes are read from the weights."""
     if not recognises(tensors):
         raise CheckpointError(f"{where}: the weights do not fit {name}: missing: {_FIRST}A_log")
     shape, side = _read(tensors, where)
     own = _defaults() | MODELS[name] | dict(given)
     for key in ("stride", "patch_size"):
         if not ((isinstance(own[key], int) and own[key] > 0) or (key == "stride" and own[key] is None)):
-            raise CheckpointError(f"{where}: {key} is {own[key]!r}, not a number of pixels from 1 on")
+            raise CheckpointError(f"{where}: invalid {key}={own[key]!r}: must be at least 1")
     size, _, _ = _size(side, shape.patch_size, own["stride"] or own["patch_size"], img_size, where)
     found = {"num_classes": shape.num_classes, "class_token": shape.class_token, "img_size": size}
     read = {key: value for key, value in found.items() if own[key] != value}
     args = {**given, **read}
     model = build_on_meta(name, args, where, tensors)
-    notes = [f"{key} {value} is read off the weights" for key, value in read.items()]
+    notes = [f"{key} {value} is read from the weights" for key, value in read.items()]
     return Identity(name, name, args, Preprocessing.of_model(model), dict(tensors), [*notes, _assumed(shape)])
 
 
 def _assumed(shape: _Shape) -> str:
     place = "the class token in the middle" if shape.class_tokens() == 1 else "the mean of both class tokens"
-    return f"the tensors do not tell it, so as in the authors' models: {place}, both directions averaged (div2)"
+    return f"assumed, as in the authors' models: {place}, both directions averaged (div2)"
 
 
 def _defaults() -> dict[str, Any]:
@@ -106,7 +95,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _called(full: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    """Name, architecture and arguments: one of `MODELS` at any size and number of classes, else all arguments."""
+    """Name, architecture and arguments: of one of `MODELS` with any image size and classes, else all arguments."""
     for name, model in MODELS.items():
         own = _defaults() | model
         own["stride"] = own["stride"] or own["patch_size"]
@@ -118,18 +107,18 @@ def _called(full: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
 
 
 def _read(tensors: Mapping[str, Tensor], where: str) -> tuple[_Shape, int]:
-    """What the tensors tell, and the side of the grid of patches."""
+    """The sizes, and the side of the grid of patches."""
     try:
         _check_form(tensors, where)
         return _read_shape(tensors, where)
     except KeyError as error:
         raise CheckpointError(f"{where}: it looks like a Vision Mamba without {error.args[0]}", _HINT) from None
     except (IndexError, ValueError):
-        raise CheckpointError(f"{where}: a tensor has another number of dimensions than it has in a Vim") from None
+        raise CheckpointError(f"{where}: a tensor has the wrong number of dimensions for a Vim") from None
 
 
 def _check_form(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse the forms of Vim that are not built here."""
+    """Refuse unsupported forms of Vim."""
     first = {key.removeprefix(_FIRST): value for key, value in tensors.items() if key.startswith(_FIRST)}
     width, inner = first["out_proj.weight"].shape
     taps, rank = first["conv1d.weight"].shape[-1], first["dt_proj.weight"].shape[1]
@@ -139,7 +128,7 @@ def _check_form(tensors: Mapping[str, Tensor], where: str) -> None:
         "it has LayerNorm where RMSNorm is supported (there is a norm.bias)": bool(
             {"norm_f.bias", "layers.0.norm.bias"} & tensors.keys()
         ),
-        "it has rotary positions (rope), which depend on where a token stands": any("rope" in key for key in tensors),
+        "it has rotary positions (rope), which depend on the place of a token": any("rope" in key for key in tensors),
         "it has no class token": not _class_token(tensors),
         "it has no position table (pos_embed)": "pos_embed" not in tensors,
         f"its convolution reads {taps} tokens, where {CONV_WIDTH} are supported": taps != CONV_WIDTH,
@@ -171,7 +160,7 @@ def _read_shape(tensors: Mapping[str, Tensor], where: str) -> tuple[_Shape, int]
     if height != breadth:
         raise CheckpointError(f"{where}: its patches of {height}x{breadth} are not square, which is not supported")
     if not (width and height and d_state):
-        raise CheckpointError(f"{where}: width {width}, patch {height} and state {d_state} have to be at least 1")
+        raise CheckpointError(f"{where}: invalid width {width}, patch {height} or state {d_state}: must be at least 1")
     classes = head.shape[0] if head is not None else 0
     shape = _Shape(width, len(layers), d_state, height, str(_class_token(tensors)), classes)
     patches = length - shape.class_tokens()
@@ -179,20 +168,17 @@ def _read_shape(tensors: Mapping[str, Tensor], where: str) -> tuple[_Shape, int]
     if side < 1 or side * side != patches:
         raise CheckpointError(
             f"{where}: {length} positions and {shape.class_tokens()} class tokens make no square grid",
-            "Pictures that are not square are not supported.",
+            "Only square images are supported.",
         )
     return shape, side
 
 
 def _size(side: int, patch: int, stride: int | None, wanted: int | None, where: str) -> tuple[int, int, bool]:
-    """Image size, stride, and whether both were told rather than assumed.
+    """Image size, stride, and whether both are certain.
 
     Args:
-        stride: where the name of the model tells it.
-        wanted: the image size that the user tells.
-
-    Raises:
-        UsageError: the positions do not fit what the user tells.
+        stride: of the named model, if there is a name.
+        wanted: image size that the user gives.
     """
     strides = [stride] if stride else [each for each in (patch, patch // 2) if each]
     if wanted is not None:
@@ -200,7 +186,11 @@ def _size(side: int, patch: int, stride: int | None, wanted: int | None, where: 
         if not fits and stride is None and side > 1 and (wanted - patch) % (side - 1) == 0:
             fits = [each for each in [(wanted - patch) // (side - 1)] if 0 < each <= patch]
         if not fits:
-            raise _wrong_size(side, patch, strides, wanted, where)
+            sizes = ", ".join(f"{_image(side, patch, each)} (stride {each})" for each in strides)
+            raise UsageError(
+                f"--img-size {wanted}: {where} has {side * side} positions ({side}x{side}) for patches of {patch}",
+                f"Allowed: {sizes}. Leave --img-size out, or resize the position table first.",
+            )
         return wanted, fits[0], True
     for each in strides:
         if _image(side, patch, each) == _SIZE:
@@ -209,16 +199,5 @@ def _size(side: int, patch: int, stride: int | None, wanted: int | None, where: 
 
 
 def _image(side: int, patch: int, stride: int) -> int:
-    """The size of the image of which patches make a grid of this side."""
+    """Image size of a grid with `side` patches per row."""
     return (side - 1) * stride + patch
-
-
-def _wrong_size(side: int, patch: int, strides: list[int], wanted: int, where: str) -> UsageError:
-    need = (max((wanted - patch) // each + 1, 0) for each in strides)
-    told = ", ".join(f"{count * count} at stride {each}" for count, each in zip(need, strides, strict=True))
-    sizes = ", ".join(f"{_image(side, patch, each)} (stride {each})" for each in strides)
-    return UsageError(
-        f"--img-size {wanted}: {where} has {side * side} positions ({side}x{side}) for patches of {patch}, "
-        f"but images of {wanted}x{wanted} need {told}",
-        f"Possible are {sizes}. Leave --img-size out, or resize the table first.",
-    )

@@ -1,7 +1,7 @@
 """timm's Vision Transformers.
 
-The shape gives width, depth, patch, image size, classes, prefix tokens, layer scale and pooling; a registered model
-whose tensors agree gives heads, activation and preprocessing.
+Shapes give width, depth, patch, image size, classes, prefix tokens, layer scale and pooling. A registered model with
+the same tensors gives heads, activation and preprocessing.
 """
 
 from __future__ import annotations
@@ -9,20 +9,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from repshift_cli.checkpoints.identify.building import head_count, quickly_on_meta, size_args
-from repshift_cli.checkpoints.identify.identity import Fitting, Identity, fitting_names, shapes, supported
+from repshift_cli.checkpoints.identify.building import HEAD_SIZE, check_divides, head_count, quickly_on_meta, size_args
+from repshift_cli.checkpoints.identify.identity import Fitting, Identity, best_fit, shapes, supported
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError
 
-__all__ = ["VitShape", "identify", "native_keys"]
-
-_HEAD_SIZE = 64
-"""Channels per head in nearly every ViT (Dosovitskiy et al. 2021, table 1)."""
+__all__ = ["identify", "native_keys"]
 
 _OTHER_KINDS = {
     "layers.0.blocks.0.attn.relative_position_bias_table": "a Swin Transformer, whose windows need the whole grid",
@@ -38,37 +35,44 @@ _OTHER_KINDS = {
 
 
 @dataclass(frozen=True)
-class VitShape:
-    """What the tensors of a ViT tell."""
+class _Shape:
+    """What the tensors of a ViT show: arguments of `VisionTransformer`, and two more.
 
-    width: int
+    Attributes:
+        distilled: whether there is a distillation token.
+        head_size: channels per head.
+    """
+
+    img_size: list[int]
+    patch_size: list[int]
+    in_chans: int
+    num_classes: int
+    embed_dim: int
     depth: int
-    patch: tuple[int, int]
-    channels: int
-    image: tuple[int, int]
-    classes: int
-    class_token: bool
-    registers: int
-    distilled: bool
-    no_embed_class: bool
-    pooling: str
-    layer_scale: bool
-    pre_norm: bool
-    qk_norm: int
+    mlp_ratio: float
     qkv_bias: bool
-    hidden: int
+    qk_norm: bool
+    init_values: float | None
+    class_token: bool
+    reg_tokens: int
+    no_embed_class: bool
+    pre_norm: bool
+    global_pool: str
+    distilled: bool
+    head_size: int
+
+    def args(self, heads: int) -> dict[str, Any]:
+        """Arguments of the builder."""
+        args = {**asdict(self), "num_heads": heads}
+        return {key: value for key, value in args.items() if key not in ("distilled", "head_size")}
 
 
 def identify(tensors: Mapping[str, Tensor], where: str, heads: int | None, hint: str) -> Identity:
-    """Find the ViT that the weights belong to.
-
-    Raises:
-        CheckpointError: no model that is known fits, or several do.
-    """
+    """Find the ViT that the weights belong to; errors as `match.identify`."""
     try:
         shape = _read_shape(tensors, where)
     except IndexError:
-        raise CheckpointError(f"{where}: a tensor has fewer dimensions than it has in a Vision Transformer") from None
+        raise CheckpointError(f"{where}: a tensor has too few dimensions for a Vision Transformer") from None
     fitting = _registered(shape, tensors)
     if heads is not None:
         fitting = {name: found for name, found in fitting.items() if head_count(found[0]) == heads}
@@ -78,7 +82,7 @@ def identify(tensors: Mapping[str, Tensor], where: str, heads: int | None, hint:
 
 
 def native_keys(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Weights under timm's keys, where a file has those of DINOv2's authors or of OpenCLIP around a timm model."""
+    """The weights under timm's keys, converted from those of DINOv2's authors and of OpenCLIP around a timm model."""
     foreign = "mask_token" in tensors or any(key.startswith("visual.trunk.") for key in tensors)
     if foreign:
         from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -89,35 +93,34 @@ def native_keys(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
     return dict(tensors)
 
 
-def _read_shape(tensors: Mapping[str, Tensor], where: str) -> VitShape:
+def _read_shape(tensors: Mapping[str, Tensor], where: str) -> _Shape:
     patches, blocks = tensors.get("patch_embed.proj.weight"), _count_blocks(tensors)
     if patches is None or patches.ndim != 4 or not blocks:  # noqa: PLR2004 (a convolution's weight)
         raise _unknown(tensors, where)
-    width = patches.shape[0]
-    class_token = "cls_token" in tensors
-    distilled = "dist_token" in tensors
+    width, channels, *patch_size = patches.shape
+    class_token, distilled = "cls_token" in tensors, "dist_token" in tensors
     registers = next((tensors[key].shape[1] for key in ("reg_token", "register_tokens") if key in tensors), 0)
-    prefix = int(class_token) + int(distilled) + registers
-    grid, no_embed_class = _grid(tensors, prefix, where)
+    side, no_embed_class = _grid(tensors, class_token + distilled + registers, where)
     head, hidden = tensors.get("head.weight"), tensors.get("blocks.0.mlp.fc2.weight")
     norm = tensors.get("blocks.0.attn.q_norm.weight")
-    return VitShape(
-        width=width,
+    return _Shape(
+        img_size=[side * size for size in patch_size],
+        patch_size=patch_size,
+        in_chans=channels,
+        num_classes=head.shape[0] if head is not None else 0,
+        embed_dim=width,
         depth=blocks,
-        patch=(patches.shape[2], patches.shape[3]),
-        channels=patches.shape[1],
-        image=(grid * patches.shape[2], grid * patches.shape[3]),
-        classes=head.shape[0] if head is not None else 0,
-        class_token=class_token,
-        registers=registers,
-        distilled=distilled,
-        no_embed_class=no_embed_class,
-        pooling=_pooling(tensors, class_token),
-        layer_scale="blocks.0.ls1.gamma" in tensors,
-        pre_norm="norm_pre.weight" in tensors,
-        qk_norm=norm.shape[0] if norm is not None else 0,
+        mlp_ratio=hidden.shape[1] / width if hidden is not None else 4.0,
         qkv_bias="blocks.0.attn.qkv.bias" in tensors,
-        hidden=hidden.shape[1] if hidden is not None else 4 * width,
+        qk_norm=norm is not None,
+        init_values=1e-5 if "blocks.0.ls1.gamma" in tensors else None,
+        class_token=class_token,
+        reg_tokens=registers,
+        no_embed_class=no_embed_class,
+        pre_norm="norm_pre.weight" in tensors,
+        global_pool=_pooling(tensors, class_token),
+        distilled=distilled,
+        head_size=norm.shape[0] if norm is not None else HEAD_SIZE,
     )
 
 
@@ -127,21 +130,21 @@ def _count_blocks(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _grid(tensors: Mapping[str, Tensor], prefix: int, where: str) -> tuple[int, bool]:
-    """Side of the patch grid, and whether prefix tokens have no position of their own."""
+    """Side of the patch grid, and whether prefix tokens have no positions."""
     position = tensors.get("pos_embed")
     if position is None or position.ndim != 3:  # noqa: PLR2004 ([1, tokens, channels])
         raise CheckpointError(
-            f"{where}: without a position table the image size cannot be told", "Say which model it is with --model."
+            f"{where}: unknown image size, since there is no position table", "Name the model with --model."
         )
     length = position.shape[1]
-    # DINOv2's authors give the class token a position and the registers none; timm then gives none a position.
+    # DINOv2's authors give a position to the class token but not to registers; timm then gives none to either.
     for without in dict.fromkeys((prefix, 0, 1)):
         side = math.isqrt(max(length - without, 0))
         if side and side * side == length - without:
             return side, without != prefix
     raise CheckpointError(
         f"{where}: {length} positions and {prefix} prefix tokens make no square grid",
-        "Say which model it is with --model.",
+        "Name the model with --model.",
     )
 
 
@@ -153,36 +156,36 @@ def _pooling(tensors: Mapping[str, Tensor], class_token: bool) -> str:
     return "token"
 
 
-def _registered(shape: VitShape, tensors: Mapping[str, Tensor]) -> Fitting:
-    """timm's models whose tensors agree with these one by one; those made for another image size only if need be."""
+def _registered(shape: _Shape, tensors: Mapping[str, Tensor]) -> Fitting:
+    """timm's models with these tensors. Models for another image size are tried last."""
     import timm
 
     known = (name for module in ("vision_transformer", "deit") for name in timm.list_models(module=module))
     names = [name for name in known if _may_fit(name.split("_"), shape)]
-    sized = [name for name in names if str(shape.image[0]) in name.split("_")]
+    sized = [name for name in names if str(shape.img_size[0]) in name.split("_")]
     return _agreeing(sized, shape, tensors) or _agreeing([name for name in names if name not in sized], shape, tensors)
 
 
-def _may_fit(parts: list[str], shape: VitShape) -> bool:
-    """Whether a timm name can be that of this shape, so that only a few models need to be built and compared."""
+def _may_fit(parts: list[str], shape: _Shape) -> bool:
+    """Whether the parts of a timm name agree with the shape. Only such models are built and compared."""
     registers = next((int(part[3:]) for part in parts if re.fullmatch(r"reg\d+", part)), 0)
     attention_pooled = ("siglip" in parts or "map" in parts) and "gap" not in parts
     return (
-        f"patch{shape.patch[0]}" in parts
+        f"patch{shape.patch_size[0]}" in parts
         and ("distilled" in parts) == shape.distilled
-        and registers == shape.registers
-        and attention_pooled == (shape.pooling == "map")
-        and ("gap" not in parts or shape.pooling == "avg")
+        and registers == shape.reg_tokens
+        and attention_pooled == (shape.global_pool == "map")
+        and ("gap" not in parts or shape.global_pool == "avg")
         and ("clip" in parts) == shape.pre_norm
     )
 
 
-def _agreeing(names: list[str], shape: VitShape, tensors: Mapping[str, Tensor]) -> Fitting:
+def _agreeing(names: list[str], shape: _Shape, tensors: Mapping[str, Tensor]) -> Fitting:
     fitting = {}
     skip = {"weight_init": "skip"}
     for name in names:
         model: Any = quickly_on_meta(name, skip)
-        if len(getattr(model, "blocks", ())) != shape.depth or getattr(model, "embed_dim", 0) != shape.width:
+        if len(getattr(model, "blocks", ())) != shape.depth or getattr(model, "embed_dim", 0) != shape.embed_dim:
             continue
         args = size_args(model, tensors)
         if args:
@@ -193,74 +196,50 @@ def _agreeing(names: list[str], shape: VitShape, tensors: Mapping[str, Tensor]) 
 
 
 def _choose(fitting: Fitting, tensors: Mapping[str, Tensor], where: str, hint: str) -> Identity:
-    """One of the models that fit: the one the file is named after, else the plainest, if all compute the same."""
-    # vit_* before deit_* of the same length class: the family's own name is the plainest
-    name = fitting_names(fitting, where, hint, plain="vit_")[0]
+    """The model in the name of the file, else the one with the shortest name, if all compute the same."""
+    name = best_fit(fitting, where, hint, plain="vit_")
     model, args = fitting[name]
     preprocessing = Preprocessing.of_model(model)
-    notes = [f"taken for {name} by its tensors ({head_count(model) or 'unknown'} heads by its convention)"]
+    notes = [f"detected {name} from tensor names and shapes ({head_count(model) or 'unknown'} heads by convention)"]
     others = [other for other in fitting if Preprocessing.of_model(fitting[other][0]) != preprocessing]
     if others and name not in hint:
         notes.append(
-            f"its preprocessing is assumed too; {', '.join(others[:3])} with the same tensors has another: "
-            "say so with --model if that is what the file holds"
+            f"assumed its preprocessing too; {', '.join(others[:3])} has the same tensors and another: "
+            "choose with --model"
         )
     return Identity(name, name, args, preprocessing, native_keys(tensors, model), notes)
 
 
-def _unregistered(shape: VitShape, tensors: Mapping[str, Tensor], where: str, heads: int | None) -> Identity:
-    """A ViT of a shape that timm has no name for."""
+def _unregistered(shape: _Shape, tensors: Mapping[str, Tensor], where: str, heads: int | None) -> Identity:
+    """A ViT whose shape no timm model has."""
     if shape.distilled:
-        raise CheckpointError(f"{where}: a distilled ViT of an unknown shape", "Say which model it is with --model.")
-    count = heads or _heads(shape, where)
-    if shape.width % count:
-        raise CheckpointError(f"{where}: {count} heads do not divide a width of {shape.width}")
-    args = _vit_args(shape, count)
-    name = f"ViT of width {shape.width}, depth {shape.depth}, patch {shape.patch[0]}"
-    notes = [f"no timm model has these shapes: built as a {name} with {count} heads"]
-    notes.append("its preprocessing is not told: ImageNet mean and std, bicubic, crop 0.9 are assumed")
+        raise CheckpointError(f"{where}: a distilled ViT of unknown shape", "Name the model with --model.")
+    count = check_divides(heads or _heads(shape, where), shape.embed_dim, where)
+    name = f"ViT of width {shape.embed_dim}, depth {shape.depth}, patch {shape.patch_size[0]}"
+    notes = [
+        f"no timm model has these shapes: built as a {name} with {count} heads",
+        "assumed its preprocessing: ImageNet mean and std, bicubic, crop 0.9",
+    ]
     kept = {key: value for key, value in tensors.items() if key != "mask_token"}
-    return Identity(name, None, args, _imagenet_preprocessing(shape), kept, notes)
+    return Identity(name, None, shape.args(count), _imagenet_preprocessing(shape), kept, notes)
 
 
-def _heads(shape: VitShape, where: str) -> int:
-    size = shape.qk_norm or _HEAD_SIZE
-    if shape.width % size == 0:
-        return shape.width // size
-    possible = [count for count in range(1, 33) if shape.width % count == 0 and shape.width // count >= 16]  # noqa: PLR2004
+def _heads(shape: _Shape, where: str) -> int:
+    if shape.embed_dim % shape.head_size == 0:
+        return shape.embed_dim // shape.head_size
+    possible = [count for count in range(1, 33) if shape.embed_dim % count == 0 and shape.embed_dim // count >= 16]  # noqa: PLR2004
     raise CheckpointError(
-        f"{where}: the number of attention heads cannot be told for a width of {shape.width}",
-        f"Give --heads; possible are {', '.join(map(str, possible))}.",
+        f"{where}: unknown number of attention heads for width {shape.embed_dim}",
+        f"Give --heads. Allowed: {', '.join(map(str, possible))}.",
     )
 
 
-def _vit_args(shape: VitShape, heads: int) -> dict[str, Any]:
-    return {
-        "img_size": list(shape.image),
-        "patch_size": list(shape.patch),
-        "in_chans": shape.channels,
-        "num_classes": shape.classes,
-        "embed_dim": shape.width,
-        "depth": shape.depth,
-        "num_heads": heads,
-        "mlp_ratio": shape.hidden / shape.width,
-        "qkv_bias": shape.qkv_bias,
-        "qk_norm": bool(shape.qk_norm),
-        "init_values": 1e-5 if shape.layer_scale else None,
-        "class_token": shape.class_token,
-        "reg_tokens": shape.registers,
-        "no_embed_class": shape.no_embed_class,
-        "pre_norm": shape.pre_norm,
-        "global_pool": shape.pooling,
-    }
-
-
-def _imagenet_preprocessing(shape: VitShape) -> Preprocessing:
+def _imagenet_preprocessing(shape: _Shape) -> Preprocessing:
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    height, width = shape.image
+    height, width = shape.img_size
     return Preprocessing(
-        (shape.channels, height, width), tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD), "bicubic", 0.9
+        (shape.in_chans, height, width), tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD), "bicubic", 0.9
     )
 
 
@@ -270,6 +249,6 @@ def _unknown(tensors: Mapping[str, Tensor], where: str) -> CheckpointError:
             return CheckpointError(f"{where} looks like {kind}, which is not supported", supported())
     keys = ", ".join(list(tensors)[:5])
     return CheckpointError(
-        f"{where}: the tensors are those of no model that is known (the first are {keys})",
-        f"{supported()} If it is one under other names, say which with --model.",
+        f"{where}: the tensors fit no known model (the first are {keys})",
+        f"{supported()} If its keys are renamed, name the model with --model.",
     )

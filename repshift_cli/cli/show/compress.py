@@ -16,7 +16,6 @@ __all__ = ["show_compression"]
 def show_compression(report: CompressReport) -> None:
     """Print the report in 80 columns."""
     from repshift_cli.cli import ui
-    from repshift_cli.compression.inputs import is_builtin
 
     plan, unit = report.plan, report.loaded.description.preprocessing.unit
     params = sum(parameter.numel() for parameter in report.loaded.model.parameters())
@@ -33,7 +32,7 @@ def show_compression(report: CompressReport) -> None:
     show_sites(plan, "Plan: tokens at each site")
     if report.measured:
         _show_measured(report.measured, unit)
-        if report.measured.images.builtin and not is_builtin(report.loaded):
+        if report.measured.images.builtin and not report.loaded.is_builtin:
             ui.print_text(f"quality not measured: give {unit}s of the model's own kind with --data")
         else:
             ui.print_text(f"quality {_quality(report.measured, unit)} on {report.measured.images.description}")

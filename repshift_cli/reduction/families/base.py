@@ -12,11 +12,24 @@ from torch import Tensor, nn
 
 from repshift_cli.errors import ModelError
 from repshift_cli.ops.tokens import Sized, keep_top_behind
-from repshift_cli.planning.layout import Layout
+from repshift_cli.planning.layout import Layout, PatchGrid
 from repshift_cli.planning.plan import Plan, PlanSite
 from repshift_cli.planning.registry import members
 
-__all__ = ["Family", "Probe", "Site", "SizedStream", "Stream", "TensorEdit", "do_nothing", "families", "match"]
+__all__ = [
+    "Family",
+    "Merge",
+    "Probe",
+    "Reduce",
+    "Site",
+    "SizedStream",
+    "Stream",
+    "TensorEdit",
+    "do_nothing",
+    "families",
+    "find",
+    "match",
+]
 
 Reduce = Callable[[Tensor, Tensor], Tensor]
 """`Pruner.reduce`: tokens `[B, T, C]` and all kept positions, int64 `[B, K]`, to `[B, K, C]`."""
@@ -199,11 +212,13 @@ class Family(ABC):
         name: of the family in plans.
         covers: the supported models, for messages.
         shows: the tensors that its sites have besides `block_input` and `block_output`.
+        format_version: the first version of the checkpoint format whose readers can load plans of this family.
     """
 
     name: ClassVar[str]
     covers: ClassVar[str]
     shows: ClassVar[frozenset[str]]
+    format_version: ClassVar[int]
 
     @abstractmethod
     def accepts(self, model: nn.Module) -> bool:
@@ -250,6 +265,28 @@ class Family(ABC):
         """
         return [], do_nothing
 
+    def output_name(self, model: nn.Module) -> str:
+        """Name of the output in exported files."""
+        return "logits" if getattr(model, "num_classes", 0) else "features"
+
+    def patch_grid(self, model: nn.Module) -> PatchGrid:
+        """Where the patch tokens lie in the input.
+
+        Raises:
+            ModelError: the model has no grid of patches.
+        """
+        embedding = getattr(model, "patch_embed", None)
+        grid, patch = getattr(embedding, "grid_size", None), getattr(embedding, "patch_size", None)
+        if grid is None or patch is None:
+            raise ModelError(f"{type(model).__name__} has no grid of patches, so they cannot be shown")
+        rows, columns = (int(number) for number in grid)
+        # patches can overlap: then each stands for the pixels up to the next one
+        height, width = (int(number) for number in getattr(embedding, "stride", patch))
+        return PatchGrid(rows, columns, height, width)
+
+    def after_load(self, model: nn.Module) -> None:  # noqa: B027 (most models need nothing)
+        """Compute what no checkpoint stores, in a model that was built on the meta device."""
+
     def adapt(self, model: nn.Module) -> Callable[[], None]:
         """Prepare the head for fewer tokens, in the dense pass as well; returns a function that undoes it."""
         return do_nothing
@@ -261,23 +298,24 @@ def families() -> list[Family]:
     return [found() for found in members("repshift_cli.reduction.families", Family)]  # type: ignore[type-abstract]
 
 
+def find(model: nn.Module) -> Family | None:
+    """The family of a model, also of one that cannot be reduced; None for other models."""
+    return next((family for family in families() if family.accepts(model)), None)
+
+
 def match(model: nn.Module) -> Family:
     """The family of a model.
 
     Raises:
         ModelError: the model is of no family, or its family does not support it.
     """
-    for family in families():
-        if family.accepts(model):
-            reason = family.refusal(model)
-            if reason:
-                raise ModelError(f"{type(model).__name__} cannot be reduced: {reason}")
-            return family
-    supported = "; ".join(f"{family.name} ({family.covers})" for family in families())
-    raise ModelError(
-        f"models of the kind {type(model).__name__} are not supported",
-        f"Supported: {supported}.",
-    )
+    family = find(model)
+    if family is None:
+        supported = "; ".join(f"{family.name} ({family.covers})" for family in families())
+        raise ModelError(f"models of the kind {type(model).__name__} are not supported", f"Supported: {supported}.")
+    if reason := family.refusal(model):
+        raise ModelError(f"{type(model).__name__} cannot be reduced: {reason}")
+    return family
 
 
 def do_nothing() -> None:

@@ -114,6 +114,7 @@ class ResidualCNN(Family):
     name: ClassVar[str] = "resnet"
     covers: ClassVar[str] = "timm's ResNet, ResNeXt, Wide ResNet, ConvNeXt and RegNet"
     shows: ClassVar[frozenset[str]] = frozenset()
+    format_version: ClassVar[int] = 2
 
     def accepts(self, model: nn.Module) -> bool:
         return isinstance(model, ResNet | ConvNeXt | RegNet)

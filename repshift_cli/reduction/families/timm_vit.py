@@ -76,6 +76,7 @@ class TimmViT(Family):
     shows: ClassVar[frozenset[str]] = frozenset(
         {"attention_update", "mlp_update", "mlp_stream", "attention_query", "attention_key"}
     )
+    format_version: ClassVar[int] = 1
 
     def accepts(self, model: nn.Module) -> bool:
         return isinstance(model, VisionTransformer)

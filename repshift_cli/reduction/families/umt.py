@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from repshift_cli.models.umt import Block, UmtModel, UmtRetrieval
 from repshift_cli.ops.tokens import Sized, mean_by_size
-from repshift_cli.planning.layout import Layout, SiteInfo
+from repshift_cli.planning.layout import Layout, PatchGrid, SiteInfo
 from repshift_cli.planning.plan import Plan
 from repshift_cli.reduction.families.base import Family, Probe, Site, SizedStream, Stream, TensorEdit, do_nothing
 
@@ -60,6 +60,7 @@ class Umt(Family):
     shows: ClassVar[frozenset[str]] = frozenset(
         {"attention_update", "mlp_update", "mlp_stream", "attention_query", "attention_key"}
     )
+    format_version: ClassVar[int] = 3
 
     def accepts(self, model: nn.Module) -> bool:
         return isinstance(model, UmtModel)
@@ -103,6 +104,16 @@ class Umt(Family):
         norm = model.vision_encoder.encoder.norm
         edits = [TensorEdit(norm, "output", stream.remember), TensorEdit(model.averaged, "output", stream.weight)]
         return edits, do_nothing
+
+    def output_name(self, model: Any) -> str:
+        return "embedding"
+
+    def patch_grid(self, model: Any) -> PatchGrid:
+        shape = model.vision
+        return PatchGrid(shape.side, shape.side, shape.patch_size, shape.patch_size, shape.frames)
+
+    def after_load(self, model: Any) -> None:
+        model.restore_buffers()
 
     def adapt(self, model: Any) -> Callable[[], None]:
         before = model.pooling

@@ -61,6 +61,7 @@ class Vim(Family):
     name: ClassVar[str] = "vim"
     covers: ClassVar[str] = "Vision Mamba (Vim)"
     shows: ClassVar[frozenset[str]] = frozenset({"mixer_update", "mixer_stream"})
+    format_version: ClassVar[int] = 2
 
     def accepts(self, model: nn.Module) -> bool:
         return isinstance(model, VisionMamba)

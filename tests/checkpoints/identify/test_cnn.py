@@ -1,4 +1,4 @@
-"""ResNet, ConvNeXt and RegNet: told from their tensors, loaded, and at other image sizes."""
+"""ResNet, ConvNeXt and RegNet: detection, loading, other image sizes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from tiny import images, save_weights, tiny_vit
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints.build import build
-from repshift_cli.checkpoints.identify import identify
 from repshift_cli.checkpoints.identify.identity import Identity
+from repshift_cli.checkpoints.identify.match import identify
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, UsageError
 
@@ -30,7 +31,7 @@ def weights_of(name: str, **options: Any) -> dict[str, Tensor]:
 
 
 def found(tensors: dict[str, Tensor], hint: str = "weights", model_name: str | None = None) -> Identity:
-    return identify(tensors, "weights.pth", model_name, None, hint)
+    return identify(tensors, "weights.pth", LoadOptions(model_name), hint)
 
 
 def refusal(tensors: dict[str, Tensor], hint: str = "weights", model_name: str | None = None) -> CheckpointError:
@@ -41,7 +42,7 @@ def refusal(tensors: dict[str, Tensor], hint: str = "weights", model_name: str |
 
 
 def trained(name: str, **options: Any) -> nn.Module:
-    """A model in eval mode whose statistics and scales are not those that it starts with."""
+    """A model in eval mode with statistics and scales as after training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         model: nn.Module = timm.create_model(name, **{"num_classes": 7, **options})
@@ -99,11 +100,11 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
         "regnetz_040_h",
     ],
 )
-def test_registered_models_are_found_by_their_tensors(name: str) -> None:
+def test_registered_models_are_detected(name: str) -> None:
     tensors = weights_of(name)
     identity = found(tensors)
     assert (identity.name, identity.architecture, identity.args) == (name, name, {})
-    assert any(f"taken for {name} by its tensors" in note for note in identity.notes)
+    assert any(f"detected {name} from tensor names and shapes" in note for note in identity.notes)
 
 
 @pytest.mark.parametrize("name", ["resnet14t", "convnext_atto", "regnety_002"])
@@ -122,7 +123,7 @@ def test_torchvisions_files(tmp_path: Path) -> None:
     loaded = load_checkpoint(tmp_path / "resnet18-f37072fd.pth")
     assert loaded.description.name == "resnet18"
     assert same(loaded, model)
-    assert any("resnet18.tv_in1k" in note and "preprocessing is assumed" in note for note in loaded.notes)
+    assert any("resnet18.tv_in1k" in note and "assumed its preprocessing" in note for note in loaded.notes)
 
 
 def test_counters_that_old_files_do_not_have(tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_counters_that_old_files_do_not_have(tmp_path: Path) -> None:
     state = {key: value for key, value in model.state_dict().items() if "num_batches_tracked" not in key}
     torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "old.pth")
     for model_name in (None, "test_resnet"):
-        loaded = load_checkpoint(tmp_path / "old.pth", model_name=model_name)
+        loaded = load_checkpoint(tmp_path / "old.pth", LoadOptions(model_name=model_name))
         assert loaded.tensors.keys() == model.state_dict().keys()
         assert same(loaded, model)
 
@@ -148,7 +149,7 @@ class TestSeveralThatFit:
         assert found(tensors, model_name=name).name == name
 
     def test_the_recipe_says_which(self) -> None:
-        identity = identify(weights_of("resnet50"), "weights.pth", None, None, "weights", fallback="resnetblur50")
+        identity = identify(weights_of("resnet50"), "weights.pth", LoadOptions(fallback_name="resnetblur50"), "weights")
         assert identity.name == "resnetblur50"
 
 
@@ -166,7 +167,7 @@ class TestPreprocessing:
         identity = found(weights_of("resnet50"), hint="resnet50.tv_in1k")
         assert identity.name == "resnet50.tv_in1k"
         assert (identity.preprocessing.interpolation, identity.preprocessing.crop_pct) == ("bilinear", 0.875)
-        assert identity.notes == ["taken for resnet50.tv_in1k by its tensors"]
+        assert identity.notes == ["detected resnet50.tv_in1k from tensor names and shapes"]
 
 
 def official_convnext(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -190,7 +191,7 @@ class TestOtherKeys:
         model = trained("convnextv2_atto")
         torch.save({"model": official_convnext(dict(model.state_dict()))}, tmp_path / "convnextv2_atto_1k_224.pt")
         for model_name in (None, "convnextv2_atto"):
-            loaded = load_checkpoint(tmp_path / "convnextv2_atto_1k_224.pt", model_name=model_name)
+            loaded = load_checkpoint(tmp_path / "convnextv2_atto_1k_224.pt", LoadOptions(model_name=model_name))
             assert loaded.tensors.keys() == model.state_dict().keys()
             assert same(loaded, model)
 
@@ -213,12 +214,15 @@ class TestOtherKeys:
         assert "downsample_layers.0.0.weight" in identity.tensors
 
 
-class TestShapesThatTimmHasNoNameFor:
+class TestUnregisteredShapes:
     ARGS = {"num_classes": 4, "channels": [16, 24, 32, 48], "layers": [1, 2, 1, 1]}  # noqa: RUF012
 
     def test_they_are_refused_with_the_reason(self) -> None:
         error = refusal(weights_of("resnet18", **self.ARGS), "resnet18")
-        assert "it looks like a ResNet with stages of 1, 2, 1, 1 blocks, but timm has no name for one" in error.message
+        assert (
+            "it looks like a ResNet with stages of 1, 2, 1, 1 blocks, but no timm model has these tensors"
+            in error.message
+        )
         assert "--model" in error.hint
 
     def test_our_own_files_say_what_it_is(self, tmp_path: Path) -> None:
@@ -249,7 +253,7 @@ class TestShapesThatTimmHasNoNameFor:
             {"no_such": 1},
         ],
     )
-    def test_arguments_that_cannot_be(self, changes: dict[str, Any]) -> None:
+    def test_invalid_arguments(self, changes: dict[str, Any]) -> None:
         model = timm.create_model("resnet18", **self.ARGS)
         description = ModelDescription("mine", "resnet18", self.ARGS | changes, Preprocessing.of_model(model))
         with pytest.raises(CheckpointError):
@@ -272,7 +276,7 @@ def test_tensors_of_odd_shapes_are_refused(changes: dict[str, Tensor], model_nam
     state = {key: torch.zeros(value.shape) for key, value in weights_of("test_resnet").items()} | changes
     save_file(state, tmp_path / "test_resnet.safetensors")
     with pytest.raises(CheckpointError):
-        load_checkpoint(tmp_path / "test_resnet.safetensors", model_name=model_name)
+        load_checkpoint(tmp_path / "test_resnet.safetensors", LoadOptions(model_name=model_name))
 
 
 def test_other_numbers_of_channels() -> None:
@@ -305,11 +309,15 @@ class TestImageSize:
     def test_of_a_file(self, tmp_path: Path) -> None:
         model = trained("test_resnet")
         path = save_weights(model, tmp_path / "weights.safetensors")
-        assert load_checkpoint(path, "test_resnet").description.preprocessing.input_size == (3, 160, 160)
-        loaded = load_checkpoint(path, "test_resnet", img_size=96)
+        assert load_checkpoint(path, LoadOptions(model_name="test_resnet")).description.preprocessing.input_size == (
+            3,
+            160,
+            160,
+        )
+        loaded = load_checkpoint(path, LoadOptions(model_name="test_resnet", img_size=96))
         assert loaded.description.preprocessing.input_size == (3, 96, 96)
         assert Preprocessing.of_model(loaded.model) == loaded.description.preprocessing
-        assert "images of 96x96 are used instead of 160x160, as --img-size says" in loaded.notes
+        assert "image size set to 96x96 instead of 160x160 (--img-size)" in loaded.notes
         assert same(loaded, model, 96)
 
     def test_of_a_folder(self, tmp_path: Path) -> None:
@@ -322,31 +330,31 @@ class TestImageSize:
         config["pretrained_cfg"]["input_size"] = [3, 128, 128]
         (tmp_path / "config.json").write_text(json.dumps(config))
         for asked, size in ((None, 128), (64, 64)):
-            loaded = load_checkpoint(tmp_path, img_size=asked)
+            loaded = load_checkpoint(tmp_path, LoadOptions(img_size=asked))
             assert loaded.description.preprocessing.input_size == (3, size, size)
             assert loaded.model.pretrained_cfg["input_size"] == (3, size, size)
 
     def test_of_a_name(self) -> None:
-        loaded = load_checkpoint("test_resnet", img_size=64)
+        loaded = load_checkpoint("test_resnet", LoadOptions(img_size=64))
         assert loaded.source.origin == "random"
         assert loaded.model.pretrained_cfg["input_size"] == (3, 64, 64)
 
     def test_of_a_vit(self, tmp_path: Path) -> None:
         path = save_weights(tiny_vit(embed_dim=128), tmp_path / "vit.safetensors")
-        assert load_checkpoint(path, img_size=32).description.preprocessing.input_size == (3, 32, 32)
-        with pytest.raises(UsageError, match="takes images of 32x32: its positions are made for that size"):
-            load_checkpoint(path, img_size=64)
+        assert load_checkpoint(path, LoadOptions(img_size=32)).description.preprocessing.input_size == (3, 32, 32)
+        with pytest.raises(UsageError, match="takes images of 32x32: its position table has that size"):
+            load_checkpoint(path, LoadOptions(img_size=64))
 
     def test_random_weights_are_drawn_for_any(self) -> None:
-        loaded = load_checkpoint("test_vit", img_size=96)
+        loaded = load_checkpoint("test_vit", LoadOptions(img_size=96))
         assert loaded.description.args == {"img_size": 96}
         assert loaded.model(images(1, 96)).shape == (1, 1000)
 
     @pytest.mark.parametrize("size", [0, -3, 10**6])
     @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
     def test_one_that_cannot_be(self, name: str, size: int) -> None:
-        with pytest.raises(UsageError, match="is not a number from 1 to 16384"):
-            load_checkpoint(name, img_size=size)
+        with pytest.raises(UsageError, match="must be from 1 to 16384"):
+            load_checkpoint(name, LoadOptions(img_size=size))
 
     def test_metadata_of_another_size_than_the_model(self, tmp_path: Path) -> None:
         import json

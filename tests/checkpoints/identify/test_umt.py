@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from tiny_umt import reference, tiny_umt, umt_clips
 from torch import Tensor
 
 from repshift_cli.checkpoints.build import build
-from repshift_cli.checkpoints.identify import Clips, identify
 from repshift_cli.checkpoints.identify.identity import Identity
+from repshift_cli.checkpoints.identify.match import identify
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, RepshiftError, UsageError
 from repshift_cli.models import umt
@@ -28,15 +29,12 @@ from repshift_cli.models.umt import UmtAnswering, UmtModel, UmtRetrieval
 
 State = dict[str, Tensor]
 
-SMALL = Clips(frames=3)
-"""What has to be told of `tiny_umt()` beside 4 heads and images of 32."""
-
 
 def load(path: Path, model: UmtModel | None = None, **options: Any) -> LoadedModel:
     """Loaded as the model that the file is of, or as `tiny_umt()`."""
     shape = (model or tiny_umt()).vision
-    told = {"heads": shape.heads, "img_size": shape.img_size, "clips": Clips(shape.frames, shape.checkpoint_frames)}
-    return load_checkpoint(path, **{**told, **options})
+    own = LoadOptions(None, shape.heads, shape.img_size, shape.frames, shape.checkpoint_frames)
+    return load_checkpoint(path, replace(own, **options))
 
 
 def same(loaded: LoadedModel, model: UmtModel) -> bool:
@@ -46,8 +44,7 @@ def same(loaded: LoadedModel, model: UmtModel) -> bool:
 
 
 def found(tensors: State, **options: Any) -> Identity:
-    told = {"heads": 4, **options}
-    return identify(tensors, "weights.pth", told.pop("model_name", None), told.pop("heads"), "weights", **told)
+    return identify(tensors, "weights.pth", LoadOptions(**{"heads": 4, **options}), "weights")
 
 
 def state(**options: Any) -> State:
@@ -78,7 +75,7 @@ class TestThereAndBack:
             {"text": {"width": 128, "heads": 2, "depth": 5, "positions": 9}, "embed_dim": 10},
         ],
     )
-    def test_the_form_is_read_off(self, options: dict[str, Any], tmp_path: Path) -> None:
+    def test_the_form_is_detected(self, options: dict[str, Any], tmp_path: Path) -> None:
         model = tiny_umt(**options)
         loaded = load(save_weights(model, tmp_path / "weights.safetensors"), model)
         assert isinstance(loaded.model, UmtModel)
@@ -125,7 +122,7 @@ class TestThereAndBack:
     def test_what_serves_pretraining_is_left_out_with_a_note(self, tmp_path: Path) -> None:
         torch.save({"model": pretraining(state())}, tmp_path / "weights.pth")
         loaded = load(tmp_path / "weights.pth")
-        assert "3 tensors that only serve pretraining are left out" in loaded.notes
+        assert "left out 3 tensors that only pretraining uses" in loaded.notes
         assert set(loaded.tensors) == set(state())
 
     @pytest.mark.parametrize("embed_dim", [24, 0])
@@ -144,13 +141,13 @@ class TestThereAndBack:
         monkeypatch.setitem(umt.MODELS, "umt_tiny", (umt.VisionShape(**shape), model.text, 24))
         path = save_weights(model, tmp_path / "weights.safetensors")
         assert load_checkpoint(path).description.name == "umt_tiny"
-        assert load_checkpoint(path, "umt_tiny").description.name == "umt_tiny"
-        assert load_checkpoint(path, fallback_name="umt_tiny").description.name == "umt_tiny"
+        assert load_checkpoint(path, LoadOptions(model_name="umt_tiny")).description.name == "umt_tiny"
+        assert load_checkpoint(path, LoadOptions(fallback_name="umt_tiny")).description.name == "umt_tiny"
         with pytest.raises(CheckpointError, match="the weights are those of umt_tiny, not of umt_base"):
-            load_checkpoint(path, "umt_base")
+            load_checkpoint(path, LoadOptions(model_name="umt_base"))
         with pytest.raises(CheckpointError, match="the weights are those of another UMT, not of umt_tiny"):
-            load_checkpoint(path, "umt_tiny", heads=4)
-        told = load_checkpoint(path, "umt_tiny", img_size=32, clips=Clips(frames=3, checkpoint_frames=2))
+            load_checkpoint(path, LoadOptions(model_name="umt_tiny", heads=4))
+        told = load_checkpoint(path, LoadOptions(model_name="umt_tiny", img_size=32, frames=3, checkpoint_frames=2))
         assert told.description.preprocessing.shape == (3, 3, 32, 32)
         assert told.description.args["vision"]["checkpoint_frames"] == 2
 
@@ -159,16 +156,16 @@ class TestThereAndBack:
         shape = umt.VisionShape(**asdict(model.vision) | {"img_size": 64, "frames": 12})
         monkeypatch.setitem(umt.MODELS, "umt_tiny", (shape, model.text, 24))
         assert load_checkpoint("umt_tiny").description.preprocessing.shape == (12, 3, 64, 64)
-        loaded = load_checkpoint("umt_tiny", img_size=32, clips=Clips(frames=3))
+        loaded = load_checkpoint("umt_tiny", LoadOptions(img_size=32, frames=3))
         assert loaded.description.preprocessing.shape == (3, 3, 32, 32)
         assert "RANDOM weights" in loaded.notes[0]
         again = build(loaded.description, loaded.tensors, "umt_tiny")
         with torch.no_grad():
             assert torch.equal(again(umt_clips(model)), loaded.model(umt_clips(model)))
         with pytest.raises(UsageError, match="--img-size 36 does not fit umt_tiny: invalid img_size=36"):
-            load_checkpoint("umt_tiny", img_size=36)
+            load_checkpoint("umt_tiny", LoadOptions(img_size=36))
         with pytest.raises(UsageError, match=r"--frames 1000000 does not fit umt_tiny: .* tokens, must be at most"):
-            load_checkpoint("umt_tiny", clips=Clips(frames=10**6))
+            load_checkpoint("umt_tiny", LoadOptions(frames=10**6))
 
 
 class TestHeads:
@@ -179,7 +176,7 @@ class TestHeads:
     def test_another_width_needs_them(self, tmp_path: Path) -> None:
         model = tiny_umt(width=48)
         path = save_weights(model, tmp_path / "weights.safetensors")
-        with pytest.raises(CheckpointError, match="heads cannot be told for a width of 48") as caught:
+        with pytest.raises(CheckpointError, match="unknown number of attention heads for width 48") as caught:
             load(path, heads=None)
         assert caught.value.hint == "Give --heads."
         assert same(load(path, heads=4), model)
@@ -191,12 +188,12 @@ class TestHeads:
             load(path, heads=heads)
 
     def test_of_a_text_encoder_of_another_width(self, tmp_path: Path) -> None:
-        """The reference vectors, with 48 channels on both sides: what is asked for has to help."""
+        """The reference vectors, with 48 channels on both sides."""
         case = reference("retrieval")
         path = tmp_path / "weights.safetensors"
         save_file(case.weights, path)
         try:
-            loaded = load_checkpoint(path, heads=4, img_size=32, clips=Clips(frames=4))
+            loaded = load_checkpoint(path, LoadOptions(heads=4, img_size=32, frames=4))
         except CheckpointError as error:
             assert "--heads" not in error.hint, f"it asks for what was given: {error.message}"
         else:
@@ -206,44 +203,44 @@ class TestHeads:
 
 
 class TestClips:
-    def test_what_a_checkpoint_does_not_tell_is_noted(self) -> None:
+    def test_assumed_clips_are_noted(self) -> None:
         identity = found(state(), heads=None)
         assert identity.preprocessing.shape == (12, 3, 224, 224)
-        told = "a checkpoint of UMT does not tell its clips: 12 frames of 224x224 are used (--frames, --img-size)"
-        assert told in identity.notes
-        assert found(state(), img_size=32, clips=SMALL).notes == []
+        note = "the checkpoint does not say which clips it takes: assumed 12 frames of 224x224 (--frames, --img-size)"
+        assert note in identity.notes
+        assert found(state(), img_size=32, frames=3).notes == []
 
     @pytest.mark.parametrize(
         ("options", "shape"),
         [
             ({"img_size": 32}, (12, 3, 32, 32)),
-            ({"clips": Clips(frames=1)}, (1, 3, 224, 224)),
-            ({"img_size": 384, "clips": Clips(frames=16, checkpoint_frames=4)}, (16, 3, 384, 384)),
+            ({"frames": 1}, (1, 3, 224, 224)),
+            ({"img_size": 384, "frames": 16, "checkpoint_frames": 4}, (16, 3, 384, 384)),
         ],
     )
-    def test_they_are_told(self, options: dict[str, Any], shape: tuple[int, ...]) -> None:
+    def test_given_clips(self, options: dict[str, Any], shape: tuple[int, ...]) -> None:
         identity = found(state(), **options)
         assert identity.preprocessing.shape == shape
-        vision, clips = identity.args["vision"], options.get("clips", Clips())
+        vision = identity.args["vision"]
         assert (vision["frames"], vision["img_size"]) == (shape[0], shape[2])
-        assert vision["checkpoint_frames"] == clips.checkpoint_frames
+        assert vision["checkpoint_frames"] == options.get("checkpoint_frames")
 
     @pytest.mark.parametrize("size", [30, 225, 4])
-    def test_a_size_that_is_no_multiple(self, size: int) -> None:
-        with pytest.raises(UsageError, match=f"--img-size {size}: patches of 8 leave a rest"):
+    def test_a_size_that_is_not_a_multiple(self, size: int) -> None:
+        with pytest.raises(UsageError, match=f"invalid --img-size {size}: must be a multiple of the patch size 8"):
             found(state(), img_size=size)
 
-    @pytest.mark.parametrize("clips", [Clips(frames=-1), Clips(frames=10**9), Clips(checkpoint_frames=-2)])
-    def test_clips_that_cannot_be(self, clips: Clips, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("clips", [{"frames": -1}, {"frames": 10**9}, {"checkpoint_frames": -2}])
+    def test_invalid_clips(self, clips: dict[str, int], tmp_path: Path) -> None:
         path = save_weights(tiny_umt(), tmp_path / "weights.safetensors")
         with pytest.raises(RepshiftError):
-            load(path, clips=clips)
+            load(path, **clips)
 
-    @pytest.mark.parametrize("clips", [Clips(frames=3), Clips(checkpoint_frames=3)])
-    def test_a_model_of_pictures_takes_none(self, clips: Clips, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("clips", [{"frames": 3}, {"checkpoint_frames": 3}])
+    def test_a_model_of_images_takes_none(self, clips: dict[str, int], tmp_path: Path) -> None:
         path = save_weights(tiny_vit(), tmp_path / "weights.safetensors")
-        with pytest.raises(UsageError, match="takes single pictures, no clips"):
-            load_checkpoint(path, heads=2, clips=clips)
+        with pytest.raises(UsageError, match="takes single images, not clips"):
+            load_checkpoint(path, LoadOptions(heads=2, **clips))
 
 
 def plus(**extra: tuple[int, ...]) -> Callable[[State], State]:
@@ -296,7 +293,7 @@ class TestRefused:
             (without("blocks.2.norm1"), "missing: vision_encoder.encoder.blocks.2.norm1.bias"),
             (without("layer.1.crossattention.self.key"), "missing: text_encoder.encoder.layer.1.crossattention"),
             (without("pool_norm"), "missing: vision_encoder.pool_norm.bias"),
-            (plus(text_proj__gate=(3,)), "not known: text_proj.gate"),
+            (plus(text_proj__gate=(3,)), "unknown: text_proj.gate"),
             (plus(vision_encoder__encoder__blocks__1__norm1__weight=(3,)), "norm1.weight is [3], not [64]"),
             (plus(itm_head__weight=(3, 64)), "shapes: itm_head.weight is [3, 64], not [2, 64]"),
             (plus(text_encoder__embeddings__position_ids=(1, 3)), "position_ids is [1, 3], not [1, 16]"),
@@ -343,7 +340,7 @@ class TestRefused:
     def test_other_video_models(self, shapes: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
         torch.save({"model": {key: torch.zeros(shape) for key, shape in shapes.items()}}, tmp_path / "weights.pth")
         with pytest.raises(CheckpointError) as caught:
-            load_checkpoint(tmp_path / "weights.pth", heads=4)
+            load_checkpoint(tmp_path / "weights.pth", LoadOptions(heads=4))
         assert caught.value.exit_code == 3
         if any(key.startswith("vision_encoder.") for key in shapes):
             assert "it has a vision encoder, but not that of UMT" in caught.value.message
@@ -355,7 +352,7 @@ class TestRefused:
                 return (Path.touch, (tmp_path / "harm",))
 
         torch.save({"model": state(), "config": Harm()}, tmp_path / "weights.pth")
-        with pytest.raises(CheckpointError, match="could run code, so it was refused"):
+        with pytest.raises(CheckpointError, match="could run code when loaded"):
             load(tmp_path / "weights.pth")
         assert not (tmp_path / "harm").exists()
 
@@ -378,7 +375,7 @@ def written(path: Path, changes: dict[str, Any] | None = None, **preprocessing: 
 
 @pytest.fixture
 def _little_memory() -> Iterator[None]:
-    """No test takes the machine down: an allocation of more than 4 GB above what is in use fails."""
+    """Limit the memory: allocations of more than 4 GB fail."""
     if sys.platform != "linux":
         pytest.skip("only Linux keeps to the limit")
     import resource
@@ -391,12 +388,12 @@ def _little_memory() -> Iterator[None]:
 
 
 class TestMetadata:
-    def test_a_file_that_says_what_it_is(self, tmp_path: Path) -> None:
+    def test_a_self_describing_file(self, tmp_path: Path) -> None:
         loaded = load_checkpoint(written(tmp_path / "mine.safetensors"))
         assert (loaded.description.name, loaded.description.preprocessing.frames) == ("mine", 3)
         assert same(loaded, tiny_umt())
         path = tmp_path / "mine.safetensors"
-        assert same(load_checkpoint(path, img_size=32, heads=4, clips=Clips(frames=3)), tiny_umt())
+        assert same(load_checkpoint(path, LoadOptions(img_size=32, heads=4, frames=3)), tiny_umt())
 
     @pytest.mark.usefixtures("_little_memory")
     @pytest.mark.parametrize(
@@ -449,34 +446,34 @@ class TestMetadata:
         ],
         ids=str,
     )
-    def test_arguments_that_cannot_be(self, changes: dict[str, Any], tmp_path: Path) -> None:
+    def test_invalid_arguments(self, changes: dict[str, Any], tmp_path: Path) -> None:
         path = written(tmp_path / "mine.safetensors", changes)
         with pytest.raises(CheckpointError) as caught:
             load_checkpoint(path)
         assert caught.value.exit_code == 3
 
     @pytest.mark.parametrize("frames", [10**9, -1, 0, "many", [3]])
-    def test_frames_that_cannot_be(self, frames: object, tmp_path: Path) -> None:
+    def test_invalid_frames(self, frames: object, tmp_path: Path) -> None:
         path = written(tmp_path / "mine.safetensors", frames=frames)
         with pytest.raises(CheckpointError, match=r"frames|preprocessing of the model cannot be read"):
             load_checkpoint(path)
 
     @pytest.mark.parametrize("preprocessing", [{"frames": 5}, {"frames": None}, {"input_size": [3, 40, 40]}])
-    def test_clips_that_are_not_those_of_the_model(self, preprocessing: dict[str, Any], tmp_path: Path) -> None:
+    def test_clips_of_another_model(self, preprocessing: dict[str, Any], tmp_path: Path) -> None:
         path = written(tmp_path / "mine.safetensors", **preprocessing)
         with pytest.raises(CheckpointError, match="its metadata names"):
             load_checkpoint(path)
 
-    def test_frames_that_the_user_tells_otherwise(self, tmp_path: Path) -> None:
+    def test_frames_that_contradict_the_file(self, tmp_path: Path) -> None:
         path = written(tmp_path / "mine.safetensors")
-        with pytest.raises(UsageError, match=r"--frames 5: .* takes clips of 3 frames, as its metadata says"):
-            load_checkpoint(path, clips=Clips(frames=5))
+        with pytest.raises(UsageError, match=r"--frames 5: the metadata of .* names clips of 3 frames"):
+            load_checkpoint(path, LoadOptions(frames=5))
         with pytest.raises(UsageError, match=r"--img-size 40: .* takes images of 32x32"):
-            load_checkpoint(path, img_size=40)
+            load_checkpoint(path, LoadOptions(img_size=40))
         with pytest.raises(CheckpointError, match="mine has 4 attention heads, not 2"):
-            load_checkpoint(path, heads=2)
+            load_checkpoint(path, LoadOptions(heads=2))
 
-    def test_checkpoint_frames_that_the_user_tells_are_not_ignored(self, tmp_path: Path) -> None:
+    def test_checkpoint_frames_that_contradict_the_file(self, tmp_path: Path) -> None:
         path = written(tmp_path / "mine.safetensors")
         with pytest.raises(UsageError, match="--checkpoint-frames"):
-            load_checkpoint(path, clips=Clips(checkpoint_frames=2))
+            load_checkpoint(path, LoadOptions(checkpoint_frames=2))

@@ -1,4 +1,4 @@
-"""Vision Mamba: told from the tensors of its authors' checkpoints, and refused where it is of another form."""
+"""Vision Mamba: detection of the authors' checkpoints, and refusal of other forms."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from tiny_vim import tiny_vim
 from torch import Tensor
 
 from repshift_cli.checkpoints.build import build
-from repshift_cli.checkpoints.identify import identify
 from repshift_cli.checkpoints.identify.identity import Identity
+from repshift_cli.checkpoints.identify.match import identify
 from repshift_cli.checkpoints.identify.names import canonical_name
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, UsageError
 from repshift_cli.models import vim
@@ -43,8 +44,7 @@ def named(name: str = "vim_tiny_patch16_224", **options: Any) -> State:
 
 
 def found(tensors: State, **options: Any) -> Identity:
-    model_name, heads = options.pop("model_name", None), options.pop("heads", None)
-    return identify(tensors, "weights.pth", model_name, heads, "weights", **options)
+    return identify(tensors, "weights.pth", LoadOptions(**options), "weights")
 
 
 def same(loaded: LoadedModel, model: VisionMamba) -> bool:
@@ -66,7 +66,7 @@ class TestThereAndBack:
             {"img_size": 224, "patch_size": 32, "stride": 16},
         ],
     )
-    def test_the_form_is_read_off(self, options: dict[str, Any], tmp_path: Path) -> None:
+    def test_the_form_is_detected(self, options: dict[str, Any], tmp_path: Path) -> None:
         model = small(**options)
         loaded = load_checkpoint(save_weights(model, tmp_path / "weights.safetensors"))
         assert loaded.description.architecture == "vim"
@@ -81,8 +81,8 @@ class TestThereAndBack:
         path = save_weights(model, tmp_path / "weights.safetensors")
         guessed = load_checkpoint(path)
         assert guessed.description.preprocessing.input_size == (3, 112, 112)
-        assert any("7x7 positions are taken for images of 112x112 with stride 16" in note for note in guessed.notes)
-        loaded = load_checkpoint(path, img_size=64)
+        assert any("7x7 positions mean images of 112x112 with stride 16" in note for note in guessed.notes)
+        loaded = load_checkpoint(path, LoadOptions(img_size=64))
         assert loaded.description.args["stride"] == 8
         assert not any("--img-size" in note for note in loaded.notes)
         assert same(loaded, model)
@@ -127,14 +127,14 @@ class TestNames:
         assert (identity.name, identity.args) == ("vim_tiny_patch16_224", options)
         assert found(named(**options), model_name="vim_tiny_patch16_224").args == options
 
-    def test_the_user_tells_the_stride(self) -> None:
+    def test_a_name_gives_the_stride(self) -> None:
         name = "vim_tiny_patch16_stride8_224"
         tensors = named(name, img_size=128)
         assert found(tensors).args == {"img_size": 240}
         identity = found(tensors, model_name=name)
         assert (identity.name, identity.args) == (name, {"img_size": 128})
-        assert "img_size 128 is read off the weights" in identity.notes
-        assert found(tensors, fallback=name).name == name
+        assert "img_size 128 is read from the weights" in identity.notes
+        assert found(tensors, fallback_name=name).name == name
         by_size = found(tensors, img_size=128)
         assert (by_size.name, by_size.args) == (name, {"img_size": 128})
 
@@ -152,22 +152,22 @@ class TestNames:
     def test_the_authors_long_names(self, name: str, short: str | None) -> None:
         assert canonical_name(name) == (short or name)
 
-    def test_they_are_taken_everywhere(self, tmp_path: Path) -> None:
+    def test_long_names_are_accepted_everywhere(self, tmp_path: Path) -> None:
         tensors = named(depth=1)
-        for option in ("model_name", "fallback"):
+        for option in ("model_name", "fallback_name"):
             identity = found(named(), **{option: OFFICIAL})
             assert (identity.name, identity.architecture) == ("vim_tiny_patch16_224",) * 2
         with pytest.raises(CheckpointError, match="do not fit vim_tiny_patch16_224: missing: layers"):
             save_file({key: torch.zeros(value.shape) for key, value in tensors.items()}, tmp_path / "w.safetensors")
-            load_checkpoint(tmp_path / "w.safetensors", OFFICIAL)
+            load_checkpoint(tmp_path / "w.safetensors", LoadOptions(model_name=OFFICIAL))
 
     @pytest.mark.parametrize("name", ["vim_tiny_patch16_224", OFFICIAL])
     def test_random_weights(self, name: str) -> None:
-        loaded = load_checkpoint(name, img_size=64)
+        loaded = load_checkpoint(name, LoadOptions(img_size=64))
         assert (loaded.source.origin, loaded.description.name) == ("random", "vim_tiny_patch16_224")
         assert any("RANDOM" in note for note in loaded.notes)
         assert loaded.model.patch_embed.img_size == (64, 64)
-        again = load_checkpoint(name, img_size=64)
+        again = load_checkpoint(name, LoadOptions(img_size=64))
         assert all(torch.equal(loaded.tensors[key], again.tensors[key]) for key in loaded.tensors)
 
     def test_wrong_names(self, tmp_path: Path) -> None:
@@ -175,8 +175,8 @@ class TestNames:
             load_checkpoint("vim_tiny_patch16_stride4_224")
         assert "Did you mean vim_tiny_patch16_stride8_224?" in str(caught.value)
         path = save_weights(small(), tmp_path / "weights.safetensors")
-        with pytest.raises(UsageError, match="no model named 'vim_tyny_patch16_224'") as usage:
-            load_checkpoint(path, "vim_tyny_patch16_224")
+        with pytest.raises(UsageError, match="unknown model 'vim_tyny_patch16_224'") as usage:
+            load_checkpoint(path, LoadOptions(model_name="vim_tyny_patch16_224"))
         assert "Did you mean vim_tiny_patch16_224?" in str(usage.value)
 
     def test_weights_of_another_model(self) -> None:
@@ -189,7 +189,7 @@ def without(*words: str) -> Callable[[State], State]:
 
 
 def plus(**shapes: tuple[int, ...]) -> Callable[[State], State]:
-    """Tensors more, or others; a double underscore stands for the point in a key."""
+    """Add or replace tensors; a double underscore stands for the point in a key."""
     return lambda state: state | {key.replace("__", "."): torch.zeros(shape) for key, shape in shapes.items()}
 
 
@@ -216,11 +216,11 @@ class TestRefusals:
             (plus(layers__0__mixer__dt_proj__weight=(64, 5)), "its steps have rank 5, where 2 is supported (dt_rank"),
             (plus(pos_embed=(1, 19, 32)), "19 positions and 1 class tokens make no square grid"),
             (plus(pos_embed=(1, 1, 32)), "1 positions and 1 class tokens make no square grid"),
-            (plus(pos_embed=(17, 32)), "a tensor has another number of dimensions than it has in a Vim"),
-            (plus(layers__0__mixer__A_log=()), "a tensor has another number of dimensions"),
-            (plus(layers__0__mixer__A_log=(64, 0)), "state 0 have to be at least 1"),
+            (plus(pos_embed=(17, 32)), "a tensor has the wrong number of dimensions for a Vim"),
+            (plus(layers__0__mixer__A_log=()), "a tensor has the wrong number of dimensions"),
+            (plus(layers__0__mixer__A_log=(64, 0)), "state 0: must be at least 1"),
             (plus(patch_embed__proj__weight=(32, 3, 8, 4)), "its patches of 8x4 are not square"),
-            (plus(patch_embed__proj__weight=(32, 3, 1, 8, 8)), "a tensor has another number of dimensions"),
+            (plus(patch_embed__proj__weight=(32, 3, 1, 8, 8)), "a tensor has the wrong number of dimensions"),
             (plus(patch_embed__proj__weight=(32, 1, 8, 8)), "3 input channels are supported, these weights take 1"),
             (without("patch_embed"), "it looks like a Vision Mamba without patch_embed.proj.weight"),
             (without("out_proj"), "it looks like a Vision Mamba without out_proj.weight"),
@@ -265,7 +265,7 @@ class TestRefusals:
             {"no_such": 1},
         ],
     )
-    def test_arguments_that_cannot_be(self, changes: dict[str, Any]) -> None:
+    def test_invalid_arguments(self, changes: dict[str, Any]) -> None:
         model = small()
         args = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "d_state": 4, "num_classes": 10}
         description = ModelDescription("mine", "vim", args | changes, Preprocessing.of_model(model))
@@ -274,21 +274,20 @@ class TestRefusals:
 
 
 class TestImageSize:
-    def test_what_the_positions_allow_is_told(self) -> None:
+    def test_allowed_sizes_are_listed(self) -> None:
         with pytest.raises(UsageError) as caught:
             found(named(), img_size=448)
         assert "--img-size 448: weights.pth has 196 positions (14x14) for patches of 16" in caught.value.message
-        assert "images of 448x448 need 784 at stride 16, 3025 at stride 8" in caught.value.message
-        assert "Possible are 224 (stride 16), 120 (stride 8)." in caught.value.hint
+        assert "Allowed: 224 (stride 16), 120 (stride 8)." in caught.value.hint
 
-    def test_the_name_tells_the_stride(self) -> None:
+    def test_the_stride_of_a_named_model(self) -> None:
         with pytest.raises(UsageError) as caught:
             found(named(), img_size=120, model_name="vim_tiny_patch16_224")
-        assert "Possible are 224 (stride 16)." in caught.value.hint
+        assert "Allowed: 224 (stride 16)." in caught.value.hint
         identity = found(named(), img_size=120)
         assert (identity.name, identity.args) == ("vim_tiny_patch16_stride8_224", {"img_size": 120})
 
-    def test_of_a_file_that_says_what_it_is(self, tmp_path: Path) -> None:
+    def test_of_a_self_describing_file(self, tmp_path: Path) -> None:
         import json
 
         model = small()
@@ -296,6 +295,6 @@ class TestImageSize:
         description = ModelDescription("mine", "vim", args, Preprocessing.of_model(model))
         metadata = {"repshift": json.dumps({"model": description.to_dict()})}
         save_file(dict(model.state_dict()), tmp_path / "mine.safetensors", metadata)
-        assert same(load_checkpoint(tmp_path / "mine.safetensors", img_size=32), model)
-        with pytest.raises(UsageError, match="takes images of 32x32: its positions are made for that size"):
-            load_checkpoint(tmp_path / "mine.safetensors", img_size=64)
+        assert same(load_checkpoint(tmp_path / "mine.safetensors", LoadOptions(img_size=32)), model)
+        with pytest.raises(UsageError, match="takes images of 32x32: its position table has that size"):
+            load_checkpoint(tmp_path / "mine.safetensors", LoadOptions(img_size=64))

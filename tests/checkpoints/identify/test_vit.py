@@ -1,4 +1,4 @@
-"""Which model a set of weights belongs to, from names and shapes alone."""
+"""Detection of ViTs from names and shapes of tensors."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from tiny import images, save_weights, tiny_vit
 from torch import Tensor, nn
 
-from repshift_cli.checkpoints.identify import identify
 from repshift_cli.checkpoints.identify.identity import Identity
+from repshift_cli.checkpoints.identify.match import identify
 from repshift_cli.checkpoints.load import load_checkpoint
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.errors import CheckpointError
 
 
@@ -25,8 +26,7 @@ def weights_of(name: str, **options: Any) -> dict[str, Tensor]:
 
 
 def found(tensors: dict[str, Tensor], hint: str = "weights", **options: Any) -> Identity:
-    model_name, heads = options.pop("model_name", None), options.pop("heads", None)
-    return identify(tensors, "weights.pth", model_name, heads, hint, **options)
+    return identify(tensors, "weights.pth", LoadOptions(**options), hint)
 
 
 def refusal(tensors: dict[str, Tensor], hint: str = "weights", **options: Any) -> CheckpointError:
@@ -36,7 +36,7 @@ def refusal(tensors: dict[str, Tensor], hint: str = "weights", **options: Any) -
 
 
 @pytest.mark.parametrize(
-    ("name", "taken_for"),
+    ("name", "detected"),
     [
         ("vit_tiny_patch16_224", "vit_tiny_patch16_224"),
         ("deit_small_patch16_224", "vit_small_patch16_224"),
@@ -49,13 +49,13 @@ def refusal(tensors: dict[str, Tensor], hint: str = "weights", **options: Any) -
         ("vit_base_patch16_siglip_224", "vit_base_patch16_siglip_224"),
     ],
 )
-def test_registered_models_are_found_by_their_tensors(name: str, taken_for: str) -> None:
+def test_registered_models_are_detected(name: str, detected: str) -> None:
     identity = found(weights_of(name))
-    assert (identity.name, identity.architecture, identity.args) == (taken_for, taken_for, {})
-    assert any("by its tensors" in note for note in identity.notes)
+    assert (identity.name, identity.architecture, identity.args) == (detected, detected, {})
+    assert any("from tensor names and shapes" in note for note in identity.notes)
 
 
-def test_image_size_and_classes_are_read_off() -> None:
+def test_image_size_and_classes_are_detected() -> None:
     identity = found(weights_of("vit_small_patch16_224", img_size=96, num_classes=12))
     assert identity.name == "vit_small_patch16_224"
     assert identity.args == {"img_size": 96, "num_classes": 12}
@@ -66,7 +66,7 @@ def test_weights_without_a_head() -> None:
     assert found(weights_of("vit_small_patch16_224", num_classes=0)).args == {"num_classes": 0}
 
 
-def test_the_files_name_chooses_among_models_that_compute_the_same() -> None:
+def test_the_file_name_chooses_among_equivalent_models() -> None:
     tensors = weights_of("deit_small_patch16_224")
     named, unnamed = found(tensors, hint="deit_small_patch16_224-cd65a155"), found(tensors)
     assert named.name == "deit_small_patch16_224"
@@ -75,15 +75,15 @@ def test_the_files_name_chooses_among_models_that_compute_the_same() -> None:
 
 
 @pytest.mark.parametrize("hint", ["weights", "v", "vit"])
-def test_another_preprocessing_that_may_be_meant_is_told(hint: str) -> None:
+def test_another_possible_preprocessing_is_noted(hint: str) -> None:
     identity = found(weights_of("deit_small_patch16_224"), hint=hint)
     assert any("deit_small_patch16_224" in note and "preprocessing" in note for note in identity.notes)
 
 
-def test_the_users_word_comes_first() -> None:
+def test_the_model_option_comes_first() -> None:
     identity = found(weights_of("vit_small_patch16_224", num_classes=5), model_name="deit_small_patch16_224")
     assert (identity.name, identity.args) == ("deit_small_patch16_224", {"num_classes": 5})
-    assert identity.notes == ["num_classes 5 is read off the weights"]
+    assert identity.notes == ["num_classes 5 is read from the weights"]
 
 
 def test_models_that_compute_different_things_are_listed() -> None:
@@ -96,33 +96,33 @@ def test_models_that_compute_different_things_are_listed() -> None:
     assert found(tensors, model_name="vit_base_patch32_clip_quickgelu_224").name.endswith("quickgelu_224")
 
 
-class TestTheNameThatARecipeGives:
-    def test_it_goes_before_a_guess(self) -> None:
-        identity = found(weights_of("vit_small_patch16_224", num_classes=5), fallback="deit_small_patch16_224")
+class TestFallbackName:
+    def test_it_comes_before_detection(self) -> None:
+        identity = found(weights_of("vit_small_patch16_224", num_classes=5), fallback_name="deit_small_patch16_224")
         assert (identity.name, identity.args) == ("deit_small_patch16_224", {"num_classes": 5})
-        assert "taken for deit_small_patch16_224, which the recipe names: the tensors fit it" in identity.notes
+        assert "assumed deit_small_patch16_224, which the recipe names: the tensors fit it" in identity.notes
 
-    def test_it_tells_which_of_several_it_is(self) -> None:
+    def test_it_chooses_among_several(self) -> None:
         name = "vit_base_patch32_clip_quickgelu_224"
-        assert found(weights_of("vit_base_patch32_clip_224"), fallback=name).name == name
+        assert found(weights_of("vit_base_patch32_clip_224"), fallback_name=name).name == name
 
-    def test_it_names_what_no_convention_covers(self) -> None:
+    def test_it_identifies_a_model_that_detection_cannot(self) -> None:
         tensors = weights_of("beit_base_patch16_224")
-        assert "without a position table" in refusal(tensors).message
-        assert found(tensors, fallback="beit_base_patch16_224").name == "beit_base_patch16_224"
+        assert "there is no position table" in refusal(tensors).message
+        assert found(tensors, fallback_name="beit_base_patch16_224").name == "beit_base_patch16_224"
 
     @pytest.mark.parametrize("fallback", ["deit_tiny_patch16_224", "resnet18", "deit_small_patch16_224.no_such_tag"])
-    def test_one_that_does_not_fit_is_ignored(self, fallback: str) -> None:
+    def test_it_is_ignored_if_it_does_not_fit(self, fallback: str) -> None:
         tensors = weights_of("vit_small_patch16_224")
-        assert found(tensors, fallback=fallback) == found(tensors)
+        assert found(tensors, fallback_name=fallback) == found(tensors)
 
-    def test_the_users_word_goes_before_it(self) -> None:
+    def test_the_model_option_comes_before_it(self) -> None:
         tensors = weights_of("vit_small_patch16_224")
-        identity = found(tensors, model_name="vit_small_patch16_224", fallback="deit_small_patch16_224")
+        identity = found(tensors, model_name="vit_small_patch16_224", fallback_name="deit_small_patch16_224")
         assert identity.name == "vit_small_patch16_224"
 
-    def test_the_users_heads_go_before_it(self) -> None:
-        identity = found(weights_of("vit_small_patch16_224"), heads=12, fallback="deit_small_patch16_224")
+    def test_the_heads_option_comes_before_it(self) -> None:
+        identity = found(weights_of("vit_small_patch16_224"), heads=12, fallback_name="deit_small_patch16_224")
         assert (identity.architecture, identity.args["num_heads"]) == (None, 12)
 
 
@@ -154,7 +154,7 @@ def test_other_numbers_of_channels(channels: int, model_name: str | None) -> Non
 
 
 def official_dinov2(registers: int) -> tuple[dict[str, Tensor], nn.Module]:
-    """Weights under the keys that DINOv2's authors use, and the timm model that they are."""
+    """Weights under the keys of DINOv2's authors, and the same timm model."""
     name = f"vit_small_patch14_{'reg4_' if registers else ''}dinov2"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -179,7 +179,7 @@ def test_official_dinov2_keys(registers: int, tmp_path: Path) -> None:
         torch.testing.assert_close(loaded.model(images(1, size=56)), model(images(1, size=56)), rtol=1e-3, atol=1e-3)
 
 
-class TestShapesThatTimmHasNoNameFor:
+class TestUnregisteredShapes:
     @pytest.mark.parametrize(
         "options",
         [
@@ -197,7 +197,7 @@ class TestShapesThatTimmHasNoNameFor:
             {"global_pool": "avg"},
         ],
     )
-    def test_the_form_is_read_off(self, options: dict[str, Any], tmp_path: Path) -> None:
+    def test_the_form_is_detected(self, options: dict[str, Any], tmp_path: Path) -> None:
         model = tiny_vit(embed_dim=128, **options)
         loaded = load_checkpoint(save_weights(model, tmp_path / "weights.safetensors"))
         assert loaded.description.architecture is None
@@ -205,21 +205,21 @@ class TestShapesThatTimmHasNoNameFor:
         with torch.no_grad():
             assert torch.equal(loaded.model(images(2)), model(images(2)))
 
-    def test_heads_are_asked_for_where_nothing_tells_them(self, tmp_path: Path) -> None:
+    def test_unknown_heads_are_asked_for(self, tmp_path: Path) -> None:
         model = tiny_vit(embed_dim=96, num_heads=3)
         path = save_weights(model, tmp_path / "weights.safetensors")
-        with pytest.raises(CheckpointError, match="the number of attention heads cannot be told") as caught:
+        with pytest.raises(CheckpointError, match="unknown number of attention heads") as caught:
             load_checkpoint(path)
-        assert "Give --heads; possible are 1, 2, 3, 4, 6." in str(caught.value)
+        assert "Give --heads. Allowed: 1, 2, 3, 4, 6." in str(caught.value)
         with torch.no_grad():
-            assert torch.equal(load_checkpoint(path, heads=3).model(images()), model(images()))
+            assert torch.equal(load_checkpoint(path, LoadOptions(heads=3)).model(images()), model(images()))
         with pytest.raises(CheckpointError, match="5 heads do not divide a width of 96"):
-            load_checkpoint(path, heads=5)
+            load_checkpoint(path, LoadOptions(heads=5))
 
     def test_a_shape_that_no_vit_has(self, tmp_path: Path) -> None:
         state = dict(tiny_vit(embed_dim=64).state_dict()) | {"blocks.0.attn.rel_pos": torch.zeros(3)}
         save_file(state, tmp_path / "weights.safetensors")
-        with pytest.raises(CheckpointError, match=r"not known: blocks\.0\.attn\.rel_pos"):
+        with pytest.raises(CheckpointError, match=r"unknown: blocks\.0\.attn\.rel_pos"):
             load_checkpoint(tmp_path / "weights.safetensors")
 
 
@@ -227,9 +227,9 @@ class TestShapesThatTimmHasNoNameFor:
     ("name", "message"),
     [
         ("swin_tiny_patch4_window7_224", "looks like a Swin Transformer, whose windows need the whole grid"),
-        ("resnest14d", "it looks like a ResNet with stages of 1, 1, 1, 1 blocks, but timm has no name for one"),
-        ("efficientnet_b0", "the tensors are those of no model that is known"),
-        ("beit_base_patch16_224", "without a position table the image size cannot be told"),
+        ("resnest14d", "it looks like a ResNet with stages of 1, 1, 1, 1 blocks, but no timm model has these tensors"),
+        ("efficientnet_b0", "the tensors fit no known model"),
+        ("beit_base_patch16_224", "unknown image size, since there is no position table"),
     ],
 )
 def test_other_kinds_of_models_are_refused_with_the_reason(name: str, message: str) -> None:
@@ -246,14 +246,14 @@ def test_other_kinds_of_models_are_refused_with_the_reason(name: str, message: s
         ("backbone.layers.0.mixer.A_log", "a Mamba language model"),
     ],
 )
-def test_what_is_supported_is_named(key: str, kind: str) -> None:
+def test_supported_models_are_listed(key: str, kind: str) -> None:
     error = refusal({key: torch.zeros(3)})
     assert f"looks like {kind}, which is not supported" in error.message
     for family in ("Vision Transformers", "ResNet", "ConvNeXt", "RegNet", "Vision Mamba"):
         assert family in str(error)
 
 
-def test_positions_that_make_no_grid() -> None:
+def test_positions_without_a_square_grid() -> None:
     tensors = weights_of("vit_tiny_patch16_224") | {"pos_embed": torch.zeros(1, 193, 192)}
     assert "193 positions and 1 prefix tokens make no square grid" in refusal(tensors).message
 
@@ -261,7 +261,7 @@ def test_positions_that_make_no_grid() -> None:
 def test_a_block_that_is_missing() -> None:
     tensors = weights_of("vit_tiny_patch16_224")
     without = {key: value for key, value in tensors.items() if not key.startswith("blocks.5.")}
-    assert "no model that is known" in refusal(without).message
+    assert "no known model" in refusal(without).message
 
 
 @pytest.mark.parametrize(
@@ -284,4 +284,4 @@ def test_tensors_of_odd_shapes_are_refused(changes: dict[str, Tensor], model_nam
     tensors = {key: torch.zeros(value.shape) for key, value in weights_of("vit_tiny_patch16_224").items()} | changes
     save_file(tensors, tmp_path / "weights.safetensors")
     with pytest.raises(CheckpointError):
-        load_checkpoint(tmp_path / "weights.safetensors", model_name=model_name)
+        load_checkpoint(tmp_path / "weights.safetensors", LoadOptions(model_name=model_name))

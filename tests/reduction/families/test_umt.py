@@ -29,8 +29,8 @@ from torch import Tensor
 
 from repshift_cli.calibration.calibrate import calibrate
 from repshift_cli.checkpoints import artifact
-from repshift_cli.checkpoints.identify import Clips
 from repshift_cli.checkpoints.load import load_checkpoint
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.errors import ModelError, RecipeError, UsageError
 from repshift_cli.measure.attention_kernel import observed_attention
 from repshift_cli.measure.macs import count_macs
@@ -546,8 +546,8 @@ class TestArtifact:
         options = VARIANTS[variant]
         shape = tiny_umt(**options).vision
         dense = save_weights(tiny_umt(**options), folder / "dense.safetensors")
-        clips = Clips(shape.frames, shape.checkpoint_frames)
-        loaded = load_checkpoint(dense, heads=4, img_size=shape.img_size, clips=clips)
+        known = LoadOptions(None, 4, shape.img_size, shape.frames, shape.checkpoint_frames)
+        loaded = load_checkpoint(dense, known)
         written = recipe(reducer, metric, "[{layer: 0, drop_ratio: 0.25}, {layer: 2, drop_ratio: 0.5}]")
         plan = umt_plan(loaded.model, written)  # type: ignore[arg-type]
         path = folder / "small.safetensors"

@@ -1,0 +1,25 @@
+"""The built-in models and the built-in datasets that they were trained for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["BUILTIN", "Builtin"]
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """A file in the folder `assets`, and the dataset for its evaluation."""
+
+    file: str
+    dataset: str = "builtin:digits"
+
+
+BUILTIN = {
+    "builtin:vit-digits": Builtin("vit_digits.safetensors"),
+    "builtin:vit-digits-small": Builtin("vit_digits_small.safetensors"),
+    "builtin:cnn-digits": Builtin("cnn_digits.safetensors"),
+    "builtin:vim-digits": Builtin("vim_digits.safetensors"),
+    "builtin:umt-shapes": Builtin("umt_shapes.safetensors", "builtin:shapes"),
+    "builtin:umt-shapes-qa": Builtin("umt_shapes_qa.safetensors", "builtin:shapes-qa"),
+}

@@ -1,0 +1,116 @@
+"""Identify a model by the names and shapes of its tensors, one kind of model per file.
+
+Names and shapes give depth, widths and the number of classes. A registered model with the same tensors gives heads,
+activation and preprocessing. If several registered models fit and compute different things, the user has to choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from repshift_cli.checkpoints.identify import cnn, umt, vim, vit
+from repshift_cli.checkpoints.identify.building import UMT, build_on_meta, check_heads, size_args
+from repshift_cli.checkpoints.identify.identity import Identity, shapes
+from repshift_cli.checkpoints.identify.names import canonical_name, is_model_name
+from repshift_cli.checkpoints.options import LoadOptions
+from repshift_cli.data.preprocessing import Preprocessing
+from repshift_cli.errors import CheckpointError, RepshiftError
+
+__all__ = ["identify"]
+
+_CHANNELS = 3
+"""Images are read as RGB."""
+
+_FIRST_CONVOLUTIONS = (
+    "patch_embed.proj.weight",
+    "conv1.weight",
+    "conv1.0.weight",
+    "stem.weight",
+    "stem.0.weight",
+    "stem.conv.weight",
+    "downsample_layers.0.0.weight",
+)
+
+
+def identify(
+    tensors: Mapping[str, Tensor],
+    where: str,
+    options: LoadOptions,
+    hint: str,
+    *,
+    args: Mapping[str, Any] | None = None,
+) -> Identity:
+    """Find the model that the weights belong to.
+
+    Args:
+        tensors: the weights under the keys of the file.
+        where: the file, for messages.
+        options: a `model_name` decides; a `fallback_name` is tried before the tensors are searched.
+        hint: the file's name, which can name one of several models that fit.
+        args: builder arguments of `model_name` that the file gives.
+
+    Raises:
+        CheckpointError: no known model fits, or several do; or it does not have the given number of heads.
+        UsageError: the model does not take the given image size.
+    """
+    _check_channels(tensors, where)
+    if options.model_name:
+        return _named(canonical_name(options.model_name), tensors, where, args or {}, options)[0]
+    fallback = options.fallback_name
+    if fallback and is_model_name(fallback) and (found := _fallback(fallback, tensors, where, options)):
+        return found
+    if umt.recognises(tensors):
+        return umt.identify(tensors, where, options)
+    if vim.recognises(tensors):
+        return vim.identify(tensors, where, options)
+    if kind := cnn.kind_of(tensors):
+        return cnn.identify(kind, tensors, where, options.heads, hint)
+    return vit.identify(tensors, where, options.heads, hint)
+
+
+def _named(
+    name: str, tensors: Mapping[str, Tensor], where: str, given: Mapping[str, Any], options: LoadOptions
+) -> tuple[Identity, nn.Module]:
+    """The named model; only image size and number of classes are read from the weights."""
+    if name in umt.MODELS:
+        identity = umt.identify(tensors, where, options, name)
+        model = build_on_meta(UMT, identity.args, where, tensors)
+    elif name in vim.MODELS:
+        identity = vim.named(name, tensors, where, given, options.img_size)
+        model = build_on_meta(name, identity.args, where, tensors)
+    else:
+        model = build_on_meta(name, given, where, tensors)
+        read = size_args(model, tensors)
+        args = {**given, **read}
+        if read:
+            model = build_on_meta(name, args, where, tensors)
+        notes = [f"{key} {value} is read from the weights" for key, value in read.items()]
+        native = cnn.native_keys(vit.native_keys(tensors, model), model)
+        identity = Identity(name, name, args, Preprocessing.of_model(model), native, notes)
+    check_heads(model, name, options.heads, where)
+    return identity, model
+
+
+def _fallback(name: str, tensors: Mapping[str, Tensor], where: str, options: LoadOptions) -> Identity | None:
+    """The model that a recipe names, if names and shapes of all its tensors agree."""
+    name = canonical_name(name)
+    try:
+        identity, model = _named(name, tensors, where, {}, options)
+    except RepshiftError:
+        return None
+    if shapes(model.state_dict()) != shapes(identity.tensors):
+        return None
+    identity.notes.insert(0, f"assumed {name}, which the recipe names: the tensors fit it")
+    return identity
+
+
+def _check_channels(tensors: Mapping[str, Tensor], where: str) -> None:
+    for key in _FIRST_CONVOLUTIONS:
+        weight = tensors.get(key)
+        if weight is not None and weight.ndim == 4 and weight.shape[1] != _CHANNELS:  # noqa: PLR2004 (a convolution's)
+            raise CheckpointError(
+                f"{where}: {_CHANNELS} input channels are supported, these weights take {weight.shape[1]}"
+            )

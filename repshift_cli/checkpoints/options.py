@@ -1,0 +1,29 @@
+"""What a caller can say about the model in a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["LoadOptions"]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What the user says about a model; None where the checkpoint decides.
+
+    Attributes:
+        model_name: name of the model, where the file has none.
+        heads: attention heads, where neither a name nor a convention gives their number.
+        img_size: side of the image: any for a convolutional network, else that of the weights.
+        frames: frames per clip of a video model.
+        checkpoint_frames: frames that the weights were trained on; positions are interpolated in time from these.
+        fallback_name: the model that a recipe names. It is used if nothing else identifies the model and the weights
+            fit it.
+    """
+
+    model_name: str | None = None
+    heads: int | None = None
+    img_size: int | None = None
+    frames: int | None = None
+    checkpoint_frames: int | None = None
+    fallback_name: str | None = None
