@@ -18,7 +18,7 @@ from torch import nn
 
 from repshift_cli.data.dataset import ImageDataset
 from repshift_cli.data.decode import UnreadableSample
-from repshift_cli.data.loader import Feed, default_workers
+from repshift_cli.data.loader import BatchLoader, default_workers, image_loader
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckFailed, DataError, ModelError, RepshiftError, UsageError
 from repshift_cli.evaluation.classification.counts import Part, Rows
@@ -159,12 +159,12 @@ class _Work:
     def run(self) -> Evaluation:
         own = self._own_shards()
         runner = Runner(self.job, self.side.progress)
-        feed = self._feed(own)
+        loader = self._loader(own)
         began, processor = time.perf_counter(), time.process_time()
         problem: RepshiftError | None = None
         interrupted = False
         try:
-            self._evaluate(own, feed, runner)
+            self._evaluate(own, loader, runner)
         except KeyboardInterrupt:
             interrupted = True
             self.group.stop()
@@ -182,14 +182,14 @@ class _Work:
             attention=runner.attention,
             fresh=self.fresh,
             wall=wall,
-            waited=feed.waited,
+            waited=loader.waited,
             decoding=self.decoding,
-            models=max(0.0, processor - (self.decoding if feed.decodes_here else 0.0)),
+            models=max(0.0, processor - (self.decoding if loader.workers == 0 else 0.0)),
             batch_size=runner.limit,
             interrupted=interrupted,
             problem=problem,
         )
-        return self._outcome(whole, self.group.collect(told), feed.processes_beside)
+        return self._outcome(whole, self.group.collect(told), loader.workers)
 
     def _own_shards(self) -> list[range]:
         """The shards that this process is to do; those that are done already are counted by one process each."""
@@ -221,9 +221,9 @@ class _Work:
             index, reason = skipped[0]
             raise UnreadableSample(self.job.dataset.sample_id(index), reason)
 
-    def _feed(self, own: Sequence[range]) -> Feed:
+    def _loader(self, own: Sequence[range]) -> BatchLoader:
         job = self.job
-        return Feed(
+        return image_loader(
             job.dataset,
             job.preprocessing,
             {batch: job.pictures(batch) for shard in own for batch in shard},
@@ -233,11 +233,11 @@ class _Work:
             warn=self.side.progress.warn,
         )
 
-    def _evaluate(self, own: Sequence[range], feed: Feed, runner: Runner) -> None:
+    def _evaluate(self, own: Sequence[range], loader: BatchLoader, runner: Runner) -> None:
         ends = {shard[-1]: shard for shard in own}
-        total = sum(len(pictures) for pictures in feed.batches.values())
+        total = sum(len(pictures) for pictures in loader.batches.values())
         with torch.inference_mode(), self.side.progress.task("evaluate", total) as task:
-            for batch in feed:
+            for batch in loader:
                 if self.group.stopped():
                     return
                 # one assignment, so that an interruption leaves whole batches, each of them once
