@@ -308,13 +308,13 @@ def _contenders(
 
 
 def _source(reading: _Reading | None) -> Source | None:
-    """The pictures that are read in each pass, None where none were named; errors as `open_pictures`."""
+    """The images that are read in each pass, None where none were named; errors as `open_images`."""
     from repshift_cli.benchmark.end_to_end import Source
-    from repshift_cli.data.inputs import open_pictures
+    from repshift_cli.data.inputs import open_images
 
     if reading is None:
         return None
-    return Source(open_pictures(reading.where, reading.images), reading.images, reading.workers)
+    return Source(open_images(reading.where, reading.images), reading.images, reading.workers)
 
 
 def _write_outputs(report: BenchReport, csv: Path | None, plot: Path | None, force: bool) -> None:

@@ -10,7 +10,7 @@ from repshift_cli.compression.inputs import JobImages, choose_metric, is_builtin
 from repshift_cli.compression.job import CompressionJob, DenseModel, checked_recipe, load_dense
 from repshift_cli.compression.measured import CompressReport, check_counts, check_outputs, measure_models
 from repshift_cli.compression.settings import Amounts, Settings
-from repshift_cli.data.inputs import ImageBatch, Labelled, load_inputs, load_labelled
+from repshift_cli.data.inputs import ImageBatch, load_inputs
 from repshift_cli.errors import UsageError
 from repshift_cli.measure.device import resolve_device, resolve_dtype
 from repshift_cli.models.attention_mode import attention_mode, auto_note, check_attention
@@ -138,7 +138,7 @@ def _search(dense: DenseModel, recipe: Recipe | None, request: Request, settings
     check_parts(start)
     dense.check_name(start)
     inputs = _labelled(dense, settings, count)
-    dense.note(f"searching for {request.target} on {inputs.batch.description}")
+    dense.note(f"searching for {request.target} on {inputs.description}")
     with attention_mode(loaded.model, settings.attention):
         return find(
             loaded,
@@ -152,7 +152,7 @@ def _search(dense: DenseModel, recipe: Recipe | None, request: Request, settings
         )
 
 
-def _labelled(dense: DenseModel, settings: Settings, count: int) -> Labelled:
+def _labelled(dense: DenseModel, settings: Settings, count: int) -> ImageBatch:
     where, loaded = settings.calibration or settings.data, dense.loaded
     preprocessing = loaded.description.preprocessing
     if where is None and not is_builtin(loaded):
@@ -161,9 +161,10 @@ def _labelled(dense: DenseModel, settings: Settings, count: int) -> Labelled:
             "it finds need not hold. Name unlabelled pictures of the model's own kind"
         )
         scenes = load_inputs(where, count, preprocessing, settings.seed)
-        return Labelled(scenes, None, "the built-in scenes show other classes than those of this model")
-    inputs = load_labelled(where, count, preprocessing, getattr(loaded.model, "num_classes", None), settings.seed)
-    dense.tell_skipped(inputs.batch)
+        return replace(scenes, unlabelled="the built-in scenes show other classes than those of this model")
+    num_classes = getattr(loaded.model, "num_classes", None)
+    inputs = load_inputs(where, count, preprocessing, settings.seed, num_classes=num_classes)
+    dense.tell_skipped(inputs)
     return inputs
 
 

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repshift_cli.data.inputs import ImageBatch, load_inputs
+from repshift_cli.data.sources.class_labels import imagenet_wnids
 from repshift_cli.errors import UsageError
 from repshift_cli.reduction.compressed_model import CompressedModel
 from repshift_cli.reduction.reducers.base import Merger, build_reducer
 from repshift_cli.visualize.draw import check_page, kept_clips_figure, kept_tokens_figure
 from repshift_cli.visualize.patches import PatchGrid, kept_per_frame, patch_grids, restore_pictures
 from repshift_cli.visualize.readings import Guess, Reading
-from repshift_cli.visualize.samples import Samples, draw_clips, draw_samples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Observed",
     "View",
+    "class_words",
     "kept_clips_document",
     "kept_indices_document",
     "observe",
@@ -68,28 +70,40 @@ def observe(model: CompressedModel, images: Tensor) -> Observed:
     return Observed(in_order, torch.cat(dense), torch.cat([trace.output.float().cpu() for trace in traces]))
 
 
-def _read(samples: Samples, observed: Observed, has_head: bool) -> tuple[Reading, ...]:
-    """One reading per picture."""
+def _read(samples: ImageBatch, observed: Observed, has_head: bool) -> tuple[Reading, ...]:
+    """One reading per image."""
     if not has_head:
         likeness = torch.nn.functional.cosine_similarity(observed.dense.double(), observed.compressed.double(), dim=-1)
         return tuple(
             Reading(name, cosine=cosine) for name, cosine in zip(samples.names, likeness.tolist(), strict=True)
         )
-    columns = (samples.names, samples.labels, _guesses(observed.dense, samples), _guesses(observed.compressed, samples))
+    classes = class_words(samples.classes)
+    labels = [None] * len(samples.names) if samples.labels is None else samples.labels.tolist()
+    columns = (samples.names, labels, _guesses(observed.dense, classes), _guesses(observed.compressed, classes))
     return tuple(
-        Reading(name, label, None if label is None else _class_name(label, samples.classes), dense, compressed)
+        Reading(name, label, None if label is None else _class_name(label, classes), dense, compressed)
         for name, label, dense, compressed in zip(*columns, strict=True)
     )
 
 
-def _guesses(logits: Tensor, samples: Samples) -> Iterator[Guess]:
+def _guesses(logits: Tensor, classes: tuple[str, ...] | None) -> Iterator[Guess]:
     best = logits.softmax(-1).max(-1)
     for label, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-        yield Guess(label, _class_name(label, samples.classes), probability)
+        yield Guess(label, _class_name(label, classes), probability)
 
 
 def _class_name(label: int, classes: tuple[str, ...] | None) -> str:
     return f"class {label}" if classes is None else classes[label]
+
+
+def class_words(classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """ImageNet's ids as words, other class names unchanged."""
+    if classes is None or classes != imagenet_wnids():
+        return classes
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    return tuple(str(info.index_to_description(index)).split(",")[0] for index in range(len(classes)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,7 +123,7 @@ class View:
 
     title: str
     remark: str
-    samples: Samples
+    samples: ImageBatch
     patches: Mapping[int, PatchGrid]
     pictures: np.ndarray
     kept: dict[int, np.ndarray]
@@ -156,12 +170,12 @@ def view_kept(opened: Opened, where: str, count: int, seed: int = 0) -> View:
 
     Args:
         opened: a compressed model, on the device where it is to run.
-        where, count, seed: which pictures or clips, see `draw_samples` and `draw_clips`.
+        where, count, seed: which images or clips, see `load_inputs`; built-in scenes are those of the test split.
 
     Raises:
         UsageError: the model is dense, no picture is asked for, or more clips than a page holds.
         ModelError: its patches have no known place.
-        DataError: as `draw_samples` and `draw_clips`.
+        DataError: as `load_inputs`.
     """
     if opened.compressed is None:
         raise UsageError(
@@ -170,15 +184,10 @@ def view_kept(opened: Opened, where: str, count: int, seed: int = 0) -> View:
         )
     description, plan = opened.loaded.description, opened.compressed.plan
     preprocessing = description.preprocessing
-    if count < 1:
-        what = "pictures" if preprocessing.frames is None else "clips"
-        raise UsageError(f"{count} {what} were asked for", "Give a number of 1 or more.")
     patches = patch_grids(opened.compressed)
     classes = int(getattr(opened.loaded.model, "num_classes", 0))
-    if preprocessing.frames is None:
-        samples = draw_samples(where, count, preprocessing, classes, seed)
-    else:
-        samples = draw_clips(where, count, preprocessing, seed)
+    samples = load_inputs(where, count, preprocessing, seed, num_classes=classes, test_scenes=True)
+    if preprocessing.frames is not None:
         check_page(len(samples.tensor), len(plan.sites), preprocessing)
     observed = observe(opened.compressed, samples.tensor)
     score = ", ".join(dict.fromkeys(site.metric.kind.replace("_", " ") for site in plan.sites))

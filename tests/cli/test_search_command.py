@@ -28,7 +28,7 @@ from repshift_cli import compress
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.weights import read_weights
 from repshift_cli.cli.torchrun import own_device
-from repshift_cli.data.inputs import ImageBatch, Labelled
+from repshift_cli.data.inputs import ImageBatch
 from repshift_cli.errors import RecipeError
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.checks import resolve_for
@@ -608,7 +608,7 @@ class TestOtherUsersOfABudget:
 def test_what_is_held_back_is_the_second_half() -> None:
     batch = ImageBatch(torch.arange(7.0), {"where": "x", "count": 7, "seed": 0}, "7 of x", builtin=False)
     unused: Any = None
-    found = Found(unused, unused, unused, unused, Labelled(batch, None, "none"), {})
+    found = Found(unused, unused, unused, unused, batch, {})
     assert found.held_back.tensor.tolist() == [3, 4, 5, 6]  # `search` chooses on the first half, rounded down
     assert found.held_back.identity["count"] == 4
     assert batch.identity["count"] == 7

@@ -146,7 +146,6 @@ class TestBatches:
             list(batches)
         assert warnings == []
 
-
     @pytest.mark.parametrize("workers", [0, 2])
     def test_persistent_workers_load_the_same_again(self, workers: int) -> None:
         loader, _ = load(Shades(10, fails_at(6)), workers, persistent=True)
@@ -175,9 +174,7 @@ class TestDeadWorkers:
         ]
         assert found[3][2] == [13]
         name = signal.Signals(number).name
-        assert warnings == [
-            f"a worker process died: shade-13: decoding ends the process with {name}"
-        ]
+        assert warnings == [f"a worker process died: shade-13: decoding ends the process with {name}"]
 
     def test_strict_stops_and_names_the_image(self) -> None:
         with pytest.raises(UnreadableSample, match="shade-2 cannot be read: decoding ends the process with"):

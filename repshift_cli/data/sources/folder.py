@@ -14,18 +14,25 @@ from repshift_cli.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["PICTURE_SUFFIXES", "ClassFolders", "FileDataset", "class_folders", "find_pictures", "open_folder"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "ClassFolders",
+    "FileDataset",
+    "class_folders",
+    "find_images",
+    "open_folder",
+    "open_image_tree",
+]
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 """Endings, in lower case, of the files that are taken as pictures."""
 
 _SPLIT_NAMES = ("val", "validation", "test", "train")
 """Names of folders that are parts of a dataset rather than classes, in the order in which one is taken."""
 
-_LAYOUT = (
-    "Lay it out with one folder per class: FOLDER/cat/1.jpg, FOLDER/dog/2.png, ... "
-    f"({', '.join(sorted(suffix[1:] for suffix in PICTURE_SUFFIXES))})."
-)
+_ENDINGS = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+_LAYOUT = f"Lay it out with one folder per class: FOLDER/cat/1.jpg, FOLDER/dog/2.png, ... ({_ENDINGS})."
+_FOLDER_HINT = f"Give the path of a folder with images ({_ENDINGS})."
 
 
 class FileDataset(ImageDataset):
@@ -98,10 +105,22 @@ def open_folder(name: str, root: Path) -> ClassFolders:
     folders = class_folders(root)
     if not folders:
         raise DataError(f"there are no class folders in {root}", _LAYOUT)
-    samples = [(path, label) for label, folder in enumerate(folders) for path in find_pictures(folder)]
+    samples = [(path, label) for label, folder in enumerate(folders) for path in find_images(folder)]
     if not samples:
         raise DataError(f"there are no pictures in the {len(folders)} class folders of {root}", _LAYOUT)
     return ClassFolders(name, root, samples, tuple(folder.name for folder in folders))
+
+
+def open_image_tree(root: Path) -> FileDataset:
+    """All images below a folder, without labels.
+
+    Raises:
+        DataError: there are none.
+    """
+    paths = find_images(root)
+    if not paths:
+        raise DataError(f"there are no images in {root}", f"Give a folder with images ({_ENDINGS}).")
+    return FileDataset(str(root), root, [(path, -1) for path in paths], ())
 
 
 def check_folder(path: Path) -> Path:
@@ -111,9 +130,9 @@ def check_folder(path: Path) -> Path:
         DataError: it does not exist, or is a file.
     """
     if not path.exists():
-        raise DataError(f"the folder {path} does not exist", _LAYOUT)
+        raise DataError(f"the folder {path} does not exist", _FOLDER_HINT)
     if not path.is_dir():
-        raise DataError(f"{path} is a file, not a folder", _LAYOUT)
+        raise DataError(f"{path} is a file, not a folder", _FOLDER_HINT)
     return path
 
 
@@ -129,9 +148,9 @@ def class_folders(root: Path) -> list[Path]:
         raise DataError(f"the folder {root} cannot be listed: {error.strerror or error}") from error
 
 
-def find_pictures(root: Path) -> list[Path]:
+def find_images(root: Path) -> list[Path]:
     """All picture files below `root`; see `find_files`."""
-    return find_files(root, PICTURE_SUFFIXES)
+    return find_files(root, IMAGE_SUFFIXES)
 
 
 def find_files(root: Path, suffixes: Collection[str]) -> list[Path]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from repshift_cli.data.dataset import ImageDataset
 from repshift_cli.data.decode import decode_bytes
 from repshift_cli.data.sources.class_labels import WNID_PATTERN, first_names, imagenet_wnids
-from repshift_cli.data.sources.folder import FileDataset, class_folders, find_pictures
+from repshift_cli.data.sources.folder import FileDataset, class_folders, find_images
 from repshift_cli.data.sources.tar import read_member, tar_members
 from repshift_cli.errors import DataError
 
@@ -124,7 +124,7 @@ def _open_class_folders(root: Path) -> FileDataset:
     samples: list[tuple[Path, int]] = []
     strangers: list[str] = []
     for folder in class_folders(root):
-        pictures = find_pictures(folder)
+        pictures = find_images(folder)
         if folder.name in places:
             samples += [(picture, places[folder.name]) for picture in pictures]
         elif pictures:

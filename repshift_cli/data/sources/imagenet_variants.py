@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from repshift_cli.data.dataset import ImageDataset
 from repshift_cli.data.sources.class_labels import imagenet_wnids
-from repshift_cli.data.sources.folder import FileDataset, check_folder, class_folders, find_pictures
+from repshift_cli.data.sources.folder import FileDataset, check_folder, class_folders, find_images
 from repshift_cli.data.sources.imagenet import open_imagenet_val, validation_number
 from repshift_cli.errors import DataError
 
@@ -88,7 +88,7 @@ def open_imagenet_v2(data_dir: Path | None) -> FileDataset:
             "Expected are folders 0 to 999, as the archive of its authors has them.",
         )
     ordered = sorted(folders, key=lambda folder: int(folder.name))
-    samples = [(path, int(folder.name)) for folder in ordered for path in find_pictures(folder)]
+    samples = [(path, int(folder.name)) for folder in ordered for path in find_images(folder)]
     return FileDataset(_V2, root, _some_pictures(samples, root), imagenet_wnids())
 
 
@@ -108,7 +108,7 @@ def open_imagenet_subset(subset: Subset, data_dir: Path | None) -> ImageDataset:
     samples: list[tuple[Path, int]] = []
     strangers: list[str] = []
     for folder in class_folders(root):
-        pictures = find_pictures(folder)
+        pictures = find_images(folder)
         if folder.name in places:
             samples += [(path, places[folder.name]) for path in pictures]
         elif pictures:

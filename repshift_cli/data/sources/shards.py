@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from repshift_cli.data.dataset import ImageDataset
 from repshift_cli.data.decode import decode_bytes
-from repshift_cli.data.sources.folder import PICTURE_SUFFIXES
+from repshift_cli.data.sources.folder import IMAGE_SUFFIXES
 from repshift_cli.data.sources.tar import Member, read_member, tar_members
 from repshift_cli.errors import DataError
 
@@ -110,7 +110,7 @@ def _pictures(shard: int, members: Sequence[Member]) -> Iterator[_Picture]:
         for member in found:
             path = PurePosixPath(member.name)
             hidden = path.name.startswith(".") or "__MACOSX" in path.parts
-            if path.suffix.lower() in PICTURE_SUFFIXES and not hidden:
+            if path.suffix.lower() in IMAGE_SUFFIXES and not hidden:
                 yield _Picture(shard, member, label, path.parent.name)
 
 

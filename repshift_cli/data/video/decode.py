@@ -180,10 +180,10 @@ def _clip_of_pictures(folder: Path, frames: int) -> Clip:
 
 
 def _frame_pictures(folder: Path) -> list[Path]:
-    from repshift_cli.data.sources.folder import PICTURE_SUFFIXES
+    from repshift_cli.data.sources.folder import IMAGE_SUFFIXES
 
     try:
-        entries = [entry for entry in folder.iterdir() if entry.suffix.lower() in PICTURE_SUFFIXES]
+        entries = [entry for entry in folder.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES]
     except OSError as error:
         raise UnreadableVideo(str(folder), error.strerror or str(error)) from error
     return sorted((entry for entry in entries if not entry.name.startswith(".")), key=_natural)
