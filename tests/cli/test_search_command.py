@@ -337,7 +337,7 @@ class TestRefused:
     def test_max_drop_without_labels(self, cli: Command, dense: Path, pictures: Path) -> None:
         outcome = cli("search", dense, "-t", "max-drop=1", "--data", pictures, *QUICK)
         assert outcome.rc == 2
-        assert f"the target max-drop=1 needs labels: {pictures} has no class folders" in words(outcome.stderr)
+        assert f"the target max-drop=1 needs labels: there are no class folders in {pictures}" in words(outcome.stderr)
 
     def test_too_few_pictures(self, cli: Command, dense: Path, classes: Path) -> None:
         outcome = cli("search", dense, "-t", "macs=0.7", "--data", classes / "c0", *QUICK)

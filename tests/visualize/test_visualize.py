@@ -220,7 +220,7 @@ class TestView:
             view_kept(opened(tiny_vit(), dense=True), "builtin:digits", 2)
 
     def test_no_picture_asked_for(self) -> None:
-        with pytest.raises(UsageError, match="0 pictures"):
+        with pytest.raises(UsageError, match="0 images"):
             view_kept(opened(tiny_vit()), "builtin:digits", 0)
 
 
@@ -635,7 +635,7 @@ class TestCommandOnClips:
         assert done.rc == 0, done.stderr
         assert "36 of 48 after block 0, 18 of 48 after block 2" in done.stdout
         assert "moved   features by 0." in done.stdout
-        assert "3 clips of builtin:shapes" in done.stdout
+        assert "3 built-in test clips" in done.stdout
         assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
         document = json.loads((tmp_path / "kept.json").read_text())
         assert [list(map(len, clip["kept"].values())) for clip in document["clips"]] == [[36, 18]] * 3
