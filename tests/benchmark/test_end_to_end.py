@@ -1,4 +1,4 @@
-"""Passes from picture files to results: the same pictures for every side, whole batches, in turn."""
+"""Passes from image files to results: the same images for every side, whole batches, in turn."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def fixture_folder(tmp_path: Path) -> Path:
 def measured(
     folder: Path, *, images: int = 100, batch: int = 3, workers: int = 0, dtype: torch.dtype = torch.float32
 ) -> tuple[EndToEnd, list[Tensor], list[Tensor]]:
-    """Two sides over the pictures; returns the result and what both saw."""
+    """Two sides over the images; returns the result and what both saw."""
     sides = {"dense": Sees(), "compressed": Sees()}
     found = measure_end_to_end(
         [Subject(name, side) for name, side in sides.items()],
@@ -73,10 +73,10 @@ def test_both_sides_see_the_same_whole_batches(folder: Path, workers: int) -> No
     assert found.speedups.keys() == {"compressed"}
 
 
-def test_pictures_go_through_the_transform_of_the_model(folder: Path) -> None:
+def test_images_go_through_the_transform_of_the_model(folder: Path) -> None:
     _, dense, _ = measured(folder, images=1, batch=1)
-    with Image.open(folder / "0.png") as picture:
-        wanted = PREPROCESSING.transform()(picture.convert("RGB"))
+    with Image.open(folder / "0.png") as image:
+        wanted = PREPROCESSING.transform()(image.convert("RGB"))
     assert torch.equal(dense[0][0], wanted)
 
 
@@ -90,13 +90,13 @@ def test_a_pass_is_at_least_one_batch(folder: Path, images: int, taken: int) -> 
     assert measured(folder, images=images)[0].reading.images == taken
 
 
-def test_too_few_pictures(folder: Path) -> None:
+def test_too_few_images(folder: Path) -> None:
     with pytest.raises(DataError, match="do not fill a batch of 8"):
         measured(folder, batch=8)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_cannot_be_read_is_named(folder: Path, workers: int) -> None:
-    (folder / "1.png").write_bytes(b"no picture")
+def test_an_image_that_cannot_be_read_is_named(folder: Path, workers: int) -> None:
+    (folder / "1.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"1\.png cannot be read"):
         measured(folder, workers=workers)
