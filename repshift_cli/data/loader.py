@@ -119,7 +119,7 @@ class BatchLoader:
     persistent: bool = False
     waited: float = field(default=0.0, init=False)
     _samples: _Samples = field(init=False)
-    _kept: DataLoader[Batch] | None = field(default=None, init=False)
+    _kept: Any = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._samples = _Samples(self.load, self.workers)
@@ -169,12 +169,13 @@ class BatchLoader:
             iterator = iter(loader)
         yield from iterator
 
-    def _torch_loader(self, numbers: Sequence[int]) -> DataLoader[Batch]:
+    def _torch_loader(self, numbers: Sequence[int]) -> Any:
         workers = min(self.workers, len(numbers))
+        samples: Any = self._samples
         return DataLoader(
-            self._samples,
+            samples,
             # each index carries the number of its batch, so that the batch knows its number
-            batch_sampler=[[(number, index) for index in self.batches[number]] for number in numbers],  # type: ignore[arg-type]
+            batch_sampler=[[(number, index) for index in self.batches[number]] for number in numbers],
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=self.pinned,

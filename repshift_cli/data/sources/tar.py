@@ -81,7 +81,7 @@ def _members(file: _Headers, path: Path) -> list[Member]:
     try:
         archive = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="backslashreplace")
         for info in iter(archive.next, None):
-            archive.members.clear()  # otherwise it keeps all headers
+            archive.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps all headers
             if info.size < 0 or "\0" in info.name:
                 raise tarfile.ReadError("an invalid header")  # noqa: TRY301
             if info.issparse():
