@@ -24,7 +24,7 @@ from repshift_cli.checkpoints.builtin import BUILTIN
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.data.builtin.digits import DigitScenes
-from repshift_cli.data.inputs import load_images
+from repshift_cli.data.inputs import load_inputs
 from repshift_cli.measure.device import device_name
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.planning.plan import Plan, resolve
@@ -170,7 +170,7 @@ def calibration_table(
     best = max(row.mean for row in shifts)
     rows = []
     for seed in range(times):
-        batch = load_images(None, CALIBRATION_IMAGES, loaded.description.preprocessing, seed)
+        batch = load_inputs(None, CALIBRATION_IMAGES, loaded.description.preprocessing, seed)
         found = calibrate(
             loaded.model,
             match(loaded.model),

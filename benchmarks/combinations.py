@@ -26,7 +26,7 @@ from repshift_cli.calibration.outputs import agreement, divergence
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.cli.ui import Screen
-from repshift_cli.data.inputs import load_images
+from repshift_cli.data.inputs import load_inputs
 from repshift_cli.measure.device import device_name
 from repshift_cli.measure.latency import Subject, compute_speedup, measure_latency
 from repshift_cli.planning.plan import Plan
@@ -122,8 +122,8 @@ def accuracy_page(name: str, options: argparse.Namespace) -> tuple[str, list[str
 
 
 def combinations(loaded: LoadedModel, ratio: float) -> Iterator[Side]:
-    """Every metric with every reducer, each on a copy of the model."""
-    images = load_images(None, CALIBRATION_IMAGES, loaded.description.preprocessing, 0).tensor
+    """Every score with every reducer, each on a copy of the model."""
+    images = load_inputs(None, CALIBRATION_IMAGES, loaded.description.preprocessing, 0).tensor
     pairs: list[tuple[str, str, str, str]] = [
         (*reducer, *metric) for reducer, metric in itertools.product(REDUCERS.items(), METRICS.items())
     ]

@@ -25,7 +25,7 @@ from repshift_cli.calibration.calibrate import calibrate, fit_open
 from repshift_cli.calibration.outputs import agreement, distance
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.cli.ui import Screen
-from repshift_cli.data.inputs import load_images
+from repshift_cli.data.inputs import load_inputs
 from repshift_cli.measure.device import device_name
 from repshift_cli.measure.latency import Subject, compute_speedup, measure_latency
 from repshift_cli.planning.plan import Plan
@@ -86,7 +86,7 @@ def quality(options: argparse.Namespace) -> list[str]:
         for metric in options.metrics:
             for ratio in options.ratios:
                 for seed, scenes in zip(options.seeds, sets, strict=True):
-                    images = load_images(None, IMAGES, model.description.preprocessing, seed)
+                    images = load_inputs(None, IMAGES, model.description.preprocessing, seed)
                     settings = SearchSettings(
                         target=Target("macs", ratio),
                         images=images.tensor,

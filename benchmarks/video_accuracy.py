@@ -25,7 +25,7 @@ from repshift_cli.calibration.calibrate import calibrate
 from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.data.builtin.moving_shapes import TEST_SEED, write_dataset
-from repshift_cli.data.inputs import load_clips
+from repshift_cli.data.inputs import load_inputs
 from repshift_cli.data.video.annotations import Task
 from repshift_cli.data.video.decode import frame_indices
 from repshift_cli.evaluation.video_text.data import DatasetOptions, open_data
@@ -193,7 +193,7 @@ def _filled(opened: Opened, plan: Plan) -> Plan:
 
 
 def calibrated(opened: Opened, plan: Plan, options: argparse.Namespace) -> Plan:
-    clips = load_clips(None, options.clips, opened.loaded.description.preprocessing, 0)
+    clips = load_inputs(None, options.clips, opened.loaded.description.preprocessing, 0)
     model = opened.loaded.model
     result = calibrate(
         model, match(model), plan, images=clips.tensor, identity=clips.identity, batch_size=16, progress=Silent()

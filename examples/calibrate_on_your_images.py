@@ -16,7 +16,7 @@ import torch
 
 from repshift_cli import CompressedModel, Recipe, compress
 from repshift_cli.checkpoints.load import load_checkpoint as load_dense
-from repshift_cli.data.inputs import load_images
+from repshift_cli.data.inputs import load_inputs
 
 FIXED = """
 version: 1
@@ -46,8 +46,8 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "builtin:vit-digits"
     folder = sys.argv[2] if len(sys.argv) > 2 else "builtin:digits"  # noqa: PLR2004
     preprocessing = load_dense(name).description.preprocessing
-    images = load_images(folder, 96, preprocessing, seed=0).tensor
-    # calibrate on some images, evaluate on others
+    images = load_inputs(folder, 96, preprocessing, seed=0).tensor
+    # what is chosen on some images is judged on others
     border = len(images) * 2 // 3
     for_calibration, others = images[:border], images[border:]
 

@@ -1,19 +1,17 @@
-"""From picture files to results: how fast a model is when its pictures have to be read first."""
+"""From image files to results: how fast a model is when its images have to be read first."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
 from repshift_cli.benchmark.report import EndToEnd, Passes, Setting
 from repshift_cli.data.dataset import ImageDataset
-from repshift_cli.data.decode import UnreadableSample
+from repshift_cli.data.loader import Batch, BatchLoader, cut_batches, image_loader
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import DataError
 from repshift_cli.measure.device import wait_for
@@ -22,18 +20,20 @@ from repshift_cli.utils.progress import Progress
 
 __all__ = ["Placement", "Source", "measure_end_to_end"]
 
+Warn = Callable[[str], None]
+
 _MIN_PASSES = 5
-"""With fewer, all rounds would agree by chance too often."""
+"""With fewer passes, all rounds would agree by chance too often."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where pictures come from.
+    """Where images come from.
 
     Attributes:
-        images: pictures of one pass at most; whole batches are read, at least one.
+        images: maximum number of images in one pass; whole batches are read, at least one.
         workers: processes that read, decode and preprocess; 0 for the process of the model itself.
-        min_passes: least number of passes of each model.
+        min_passes: minimum number of passes of each model.
     """
 
     dataset: ImageDataset
@@ -44,7 +44,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how pictures lie when the model gets them."""
+    """Device, dtype and memory format of the images that the model gets."""
 
     device: torch.device
     dtype: torch.dtype
@@ -71,24 +71,25 @@ def measure_end_to_end(  # noqa: PLR0917
     max_seconds: float,
     progress: Progress,
 ) -> EndToEnd:
-    """Pass over the pictures with every subject in turn, and once more with none, to know what reading alone takes.
+    """Pass over the images with every subject in turn, and once without a model, to measure reading alone.
 
-    The workers are started once and stay; a first pass, which fills caches of the system, is thrown away. Each pass
-    begins with the first request for a picture and ends with the last result.
+    The workers are started once; a first pass, which fills the caches of the system, is discarded. Each pass begins
+    with the first request for an image and ends with the last result.
 
     Args:
         subjects: take images `[B, C, H, W]`.
         against: by the name of a subject, that of the one it is compared with.
         preprocessing: of all of them.
-        max_seconds: after this time no new round starts, once there are `source.min_passes`.
+        max_seconds: no new round starts after this time, once there are `source.min_passes`.
 
     Raises:
-        DataError: there are fewer pictures than a batch holds, or one cannot be read.
+        DataError: there are fewer images than a batch holds, or one cannot be read.
     """
-    batches = _Batches(source, preprocessing, setting.batch, pinned=placement.device.type == "cuda")
+    batches = _loader(source, preprocessing, setting.batch, placement, progress.warn)
+    images = len(batches.batches) * setting.batch
     readers: list[Subject | None] = [None, *subjects]
     logs = {reader.name if reader else None: _Log() for reader in readers}
-    label = f"reading {batches.images} pictures a pass"
+    label = f"reading {images} images a pass"
     with torch.inference_mode(), progress.task(label, max(1, source.min_passes)) as task:
         _pass(batches, None, placement)
         start, turn = time.perf_counter(), 0
@@ -105,89 +106,53 @@ def measure_end_to_end(  # noqa: PLR0917
         setting=setting,
         data=source.dataset.name,
         workers=batches.workers,
-        reading=logs[None].passes(batches.images),
-        sides={subject.name: logs[subject.name].passes(batches.images) for subject in subjects},
+        reading=logs[None].passes(images),
+        sides={subject.name: logs[subject.name].passes(images) for subject in subjects},
         against={name: other for name, other in against.items() if name in logs and other in logs},
     )
 
 
-class _Batches:
-    """Whole batches of pictures, the same ones in every pass; those who read them stay between passes."""
-
-    def __init__(self, source: Source, preprocessing: Preprocessing, batch: int, pinned: bool) -> None:
-        available = min(source.images, len(source.dataset)) if source.images >= batch else batch
-        self.images = available // batch * batch
-        if not 0 < self.images <= len(source.dataset):
-            raise DataError(
-                f"{source.dataset.name} has {len(source.dataset)} pictures, which do not fill a batch of {batch}",
-                "Name more pictures with --data, or take a smaller --batch-size.",
-            )
-        # where pictures have to be read in order, more processes would read each other's
-        self.workers = source.workers if source.dataset.random_access else 0
-        self._loader = DataLoader(
-            _Pictures(source.dataset, preprocessing, self.images),
-            batch_size=batch,
-            num_workers=self.workers,
-            collate_fn=_collate,
-            pin_memory=pinned,
-            persistent_workers=self.workers > 0,
+def _loader(source: Source, preprocessing: Preprocessing, batch: int, placement: Placement, warn: Warn) -> BatchLoader:
+    """Whole batches of images, the same in every pass; the worker processes stay alive between passes."""
+    available = min(source.images, len(source.dataset)) if source.images >= batch else batch
+    images = available // batch * batch
+    if not 0 < images <= len(source.dataset):
+        raise DataError(
+            f"{source.dataset.name} has {len(source.dataset)} images, which do not fill a batch of {batch}",
+            "Give more images with --data, or a smaller --batch-size.",
         )
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for batch in self._loader:
-            if isinstance(batch, UnreadableSample):
-                raise batch
-            yield batch
-
-
-class _Pictures(TorchDataset["Tensor | UnreadableSample"]):
-    """The first pictures of a dataset through the transform of a model, float32 `[C, H, W]`.
-
-    What cannot be read is handed on: an error that is raised in another process arrives as one of another kind.
-    """
-
-    def __init__(self, dataset: ImageDataset, preprocessing: Preprocessing, count: int) -> None:
-        self.dataset = dataset
-        self.transform = preprocessing.transform()
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Tensor | UnreadableSample:
-        try:
-            picture, _ = self.dataset.load(index)
-        except UnreadableSample as problem:
-            return problem
-        return self.transform(picture)
+    return image_loader(
+        source.dataset,
+        preprocessing,
+        cut_batches(images, batch),
+        workers=source.workers,
+        pinned=placement.device.type == "cuda",
+        warn=warn,
+        strict=True,
+        persistent=True,
+    )
 
 
-def _collate(samples: Sequence[Tensor | UnreadableSample]) -> Tensor | UnreadableSample:
-    """`[B, C, H, W]`, or what is wrong with the first picture that cannot be read."""
-    good = [sample for sample in samples if isinstance(sample, Tensor)]
-    broken = [sample for sample in samples if isinstance(sample, UnreadableSample)]
-    return broken[0] if broken else torch.stack(good)
-
-
-def _pass(batches: _Batches, subject: Subject | None, placement: Placement) -> tuple[float, float]:
-    """One pass, through a model or without one: seconds, and for how many of them it waited for pictures."""
+def _pass(batches: BatchLoader, subject: Subject | None, placement: Placement) -> tuple[float, float]:
+    """One pass, through a model or without one: seconds, and how many of them it waited for images."""
     waiting, start = 0.0, time.perf_counter()
     if subject is None:
-        for pixels in batches:
-            _place(pixels, placement)
+        for batch in batches:
+            _place(batch, placement)
         wait_for(placement.device)
         whole = time.perf_counter() - start
         return whole, whole
     with subject.context():
         asked = start
-        for pixels in batches:
+        for batch in batches:
             waiting += time.perf_counter() - asked
-            subject.run(_place(pixels, placement))
-            # as somebody who needs each result would; queued work would hide who waits for whom
+            subject.run(_place(batch, placement))
+            # as an application that needs each result; with queued work the waiting time would be wrong
             wait_for(placement.device)
             asked = time.perf_counter()
     return time.perf_counter() - start, waiting
 
 
-def _place(pixels: Tensor, placement: Placement) -> Tensor:
-    return pixels.to(placement.device, placement.dtype, memory_format=placement.memory_format, non_blocking=True)
+def _place(batch: Batch, placement: Placement) -> Tensor:
+    assert batch.pixels is not None
+    return batch.pixels.to(placement.device, placement.dtype, memory_format=placement.memory_format, non_blocking=True)

@@ -161,7 +161,7 @@ def command(
     from repshift_cli.benchmark.end_to_end import Source
     from repshift_cli.benchmark.run import BenchSettings, run_sweep
     from repshift_cli.cli import ui
-    from repshift_cli.data.inputs import open_pictures
+    from repshift_cli.data.inputs import open_images
     from repshift_cli.measure.compiled import CompileMode
     from repshift_cli.measure.device import resolve_device, resolve_dtype
     from repshift_cli.models.attention_mode import AttentionMode
@@ -196,7 +196,7 @@ def command(
     if limits and not any(contender.role == "compressed" for contender in contenders):
         reason, hint = why_nothing(opened)
         raise UsageError(f"--budget: {reason}", hint)
-    source = Source(open_pictures(data, images), images, workers) if data is not None else None
+    source = Source(open_images(data, images), images, workers) if data is not None else None
     report = run_sweep(contenders, batches, sweep, screen, source)
     checks = check_limits(limits, report)
     _write_outputs(report, csv, plot, force)

@@ -304,6 +304,6 @@ def document(found: Found, files: _Files) -> dict[str, Any]:
         "recipe": found.recipe.text,
         "reducer": found.result.plan.reducer.kind,
         "labelled": found.inputs.labels is not None,
-        "description": found.inputs.batch.description,
+        "description": found.inputs.description,
         "measured_on": dict(found.measured_on),
     }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.compression.job import CompressionJob, Notes
 from repshift_cli.compression.settings import Amounts, Settings
-from repshift_cli.data.inputs import ImageBatch, Labelled, load_inputs, load_labelled
+from repshift_cli.data.inputs import ImageBatch, load_inputs
 from repshift_cli.errors import DataError
 
 __all__ = ["draw_images", "is_same_place", "load_job_inputs", "load_search_inputs"]
@@ -38,7 +39,7 @@ def load_job_inputs(loaded: LoadedModel, where: str | None, count: int, seed: in
     return batch
 
 
-def load_search_inputs(loaded: LoadedModel, settings: Settings, count: int, notes: Notes) -> Labelled:
+def load_search_inputs(loaded: LoadedModel, settings: Settings, count: int, notes: Notes) -> ImageBatch:
     """Load images for a search, with labels if they have any for the head of the model."""
     where, preprocessing = settings.calibration or settings.data, loaded.description.preprocessing
     if where is None and not loaded.is_builtin:
@@ -47,9 +48,10 @@ def load_search_inputs(loaded: LoadedModel, settings: Settings, count: int, note
             "result may be wrong for other images. Give unlabelled images of the model's own kind"
         )
         scenes = load_inputs(where, count, preprocessing, settings.seed)
-        return Labelled(scenes, None, "the built-in scenes have other classes than this model")
-    inputs = load_labelled(where, count, preprocessing, getattr(loaded.model, "num_classes", None), settings.seed)
-    _warn_of_skipped(inputs.batch, notes)
+        return replace(scenes, unlabelled="the built-in scenes have other classes than this model")
+    num_classes = getattr(loaded.model, "num_classes", None)
+    inputs = load_inputs(where, count, preprocessing, settings.seed, num_classes=num_classes)
+    _warn_of_skipped(inputs, notes)
     return inputs
 
 

@@ -145,7 +145,7 @@ def _search(  # noqa: PLR0917
     check_components(start)
     check_recipe_model(start, loaded.description)
     inputs = load_search_inputs(loaded, settings, count, notes)
-    notes.note(f"searching for {request.target} on {inputs.batch.description}")
+    notes.note(f"searching for {request.target} on {inputs.description}")
     with attention_mode(loaded.model, settings.attention):
         return find(
             loaded,

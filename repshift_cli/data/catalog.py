@@ -9,22 +9,13 @@ from pathlib import Path
 from repshift_cli.data.dataset import ImageDataset, check_limit, limited
 from repshift_cli.errors import DataError, UsageError
 
-__all__ = [
-    "DATA_DIR_VARIABLE",
-    "DEFAULT_SCENES",
-    "dataset_names",
-    "is_dataset_name",
-    "open_dataset",
-]
-
+__all__ = ["DATA_DIR_VARIABLE", "DEFAULT_SCENES", "dataset_names", "is_dataset_name", "open_dataset"]
 
 DATA_DIR_VARIABLE = "REPSHIFT_DATA_DIR"
-"""The environment variable that stands in for `--data-dir`."""
-
+"""The environment variable that replaces `--data-dir`."""
 
 DEFAULT_SCENES = 1000
-"""How many built-in scenes an evaluation draws when no limit is given."""
-
+"""Number of built-in scenes in an evaluation without a limit."""
 
 _NAMES = (
     "builtin:digits",
@@ -39,27 +30,27 @@ _NAMES = (
 
 
 def dataset_names() -> tuple[str, ...]:
-    """The names that `open_dataset` knows; paths of folders and timm's names (`torch/cifar10`) come in addition."""
+    """The named datasets of `open_dataset`, without paths and timm's names (`torch/cifar10`)."""
     return _NAMES
 
 
 def is_dataset_name(name: str) -> bool:
-    """Whether a name belongs to a dataset whatever files there are, so is not the path of a folder."""
+    """Whether a name is that of a dataset, not the path of a folder."""
     from repshift_cli.data.sources.timm_reader import is_timm_name
 
     return name in _NAMES or is_timm_name(name)
 
 
 def open_dataset(name: str, data_dir: Path | None, limit: int | None = None, seed: int = 0) -> ImageDataset:
-    """Find a dataset.
+    """Open a dataset.
 
     Args:
         name: one of `dataset_names()`, the path of a folder with class folders, of a tar or of several
             (`DIR/val-{0000..0007}.tar`), or a name of timm's factory with a prefix (`torch/cifar10`,
             `hfds/owner/name@test`).
-        data_dir: the dataset's folder, or a folder that holds one with the dataset's name; without it the
-            environment variable REPSHIFT_DATA_DIR is asked.
-        limit: at most so many pictures, evenly spaced over the sorted set (for the built-in scenes: how many).
+        data_dir: the dataset's folder, or a folder that holds one with the dataset's name; the default is the
+            environment variable REPSHIFT_DATA_DIR.
+        limit: maximum number of images, evenly spaced over the sorted set (for built-in scenes: the number).
         seed: which built-in scenes are drawn; other datasets do not depend on it.
 
     Raises:
@@ -83,33 +74,28 @@ def _open_whole(name: str, data_dir: Path | None) -> ImageDataset:
 
     if name in TEST_SETS:
         return open_imagenet(name, _data_folder(data_dir, TEST_SETS[name]))
-    if name == "folder":
+    if name in {"folder", "shards"}:
         folder = _data_folder(data_dir, (name,))
         if folder is None:
-            raise DataError("the dataset folder needs a folder", "Name it: --dataset PATH, or --data-dir PATH.")
-        return open_folder(name, folder)
-    if name == "shards":
-        folder = _data_folder(data_dir, (name,))
-        if folder is None:
-            raise DataError("the dataset shards needs a folder of tars", "Name it: --data-dir PATH.")
-        return open_shards(name, shard_paths(str(folder)))
+            raise DataError(f"the dataset {name} needs a folder", "Give it with --data-dir PATH.")
+        return open_folder(name, folder) if name == "folder" else open_shards(name, shard_paths(str(folder)))
     if is_timm_name(name):
         prefix, _, bare = name.partition("@")[0].partition("/")
-        # for the Hugging Face library the folder is a cache with an order of its own
+        # for the Hugging Face library the folder is a cache with its own layout
         names = () if prefix.lower() == "hfds" else (f"{prefix}/{bare}", bare)
         return open_timm(name, _data_folder(data_dir, names))
     path = Path(name).expanduser()
     if is_shards(name) and not path.is_dir():
         _refuse_data_dir(name, data_dir)
         return open_shards(name, shard_paths(name))
-    if path.is_dir() or _looks_like_path(name):
+    if path.is_dir() or "/" in name or os.sep in name or name.startswith((".", "~")):
         _refuse_data_dir(name, data_dir)
         return open_folder(name, path)
     raise _unknown(name)
 
 
 def _data_folder(data_dir: Path | None, names: tuple[str, ...]) -> Path | None:
-    """The folder that the user named, or the one in it that is called like the dataset."""
+    """The folder that the user gave, or the folder in it that has the name of the dataset."""
     if data_dir is None:
         value = os.environ.get(DATA_DIR_VARIABLE)
         if not value:
@@ -123,18 +109,14 @@ def _data_folder(data_dir: Path | None, names: tuple[str, ...]) -> Path | None:
 def _refuse_data_dir(name: str, data_dir: Path | None) -> None:
     if data_dir is not None:
         raise UsageError(
-            f"the dataset {name} says itself where it lies, so --data-dir {data_dir} has no meaning",
-            "Leave --data-dir out, or name the dataset `folder`.",
+            f"--data-dir {data_dir} cannot be used with the dataset {name}, which needs no folder",
+            "Omit --data-dir, or use `--dataset folder`.",
         )
 
 
-def _looks_like_path(name: str) -> bool:
-    return os.sep in name or "/" in name or name.startswith((".", "~"))
-
-
 def _unknown(name: str) -> DataError:
-    begun = [known for known in _NAMES if known.startswith(name.lower())]
-    near = begun[:1] or get_close_matches(name.lower(), _NAMES, n=1, cutoff=0.5)
+    prefixed = [known for known in _NAMES if known.startswith(name.lower())]
+    near = prefixed[:1] or get_close_matches(name.lower(), _NAMES, n=1, cutoff=0.5)
     guess = f"Did you mean {near[0]}? " if near else ""
     return DataError(
         f"there is no dataset {name!r}, and no folder of that name",

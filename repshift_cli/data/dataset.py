@@ -1,4 +1,4 @@
-"""What a dataset is to the rest of the program: pictures by number, each with a label and a name."""
+"""Labelled images by number."""
 
 from __future__ import annotations
 
@@ -10,24 +10,17 @@ from repshift_cli.errors import UsageError
 if TYPE_CHECKING:
     from PIL import Image
 
-
-__all__ = [
-    "EvenSubset",
-    "ImageDataset",
-    "even_indices",
-    "limited",
-    "shuffled",
-]
+__all__ = ["EvenSubset", "ImageDataset", "Subset", "even_indices", "limited", "shuffled"]
 
 
 class ImageDataset(ABC):
-    """Pictures with labels, by number, in an order that never changes.
+    """Images with labels, by number, in a fixed order.
 
     Attributes:
         name: the name that the user gave.
-        random_access: whether `load` may be called in any order and from several processes. Where it is False,
-            read in ascending order from one process.
-        outputs: places of the head's outputs among which a model chooses; None for all of them.
+        random_access: whether `load` may be called in any order and from several processes. If False, read in
+            ascending order from one process.
+        outputs: indices of the head's outputs that the classes of the dataset have; None for all outputs.
     """
 
     name: str
@@ -37,64 +30,64 @@ class ImageDataset(ABC):
     @property
     @abstractmethod
     def description(self) -> str:
-        """One line for people: what it is and where it lies."""
+        """One line for people: what it is and where it is stored."""
 
     @property
     @abstractmethod
     def classes(self) -> tuple[str, ...] | None:
-        """Class names, where label `i` is `classes[i]`; None where the source does not tell."""
+        """Class names, `classes[label]`; None where the source has none."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def sample_id(self, index: int) -> str:
-        """The path or name of one picture."""
+        """The path or name of one image."""
 
     @abstractmethod
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """One RGB picture and its label.
+        """One RGB image and its label.
 
         Raises:
-            UnreadableSample: the picture is truncated, empty, too large to be safe, or no picture at all.
+            UnreadableSample: the file is truncated, empty, too large to decode safely, or not an image.
         """
 
     def answers(self, index: int, label: int) -> tuple[int, ...]:
-        """The outputs of the head that are right for a picture, where `load` gave `label`; one or more."""
+        """The correct outputs of the head, one or more, for an image that `load` labels `label`."""
         del index
         return (label,)
 
     def fingerprint(self, index: int) -> str:
-        """A text that changes when another picture lies in this place; cheap, so not the pixels."""
+        """A text that changes when the file changes: its name and size, not its pixels."""
         return self.sample_id(index)
 
     def key(self, index: int) -> str:
-        """A name of one picture that does not depend on where the dataset lies; UTF-8."""
+        """A name of one image that does not depend on where the dataset is stored; UTF-8."""
         return self.sample_id(index)
 
     def stamp(self, index: int) -> str:
-        """As `fingerprint`, but also of when it was written, and of its label: what work that goes on relies on."""
+        """`fingerprint` with the time of the last write and the label, for runs that are resumed."""
         return self.fingerprint(index)
 
     def for_head(self, num_classes: int) -> ImageDataset:
-        """The same pictures, labelled for a head of `num_classes` outputs where the source allows more than one way."""
+        """The same images, with labels for a head of `num_classes` outputs."""
         del num_classes
         return self
 
 
-class EvenSubset(ImageDataset):
-    """`count` pictures, evenly spaced over another dataset, so that each part of it has its share."""
+class Subset(ImageDataset):
+    """The images of another dataset at `indices`."""
 
-    def __init__(self, whole: ImageDataset, count: int) -> None:
+    def __init__(self, whole: ImageDataset, indices: list[int]) -> None:
         self.whole = whole
         self.name = whole.name
         self.random_access = whole.random_access
         self.outputs = whole.outputs
-        self.indices = even_indices(len(whole), count)
+        self.indices = indices
 
     @property
     def description(self) -> str:
-        return f"{self.whole.description}; {len(self)} of {len(self.whole)} pictures, evenly spaced"
+        return f"{self.whole.description}; {len(self)} of {len(self.whole)} images"
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -121,26 +114,37 @@ class EvenSubset(ImageDataset):
     def stamp(self, index: int) -> str:
         return self.whole.stamp(self.indices[index])
 
+
+class EvenSubset(Subset):
+    """`count` images, evenly spaced over another dataset."""
+
+    def __init__(self, whole: ImageDataset, count: int) -> None:
+        super().__init__(whole, even_indices(len(whole), count))
+
+    @property
+    def description(self) -> str:
+        return f"{super().description}, evenly spaced"
+
     def for_head(self, num_classes: int) -> ImageDataset:
         return EvenSubset(self.whole.for_head(num_classes), len(self))
 
 
 def shuffled(count: int, seed: int) -> list[int]:
-    """The numbers `0 .. count - 1` in the order in which a seed tries them."""
+    """The numbers `0 .. count - 1` in the random order of a seed."""
     import numpy as np
 
     return [int(index) for index in np.random.default_rng(seed).permutation(count)]
 
 
 def even_indices(total: int, count: int) -> list[int]:
-    """The middles of `count` equal parts of `0 .. total - 1`, ascending, no repeats; all where `count >= total`."""
+    """The middles of `count` equal parts of `0 .. total - 1`, ascending; all numbers where `count >= total`."""
     if count >= total:
         return list(range(total))
     return [(2 * part + 1) * total // (2 * count) for part in range(count)]
 
 
 def limited(dataset: ImageDataset, limit: int | None) -> ImageDataset:
-    """The dataset, or an evenly spaced part of it.
+    """The dataset, or an evenly spaced subset of it.
 
     Raises:
         UsageError: the limit is not positive.
@@ -152,10 +156,6 @@ def limited(dataset: ImageDataset, limit: int | None) -> ImageDataset:
 
 
 def check_limit(limit: int | None) -> None:
-    """Refuse a limit below one.
-
-    Raises:
-        UsageError: the limit is not positive.
-    """
+    """Raise UsageError if the limit is not positive."""
     if limit is not None and limit < 1:
-        raise UsageError(f"the limit is {limit}", "Give the number of pictures to use, 1 or more.")
+        raise UsageError(f"invalid limit {limit}: must be 1 or more", "Give the number of images to use.")

@@ -12,38 +12,30 @@ from repshift_cli.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-
-__all__ = [
-    "UnreadableSample",
-    "decode_bytes",
-    "decode_file",
-]
-
+__all__ = ["UnreadableSample", "decode_bytes", "decode_file"]
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""What is decoded, whatever a file is called. Pillow knows many more, some of which start other programs (EPS)."""
+"""The formats that are decoded. Pillow has others, some of which start other programs (EPS)."""
 
+_MAX_PIXELS = 178_956_970
+"""Half a gigabyte when decoded. This is Pillow's own limit, which some libraries switch off."""
 
-_MOST_PIXELS = 178_956_970
-"""Of one picture: half a gigabyte when decoded. Pillow's own limit, which other libraries like to switch off."""
-
-
-_LONGEST_SHAPE = 200
-"""How many times as long as wide a picture may be: one of 1 x 100,000 would be 200 x 20,000,000 when it is resized."""
+_MAX_ASPECT_RATIO = 200
+"""An image of 1 x 100,000 would become 200 x 20,000,000 when it is resized."""
 
 
 class UnreadableSample(DataError):
-    """One picture that cannot be decoded.
+    """One image that cannot be decoded.
 
     Args:
         sample: its path or name.
-        reason: what the decoder says, in a few words.
+        reason: the message of the decoder.
 
     Attributes:
-        what: how messages call it.
+        what: its name in messages.
     """
 
-    what: ClassVar[str] = "picture"
+    what: ClassVar[str] = "image"
 
     def __init__(self, sample: str, reason: str) -> None:
         super().__init__(f"the {self.what} {sample} cannot be read: {reason}")
@@ -51,12 +43,12 @@ class UnreadableSample(DataError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[UnreadableSample], tuple[str, str]]:
-        # The default would rebuild it from the message alone, which fails on the way back from a loader process.
+        # the default calls the constructor with the message alone, which fails when a worker process returns the error
         return type(self), (self.sample, self.reason)
 
 
 def decode_file(path: Path) -> Image.Image:
-    """A picture file as RGB; errors as `decode_bytes`."""
+    """Decode an image file to RGB; raises as `decode_bytes`."""
     try:
         with path.open("rb") as stream:
             return _decode(stream, str(path))
@@ -65,10 +57,10 @@ def decode_file(path: Path) -> Image.Image:
 
 
 def decode_bytes(content: bytes, sample: str) -> Image.Image:
-    """An encoded picture as RGB, converted as timm's own readers do (no rotation by EXIF, transparency dropped).
+    """Decode an image to RGB as timm's readers do: no rotation by EXIF, transparency dropped.
 
     Raises:
-        UnreadableSample: empty, truncated, not a picture, or of so many pixels that decoding is not safe.
+        UnreadableSample: it is empty, truncated, not an image, or too large to decode safely.
     """
     return _decode(BytesIO(content), sample)
 
@@ -78,29 +70,29 @@ def _decode(stream: IO[bytes], sample: str) -> Image.Image:
 
     try:
         with warnings.catch_warnings():
-            # Pillow warns of large pictures and refuses huge ones; the warning would only disturb the output.
+            # Pillow warns about large images and raises for huge ones
             warnings.simplefilter("ignore")
-            with Image.open(stream, formats=_FORMATS) as picture:
-                _check_size(*picture.size)
-                rgb: Image.Image = picture.convert("RGB")
+            with Image.open(stream, formats=_FORMATS) as image:
+                _check_size(*image.size)
+                rgb: Image.Image = image.convert("RGB")
                 return rgb
     except UnidentifiedImageError as error:
-        reason = "the file is empty" if _is_empty(stream) else "not a picture in a known format"
+        reason = "the file is empty" if _is_empty(stream) else "not an image in a known format"
         raise UnreadableSample(sample, reason) from error
     except Image.DecompressionBombError as error:
         raise UnreadableSample(sample, f"too many pixels to decode safely ({error})") from error
     except Exception as error:
-        # Decoders answer damaged bytes with almost any kind of exception (SyntaxError, struct.error, EOFError, ...).
+        # decoders raise many kinds of exceptions for damaged bytes (SyntaxError, struct.error, EOFError, ...)
         raise UnreadableSample(sample, str(error) or type(error).__name__) from error
 
 
 def _check_size(width: int, height: int) -> None:
     from PIL import Image
 
-    if width * height > _MOST_PIXELS:
+    if width * height > _MAX_PIXELS:
         raise Image.DecompressionBombError(f"{width} x {height}")
-    if max(width, height) > _LONGEST_SHAPE * min(width, height):
-        raise ValueError(f"{width} x {height} is no shape of a picture")
+    if max(width, height) > _MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(f"{width} x {height} is not a valid shape of an image")
 
 
 def _is_empty(stream: IO[bytes]) -> bool:

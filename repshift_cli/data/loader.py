@@ -1,7 +1,7 @@
-"""From a dataset to batches of tensors: decoded by worker processes ahead of time, whatever the files are like.
+"""Batches of decoded and preprocessed inputs, loaded ahead of time by worker processes.
 
-A picture that cannot be read is reported in its batch. So is one that ends the process that decodes it: which one that
-was is found by decoding each of the suspects in a process of its own, and the others go on.
+An input that cannot be decoded is reported in its batch. If a worker process dies, each input that was being decoded is
+decoded again in a process of its own: those that kill that process too are reported as broken, and loading continues.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
@@ -26,34 +28,50 @@ from repshift_cli.data.decode import UnreadableSample
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import DataError, RepshiftError
 
-__all__ = ["Batch", "Feed", "available_cores", "default_workers"]
+__all__ = ["Batch", "BatchLoader", "Sample", "available_cores", "cut_batches", "default_workers", "image_loader"]
 
 _IDLE = -1
 _NO_ANSWER = -1
-"""Stands where a picture has fewer right answers than another one of its batch."""
+"""Padding for images that have fewer correct outputs than another image of the batch."""
 
-_MOST_LOSSES = 3
-"""How often in a row worker processes may end without a picture to blame, before nothing more is tried."""
+_MAX_UNEXPLAINED_DEATHS = 3
+"""Worker deaths in a row that no input explains, before loading gives up."""
 
-_ALONE_SECONDS = 60.0
-"""For one picture, in a process of its own."""
+_SINGLE_DECODE_SECONDS = 60.0
+"""Time limit for one input that is decoded in a process of its own."""
 
-_MOST_WORKERS = 8
-_WORKER_ENDED, _WORKER_RAISED = "DataLoader worker (pid", "Caught "
-"""How PyTorch's messages begin, of a worker that is no more and of one that hands an error on."""
+_MAX_WORKERS = 8
+_WORKER_DIED, _WORKER_RAISED = "DataLoader worker (pid", "Caught "
+"""How PyTorch's messages begin for a worker that died, and for an error that a worker passed on."""
+
+
+class Sample(NamedTuple):
+    """One preprocessed input.
+
+    Attributes:
+        pixels: float32 `[C, H, W]`, or `[T, C, H, W]` for a clip.
+        answers: the correct outputs of the head; empty where there are no labels.
+        padded: whether the last frame of a clip was repeated.
+    """
+
+    pixels: Tensor
+    answers: tuple[int, ...] = ()
+    padded: bool = False
 
 
 @dataclass
 class Batch:
-    """What was read of some pictures.
+    """The inputs of one batch.
 
     Attributes:
-        number: which batch it is.
-        pixels: float32 `[B, C, H, W]`; None where none could be read.
-        answers: int64 `[B, A]`, the outputs that are right; -1 where there are fewer than A.
-        indices: of the pictures in `pixels`, in the dataset.
-        broken: what could not be read, and why.
-        decoding: seconds of processor time that it took.
+        number: the key of the batch in `BatchLoader.batches`.
+        pixels: float32 `[B, C, H, W]` or `[B, T, C, H, W]`; None where no input could be read.
+        answers: int64 `[B, A]`, the correct outputs; -1 where there are fewer than A.
+        indices: dataset indices of the inputs in `pixels`.
+        broken: dataset index and reason of each input that could not be read.
+        padded: dataset indices of clips whose last frame was repeated.
+        decoding: processor seconds spent on decoding and preprocessing.
+        problem: an error that concerns more than one input.
     """
 
     number: int
@@ -61,117 +79,153 @@ class Batch:
     answers: Tensor
     indices: list[int]
     broken: list[tuple[int, str]]
+    padded: list[int]
     decoding: float
     problem: RepshiftError | None = None
 
     @property
     def count(self) -> int:
-        """How many pictures it was made of."""
+        """Number of inputs, readable or not."""
         return len(self.indices) + len(self.broken)
 
     def pin_memory(self) -> Batch:
-        """Called by the loader when the device copies faster from pinned memory."""
+        """Called by PyTorch's loader when the device copies faster from pinned memory."""
         return self if self.pixels is None else replace(self, pixels=self.pixels.pin_memory())
 
 
 @dataclass
-class Feed:
-    """Batches of a dataset, in order.
+class BatchLoader:
+    """Iterates over batches in the order of their numbers. It can be iterated again.
 
     Attributes:
-        dataset: pictures and labels.
-        preprocessing: the transform of the models.
-        batches: by number, which pictures; every process of a run has the same, whichever of them it takes.
-        workers: processes that decode beside this one; 0 decodes in this one.
+        load: loads one input; raises `UnreadableSample` for a broken one.
+        sample_id: path or name of an input.
+        batches: dataset indices by batch number.
+        workers: worker processes; 0 decodes in this process.
         pinned: whether tensors go to pinned memory.
-        strict: stop at the first picture that cannot be read.
-        warn: told of worker processes that were lost.
-        waited: seconds for which whoever took the batches had to wait so far, but for the first one.
+        warn: receives a message for every worker process that died.
+        strict: stop at the first input that cannot be read.
+        persistent: keep the workers alive between iterations.
+        waited: total seconds spent waiting for batches, except the first of each iteration.
     """
 
-    dataset: ImageDataset
-    preprocessing: Preprocessing
+    load: Callable[[int], Sample]
+    sample_id: Callable[[int], str]
     batches: Mapping[int, Sequence[int]]
     workers: int
     pinned: bool
-    strict: bool
     warn: Callable[[str], None]
+    strict: bool = False
+    persistent: bool = False
     waited: float = field(default=0.0, init=False)
+    _samples: _Samples = field(init=False)
+    _kept: Any = field(default=None, init=False)
 
-    @property
-    def processes_beside(self) -> int:
-        """How many processes decode beside this one, given batches enough for all."""
-        return self.workers if self.dataset.random_access else 0
-
-    @property
-    def decodes_here(self) -> bool:
-        """Whether decoding takes the time of this process."""
-        return self.processes_beside == 0
+    def __post_init__(self) -> None:
+        self._samples = _Samples(self.load, self.workers)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches.
+        """Load the batches.
 
         Raises:
-            UnreadableSample: `strict`, and a picture cannot be read.
-            DataError: worker processes keep ending, and no picture is to blame.
-            RepshiftError: what the dataset raises for things that are wrong with more than one picture.
+            UnreadableSample: `strict`, and an input cannot be read.
+            DataError: worker processes keep dying, and no input is the reason.
+            RepshiftError: raised by `load` for a problem that concerns more than one input.
         """
-        prepared = _Prepared(self.dataset, self.preprocessing, _marks(self.workers), {})
         left = sorted(self.batches)
-        losses = 0
+        deaths = 0
         while left:
             try:
-                for batch in self._waited_for(prepared, left):
+                for batch in self._timed(left):
                     if batch.problem is not None:
                         raise batch.problem
                     if self.strict and batch.broken:
                         index, reason = batch.broken[0]
-                        raise UnreadableSample(self.dataset.sample_id(index), reason)
+                        raise UnreadableSample(self.sample_id(index), reason)
                     left.pop(0)
-                    losses = 0
+                    deaths = 0
                     yield batch
             except (RuntimeError, OSError, EOFError) as error:
-                if self.decodes_here or not _is_loss(error):
+                if self.workers == 0 or not _is_worker_death(error):
                     raise
-                losses = self._find_the_culprits(prepared, losses + 1, str(error))
+                self._kept = None
+                deaths = self._find_culprits(deaths + 1, str(error))
 
-    def _waited_for(self, prepared: _Prepared, numbers: Sequence[int]) -> Iterator[Batch]:
-        """The batches of these numbers, the time until each one is there added up."""
-        with closing(self._loaded(prepared, numbers)) as loaded:
-            began = time.perf_counter()
+    def _timed(self, numbers: Sequence[int]) -> Iterator[Batch]:
+        """Load the batches of these numbers and add up the waiting time."""
+        with closing(self._loaded(numbers)) as loaded:
+            start = time.perf_counter()
             for batch in loaded:
                 if batch.number != numbers[0]:
-                    self.waited += time.perf_counter() - began
+                    self.waited += time.perf_counter() - start
                 yield batch
-                began = time.perf_counter()
+                start = time.perf_counter()
 
-    def _loaded(self, prepared: _Prepared, numbers: Sequence[int]) -> Generator[Batch, None, None]:
-        workers = min(self.processes_beside, len(numbers))
-        # the number of a batch stands before its pictures, so that it comes back with them
-        orders = [[(number, index) for index in self.batches[number]] for number in numbers]
-        loader: Any = DataLoader(
-            prepared, batch_sampler=orders, num_workers=workers, collate_fn=_collate, pin_memory=self.pinned
-        )
-        with _signals_kept(workers > 0):
+    def _loaded(self, numbers: Sequence[int]) -> Any:
+        loader = self._kept or self._torch_loader(numbers)
+        # only a loader of all batches can serve the next iteration
+        self._kept = loader if self.persistent and len(numbers) == len(self.batches) else None
+        with _sigchld_handler_kept(self.workers > 0):
             iterator = iter(loader)
         yield from iterator
 
-    def _find_the_culprits(self, prepared: _Prepared, losses: int, told: str) -> int:
-        """Take out the pictures that end the process which decodes them; returns how many losses have no reason."""
-        suspects = sorted({mark for mark in prepared.marks if mark != _IDLE} - prepared.condemned.keys())
-        found = {index: reason for index in suspects if (reason := _dies(prepared, index)) is not None}
-        prepared.condemned.update(found)
+    def _torch_loader(self, numbers: Sequence[int]) -> Any:
+        workers = min(self.workers, len(numbers))
+        samples: Any = self._samples
+        return DataLoader(
+            samples,
+            # each index carries the number of its batch, so that the batch knows its number
+            batch_sampler=[[(number, index) for index in self.batches[number]] for number in numbers],
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=self.pinned,
+            persistent_workers=self.persistent and workers > 0,
+        )
+
+    def _find_culprits(self, deaths: int, message: str) -> int:
+        """Mark the inputs that kill the process that decodes them; returns the number of unexplained deaths."""
+        known = self._samples.fatal
+        suspects = sorted({index for index in self._samples.current if index != _IDLE} - known.keys())
+        found = {index: reason for index in suspects if (reason := _decode_fails(self._samples, index)) is not None}
+        known.update(found)
         if found:
-            names = "; ".join(f"{self.dataset.sample_id(index)}: {reason}" for index, reason in found.items())
-            self.warn(f"a process that decodes pictures was lost: {names}")
+            names = "; ".join(f"{self.sample_id(index)}: {reason}" for index, reason in found.items())
+            self.warn(f"a worker process died: {names}")
             return 0
-        if losses >= _MOST_LOSSES:
+        if deaths >= _MAX_UNEXPLAINED_DEATHS:
             raise DataError(
-                f"the processes that decode pictures keep ending, and no picture is to blame ({told})",
+                f"the worker processes keep dying, and no input is the reason ({message})",
                 "The machine may be out of memory, or of shared memory (/dev/shm). Fewer --workers need less.",
             )
-        self.warn("a process that decodes pictures was lost, and no picture is to blame; the run goes on")
-        return losses
+        self.warn("a worker process died, and no input is the reason; loading continues")
+        return deaths
+
+
+def image_loader(
+    dataset: ImageDataset,
+    preprocessing: Preprocessing,
+    batches: Mapping[int, Sequence[int]],
+    *,
+    workers: int,
+    pinned: bool,
+    warn: Callable[[str], None],
+    strict: bool = False,
+    persistent: bool = False,
+) -> BatchLoader:
+    """Load images with their labels; a dataset without random access is read in this process."""
+    load = partial(_load_image, dataset, preprocessing.transform())
+    workers = workers if dataset.random_access else 0
+    return BatchLoader(load, dataset.sample_id, batches, workers, pinned, warn, strict, persistent)
+
+
+def _load_image(dataset: ImageDataset, transform: Callable[[Image.Image], Tensor], index: int) -> Sample:
+    image, label = dataset.load(index)
+    return Sample(transform(image), dataset.answers(index, label))
+
+
+def cut_batches(count: int, size: int) -> dict[int, range]:
+    """Cut `0 .. count - 1` into batches of `size`; the last one may have fewer."""
+    return {number: range(start, min(start + size, count)) for number, start in enumerate(range(0, count, size))}
 
 
 def available_cores() -> int:
@@ -180,101 +234,93 @@ def available_cores() -> int:
 
 
 def default_workers(device: torch.device, processes: int) -> int:
-    """How many processes decode where nobody says.
+    """Default number of worker processes.
 
     Args:
         device: where the models run.
-        processes: that share the cores of this machine.
+        processes: how many processes share the cores of this machine.
     """
     cores = max(1, available_cores() // processes)
-    # a model on the CPU takes all cores for itself; one worker fills the gaps between its operations
-    return min(cores - 1, _MOST_WORKERS if device.type == "cuda" else 1)
+    # a model on the CPU uses all cores; one worker fills the gaps between its operations
+    return min(cores - 1, _MAX_WORKERS if device.type == "cuda" else 1)
 
 
 @dataclass
-class _Sample:
-    """A preprocessed picture, or the reason why there is none."""
+class _Loaded:
+    """A sample, or the reason why there is none."""
 
     batch: int
     index: int
-    answers: tuple[int, ...]
-    pixels: Tensor | None
-    reason: str | None
-    decoding: float
+    sample: Sample | None = None
+    reason: str | None = None
     problem: RepshiftError | None = None
+    decoding: float = 0.0
 
 
-class _Prepared(TorchDataset[_Sample]):
-    """The dataset through the transform. A picture that cannot be read is reported, not raised.
+class _Samples(TorchDataset[_Loaded]):
+    """Samples by (batch, index). Errors are returned, not raised, because PyTorch changes the type of raised ones.
 
-    Args:
-        marks: shared by all processes: for each worker the picture that it is at.
-        condemned: pictures that are not tried again, each with the reason.
+    Attributes:
+        current: shared by all processes: the index that each worker is decoding.
+        fatal: inputs that kill the process that decodes them, each with the reason.
     """
 
-    def __init__(
-        self, dataset: ImageDataset, preprocessing: Preprocessing, marks: Any, condemned: dict[int, str]
-    ) -> None:
-        self.dataset = dataset
-        self.transform = preprocessing.transform()
-        self.marks = marks
-        self.condemned = condemned
+    def __init__(self, load: Callable[[int], Sample], workers: int) -> None:
+        self.load = load
+        self.current: Any = multiprocessing.RawArray("q", [_IDLE] * max(workers, 1))
+        self.fatal: dict[int, str] = {}
 
-    def __getitem__(self, place: tuple[int, int]) -> _Sample:
+    def __getitem__(self, place: tuple[int, int]) -> _Loaded:
         batch, index = place
         worker = get_worker_info()
         if worker is not None:
-            self.marks[worker.id] = index
-        began = time.thread_time()
-        sample = self._loaded(batch, index)
+            self.current[worker.id] = index
+        start = time.thread_time()
+        loaded = self._load(batch, index)
+        loaded.decoding = time.thread_time() - start
         if worker is not None:
-            self.marks[worker.id] = _IDLE
-        return replace(sample, decoding=time.thread_time() - began)
+            self.current[worker.id] = _IDLE
+        return loaded
 
-    def _loaded(self, batch: int, index: int) -> _Sample:
-        if index in self.condemned:
-            return _Sample(batch, index, (), None, self.condemned[index], 0.0)
+    def _load(self, batch: int, index: int) -> _Loaded:
+        if index in self.fatal:
+            return _Loaded(batch, index, reason=self.fatal[index])
         try:
-            picture, label = self.dataset.load(index)
-        except UnreadableSample as problem:
-            return _Sample(batch, index, (), None, problem.reason, 0.0)
-        except RepshiftError as problem:
-            return _Sample(batch, index, (), None, problem.message, 0.0, problem)
-        return _Sample(batch, index, self.dataset.answers(index, label), self.transform(picture), None, 0.0)
+            return _Loaded(batch, index, self.load(index))
+        except UnreadableSample as error:
+            return _Loaded(batch, index, reason=error.reason)
+        except RepshiftError as error:
+            return _Loaded(batch, index, reason=error.message, problem=error)
 
 
-def _marks(workers: int) -> Any:
-    """A place in shared memory for each worker."""
-    return multiprocessing.RawArray("q", [_IDLE] * max(workers, 1))
-
-
-def _collate(samples: list[_Sample]) -> Batch:
-    good = [(sample, sample.pixels) for sample in samples if sample.pixels is not None]
-    most = max((len(sample.answers) for sample, _ in good), default=1)
-    answers = [[*sample.answers, *[_NO_ANSWER] * (most - len(sample.answers))] for sample, _ in good]
+def _collate(loaded: list[_Loaded]) -> Batch:
+    good = [(each.index, each.sample) for each in loaded if each.sample is not None]
+    width = max((len(sample.answers) for _, sample in good), default=1)
+    answers = [[*sample.answers, *[_NO_ANSWER] * (width - len(sample.answers))] for _, sample in good]
     return Batch(
-        number=samples[0].batch,
-        pixels=torch.stack([pixels for _, pixels in good]) if good else None,
-        answers=torch.tensor(answers, dtype=torch.int64).reshape(len(good), most),
-        indices=[sample.index for sample, _ in good],
-        broken=[(sample.index, sample.reason) for sample in samples if sample.reason is not None],
-        decoding=sum(sample.decoding for sample in samples),
-        problem=next((sample.problem for sample in samples if sample.problem is not None), None),
+        number=loaded[0].batch,
+        pixels=torch.stack([sample.pixels for _, sample in good]) if good else None,
+        answers=torch.tensor(answers, dtype=torch.int64).reshape(len(good), width),
+        indices=[index for index, _ in good],
+        broken=[(each.index, each.reason) for each in loaded if each.reason is not None],
+        padded=[index for index, sample in good if sample.padded],
+        decoding=sum(each.decoding for each in loaded),
+        problem=next((each.problem for each in loaded if each.problem is not None), None),
     )
 
 
-def _is_loss(error: Exception) -> bool:
-    """Whether an error tells that a worker is no more; one that ends while it hands something over breaks a pipe."""
+def _is_worker_death(error: Exception) -> bool:
+    """Whether a worker died; one that dies while it sends a batch breaks the pipe."""
     if isinstance(error, RuntimeError):
-        return str(error).startswith(_WORKER_ENDED)
+        return str(error).startswith(_WORKER_DIED)
     return not str(error).startswith(_WORKER_RAISED)
 
 
 @contextmanager
-def _signals_kept(starting: bool) -> Iterator[None]:
-    """Keep PyTorch from raising out of a signal handler, wherever this process is by then, when a worker ends.
+def _sigchld_handler_kept(starting: bool) -> Iterator[None]:
+    """Restore the SIGCHLD handler that PyTorch replaces with one that raises anywhere in this process.
 
-    Where its batch is waited for, it is missed all the same, and there it can be dealt with.
+    A worker that dies is still noticed where its batch is waited for, and the error can be handled there.
     """
     if not starting or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         yield
@@ -286,26 +332,20 @@ def _signals_kept(starting: bool) -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
-def _dies(prepared: _Prepared, index: int) -> str | None:
-    """How a process of its own ends that decodes a picture; None where nothing is wrong."""
-    process = multiprocessing.Process(target=_decode_alone, args=(prepared, index), daemon=True)
+def _decode_fails(samples: _Samples, index: int) -> str | None:
+    """Decode one input in a process of its own; returns how that process fails, None where it does not."""
+    process = multiprocessing.Process(target=samples.__getitem__, args=((0, index),), daemon=True)
     process.start()
-    process.join(_ALONE_SECONDS)
+    process.join(_SINGLE_DECODE_SECONDS)
     if process.exitcode is None:
         process.kill()
         process.join()
-        return f"decoding it takes more than {_ALONE_SECONDS:.0f} s"
-    if process.exitcode == 0:
-        return None
-    return f"the process that decodes it ends with {_exit_words(process.exitcode)}"
+        return f"decoding takes more than {_SINGLE_DECODE_SECONDS:.0f} s"
+    return None if process.exitcode == 0 else f"decoding ends the process with {_exit_name(process.exitcode)}"
 
 
-def _exit_words(code: int) -> str:
+def _exit_name(code: int) -> str:
     try:
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
     except ValueError:
         return f"signal {-code}"
-
-
-def _decode_alone(prepared: _Prepared, index: int) -> None:
-    prepared[0, index]

@@ -1,4 +1,4 @@
-"""How a picture becomes the input of a model: size, crop, interpolation, mean and standard deviation."""
+"""Preprocessing of images for a model: size, crop, interpolation, mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ if TYPE_CHECKING:
 __all__ = ["LARGEST_SIDE", "MOST_FRAMES", "Preprocessing", "fixed_size"]
 
 LARGEST_SIDE = 16384
-"""Pixels; what a file says beyond that is damage."""
-
+"""Maximum side of an image in pixels; larger values in a file are invalid."""
 
 MOST_FRAMES = 4096
-"""Of one clip; what a file says beyond that is damage."""
+"""Maximum number of frames of a clip; larger values in a file are invalid."""
 
 _LARGEST_CROP = 10
 _LARGEST, _SMALLEST = 1e4, 1e-6
-"""Of means and deviations of pixels from 0 to 1: far beyond what any model has, and still numbers for float32."""
+"""Limits of means and deviations of pixels in 0..1: far beyond those of any model, and valid in float32."""
 
 _INTERPOLATIONS = frozenset({"nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"})
 _CROP_MODES = frozenset({"center", "squash", "border"})
@@ -39,7 +38,7 @@ class Preprocessing:
         interpolation: `bicubic`, `bilinear`, ...
         crop_pct: share of the resized side that the crop takes.
         crop_mode: `center`, `squash` or `border`.
-        frames: how many pictures make one input, a clip; None for models of single pictures.
+        frames: frames of one clip; None for models of single images.
     """
 
     input_size: tuple[int, int, int]
@@ -52,25 +51,25 @@ class Preprocessing:
 
     @property
     def unit(self) -> str:
-        """What one input is called: `image` or `clip`."""
+        """Name of one input: `image` or `clip`."""
         return "image" if self.frames is None else "clip"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one input: `(C, H, W)`, or `(T, C, H, W)` for a clip."""
+        """Shape of one input: `(C, H, W)`, or `(T, C, H, W)` for a clip."""
         return self.input_size if self.frames is None else (self.frames, *self.input_size)
 
     @classmethod
     def of_model(cls, model: nn.Module) -> Preprocessing:
-        """What timm's own configuration of this model says, at the image size that the model was built for."""
+        """From timm's configuration of a model, at the image size that the model was built for."""
         from timm.data import resolve_model_data_config
 
         config = resolve_model_data_config(model)
-        # timm's configuration is that of the pretrained weights, whatever size the model was built with
+        # timm's configuration has the size of the pretrained weights, not the one that the model was built with
         if size := fixed_size(model):
             projection = getattr(getattr(model, "patch_embed", None), "proj", None)
             config["input_size"] = (getattr(projection, "in_channels", config["input_size"][0]), *size)
-        frames = (getattr(model, "pretrained_cfg", None) or {}).get("frames")  # timm knows no clips
+        frames = (getattr(model, "pretrained_cfg", None) or {}).get("frames")  # timm has no clips
         return cls.from_dict({**config, "frames": frames})
 
     @classmethod
@@ -78,7 +77,7 @@ class Preprocessing:
         """From the keys of a timm data configuration.
 
         Raises:
-            CheckpointError: a key is missing, or has a wrong form or a value that cannot be.
+            CheckpointError: a key is missing or has an invalid value.
         """
         try:
             channels, height, width = (int(size) for size in values["input_size"])
@@ -97,8 +96,8 @@ class Preprocessing:
         return found
 
     def _check(self) -> None:
-        """Refuse values that no model has, which would end in endless work or in nothing."""
-        possible = {
+        """Raise CheckpointError for values that no model has and that would need too much time or memory."""
+        valid = {
             "input_size": self.input_size[0] >= 1 and all(1 <= side <= LARGEST_SIDE for side in self.input_size[1:]),
             "mean": len(self.mean) == self.input_size[0] and all(abs(value) <= _LARGEST for value in self.mean),
             "std": len(self.std) == self.input_size[0] and all(_SMALLEST <= value <= _LARGEST for value in self.std),
@@ -107,18 +106,16 @@ class Preprocessing:
             "crop_pct": 0 < self.crop_pct <= _LARGEST_CROP,
             "frames": self.frames is None or 1 <= self.frames <= MOST_FRAMES,
         }
-        for key, fine in possible.items():
+        for key, fine in valid.items():
             if not fine:
-                raise CheckpointError(
-                    f"the preprocessing of the model has a {key} that cannot be: {getattr(self, key)}"
-                )
+                raise CheckpointError(f"the preprocessing of the model has an invalid {key}: {getattr(self, key)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """As timm names it; `frames` only for clips."""
+        """The keys of a timm data configuration; `frames` only for clips."""
         return {key: value for key, value in asdict(self).items() if key != "frames" or value is not None}
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """The transform: an RGB picture (of a clip: each one) to a float32 tensor `[C, H, W]`."""
+        """The transform of one RGB image, or one frame of a clip, to a float32 tensor `[C, H, W]`."""
         from timm.data import create_transform
 
         return create_transform(**replace(self, frames=None).to_dict(), is_training=False)
@@ -134,6 +131,6 @@ class Preprocessing:
 
 
 def fixed_size(model: nn.Module) -> tuple[int, int] | None:
-    """Height and width of the images that the model takes; None where its weights fit any size."""
+    """Height and width of the images that the model takes; None where it takes any size."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", getattr(model, "img_size", None))
     return None if size is None else (int(size[0]), int(size[1]))

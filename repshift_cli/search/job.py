@@ -13,7 +13,7 @@ import torch
 from repshift_cli.calibration.fit import is_classifier
 from repshift_cli.checkpoints.identify.names import is_model_name
 from repshift_cli.checkpoints.loaded import LoadedModel
-from repshift_cli.data.inputs import ImageBatch, Labelled
+from repshift_cli.data.inputs import ImageBatch
 from repshift_cli.errors import UsageError
 from repshift_cli.measure.device import device_name
 from repshift_cli.planning.recipe import Budget, ComponentSpec, Recipe
@@ -61,13 +61,13 @@ class Found:
     family: Family
     recipe: Recipe
     result: SearchResult
-    inputs: Labelled
+    inputs: ImageBatch
     measured_on: Mapping[str, Any]
 
     @property
     def heldout(self) -> ImageBatch:
         """The held-out inputs."""
-        batch = self.inputs.batch
+        batch = self.inputs
         half = len(batch.tensor) // 2
         rest = batch.tensor[half:]
         identity = {**batch.identity, "count": len(rest), "part": "held back"}
@@ -115,7 +115,7 @@ class Found:
         }
         named = {"dense": result.dense, "paper": result.paper, "found": result.found}
         return Chart(
-            title=f"{self.loaded.description.name}, {target}, {self.inputs.batch.description}\n"
+            title=f"{self.loaded.description.name}, {target}, {self.inputs.description}\n"
             "named schedules on the held-out images",
             label=label,
             quality=quality,
@@ -164,7 +164,7 @@ def find(
     family: Family,
     start: Recipe,
     request: SearchRequest,
-    inputs: Labelled,
+    inputs: ImageBatch,
     *,
     batch_size: int,
     seed: int,
@@ -188,9 +188,9 @@ def find(
         )
     settings = SearchSettings(
         target=request.target,
-        images=inputs.batch.tensor,
+        images=inputs.tensor,
         labels=inputs.labels,
-        identity=inputs.batch.identity,
+        identity=inputs.identity,
         start=start,
         batch_size=batch_size,
         seed=seed,
@@ -224,18 +224,18 @@ def _named(recipe: Recipe, loaded: LoadedModel) -> Recipe:
     return Recipe.parse(recipe.model_copy(update={"model": name}).to_yaml(), recipe.place.name)
 
 
-def _comments(loaded: LoadedModel, result: SearchResult, inputs: Labelled, measured_on: Mapping[str, Any]) -> str:
+def _comments(loaded: LoadedModel, result: SearchResult, inputs: ImageBatch, measured_on: Mapping[str, Any]) -> str:
     """The comments at the top of the recipe: model, data, settings and measurements."""
     from repshift_cli.version import __version__
 
     state = "; interrupted, this is the best so far" if result.interrupted else ""
     state += "" if result.met else f"; NOT MET, nearest is {result.nearest:.4g}"
-    batch, source = inputs.batch, loaded.source.sha256
+    source = loaded.source.sha256
     lines = [
         f"Found by repshift search {__version__} on {datetime.now(timezone.utc):%Y-%m-%d} for {result.target}{state}",
         f"model  {loaded.description.name}" + (f", sha256 of its file {source}" if source else ""),
-        f"data   {batch.description}{', labelled' if inputs.labels is not None else ', labels not used'}",
-        f"       sha256 of names and sizes {batch.identity['sha256']}",
+        f"data   {inputs.description}{', labelled' if inputs.labels is not None else ', labels not used'}",
+        f"       sha256 of names and sizes {inputs.identity['sha256']}",
         f"search seed {result.seed}, {result.evaluations} schedules tried, torch {torch.__version__}",
         f"on     {', '.join(f'{key} {value}' for key, value in measured_on.items())}",
         f"Measured on {result.found.images} held-out inputs; MACs and latency are fractions of dense:",

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repshift_cli.data.inputs import ImageBatch, load_inputs
+from repshift_cli.data.sources.class_labels import imagenet_wnids
 from repshift_cli.errors import UsageError
 from repshift_cli.planning.layout import PatchGrid
 from repshift_cli.reduction.compressed_model import CompressedModel
@@ -18,7 +20,6 @@ from repshift_cli.reduction.reducers.base import Merger, build_reducer
 from repshift_cli.visualize.draw import check_page, kept_clips_figure, kept_tokens_figure
 from repshift_cli.visualize.patches import kept_per_frame, patch_grids, restore_images
 from repshift_cli.visualize.predictions import Prediction, SampleResult
-from repshift_cli.visualize.samples import Samples, draw_clips, draw_samples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,32 +62,44 @@ def trace_samples(model: CompressedModel, images: Tensor) -> TracedOutputs:
     return TracedOutputs(in_order, torch.cat(dense), torch.cat([trace.output.float().cpu() for trace in traces]))
 
 
-def _results(samples: Samples, outputs: TracedOutputs, has_head: bool) -> tuple[SampleResult, ...]:
+def _results(samples: ImageBatch, outputs: TracedOutputs, has_head: bool) -> tuple[SampleResult, ...]:
     if not has_head:
         likeness = torch.nn.functional.cosine_similarity(outputs.dense.double(), outputs.compressed.double(), dim=-1)
         return tuple(
             SampleResult(name, cosine=cosine) for name, cosine in zip(samples.names, likeness.tolist(), strict=True)
         )
+    classes = class_words(samples.classes)
+    labels = [None] * len(samples.names) if samples.labels is None else samples.labels.tolist()
     columns = (
         samples.names,
-        samples.labels,
-        _predictions(outputs.dense, samples),
-        _predictions(outputs.compressed, samples),
+        labels,
+        _predictions(outputs.dense, classes),
+        _predictions(outputs.compressed, classes),
     )
     return tuple(
-        SampleResult(name, label, None if label is None else _class_name(label, samples.classes), dense, compressed)
+        SampleResult(name, label, None if label is None else _class_name(label, classes), dense, compressed)
         for name, label, dense, compressed in zip(*columns, strict=True)
     )
 
 
-def _predictions(logits: Tensor, samples: Samples) -> Iterator[Prediction]:
+def _predictions(logits: Tensor, classes: tuple[str, ...] | None) -> Iterator[Prediction]:
     best = logits.softmax(-1).max(-1)
     for label, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-        yield Prediction(label, _class_name(label, samples.classes), probability)
+        yield Prediction(label, _class_name(label, classes), probability)
 
 
 def _class_name(label: int, classes: tuple[str, ...] | None) -> str:
     return f"class {label}" if classes is None else classes[label]
+
+
+def class_words(classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """ImageNet's ids as words, other class names unchanged."""
+    if classes is None or classes != imagenet_wnids():
+        return classes
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    return tuple(str(info.index_to_description(index)).split(",")[0] for index in range(len(classes)))
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,7 @@ class Visualization:
 
     title: str
     remark: str
-    samples: Samples
+    samples: ImageBatch
     patches: Mapping[int, PatchGrid]
     images: np.ndarray
     kept: dict[int, np.ndarray]
@@ -136,12 +149,12 @@ def visualize(opened: Opened, where: str, count: int, seed: int = 0) -> Visualiz
 
     Args:
         opened: a compressed model, on the device to run on.
-        where, count, seed: which images or clips, see `draw_samples` and `draw_clips`.
+        where, count, seed: which images or clips, see `load_inputs`; built-in scenes are those of the test split.
 
     Raises:
         UsageError: the model is dense, `count` is 0, or more clips than fit on one page.
         ModelError: it has no patch grid.
-        DataError: as `draw_samples` and `draw_clips`.
+        DataError: as `load_inputs`.
     """
     if opened.compressed is None:
         raise UsageError(
@@ -155,10 +168,8 @@ def visualize(opened: Opened, where: str, count: int, seed: int = 0) -> Visualiz
         raise UsageError(f"invalid number of {what} {count}: must be at least 1")
     patches = patch_grids(opened.compressed)
     classes = int(getattr(opened.loaded.model, "num_classes", 0))
-    if preprocessing.frames is None:
-        samples = draw_samples(where, count, preprocessing, classes, seed)
-    else:
-        samples = draw_clips(where, count, preprocessing, seed)
+    samples = load_inputs(where, count, preprocessing, seed, num_classes=classes, test_scenes=True)
+    if preprocessing.frames is not None:
         check_page(len(samples.tensor), len(plan.sites), preprocessing)
     outputs = trace_samples(opened.compressed, samples.tensor)
     score = ", ".join(dict.fromkeys(site.metric.kind.replace("_", " ") for site in plan.sites))

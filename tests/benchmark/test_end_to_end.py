@@ -12,7 +12,7 @@ from torch import Tensor
 
 from repshift_cli.benchmark.end_to_end import Placement, Source, measure_end_to_end
 from repshift_cli.benchmark.report import EndToEnd, Setting
-from repshift_cli.data.inputs import open_pictures
+from repshift_cli.data.inputs import open_images
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import DataError
 from repshift_cli.measure.latency import Subject
@@ -48,7 +48,7 @@ def measured(
         [Subject(name, side) for name, side in sides.items()],
         {"compressed": "dense"},
         PREPROCESSING,
-        Source(open_pictures(folder, images), images, workers, min_passes=2),
+        Source(open_images(folder, images), images, workers, min_passes=2),
         Setting(batch, (16, 16)),
         Placement(torch.device("cpu"), dtype),
         max_seconds=0,

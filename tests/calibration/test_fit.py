@@ -18,7 +18,7 @@ from repshift_cli.calibration.fit import fit_scores, influence
 from repshift_cli.calibration.outputs import agreement
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.compression.api import compress
-from repshift_cli.data.inputs import load_images
+from repshift_cli.data.inputs import load_inputs
 from repshift_cli.errors import CheckFailed, RecipeError
 from repshift_cli.planning.recipe import ComponentSpec, Recipe
 from repshift_cli.reduction.checks import resolve_for
@@ -263,7 +263,7 @@ class TestFit:
     )
     def test_beats_chance_in_every_family(self, name: str, layers: str, least: float) -> None:
         loaded = load_checkpoint(f"builtin:{name}")
-        scenes = load_images(None, 96, loaded.description.preprocessing, 0)
+        scenes = load_inputs(None, 96, loaded.description.preprocessing, 0)
         plan = resolve_for(loaded.model, recipe("{kind: fitted}", layers))
         found = calibrate(
             loaded.model,

@@ -229,7 +229,7 @@ class TestCalibrationData:
 
     def test_a_folder_without_images(self, cli: Command, dense: Path, tmp_path: Path) -> None:
         (tmp_path / "none").mkdir()
-        explained(cli("compress", dense, "--calibration", "./none"), 4, "there are no pictures in none")
+        explained(cli("compress", dense, "--calibration", "./none"), 4, "there are no images in none")
 
     def test_too_few_images(self, cli: Command, dense: Path, pictures: Path) -> None:
         for path in sorted(pictures.iterdir())[3:]:

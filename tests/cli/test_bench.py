@@ -223,14 +223,14 @@ class TestRefused:
             (["--batch-size", "0"], 2, ["invalid --batch-size '0': must be an integer >= 1"]),
             (["--img-size", "big"], 2, ["invalid --img-size 'big': must be an integer >= 1"]),
             (["--img-size", "32,64"], 2, ["--img-size 64", "takes images of 32x32"]),
-            (["--data", "nowhere"], 4, ["the folder nowhere does not exist"]),
+            (["--data", "nowhere"], 4, ["there is no dataset 'nowhere', and no folder of that name"]),
         ],
     )
     def test_options(self, options: list[str], rc: int, words: list[str], run: Callable[..., Outcome]) -> None:
         refused(run(*options), rc, *words)
 
-    def test_too_few_images(self, run: Callable[..., Outcome], pictures: Path) -> None:
-        refused(run("-b", "32", "--data", pictures), 4, "20 pictures, which do not fill a batch of 32")
+    def test_too_few_pictures(self, run: Callable[..., Outcome], pictures: Path) -> None:
+        refused(run("-b", "32", "--data", pictures), 4, "20 images, which do not fill a batch of 32")
 
     def test_a_baseline_that_the_model_does_not_support(self, cli: Command, tmp_path: Path) -> None:
         (tmp_path / "r.yaml").write_text("version: 1\nlayers: [{layer: 0, drop_ratio: 0.5}]\n")

@@ -27,7 +27,7 @@ from tiny import save_weights, tiny_vit
 from repshift_cli import compress
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.weights import read_weights
-from repshift_cli.data.inputs import ImageBatch, Labelled
+from repshift_cli.data.inputs import ImageBatch
 from repshift_cli.errors import RecipeError
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.checks import resolve_for
@@ -330,7 +330,7 @@ class TestRefused:
     def test_max_drop_without_labels(self, cli: Command, dense: Path, pictures: Path) -> None:
         outcome = cli("search", dense, "-t", "max-drop=1", "--data", pictures, *QUICK)
         assert outcome.rc == 2
-        assert f"the target max-drop=1 needs labels: {pictures} has no class folders" in words(outcome.stderr)
+        assert f"the target max-drop=1 needs labels: there are no class folders in {pictures}" in words(outcome.stderr)
 
     def test_too_few_pictures(self, cli: Command, dense: Path, classes: Path) -> None:
         outcome = cli("search", dense, "-t", "macs=0.7", "--data", classes / "c0", *QUICK)
@@ -573,7 +573,7 @@ class TestOtherUsersOfABudget:
 def test_the_second_half_is_held_out() -> None:
     batch = ImageBatch(torch.arange(7.0), {"where": "x", "count": 7, "seed": 0}, "7 of x", builtin=False)
     unused: Any = None
-    found = Found(unused, unused, unused, unused, Labelled(batch, None, "none"), {})
+    found = Found(unused, unused, unused, unused, batch, {})
     assert found.heldout.tensor.tolist() == [3, 4, 5, 6]  # the selection half is rounded down
     assert found.heldout.identity["count"] == 4
     assert batch.identity["count"] == 7

@@ -1,4 +1,4 @@
-"""Inputs of a search: the same pictures as calibration draws, with labels where the source has the head's classes."""
+"""Labelled inputs: the same images as without labels, and labels where the source has the head's classes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from repshift_cli.data.builtin.digits import DigitScenes
-from repshift_cli.data.inputs import load_images, load_labelled
+from repshift_cli.data.inputs import ImageBatch, load_inputs
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import DataError
 
@@ -18,9 +18,13 @@ PREPROCESSING = Preprocessing((3, 8, 8), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicu
 CLASSES = ("ant", "bee", "cow")
 
 
+def labelled(where: str | None, count: int, num_classes: int | None, seed: int) -> ImageBatch:
+    return load_inputs(where, count, PREPROCESSING, seed, num_classes=num_classes)
+
+
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    """Three classes of four pictures; the brightness of a picture is 80 times its label, and a little more."""
+    """Three classes of four images; the brightness of an image is 80 times its label, and a little more."""
     for label, name in enumerate(CLASSES):
         (tmp_path / name).mkdir()
         for index in range(4):
@@ -28,62 +32,60 @@ def folders(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_class_folders_give_labels_that_belong_to_their_pictures(folders: Path) -> None:
-    found = load_labelled(str(folders), 12, PREPROCESSING, 3, 0)
+def test_labels_of_class_folders_belong_to_their_images(folders: Path) -> None:
+    found = labelled(str(folders), 12, 3, 0)
     assert found.unlabelled is None
     assert found.labels is not None
     assert sorted(found.labels.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
-    assert torch.equal((found.batch.tensor.mean(dim=(1, 2, 3)) * 255 / 80).int(), found.labels.int())
+    assert torch.equal((found.tensor.mean(dim=(1, 2, 3)) * 255 / 80).int(), found.labels.int())
 
 
-def test_they_are_the_pictures_that_calibration_draws(folders: Path) -> None:
+def test_images_are_the_same_with_and_without_labels(folders: Path) -> None:
     for seed in (0, 1):
         found, plain = (
-            load_labelled(str(folders), 5, PREPROCESSING, 3, seed),
-            load_images(folders, 5, PREPROCESSING, seed),
+            labelled(str(folders), 5, 3, seed),
+            load_inputs(folders, 5, PREPROCESSING, seed),
         )
-        assert found.batch.identity == plain.identity
-        assert torch.equal(found.batch.tensor, plain.tensor)
-    assert (
-        found.batch.identity["sha256"] != load_labelled(str(folders), 5, PREPROCESSING, 3, 0).batch.identity["sha256"]
-    )
+        assert found.identity == plain.identity
+        assert torch.equal(found.tensor, plain.tensor)
+    assert found.identity["sha256"] != labelled(str(folders), 5, 3, 0).identity["sha256"]
 
 
 @pytest.mark.parametrize(
     ("classes", "reason"),
     [(4, "has 3 classes, the head of the model 4"), (None, "no classification head"), (0, "no c")],
 )
-def test_a_head_that_does_not_fit_leaves_them_unlabelled(folders: Path, classes: int | None, reason: str) -> None:
-    found = load_labelled(str(folders), 5, PREPROCESSING, classes, 0)
+def test_a_head_with_other_classes_gets_no_labels(folders: Path, classes: int | None, reason: str) -> None:
+    found = labelled(str(folders), 5, classes, 0)
     assert found.labels is None
     assert reason in (found.unlabelled or "")
-    assert len(found.batch.tensor) == 5
+    assert len(found.tensor) == 5
 
 
 def test_a_flat_folder_has_no_labels(folders: Path) -> None:
-    found = load_labelled(str(folders / "ant"), 3, PREPROCESSING, 3, 0)
+    found = labelled(str(folders / "ant"), 3, 3, 0)
     assert found.labels is None
-    assert "has no class folders" in (found.unlabelled or "")
+    assert "there are no class folders" in (found.unlabelled or "")
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
-        load_labelled(str(tmp_path / "nowhere"), 3, PREPROCESSING, 3, 0)
+        labelled(str(tmp_path / "nowhere"), 3, 3, 0)
 
 
-def test_an_unreadable_picture_is_left_out_with_its_label(folders: Path) -> None:
-    (folders / "bee" / "1.png").write_bytes(b"no picture")
-    found = load_labelled(str(folders), 12, PREPROCESSING, 3, 0)
+def test_the_label_of_an_unreadable_image_is_skipped_too(folders: Path) -> None:
+    (folders / "bee" / "1.png").write_bytes(b"no image")
+    found = labelled(str(folders), 12, 3, 0)
     assert found.labels is not None
     assert sorted(found.labels.tolist()) == [0] * 4 + [1] * 3 + [2] * 4
-    assert len(found.batch.skipped) == 1
+    assert len(found.skipped) == 1
 
 
 @pytest.mark.parametrize("where", [None, "builtin:digits"])
-def test_builtin_scenes_are_those_of_calibration(where: str | None) -> None:
-    found, plain = load_labelled(where, 4, PREPROCESSING, 10, 3), load_images(where, 4, PREPROCESSING, 3)
-    assert found.batch.identity == plain.identity
-    assert found.batch.builtin
+def test_builtin_scenes_are_the_same_with_and_without_labels(where: str | None) -> None:
+    found, plain = labelled(where, 4, 10, 3), load_inputs(where, 4, PREPROCESSING, 3)
+    assert found.identity == plain.identity
+    assert found.builtin
     scenes = DigitScenes("train", 4, 20_003)
     assert found.labels is not None
     assert found.labels.tolist() == [scenes[index][1] for index in range(4)]

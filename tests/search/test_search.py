@@ -20,7 +20,7 @@ from torch import nn
 
 from repshift_cli.calibration.outputs import agreement, distance, divergence
 from repshift_cli.checkpoints.load import load_checkpoint
-from repshift_cli.data.inputs import load_images
+from repshift_cli.data.inputs import load_inputs
 from repshift_cli.errors import CheckFailed, DataError, RecipeError, UsageError
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import ComponentSpec, Recipe, default_recipe
@@ -525,7 +525,7 @@ class TestFamilies:
 @pytest.mark.slow
 def test_the_built_in_model_beats_chance_and_the_paper() -> None:
     loaded = load_checkpoint("builtin:vit-digits-small")
-    batch = load_images(None, 48, loaded.description.preprocessing, 0)
+    batch = load_inputs(None, 48, loaded.description.preprocessing, 0)
     start = replace_metric(default_recipe(12))
     settings = replace(
         wanted("macs=0.55", start=start), images=batch.tensor, identity=batch.identity, evaluations=4, batch_size=24

@@ -23,6 +23,7 @@ from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.weights import Source
 from repshift_cli.data.builtin import moving_shapes
+from repshift_cli.data.inputs import ImageBatch, load_inputs
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.data.sources.class_labels import imagenet_wnids
 from repshift_cli.errors import DataError, ModelError, UsageError
@@ -37,8 +38,7 @@ from repshift_cli.visualize.patches import (
     restore_images,
 )
 from repshift_cli.visualize.predictions import Prediction, SampleResult
-from repshift_cli.visualize.samples import _readable, draw_clips, draw_samples
-from repshift_cli.visualize.view import kept_document, trace_samples, visualize
+from repshift_cli.visualize.view import class_words, kept_document, trace_samples, visualize
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 PREPROCESSING = Preprocessing((3, 32, 32), MEAN, STD, "bicubic", 1.0)
@@ -141,58 +141,68 @@ class TestTraceSamples:
             assert set(late) <= set(early) <= set(range(PATCHES))
 
 
+def load_samples(where: str, count: int, num_classes: int, seed: int) -> ImageBatch:
+    return load_inputs(where, count, PREPROCESSING, seed, num_classes=num_classes, test_scenes=True)
+
+
+def drawn_clips(where: str, count: int, seed: int) -> ImageBatch:
+    return load_inputs(where, count, CLIP, seed, test_scenes=True)
+
+
 class TestSamples:
     def test_scenes_have_labels_and_follow_the_seed(self) -> None:
-        first, again, other = (draw_samples("builtin:digits", 3, PREPROCESSING, 10, seed) for seed in (0, 0, 1))
+        first, again, other = (load_samples("builtin:digits", 3, 10, seed) for seed in (0, 0, 1))
         assert torch.equal(first.tensor, again.tensor)
         assert not torch.equal(first.tensor, other.tensor)
-        assert all(label is not None for label in first.labels)
+        assert first.labels is not None
         assert first.classes is not None
         assert first.tensor.shape == (3, 3, 32, 32)
 
     def test_scenes_for_another_head_have_no_labels(self) -> None:
-        found = draw_samples("builtin:digits", 2, PREPROCESSING, 1000, 0)
-        assert (found.labels, found.classes) == ((None, None), None)
+        found = load_samples("builtin:digits", 2, 1000, 0)
+        assert (found.labels, found.classes) == (None, None)
 
     def test_class_folders_that_fit_the_head(self, tmp_path: Path) -> None:
         for name in ("cat", "dog"):
             save_images(tmp_path / name, 2)
-        found = draw_samples(str(tmp_path), 4, PREPROCESSING, 2, 0)
+        found = load_samples(str(tmp_path), 4, 2, 0)
         assert found.classes == ("cat", "dog")
-        assert sorted(found.labels) == [0, 0, 1, 1]  # type: ignore[type-var]
-        for name, label in zip(found.names, found.labels, strict=True):
-            assert Path(name).parent.name == ("cat", "dog")[label or 0]
+        assert found.labels is not None
+        assert sorted(found.labels.tolist()) == [0, 0, 1, 1]
+        for name, label in zip(found.names, found.labels.tolist(), strict=True):
+            assert Path(name).parent.name == ("cat", "dog")[label]
 
     def test_other_folders_have_no_labels(self, tmp_path: Path) -> None:
         save_images(tmp_path / "holiday" / "beach", 2)
         save_images(tmp_path, 1)
-        found = draw_samples(str(tmp_path), 9, PREPROCESSING, 10, 0)
-        assert found.labels == (None, None, None)
+        found = load_samples(str(tmp_path), 9, 10, 0)
+        assert found.labels is None
+        assert len(found.tensor) == 3
 
     def test_an_unreadable_image_is_skipped(self, tmp_path: Path) -> None:
         save_images(tmp_path, 2)
         (tmp_path / "broken.png").write_bytes(b"")
-        found = draw_samples(str(tmp_path), 3, PREPROCESSING, 10, 0)
+        found = load_samples(str(tmp_path), 3, 10, 0)
         assert len(found.tensor) == 2
         assert len(found.skipped) == 1
         assert "broken.png: the file is empty" in found.skipped[0]
 
     def test_nothing_to_draw(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="no pictures"):
-            draw_samples(str(tmp_path), 3, PREPROCESSING, 10, 0)
+        with pytest.raises(DataError, match="no images"):
+            load_samples(str(tmp_path), 3, 10, 0)
         (tmp_path / "broken.png").write_bytes(b"x")
-        with pytest.raises(DataError, match="none of the 1 pictures"):
-            draw_samples(str(tmp_path), 3, PREPROCESSING, 10, 0)
+        with pytest.raises(DataError, match="none of the 1 images"):
+            load_samples(str(tmp_path), 3, 10, 0)
         with pytest.raises(DataError, match="does not exist"):
-            draw_samples(str(tmp_path / "nowhere"), 3, PREPROCESSING, 10, 0)
+            load_samples(str(tmp_path / "nowhere"), 3, 10, 0)
         with pytest.raises(DataError, match="no dataset 'builtin:digit'"):
-            draw_samples("builtin:digit", 3, PREPROCESSING, 10, 0)
+            load_samples("builtin:digit", 3, 10, 0)
 
     def test_imagenet_classes_are_words(self) -> None:
-        classes = _readable(imagenet_wnids())
+        classes = class_words(imagenet_wnids())
         assert classes is not None
         assert (classes[0], classes[281], len(classes)) == ("tench", "tabby", 1000)
-        assert _readable(("a", "b")) == ("a", "b")
+        assert class_words(("a", "b")) == ("a", "b")
 
 
 class TestView:
@@ -386,8 +396,8 @@ class TestClipPositions:
 
 
 class TestClipSamples:
-    def test_names_of_scenes(self) -> None:
-        first, again, other = (draw_clips("builtin:shapes", 3, CLIP, seed) for seed in (0, 0, 1))
+    def test_scenes_are_named_by_what_they_show(self) -> None:
+        first, again, other = (drawn_clips("builtin:shapes", 3, seed) for seed in (0, 0, 1))
         assert first.tensor.shape == (3, 3, 3, 32, 32)
         assert torch.equal(first.tensor, again.tensor)
         assert not torch.equal(first.tensor, other.tensor)
@@ -401,20 +411,20 @@ class TestClipSamples:
             save_images(tmp_path / name, 4)
         (tmp_path / "broken").mkdir()
         (tmp_path / "broken" / "0.png").write_bytes(b"x")
-        found = draw_clips(str(tmp_path), 5, CLIP, 0)
+        found = drawn_clips(str(tmp_path), 5, 0)
         assert found.tensor.shape == (2, 3, 3, 32, 32)
         assert sorted(found.names) == [str(tmp_path / "one"), str(tmp_path / "two")]
         assert len(found.skipped) == 1
         assert "broken" in found.skipped[0]
 
     def test_nothing_to_draw(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="no clips of the name builtin:digits"):
-            draw_clips("builtin:digits", 1, CLIP, 0)
+        with pytest.raises(UsageError, match="no clips named builtin:digits"):
+            drawn_clips("builtin:digits", 1, 0)
         with pytest.raises(DataError, match="no videos in"):
-            draw_clips(str(tmp_path), 1, CLIP, 0)
+            drawn_clips(str(tmp_path), 1, 0)
         (tmp_path / "0.png").write_bytes(b"x")
         with pytest.raises(DataError, match="none of the 1 videos"):
-            draw_clips(str(tmp_path), 1, CLIP, 0)
+            drawn_clips(str(tmp_path), 1, 0)
 
 
 class TestClipView:
@@ -647,8 +657,8 @@ class TestCommandOnClips:
         done = shell("visualize", clip_model, "--indices", "kept.json")
         assert done.rc == 0, done.stderr
         assert "36 of 48 after block 0, 18 of 48 after block 2" in done.stdout
-        assert "change  of features: mean 0." in done.stdout
-        assert "3 clips of builtin:shapes" in done.stdout
+        assert "moved   features by 0." in done.stdout
+        assert "3 built-in test clips" in done.stdout
         assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
         document = json.loads((tmp_path / "kept.json").read_text())
         assert [list(map(len, clip["kept"].values())) for clip in document["clips"]] == [[36, 18]] * 3

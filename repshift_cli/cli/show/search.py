@@ -27,7 +27,7 @@ def show_search(found: Found) -> None:
 
     loaded = found.loaded
     ui.print_text(f"model   {loaded.description.name} ({found.family.name})")
-    ui.print_text(f"data    {found.inputs.batch.description}")
+    ui.print_text(f"data    {found.inputs.description}")
     ui.print_text("")
     show_found(found)
     ui.print_text(f"reducer {found.result.plan.reducer.kind}")

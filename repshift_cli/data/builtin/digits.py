@@ -2,9 +2,9 @@
 
 The digits are the 1,797 handwritten digits of the UCI repository (Alpaydin and Kaynak, CC BY 4.0) as scikit-learn
 ships them. A scene shows one whole digit at a random place, size and slant among fragments of other digits, on an
-uneven and noisy background; the label is the whole digit. The idea is that of cluttered MNIST (Mnih et al. 2014).
+uneven and noisy background; the label is the whole digit, as in cluttered MNIST (Mnih et al. 2014).
 
-Scene `i` of a split and seed depends on nothing else, so any subset, order or number of workers gives equal pictures.
+Scene `i` depends only on the split and the seed, so any subset, order or number of workers gives the same images.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def load_digits(split: Split) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Placed:
-    """A whole digit in a scene: which one, and its square in pixels."""
+    """A whole digit in a scene: its label and its square in pixels."""
 
     label: int
     left: int
@@ -62,14 +62,13 @@ class Placed:
 
 
 class DigitScenes:
-    """Scenes as a map-style dataset: `scenes[i]` is `(RGB picture, label)`.
+    """Scenes as a map-style dataset: `scenes[i]` is `(RGB image, label)`.
 
     Args:
         split: digits to draw from.
         count: number of scenes.
         seed: another seed gives other scenes of the same digits.
-        whole: whole digits in each scene. More than one is for training only: it teaches what digits look like
-            several times faster.
+        whole: whole digits in each scene. More than one is for training only, which is several times faster with it.
     """
 
     classes = tuple(str(digit) for digit in range(10))
@@ -89,7 +88,7 @@ class DigitScenes:
         return Image.fromarray(scene).convert("RGB"), placed[-1].label
 
     def render(self, index: int) -> tuple[np.ndarray, list[Placed]]:
-        """Draw one scene: uint8 `[SCENE_SIZE, SCENE_SIZE]` and the whole digits in it; the last is never covered."""
+        """Draw one scene, uint8 `[SCENE_SIZE, SCENE_SIZE]`, and its whole digits; the last one is never covered."""
         if not 0 <= index < self.count:
             raise IndexError(index)
         rng = np.random.default_rng([self.seed, _SPLIT_STREAM[self.split], index])
@@ -133,7 +132,7 @@ class DigitDataset(ImageDataset):
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """A slow wave of grey, float32 `[SCENE_SIZE, SCENE_SIZE]`."""
+    """A gradient of grey, float32 `[SCENE_SIZE, SCENE_SIZE]`."""
     axis = np.linspace(-1.0, 1.0, SCENE_SIZE, dtype=np.float32)
     slope_x, slope_y = rng.uniform(-25.0, 25.0, 2)
     wave: np.ndarray = (40.0 + slope_x * axis[None, :] + slope_y * axis[:, None]).astype(np.float32)
@@ -147,7 +146,7 @@ def _place(rng: np.random.Generator) -> tuple[float, float]:
 
 
 def _free_place(placed: list[Placed], side: int, rng: np.random.Generator) -> tuple[float, float]:
-    """A place where a square of `side` pixels covers no other digit, if a few tries find one."""
+    """A place where a square of `side` pixels covers no other digit, if one is found in a few tries."""
     room = SCENE_SIZE - side + 1
     for _ in range(_TRIES):
         x, y = _place(rng)
@@ -172,15 +171,15 @@ def _slanted(digit: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarr
     shift_x = 3.5 - matrix[0] * centre - matrix[1] * centre
     shift_y = 3.5 - matrix[3] * centre - matrix[4] * centre
     affine = (matrix[0], matrix[1], shift_x, matrix[3], matrix[4], shift_y)
-    picture = Image.fromarray(digit).transform(
+    image = Image.fromarray(digit).transform(
         (side, side), Image.Transform.AFFINE, affine, resample=Image.Resampling.BICUBIC
     )
-    bright: np.ndarray = np.asarray(picture, dtype=np.float32) * np.float32(rng.uniform(0.75, 1.0))
+    bright: np.ndarray = np.asarray(image, dtype=np.float32) * np.float32(rng.uniform(0.75, 1.0))
     return bright
 
 
 def _fragment(digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A piece of a digit, too small to be read as one: float32, 7 to 11 pixels a side."""
+    """A piece of a digit, too small to be recognised: float32, 7 to 11 pixels per side."""
     whole = _slanted(digit, int(rng.integers(*_DIGIT_SIZES)), rng)
     height, width = rng.integers(7, 12, 2)
     top, left = (int(rng.integers(0, whole.shape[0] - size + 1)) for size in (height, width))
@@ -188,7 +187,7 @@ def _fragment(digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _paste(scene: np.ndarray, piece: np.ndarray, x: float, y: float, clear: bool = False) -> tuple[int, int]:
-    """Lay `piece` over the scene (brighter pixel wins) at the relative place (x, y); `clear` dims what lies below."""
+    """Draw `piece` at the relative place (x, y), keeping the brighter pixel; `clear` dims the scene below it."""
     height, width = piece.shape
     left, top = int(x * (SCENE_SIZE - width + 1)), int(y * (SCENE_SIZE - height + 1))
     below = scene[top : top + height, left : left + width]

@@ -1,18 +1,18 @@
-"""The built-in videos: two coloured shapes that move, or do not, over a dark cluttered background.
+"""The built-in videos: two coloured shapes that move or stand still over a dark cluttered background.
 
-A clip shows two objects that differ in shape and in colour; each glides left, right, up or down, or stays where it is.
-Grey shapes and blobs that never move lie below them, so that most of a frame is of no use to a caption. What is seen
-is told by a caption ("a red circle moves left and a blue square stays still") and by questions with one word for an
-answer, as the files of text-video retrieval and video question answering have them.
+A clip shows two objects that differ in shape and in colour; each moves left, right, up or down, or does not move. Grey
+shapes and noise that never move lie below them, so that most of a frame does not matter for a caption. A caption ("a
+red circle moves left and a blue square stays still") and questions with one word for an answer describe the clip, as in
+the files of text-video retrieval and video question answering.
 
-Scene `i` of a seed depends on nothing else, and all lengths are parts of the frame's side, so one scene can be drawn
-at any size and number of frames.
+Scene `i` of a seed does not depend on other scenes, and all lengths are fractions of the frame's side, so one scene can
+be drawn at any size and number of frames.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -25,11 +25,8 @@ from repshift_cli.errors import UsageError
 from repshift_cli.utils.files import atomic_output, write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from PIL import Image
     from torch import Tensor
-
 
 __all__ = [
     "ANSWERS",
@@ -55,31 +52,7 @@ __all__ = [
     "write_dataset",
 ]
 
-
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star", "diamond", "bar")
-
-
-COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan", "orange", "white")
-
-
-MOTIONS = ("left", "right", "up", "down", "nowhere")
-"""Ways to move, each by the word that answers "where does it move"."""
-
-
-ANSWERS = SHAPES + COLOURS + MOTIONS
-"""Every answer to a question; their order gives the classes of a model that answers."""
-
-
-TRAIN_SEED, TEST_SEED = 0, 1
-"""Seeds of scenes to train on and to test on: no random number is shared between two seeds."""
-
-
-_PAIRS = len(SHAPES) * (len(SHAPES) - 1) * len(COLOURS) * (len(COLOURS) - 1) * len(MOTIONS) ** 2
-
-
-DISTINCT = _PAIRS // 2
-"""How many scenes a caption can tell apart, whichever object it names first."""
-
 
 _RGB = {
     "red": (225, 35, 40),
@@ -91,39 +64,40 @@ _RGB = {
     "orange": (250, 135, 20),
     "white": (245, 245, 245),
 }
-
+COLOURS = tuple(_RGB)
 
 _DIRECTION = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "nowhere": (0, 0)}
+MOTIONS = tuple(_DIRECTION)
+"""Each motion by the word that answers "where does it move"."""
 
+ANSWERS = SHAPES + COLOURS + MOTIONS
+"""Every answer to a question; their order gives the classes of a question-answering model."""
 
+TRAIN_SEED, TEST_SEED = 0, 1
+"""Seeds of training and of test scenes."""
+
+DISTINCT = len(SHAPES) * (len(SHAPES) - 1) * len(COLOURS) * (len(COLOURS) - 1) * len(MOTIONS) ** 2 // 2
+"""Number of scenes with different captions, where the order of the objects does not count."""
+
+# fractions of the frame's side
 _SIZES = (0.26, 0.34)
-
-
 _TRAVEL = (0.36, 0.58)
-
-
-_TRIES = 40
-
-
-_MOMENTS = 7
-
-
-_DISTRACTORS = (3, 7)
-
-
 _DISTRACTOR_SIZES = (0.10, 0.20)
 
-
+_DISTRACTORS = (3, 7)
 _GREYS = (55, 105)
 
-
 _GRIDS = ((5, 34.0), (16, 16.0))
-"""Cells a side and brightness of the background's noise, from blobs to texture."""
+"""Cells per side and brightness of the background's noise: blobs and texture."""
+
+_TRIES = 40
+_MOMENTS = 7
+"""Moments of a clip at which the distance of the two objects is checked."""
 
 
 @dataclass(frozen=True)
 class Moving:
-    """One object; lengths are parts of the frame's side, x grows to the right and y downwards.
+    """One object; lengths are fractions of the frame's side, x grows to the right and y downwards.
 
     Attributes:
         shape: one of `SHAPES`.
@@ -131,7 +105,7 @@ class Moving:
         motion: one of `MOTIONS`.
         start: centre (x, y) in the first frame.
         size: side of the square that holds the shape.
-        travel: how far the centre goes from the first frame to the last; the speed is even.
+        travel: distance of the centre from the first frame to the last, at constant speed.
     """
 
     shape: str
@@ -143,8 +117,7 @@ class Moving:
 
     def centres(self, frames: int) -> np.ndarray:
         """The centre in every frame, float64 `[frames, 2]`."""
-        way = np.linspace(0.0, self.travel, frames)[:, None] * np.array(_DIRECTION[self.motion])
-        return np.array(self.start) + way
+        return np.array(self.start) + np.linspace(0.0, self.travel, frames)[:, None] * np.array(_DIRECTION[self.motion])
 
 
 @dataclass(frozen=True)
@@ -152,8 +125,8 @@ class Scene:
     """Two objects, in the order of the caption.
 
     Attributes:
-        objects: they differ in shape and in colour; where they meet, the second covers the first.
-        background: seed of what lies below them.
+        objects: they differ in shape and in colour; where they overlap, the second covers the first.
+        background: seed of the background.
     """
 
     objects: tuple[Moving, Moving]
@@ -168,34 +141,34 @@ class Question(NamedTuple):
 
 
 def draw_scene(seed: int | Sequence[int] | np.random.Generator) -> Scene:
-    """A random scene; the same one for the same number or numbers, none of them negative."""
+    """Draw a random scene; the same seed gives the same scene."""
     rng = np.random.default_rng(seed)
     shapes = rng.permutation(len(SHAPES))[:2]
     colours = rng.permutation(len(COLOURS))[:2]
     motions = rng.integers(len(MOTIONS), size=2)
-    looks = [
-        (SHAPES[shape], COLOURS[colour], MOTIONS[motion])
-        for shape, colour, motion in zip(shapes, colours, motions, strict=True)
-    ]
     for _ in range(_TRIES):
-        first, second = _placed(*looks[0], rng), _placed(*looks[1], rng)
-        if not _meet(first, second):
+        first, second = (
+            _place(SHAPES[shape], COLOURS[colour], MOTIONS[motion], rng)
+            for shape, colour, motion in zip(shapes, colours, motions, strict=True)
+        )
+        apart = np.abs(first.centres(_MOMENTS) - second.centres(_MOMENTS)).max(axis=1)
+        if apart.min() >= 0.45 * (first.size + second.size):  # the squares overlap at most by a narrow strip
             break
     return Scene((first, second), int(rng.integers(2**31)))
 
 
 def scene(index: int, seed: int) -> Scene:
-    """Scene number `index` of a seed, without a look at whether another one has its caption."""
+    """Scene number `index` of a seed; another scene may have the same caption."""
     return draw_scene([seed, index, 0])
 
 
 def scenes(count: int, seed: int) -> list[Scene]:
-    """The first `count` scenes of a seed, drawn anew where they would say what an earlier one says.
+    """The first `count` scenes of a seed, each drawn again until its caption differs from all earlier ones.
 
-    No two captions tell of the same two objects, in either order. Fewer scenes are the beginning of more.
+    The order of the two objects does not make a caption different.
 
     Raises:
-        UsageError: there are not so many captions.
+        UsageError: there are fewer different captions.
     """
     if count > DISTINCT:
         raise UsageError(f"{count} scenes cannot all differ in their captions", f"Ask for {DISTINCT} at most.")
@@ -203,15 +176,17 @@ def scenes(count: int, seed: int) -> list[Scene]:
     drawn = []
     for index in range(count):
         attempt = 0
-        while (content := frozenset(map(_phrase, (one := draw_scene([seed, index, attempt])).objects))) in seen:
+        found = scene(index, seed)
+        while (content := frozenset(map(_phrase, found.objects))) in seen:
             attempt += 1
+            found = draw_scene([seed, index, attempt])
         seen.add(content)
-        drawn.append(one)
+        drawn.append(found)
     return drawn
 
 
 def caption(scene: Scene) -> str:
-    """What a scene shows, such as "a red circle moves left and an orange square stays still"."""
+    """The caption, such as "a red circle moves left and an orange square stays still"."""
     return " and ".join(map(_phrase, scene.objects))
 
 
@@ -230,17 +205,16 @@ def questions(scene: Scene) -> list[Question]:
 
 
 def two_questions(scene: Scene) -> tuple[Question, Question]:
-    """One question about a look, which a single frame answers, and one about a motion; chosen by the background."""
-    asked = questions(scene)
+    """A question about shape or colour, which one frame answers, and one about motion; chosen by the background."""
+    color1, shape1, motion1, motion2, color2, shape2, motion3, motion4 = questions(scene)
     look, motion = np.random.default_rng(scene.background).integers(4, size=2)
-    looks, motions = ([asked[kind + start] for start in (0, 4) for kind in kinds] for kinds in ((0, 1), (2, 3)))
-    return looks[look], motions[motion]
+    return (color1, shape1, color2, shape2)[look], (motion1, motion2, motion3, motion4)[motion]
 
 
 @contextmanager
 def vocabulary_file() -> Iterator[Path]:
     """The BERT vocabulary of all captions, questions and answers, one token on a line, `[PAD]` first."""
-    with as_file(files("repshift_cli").joinpath("assets").joinpath("shapes_vocab.txt")) as path:
+    with as_file(files("repshift_cli").joinpath("assets/shapes_vocab.txt")) as path:
         yield path
 
 
@@ -252,22 +226,16 @@ def render(scene: Scene, frames: int = 6, size: int = 48) -> np.ndarray:
     """
     clip = np.repeat(_background(scene.background, size)[None], frames, axis=0)
     for one in scene.objects:
-        # Only the lanes that the object passes through are drawn: most of the frame is background.
-        centres = one.centres(frames)
-        columns, rows = (_lane(centres[:, axis], one.size, size) for axis in (0, 1))
-        cover = _coverage(one.shape, centres, one.size, size, (columns, rows))[..., None]
-        below = clip[:, rows, columns]
-        below += cover * (np.array(_RGB[one.colour], np.float32) - below)
+        _paint(clip, one.shape, one.centres(frames), one.size, np.array(_RGB[one.colour], np.float32))
     return (clip + 0.5).astype(np.uint8)
 
 
 def write_clip(frames: np.ndarray, path: Path, rate: int = 8) -> None:
-    """Encode frames as an H.264 video in an MP4 file, in place of what lies there; nothing half written is left.
+    """Encode frames as an H.264 video in an MP4 file; an existing file is replaced.
 
     Args:
         frames: uint8 `[T, H, W, 3]`, RGB, of even height and width.
-        path: the file.
-        rate: frames a second.
+        rate: frames per second.
 
     Raises:
         UsageError: PyAV is not installed, or a side is odd.
@@ -290,10 +258,10 @@ def write_clip(frames: np.ndarray, path: Path, rate: int = 8) -> None:
 
 
 def write_dataset(folder: Path, count: int, seed: int, frames: int, size: int) -> None:
-    """Write scenes with distinct captions as videos, with annotations in the form that UMT reads.
+    """Write scenes with different captions as videos, with annotations in the format of UMT.
 
-    The folder, made where it is missing, gets `videos/*.mp4`; `retrieval.json`, a caption for each video; `qa.json`,
-    two questions for each; and `answers.json`, the list of all answers.
+    Writes `videos/*.mp4`, `retrieval.json` (a caption for each video), `qa.json` (two questions for each) and
+    `answers.json` (the list of all answers).
 
     Raises:
         UsageError: the folder has videos already, or as `scenes` and `write_clip`.
@@ -323,8 +291,8 @@ def _phrase(one: Moving) -> str:
     return f"{article} {one.colour} {one.shape} {verb}"
 
 
-def _placed(shape: str, colour: str, motion: str, rng: np.random.Generator) -> Moving:
-    """An object of random size and speed, whose whole path lies in the frame."""
+def _place(shape: str, colour: str, motion: str, rng: np.random.Generator) -> Moving:
+    """An object of random size and speed, which stays in the frame."""
     size = float(rng.uniform(*_SIZES))
     travel = 0.0 if motion == "nowhere" else float(rng.uniform(*_TRAVEL))
     x, y = (
@@ -332,12 +300,6 @@ def _placed(shape: str, colour: str, motion: str, rng: np.random.Generator) -> M
         for step in _DIRECTION[motion]
     )
     return Moving(shape, colour, motion, (x, y), size, travel)
-
-
-def _meet(first: Moving, second: Moving) -> bool:
-    """Whether the two squares come to overlap by more than a narrow strip."""
-    apart = np.abs(first.centres(_MOMENTS) - second.centres(_MOMENTS)).max(axis=1)
-    return bool(apart.min() < 0.45 * (first.size + second.size))
 
 
 def _background(seed: int, size: int) -> np.ndarray:
@@ -351,9 +313,7 @@ def _background(seed: int, size: int) -> np.ndarray:
     for _ in range(rng.integers(*_DISTRACTORS)):
         shape, grey = SHAPES[rng.integers(len(SHAPES))], np.float32(rng.uniform(*_GREYS))
         side, centre = float(rng.uniform(*_DISTRACTOR_SIZES)), rng.random((1, 2))
-        columns, rows = (_lane(centre[:, axis], side, size) for axis in (0, 1))
-        below = ground[rows, columns]
-        below += _coverage(shape, centre, side, size, (columns, rows))[0, ..., None] * (grey - below)
+        _paint(ground[None], shape, centre, side, grey)
     return ground
 
 
@@ -364,46 +324,41 @@ def _interpolation(cells: int, size: int) -> np.ndarray:
     return weights
 
 
-def _lane(centres: np.ndarray, side: float, size: int) -> slice:
-    """The pixels of one axis that an object of `side` can touch on its way through `centres` `[T]`."""
-    low, high = centres.min() - side / 2, centres.max() + side / 2
-    return slice(max(int(low * size) - 1, 0), min(int(high * size) + 2, size))
-
-
-def _coverage(shape: str, centres: np.ndarray, side: float, size: int, lanes: tuple[slice, slice]) -> np.ndarray:
-    """How much of each pixel a shape covers, 0 to 1, by the distance of the pixel's centre to its outline.
+def _paint(clip: np.ndarray, shape: str, centres: np.ndarray, side: float, colour: np.ndarray | np.float32) -> None:
+    """Draw a shape with antialiased outline into float32 frames `[T, H, W, 3]`, in place.
 
     Args:
         shape: one of `SHAPES`.
-        centres: the shape's centre in each frame `[T, 2]`, x and y.
-        side: its size as a part of the frame's.
-        size: pixels a side.
-        lanes: the columns and the rows to look at.
-
-    Returns:
-        float32 `[T, rows, columns]`.
+        centres: the shape's centre (x, y) in each frame, `[T, 2]`.
+        side: its size as a fraction of the frame's.
+        colour: RGB, or one grey.
     """
-    columns, rows = lanes
+    size = clip.shape[1]
+    # only the columns and rows that the shape touches: most of the frame is background
+    columns, rows = (_lane(centres[:, axis], side, size) for axis in (0, 1))
     pixels = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
     middle = centres.astype(np.float32)
     half = np.float32(side / 2)
     x = (pixels[columns] - middle[:, :1])[:, None, :] / half
     y = (pixels[rows] - middle[:, 1:])[:, :, None] / half
     outside = _distance(shape, x, y) * np.float32(half * size)
-    cover: np.ndarray = np.clip(np.float32(0.5) - outside, 0.0, 1.0)
-    return cover
+    cover = np.clip(np.float32(0.5) - outside, 0.0, 1.0)[..., None]
+    below = clip[:, rows, columns]
+    below += cover * (colour - below)
+
+
+def _lane(centres: np.ndarray, side: float, size: int) -> slice:
+    """The pixels of one axis that an object of `side` can touch on its way through `centres` `[T]`."""
+    low, high = centres.min() - side / 2, centres.max() + side / 2
+    return slice(max(int(low * size) - 1, 0), min(int(high * size) + 2, size))
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The distance to a shape's outline near it, negative inside; the shape lies in the square from -1 to 1.
+    """Signed distance `[T, H, W]` to the outline of a shape in the square from -1 to 1, negative inside.
 
     Args:
-        shape: one of `SHAPES`.
-        x: places to the right `[T, 1, W]`.
-        y: places downwards `[T, H, 1]`.
-
-    Returns:
-        `[T, H, W]`.
+        x: coordinates to the right, `[T, 1, W]`.
+        y: coordinates downwards, `[T, H, 1]`.
     """
     across, along = np.abs(x), np.abs(y)
     distance: np.ndarray
@@ -419,7 +374,13 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         case "ring":
             distance = np.abs(np.hypot(x, y) - 0.78) - 0.22
         case "star":
-            distance = _star_distance(x, y)
+            # all ten edges are folded onto the one from the tip (1, 0) to the notch
+            tip, notch = np.pi / 5, 0.42
+            angle = np.abs((np.arctan2(x, -y) + tip) % (2 * tip) - tip)
+            radius = np.hypot(x, y)
+            step_x, step_y = notch * np.cos(tip) - 1.0, notch * np.sin(tip)
+            along_edge = (radius * np.cos(angle) - 1.0) * step_y - radius * np.sin(angle) * step_x
+            distance = along_edge / np.hypot(step_x, step_y)
         case "diamond":
             distance = (across / np.float32(0.7) + along - 1.0) / np.float32(np.hypot(1.0 / 0.7, 1.0))
         case _:
@@ -427,22 +388,9 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return distance
 
 
-def _star_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """As `_distance`, of a star with five points: all ten edges are folded onto one."""
-    tip, notch = np.pi / 5, 0.42
-    angle = np.abs((np.arctan2(x, -y) + tip) % (2 * tip) - tip)
-    radius = np.hypot(x, y)
-    # One edge, from the tip (1, 0) to the notch.
-    step_x, step_y = notch * np.cos(tip) - 1.0, notch * np.sin(tip)
-    length = np.hypot(step_x, step_y)
-    distance: np.ndarray = ((radius * np.cos(angle) - 1.0) * step_y - radius * np.sin(angle) * step_x) / length
-    return distance
-
-
-def scene_tensor(frames: object, transform: Callable[[Image.Image], Tensor]) -> Tensor:
-    """Rendered frames, uint8 `[T, H, W, 3]`, as the model takes them: float32 `[T, C, H, W]`."""
-    import numpy as np
+def scene_tensor(frames: np.ndarray, transform: Callable[[Image.Image], Tensor]) -> Tensor:
+    """Preprocess rendered frames, uint8 `[T, H, W, 3]`, to float32 `[T, C, H, W]`."""
     import torch
     from PIL import Image
 
-    return torch.stack([transform(Image.fromarray(frame)) for frame in np.asarray(frames)])
+    return torch.stack([transform(Image.fromarray(frame)) for frame in frames])

@@ -8,19 +8,13 @@ from typing import Any
 
 from repshift_cli.errors import DataError
 
-__all__ = [
-    "WNID_PATTERN",
-    "classes_for_head",
-    "first_names",
-    "imagenet_wnids",
-]
-
+__all__ = ["WNID_PATTERN", "classes_for_head", "first_names", "imagenet_wnids"]
 
 WNID_PATTERN = re.compile(r"n\d{8}")
 
 
 def classes_for_head(name: str, classes: tuple[str, ...], num_classes: int) -> tuple[str, ...]:
-    """The classes, by label, that folders of these names stand for with a head of `num_classes` outputs.
+    """The class names by label for folders of these names and a head of `num_classes` outputs.
 
     Args:
         name: of the dataset, for messages.
@@ -30,22 +24,22 @@ def classes_for_head(name: str, classes: tuple[str, ...], num_classes: int) -> t
         The 1000 ImageNet ids, where the names are some of them and the head has 1000 outputs; else the names.
 
     Raises:
-        DataError: the names are WordNet ids, but not those of a head of 1000; or numbers whose order is not told.
+        DataError: the names are WordNet ids but not ImageNet-1k's, for a head of 1000; or numbers in an unclear order.
     """
     wnids = imagenet_wnids()
     if num_classes == len(wnids) and all(WNID_PATTERN.fullmatch(folder) for folder in classes):
-        if strangers := sorted(set(classes) - set(wnids)):
+        if unknown := sorted(set(classes) - set(wnids)):
             raise DataError(
-                f"{len(strangers)} classes of {name} are no ImageNet-1k classes: {first_names(strangers)}",
-                "A head of 1000 outputs is taken for one of ImageNet-1k where folders are named by WordNet ids.",
+                f"{len(unknown)} classes of {name} are not ImageNet-1k classes: {first_names(unknown)}",
+                "A head of 1000 outputs is assumed to be of ImageNet-1k where folders are named by WordNet ids.",
             )
         return wnids
     numbers = len(classes) == num_classes and all(folder.isdecimal() for folder in classes)
     if numbers and sorted(classes, key=int) != list(classes):
         raise DataError(
             f"the classes of {name} are numbers, which some tools sort as text (1, 10, 2) and others by value",
-            "Give the folders as many digits as the largest number has (001, 002, 010), in the order of the labels "
-            "that the model was trained with. ImageNet-V2 is --dataset imagenet-v2.",
+            "Give all folder names the same number of digits (001, 002, 010), in the order of the labels that the "
+            "model was trained with. ImageNet-V2 is --dataset imagenet-v2.",
         )
     return classes
 

@@ -1,21 +1,21 @@
-"""The test sets for ImageNet models: validation set, reassessed labels, ImageNet-V2, and two with 200 classes.
+"""The test sets for ImageNet models: validation set, reassessed labels, ImageNet-V2, ImageNet-A and ImageNet-R.
 
-Which classes the last two have, and the reassessed labels, come with timm; nothing is known by heart here.
+The classes of the last two and the reassessed labels are read from timm.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from repshift_cli.data.dataset import ImageDataset
+from repshift_cli.data.dataset import ImageDataset, Subset
 from repshift_cli.data.sources.class_labels import imagenet_wnids
-from repshift_cli.data.sources.folder import FileDataset, check_folder, class_folders, find_pictures
-from repshift_cli.data.sources.imagenet import open_imagenet_val, validation_number
+from repshift_cli.data.sources.folder import FileDataset, check_folder, class_folders, find_images
+from repshift_cli.data.sources.imagenet import known_class_folders, open_imagenet_val, validation_number
 from repshift_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,18 +23,17 @@ if TYPE_CHECKING:
 
 __all__ = ["TEST_SETS", "V2_FOLDERS", "open_imagenet", "open_imagenet_real", "open_imagenet_subset", "open_imagenet_v2"]
 
-Subset = Literal["a", "r"]
-
 V2_FOLDERS = (
     "imagenetv2-matched-frequency-format-val",
     "imagenetv2-threshold0.7-format-val",
     "imagenetv2-top-images-format-val",
 )
-"""What the three versions of ImageNet-V2 unpack to."""
+"""The folders of the three versions of ImageNet-V2."""
 
 _VAL, _REAL, _V2 = "imagenet-val", "imagenet-real", "imagenet-v2"
 _CLASSES = 1000
-_SHOWN = 5
+
+_V2_LAYOUT = f"It must have the folders 0 to 999 of its authors, or one of {', '.join(V2_FOLDERS)}."
 
 TEST_SETS: Mapping[str, tuple[str, ...]] = {
     _VAL: (_VAL, "imagenet", "ImageNet", "ILSVRC2012"),
@@ -43,15 +42,11 @@ TEST_SETS: Mapping[str, tuple[str, ...]] = {
     "imagenet-a": ("imagenet-a",),
     "imagenet-r": ("imagenet-r",),
 }
-"""By name, the folders in which each may lie."""
+"""Names of the folders that may hold each test set."""
 
 
 def open_imagenet(name: str, data_dir: Path | None) -> ImageDataset:
-    """One of `TEST_SETS`, which lies in this folder.
-
-    Raises:
-        DataError: as the functions below.
-    """
+    """Open one of `TEST_SETS`; raises DataError as the functions below."""
     if name == _VAL:
         return open_imagenet_val(data_dir)
     if name == _REAL:
@@ -62,67 +57,54 @@ def open_imagenet(name: str, data_dir: Path | None) -> ImageDataset:
 
 
 def open_imagenet_real(data_dir: Path | None) -> ImageDataset:
-    """The validation pictures with the labels of "Are we done with ImageNet?": several may be right.
+    """The validation images with the labels of "Are we done with ImageNet?"; an image may have several.
 
-    Pictures for which the authors found none are left out, as they do.
+    Images for which the authors found no label are skipped, as in their evaluation.
 
     Raises:
-        DataError: as `open_imagenet_val`; or a picture has no official name, which tells its labels.
+        DataError: as `open_imagenet_val`; or an image does not have its official name.
     """
     return _Reassessed(open_imagenet_val(data_dir))
 
 
 def open_imagenet_v2(data_dir: Path | None) -> FileDataset:
-    """One of the three versions of ImageNet-V2: folders `0` to `999`, named by the label itself.
+    """One of the three versions of ImageNet-V2: folders `0` to `999`, named by the label.
 
     Raises:
-        DataError: there is none, more than one, or folders of other names.
+        DataError: there is none, more than one, or a folder with another name.
     """
-    root = _v2_root(_needed(_V2, data_dir, f"It holds folders 0 to 999, or one of {', '.join(V2_FOLDERS)}."))
+    root = _v2_root(_needed(_V2, data_dir, _V2_LAYOUT))
     folders = class_folders(root)
-    strangers = [folder.name for folder in folders if not _is_label(folder.name)]
-    if strangers or not folders:
-        what = f"such as {strangers[0]}" if strangers else "or rather none"
-        raise DataError(
-            f"{root} has folders that are no labels of ImageNet-V2, {what}",
-            "Expected are folders 0 to 999, as the archive of its authors has them.",
-        )
+    invalid = [folder.name for folder in folders if not _is_label(folder.name)]
+    if invalid:
+        raise DataError(f"{root} has folders that are not labels of ImageNet-V2, such as {invalid[0]}", _V2_LAYOUT)
+    if not folders:
+        raise DataError(f"there are no class folders in {root}", _V2_LAYOUT)
     ordered = sorted(folders, key=lambda folder: int(folder.name))
-    samples = [(path, int(folder.name)) for folder in ordered for path in find_pictures(folder)]
-    return FileDataset(_V2, root, _some_pictures(samples, root), imagenet_wnids())
+    samples = [(path, int(folder.name)) for folder in ordered for path in find_images(folder)]
+    if not samples:
+        raise DataError(f"the class folders in {root} have no images", _V2_LAYOUT)
+    return FileDataset(_V2, root, samples, imagenet_wnids())
 
 
-def open_imagenet_subset(subset: Subset, data_dir: Path | None) -> ImageDataset:
+def open_imagenet_subset(subset: Literal["a", "r"], data_dir: Path | None) -> ImageDataset:
     """ImageNet-A or ImageNet-R: 200 folders named by WordNet ids.
 
-    A head of 1000 outputs chooses among the 200 that the set has, as its authors evaluate; a head of 200 has them in
-    the order of their ids.
+    Of a head of 1000 outputs only the 200 classes of the set are compared, as in the authors' evaluation; a head of
+    200 outputs has them in the order of their ids.
 
     Raises:
-        DataError: the folder is missing, has other classes, or no pictures.
+        DataError: the folder is missing, has other classes, or no images.
     """
     name = f"imagenet-{subset}"
-    root = check_folder(_needed(name, data_dir, "It holds 200 folders named by WordNet ids."))
+    root = check_folder(_needed(name, data_dir, "It must have 200 folders named by WordNet ids."))
     wnids = _subset_wnids(subset)
-    places = {wnid: place for place, wnid in enumerate(wnids)}
-    samples: list[tuple[Path, int]] = []
-    strangers: list[str] = []
-    for folder in class_folders(root):
-        pictures = find_pictures(folder)
-        if folder.name in places:
-            samples += [(path, places[folder.name]) for path in pictures]
-        elif pictures:
-            strangers.append(folder.name)
-    if strangers:
-        raise DataError(
-            f"{len(strangers)} folders in {root} are no classes of {name}: {', '.join(strangers[:_SHOWN])}",
-            "Take them out, or evaluate the folder as --dataset PATH.",
-        )
-    return _SubsetFolders(name, root, _some_pictures(samples, root), wnids)
+    samples = known_class_folders(root, wnids, name, "Remove them, or evaluate the folder with --dataset PATH.")
+    return _SubsetFolders(name, root, samples, wnids)
 
 
 class _SubsetFolders(FileDataset):
-    """Pictures of some classes of ImageNet, labelled by their place among those."""
+    """Images of some classes of ImageNet, labelled by the index of the class among them."""
 
     def for_head(self, num_classes: int) -> FileDataset:
         if num_classes != _CLASSES:
@@ -135,62 +117,47 @@ class _SubsetFolders(FileDataset):
         return found
 
 
-class _Reassessed(ImageDataset):
-    """The validation pictures that have reassessed labels, each with all of them."""
-
-    name = _REAL
+class _Reassessed(Subset):
+    """The validation images that have reassessed labels, each with all of its labels."""
 
     def __init__(self, whole: ImageDataset) -> None:
-        self.whole = whole
-        self.random_access = whole.random_access
-        labels = _real_labels()
-        numbers = [self._number(index) for index in range(len(whole))]
-        self.indices = [index for index, number in enumerate(numbers) if labels[number - 1]]
-        self.labels = [labels[numbers[index] - 1] for index in self.indices]
+        all_labels = _real_labels()
+        labels = [all_labels[_validation_number(whole, index, len(all_labels)) - 1] for index in range(len(whole))]
+        super().__init__(whole, [index for index, correct in enumerate(labels) if correct])
+        self.name = _REAL
+        self.labels = [correct for correct in labels if correct]
         if not self.indices:
-            raise DataError(f"none of the {len(whole)} pictures has a reassessed label")
-
-    def _number(self, index: int) -> int:
-        number = validation_number(Path(self.whole.key(index)).name)
-        if number is None or not 1 <= number <= len(_real_labels()):
-            raise DataError(
-                f"{self.whole.sample_id(index)} is not named as ILSVRC2012_val_00000001.JPEG is, so its reassessed "
-                "labels are not known",
-                "Keep the official names of the validation pictures.",
-            )
-        return number
+            raise DataError(f"none of the {len(whole)} images has a reassessed label")
 
     @property
     def description(self) -> str:
-        without = len(self.whole) - len(self)
-        return f"{self.whole.description}; {without} without a reassessed label are left out"
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return imagenet_wnids()
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def sample_id(self, index: int) -> str:
-        return self.whole.sample_id(self.indices[index])
+        return f"{self.whole.description}; {len(self.whole) - len(self)} without a reassessed label are skipped"
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        picture, _ = self.whole.load(self.indices[index])
-        return picture, self.labels[index][0]
+        image, _ = super().load(index)
+        return image, self.labels[index][0]
 
     def answers(self, index: int, label: int) -> tuple[int, ...]:
         del label
         return self.labels[index]
 
-    def fingerprint(self, index: int) -> str:
-        return self.whole.fingerprint(self.indices[index])
-
-    def key(self, index: int) -> str:
-        return self.whole.key(self.indices[index])
-
     def stamp(self, index: int) -> str:
-        return f"{self.whole.stamp(self.indices[index])}:{self.labels[index]}"
+        return f"{super().stamp(index)}:{self.labels[index]}"
+
+    def for_head(self, num_classes: int) -> ImageDataset:
+        del num_classes
+        return self
+
+
+def _validation_number(whole: ImageDataset, index: int, count: int) -> int:
+    number = validation_number(Path(whole.key(index)).name)
+    if number is None or not 1 <= number <= count:
+        raise DataError(
+            f"{whole.sample_id(index)} is not named like ILSVRC2012_val_00000001.JPEG, so its reassessed labels are "
+            "unknown",
+            "Keep the official names of the validation images.",
+        )
+    return number
 
 
 def _v2_root(folder: Path) -> Path:
@@ -198,8 +165,8 @@ def _v2_root(folder: Path) -> Path:
     versions = [folder / name for name in V2_FOLDERS if (folder / name).is_dir()]
     if len(versions) > 1:
         raise DataError(
-            f"{folder} holds {len(versions)} versions of ImageNet-V2: {', '.join(path.name for path in versions)}",
-            "Name one of them with --data-dir.",
+            f"{folder} has {len(versions)} versions of ImageNet-V2: {', '.join(path.name for path in versions)}",
+            "Give one of them with --data-dir.",
         )
     return versions[0] if versions else folder
 
@@ -208,21 +175,15 @@ def _is_label(name: str) -> bool:
     return name.isascii() and name.isdigit() and str(int(name)) == name and int(name) < _CLASSES
 
 
-def _some_pictures(samples: Sequence[tuple[Path, int]], root: Path) -> Sequence[tuple[Path, int]]:
-    if not samples:
-        raise DataError(f"the class folders in {root} hold no pictures")
-    return samples
-
-
 def _needed(name: str, data_dir: Path | None, layout: str) -> Path:
     if data_dir is None:
-        raise DataError(f"the dataset {name} needs a folder", f"Name it: --data-dir PATH. {layout}")
+        raise DataError(f"the dataset {name} needs a folder", f"Give it with --data-dir PATH. {layout}")
     return data_dir
 
 
 @lru_cache(maxsize=2)
-def _subset_wnids(subset: Subset) -> tuple[str, ...]:
-    """The WordNet ids of a subset, as timm lists them, which is sorted order."""
+def _subset_wnids(subset: Literal["a", "r"]) -> tuple[str, ...]:
+    """The WordNet ids of a subset in timm's order, which is sorted."""
     wnids = tuple(_timm_text(f"imagenet_{subset}_synsets.txt").split())
     if not set(wnids) <= set(imagenet_wnids()) or list(wnids) != sorted(set(wnids)):
         raise DataError(f"the classes of imagenet-{subset} in the installed timm are not as expected")
@@ -231,7 +192,7 @@ def _subset_wnids(subset: Subset) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def _real_labels() -> tuple[tuple[int, ...], ...]:
-    """By the number of the validation picture less one: the labels that are right, none to several."""
+    """The correct labels, none to several, by the number of the validation image minus one."""
     return tuple(tuple(labels) for labels in json.loads(_timm_text("imagenet_real_labels.json")))
 
 

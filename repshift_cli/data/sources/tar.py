@@ -1,4 +1,4 @@
-"""Uncompressed tar archives, read in place. Nothing is ever extracted, so no name in one can lead anywhere."""
+"""Uncompressed tar archives, read without extraction, so that no member name can lead out of a folder."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from repshift_cli.errors import DataError
 __all__ = ["Member", "read_member", "tar_members"]
 
 _LARGEST_MEMBER = 1 << 28
-"""Bytes of one image; a larger member is not an image."""
+"""Maximum bytes of one image."""
 
 _LARGEST_HEADER = 1 << 16
-"""Bytes of one header record, such as a long name."""
+"""Maximum bytes of one header record, such as a long name."""
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class Member(NamedTuple):
-    """A regular file in an archive: its name, its first byte and its length."""
+    """A regular file in an archive: its name, offset and size in bytes."""
 
     name: str
     start: int
@@ -30,7 +30,7 @@ class Member(NamedTuple):
 
 
 class _Headers(io.FileIO):
-    """A file of which `tarfile` reads the headers. Large records are refused before there is memory for them."""
+    """A file that `tarfile` reads headers from. Raises for large records before memory is allocated."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= _LARGEST_HEADER:
@@ -39,11 +39,10 @@ class _Headers(io.FileIO):
 
 
 def tar_members(path: Path) -> list[Member]:
-    """The regular files of an archive, in its order; links, devices and folders are left out.
+    """The regular files of an archive, in its order; links, devices and folders are skipped.
 
     Raises:
-        DataError: it cannot be read, is compressed, damaged, ends early, or has sparse files. A part of an archive
-            would give other numbers.
+        DataError: it cannot be read, is compressed, damaged, truncated, or has sparse files.
     """
     try:
         with _Headers(path) as file:
@@ -53,13 +52,9 @@ def tar_members(path: Path) -> list[Member]:
 
 
 def read_member(path: Path, member: Member, sample: str) -> bytes:
-    """The content of a file in an archive; `sample` is what messages call it.
-
-    Raises:
-        UnreadableSample: it is larger than any image, or the archive cannot be read.
-    """
+    """Read a file in an archive; raises UnreadableSample with the name `sample`."""
     if member.size > _LARGEST_MEMBER:
-        raise UnreadableSample(sample, f"{member.size} bytes are too many for a picture")
+        raise UnreadableSample(sample, f"{member.size} bytes are too many for an image")
     try:
         with path.open("rb") as archive:
             archive.seek(member.start)
@@ -67,7 +62,7 @@ def read_member(path: Path, member: Member, sample: str) -> bytes:
     except OSError as error:
         raise UnreadableSample(sample, error.strerror or str(error)) from error
     if len(content) < member.size:
-        raise UnreadableSample(sample, "the archive ends within it")
+        raise UnreadableSample(sample, "the archive is truncated")
     return content
 
 
@@ -78,17 +73,17 @@ def _members(file: _Headers, path: Path) -> list[Member]:
     for magic, kind in _COMPRESSED.items():
         if start.startswith(magic):
             raise DataError(
-                f"{path} is compressed ({kind}), and is not unpacked here",
-                "Unpack it to a plain .tar, which is read in place.",
+                f"{path} is compressed ({kind}), which is not supported",
+                "Decompress it to a plain .tar.",
             )
     file.seek(0)
     found, place = [], 0
     try:
         archive = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="backslashreplace")
         for info in iter(archive.next, None):
-            archive.members.clear()  # type: ignore[attr-defined]  # else it keeps all headers
+            archive.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps all headers
             if info.size < 0 or "\0" in info.name:
-                raise tarfile.ReadError("a header that cannot be right")  # noqa: TRY301
+                raise tarfile.ReadError("an invalid header")  # noqa: TRY301
             if info.issparse():
                 raise DataError(f"{path} has a sparse file, {info.name}", "Pack it without --sparse.")  # noqa: TRY301
             if info.isreg():
@@ -96,18 +91,18 @@ def _members(file: _Headers, path: Path) -> list[Member]:
             place = archive.offset
     except (DataError, OSError):
         raise
-    except Exception as error:  # damaged headers raise errors of many kinds
-        raise _ended(path) if file.tell() >= length else _damaged(path, place) from error
+    except Exception as error:  # damaged headers raise many kinds of errors
+        raise _truncated(path) if file.tell() >= length else _damaged(path, place) from error
     _check_rest(file, path, place)
     return found
 
 
 def _check_rest(file: _Headers, path: Path, place: int) -> None:
-    """Only zeros may follow the last member: `tarfile` ends without an error at a header that is damaged or cut."""
+    """Only zeros may follow the last member: `tarfile` stops without an error at a damaged header."""
     file.seek(place)
     chunk = file.read(tarfile.BLOCKSIZE)
     if len(chunk) < tarfile.BLOCKSIZE:
-        raise _ended(path)
+        raise _truncated(path)
     while chunk:
         if data := chunk.lstrip(b"\0"):
             raise _damaged(path, place + len(chunk) - len(data))
@@ -118,9 +113,9 @@ def _check_rest(file: _Headers, path: Path, place: int) -> None:
 def _damaged(path: Path, place: int) -> DataError:
     return DataError(
         f"{path} cannot be read as an uncompressed tar: there is no header at byte {place}",
-        "Fetch it again, or unpack what it holds.",
+        "Download it again, or extract it.",
     )
 
 
-def _ended(path: Path) -> DataError:
-    return DataError(f"{path} ends early, so pictures are missing", "Fetch it again.")
+def _truncated(path: Path) -> DataError:
+    return DataError(f"{path} is truncated, so images are missing", "Download it again.")

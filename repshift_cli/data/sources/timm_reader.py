@@ -1,4 +1,4 @@
-"""Datasets that timm's own factory reads: `torch/...`, `hfds/...`, `tfds/...`, `wds/...`. Nothing is downloaded."""
+"""Datasets of timm's factory: `torch/...`, `hfds/...`, `tfds/...`, `wds/...`. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PACKAGES = {
 }
 
 TIMM_PREFIXES = tuple(_PACKAGES)
-"""What a name that goes to timm starts with, before the first slash."""
+"""Prefixes of timm's dataset names, before the first slash."""
 
 _DEFAULT_SPLIT = "validation"
 
@@ -42,7 +42,7 @@ def open_timm(name: str, data_dir: Path | None) -> ImageDataset:
     """Open `PREFIX/NAME` or `PREFIX/NAME@SPLIT` (validation where none is given) below `data_dir`.
 
     Raises:
-        DataError: the package that reads it is missing, the data are not there, or timm does not know the name.
+        DataError: a package or the data are missing, or timm has no such dataset.
     """
     source, _, split = name.partition("@")
     prefix = source.partition("/")[0].lower()
@@ -50,9 +50,7 @@ def open_timm(name: str, data_dir: Path | None) -> ImageDataset:
     if importlib.util.find_spec(module) is None:
         raise DataError(f"the dataset {name} needs the package {module}", f"Run `pip install {packages}`.")
     if data_dir is None and prefix != "hfds":
-        raise DataError(
-            f"the dataset {name} needs a folder", "Name where it lies with --data-dir DIR or REPSHIFT_DATA_DIR."
-        )
+        raise DataError(f"the dataset {name} needs a folder", "Give it with --data-dir DIR or REPSHIFT_DATA_DIR.")
     opened = _create(name, source, split or _DEFAULT_SPLIT, data_dir)
     if not hasattr(opened, "__getitem__") or prefix in {"tfds", "wds"}:
         return _TimmStream(name, data_dir, opened)
@@ -64,24 +62,24 @@ def _create(name: str, source: str, split: str, data_dir: Path | None) -> Any:
 
     root = None if data_dir is None else str(data_dir)
     try:
-        # Some readers print to stdout, which belongs to the result.
+        # some readers print to stdout, which is for the result
         with redirect_stdout(stderr), _offline():
             return create_dataset(source, root=root, split=split, download=False)
-    except Exception as error:  # each of the libraries has its own kinds
+    except Exception as error:  # the libraries raise many kinds of errors
         where = "the local cache" if data_dir is None else str(data_dir)
         reason = str(error).strip() or type(error).__name__
         raise DataError(
             f"the dataset {name} (split {split}) cannot be opened in {where}: {reason}",
-            "repshift downloads no datasets: fetch it first with the library that it comes from, name its folder with "
-            "--data-dir DIR, and another split as NAME@SPLIT.",
+            "repshift downloads no datasets: download it with its library first, give its folder with --data-dir DIR, "
+            "and another split as NAME@SPLIT.",
         ) from error
 
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Keep the Hugging Face libraries from the network while a dataset is opened.
+    """Keep the Hugging Face libraries offline while a dataset is opened.
 
-    They read the environment once, when they are imported, so their own settings are changed and put back.
+    They read the environment only when they are imported, so their settings are changed and restored.
     """
     import huggingface_hub.constants as hub
 
@@ -106,14 +104,14 @@ class _TimmDataset(ImageDataset):
         self.count = len(source)
         if self.count == 0:
             raise DataError(
-                f"the dataset {name} is empty, or does not say how many pictures it has",
+                f"the dataset {name} is empty, or its number of images is unknown",
                 "For shards without _info.json give the count: 'wds/@NAME-{0000..0007}.tar|5000'.",
             )
 
     @property
     def description(self) -> str:
         where = "the local cache" if self.data_dir is None else str(self.data_dir)
-        return f"{len(self)} pictures of {self.name} in {where}"
+        return f"{len(self)} images of {self.name} in {where}"
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -131,24 +129,24 @@ class _TimmDataset(ImageDataset):
 
 
 class _TimmTable(_TimmDataset):
-    """A source that hands out any picture by its number."""
+    """A source with random access."""
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         sample = self.sample_id(index)
-        # timm's wrapper answers an unreadable picture with the next one; its reader does not.
+        # timm's wrapper replaces an unreadable image by the next one; its reader does not
         reader = getattr(self.source, "reader", None)
         try:
-            picture, label = (self.source if reader is None else reader)[index]
-            content = None if hasattr(picture, "convert") else _read(picture)
+            image, label = (self.source if reader is None else reader)[index]
+            content = None if hasattr(image, "convert") else _read(image)
         except Exception as error:
             raise UnreadableSample(sample, str(error) or type(error).__name__) from error
         if content is not None:
             return decode_bytes(content, sample), int(label)
-        return picture.convert("RGB"), int(label)
+        return image.convert("RGB"), int(label)
 
 
 class _TimmStream(_TimmDataset):
-    """A source that can only be read from its start; `load` moves on to the wanted place, or starts again."""
+    """A source that can only be read from its start; `load` reads forward to the index, or starts again."""
 
     random_access = False
 
@@ -165,10 +163,10 @@ class _TimmStream(_TimmDataset):
             self._stream, self._next = iter(self.source), 0
         try:
             while True:
-                picture, label = next(self._stream)
+                image, label = next(self._stream)
                 self._next += 1
                 if self._next > index:
-                    return picture.convert("RGB"), int(label)
+                    return image.convert("RGB"), int(label)
         except StopIteration:
             self._next, self._end = self.count, self._next
             raise self._too_short(index) from None
@@ -176,8 +174,8 @@ class _TimmStream(_TimmDataset):
             raise UnreadableSample(self.sample_id(index), str(error) or type(error).__name__) from error
 
     def _too_short(self, index: int) -> UnreadableSample:
-        # timm leaves pictures out that it cannot decode, so the stream is shorter than the dataset says.
-        return UnreadableSample(self.sample_id(index), f"the stream ended after {self._end} readable pictures")
+        # timm skips images that it cannot decode, so the stream may be shorter than the length of the dataset
+        return UnreadableSample(self.sample_id(index), f"the stream ended after {self._end} readable images")
 
 
 def _class_index(source: Any) -> Mapping[str, int] | None:

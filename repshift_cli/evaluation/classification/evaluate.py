@@ -20,7 +20,7 @@ from torch import nn
 
 from repshift_cli.data.dataset import ImageDataset
 from repshift_cli.data.decode import UnreadableSample
-from repshift_cli.data.loader import Feed, default_workers
+from repshift_cli.data.loader import BatchLoader, default_workers, image_loader
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckFailed, DataError, ModelError, RepshiftError, UsageError
 from repshift_cli.evaluation.classification.counts import Counts, PredictionRows
@@ -146,7 +146,7 @@ class _Worker:
         job = self.job
         completed, own = self._split_shards()
         runner = Runner(job, self.progress)
-        feed = Feed(
+        loader = image_loader(
             job.dataset,
             job.preprocessing,
             {batch: job.images(batch) for shard in own for batch in job.shards[shard]},
@@ -160,7 +160,7 @@ class _Worker:
         interrupted = False
         began, processor = time.perf_counter(), time.process_time()
         try:
-            self._classify(own, feed, runner, batches)
+            self._classify(own, loader, runner, batches)
         except KeyboardInterrupt:
             interrupted = True
             self.group.stop()
@@ -176,10 +176,10 @@ class _Worker:
             attention=runner.attention,
             fresh=sum(counts.images for counts, _ in batches.values()),
             wall=wall,
-            waited=feed.waited,
+            waited=loader.waited,
             decoding=decoding,
-            models=max(0.0, processor - (decoding if feed.decodes_here else 0.0)),
-            workers=feed.processes_beside,
+            models=max(0.0, processor - (decoding if loader.workers == 0 else 0.0)),
+            workers=loader.workers,
             batch_size=runner.limit,
             interrupted=interrupted,
             problem=problem,
@@ -210,13 +210,13 @@ class _Worker:
             raise UnreadableSample(self.job.dataset.sample_id(index), reason)
 
     def _classify(
-        self, own: Sequence[int], feed: Feed, runner: Runner, batches: dict[int, tuple[Counts, float]]
+        self, own: Sequence[int], loader: BatchLoader, runner: Runner, batches: dict[int, tuple[Counts, float]]
     ) -> None:
         """Fill `batches`: counts and seconds of decoding by number of the batch; save each completed shard."""
         shard_of = {self.job.shards[shard][-1]: shard for shard in own}
-        total = sum(len(images) for images in feed.batches.values())
+        total = sum(len(images) for images in loader.batches.values())
         with torch.inference_mode(), self.progress.task("evaluate", total) as task:
-            for batch in feed:
+            for batch in loader:
                 if self.group.stopped():
                     return
                 # one assignment, so that an interrupt leaves whole batches

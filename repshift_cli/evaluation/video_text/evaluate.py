@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.data.builtin import moving_shapes
+from repshift_cli.data.loader import Batch, BatchLoader, cut_batches
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.data.video.annotations import QaSet, RetrievalSet, Task, VideoTextSet
-from repshift_cli.data.video.dataset import PreparedVideos, VideoBatch, Videos, collate_videos
-from repshift_cli.data.video.decode import UnreadableVideo
+from repshift_cli.data.video.dataset import Videos
 from repshift_cli.data.video.tokenizer import Tokenizer
 from repshift_cli.errors import DataError, ModelError, UsageError
 from repshift_cli.evaluation.video_text.answering import AnswerEvaluation, AnswerList, QuestionBatch, evaluate_answers
@@ -181,8 +181,8 @@ def retrieve(
     check_missing(data, settings)
     padded: list[str] = []
     clips = (
-        ClipBatch(batch.indices, batch.video, batch.broken)
-        for batch in _batches(data.videos, preprocessing, settings, padded)
+        ClipBatch(batch.indices, batch.pixels, batch.broken)
+        for batch in _batches(data.videos, preprocessing, settings, padded, progress)
     )
     texts = tokenizer.texts(data.captions, min(data.text_length, _positions(models)))
     with _ready(models, settings):
@@ -193,7 +193,7 @@ def retrieve(
             data.videos_of_caption,
             dataset=data.name,
             videos=len(data.videos),
-            sample_id=data.videos.name,
+            sample_id=data.videos.sample_id,
             settings=settings,
             progress=progress,
             pair_batch=_PAIRS_PER_VIDEO * settings.batch_size,
@@ -216,7 +216,7 @@ def answer(
     """
     check_missing(data, settings)
     padded: list[str] = []
-    batches = _batches(data.videos, preprocessing, settings, padded)
+    batches = _batches(data.videos, preprocessing, settings, padded, progress)
     answers = tokenizer.answers(data.answers, min(_LONGEST_ANSWER, _positions(models)))
     with _ready(models, settings):
         result = evaluate_answers(
@@ -225,7 +225,7 @@ def answer(
             AnswerList(data.answers, answers.ids, answers.mask),
             dataset=data.name,
             questions=len(data.questions),
-            sample_id=lambda index: data.videos.name(data.questions[index].video),
+            sample_id=lambda index: data.videos.sample_id(data.questions[index].video),
             settings=settings,
             progress=progress,
             pair_batch=_ANSWERS_PER_VIDEO * settings.batch_size,
@@ -249,26 +249,24 @@ def check_missing(data: VideoTextSet, settings: VideoSettings) -> None:
 
 
 def _batches(
-    videos: Videos, preprocessing: Preprocessing, settings: VideoSettings, padded: list[str]
-) -> Iterator[VideoBatch]:
+    videos: Videos, preprocessing: Preprocessing, settings: VideoSettings, padded: list[str], progress: Progress
+) -> Iterator[Batch]:
     """All videos in order; the names of those that were padded are added to `padded`."""
-    loader = DataLoader(
-        PreparedVideos(videos, preprocessing),
-        batch_size=settings.batch_size,
-        num_workers=settings.workers,
-        collate_fn=collate_videos,
-        pin_memory=settings.device.type == "cuda",
+    loader = BatchLoader(
+        partial(videos.load, preprocessing, preprocessing.transform()),
+        videos.sample_id,
+        cut_batches(len(videos), settings.batch_size),
+        workers=settings.workers,
+        pinned=settings.device.type == "cuda",
+        warn=progress.warn,
     )
     for batch in loader:
-        for _, problem in batch.problems:
-            if not isinstance(problem, UnreadableVideo):
-                raise problem
-        padded += [videos.name(index) for index in batch.padded]
+        padded += [videos.sample_id(index) for index in batch.padded]
         yield batch
 
 
 def _question_batches(
-    data: QaSet, batches: Iterator[VideoBatch], tokenizer: Tokenizer, longest: int
+    data: QaSet, batches: Iterator[Batch], tokenizer: Tokenizer, longest: int
 ) -> Iterator[QuestionBatch]:
     """For each batch of videos, all questions about them."""
     questions_of: list[list[int]] = [[] for _ in range(len(data.videos))]
@@ -280,7 +278,7 @@ def _question_batches(
         texts = tokenizer.texts([question.question for question in questions], longest)
         yield QuestionBatch(
             indices=[index for index, _ in asked],
-            video=batch.video,
+            video=batch.pixels,
             ids=texts.ids,
             mask=texts.mask,
             answers=[question.answer for question in questions],

@@ -30,7 +30,7 @@ def timm_list(name: str) -> list[str]:
 
 
 def put(path: Path, output: int = 0) -> None:
-    """A picture that says which output a model that reads it is to hold likeliest."""
+    """An image that says which output a model that reads it is to hold likeliest."""
     path.parent.mkdir(parents=True, exist_ok=True)
     stream = io.BytesIO()
     Image.new("RGB", (8, 8), (output // 10, output % 10, 0)).save(stream, "PNG")
@@ -38,7 +38,7 @@ def put(path: Path, output: int = 0) -> None:
 
 
 class Reader(nn.Module):
-    """Holds the output that a picture names likeliest, then the ones after it."""
+    """Holds the output that an image names likeliest, then the ones after it."""
 
     def __init__(self, outputs: int = 1000) -> None:
         super().__init__()
@@ -72,14 +72,14 @@ class TestReassessed:
 
     @pytest.fixture
     def root(self, tmp_path: Path) -> Path:
-        """Pictures 1 (without labels), 2 and 3 (with two), 4 (with one), in folders of classes that they are not of."""
+        """Images 1 (without labels), 2 and 3 (with two), 4 (with one), in folders of classes that they are not of."""
         assert [len(self.REAL[number - 1]) for number in (1, 2, 3, 4)] == [0, 2, 2, 1]
         second = self.REAL[1][1], self.REAL[2][1]
         for number, output in ((1, 5), (2, second[0]), (3, second[1]), (4, (self.REAL[3][0] + 1) % 1000)):
             put(tmp_path / WNIDS[7] / f"ILSVRC2012_val_{number:08d}.png", output)
         return tmp_path
 
-    def test_several_labels_may_be_right_and_pictures_without_are_left_out(self, root: Path) -> None:
+    def test_several_labels_may_be_right_and_images_without_are_left_out(self, root: Path) -> None:
         data = open_dataset("imagenet-real", root)
         assert len(data) == 3
         assert [data.answers(index, 0) for index in range(3)] == [tuple(self.REAL[number]) for number in (1, 2, 3)]
@@ -93,12 +93,12 @@ class TestReassessed:
 
     def test_other_names_tell_no_label(self, root: Path) -> None:
         put(root / WNIDS[7] / "holiday.png")
-        with pytest.raises(DataError, match="is not named as ILSVRC2012_val"):
+        with pytest.raises(DataError, match="is not named like ILSVRC2012_val"):
             open_dataset("imagenet-real", root)
 
-    def test_nothing_but_pictures_without_labels(self, tmp_path: Path) -> None:
+    def test_nothing_but_images_without_labels(self, tmp_path: Path) -> None:
         put(tmp_path / WNIDS[7] / "ILSVRC2012_val_00000001.png")
-        with pytest.raises(DataError, match="none of the 1 pictures"):
+        with pytest.raises(DataError, match="none of the 1 images"):
             open_dataset("imagenet-real", tmp_path)
 
 
@@ -122,7 +122,7 @@ class TestV2:
     def test_which_version_is_not_guessed(self, tmp_path: Path) -> None:
         for version in ("imagenetv2-matched-frequency-format-val", "imagenetv2-top-images-format-val"):
             put(tmp_path / version / "3" / "a.png")
-        with pytest.raises(DataError, match="holds 2 versions"):
+        with pytest.raises(DataError, match="has 2 versions"):
             open_dataset("imagenet-v2", tmp_path)
 
     def test_a_plain_folder_of_numbers_is_refused_where_text_and_value_differ(self, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ class TestSubsets:
         assert [WNIDS[place] for place in indices] == wnids
 
     def test_a_head_of_1000_chooses_among_the_200(self, tmp_path: Path, subset: str, indices: list[int]) -> None:
-        # two pictures name an output that no picture of this set has: the next that there is comes first
+        # two images name an output that no image of this set has: the next that there is comes first
         barred = next(place for place in range(1000) if place not in indices and place > indices[0])
         follower = next(place for place in indices if place > barred)
         put(tmp_path / WNIDS[indices[0]] / "a.png", indices[0])
@@ -175,11 +175,11 @@ class TestSubsets:
             run(open_dataset(f"imagenet-{subset}", tmp_path), outputs=10)
         other = next(wnid for place, wnid in enumerate(WNIDS) if place not in indices)
         put(tmp_path / other / "a.png")
-        with pytest.raises(DataError, match=f"no classes of imagenet-{subset}: {other}"):
+        with pytest.raises(DataError, match=f"not classes of imagenet-{subset}: {other}"):
             open_dataset(f"imagenet-{subset}", tmp_path)
 
     def test_nothing_there(self, tmp_path: Path, subset: str) -> None:
-        with pytest.raises(DataError, match="hold no pictures"):
+        with pytest.raises(DataError, match="have no images"):
             open_dataset(f"imagenet-{subset}", tmp_path)
 
 
@@ -188,7 +188,7 @@ class TestWnids:
         for place in range(999):
             (tmp_path / WNIDS[place]).mkdir()
         put(tmp_path / "n99999999" / "a.png")
-        with pytest.raises(DataError, match="are no ImageNet-1k classes: n99999999"):
+        with pytest.raises(DataError, match="are not ImageNet-1k classes: n99999999"):
             run(open_dataset("folder", tmp_path))
 
     def test_a_subset_in_plain_folders_competes_with_all_outputs(self, tmp_path: Path) -> None:

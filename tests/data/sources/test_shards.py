@@ -21,7 +21,7 @@ from repshift_cli.errors import DataError
 WNIDS = imagenet_wnids()
 
 
-def picture(shade: int = 0) -> bytes:
+def image_bytes(shade: int = 0) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (8, 8), (shade, 0, 0)).save(stream, "PNG")
     return stream.getvalue()
@@ -42,13 +42,13 @@ def webdataset(path: Path, labels: list[int]) -> Path:
         files |= {
             f"part/{number:04d}.cls": str(label).encode(),
             f"part/{number:04d}.json": b"{}",
-            f"part/{number:04d}.png": picture(label),
+            f"part/{number:04d}.png": image_bytes(label),
         }
     return tar(path, files)
 
 
 class TestShards:
-    def test_labels_are_those_beside_the_pictures(self, tmp_path: Path) -> None:
+    def test_labels_are_those_beside_the_images(self, tmp_path: Path) -> None:
         webdataset(tmp_path / "val-0000.tar", [3, 1])
         webdataset(tmp_path / "val-0001.tar", [2])
         for dataset in (
@@ -60,10 +60,10 @@ class TestShards:
             assert dataset.classes is None
             assert dataset.key(2) == "val-0001.tar:part/0000.png"
             assert dataset.sample_id(2) == f"{tmp_path / 'val-0001.tar'}:part/0000.png"
-            assert "3 pictures in 2 tars" in dataset.description
+            assert "3 images in 2 tars" in dataset.description
 
     def test_class_folders_in_a_tar(self, tmp_path: Path) -> None:
-        files = {f"val/{name}/1.png": picture() for name in (WNIDS[9], WNIDS[2])}
+        files = {f"val/{name}/1.png": image_bytes() for name in (WNIDS[9], WNIDS[2])}
         dataset = open_dataset(str(tar(tmp_path / "a.tar", files)), None)
         assert dataset.classes == (WNIDS[2], WNIDS[9])
         assert [dataset.load(index)[1] for index in range(2)] == [1, 0]
@@ -81,8 +81,8 @@ class TestShards:
         ("files", "message"),
         [
             ({"1.png": b""}, "1.png has no label"),
-            ({"a/1.png": b"", "a/2.png": b"", "a/2.cls": b"0"}, "1 of the 2 pictures"),
-            ({"notes.txt": b""}, "no pictures"),
+            ({"a/1.png": b"", "a/2.png": b"", "a/2.cls": b"0"}, "1 of the 2 images"),
+            ({"notes.txt": b""}, "no images"),
         ],
     )
     def test_nothing_to_evaluate(self, tmp_path: Path, files: dict[str, bytes], message: str) -> None:
@@ -91,13 +91,13 @@ class TestShards:
 
     @pytest.mark.parametrize("label", [b"cat", b"-1", b"", b"1" * 100])
     def test_labels_that_are_no_numbers(self, tmp_path: Path, label: bytes) -> None:
-        dataset = open_dataset(str(tar(tmp_path / "a.tar", {"1.png": picture(), "1.cls": label})), None)
-        with pytest.raises(DataError, match="no number"):
+        dataset = open_dataset(str(tar(tmp_path / "a.tar", {"1.png": image_bytes(), "1.cls": label})), None)
+        with pytest.raises(DataError, match="not a number"):
             dataset.load(0)
 
     @pytest.mark.parametrize(
         ("name", "message"),
-        [("x-{0000..0003}.tar", "x-0000.tar .4 are missing"), ("x.tar", "no file"), ("{9..1}.tar", "no range")],
+        [("x-{0000..0003}.tar", "x-0000.tar .4 are missing"), ("x.tar", "no file"), ("{9..1}.tar", "invalid range")],
     )
     def test_tars_that_are_not_there(self, tmp_path: Path, name: str, message: str) -> None:
         with pytest.raises(DataError, match=message):
@@ -135,7 +135,7 @@ class TestArchive:
     @pytest.mark.parametrize("name", ["../../evil.png", "/etc/evil.png", "a/../../../evil.png"])
     def test_names_that_lead_away_lead_nowhere(self, tmp_path: Path, name: str) -> None:
         (tmp_path / "in").mkdir()
-        path = tar(tmp_path / "in" / "a.tar", {name: picture(7), name.replace("png", "cls"): b"7"})
+        path = tar(tmp_path / "in" / "a.tar", {name: image_bytes(7), name.replace("png", "cls"): b"7"})
         before = sorted(tmp_path.rglob("*"))
         dataset = open_dataset(str(path), None)
         assert dataset.load(0)[1] == 7
@@ -144,10 +144,10 @@ class TestArchive:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda whole: whole[:700], "ends early"),
-            (lambda whole: whole[:1024], "ends early"),
-            (lambda whole: whole[:1536] + b"x" * 512 + whole[2048:], "no header at byte 1024|ends early|no header"),
-            (lambda whole: b"", "ends early"),
+            (lambda whole: whole[:700], "is truncated"),
+            (lambda whole: whole[:1024], "is truncated"),
+            (lambda whole: whole[:1536] + b"x" * 512 + whole[2048:], "no header at byte 1024|is truncated|no header"),
+            (lambda whole: b"", "is truncated"),
             (lambda whole: b"no tar at all" * 100, "no header at byte 0"),
             (gzip.compress, "compressed .gzip"),
         ],

@@ -228,7 +228,7 @@ ASKED = {"video": "a", "question": "q", "answer": "x"}
         ([GOOD, {"video": True, "caption": "x"}], "row 1 .*: 'video' is a truth value"),
         ([GOOD, {"video": "../a", "caption": "x"}], "row 1 .*: the video name '../a' leads out"),
         ([GOOD, {"video": "/etc/passwd", "caption": "x"}], "row 1 .*leads out"),
-        ([GOOD, {"video": "a" * 5000, "caption": "x"}], "row 1 .*cannot be the name"),
+        ([GOOD, {"video": "a" * 5000, "caption": "x"}], "row 1 .*is not a valid name"),
         ([ASKED, GOOD], "row 1 .*: there is no 'question'"),
         ([ASKED, {**ASKED, "answer": ["x"]}], "row 1 .*: 'answer' is a list, not a text"),
         ([ASKED, {**ASKED, "question": ""}], "row 1 .*: 'question' is empty"),

@@ -45,10 +45,10 @@ def write_video(
         stream.pix_fmt = "yuv420p"
         stream.gop_size = 5
         for index in range(count):
-            picture = Image.new("RGB", SIZE, (shade(index),) * 3)
+            image = Image.new("RGB", SIZE, (shade(index),) * 3)
             if bright_corner:
-                picture.paste((255, 255, 255), (0, 0, 16, 16))
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+                image.paste((255, 255, 255), (0, 0, 16, 16))
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
         container.mux(stream.encode())
     return path
 
@@ -202,7 +202,7 @@ def damaged_files(tmp_path: Path) -> dict[str, tuple[Path, str]]:
         files[name] = (path, reason)
     write_frames(tmp_path / "empty folder", 0)
     files["audio"] = (write_audio(tmp_path / "audio.mp4"), "it has no video stream")
-    files["folder"] = (tmp_path / "empty folder", "no pictures in the folder")
+    files["folder"] = (tmp_path / "empty folder", "no images in the folder")
     return files
 
 
@@ -275,8 +275,8 @@ def test_the_error_survives_a_loader_process() -> None:
 
 
 def test_clip_tensor(tmp_path: Path) -> None:
-    transform: Callable[[Image.Image], torch.Tensor] = lambda picture: torch.from_numpy(  # noqa: E731
-        np.asarray(picture, dtype=np.float32)
+    transform: Callable[[Image.Image], torch.Tensor] = lambda image: torch.from_numpy(  # noqa: E731
+        np.asarray(image, dtype=np.float32)
     ).permute(2, 0, 1)
     tensor = clip_tensor(read_clip(write_frames(tmp_path / "frames", 4), 2), transform)
     assert tensor.shape == (2, 3, SIZE[1], SIZE[0])

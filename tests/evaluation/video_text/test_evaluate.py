@@ -18,6 +18,7 @@ from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.weights import Source
 from repshift_cli.data.builtin import moving_shapes
+from repshift_cli.data.loader import Sample
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.data.video.annotations import QaSet, Question, RetrievalSet
 from repshift_cli.data.video.dataset import Videos
@@ -64,18 +65,19 @@ class Noise(Videos):
     def __len__(self) -> int:
         return self.count
 
-    def name(self, index: int) -> str:
+    def sample_id(self, index: int) -> str:
         return f"noise-{index}"
 
-    def load(self, index: int, preprocessing: Preprocessing, transform: Any) -> tuple[torch.Tensor, bool]:
+    def load(self, preprocessing: Preprocessing, transform: Any, index: int) -> Sample:
         if index in self.broken:
-            raise UnreadableVideo(self.name(index), "made to fail")
+            raise UnreadableVideo(self.sample_id(index), "made to fail")
         self.loaded[index] += 1
-        return torch.randn(*preprocessing.shape, generator=torch.Generator().manual_seed(index)), index in self.padded
+        noise = torch.randn(*preprocessing.shape, generator=torch.Generator().manual_seed(index))
+        return Sample(noise, padded=index in self.padded)
 
 
 class WithoutPyAV(Noise):
-    def load(self, index: int, preprocessing: Preprocessing, transform: Any) -> tuple[torch.Tensor, bool]:
+    def load(self, preprocessing: Preprocessing, transform: Any, index: int) -> Sample:
         raise UsageError("reading videos needs PyAV", "Install it.")
 
 
@@ -227,8 +229,8 @@ class TestData:
     def test_builtin_clips_have_the_shape_of_the_model(self) -> None:
         data = open_data(DatasetOptions("builtin:shapes", limit=1), "retrieval", "model")
         preprocessing = Preprocessing.of_model(tiny_umt())
-        clip, padded = data.videos.load(0, preprocessing, preprocessing.transform())
-        assert (tuple(clip.shape), padded) == (preprocessing.shape, False)
+        clip = data.videos.load(preprocessing, preprocessing.transform(), 0)
+        assert (tuple(clip.pixels.shape), clip.padded) == (preprocessing.shape, False)
 
     def test_own_captions(self, tmp_path: Path) -> None:
         wanted = annotate(tmp_path, [{"video": "a.mp4", "caption": ["One.", "Two!"]}])
@@ -259,7 +261,7 @@ class TestData:
             "repshift_cli.data.video.dataset.read_clip", lambda path, frames, first: seen.append(first) or 1 / 0
         )
         with pytest.raises(ZeroDivisionError):
-            data.videos.load(0, Preprocessing.of_model(tiny_umt()), lambda image: image)
+            data.videos.load(Preprocessing.of_model(tiny_umt()), lambda image: image, 0)
         assert seen == [30.0]
         apart = open_data(DatasetOptions("didemo", data_dir=tmp_path, paragraph=False), "retrieval", "model")
         assert isinstance(apart, RetrievalSet)
