@@ -67,10 +67,7 @@ def command(
     target = resolve_device(device)
     opened = open_model(model, LoadOptions(heads=heads, img_size=img_size))
     if opened.compressed is None:
-        raise UsageError(
-            f"{model} is dense: it keeps all tokens, so there is nothing to show",
-            f"Compress it first: repshift compress {model}",
-        )
+        raise UsageError(f"{model} is a dense model: it keeps all tokens", f"Run: repshift compress {model}")
     of_clips = opened.loaded.description.preprocessing.frames is not None
     samples = data or _default_data(opened, model, of_clips)
     opened.module.to(target)
