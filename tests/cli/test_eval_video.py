@@ -1,8 +1,9 @@
-"""`repshift eval` for models of video and text: tables, JSON, and one clear error for each thing that can be wrong."""
+"""`repshift eval` for models of video and text: tables, JSON and errors."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ QA_KEYS = {"model", "task", "dataset", "questions", "accuracy", "accuracy_interv
 def save_umt(path: Path, embed_dim: int) -> Path:
     """A tiny UMT of the built-in vocabulary, in the form of the built-in models; and a compressed one beside it."""
     model = tiny_umt(embed_dim=embed_dim)
-    args = {"vision": model.vision.to_dict(), "text": model.text.to_dict(), "embed_dim": embed_dim}
+    args = {"vision": asdict(model.vision), "text": asdict(model.text), "embed_dim": embed_dim}
     description = ModelDescription(path.stem, "umt", args, Preprocessing.of_model(model))
     tensors = {key: value.detach().clone().contiguous() for key, value in model.state_dict().items()}
     save_file(tensors, path, metadata={METADATA_KEY: json.dumps({"model": description.to_dict()})})
@@ -105,7 +106,7 @@ class TestRetrieval:
             assert part in text
         assert f"retrieval: {COUNT} videos, {COUNT} captions" in text
         assert "annotations:   retrieval.json, sha256" in text
-        assert "pooling:       over all tokens that are left" in text
+        assert "pooling:       over all kept tokens" in text
         assert "the best 3 of each query" in text
         assert "same first place as dense, by matching:" in text
 
@@ -123,7 +124,7 @@ class TestRetrieval:
         # every candidate is matched, so each list is the whole gallery in another order
         assert found["text_to_video"]["r10"] == 100.0
 
-    def test_the_dense_self_is_the_dense_model_pooled_alike(self, cli: Command, folder: Path) -> None:
+    def test_the_dense_view_is_the_dense_model_pooled_alike(self, cli: Command, folder: Path) -> None:
         both = parsed(
             cli("eval", folder / "umt-shapes.compressed.safetensors", *own(folder), "--compare-dense", "--json")
         )
@@ -134,7 +135,7 @@ class TestRetrieval:
         assert alone["pooling"] == "all"
         assert "dense" not in alone
 
-    def test_without_reranking_it_is_the_similarity(self, cli: Command, folder: Path) -> None:
+    def test_without_reranking_the_similarity_decides(self, cli: Command, folder: Path) -> None:
         arguments = ("eval", folder / "umt-shapes.safetensors", "--dataset", "builtin:shapes", "--limit", 9, "--json")
         with_it, without = parsed(cli(*arguments)), parsed(cli(*arguments, "--no-rerank"))
         assert (without["scoring"], without["rerank_k"], without["videos"]) == ("vtc", None, 9)
@@ -201,7 +202,7 @@ class TestAnswering:
         low, high = found["accuracy_interval"]
         assert low <= found["accuracy"] <= high
 
-    def test_a_right_answer_that_cannot_be_given(self, cli: Command, folder: Path, tmp_path: Path) -> None:
+    def test_a_right_answer_outside_the_list(self, cli: Command, folder: Path, tmp_path: Path) -> None:
         (tmp_path / "few.json").write_text('["red", "left"]')
         model, rows = folder / "umt-shapes-qa.safetensors", json.loads((folder / "qa.json").read_text())
         found = parsed(
@@ -221,19 +222,19 @@ class TestRefused:
         [
             ("", ["--dataset", "builtin:shapes-qa"], "for retrieval, but builtin:shapes-qa holds questions"),
             ("-qa", ["--dataset", "builtin:shapes"], "for question answering, but builtin:shapes holds captions"),
-            ("", ["--dataset", "imagenet-val"], "no dataset of videos with texts"),
-            ("", ["--dataset", "builtin:shapes", "--compare-dense"], "is a dense model"),
-            ("", ["--dataset", "builtin:shapes", "--answers", "a.json"], "--answers has no meaning"),
-            ("", ["--dataset", "builtin:shapes", "--rerank-k", "3", "--no-rerank"], "no meaning with --no-rerank"),
+            ("", ["--dataset", "imagenet-val"], "not a dataset of videos with texts"),
+            ("", ["--dataset", "builtin:shapes", "--compare-dense"], "is dense itself"),
+            ("", ["--dataset", "builtin:shapes", "--answers", "a.json"], "--answers is not used by builtin:shapes"),
+            ("", ["--dataset", "builtin:shapes", "--rerank-k", "3", "--no-rerank"], "contradicts --no-rerank"),
             ("", ["--dataset", "builtin:shapes", "--frames", "7"], "clips of 3 frames"),
-            ("-qa", ["--dataset", "builtin:shapes-qa", "--rerank"], "--rerank has no meaning"),
-            ("-qa", ["--dataset", "builtin:shapes-qa", "--pooling", "all"], "pools nothing"),
+            ("-qa", ["--dataset", "builtin:shapes-qa", "--rerank"], "--rerank is not used by"),
+            ("-qa", ["--dataset", "builtin:shapes-qa", "--pooling", "all"], "does not pool"),
             (".compressed", ["--dataset", "builtin:shapes", "--pooling", "frames"], "no whole frames"),
-            ("", [], "no dataset given"),
+            ("", [], "no dataset was named"),
             ("", ["--annotations", "a.json"], "neither a benchmark nor annotations with videos"),
         ],
     )
-    def test_what_does_not_go_together(
+    def test_invalid_combinations(
         self, cli: Command, folder: Path, model: str, arguments: list[str], message: str
     ) -> None:
         done = cli("eval", folder / f"umt-shapes{model}.safetensors", *arguments)
@@ -243,13 +244,13 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--dataset", "msrvtt"], "takes single pictures, and msrvtt is a dataset of videos"),
-            (["--annotations", "a.json", "--videos", "v"], "--annotations has no meaning"),
-            (["--no-rerank"], "--rerank has no meaning"),
-            (["--frames", "3"], "takes single images"),
+            (["--dataset", "msrvtt"], "takes images, but msrvtt is a dataset of videos"),
+            (["--annotations", "a.json", "--videos", "v"], "--annotations is not used by"),
+            (["--no-rerank"], "--rerank is not used by"),
+            (["--frames", "3"], "takes single pictures"),
         ],
     )
-    def test_videos_for_a_model_of_pictures(self, cli: Command, arguments: list[str], message: str) -> None:
+    def test_videos_for_a_model_of_images(self, cli: Command, arguments: list[str], message: str) -> None:
         done = cli("eval", "builtin:vit-digits", *arguments)
         assert (done.rc, done.stdout) == (2, "")
         assert message in done.stderr

@@ -21,7 +21,6 @@ from tiny_cnn import CNNS, photos, tiny_cnn
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints import artifact
-from repshift_cli.checkpoints.identify import Clips
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.errors import ModelError, RecipeError
 from repshift_cli.measure.macs import count_macs
@@ -60,8 +59,8 @@ def umt(**options: Any) -> Model:
         return tiny_umt.tiny_umt(**options)
 
     shape = build().vision
-    clips = Clips(shape.frames, shape.checkpoint_frames)
-    return Model(build, tiny_umt.umt_clips, {"heads": 4, "img_size": shape.img_size, "clips": clips})
+    load = {"heads": 4, "img_size": shape.img_size, "frames": shape.frames, "checkpoint_frames": shape.checkpoint_frames}
+    return Model(build, tiny_umt.umt_clips, load)
 
 
 def vim(**options: Any) -> Model:
