@@ -17,8 +17,8 @@ from repshift_cli.utils.files import check_outputs, sha256_of, weight_stem, writ
 
 if TYPE_CHECKING:
     from repshift_cli.compression.settings import Settings
-    from repshift_cli.search.job import Found
-    from repshift_cli.search.target import Target
+    from repshift_cli.search.job import FinishedSearch
+    from repshift_cli.search.target import SearchTarget
     from repshift_cli.utils.progress import Progress
 
 
@@ -212,7 +212,7 @@ class _Files:
         return {kind: None if path is None else str(path) for kind, path in named.items()}
 
 
-def _finish(found: Found, files: _Files, settings: Settings, screen: Progress, json: bool) -> None:
+def _finish(found: FinishedSearch, files: _Files, settings: Settings, screen: Progress, json: bool) -> None:
     """Write all outputs and print the result.
 
     Raises:
@@ -245,7 +245,7 @@ def _continue(files: _Files) -> str:
     return f"The state is kept in {files.state_file}; the same command continues the search"
 
 
-def _check_met(found: Found, files: _Files, force: bool, screen: Progress) -> None:
+def _check_met(found: FinishedSearch, files: _Files, force: bool, screen: Progress) -> None:
     result = found.result
     if result.met:
         if missed := found.missed_on_heldout():
@@ -265,7 +265,7 @@ def _check_met(found: Found, files: _Files, force: bool, screen: Progress) -> No
     result.require_met()
 
 
-def _write(found: Found, files: _Files, settings: Settings, screen: Progress) -> None:
+def _write(found: FinishedSearch, files: _Files, settings: Settings, screen: Progress) -> None:
     from repshift_cli.compression.run import save_found
     from repshift_cli.search.plot import save
 
@@ -280,14 +280,14 @@ def _write(found: Found, files: _Files, settings: Settings, screen: Progress) ->
         files.keep(files.checkpoint)
 
 
-def _target(text: str | None, recipe: str | None) -> Target:
+def _target(text: str | None, recipe: str | None) -> SearchTarget:
     """The target of the command line, else the budget of the recipe.
 
     Raises:
         UsageError: there is none, or it is invalid.
     """
     from repshift_cli.planning.recipe import Recipe
-    from repshift_cli.search.target import Target
+    from repshift_cli.search.target import SearchTarget
 
     if text is None:
         budget = Recipe.load(recipe).budget if recipe is not None else None
@@ -297,16 +297,16 @@ def _target(text: str | None, recipe: str | None) -> Target:
             "no target is given",
             "Add --target macs=0.65, latency=0.6, agreement=0.99 or max-drop=0.5, or a recipe with a budget.",
         )
-    return Target.parse(text)
+    return SearchTarget.parse(text)
 
 
-def default_output(checkpoint: str, target: Target) -> Path:
+def default_output(checkpoint: str, target: SearchTarget) -> Path:
     """`<name>_macs0.65.yaml` in the current folder."""
     name = checkpoint.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:")
     return Path(f"{weight_stem(name)}_{target.kind}{target.value:g}.yaml")
 
 
-def document(found: Found, files: _Files) -> dict[str, Any]:
+def document(found: FinishedSearch, files: _Files) -> dict[str, Any]:
     """The JSON document of the command."""
     return {
         **files.written(),

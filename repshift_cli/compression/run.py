@@ -18,8 +18,8 @@ from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.checks import check_parts
 from repshift_cli.reduction.compressed_model import attach
-from repshift_cli.search.job import Found, SearchRequest, find, start_recipe, with_reducers
-from repshift_cli.search.target import Target
+from repshift_cli.search.job import FinishedSearch, SearchRequest, find, start_recipe, with_reducers
+from repshift_cli.search.target import SearchTarget
 from repshift_cli.utils.files import check_output
 from repshift_cli.utils.progress import Progress
 
@@ -77,7 +77,7 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
     return _finish(job, plan, calibration, images.for_agreement, settings, None)
 
 
-def search_checkpoint(name: str, settings: Settings, request: SearchRequest, progress: Progress) -> Found:
+def search_checkpoint(name: str, settings: Settings, request: SearchRequest, progress: Progress) -> FinishedSearch:
     """Carry out the search of `repshift search`: the recipe gives metric and reducer, `data` the pictures.
 
     Args:
@@ -96,13 +96,15 @@ def search_checkpoint(name: str, settings: Settings, request: SearchRequest, pro
     return _search(dense, recipe, request, settings, count)
 
 
-def save_found(found: Found, settings: Settings, progress: Progress) -> CompressReport:
+def save_found(found: FinishedSearch, settings: Settings, progress: Progress) -> CompressReport:
     """Check, measure and write the compressed checkpoint of a finished search; errors as `compress_checkpoint`."""
     job = CompressionJob(DenseModel(found.loaded, progress), found.recipe)
     return _finish(job, job.default_plan(), None, found.heldout, settings, found)
 
 
-def _compress_to_target(dense: DenseModel, recipe: Recipe | None, target: Target, settings: Settings) -> CompressReport:
+def _compress_to_target(
+    dense: DenseModel, recipe: Recipe | None, target: SearchTarget, settings: Settings
+) -> CompressReport:
     """Search for the layers, then go on as with any recipe.
 
     Raises:
@@ -130,7 +132,9 @@ def _compress_to_target(dense: DenseModel, recipe: Recipe | None, target: Target
     return _finish(job, job.default_plan(), None, images, settings, found)
 
 
-def _search(dense: DenseModel, recipe: Recipe | None, request: SearchRequest, settings: Settings, count: int) -> Found:
+def _search(
+    dense: DenseModel, recipe: Recipe | None, request: SearchRequest, settings: Settings, count: int
+) -> FinishedSearch:
     """Draw `count` pictures, say which they are, and search."""
     loaded = dense.loaded
     request = with_reducers(recipe, request, loaded, dense.family)
@@ -173,7 +177,7 @@ def _finish(  # noqa: PLR0917
     calibration: Calibration | None,
     images: ImageBatch,
     settings: Settings,
-    found: Found | None,
+    found: FinishedSearch | None,
 ) -> CompressReport:
     """Attach the plan, check and measure the compressed model, and write it."""
     loaded, sample = job.loaded, next(job.loaded.model.parameters())
@@ -195,12 +199,12 @@ def _finish(  # noqa: PLR0917
     return replace(job.report(plan, calibration, measured, settings.output), found=found)
 
 
-def _target(settings: Settings, recipe: Recipe | None) -> Target | None:
+def _target(settings: Settings, recipe: Recipe | None) -> SearchTarget | None:
     """What a search is to reach: as the user says, else as the recipe does; None where the recipe has layers.
 
     Raises:
         UsageError: it cannot be.
     """
     if settings.target is not None:
-        return Target.parse(settings.target)
-    return Target.parse(str(recipe.budget)) if recipe is not None and recipe.budget is not None else None
+        return SearchTarget.parse(settings.target)
+    return SearchTarget.parse(str(recipe.budget)) if recipe is not None and recipe.budget is not None else None

@@ -13,7 +13,7 @@ from repshift_cli.planning.recipe import Part, Recipe
 from repshift_cli.reduction.checks import acts_after, resolve_for
 from repshift_cli.reduction.metrics.base import build_metric
 from repshift_cli.search.additive import Kept
-from repshift_cli.search.evaluator import Candidate, Evaluator, Trials
+from repshift_cli.search.evaluator import Candidate, Evaluator
 from repshift_cli.search.schedule import on_tiles, to_recipe
 
 __all__ = ["Method", "Planner", "choose_layer_metrics", "choose_metrics"]
@@ -118,7 +118,7 @@ class Planner:
             return None
 
 
-def choose_layer_metrics(start: Recipe, trials: Trials) -> tuple[Planner, Method]:
+def choose_layer_metrics(start: Recipe, evaluator: Evaluator) -> tuple[Planner, Method]:
     """Choose the metric of each layer with that layer as the only site.
 
     Returns:
@@ -127,41 +127,36 @@ def choose_layer_metrics(start: Recipe, trials: Trials) -> tuple[Planner, Method
     Raises:
         RecipeError: no layer can.
     """
-    open_metrics = _open_metrics(start, trials)
-    planner = Planner(trials.evaluator, start, open_metrics, tuple(open_metrics))
+    given = {drop.layer: drop.metric for drop in start.layers if drop.metric is not None}
+    sites = evaluator.layout.sites
+    open_metrics = {site.layer: given.get(site.layer) or given.get(site.name) or start.metric for site in sites}
+    # metrics without weights are fitted, for all layers at once
+    if layers := [layer for layer, metric in open_metrics.items() if unfitted(build_metric(metric))]:
+        open_metrics |= evaluator.fit_metrics(layers, acts_after(start.reducer))
+    planner = Planner(evaluator, start, open_metrics, tuple(open_metrics))
     method = Method(open_metrics, start.reducer)
-    plans = [plan for layer in open_metrics if (plan := _single_site(planner, layer, method)) is not None]
+    counts = [max(1, round(share * planner.tokens)) for share in _METRIC_SHARES]
+    plans = []
+    for layer in open_metrics:
+        possible = (planner.single_site(layer, count, method) for count in counts)
+        plans += [plan for plan in possible if plan is not None][:1]
     chosen: dict[int, Part] = {}
-    for metrics in choose_metrics(planner, trials, plans):
+    for metrics in choose_metrics(planner, plans):
         chosen |= metrics or {}
     if not chosen:
-        raise RecipeError(f"at no layer of this model {start.metric.kind} and {start.reducer.kind} can reduce tokens")
+        raise RecipeError(f"{start.metric.kind} and {start.reducer.kind} can reduce tokens at no layer of this model")
     return replace(planner, layers=tuple(sorted(chosen))), replace(method, metrics={**open_metrics, **chosen})
 
 
-def choose_metrics(planner: Planner, trials: Trials, plans: Sequence[Plan]) -> list[dict[int, Part] | None]:
+def choose_metrics(planner: Planner, plans: Sequence[Plan]) -> list[dict[int, Part] | None]:
     """For each plan the metrics of its layers, chosen in order; None if a site can run no variant."""
+    evaluator = planner.evaluator
     asked = [plan.with_metrics([planner.open_metrics[site.layer] for site in plan.sites]) for plan in plans]
-    with trials.progress.task("choosing scores", len(plans)) as task:
-        found = trials.cached("choose", asked, planner.evaluator.choose_metrics, task)
+    with evaluator.progress.task("choosing metrics", len(plans)) as task:
+        chosen = evaluator.cached("choose", asked, evaluator.choose_metrics, task)
     return [
         None
-        if parts is None
-        else {site.layer: Part.model_validate(part) for site, part in zip(plan.sites, parts, strict=True)}
-        for plan, parts in zip(plans, found, strict=True)
+        if metrics is None
+        else {site.layer: Part.model_validate(metric) for site, metric in zip(plan.sites, metrics, strict=True)}
+        for plan, metrics in zip(plans, chosen, strict=True)
     ]
-
-
-def _open_metrics(start: Recipe, trials: Trials) -> dict[int, Part]:
-    """By layer, the metric of the start recipe; metrics without weights are fitted, for all layers at once."""
-    given = {drop.layer: drop.metric for drop in start.layers if drop.metric is not None}
-    sites = trials.evaluator.layout.sites
-    metrics = {site.layer: given.get(site.layer) or given.get(site.name) or start.metric for site in sites}
-    layers = [layer for layer, part in metrics.items() if unfitted(build_metric(part))]
-    return metrics | (trials.fit_metrics(layers, acts_after(start.reducer)) if layers else {})
-
-
-def _single_site(planner: Planner, layer: int, method: Method) -> Plan | None:
-    counts = (max(1, round(share * planner.tokens)) for share in _METRIC_SHARES)
-    plans = (planner.single_site(layer, count, method) for count in counts)
-    return next((plan for plan in plans if plan is not None), None)

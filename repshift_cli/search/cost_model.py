@@ -11,7 +11,7 @@ import numpy as np
 from repshift_cli.planning.recipe import Part
 from repshift_cli.search.additive import Additive, Curve, Kept
 from repshift_cli.search.candidates import Method, Planner
-from repshift_cli.search.evaluator import Candidate, Trials
+from repshift_cli.search.evaluator import Candidate
 from repshift_cli.search.schedule import Front, fit, solve
 from repshift_cli.search.target import COST_TOLERANCE
 
@@ -99,20 +99,20 @@ class CostModel:
         return next((candidate for candidate in found if candidate is not None), None)
 
 
-def measure_cost_model(planner: Planner, trials: Trials, method: Method, *, latency: bool) -> CostModel:
+def measure_cost_model(planner: Planner, method: Method, *, latency: bool) -> CostModel:
     """Measure the harm of dropping at each layer; compute the saved MACs, or measure the saved time."""
-    curves = _measure_curves(planner, trials, method)
+    curves = _measure_curves(planner, method)
     macs = Additive(
         tokens=planner.tokens,
         sites=len(planner.layers),
         gain=_macs_gain(planner),
         harm=lambda site, kept: curves[site](kept),
     )
-    rate = _measure_rate(planner, trials, method) if latency else None
+    rate = _measure_rate(planner, method) if latency else None
     return CostModel(planner, macs, _limits(planner, method), rate)
 
 
-def _measure_curves(planner: Planner, trials: Trials, method: Method) -> list[Curve]:
+def _measure_curves(planner: Planner, method: Method) -> list[Curve]:
     """The harm of each layer by the kept tokens."""
     tokens = planner.tokens
     counts = sorted({round(share * tokens) for share in _SENSITIVITY_SHARES} - {0, tokens}, reverse=True)
@@ -122,10 +122,10 @@ def _measure_curves(planner: Planner, trials: Trials, method: Method) -> list[Cu
         for count in counts
         if (plan := planner.single_site(layer, count, method)) is not None
     }
-    with trials.progress.task("measuring layers", len(plans)) as task:
-        found = trials.quality(list(plans.values()), "sensitivity", task)
+    with planner.evaluator.progress.task("measuring layers", len(plans)) as task:
+        qualities = planner.evaluator.cached_quality(list(plans.values()), "sensitivity", task)
     points: dict[int, list[tuple[int, float]]] = {layer: [] for layer in planner.layers}
-    for (layer, count), values in zip(plans, found, strict=True):
+    for (layer, count), values in zip(plans, qualities, strict=True):
         if values is not None:
             points[layer].append((count, values["distance"]))
     return [Curve(tokens, tuple(found)) for found in points.values()]
@@ -150,7 +150,7 @@ def _macs_gain(planner: Planner) -> Callable[[int, int], float]:
     return gain
 
 
-def _measure_rate(planner: Planner, trials: Trials, method: Method) -> Callable[[int], float] | None:
+def _measure_rate(planner: Planner, method: Method) -> Callable[[int], float] | None:
     """Saved time per saved MACs, by the tokens kept after the first site; None if nothing is saved."""
     rates: list[tuple[int, float]] = []
     for share in _LATENCY_SHARES:
@@ -158,7 +158,9 @@ def _measure_rate(planner: Planner, trials: Trials, method: Method) -> Callable[
         plan = planner.single_site(planner.layers[0], count, method)
         saved = 0.0 if plan is None else 1.0 - planner.evaluator.macs(plan)
         if plan is not None and saved > 0:  # a costly metric may take more than a few tokens save
-            rates.append((count, min(max((1.0 - trials.latency(plan)) / saved, _LEAST_RATE), _LARGEST_RATE)))
+            rates.append(
+                (count, min(max((1.0 - planner.evaluator.cached_latency(plan)) / saved, _LEAST_RATE), _LARGEST_RATE))
+            )
     if not rates:
         return None
     counts, values = zip(*sorted(rates), strict=True)

@@ -21,13 +21,13 @@ from repshift_cli.planning.recipe import Budget, Part, Recipe
 from repshift_cli.reduction.checks import check_reducer
 from repshift_cli.reduction.families.base import Family, match
 from repshift_cli.reduction.reducers.base import Merger, build_reducer
-from repshift_cli.search.plot import Chart
-from repshift_cli.search.result import Point, SearchResult, SearchSettings
+from repshift_cli.search.plot import MARKS, Chart
+from repshift_cli.search.result import MeasuredSchedule, SearchResult, SearchSettings
 from repshift_cli.search.search import search
-from repshift_cli.search.target import Target
+from repshift_cli.search.target import SearchTarget
 from repshift_cli.utils.progress import Progress
 
-__all__ = ["Found", "SearchRequest", "find", "start_recipe", "with_reducers"]
+__all__ = ["FinishedSearch", "SearchRequest", "find", "start_recipe", "with_reducers"]
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,21 @@ class SearchRequest:
     """What to search for, as a user asks for it.
 
     Attributes:
-        evaluations: number of schedules that the refinement tries; None for the default of `SearchSettings`.
+        evaluations: number of schedules that the refinement may try.
         reducers: kinds to try, starting with the first; empty for the one of the recipe, or see `with_reducers`.
         state: state file; None for none.
         seconds: time of each latency measurement; 0 measures none.
     """
 
-    target: Target
-    evaluations: int | None = None
+    target: SearchTarget
+    evaluations: int = 40
     reducers: tuple[str, ...] = ()
     state: Path | None = None
     seconds: float = 5.0
 
 
 @dataclass(frozen=True)
-class Found:
+class FinishedSearch:
     """A finished search with its inputs.
 
     Attributes:
@@ -114,13 +114,12 @@ class Found:
             "agreement": ("quality", 100 * target.value),
             "max-drop": ("quality", (result.dense.top1 or 0.0) - target.value),
         }
-        named = {"dense": result.dense, "paper": result.paper, "found": result.found}
         return Chart(
             title=f"{self.loaded.description.name}, {target}, {self.inputs.batch.description}\n"
             "named schedules on the held-out images",
             label=label,
             quality=quality,
-            named={name: point for name, point in named.items() if point is not None},
+            named={name: point for name, point in result.points.items() if name in MARKS},
             tried=result.tried,
             limit=limits[target.kind],
         )
@@ -170,7 +169,7 @@ def find(
     batch_size: int,
     seed: int,
     progress: Progress,
-) -> Found:
+) -> FinishedSearch:
     """Run the search and describe its result.
 
     Args:
@@ -195,12 +194,11 @@ def find(
         start=start,
         batch_size=batch_size,
         seed=seed,
+        evaluations=request.evaluations,
         reducers=tuple(Part(kind=kind) for kind in request.reducers),
         state=request.state,
         seconds=request.seconds,
     )
-    if request.evaluations is not None:
-        settings = replace(settings, evaluations=request.evaluations)
     result = search(loaded.model, family, settings, progress)
     result = replace(result, recipe=_named(result.recipe, loaded))
     sample = next(loaded.model.parameters())
@@ -212,7 +210,7 @@ def find(
     }
     text = _comments(loaded, result, inputs, measured_on) + result.recipe.to_yaml()
     recipe = Recipe.parse(text, result.recipe.place.name)
-    return Found(loaded, family, recipe, result, inputs, measured_on)
+    return FinishedSearch(loaded, family, recipe, result, inputs, measured_on)
 
 
 def _named(recipe: Recipe, loaded: LoadedModel) -> Recipe:
@@ -241,13 +239,12 @@ def _comments(loaded: LoadedModel, result: SearchResult, inputs: Labelled, measu
         f"on     {', '.join(f'{key} {value}' for key, value in measured_on.items())}",
         f"Measured on {result.found.images} held-out inputs; MACs and latency are fractions of dense:",
     ]
-    named = {"dense": result.dense, "paper": result.paper, "found": result.found, "random": result.random}
-    lines += [f"  {name:6} {_numbers(point)}" for name, point in named.items() if point is not None]
+    lines += [f"  {name:6} {_numbers(point)}" for name, point in result.points.items() if name != "given"]
     # the name of a folder may hold line breaks, or characters that YAML does not allow
     return "".join(f"# {''.join(letter if letter.isprintable() else '?' for letter in line)}\n" for line in lines)
 
 
-def _numbers(point: Point) -> str:
+def _numbers(point: MeasuredSchedule) -> str:
     values = [f"MACs {point.macs:.4f}"]
     if point.latency is not None:
         values.append(f"latency {point.latency:.3f}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,13 @@ from torch import Tensor
 from repshift_cli.errors import CheckFailed
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Part, Recipe
-from repshift_cli.search.target import QUALITY_SLACK, Target
+from repshift_cli.search.target import QUALITY_SLACK, SearchTarget
 from repshift_cli.utils.stats import percent_interval
 
-__all__ = ["Point", "SearchResult", "SearchSettings"]
+__all__ = ["MeasuredSchedule", "SearchResult", "SearchSettings", "pareto_front"]
+
+_POINTS = ("dense", "paper", "found", "random", "given")
+"""Names of the reported schedules, in the order of the report."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class SearchSettings:
         seconds: time of each latency measurement; 0 measures none.
     """
 
-    target: Target
+    target: SearchTarget
     images: Tensor
     identity: Mapping[str, Any]
     start: Recipe
@@ -49,7 +52,7 @@ class SearchSettings:
 
 
 @dataclass(frozen=True)
-class Point:
+class MeasuredSchedule:
     """Cost and quality of one schedule.
 
     Attributes:
@@ -74,8 +77,10 @@ class Point:
     images: int
 
     @classmethod
-    def of(cls, name: str, plan: Plan | None, macs: float, latency: float | None, values: Mapping[str, Any]) -> Point:
-        """The point of a plan (None: the dense model) with its measured values."""
+    def of(
+        cls, name: str, plan: Plan | None, macs: float, latency: float | None, values: Mapping[str, Any]
+    ) -> MeasuredSchedule:
+        """A plan (None: the dense model) with its measured values."""
         tokens = () if plan is None else tuple((site.layer, site.tokens_out) for site in plan.sites)
         quality = {key: values[key] for key in ("distance", "kl", "agreement", "top1", "images")}
         return cls(name=name, tokens=tokens, macs=macs, latency=latency, **quality)
@@ -88,11 +93,25 @@ class Point:
     def to_dict(self) -> dict[str, Any]:
         return {
             **asdict(self),
-            "tokens": [list(pair) for pair in self.tokens],
             "macs": round(self.macs, 6),
             "latency": None if self.latency is None else round(self.latency, 4),
-            "top1_interval": None if self.top1_interval is None else list(self.top1_interval),
+            "top1_interval": self.top1_interval,
         }
+
+
+def pareto_front(
+    schedules: Sequence[MeasuredSchedule], quality: Callable[[MeasuredSchedule], float], cost: str = "macs"
+) -> list[MeasuredSchedule]:
+    """The Pareto front of quality and cost (`macs` or `latency`), the cheapest first.
+
+    Schedules without that cost are left out.
+    """
+    best: list[MeasuredSchedule] = []
+    measured = [one for one in schedules if getattr(one, cost) is not None]
+    for one in sorted(measured, key=lambda one: (getattr(one, cost), -quality(one))):
+        if not best or quality(one) > quality(best[-1]):
+            best.append(one)
+    return best
 
 
 @dataclass(frozen=True)
@@ -117,18 +136,18 @@ class SearchResult:
 
     recipe: Recipe
     plan: Plan
-    target: Target
+    target: SearchTarget
     met: bool
     nearest: float
-    dense: Point
-    paper: Point | None
-    found: Point
-    random: Point | None
-    given: Point | None
+    dense: MeasuredSchedule
+    paper: MeasuredSchedule | None
+    found: MeasuredSchedule
+    random: MeasuredSchedule | None
+    given: MeasuredSchedule | None
     paper_is_found: bool
     held_back_decided: bool
     paper_calibrated: bool
-    tried: tuple[Point, ...]
+    tried: tuple[MeasuredSchedule, ...]
     evaluations: int
     seconds: float
     interrupted: bool
@@ -159,28 +178,26 @@ class SearchResult:
         return None
 
     @property
-    def front(self) -> tuple[Point, ...]:
-        """The Pareto front of cost and distance over all tried schedules, the cheapest first."""
-        kept: list[Point] = []
-        for point in sorted(self.tried, key=lambda point: (point.macs, point.distance)):
-            if not kept or point.distance < kept[-1].distance:
-                kept.append(point)
-        return tuple(kept)
+    def points(self) -> dict[str, MeasuredSchedule]:
+        """The schedules with a name that were evaluated, by name."""
+        return {name: one for name in _POINTS if (one := getattr(self, name)) is not None}
+
+    @property
+    def front(self) -> list[MeasuredSchedule]:
+        """The Pareto front of MACs and distance over all tried schedules, the cheapest first."""
+        return pareto_front(self.tried, lambda one: -one.distance)
 
     def to_dict(self) -> dict[str, Any]:
-        points: dict[str, Point | None] = {
-            name: getattr(self, name) for name in ("dense", "paper", "found", "random", "given")
-        }
         unchanged = (
             *("met", "paper_is_found", "held_back_decided", "held_back_met", "paper_calibrated", "evaluations"),
             *("interrupted", "seed"),
         )
         return {
-            "target": {"kind": self.target.kind, "value": self.target.value},
+            "target": asdict(self.target),
             "nearest": round(self.nearest, 6),
             "recipe": self.recipe.to_yaml(),
             "plan": self.plan.summary(),
-            "points": {name: point.to_dict() if point else None for name, point in points.items()},
+            "points": {**dict.fromkeys(_POINTS), **{name: point.to_dict() for name, point in self.points.items()}},
             "tried": [point.to_dict() for point in self.tried],
             "front": [point.to_dict() for point in self.front],
             "seconds": round(self.seconds, 1),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-__all__ = ["Progress", "Silent", "Task"]
+__all__ = ["Progress", "Silent", "SilentTask", "Task"]
 
 
 class Task(Protocol):
@@ -25,7 +25,9 @@ class Progress(Protocol):
     def warn(self, text: str) -> None: ...
 
 
-class _SilentTask:
+class SilentTask:
+    """A task whose steps are not shown."""
+
     def advance(self, steps: int = 1) -> None:
         pass
 
@@ -35,7 +37,7 @@ class Silent:
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Task]:
-        yield _SilentTask()
+        yield SilentTask()
 
     def note(self, text: str) -> None:
         pass

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from repshift_cli.cli.show.plan import show_sites
 
 if TYPE_CHECKING:
-    from repshift_cli.search.job import Found
-    from repshift_cli.search.result import Point
+    from repshift_cli.search.job import FinishedSearch
+    from repshift_cli.search.result import MeasuredSchedule
 
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
 _FRONT_ROWS = 8
 
 
-def show_search(found: Found) -> None:
+def show_search(found: FinishedSearch) -> None:
     """Print the result in 80 columns."""
     from repshift_cli.cli import ui
 
@@ -34,7 +34,7 @@ def show_search(found: Found) -> None:
     show_sites(found.result.plan, "Tokens through each site")
 
 
-def show_found(found: Found) -> None:
+def show_found(found: FinishedSearch) -> None:
     """Print the found schedule beside the dense model and the paper's schedule."""
     from repshift_cli.cli import ui
 
@@ -72,14 +72,14 @@ def show_found(found: Found) -> None:
         ui.print_text("")
 
 
-def _thinned(front: Sequence[Point]) -> list[Point]:
+def _thinned(front: Sequence[MeasuredSchedule]) -> list[MeasuredSchedule]:
     """At most `_FRONT_ROWS` of the points, among them the first and the last."""
     last = len(front) - 1
     places = {round(step * last / (_FRONT_ROWS - 1)) for step in range(_FRONT_ROWS)}
     return [front[place] for place in sorted(places)] if front else []
 
 
-def _cells(name: str, point: Point) -> list[str]:
+def _cells(name: str, point: MeasuredSchedule) -> list[str]:
     latency = "-" if point.latency is None else f"{point.latency:.3f}"
     same = [] if point.agreement is None else [f"{point.agreement:.2%}"]
     top1 = [] if point.top1 is None else [f"{point.top1:.2f}"]
