@@ -21,17 +21,9 @@ if TYPE_CHECKING:
     from repshift_cli.search.target import SearchTarget
     from repshift_cli.utils.progress import Progress
 
+__all__ = ["command"]
 
-__all__ = [
-    "command",
-]
-
-
-_KINDS = {
-    "output": "the recipe",
-    "checkpoint": "the compressed checkpoint",
-    "plot": "quality against cost",
-}
+_KINDS = {"output": "the recipe", "checkpoint": "the compressed checkpoint", "plot": "quality against cost"}
 
 
 def command(
@@ -48,62 +40,35 @@ def command(
             metavar="KIND=VALUE",
             help="macs=0.65, latency=0.6 (fractions of dense), agreement=0.99 (lowest share of unchanged predictions) "
             "or max-drop=0.5 (points of top-1). Default: the budget of --recipe.",
-            show_default=False,
         ),
     ] = None,
     recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", "-r", help="Gives the metric and the reducer; its layers are not used."),
+        str | None, typer.Option("--recipe", "-r", help="Gives the metric and the reducer; its layers are not used.")
     ] = None,
     data: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            metavar="FOLDER",
-            help="Folder or dataset of images or videos. Default: built-in scenes.",
-            show_default=False,
-        ),
+        str | None, typer.Option(metavar="FOLDER", help="Images or videos: a folder or dataset (default: built-in).")
     ] = None,
     images: Annotated[
-        int | None,
-        typer.Option(
-            "--images",
-            min=16,
-            help="Number of images (default: 256; 64 clips for a large video model).",
-            show_default=False,
-        ),
+        int | None, typer.Option(min=16, help="Number of images (default: 256; 64 clips for a large video model).")
     ] = None,
-    evaluations: Annotated[
-        int | None,
-        typer.Option("--evaluations", min=1, metavar="N", help="Number of schedules to try.", show_default=False),
-    ] = None,
+    evaluations: Annotated[int, typer.Option(min=1, metavar="N", help="Number of schedules to try.")] = 40,
     reducer: Annotated[
         list[str] | None,
-        typer.Option(
-            "--reducer",
-            metavar="KIND",
-            help="Try this reducer; may be repeated. Default: that of --recipe, else merge and prune.",
-        ),
+        typer.Option(metavar="KIND", help="May be repeated (default: that of --recipe, else merge and prune)."),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="The recipe.", show_default="<checkpoint>_<target>.yaml"),
     ] = None,
     save: Annotated[
-        Path | None,
-        typer.Option("--save", metavar="FILE", help="Also write the compressed checkpoint (.safetensors)."),
+        Path | None, typer.Option(metavar="FILE", help="Also write the compressed checkpoint (.safetensors).")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Plot quality against cost (.png, .svg or .pdf).")
+        Path | None, typer.Option(metavar="FILE", help="Plot quality against cost (.png, .svg or .pdf).")
     ] = None,
     state: Annotated[
         Path | None,
-        typer.Option(
-            "--state",
-            metavar="FILE",
-            help="State file, to continue after an interruption.",
-            show_default="<recipe>.state.json",
-        ),
+        typer.Option(metavar="FILE", help="To continue after an interruption.", show_default="<recipe>.state.json"),
     ] = None,
     model: options.ModelName = None,
     heads: options.Heads = None,
@@ -114,9 +79,7 @@ def command(
     dtype: options.MeasureDtype = "float32",
     batch_size: options.InputsAtATime = None,
     threads: options.Threads = None,
-    seconds: Annotated[
-        float, typer.Option("--seconds", min=0.0, help="Time of each latency measurement; 0 measures none.")
-    ] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time of each latency measurement; 0 measures none.")] = 5.0,
     seed: options.Seed = 0,
     json: options.AsJson = False,
     force: options.Force = False,
@@ -125,7 +88,8 @@ def command(
     with one_voice():
         refuse_torchrun("repshift search")
     goal = _target(target, recipe)
-    files = _Files(output or default_output(checkpoint, goal), save, plot, state)
+    output = output or default_output(checkpoint, goal)
+    files = _Files(output, save, plot, state or output.with_name(f"{output.name}.state.json"))
     files.check(force)
 
     from repshift_cli.checkpoints.identify import Clips
@@ -135,7 +99,7 @@ def command(
     from repshift_cli.measure.device import num_threads as using_threads
     from repshift_cli.search.job import SearchRequest
 
-    request = SearchRequest(goal, evaluations, tuple(reducer or ()), files.state_file, seconds)
+    request = SearchRequest(goal, evaluations, tuple(reducer or ()), files.state, seconds)
     settings = Settings(
         recipe=recipe,
         model_name=model,
@@ -158,7 +122,7 @@ def command(
             _finish(search_checkpoint(checkpoint, settings, request, screen), files, settings, screen, json)
     except KeyboardInterrupt:
         # before the first schedule; later interruptions return the best one
-        if not files.state_file.is_file():
+        if not files.state.is_file():
             raise
         ui.warn(f"interrupted. {_continue(files)}")
         raise Interrupted(INTERRUPTED) from None
@@ -166,17 +130,12 @@ def command(
 
 @dataclass(frozen=True)
 class _Files:
-    """The files that the command writes; `state` is None for the default name."""
+    """The files that the command writes."""
 
     recipe: Path
     checkpoint: Path | None
     plot: Path | None
-    state: Path | None
-
-    @property
-    def state_file(self) -> Path:
-        """The state file, by default named after the recipe."""
-        return self.state or self.recipe.with_name(f"{self.recipe.name}.state.json")
+    state: Path
 
     def check(self, force: bool) -> None:
         """Check that all files can be written, before the search starts.
@@ -187,29 +146,29 @@ class _Files:
         if self.plot is not None:
             check_picture_format("--plot", self.plot)
         outputs = {"--output": self.recipe, "--save": self.checkpoint, "--plot": self.plot}
-        check_outputs({**outputs, "--state": self.state_file}, force=True)
+        check_outputs({**outputs, "--state": self.state}, force=True)
         for option, path in outputs.items():
             check_outputs({option: path}, path is not None and self.can_replace(path, force))
 
     def can_replace(self, path: Path, force: bool) -> bool:
         """Whether a file may be replaced: with --force, or if an interruption of this search wrote it unchanged."""
-        if force or not path.is_file() or not self.state_file.is_file():
+        if force or not path.is_file() or not self.state.is_file():
             return force
         from repshift_cli.search.state import kept_outputs
 
-        written = kept_outputs(self.state_file).get(str(path.resolve()))
+        written = kept_outputs(self.state).get(str(path.resolve()))
         return written is not None and written == sha256_of(path)
 
     def keep(self, path: Path) -> None:
         """Record a written file in the state, so that a continued search may replace it."""
         from repshift_cli.search.state import keep_outputs
 
-        keep_outputs(self.state_file, {str(path.resolve()): sha256_of(path)})
+        keep_outputs(self.state, {str(path.resolve()): sha256_of(path)})
 
-    def written(self) -> dict[str, str | None]:
+    def outputs(self) -> dict[str, str | None]:
         """The names of the output files by kind."""
-        named = {"output": self.recipe, "checkpoint": self.checkpoint, "plot": self.plot}
-        return {kind: None if path is None else str(path) for kind, path in named.items()}
+        named = (self.recipe, self.checkpoint, self.plot)
+        return {kind: None if path is None else str(path) for kind, path in zip(_KINDS, named, strict=True)}
 
 
 def _finish(found: FinishedSearch, files: _Files, settings: Settings, screen: Progress, json: bool) -> None:
@@ -221,48 +180,35 @@ def _finish(found: FinishedSearch, files: _Files, settings: Settings, screen: Pr
     """
     from repshift_cli.cli import ui
 
-    _check_met(found, files, settings.force, screen)
+    result = found.result
+    if not result.met and not settings.force:
+        if result.interrupted:
+            screen.warn(
+                f"interrupted: the best schedule so far misses {result.target} ({result.target.kind}="
+                f"{result.nearest:.4g}), so nothing was written. {_continue(files)}"
+            )
+            raise Interrupted(INTERRUPTED)
+        screen.note(f"nothing was written; --force writes the nearest schedule, from the state in {files.state}")
+    result.check_met(settings.force, screen.warn)
     _write(found, files, settings, screen)
     # before printing, since a closed pipe must not leave the state of a finished search
-    if not found.result.interrupted:
-        files.state_file.unlink(missing_ok=True)
+    if not result.interrupted:
+        files.state.unlink(missing_ok=True)
     if json:
         ui.print_json(document(found, files))
     else:
         show_search(found)
-        for kind, name in files.written().items():
+        for kind, name in files.outputs().items():
             if name is not None:
                 ui.print_text(f"wrote   {name} ({_KINDS[kind]})")
-    if found.result.interrupted:
-        screen.warn(
-            f"interrupted: {files.recipe} is the best of {found.result.evaluations} schedules so far. "
-            f"{_continue(files)}"
-        )
+    if result.interrupted:
+        best = f"{files.recipe} is the best of {result.evaluations} schedules so far"
+        screen.warn(f"interrupted: {best}. {_continue(files)}")
         raise Interrupted(INTERRUPTED)
 
 
 def _continue(files: _Files) -> str:
-    return f"The state is kept in {files.state_file}; the same command continues the search"
-
-
-def _check_met(found: FinishedSearch, files: _Files, force: bool, screen: Progress) -> None:
-    result = found.result
-    if result.met:
-        if missed := found.missed_on_heldout():
-            screen.warn(missed)
-        return
-    nearest = f"{result.target.kind}={result.nearest:.4g}"
-    if force:
-        screen.warn(f"the target {result.target} is not met: the nearest is {nearest}")
-        return
-    if result.interrupted:
-        screen.warn(
-            f"interrupted: the best schedule so far misses {result.target} ({nearest}), so nothing was written. "
-            f"{_continue(files)}"
-        )
-        raise Interrupted(INTERRUPTED)
-    screen.note(f"nothing was written; --force writes the nearest schedule, from the state in {files.state_file}")
-    result.require_met()
+    return f"The state is kept in {files.state}; the same command continues the search"
 
 
 def _write(found: FinishedSearch, files: _Files, settings: Settings, screen: Progress) -> None:
@@ -309,7 +255,7 @@ def default_output(checkpoint: str, target: SearchTarget) -> Path:
 def document(found: FinishedSearch, files: _Files) -> dict[str, Any]:
     """The JSON document of the command."""
     return {
-        **files.written(),
+        **files.outputs(),
         "model": {"name": found.loaded.description.name, "family": found.family.name},
         **found.result.to_dict(),
         "target": str(found.result.target),

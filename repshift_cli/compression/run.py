@@ -18,7 +18,7 @@ from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.checks import check_parts
 from repshift_cli.reduction.compressed_model import attach
-from repshift_cli.search.job import FinishedSearch, SearchRequest, find, start_recipe, with_reducers
+from repshift_cli.search.job import FinishedSearch, SearchRequest, find, start_recipe
 from repshift_cli.search.target import SearchTarget
 from repshift_cli.utils.files import check_output
 from repshift_cli.utils.progress import Progress
@@ -119,12 +119,7 @@ def _compress_to_target(
     found = _search(dense, recipe, request, settings, amounts.calibration)
     if found.result.interrupted:
         raise KeyboardInterrupt
-    if not settings.force:
-        found.result.require_met()
-    elif not found.result.met:
-        dense.warn(f"the target {target} is not met: the nearest is {target.kind}={found.result.nearest:.4g}")
-    if missed := found.missed_on_heldout():
-        dense.warn(missed)
+    found.result.check_met(settings.force, dense.warn)
     job = CompressionJob(dense, found.recipe)
     where = settings.calibration
     apart = settings.data is not None and where is not None and not is_same_place(settings.data, where)
@@ -137,8 +132,7 @@ def _search(
 ) -> FinishedSearch:
     """Draw `count` pictures, say which they are, and search."""
     loaded = dense.loaded
-    request = with_reducers(recipe, request, loaded, dense.family)
-    start = start_recipe(recipe, request, loaded)
+    start, reducers = start_recipe(recipe, request, loaded, dense.family)
     check_parts(start)
     dense.check_name(start)
     inputs = _labelled(dense, settings, count)
@@ -150,6 +144,7 @@ def _search(
             start,
             request,
             inputs,
+            reducers=reducers,
             batch_size=Amounts.of(settings, loaded, dense.family).batch,
             seed=settings.seed,
             progress=dense.progress,

@@ -19,7 +19,7 @@ from repshift_cli.errors import UsageError
 from repshift_cli.measure.device import device_name
 from repshift_cli.planning.recipe import Budget, Part, Recipe
 from repshift_cli.reduction.checks import check_reducer
-from repshift_cli.reduction.families.base import Family, match
+from repshift_cli.reduction.families.base import Family
 from repshift_cli.reduction.reducers.base import Merger, build_reducer
 from repshift_cli.search.plot import MARKS, Chart
 from repshift_cli.search.result import MeasuredSchedule, SearchResult, SearchSettings
@@ -27,7 +27,7 @@ from repshift_cli.search.search import search
 from repshift_cli.search.target import SearchTarget
 from repshift_cli.utils.progress import Progress
 
-__all__ = ["FinishedSearch", "SearchRequest", "find", "start_recipe", "with_reducers"]
+__all__ = ["FinishedSearch", "SearchRequest", "find", "start_recipe"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SearchRequest:
 
     Attributes:
         evaluations: number of schedules that the refinement may try.
-        reducers: kinds to try, starting with the first; empty for the one of the recipe, or see `with_reducers`.
+        reducers: kinds to try, starting with the first; empty for the one of the recipe, or see `start_recipe`.
         state: state file; None for none.
         seconds: time of each latency measurement; 0 measures none.
     """
@@ -73,15 +73,6 @@ class FinishedSearch:
         rest = batch.tensor[half:]
         identity = {**batch.identity, "count": len(rest), "part": "held back"}
         return ImageBatch(rest, identity, f"{len(rest)} held out of {batch.description}", batch.builtin)
-
-    def missed_on_heldout(self) -> str | None:
-        """A warning if the target is met on the selection inputs only; else None."""
-        if not self.result.met or self.result.held_back_met is not False:
-            return None
-        return (
-            f"the target {self.result.target} is met on the selection half, but missed on the held-out half; "
-            "use more images (--images) to reduce the sampling error"
-        )
 
     def provenance(self) -> dict[str, Any]:
         """The entry `search` of an artifact: the target, the data, the seed, and the measurements."""
@@ -125,38 +116,36 @@ class FinishedSearch:
         )
 
 
-def with_reducers(recipe: Recipe | None, request: SearchRequest, loaded: LoadedModel, family: Family) -> SearchRequest:
-    """The request with default reducers: merge then prune where the family can merge, else prune."""
-    if recipe is not None or request.reducers:
-        return request
-    merges = family.merge_refusal(loaded.model) is None
-    return replace(request, reducers=("merge", "prune") if merges else ("prune",))
+def start_recipe(
+    recipe: Recipe | None, request: SearchRequest, loaded: LoadedModel, family: Family
+) -> tuple[Recipe, tuple[Part, ...]]:
+    """The start recipe of a search, and the reducers to try; the recipe has the first of them.
 
-
-def start_recipe(recipe: Recipe | None, request: SearchRequest, loaded: LoadedModel) -> Recipe:
-    """The start recipe of a search, with the first reducer of the request.
-
-    Without a recipe the metric is `fitted`. It was the best one for the built-in classifiers, and for the built-in
-    video models where tokens are merged. Where video tokens are pruned, representation shift was better
+    Without a recipe and without reducers in the request, these are merge and prune where the family can merge, else
+    prune. Without a recipe the metric is `fitted`. It was the best one for the built-in classifiers, and for the
+    built-in video models where tokens are merged. Where video tokens are pruned, representation shift was better
     (docs/results.md).
 
     Raises:
         RecipeError: a reducer is unknown, or does not fit the model.
     """
-    family = match(loaded.model)
-    for kind in request.reducers:
-        check_reducer(build_reducer(Part(kind=kind)), family, loaded.model)
-    if recipe is not None and not request.reducers:
-        check_reducer(build_reducer(recipe.reducer, recipe.place), family, loaded.model, recipe.place)
-    target = request.target
+    kinds = request.reducers
+    if recipe is None and not kinds:
+        kinds = ("merge", "prune") if family.merge_refusal(loaded.model) is None else ("prune",)
+    reducers = tuple(Part(kind=kind) for kind in kinds)
+    for reducer in reducers:
+        check_reducer(build_reducer(reducer), family, loaded.model)
     if recipe is None:
+        target = request.target
         budget = Budget.model_validate({target.kind.replace("-", "_"): target.value})
-        merged = bool(request.reducers) and isinstance(build_reducer(Part(kind=request.reducers[0])), Merger)
-        metric = Part(kind="fitted" if merged or is_classifier(loaded.model) else "representation_shift")
-        recipe = Recipe(version=1, budget=budget, metric=metric)
-    if request.reducers and request.reducers[0] != recipe.reducer.kind:
-        recipe = recipe.model_copy(update={"reducer": Part(kind=request.reducers[0])})
-    return recipe
+        fitted = isinstance(build_reducer(reducers[0]), Merger) or is_classifier(loaded.model)
+        metric = Part(kind="fitted" if fitted else "representation_shift")
+        return Recipe(version=1, budget=budget, metric=metric, reducer=reducers[0]), reducers
+    if not reducers:
+        check_reducer(build_reducer(recipe.reducer, recipe.place), family, loaded.model, recipe.place)
+    elif reducers[0].kind != recipe.reducer.kind:
+        recipe = recipe.model_copy(update={"reducer": reducers[0]})
+    return recipe, reducers
 
 
 def find(
@@ -166,6 +155,7 @@ def find(
     request: SearchRequest,
     inputs: Labelled,
     *,
+    reducers: tuple[Part, ...],
     batch_size: int,
     seed: int,
     progress: Progress,
@@ -174,7 +164,7 @@ def find(
 
     Args:
         loaded: dense, on the device and in the dtype to search in.
-        start: as returned by `start_recipe`.
+        start, reducers: as returned by `start_recipe`.
 
     Raises:
         UsageError: the target needs labels, and there are none.
@@ -195,7 +185,7 @@ def find(
         batch_size=batch_size,
         seed=seed,
         evaluations=request.evaluations,
-        reducers=tuple(Part(kind=kind) for kind in request.reducers),
+        reducers=reducers,
         state=request.state,
         seconds=request.seconds,
     )

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from repshift_cli.search.candidates import Method
-from repshift_cli.search.cost_model import CostModel
+from repshift_cli.search.cost_model import CostModel, Method
 from repshift_cli.search.evaluator import Candidate, Evaluated
 from repshift_cli.search.target import SearchTarget
 

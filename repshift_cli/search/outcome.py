@@ -11,8 +11,7 @@ from repshift_cli.errors import CheckFailed, RecipeError
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import PAPER_DROP_RATIO, Part, Recipe, default_recipe
 from repshift_cli.reduction.checks import resolve_for
-from repshift_cli.search.candidates import Method, Planner, choose_metrics
-from repshift_cli.search.cost_model import CostModel
+from repshift_cli.search.cost_model import CostModel, Method, Planner, choose_metrics
 from repshift_cli.search.evaluator import Candidate, Evaluated, Evaluator
 from repshift_cli.search.latency_target import meet_latency
 from repshift_cli.search.result import MeasuredSchedule, SearchResult, SearchSettings
@@ -149,7 +148,6 @@ def make_result(state: SearchState, begin: float) -> SearchResult:
         given=given,
         paper_is_found=paper_is_found,
         held_back_decided=heldout_decided,
-        paper_calibrated=not state.interrupted,
         tried=tried,
         evaluations=len(tried),
         seconds=time.monotonic() - begin,

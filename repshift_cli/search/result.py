@@ -116,7 +116,7 @@ def pareto_front(
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The found schedule. If the target cannot be met, it is the nearest one, and `require_met` raises.
+    """The found schedule. If the target cannot be met, it is the nearest one, and `check_met` raises.
 
     Attributes:
         recipe, plan: the found schedule.
@@ -128,7 +128,6 @@ class SearchResult:
         given: the start recipe with its own layers, on the selection images; None if it has none or does not fit.
         paper_is_found: whether the paper's schedule is the result.
         held_back_decided: whether it is the result because it was better on the held-out images only.
-        paper_calibrated: whether metrics were chosen for the paper's schedule; False after an interruption.
         tried: all evaluated schedules, on the selection images, in order.
         evaluations: their number.
         seconds: time of this run; less than the whole if it resumed.
@@ -146,7 +145,6 @@ class SearchResult:
     given: MeasuredSchedule | None
     paper_is_found: bool
     held_back_decided: bool
-    paper_calibrated: bool
     tried: tuple[MeasuredSchedule, ...]
     evaluations: int
     seconds: float
@@ -154,18 +152,23 @@ class SearchResult:
     identity: Mapping[str, Any]
     seed: int
 
-    def require_met(self) -> None:
-        """Check the target.
+    def check_met(self, force: bool, warn: Callable[[str], None]) -> None:
+        """Warn if the target is missed, or if it is met on the selection images only.
 
         Raises:
-            CheckFailed: it is missed; the message gives the nearest value.
+            CheckFailed: it is missed, and `force` is off.
         """
-        if self.met:
-            return
-        raise CheckFailed(
-            f"the target {self.target} cannot be met: the nearest is {self.target.kind}={self.nearest:.4g}",
-            "Ask for that value, or allow other reducers and metrics.",
-        )
+        target, nearest = self.target, f"the nearest is {self.target.kind}={self.nearest:.4g}"
+        if not self.met and not force:
+            hint = "Ask for that value, or allow other reducers and metrics."
+            raise CheckFailed(f"the target {target} cannot be met: {nearest}", hint)
+        if not self.met:
+            warn(f"the target {target} is not met: {nearest}")
+        elif self.held_back_met is False:
+            warn(
+                f"the target {target} is met on the selection half, but missed on the held-out half; "
+                "use more images (--images) to reduce the sampling error"
+            )
 
     @property
     def held_back_met(self) -> bool | None:
@@ -189,8 +192,13 @@ class SearchResult:
 
     def to_dict(self) -> dict[str, Any]:
         unchanged = (
-            *("met", "paper_is_found", "held_back_decided", "held_back_met", "paper_calibrated", "evaluations"),
-            *("interrupted", "seed"),
+            "met",
+            "paper_is_found",
+            "held_back_decided",
+            "held_back_met",
+            "evaluations",
+            "interrupted",
+            "seed",
         )
         return {
             "target": asdict(self.target),
@@ -203,4 +211,6 @@ class SearchResult:
             "seconds": round(self.seconds, 1),
             "data": dict(self.identity),
             **{name: getattr(self, name) for name in unchanged},
+            "held_back_met": self.held_back_met,
+            "paper_calibrated": not self.interrupted,
         }

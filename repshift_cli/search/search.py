@@ -25,8 +25,7 @@ from repshift_cli.errors import CheckFailed, DataError, UsageError
 from repshift_cli.reduction.families.base import Family
 from repshift_cli.reduction.metrics.base import build_metric
 from repshift_cli.search.additive import Additive
-from repshift_cli.search.candidates import Method, choose_layer_metrics, choose_metrics
-from repshift_cli.search.cost_model import measure_cost_model
+from repshift_cli.search.cost_model import Method, choose_layer_metrics, choose_metrics, measure_cost_model
 from repshift_cli.search.evaluator import Candidate, Evaluated, Evaluator
 from repshift_cli.search.latency_target import corrected_by_latency, meet_latency
 from repshift_cli.search.outcome import SearchState, make_result, paper_at_best, paper_candidate

@@ -420,7 +420,7 @@ class TestInterrupted:
         self, cli: Command, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         best_so_far = SimpleNamespace(result=SimpleNamespace(interrupted=True))
-        monkeypatch.setattr("repshift_cli.compression.find", lambda *_, **__: best_so_far)
+        monkeypatch.setattr("repshift_cli.compression.run.find", lambda *_, **__: best_so_far)
         outcome = cli("compress", dense, "-t", "macs=0.7", "--calibration-images", "16", "-o", "s.safetensors")
         assert outcome.rc == 130
         assert "interrupted; nothing half-done was left behind" in outcome.stderr

@@ -190,8 +190,8 @@ class TestCost:
         assert result.nearest == result.found.macs > 0.3
         assert all("out of reach" in text for text in listener.warned) and listener.warned
         with pytest.raises(CheckFailed, match=f"{result.nearest:.4g}"):
-            result.require_met()
-        run("macs=0.65").require_met()
+            result.check_met(False, Silent().warn)
+        run("macs=0.65").check_met(False, Silent().warn)
 
     def test_progress_makes_the_announced_steps(self) -> None:
         listener = Counting()
@@ -288,7 +288,7 @@ class TestQuality:
         assert not result.met
         assert result.nearest <= 0.5
         with pytest.raises(CheckFailed):
-            result.require_met()
+            result.check_met(False, Silent().warn)
 
 
 class TestLatency:

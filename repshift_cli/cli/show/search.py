@@ -11,12 +11,7 @@ if TYPE_CHECKING:
     from repshift_cli.search.job import FinishedSearch
     from repshift_cli.search.result import MeasuredSchedule
 
-
-__all__ = [
-    "show_found",
-    "show_search",
-]
-
+__all__ = ["show_found", "show_search"]
 
 _FRONT_ROWS = 8
 
@@ -39,13 +34,8 @@ def show_found(found: FinishedSearch) -> None:
     from repshift_cli.cli import ui
 
     result, unit, on = found.result, found.loaded.description.preprocessing.unit, found.measured_on
-    named = {
-        "dense": result.dense,
-        "the paper's schedule": result.paper,
-        "found": result.found,
-        "found, dropped at random": result.random,
-    }
-    points = {name: point for name, point in named.items() if point is not None}
+    labels = {"paper": "the paper's schedule", "random": "found, dropped at random"}
+    points = {labels.get(name, name): point for name, point in result.points.items() if name != "given"}
     quality = ["unchanged", "KL"] if result.dense.agreement is not None else ["1 - cosine"]
     columns = ["", "MACs", "latency", *quality, *(["top-1 %"] if result.dense.top1 is not None else [])]
     title = f"Search for {result.target} (schedules tried: {result.evaluations}; {result.seconds:.0f} s)"
