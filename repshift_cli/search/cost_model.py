@@ -10,7 +10,7 @@ import numpy as np
 
 from repshift_cli.calibration.calibrate import unfitted
 from repshift_cli.errors import RecipeError, UsageError
-from repshift_cli.planning.layout import After, Layout
+from repshift_cli.planning.layout import Layout
 from repshift_cli.planning.plan import Plan, resolve
 from repshift_cli.planning.recipe import Part, Recipe
 from repshift_cli.reduction.checks import acts_after, resolve_for
@@ -36,9 +36,6 @@ _SITE_COST = 0.002
 """Cost of scoring and gathering at one site, as a fraction of a dense pass. A site that saves less is useless."""
 
 _BUDGET_TRIES = 8
-
-Limit = Callable[[int], int]
-"""How many of the arriving tokens a reducer can take at one site."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +80,6 @@ class Planner:
         """The multiple to which all token counts are rounded down. A feature map is cut by lines instead."""
         return 1 if self.layout.map_size is not None else self.start.round_tokens or 1
 
-    @property
-    def after(self) -> After:
-        """Where in a block the reducer acts."""
-        return acts_after(self.start.reducer)
-
     def candidate(self, kept: Kept, method: Method, name: str) -> Candidate | None:
         """The candidate of a schedule; None if it does not fit the model."""
         kept = on_tiles(kept, self.tokens, self.layout.prefix_tokens, self.multiple)
@@ -101,16 +93,14 @@ class Planner:
 
     def single_site(self, layer: int, kept: int, method: Method) -> Plan | None:
         """The plan that drops tokens at one layer only; None if it does not fit the model."""
-        return self._plan(self._step(layer, kept), self._all_layers, method)
+        return self._plan((kept,), [layer], method)
 
     def single_site_counts(self, layer: int, kept: int) -> Plan | None:
         """As `single_site` for MACs: without the limit of a reducer, which several sites can exceed together."""
         prune = Part(kind="prune")
         try:
-            recipe = to_recipe(
-                self._step(layer, kept), self.layout, self._all_layers, metrics=self.open_metrics, reducer=prune
-            )
-            return resolve(recipe, self.layout, self.after)
+            recipe = to_recipe((kept,), self.layout, [layer], metrics=self.open_metrics, reducer=prune)
+            return resolve(recipe, self.layout, acts_after(self.start.reducer))
         except UsageError:
             return None
 
@@ -121,13 +111,6 @@ class Planner:
             middle = (low + high) // 2
             low, high = (middle + 1, high) if self.single_site_counts(layer, middle) is None else (low, middle)
         return low
-
-    @property
-    def _all_layers(self) -> list[int]:
-        return [site.layer for site in self.layout.sites]
-
-    def _step(self, layer: int, kept: int) -> Kept:
-        return tuple(kept if other >= layer else self.tokens for other in self._all_layers)
 
     def _plan(self, kept: Kept, layers: Sequence[int], method: Method) -> Plan | None:
         try:
@@ -187,20 +170,21 @@ class CostModel:
 
     Attributes:
         macs: the additive model of MACs, without the limit of a reducer.
-        limit: the limit of each reducer.
+        most_at_once: how many of the dense model's patch tokens a reducer, given as JSON, can take at one site.
         rate: saved time per saved MACs as a function of the kept tokens; None if the target is not a latency.
         factor: correction of the predicted savings in time by measured latencies.
     """
 
     planner: Planner
     macs: Additive
-    limit: Callable[[Part], Limit]
+    most_at_once: Callable[[str], int]
     rate: Callable[[int], float] | None
     factor: float = 1.0
 
     def by_macs(self, reducer: Part) -> Additive:
         """The additive model of MACs, within the limit of a reducer."""
-        return replace(self.macs, most=self.limit(reducer))
+        most = self.most_at_once(reducer.model_dump_json())
+        return replace(self.macs, most=lambda arriving: max(1, arriving * most // self.planner.tokens))
 
     def by_target(self, reducer: Part) -> Additive:
         """The additive model of what the target limits: latency, or else MACs."""
@@ -315,8 +299,8 @@ def _measure_rate(planner: Planner, method: Method) -> Callable[[int], float] | 
     return lambda kept: float(np.interp(kept, counts, values))
 
 
-def _limits(planner: Planner, method: Method) -> Callable[[Part], Limit]:
-    """The limit of each reducer, found by bisection and cached."""
+def _limits(planner: Planner, method: Method) -> Callable[[str], int]:
+    """`CostModel.most_at_once`, found by bisection and cached."""
 
     @cache
     def most_at_once(reducer: str) -> int:
@@ -328,8 +312,4 @@ def _limits(planner: Planner, method: Method) -> Callable[[Part], Limit]:
             low, high = (middle, high) if any(plan is not None for plan in plans) else (low, middle - 1)
         return low
 
-    def limit(reducer: Part) -> Limit:
-        most = most_at_once(reducer.model_dump_json())
-        return lambda arriving: max(1, arriving * most // planner.tokens)
-
-    return limit
+    return most_at_once

@@ -133,11 +133,6 @@ class Evaluator:
         labels = None if self.labels is None else self.labels[start:stop]
         return ImageSubset(self.images[start:stop], predictions(self.model, self.outputs[start:stop]), labels)
 
-    @property
-    def has_head(self) -> bool:
-        """Whether the model makes predictions that can be compared."""
-        return self.subsets["selection"].dense.are_logits
-
     @cached_property
     def dense_macs(self) -> int:
         """MACs of the dense model for one image."""

@@ -24,7 +24,7 @@ __all__ = ["SearchState", "make_result", "paper_at_best", "paper_candidate"]
 
 @dataclass
 class SearchState:
-    """What a search knows so far. After an interruption it is enough for a result.
+    """The state of a running search. After an interruption the result is made from it.
 
     Attributes:
         method: the metrics and the reducer of the last step.

@@ -59,10 +59,6 @@ class Front:
         fitting = order[fits[order]]
         return self._solution(fitting[0]) if len(fitting) else None
 
-    def cheapest(self) -> Solution:
-        """The schedule that saves most."""
-        return self._solution(self.saved.argmax())
-
     def pareto(self) -> list[Solution]:
         """The Pareto front of cost and damage, the most expensive first."""
         chosen: list[np.intp] = []

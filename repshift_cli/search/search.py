@@ -73,7 +73,7 @@ def search(model: nn.Module, family: Family, settings: SearchSettings, progress:
     with ExitStack() as stack:
         stack.callback(family.adapt(model))  # the dense model is compared under the same conditions as a reduced one
         evaluator = Evaluator(model, family, settings, progress)
-        if not evaluator.has_head and settings.target.kind in ("agreement", "max-drop"):
+        if not evaluator.subsets["selection"].dense.are_logits and settings.target.kind in ("agreement", "max-drop"):
             raise UsageError(f"the model has no head, so {settings.target.kind} is undefined", "Ask for macs=0.65.")
         planner, method = choose_layer_metrics(settings.start, evaluator)
         costs = measure_cost_model(planner, method, latency=settings.target.kind == "latency")
@@ -139,7 +139,7 @@ def _start_at_quality(state: SearchState) -> None:
         solution = front.best(budget)
         return None if solution is None else costs.on_budget(solution.kept, budget, state.method, "additive model")
 
-    _find_lowest_budget(state, at, front.cheapest().cost, 1.0, label="first schedules", rounds=_START_ROUNDS)
+    _find_lowest_budget(state, at, front.pareto()[-1].cost, 1.0, label="first schedules", rounds=_START_ROUNDS)
     if state.best is None:
         mildest = [one.kept for one in front.pareto()[:2] if min(one.kept) > 0]
         candidates = [state.planner.candidate(kept, state.method, "mildest") for kept in mildest]
