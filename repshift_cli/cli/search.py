@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -195,7 +195,7 @@ def _finish(found: FinishedSearch, files: _Files, settings: Settings, screen: Pr
     if not result.interrupted:
         files.state.unlink(missing_ok=True)
     if json:
-        ui.print_json(document(found, files))
+        ui.print_json({**files.outputs(), **found.to_dict()})
     else:
         show_search(found)
         for kind, name in files.outputs().items():
@@ -250,18 +250,3 @@ def default_output(checkpoint: str, target: SearchTarget) -> Path:
     """`<name>_macs0.65.yaml` in the current folder."""
     name = checkpoint.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:")
     return Path(f"{weight_stem(name)}_{target.kind}{target.value:g}.yaml")
-
-
-def document(found: FinishedSearch, files: _Files) -> dict[str, Any]:
-    """The JSON document of the command."""
-    return {
-        **files.outputs(),
-        "model": {"name": found.loaded.description.name, "family": found.family.name},
-        **found.result.to_dict(),
-        "target": str(found.result.target),
-        "recipe": found.recipe.text,
-        "reducer": found.result.plan.reducer.kind,
-        "labelled": found.inputs.labels is not None,
-        "description": found.inputs.batch.description,
-        "measured_on": dict(found.measured_on),
-    }

@@ -29,6 +29,12 @@ from repshift_cli.utils.progress import Progress
 
 __all__ = ["FinishedSearch", "SearchRequest", "find", "start_recipe"]
 
+_PROVENANCE = (
+    *("target", "met", "nearest", "points", "paper_is_found", "held_back_decided", "held_back_met", "evaluations"),
+    *("interrupted", "data", "seed", "labelled", "measured_on"),
+)
+"""The keys of `FinishedSearch.to_dict` that an artifact keeps."""
+
 
 @dataclass(frozen=True)
 class SearchRequest:
@@ -74,19 +80,22 @@ class FinishedSearch:
         identity = {**batch.identity, "count": len(rest), "part": "held back"}
         return ImageBatch(rest, identity, f"{len(rest)} held out of {batch.description}", batch.builtin)
 
-    def provenance(self) -> dict[str, Any]:
-        """The entry `search` of an artifact: the target, the data, the seed, and the measurements."""
-        result = self.result.to_dict()
-        kept = (
-            *("met", "nearest", "points", "paper_is_found", "held_back_decided", "held_back_met", "evaluations"),
-            *("interrupted", "data", "seed"),
-        )
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document of the search."""
         return {
-            "target": str(self.result.target),
-            **{key: result[key] for key in kept},
+            "model": {"name": self.loaded.description.name, "family": self.family.name},
+            **self.result.to_dict(),
+            "recipe": self.recipe.text,
+            "reducer": self.result.plan.reducer.kind,
             "labelled": self.inputs.labels is not None,
+            "description": self.inputs.batch.description,
             "measured_on": dict(self.measured_on),
         }
+
+    def provenance(self) -> dict[str, Any]:
+        """The entry `search` of an artifact."""
+        document = self.to_dict()
+        return {key: document[key] for key in _PROVENANCE}
 
     def chart(self) -> Chart:
         """Quality against cost: named schedules on the held-out inputs, all others on the selection inputs."""

@@ -201,7 +201,7 @@ class SearchResult:
             "seed",
         )
         return {
-            "target": asdict(self.target),
+            "target": str(self.target),
             "nearest": round(self.nearest, 6),
             "recipe": self.recipe.to_yaml(),
             "plan": self.plan.summary(),

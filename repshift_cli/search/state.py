@@ -48,10 +48,10 @@ _FORMS: dict[str, TypeAdapter[Any]] = {
 
 
 class EvaluationCache:
-    """Results of evaluations by key, written to a file if there is one."""
+    """Results of evaluations by key, written to the state file of the settings if they name one."""
 
     def __init__(self, model: nn.Module, settings: SearchSettings) -> None:
-        """Load the state file of the settings, if it exists.
+        """Load the state file, if it exists.
 
         Raises:
             UsageError: the file is not the state of this search.
@@ -71,17 +71,16 @@ class EvaluationCache:
             compute: called with the index of a key; returns a value that JSON can hold.
             task: advances by the number of keys.
         """
-        first = {key: index for index, key in reversed(list(enumerate(keys))) if key not in self._known}
-        found: dict[str, Any] = {}
+        added: dict[str, Any] = {}
         try:
-            task.advance(len(keys) - len(first))
-            for index in sorted(first.values()):
-                found[keys[index]] = compute(index)
+            for index, key in enumerate(keys):
+                if key not in self._known and key not in added:
+                    added[key] = compute(index)
                 task.advance()
         finally:
             # through JSON, so that a resumed search uses exactly the same values
-            self._known |= json.loads(json.dumps(found))
-            if found and self._path is not None:
+            self._known |= json.loads(json.dumps(added))
+            if added and self._path is not None:
                 _write(self._path, {**self._identity, _OUTPUTS: self._outputs, "known": self._known})
         return [self._known[key] for key in keys]
 
