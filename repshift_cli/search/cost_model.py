@@ -15,6 +15,7 @@ from repshift_cli.planning.plan import Plan, resolve
 from repshift_cli.planning.recipe import Part, Recipe
 from repshift_cli.reduction.checks import acts_after, resolve_for
 from repshift_cli.reduction.metrics.base import build_metric
+from repshift_cli.reduction.reducers.base import Merger, build_reducer
 from repshift_cli.search.additive import Additive, Curve, Kept
 from repshift_cli.search.evaluator import Candidate, Evaluator
 from repshift_cli.search.schedule import Front, fit, on_tiles, solve, to_recipe
@@ -170,21 +171,20 @@ class CostModel:
 
     Attributes:
         macs: the additive model of MACs, without the limit of a reducer.
-        most_at_once: how many of the dense model's patch tokens a reducer, given as JSON, can take at one site.
         rate: saved time per saved MACs as a function of the kept tokens; None if the target is not a latency.
         factor: correction of the predicted savings in time by measured latencies.
     """
 
     planner: Planner
     macs: Additive
-    most_at_once: Callable[[str], int]
     rate: Callable[[int], float] | None
     factor: float = 1.0
 
     def by_macs(self, reducer: Part) -> Additive:
         """The additive model of MACs, within the limit of a reducer."""
-        most = self.most_at_once(reducer.model_dump_json())
-        return replace(self.macs, most=lambda arriving: max(1, arriving * most // self.planner.tokens))
+        built, tokens = build_reducer(reducer), self.planner.tokens
+        most = built.most(tokens) if isinstance(built, Merger) else tokens - 1
+        return replace(self.macs, most=lambda arriving: max(1, arriving * most // tokens))
 
     def by_target(self, reducer: Part) -> Additive:
         """The additive model of what the target limits: latency, or else MACs."""
@@ -240,8 +240,7 @@ def measure_cost_model(planner: Planner, method: Method, *, latency: bool) -> Co
         gain=_macs_gain(planner),
         harm=lambda site, kept: curves[site](kept),
     )
-    rate = _measure_rate(planner, method) if latency else None
-    return CostModel(planner, macs, _limits(planner, method), rate)
+    return CostModel(planner, macs, _measure_rate(planner, method) if latency else None)
 
 
 def _measure_curves(planner: Planner, method: Method) -> list[Curve]:
@@ -290,26 +289,9 @@ def _measure_rate(planner: Planner, method: Method) -> Callable[[int], float] | 
         plan = planner.single_site(planner.layers[0], count, method)
         saved = 0.0 if plan is None else 1.0 - planner.evaluator.macs(plan)
         if plan is not None and saved > 0:  # a costly metric may take more than a few tokens save
-            rates.append(
-                (count, min(max((1.0 - planner.evaluator.cached_latency(plan)) / saved, _LEAST_RATE), _LARGEST_RATE))
-            )
+            rate = (1.0 - planner.evaluator.cached_latency(plan)) / saved
+            rates.append((count, min(max(rate, _LEAST_RATE), _LARGEST_RATE)))
     if not rates:
         return None
     counts, values = zip(*sorted(rates), strict=True)
     return lambda kept: float(np.interp(kept, counts, values))
-
-
-def _limits(planner: Planner, method: Method) -> Callable[[str], int]:
-    """`CostModel.most_at_once`, found by bisection and cached."""
-
-    @cache
-    def most_at_once(reducer: str) -> int:
-        tried = replace(method, reducer=Part.model_validate_json(reducer))
-        low, high = 1, planner.tokens - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            plans = (planner.single_site(layer, planner.tokens - middle, tried) for layer in planner.layers)
-            low, high = (middle, high) if any(plan is not None for plan in plans) else (low, middle - 1)
-        return low
-
-    return most_at_once

@@ -38,13 +38,10 @@ _PROVENANCE = (
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """What to search for, as a user asks for it.
+    """The options of a search; see `SearchSettings`.
 
     Attributes:
-        evaluations: number of schedules that the refinement may try.
         reducers: kinds to try, starting with the first; empty for the one of the recipe, or see `start_recipe`.
-        state: state file; None for none.
-        seconds: time of each latency measurement; 0 measures none.
     """
 
     target: SearchTarget

@@ -26,15 +26,13 @@ class SearchSettings:
     """What to search for, and on which images.
 
     Attributes:
-        target: the limit to meet.
         images: `[n, C, H, W]` (clips: `[n, T, C, H, W]`), preprocessed; at least 16. Schedules are selected on the
             first half. The second half is held out.
         identity: description of the images, for the record.
         start: recipe that gives the metric, the reducer and the model. Its layers are only compared with.
         labels: int64 `[n]`; None if there are none.
         evaluations: number of schedules that the refinement may try.
-        reducers: reducers to try.
-        state: file that keeps the evaluations, so that the search can continue; None for none.
+        state: file that keeps the evaluations, so that the search can continue.
         seconds: time of each latency measurement; 0 measures none.
     """
 
@@ -191,15 +189,6 @@ class SearchResult:
         return pareto_front(self.tried, lambda one: -one.distance)
 
     def to_dict(self) -> dict[str, Any]:
-        unchanged = (
-            "met",
-            "paper_is_found",
-            "held_back_decided",
-            "held_back_met",
-            "evaluations",
-            "interrupted",
-            "seed",
-        )
         return {
             "target": str(self.target),
             "nearest": round(self.nearest, 6),
@@ -210,7 +199,12 @@ class SearchResult:
             "front": [point.to_dict() for point in self.front],
             "seconds": round(self.seconds, 1),
             "data": dict(self.identity),
-            **{name: getattr(self, name) for name in unchanged},
+            "met": self.met,
+            "paper_is_found": self.paper_is_found,
+            "held_back_decided": self.held_back_decided,
             "held_back_met": self.held_back_met,
             "paper_calibrated": not self.interrupted,
+            "evaluations": self.evaluations,
+            "interrupted": self.interrupted,
+            "seed": self.seed,
         }
