@@ -35,7 +35,7 @@ from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.families.base import match
 from repshift_cli.search.result import SearchResult, SearchSettings
 from repshift_cli.search.search import search
-from repshift_cli.search.target import Target
+from repshift_cli.search.target import SearchTarget
 from repshift_cli.utils.progress import Silent
 
 IMAGES = 256
@@ -70,8 +70,8 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def start(target: Target, metric: str) -> Recipe:
-    """Start of a search."""
+def start(target: SearchTarget, metric: str) -> Recipe:
+    """Where a search begins."""
     budget = Budget.model_validate({target.kind: target.value})
     return Recipe(
         version=1, metric=ComponentSpec(kind=metric), reducer=ComponentSpec(kind=METRICS[metric]), budget=budget
@@ -88,10 +88,10 @@ def quality(options: argparse.Namespace) -> list[str]:
                 for seed, scenes in zip(options.seeds, sets, strict=True):
                     images = load_inputs(None, IMAGES, model.description.preprocessing, seed)
                     settings = SearchSettings(
-                        target=Target("macs", ratio),
+                        target=SearchTarget("macs", ratio),
                         images=images.tensor,
                         identity=images.identity,
-                        start=start(Target("macs", ratio), metric),
+                        start=start(SearchTarget("macs", ratio), metric),
                         batch_size=32,
                         seed=seed,
                         seconds=0.0,
@@ -155,10 +155,10 @@ def latencies(options: argparse.Namespace) -> list[str]:
     rows = []
     for value in options.latency:
         settings = SearchSettings(
-            target=Target("latency", value),
+            target=SearchTarget("latency", value),
             images=images,
             identity={"where": "noise"},
-            start=start(Target("latency", value), "fitted"),
+            start=start(SearchTarget("latency", value), "fitted"),
             batch_size=options.batch,
             reducers=(ComponentSpec(kind="prune"),),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,8 +18,8 @@ from repshift_cli.utils.files import check_outputs, default_output, sha256_of, w
 
 if TYPE_CHECKING:
     from repshift_cli.compression.settings import Settings
-    from repshift_cli.search.job import Found
-    from repshift_cli.search.target import Target
+    from repshift_cli.search.job import FinishedSearch
+    from repshift_cli.search.target import SearchTarget
     from repshift_cli.utils.progress import Progress
 
 
@@ -72,9 +72,8 @@ def command(
         ),
     ] = None,
     evaluations: Annotated[
-        int | None,
-        typer.Option("--evaluations", min=1, metavar="N", help="Number of schedules to try.", show_default=False),
-    ] = None,
+        int, typer.Option("--evaluations", min=1, metavar="N", help="Number of schedules to try.")
+    ] = 40,
     reducer: Annotated[
         list[str] | None,
         typer.Option(
@@ -123,7 +122,8 @@ def command(
     with rank_zero_errors():
         refuse_torchrun("repshift search")
     goal = _target(target, recipe)
-    files = _Files(output or default_output(checkpoint, f"_{goal.kind}{goal.value:g}.yaml"), save, plot, state)
+    output = output or default_output(checkpoint, f"_{goal.kind}{goal.value:g}.yaml")
+    files = _Files(output, save, plot, state or output.with_name(f"{output.name}.state.json"))
     files.check(force)
 
     from repshift_cli.cli import ui
@@ -132,7 +132,7 @@ def command(
     from repshift_cli.measure.device import num_threads as using_threads
     from repshift_cli.search.job import SearchRequest
 
-    request = SearchRequest(goal, evaluations, tuple(reducer or ()), files.state_file, seconds)
+    request = SearchRequest(goal, evaluations, tuple(reducer or ()), files.state, seconds)
     settings = Settings(
         recipe=recipe,
         load=LoadOptions(model, heads, img_size, frames, checkpoint_frames),
@@ -152,7 +152,7 @@ def command(
             _finish(search_checkpoint(checkpoint, settings, request, screen), files, settings, screen, json)
     except KeyboardInterrupt:
         # before the first schedule; later interruptions return the best one
-        if not files.state_file.is_file():
+        if not files.state.is_file():
             raise
         ui.warn(f"interrupted. {_continue(files)}")
         raise Interrupted(INTERRUPTED) from None
@@ -160,17 +160,12 @@ def command(
 
 @dataclass(frozen=True)
 class _Files:
-    """The files that the command writes; `state` is None for the default name."""
+    """The files that the command writes."""
 
     recipe: Path
     checkpoint: Path | None
     plot: Path | None
-    state: Path | None
-
-    @property
-    def state_file(self) -> Path:
-        """The state file, by default named after the recipe."""
-        return self.state or self.recipe.with_name(f"{self.recipe.name}.state.json")
+    state: Path
 
     def check(self, force: bool) -> None:
         """Check that all files can be written, before the search starts.
@@ -181,32 +176,32 @@ class _Files:
         if self.plot is not None:
             check_figure_path("--plot", self.plot)
         outputs = {"--output": self.recipe, "--save": self.checkpoint, "--plot": self.plot}
-        check_outputs({**outputs, "--state": self.state_file}, force=True)
+        check_outputs({**outputs, "--state": self.state}, force=True)
         for option, path in outputs.items():
             check_outputs({option: path}, path is not None and self.can_replace(path, force))
 
     def can_replace(self, path: Path, force: bool) -> bool:
         """Whether a file may be replaced: with --force, or if an interruption of this search wrote it unchanged."""
-        if force or not path.is_file() or not self.state_file.is_file():
+        if force or not path.is_file() or not self.state.is_file():
             return force
         from repshift_cli.search.state import kept_outputs
 
-        written = kept_outputs(self.state_file).get(str(path.resolve()))
+        written = kept_outputs(self.state).get(str(path.resolve()))
         return written is not None and written == sha256_of(path)
 
     def keep(self, path: Path) -> None:
         """Record a written file in the state, so that a continued search may replace it."""
         from repshift_cli.search.state import keep_outputs
 
-        keep_outputs(self.state_file, {str(path.resolve()): sha256_of(path)})
+        keep_outputs(self.state, {str(path.resolve()): sha256_of(path)})
 
-    def written(self) -> dict[str, str | None]:
+    def outputs(self) -> dict[str, str | None]:
         """The names of the output files by kind."""
-        named = {"output": self.recipe, "checkpoint": self.checkpoint, "plot": self.plot}
-        return {kind: None if path is None else str(path) for kind, path in named.items()}
+        named = (self.recipe, self.checkpoint, self.plot)
+        return {kind: None if path is None else str(path) for kind, path in zip(_KINDS, named, strict=True)}
 
 
-def _finish(found: Found, files: _Files, settings: Settings, screen: Progress, json: bool) -> None:
+def _finish(found: FinishedSearch, files: _Files, settings: Settings, screen: Progress, json: bool) -> None:
     """Write all outputs and print the result.
 
     Raises:
@@ -215,51 +210,38 @@ def _finish(found: Found, files: _Files, settings: Settings, screen: Progress, j
     """
     from repshift_cli.cli import ui
 
-    _check_met(found, files, settings.force, screen)
+    result = found.result
+    if not result.met and not settings.force:
+        if result.interrupted:
+            screen.warn(
+                f"interrupted: the best schedule so far misses {result.target} ({result.target.kind}="
+                f"{result.nearest:.4g}), so nothing was written. {_continue(files)}"
+            )
+            raise Interrupted(INTERRUPTED)
+        screen.note(f"nothing was written; --force writes the nearest schedule, from the state in {files.state}")
+    result.check_met(settings.force, screen.warn)
     _write(found, files, settings, screen)
     # before printing, since a closed pipe must not leave the state of a finished search
-    if not found.result.interrupted:
-        files.state_file.unlink(missing_ok=True)
+    if not result.interrupted:
+        files.state.unlink(missing_ok=True)
     if json:
-        ui.print_json(document(found, files))
+        ui.print_json({**files.outputs(), **found.to_dict()})
     else:
         show_search(found)
-        for kind, name in files.written().items():
+        for kind, name in files.outputs().items():
             if name is not None:
                 ui.print_text(f"wrote   {name} ({_KINDS[kind]})")
-    if found.result.interrupted:
-        screen.warn(
-            f"interrupted: {files.recipe} is the best of {found.result.evaluations} schedules so far. "
-            f"{_continue(files)}"
-        )
+    if result.interrupted:
+        best = f"{files.recipe} is the best of {result.evaluations} schedules so far"
+        screen.warn(f"interrupted: {best}. {_continue(files)}")
         raise Interrupted(INTERRUPTED)
 
 
 def _continue(files: _Files) -> str:
-    return f"The state is kept in {files.state_file}; the same command continues the search"
+    return f"The state is kept in {files.state}; the same command continues the search"
 
 
-def _check_met(found: Found, files: _Files, force: bool, screen: Progress) -> None:
-    result = found.result
-    if result.met:
-        if missed := found.missed_on_heldout():
-            screen.warn(missed)
-        return
-    nearest = f"{result.target.kind}={result.nearest:.4g}"
-    if force:
-        screen.warn(f"the target {result.target} is not met: the nearest is {nearest}")
-        return
-    if result.interrupted:
-        screen.warn(
-            f"interrupted: the best schedule so far misses {result.target} ({nearest}), so nothing was written. "
-            f"{_continue(files)}"
-        )
-        raise Interrupted(INTERRUPTED)
-    screen.note(f"nothing was written; --force writes the nearest schedule, from the state in {files.state_file}")
-    result.require_met()
-
-
-def _write(found: Found, files: _Files, settings: Settings, screen: Progress) -> None:
+def _write(found: FinishedSearch, files: _Files, settings: Settings, screen: Progress) -> None:
     from repshift_cli.compression.run import save_found
     from repshift_cli.search.plot import save
 
@@ -274,14 +256,14 @@ def _write(found: Found, files: _Files, settings: Settings, screen: Progress) ->
         files.keep(files.checkpoint)
 
 
-def _target(text: str | None, recipe: str | None) -> Target:
+def _target(text: str | None, recipe: str | None) -> SearchTarget:
     """The target of the command line, else the budget of the recipe.
 
     Raises:
         UsageError: there is none, or it is invalid.
     """
     from repshift_cli.planning.recipe import Recipe
-    from repshift_cli.search.target import Target
+    from repshift_cli.search.target import SearchTarget
 
     if text is None:
         budget = Recipe.load(recipe).budget if recipe is not None else None
@@ -291,19 +273,4 @@ def _target(text: str | None, recipe: str | None) -> Target:
             "no target is given",
             "Add --target macs=0.65, latency=0.6, agreement=0.99 or max-drop=0.5, or a recipe with a budget.",
         )
-    return Target.parse(text)
-
-
-def document(found: Found, files: _Files) -> dict[str, Any]:
-    """The JSON document of the command."""
-    return {
-        **files.written(),
-        "model": {"name": found.loaded.description.name, "family": found.family.name},
-        **found.result.to_dict(),
-        "target": str(found.result.target),
-        "recipe": found.recipe.text,
-        "reducer": found.result.plan.reducer.kind,
-        "labelled": found.inputs.labels is not None,
-        "description": found.inputs.description,
-        "measured_on": dict(found.measured_on),
-    }
+    return SearchTarget.parse(text)

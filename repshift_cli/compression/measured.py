@@ -23,7 +23,7 @@ from repshift_cli.measure.memory import parameter_bytes, peak_memory
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.compressed_model import CompressedModel
-from repshift_cli.search.job import Found
+from repshift_cli.search.job import FinishedSearch
 from repshift_cli.utils.progress import Progress
 
 __all__ = ["CompressReport", "Measured", "ModelCost", "check_counts", "check_outputs", "measure_models"]
@@ -114,7 +114,7 @@ class CompressReport:
     measured: Measured | None
     output: Path | None
     notes: tuple[str, ...]
-    found: Found | None = None
+    found: FinishedSearch | None = None
 
     def to_dict(self) -> dict[str, Any]:
         document: dict[str, Any] = {

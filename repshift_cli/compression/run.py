@@ -27,8 +27,8 @@ from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.checks import check_components
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.families.base import match
-from repshift_cli.search.job import Found, SearchRequest, find, start_recipe, with_reducers
-from repshift_cli.search.target import Target
+from repshift_cli.search.job import FinishedSearch, SearchRequest, find, start_recipe
+from repshift_cli.search.target import SearchTarget
 from repshift_cli.utils.files import check_output
 from repshift_cli.utils.progress import Progress
 
@@ -80,7 +80,7 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
     return _finish(job, plan, for_agreement, settings, calibration=calibration)
 
 
-def search_checkpoint(name: str, settings: Settings, request: SearchRequest, progress: Progress) -> Found:
+def search_checkpoint(name: str, settings: Settings, request: SearchRequest, progress: Progress) -> FinishedSearch:
     """Run the search of `repshift search`: the recipe gives metric and reducer, `data` the images.
 
     Args:
@@ -99,14 +99,14 @@ def search_checkpoint(name: str, settings: Settings, request: SearchRequest, pro
     return _search(loaded, recipe, request, settings, count, notes)
 
 
-def save_found(found: Found, settings: Settings, progress: Progress) -> CompressReport:
+def save_found(found: FinishedSearch, settings: Settings, progress: Progress) -> CompressReport:
     """Check, measure and write the compressed checkpoint of a finished search; errors as `compress_checkpoint`."""
     job = CompressionJob(found.loaded, found.recipe, Notes(progress))
     return _finish(job, job.default_plan(), found.heldout, settings, found=found)
 
 
 def _compress_to_target(
-    loaded: LoadedModel, recipe: Recipe | None, target: Target, settings: Settings, notes: Notes
+    loaded: LoadedModel, recipe: Recipe | None, target: SearchTarget, settings: Settings, notes: Notes
 ) -> CompressReport:
     """Search for the layers, then continue as with any recipe.
 
@@ -122,12 +122,7 @@ def _compress_to_target(
     found = _search(loaded, recipe, request, settings, amounts.calibration, notes)
     if found.result.interrupted:
         raise KeyboardInterrupt
-    if not settings.force:
-        found.result.require_met()
-    elif not found.result.met:
-        notes.warn(f"the target {target} is not met: the nearest is {target.kind}={found.result.nearest:.4g}")
-    if missed := found.missed_on_heldout():
-        notes.warn(missed)
+    found.result.check_met(settings.force, notes.warn)
     job = CompressionJob(loaded, found.recipe, notes)
     images = found.heldout
     if settings.data and settings.calibration and not is_same_place(settings.data, settings.calibration):
@@ -137,11 +132,10 @@ def _compress_to_target(
 
 def _search(  # noqa: PLR0917
     loaded: LoadedModel, recipe: Recipe | None, request: SearchRequest, settings: Settings, count: int, notes: Notes
-) -> Found:
+) -> FinishedSearch:
     """Search on `count` images."""
     family = match(loaded.model)
-    request = with_reducers(recipe, request, loaded, family)
-    start = start_recipe(recipe, request, loaded)
+    start, reducers = start_recipe(recipe, request, loaded, family)
     check_components(start)
     check_recipe_model(start, loaded.description)
     inputs = load_search_inputs(loaded, settings, count, notes)
@@ -153,6 +147,7 @@ def _search(  # noqa: PLR0917
             start,
             request,
             inputs,
+            reducers=reducers,
             batch_size=Amounts.of(settings, loaded).batch,
             seed=settings.seed,
             progress=notes.progress,
@@ -193,7 +188,7 @@ def _finish(
     settings: Settings,
     *,
     calibration: Calibration | None = None,
-    found: Found | None = None,
+    found: FinishedSearch | None = None,
 ) -> CompressReport:
     """Attach the plan, check and measure the compressed model, and write it."""
     loaded, sample = job.loaded, next(job.loaded.model.parameters())
@@ -226,7 +221,7 @@ def _report(
     compressed: CompressedModel,
     calibration: Calibration | None = None,
     measured: Measured | None = None,
-    found: Found | None = None,
+    found: FinishedSearch | None = None,
 ) -> CompressReport:
     return CompressReport(
         loaded=job.loaded,
@@ -243,8 +238,8 @@ def _report(
     )
 
 
-def _target(settings: Settings, recipe: Recipe | None) -> Target | None:
+def _target(settings: Settings, recipe: Recipe | None) -> SearchTarget | None:
     """The target of the user, else the budget of the recipe; None for a recipe with layers."""
     if settings.target is not None:
-        return Target.parse(settings.target)
-    return Target.parse(str(recipe.budget)) if recipe is not None and recipe.budget is not None else None
+        return SearchTarget.parse(settings.target)
+    return SearchTarget.parse(str(recipe.budget)) if recipe is not None and recipe.budget is not None else None

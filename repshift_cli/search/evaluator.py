@@ -1,4 +1,4 @@
-"""Measures plans: quality on parts of the images, multiply-accumulates and latency."""
+"""Evaluates plans on the model: quality on subsets of the images, MACs and latency."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from repshift_cli.reduction.families.base import Family
 from repshift_cli.search.additive import Kept
 from repshift_cli.search.result import SearchSettings
 from repshift_cli.search.state import EvaluationCache
-from repshift_cli.utils.progress import Progress, Task
+from repshift_cli.utils.progress import Progress, SilentTask, Task
 
-__all__ = ["Candidate", "Evaluated", "Evaluator", "Trials"]
+__all__ = ["Candidate", "Evaluated", "Evaluator"]
 
 # A ViT-S takes 35 ms per image on two slow cores. A search should end within 10 minutes, so within 15,000 images.
 METRIC_IMAGES = 64
@@ -55,7 +55,7 @@ _DECILES_APART = 2.05
 
 _DIGITS = 7
 _KEYS = {"sensitivity": "sense", "selection": "judge", "heldout": "held"}
-"""First word of the key in the state file, by part of the images."""
+"""First word of the key in the state file, by subset of the images."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class ImagePart:
+class ImageSubset:
     """Some of the images, with the outputs of the dense model."""
 
     images: Tensor
@@ -96,19 +96,28 @@ class ImagePart:
 
 
 class Evaluator:
-    """The dense model and the images. Every method is a pure function of its arguments, except `latency`."""
+    """The dense model, the images, and the cache of evaluations.
+
+    `quality`, `latency`, `choose_metrics` and `fit_metrics` run the model. The other methods use cached results.
+
+    Attributes:
+        tried: all candidates evaluated on the selection images by key, in order.
+    """
 
     def __init__(self, model: nn.Module, family: Family, settings: SearchSettings, progress: Progress) -> None:
-        """CandidateRunner the dense model on all images.
+        """Run the dense model on all images.
 
         Raises:
             CheckFailed: its outputs are not finite.
+            UsageError: the state file is not that of this search.
         """
         self.model = model
         self.family = family
+        self.progress = progress
         self.batch_size = settings.batch_size
         self.seconds = settings.seconds
         self.layout = family.layout(model)
+        self.tried: dict[str, Evaluated] = {}
         sample = next(model.parameters())
         self.images = settings.images.to(device=sample.device, dtype=sample.dtype)
         self.labels = None if settings.labels is None else settings.labels.to(sample.device)
@@ -117,29 +126,27 @@ class Evaluator:
         if not bool(self.outputs.isfinite().all()):
             raise CheckFailed("the dense model returns values that are not finite", "Search in float32.")
         half = len(self.images) // 2
-        self.parts = {
-            "metrics": self._part(0, min(half, METRIC_IMAGES)),
-            "sensitivity": self._part(0, min(half, SENSITIVITY_IMAGES)),
-            "selection": self._part(0, min(half, SELECTION_IMAGES) if settings.target.limits_cost else half),
-            "heldout": self._part(half, len(self.images)),
+        self.subsets = {
+            "metrics": self._subset(0, min(half, METRIC_IMAGES)),
+            "sensitivity": self._subset(0, min(half, SENSITIVITY_IMAGES)),
+            "selection": self._subset(0, min(half, SELECTION_IMAGES) if settings.target.limits_cost else half),
+            "heldout": self._subset(half, len(self.images)),
         }
+        self._cache = EvaluationCache(model, settings)
+        self._latencies: dict[str, float] = {}
+        self._measured_on = f"{device_name(sample.device)}, {torch.get_num_threads()} threads, batch {self.batch_size}"
 
-    def _part(self, start: int, stop: int) -> ImagePart:
+    def _subset(self, start: int, stop: int) -> ImageSubset:
         labels = None if self.labels is None else self.labels[start:stop]
-        return ImagePart(self.images[start:stop], reference_outputs(self.model, self.outputs[start:stop]), labels)
-
-    @property
-    def has_head(self) -> bool:
-        """Whether the model makes predictions that can be compared."""
-        return self.parts["selection"].dense.are_logits
+        return ImageSubset(self.images[start:stop], reference_outputs(self.model, self.outputs[start:stop]), labels)
 
     @cached_property
     def dense_macs(self) -> int:
-        """Multiply-accumulates of the dense model for one image."""
+        """MACs of the dense model for one image."""
         return self.family.macs(self.model, None)
 
     def macs(self, plan: Plan) -> float:
-        """Multiply-accumulates with metric and reducer, as a fraction of the dense model's.
+        """MACs with metric and reducer, as a fraction of the dense model's.
 
         Raises:
             RecipeError: the plan does not fit the model.
@@ -150,29 +157,29 @@ class Evaluator:
         finally:
             compressed.detach()
 
-    def quality(self, plan: Plan, part: str) -> dict[str, Any] | None:
-        """The quality of a plan on a part of the images; None if the plan does not fit or returns no finite values."""
-        chosen = self.parts[part]
+    def quality(self, plan: Plan, subset: str) -> dict[str, Any] | None:
+        """The quality of a plan on a subset of the images; None if the plan does not fit or a value is not finite."""
+        chosen = self.subsets[subset]
         try:
             compressed = attach(self.model, plan)
         except RecipeError:
             return None
         try:
-            outputs = run_batches(compressed, chosen.images, self.batch_size, NoTask())
+            outputs = run_batches(compressed, chosen.images, self.batch_size, SilentTask())
         finally:
             compressed.detach()
         return _compare(chosen, chosen.dense.of(outputs)) if bool(outputs.isfinite().all()) else None
 
-    def dense_quality(self, part: str) -> dict[str, Any]:
+    def dense_quality(self, subset: str) -> dict[str, Any]:
         """The quality of the dense model itself."""
-        values = _compare(self.parts[part], self.parts[part].dense.reference)
+        values = _compare(self.subsets[subset], self.subsets[subset].dense.reference)
         assert values is not None
         return {**values, "distance": 0.0, "kl": 0.0}
 
     def choose_metrics(self, plan: Plan) -> list[dict[str, Any]] | None:
-        """Choose the open fields of the metric of each site, in order; None if a site can feed no variant."""
-        part = self.parts["metrics"]
-        run = CandidateRunner(self.model, part.images, part.dense, self.batch_size, NoTask())
+        """Choose the open fields of the metric of each site, in order; None if a site can run no variant."""
+        subset = self.subsets["metrics"]
+        run = CandidateRunner(self.model, subset.images, subset.dense, self.batch_size, SilentTask())
         sites = {site.name: site for site in self.family.sites(self.model)}
         chosen: list[ComponentSpec] = []
         try:
@@ -180,25 +187,26 @@ class Evaluator:
                 variants = runnable(planned, sites[planned.site])
                 if len(variants) > 1:
                     so_far = plan.with_metrics([*chosen, planned.metric])
-                    chosen.append(choose_metric(run, so_far, variants, len(part.images)).chosen.spec())
+                    chosen.append(choose_metric(run, so_far, variants, len(subset.images)).chosen.spec())
                 else:
                     chosen.append(variants[0].spec())
         except RecipeError:
             return None
-        return [found.model_dump() for found in chosen]
+        return [metric.model_dump() for metric in chosen]
 
-    def fit_metrics(self, layers: Sequence[int], after: After, task: Task) -> dict[str, dict[str, Any]]:
-        """Fit the metric of each layer; by the number of the layer."""
-        found = fit_scores(self.model, layers, self.parts["metrics"].images, self.batch_size, 0, task, after=after)
-        return {str(layer): metric.spec().model_dump() for layer, metric in found.items()}
+    def fit_metrics(self, layers: Sequence[int], after: After) -> dict[int, ComponentSpec]:
+        """Fit the metric of each layer, or take the fitted ones from the cache."""
+        images = self.subsets["metrics"].images
 
-    @property
-    def measured_on(self) -> str:
-        """What a latency depends on besides the plan."""
-        device = next(self.model.parameters()).device
-        return f"{device_name(device)}, {torch.get_num_threads()} threads, batch {self.batch_size}"
+        def fit(_: int) -> dict[str, Any]:
+            fitted = fit_scores(self.model, layers, images, self.batch_size, 0, task, after=after)
+            return {str(layer): metric.spec().model_dump() for layer, metric in fitted.items()}
 
-    def latency(self, plan: Plan, progress: Progress, patient: bool = False) -> float:
+        with self.progress.task("fitting metrics", len(images)) as task:
+            fitted = self._cache.get(["fit"], fit, SilentTask())[0]
+        return {layer: ComponentSpec.model_validate(fitted[str(layer)]) for layer in layers}
+
+    def latency(self, plan: Plan, patient: bool = False) -> float:
         """Time of a batch as a fraction of the dense model's, both measured in turn.
 
         Args:
@@ -208,88 +216,58 @@ class Evaluator:
         compressed = attach(self.model, plan)
         try:
             subjects = [Subject("dense", compressed, compressed.dense), Subject("candidate", compressed)]
-            times = measure_latency(subjects, inputs, max_seconds=self.seconds, warmup=2, progress=progress)
-            found = compute_speedup(times["dense"], times["candidate"])
-            if patient and _relative_error(found, len(times["dense"].samples_s)) > _STANDARD_ERROR:
-                more = measure_latency(subjects, inputs, max_seconds=self.seconds, warmup=0, progress=progress)
+            times = measure_latency(subjects, inputs, max_seconds=self.seconds, warmup=2, progress=self.progress)
+            speedup = compute_speedup(times["dense"], times["candidate"])
+            if patient and _relative_error(speedup, len(times["dense"].samples_s)) > _STANDARD_ERROR:
+                more = measure_latency(subjects, inputs, max_seconds=self.seconds, warmup=0, progress=self.progress)
                 both = {name: Timing(times[name].samples_s + more[name].samples_s) for name in times}
-                found = compute_speedup(both["dense"], both["candidate"])
+                speedup = compute_speedup(both["dense"], both["candidate"])
         finally:
             compressed.detach()
-        return round(1.0 / found.ratio, 5)
-
-
-class Trials:
-    """Runs evaluations through the cache, and records the schedules that were tried.
-
-    Attributes:
-        tried: all evaluated candidates by key, in order.
-        latencies: measured latencies by the key of the candidate.
-    """
-
-    def __init__(self, evaluator: Evaluator, cache: EvaluationCache, progress: Progress) -> None:
-        self.evaluator = evaluator
-        self.progress = progress
-        self.tried: dict[str, Evaluated] = {}
-        self.latencies: dict[str, float] = {}
-        self._cache = cache
-        self._measured_on = evaluator.measured_on
-
-    def evaluate(self, candidates: Sequence[Candidate | None], task: Task | None = None) -> list[Evaluated]:
-        """Evaluate candidates on the selection images and record them; those that do not fit are left out."""
-        asked = list({one.key: one for one in candidates if one is not None}.values())
-        found = self.quality([one.plan for one in asked], "selection", task or NoTask())
-        results = [Evaluated(one, values) for one, values in zip(asked, found, strict=True) if values is not None]
-        for result in results:
-            self.tried.setdefault(result.candidate.key, result)
-        return results
-
-    def quality(self, plans: Sequence[Plan], part: str, task: Task) -> list[dict[str, Any] | None]:
-        """As `Evaluator.quality`, for several plans; they are not recorded."""
-        return self.cached(_KEYS[part], plans, lambda plan: self.evaluator.quality(plan, part), task)
-
-    def latency(self, plan: Plan, patient: bool = False) -> float:
-        """As `Evaluator.latency`."""
-        kind = f"latency {self._measured_on}:"
-        found = self.cached(kind, [plan], lambda plan: self.evaluator.latency(plan, self.progress, patient), NoTask())
-        self.latencies[_key(plan)] = found[0]
-        return self.latencies[_key(plan)]
-
-    def known_latency(self, plan: Plan) -> float | None:
-        """The latency of a plan if this run has measured it."""
-        return self.latencies.get(_key(plan))
+        return round(1.0 / speedup.ratio, 5)
 
     def cached(self, kind: str, plans: Sequence[Plan], evaluate: Callable[[Plan], Any], task: Task) -> list[Any]:
         """The results of an evaluation of plans, from the cache where it has them."""
         keys = [f"{kind} {_key(plan)}" for plan in plans]
         return self._cache.get(keys, lambda index: evaluate(plans[index]), task)
 
-    def fit_metrics(self, layers: Sequence[int], after: After) -> dict[int, ComponentSpec]:
-        """As `Evaluator.fit_metrics`."""
-        with self.progress.task("fitting scores", len(self.evaluator.parts["metrics"].images)) as task:
-            found = self._cache.get(["fit"], lambda _: self.evaluator.fit_metrics(layers, after, task), NoTask())[0]
-        return {layer: ComponentSpec.model_validate(found[str(layer)]) for layer in layers}
+    def cached_quality(self, plans: Sequence[Plan], subset: str, task: Task) -> list[dict[str, Any] | None]:
+        """As `quality`, for several plans."""
+        return self.cached(_KEYS[subset], plans, lambda plan: self.quality(plan, subset), task)
 
+    def cached_latency(self, plan: Plan, patient: bool = False) -> float:
+        """As `latency`; a cached value is used only if device, threads and batch size are the same."""
+        kind = f"latency {self._measured_on}:"
+        latency: float = self.cached(kind, [plan], lambda plan: self.latency(plan, patient), SilentTask())[0]
+        self._latencies[_key(plan)] = latency
+        return latency
 
-class NoTask:
-    """A task whose steps are not shown."""
+    def known_latency(self, plan: Plan) -> float | None:
+        """The latency of a plan if this run has measured it."""
+        return self._latencies.get(_key(plan))
 
-    def advance(self, steps: int = 1) -> None:
-        pass
+    def try_candidates(self, candidates: Sequence[Candidate | None], task: Task | None = None) -> list[Evaluated]:
+        """Evaluate candidates on the selection images and record them; those that do not fit are left out."""
+        asked = list({one.key: one for one in candidates if one is not None}.values())
+        values = self.cached_quality([one.plan for one in asked], "selection", task or SilentTask())
+        results = [Evaluated(one, found) for one, found in zip(asked, values, strict=True) if found is not None]
+        for result in results:
+            self.tried.setdefault(result.candidate.key, result)
+        return results
 
 
 def _key(plan: Plan) -> str:
     return sha256(plan.model_dump_json().encode()).hexdigest()[:20]
 
 
-def _relative_error(found: Speedup, rounds: int) -> float:
+def _relative_error(speedup: Speedup, rounds: int) -> float:
     """Relative standard error of a measured ratio, from the spread of the rounds."""
-    return (found.p90 - found.p10) / (_DECILES_APART * found.ratio * math.sqrt(rounds))
+    return (speedup.p90 - speedup.p10) / (_DECILES_APART * speedup.ratio * math.sqrt(rounds))
 
 
-def _compare(part: ImagePart, outputs: Tensor) -> dict[str, Any] | None:
+def _compare(subset: ImageSubset, outputs: Tensor) -> dict[str, Any] | None:
     """The quality of outputs, rounded so that the number of threads does not decide between two candidates."""
-    dense, head = part.dense.reference, part.dense.are_logits
+    dense, head = subset.dense.reference, subset.dense.are_logits
     mean_distance = _mean(distance(dense, outputs, head))
     if not math.isfinite(mean_distance):
         return None
@@ -300,9 +278,9 @@ def _compare(part: ImagePart, outputs: Tensor) -> dict[str, Any] | None:
     }
     same = agreement(dense, outputs) if head else None
     found["agreement"], found["agreement_error"] = (None, None) if same is None else (_mean(same), _error(same))
-    if part.labels is None or not head:
+    if subset.labels is None or not head:
         return found | {"top1": None, "lost": None, "lost_error": None}
-    correct, before = (100.0 * (logits.argmax(-1) == part.labels).float() for logits in (outputs, dense))
+    correct, before = (100.0 * (logits.argmax(-1) == subset.labels).float() for logits in (outputs, dense))
     return found | {"top1": _mean(correct), "lost": _mean(before - correct), "lost_error": _error(before - correct)}
 
 

@@ -12,43 +12,47 @@ import torch
 
 from repshift_cli.calibration.fit import is_classifier
 from repshift_cli.checkpoints.identify.names import is_model_name
+from repshift_cli.checkpoints.load import BUILTIN
 from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.data.inputs import ImageBatch
 from repshift_cli.errors import UsageError
 from repshift_cli.measure.device import device_name
 from repshift_cli.planning.recipe import Budget, ComponentSpec, Recipe
 from repshift_cli.reduction.checks import check_reducer
-from repshift_cli.reduction.families.base import Family, match
+from repshift_cli.reduction.families.base import Family
 from repshift_cli.reduction.reducers.base import Merger, build_reducer
-from repshift_cli.search.plot import Chart
-from repshift_cli.search.result import Point, SearchResult, SearchSettings
+from repshift_cli.search.plot import MARKS, Chart
+from repshift_cli.search.result import MeasuredSchedule, SearchResult, SearchSettings
 from repshift_cli.search.search import search
-from repshift_cli.search.target import Target
+from repshift_cli.search.target import SearchTarget
 from repshift_cli.utils.progress import Progress
 
-__all__ = ["Found", "SearchRequest", "find", "start_recipe", "with_reducers"]
+__all__ = ["FinishedSearch", "SearchRequest", "find", "start_recipe"]
+
+_PROVENANCE = (
+    *("target", "met", "nearest", "points", "paper_is_found", "held_back_decided", "held_back_met", "evaluations"),
+    *("interrupted", "data", "seed", "labelled", "measured_on"),
+)
+"""The keys of `FinishedSearch.to_dict` that an artifact keeps."""
 
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """What to search for, as a user asks for it.
+    """The options of a search; see `SearchSettings`.
 
     Attributes:
-        evaluations: number of schedules that the refinement tries; None for the default of `SearchSettings`.
-        reducers: kinds to try, starting with the first; empty for the one of the recipe, or see `with_reducers`.
-        state: state file; None for none.
-        seconds: time of each latency measurement; 0 measures none.
+        reducers: kinds to try, starting with the first; empty for the one of the recipe, or see `start_recipe`.
     """
 
-    target: Target
-    evaluations: int | None = None
+    target: SearchTarget
+    evaluations: int = 40
     reducers: tuple[str, ...] = ()
     state: Path | None = None
     seconds: float = 5.0
 
 
 @dataclass(frozen=True)
-class Found:
+class FinishedSearch:
     """A finished search with its inputs.
 
     Attributes:
@@ -73,28 +77,22 @@ class Found:
         identity = {**batch.identity, "count": len(rest), "part": "held back"}
         return ImageBatch(rest, identity, f"{len(rest)} held out of {batch.description}", batch.builtin)
 
-    def missed_on_heldout(self) -> str | None:
-        """A warning if the target is met on the selection inputs only; else None."""
-        if not self.result.met or self.result.held_back_met is not False:
-            return None
-        return (
-            f"the target {self.result.target} is met on the selection half, but missed on the held-out half; "
-            "use more images (--images) to reduce the sampling error"
-        )
-
-    def provenance(self) -> dict[str, Any]:
-        """The entry `search` of an artifact: the target, the data, the seed, and the measurements."""
-        result = self.result.to_dict()
-        kept = (
-            *("met", "nearest", "points", "paper_is_found", "held_back_decided", "held_back_met", "evaluations"),
-            *("interrupted", "data", "seed"),
-        )
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document of the search."""
         return {
-            "target": str(self.result.target),
-            **{key: result[key] for key in kept},
+            "model": {"name": self.loaded.description.name, "family": self.family.name},
+            **self.result.to_dict(),
+            "recipe": self.recipe.text,
+            "reducer": self.result.plan.reducer.kind,
             "labelled": self.inputs.labels is not None,
+            "description": self.inputs.description,
             "measured_on": dict(self.measured_on),
         }
+
+    def provenance(self) -> dict[str, Any]:
+        """The entry `search` of an artifact."""
+        document = self.to_dict()
+        return {key: document[key] for key in _PROVENANCE}
 
     def chart(self) -> Chart:
         """Quality against cost: named schedules on the held-out inputs, all others on the selection inputs."""
@@ -113,50 +111,47 @@ class Found:
             "agreement": ("quality", 100 * target.value),
             "max-drop": ("quality", (result.dense.top1 or 0.0) - target.value),
         }
-        named = {"dense": result.dense, "paper": result.paper, "found": result.found}
         return Chart(
             title=f"{self.loaded.description.name}, {target}, {self.inputs.description}\n"
             "named schedules on the held-out images",
             label=label,
             quality=quality,
-            named={name: point for name, point in named.items() if point is not None},
+            named={name: point for name, point in result.points.items() if name in MARKS},
             tried=result.tried,
             limit=limits[target.kind],
         )
 
 
-def with_reducers(recipe: Recipe | None, request: SearchRequest, loaded: LoadedModel, family: Family) -> SearchRequest:
-    """The request with default reducers: merge then prune where the family can merge, else prune."""
-    if recipe is not None or request.reducers:
-        return request
-    merges = family.merge_refusal(loaded.model) is None
-    return replace(request, reducers=("merge", "prune") if merges else ("prune",))
+def start_recipe(
+    recipe: Recipe | None, request: SearchRequest, loaded: LoadedModel, family: Family
+) -> tuple[Recipe, tuple[ComponentSpec, ...]]:
+    """The start recipe of a search, and the reducers to try; the recipe has the first of them.
 
-
-def start_recipe(recipe: Recipe | None, request: SearchRequest, loaded: LoadedModel) -> Recipe:
-    """The start recipe of a search, with the first reducer of the request.
-
-    Without a recipe the metric is `fitted`. It was the best one for the built-in classifiers, and for the built-in
-    video models where tokens are merged. Where video tokens are pruned, representation shift was better
+    Without a recipe and without reducers in the request, these are merge and prune where the family can merge, else
+    prune. Without a recipe the metric is `fitted`. It was the best one for the built-in classifiers, and for the
+    built-in video models where tokens are merged. Where video tokens are pruned, representation shift was better
     (docs/results.md).
 
     Raises:
         RecipeError: a reducer is unknown, or does not fit the model.
     """
-    family = match(loaded.model)
-    for kind in request.reducers:
-        check_reducer(build_reducer(ComponentSpec(kind=kind)), family, loaded.model)
-    if recipe is not None and not request.reducers:
-        check_reducer(build_reducer(recipe.reducer, recipe.place), family, loaded.model, recipe.place)
-    target = request.target
+    kinds = request.reducers
+    if recipe is None and not kinds:
+        kinds = ("merge", "prune") if family.merge_refusal(loaded.model) is None else ("prune",)
+    reducers = tuple(ComponentSpec(kind=kind) for kind in kinds)
+    for reducer in reducers:
+        check_reducer(build_reducer(reducer), family, loaded.model)
     if recipe is None:
+        target = request.target
         budget = Budget.model_validate({target.kind.replace("-", "_"): target.value})
-        merged = bool(request.reducers) and isinstance(build_reducer(ComponentSpec(kind=request.reducers[0])), Merger)
-        metric = ComponentSpec(kind="fitted" if merged or is_classifier(loaded.model) else "representation_shift")
-        recipe = Recipe(version=1, budget=budget, metric=metric)
-    if request.reducers and request.reducers[0] != recipe.reducer.kind:
-        recipe = recipe.model_copy(update={"reducer": ComponentSpec(kind=request.reducers[0])})
-    return recipe
+        fitted = isinstance(build_reducer(reducers[0]), Merger) or is_classifier(loaded.model)
+        metric = ComponentSpec(kind="fitted" if fitted else "representation_shift")
+        return Recipe(version=1, budget=budget, metric=metric, reducer=reducers[0]), reducers
+    if not reducers:
+        check_reducer(build_reducer(recipe.reducer, recipe.place), family, loaded.model, recipe.place)
+    elif reducers[0].kind != recipe.reducer.kind:
+        recipe = recipe.model_copy(update={"reducer": reducers[0]})
+    return recipe, reducers
 
 
 def find(
@@ -166,15 +161,16 @@ def find(
     request: SearchRequest,
     inputs: ImageBatch,
     *,
+    reducers: tuple[ComponentSpec, ...],
     batch_size: int,
     seed: int,
     progress: Progress,
-) -> Found:
+) -> FinishedSearch:
     """Run the search and describe its result.
 
     Args:
         loaded: dense, on the device and in the dtype to search in.
-        start: as returned by `start_recipe`.
+        start, reducers: as returned by `start_recipe`.
 
     Raises:
         UsageError: the target needs labels, and there are none.
@@ -194,12 +190,11 @@ def find(
         start=start,
         batch_size=batch_size,
         seed=seed,
-        reducers=tuple(ComponentSpec(kind=kind) for kind in request.reducers),
+        evaluations=request.evaluations,
+        reducers=reducers,
         state=request.state,
         seconds=request.seconds,
     )
-    if request.evaluations is not None:
-        settings = replace(settings, evaluations=request.evaluations)
     result = search(loaded.model, family, settings, progress)
     result = replace(result, recipe=_named(result.recipe, loaded))
     sample = next(loaded.model.parameters())
@@ -211,14 +206,14 @@ def find(
     }
     text = _comments(loaded, result, inputs, measured_on) + result.recipe.to_yaml()
     recipe = Recipe.parse(text, result.recipe.place.name)
-    return Found(loaded, family, recipe, result, inputs, measured_on)
+    return FinishedSearch(loaded, family, recipe, result, inputs, measured_on)
 
 
 def _named(recipe: Recipe, loaded: LoadedModel) -> Recipe:
     """The recipe restricted to this model if it holds fitted weights, which are useless for other models."""
     parts = [recipe.metric, *(drop.metric for drop in recipe.layers if drop.metric is not None)]
     name = loaded.description.name
-    known = is_model_name(name.partition(".")[0]) or loaded.is_builtin
+    known = is_model_name(name.partition(".")[0]) or f"builtin:{name}" in BUILTIN
     if recipe.model is not None or not known or not any(part.kind == "fitted" for part in parts):
         return recipe
     return Recipe.parse(recipe.model_copy(update={"model": name}).to_yaml(), recipe.place.name)
@@ -230,23 +225,22 @@ def _comments(loaded: LoadedModel, result: SearchResult, inputs: ImageBatch, mea
 
     state = "; interrupted, this is the best so far" if result.interrupted else ""
     state += "" if result.met else f"; NOT MET, nearest is {result.nearest:.4g}"
-    source = loaded.source.sha256
+    batch, source = inputs, loaded.source.sha256
     lines = [
         f"Found by repshift search {__version__} on {datetime.now(timezone.utc):%Y-%m-%d} for {result.target}{state}",
         f"model  {loaded.description.name}" + (f", sha256 of its file {source}" if source else ""),
-        f"data   {inputs.description}{', labelled' if inputs.labels is not None else ', labels not used'}",
-        f"       sha256 of names and sizes {inputs.identity['sha256']}",
+        f"data   {batch.description}{', labelled' if inputs.labels is not None else ', labels not used'}",
+        f"       sha256 of names and sizes {batch.identity['sha256']}",
         f"search seed {result.seed}, {result.evaluations} schedules tried, torch {torch.__version__}",
         f"on     {', '.join(f'{key} {value}' for key, value in measured_on.items())}",
         f"Measured on {result.found.images} held-out inputs; MACs and latency are fractions of dense:",
     ]
-    named = {"dense": result.dense, "paper": result.paper, "found": result.found, "random": result.random}
-    lines += [f"  {name:6} {_numbers(point)}" for name, point in named.items() if point is not None]
+    lines += [f"  {name:6} {_numbers(point)}" for name, point in result.points.items() if name != "given"]
     # the name of a folder may hold line breaks, or characters that YAML does not allow
     return "".join(f"# {''.join(letter if letter.isprintable() else '?' for letter in line)}\n" for line in lines)
 
 
-def _numbers(point: Point) -> str:
+def _numbers(point: MeasuredSchedule) -> str:
     values = [f"MACs {point.macs:.4f}"]
     if point.latency is not None:
         values.append(f"latency {point.latency:.3f}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,13 @@ from torch import Tensor
 from repshift_cli.errors import CheckFailed
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import ComponentSpec, Recipe
-from repshift_cli.search.target import QUALITY_SLACK, Target
+from repshift_cli.search.target import QUALITY_SLACK, SearchTarget
 from repshift_cli.utils.stats import percent_interval
 
-__all__ = ["Point", "SearchResult", "SearchSettings"]
+__all__ = ["MeasuredSchedule", "SearchResult", "SearchSettings", "pareto_front"]
+
+_POINTS = ("dense", "paper", "found", "random", "given")
+"""Names of the reported schedules, in the order of the report."""
 
 
 @dataclass(frozen=True)
@@ -23,19 +26,17 @@ class SearchSettings:
     """What to search for, and on which images.
 
     Attributes:
-        target: the limit to meet.
         images: `[n, C, H, W]` (clips: `[n, T, C, H, W]`), preprocessed; at least 16. Schedules are selected on the
             first half. The second half is held out.
         identity: description of the images, for the record.
         start: recipe that gives the metric, the reducer and the model. Its layers are only compared with.
         labels: int64 `[n]`; None if there are none.
         evaluations: number of schedules that the refinement may try.
-        reducers: reducers to try.
-        state: file that keeps the evaluations, so that the search can continue; None for none.
+        state: file that keeps the evaluations, so that the search can continue.
         seconds: time of each latency measurement; 0 measures none.
     """
 
-    target: Target
+    target: SearchTarget
     images: Tensor
     identity: Mapping[str, Any]
     start: Recipe
@@ -49,7 +50,7 @@ class SearchSettings:
 
 
 @dataclass(frozen=True)
-class Point:
+class MeasuredSchedule:
     """Cost and quality of one schedule.
 
     Attributes:
@@ -74,8 +75,10 @@ class Point:
     images: int
 
     @classmethod
-    def of(cls, name: str, plan: Plan | None, macs: float, latency: float | None, values: Mapping[str, Any]) -> Point:
-        """The point of a plan (None: the dense model) with its measured values."""
+    def of(
+        cls, name: str, plan: Plan | None, macs: float, latency: float | None, values: Mapping[str, Any]
+    ) -> MeasuredSchedule:
+        """A plan (None: the dense model) with its measured values."""
         tokens = () if plan is None else tuple((site.layer, site.tokens_out) for site in plan.sites)
         quality = {key: values[key] for key in ("distance", "kl", "agreement", "top1", "images")}
         return cls(name=name, tokens=tokens, macs=macs, latency=latency, **quality)
@@ -88,16 +91,30 @@ class Point:
     def to_dict(self) -> dict[str, Any]:
         return {
             **asdict(self),
-            "tokens": [list(pair) for pair in self.tokens],
             "macs": round(self.macs, 6),
             "latency": None if self.latency is None else round(self.latency, 4),
-            "top1_interval": None if self.top1_interval is None else list(self.top1_interval),
+            "top1_interval": self.top1_interval,
         }
+
+
+def pareto_front(
+    schedules: Sequence[MeasuredSchedule], quality: Callable[[MeasuredSchedule], float], cost: str = "macs"
+) -> list[MeasuredSchedule]:
+    """The Pareto front of quality and cost (`macs` or `latency`), the cheapest first.
+
+    Schedules without that cost are left out.
+    """
+    best: list[MeasuredSchedule] = []
+    measured = [one for one in schedules if getattr(one, cost) is not None]
+    for one in sorted(measured, key=lambda one: (getattr(one, cost), -quality(one))):
+        if not best or quality(one) > quality(best[-1]):
+            best.append(one)
+    return best
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The found schedule. If the target cannot be met, it is the nearest one, and `require_met` raises.
+    """The found schedule. If the target cannot be met, it is the nearest one, and `check_met` raises.
 
     Attributes:
         recipe, plan: the found schedule.
@@ -109,7 +126,6 @@ class SearchResult:
         given: the start recipe with its own layers, on the selection images; None if it has none or does not fit.
         paper_is_found: whether the paper's schedule is the result.
         held_back_decided: whether it is the result because it was better on the held-out images only.
-        paper_calibrated: whether metrics were chosen for the paper's schedule; False after an interruption.
         tried: all evaluated schedules, on the selection images, in order.
         evaluations: their number.
         seconds: time of this run; less than the whole if it resumed.
@@ -117,36 +133,40 @@ class SearchResult:
 
     recipe: Recipe
     plan: Plan
-    target: Target
+    target: SearchTarget
     met: bool
     nearest: float
-    dense: Point
-    paper: Point | None
-    found: Point
-    random: Point | None
-    given: Point | None
+    dense: MeasuredSchedule
+    paper: MeasuredSchedule | None
+    found: MeasuredSchedule
+    random: MeasuredSchedule | None
+    given: MeasuredSchedule | None
     paper_is_found: bool
     held_back_decided: bool
-    paper_calibrated: bool
-    tried: tuple[Point, ...]
+    tried: tuple[MeasuredSchedule, ...]
     evaluations: int
     seconds: float
     interrupted: bool
     identity: Mapping[str, Any]
     seed: int
 
-    def require_met(self) -> None:
-        """Check the target.
+    def check_met(self, force: bool, warn: Callable[[str], None]) -> None:
+        """Warn if the target is missed, or if it is met on the selection images only.
 
         Raises:
-            CheckFailed: it is missed; the message gives the nearest value.
+            CheckFailed: it is missed, and `force` is off.
         """
-        if self.met:
-            return
-        raise CheckFailed(
-            f"the target {self.target} cannot be met: the nearest is {self.target.kind}={self.nearest:.4g}",
-            "Ask for that value, or allow other reducers and metrics.",
-        )
+        target, nearest = self.target, f"the nearest is {self.target.kind}={self.nearest:.4g}"
+        if not self.met and not force:
+            hint = "Ask for that value, or allow other reducers and metrics."
+            raise CheckFailed(f"the target {target} cannot be met: {nearest}", hint)
+        if not self.met:
+            warn(f"the target {target} is not met: {nearest}")
+        elif self.held_back_met is False:
+            warn(
+                f"the target {target} is met on the selection half, but missed on the held-out half; "
+                "use more images (--images) to reduce the sampling error"
+            )
 
     @property
     def held_back_met(self) -> bool | None:
@@ -159,31 +179,32 @@ class SearchResult:
         return None
 
     @property
-    def front(self) -> tuple[Point, ...]:
-        """The Pareto front of cost and distance over all tried schedules, the cheapest first."""
-        kept: list[Point] = []
-        for point in sorted(self.tried, key=lambda point: (point.macs, point.distance)):
-            if not kept or point.distance < kept[-1].distance:
-                kept.append(point)
-        return tuple(kept)
+    def points(self) -> dict[str, MeasuredSchedule]:
+        """The schedules with a name that were evaluated, by name."""
+        return {name: one for name in _POINTS if (one := getattr(self, name)) is not None}
+
+    @property
+    def front(self) -> list[MeasuredSchedule]:
+        """The Pareto front of MACs and distance over all tried schedules, the cheapest first."""
+        return pareto_front(self.tried, lambda one: -one.distance)
 
     def to_dict(self) -> dict[str, Any]:
-        points: dict[str, Point | None] = {
-            name: getattr(self, name) for name in ("dense", "paper", "found", "random", "given")
-        }
-        unchanged = (
-            *("met", "paper_is_found", "held_back_decided", "held_back_met", "paper_calibrated", "evaluations"),
-            *("interrupted", "seed"),
-        )
         return {
-            "target": {"kind": self.target.kind, "value": self.target.value},
+            "target": str(self.target),
             "nearest": round(self.nearest, 6),
             "recipe": self.recipe.to_yaml(),
             "plan": self.plan.summary(),
-            "points": {name: point.to_dict() if point else None for name, point in points.items()},
+            "points": {**dict.fromkeys(_POINTS), **{name: point.to_dict() for name, point in self.points.items()}},
             "tried": [point.to_dict() for point in self.tried],
             "front": [point.to_dict() for point in self.front],
             "seconds": round(self.seconds, 1),
             "data": dict(self.identity),
-            **{name: getattr(self, name) for name in unchanged},
+            "met": self.met,
+            "paper_is_found": self.paper_is_found,
+            "held_back_decided": self.held_back_decided,
+            "held_back_met": self.held_back_met,
+            "paper_calibrated": not self.interrupted,
+            "evaluations": self.evaluations,
+            "interrupted": self.interrupted,
+            "seed": self.seed,
         }

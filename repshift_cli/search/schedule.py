@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +18,12 @@ from repshift_cli.search.additive import TINY, Additive, Kept, drops, levels
 __all__ = ["Front", "Solution", "fit", "layer_drops", "neighbours", "on_tiles", "paper_schedule", "solve", "to_recipe"]
 
 _Floats = npt.NDArray[np.float64]
+_Ints = npt.NDArray[np.int64]
+_State = tuple[int, int]
 
 _BINS = 400
 _HALVINGS = 40
 _MOST_STRETCH = 16.0
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Dynamic programming
 
 
 @dataclass(frozen=True)
@@ -37,65 +36,39 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """The best ways to one state, a level and a number of used sites: one way per bin of saved cost.
+class Front:
+    """Schedules with the least predicted damage for their cost.
 
     Attributes:
-        saved, damage: `[ways]`.
-        origin: `[ways, 3]`, level, used sites and way of the state before.
+        saved, damage: `[n]`; saved cost as a fraction of the dense cost.
+        kept: `[n, sites]`.
+        used: `[n]`, number of sites that drop tokens, where `solve` was asked to count them.
     """
 
     saved: _Floats
     damage: _Floats
-    origin: npt.NDArray[np.int64]
-
-
-_State = tuple[int, int]
-_Stage = dict[_State, _Row]
-
-
-class Front:
-    """The schedules with the least predicted damage, for every cost."""
-
-    def __init__(self, steps: Sequence[int], stages: Sequence[_Stage]) -> None:
-        self._levels = steps
-        self._stages = stages
+    kept: _Ints
+    used: _Ints
 
     def best(self, budget: float, max_sites: int | None = None) -> Solution | None:
         """The least harmful schedule within a budget and a number of sites; None if there is none."""
-        need = 1.0 - budget - TINY
-        ways = [way for way in self._ways() if way[1] >= need and (max_sites is None or way[2][1] <= max_sites)]
-        return self._solution(min(ways, key=lambda way: (way[0], -way[1], *way[2:]))) if ways else None
-
-    def cheapest(self) -> Solution:
-        """The schedule that saves most."""
-        return self._solution(max(self._ways(), key=lambda way: (way[1], way[2], -way[3])))
+        fits = self.saved >= 1.0 - budget - TINY
+        if max_sites is not None:
+            fits &= self.used <= max_sites
+        order = np.lexsort((-self.saved, self.damage))
+        fitting = order[fits[order]]
+        return self._solution(fitting[0]) if len(fitting) else None
 
     def pareto(self) -> list[Solution]:
         """The Pareto front of cost and damage, the most expensive first."""
-        found: list[_Way] = []
-        for way in sorted(self._ways(), key=lambda way: (-way[1], way[0])):
-            if not found or way[0] < found[-1][0]:
-                found.append(way)
-        return [self._solution(way) for way in reversed(found)]
+        chosen: list[np.intp] = []
+        for index in np.lexsort((self.damage, -self.saved)):
+            if not chosen or self.damage[index] < self.damage[chosen[-1]]:
+                chosen.append(index)
+        return [self._solution(index) for index in reversed(chosen)]
 
-    def _ways(self) -> Iterator[_Way]:
-        for state, row in self._stages[-1].items():
-            for way, (damage, saved) in enumerate(zip(row.damage.tolist(), row.saved.tolist(), strict=True)):
-                yield damage, saved, state, way
-
-    def _solution(self, end: _Way) -> Solution:
-        damage, saved, state, way = end
-        kept: list[int] = []
-        for stage in reversed(self._stages[1:]):
-            kept.append(self._levels[state[0]])
-            level, used, way = stage[state].origin[way].tolist()
-            state = (level, used)
-        return Solution(tuple(reversed(kept)), 1.0 - saved, damage)
-
-
-_Way = tuple[float, float, _State, int]
-"""A way to the last stage: damage, saved cost, state and the index of the way."""
+    def _solution(self, index: np.intp) -> Solution:
+        return Solution(tuple(self.kept[index].tolist()), 1.0 - float(self.saved[index]), float(self.damage[index]))
 
 
 def solve(
@@ -103,60 +76,59 @@ def solve(
 ) -> Front:
     """Find the best schedule for every cost by dynamic programming.
 
-    Of the ways to a state whose savings are in the same bin only the least harmful one is kept, with its exact savings.
-    So costs are exact, and the damage is minimal up to `width` of budget per site.
+    A state is a token count and the number of used sites. Of the schedules that lead to a state and whose savings are
+    in the same bin only the least harmful one is kept, with its exact savings. So costs are exact, and the damage is
+    minimal up to `width` of budget per site.
 
     Args:
         steps: the possible token counts, falling, all tokens first; None for `levels`.
         max_sites: the most sites that may drop tokens; `Front.best` can then be asked for any number up to it.
         width: of a bin, as a fraction of the dense cost; None for 1/400 of the largest saving.
     """
-    chosen = tuple(steps) if steps is not None else levels(model.tokens)
+    counts = tuple(steps) if steps is not None else levels(model.tokens)
     if width is None:
-        width = max(math.fsum(model.gain(site, chosen[-1]) for site in range(model.sites)) / _BINS, TINY)
-    stages: list[_Stage] = [{(0, 0): _Row(np.zeros(1), np.zeros(1), np.zeros((1, 3), dtype=np.int64))}]
+        width = max(math.fsum(model.gain(site, counts[-1]) for site in range(model.sites)) / _BINS, TINY)
+    nothing = Front(np.zeros(1), np.zeros(1), np.zeros((1, 0), dtype=np.int64), np.zeros(1, dtype=np.int64))
+    states = {(0, 0): nothing}
     for site in range(model.sites):
-        stages.append(_advance(model, chosen, site, stages[-1], width=width, max_sites=max_sites))
-    return Front(chosen, stages)
+        states = _advance(model, counts, site, states, max_sites)
+        states = {state: _least_harmful(front, width) for state, front in states.items()}
+    return _joined([states[state] for state in sorted(states)])
 
 
 def _advance(
-    model: Additive, steps: Sequence[int], site: int, before: _Stage, *, width: float, max_sites: int | None
-) -> _Stage:
-    """The states after a site."""
-    arriving: dict[_State, list[_Row]] = {}
-    for (level, used), row in before.items():
-        for after in range(level, len(steps)):
-            dropped = steps[level] - steps[after]
-            use = used if not dropped or max_sites is None else used + 1
-            if max_sites is not None and use > max_sites:
+    model: Additive, counts: Sequence[int], site: int, states: Mapping[_State, Front], max_sites: int | None
+) -> dict[_State, Front]:
+    """Extend all schedules by one site, in all possible ways."""
+    arriving: dict[_State, list[Front]] = {}
+    for (level, used), front in states.items():
+        for after in range(level, len(counts)):
+            dropped = counts[level] - counts[after]
+            now_used = used + 1 if dropped and max_sites is not None else used
+            if max_sites is not None and now_used > max_sites:
                 continue
-            if dropped and not model.least_drop <= dropped <= model.most(steps[level]):
+            if dropped and not model.least_drop <= dropped <= model.most(counts[level]):
                 continue
-            harm = model.step(site, steps[level], steps[after])
+            harm = model.step(site, counts[level], counts[after])
             if not math.isfinite(harm):
                 continue
-            saved = row.saved + (model.gain(site, steps[after]) - (model.site_cost if dropped else 0.0))
-            ways = np.arange(len(saved))
-            origin = np.stack([np.full_like(ways, level), np.full_like(ways, used), ways], axis=1)
-            arriving.setdefault((after, use), []).append(_Row(saved, row.damage + harm, origin))
-    return {state: _thin(rows, width) for state, rows in arriving.items()}
+            saved = front.saved + (model.gain(site, counts[after]) - (model.site_cost if dropped else 0.0))
+            kept = np.pad(front.kept, ((0, 0), (0, 1)), constant_values=counts[after])
+            extended = Front(saved, front.damage + harm, kept, np.full_like(front.used, now_used))
+            arriving.setdefault((after, now_used), []).append(extended)
+    return {state: _joined(fronts) for state, fronts in arriving.items()}
 
 
-def _thin(rows: Sequence[_Row], width: float) -> _Row:
-    """The least harmful way in each bin of saved cost."""
-    saved = np.concatenate([row.saved for row in rows])
-    damage = np.concatenate([row.damage for row in rows])
-    bins = np.floor(saved / width + TINY).astype(np.int64)
-    order = np.lexsort((-saved, damage, bins))
-    first = np.ones(len(order), dtype=bool)
-    first[1:] = bins[order][1:] != bins[order][:-1]
-    stay = order[first]
-    return _Row(saved[stay], damage[stay], np.concatenate([row.origin for row in rows])[stay])
+def _joined(fronts: Sequence[Front]) -> Front:
+    return Front(*(np.concatenate([getattr(front, field.name) for front in fronts]) for field in fields(Front)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scaling to a budget, and neighbours
+def _least_harmful(front: Front, width: float) -> Front:
+    """The least harmful schedule in each bin of saved cost."""
+    bins = np.floor(front.saved / width + TINY).astype(np.int64)
+    order = np.lexsort((-front.saved, front.damage, bins))
+    best = order[np.unique(bins[order], return_index=True)[1]]
+    return Front(front.saved[best], front.damage[best], front.kept[best], front.used[best])
 
 
 def fit(kept: Kept, model: Additive, budget: float) -> Kept | None:
@@ -259,10 +231,6 @@ def on_tiles(kept: Kept, tokens: int, prefix: int, multiple: int) -> Kept:
         else max((count + prefix) // multiple * multiple - prefix, 1)
         for count in kept
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Recipes
 
 
 def paper_schedule(sites: int, tokens: int, drop_ratios: Mapping[int, float]) -> Kept:

@@ -19,7 +19,7 @@ from repshift_cli.utils.hashing import digest_of_tensors
 from repshift_cli.utils.progress import Task
 from repshift_cli.version import __version__
 
-__all__ = ["EvaluationCache", "keep_outputs", "kept_outputs", "search_identity"]
+__all__ = ["EvaluationCache", "keep_outputs", "kept_outputs"]
 
 _FORMAT = 2
 _OUTPUTS = "outputs"
@@ -48,25 +48,21 @@ _FORMS: dict[str, TypeAdapter[Any]] = {
 
 
 class EvaluationCache:
-    """Results of evaluations by key, written to a file if there is one."""
+    """Results of evaluations by key, written to the state file of the settings if they name one."""
 
-    def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
-        """Load what is known.
-
-        Args:
-            path: the state file; None to keep results in memory only.
-            identity: as `search_identity`; a file with another one is refused.
+    def __init__(self, model: nn.Module, settings: SearchSettings) -> None:
+        """Load the state file, if it exists.
 
         Raises:
             UsageError: the file is not the state of this search.
         """
-        self._path = path
-        self._identity = identity
+        self._path = settings.state
+        self._identity = {} if settings.state is None else _search_identity(model, settings)
         self._outputs: dict[str, str] = {}
         self._known: dict[str, Any] = {}
-        if path is not None and path.exists():
-            self._outputs = kept_outputs(path)
-            self._known = _read_state(path, identity)
+        if self._path is not None and self._path.exists():
+            self._outputs = kept_outputs(self._path)
+            self._known = _read_state(self._path, self._identity)
 
     def get(self, keys: Sequence[str], compute: Callable[[int], Any], task: Task) -> list[Any]:
         """The results of the keys; missing ones are computed. An interruption keeps those that are finished.
@@ -75,26 +71,21 @@ class EvaluationCache:
             compute: called with the index of a key; returns a value that JSON can hold.
             task: advances by the number of keys.
         """
-        first = {key: index for index, key in reversed(list(enumerate(keys))) if key not in self._known}
-        found: dict[str, Any] = {}
+        added: dict[str, Any] = {}
         try:
-            task.advance(len(keys) - len(first))
-            for index in sorted(first.values()):
-                found[keys[index]] = compute(index)
+            for index, key in enumerate(keys):
+                if key not in self._known and key not in added:
+                    added[key] = compute(index)
                 task.advance()
         finally:
-            self._add(found)
+            # through JSON, so that a resumed search uses exactly the same values
+            self._known |= json.loads(json.dumps(added))
+            if added and self._path is not None:
+                _write(self._path, {**self._identity, _OUTPUTS: self._outputs, "known": self._known})
         return [self._known[key] for key in keys]
 
-    def _add(self, found: Mapping[str, Any]) -> None:
-        # through JSON, so that a resumed search sees exactly the same values
-        self._known |= json.loads(json.dumps(found))
-        if found and self._path is not None:
-            document = {**self._identity, _OUTPUTS: self._outputs, "known": self._known}
-            _write(self._path, document)
 
-
-def search_identity(model: nn.Module, settings: SearchSettings) -> dict[str, Any]:
+def _search_identity(model: nn.Module, settings: SearchSettings) -> dict[str, Any]:
     """What must be equal for a state file to apply. More evaluations or more seconds continue the same search."""
     sample = next(model.parameters())
     labels = [] if settings.labels is None else [("labels", settings.labels)]

@@ -10,7 +10,7 @@ from repshift_cli.errors import UsageError
 from repshift_cli.utils.stats import wilson_interval
 from repshift_cli.utils.suggest import nearest
 
-__all__ = ["COST_TOLERANCE", "QUALITY_SLACK", "Target", "lower_agreement"]
+__all__ = ["COST_TOLERANCE", "QUALITY_SLACK", "SearchTarget", "lower_agreement"]
 
 COST_TOLERANCE = 1e-9
 QUALITY_SLACK = 1e-6
@@ -31,7 +31,7 @@ _LATENCY_AIM = 0.985
 
 
 @dataclass(frozen=True)
-class Target:
+class SearchTarget:
     """The limit that a schedule has to meet.
 
     Attributes:
@@ -51,7 +51,7 @@ class Target:
             raise UsageError(f"invalid target {self}: must be {_RANGES[self.kind]}")
 
     @classmethod
-    def parse(cls, text: str) -> Target:
+    def parse(cls, text: str) -> SearchTarget:
         """Parse `macs=0.65` and the like.
 
         Raises:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-__all__ = ["Progress", "Silent", "Task"]
+__all__ = ["Progress", "Silent", "SilentTask", "Task"]
 
 
 class Task(Protocol):
@@ -25,15 +25,19 @@ class Progress(Protocol):
     def warn(self, text: str) -> None: ...
 
 
+class SilentTask:
+    """A task whose steps are not shown."""
+
+    def advance(self, steps: int = 1) -> None:
+        pass
+
+
 class Silent:
     """Progress that shows nothing."""
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Task]:
-        yield self
-
-    def advance(self, steps: int = 1) -> None:
-        pass
+        yield SilentTask()
 
     def note(self, text: str) -> None:
         pass

@@ -31,7 +31,7 @@ from repshift_cli.data.inputs import ImageBatch
 from repshift_cli.errors import RecipeError
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.checks import resolve_for
-from repshift_cli.search.job import Found
+from repshift_cli.search.job import FinishedSearch
 from repshift_cli.search.plot import MARKS
 from repshift_cli.search.result import SearchResult, SearchSettings
 from repshift_cli.search.search import search
@@ -240,7 +240,7 @@ def check_plot(path: Path, rows: dict[str, list[str]]) -> None:
 
     def place(role: str, left: bool) -> tuple[int, float, float]:
         """Number and mean position of the pixels with the color of a mark in one panel."""
-        wanted = np.array([round(255 * part) for part in to_rgb(MARKS[role].color)])
+        wanted = np.array([round(255 * part) for part in to_rgb(MARKS[role]["color"])])
         ys, xs = np.nonzero(np.abs(panels - wanted).sum(axis=-1) == 0)
         here = (xs < middle) == left
         return int(here.sum()), float(xs[here].mean()), float(ys[here].mean())
@@ -573,7 +573,7 @@ class TestOtherUsersOfABudget:
 def test_the_second_half_is_held_out() -> None:
     batch = ImageBatch(torch.arange(7.0), {"where": "x", "count": 7, "seed": 0}, "7 of x", builtin=False)
     unused: Any = None
-    found = Found(unused, unused, unused, unused, batch, {})
+    found = FinishedSearch(unused, unused, unused, unused, batch, {})
     assert found.heldout.tensor.tolist() == [3, 4, 5, 6]  # the selection half is rounded down
     assert found.heldout.identity["count"] == 4
     assert batch.identity["count"] == 7

@@ -13,7 +13,7 @@ from repshift_cli.planning.recipe import LayerDrop, Recipe, default_recipe, ship
 from repshift_cli.reduction.checks import check_components
 from repshift_cli.reduction.metrics.base import build_metric, metric_kinds
 from repshift_cli.reduction.reducers.base import build_reducer, reducer_kinds
-from repshift_cli.search.target import Target
+from repshift_cli.search.target import SearchTarget
 from repshift_cli.utils.suggest import nearest
 
 GOOD = """\
@@ -186,7 +186,7 @@ class TestBudget:
         recipe = Recipe.parse(BUDGET.replace("macs: 0.65", text))
         assert recipe.layers == ()
         assert str(recipe.budget) == told
-        assert str(Target.parse(told)) == told
+        assert str(SearchTarget.parse(told)) == told
 
     @pytest.mark.parametrize(
         ("old", "new", "message", "hint"),

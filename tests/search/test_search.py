@@ -31,7 +31,7 @@ from repshift_cli.search.evaluator import Evaluator
 from repshift_cli.search.result import SearchResult, SearchSettings
 from repshift_cli.search.search import search
 from repshift_cli.search.state import keep_outputs, kept_outputs
-from repshift_cli.search.target import Target, lower_agreement
+from repshift_cli.search.target import SearchTarget, lower_agreement
 from repshift_cli.utils.progress import Progress, Silent
 
 COUNT = 48
@@ -50,7 +50,7 @@ def wanted(target: str, **options: Any) -> SearchSettings:
         "seconds": 0.0,
         "batch_size": 16,
     }
-    return SearchSettings(Target.parse(target), **{**usual, **options})
+    return SearchSettings(SearchTarget.parse(target), **{**usual, **options})
 
 
 def run(target: str, model: nn.Module | None = None, progress: Progress | None = None, **options: Any) -> SearchResult:
@@ -190,13 +190,15 @@ class TestCost:
         assert result.nearest == result.found.macs > 0.3
         assert all("out of reach" in text for text in listener.warned) and listener.warned
         with pytest.raises(CheckFailed, match=f"{result.nearest:.4g}"):
-            result.require_met()
-        run("macs=0.65").require_met()
+            result.check_met(False, Silent().warn)
+        run("macs=0.65").check_met(False, Silent().warn)
 
     def test_progress_makes_the_announced_steps(self) -> None:
         listener = Counting()
         run("macs=0.65", progress=listener)
-        assert {"choosing scores", "measuring layers", "trying neighbours"} <= {label for label, _, _ in listener.tasks}
+        assert {"choosing metrics", "measuring layers", "trying neighbours"} <= {
+            label for label, _, _ in listener.tasks
+        }
         assert all(total == made for _, total, made in listener.tasks)
 
     def test_a_layer_keeps_the_metric_that_the_recipe_gives_it(self) -> None:
@@ -267,7 +269,7 @@ class TestQuality:
         assert run("macs=0.6", evaluations=1).held_back_met is None
         lost = replace(result, found=replace(result.found, agreement=0.79))
         assert lost.held_back_met is False
-        assert replace(lost, target=Target("max-drop", 1.0)).held_back_met is None
+        assert replace(lost, target=SearchTarget("max-drop", 1.0)).held_back_met is None
 
     def test_warns_if_the_images_are_too_few(self) -> None:
         listener = Counting()
@@ -286,7 +288,7 @@ class TestQuality:
         assert not result.met
         assert result.nearest <= 0.5
         with pytest.raises(CheckFailed):
-            result.require_met()
+            result.check_met(False, Silent().warn)
 
 
 class TestLatency:
@@ -295,7 +297,7 @@ class TestLatency:
         """With a time that depends on a part of the MACs and on the number of sites."""
         asked: list[Plan] = []
 
-        def clock(self: Evaluator, plan: Plan, progress: Progress, patient: bool = False) -> float:
+        def clock(self: Evaluator, plan: Plan, patient: bool = False) -> float:
             asked.append(plan)
             return round(0.1 + 0.8 * self.macs(plan) ** 1.6 + 0.03 * len(plan.sites), 5)
 
@@ -314,7 +316,7 @@ class TestLatency:
         chance = random.Random(seed)
         asked: dict[str, float] = {}
 
-        def clock(self: Evaluator, plan: Plan, progress: Progress, patient: bool = False) -> float:
+        def clock(self: Evaluator, plan: Plan, patient: bool = False) -> float:
             far = 0.002 if patient else 0.015
             time = 0.05 + 0.8 * self.macs(plan) ** 3 + 0.02 * len(plan.sites)
             return asked.setdefault(plan.model_dump_json(), round(time * (1 + chance.uniform(-far, far)), 5))
@@ -330,7 +332,7 @@ class TestLatency:
         family = match(model)
         evaluator = Evaluator(model, family, wanted("macs=0.5", images=images(COUNT, 96), seconds=0.3), Silent())
         layers = "layers: [{layer: 0, keep_tokens: 2}]\n"
-        few = evaluator.latency(resolve_for(model, Recipe.parse(FIXED + layers)), Silent())
+        few = evaluator.latency(resolve_for(model, Recipe.parse(FIXED + layers)))
         assert 0.1 < few < 0.9
 
     def test_is_reported_where_there_is_time(self) -> None:
@@ -377,14 +379,14 @@ class TestRepeating:
     def test_refuses_the_state_of_another_search(self, tmp_path: Path, change: dict[str, Any], named: str) -> None:
         state = tmp_path / "state.json"
         with pytest.raises(KeyboardInterrupt):
-            run("macs=0.6", state=state, progress=Stopping("choosing scores", 1))
+            run("macs=0.6", state=state, progress=Stopping("choosing metrics", 1))
         with pytest.raises(UsageError, match=f"another search.*{named}"):
             run("macs=0.6", **{"state": state, **change})
 
     def test_refuses_the_state_of_another_model_and_target(self, tmp_path: Path) -> None:
         state = tmp_path / "state.json"
         with pytest.raises(KeyboardInterrupt):
-            run("macs=0.6", state=state, progress=Stopping("choosing scores", 1))
+            run("macs=0.6", state=state, progress=Stopping("choosing metrics", 1))
         with pytest.raises(UsageError, match="model"):
             run("macs=0.6", tiny_vit(seed=1), state=state)
         with pytest.raises(UsageError, match="target"):
@@ -397,7 +399,7 @@ class TestRepeating:
             return
         state = tmp_path / "state.json"
         with pytest.raises(KeyboardInterrupt):
-            run("macs=0.6", state=state, progress=Stopping("choosing scores", 1))
+            run("macs=0.6", state=state, progress=Stopping("choosing metrics", 1))
         known = json.loads(state.read_text())
         known["known"][key] = value
         state.write_text(json.dumps(known))
@@ -407,7 +409,7 @@ class TestRepeating:
     def test_another_version_begins_anew(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         state = tmp_path / "state.json"
         with pytest.raises(KeyboardInterrupt):
-            run("macs=0.6", state=state, progress=Stopping("choosing scores", 1))
+            run("macs=0.6", state=state, progress=Stopping("choosing metrics", 1))
         monkeypatch.setattr("repshift_cli.search.state.__version__", "99")
         with pytest.raises(UsageError, match="differs in repshift"):
             run("macs=0.6", state=state)
@@ -425,7 +427,7 @@ class TestRepeating:
     def test_a_state_remembers_what_an_interruption_wrote(self, tmp_path: Path) -> None:
         state = tmp_path / "state.json"
         with pytest.raises(KeyboardInterrupt):
-            run("macs=0.6", state=state, progress=Stopping("choosing scores", 1))
+            run("macs=0.6", state=state, progress=Stopping("choosing metrics", 1))
         assert kept_outputs(state) == {}
         keep_outputs(state, {"/r.yaml": "00"})
         run("macs=0.6", state=state, evaluations=1)

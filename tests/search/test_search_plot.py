@@ -12,15 +12,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from repshift_cli.errors import UsageError
-from repshift_cli.search.plot import MARKS, Chart, figure, front, save
-from repshift_cli.search.result import Point
+from repshift_cli.search.plot import MARKS, Chart, figure, save
+from repshift_cli.search.result import MeasuredSchedule, pareto_front
 
 
-def point_at(macs: float, latency: float | None, top1: float) -> Point:
-    return Point("", (), macs, latency, 0.0, 0.0, None, top1, 1)
+def point_at(macs: float, latency: float | None, top1: float) -> MeasuredSchedule:
+    return MeasuredSchedule("", (), macs, latency, 0.0, 0.0, None, top1, 1)
 
 
-def quality(point: Point) -> float:
+def quality(point: MeasuredSchedule) -> float:
     return point.top1 or 0.0
 
 
@@ -55,16 +55,16 @@ def rgb(color: str) -> tuple[int, ...]:
 
 class TestFront:
     def test_dominated_points_are_left_out(self) -> None:
-        assert front([DENSE, PAPER, FOUND, *TRIED], quality) == [TRIED[3], FOUND, TRIED[1], DENSE]
+        assert pareto_front([DENSE, PAPER, FOUND, *TRIED], quality) == [TRIED[3], FOUND, TRIED[1], DENSE]
 
     def test_of_equal_costs_the_better_point_is_kept(self) -> None:
-        assert front([point_at(0.5, None, 1.0), point_at(0.5, None, 2.0)], quality) == [point_at(0.5, None, 2.0)]
+        assert pareto_front([point_at(0.5, None, 1.0), point_at(0.5, None, 2.0)], quality) == [point_at(0.5, None, 2.0)]
 
     def test_points_without_a_latency_are_left_out(self) -> None:
-        assert front([DENSE, PAPER, FOUND, *TRIED], quality, "latency") == [FOUND, DENSE]
+        assert pareto_front([DENSE, PAPER, FOUND, *TRIED], quality, "latency") == [FOUND, DENSE]
 
     def test_no_points(self) -> None:
-        assert front([], quality) == []
+        assert pareto_front([], quality) == []
 
 
 class TestFigure:
@@ -73,7 +73,7 @@ class TestFigure:
         page = pixels(drawn)
         assert [axes.get_xlabel() for axes in drawn.axes] == ["MACs, fraction of dense", "latency, fraction of dense"]
         for role, point in (("dense", DENSE), ("paper", PAPER), ("found", FOUND)):
-            wanted = rgb(MARKS[role].color)
+            wanted = rgb(MARKS[role]["color"])
             assert color_at(page, drawn, 0, point.macs, quality(point)) == wanted
             assert color_at(page, drawn, 1, point.latency or 0.0, quality(point)) == wanted
         assert color_at(page, drawn, 0, 0.55, 57.0) == (255, 255, 255)

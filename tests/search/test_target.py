@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from repshift_cli.errors import UsageError
-from repshift_cli.search.target import Target
+from repshift_cli.search.target import SearchTarget
 
 
 @pytest.mark.parametrize(
@@ -13,11 +13,11 @@ from repshift_cli.search.target import Target
     [("macs=0.65", "macs", 0.65), (" latency = 0.6", "latency", 0.6), ("max-drop=0", "max-drop", 0.0)],
 )
 def test_parses(text: str, kind: str, value: float) -> None:
-    assert Target.parse(text) == Target(kind, value)
+    assert SearchTarget.parse(text) == SearchTarget(kind, value)
 
 
 def test_str_can_be_parsed() -> None:
-    assert Target.parse(str(Target("agreement", 0.995))) == Target("agreement", 0.995)
+    assert SearchTarget.parse(str(SearchTarget("agreement", 0.995))) == SearchTarget("agreement", 0.995)
 
 
 @pytest.mark.parametrize(
@@ -36,5 +36,5 @@ def test_str_can_be_parsed() -> None:
 )
 def test_an_invalid_target_is_refused(text: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        Target.parse(text)
+        SearchTarget.parse(text)
     assert message in str(caught.value)

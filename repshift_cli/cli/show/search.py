@@ -8,20 +8,15 @@ from typing import TYPE_CHECKING
 from repshift_cli.cli.show.plan import show_sites
 
 if TYPE_CHECKING:
-    from repshift_cli.search.job import Found
-    from repshift_cli.search.result import Point
+    from repshift_cli.search.job import FinishedSearch
+    from repshift_cli.search.result import MeasuredSchedule
 
-
-__all__ = [
-    "show_found",
-    "show_search",
-]
-
+__all__ = ["show_found", "show_search"]
 
 _FRONT_ROWS = 8
 
 
-def show_search(found: Found) -> None:
+def show_search(found: FinishedSearch) -> None:
     """Print the result in 80 columns."""
     from repshift_cli.cli import ui
 
@@ -34,18 +29,13 @@ def show_search(found: Found) -> None:
     show_sites(found.result.plan, "Tokens through each site")
 
 
-def show_found(found: Found) -> None:
+def show_found(found: FinishedSearch) -> None:
     """Print the found schedule beside the dense model and the paper's schedule."""
     from repshift_cli.cli import ui
 
     result, unit, on = found.result, found.loaded.description.preprocessing.unit, found.measured_on
-    named = {
-        "dense": result.dense,
-        "the paper's schedule": result.paper,
-        "found": result.found,
-        "found, dropped at random": result.random,
-    }
-    points = {name: point for name, point in named.items() if point is not None}
+    labels = {"paper": "the paper's schedule", "random": "found, dropped at random"}
+    points = {labels.get(name, name): point for name, point in result.points.items() if name != "given"}
     quality = ["unchanged", "KL"] if result.dense.agreement is not None else ["1 - cosine"]
     columns = ["", "MACs", "latency", *quality, *(["top-1 %"] if result.dense.top1 is not None else [])]
     title = f"Search for {result.target} (schedules tried: {result.evaluations}; {result.seconds:.0f} s)"
@@ -72,14 +62,14 @@ def show_found(found: Found) -> None:
         ui.print_text("")
 
 
-def _thinned(front: Sequence[Point]) -> list[Point]:
+def _thinned(front: Sequence[MeasuredSchedule]) -> list[MeasuredSchedule]:
     """At most `_FRONT_ROWS` of the points, among them the first and the last."""
     last = len(front) - 1
     places = {round(step * last / (_FRONT_ROWS - 1)) for step in range(_FRONT_ROWS)}
     return [front[place] for place in sorted(places)] if front else []
 
 
-def _cells(name: str, point: Point) -> list[str]:
+def _cells(name: str, point: MeasuredSchedule) -> list[str]:
     latency = "-" if point.latency is None else f"{point.latency:.3f}"
     same = [] if point.agreement is None else [f"{point.agreement:.2%}"]
     top1 = [] if point.top1 is None else [f"{point.top1:.2f}"]

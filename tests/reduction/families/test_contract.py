@@ -59,7 +59,12 @@ def umt(**options: Any) -> Model:
         return tiny_umt.tiny_umt(**options)
 
     shape = build().vision
-    load = {"heads": 4, "img_size": shape.img_size, "frames": shape.frames, "checkpoint_frames": shape.checkpoint_frames}
+    load = {
+        "heads": 4,
+        "img_size": shape.img_size,
+        "frames": shape.frames,
+        "checkpoint_frames": shape.checkpoint_frames,
+    }
     return Model(build, tiny_umt.umt_clips, load)
 
 
