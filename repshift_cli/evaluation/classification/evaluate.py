@@ -61,17 +61,12 @@ def evaluate(
     Args:
         models: by name; each maps `[B, C, H, W]` to logits `[B, num_classes]`. They are set to eval mode and moved
             to `device` and `dtype` in place.
-        dataset: images and labels.
-        preprocessing: the transform of the models.
-        batch_size: images at a time; the last batch may have fewer. It is halved if memory runs out.
+        batch_size: images at a time; halved if memory runs out.
         workers: processes that decode; 0 decodes in this one, None chooses by device and cores.
         strict: raise at the first image that cannot be read, instead of skipping it.
         num_classes: outputs of the head.
-        progress: of the images of this process.
-        attention: attention kernel of all models.
         group: the processes that share the work; None for this one alone.
         resume: folder for the state of the run; an interrupted run continues from there. None keeps no state.
-        keep_rows: whether to fill `Evaluation.rows`.
 
     Raises:
         DataError: no image, labels that do not fit the head, or (`strict`) an image that cannot be read.
@@ -120,11 +115,7 @@ class _ProcessResult:
     counts: Counts
     attention: dict[str, str]
     fresh: int
-    wall: float
-    waited: float
-    decoding: float
-    models: float
-    workers: int
+    pace: Pace
     batch_size: int
     interrupted: bool
     problem: RepshiftError | None
@@ -132,8 +123,6 @@ class _ProcessResult:
 
 @dataclass
 class _Worker:
-    """The work of this process."""
-
     job: EvaluationJob
     group: Processes
     state: ResumeState | None
@@ -175,11 +164,15 @@ class _Worker:
             counts=Counts.joined([*completed, *(counts for counts, _ in batches.values())], job.models),
             attention=runner.attention,
             fresh=sum(counts.images for counts, _ in batches.values()),
-            wall=wall,
-            waited=feed.waited,
-            decoding=decoding,
-            models=max(0.0, processor - (decoding if feed.decodes_here else 0.0)),
-            workers=feed.processes_beside,
+            pace=Pace(
+                total=wall,
+                waited=feed.waited,
+                decoding=decoding,
+                models=max(0.0, processor - (decoding if feed.decodes_here else 0.0)),
+                workers=feed.processes_beside,
+                processes=1,
+                shares_cores=job.device.type == "cpu",
+            ),
             batch_size=runner.limit,
             interrupted=interrupted,
             problem=problem,
@@ -251,18 +244,10 @@ def _combine(job: EvaluationJob, results: Sequence[_ProcessResult]) -> Evaluatio
             for name, each in counts.models.items()
         },
         same_top1=counts.same if len(job.models) == 2 else None,  # noqa: PLR2004
-        seconds=max(each.wall for each in results),
+        seconds=max(each.pace.total for each in results),
         fresh=sum(each.fresh for each in results),
         interrupted=interrupted,
-        pace=Pace(
-            total=sum(each.wall for each in results),
-            waited=sum(each.waited for each in results),
-            decoding=sum(each.decoding for each in results),
-            models=sum(each.models for each in results),
-            workers=results[0].workers,
-            processes=len(results),
-            shares_cores=job.device.type == "cpu",
-        ),
+        pace=Pace.joined([each.pace for each in results]),
         batch_size=min(each.batch_size for each in results),
         rows=PredictionRows.joined(counts.rows) if counts.rows else None,
     )

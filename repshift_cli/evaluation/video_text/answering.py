@@ -43,15 +43,12 @@ class AnsweringModel(VideoModel, Protocol):
 
     def encode_question(self, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
         """int64 `[B, L]` each and `[B, N, D]`, to states `[B, L, D']`."""
-        ...
 
     def first_token_probabilities(self, states: Tensor, mask: Tensor, start: int) -> Tensor:
         """`[B, L, D']`, `[B, L]` to `[B, V]`: next-token probabilities after `start` ([CLS])."""
-        ...
 
     def answer_loss(self, states: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
         """`[n, L, D']`, `[n, L]`, `[n, A]`, `[n, A]` to `[n]`: cross-entropy of the next tokens, summed per pair."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,6 @@ class AnswerScore:
     """The result of one model.
 
     Attributes:
-        questions: number of questions.
         correct: questions answered with exactly the right text.
         videos: number of encoded videos; one in several batches counts several times.
         video_seconds: in the video encoder alone.
@@ -149,7 +145,6 @@ class AnswerEvaluation:
     """The result of all models.
 
     Attributes:
-        dataset: its name.
         questions: number of questions that every model was asked.
         answers: number of possible answers.
         not_in_list: questions whose right answer is not in the list of answers; they count as wrong.
@@ -237,13 +232,10 @@ def evaluate_answers(
     Args:
         models: by name. They are set to eval mode and moved to the device and dtype in place.
         batches: every question once; read lazily.
-        answers: the possible answers.
-        dataset: its name.
         questions: number of questions in `batches`, those with unreadable videos included.
         sample_id: returns the name of a question.
         settings: `batch_size` is the number of questions per batch.
-        k: number of answers to score as a whole; all where the list has fewer.
-        pair_batch: pairs of question and answer per batch.
+        k, pair_batch: as in `rank_answers`.
 
     Raises:
         DataError: there is no question or no answer, or (`strict`) a video is unreadable.

@@ -47,7 +47,6 @@ class VideoModel(Protocol):
 
     def encode_video(self, video: Tensor) -> Tensor:
         """`[B, T, 3, H, W]` to tokens `[B, N, D]`, with the same N for every video."""
-        ...
 
     def to(self, *, device: torch.device, dtype: torch.dtype) -> object: ...
 

@@ -22,7 +22,7 @@ from repshift_cli.errors import DataError, ModelError, UsageError
 from repshift_cli.evaluation.video_text.answering import AnswerEvaluation, AnswerList, QuestionBatch, evaluate_answers
 from repshift_cli.evaluation.video_text.data import BUILTIN_DATASETS
 from repshift_cli.evaluation.video_text.encoding import VideoSettings
-from repshift_cli.evaluation.video_text.retrieval import ClipBatch, RetrievalEvaluation, evaluate_retrieval
+from repshift_cli.evaluation.video_text.retrieval import RetrievalEvaluation, evaluate_retrieval
 from repshift_cli.measure.attention_kernel import observed_attention
 from repshift_cli.models.attention_mode import attention_mode, auto_note
 from repshift_cli.models.umt import Pooling, UmtAnswering, UmtModel, UmtRetrieval
@@ -180,15 +180,11 @@ def retrieve(
     """
     check_missing(data, settings)
     padded: list[str] = []
-    clips = (
-        ClipBatch(batch.indices, batch.video, batch.broken)
-        for batch in _batches(data.videos, preprocessing, settings, padded)
-    )
     texts = tokenizer.texts(data.captions, min(data.text_length, _positions(models)))
     with _ready(models, settings):
         result = evaluate_retrieval(
             models,
-            clips,
+            _batches(data.videos, preprocessing, settings, padded),
             texts,
             data.videos_of_caption,
             dataset=data.name,

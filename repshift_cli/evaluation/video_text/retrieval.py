@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from repshift_cli.data.video.dataset import VideoBatch
 from repshift_cli.data.video.tokenizer import TextBatch
 from repshift_cli.errors import DataError, ModelError, UsageError
 from repshift_cli.evaluation.common import Skipped, alternate_order, check_finite, explain_out_of_memory, per_second
@@ -24,9 +25,9 @@ from repshift_cli.evaluation.video_text.encoding import (
     skipped_of,
 )
 from repshift_cli.evaluation.video_text.ranking import (
+    Directions,
     RankStats,
     RetrievalModel,
-    Scores,
     matching_scores,
     rank_stats,
     ranking_order,
@@ -37,9 +38,6 @@ from repshift_cli.evaluation.video_text.token_store import GIB, TokenStore
 from repshift_cli.utils.progress import Progress
 
 __all__ = [
-    "Agreement",
-    "ClipBatch",
-    "DirectionStats",
     "RetrievalEvaluation",
     "RetrievalScore",
     "evaluate_retrieval",
@@ -47,42 +45,10 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class ClipBatch:
-    """A batch of videos.
-
-    Attributes:
-        indices: of the readable videos.
-        video: `[b, T, 3, H, W]` in the order of `indices`; None where no video is readable.
-        broken: unreadable videos, with the reason.
-    """
-
-    indices: Sequence[int]
-    video: Tensor | None
-    broken: Sequence[tuple[int, str]] = ()
-
-
-@dataclass(frozen=True)
-class DirectionStats:
-    """Ranks in both directions. UMT names them `img_*` (text to video) and `txt_*` (video to text)."""
-
-    text_to_video: RankStats
-    video_to_text: RankStats
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Share (0 to 1) of queries for which two models have the same first candidate."""
-
-    text_to_video: float
-    video_to_text: float
-
-
-@dataclass(frozen=True)
 class RetrievalScore:
     """The result of one model.
 
     Attributes:
-        videos: number of readable videos.
         vtc: ranks by similarity alone.
         matching: ranks by the matching score of the best `rerank_k` of each query; None without re-ranking. Candidates
             behind the first `rerank_k` are unordered, so R@K above it and the median and mean rank mean little.
@@ -92,8 +58,8 @@ class RetrievalScore:
     """
 
     videos: int
-    vtc: DirectionStats
-    matching: DirectionStats | None
+    vtc: Directions[RankStats]
+    matching: Directions[RankStats] | None
     tokens: int
     seconds: float
     matching_seconds: float | None
@@ -109,14 +75,12 @@ class RetrievalEvaluation:
     """The result of all models.
 
     Attributes:
-        dataset: its name.
         videos, captions: number that every model was evaluated on.
-        skipped: unreadable videos.
         captions_left_out: captions of which no video is readable.
         rerank_k: candidates of each query that were matched at most; None without re-ranking.
         scores: by model name.
-        vtc_agreement: by similarity; None unless there are two models.
-        matching_agreement: by matching score; None unless there are two models and re-ranking.
+        vtc_agreement, matching_agreement: share (0 to 1) of queries for which both models have the same first
+            candidate by similarity or matching score; None unless there are two models.
         tokens_where: where vision tokens were kept for re-ranking; None without it.
         token_bytes: their size, of all models.
         text_bytes: size of the hidden states of the captions, in memory. Models with one text encoder share them.
@@ -130,8 +94,8 @@ class RetrievalEvaluation:
     captions_left_out: int
     rerank_k: int | None
     scores: Mapping[str, RetrievalScore]
-    vtc_agreement: Agreement | None
-    matching_agreement: Agreement | None
+    vtc_agreement: Directions[float] | None
+    matching_agreement: Directions[float] | None
     tokens_where: Literal["memory", "disk"] | None
     token_bytes: int
     text_bytes: int
@@ -140,7 +104,7 @@ class RetrievalEvaluation:
 
 def evaluate_retrieval(
     models: Mapping[str, RetrievalModel],
-    clips: Iterable[ClipBatch],
+    clips: Iterable[VideoBatch],
     texts: TextBatch,
     videos_of_caption: Sequence[Sequence[int]],
     *,
@@ -227,7 +191,7 @@ class _Gallery:
     broken: set[int] = field(default_factory=set)
     skipped: list[Skipped] = field(default_factory=list)
 
-    def add(self, batch: ClipBatch) -> int:
+    def add(self, batch: VideoBatch) -> int:
         """Returns the row of the first video of the batch."""
         self.broken.update(index for index, _ in batch.broken)
         start = len(self.rows)
@@ -380,11 +344,11 @@ def _encode_batch(
 
 
 class _Result(NamedTuple):
-    """The score of a model, and the first candidate of each query: text to video, video to text."""
+    """The score of a model, and the first candidate of each query."""
 
     score: RetrievalScore
-    vtc_first: tuple[Tensor, Tensor]
-    matching_first: tuple[Tensor, Tensor] | None
+    vtc_first: Directions[Tensor]
+    matching_first: Directions[Tensor] | None
 
 
 def _score(
@@ -399,7 +363,7 @@ def _score(
     """Rank the candidates of all queries by similarity and, with a store, by the matching score."""
     video, captions = torch.cat(encoder.video), encoder.captions.select(truth.captions)
     sim = similarity(video, captions.embeddings)
-    vtc, vtc_first = _rank(Scores(text_to_video=sim.T, video_to_text=sim), truth)
+    vtc, vtc_first = _rank(Directions(text_to_video=sim.T, video_to_text=sim), truth)
     matching, matching_first, seconds = None, None, None
     if store is not None and settings.rerank_k is not None and captions.states is not None:
         started = time.perf_counter()
@@ -428,18 +392,18 @@ def _score(
     return _Result(score, vtc_first, matching_first)
 
 
-def _rank(scores: Scores, truth: _Truth) -> tuple[DirectionStats, tuple[Tensor, Tensor]]:
-    """Rank statistics, and the first candidate of each query, in both directions."""
+def _rank(scores: Directions[Tensor], truth: _Truth) -> tuple[Directions[RankStats], Directions[Tensor]]:
+    """Rank statistics, and the first candidate of each query."""
     video_to_text = scores.video_to_text[truth.queries]
-    stats = DirectionStats(
+    stats = Directions(
         text_to_video=rank_stats(ranks(scores.text_to_video, truth.videos_of)),
         video_to_text=rank_stats(ranks(video_to_text, truth.captions_of)),
     )
-    return stats, (ranking_order(scores.text_to_video)[:, 0], ranking_order(video_to_text)[:, 0])
+    return stats, Directions(ranking_order(scores.text_to_video)[:, 0], ranking_order(video_to_text)[:, 0])
 
 
-def _agreement(firsts: Sequence[tuple[Tensor, Tensor] | None]) -> Agreement | None:
+def _agreement(firsts: Sequence[Directions[Tensor] | None]) -> Directions[float] | None:
     if len(firsts) != 2 or firsts[0] is None or firsts[1] is None:  # noqa: PLR2004
         return None
-    shares = (float((one == other).double().mean()) for one, other in zip(*firsts, strict=True))
-    return Agreement(*shares)
+    pairs = zip(vars(firsts[0]).values(), vars(firsts[1]).values(), strict=True)
+    return Directions(*(float((one == other).double().mean()) for one, other in pairs))
