@@ -63,7 +63,7 @@ class _Tally:
     batches: set[int] = field(default_factory=set)
 
     def add(self, wanted: Trace, found: Sequence[Tensor]) -> None:
-        """Count one batch: the trace in torch, and the outputs of the export as in `compare`."""
+        """Count one batch: the trace in torch, and the outputs of the export."""
         count = len(wanted.output)
         same = torch.ones(count, dtype=torch.bool, device=wanted.output.device)
         for places, others in zip(wanted.kept.values(), found[2:], strict=True):
@@ -83,11 +83,7 @@ class _Tally:
 def compare(
     subject: Subject, request: Request, run: Callable[[Tensor], Sequence[Tensor]], progress: Progress
 ) -> Verdict:
-    """Compare an export with the model in torch.
-
-    Args:
-        run: maps inputs to the output of the export, followed by the output and the kept positions of each site, of the
-            same graph.
+    """Compare an export with the model in torch; `run` is what `Draft.reopen` returns.
 
     Raises:
         CheckFailed: it does not run, or it computes something else; with the numbers.
@@ -133,7 +129,7 @@ def _verdict(tally: _Tally, subject: Subject, dtype: torch.dtype) -> Verdict:
         kept_required=_KEPT[dtype],
         swapped=tally.swapped,
         most_swapped=most,
-        top1=tally.same_top / tally.inputs if subject.has_classes else None,
+        top1=tally.same_top / tally.inputs if getattr(subject.opened.loaded.model, "num_classes", 0) else None,
     )
 
 
