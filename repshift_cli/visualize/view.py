@@ -67,15 +67,10 @@ def _results(samples: Samples, outputs: TracedOutputs, has_head: bool) -> tuple[
         return tuple(
             SampleResult(name, cosine=cosine) for name, cosine in zip(samples.names, likeness.tolist(), strict=True)
         )
-    columns = (
-        samples.names,
-        samples.labels,
-        _predictions(outputs.dense, samples),
-        _predictions(outputs.compressed, samples),
-    )
+    predictions = (_predictions(logits, samples) for logits in (outputs.dense, outputs.compressed))
     return tuple(
         SampleResult(name, label, None if label is None else _class_name(label, samples.classes), dense, compressed)
-        for name, label, dense, compressed in zip(*columns, strict=True)
+        for name, label, dense, compressed in zip(samples.names, samples.labels, *predictions, strict=True)
     )
 
 
@@ -94,7 +89,6 @@ class Visualization:
     """What `repshift visualize` shows.
 
     Attributes:
-        patches: the patch grid by layer.
         images: uint8 `[n, H, W, 3]`, of clips `[n, T, H, W, 3]`: the input of the model.
         kept: as in `TracedOutputs`.
         merged: whether the other tokens were merged.
@@ -127,16 +121,13 @@ class Visualization:
         return kept_tokens_figure(*arguments, title=self.title, remark=self.remark)
 
     def document(self) -> dict[str, Any]:
-        """The kept positions as JSON, see `kept_document`."""
         return kept_document(self.kept, self.patches, self.results, self.merged)
 
 
 def visualize(opened: Opened, where: str, count: int, seed: int = 0) -> Visualization:
-    """Run a compressed model on some images or clips and collect the kept tokens.
+    """Run a compressed model, on its device, on some images or clips and collect the kept tokens.
 
-    Args:
-        opened: a compressed model, on the device to run on.
-        where, count, seed: which images or clips, see `draw_samples` and `draw_clips`.
+    `where`, `count` and `seed` are those of `draw_samples` and `draw_clips`.
 
     Raises:
         UsageError: the model is dense, `count` is 0, or more clips than fit on one page.
@@ -185,9 +176,6 @@ def kept_document(
 
     Args:
         kept: int64 `[n, K]` by layer.
-        patches: the patch grid by layer.
-        results: one per image or clip.
-        merged: whether the other tokens were merged.
 
     Returns:
         `grid` and `patch` (pixels) of the first layer; `layers` with their number of kept tokens, grid and patch; and
