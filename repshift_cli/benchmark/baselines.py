@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -38,23 +38,14 @@ _UNSUPPORTED = (ModelError, RecipeError, UsageError)
 
 @dataclass(frozen=True)
 class Baseline:
-    """A method to make a dense model faster.
-
-    Attributes:
-        plan: makes the plan of the baseline from a compressed model; None keeps the model dense.
-        attention: attention that it needs whatever the setting; None to use that of the setting.
-    """
+    """A plan made from a compressed model (None: dense), and the attention that it needs (None: of the setting)."""
 
     plan: Callable[[CompressedModel], Plan] | None = None
     attention: AttentionMode | None = None
 
 
 def contenders_against(opened: Mapping[str, Opened], names: Sequence[str]) -> list[Contender]:
-    """The contenders of `contenders_of`, and the baselines of every compressed model.
-
-    Args:
-        opened: by label.
-        names: keys of `BASELINES`; dense models are always included.
+    """The contenders of `contenders_of`, and the named baselines of every compressed model.
 
     Raises:
         UsageError: unknown baseline, no compressed model, or a baseline that the model does not support.
@@ -147,7 +138,6 @@ def _every_block(compressed: CompressedModel, count: int) -> Plan:
 
 
 def _macs(dense: nn.Module, plan: Plan) -> int:
-    """MACs of the dense model with a plan."""
     attached = attach(dense, plan)
     try:
         return attached.macs()
@@ -240,9 +230,6 @@ def _contender(name: str, contender: Contender, compressed: CompressedModel, sin
 @contextmanager
 def _switched(module: nn.Module, attention: AttentionMode | None, dense: CompressedModel | None) -> Iterator[None]:
     """Set the attention of a baseline if not None; run `dense` without its hooks if not None."""
-    with ExitStack() as entered:
-        if attention is not None:
-            entered.enter_context(attention_mode(module, attention))
-        if dense is not None:
-            entered.enter_context(dense.dense())
+    switched = nullcontext() if attention is None else attention_mode(module, attention)
+    with switched, nullcontext() if dense is None else dense.dense():
         yield

@@ -84,12 +84,7 @@ class BenchLimit:
 
 @dataclass(frozen=True)
 class LimitCheck:
-    """A limit checked for one compressed model in one setting.
-
-    Attributes:
-        value: the measured median; None if it cannot be measured.
-        interval: its p10 and p90; None if it does not vary.
-    """
+    """A limit, and the measured median with p10 and p90 of one compressed model; None if it is not measured."""
 
     limit: BenchLimit
     name: str

@@ -83,12 +83,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Compilation:
-    """Cost of torch.compile.
-
-    Attributes:
-        seconds: of the first run, which compiles.
-        recompiles: graphs compiled after it; should be 0.
-    """
+    """Seconds of the first run, in which torch.compile works, and graphs that are compiled after it (should be 0)."""
 
     seconds: float
     recompiles: int
@@ -100,10 +95,8 @@ class Run:
 
     Attributes:
         macs: multiply-accumulates of one image.
-        timing: of a batch.
         peak_bytes: of a batch; None if it cannot be measured, inside a compiled graph or another runtime.
         attention: the attention kernel in use, see `observed_attention`.
-        compilation: None if not compiled.
     """
 
     name: str
@@ -146,12 +139,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A contender compared with another in one setting: other / this one, so larger is better.
-
-    Attributes:
-        role: of the contender `name`.
-        macs: ratio of the multiply-accumulates.
-    """
+    """MACs and latency of a contender compared with another in one setting: other / this one, so larger is better."""
 
     setting: Setting
     name: str
@@ -192,7 +180,6 @@ class BreakEven:
     Attributes:
         setting: that of the smallest batch.
         batch: the smallest with a clear speed-up; None if there is none.
-        tried: all batch sizes, ascending.
         not_above: larger batch sizes without a clear speed-up.
     """
 

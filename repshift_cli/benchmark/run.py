@@ -72,7 +72,6 @@ class BenchSettings:
 
     Attributes:
         seconds: time for each model at each batch size; more if `min_runs` takes longer.
-        min_runs: minimum number of timed runs of each model.
         threads: CPU threads, None for torch's default.
         memory_format: of weights and images.
         compile: mode of torch.compile, or `off`.
@@ -89,20 +88,16 @@ class BenchSettings:
 
     @property
     def placement(self) -> Placement:
-        """Device, dtype and memory format of inputs and weights."""
         channels_last = self.memory_format == "channels_last"
         return Placement(self.device, self.dtype, torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def contenders_of(opened: Mapping[str, Opened]) -> list[Contender]:
-    """Every opened model, and the dense model of every compressed one.
+    """Every opened model, by label such as the stem of its file, and the dense model of every compressed one.
 
     A single model gives `dense` and `compressed`. Of several, a compressed one keeps its label and a dense one is
     named after its architecture; models from the same weights share one dense contender. Exported files keep their
     labels.
-
-    Args:
-        opened: by label, such as the stem of the file.
     """
     exported = {label: model for label, model in opened.items() if isinstance(model, OpenedExport)}
     single = len(opened) == 1
@@ -111,8 +106,7 @@ def contenders_of(opened: Mapping[str, Opened]) -> list[Contender]:
     for label, model in opened.items():
         if label in exported:
             continue
-        description = model.loaded.description
-        preprocessing = description.preprocessing
+        description, preprocessing = model.loaded.description, model.loaded.description.preprocessing
         size = preprocessing.shape
         key = (_weights_identity(model), description.name, size)
         if key not in dense:
@@ -271,11 +265,7 @@ def _prepared(modules: Sequence[nn.Module], settings: BenchSettings, progress: P
 def _bench_group(
     group: Sequence[Contender], batch: int, settings: BenchSettings, progress: Progress, source: Source | None
 ) -> tuple[list[Run], EndToEnd | None]:
-    """Measure contenders of one input size at one batch size.
-
-    Raises:
-        UsageError: the batch does not fit into memory, or a model cannot be compiled.
-    """
+    """Measure contenders of one input size at one batch size."""
     height, width = group[0].input_size[-2:]
     dtype = str(settings.dtype).removeprefix("torch.")
     setting = Setting(batch, (height, width), dtype, settings.attention, settings.compile)
@@ -350,7 +340,6 @@ def _peak(subject: Subject, inputs: Tensor, settings: BenchSettings) -> int | No
 
 
 def _observed(contender: Contender, inputs: Tensor) -> str:
-    """The attention kernel in use."""
     module = contender.module
     if isinstance(module, Runtime) and module.hides_memory:
         return f"{module.document.kind}'s own"  # its operations are not those of torch

@@ -605,7 +605,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
         [
-            (["dense"], 2, "Run: repshift compress"),
+            (["dense"], 2, "Compress it first: repshift compress"),
             (["compressed"], 2, "Add --data FOLDER"),
             (["compressed", "-o", "kept.gif"], 2, "invalid --output kept.gif: must end in"),
             (["compressed", "-o", "old.png"], 2, "already exists"),
@@ -647,7 +647,7 @@ class TestCommandOnClips:
         done = shell("visualize", clip_model, "--indices", "kept.json")
         assert done.rc == 0, done.stderr
         assert "36 of 48 after block 0, 18 of 48 after block 2" in done.stdout
-        assert "change  of features: mean 0." in done.stdout
+        assert "moved   features by 0." in done.stdout
         assert "3 clips of builtin:shapes" in done.stdout
         assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
         document = json.loads((tmp_path / "kept.json").read_text())

@@ -128,8 +128,8 @@ def compare_predictions(first: Predictions, second: Predictions) -> Comparison:
 
 
 def _accuracy(predictions: Predictions) -> ComparedRun:
-    correct = (int(correct_at(k, predictions.top, predictions.answers).sum()) for k in (1, 5))
-    return ComparedRun(len(predictions), *correct, model=str(predictions.meta.get("model")))
+    top1, top5 = (int(correct_at(k, predictions.top, predictions.answers).sum()) for k in (1, 5))
+    return ComparedRun(len(predictions), top1, top5, model=str(predictions.meta.get("model")))
 
 
 def _check_answers(one: Predictions, other: Predictions) -> None:

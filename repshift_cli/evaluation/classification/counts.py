@@ -116,8 +116,6 @@ class Counts:
     """Results on some images, such as a batch or a shard.
 
     Attributes:
-        images: number of classified images.
-        models: by name of the model.
         same: images with the same top-1 class of both models; 0 unless there are two.
         skipped: index and reason of each image that could not be read.
         rows: prediction of each image, if requested.

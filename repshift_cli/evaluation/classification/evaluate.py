@@ -117,8 +117,7 @@ class _ProcessResult:
     fresh: int
     pace: Pace
     batch_size: int
-    interrupted: bool
-    problem: RepshiftError | None
+    problem: RepshiftError | KeyboardInterrupt | None
 
 
 @dataclass
@@ -145,16 +144,12 @@ class _Worker:
             warn=self.progress.warn,
         )
         batches: dict[int, tuple[Counts, float]] = {}
-        problem: RepshiftError | None = None
-        interrupted = False
+        problem: RepshiftError | KeyboardInterrupt | None = None
         began, processor = time.perf_counter(), time.process_time()
         try:
             self._classify(own, feed, runner, batches)
-        except KeyboardInterrupt:
-            interrupted = True
-            self.group.stop()
-        except RepshiftError as error:
-            if self.group.count == 1:
+        except (KeyboardInterrupt, RepshiftError) as error:
+            if self.group.count == 1 and isinstance(error, RepshiftError):
                 raise
             problem = error
             self.group.stop()
@@ -174,7 +169,6 @@ class _Worker:
                 shares_cores=job.device.type == "cpu",
             ),
             batch_size=runner.limit,
-            interrupted=interrupted,
             problem=problem,
         )
 
@@ -223,13 +217,13 @@ class _Worker:
 
 def _combine(job: EvaluationJob, results: Sequence[_ProcessResult]) -> Evaluation:
     """The evaluation, summed over all processes."""
-    for each in results:
-        if each.problem is not None:
-            raise each.problem
+    problems = [each.problem for each in results if each.problem is not None]
+    for problem in problems:
+        if isinstance(problem, RepshiftError):
+            raise problem
     counts = Counts.joined((each.counts for each in results), job.models)
-    interrupted = any(each.interrupted for each in results)
     skipped = [Skipped(job.dataset.sample_id(index), reason) for index, reason in sorted(counts.skipped)]
-    _check_total(job.dataset, counts.images, skipped, interrupted)
+    _check_total(job.dataset, counts.images, skipped, interrupted=bool(problems))
     kernels = {
         name: sorted({each.attention[name] for each in results if name in each.attention}) for name in job.models
     }
@@ -246,7 +240,7 @@ def _combine(job: EvaluationJob, results: Sequence[_ProcessResult]) -> Evaluatio
         same_top1=counts.same if len(job.models) == 2 else None,  # noqa: PLR2004
         seconds=max(each.pace.total for each in results),
         fresh=sum(each.fresh for each in results),
-        interrupted=interrupted,
+        interrupted=bool(problems),
         pace=Pace.joined([each.pace for each in results]),
         batch_size=min(each.batch_size for each in results),
         rows=PredictionRows.joined(counts.rows) if counts.rows else None,

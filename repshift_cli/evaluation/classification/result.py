@@ -88,7 +88,6 @@ class Evaluation:
         total: images of the dataset.
         outputs: number of outputs among which a model chooses.
         images: images classified by every model.
-        scores: by name of the model.
         same_top1: with two models, images with the same top-1 class; else None.
         seconds: from the first image to the last result, decoding and all models included; of the slowest process.
         fresh: images classified in this run, not in an earlier one that was resumed.

@@ -54,27 +54,20 @@ def is_video_dataset(name: str) -> bool:
 
 
 def open_data(options: DatasetOptions, task: Task, model: str) -> RetrievalSet | QaSet:
-    """Open the videos and texts.
-
-    Args:
-        options: which dataset.
-        task: of the model.
-        model: its name, for messages.
+    """Open the videos and texts for a model of this task and name.
 
     Raises:
         UsageError: the dataset has images or is for the other task, or an option is not for this dataset.
         DataError: as `open_video_text`.
     """
     name = options.dataset
-    if name is None:
-        return _open_files(options, task, model)
     if name in BUILTIN_DATASETS:
         _check_task(BUILTIN_DATASETS[name], task, name, model)
         _check_builtin(name, options)
         return _captioned_scenes(name, options) if task == "retrieval" else _scenes_with_questions(name, options)
     if name in PROTOCOLS:
         _check_task(PROTOCOLS[name].kind, task, name, model)
-    else:
+    elif name is not None:
         _refuse_images(name, model)
     return _open_files(options, task, model)
 

@@ -78,7 +78,6 @@ class RetrievalEvaluation:
         videos, captions: number that every model was evaluated on.
         captions_left_out: captions of which no video is readable.
         rerank_k: candidates of each query that were matched at most; None without re-ranking.
-        scores: by model name.
         vtc_agreement, matching_agreement: share (0 to 1) of queries for which both models have the same first
             candidate by similarity or matching score; None unless there are two models.
         tokens_where: where vision tokens were kept for re-ranking; None without it.
@@ -124,14 +123,10 @@ def evaluate_retrieval(
         clips: every video once, in any order; read lazily.
         texts: the captions, `[S, L]`.
         videos_of_caption: for each caption the indices of its videos, at least one.
-        dataset: its name.
         videos: number of videos in `clips`, unreadable ones included.
-        sample_id: returns the name of a video.
-        settings: without `rerank_k`, no vision token is kept.
         pair_batch: pairs of video and text per batch of re-ranking.
         token_bytes: limit on the memory for vision tokens that are kept for re-ranking, of all models. Beyond it they
-            are kept in temporary files, with the same result.
-        spill_to: folder for those files; None for the system's.
+            are kept in temporary files in `spill_to`, with the same result.
 
     Raises:
         DataError: no video is readable, a caption has no video among the clips, or (`strict`) a video is unreadable.
@@ -302,7 +297,6 @@ class _Encoder:
     seconds: float = 0.0
 
     def encode(self, video: Tensor, device: torch.device) -> Tensor:
-        """The tokens `[b, N, D]` of a batch; all batches must have the same N and D."""
         tokens, seconds = encode_timed(self.name, self.model, video, device)
         shape = tuple(tokens.shape[1:])
         if self.token_shape not in (None, shape):
@@ -324,7 +318,6 @@ class _Encoder:
 def _encode_batch(
     encoders: Mapping[str, _Encoder], video: Tensor, row: int, store: TokenStore | None, settings: VideoSettings
 ) -> None:
-    """Encode videos by every model; their tokens are stored from `row` on."""
     device = settings.device
     video = video.to(device=device, dtype=settings.dtype)
     if row == 0:
@@ -332,9 +325,9 @@ def _encode_batch(
         first = {name: encoder.encode(video, device) for name, encoder in encoders.items()}
         if store is not None:
             store.open(first)
+        del first
         for encoder in encoders.values():
             encoder.seconds = 0.0
-        del first
     batches = len(next(iter(encoders.values())).video)
     for name in alternate_order(list(encoders), batches):
         tokens = encoders[name].encode(video, device)
@@ -381,15 +374,10 @@ def _score(
         )
         seconds = time.perf_counter() - started
         matching, matching_first = _rank(scores, truth)
-    score = RetrievalScore(
-        videos=len(video),
-        vtc=vtc,
-        matching=matching,
-        tokens=encoder.token_shape[0] if encoder.token_shape else 0,
-        seconds=encoder.seconds,
-        matching_seconds=seconds,
+    tokens = encoder.token_shape[0] if encoder.token_shape else 0
+    return _Result(
+        RetrievalScore(len(video), vtc, matching, tokens, encoder.seconds, seconds), vtc_first, matching_first
     )
-    return _Result(score, vtc_first, matching_first)
 
 
 def _rank(scores: Directions[Tensor], truth: _Truth) -> tuple[Directions[RankStats], Directions[Tensor]]:
