@@ -94,8 +94,9 @@ def _draw(axes: Axes, report: BenchReport, panel: str, colors: Mapping[str, str]
         read = [(place, passes.get((run.setting, name))) for run, place in zip(own, places, strict=True)]
         points = [(place, found.throughput.median) for place, found in read if found is not None]
         if points:
+            at, rates = zip(*points, strict=True)
             handles[_FROM_FILES] = axes.scatter(
-                *zip(*points, strict=True), marker="D", s=22, color="white", edgecolors="black", zorder=3
+                at, rates, marker="D", s=22, color="white", edgecolors="black", zorder=3
             )
     axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
     axes.set_xlabel("batch size", fontsize=9)

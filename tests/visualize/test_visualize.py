@@ -121,8 +121,8 @@ class TestTraceSamples:
         found = trace_samples(model, batch)
         trace = model.trace(batch)
         assert torch.equal(found.compressed, trace.output)
-        with model.dense() as original, torch.inference_mode():
-            assert torch.equal(found.dense, original(batch))
+        with model.dense() as dense, torch.inference_mode():
+            assert torch.equal(found.dense, dense(batch))
         assert list(found.kept) == [0, 2]
         for layer, rows in found.kept.items():
             assert np.array_equal(rows, trace.kept[layer].numpy())

@@ -121,8 +121,8 @@ def rank_stats(found: Tensor) -> RankStats:
     """Statistics of the output of `ranks`, int64 `[Q]`, `Q > 0`."""
     from_1 = [rank + 1 for rank in found.tolist()]
     count = len(from_1)
-    recalls = (100.0 * sum(rank <= top for rank in from_1) / count for top in (1, 5, 10))
-    return RankStats(*recalls, float(statistics.median(from_1)), sum(from_1) / count, count)
+    r1, r5, r10 = (100.0 * sum(rank <= top for rank in from_1) / count for top in (1, 5, 10))
+    return RankStats(r1, r5, r10, float(statistics.median(from_1)), sum(from_1) / count, count)
 
 
 def matching_scores(
