@@ -251,7 +251,6 @@ def _tiles_notes(contenders: Sequence[Contender], settings: BenchSettings) -> It
 
 @contextmanager
 def _prepared(modules: Sequence[nn.Module], settings: BenchSettings, progress: Progress) -> Iterator[None]:
-    """Move the modules and switch their attention."""
     for module in modules:
         module.to(settings.device, settings.dtype).to(memory_format=settings.placement.memory_format)
     for note in {note for module in modules if (note := auto_note(module, settings.attention))}:

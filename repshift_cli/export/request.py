@@ -62,7 +62,6 @@ class Subject:
 
     @property
     def plan(self) -> Plan | None:
-        """None for a dense model."""
         return None if self.dense or self.opened.compressed is None else self.opened.compressed.plan
 
     def context(self) -> AbstractContextManager[Any]:

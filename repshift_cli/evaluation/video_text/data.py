@@ -61,13 +61,15 @@ def open_data(options: DatasetOptions, task: Task, model: str) -> RetrievalSet |
         DataError: as `open_video_text`.
     """
     name = options.dataset
+    if name is None:
+        return _open_files(options, task, model)
     if name in BUILTIN_DATASETS:
         _check_task(BUILTIN_DATASETS[name], task, name, model)
         _check_builtin(name, options)
         return _captioned_scenes(name, options) if task == "retrieval" else _scenes_with_questions(name, options)
     if name in PROTOCOLS:
         _check_task(PROTOCOLS[name].kind, task, name, model)
-    elif name is not None:
+    else:
         _refuse_images(name, model)
     return _open_files(options, task, model)
 
