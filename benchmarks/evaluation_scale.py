@@ -110,7 +110,7 @@ def parse_options() -> argparse.Namespace:
 def make_images(options: argparse.Namespace, root: Path, count: int) -> Path:
     """Folder of images: of this part, or in `--folder`, to be used again."""
     if options.folder is None:
-        return draw(root / "pictures", count, options.size)
+        return draw(root / "images", count, options.size)
     kept: Path = options.folder / f"digits-{count}-{options.size}"
     if not kept.is_dir():
         draw(root / "drawn", count, options.size).rename(kept)
@@ -253,7 +253,7 @@ class Lane:
 
 def broken_files(options: argparse.Namespace, root: Path) -> Section:
     good = 3 * options.broken
-    folder = draw(root / "pictures", good, options.size)
+    folder = draw(root / "images", good, options.size)
     whole, _ = evaluate(["--dataset", folder])
     kinds: Counter[str] = Counter()
     for index in range(options.broken):
@@ -313,8 +313,8 @@ def full_stdout(arguments: Sequence[object], expected: tuple[int, ...], root: Pa
 
 def complaint(stderr: str, root: Path) -> tuple[str, str]:
     """Whether there was a traceback, and the message about the disk."""
-    told = next((line for line in stderr.splitlines() if "space" in line or "cannot write" in line), "-")
-    return "TRACEBACK" if "Traceback" in stderr else "no", shortened(told.replace(str(root), ""))
+    problem = next((line for line in stderr.splitlines() if "space" in line or "cannot write" in line), "-")
+    return "TRACEBACK" if "Traceback" in stderr else "no", shortened(problem.replace(str(root), ""))
 
 
 def memory_over_the_run(options: argparse.Namespace, root: Path) -> Section:
@@ -461,7 +461,7 @@ def dangling(path: Path) -> None:
 
 BROKEN: tuple[tuple[str, Callable[[Path], None]], ...] = (
     ("empty", writer(bytes)),
-    ("text", writer(lambda: b"no picture at all\n" * 20)),
+    ("text", writer(lambda: b"no image at all\n" * 20)),
     ("zeros", writer(lambda: bytes(20_000))),
     ("JPEG, its first 300 bytes", writer(lambda: encoded("JPEG")[:300])),
     ("JPEG, cut off in the middle", writer(lambda: encoded("JPEG")[:-900])),

@@ -71,12 +71,12 @@ def export(target: str, output: Path) -> float:
 @torch.inference_mode()
 def repeated(runtime: Runtime, runs: int) -> tuple[int, float]:
     """How many runs give the same bits as the first of their batch size, and how far sizes are apart."""
-    pictures = torch.randn(max(BATCHES), *load_checkpoint(MODEL).description.preprocessing.shape)
+    images = torch.randn(max(BATCHES), *load_checkpoint(MODEL).description.preprocessing.shape)
     sizes = [BATCHES[run % len(BATCHES)] for run in range(runs)]
     first: dict[int, torch.Tensor] = {}
     equal = 0
     for size in sizes:
-        output = runtime(pictures[:size]).clone()
+        output = runtime(images[:size]).clone()
         equal += torch.equal(output, first.setdefault(size, output))
     whole = first[max(first)]
     return equal, max(float((output - whole[:size]).abs().max()) for size, output in first.items())

@@ -122,15 +122,15 @@ def peak(arguments: list[object]) -> tuple[float, float]:
     """
     words = [sys.executable, "-m", "repshift_cli", *map(str, arguments)]
     held = mapped = 0
-    with tempfile.TemporaryFile("w+") as told:
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=told)  # noqa: S603 (written here)
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=errors)  # noqa: S603 (written here)
         while process.poll() is None:
             now = status(process.pid)
             held, mapped = max(held, now.get("RssAnon", 0)), max(mapped, now.get("RssFile", 0))
             time.sleep(SAMPLE_SECONDS)
         if process.returncode:
-            told.seek(0)
-            raise SystemExit(f"{shlex.join(words)} ended with {process.returncode}:\n{told.read()}")
+            errors.seek(0)
+            raise SystemExit(f"{shlex.join(words)} ended with {process.returncode}:\n{errors.read()}")
     return held / MIB, mapped / MIB
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,27 +33,19 @@ _NO_SCORE = ComponentSpec(kind="random")
 """For reducers that need no score: it reads no token and costs the least."""
 
 _MATCHING = ComponentSpec(kind="bipartite")
+_UNSUPPORTED = (ModelError, RecipeError, UsageError)
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A method to make a dense model faster.
-
-    Attributes:
-        plan: makes the plan of the baseline from a compressed model; None keeps the model dense.
-        attention: attention that it needs whatever the setting; None to use that of the setting.
-    """
+    """A plan made from a compressed model (None: dense), and the attention that it needs (None: of the setting)."""
 
     plan: Callable[[CompressedModel], Plan] | None = None
     attention: AttentionMode | None = None
 
 
 def contenders_against(opened: Mapping[str, Opened], names: Sequence[str]) -> list[Contender]:
-    """The contenders of `contenders_of`, and the baselines of every compressed model.
-
-    Args:
-        opened: by label.
-        names: keys of `BASELINES`; dense models are always included.
+    """The contenders of `contenders_of`, and the named baselines of every compressed model.
 
     Raises:
         UsageError: unknown baseline, no compressed model, or a baseline that the model does not support.
@@ -131,14 +123,10 @@ def _every_block(compressed: CompressedModel, count: int) -> Plan:
     for info in layout.sites:
         left = patches - min(count, patches // 2)
         if left < patches:
-            site = PlanSite(
-                site=info.name,
-                layer=info.layer,
-                tokens_in=prefix + patches,
-                tokens_out=prefix + left,
-                metric=_NO_SCORE,
+            before, after = prefix + patches, prefix + left
+            sites.append(
+                PlanSite(site=info.name, layer=info.layer, tokens_in=before, tokens_out=after, metric=_NO_SCORE)
             )
-            sites.append(site)
         patches = left
     return Plan(
         family=layout.family,
@@ -150,7 +138,6 @@ def _every_block(compressed: CompressedModel, count: int) -> Plan:
 
 
 def _macs(dense: nn.Module, plan: Plan) -> int:
-    """MACs of the dense model with a plan."""
     attached = attach(dense, plan)
     try:
         return attached.macs()
@@ -159,11 +146,7 @@ def _macs(dense: nn.Module, plan: Plan) -> int:
 
 
 def _same_counts(compressed: CompressedModel, part: ComponentSpec, metric: ComponentSpec | None) -> Plan:
-    """The plan of a compressed model with another reducer, and another metric if not None.
-
-    Raises:
-        RecipeError: unsupported by the model.
-    """
+    """The plan of a compressed model with another reducer, and another metric if not None."""
     reducer = _checked_reducer(part, compressed)
     changed = {"after": reducer.after} | ({"metric": metric} if metric else {})
     sites = tuple(site.model_copy(update=changed) for site in compressed.plan.sites)
@@ -171,11 +154,7 @@ def _same_counts(compressed: CompressedModel, part: ComponentSpec, metric: Compo
 
 
 def _bipartite(compressed: CompressedModel) -> Plan:
-    """Matching at the sites of the compressed model.
-
-    Raises:
-        RecipeError: tokens cannot be merged, or a site drops more than can be matched.
-    """
+    """Matching at the sites of the compressed model; raises RecipeError if a site drops more than can be matched."""
     plan, reducer = _same_counts(compressed, _MATCHING, _NO_SCORE), build_reducer(_MATCHING)
     assert isinstance(reducer, Merger)
     for site in plan.sites:
@@ -186,7 +165,6 @@ def _bipartite(compressed: CompressedModel) -> Plan:
 
 
 def _checked_reducer(part: ComponentSpec, compressed: CompressedModel) -> Reducer:
-    """The reducer; errors as `check_reducer`."""
     reducer = build_reducer(part)
     check_reducer(reducer, compressed.family, compressed.model)
     return reducer
@@ -209,14 +187,10 @@ BASELINES: dict[str, Baseline] = {
 
 
 def _build(name: str, contender: Contender, compressed: CompressedModel, single: bool) -> Contender:
-    """The contender of a baseline.
-
-    Raises:
-        UsageError: the model does not support it, with those that it supports.
-    """
+    """The contender of a baseline; if the model does not support it, the UsageError names those that it supports."""
     try:
         return _contender(name, contender, compressed, single)
-    except (ModelError, RecipeError, UsageError) as error:
+    except _UNSUPPORTED as error:
         supported = [other for other in BASELINES if other != name and _is_supported(other, contender, compressed)]
         raise UsageError(
             f"--against {name}: unsupported for {contender.name} ({compressed.family.name}): {error.message}",
@@ -227,7 +201,7 @@ def _build(name: str, contender: Contender, compressed: CompressedModel, single:
 def _is_supported(name: str, contender: Contender, compressed: CompressedModel) -> bool:
     try:
         _contender(name, contender, compressed, single=True)
-    except (ModelError, RecipeError, UsageError):
+    except _UNSUPPORTED:
         return False
     return True
 
@@ -256,9 +230,6 @@ def _contender(name: str, contender: Contender, compressed: CompressedModel, sin
 @contextmanager
 def _switched(module: nn.Module, attention: AttentionMode | None, dense: CompressedModel | None) -> Iterator[None]:
     """Set the attention of a baseline if not None; run `dense` without its hooks if not None."""
-    with ExitStack() as entered:
-        if attention is not None:
-            entered.enter_context(attention_mode(module, attention))
-        if dense is not None:
-            entered.enter_context(dense.dense())
+    switched = nullcontext() if attention is None else attention_mode(module, attention)
+    with switched, nullcontext() if dense is None else dense.dense():
         yield

@@ -76,7 +76,6 @@ class BenchLimit:
         return cls(key, _SENSES[key], value)
 
     def holds(self, value: float) -> bool:
-        """Whether a value meets the limit."""
         return value <= self.value if self.sense == "<=" else value >= self.value
 
     def __str__(self) -> str:
@@ -85,12 +84,7 @@ class BenchLimit:
 
 @dataclass(frozen=True)
 class LimitCheck:
-    """A limit checked for one compressed model in one setting.
-
-    Attributes:
-        value: the measured median; None if it cannot be measured.
-        interval: its p10 and p90; None if it does not vary.
-    """
+    """A limit, and the measured median with p10 and p90 of one compressed model; None if it is not measured."""
 
     limit: BenchLimit
     name: str
@@ -110,7 +104,6 @@ class LimitCheck:
         return self.value is not None and all(self.limit.holds(end) == self.met for end in ends)
 
     def to_dict(self) -> dict[str, Any]:
-        """An entry of `budget` in the JSON document."""
         low, high = self.interval or (None, None)
         values = {"value": self.value, "p10": low, "p90": high}
         return {
@@ -126,11 +119,9 @@ class LimitCheck:
         where = f"batch {self.setting.batch}: {self.limit}"
         if self.value is None:
             return f"{where} not met: it cannot be measured inside a compiled graph or another runtime"
-        note = (
-            ""
-            if self.separated or self.interval is None
-            else f"; not separated, p10-p90 {self.interval[0]:.3g}-{self.interval[1]:.3g}"
-        )
+        note = ""
+        if self.interval is not None and not self.separated:
+            note = "; not separated, p10-p90 {:.3g}-{:.3g}".format(*self.interval)
         if self.met:
             return f"{where} met: {self.value:.4g}{note}"
         distance = f"{abs(self.value - self.limit.value):.3g} {'above' if self.limit.sense == '<=' else 'below'}"
@@ -144,11 +135,8 @@ def check_limits(limits: Sequence[BenchLimit], report: BenchReport) -> tuple[Lim
         UsageError: there are limits, but no compressed model.
     """
     runs = {(run.setting, run.name): run for run in report.runs}
-    ratios = [
-        ratio
-        for ratio in report.ratios
-        if ratio.role == "compressed" and runs[ratio.setting, ratio.against].role == "dense"
-    ]
+    compressed = (ratio for ratio in report.ratios if ratio.role == "compressed")
+    ratios = [ratio for ratio in compressed if runs[ratio.setting, ratio.against].role == "dense"]
     if limits and not ratios:
         raise UsageError("--budget: no model is compressed", "Add --recipe to compress it for the run.")
     return tuple(

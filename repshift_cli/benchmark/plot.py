@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repshift_cli.benchmark.report import BenchReport, Passes, Ratio, Run
+from repshift_cli.benchmark.report import BenchReport, Ratio, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.container import BarContainer
-
 
 __all__ = ["plot_report"]
 
@@ -22,15 +21,9 @@ _PALETTES: dict[str, tuple[str, ...]] = {  # colour-blind safe for compressed mo
 }
 
 _FROM_FILES = "from image files"
-
 _PANELS_ACROSS = 2
-
-
 _PANEL_INCHES = (5.4, 3.4)
-
-
 _BARS_INCHES = 0.36  # per bar, so that the numbers above do not overlap
-
 _DPI = 150
 
 
@@ -99,7 +92,12 @@ def _draw(axes: Axes, report: BenchReport, panel: str, colors: Mapping[str, str]
         labels = [_gain(gains.get((run.setting, name))) for run in own]
         axes.bar_label(bars, labels, padding=2, fontsize=7)
         read = [(place, passes.get((run.setting, name))) for run, place in zip(own, places, strict=True)]
-        handles.update(_draw_passes(axes, [(place, found) for place, found in read if found is not None]))
+        points = [(place, found.throughput.median) for place, found in read if found is not None]
+        if points:
+            at, rates = zip(*points, strict=True)
+            handles[_FROM_FILES] = axes.scatter(
+                at, rates, marker="D", s=22, color="white", edgecolors="black", zorder=3
+            )
     axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
     axes.set_xlabel("batch size", fontsize=9)
     axes.margins(y=0.12)
@@ -114,13 +112,6 @@ def _draw_bars(axes: Axes, runs: Sequence[Run], places: Sequence[float], width: 
     high = [run.batch * 1e3 / run.latency.p10 - run.throughput for run in runs]
     errors = {"elinewidth": 0.8, "capthick": 0.8}
     return axes.bar(places, heights, width * 0.94, yerr=(low, high), capsize=2, color=color, error_kw=errors)
-
-
-def _draw_passes(axes: Axes, read: Sequence[tuple[float, Passes]]) -> dict[str, Any]:
-    if not read:
-        return {}
-    places, heights = [place for place, _ in read], [found.throughput.median for _, found in read]
-    return {_FROM_FILES: axes.scatter(places, heights, marker="D", s=22, color="white", edgecolors="black", zorder=3)}
 
 
 def _gain(ratio: Ratio | None) -> str:

@@ -36,6 +36,15 @@ Role = Literal["dense", "compressed", "peer"]
 _BOUND_BY_READING = 0.5
 """Share of time spent waiting for data above which reading limits the speed, not the model."""
 
+_CSV_COLUMNS = (
+    *("name", "batch", "gmacs", "latency_ms_median", "latency_ms_p10", "latency_ms_p90", "latency_ms_p99"),
+    *("throughput", "peak_memory_mb", "device", "dtype", "threads", "attention", "attention_mode", "compile"),
+    *("image_size", "role", "compile_s", "recompiles"),
+    *("over_dense", "over_dense_p10", "over_dense_p90", "over_dense_clear", "efficiency"),
+    *("ours_over_it", "ours_over_it_p10", "ours_over_it_p90", "ours_over_it_clear"),
+    *("end_to_end_per_s_median", "end_to_end_per_s_p10", "end_to_end_per_s_p90", "waiting", "bottleneck"),
+)
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -44,8 +53,7 @@ class Setting:
     Attributes:
         batch: images at a time.
         image_size: height and width.
-        dtype: `float32`, ...
-        attention: as requested: `auto`, `explicit`, ...
+        attention: as requested.
         compile: mode of torch.compile, or `off`.
     """
 
@@ -75,12 +83,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Compilation:
-    """Cost of torch.compile.
-
-    Attributes:
-        seconds: of the first run, which compiles.
-        recompiles: graphs compiled after it; should be 0.
-    """
+    """Seconds of the first run, in which torch.compile works, and graphs that are compiled after it (should be 0)."""
 
     seconds: float
     recompiles: int
@@ -92,10 +95,8 @@ class Run:
 
     Attributes:
         macs: multiply-accumulates of one image.
-        timing: of a batch.
         peak_bytes: of a batch; None if it cannot be measured, inside a compiled graph or another runtime.
         attention: the attention kernel in use, see `observed_attention`.
-        compilation: None if not compiled.
     """
 
     name: str
@@ -109,7 +110,6 @@ class Run:
 
     @property
     def batch(self) -> int:
-        """Images at a time."""
         return self.setting.batch
 
     @property
@@ -123,7 +123,6 @@ class Run:
         return self.batch * 1e3 / self.latency.median
 
     def to_dict(self) -> dict[str, Any]:
-        """An entry of `runs` in the JSON document."""
         return {
             "name": self.name,
             "role": self.role,
@@ -140,12 +139,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A contender compared with another in one setting: other / this one, so larger is better.
-
-    Attributes:
-        role: of the contender `name`.
-        macs: ratio of the multiply-accumulates.
-    """
+    """MACs and latency of a contender compared with another in one setting: other / this one, so larger is better."""
 
     setting: Setting
     name: str
@@ -156,7 +150,6 @@ class Ratio:
 
     @property
     def batch(self) -> int:
-        """Images at a time."""
         return self.setting.batch
 
     @property
@@ -165,7 +158,6 @@ class Ratio:
         return self.speedup.ratio / self.macs
 
     def to_dict(self) -> dict[str, Any]:
-        """An entry of `ratios` in the JSON document."""
         return {
             **self.setting.to_dict(),
             "name": self.name,
@@ -188,7 +180,6 @@ class BreakEven:
     Attributes:
         setting: that of the smallest batch.
         batch: the smallest with a clear speed-up; None if there is none.
-        tried: all batch sizes, ascending.
         not_above: larger batch sizes without a clear speed-up.
     """
 
@@ -200,7 +191,6 @@ class BreakEven:
     not_above: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """An entry of `break_even` in the JSON document."""
         return {
             **self.setting.to_dict(),
             "name": self.name,
@@ -240,8 +230,7 @@ class Passes:
     """Passes over the same images, each from the first request to the last result.
 
     Attributes:
-        images: of one pass.
-        seconds: of each pass.
+        images, seconds: of one pass, and of each pass.
         waiting_s: seconds of each pass in which the model waited for images.
     """
 
@@ -265,7 +254,6 @@ class Passes:
         return "reading" if self.waiting > _BOUND_BY_READING else "model"
 
     def to_dict(self) -> dict[str, Any]:
-        """Part of an entry of `runs` in `end_to_end`."""
         return {
             "images_per_s": self.throughput.to_dict(),
             "waiting": round(self.waiting, 4),
@@ -278,7 +266,6 @@ class EndToEnd:
     """One setting with images that are read, decoded and preprocessed in every pass.
 
     Attributes:
-        data: name of the dataset.
         workers: reading processes; 0 reads in the process of the model.
         reading: passes without a model.
         sides: by name of the contender.
@@ -301,7 +288,6 @@ class EndToEnd:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """An entry of `end_to_end` in the JSON document."""
         return {
             **self.setting.to_dict(),
             "data": self.data,
@@ -310,12 +296,7 @@ class EndToEnd:
             "reading_images_per_s": self.reading.throughput.to_dict(),
             "runs": [{"name": name, **passes.to_dict()} for name, passes in self.sides.items()],
             "ratios": [
-                {
-                    "name": name,
-                    "against": self.against[name],
-                    **_latency_ratio(found),
-                    "clear": found.clear,
-                }
+                {"name": name, "against": self.against[name], **_latency_ratio(found), "clear": found.clear}
                 for name, found in self.speedups.items()
             ],
         }
@@ -327,7 +308,6 @@ class BenchReport:
 
     Attributes:
         device: product name of the CPU or GPU.
-        threads: of the CPU.
         end_to_end: empty without images to read.
     """
 
@@ -376,10 +356,9 @@ class BenchReport:
     def to_csv(self) -> str:
         """A header and one line per run; what was not measured is empty."""
         text = io.StringIO()
-        rows = list(self._rows())
-        writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+        writer = csv.DictWriter(text, _CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(self._rows())
         return text.getvalue()
 
     @property
@@ -395,45 +374,24 @@ class BenchReport:
         over_baseline = {(ratio.setting, ratio.against): ratio for ratio in self.ratios if not self._is_dense(ratio)}
         passes = {(found.setting, name): each for found in self.end_to_end for name, each in found.sides.items()}
         for run in self.runs:
-            values = run.to_dict()
-            latency = {f"latency_ms_{part}": value for part, value in values.pop("latency_ms").items()}
-            key = run.setting, run.name
-            yield {
-                **_columns(values, ("name", "batch", "gmacs")),
-                **latency,
-                **_columns(values, ("throughput", "peak_memory_mb")),
-                "device": self.device,
-                "dtype": values["dtype"],
-                "threads": self.threads,
-                **_columns(values, ("attention", "attention_mode", "compile", "image_size", "role")),
-                **_columns(values, ("compile_s", "recompiles")),
-                **_ratio_columns("over_dense", over_dense.get(key)),
-                "efficiency": over_dense[key].to_dict()["efficiency"] if key in over_dense else None,
-                **_ratio_columns("ours_over_it", over_baseline.get(key)),
-                **_passes_columns(passes.get(key)),
-            }
+            row, key = run.to_dict(), (run.setting, run.name)
+            row |= {f"latency_ms_{part}": value for part, value in row["latency_ms"].items()}
+            if ratio := over_dense.get(key):
+                row |= _ratio_columns("over_dense", ratio) | {"efficiency": significant(ratio.efficiency)}
+            if ratio := over_baseline.get(key):
+                row |= _ratio_columns("ours_over_it", ratio)
+            if read := passes.get(key):
+                rates = {f"end_to_end_per_s_{part}": rate for part, rate in read.throughput.to_dict().items()}
+                row |= read.to_dict() | rates
+            yield row | {"device": self.device, "threads": self.threads}
 
     def _is_dense(self, ratio: Ratio) -> bool:
         return any(run.name == ratio.against and run.role == "dense" for run in self.runs)
 
 
-def _columns(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: values[name] for name in names}
-
-
-def _ratio_columns(name: str, ratio: Ratio | None) -> dict[str, Any]:
-    found = ratio.to_dict() if ratio else {}
-    parts = {"": "latency", "_p10": "latency_p10", "_p90": "latency_p90", "_clear": "clear"}
-    return {f"{name}{suffix}": found.get(key) for suffix, key in parts.items()}
-
-
-def _passes_columns(passes: Passes | None) -> dict[str, Any]:
-    found = passes.to_dict() if passes else {"images_per_s": {}}
-    return {
-        **{f"end_to_end_per_s_{part}": found["images_per_s"].get(part) for part in ("median", "p10", "p90")},
-        "waiting": found.get("waiting"),
-        "bottleneck": found.get("bottleneck"),
-    }
+def _ratio_columns(name: str, ratio: Ratio) -> dict[str, Any]:
+    parts = {key.replace("latency", name): value for key, value in _latency_ratio(ratio.speedup).items()}
+    return {**parts, f"{name}_clear": ratio.speedup.clear}
 
 
 def _plain(values: Sequence[str]) -> str | list[str]:

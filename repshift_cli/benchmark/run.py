@@ -41,12 +41,10 @@ class Contender:
 
     Attributes:
         name: unique among those of its input size.
-        module: takes images `[B, C, H, W]`.
         macs: multiply-accumulates per image.
         input_size: of one input: `(C, H, W)`, or `(T, C, H, W)` for a clip.
         against: name of the dense contender that it is compared with, if any.
         context: to be entered for each run of `module`, such as the switch to the dense model.
-        is_baseline: whether it is a baseline.
         baselines: names of the baselines that it is compared with.
         preprocessing: of images from files, if known.
     """
@@ -63,7 +61,6 @@ class Contender:
 
     @property
     def role(self) -> Role:
-        """Its role in the comparison."""
         if self.is_baseline:
             return "peer"
         return "dense" if self.against is None else "compressed"
@@ -75,7 +72,6 @@ class BenchSettings:
 
     Attributes:
         seconds: time for each model at each batch size; more if `min_runs` takes longer.
-        min_runs: minimum number of timed runs of each model.
         threads: CPU threads, None for torch's default.
         memory_format: of weights and images.
         compile: mode of torch.compile, or `off`.
@@ -92,20 +88,16 @@ class BenchSettings:
 
     @property
     def placement(self) -> Placement:
-        """Device, dtype and memory format of inputs and weights."""
         channels_last = self.memory_format == "channels_last"
         return Placement(self.device, self.dtype, torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def contenders_of(opened: Mapping[str, Opened]) -> list[Contender]:
-    """Every opened model, and the dense model of every compressed one.
+    """Every opened model, by label such as the stem of its file, and the dense model of every compressed one.
 
     A single model gives `dense` and `compressed`. Of several, a compressed one keeps its label and a dense one is
     named after its architecture; models from the same weights share one dense contender. Exported files keep their
     labels.
-
-    Args:
-        opened: by label, such as the stem of the file.
     """
     exported = {label: model for label, model in opened.items() if isinstance(model, OpenedExport)}
     single = len(opened) == 1
@@ -114,8 +106,7 @@ def contenders_of(opened: Mapping[str, Opened]) -> list[Contender]:
     for label, model in opened.items():
         if label in exported:
             continue
-        description = model.loaded.description
-        preprocessing = description.preprocessing
+        description, preprocessing = model.loaded.description, model.loaded.description.preprocessing
         size = preprocessing.shape
         key = (_weights_identity(model), description.name, size)
         if key not in dense:
@@ -195,7 +186,9 @@ def run_sweep(
     modules = {id(each.module): each.module for each in contenders if not isinstance(each.module, Runtime)}
     _check(contenders, list(modules.values()), sweep, source)
     sizes = list(dict.fromkeys(contender.input_size for contender in contenders))
-    results: list[_GroupResult] = []
+    runs: list[Run] = []
+    ratios: list[Ratio] = []
+    end_to_end: list[EndToEnd] = []
     with num_threads(sweep[0].threads) as threads:
         notes = [waking_note(sweep[0].device, threads)]
         notes += [note for settings in sweep for note in _tiles_notes(contenders, settings)]
@@ -205,14 +198,18 @@ def run_sweep(
             with _prepared(list(modules.values()), settings, progress):
                 for size in sizes:
                     group = [contender for contender in contenders if contender.input_size == size]
-                    results += [_bench_group(group, batch, settings, progress, source) for batch in batches]
+                    for batch in batches:
+                        measured, read = _bench_group(group, batch, settings, progress, source)
+                        runs += measured
+                        ratios += _ratios(group, measured)
+                        end_to_end += [read] if read else []
     return BenchReport(
         device=device_name(sweep[0].device),
         threads=threads,
         memory_format=sweep[0].memory_format,
-        runs=tuple(run for each in results for run in each.runs),
-        ratios=tuple(ratio for each in results for ratio in each.ratios),
-        end_to_end=tuple(each.end_to_end for each in results if each.end_to_end),
+        runs=tuple(runs),
+        ratios=tuple(ratios),
+        end_to_end=tuple(end_to_end),
     )
 
 
@@ -254,7 +251,6 @@ def _tiles_notes(contenders: Sequence[Contender], settings: BenchSettings) -> It
 
 @contextmanager
 def _prepared(modules: Sequence[nn.Module], settings: BenchSettings, progress: Progress) -> Iterator[None]:
-    """Move the modules and switch their attention."""
     for module in modules:
         module.to(settings.device, settings.dtype).to(memory_format=settings.placement.memory_format)
     for note in {note for module in modules if (note := auto_note(module, settings.attention))}:
@@ -265,23 +261,10 @@ def _prepared(modules: Sequence[nn.Module], settings: BenchSettings, progress: P
         yield
 
 
-@dataclass(frozen=True)
-class _GroupResult:
-    """Measurements of one group at one batch size."""
-
-    runs: tuple[Run, ...]
-    ratios: tuple[Ratio, ...]
-    end_to_end: EndToEnd | None
-
-
 def _bench_group(
     group: Sequence[Contender], batch: int, settings: BenchSettings, progress: Progress, source: Source | None
-) -> _GroupResult:
-    """Measure contenders of one input size at one batch size.
-
-    Raises:
-        UsageError: the batch does not fit into memory, or a model cannot be compiled.
-    """
+) -> tuple[list[Run], EndToEnd | None]:
+    """Measure contenders of one input size at one batch size."""
     height, width = group[0].input_size[-2:]
     dtype = str(settings.dtype).removeprefix("torch.")
     setting = Setting(batch, (height, width), dtype, settings.attention, settings.compile)
@@ -302,7 +285,7 @@ def _bench_group(
             progress=progress,
             min_runs=settings.min_runs,
         )
-        runs = tuple(
+        runs = [
             Run(
                 name=contender.name,
                 setting=setting,
@@ -314,21 +297,21 @@ def _bench_group(
                 compilation=_compilation(subject.run),
             )
             for contender, subject, peak, kernel in zip(group, subjects, memory, attention, strict=True)
+        ]
+        if source is None:
+            return runs, None
+        assert group[0].preprocessing is not None
+        end_to_end = measure_end_to_end(
+            subjects,
+            {contender.name: contender.against for contender in group if contender.against is not None},
+            group[0].preprocessing,
+            source,
+            setting,
+            place,
+            max_seconds=max_seconds,
+            progress=progress,
         )
-        end_to_end = None
-        if source is not None:
-            assert group[0].preprocessing is not None
-            end_to_end = measure_end_to_end(
-                subjects,
-                {contender.name: contender.against for contender in group if contender.against is not None},
-                group[0].preprocessing,
-                source,
-                setting,
-                place,
-                max_seconds=max_seconds,
-                progress=progress,
-            )
-    return _GroupResult(runs, tuple(_ratios(group, runs)), end_to_end)
+    return runs, end_to_end
 
 
 def _subject(contender: Contender, inputs: Tensor, mode: CompileMode) -> Subject:
@@ -356,7 +339,6 @@ def _peak(subject: Subject, inputs: Tensor, settings: BenchSettings) -> int | No
 
 
 def _observed(contender: Contender, inputs: Tensor) -> str:
-    """The attention kernel in use."""
     module = contender.module
     if isinstance(module, Runtime) and module.hides_memory:
         return f"{module.document.kind}'s own"  # its operations are not those of torch

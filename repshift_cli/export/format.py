@@ -25,7 +25,6 @@ class Draft:
 
     Attributes:
         document: its metadata, without the result of the verification.
-        save: writes the export with the given metadata.
         reopen: opens the export. The returned function maps inputs to the output of the export, followed by the output
             and the kept positions of each site, of the same graph.
         operators: of an ONNX graph, how often each operator occurs.
@@ -43,12 +42,8 @@ class Format:
 
     Attributes:
         name: value of `--to`.
-        description: for `--help`.
         suffix: what the default output name adds to the name of the model.
-        write: builds the export for the given path.
-        is_folder: whether the output is a folder.
         packages: what the format needs of the extra `onnx`.
-        dtypes, devices: what is supported.
         options: which of `--batch`, `--opset` and `--tune` are supported.
         check: raises UsageError for an invalid request; runs before a model is loaded.
     """

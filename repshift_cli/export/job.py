@@ -55,26 +55,20 @@ class Exported:
 
 
 def check(request: Request) -> None:
-    """Check a request before the model is loaded.
+    """Check before the model is loaded that the output is writable, and the format supports the request.
 
     Raises:
-        UsageError, OutputError: as `files.check_output`; the format does not support an option, or needs a package that
-            is not installed.
+        UsageError, OutputError: it is not, or does not; or a package is not installed.
     """
     wanted = FORMATS[request.target]
     for option in _OPTIONS:
         if getattr(request, option) not in (None, False) and option not in wanted.options:
             allowed = ", ".join(known.name for known in FORMATS.values() if option in known.options)
             raise UsageError(f"--{option} is for --to {allowed}, not for --to {wanted.name}", "Leave it out.")
-    dtype = str(request.dtype).removeprefix("torch.")
-    for option, value, allowed_values in (
-        ("dtype", None if request.dtype is None else dtype, wanted.dtypes),
-        ("device", request.device.type, wanted.devices),
-    ):
-        if value is not None and value not in allowed_values:
-            raise UsageError(
-                f"--to {wanted.name}: unsupported --{option} {value}: allowed: {', '.join(allowed_values)}"
-            )
+    dtype = "float32" if request.dtype is None else str(request.dtype).removeprefix("torch.")
+    for option, value, supported in (("dtype", dtype, wanted.dtypes), ("device", request.device.type, wanted.devices)):
+        if value not in supported:
+            raise UsageError(f"--to {wanted.name}: unsupported --{option} {value}: allowed: {', '.join(supported)}")
     for package in wanted.packages:
         require(package)
     wanted.check(request)
@@ -89,13 +83,7 @@ def check(request: Request) -> None:
     check_output(request.output, request.force)
 
 
-def open_for_export(
-    name: str,
-    recipe: str | None,
-    options: LoadOptions | None = None,
-    *,
-    progress: Progress,
-) -> Opened:
+def open_for_export(name: str, recipe: str | None, options: LoadOptions | None = None, *, progress: Progress) -> Opened:
     """Open a model; with a recipe, compress a dense one without calibration. Errors as `open_model`, `compress`."""
     if recipe is None:
         return artifact.open_model(name, options)
@@ -109,8 +97,7 @@ def open_for_export(
 def export(opened: Opened, request: Request, progress: Progress) -> Exported:
     """Write a model in a format that runs without repshift, and verify it against the model in torch.
 
-    Args:
-        opened: the model; it is moved to the device and dtype of the request.
+    The model is moved to the device and dtype of the request.
 
     Raises:
         CheckFailed: the export does not compute what the model does, or is not a valid graph; no output is left.

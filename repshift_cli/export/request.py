@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.checkpoints.schema import EXPORT_VERSION, ExportDocument, Port, creation
@@ -32,10 +32,7 @@ class Request:
         dense: whether to export the dense model of a compressed one.
         batch: batch size; None for any.
         dtype: of weights and inputs; None for float32, for a hub folder for the dtype of the checkpoint.
-        opset: of ONNX; None for the default.
         tune: whether AOTInductor times several kernels for each product.
-        verify: whether the export is compared with the model in torch.
-        force: whether to replace an existing output.
     """
 
     target: str
@@ -65,7 +62,6 @@ class Subject:
 
     @property
     def plan(self) -> Plan | None:
-        """None for a dense model."""
         return None if self.dense or self.opened.compressed is None else self.opened.compressed.plan
 
     def context(self) -> AbstractContextManager[Any]:
@@ -81,22 +77,12 @@ class Subject:
                 return Trace(self.opened.module(images), {})
         return compressed.trace(images)
 
-    def traceable(self, *, watched: bool) -> nn.Module:
-        """The model as a module to trace; with `watched`, the kept positions of each site are outputs too."""
-        return _Traceable(self, watched).eval()
-
-    @property
-    def has_classes(self) -> bool:
-        """Whether the output holds class scores."""
-        return bool(getattr(self.opened.loaded.model, "num_classes", 0))
-
     @property
     def input_name(self) -> str:
         return "images" if self.opened.loaded.description.preprocessing.frames is None else "video"
 
     @property
     def output_name(self) -> str:
-        """What the output is called."""
         return match(self.opened.loaded.model).output_name(self.opened.loaded.model)
 
     def examples(self, request: Request) -> Tensor:
@@ -106,7 +92,7 @@ class Subject:
         return torch.zeros(count, *shape, device=request.device, dtype=request.dtype or torch.float32)
 
     def document(self, request: Request, output: Tensor, opset: int | None = None) -> ExportDocument:
-        """What the file says of itself, before it was checked."""
+        """The metadata of the file, without a verdict."""
         loaded, inputs = self.opened.loaded, self.examples(request)
         dtype = str(inputs.dtype).removeprefix("torch.")
         stored = loaded.document or {}
@@ -129,20 +115,3 @@ class Subject:
             device=str(request.device),
             verified=None,
         )
-
-
-class _Traceable(nn.Module):
-    """The argument of `forward` gives the input of the graph its name."""
-
-    def __init__(self, subject: Subject, watched: bool) -> None:
-        super().__init__()
-        self.model = subject.opened.module
-        self._subject, self._watched = subject, watched
-
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        if self._watched:
-            trace = self._subject.run(images)
-            return (trace.output, *trace.kept.values())
-        with self._subject.context():
-            output: Tensor = self.model(images)
-        return output

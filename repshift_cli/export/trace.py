@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from repshift_cli.errors import ModelError, first_line
@@ -22,7 +21,7 @@ def trace_program(subject: Subject, request: Request, *, watched: bool) -> Expor
     Raises:
         ModelError: it cannot be traced, or needs operations that are not part of torch.
     """
-    module, inputs = subject.traceable(watched=watched), subject.examples(request)
+    module, inputs = _Traceable(subject, watched).eval(), subject.examples(request)
     sizes = None if request.batch is not None else ({0: Dim("batch")},)
     try:
         with torch.no_grad():
@@ -42,9 +41,22 @@ def trace_program(subject: Subject, request: Request, *, watched: bool) -> Expor
 
 def foreign_operations(program: ExportedProgram) -> list[str]:
     """Operations of the graph that are not part of torch."""
-    found: set[str] = set()
-    for node in program.graph.nodes:
-        namespace: Any = getattr(node.target, "namespace", None)
-        if node.op == "call_function" and namespace not in (None, "aten", "prims"):
-            found.add(str(node.target))
-    return sorted(found)
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    return sorted({str(each) for each in targets if getattr(each, "namespace", None) not in (None, "aten", "prims")})
+
+
+class _Traceable(nn.Module):
+    """The argument of `forward` gives the input of the graph its name."""
+
+    def __init__(self, subject: Subject, watched: bool) -> None:
+        super().__init__()
+        self.model = subject.opened.module
+        self._subject, self._watched = subject, watched
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if self._watched:
+            trace = self._subject.run(images)
+            return (trace.output, *trace.kept.values())
+        with self._subject.context():
+            output: Tensor = self.model(images)
+        return output

@@ -50,7 +50,7 @@ def inputs_for(subject: Subject, request: Request) -> list[Tensor]:
 
 
 @dataclass
-class _Tally:
+class _Counts:
     """Comparison so far; `difference` over the inputs with the same kept tokens, `any_difference` over all."""
 
     difference: float = 0.0
@@ -63,7 +63,7 @@ class _Tally:
     batches: set[int] = field(default_factory=set)
 
     def add(self, wanted: Trace, found: Sequence[Tensor]) -> None:
-        """Count one batch: the trace in torch, and the outputs of the export as in `compare`."""
+        """Count one batch: the trace in torch, and the outputs of the export."""
         count = len(wanted.output)
         same = torch.ones(count, dtype=torch.bool, device=wanted.output.device)
         for places, others in zip(wanted.kept.values(), found[2:], strict=True):
@@ -83,16 +83,12 @@ class _Tally:
 def compare(
     subject: Subject, request: Request, run: Callable[[Tensor], Sequence[Tensor]], progress: Progress
 ) -> Verdict:
-    """Compare an export with the model in torch.
-
-    Args:
-        run: maps inputs to the output of the export, followed by the output and the kept positions of each site, of the
-            same graph.
+    """Compare an export with the model in torch; `run` is what `Draft.reopen` returns.
 
     Raises:
         CheckFailed: it does not run, or it computes something else; with the numbers.
     """
-    inputs, tally = inputs_for(subject, request), _Tally()
+    inputs, counts = inputs_for(subject, request), _Counts()
     with progress.task("comparing with torch", len(inputs)) as task, torch.no_grad():
         for images in inputs:
             wanted = subject.run(images)
@@ -105,9 +101,9 @@ def compare(
                     f"{request.output} does not run with {len(images)} inputs: {first_line(error)}",
                     f"No output was written. {'Leave --tune out' if request.tune else 'Try it with --batch 1'}.",
                 ) from error
-            tally.add(wanted, found)
+            counts.add(wanted, found)
             task.advance()
-    verdict = _verdict(tally, subject, request.dtype or torch.float32)
+    verdict = _verdict(counts, subject, request.dtype or torch.float32)
     if not verdict.passed:
         raise CheckFailed(
             f"{request.output} does not compute what the model does: {_problem(verdict)}, on {verdict.inputs} inputs",
@@ -116,24 +112,24 @@ def compare(
     return verdict
 
 
-def _verdict(tally: _Tally, subject: Subject, dtype: torch.dtype) -> Verdict:
-    kept = tally.same_places / tally.places if tally.places else None
+def _verdict(counts: _Counts, subject: Subject, dtype: torch.dtype) -> Verdict:
+    kept = counts.same_places / counts.places if counts.places else None
     most, tolerance = _MOST_SWAPPED[dtype], _TOLERANCES[dtype]
     if subject.plan is not None and subject.plan.reducer.kind != "prune" and dtype != torch.float32:
         tolerance *= _MERGE_FACTOR
-    same_tokens = kept is None or (kept >= _KEPT[dtype] and (most is None or tally.swapped <= most))
-    difference = tally.difference if tally.swapped < tally.inputs else tally.any_difference
+    same_tokens = kept is None or (kept >= _KEPT[dtype] and (most is None or counts.swapped <= most))
+    difference = counts.difference if counts.swapped < counts.inputs else counts.any_difference
     return Verdict(
         passed=same_tokens and difference <= tolerance,
-        batches=sorted(tally.batches),
-        inputs=tally.inputs,
+        batches=sorted(counts.batches),
+        inputs=counts.inputs,
         max_difference=float(f"{difference:.3g}"),
         tolerance=tolerance,
         kept_equal=None if kept is None else round(kept, 6),
         kept_required=_KEPT[dtype],
-        swapped=tally.swapped,
+        swapped=counts.swapped,
         most_swapped=most,
-        top1=tally.same_top / tally.inputs if subject.has_classes else None,
+        top1=counts.same_top / counts.inputs if getattr(subject.opened.loaded.model, "num_classes", 0) else None,
     )
 
 

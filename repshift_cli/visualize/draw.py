@@ -51,8 +51,7 @@ def kept_tokens_figure(
 
     Args:
         images: uint8 `[n, H, W, 3]`.
-        kept: int64 `[n, K]` by layer: positions in the grid of that layer.
-        patches: the grid of each layer.
+        kept: int64 `[n, K]` by layer: positions in the grid of that layer, `patches`.
         results: written beside each row.
     """
     height, width = images.shape[1:3]
@@ -78,12 +77,7 @@ def kept_tokens_figure(
 
 
 def save_figure(figure: Figure, path: Path, force: bool) -> None:
-    """Write a figure in the format of the suffix.
-
-    Raises:
-        UsageError: the suffix is not one of `PLOT_FORMATS`, or the file exists and `force` is off.
-        OutputError: as `files.atomic_output`.
-    """
+    """Write a figure in the format of the suffix, one of `PLOT_FORMATS`; errors as `files.atomic_output`."""
     kind = path.suffix.lower().removeprefix(".")
     if kind not in PLOT_FORMATS:
         raise UsageError(f"{path}: unknown image format: allowed: .png, .svg, .pdf")
@@ -106,8 +100,7 @@ def kept_clips_figure(
     Args:
         clips: uint8 `[n, T, H, W, 3]`, with H and W multiples of the patch size. Of more than 8 frames, 8 evenly spaced
             ones are drawn.
-        kept: int64 `[n, K]` by layer: positions in the grid of that layer.
-        patches: the grid of each layer, of T frames.
+        kept: int64 `[n, K]` by layer: positions in the grid of that layer, `patches`, of T frames.
         results: written above each clip.
         merged: whether the other tokens were merged.
     """
@@ -135,13 +128,9 @@ def kept_clips_figure(
 
 @dataclass(frozen=True)
 class _Strip:
-    """A film strip.
+    """A film strip of frames, uint8 `[T, H, W, 3]`, with text beside it (`lines`) and below each frame (`words`).
 
-    Attributes:
-        frames: uint8 `[T, H, W, 3]`.
-        lines: text beside it.
-        words: text below each frame.
-        grid, cells: the patches, and bool `[T, rows, columns]`, True where kept; None for the input.
+    `cells` are the kept patches of the grid, bool `[T, rows, columns]`; None for the input.
     """
 
     frames: np.ndarray

@@ -40,17 +40,10 @@ def patch_grids(model: CompressedModel) -> dict[int, PatchGrid]:
 
 
 def restore_images(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Undo the normalization of inputs.
-
-    Args:
-        images: float `[..., C, H, W]` with 1 or 3 channels.
-        mean, std: as in `Preprocessing`, one value per channel.
-
-    Returns:
-        uint8 `[..., H, W, 3]`.
+    """Undo the normalization of inputs: float `[..., C, H, W]` to uint8 `[..., H, W, 3]`.
 
     Raises:
-        ModelError: another number of channels.
+        ModelError: not 1 or 3 channels.
     """
     channels = images.shape[-3]
     if channels not in (1, 3):
@@ -62,14 +55,9 @@ def restore_images(images: Tensor, mean: Sequence[float], std: Sequence[float]) 
 
 
 def kept_masks(kept: np.ndarray, patches: PatchGrid, height: int, width: int) -> np.ndarray:
-    """Masks of the pixels in kept patches; False beyond the last whole patch.
+    """Masks of the pixels in kept patches: positions int64 `[B, K]` to bool `[B, height, width]`.
 
-    Args:
-        kept: int64 `[B, K]`, positions in the patch grid.
-        height, width: of the image; of a clip, of its frames stacked vertically.
-
-    Returns:
-        bool `[B, height, width]`.
+    Height and width are those of the image; of a clip, of its frames stacked vertically.
     """
     masks = np.zeros((len(kept), height, width), dtype=bool)
     whole = kept_cells(kept, patches).repeat(patches.height, axis=1).repeat(patches.width, axis=2)
@@ -102,15 +90,7 @@ _FADED_SHARE = 0.82
 
 
 def fade_dropped(images: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """Fade all pixels outside of the masks to a light grey.
-
-    Args:
-        images: uint8 `[B, H, W, 3]`.
-        masks: bool `[B, H, W]`, True where kept.
-
-    Returns:
-        uint8 `[B, H, W, 3]`.
-    """
+    """Fade all pixels of images, uint8 `[B, H, W, 3]`, to a light grey where the masks, bool `[B, H, W]`, are False."""
     grey = images.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
     faded = (_FADED_SHARE * _FADED + (1 - _FADED_SHARE) * grey).round().astype(np.uint8)
     return np.where(masks[..., None], images, faded[..., None])

@@ -107,7 +107,6 @@ class Visualization:
     """What `repshift visualize` shows.
 
     Attributes:
-        patches: the patch grid by layer.
         images: uint8 `[n, H, W, 3]`, of clips `[n, T, H, W, 3]`: the input of the model.
         kept: as in `TracedOutputs`.
         merged: whether the other tokens were merged.
@@ -140,12 +139,11 @@ class Visualization:
         return kept_tokens_figure(*arguments, title=self.title, remark=self.remark)
 
     def document(self) -> dict[str, Any]:
-        """The kept positions as JSON, see `kept_document`."""
         return kept_document(self.kept, self.patches, self.results, self.merged)
 
 
 def visualize(opened: Opened, where: str, count: int, seed: int = 0) -> Visualization:
-    """Run a compressed model on some images or clips and collect the kept tokens.
+    """Run a compressed model, on its device, on some images or clips and collect the kept tokens.
 
     Args:
         opened: a compressed model, on the device to run on.
@@ -196,9 +194,6 @@ def kept_document(
 
     Args:
         kept: int64 `[n, K]` by layer.
-        patches: the patch grid by layer.
-        results: one per image or clip.
-        merged: whether the other tokens were merged.
 
     Returns:
         `grid` and `patch` (pixels) of the first layer; `layers` with their number of kept tokens, grid and patch; and

@@ -73,9 +73,9 @@ class TestJson:
 
     def test_compilation(self) -> None:
         run = replace(report().runs[0], compilation=Compilation(12.3456, 0), peak_bytes=None)
-        told = run.to_dict()
-        assert (told["compile_s"], told["recompiles"]) == (12.346, 0)
-        assert told["peak_memory_mb"] is None
+        document = run.to_dict()
+        assert (document["compile_s"], document["recompiles"]) == (12.346, 0)
+        assert document["peak_memory_mb"] is None
 
 
 class TestText:
@@ -152,14 +152,14 @@ class TestPasses:
     def test_report(self) -> None:
         sides = {"dense": Passes(4, (2.0, 2.2), (0.1, 0.1)), "compressed": Passes(4, (1.0, 1.1), (0.8, 0.9))}
         read = EndToEnd(SETTING, "photos", 2, Passes(4, (0.5, 0.5), (0.5, 0.5)), sides, {"compressed": "dense"})
-        told = read.to_dict()
-        assert (told["batch"], told["data"], told["workers"], told["images"]) == (4, "photos", 2, 4)
-        assert told["reading_images_per_s"]["median"] == 8.0
-        assert [(run["name"], run["bottleneck"]) for run in told["runs"]] == [
+        document = read.to_dict()
+        assert (document["batch"], document["data"], document["workers"], document["images"]) == (4, "photos", 2, 4)
+        assert document["reading_images_per_s"]["median"] == 8.0
+        assert [(run["name"], run["bottleneck"]) for run in document["runs"]] == [
             ("dense", "model"),
             ("compressed", "reading"),
         ]
-        assert told["ratios"] == [
+        assert document["ratios"] == [
             {
                 "name": "compressed",
                 "against": "dense",

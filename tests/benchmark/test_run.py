@@ -138,8 +138,8 @@ class TestSweep:
     def test_every_combination_is_one_group(self) -> None:
         sweep = [replace(SETTINGS, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
         found = run_sweep(contenders_of({"file": opened()}), [1, 2], sweep, Silent())
-        told = [(run.name, run.setting.dtype, run.batch) for run in found.runs]
-        assert told == [
+        found_runs = [(run.name, run.setting.dtype, run.batch) for run in found.runs]
+        assert found_runs == [
             (name, dtype, batch)
             for dtype in ("float32", "bfloat16")
             for batch in (1, 2)

@@ -218,8 +218,8 @@ class TestRefused:
                 2,
                 ["unknown --compile 'fast': allowed: off, default, frozen, reduce-overhead, max-autotune"],
             ),
-            (["--against", "evit"], 2, ["no peer 'evit'", "class-attention"]),
-            (["--budget", "latency<0.7"], 2, ["'latency<0.7' cannot be understood", "latency<=0.7"]),
+            (["--against", "evit"], 2, ["unknown baseline 'evit'", "class-attention"]),
+            (["--budget", "latency<0.7"], 2, ["invalid limit 'latency<0.7'", "latency<=0.7"]),
             (["--batch-size", "0"], 2, ["invalid --batch-size '0': must be an integer >= 1"]),
             (["--img-size", "big"], 2, ["invalid --img-size 'big': must be an integer >= 1"]),
             (["--img-size", "32,64"], 2, ["--img-size 64", "takes images of 32x32"]),
@@ -235,7 +235,7 @@ class TestRefused:
     def test_a_baseline_that_the_model_does_not_support(self, cli: Command, tmp_path: Path) -> None:
         (tmp_path / "r.yaml").write_text("version: 1\nlayers: [{layer: 0, drop_ratio: 0.5}]\n")
         outcome = cli("bench", "resnet18", "--recipe", "r.yaml", *QUICK, "--img-size", "64", "--against", "tome")
-        refused(outcome, 2, "--against tome: compressed (resnet) cannot be made into it", "Possible", "dense")
+        refused(outcome, 2, "--against tome: unsupported for compressed (resnet)", "Supported", "dense")
 
 
 class TestParsing:

@@ -403,8 +403,8 @@ class TestRuns:
         assert dense.macs == dense.dense_macs == compressed.dense_macs > compressed.macs
         images = inputs_for(dense)
         model = artifact.load(stored(1))
-        with torch.no_grad(), model.dense() as original:
-            torch.testing.assert_close(dense.module(images), original(images), rtol=1e-4, atol=1e-5)
+        with torch.no_grad(), model.dense() as reference:
+            torch.testing.assert_close(dense.module(images), reference(images), rtol=1e-4, atol=1e-5)
             assert not torch.allclose(dense.module(images), compressed.module(images), atol=1e-3)
 
 

@@ -121,8 +121,8 @@ class TestTraceSamples:
         found = trace_samples(model, batch)
         trace = model.trace(batch)
         assert torch.equal(found.compressed, trace.output)
-        with model.dense() as original, torch.inference_mode():
-            assert torch.equal(found.dense, original(batch))
+        with model.dense() as dense, torch.inference_mode():
+            assert torch.equal(found.dense, dense(batch))
         assert list(found.kept) == [0, 2]
         for layer, rows in found.kept.items():
             assert np.array_equal(rows, trace.kept[layer].numpy())
@@ -615,7 +615,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
         [
-            (["dense"], 2, "Run: repshift compress"),
+            (["dense"], 2, "Compress it first: repshift compress"),
             (["compressed"], 2, "Add --data FOLDER"),
             (["compressed", "-o", "kept.gif"], 2, "invalid --output kept.gif: must end in"),
             (["compressed", "-o", "old.png"], 2, "already exists"),

@@ -9,35 +9,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repshift_cli.errors import DataError
-from repshift_cli.evaluation.classification.counts import correct_at
+from repshift_cli.evaluation.classification.counts import Accuracy, correct_at
 from repshift_cli.evaluation.classification.predictions import Predictions
 from repshift_cli.utils.stats import mcnemar, paired_difference, percent_interval
 
 __all__ = ["ClassChanges", "ComparedRun", "Comparison", "compare_predictions"]
 
+_RUN_KEYS = ("model", "top1", "top1_interval", "top1_correct", "top5", "top5_interval", "top5_correct")
+
 
 @dataclass(frozen=True)
-class ComparedRun:
-    """Accuracy of one run on the common images.
-
-    Attributes:
-        model: name of the model.
-        images: number of images.
-        top1_correct, top5_correct: images with a correct top-1 or top-5 prediction.
-    """
+class ComparedRun(Accuracy):
+    """Accuracy of one run on the common images."""
 
     model: str
-    images: int
-    top1_correct: int
-    top5_correct: int
 
     def to_dict(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"model": self.model}
-        for key, correct in (("top1", self.top1_correct), ("top5", self.top5_correct)):
-            found[key] = 100.0 * correct / self.images
-            found[f"{key}_interval"] = list(percent_interval(correct, self.images))
-            found[f"{key}_correct"] = correct
-        return found
+        return {key: getattr(self, key) for key in _RUN_KEYS}
 
 
 @dataclass(frozen=True)
@@ -55,12 +43,10 @@ class Comparison:
     """Two runs on the same images.
 
     Attributes:
-        first, second: accuracy of each run.
         images: common images.
         only_first, only_second: images of one run only, for example because the other could not read them.
         same: images with the same top-1 class.
-        lost: images that the first predicts correctly and the second does not.
-        won: the reverse.
+        lost, won: images that only the first, or only the second, predicts correctly.
         other: images that both predict wrongly, as different classes.
         classes: those with lost or won images, most changes first.
     """
@@ -142,10 +128,8 @@ def compare_predictions(first: Predictions, second: Predictions) -> Comparison:
 
 
 def _accuracy(predictions: Predictions) -> ComparedRun:
-    in_five = correct_at(5, predictions.top, predictions.answers)
-    return ComparedRun(
-        str(predictions.meta.get("model")), len(predictions), int(predictions.correct.sum()), int(in_five.sum())
-    )
+    top1, top5 = (int(correct_at(k, predictions.top, predictions.answers).sum()) for k in (1, 5))
+    return ComparedRun(len(predictions), top1, top5, model=str(predictions.meta.get("model")))
 
 
 def _check_answers(one: Predictions, other: Predictions) -> None:

@@ -1,25 +1,66 @@
-"""Counts of correct predictions on a set of images, and their sum. Numbers and NumPy arrays, no torch."""
+"""Counts of correct predictions on a set of images, and their sum. Numbers and NumPy arrays, no torch.
+
+`resume.py` saves `Counts` as JSON; the annotations of the fields are the names and limits in these files.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator
 
-__all__ = ["Counts", "ModelCounts", "PredictionRows", "TopK", "correct_at"]
+from repshift_cli.utils.stats import percent_interval
+
+__all__ = ["Accuracy", "Counts", "ModelCounts", "PredictionRows", "TopK", "correct_at"]
 
 _NO_LABEL = -1
+_AS_LISTS = PlainSerializer(lambda array: array.tolist())
+
+Natural = Annotated[int, Field(ge=0)]
+Integers = Annotated[NDArray[np.int32], PlainValidator(lambda rows: np.array(rows, dtype=np.int32)), _AS_LISTS]
+Floats = Annotated[NDArray[np.float32], PlainValidator(lambda rows: np.array(rows, dtype=np.float32)), _AS_LISTS]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Images whose label is the most likely class, or among the five most likely."""
+
+    images: int
+    top1_correct: int
+    top5_correct: int
+
+    @property
+    def top1(self) -> float:
+        """Percent, 0 to 100."""
+        return 100.0 * self.top1_correct / self.images
+
+    @property
+    def top5(self) -> float:
+        """Percent, 0 to 100."""
+        return 100.0 * self.top5_correct / self.images
+
+    @property
+    def top1_interval(self) -> tuple[float, float]:
+        """95% interval of `top1`, in percent."""
+        return percent_interval(self.top1_correct, self.images)
+
+    @property
+    def top5_interval(self) -> tuple[float, float]:
+        """95% interval of `top5`, in percent."""
+        return percent_interval(self.top5_correct, self.images)
 
 
 @dataclass(frozen=True)
 class ModelCounts:
     """Images with a correct top-1 and top-5 prediction of one model, and seconds in the model."""
 
-    top1: int = 0
-    top5: int = 0
-    seconds: float = 0.0
+    top1: Natural = 0
+    top5: Natural = 0
+    seconds: Annotated[float, Field(ge=0)] = 0.0
 
     def __add__(self, other: ModelCounts) -> ModelCounts:
         return ModelCounts(self.top1 + other.top1, self.top5 + other.top5, self.seconds + other.seconds)
@@ -27,15 +68,10 @@ class ModelCounts:
 
 @dataclass(frozen=True)
 class TopK:
-    """The K most likely classes of each image.
+    """The K most likely outputs of each image, most likely first, and their probabilities: `[n, K]` each."""
 
-    Attributes:
-        top: int32 `[n, K]`, indices of outputs, most likely first.
-        probabilities: float32 `[n, K]`, their probabilities.
-    """
-
-    top: NDArray[np.int32]
-    probabilities: NDArray[np.float32]
+    top: Integers
+    probabilities: Floats
 
     @staticmethod
     def joined(parts: Sequence[TopK]) -> TopK:
@@ -55,9 +91,9 @@ class PredictionRows:
         top_k: by name of the model.
     """
 
-    indices: tuple[int, ...]
-    answers: NDArray[np.int32]
-    top_k: Mapping[str, TopK]
+    indices: tuple[Natural, ...]
+    answers: Integers
+    top_k: Annotated[Mapping[str, TopK], Field(alias="said")]
 
     @staticmethod
     def joined(parts: Sequence[PredictionRows]) -> PredictionRows:
@@ -80,17 +116,17 @@ class Counts:
     """Results on some images, such as a batch or a shard.
 
     Attributes:
-        images: number of classified images.
-        models: by name of the model.
         same: images with the same top-1 class of both models; 0 unless there are two.
         skipped: index and reason of each image that could not be read.
         rows: prediction of each image, if requested.
     """
 
-    images: int
-    models: Mapping[str, ModelCounts]
-    same: int
-    skipped: tuple[tuple[int, str], ...]
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    images: Natural
+    models: Annotated[Mapping[str, ModelCounts], Field(alias="counts")]
+    same: Natural
+    skipped: tuple[tuple[Natural, str], ...]
     rows: tuple[PredictionRows, ...] = ()
 
     @staticmethod

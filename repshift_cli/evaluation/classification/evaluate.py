@@ -61,17 +61,12 @@ def evaluate(
     Args:
         models: by name; each maps `[B, C, H, W]` to logits `[B, num_classes]`. They are set to eval mode and moved
             to `device` and `dtype` in place.
-        dataset: images and labels.
-        preprocessing: the transform of the models.
-        batch_size: images at a time; the last batch may have fewer. It is halved if memory runs out.
+        batch_size: images at a time; halved if memory runs out.
         workers: processes that decode; 0 decodes in this one, None chooses by device and cores.
         strict: raise at the first image that cannot be read, instead of skipping it.
         num_classes: outputs of the head.
-        progress: of the images of this process.
-        attention: attention kernel of all models.
         group: the processes that share the work; None for this one alone.
         resume: folder for the state of the run; an interrupted run continues from there. None keeps no state.
-        keep_rows: whether to fill `Evaluation.rows`.
 
     Raises:
         DataError: no image, labels that do not fit the head, or (`strict`) an image that cannot be read.
@@ -120,20 +115,13 @@ class _ProcessResult:
     counts: Counts
     attention: dict[str, str]
     fresh: int
-    wall: float
-    waited: float
-    decoding: float
-    models: float
-    workers: int
+    pace: Pace
     batch_size: int
-    interrupted: bool
-    problem: RepshiftError | None
+    problem: RepshiftError | KeyboardInterrupt | None
 
 
 @dataclass
 class _Worker:
-    """The work of this process."""
-
     job: EvaluationJob
     group: Processes
     state: ResumeState | None
@@ -156,16 +144,12 @@ class _Worker:
             warn=self.progress.warn,
         )
         batches: dict[int, tuple[Counts, float]] = {}
-        problem: RepshiftError | None = None
-        interrupted = False
+        problem: RepshiftError | KeyboardInterrupt | None = None
         began, processor = time.perf_counter(), time.process_time()
         try:
             self._classify(own, loader, runner, batches)
-        except KeyboardInterrupt:
-            interrupted = True
-            self.group.stop()
-        except RepshiftError as error:
-            if self.group.count == 1:
+        except (KeyboardInterrupt, RepshiftError) as error:
+            if self.group.count == 1 and isinstance(error, RepshiftError):
                 raise
             problem = error
             self.group.stop()
@@ -175,13 +159,16 @@ class _Worker:
             counts=Counts.joined([*completed, *(counts for counts, _ in batches.values())], job.models),
             attention=runner.attention,
             fresh=sum(counts.images for counts, _ in batches.values()),
-            wall=wall,
-            waited=loader.waited,
-            decoding=decoding,
-            models=max(0.0, processor - (decoding if loader.workers == 0 else 0.0)),
-            workers=loader.workers,
+            pace=Pace(
+                total=wall,
+                waited=loader.waited,
+                decoding=decoding,
+                models=max(0.0, processor - (decoding if loader.workers == 0 else 0.0)),
+                workers=loader.workers,
+                processes=1,
+                shares_cores=job.device.type == "cpu",
+            ),
             batch_size=runner.limit,
-            interrupted=interrupted,
             problem=problem,
         )
 
@@ -230,13 +217,13 @@ class _Worker:
 
 def _combine(job: EvaluationJob, results: Sequence[_ProcessResult]) -> Evaluation:
     """The evaluation, summed over all processes."""
-    for each in results:
-        if each.problem is not None:
-            raise each.problem
+    problems = [each.problem for each in results if each.problem is not None]
+    for problem in problems:
+        if isinstance(problem, RepshiftError):
+            raise problem
     counts = Counts.joined((each.counts for each in results), job.models)
-    interrupted = any(each.interrupted for each in results)
     skipped = [Skipped(job.dataset.sample_id(index), reason) for index, reason in sorted(counts.skipped)]
-    _check_total(job.dataset, counts.images, skipped, interrupted)
+    _check_total(job.dataset, counts.images, skipped, interrupted=bool(problems))
     kernels = {
         name: sorted({each.attention[name] for each in results if name in each.attention}) for name in job.models
     }
@@ -251,18 +238,10 @@ def _combine(job: EvaluationJob, results: Sequence[_ProcessResult]) -> Evaluatio
             for name, each in counts.models.items()
         },
         same_top1=counts.same if len(job.models) == 2 else None,  # noqa: PLR2004
-        seconds=max(each.wall for each in results),
+        seconds=max(each.pace.total for each in results),
         fresh=sum(each.fresh for each in results),
-        interrupted=interrupted,
-        pace=Pace(
-            total=sum(each.wall for each in results),
-            waited=sum(each.waited for each in results),
-            decoding=sum(each.decoding for each in results),
-            models=sum(each.models for each in results),
-            workers=results[0].workers,
-            processes=len(results),
-            shares_cores=job.device.type == "cpu",
-        ),
+        interrupted=bool(problems),
+        pace=Pace.joined([each.pace for each in results]),
         batch_size=min(each.batch_size for each in results),
         rows=PredictionRows.joined(counts.rows) if counts.rows else None,
     )

@@ -21,7 +21,6 @@ from repshift_cli.utils.files import atomic_output
 __all__ = ["SUFFIXES", "Predictions", "check_suffix", "load_predictions", "save_predictions"]
 
 SUFFIXES = (".npz", ".parquet")
-"""Suffixes of prediction files."""
 
 _FORMAT = 1
 _META = "meta"
@@ -61,7 +60,6 @@ class Predictions:
 
     @staticmethod
     def of(arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> Predictions:
-        """From arrays by name in a file."""
         return Predictions(arrays["id"], arrays["answers"], arrays["top"], arrays["probabilities"], meta)
 
     @property
@@ -70,7 +68,6 @@ class Predictions:
         return {"id": self.ids, "answers": self.answers, "top": self.top, "probabilities": self.probabilities}
 
     def subset(self, places: NDArray[np.intp]) -> Predictions:
-        """These rows, in this order."""
         return Predictions.of({name: array[places] for name, array in self.arrays.items()}, self.meta)
 
     def class_name(self, output: int) -> str:
@@ -80,11 +77,7 @@ class Predictions:
 
 
 def check_suffix(option: str, path: Path) -> None:
-    """Check before any work that predictions can be written to `path`.
-
-    Raises:
-        UsageError: unknown suffix, or pyarrow is missing.
-    """
+    """Raise UsageError for an unknown suffix, or if pyarrow is missing."""
     if path.suffix not in SUFFIXES:
         raise UsageError(f"{option} {path}: unknown suffix", f"Allowed are {' and '.join(SUFFIXES)}.")
     if path.suffix == ".parquet":
@@ -155,12 +148,8 @@ def _check_size(size: int) -> None:
 
 def _write_parquet(stream: IO[bytes], predictions: Predictions, meta: str) -> None:
     arrow, parquet = _pyarrow("the file")
-    types = {
-        "id": arrow.string(),
-        "answers": arrow.list_(arrow.int32()),
-        "top": arrow.list_(arrow.int32()),
-        "probabilities": arrow.list_(arrow.float32()),
-    }
+    matrix, probabilities = arrow.list_(arrow.int32()), arrow.list_(arrow.float32())
+    types = {"id": arrow.string(), "answers": matrix, "top": matrix, "probabilities": probabilities}
     columns = {name: arrow.array(array.tolist(), types[name]) for name, array in predictions.arrays.items()}
     parquet.write_table(arrow.table(columns, metadata={_META: meta}), stream)
 
@@ -170,8 +159,7 @@ def _read_parquet(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
     try:
         with parquet.ParquetFile(path) as file:
             groups = (file.metadata.row_group(number) for number in range(file.metadata.num_row_groups))
-            size = sum(group.total_byte_size for group in groups)
-            _check_size(size)
+            _check_size(sum(group.total_byte_size for group in groups))
             table = file.read(columns=list(_ARRAYS))
         meta = (table.schema.metadata or {})[_META.encode()].decode()
         arrays = {name: np.array(table.column(name).to_pylist(), dtype=kind) for name, kind in _ARRAYS.items()}

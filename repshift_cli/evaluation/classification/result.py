@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from repshift_cli.data.dataset import ImageDataset
-from repshift_cli.evaluation.classification.counts import PredictionRows
+from repshift_cli.evaluation.classification.counts import Accuracy, PredictionRows
 from repshift_cli.evaluation.classification.predictions import Predictions
 from repshift_cli.evaluation.common import Skipped, per_second
-from repshift_cli.utils.stats import percent_interval
 from repshift_cli.version import __version__
 
 __all__ = ["Evaluation", "Pace", "Score", "predictions_of"]
@@ -22,42 +21,17 @@ _NOTABLE_WAITING = 0.1
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Accuracy):
     """Accuracy and speed of one model.
 
     Attributes:
-        images: number of classified images.
-        top1_correct, top5_correct: images whose label is the most likely class, or among the five most likely.
         seconds: time in the model alone for all images, summed over processes.
         attention: attention kernel, see `observed_attention`; joined with `+` if processes differ. None if an earlier
             run had classified all images.
     """
 
-    images: int
-    top1_correct: int
-    top5_correct: int
     seconds: float
     attention: str | None
-
-    @property
-    def top1(self) -> float:
-        """Percent, 0 to 100."""
-        return 100.0 * self.top1_correct / self.images
-
-    @property
-    def top5(self) -> float:
-        """Percent, 0 to 100."""
-        return 100.0 * self.top5_correct / self.images
-
-    @property
-    def top1_interval(self) -> tuple[float, float]:
-        """95% interval of `top1`, in percent."""
-        return percent_interval(self.top1_correct, self.images)
-
-    @property
-    def top5_interval(self) -> tuple[float, float]:
-        """95% interval of `top5`, in percent."""
-        return percent_interval(self.top5_correct, self.images)
 
     @property
     def images_per_s(self) -> float:
@@ -87,6 +61,12 @@ class Pace:
     processes: int
     shares_cores: bool
 
+    @staticmethod
+    def joined(parts: Sequence[Pace]) -> Pace:
+        """Sum over processes."""
+        summed = ("total", "waited", "decoding", "models", "processes")
+        return replace(parts[0], **{name: sum(getattr(part, name) for part in parts) for name in summed})
+
     @property
     def waiting(self) -> float:
         """Share of time (0 to 1) spent waiting for data."""
@@ -105,17 +85,13 @@ class Evaluation:
     """Result for all models of a run.
 
     Attributes:
-        dataset: name of the dataset.
         total: images of the dataset.
         outputs: number of outputs among which a model chooses.
         images: images classified by every model.
-        skipped: images that could not be read.
-        scores: by name of the model.
         same_top1: with two models, images with the same top-1 class; else None.
         seconds: from the first image to the last result, decoding and all models included; of the slowest process.
         fresh: images classified in this run, not in an earlier one that was resumed.
         interrupted: whether it was, so that images are missing.
-        pace: where the time went.
         batch_size: final number of images at a time; lower than requested if memory ran out.
         rows: prediction of each image, if requested.
     """
@@ -150,13 +126,11 @@ def predictions_of(result: Evaluation, name: str, dataset: ImageDataset, model: 
 
     Args:
         result: of an evaluation with `keep_rows`.
-        name: key of the model in the result.
+        name, model: name of the model in the result, and in the file.
         dataset: the evaluated dataset, labelled for the head.
-        model: name of the model in the file.
     """
-    rows = result.rows
+    rows, classes = result.rows, dataset.classes
     assert rows is not None
-    classes = dataset.classes
     return Predictions(
         ids=np.array([dataset.key(index) for index in rows.indices], dtype=np.str_),
         answers=rows.answers,

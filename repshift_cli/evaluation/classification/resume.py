@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import TypeAdapter
 
 from repshift_cli.errors import OutputError, UsageError
-from repshift_cli.evaluation.classification.counts import Counts, ModelCounts, PredictionRows, TopK
+from repshift_cli.evaluation.classification.counts import Counts, Natural
 from repshift_cli.utils.files import atomic_output
 from repshift_cli.utils.hashing import digest_of_document
 from repshift_cli.utils.progress import Progress
@@ -26,19 +25,12 @@ __all__ = ["ResumeState", "remove_state"]
 _HEADER = "run.json"
 _HINT = "Choose another folder, or remove this one to start again."
 _MAX_BYTES = 1 << 30
-_Natural = Annotated[int, Field(ge=0)]
+_MATRIX = 2  # dimensions
 
 
 @dataclass
 class ResumeState:
-    """The folder of a run.
-
-    Attributes:
-        folder: created by `open`.
-        header: identity of the run, as JSON values.
-        models: the names of its models.
-        progress: receives warnings.
-    """
+    """The folder of a run; `header` is the identity of the run, as JSON values."""
 
     folder: Path
     header: Mapping[str, Any]
@@ -66,7 +58,7 @@ class ResumeState:
             raise UsageError(f"{self.folder} is a file, not a folder", "Give a folder to --resume.") from error
         except OSError as error:
             raise OutputError(f"cannot create the folder {self.folder}: {error.strerror or error}") from error
-        _write(header, self.header)
+        _write(header, json.dumps(self.header, allow_nan=False))
 
     def remove_partial_files(self) -> None:
         """Remove what an interrupted write left; for one process alone, before the others start."""
@@ -82,17 +74,18 @@ class ResumeState:
             if not path.exists():
                 continue
             try:
-                document = _Shard.model_validate_json(_text(path))
-                found[shard] = document.to_counts(digest_of_document(self.header), shard, self.models)
-            except (OSError, ValueError, OverflowError, RecursionError):
+                counts = _FILE.validate_json(_text(path))
+                counts.check(digest_of_document(self.header), shard, self.models)
+                found[shard] = counts
+            except (OSError, ValueError, TypeError, OverflowError, RecursionError):
                 self.progress.warn(f"{path} is damaged: its images are evaluated again")
         return found
 
     def save(self, shard: int, counts: Counts) -> None:
         """Save a completed shard. If that fails, the run continues with one warning."""
-        document = {"run": digest_of_document(self.header), "shard": shard, **_document(counts)}
+        document = _Shard(**vars(counts), run=digest_of_document(self.header), shard=shard)
         try:
-            _write(self._path(shard), document)
+            _write(self._path(shard), _FILE.dump_json(document, by_alias=True).decode())
         except OutputError as error:
             if not self._failing:
                 self._failing = True
@@ -135,89 +128,32 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _write(path: Path, document: Any) -> None:
+def _write(path: Path, text: str) -> None:
     with atomic_output(path, force=True) as temporary:
-        temporary.write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class _ModelCounts(_Strict):
-    top1: _Natural
-    top5: _Natural
-    seconds: Annotated[float, Field(ge=0)]
-
-
-class _TopK(_Strict):
-    top: list[list[int]]
-    probabilities: list[list[float]]
-
-
-class _Rows(_Strict):
-    indices: list[_Natural]
-    answers: list[list[int]]
-    said: dict[str, _TopK]
-
-    def to_rows(self) -> PredictionRows:
-        count = len(self.indices)
-        top_k = {
-            name: TopK(
-                np.array(each.top, dtype=np.int32).reshape(count, -1),
-                np.array(each.probabilities, dtype=np.float32).reshape(count, -1),
-            )
-            for name, each in self.said.items()
-        }
-        if any(each.top.shape != each.probabilities.shape for each in top_k.values()):
-            raise ValueError("not one probability per output")
-        return PredictionRows(tuple(self.indices), np.array(self.answers, dtype=np.int32).reshape(count, -1), top_k)
-
-
-class _Shard(_Strict):
+@dataclass(frozen=True, kw_only=True)
+class _Shard(Counts):
     """Contents of a file."""
 
     run: str
-    shard: _Natural
-    images: _Natural
-    counts: dict[str, _ModelCounts]
-    same: _Natural
-    skipped: list[tuple[_Natural, str]]
-    rows: list[_Rows]
+    shard: Natural
 
-    def to_counts(self, run: str, shard: int, models: Sequence[str]) -> Counts:
-        """Raises ValueError if the file belongs to another run or shard, or its numbers are inconsistent."""
+    def check(self, run: str, shard: int, models: Sequence[str]) -> None:
+        """Raise ValueError if the file belongs to another run or shard, or its numbers are inconsistent."""
         if self.run != run or self.shard != shard:
             raise ValueError("a file of another run")
-        if set(self.counts) != set(models) or any(set(rows.said) != set(models) for rows in self.rows):
+        if set(self.models) != set(models) or any(set(rows.top_k) != set(models) for rows in self.rows):
             raise ValueError("other models")
-        if self.same > self.images or any(not each.top1 <= each.top5 <= self.images for each in self.counts.values()):
+        if self.same > self.images or any(not each.top1 <= each.top5 <= self.images for each in self.models.values()):
             raise ValueError("more correct than images")
-        return Counts(
-            images=self.images,
-            models={name: ModelCounts(**self.counts[name].model_dump()) for name in models},
-            same=self.same,
-            skipped=tuple(self.skipped),
-            rows=tuple(rows.to_rows() for rows in self.rows),
-        )
+        for rows in self.rows:
+            arrays = [rows.answers, *(each.top for each in rows.top_k.values())]
+            if any(array.ndim != _MATRIX or len(array) != len(rows.indices) for array in arrays):
+                raise ValueError("not one row per image")
+            if any(each.top.shape != each.probabilities.shape for each in rows.top_k.values()):
+                raise ValueError("not one probability per output")
 
 
-def _document(counts: Counts) -> dict[str, Any]:
-    """The fields of `_Shard`, as JSON values."""
-    return {
-        "images": counts.images,
-        "counts": {name: asdict(each) for name, each in counts.models.items()},
-        "same": counts.same,
-        "skipped": counts.skipped,
-        "rows": [
-            {
-                "indices": rows.indices,
-                "answers": rows.answers.tolist(),
-                "said": {
-                    name: {"top": each.top.tolist(), "probabilities": each.probabilities.tolist()}
-                    for name, each in rows.top_k.items()
-                },
-            }
-            for rows in counts.rows
-        ],
-    }
+_FILE = TypeAdapter(_Shard)

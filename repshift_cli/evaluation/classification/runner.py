@@ -29,12 +29,7 @@ _LOGITS_RANK = 2  # dimensions of logits: [B, K]
 
 @dataclass
 class Runner:
-    """Runs the models over batches; the batch size is halved while the device runs out of memory.
-
-    Attributes:
-        limit: images at a time.
-        attention: the attention kernel by name of the model, known after the first batch.
-    """
+    """Runs the models over batches; `limit`, the images at a time, is halved while the device runs out of memory."""
 
     job: EvaluationJob
     progress: Progress
@@ -45,7 +40,6 @@ class Runner:
         self.limit = self.job.batch_size
 
     def classify(self, batch: Batch) -> Counts:
-        """Run all models on the images of a batch and count."""
         job, skipped = self.job, tuple(batch.broken)
         if batch.pixels is None:
             return Counts(0, {name: ModelCounts() for name in job.models}, 0, skipped)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,15 +43,12 @@ class AnsweringModel(VideoModel, Protocol):
 
     def encode_question(self, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
         """int64 `[B, L]` each and `[B, N, D]`, to states `[B, L, D']`."""
-        ...
 
     def first_token_probabilities(self, states: Tensor, mask: Tensor, start: int) -> Tensor:
         """`[B, L, D']`, `[B, L]` to `[B, V]`: next-token probabilities after `start` ([CLS])."""
-        ...
 
     def answer_loss(self, states: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
         """`[n, L, D']`, `[n, L]`, `[n, A]`, `[n, A]` to `[n]`: cross-entropy of the next tokens, summed per pair."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -62,9 +59,8 @@ class QuestionBatch:
         indices: of the questions whose video is readable.
         video: `[v, T, 3, H, W]`; None where no video is readable.
         ids, mask: int64 `[b, L]`, the questions.
-        answers: the right answer of each question.
         broken: questions whose video is unreadable, with the reason.
-        video_of: for each question the position of its video in `video`; None where each has its own, in order.
+        video_of: for each question the position of its video in `video`.
     """
 
     indices: Sequence[int]
@@ -72,18 +68,13 @@ class QuestionBatch:
     ids: Tensor
     mask: Tensor
     answers: Sequence[str]
-    broken: Sequence[tuple[int, str]] = ()
-    video_of: Sequence[int] | None = None
+    broken: Sequence[tuple[int, str]]
+    video_of: Sequence[int]
 
 
 @dataclass(frozen=True)
 class AnswerList:
-    """All possible answers.
-
-    Attributes:
-        texts: as they are compared with the right answers.
-        ids, mask: int64 `[A, La]`; `[CLS]`, then the answer.
-    """
+    """All possible answers; their `ids` and `mask` are int64 `[A, La]`: `[CLS]`, then the answer."""
 
     texts: Sequence[str]
     ids: Tensor
@@ -110,7 +101,6 @@ class AnswerScore:
     """The result of one model.
 
     Attributes:
-        questions: number of questions.
         correct: questions answered with exactly the right text.
         videos: number of encoded videos; one in several batches counts several times.
         video_seconds: in the video encoder alone.
@@ -149,13 +139,11 @@ class AnswerEvaluation:
     """The result of all models.
 
     Attributes:
-        dataset: its name.
         questions: number of questions that every model was asked.
         answers: number of possible answers.
         not_in_list: questions whose right answer is not in the list of answers; they count as wrong.
         k: number of answers that were scored as a whole.
         skipped: questions whose video is unreadable.
-        scores: by model name.
         same_answer: number of questions that both models answered alike; None unless there are two.
         seconds: from the first question to the last result, with decoding, of all models.
     """
@@ -193,13 +181,10 @@ def rank_answers(
     probability and in the loss, as in UMT. Among equal scores the lower index comes first.
 
     Args:
-        model: in eval mode.
-        states: `[B, L, D']`, the questions, on the model's device.
-        mask: int64 `[B, L]`.
+        states, mask: of the questions: `[B, L, D']` and int64 `[B, L]`, on the model's device.
         answer_ids, answer_mask: int64 `[A, La]`, `La > 1`, on any device.
         k: number of answers to score as a whole; all where there are fewer.
         pair_batch: pairs of question and answer per batch.
-        name: of the model, for messages.
 
     Raises:
         ModelError: an output has another shape than in `AnsweringModel`.
@@ -237,13 +222,9 @@ def evaluate_answers(
     Args:
         models: by name. They are set to eval mode and moved to the device and dtype in place.
         batches: every question once; read lazily.
-        answers: the possible answers.
-        dataset: its name.
         questions: number of questions in `batches`, those with unreadable videos included.
-        sample_id: returns the name of a question.
         settings: `batch_size` is the number of questions per batch.
-        k: number of answers to score as a whole; all where the list has fewer.
-        pair_batch: pairs of question and answer per batch.
+        k, pair_batch: as in `rank_answers`.
 
     Raises:
         DataError: there is no question or no answer, or (`strict`) a video is unreadable.
@@ -304,7 +285,7 @@ class _Counts:
 
 @dataclass
 class _Answerer:
-    """One model with the possible answers, its time and its right answers so far."""
+    """One model, its time and its right answers so far."""
 
     name: str
     model: AnsweringModel
@@ -325,16 +306,9 @@ class _Answerer:
         parts = (part.split(self.settings.batch_size) for part in (ids, mask, video_of))
         for part_ids, part_mask, places in zip(*parts, strict=True):
             states = self.model.encode_question(part_ids, part_mask, tokens[places])
-            ranking = rank_answers(
-                self.model,
-                states,
-                part_mask,
-                self.answers.ids,
-                self.answers.mask,
-                k=self.k,
-                pair_batch=self.pair_batch,
-                name=self.name,
-            )
+            listed = self.answers.ids, self.answers.mask
+            options: dict[str, Any] = {"k": self.k, "pair_batch": self.pair_batch, "name": self.name}
+            ranking = rank_answers(self.model, states, part_mask, *listed, **options)
             given += [self.answers.texts[best] for best in ranking.topk_ids[:, 0].tolist()]
         self.video_seconds += video_seconds
         # No wait for the device: the ranking is on the CPU already.
@@ -345,13 +319,12 @@ class _Answerer:
 def _ask(answerers: Mapping[str, _Answerer], batch: QuestionBatch, counts: _Counts) -> None:
     """Run all models on one batch and count their answers."""
     assert batch.video is not None
-    video_of = range(len(batch.video)) if batch.video_of is None else batch.video_of
-    if not len(batch.indices) == len(video_of) == len(batch.ids) == len(batch.answers):
+    if not len(batch.indices) == len(batch.video_of) == len(batch.ids) == len(batch.answers):
         raise ValueError("a batch needs one video and one answer for each question")
     first = next(iter(answerers.values()))
     device, listed = first.settings.device, set(first.answers.texts)
     video = batch.video.to(device=device, dtype=first.settings.dtype)
-    ids, mask, places = batch.ids.to(device), batch.mask.to(device), torch.tensor(video_of, device=device)
+    ids, mask, places = batch.ids.to(device), batch.mask.to(device), torch.tensor(batch.video_of, device=device)
     if counts.batches == 0:
         # Warm-up, not timed: the first pass allocates memory pools and selects kernels.
         for each in answerers.values():
@@ -369,7 +342,6 @@ def _ask(answerers: Mapping[str, _Answerer], batch: QuestionBatch, counts: _Coun
 
 
 def _equal(texts: Sequence[str], others: Sequence[str]) -> int:
-    """How many texts are the same."""
     return sum(text == other for text, other in zip(texts, others, strict=True))
 
 

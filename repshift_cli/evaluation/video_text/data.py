@@ -54,12 +54,7 @@ def is_video_dataset(name: str) -> bool:
 
 
 def open_data(options: DatasetOptions, task: Task, model: str) -> RetrievalSet | QaSet:
-    """Open the videos and texts.
-
-    Args:
-        options: which dataset.
-        task: of the model.
-        model: its name, for messages.
+    """Open the videos and texts for a model of this task and name.
 
     Raises:
         UsageError: the dataset has images or is for the other task, or an option is not for this dataset.

@@ -47,7 +47,6 @@ class VideoModel(Protocol):
 
     def encode_video(self, video: Tensor) -> Tensor:
         """`[B, T, 3, H, W]` to tokens `[B, N, D]`, with the same N for every video."""
-        ...
 
     def to(self, *, device: torch.device, dtype: torch.dtype) -> object: ...
 
@@ -62,11 +61,7 @@ def prepare(models: Mapping[str, VideoModel], settings: VideoSettings) -> None:
 
 
 def encode_timed(name: str, model: VideoModel, video: Tensor, device: torch.device) -> tuple[Tensor, float]:
-    """Encode videos `[B, T, 3, H, W]`; returns tokens `[B, N, D]` and seconds.
-
-    Raises:
-        ModelError: the output has another shape.
-    """
+    """Encode videos `[B, T, 3, H, W]`; returns tokens `[B, N, D]` and seconds."""
     wait_for(device)
     started = time.perf_counter()
     tokens = model.encode_video(video)
@@ -78,11 +73,7 @@ def encode_timed(name: str, model: VideoModel, video: Tensor, device: torch.devi
 
 
 def skipped_of(broken: Iterable[tuple[int, str]], sample_id: Callable[[int], str], strict: bool) -> list[Skipped]:
-    """Unreadable videos or their questions, by name.
-
-    Raises:
-        DataError: there is one, and `strict` is set.
-    """
+    """Unreadable videos or their questions, by name; raises DataError if there is one and `strict` is set."""
     skipped = [Skipped(sample_id(index), reason) for index, reason in broken]
     if strict and skipped:
         raise DataError(f"{skipped[0].sample} cannot be read: {skipped[0].reason}")

@@ -22,7 +22,7 @@ from repshift_cli.errors import DataError, ModelError, UsageError
 from repshift_cli.evaluation.video_text.answering import AnswerEvaluation, AnswerList, QuestionBatch, evaluate_answers
 from repshift_cli.evaluation.video_text.data import BUILTIN_DATASETS
 from repshift_cli.evaluation.video_text.encoding import VideoSettings
-from repshift_cli.evaluation.video_text.retrieval import ClipBatch, RetrievalEvaluation, evaluate_retrieval
+from repshift_cli.evaluation.video_text.retrieval import RetrievalEvaluation, evaluate_retrieval
 from repshift_cli.measure.attention_kernel import observed_attention
 from repshift_cli.models.attention_mode import attention_mode, auto_note
 from repshift_cli.models.umt import Pooling, UmtAnswering, UmtModel, UmtRetrieval
@@ -41,9 +41,7 @@ __all__ = [
 ]
 
 _MODELS_OF_SHAPES = "umt-shapes"
-
 _LONGEST_ANSWER = 5  # tokens, as in UMT's fine-tuning
-
 _PAIRS_PER_VIDEO, _ANSWERS_PER_VIDEO = 4, 16
 """Pairs per batch for each video per batch: pairs run through few layers, and answers do not attend to videos."""
 
@@ -68,11 +66,7 @@ class DenseView:
 
 
 def task_of(model: nn.Module) -> Task:
-    """The task of a video-text model.
-
-    Raises:
-        ModelError: it is not a video-text model.
-    """
+    """The task of a video-text model; raises ModelError for other models."""
     if isinstance(model, UmtRetrieval):
         return "retrieval"
     if isinstance(model, UmtAnswering):
@@ -81,11 +75,7 @@ def task_of(model: nn.Module) -> Task:
 
 
 def choose_pooling(opened: Opened, pooling: Pooling | None) -> Pooling:
-    """Set the pooling of a dense retrieval model, where one is given. Returns the pooling in use.
-
-    Raises:
-        UsageError: the model has only one pooling.
-    """
+    """Set the pooling of a dense retrieval model, where one is given. Returns the pooling in use."""
     model = opened.loaded.model
     assert isinstance(model, UmtModel)
     if pooling is None:
@@ -128,13 +118,7 @@ def open_tokenizer(vocabulary: Path | None, opened: Opened, data: VideoTextSet) 
 def observe_attention(
     models: Mapping[str, Any], preprocessing: Preprocessing, settings: VideoSettings, progress: Progress
 ) -> dict[str, str]:
-    """The attention kernel that each model's video encoder runs, by model name; see `measure.observed_attention`.
-
-    The models are moved to the device and dtype of the settings, and run on one empty clip.
-
-    Raises:
-        UsageError: the requested attention kernel is not available.
-    """
+    """The attention kernel that each model's video encoder runs on an empty clip; see `measure.observed_attention`."""
     clip = torch.zeros(1, *preprocessing.shape, device=settings.device, dtype=settings.dtype)
     with _ready(models, settings):
         for note in {note for module in _modules(models) if (note := auto_note(module, settings.attention))}:
@@ -180,15 +164,11 @@ def retrieve(
     """
     check_missing(data, settings)
     padded: list[str] = []
-    clips = (
-        ClipBatch(batch.indices, batch.pixels, batch.broken)
-        for batch in _batches(data.videos, preprocessing, settings, padded, progress)
-    )
     texts = tokenizer.texts(data.captions, min(data.text_length, _positions(models)))
     with _ready(models, settings):
         result = evaluate_retrieval(
             models,
-            clips,
+            _batches(data.videos, preprocessing, settings, padded, progress),
             texts,
             data.videos_of_caption,
             dataset=data.name,

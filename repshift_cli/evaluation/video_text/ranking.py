@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,15 +16,17 @@ from repshift_cli.evaluation.video_text.encoding import VideoModel
 from repshift_cli.utils.progress import Progress
 
 __all__ = [
+    "Directions",
     "RankStats",
     "RetrievalModel",
-    "Scores",
     "matching_scores",
     "rank_stats",
     "ranking_order",
     "ranks",
     "similarity",
 ]
+
+_Value = TypeVar("_Value")
 
 NOT_MATCHED = -100.0
 """The matching score of a pair that is not among the best by similarity, as in UMT."""
@@ -35,32 +37,23 @@ class RetrievalModel(VideoModel, Protocol):
 
     def project_video(self, tokens: Tensor) -> Tensor:
         """`[B, N, D]` to `[B, F, E]`, of norm 1 for each frame; F is 1 where all tokens are pooled."""
-        ...
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """int64 `[B, L]` each, to hidden states `[B, L, D']` below the fusion layers."""
-        ...
 
     def project_text(self, hidden: Tensor) -> Tensor:
         """`[B, L, D']` to `[B, E]`, of norm 1."""
-        ...
 
     def match(self, hidden: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
         """The raw matching logits `[n]` of n texts `[n, L, D']`, `[n, L]` with one video `[1, N, D]`."""
-        ...
 
 
 @dataclass(frozen=True)
-class Scores:
-    """A score for each query and candidate, float32 on the CPU.
+class Directions(Generic[_Value]):
+    """A value for each direction. UMT names them `img_*` (text to video) and `txt_*` (video to text)."""
 
-    Attributes:
-        text_to_video: `[S, V]`; texts are the queries.
-        video_to_text: `[V, S]`; videos are the queries.
-    """
-
-    text_to_video: Tensor
-    video_to_text: Tensor
+    text_to_video: _Value
+    video_to_text: _Value
 
 
 @dataclass(frozen=True)
@@ -126,15 +119,10 @@ def ranks(scores: Tensor, truths: Sequence[Sequence[int]]) -> Tensor:
 
 def rank_stats(found: Tensor) -> RankStats:
     """Statistics of the output of `ranks`, int64 `[Q]`, `Q > 0`."""
-    ranks_from_1 = [rank + 1 for rank in found.tolist()]
-    count = len(ranks_from_1)
-
-    def within(top: int) -> float:
-        return 100.0 * sum(rank <= top for rank in ranks_from_1) / count
-
-    return RankStats(
-        within(1), within(5), within(10), float(statistics.median(ranks_from_1)), sum(ranks_from_1) / count, count
-    )
+    from_1 = [rank + 1 for rank in found.tolist()]
+    count = len(from_1)
+    r1, r5, r10 = (100.0 * sum(rank <= top for rank in from_1) / count for top in (1, 5, 10))
+    return RankStats(r1, r5, r10, float(statistics.median(from_1)), sum(from_1) / count, count)
 
 
 def matching_scores(
@@ -149,7 +137,7 @@ def matching_scores(
     device: torch.device | str,
     progress: Progress,
     label: str = "match",
-) -> Scores:
+) -> Directions[Tensor]:
     """Matching scores of the best `k` candidates of each query, in both directions.
 
     Each pair is matched once. Pairs are grouped by video: its tokens are copied to the device once, and its keys and
@@ -164,7 +152,7 @@ def matching_scores(
         pair_batch: pairs per batch.
 
     Returns:
-        Raw logits; `NOT_MATCHED` elsewhere.
+        Raw logits, float32 `[S, V]` (text to video) and `[V, S]` on the CPU; `NOT_MATCHED` elsewhere.
 
     Raises:
         ModelError: the model does not return one logit per pair.
@@ -188,7 +176,7 @@ def matching_scores(
                     raise ModelError(f"{label}: the logits have shape {tuple(logits.shape)}, not ({len(texts)},)")
                 scores[video, texts] = check_finite(label, logits).float().cpu()
                 task.advance(len(texts))
-    return Scores(
+    return Directions(
         text_to_video=scores.where(for_text, NOT_MATCHED).T.contiguous(),
         video_to_text=scores.where(for_video, NOT_MATCHED),
     )

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from repshift_cli.data.loader import Batch
 from repshift_cli.data.video.tokenizer import TextBatch
 from repshift_cli.errors import DataError, ModelError, UsageError
 from repshift_cli.evaluation.common import Skipped, alternate_order, check_finite, explain_out_of_memory, per_second
@@ -24,9 +25,9 @@ from repshift_cli.evaluation.video_text.encoding import (
     skipped_of,
 )
 from repshift_cli.evaluation.video_text.ranking import (
+    Directions,
     RankStats,
     RetrievalModel,
-    Scores,
     matching_scores,
     rank_stats,
     ranking_order,
@@ -37,9 +38,6 @@ from repshift_cli.evaluation.video_text.token_store import GIB, TokenStore
 from repshift_cli.utils.progress import Progress
 
 __all__ = [
-    "Agreement",
-    "ClipBatch",
-    "DirectionStats",
     "RetrievalEvaluation",
     "RetrievalScore",
     "evaluate_retrieval",
@@ -47,42 +45,10 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class ClipBatch:
-    """A batch of videos.
-
-    Attributes:
-        indices: of the readable videos.
-        video: `[b, T, 3, H, W]` in the order of `indices`; None where no video is readable.
-        broken: unreadable videos, with the reason.
-    """
-
-    indices: Sequence[int]
-    video: Tensor | None
-    broken: Sequence[tuple[int, str]] = ()
-
-
-@dataclass(frozen=True)
-class DirectionStats:
-    """Ranks in both directions. UMT names them `img_*` (text to video) and `txt_*` (video to text)."""
-
-    text_to_video: RankStats
-    video_to_text: RankStats
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Share (0 to 1) of queries for which two models have the same first candidate."""
-
-    text_to_video: float
-    video_to_text: float
-
-
-@dataclass(frozen=True)
 class RetrievalScore:
     """The result of one model.
 
     Attributes:
-        videos: number of readable videos.
         vtc: ranks by similarity alone.
         matching: ranks by the matching score of the best `rerank_k` of each query; None without re-ranking. Candidates
             behind the first `rerank_k` are unordered, so R@K above it and the median and mean rank mean little.
@@ -92,8 +58,8 @@ class RetrievalScore:
     """
 
     videos: int
-    vtc: DirectionStats
-    matching: DirectionStats | None
+    vtc: Directions[RankStats]
+    matching: Directions[RankStats] | None
     tokens: int
     seconds: float
     matching_seconds: float | None
@@ -109,14 +75,11 @@ class RetrievalEvaluation:
     """The result of all models.
 
     Attributes:
-        dataset: its name.
         videos, captions: number that every model was evaluated on.
-        skipped: unreadable videos.
         captions_left_out: captions of which no video is readable.
         rerank_k: candidates of each query that were matched at most; None without re-ranking.
-        scores: by model name.
-        vtc_agreement: by similarity; None unless there are two models.
-        matching_agreement: by matching score; None unless there are two models and re-ranking.
+        vtc_agreement, matching_agreement: share (0 to 1) of queries for which both models have the same first
+            candidate by similarity or matching score; None unless there are two models.
         tokens_where: where vision tokens were kept for re-ranking; None without it.
         token_bytes: their size, of all models.
         text_bytes: size of the hidden states of the captions, in memory. Models with one text encoder share them.
@@ -130,8 +93,8 @@ class RetrievalEvaluation:
     captions_left_out: int
     rerank_k: int | None
     scores: Mapping[str, RetrievalScore]
-    vtc_agreement: Agreement | None
-    matching_agreement: Agreement | None
+    vtc_agreement: Directions[float] | None
+    matching_agreement: Directions[float] | None
     tokens_where: Literal["memory", "disk"] | None
     token_bytes: int
     text_bytes: int
@@ -140,7 +103,7 @@ class RetrievalEvaluation:
 
 def evaluate_retrieval(
     models: Mapping[str, RetrievalModel],
-    clips: Iterable[ClipBatch],
+    clips: Iterable[Batch],
     texts: TextBatch,
     videos_of_caption: Sequence[Sequence[int]],
     *,
@@ -160,14 +123,10 @@ def evaluate_retrieval(
         clips: every video once, in any order; read lazily.
         texts: the captions, `[S, L]`.
         videos_of_caption: for each caption the indices of its videos, at least one.
-        dataset: its name.
         videos: number of videos in `clips`, unreadable ones included.
-        sample_id: returns the name of a video.
-        settings: without `rerank_k`, no vision token is kept.
         pair_batch: pairs of video and text per batch of re-ranking.
         token_bytes: limit on the memory for vision tokens that are kept for re-ranking, of all models. Beyond it they
-            are kept in temporary files, with the same result.
-        spill_to: folder for those files; None for the system's.
+            are kept in temporary files in `spill_to`, with the same result.
 
     Raises:
         DataError: no video is readable, a caption has no video among the clips, or (`strict`) a video is unreadable.
@@ -193,8 +152,8 @@ def evaluate_retrieval(
                 for batch in clips:
                     gallery.skipped += skipped_of(batch.broken, sample_id, settings.strict)
                     first_row = gallery.add(batch)
-                    if batch.video is not None and len(batch.indices) > 0:
-                        _encode_batch(encoders, batch.video, first_row, store, settings)
+                    if batch.pixels is not None and len(batch.indices) > 0:
+                        _encode_batch(encoders, batch.pixels, first_row, store, settings)
                     task.advance(len(batch.indices) + len(batch.broken))
         truth = _Truth.of(videos_of_caption, gallery, dataset)
         results = [
@@ -227,7 +186,7 @@ class _Gallery:
     broken: set[int] = field(default_factory=set)
     skipped: list[Skipped] = field(default_factory=list)
 
-    def add(self, batch: ClipBatch) -> int:
+    def add(self, batch: Batch) -> int:
         """Returns the row of the first video of the batch."""
         self.broken.update(index for index, _ in batch.broken)
         start = len(self.rows)
@@ -338,7 +297,6 @@ class _Encoder:
     seconds: float = 0.0
 
     def encode(self, video: Tensor, device: torch.device) -> Tensor:
-        """The tokens `[b, N, D]` of a batch; all batches must have the same N and D."""
         tokens, seconds = encode_timed(self.name, self.model, video, device)
         shape = tuple(tokens.shape[1:])
         if self.token_shape not in (None, shape):
@@ -360,7 +318,6 @@ class _Encoder:
 def _encode_batch(
     encoders: Mapping[str, _Encoder], video: Tensor, row: int, store: TokenStore | None, settings: VideoSettings
 ) -> None:
-    """Encode videos by every model; their tokens are stored from `row` on."""
     device = settings.device
     video = video.to(device=device, dtype=settings.dtype)
     if row == 0:
@@ -368,9 +325,9 @@ def _encode_batch(
         first = {name: encoder.encode(video, device) for name, encoder in encoders.items()}
         if store is not None:
             store.open(first)
+        del first
         for encoder in encoders.values():
             encoder.seconds = 0.0
-        del first
     batches = len(next(iter(encoders.values())).video)
     for name in alternate_order(list(encoders), batches):
         tokens = encoders[name].encode(video, device)
@@ -380,11 +337,11 @@ def _encode_batch(
 
 
 class _Result(NamedTuple):
-    """The score of a model, and the first candidate of each query: text to video, video to text."""
+    """The score of a model, and the first candidate of each query."""
 
     score: RetrievalScore
-    vtc_first: tuple[Tensor, Tensor]
-    matching_first: tuple[Tensor, Tensor] | None
+    vtc_first: Directions[Tensor]
+    matching_first: Directions[Tensor] | None
 
 
 def _score(
@@ -399,7 +356,7 @@ def _score(
     """Rank the candidates of all queries by similarity and, with a store, by the matching score."""
     video, captions = torch.cat(encoder.video), encoder.captions.select(truth.captions)
     sim = similarity(video, captions.embeddings)
-    vtc, vtc_first = _rank(Scores(text_to_video=sim.T, video_to_text=sim), truth)
+    vtc, vtc_first = _rank(Directions(text_to_video=sim.T, video_to_text=sim), truth)
     matching, matching_first, seconds = None, None, None
     if store is not None and settings.rerank_k is not None and captions.states is not None:
         started = time.perf_counter()
@@ -417,29 +374,24 @@ def _score(
         )
         seconds = time.perf_counter() - started
         matching, matching_first = _rank(scores, truth)
-    score = RetrievalScore(
-        videos=len(video),
-        vtc=vtc,
-        matching=matching,
-        tokens=encoder.token_shape[0] if encoder.token_shape else 0,
-        seconds=encoder.seconds,
-        matching_seconds=seconds,
+    tokens = encoder.token_shape[0] if encoder.token_shape else 0
+    return _Result(
+        RetrievalScore(len(video), vtc, matching, tokens, encoder.seconds, seconds), vtc_first, matching_first
     )
-    return _Result(score, vtc_first, matching_first)
 
 
-def _rank(scores: Scores, truth: _Truth) -> tuple[DirectionStats, tuple[Tensor, Tensor]]:
-    """Rank statistics, and the first candidate of each query, in both directions."""
+def _rank(scores: Directions[Tensor], truth: _Truth) -> tuple[Directions[RankStats], Directions[Tensor]]:
+    """Rank statistics, and the first candidate of each query."""
     video_to_text = scores.video_to_text[truth.queries]
-    stats = DirectionStats(
+    stats = Directions(
         text_to_video=rank_stats(ranks(scores.text_to_video, truth.videos_of)),
         video_to_text=rank_stats(ranks(video_to_text, truth.captions_of)),
     )
-    return stats, (ranking_order(scores.text_to_video)[:, 0], ranking_order(video_to_text)[:, 0])
+    return stats, Directions(ranking_order(scores.text_to_video)[:, 0], ranking_order(video_to_text)[:, 0])
 
 
-def _agreement(firsts: Sequence[tuple[Tensor, Tensor] | None]) -> Agreement | None:
+def _agreement(firsts: Sequence[Directions[Tensor] | None]) -> Directions[float] | None:
     if len(firsts) != 2 or firsts[0] is None or firsts[1] is None:  # noqa: PLR2004
         return None
-    shares = (float((one == other).double().mean()) for one, other in zip(*firsts, strict=True))
-    return Agreement(*shares)
+    pairs = zip(vars(firsts[0]).values(), vars(firsts[1]).values(), strict=True)
+    return Directions(*(float((one == other).double().mean()) for one, other in pairs))

@@ -58,11 +58,7 @@ def _write(subject: Subject, request: Request, path: Path, progress: Progress) -
 
 
 def _write_weights(folder: Path, subject: Subject, request: Request) -> None:
-    """Write the tensors of the dense model, with the plan in their metadata.
-
-    Raises:
-        OutputError: they cannot be written.
-    """
+    """Write the tensors of the dense model, with the plan in their metadata."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -102,11 +98,7 @@ def _write_config(folder: Path, subject: Subject, architecture: str, document: E
 
 
 def _check_timm(folder: Path, subject: Subject, request: Request) -> None:
-    """Compare the model that timm builds from the folder with the dense model, in float32.
-
-    Raises:
-        CheckFailed: it cannot be built, or its outputs differ.
-    """
+    """Raise CheckFailed if timm cannot build the dense model from the folder, or its outputs differ in float32."""
     import timm
     import torch
 

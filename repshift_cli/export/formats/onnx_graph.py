@@ -41,7 +41,6 @@ _MOST_TO_REWRITE = 1500
 """Largest number of nodes for all rewriting rules of the exporter, which take quadratic time."""
 
 _OTHERWISE = "Try another --opset, or --to pt2."
-
 _REFUSED = ("Loop", "If", "Scan", "Scatter", "ScatterElements", "ScatterND", "NonZero")
 
 
@@ -86,10 +85,7 @@ def _check_opset(request: Request) -> None:
 
 
 def build_graph(program: ExportedProgram, opset: int, names: tuple[str, Sequence[str]]) -> ModelProto:
-    """Convert a program to ONNX.
-
-    Args:
-        names: of the input, and of the outputs.
+    """Convert a program to ONNX; `names` are those of the input and of the outputs.
 
     Raises:
         ModelError: an operation cannot be expressed in this opset, or the weights are too large for one file.
@@ -207,12 +203,9 @@ def _dims(values: Any) -> Iterator[Any]:
         yield from value.type.tensor_type.shape.dim
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """The innermost cause."""
-    found: BaseException = error
-    while found.__cause__ is not None:
-        found = found.__cause__
-    return first_line(found)
+    return first_line(error) if error.__cause__ is None else _reason(error.__cause__)
 
 
 @contextmanager

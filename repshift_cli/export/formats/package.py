@@ -50,14 +50,7 @@ def _compile(program: ExportedProgram, path: Path, device: torch.device, *, tune
     """Compile a program into a package.
 
     For the CPU, `freezing` stores the weights in the layout of the kernels, which is else computed in each run (DeiT-S,
-    one image in bfloat16: 20% less time).
-
-    Args:
-        tune: time several kernels for each matrix product, at the sizes that the program was traced with, and use the
-            fastest.
-
-    Raises:
-        ModelError: it cannot be compiled here.
+    one image in bfloat16: 20% less time). `tune` times several kernels for each matrix product, at the traced sizes.
     """
     import torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,25 +29,18 @@ def _write(subject: Subject, request: Request, path: Path, progress: Progress) -
     program = trace_program(subject, request, watched=False)
     document = subject.document(request, subject.run(subject.examples(request)).output)
 
-    def save(document: ExportDocument) -> None:
-        _save_program(program, path, document)
-
     def reopen() -> Callable[[Tensor], tuple[Tensor, ...]]:
-        save(document)
         watched = path.with_stem("watched")
+        _save_program(program, path, document)
         _save_program(trace_program(subject, request, watched=True), watched, document)
         run, watch = (exported.run_file(file, "pt2", document) for file in (path, watched))
         return lambda images: (run(images), *watch.outputs(images))
 
-    return Draft(document, save, reopen)
+    return Draft(document, partial(_save_program, program, path), reopen)
 
 
 def _save_program(program: ExportedProgram, path: Path, document: ExportDocument) -> None:
-    """Save a program with its metadata, without example inputs and folder names of this machine.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Save a program with its metadata, without example inputs and folder names of this machine."""
     import torch
 
     from repshift_cli.checkpoints.exported import DOCUMENT_FILE

@@ -183,6 +183,7 @@ def batches_of(shown: Sequence[int], right: Sequence[str], broken: Sequence[int]
             torch.ones(len(good), 4, dtype=torch.int64),
             [right[index] for index in good],
             [(index, "made to fail") for index in part if index in broken],
+            range(len(good)),
         )
 
 

@@ -17,23 +17,22 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from repshift_cli.data.loader import Batch
 from repshift_cli.data.video.tokenizer import TextBatch
 from repshift_cli.errors import CheckFailed, DataError, ModelError, OutputError, UsageError
 from repshift_cli.evaluation.common import Skipped
 from repshift_cli.evaluation.video_text.encoding import VideoSettings
 from repshift_cli.evaluation.video_text.ranking import (
     NOT_MATCHED,
+    Directions,
     RankStats,
     RetrievalModel,
-    Scores,
     matching_scores,
     rank_stats,
     ranks,
     similarity,
 )
 from repshift_cli.evaluation.video_text.retrieval import (
-    Agreement,
-    ClipBatch,
     RetrievalEvaluation,
     evaluate_retrieval,
 )
@@ -196,7 +195,7 @@ class Table(nn.Module):
         return self.table[videos, texts]
 
 
-def matched(table: Tensor, sim: Tensor, k: int, pair_batch: int = 4) -> tuple[Scores, Table]:
+def matched(table: Tensor, sim: Tensor, k: int, pair_batch: int = 4) -> tuple[Directions[Tensor], Table]:
     model: Any = Table(table)
     videos, texts = sim.shape
     numbers = torch.arange(max(videos, texts), dtype=torch.float32)[:, None, None]
@@ -305,15 +304,16 @@ def video_of(number: int) -> Tensor:
     return clip
 
 
-def clips_of(numbers: Sequence[int], batch_size: int = 2, broken: Sequence[int] = ()) -> Iterator[ClipBatch]:
+def clips_of(numbers: Sequence[int], batch_size: int = 2, broken: Sequence[int] = ()) -> Iterator[Batch]:
     for start in range(0, len(numbers), batch_size):
         part = range(start, min(start + batch_size, len(numbers)))
         good = [index for index in part if index not in broken]
-        yield ClipBatch(
-            good,
-            torch.stack([video_of(numbers[index]) for index in good]) if good else None,
-            [(index, "made to fail") for index in part if index in broken],
-        )
+        pixels = torch.stack([video_of(numbers[index]) for index in good]) if good else None
+        yield batch_of(good, pixels, [(index, "made to fail") for index in part if index in broken])
+
+
+def batch_of(indices: list[int], pixels: Tensor | None, broken: list[tuple[int, str]]) -> Batch:
+    return Batch(0, pixels, torch.zeros(len(indices), 0, dtype=torch.int64), indices, broken, [], 0.0)
 
 
 def texts_of(numbers: Sequence[int], videos: Sequence[Sequence[int]]) -> tuple[TextBatch, Sequence[Sequence[int]]]:
@@ -324,7 +324,7 @@ def texts_of(numbers: Sequence[int], videos: Sequence[Sequence[int]]) -> tuple[T
 NUMBERS = [3, 11, 7, 0, 9, 5, 13]
 
 
-def run(models: dict[str, Any], clips: Iterator[ClipBatch] | None = None, **options: Any) -> RetrievalEvaluation:
+def run(models: dict[str, Any], clips: Iterator[Batch] | None = None, **options: Any) -> RetrievalEvaluation:
     chosen: dict[str, Any] = {
         "dataset": "toys",
         "videos": len(NUMBERS),
@@ -385,7 +385,7 @@ def test_tokens_on_disk_give_the_same_result(
     seen: list[dict[str, Tensor]] = []
     inside: list[list[str]] = []
 
-    def spy(model: Any, *args: Any, **options: Any) -> Scores:
+    def spy(model: Any, *args: Any, **options: Any) -> Directions[Tensor]:
         found = matching_scores(model, *args, **options)
         seen.append({"tokens": args[3].clone(), "t2v": found.text_to_video, "v2t": found.video_to_text})
         inside.append([path.name for path in tmp_path.rglob("*.tokens")])
@@ -435,9 +435,9 @@ def test_the_batch_size_does_not_change_the_result(batch_size: int, pair_batch: 
 
 def test_the_order_of_the_clips_does_not_change_the_result() -> None:
     class Turned:
-        def __iter__(self) -> Iterator[ClipBatch]:
+        def __iter__(self) -> Iterator[Batch]:
             for index in reversed(range(len(NUMBERS))):
-                yield ClipBatch([index], video_of(NUMBERS[index])[None])
+                yield batch_of([index], video_of(NUMBERS[index])[None], [])
 
     models = {"toy": Toy(shift=1.25)}
     assert without_times(run(models, iter(Turned()), rerank_k=3)) == without_times(run(models, rerank_k=3))
@@ -496,7 +496,7 @@ def test_two_models_see_the_same_clips_and_are_compared() -> None:
     assert result.matching_agreement.text_to_video == pytest.approx(1 / 7)
     assert result.matching_agreement.video_to_text == pytest.approx(1 / 7)
     same = run({"one": Toy(), "other": Toy()})
-    assert same.vtc_agreement == same.matching_agreement == Agreement(1.0, 1.0)
+    assert same.vtc_agreement == same.matching_agreement == Directions(1.0, 1.0)
 
 
 def test_wrong_shapes_raise() -> None:
