@@ -13,7 +13,7 @@ import typer
 
 from repshift_cli.benchmark.limits import BenchLimit, check_limits, require_met
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.cli import options
+from repshift_cli.cli import options, ui
 from repshift_cli.cli.show.bench import show, why_nothing
 from repshift_cli.errors import UsageError
 from repshift_cli.utils.figures import check_figure_path, figure_format
@@ -160,7 +160,6 @@ def command(
     from repshift_cli.benchmark.baselines import check_names, contenders_against
     from repshift_cli.benchmark.end_to_end import Source
     from repshift_cli.benchmark.run import BenchSettings, run_sweep
-    from repshift_cli.cli import ui
     from repshift_cli.data.inputs import open_pictures
     from repshift_cli.measure.compiled import CompileMode
     from repshift_cli.measure.device import resolve_device, resolve_dtype

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from repshift_cli.cli import options
+from repshift_cli.cli import options, ui
 
 if TYPE_CHECKING:
     from repshift_cli.evaluation.classification.comparison import ComparedRun, Comparison
@@ -30,7 +30,6 @@ def command(
 
     Shows the agreement, the images that only one of them classifies correctly, by class, and McNemar's test.
     """
-    from repshift_cli.cli import ui
     from repshift_cli.evaluation.classification.comparison import compare_predictions
     from repshift_cli.evaluation.classification.predictions import load_predictions
 
@@ -42,7 +41,6 @@ def command(
 
 
 def _show(found: Comparison, classes: int) -> None:
-    from repshift_cli.cli import ui
     from repshift_cli.utils.stats import percent_interval
 
     rows = [_row(name, side) for name, side in (("A", found.first), ("B", found.second))]

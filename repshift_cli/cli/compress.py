@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.cli import options
+from repshift_cli.cli import options, ui
 from repshift_cli.cli.export import Target, check_all, export_all
 from repshift_cli.cli.export import show as show_export
 from repshift_cli.cli.show.compress import show_compression
@@ -88,7 +88,6 @@ def command(
     force: options.Force = False,
 ) -> None:
     """Write a faster checkpoint and measure speed-up and quality."""
-    from repshift_cli.cli import ui
     from repshift_cli.compression.run import compress_checkpoint
     from repshift_cli.compression.settings import Settings
     from repshift_cli.measure.device import num_threads as using_threads

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from repshift_cli.cli import bench, options, visualize
+from repshift_cli.cli import bench, options, ui, visualize
 from repshift_cli.cli.evaluate import head_size, models_of
 from repshift_cli.cli.show.compress import show_compression
 from repshift_cli.cli.show.evaluate import evaluation_document, show_evaluation
@@ -52,7 +52,6 @@ def command(
     files.check(force)
 
     from repshift_cli.checkpoints.artifact import open_model
-    from repshift_cli.cli import ui
     from repshift_cli.utils.files import write_text
 
     demo = _Demo(files, ui.Screen(), force, quiet=json)

@@ -10,7 +10,7 @@ import typer
 
 from repshift_cli.checkpoints.builtin import BUILTIN
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.cli import options
+from repshift_cli.cli import options, ui
 from repshift_cli.cli.evaluate_video import VideoOptions, refuse_videos, run
 from repshift_cli.cli.options import Pooling
 from repshift_cli.cli.show.evaluate import (
@@ -266,8 +266,6 @@ def _evaluate_images(opened: Opened, given: _EvalOptions, video: VideoOptions, s
 
 def _report(result: Evaluation, opened: Opened, given: _EvalOptions) -> None:
     """Print the result and warnings, also after an interruption."""
-    from repshift_cli.cli import ui
-
     warn_of_skipped(result)
     macs = {COMPRESSED: opened.macs, DENSE: opened.dense_macs}
     if given.json:
@@ -307,7 +305,6 @@ def _prediction_paths(path: Path | None, compare_dense: bool, force: bool) -> tu
 
 
 def _save_predictions(result: Evaluation, data: ImageDataset, given: _EvalOptions) -> None:
-    from repshift_cli.cli import ui
     from repshift_cli.evaluation.classification.predictions import save_predictions
     from repshift_cli.evaluation.classification.result import predictions_of
 

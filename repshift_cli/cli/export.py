@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.cli import options
+from repshift_cli.cli import options, ui
 from repshift_cli.errors import UsageError
 from repshift_cli.export.formats import FORMATS
 
@@ -77,7 +77,6 @@ def command(
 ) -> None:
     """Export a model to ONNX, torch.export, a compiled package or a hub folder, to run without repshift."""
     size = _parse_batch(batch)
-    from repshift_cli.cli import ui
     from repshift_cli.export.job import check, export, open_for_export
     from repshift_cli.export.request import Request
     from repshift_cli.measure.device import num_threads, resolve_device, resolve_dtype
@@ -118,7 +117,6 @@ def check_all(checkpoint: Path, targets: Sequence[Target], force: bool) -> None:
 
 def export_all(checkpoint: Path, targets: Sequence[Target], force: bool) -> list[Exported]:
     """Export a checkpoint into its own folder; errors as `job.export`."""
-    from repshift_cli.cli import ui
     from repshift_cli.export.job import export, open_for_export
 
     screen = ui.Screen()
@@ -150,8 +148,6 @@ def _parse_batch(text: str) -> int | None:
 
 def show(exported: Exported) -> None:
     """Print the result as text."""
-    from repshift_cli.cli import ui
-
     document = exported.document
     ui.print_text(f"model    {document.model['name']}, {'with fewer tokens' if document.plan else 'dense'}")
     ui.print_text(f"cost     {document.dense_macs / 1e9:.3f} -> {document.macs / 1e9:.3f} GMACs per input")

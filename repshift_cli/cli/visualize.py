@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.cli import options
+from repshift_cli.cli import options, ui
 from repshift_cli.errors import UsageError
 from repshift_cli.utils.figures import check_figure_path
 
@@ -60,7 +60,6 @@ def command(
     check_outputs({"--output": output, "--indices": indices}, force)
 
     from repshift_cli.checkpoints.artifact import open_model
-    from repshift_cli.cli import ui
     from repshift_cli.measure.device import resolve_device
     from repshift_cli.visualize.view import visualize
 
@@ -100,8 +99,6 @@ def write(shown: Visualization, output: Path, indices: Path | None, force: bool)
 
 def show(shown: Visualization, output: Path, indices: Path | None) -> None:
     """Print the result as text."""
-    from repshift_cli.cli import ui
-
     samples = len(shown.results)
     counts = ((rows.shape[1], shown.patches[layer].patches, layer) for layer, rows in shown.kept.items())
     stages = ", ".join(f"{kept} of {total} after block {layer}" for kept, total, layer in counts)

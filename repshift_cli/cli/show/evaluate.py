@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from repshift_cli.cli import ui
 from repshift_cli.cli.show.video_text import attention_words
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ _SCORE_KEYS = ("top1", "top5", "top1_interval", "top5_interval", "top1_correct",
 
 def announce_dataset(opened: Opened, data: ImageDataset) -> None:
     """Print the model, the dataset and the preprocessing."""
-    from repshift_cli.cli import ui
-
     ui.print_text(f"model:         {opened.loaded.description.name}")
     ui.print_text(f"dataset:       {data.description}")
     if data.outputs is not None:
@@ -34,8 +33,6 @@ def announce_dataset(opened: Opened, data: ImageDataset) -> None:
 
 def warn_of_skipped(result: Evaluation) -> None:
     """List the images that could not be read."""
-    from repshift_cli.cli import ui
-
     if not result.skipped:
         return
     lines = [f"{len(result.skipped)} images could not be read and were skipped (--strict stops at the first):"]
@@ -47,7 +44,6 @@ def warn_of_skipped(result: Evaluation) -> None:
 
 def show_evaluation(result: Evaluation, macs: Mapping[str, int]) -> None:
     """Print the result in 80 columns; `macs` per image by model name."""
-    from repshift_cli.cli import ui
     from repshift_cli.utils.stats import percent_interval
 
     columns = ("model", "top-1 %", "95%", "top-5 %", "95%", "GMACs", "images/s")
