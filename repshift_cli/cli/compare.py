@@ -21,9 +21,7 @@ def command(
     first: Annotated[Path, typer.Argument(metavar="A", help="Predictions from `repshift eval --save-predictions`.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Predictions of another run on the same images.")],
     *,
-    classes: Annotated[
-        int, typer.Option("--classes", min=0, metavar="N", help="Show the N classes that changed most.")
-    ] = 10,
+    classes: Annotated[int, typer.Option(min=0, metavar="N", help="Show the N classes that changed most.")] = 10,
     json: options.AsJson = False,
 ) -> None:
     """Compare the saved predictions of two evaluations.

@@ -49,16 +49,12 @@ def command(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            "--data", metavar="FOLDER", help="Images or videos to compare predictions on: a folder or a dataset."
-        ),
+        typer.Option(metavar="FOLDER", help="Images or videos to compare predictions on: a folder or a dataset."),
     ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
-            "--calibration",
-            metavar="FOLDER",
-            help="Unlabelled images or videos to choose the metric on: a folder or a dataset.",
+            metavar="FOLDER", help="Unlabelled images or videos to choose the metric on: a folder or a dataset."
         ),
     ] = None,
     calibrate: Annotated[
@@ -79,7 +75,7 @@ def command(
     seed: options.Seed = 0,
     export: Annotated[
         list[Target] | None,
-        typer.Option("--export", metavar="FORMAT", help="Also export to onnx, pt2, aoti or hub; may be repeated."),
+        typer.Option(metavar="FORMAT", help="Also export to onnx, pt2, aoti or hub; may be repeated."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan only: do not run, measure or write.")

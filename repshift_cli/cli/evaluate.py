@@ -77,7 +77,6 @@ def command(
     dataset: Annotated[
         str | None,
         typer.Option(
-            "--dataset",
             metavar="NAME",
             help="Images: imagenet-val, imagenet-real, imagenet-v2, imagenet-a, imagenet-r, builtin:digits, a folder "
             "of class folders, a tar file, or a dataset that timm can read (torch/cifar10). Videos: msrvtt, msvd, "
@@ -89,9 +88,7 @@ def command(
     data_dir: options.DataDir = None,
     limit: Annotated[
         int | None,
-        typer.Option(
-            "--limit", min=1, metavar="N", help="Use N images, videos or questions, evenly spaced over the dataset."
-        ),
+        typer.Option(min=1, metavar="N", help="Use N images, videos or questions, evenly spaced over the dataset."),
     ] = None,
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Also evaluate the dense model, on the same inputs.")
@@ -117,7 +114,6 @@ def command(
     workers: Annotated[
         int | None,
         typer.Option(
-            "--workers",
             min=0,
             metavar="N",
             help="Worker processes that decode; 0 decodes in the main process (default: chosen by the number of cores "
@@ -131,7 +127,6 @@ def command(
     resume: Annotated[
         Path | None,
         typer.Option(
-            "--resume",
             metavar="DIR",
             help="Images: save progress in this folder. After an interruption, the same command continues from "
             "there. A finished run deletes the folder.",
@@ -140,30 +135,25 @@ def command(
     save_predictions: Annotated[
         Path | None,
         typer.Option(
-            "--save-predictions",
             metavar="FILE",
             help="Images: write the predictions (.npz, or .parquet with pyarrow) for `repshift compare`. With "
             "--compare-dense, those of the dense model go to FILE_dense.",
         ),
     ] = None,
     force: options.Overwrite = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Random seed of the built-in scenes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Random seed of the built-in scenes.")] = 0,
     frames: options.Frames = None,
     checkpoint_frames: options.CheckpointFrames = None,
     annotations: Annotated[
-        Path | None,
-        typer.Option("--annotations", metavar="FILE", help="Captions or questions of videos, as JSON in UMT's format."),
+        Path | None, typer.Option(metavar="FILE", help="Captions or questions of videos, as JSON in UMT's format.")
     ] = None,
     videos: Annotated[
-        Path | None, typer.Option("--videos", metavar="DIR", help="Folder of the videos named in --annotations.")
+        Path | None, typer.Option(metavar="DIR", help="Folder of the videos named in --annotations.")
     ] = None,
     answers: Annotated[
-        Path | None,
-        typer.Option("--answers", metavar="FILE", help="JSON list of possible answers (default: all correct answers)."),
+        Path | None, typer.Option(metavar="FILE", help="JSON list of possible answers (default: all correct answers).")
     ] = None,
-    vocab: Annotated[
-        Path | None, typer.Option("--vocab", metavar="FILE", help="vocab.txt of the BERT text encoder.")
-    ] = None,
+    vocab: Annotated[Path | None, typer.Option(metavar="FILE", help="vocab.txt of the BERT text encoder.")] = None,
     rerank: Annotated[
         bool | None,
         typer.Option(
@@ -174,9 +164,7 @@ def command(
     ] = None,
     rerank_k: Annotated[
         int | None,
-        typer.Option(
-            "--rerank-k", min=1, metavar="K", help="Candidates per query to re-rank (default: 128).", show_default=False
-        ),
+        typer.Option(min=1, metavar="K", help="Candidates per query to re-rank (default: 128).", show_default=False),
     ] = None,
     paragraph: Annotated[
         bool | None,
@@ -189,7 +177,6 @@ def command(
     pooling: Annotated[
         Pooling | None,
         typer.Option(
-            "--pooling",
             help="Retrieval with dense models: pool per frame as UMT does (default), or over all tokens as compressed "
             "models do.",
             show_default=False,

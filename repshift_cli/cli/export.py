@@ -29,8 +29,7 @@ def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A compressed checkpoint, or a dense model.")],
     *,
     to: Annotated[
-        Target,
-        typer.Option("--to", help="; ".join(f"{name}: {known.description}" for name, known in FORMATS.items())),
+        Target, typer.Option(help="; ".join(f"{name}: {known.description}" for name, known in FORMATS.items()))
     ],
     output: Annotated[
         Path | None,
@@ -45,20 +44,17 @@ def command(
         str | None, typer.Option("--recipe", "-r", help="Compress a dense model first, without calibration.")
     ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Export the dense model of a compressed one.")] = False,
-    batch: Annotated[str, typer.Option("--batch", metavar="N|dynamic", help="Batch size: any, or N.")] = _DYNAMIC,
+    batch: Annotated[str, typer.Option(metavar="N|dynamic", help="Batch size: any, or N.")] = _DYNAMIC,
     dtype: Annotated[
         str | None,
         typer.Option(
-            "--dtype",
-            help="float32 (default), float16 or bfloat16; for hub the default is that of the file.",
-            show_default=False,
+            help="float32 (default), float16 or bfloat16; for hub the default is that of the file.", show_default=False
         ),
     ] = None,
     opset: Annotated[
-        int | None,
-        typer.Option("--opset", help="ONNX opset, 18 to 23 (default: 20); 23 has attention as one operator."),
+        int | None, typer.Option(help="ONNX opset, 18 to 23 (default: 20); 23 has attention as one operator.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda; a package is compiled for it.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda; a package is compiled for it.")] = "cpu",
     tune: Annotated[
         bool,
         typer.Option("--tune", help="aoti: time several kernels for each product on this machine and use the fastest."),

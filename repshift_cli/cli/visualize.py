@@ -28,7 +28,6 @@ def command(
     data: Annotated[
         str | None,
         typer.Option(
-            "--data",
             metavar="FOLDER",
             help="A folder of images or videos, or a dataset. Default for a built-in model: built-in scenes.",
             show_default=False,
@@ -36,15 +35,13 @@ def command(
     ] = None,
     count: Annotated[
         int | None,
-        typer.Option(
-            "--count", min=1, max=64, help="Number of images or clips.", show_default=f"{_IMAGES}, or {_CLIPS} clips"
-        ),
+        typer.Option(min=1, max=64, help="Number of images or clips.", show_default=f"{_IMAGES}, or {_CLIPS} clips"),
     ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="Image file (.png, .svg or .pdf).")
     ] = Path("kept.png"),
     indices: Annotated[
-        Path | None, typer.Option("--indices", metavar="FILE", help="Write the kept indices to this file, as JSON.")
+        Path | None, typer.Option(metavar="FILE", help="Write the kept indices to this file, as JSON.")
     ] = None,
     heads: options.Heads = None,
     img_size: options.ImgSize = None,
