@@ -252,7 +252,6 @@ def _evaluate_images(opened: Opened, given: _EvalOptions, video: VideoOptions, s
 
 
 def _report(result: Evaluation, opened: Opened, given: _EvalOptions) -> None:
-    """Print the result and warnings, also after an interruption."""
     warn_of_skipped(result)
     macs = {COMPRESSED: opened.macs, DENSE: opened.dense_macs}
     if given.json:
@@ -403,7 +402,6 @@ def models_of(opened: Opened, compare_dense: bool, name: str) -> dict[str, nn.Mo
 
 
 def _dense_view(compressed: Any) -> nn.Module:
-    """A module that runs the dense model on the weights of a compressed model."""
     from torch import Tensor, nn
 
     class DenseView(nn.Module):
