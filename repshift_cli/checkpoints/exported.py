@@ -282,7 +282,7 @@ def kind_of(path: Path) -> Kind:
     """The kind of an exported file, by its content; raises CheckpointError for other files."""
     if path.suffix.lower() == ".onnx":
         return "onnx"
-    names = [name.partition("/")[2] for name in _archive_names(path)]
+    names = [name.partition("/")[2] for name in _in_archive(path, zipfile.ZipFile.namelist)]
     if any(name.startswith("data/aotinductor/") for name in names):
         return "aoti"
     if any(name.startswith("models/") or name == "serialized_exported_program.json" for name in names):
@@ -342,21 +342,17 @@ def _onnx_document(path: Path) -> str | None:
 
 
 def _archived_document(path: Path) -> str | None:
-    name = next((name for name in _archive_names(path) if name.endswith(f"/{DOCUMENT_FILE}")), None)
-    if name is None:
-        return None
 
-    def read(archive: zipfile.ZipFile) -> str:
+    def read(archive: zipfile.ZipFile) -> str | None:
+        name = next((name for name in archive.namelist() if name.endswith(f"/{DOCUMENT_FILE}")), None)
+        if name is None:
+            return None
         size = archive.getinfo(name).file_size
         if size > _LARGEST_DOCUMENT:
             raise ValueError(f"{name} takes {size} bytes")
         return archive.read(name).decode("utf-8")
 
     return _in_archive(path, read)
-
-
-def _archive_names(path: Path) -> list[str]:
-    return _in_archive(path, zipfile.ZipFile.namelist)
 
 
 def _in_archive(path: Path, read: Callable[[zipfile.ZipFile], _Value]) -> _Value:

@@ -116,10 +116,10 @@ def _check_metadata(loaded: LoadedModel, where: str) -> None:
 
 
 def _described(document: Mapping[str, Any], where: str) -> ModelDescription:
+    if "model" not in document:
+        raise CheckpointError(f"{where}: its repshift metadata is damaged: it has no key 'model'")
     try:
         return ModelDescription.from_dict(document["model"])
-    except KeyError:
-        raise CheckpointError(f"{where}: its repshift metadata is damaged: it has no key 'model'") from None
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error.message}") from error
 

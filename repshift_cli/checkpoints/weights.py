@@ -66,8 +66,7 @@ def read_weights(path: Path) -> Weights:
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file")
     try:
-        size = path.stat().st_size
-        if size == 0:
+        if path.stat().st_size == 0:
             raise CheckpointError(f"{path} is empty")
         if path.suffix == ".safetensors":
             tensors, document = _read_safetensors(path)
@@ -140,9 +139,9 @@ def _read_torch(path: Path) -> Any:
             ) from error
         raise CheckpointError(f"{path} is not a PyTorch weights file, or is damaged") from error
     except OSError as error:
-        if error.errno != errno.EINVAL:  # torch seeks to an invalid place in a truncated file
-            raise
-        raise CheckpointError(f"{path} is not a PyTorch weights file, or is damaged") from error
+        if error.errno == errno.EINVAL:  # torch seeks to an invalid place in a truncated file
+            raise CheckpointError(f"{path} is not a PyTorch weights file, or is damaged") from error
+        raise
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} is not a PyTorch weights file, or is damaged: {first_line(error)}") from error
 

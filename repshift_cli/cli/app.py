@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from repshift_cli.cli import bench, compare, compress, demo, evaluate, export, inspect, recipes, search, visualize
+from repshift_cli.cli import bench, compare, compress, demo, evaluate, export, inspect, recipes, search, ui, visualize
 from repshift_cli.cli.torchrun import Interrupted
 from repshift_cli.errors import INTERRUPTED
 
@@ -85,7 +85,6 @@ def _limit_thread_spinning() -> None:
 
 def _explain(problem: Exception) -> int:
     """Print an error to stderr and return the exit code."""
-    from repshift_cli.cli import ui
     from repshift_cli.errors import RepshiftError
 
     if isinstance(problem, RepshiftError):

@@ -13,7 +13,7 @@ import typer
 
 from repshift_cli.benchmark.limits import BenchLimit, check_limits, require_met
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.cli import options
+from repshift_cli.cli import options, ui
 from repshift_cli.cli.show.bench import show, why_nothing
 from repshift_cli.errors import UsageError
 from repshift_cli.utils.figures import check_figure_path, figure_format
@@ -55,12 +55,11 @@ def command(
         typer.Option("--batch-size", "-b", metavar="N[,N]", help="Batch sizes, may be repeated (default: 1,8)."),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", metavar="RECIPE", help="Compress dense models by this recipe first.")
+        str | None, typer.Option(metavar="RECIPE", help="Compress dense models by this recipe first.")
     ] = None,
     against: Annotated[
         list[str] | None,
         typer.Option(
-            "--against",
             metavar="NAME[,NAME]",
             help="Also time these baselines, on the same weights and at the same cost: explicit, class-attention, "
             "class-attention-row, bipartite, tome, fuse. The dense model is always timed.",
@@ -70,22 +69,18 @@ def command(
     heads: options.Heads = None,
     img_size: Annotated[
         list[str] | None,
-        typer.Option(
-            "--img-size", metavar="N[,N]", help="Image size N x N: any for a CNN, else what the weights allow."
-        ),
+        typer.Option(metavar="N[,N]", help="Image size N x N: any for a CNN, else what the weights allow."),
     ] = None,
     frames: options.Frames = None,
     checkpoint_frames: options.CheckpointFrames = None,
     dtype: Annotated[
-        list[str] | None,
-        typer.Option("--dtype", metavar="TYPE[,TYPE]", help="float32 (default), bfloat16, float16."),
+        list[str] | None, typer.Option(metavar="TYPE[,TYPE]", help="float32 (default), bfloat16, float16.")
     ] = None,
     device: options.Device = "cpu",
     threads: options.Threads = None,
     attention: Annotated[
         list[str] | None,
         typer.Option(
-            "--attention",
             metavar="KIND[,KIND]",
             help="Attention implementation of all models: auto (default), flash, sdpa, sdpa:flash, sdpa:efficient, "
             "sdpa:cudnn, sdpa:math, explicit.",
@@ -94,51 +89,39 @@ def command(
     compile: Annotated[
         list[str] | None,
         typer.Option(
-            "--compile",
             metavar="MODE[,MODE]",
             help="torch.compile mode of all models: off (default), default, frozen, reduce-overhead, max-autotune.",
         ),
     ] = None,
     memory_format: Annotated[
-        MemoryFormat,
-        typer.Option("--memory-format", help="Memory format of weights and images; channels_last suits convolutions."),
+        MemoryFormat, typer.Option(help="Memory format of weights and images; channels_last suits convolutions.")
     ] = MemoryFormat.CONTIGUOUS,
     data: Annotated[
         str | None,
         typer.Option(
-            "--data",
             metavar="FOLDER",
             help="Also time end to end, from image files to results: a folder of images, or a dataset.",
         ),
     ] = None,
-    images: Annotated[int, typer.Option("--images", min=1, metavar="N", help="Images per pass over --data.")] = 256,
+    images: Annotated[int, typer.Option(min=1, metavar="N", help="Images per pass over --data.")] = 256,
     workers: Annotated[
-        int,
-        typer.Option(
-            "--workers", min=0, metavar="N", help="Worker processes that read them; 0 reads in the main process."
-        ),
+        int, typer.Option(min=0, metavar="N", help="Worker processes that read them; 0 reads in the main process.")
     ] = 0,
     budget: Annotated[
         list[str] | None,
         typer.Option(
-            "--budget",
             metavar="LIMIT",
             help="Exit with code 5 if it is missed: latency<=0.7 or macs<=0.66 (fractions of dense), latency_ms<=50, "
             "throughput>=100, peak_memory_mb<=500, speedup>=1.3, efficiency>=0.9. May be repeated.",
         ),
     ] = None,
     seconds: Annotated[
-        float,
-        typer.Option("--seconds", min=0.0, metavar="S", help="Duration of the measurement per model and setting."),
+        float, typer.Option(min=0.0, metavar="S", help="Duration of the measurement per model and setting.")
     ] = 10.0,
-    min_runs: Annotated[
-        int, typer.Option("--min-runs", min=1, metavar="N", help="Minimum number of runs per model.")
-    ] = 10,
-    csv: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="Write one line per run to this file.")
-    ] = None,
+    min_runs: Annotated[int, typer.Option(min=1, metavar="N", help="Minimum number of runs per model.")] = 10,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one line per run to this file.")] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Plot images per second (.png, .svg or .pdf).")
+        Path | None, typer.Option(metavar="FILE", help="Plot images per second (.png, .svg or .pdf).")
     ] = None,
     json: options.AsJson = False,
     force: options.Overwrite = False,
@@ -160,7 +143,6 @@ def command(
     from repshift_cli.benchmark.baselines import check_names, contenders_against
     from repshift_cli.benchmark.end_to_end import Source
     from repshift_cli.benchmark.run import BenchSettings, run_sweep
-    from repshift_cli.cli import ui
     from repshift_cli.data.inputs import open_images
     from repshift_cli.measure.compiled import CompileMode
     from repshift_cli.measure.device import resolve_device, resolve_dtype

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from repshift_cli.cli import options
+from repshift_cli.cli import options, ui
 
 if TYPE_CHECKING:
     from repshift_cli.evaluation.classification.comparison import ComparedRun, Comparison
@@ -21,16 +21,13 @@ def command(
     first: Annotated[Path, typer.Argument(metavar="A", help="Predictions from `repshift eval --save-predictions`.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Predictions of another run on the same images.")],
     *,
-    classes: Annotated[
-        int, typer.Option("--classes", min=0, metavar="N", help="Show the N classes that changed most.")
-    ] = 10,
+    classes: Annotated[int, typer.Option(min=0, metavar="N", help="Show the N classes that changed most.")] = 10,
     json: options.AsJson = False,
 ) -> None:
     """Compare the saved predictions of two evaluations.
 
     Shows the agreement, the images that only one of them classifies correctly, by class, and McNemar's test.
     """
-    from repshift_cli.cli import ui
     from repshift_cli.evaluation.classification.comparison import compare_predictions
     from repshift_cli.evaluation.classification.predictions import load_predictions
 
@@ -42,7 +39,6 @@ def command(
 
 
 def _show(found: Comparison, classes: int) -> None:
-    from repshift_cli.cli import ui
     from repshift_cli.utils.stats import percent_interval
 
     rows = [_row(name, side) for name, side in (("A", found.first), ("B", found.second))]

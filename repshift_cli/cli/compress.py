@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.cli import options
+from repshift_cli.cli import options, ui
 from repshift_cli.cli.export import Target, check_all, export_all
 from repshift_cli.cli.export import show as show_export
 from repshift_cli.cli.show.compress import show_compression
@@ -49,16 +49,12 @@ def command(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            "--data", metavar="FOLDER", help="Images or videos to compare predictions on: a folder or a dataset."
-        ),
+        typer.Option(metavar="FOLDER", help="Images or videos to compare predictions on: a folder or a dataset."),
     ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
-            "--calibration",
-            metavar="FOLDER",
-            help="Unlabelled images or videos to choose the metric on: a folder or a dataset.",
+            metavar="FOLDER", help="Unlabelled images or videos to choose the metric on: a folder or a dataset."
         ),
     ] = None,
     calibrate: Annotated[
@@ -79,7 +75,7 @@ def command(
     seed: options.Seed = 0,
     export: Annotated[
         list[Target] | None,
-        typer.Option("--export", metavar="FORMAT", help="Also export to onnx, pt2, aoti or hub; may be repeated."),
+        typer.Option(metavar="FORMAT", help="Also export to onnx, pt2, aoti or hub; may be repeated."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan only: do not run, measure or write.")
@@ -88,7 +84,6 @@ def command(
     force: options.Force = False,
 ) -> None:
     """Write a faster checkpoint and measure speed-up and quality."""
-    from repshift_cli.cli import ui
     from repshift_cli.compression.run import compress_checkpoint
     from repshift_cli.compression.settings import Settings
     from repshift_cli.measure.device import num_threads as using_threads

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shlex
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from repshift_cli.cli import bench, options, visualize
+from repshift_cli.cli import bench, options, ui, visualize
 from repshift_cli.cli.evaluate import head_size, models_of
 from repshift_cli.cli.show.compress import show_compression
 from repshift_cli.cli.show.evaluate import evaluation_document, show_evaluation
@@ -52,7 +51,6 @@ def command(
     files.check(force)
 
     from repshift_cli.checkpoints.artifact import open_model
-    from repshift_cli.cli import ui
     from repshift_cli.utils.files import write_text
 
     demo = _Demo(files, ui.Screen(), force, quiet=json)
@@ -77,23 +75,14 @@ def command(
         _show_summary(evaluation, timing, macs, files, seconds)
 
 
-@dataclass(frozen=True)
 class _Files:
     """The output files of the demo."""
 
-    folder: Path
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "vit_digits_repshift.safetensors"
-
-    @property
-    def figure(self) -> Path:
-        return self.folder / "kept_tokens.png"
-
-    @property
-    def report(self) -> Path:
-        return self.folder / "report.json"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = folder / "vit_digits_repshift.safetensors"
+        self.figure = folder / "kept_tokens.png"
+        self.report = folder / "report.json"
 
     def check(self, force: bool) -> None:
         """Create the folder, and check that the files can be written.
@@ -200,10 +189,8 @@ class _Demo:
         if self.quiet:
             return
         first = "" if number == 1 else "\n"
-        typer.echo(f"{first}{f'[{number}/{_STEPS}] {title} ':-<{_WIDTH}}")
-        for line in _command_lines(["repshift", *map(str, arguments)]):
-            typer.echo(line)
-        typer.echo()
+        lines = _command_lines(["repshift", *map(str, arguments)])
+        typer.echo("\n".join([f"{first}{f'[{number}/{_STEPS}] {title} ':-<{_WIDTH}}", *lines, ""]))
 
 
 def _command_lines(words: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ import typer
 
 from repshift_cli.checkpoints.builtin import BUILTIN
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.cli import options
+from repshift_cli.cli import options, ui
 from repshift_cli.cli.evaluate_video import VideoOptions, refuse_videos, run
 from repshift_cli.cli.options import Pooling
 from repshift_cli.cli.show.evaluate import (
@@ -77,7 +77,6 @@ def command(
     dataset: Annotated[
         str | None,
         typer.Option(
-            "--dataset",
             metavar="NAME",
             help="Images: imagenet-val, imagenet-real, imagenet-v2, imagenet-a, imagenet-r, builtin:digits, a folder "
             "of class folders, a tar file, or a dataset that timm can read (torch/cifar10). Videos: msrvtt, msvd, "
@@ -89,9 +88,7 @@ def command(
     data_dir: options.DataDir = None,
     limit: Annotated[
         int | None,
-        typer.Option(
-            "--limit", min=1, metavar="N", help="Use N images, videos or questions, evenly spaced over the dataset."
-        ),
+        typer.Option(min=1, metavar="N", help="Use N images, videos or questions, evenly spaced over the dataset."),
     ] = None,
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Also evaluate the dense model, on the same inputs.")
@@ -117,7 +114,6 @@ def command(
     workers: Annotated[
         int | None,
         typer.Option(
-            "--workers",
             min=0,
             metavar="N",
             help="Worker processes that decode; 0 decodes in the main process (default: chosen by the number of cores "
@@ -131,7 +127,6 @@ def command(
     resume: Annotated[
         Path | None,
         typer.Option(
-            "--resume",
             metavar="DIR",
             help="Images: save progress in this folder. After an interruption, the same command continues from "
             "there. A finished run deletes the folder.",
@@ -140,30 +135,25 @@ def command(
     save_predictions: Annotated[
         Path | None,
         typer.Option(
-            "--save-predictions",
             metavar="FILE",
             help="Images: write the predictions (.npz, or .parquet with pyarrow) for `repshift compare`. With "
             "--compare-dense, those of the dense model go to FILE_dense.",
         ),
     ] = None,
     force: options.Overwrite = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Random seed of the built-in scenes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Random seed of the built-in scenes.")] = 0,
     frames: options.Frames = None,
     checkpoint_frames: options.CheckpointFrames = None,
     annotations: Annotated[
-        Path | None,
-        typer.Option("--annotations", metavar="FILE", help="Captions or questions of videos, as JSON in UMT's format."),
+        Path | None, typer.Option(metavar="FILE", help="Captions or questions of videos, as JSON in UMT's format.")
     ] = None,
     videos: Annotated[
-        Path | None, typer.Option("--videos", metavar="DIR", help="Folder of the videos named in --annotations.")
+        Path | None, typer.Option(metavar="DIR", help="Folder of the videos named in --annotations.")
     ] = None,
     answers: Annotated[
-        Path | None,
-        typer.Option("--answers", metavar="FILE", help="JSON list of possible answers (default: all correct answers)."),
+        Path | None, typer.Option(metavar="FILE", help="JSON list of possible answers (default: all correct answers).")
     ] = None,
-    vocab: Annotated[
-        Path | None, typer.Option("--vocab", metavar="FILE", help="vocab.txt of the BERT text encoder.")
-    ] = None,
+    vocab: Annotated[Path | None, typer.Option(metavar="FILE", help="vocab.txt of the BERT text encoder.")] = None,
     rerank: Annotated[
         bool | None,
         typer.Option(
@@ -174,9 +164,7 @@ def command(
     ] = None,
     rerank_k: Annotated[
         int | None,
-        typer.Option(
-            "--rerank-k", min=1, metavar="K", help="Candidates per query to re-rank (default: 128).", show_default=False
-        ),
+        typer.Option(min=1, metavar="K", help="Candidates per query to re-rank (default: 128).", show_default=False),
     ] = None,
     paragraph: Annotated[
         bool | None,
@@ -189,7 +177,6 @@ def command(
     pooling: Annotated[
         Pooling | None,
         typer.Option(
-            "--pooling",
             help="Retrieval with dense models: pool per frame as UMT does (default), or over all tokens as compressed "
             "models do.",
             show_default=False,
@@ -265,9 +252,6 @@ def _evaluate_images(opened: Opened, given: _EvalOptions, video: VideoOptions, s
 
 
 def _report(result: Evaluation, opened: Opened, given: _EvalOptions) -> None:
-    """Print the result and warnings, also after an interruption."""
-    from repshift_cli.cli import ui
-
     warn_of_skipped(result)
     macs = {COMPRESSED: opened.macs, DENSE: opened.dense_macs}
     if given.json:
@@ -307,7 +291,6 @@ def _prediction_paths(path: Path | None, compare_dense: bool, force: bool) -> tu
 
 
 def _save_predictions(result: Evaluation, data: ImageDataset, given: _EvalOptions) -> None:
-    from repshift_cli.cli import ui
     from repshift_cli.evaluation.classification.predictions import save_predictions
     from repshift_cli.evaluation.classification.result import predictions_of
 
@@ -419,7 +402,6 @@ def models_of(opened: Opened, compare_dense: bool, name: str) -> dict[str, nn.Mo
 
 
 def _dense_view(compressed: Any) -> nn.Module:
-    """A module that runs the dense model on the weights of a compressed model."""
     from torch import Tensor, nn
 
     class DenseView(nn.Module):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from repshift_cli.cli import ui
 from repshift_cli.cli.options import Pooling
 from repshift_cli.cli.show.video_text import (
     EncoderCost,
@@ -102,7 +103,6 @@ def run(
         settings: `rerank_k` is taken from `options`.
         json: print one document instead of tables.
     """
-    from repshift_cli.cli import ui
     from repshift_cli.data.video.annotations import RetrievalSet
     from repshift_cli.evaluation.video_text.data import open_data
     from repshift_cli.evaluation.video_text.evaluate import (

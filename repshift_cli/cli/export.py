@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.cli import options
+from repshift_cli.cli import options, ui
 from repshift_cli.errors import UsageError
 from repshift_cli.export.formats import FORMATS
 
@@ -29,8 +29,7 @@ def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A compressed checkpoint, or a dense model.")],
     *,
     to: Annotated[
-        Target,
-        typer.Option("--to", help="; ".join(f"{name}: {known.description}" for name, known in FORMATS.items())),
+        Target, typer.Option(help="; ".join(f"{name}: {known.description}" for name, known in FORMATS.items()))
     ],
     output: Annotated[
         Path | None,
@@ -45,20 +44,17 @@ def command(
         str | None, typer.Option("--recipe", "-r", help="Compress a dense model first, without calibration.")
     ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Export the dense model of a compressed one.")] = False,
-    batch: Annotated[str, typer.Option("--batch", metavar="N|dynamic", help="Batch size: any, or N.")] = _DYNAMIC,
+    batch: Annotated[str, typer.Option(metavar="N|dynamic", help="Batch size: any, or N.")] = _DYNAMIC,
     dtype: Annotated[
         str | None,
         typer.Option(
-            "--dtype",
-            help="float32 (default), float16 or bfloat16; for hub the default is that of the file.",
-            show_default=False,
+            help="float32 (default), float16 or bfloat16; for hub the default is that of the file.", show_default=False
         ),
     ] = None,
     opset: Annotated[
-        int | None,
-        typer.Option("--opset", help="ONNX opset, 18 to 23 (default: 20); 23 has attention as one operator."),
+        int | None, typer.Option(help="ONNX opset, 18 to 23 (default: 20); 23 has attention as one operator.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda; a package is compiled for it.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda; a package is compiled for it.")] = "cpu",
     tune: Annotated[
         bool,
         typer.Option("--tune", help="aoti: time several kernels for each product on this machine and use the fastest."),
@@ -77,7 +73,6 @@ def command(
 ) -> None:
     """Export a model to ONNX, torch.export, a compiled package or a hub folder, to run without repshift."""
     size = _parse_batch(batch)
-    from repshift_cli.cli import ui
     from repshift_cli.export.job import check, export, open_for_export
     from repshift_cli.export.request import Request
     from repshift_cli.measure.device import num_threads, resolve_device, resolve_dtype
@@ -118,7 +113,6 @@ def check_all(checkpoint: Path, targets: Sequence[Target], force: bool) -> None:
 
 def export_all(checkpoint: Path, targets: Sequence[Target], force: bool) -> list[Exported]:
     """Export a checkpoint into its own folder; errors as `job.export`."""
-    from repshift_cli.cli import ui
     from repshift_cli.export.job import export, open_for_export
 
     screen = ui.Screen()
@@ -150,8 +144,6 @@ def _parse_batch(text: str) -> int | None:
 
 def show(exported: Exported) -> None:
     """Print the result as text."""
-    from repshift_cli.cli import ui
-
     document = exported.document
     ui.print_text(f"model    {document.model['name']}, {'with fewer tokens' if document.plan else 'dense'}")
     ui.print_text(f"cost     {document.dense_macs / 1e9:.3f} -> {document.macs / 1e9:.3f} GMACs per input")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.cli import options
+from repshift_cli.cli import options, ui
 from repshift_cli.cli.show.plan import describe_metric, describe_tokens
 from repshift_cli.utils.garbage import without_collection
 
@@ -31,7 +31,6 @@ def command(
     """Show the blocks, tokens and reduction sites of a model."""
     with without_collection():  # saves a tenth of the time, most of which is importing torch and timm
         from repshift_cli.checkpoints.artifact import open_model
-        from repshift_cli.cli import ui
 
         opened = open_model(checkpoint, LoadOptions(model, heads, img_size, frames, checkpoint_frames))
         document = _describe(opened)
@@ -111,8 +110,6 @@ def _tokens(layout: Layout, plan: Plan | None) -> dict[int, int]:
 
 
 def _show(document: dict[str, Any], preprocessing: Any) -> None:
-    from repshift_cli.cli import ui
-
     model = document["model"]
     head = "no head" if model["classes"] is None else f"{model['classes']} classes"
     ui.print_text(f"model    {model['name']} ({model['family']}), {model['params']:,} parameters, {head}")

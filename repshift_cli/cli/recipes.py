@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from repshift_cli.cli import ui
+
 __all__ = ["app"]
 
 app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True, rich_markup_mode=None)
@@ -15,7 +17,6 @@ app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True, ri
 @app.command("list")
 def list_shipped() -> None:
     """List the shipped recipes."""
-    from repshift_cli.cli import ui
     from repshift_cli.planning.recipe import Recipe, shipped_recipes
 
     recipes = {name: Recipe.parse(text, f"{name}.yaml") for name, text in shipped_recipes().items()}

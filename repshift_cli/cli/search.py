@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.cli import options
+from repshift_cli.cli import options, ui
 from repshift_cli.cli.show.search import show_search
 from repshift_cli.cli.torchrun import Interrupted, rank_zero_errors, refuse_torchrun
 from repshift_cli.errors import INTERRUPTED, UsageError
@@ -126,7 +126,6 @@ def command(
     files = _Files(output, save, plot, state or output.with_name(f"{output.name}.state.json"))
     files.check(force)
 
-    from repshift_cli.cli import ui
     from repshift_cli.compression.run import search_checkpoint
     from repshift_cli.compression.settings import Settings
     from repshift_cli.measure.device import num_threads as using_threads
@@ -208,7 +207,6 @@ def _finish(found: FinishedSearch, files: _Files, settings: Settings, screen: Pr
         CheckFailed: the target is missed, and `force` is off; nothing is written.
         Interrupted: the search was interrupted; the best schedule so far has been written.
     """
-    from repshift_cli.cli import ui
 
     result = found.result
     if not result.met and not settings.force:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from repshift_cli.cli import ui
 from repshift_cli.errors import RepshiftError, UsageError
 from repshift_cli.utils.progress import Progress, Silent
 
@@ -31,8 +32,6 @@ def is_first() -> bool:
 
 def screen_of_first() -> Progress:
     """Progress on stderr for rank 0, none for other ranks."""
-    from repshift_cli.cli import ui
-
     return ui.Screen() if is_first() else Silent()
 
 

@@ -1,27 +1,24 @@
-"""Console output. Results go to stdout; progress, notes, warnings and errors to stderr."""
+"""Console output. Results go to stdout; progress, notes, warnings and errors to stderr.
+
+rich is imported where it is used, so that commands start faster.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
-from rich.table import Table
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from repshift_cli.errors import OutputError, RepshiftError
 from repshift_cli.utils.progress import Task
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 __all__ = ["Screen", "error", "print_json", "print_table", "print_text", "remark", "to_json", "warn"]
-
-
-def _stderr() -> Console:
-    return Console(stderr=True, highlight=False)
 
 
 @contextmanager
@@ -31,6 +28,8 @@ def _stdout() -> Iterator[Console]:
     Raises:
         OutputError: writing failed, for example because the disk is full.
     """
+    from rich.console import Console
+
     try:
         yield Console(highlight=False, soft_wrap=False)
         sys.stdout.flush()
@@ -51,14 +50,18 @@ def print_json(document: Any) -> None:
         sys.stdout.write(to_json(document))
 
 
-def print_text(text: str) -> None:
-    """Print text without markup; errors as `_stdout`."""
+def print_text(*lines: str) -> None:
+    """Print lines of text without markup; errors as `_stdout`."""
     with _stdout() as console:
-        console.print(text, markup=False)
+        for line in lines:
+            console.print(line, markup=False)
 
 
 def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """Print a table; the first `left` columns are text, the others numbers. Errors as `_stdout`."""
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < left else "right")
@@ -71,29 +74,35 @@ def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequen
 
 def warn(text: str) -> None:
     """Print a warning."""
-    _stderr().print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
+    _print_stderr(("warning:", "yellow"), f" {text}")
 
 
 def remark(text: str) -> None:
     """Print a note."""
-    _stderr().print(escape(text), style="dim", soft_wrap=True)
+    _print_stderr((text, "dim"))
 
 
 def error(problem: RepshiftError) -> None:
     """Print an error and its hint."""
-    console = _stderr()
-    console.print(f"[bold red]error:[/bold red] {escape(problem.message)}", soft_wrap=True)
+    _print_stderr(("error:", "bold red"), f" {problem.message}")
     if problem.hint:
-        console.print(escape(problem.hint), soft_wrap=True)
+        _print_stderr(problem.hint)
+
+
+def _print_stderr(*parts: str | tuple[str, str]) -> None:
+    """Print parts of a line, each a text or a text with its style."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, highlight=False).print(Text.assemble(*parts), soft_wrap=True)
 
 
 class _BarTask:
-    def __init__(self, bars: Bars, identity: TaskID) -> None:
-        self._bars = bars
-        self._identity = identity
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance = advance
 
     def advance(self, steps: int = 1) -> None:
-        self._bars.advance(self._identity, steps)
+        self._advance(steps)
 
 
 class Screen:
@@ -101,12 +110,16 @@ class Screen:
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Task]:
-        console = _stderr()
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Bars(
-            *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+        from rich import progress
+        from rich.console import Console
+
+        console = Console(stderr=True, highlight=False)
+        columns = (progress.SpinnerColumn(), progress.TextColumn("{task.description}"), progress.BarColumn())
+        counts = (progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
+        with progress.Progress(
+            *columns, *counts, console=console, transient=True, disable=not console.is_terminal
         ) as bars:
-            yield _BarTask(bars, bars.add_task(label, total=total))
+            yield _BarTask(partial(bars.advance, bars.add_task(label, total=total)))
 
     def warn(self, text: str) -> None:
         warn(text)

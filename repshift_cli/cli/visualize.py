@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.cli import options
+from repshift_cli.cli import options, ui
 from repshift_cli.errors import UsageError
 from repshift_cli.utils.figures import check_figure_path
 
@@ -28,7 +28,6 @@ def command(
     data: Annotated[
         str | None,
         typer.Option(
-            "--data",
             metavar="FOLDER",
             help="A folder of images or videos, or a dataset. Default for a built-in model: built-in scenes.",
             show_default=False,
@@ -36,15 +35,13 @@ def command(
     ] = None,
     count: Annotated[
         int | None,
-        typer.Option(
-            "--count", min=1, max=64, help="Number of images or clips.", show_default=f"{_IMAGES}, or {_CLIPS} clips"
-        ),
+        typer.Option(min=1, max=64, help="Number of images or clips.", show_default=f"{_IMAGES}, or {_CLIPS} clips"),
     ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="Image file (.png, .svg or .pdf).")
     ] = Path("kept.png"),
     indices: Annotated[
-        Path | None, typer.Option("--indices", metavar="FILE", help="Write the kept indices to this file, as JSON.")
+        Path | None, typer.Option(metavar="FILE", help="Write the kept indices to this file, as JSON.")
     ] = None,
     heads: options.Heads = None,
     img_size: options.ImgSize = None,
@@ -60,7 +57,6 @@ def command(
     check_outputs({"--output": output, "--indices": indices}, force)
 
     from repshift_cli.checkpoints.artifact import open_model
-    from repshift_cli.cli import ui
     from repshift_cli.measure.device import resolve_device
     from repshift_cli.visualize.view import visualize
 
@@ -97,8 +93,6 @@ def write(shown: Visualization, output: Path, indices: Path | None, force: bool)
 
 def show(shown: Visualization, output: Path, indices: Path | None) -> None:
     """Print the result as text."""
-    from repshift_cli.cli import ui
-
     samples = len(shown.results)
     counts = ((rows.shape[1], shown.patches[layer].patches, layer) for layer, rows in shown.kept.items())
     stages = ", ".join(f"{kept} of {total} after block {layer}" for kept, total, layer in counts)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 from uuid import uuid4
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -36,13 +36,11 @@ class Processes:
         nearby: number of processes on this machine.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        """Join the process group, if there is one; `device` is used for sums."""
+    def __init__(self) -> None:
         grouped = distributed.is_available() and distributed.is_initialized()
         self.rank = distributed.get_rank() if grouped else 0
         self.count = distributed.get_world_size() if grouped else 1
         self.nearby = min(self.count, int(os.environ.get("LOCAL_WORLD_SIZE") or self.count))
-        self._device = device or torch.device("cpu")
         self._store: Store | None = None
         if self.count > 1:
             # a new prefix for each job, so that the stop flag of the last one is not seen
@@ -60,14 +58,6 @@ class Processes:
         parts: list[_Value | None] = [None] * self.count
         distributed.all_gather_object(parts, mine)
         return parts  # type: ignore[return-value]
-
-    def added(self, mine: Sequence[int]) -> list[int]:
-        """Elementwise sums of integers over all processes, exact below 2^63."""
-        if self.count == 1:
-            return list(mine)
-        numbers: Tensor = torch.tensor(mine, dtype=torch.int64, device=self._device)
-        distributed.all_reduce(numbers)
-        return [int(number) for number in numbers.tolist()]
 
     def agreed(self, work: Callable[[], _Value]) -> _Value:
         """Run `work` in every process. If it fails in one, all raise the same error.
@@ -103,22 +93,16 @@ def launched_together() -> bool:
 
 @contextmanager
 def together(device: torch.device | None = None) -> Iterator[Processes]:
-    """Use the existing process group, or create one from the variables that `torchrun` set.
-
-    Args:
-        device: device of this process for sums: NCCL on CUDA. Everything else uses Gloo.
-    """
+    """Use the existing process group, or create one from the variables that `torchrun` set, with the device of each."""
     if not launched_together() or (distributed.is_available() and distributed.is_initialized()):
-        yield Processes(device)
+        yield Processes()
         return
     if device is not None and device.type == "cuda":
         torch.cuda.set_device(device)
-        distributed.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        distributed.init_process_group("gloo")
+    distributed.init_process_group("gloo")
     try:
         with _one_interrupt():
-            yield Processes(device)
+            yield Processes()
     finally:
         distributed.destroy_process_group()
 

@@ -256,7 +256,7 @@ class TestAttention:
     def test_observed_attention_in_video_eval(self, task: str, cli: Command) -> None:
         options = (f"builtin:umt-shapes{task}", "--limit", "4", "--attention", "explicit")
         assert json.loads(cli("eval", *options, "--json").stdout)["attention"] == "explicit"
-        assert "attention: explicit, on that side\n" in cli("eval", *options).stdout
+        assert "attention: explicit, in the video encoder\n" in cli("eval", *options).stdout
 
     def test_several_kernels_are_joined_per_model(self, cli: Command) -> None:
         """vid-TLDR's own score computes the attention map, in the compressed model only."""

@@ -1,4 +1,4 @@
-"""The processes of one `torchrun` job: gathering, sums, stopping."""
+"""The processes of one `torchrun` job: gathering, stopping."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ with together() as group:
         "count": group.count,
         "nearby": group.nearby,
         "collected": group.collect({"of": group.rank}),
-        "added": group.added([1, 10 ** 12 + group.rank]),
         "before": group.stopped(),
     }
     group.collect(None)
@@ -57,14 +56,13 @@ def test_one_process_without_a_group() -> None:
     with together() as group:
         assert (group.rank, group.count, group.nearby, group.is_first) == (0, 1, 1, True)
         assert group.collect("a") == ["a"]
-        assert group.added([2, 3]) == [2, 3]
         group.stop()
         assert not group.stopped()
     assert Processes().count == 1
 
 
 @pytest.mark.slow
-def test_gathering_sums_and_stopping(tmp_path: Path) -> None:
+def test_gathering_and_stopping(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(script)]
@@ -86,7 +84,6 @@ def test_gathering_sums_and_stopping(tmp_path: Path) -> None:
             "count": 3,
             "nearby": 3,
             "collected": [{"of": 0}, {"of": 1}, {"of": 2}],
-            "added": [3, 3 * 10**12 + 3],
             "before": False,
             "after": True,
             "next": False,

@@ -92,7 +92,6 @@ def native_keys(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
 
 
 def _agreeing(names: list[str], tensors: Mapping[str, Tensor]) -> Fitting:
-    """The models with exactly these tensors."""
     fitting: Fitting = {}
     for name in names:
         model = quickly_on_meta(name, {})
@@ -156,14 +155,10 @@ def _names(kind: Kind) -> list[str]:
 
 def _by_first_blocks(kind: Kind, tensors: Mapping[str, Tensor], names: list[str], depths: str) -> list[str]:
     """The models with these tensors in the first block of each stage and outside of blocks."""
-    first = {key: value for key, value in tensors.items() if _in_first_block(kind, key)}
+    matches = {key: kind.block.match(key) for key in tensors}
+    first = {key: tensors[key] for key, match in matches.items() if match is None or int(match["block"]) == 0}
     short = {depths: (1,) * _STAGES, "num_classes": class_count(tensors)}
     return [name for name in names if _same(first, quickly_on_meta(name, short))]
-
-
-def _in_first_block(kind: Kind, key: str) -> bool:
-    match = kind.block.match(key)
-    return match is None or int(match["block"]) == 0
 
 
 def _resnets(kind: Kind, tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:

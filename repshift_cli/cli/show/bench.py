@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from repshift_cli.cli import ui
+
 if TYPE_CHECKING:
     from repshift_cli.benchmark.limits import LimitCheck
     from repshift_cli.benchmark.report import BenchReport, EndToEnd, Ratio, Run
@@ -20,8 +22,6 @@ _DECIMALS = ((0.1, 4), (1, 3), (10, 2), (100, 1))
 
 def show(report: BenchReport, opened: Mapping[str, Opened], verdicts: Sequence[LimitCheck] = ()) -> None:
     """Print a table for each setting, then the speed-ups and the budget checks."""
-    from repshift_cli.cli import ui
-
     _show_head(report, opened)
     units = {model.loaded.description.preprocessing.unit for model in opened.values()}
     unit = units.pop() if len(units) == 1 else "input"
@@ -53,8 +53,6 @@ def why_nothing(opened: Iterable[Mapping[str, Opened]]) -> tuple[str, str]:
 def _show_head(report: BenchReport, opened: Mapping[str, Opened]) -> None:
     import torch
 
-    from repshift_cli.cli import ui
-
     ui.print_text(", ".join(opened))
     if random := [label for label, model in opened.items() if model.loaded.source.origin == "random"]:
         ui.print_text(f"random weights (they do not change the speed): {', '.join(random)}")
@@ -66,8 +64,6 @@ def _show_head(report: BenchReport, opened: Mapping[str, Opened]) -> None:
 
 def _show_panel(report: BenchReport, panel: str, unit: str) -> None:
     """Print the runs of one setting at all batch sizes."""
-    from repshift_cli.cli import ui
-
     runs = [run for run in report.runs if run.setting.apart_from_batch == panel]
     ratios = [ratio for ratio in report.ratios if ratio.setting.apart_from_batch == panel]
     _show_runs(runs, unit)
@@ -93,8 +89,6 @@ def _show_panel(report: BenchReport, panel: str, unit: str) -> None:
 
 
 def _show_runs(runs: Sequence[Run], unit: str) -> None:
-    from repshift_cli.cli import ui
-
     with_memory = any(run.peak_bytes is not None for run in runs)
     columns = ["batch", "model", "GMACs", "ms [p10-p90]", f"{unit}s/s", *["peak MB"] * with_memory]
     rows = []
@@ -107,8 +101,6 @@ def _show_runs(runs: Sequence[Run], unit: str) -> None:
 
 def _show_baselines(runs: Sequence[Run], ratios: Sequence[Ratio], dense: set[str]) -> None:
     """Print each model against dense, and the compressed model against each baseline."""
-    from repshift_cli.cli import ui
-
     over_dense = {(ratio.batch, ratio.name): ratio for ratio in ratios if ratio.against in dense}
     ours = {(ratio.batch, ratio.against): ratio for ratio in ratios if ratio.against not in dense}
     macs = {run.name: run.macs for run in runs}
@@ -131,8 +123,6 @@ def _show_baselines(runs: Sequence[Run], ratios: Sequence[Ratio], dense: set[str
 
 
 def _show_end_to_end(found: EndToEnd, unit: str, ours: set[str]) -> None:
-    from repshift_cli.cli import ui
-
     how = f"{found.workers} worker process{'es' if found.workers > 1 else ''}" if found.workers else "the main process"
     size, count, passes = found.setting.batch, found.reading.images, len(found.reading.seconds)
     ui.print_text(f"\nFrom files, batch {size}: {count} images of {found.data}, read by {how}, {passes} passes\n")

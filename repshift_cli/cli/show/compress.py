@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from repshift_cli.cli import ui
 from repshift_cli.cli.show.plan import show_sites
 
 if TYPE_CHECKING:
@@ -15,8 +16,6 @@ __all__ = ["show_compression"]
 
 def show_compression(report: CompressReport) -> None:
     """Print the report in 80 columns."""
-    from repshift_cli.cli import ui
-
     plan, unit = report.plan, report.loaded.description.preprocessing.unit
     params = sum(parameter.numel() for parameter in report.loaded.model.parameters())
     ui.print_text(f"model   {report.loaded.description.name} ({report.family}), {params:,} parameters, unchanged")
@@ -46,8 +45,6 @@ def show_compression(report: CompressReport) -> None:
 
 
 def _show_measured(measured: Measured, unit: str) -> None:
-    from repshift_cli.cli import ui
-
     before, after = measured.dense, measured.compressed
     milliseconds = [
         [_milliseconds(each) for each in (side.latency.median, side.latency.p10, side.latency.p90)]
@@ -84,8 +81,6 @@ def _quality(measured: Measured, unit: str) -> str:
 
 
 def _show_calibration(calibration: Calibration, unit: str) -> None:
-    from repshift_cli.cli import ui
-
     outcomes = {
         "chosen per site": calibration.result,
         "without calibration": calibration.default,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from repshift_cli.cli.show.video_text import attention_words
+from repshift_cli.cli import ui
+from repshift_cli.cli.show.video_text import attention_words, list_names
 
 if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import Opened
@@ -17,14 +18,11 @@ __all__ = ["COMPRESSED", "DENSE", "announce_dataset", "evaluation_document", "sh
 
 DENSE = "dense"
 COMPRESSED = "compressed"
-_MAX_SKIPPED_SHOWN = 10
 _SCORE_KEYS = ("top1", "top5", "top1_interval", "top5_interval", "top1_correct", "top5_correct", "images_per_s")
 
 
 def announce_dataset(opened: Opened, data: ImageDataset) -> None:
     """Print the model, the dataset and the preprocessing."""
-    from repshift_cli.cli import ui
-
     ui.print_text(f"model:         {opened.loaded.description.name}")
     ui.print_text(f"dataset:       {data.description}")
     if data.outputs is not None:
@@ -34,20 +32,12 @@ def announce_dataset(opened: Opened, data: ImageDataset) -> None:
 
 def warn_of_skipped(result: Evaluation) -> None:
     """List the images that could not be read."""
-    from repshift_cli.cli import ui
-
-    if not result.skipped:
-        return
-    lines = [f"{len(result.skipped)} images could not be read and were skipped (--strict stops at the first):"]
-    lines += [f"  {entry.sample}: {entry.reason}" for entry in result.skipped[:_MAX_SKIPPED_SHOWN]]
-    if len(result.skipped) > _MAX_SKIPPED_SHOWN:
-        lines.append(f"  and {len(result.skipped) - _MAX_SKIPPED_SHOWN} more (--json lists all)")
-    ui.warn("\n".join(lines))
+    names = [f"{entry.sample}: {entry.reason}" for entry in result.skipped]
+    list_names("images could not be read and were skipped (--strict stops at the first)", names)
 
 
 def show_evaluation(result: Evaluation, macs: Mapping[str, int]) -> None:
     """Print the result in 80 columns; `macs` per image by model name."""
-    from repshift_cli.cli import ui
     from repshift_cli.utils.stats import percent_interval
 
     columns = ("model", "top-1 %", "95%", "top-5 %", "95%", "GMACs", "images/s")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from repshift_cli.cli import ui
+
 if TYPE_CHECKING:
     from repshift_cli.planning.plan import Plan
 
@@ -16,8 +18,6 @@ _LONGEST_OPTION = 24
 
 def show_sites(plan: Plan, title: str) -> None:
     """Print the metric and the tokens of each site."""
-    from repshift_cli.cli import ui
-
     rows = [
         [
             site.site,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from repshift_cli.cli import ui
 from repshift_cli.cli.options import Pooling
 
 if TYPE_CHECKING:
@@ -55,8 +56,6 @@ class EncoderCost(NamedTuple):
 
 def announce_videos(opened: Opened, data: VideoTextSet, pooling: str | None, tokenizer: Tokenizer) -> None:
     """Log the model, the dataset and the preprocessing."""
-    from repshift_cli.cli import ui
-
     ui.print_text(f"model:         {opened.loaded.description.name}")
     ui.print_text(f"dataset:       {data.description}")
     if data.protocol is not None:
@@ -79,8 +78,6 @@ def _pooling_words(pooling: str, opened: Opened) -> str:
 
 def list_names(what: str, names: Sequence[str]) -> None:
     """Log how many there are, with the first names."""
-    from repshift_cli.cli import ui
-
     if not names:
         return
     lines = [f"{len(names)} {what}:", *(f"  {name}" for name in names[:_MAX_NAMES])]
@@ -116,8 +113,6 @@ def attention_words(attention: Mapping[str, str]) -> str:
 
 def show_retrieval(result: RetrievalEvaluation, costs: Mapping[str, EncoderCost]) -> None:
     """Print the tables of a retrieval evaluation; `costs` by model name."""
-    from repshift_cli.cli import ui
-
     columns = ("model", "ranked by", "R@1", "R@5", "R@10", "median", "mean")
     for direction in ("text_to_video", "video_to_text"):
         rows = [
@@ -167,8 +162,6 @@ def _rank_cells(stats: RankStats) -> tuple[str, ...]:
 
 def show_answers(result: AnswerEvaluation, costs: Mapping[str, EncoderCost]) -> None:
     """Print the table of a question answering evaluation; `costs` by model name."""
-    from repshift_cli.cli import ui
-
     columns = ("model", "accuracy %", "95% interval", "GMACs/video", "videos/s", "questions/s")
     rows = [
         (
@@ -193,8 +186,6 @@ def show_answers(result: AnswerEvaluation, costs: Mapping[str, EncoderCost]) -> 
 
 
 def _show_encoder_notes(seconds: float, costs: Mapping[str, EncoderCost]) -> None:
-    from repshift_cli.cli import ui
-
     ui.print_text(f"GMACs and videos/s are of the video encoder; the evaluation took {seconds:.1f} s")
     ui.print_text(f"{attention_words({name: cost.attention for name, cost in costs.items()})}, in the video encoder")
 

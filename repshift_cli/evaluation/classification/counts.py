@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,24 @@ _NO_LABEL = -1
 _AS_LISTS = PlainSerializer(lambda array: array.tolist())
 
 Natural = Annotated[int, Field(ge=0)]
-Integers = Annotated[NDArray[np.int32], PlainValidator(lambda rows: np.array(rows, dtype=np.int32)), _AS_LISTS]
-Floats = Annotated[NDArray[np.float32], PlainValidator(lambda rows: np.array(rows, dtype=np.float32)), _AS_LISTS]
+
+
+def _integers(rows: Any) -> NDArray[np.int32]:
+    array = np.asarray(rows)
+    if array.size and array.dtype.kind != "i":
+        raise ValueError("must be integers")
+    return array.astype(np.int32)
+
+
+def _floats(rows: Any) -> NDArray[np.float32]:
+    array = np.asarray(rows, dtype=np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError("must be finite")
+    return array
+
+
+Integers = Annotated[NDArray[np.int32], PlainValidator(_integers), _AS_LISTS]
+Floats = Annotated[NDArray[np.float32], PlainValidator(_floats), _AS_LISTS]
 
 
 @dataclass(frozen=True)
