@@ -15,7 +15,7 @@ from torch import Tensor
 
 from repshift_cli.measure.device import wait_for
 from repshift_cli.utils.garbage import without_collection
-from repshift_cli.utils.progress import Progress, Task
+from repshift_cli.utils.progress import Progress
 from repshift_cli.utils.stats import significant
 
 __all__ = ["Speedup", "Spread", "Subject", "Timing", "compute_speedup", "measure_latency"]
@@ -171,36 +171,14 @@ def measure_latency(
     with torch.inference_mode(), without_collection(), progress.task(label, max(1, round(max_seconds))) as task:
         for turn in range(warmup):
             _round(subjects, inputs, turn)
-        clock = _Clock(max_seconds, task)
-        turn = 0
-        while turn < min_runs or not clock.expired():
+        start, elapsed, turn = time.perf_counter(), 0.0, 0
+        while turn < min_runs or elapsed < max_seconds:
             for name, seconds in _round(subjects, inputs, turn):
                 samples[name].append(seconds)
-            clock.show()
+            before, elapsed = elapsed, time.perf_counter() - start
+            task.advance(int(min(elapsed, max_seconds)) - int(min(before, max_seconds)))
             turn += 1
     return {name: Timing(tuple(found)) for name, found in samples.items()}
-
-
-class _Clock:
-    """The time limit of one measurement; shows whole seconds as steps of a task."""
-
-    def __init__(self, max_seconds: float, task: Task) -> None:
-        self._start = time.perf_counter()
-        self._max_seconds = max_seconds
-        self._task = task
-        self._shown = 0
-
-    def expired(self) -> bool:
-        return self._elapsed() >= self._max_seconds
-
-    def show(self) -> None:
-        steps = int(min(self._elapsed(), self._max_seconds)) - self._shown
-        if steps > 0:
-            self._task.advance(steps)
-            self._shown += steps
-
-    def _elapsed(self) -> float:
-        return time.perf_counter() - self._start
 
 
 def _round(subjects: Sequence[Subject], inputs: Tensor, turn: int) -> list[tuple[str, float]]:

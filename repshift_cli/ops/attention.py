@@ -77,14 +77,15 @@ def attend_projected(
         `[B, T, heads * d]`.
     """
     width = projected.shape[-1]
-    flash = backend == "flash" and (sizes is None or _foldable(width))
-    if flash and norms is None and sizes is None:
-        return flash_attend_packed(projected, dropout=dropout).flatten(2)
     query, key, value = projected.unbind(2)
     if norms is not None:
         query, key = norms[0](query), norms[1](key)
-    if flash:
-        mixed = _flash_sized(query, key, value, sizes, dropout)
+    if backend == "flash" and (sizes is None or _foldable(width)):
+        # under autocast norms return float32, which sdpa would convert itself
+        query, key, scale = query.to(value.dtype), key.to(value.dtype), width**-0.5
+        if sizes is not None:
+            query, key, value = fold(query, key, value, sizes, heads_at=2)
+        mixed = flash_attend(query, key, value, dropout=dropout, scale=scale)[..., :width]
     else:
         form = "explicit" if backend == "explicit" else cheapest_form(projected.device, width)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
@@ -146,28 +147,6 @@ def flash_attend(
 
     mixed: Tensor = flash_attn_func(query, key, value, dropout_p=dropout, softmax_scale=scale)
     return mixed
-
-
-def flash_attend_packed(projected: Tensor, *, dropout: float = 0.0) -> Tensor:
-    """As `flash_attend`, from `[B, T, 3, heads, d]`; its gradient is one tensor."""
-    if has_torch_function((projected,)):
-        found: Tensor = handle_torch_function(flash_attend_packed, (projected,), projected, dropout=dropout)
-        return found
-    from flash_attn import flash_attn_qkvpacked_func
-
-    mixed: Tensor = flash_attn_qkvpacked_func(projected, dropout_p=dropout)
-    return mixed
-
-
-def _flash_sized(query: Tensor, key: Tensor, value: Tensor, sizes: Tensor | None, dropout: float) -> Tensor:
-    """`[B, T, heads, d]` each and `[B, T]`, to `[B, T, heads, d]`."""
-    # under autocast norms return float32, which sdpa would convert itself
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    if sizes is None:
-        return flash_attend(query, key, value, dropout=dropout)
-    width = query.shape[-1]
-    folded = fold(query, key, value, sizes, heads_at=2)
-    return flash_attend(*folded, dropout=dropout, scale=width**-0.5)[..., :width]
 
 
 def size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:

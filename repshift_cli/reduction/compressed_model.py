@@ -20,10 +20,10 @@ from repshift_cli.errors import ModelError, UsageError
 from repshift_cli.planning.plan import Plan
 from repshift_cli.reduction.checks import check_plan
 from repshift_cli.reduction.families.base import Site, match
-from repshift_cli.reduction.hooks import SiteHook, TapHook, TensorEditHook
+from repshift_cli.reduction.hooks import SiteHook, register_edit, register_tap
 from repshift_cli.reduction.metrics.base import Metric, build_metric
 from repshift_cli.reduction.reducers.base import Dims, Merger, build_reducer
-from repshift_cli.reduction.token_trace import start_trace
+from repshift_cli.reduction.token_trace import MapState
 
 __all__ = ["CompressedModel", "Trace", "attach", "branch"]
 
@@ -102,13 +102,11 @@ class CompressedModel(nn.Module):
             edits, undo = self.family.use_proportional_attention(model, stream)
             self._undo.append(undo)
             self._handles.append(sites[0].block.register_forward_pre_hook(stream.on_first_block))
-            self._handles.extend(map(TensorEditHook.register, edits))
+            self._handles.extend(map(register_edit, edits))
         for planned, site_metrics in zip(plan.sites, metrics, strict=True):
             site = _site(sites, planned.site)
             hook = SiteHook(planned, stream, self.layout.class_token, metrics=site_metrics, reducer=reducer)
-            for name in sorted(hook.tapped):
-                tap = TapHook(hook, name, site.probes[name])
-                self._handles.append(site.probes[name].module.register_forward_hook(tap.on_forward))
+            self._handles.extend(register_tap(hook, name, site.probes[name]) for name in sorted(hook.tapped))
             place = site.attended if planned.after == "attention" else site.block
             assert place is not None
             self._handles.append(place.register_forward_hook(hook.on_block, with_kwargs=True))
@@ -144,7 +142,8 @@ class CompressedModel(nn.Module):
                 hook.recorded = None
         planned = {site.layer: site for site in self.plan.sites}
         merged = isinstance(build_reducer(self.plan.reducer), Merger)
-        state, kept = start_trace(self.layout, images), {}
+        state = MapState.start(len(images), self.layout.map_size or (1, self.layout.patch_tokens), images.device)
+        kept = {}
         for site in self.layout.sites:
             state = state.through(site.windows)
             if site.layer in recorded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +18,7 @@ from repshift_cli.planning.plan import Plan, PlanSite
 from repshift_cli.planning.registry import members
 
 __all__ = [
+    "ATTENTION_TENSORS",
     "Family",
     "Merge",
     "Probe",
@@ -29,6 +31,8 @@ __all__ = [
     "families",
     "find",
     "match",
+    "query_and_key",
+    "weight_count",
 ]
 
 Reduce = Callable[[Tensor, Tensor], Tensor]
@@ -37,6 +41,9 @@ Reduce = Callable[[Tensor, Tensor], Tensor]
 Merge = Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]]
 """`Merger.merge`: tokens `[B, prefix + N, C]`, sizes `[B, prefix + N]`, scores `[B, N]`, how many patch tokens to
 remove, and prefix; to tokens, sizes and the positions of the remaining patch tokens."""
+
+ATTENTION_TENSORS = frozenset({"attention_update", "mlp_update", "mlp_stream", "attention_query", "attention_key"})
+"""`Family.shows` of a transformer."""
 
 
 @dataclass(frozen=True)
@@ -243,6 +250,12 @@ class Family(ABC):
         Counts matrix products, convolutions and the products of a scan; not norms, activations and scores.
         """
 
+    def tokens_entering(self, model: nn.Module, plan: Plan | None) -> tuple[int, ...]:
+        """Tokens of a sequence that enter each block and the head; None is the dense model."""
+        layout = self.layout(model)
+        blocks = len(layout.sites)
+        return plan.tokens_at(blocks) if plan else (layout.prefix_tokens + layout.patch_tokens,) * (blocks + 1)
+
     def scan_macs(self, model: nn.Module, plan: Plan | None) -> int:
         """The element-wise part of `macs`, which operation counters do not count."""
         return 0
@@ -316,6 +329,40 @@ def match(model: nn.Module) -> Family:
     if reason := family.refusal(model):
         raise ModelError(f"{type(model).__name__} cannot be reduced: {reason}")
     return family
+
+
+def weight_count(module: nn.Module, *kinds: type[nn.Module]) -> int:
+    """Weights of the layers of these kinds (by default linear layers and 2d convolutions), without biases."""
+    parts: list[Any] = [part for part in module.modules() if isinstance(part, kinds or (nn.Linear, nn.Conv2d))]
+    return sum(part.weight.numel() for part in parts)
+
+
+def query_and_key(  # noqa: PLR0917
+    projection: nn.Module,
+    heads: int,
+    size: int,
+    start: int = 0,
+    query_norm: nn.Module | None = None,
+    key_norm: nn.Module | None = None,
+) -> dict[str, Probe]:
+    """Probes of queries and keys in the output of a fused projection.
+
+    Args:
+        size: channels of a head.
+        start: the first channel of the queries; the keys follow them.
+    """
+    query = partial(_heads, start=start, heads=heads, size=size, norm=query_norm)
+    key = partial(_heads, start=start + heads * size, heads=heads, size=size, norm=key_norm)
+    return {
+        "attention_query": Probe(projection, "output", query),
+        "attention_key": Probe(projection, "output", key),
+    }
+
+
+def _heads(projected: Tensor, start: int, heads: int, size: int, norm: nn.Module | None) -> Tensor:
+    """Channels `start : start + heads * size` of `[B, T, *]` as heads: `[B, heads, T, size]`."""
+    part = projected[..., start : start + heads * size].unflatten(-1, (heads, size)).transpose(1, 2)
+    return norm(part) if norm is not None else part  # type: ignore[no-any-return]
 
 
 def do_nothing() -> None:
