@@ -75,13 +75,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times faster one subject is than another.
+    """How many times faster one subject is than another: the ratio of the median latencies.
 
-    Attributes:
-        ratio: ratio of the median latencies; above 1 is faster.
-        p10, p90: percentiles of the ratios within a round. Drift of the machine affects both runs of a round, so these
-            are tighter than the two latency intervals.
-        overlap: whether the two latency intervals (p10 to p90) overlap.
+    `p10` and `p90` are percentiles of the ratios within a round. Drift of the machine affects both runs of a round, so
+    these are tighter than the two latency intervals (p10 to p90), of which `overlap` is whether they overlap.
     """
 
     ratio: float
@@ -118,12 +115,10 @@ def compute_speedup(dense: Timing, compressed: Timing) -> Speedup:
 
 @dataclass(frozen=True)
 class Subject:
-    """A function to be timed.
+    """A function to be timed: one run on the inputs.
 
-    Attributes:
-        name: unique among the subjects that are timed together.
-        run: one run on the inputs.
-        context: entered before the timer starts and exited after it stops, such as a switch to the dense model.
+    `name` is unique among the subjects that are timed together. `context` is entered before the timer starts and exited
+    after it stops, such as a switch to the dense model.
     """
 
     name: str
@@ -156,11 +151,7 @@ def measure_latency(
         max_seconds: no new round starts after this time, once there are `min_runs`; without warm-up.
         warmup: rounds that are not counted.
 
-    Returns:
-        By name, in the order of `subjects`.
-
-    Raises:
-        ValueError: two subjects have the same name, or `min_runs` is below 1.
+    Returns timings by name. Raises ValueError if two subjects have the same name, or `min_runs` is below 1.
     """
     names = [subject.name for subject in subjects]
     if len(set(names)) != len(names) or min_runs < 1:

@@ -36,22 +36,15 @@ ClassToken = Literal["middle", "double"]
 
 
 def create(name: str, **args: Any) -> VisionMamba:
-    """One of `MODELS` with random weights; `args` change what `VisionMamba` is built with.
-
-    Raises:
-        KeyError: there is no model of this name.
-        ValueError, TypeError: invalid arguments.
-    """
+    """One of `MODELS` with random weights; `args` change what `VisionMamba` is built with (errors as there)."""
     return VisionMamba(**{**MODELS[name], **args})
 
 
 class VimStream(NamedTuple):
     """The input and output of a layer.
 
-    Attributes:
-        hidden: `[B, T, C]`, the output of the last mixer, not yet added to the stream.
-        residual: `[B, T, C]`, float32, the stream before it.
-        place: int64 `[B, n]`, the positions of the n class tokens among the T tokens, ascending.
+    `hidden` `[B, T, C]` is the output of the last mixer, not yet added to the stream, `residual` `[B, T, C]`, float32,
+    the stream before it, and `place`, int64 `[B, n]`, the ascending positions of the n class tokens among the T.
     """
 
     hidden: Tensor
@@ -73,11 +66,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride)
 
     def forward(self, images: Tensor) -> Tensor:
-        """`[B, C, H, W]` to `[B, N, D]`.
-
-        Raises:
-            UsageError: images of another size.
-        """
+        """`[B, C, H, W]` to `[B, N, D]`. Raises UsageError for images of another size."""
         if tuple(images.shape[-2:]) != self.img_size:
             height, width = images.shape[-2:]
             raise UsageError(f"the model takes images of {self.img_size[0]}x{self.img_size[1]}, not {height}x{width}")
@@ -209,14 +198,11 @@ class VisionMamba(nn.Module):
     """Vim with one class token in the middle of the patches, or one at each end.
 
     Args:
-        img_size: side of the image in pixels, or height and width.
-        patch_size: side of a patch.
         stride: of the patches; None for `patch_size`.
         class_token: `middle` is after half of the patches, `double` is one before and one after all of them.
         d_state: size N of the state of each channel.
 
-    Raises:
-        ValueError: the patches do not fit the image.
+    Raises ValueError if the patches do not fit the image.
     """
 
     def __init__(

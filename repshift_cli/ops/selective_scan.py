@@ -36,13 +36,11 @@ def selective_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) ->
     Memory is linear in L. The backward pass stores the arguments only and recomputes the states.
 
     Args:
-        u: `[K, B, L, E]`, any floating dtype.
-        delta: `[K, B, L, E]`, positive.
+        u, delta: `[K, B, L, E]`, any floating dtype; `delta` is positive.
         a: `[K, E, N]`, negative.
         b, c: `[K, B, L, N]`.
 
-    Returns:
-        y, `[K, B, L, E]` in the dtype of `u`, computed in float32 (float64 where `u` is float64).
+    Returns y, `[K, B, L, E]` in the dtype of `u`, computed in float32 (float64 where `u` is float64).
     """
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     inputs = _Operands(*(tensor.to(dtype) for tensor in (u, delta, a, b, c)))

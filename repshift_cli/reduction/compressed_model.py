@@ -29,11 +29,7 @@ __all__ = ["CompressedModel", "Trace", "attach", "branch"]
 
 
 def attach(model: nn.Module, plan: Plan) -> CompressedModel:
-    """Hook a model so that it follows the plan.
-
-    Args:
-        model: dense, of a supported family; it is changed in place (`detach` undoes it).
-        plan: made by `plan.resolve` for this model.
+    """Hook a dense model in place, so that it follows a plan made for it; `detach` undoes it.
 
     Raises:
         ModelError: the model is not supported, or is compressed already.
@@ -73,9 +69,6 @@ class CompressedModel(nn.Module):
     Made by `attach`. `self.model` is the hooked model itself and can be used on its own.
 
     Attributes:
-        model: the hooked model.
-        plan: what it follows.
-        family: the family of the model.
         layout: the tokens and sites of the dense model.
         preprocessing: the evaluation transform of the model where it is known (`load` and `compress` set it).
     """
@@ -101,7 +94,7 @@ class CompressedModel(nn.Module):
         if isinstance(reducer, Merger) and reducer.pooled_by_size:
             edits, undo = self.family.use_proportional_attention(model, stream)
             self._undo.append(undo)
-            self._handles.append(sites[0].block.register_forward_pre_hook(stream.on_first_block))
+            self._handles.append(sites[0].block.register_forward_pre_hook(stream.begin))
             self._handles.extend(map(register_edit, edits))
         for planned, site_metrics in zip(plan.sites, metrics, strict=True):
             site = _site(sites, planned.site)
@@ -154,8 +147,7 @@ class CompressedModel(nn.Module):
     def macs(self, counted: bool = False) -> int:
         """Multiply-accumulates of one image, from the shapes alone, those of metric and reducer included.
 
-        Args:
-            counted: leave out the element-wise products of a scan, which operation counters do not count.
+        `counted` leaves out the element-wise products of a scan, which operation counters do not count.
         """
         sites, total = self.family.sites(self.model), self._model_macs(self.plan, counted)
         for hook in self._hooks:

@@ -79,18 +79,16 @@ class SiteHook:
         if isinstance(self.reducer, Merger) and not keeps_all:
             merge = partial(self.reducer.merge, seen=self.seen)
             reduced, places = self.stream.merge(output, scores, self.planned, merge)
-            self._record(places)
+            if self.recorded is not None:
+                self.recorded.append(places)
             return reduced
         keep = self.stream.choose(scores, output, self.planned)
-        self._record(self.stream.patches(keep))
+        if self.recorded is not None:
+            self.recorded.append(self.stream.patches(keep))
         if keeps_all:
             return output  # a copy could differ in its strides, and then in the last bits of later layers
         assert isinstance(self.reducer, Pruner)
         return self.stream.reduce(output, keep, self.planned, self.reducer.reduce)
-
-    def _record(self, places: Tensor) -> None:
-        if self.recorded is not None:
-            self.recorded.append(places)
 
     def _check(self, output: Any, kwargs: dict[str, Any]) -> None:
         shape, expected = self.stream.shape(output), self.planned.shape_in

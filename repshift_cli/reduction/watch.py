@@ -18,12 +18,10 @@ __all__ = ["BlockOutput", "record_block_outputs"]
 
 @dataclass(frozen=True)
 class BlockOutput:
-    """The output of one block in a forward pass.
+    """The output of one block in a forward pass: tokens `[B, N, C]`, as metrics see them, without the prefix.
 
-    Attributes:
-        tokens: `[B, N, C]`, as metrics see them, without the prefix.
-        carrier: the tensor that the later layers are computed from.
-        view: turns a tensor like `carrier`, such as its gradient, into one like `tokens`.
+    The later layers are computed from `carrier`; `view` turns a tensor like it, such as its gradient, into one like
+    `tokens`.
     """
 
     tokens: Tensor
@@ -35,8 +33,7 @@ class BlockOutput:
 def record_block_outputs(model: nn.Module, after: After = "block") -> Iterator[dict[int, BlockOutput]]:
     """Inside the context each pass of a dense model fills the dict with the output of each block, by layer.
 
-    Raises:
-        ModelError: the model is not supported.
+    Raises a ModelError if the model is not supported.
     """
     family = match(model)
     stream, outputs = family.stream(model), dict[int, BlockOutput]()

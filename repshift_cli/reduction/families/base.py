@@ -57,11 +57,9 @@ class Probe:
 
 @dataclass(frozen=True)
 class TensorEdit:
-    """A change to a tensor at one module.
+    """A change to a tensor at one module: its first argument, its output, or its argument `attn_mask`.
 
-    Attributes:
-        side: what is changed: the first argument (`input`), the output, or the argument `attn_mask` (`mask`), which
-            `change` makes from the first argument (None for no mask).
+    The mask is made by `change` from the first argument; None is no mask.
     """
 
     module: nn.Module
@@ -111,12 +109,8 @@ class Stream:
     def __init__(self, prefix: int = 0) -> None:
         self.prefix = prefix
 
-    def begin(self) -> None:
-        """Clear the state of the last pass."""
-
-    def on_first_block(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of the first block."""
-        self.begin()
+    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the first block: clear the state of the last pass."""
 
     def enter(self, output: Any) -> Any:
         """The output of a block, with the state that belongs to it."""
@@ -150,16 +144,10 @@ class Stream:
         return carrier
 
     def choose(self, scores: Tensor, output: Any, planned: PlanSite) -> Tensor:
-        """The tokens to keep.
+        """The tokens to keep, int64 `[B, K]`: ascending positions, here among all tokens, prefix included.
 
-        Args:
-            scores: float32, one per token that metrics see, without the prefix; the largest are kept.
-            output: of the block.
-            planned: the site of the plan, which has the counts.
-
-        Returns:
-            int64 `[B, K]`, ascending positions, here among all tokens, the prefix included. `reduce` and `patches` of
-            the same class interpret them.
+        `reduce` and `patches` of the same class interpret them. `scores` are float32, one per token that metrics see,
+        without the prefix; the largest are kept. `planned` has the counts.
         """
         return keep_top_behind(scores, planned.tokens_out - self.prefix, self.prefix)
 
@@ -181,7 +169,18 @@ class Stream:
 
 
 class SizedStream(Stream):
-    """Tokens with their sizes. Here the blocks themselves pass on both, as `tokens.Sized`."""
+    """Tokens with their sizes, which the blocks pass on as `tokens.Sized`.
+
+    Attributes:
+        normed: `[B, N, C]`, the tokens after the last norm, for a mean over them.
+    """
+
+    normed: Tensor | None = None
+
+    def remember(self, normed: Tensor) -> Tensor:
+        """Store the tokens after the last norm."""
+        self.normed = normed
+        return normed
 
     def shape(self, value: Sized) -> tuple[int, ...]:
         return (value.tokens.shape[1],)
@@ -273,8 +272,7 @@ class Family(ABC):
     ) -> tuple[list[TensorEdit], Callable[[], None]]:
         """Weight tokens by size in attention and pooling; the sizes are those of the stream.
 
-        Returns:
-            The edits to hook, and a function that undoes all other changes.
+        Returns the edits to hook, and a function that undoes all other changes.
         """
         return [], do_nothing
 
@@ -283,11 +281,7 @@ class Family(ABC):
         return "logits" if getattr(model, "num_classes", 0) else "features"
 
     def patch_grid(self, model: nn.Module) -> PatchGrid:
-        """Where the patch tokens lie in the input.
-
-        Raises:
-            ModelError: the model has no grid of patches.
-        """
+        """Where the patch tokens lie in the input; raises a ModelError without a grid of patches."""
         embedding = getattr(model, "patch_embed", None)
         grid, patch = getattr(embedding, "grid_size", None), getattr(embedding, "patch_size", None)
         if grid is None or patch is None:
@@ -317,11 +311,7 @@ def find(model: nn.Module) -> Family | None:
 
 
 def match(model: nn.Module) -> Family:
-    """The family of a model.
-
-    Raises:
-        ModelError: the model is of no family, or its family does not support it.
-    """
+    """The family of a model; raises a ModelError if it is of none, or its family does not support it."""
     family = find(model)
     if family is None:
         supported = "; ".join(f"{family.name} ({family.covers})" for family in families())
@@ -345,11 +335,9 @@ def query_and_key(  # noqa: PLR0917
     query_norm: nn.Module | None = None,
     key_norm: nn.Module | None = None,
 ) -> dict[str, Probe]:
-    """Probes of queries and keys in the output of a fused projection.
+    """Probes of queries and keys in the output of a fused projection, with `size` channels per head.
 
-    Args:
-        size: channels of a head.
-        start: the first channel of the queries; the keys follow them.
+    The queries begin at channel `start`; the keys follow them.
     """
     query = partial(_heads, start=start, heads=heads, size=size, norm=query_norm)
     key = partial(_heads, start=start + heads * size, heads=heads, size=size, norm=key_norm)

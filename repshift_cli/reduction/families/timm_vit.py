@@ -49,9 +49,8 @@ class _TimmStream(SizedStream):
     def __init__(self, prefix: int) -> None:
         super().__init__(prefix)
         self.sizes: dict[int, Tensor] = {}
-        self.normed: Tensor | None = None
 
-    def begin(self) -> None:
+    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.sizes, self.normed = {}, None
 
     def enter(self, output: Tensor) -> Sized:
@@ -91,7 +90,7 @@ class TimmViT(Family):
 
     def refusal(self, model: Any) -> str | None:
         for index, block in enumerate(model.blocks):
-            if _block_probes(block) is None:
+            if type(block) not in _PROBES:
                 known = ", ".join(kind.__name__ for kind in _PROBES)
                 return f"blocks.{index} is a {type(block).__name__}, which is not supported (supported: {known})"
         if model.global_pool == "prr":
@@ -113,7 +112,7 @@ class TimmViT(Family):
         return [self._site(model, index, block) for index, block in enumerate(model.blocks)]
 
     def _site(self, model: Any, index: int, block: nn.Module) -> Site:
-        probes, attentions = _block_probes(block) or {}, _attentions(block)
+        probes, attentions = _PROBES.get(type(block), lambda _: {})(block), _attentions(block)
         return Site(
             name=f"blocks.{index}",
             layer=index,
@@ -150,12 +149,6 @@ class TimmViT(Family):
         heads = (getattr(model, "head", None), getattr(model, "head_dist", None))
         classifiers = sum(weight_count(head) for head in heads if isinstance(head, nn.Linear))
         return embedding + body + _pool_macs(model, tokens[-1]) + classifiers
-
-
-def _block_probes(block: nn.Module) -> dict[str, Probe] | None:
-    """The probes of a block; None for an unsupported kind of block."""
-    probes = _PROBES.get(type(block))
-    return None if probes is None else probes(block)
 
 
 def _pre_norm_probes(block: Any) -> dict[str, Probe]:
@@ -233,14 +226,9 @@ def _pooling_edits(model: Any, stream: _TimmStream) -> list[TensorEdit]:
     first = 0 if model.pool_include_prefix else int(model.num_prefix_tokens)
     pooled = partial(_pool_sized, stream=stream, first=first, with_max=model.global_pool == "avgmax")
     return [
-        TensorEdit(model.norm, "output", partial(_remember, stream=stream)),
+        TensorEdit(model.norm, "output", stream.remember),
         TensorEdit(model.fc_norm, "input", pooled),
     ]
-
-
-def _remember(normed: Tensor, stream: _TimmStream) -> Tensor:
-    stream.normed = normed
-    return normed
 
 
 def _pool_sized(pooled: Tensor, stream: _TimmStream, first: int, with_max: bool) -> Tensor:

@@ -35,19 +35,13 @@ class UmtStream(SizedStream):
     def __init__(self) -> None:
         super().__init__()
         self.sizes: Tensor | None = None
-        self.normed: Tensor | None = None
 
-    def begin(self) -> None:
+    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.sizes = self.normed = None
 
     def leave(self, value: Sized) -> Sized:
         self.sizes = value.sizes
         return value
-
-    def remember(self, normed: Tensor) -> Tensor:
-        """Store the tokens after the last norm, `[B, N, C]`."""
-        self.normed = normed
-        return normed
 
     def weight(self, mean: Tensor) -> Tensor:
         """`[B, 1, C]`, the mean weighted by size in place of the plain mean."""
