@@ -25,7 +25,6 @@ __all__ = [
     "waking_note",
 ]
 
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -77,7 +77,11 @@ class TextEncoder(nn.Module):
         """
         bias = _bias(mask, hidden.dtype)
         for layer in _layers(self.encoder)[self.fusion_layer :]:
-            hidden = _fused(layer, hidden, bias, memory)
+            attended = _hidden(layer.attention(hidden, attention_mask=bias))
+            # texts with the same memory form one long query: keys and values of a video are most of the work
+            query = attended.reshape(memory.shape[0], -1, attended.shape[-1])
+            crossed = _hidden(layer.crossattention(query, encoder_hidden_states=memory)).reshape(attended.shape)
+            hidden = layer.feed_forward_chunk(crossed)
         return hidden
 
 
@@ -121,18 +125,6 @@ class TextDecoder(nn.Module):
 
 def _layers(encoder: Any) -> Any:
     return encoder["layer"]
-
-
-def _fused(layer: Any, hidden: Tensor, bias: Tensor, memory: Tensor) -> Tensor:
-    """A layer with cross-attention, its parts called one by one.
-
-    Texts with the same memory are joined to one long query, since keys and values of a video are most of the work.
-    """
-    attended = _hidden(layer.attention(hidden, attention_mask=bias))
-    query = attended.reshape(memory.shape[0], -1, attended.shape[-1])
-    crossed = _hidden(layer.crossattention(query, encoder_hidden_states=memory)).reshape(attended.shape)
-    output: Tensor = layer.feed_forward_chunk(crossed)
-    return output
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

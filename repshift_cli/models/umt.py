@@ -117,11 +117,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """`x += attn(norm1(x)); x += mlp(norm2(x))`.
-
-    Attributes:
-        attended: identity on the tokens after attention; a hook on it can drop tokens before the MLP.
-    """
+    """`x += attn(norm1(x)); x += mlp(norm2(x))`; a hook on the identity `attended` can drop tokens before the MLP."""
 
     def __init__(self, shape: VisionShape) -> None:
         super().__init__()

@@ -99,10 +99,13 @@ class Mixer(nn.Module):
         self.d_state, self.rank = d_state, rank
         self.in_proj = nn.Linear(width, 2 * inner, bias=False)
         self.out_proj = nn.Linear(inner, width, bias=False)
-        self.conv1d, self.conv1d_b = (_causal_convolution(inner) for _ in range(2))
+        self.conv1d, self.conv1d_b = (
+            nn.Conv1d(inner, inner, CONV_WIDTH, groups=inner, padding=CONV_WIDTH - 1) for _ in range(2)
+        )
         self.x_proj, self.x_proj_b = (nn.Linear(inner, rank + 2 * d_state, bias=False) for _ in range(2))
         self.dt_proj, self.dt_proj_b = (nn.Linear(rank, inner) for _ in range(2))
-        self.A_log, self.A_b_log = (nn.Parameter(_initial_decay(inner, d_state)) for _ in range(2))
+        decay = torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(inner, 1)  # S4D-Real, in every channel
+        self.A_log, self.A_b_log = (nn.Parameter(decay.clone()) for _ in range(2))
         self.D, self.D_b = (nn.Parameter(torch.ones(inner)) for _ in range(2))
         self._start_steps()
 
@@ -169,15 +172,6 @@ class Mixer(nn.Module):
             nn.init.uniform_(step.weight, -(self.rank**-0.5), self.rank**-0.5)
             delta = torch.empty_like(step.bias).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
             step.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # the inverse of softplus
-
-
-def _causal_convolution(channels: int) -> nn.Conv1d:
-    return nn.Conv1d(channels, channels, CONV_WIDTH, groups=channels, padding=CONV_WIDTH - 1)
-
-
-def _initial_decay(inner: int, d_state: int) -> Tensor:
-    """`log(1), log(2), ..., log(N)` for every channel (S4D-Real)."""
-    return torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(inner, 1)
 
 
 class VimBlock(nn.Module):

@@ -131,12 +131,7 @@ def in_graph() -> bool:
 
 
 class Sized(NamedTuple):
-    """Tokens and their sizes.
-
-    Attributes:
-        tokens: `[B, T, C]`.
-        sizes: float32 `[B, T]`, how many tokens each stands for; None for 1.
-    """
+    """Tokens `[B, T, C]` and their sizes, float32 `[B, T]`: how many tokens each stands for; None for 1."""
 
     tokens: Tensor
     sizes: Tensor | None = None

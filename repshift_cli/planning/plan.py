@@ -30,9 +30,7 @@ __all__ = ["Plan", "PlanSite", "lines_kept", "resolve", "rounded", "shape_text",
 class PlanSite(StrictModel):
     """The tokens before and after one site, prefix tokens included, and the metric that scores them.
 
-    Attributes:
-        grid_in, grid_out: rows and columns of a feature map, whose positions are its tokens; None for sequences.
-        after: where in the block tokens are removed.
+    A feature map has `grid_in` and `grid_out`, rows and columns, whose positions are its tokens; None for sequences.
     """
 
     site: str

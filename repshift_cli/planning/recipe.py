@@ -74,8 +74,7 @@ class LayerDrop(StrictModel):
         layer: index of the block from 0, or the name of the site (`blocks.3`).
         drop_ratio: share of the patch tokens at this layer; `floor(ratio * tokens)` are dropped. Of a feature map,
             share of its positions: at most that share is dropped, as whole rows and columns.
-        keep_tokens: number of patch tokens to keep.
-        keep_grid: rows and columns of a feature map to keep.
+        keep_tokens, keep_grid: number of patch tokens, or rows and columns of a feature map, to keep.
         metric: the metric at this site; None for that of the recipe.
     """
 

@@ -31,9 +31,8 @@ __all__ = ["CompressedModel", "Trace", "attach", "branch"]
 def attach(model: nn.Module, plan: Plan) -> CompressedModel:
     """Hook a dense model in place, so that it follows a plan made for it; `detach` undoes it.
 
-    Raises:
-        ModelError: the model is not supported, or is compressed already.
-        RecipeError: the plan does not fit the model, or a metric reads a tensor that a block does not have.
+    Raises a ModelError if the model is not supported or is compressed already, a RecipeError if the plan does not fit
+    it or a metric reads a tensor that a block does not have.
     """
     return CompressedModel(model, plan, [(build_metric(planned.metric).with_defaults(),) for planned in plan.sites])
 
@@ -50,13 +49,11 @@ def branch(model: nn.Module, plan: Plan, metrics: Sequence[Metric]) -> Compresse
 
 @dataclass(frozen=True)
 class Trace:
-    """Which patches are kept after each site, for one batch.
+    """What the model returned for one batch, and which patches are kept after each site.
 
-    Attributes:
-        output: what the model returned.
-        kept: int64 `[B, K]` for each site's layer: original patch positions (row-major in the patch grid, or in the
-            dense model's feature map there; frame by frame in a clip), ascending. Where tokens are merged, the
-            positions of those that were merged into.
+    `kept` is int64 `[B, K]` for each site's layer: original patch positions, ascending (row-major in the patch grid, or
+    in the dense model's feature map there; frame by frame in a clip). Where tokens are merged, the positions of those
+    that were merged into.
     """
 
     output: Tensor

@@ -17,9 +17,7 @@ __all__ = ["MapState"]
 class MapState:
     """The rows and columns of a feature map between two sites.
 
-    Attributes:
-        rows, columns: int64 `[B, h]` and `[B, w]`, the position of each remaining line on the dense model's map here.
-        dense: the size of that map.
+    They are int64 `[B, h]` and `[B, w]`, positions on the dense model's map there, which has the size `dense`.
     """
 
     rows: Tensor

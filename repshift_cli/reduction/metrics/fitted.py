@@ -25,9 +25,7 @@ _FLOAT_BYTES = 4
 class Fitted(Metric):
     """`w x_i`, with one weight for each channel of the stream, fitted on unlabelled images (see `calibration/fit.py`).
 
-    Attributes:
-        weights: little-endian float32 in base64, as a string for recipes and plans; None is open, and calibration fits
-            them.
+    `weights` are little-endian float32 in base64, for recipes and plans; None is open, and calibration fits them.
     """
 
     kind: ClassVar[str] = "fitted"

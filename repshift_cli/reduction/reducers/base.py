@@ -36,9 +36,7 @@ class Merged(NamedTuple):
 class Reducer(StrictModel, ABC):
     """A way to reduce tokens. Its fields are the keys under `reducer` in a recipe.
 
-    Attributes:
-        after: whether it acts after the whole block or after its attention.
-        scored: whether it uses the scores.
+    It acts `after` the whole block or after its attention; `scored` is whether it uses the scores.
     """
 
     kind: ClassVar[str]
