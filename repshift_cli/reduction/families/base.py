@@ -350,7 +350,7 @@ def query_and_key(  # noqa: PLR0917
 def _heads(projected: Tensor, start: int, heads: int, size: int, norm: nn.Module | None) -> Tensor:
     """Channels `start : start + heads * size` of `[B, T, *]` as heads: `[B, heads, T, size]`."""
     part = projected[..., start : start + heads * size].unflatten(-1, (heads, size)).transpose(1, 2)
-    return norm(part) if norm is not None else part  # type: ignore[no-any-return]
+    return norm(part) if norm is not None else part
 
 
 def do_nothing() -> None:
