@@ -57,17 +57,11 @@ _MARGIN_SIGMAS = 1.0
 """A candidate replaces the paper's choice if it is better by this many standard errors."""
 
 _RANDOM_SEEDS = (0, 1)
-
 _FIT_SEED = 0
-
 _CLEAR_SIGMAS = 3.0
-
 _CLEAR_SHARE = 0.9
-
 _MIN_IMAGES = 8
-
 _MILD_AGREEMENT = 0.9
-
 _MIN_MILD = 16
 """Minimum number of images to judge how often predictions change."""
 
@@ -137,14 +131,12 @@ class Calibration:
     """The result of calibration.
 
     Attributes:
-        sites: the choice at each site.
         result: all choices together, on the held-out images.
         random: random dropping with the same token counts, mean of several draws, on the same images.
         default: the metrics without calibration, on the same images.
         sigmas: by how many standard errors the result is better than random, over paired images.
         clear: whether that is a clear margin.
-        images: number of images for choosing and checking together.
-        identity: of the images, for the record.
+        images: number of images for choosing and checking together; `identity` is theirs, for the record.
     """
 
     sites: tuple[SiteChoice, ...]
@@ -160,10 +152,8 @@ class Calibration:
     @property
     def mild(self) -> bool:
         """Whether random dropping keeps nine of ten predictions, and the choice is not worse by more than chance."""
-        agreement = self.random.agreement
         enough = len(self.random.agreeing) >= _MIN_MILD
-        harmless = enough and agreement is not None and agreement >= _MILD_AGREEMENT
-        return harmless and self.sigmas > -_MARGIN_SIGMAS
+        return enough and (self.random.agreement or 0.0) >= _MILD_AGREEMENT and self.sigmas > -_MARGIN_SIGMAS
 
     @property
     def specs(self) -> list[ComponentSpec]:
@@ -198,8 +188,6 @@ def calibrate(
 
     Args:
         model: dense, in eval mode, on the device and in the dtype to calibrate in.
-        family: the model's family.
-        plan: some fields of its metrics are open.
         images: `[n, C, H, W]`, preprocessed, unlabelled; at least 8.
         identity: of the images, for the record.
 
@@ -235,17 +223,9 @@ def calibrate(
         default = run.check(with_defaults(asked, sites), border)
     random = _mean_of(draws)
     sigmas = _sigmas(random.distances, result.distances)
-    return Calibration(
-        sites=tuple(choices),
-        result=result,
-        random=random,
-        default=default,
-        sigmas=sigmas,
-        clear=sigmas >= _CLEAR_SIGMAS and result.distance <= _CLEAR_SHARE * random.distance,
-        images=len(images),
-        identity=identity,
-        seconds=time.monotonic() - begin,
-    )
+    clear = sigmas >= _CLEAR_SIGMAS and result.distance <= _CLEAR_SHARE * random.distance
+    seconds = time.monotonic() - begin
+    return Calibration(tuple(choices), result, random, default, sigmas, clear, len(images), identity, seconds)
 
 
 def fit_open(model: nn.Module, plan: Plan, images: Tensor, batch_size: int, progress: Progress) -> Plan:
@@ -292,15 +272,15 @@ def _rounds(count: int) -> list[tuple[int, int]]:
     return [(math.ceil(share * count), survivors) for share, survivors in _ROUNDS]
 
 
+@dataclass(frozen=True)
 class CandidateRunner:
     """Runs plans on the images and measures the deviation from the dense model."""
 
-    def __init__(self, model: nn.Module, images: Tensor, dense: ReferenceOutputs, batch_size: int, task: Task) -> None:
-        self.model = model
-        self.images = images
-        self.dense = dense
-        self.batch_size = batch_size
-        self.task = task
+    model: nn.Module
+    images: Tensor
+    dense: ReferenceOutputs
+    batch_size: int
+    task: Task
 
     def compare(self, plan: Plan, candidates: Sequence[CandidateResult], start: int, stop: int) -> None:
         """Run the candidates for the last site, which have seen the images before `start`, on those up to `stop`."""
@@ -365,12 +345,10 @@ def _steps(variants: Sequence[int], images: int) -> int:
 
 
 def _mean_of(draws: list[Deviation]) -> Deviation:
-    columns = zip(*(draw.distances for draw in draws), strict=True)
-    agreeing = zip(*(draw.agreeing for draw in draws), strict=True)
-    return Deviation(
-        [math.fsum(column) / len(column) for column in columns],
-        [math.fsum(column) / len(column) for column in agreeing],
-    )
+    def mean(columns: list[list[float]]) -> list[float]:
+        return [math.fsum(image) / len(image) for image in zip(*columns, strict=True)]
+
+    return Deviation(mean([draw.distances for draw in draws]), mean([draw.agreeing for draw in draws]))
 
 
 def _sigmas(worse: list[float], better: list[float]) -> float:

@@ -51,17 +51,15 @@ def fit_scores(  # noqa: PLR0917
     *,
     after: After = "block",
 ) -> dict[int, Fitted]:
-    """The fitted score of each layer.
+    """The fitted score of each of the `layers`.
 
     Args:
         model: dense, in eval mode, of a supported family.
-        layers: to fit scores for.
         images: `[n, ...]`, preprocessed, unlabelled.
         seed: of the random signs.
         after: where in a block tokens will be dropped.
 
-    Raises:
-        CheckFailed: the gradients are not finite.
+    Raises a CheckFailed if the gradients are not finite.
     """
     sums: dict[int, _NormalEquations] = {layer: _NormalEquations() for layer in layers}
     generator = torch.Generator().manual_seed(seed)
@@ -79,15 +77,11 @@ def fit_scores(  # noqa: PLR0917
 
 
 def influence(responses: Tensor, seen: Mapping[int, BlockOutput], generator: torch.Generator) -> dict[int, Tensor]:
-    """The influence of each token on the outputs, to first order.
+    """The influence of each token on the outputs, to first order: float `[B, N]` for each layer.
 
     Args:
         responses: `[B, D]`, with a gradient; the squares of their changes are summed.
-        seen: the output of each block.
         generator: of the random signs, on the CPU.
-
-    Returns:
-        float `[B, N]` for each layer.
     """
     layers = list(seen)
     total: dict[int, Tensor] = {}

@@ -17,14 +17,11 @@ class ReferenceOutputs:
     """Outputs of the dense model in a form in which another model can be compared with it.
 
     For a classifier these are logits. For a model of embeddings (it has a `temperature`) they are similarities to the
-    dense model's embeddings, both without their mean: the common part of all embeddings does not change a ranking, but
-    it changes most when the mean is taken over fewer tokens.
+    dense model's embeddings (`gallery`, `[n, channels]`), both without their mean and of length one: the common part of
+    all embeddings does not change a ranking, but it changes most when the mean is taken over fewer tokens.
 
     Attributes:
-        reference: logits `[n, classes]`, or features `[n, channels]`.
-        gallery: the centred embeddings of length one, `[n, channels]`; None for other models.
-        temperature: of the similarities.
-        are_logits: whether `reference` are logits.
+        reference: logits `[n, classes]`, or features `[n, channels]` where `are_logits` is False.
     """
 
     reference: Tensor
@@ -54,13 +51,9 @@ def _centred(embeddings: Tensor) -> Tensor:
 
 
 def divergence(reference: Tensor, output: Tensor, has_head: bool) -> Tensor:
-    """Divergence of outputs from the dense model's, per image, in float32.
+    """Divergence of outputs from the dense model's per image, in float32: `[B, classes]` or `[B, channels]` to `[B]`.
 
-    Args:
-        reference, output: `[B, classes]` logits, or `[B, channels]` features without `has_head`.
-
-    Returns:
-        `[B]`: KL(reference || output) in nats for logits, `1 - cosine` for features.
+    KL(reference || output) in nats for logits, `1 - cosine` for features (without `has_head`).
     """
     if not has_head:
         return 1.0 - torch.nn.functional.cosine_similarity(reference.float(), output.float(), dim=-1)
@@ -69,13 +62,10 @@ def divergence(reference: Tensor, output: Tensor, has_head: bool) -> Tensor:
 
 
 def distance(reference: Tensor, output: Tensor, has_head: bool) -> Tensor:
-    """A bounded divergence to compare candidates by.
+    """A bounded divergence to compare candidates by, `[B]`.
 
-    The KL of one image with a changed confident prediction can dominate the mean over hundreds of images.
-
-    Returns:
-        `[B]`: the squared Hellinger distance `1 - sum sqrt(p q)` of the probabilities for logits, in 0..1; `1 - cosine`
-        for features.
+    For logits it is the squared Hellinger distance `1 - sum sqrt(p q)` of the probabilities, in 0..1; for features
+    `1 - cosine`. The KL of one image with a changed confident prediction can dominate the mean over hundreds of images.
     """
     if not has_head:
         return divergence(reference, output, has_head)

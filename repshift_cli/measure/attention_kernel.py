@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from repshift_cli.ops import attention
+from repshift_cli.ops.attention import flash_attend
 
 __all__ = ["observed_attention"]
 
@@ -26,12 +26,7 @@ _FUSED_OPERATIONS = {
     "_scaled_dot_product_fused_attention_overrideable": "sdpa:fused",
 }
 
-_FLASH_FUNCTIONS = (attention.flash_attend, attention.flash_attend_packed)
-
-
 _SOFTMAX_OPERATIONS = {"_softmax", "_safe_softmax"}
-
-
 _ATTENTION_MAP_DIMS = 3  # at least batch, queries and keys; a softmax over classes has two
 
 
@@ -52,9 +47,8 @@ def observed_attention(run: Callable[[Tensor], Any], inputs: Tensor) -> str:
     math_calls = calls.count - operations.fused_calls
     if math_calls > 0:
         found.add("sdpa:math")
-    if operations.softmax_calls > max(
-        math_calls, 0
-    ):  # the math backend runs one softmax per call; graphs make no calls
+    # the math backend runs one softmax per call; graphs make no calls
+    if operations.softmax_calls > max(math_calls, 0):
         found.add("explicit")
     return "+".join(sorted(found)) or "none"
 
@@ -73,7 +67,7 @@ class _AttentionCalls(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _FLASH_FUNCTIONS:
+        if func is flash_attend:
             with self.operations.inside_flash():
                 return func(*args, **(kwargs or {}))
         self.count += func is functional.scaled_dot_product_attention

@@ -28,13 +28,9 @@ _MAX_REASON = 200
 
 
 class Compiled:
-    """A model compiled for one shape of inputs.
+    """A model compiled for one shape of inputs, in any mode but `off`; `name` is for messages.
 
     Call `first` once, with the context and inference mode of the later calls: graphs depend on both.
-
-    Args:
-        name: of the model, for messages.
-        mode: any but `off`.
 
     Attributes:
         seconds: of the first call, including compilation.
@@ -50,11 +46,7 @@ class Compiled:
         self._run = torch.compile(_own_function(module, name), fullgraph=True, dynamic=False, **chosen)
 
     def first(self, inputs: Tensor) -> None:
-        """Compile and run once.
-
-        Raises:
-            UsageError: it cannot be compiled here.
-        """
+        """Compile and run once; raises a UsageError if it cannot be compiled here."""
         start = time.perf_counter()
         try:
             with quiet_tuning(), _constant_weights() if self._freezes(inputs.device) else nullcontext():

@@ -25,7 +25,6 @@ __all__ = [
     "waking_note",
 ]
 
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -54,11 +53,7 @@ def device_name(device: torch.device) -> str:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        UsageError: the name is not cpu, cuda, cuda:0, ..., or the device does not exist.
-    """
+    """The device of this name; raises a UsageError if it is not cpu or cuda[:N], or does not exist."""
     allowed = "Allowed are cpu, cuda and cuda:N."
     try:
         device = torch.device(name)
@@ -109,12 +104,9 @@ _MATRIX_TILE = 16
 
 
 def tiles_note(device: torch.device, dtype: torch.dtype, tokens: Sequence[int]) -> str | None:
-    """A note if token counts are not multiples of the tile of the matrix unit (AMX) of a CPU.
+    """A note if token counts after the sites are not multiples of the tile of a CPU's matrix unit (AMX).
 
     Attention over 158 tokens in bfloat16 takes twice as long as over 160 (benchmarks/kernels_cpu.py).
-
-    Args:
-        tokens: numbers of tokens after the sites of a sequence.
     """
     odd = [count for count in dict.fromkeys(tokens) if count % _MATRIX_TILE]
     if not odd or device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or not _has_matrix_unit():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from repshift_cli.measure.device import wait_for
 from repshift_cli.utils.garbage import without_collection
-from repshift_cli.utils.progress import Progress, Task
+from repshift_cli.utils.progress import Progress
 from repshift_cli.utils.stats import significant
 
 __all__ = ["Speedup", "Spread", "Subject", "Timing", "compute_speedup", "measure_latency"]
@@ -75,13 +75,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times faster one subject is than another.
+    """How many times faster one subject is than another: the ratio of the median latencies.
 
-    Attributes:
-        ratio: ratio of the median latencies; above 1 is faster.
-        p10, p90: percentiles of the ratios within a round. Drift of the machine affects both runs of a round, so these
-            are tighter than the two latency intervals.
-        overlap: whether the two latency intervals (p10 to p90) overlap.
+    `p10` and `p90` are percentiles of the ratios within a round. Drift of the machine affects both runs of a round, so
+    these are tighter than the two latency intervals (p10 to p90), of which `overlap` is whether they overlap.
     """
 
     ratio: float
@@ -118,12 +115,10 @@ def compute_speedup(dense: Timing, compressed: Timing) -> Speedup:
 
 @dataclass(frozen=True)
 class Subject:
-    """A function to be timed.
+    """A function to be timed: one run on the inputs.
 
-    Attributes:
-        name: unique among the subjects that are timed together.
-        run: one run on the inputs.
-        context: entered before the timer starts and exited after it stops, such as a switch to the dense model.
+    `name` is unique among the subjects that are timed together. `context` is entered before the timer starts and exited
+    after it stops, such as a switch to the dense model.
     """
 
     name: str
@@ -156,11 +151,7 @@ def measure_latency(
         max_seconds: no new round starts after this time, once there are `min_runs`; without warm-up.
         warmup: rounds that are not counted.
 
-    Returns:
-        By name, in the order of `subjects`.
-
-    Raises:
-        ValueError: two subjects have the same name, or `min_runs` is below 1.
+    Returns timings by name. Raises ValueError if two subjects have the same name, or `min_runs` is below 1.
     """
     names = [subject.name for subject in subjects]
     if len(set(names)) != len(names) or min_runs < 1:
@@ -171,36 +162,14 @@ def measure_latency(
     with torch.inference_mode(), without_collection(), progress.task(label, max(1, round(max_seconds))) as task:
         for turn in range(warmup):
             _round(subjects, inputs, turn)
-        clock = _Clock(max_seconds, task)
-        turn = 0
-        while turn < min_runs or not clock.expired():
+        start, elapsed, turn = time.perf_counter(), 0.0, 0
+        while turn < min_runs or elapsed < max_seconds:
             for name, seconds in _round(subjects, inputs, turn):
                 samples[name].append(seconds)
-            clock.show()
+            before, elapsed = elapsed, time.perf_counter() - start
+            task.advance(int(min(elapsed, max_seconds)) - int(min(before, max_seconds)))
             turn += 1
     return {name: Timing(tuple(found)) for name, found in samples.items()}
-
-
-class _Clock:
-    """The time limit of one measurement; shows whole seconds as steps of a task."""
-
-    def __init__(self, max_seconds: float, task: Task) -> None:
-        self._start = time.perf_counter()
-        self._max_seconds = max_seconds
-        self._task = task
-        self._shown = 0
-
-    def expired(self) -> bool:
-        return self._elapsed() >= self._max_seconds
-
-    def show(self) -> None:
-        steps = int(min(self._elapsed(), self._max_seconds)) - self._shown
-        if steps > 0:
-            self._task.advance(steps)
-            self._shown += steps
-
-    def _elapsed(self) -> float:
-        return time.perf_counter() - self._start
 
 
 def _round(subjects: Sequence[Subject], inputs: Tensor, turn: int) -> list[tuple[str, float]]:

@@ -23,12 +23,8 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...], batch: int = 1) ->
     """Multiply-accumulates per image, counted in a run of a copy of the model on the `meta` device.
 
     Matrix products, convolutions and attention (fused or not) are counted; element-wise operations, norms and sorting
-    are not. On `meta` the counter supports every attention call, which does not hold for real devices.
-
-    Args:
-        model: on any device; not changed. The copy is in eval mode and keeps the hooks of the model.
-        input_size: of one input: `(C, H, W)`, or `(T, C, H, W)` for a clip.
-        batch: images in the counted run.
+    are not. On `meta` the counter supports every attention call, which does not hold for real devices. The copy is in
+    eval mode and keeps the hooks. `input_size` is `(C, H, W)`, or `(T, C, H, W)` for a clip.
 
     Raises:
         ModelError: the model cannot run on `meta`, because its shapes depend on values.

@@ -11,9 +11,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -49,11 +49,8 @@ def attention_mode(module: nn.Module, mode: AttentionMode) -> Iterator[None]:
     """Compute all attention of a model in this mode inside the context.
 
     Parameters, keys and hooks stay. Contexts nest. The device and dtype on entering decide whether flash-attn can run.
-    The choice of torch's kernel is global: inside the context it also applies to other models.
-
-    Args:
-        module: any model; timm's own attention and that of UMT can run on flash-attn, modules with the option
-            `fused_attn`, as in timm, on the other backends.
+    The choice of torch's kernel is global: inside the context it also applies to other models. timm's own attention and
+    that of UMT can run on flash-attn, modules with timm's option `fused_attn` on the other backends.
 
     Raises:
         UsageError: the model has no attention that can be switched, flash-attn is requested and cannot run, or, inside
@@ -61,7 +58,7 @@ def attention_mode(module: nn.Module, mode: AttentionMode) -> Iterator[None]:
     """
     flashing = {id(part) for part in _on_flash(module, mode)}
     switches = _switches(module)
-    before = [(part, bool(part.fused_attn), _runs_on_flash(part)) for part in switches]
+    before = [(part, bool(part.fused_attn), bool(getattr(part, "flash_attn", False))) for part in switches]
     if mode != "auto" and not switches:
         raise UsageError(
             f"no attention in {type(module).__name__} can be switched to {mode!r}", "Use --attention auto for it."
@@ -94,12 +91,9 @@ def flash_missing() -> str | None:
     """Why the package flash-attn cannot be imported, or None where it can."""
     try:
         import flash_attn  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name == "flash_attn":
-            return "it is not installed"
-        return f"it does not load ({error})"
-    except ImportError as error:  # built for another torch
-        return f"it does not load ({error})"
+    except ImportError as error:  # also one that was built for another torch
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "flash_attn"
+        return "it is not installed" if missing else f"it does not load ({error})"
     return None
 
 
@@ -133,20 +127,16 @@ def _on_flash(module: nn.Module, mode: AttentionMode) -> list[Any]:
     takers = [part for part in _flash_takers(module) if mode == "flash" or part.fused_attn]
     problems = {kind: flash_problem(*kind) for kind in map(_kind, takers)}
     fitting = [part for part in takers if problems[_kind(part)] is None]
-    if mode == "flash" and not fitting:
-        _refuse_flash(module, [problem for problem in problems.values() if problem is not None])
-    return fitting
-
-
-def _refuse_flash(module: nn.Module, problems: Sequence[str]) -> NoReturn:
+    if mode == "auto" or fitting:
+        return fitting
     name = type(module).__name__
-    if not problems:
+    if not takers:
         raise UsageError(
             f"no attention in {name} can run on flash-attn",
             "timm's Attention and that of UMT can. Use --attention sdpa or auto.",
         )
     raise UsageError(
-        f"attention of {name} cannot run on flash-attn: {problems[0]}",
+        f"attention of {name} cannot run on flash-attn: {problems[_kind(takers[0])]}",
         f"It takes {_INSTALL}, --device cuda and --dtype float16 or bfloat16. --attention sdpa stays on torch's fused "
         "kernels, auto takes flash-attn where it can run.",
     )
@@ -159,10 +149,6 @@ def _switches(module: nn.Module) -> list[Any]:
 def _flash_takers(module: nn.Module) -> list[Any]:
     """The attention modules of a kind that flash-attn supports."""
     return [part for part in _switches(module) if hasattr(part, "flash_attn") or timm_attention.is_attention(part)]
-
-
-def _runs_on_flash(part: Any) -> bool:
-    return bool(getattr(part, "flash_attn", False))
 
 
 def _switch(part: Any, fused: bool, flash: bool) -> None:

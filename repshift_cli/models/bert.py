@@ -24,14 +24,9 @@ class TextShape:
     """Sizes of a BERT.
 
     Attributes:
-        vocabulary: number of tokens.
-        width: channels.
-        depth: layers, those with cross-attention included.
-        heads: of attention.
         hidden: channels inside the MLP.
         positions: tokens of the longest text.
         fusion_layer: the first layer with cross-attention to the video.
-        types: token types.
     """
 
     vocabulary: int = 30522
@@ -47,13 +42,7 @@ class TextShape:
 class TextEncoder(nn.Module):
     """BERT without a pooler; from `fusion_layer` on, layers also attend to a memory (the tokens of a video).
 
-    Args:
-        shape: its sizes.
-        memory: channels of the memory.
-
-    Raises:
-        UsageError: `transformers` is not installed.
-        ValueError: the sizes are invalid.
+    `memory` is the channels of the memory. Raises UsageError without `transformers`, ValueError for invalid sizes.
     """
 
     def __init__(self, shape: TextShape, memory: int) -> None:
@@ -82,29 +71,24 @@ class TextEncoder(nn.Module):
         return hidden
 
     def fuse(self, hidden: Tensor, mask: Tensor, memory: Tensor) -> Tensor:
-        """The layers from `fusion_layer` on.
+        """The layers from `fusion_layer` on: `[n, L, C]`, its mask and `memory` `[m, N, M]` to `[n, L, C]`.
 
-        Args:
-            hidden, mask: `[n, L, C]` and `[n, L]`.
-            memory: `[m, N, M]`; the first n / m texts attend to the first memory, and so on.
-
-        Returns:
-            `[n, L, C]`.
+        The first n / m texts attend to the first memory, and so on.
         """
         bias = _bias(mask, hidden.dtype)
         for layer in _layers(self.encoder)[self.fusion_layer :]:
-            hidden = _fused(layer, hidden, bias, memory)
+            attended = _hidden(layer.attention(hidden, attention_mask=bias))
+            # texts with the same memory form one long query: keys and values of a video are most of the work
+            query = attended.reshape(memory.shape[0], -1, attended.shape[-1])
+            crossed = _hidden(layer.crossattention(query, encoder_hidden_states=memory)).reshape(attended.shape)
+            hidden = layer.feed_forward_chunk(crossed)
         return hidden
 
 
 class TextDecoder(nn.Module):
     """A causal BERT over answers that attends to the hidden states of the question, with a language model head.
 
-    Args:
-        shape: sizes of the encoder; the decoder has as many layers as the encoder has from `fusion_layer` on.
-
-    Raises:
-        UsageError: `transformers` is not installed.
+    It has as many layers as the encoder of `shape` from `fusion_layer` on. Raises UsageError without `transformers`.
     """
 
     def __init__(self, shape: TextShape) -> None:
@@ -119,14 +103,11 @@ class TextDecoder(nn.Module):
         self.cls = parts.BertOnlyMLMHead(configuration)
 
     def forward(self, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor) -> Tensor:
-        """Logits of the next token at each position.
+        """Logits of the next token at each position, `[n, A, vocabulary]`.
 
         Args:
             ids, mask: answers, int64 `[n, A]`, and `[n, A]`, 1 at tokens.
             states, states_mask: of the questions, `[n, L, C]` and `[n, L]`.
-
-        Returns:
-            `[n, A, vocabulary]`.
         """
         hidden: Tensor = self.bert["embeddings"](input_ids=ids)
         bias, length = _bias(mask, hidden.dtype), ids.shape[1]
@@ -142,21 +123,8 @@ class TextDecoder(nn.Module):
         return logits
 
 
-def _layers(encoder: Any) -> nn.ModuleList:
-    layers: nn.ModuleList = encoder["layer"]
-    return layers
-
-
-def _fused(layer: Any, hidden: Tensor, bias: Tensor, memory: Tensor) -> Tensor:
-    """A layer with cross-attention, its parts called one by one.
-
-    Texts with the same memory are joined to one long query, since keys and values of a video are most of the work.
-    """
-    attended = _hidden(layer.attention(hidden, attention_mask=bias))
-    query = attended.reshape(memory.shape[0], -1, attended.shape[-1])
-    crossed = _hidden(layer.crossattention(query, encoder_hidden_states=memory)).reshape(attended.shape)
-    output: Tensor = layer.feed_forward_chunk(crossed)
-    return output
+def _layers(encoder: Any) -> Any:
+    return encoder["layer"]
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -215,12 +183,11 @@ def _embeddings(parts: Any, configuration: Any) -> nn.Module:
     return embeddings
 
 
-def _crossing_layer(parts: Any, configuration: Any, memory: int) -> nn.Module:
+def _crossing_layer(parts: Any, configuration: Any, memory: int) -> Any:
     """A layer with cross-attention to a memory of `memory` channels."""
-    layer: Any = parts.BertLayer(configuration)
+    layer = parts.BertLayer(configuration)
     if memory != configuration.hidden_size:
         attention = layer.crossattention.self
         attention.key = nn.Linear(memory, configuration.hidden_size)
         attention.value = nn.Linear(memory, configuration.hidden_size)
-    typed: nn.Module = layer
-    return typed
+    return layer

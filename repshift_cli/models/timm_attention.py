@@ -26,13 +26,9 @@ class TokenSizes(Protocol):
 
 
 class FlexibleAttention(Attention):
-    """A timm `Attention` with two options, set by `use_proportional_attention` and `run_on_flash`.
+    """A timm `Attention` with two options; without effect of either, timm's own code runs.
 
-    Without effect of either, timm's own code runs.
-
-    Attributes:
-        sizes: the number of tokens that each key stands for; None for 1.
-        flash_attn: whether flash-attn runs if `fused_attn` is on.
+    `sizes` has the number of tokens that each key stands for; with `flash_attn`, flash-attn runs if `fused_attn` is on.
     """
 
     sizes: TokenSizes | None = None

@@ -42,10 +42,7 @@ class VisionShape:
     """Sizes of a vision encoder.
 
     Attributes:
-        img_size: height and width of a frame in pixels.
-        frames: of a clip.
-        patch_size: height and width of a patch.
-        width, depth, heads: of the transformer.
+        img_size, patch_size: height and width of a frame and of a patch, in pixels.
         hidden: channels inside the MLP.
         checkpoint_frames: number of frames from which positions are interpolated in time; None computes them for
             `frames` directly.
@@ -74,9 +71,7 @@ class VisionShape:
 class Attention(nn.Module):
     """Attention over all tokens of a clip; queries and values have a bias, keys have none.
 
-    Attributes:
-        fused_attn: use a fused kernel, rather than computing the attention map.
-        flash_attn: use the fused kernel of the package flash-attn, rather than torch's.
+    `fused_attn` uses a fused kernel, `flash_attn` that of the package flash-attn rather than torch's.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -122,11 +117,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """`x += attn(norm1(x)); x += mlp(norm2(x))`.
-
-    Attributes:
-        attended: identity on the tokens after attention; a hook on it can drop tokens before the MLP.
-    """
+    """`x += attn(norm1(x)); x += mlp(norm2(x))`; a hook on the identity `attended` can drop tokens before the MLP."""
 
     def __init__(self, shape: VisionShape) -> None:
         super().__init__()
@@ -201,8 +192,6 @@ class UmtModel(nn.Module):
     """Base of both models: a vision encoder, and a text encoder whose upper layers attend to its tokens.
 
     Attributes:
-        vision: sizes of the vision encoder.
-        text: sizes of the text encoder.
         pooling: over the tokens of each frame, as the authors evaluate retrieval, or over all tokens. After dropping or
             merging there are no whole frames.
         averaged: identity on the mean over all tokens; a hook on it can weight them by size.
@@ -254,11 +243,7 @@ class UmtModel(nn.Module):
                 module.token_type_ids = torch.zeros(types.shape, dtype=types.dtype)
 
     def encode_video(self, video: Tensor) -> Tensor:
-        """`[B, T, 3, H, W]` to tokens `[B, N, C]`.
-
-        Raises:
-            ValueError: the clip has another number of frames or size than the model.
-        """
+        """`[B, T, 3, H, W]` to tokens `[B, N, C]`. Raises ValueError for another number or size of frames."""
         expected = (self.vision.frames, 3, *self.img_size)
         if tuple(video.shape[1:]) not in (expected, (1, *expected[1:])):
             raise ValueError(f"invalid clip shape {tuple(video.shape[1:])}: must be {expected}")
@@ -307,9 +292,7 @@ class UmtRetrieval(UmtModel):
     def match_logits(self, hidden: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
         """Logits that pairs do not match and match, `[n, 2]`.
 
-        Args:
-            hidden, mask: of n texts, `[n, L, D]` and `[n, L]`.
-            tokens: of m videos, `[m, N, C]`; the first n / m texts are paired with the first video, and so on.
+        `hidden` and `mask` are of n texts, `tokens` of m videos; the first n / m texts belong to the first, and so on.
         """
         logits: Tensor = self.itm_head(self.text_encoder.fuse(hidden, mask, tokens)[:, 0])
         return logits
@@ -322,8 +305,7 @@ class UmtRetrieval(UmtModel):
 class UmtAnswering(UmtModel):
     """Question answering: a decoder ranks the answers of a list, given the hidden states of the question.
 
-    Args:
-        tied: whether the decoder and its head share the word embeddings, as in the authors' models.
+    If `tied`, the decoder and its head share the word embeddings, as in the authors' models.
     """
 
     def __init__(self, vision: VisionShape, text: TextShape, tied: bool = True) -> None:
@@ -411,15 +393,10 @@ def create(name: str, **changes: Any) -> UmtModel:
 def build(
     vision: Mapping[str, Any], text: Mapping[str, Any], embed_dim: int = 0, pooling: Pooling | None = None
 ) -> UmtModel:
-    """A model with random weights.
+    """A model with random weights; `vision` and `text` are fields of `VisionShape` and `TextShape`.
 
-    Args:
-        vision, text: fields of `VisionShape` and `TextShape`.
-        embed_dim: channels of the embeddings; 0 builds a question answering model.
-        pooling: as it was trained; None for the authors' pooling.
-
-    Raises:
-        TypeError, ValueError: a size is unknown or invalid.
+    Without `embed_dim`, the channels of the embeddings, it is a question answering model. `pooling` is as it was
+    trained, None for the authors'. Raises TypeError or ValueError for an unknown or invalid size.
     """
     shapes = VisionShape(**vision), TextShape(**text)
     model: UmtModel = UmtRetrieval(*shapes, embed_dim) if embed_dim else UmtAnswering(*shapes)

@@ -36,22 +36,15 @@ ClassToken = Literal["middle", "double"]
 
 
 def create(name: str, **args: Any) -> VisionMamba:
-    """One of `MODELS` with random weights; `args` change what `VisionMamba` is built with.
-
-    Raises:
-        KeyError: there is no model of this name.
-        ValueError, TypeError: invalid arguments.
-    """
+    """One of `MODELS` with random weights; `args` change what `VisionMamba` is built with (errors as there)."""
     return VisionMamba(**{**MODELS[name], **args})
 
 
 class VimStream(NamedTuple):
     """The input and output of a layer.
 
-    Attributes:
-        hidden: `[B, T, C]`, the output of the last mixer, not yet added to the stream.
-        residual: `[B, T, C]`, float32, the stream before it.
-        place: int64 `[B, n]`, the positions of the n class tokens among the T tokens, ascending.
+    `hidden` `[B, T, C]` is the output of the last mixer, not yet added to the stream, `residual` `[B, T, C]`, float32,
+    the stream before it, and `place`, int64 `[B, n]`, the ascending positions of the n class tokens among the T.
     """
 
     hidden: Tensor
@@ -73,11 +66,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride)
 
     def forward(self, images: Tensor) -> Tensor:
-        """`[B, C, H, W]` to `[B, N, D]`.
-
-        Raises:
-            UsageError: images of another size.
-        """
+        """`[B, C, H, W]` to `[B, N, D]`. Raises UsageError for images of another size."""
         if tuple(images.shape[-2:]) != self.img_size:
             height, width = images.shape[-2:]
             raise UsageError(f"the model takes images of {self.img_size[0]}x{self.img_size[1]}, not {height}x{width}")
@@ -110,10 +99,13 @@ class Mixer(nn.Module):
         self.d_state, self.rank = d_state, rank
         self.in_proj = nn.Linear(width, 2 * inner, bias=False)
         self.out_proj = nn.Linear(inner, width, bias=False)
-        self.conv1d, self.conv1d_b = (_causal_convolution(inner) for _ in range(2))
+        self.conv1d, self.conv1d_b = (
+            nn.Conv1d(inner, inner, CONV_WIDTH, groups=inner, padding=CONV_WIDTH - 1) for _ in range(2)
+        )
         self.x_proj, self.x_proj_b = (nn.Linear(inner, rank + 2 * d_state, bias=False) for _ in range(2))
         self.dt_proj, self.dt_proj_b = (nn.Linear(rank, inner) for _ in range(2))
-        self.A_log, self.A_b_log = (nn.Parameter(_initial_decay(inner, d_state)) for _ in range(2))
+        decay = torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(inner, 1)  # S4D-Real, in every channel
+        self.A_log, self.A_b_log = (nn.Parameter(decay.clone()) for _ in range(2))
         self.D, self.D_b = (nn.Parameter(torch.ones(inner)) for _ in range(2))
         self._start_steps()
 
@@ -182,15 +174,6 @@ class Mixer(nn.Module):
             step.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # the inverse of softplus
 
 
-def _causal_convolution(channels: int) -> nn.Conv1d:
-    return nn.Conv1d(channels, channels, CONV_WIDTH, groups=channels, padding=CONV_WIDTH - 1)
-
-
-def _initial_decay(inner: int, d_state: int) -> Tensor:
-    """`log(1), log(2), ..., log(N)` for every channel (S4D-Real)."""
-    return torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(inner, 1)
-
-
 class VimBlock(nn.Module):
     """Adds `hidden` to the stream, normalises it and mixes; the next block adds the mixer's output."""
 
@@ -209,14 +192,11 @@ class VisionMamba(nn.Module):
     """Vim with one class token in the middle of the patches, or one at each end.
 
     Args:
-        img_size: side of the image in pixels, or height and width.
-        patch_size: side of a patch.
         stride: of the patches; None for `patch_size`.
         class_token: `middle` is after half of the patches, `double` is one before and one after all of them.
         d_state: size N of the state of each channel.
 
-    Raises:
-        ValueError: the patches do not fit the image.
+    Raises ValueError if the patches do not fit the image.
     """
 
     def __init__(

@@ -77,14 +77,15 @@ def attend_projected(
         `[B, T, heads * d]`.
     """
     width = projected.shape[-1]
-    flash = backend == "flash" and (sizes is None or _foldable(width))
-    if flash and norms is None and sizes is None:
-        return flash_attend_packed(projected, dropout=dropout).flatten(2)
     query, key, value = projected.unbind(2)
     if norms is not None:
         query, key = norms[0](query), norms[1](key)
-    if flash:
-        mixed = _flash_sized(query, key, value, sizes, dropout)
+    if backend == "flash" and (sizes is None or _foldable(width)):
+        # under autocast norms return float32, which sdpa would convert itself
+        query, key, scale = query.to(value.dtype), key.to(value.dtype), width**-0.5
+        if sizes is not None:
+            query, key, value = fold(query, key, value, sizes, heads_at=2)
+        mixed = flash_attend(query, key, value, dropout=dropout, scale=scale)[..., :width]
     else:
         form = "explicit" if backend == "explicit" else cheapest_form(projected.device, width)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
@@ -95,16 +96,9 @@ def attend_projected(
 def attend(
     query: Tensor, key: Tensor, value: Tensor, sizes: Tensor | None = None, *, form: Form, dropout: float = 0.0
 ) -> Tensor:
-    """`softmax(q k^T / sqrt(d) + log s) v` by torch alone.
+    """`softmax(q k^T / sqrt(d) + log s) v` by torch alone, `[B, heads, T, d]` as q, k and v.
 
-    Args:
-        query, key, value: `[B, heads, T, d]`.
-        sizes: `[B, T]`, how many tokens each key stands for, positive; None where each stands for itself.
-        form: `explicit` uses no fused kernel.
-        dropout: probability that a weight is set to zero.
-
-    Returns:
-        `[B, heads, T, d]`.
+    `sizes` is as for `attend_projected`; `explicit` uses no fused kernel.
     """
     if form == "explicit":
         logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
@@ -127,15 +121,8 @@ def flash_attend(
 ) -> Tensor:
     """Attention by flash-attn; torch's function modes see this call, independent of the flash-attn version.
 
-    Args:
-        query, key, value: `[B, T, heads, d]`, float16 or bfloat16 on CUDA.
-        scale: of the logits, None for `1 / sqrt(d)`.
-
-    Returns:
-        `[B, T, heads, d]`.
-
-    Raises:
-        ImportError: flash-attn is not installed (see `attention_mode.flash_problem`).
+    `query`, `key`, `value` and the result are `[B, T, heads, d]`, float16 or bfloat16 on CUDA. `scale` is that of the
+    logits. Raises ImportError without flash-attn (see `attention_mode.flash_problem`).
     """
     if has_torch_function((query, key, value)):
         found: Tensor = handle_torch_function(
@@ -146,28 +133,6 @@ def flash_attend(
 
     mixed: Tensor = flash_attn_func(query, key, value, dropout_p=dropout, softmax_scale=scale)
     return mixed
-
-
-def flash_attend_packed(projected: Tensor, *, dropout: float = 0.0) -> Tensor:
-    """As `flash_attend`, from `[B, T, 3, heads, d]`; its gradient is one tensor."""
-    if has_torch_function((projected,)):
-        found: Tensor = handle_torch_function(flash_attend_packed, (projected,), projected, dropout=dropout)
-        return found
-    from flash_attn import flash_attn_qkvpacked_func
-
-    mixed: Tensor = flash_attn_qkvpacked_func(projected, dropout_p=dropout)
-    return mixed
-
-
-def _flash_sized(query: Tensor, key: Tensor, value: Tensor, sizes: Tensor | None, dropout: float) -> Tensor:
-    """`[B, T, heads, d]` each and `[B, T]`, to `[B, T, heads, d]`."""
-    # under autocast norms return float32, which sdpa would convert itself
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    if sizes is None:
-        return flash_attend(query, key, value, dropout=dropout)
-    width = query.shape[-1]
-    folded = fold(query, key, value, sizes, heads_at=2)
-    return flash_attend(*folded, dropout=dropout, scale=width**-0.5)[..., :width]
 
 
 def size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -181,15 +146,10 @@ def fold(
     """q, k and v with one more group of channels, so that `q k^T / sqrt(d)` includes the bias `log s` of the keys.
 
     The new channels of q are 1. Those of k are `sqrt(d) log s`, rounded to the dtype, and the rounding error. The scale
-    remains `1 / sqrt(d)` with the original width. v is padded, since flash kernels need one width for all three.
+    remains `1 / sqrt(d)` with the original width. v is padded, since flash kernels need one width for all three. q, k
+    and v are `[B, heads, T, d]`, or `[B, T, heads, d]` with `heads_at=2`.
 
-    Args:
-        query, key, value: `[B, heads, T, d]`, or `[B, T, heads, d]`.
-        sizes: `[B, T]`.
-        heads_at: the dimension of the heads in q, k and v.
-
-    Returns:
-        As q, k and v, with d + 8 channels; only the first d channels of the attention are the result.
+    Returns q, k and v with d + 8 channels; only the first d channels of the attention are the result.
     """
     width = key.shape[-1]
     wide = torch.promote_types(query.dtype, torch.float32)

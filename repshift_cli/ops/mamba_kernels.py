@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +14,6 @@ __all__ = ["causal_conv", "selective_scan", "usable"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CHANNEL_MULTIPLE = 8
 _MOST_STATES = 256
-
-
-class _Kernels(NamedTuple):
-    causal_conv: Any
-    selective_scan: Any
 
 
 def usable(x: Tensor, d_state: int) -> bool:
@@ -33,13 +28,11 @@ def usable(x: Tensor, d_state: int) -> bool:
 
 
 @cache
-def _kernels() -> _Kernels | None:
+def _kernels() -> tuple[Any, Any] | None:
     """Both kernels; None if a package is missing or does not load."""
     try:
-        return _Kernels(
-            import_module("causal_conv1d").causal_conv1d_fn,
-            import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn,
-        )
+        scans = import_module("mamba_ssm.ops.selective_scan_interface")
+        return import_module("causal_conv1d").causal_conv1d_fn, scans.selective_scan_fn
     except Exception:  # a library built for another torch fails in many ways
         return None
 
@@ -48,24 +41,18 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """SiLU of the causal depthwise convolution: `[B, E, T]` by `[E, width]` to `[B, E, T]`."""
     kernels = _kernels()
     assert kernels is not None
-    convolved: Tensor = kernels.causal_conv(x, weight, bias, activation="silu")
+    convolved: Tensor = kernels[0](x, weight, bias, activation="silu")
     return convolved
 
 
 def selective_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, *, skip: Tensor, bias: Tensor) -> Tensor:
-    """The scan of one direction, with `softplus(delta + bias)` and `skip * u` inside the kernel.
+    """The scan of one direction, with `softplus(delta + bias)` and `skip * u` inside the kernel: `[B, E, T]`.
 
-    Args:
-        u, delta: `[B, E, T]`.
-        a: float32 `[E, N]`, negative.
-        b, c: `[B, N, T]`, in the dtype of `u`.
-        skip, bias: float32 `[E]`.
-
-    Returns:
-        `[B, E, T]`.
+    `u` and `delta` are `[B, E, T]`, `a` is float32 `[E, N]`, negative, `b` and `c` are `[B, N, T]` in the dtype of `u`,
+    `skip` and `bias` float32 `[E]`.
     """
     kernels = _kernels()
     assert kernels is not None
     delta, b, c = (part.contiguous() for part in (delta, b, c))
-    scanned: Tensor = kernels.selective_scan(u, delta, a, b, c, skip, z=None, delta_bias=bias, delta_softplus=True)
+    scanned: Tensor = kernels[1](u, delta, a, b, c, skip, z=None, delta_bias=bias, delta_softplus=True)
     return scanned

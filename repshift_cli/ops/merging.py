@@ -14,12 +14,9 @@ __all__ = ["Pairs", "key_features", "merge_into", "nearest", "pair", "unit_range
 
 
 class Pairs(NamedTuple):
-    """Sources and the targets that they are merged into.
+    """Sources and the targets that they are merged into, the most similar first.
 
-    Attributes:
-        sources: int64 `[B, count]`, indices of the merged sources, the most similar first.
-        targets: int64 `[B, count]`, the index of the target of each.
-        kept: int64 `[B, S - count]`, indices of the other sources, the most similar first.
+    `sources` and `targets` are int64 `[B, count]`; `kept`, int64 `[B, S - count]`, are the other sources.
     """
 
     sources: Tensor
@@ -30,12 +27,7 @@ class Pairs(NamedTuple):
 def pair(sources: Tensor, targets: Tensor, count: int) -> Pairs:
     """The `count` sources most similar to a target (bipartite soft matching, ToMe, arXiv 2210.09461, section 3).
 
-    Similarity is the cosine; of equals the lower index comes first.
-
-    Args:
-        sources: `[B, S, C]`.
-        targets: `[B, T, C]`.
-        count: how many to merge, at most S.
+    Similarity is the cosine of `[B, S, C]` and `[B, T, C]`; of equals the lower index comes first.
     """
     alike, place = (_unit(sources) @ _unit(targets).mT).max(dim=-1)
     order = alike.sort(dim=-1, descending=True, stable=True).indices
@@ -64,19 +56,15 @@ def unit_range(scores: Tensor) -> Tensor:
 
 
 def merge_into(kept: Tensor, sizes: Tensor, sources: Tensor, shares: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge tokens into others, each of which becomes the size-weighted mean.
-
-    Tokens that are not targets stay bit-identical.
+    """Merge tokens into others, each of which becomes the size-weighted mean; the rest stay bit-identical.
 
     Args:
-        kept: `[B, K, C]`, the remaining tokens; their memory may be used for the result.
-        sizes: `[B, K]`, how many tokens each of them stands for.
-        sources: `[B, D, C]`, the tokens to merge.
-        shares: `[B, D]`, the size with which each of them counts.
+        kept, sizes: `[B, K, C]`, the remaining tokens, and `[B, K]`, how many each stands for; their memory may be used
+            for the result.
+        sources, shares: `[B, D, C]`, the tokens to merge, and `[B, D]`, the size with which each counts.
         targets: int64 `[B, D]`, the index in `kept` that each is merged into.
 
-    Returns:
-        Tokens `[B, K, C]`, computed in float32 or wider, and their sizes `[B, K]`.
+    Returns tokens `[B, K, C]`, computed in float32 or wider, and their sizes `[B, K]`.
     """
     new_sizes = add_at(sizes.unsqueeze(2).clone(), targets, shares.unsqueeze(2)).squeeze(2)
     wide = torch.promote_types(kept.dtype, torch.float32)

@@ -36,13 +36,11 @@ def selective_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) ->
     Memory is linear in L. The backward pass stores the arguments only and recomputes the states.
 
     Args:
-        u: `[K, B, L, E]`, any floating dtype.
-        delta: `[K, B, L, E]`, positive.
+        u, delta: `[K, B, L, E]`, any floating dtype; `delta` is positive.
         a: `[K, E, N]`, negative.
         b, c: `[K, B, L, N]`.
 
-    Returns:
-        y, `[K, B, L, E]` in the dtype of `u`, computed in float32 (float64 where `u` is float64).
+    Returns y, `[K, B, L, E]` in the dtype of `u`, computed in float32 (float64 where `u` is float64).
     """
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     inputs = _Operands(*(tensor.to(dtype) for tensor in (u, delta, a, b, c)))
@@ -115,32 +113,12 @@ _BLOCK = 9 << 14  # elements of the states of one block; two such float32 arrays
 _MOST_THREADS = 8  # limits the size of the buffers
 
 
-class _Blocking(NamedTuple):
-    """The spans of the K B rows and of the L tokens."""
-
-    rows: list[slice]
-    tokens: list[slice]
-
-    @classmethod
-    def of(cls, inputs: _Operands) -> _Blocking:
-        scans, batch, length, width = inputs.u.shape
-        threads = min(torch.get_num_threads(), _MOST_THREADS)
-        state = width * inputs.a.shape[-1]
-        rows = _equal_spans(scans * batch, max(1, threads * _SLICE // state))
-        step = min(length, max(1, threads * _BLOCK // (_size(rows[0]) * state)))
-        return cls(rows, [slice(first, min(first + step, length)) for first in range(0, length, step)])
-
-
 def _equal_spans(total: int, most: int) -> list[slice]:
     """Spans of one size, at most `most`, that cover `total`; the last may overlap."""
     count = -(-total // most)
     size = -(-total // count)
     firsts = (min(index * size, total - size) for index in range(count))
     return [slice(first, first + size) for first in firsts]
-
-
-def _size(span: slice) -> int:
-    return int(span.stop - span.start)
 
 
 def _recurrence(decay: Tensor, values: Tensor) -> list[Callable[[], Tensor]]:
@@ -166,49 +144,36 @@ def _add(decay: Tensor, values: Tensor, first: int) -> Callable[[], Tensor]:
     return partial(values[:, first::2].addcmul_, decay[:, first::2], values[:, first - 1 : -1 : 2])
 
 
-class _Group:
-    """Some of the K B rows, and the decays and states of one block of their tokens."""
-
-    def __init__(self, inputs: _Operands, blocking: _Blocking) -> None:
-        u, delta, a, b, c = inputs
-        rates = a.mT.contiguous().unsqueeze(1).expand(-1, u.shape[1], -1, -1)  # strided, it would not be vectorised
-        self._inputs = [
-            tensor.flatten(0, 1)
-            for tensor in (u.unsqueeze(-2), delta.unsqueeze(-2), rates.unsqueeze(2), b.unsqueeze(-1), c.unsqueeze(-2))
-        ]
-        count, step = _size(blocking.rows[0]), _size(blocking.tokens[0])
-        self.decay, self.states = (u.new_empty(count, step, a.shape[-1], u.shape[3]) for _ in range(2))
-        self.start = torch.empty_like(self.states[:, 0])  # the state before the block
-        self._steps = {size: self._scan(size) for size in {*map(_size, blocking.tokens)}}
-
-    def _scan(self, count: int) -> list[Callable[[], Tensor]]:
-        decay, states = self.decay[:, :count], self.states[:, :count]
-        return [partial(states[:, 0].addcmul_, decay[:, 0], self.start), *_recurrence(decay, states)]
-
-    def load(self, rows: slice) -> None:
-        """Take these rows, with a state of zero: u, delta `[rows, L, 1, E]`, b `[rows, L, N, 1]`, c its transpose."""
-        self.u, self.delta, self.rates, self.b, self.c = (tensor[rows] for tensor in self._inputs)
-        self.start.zero_()
-
-    def fill(self, span: slice) -> Tensor:
-        """The states of these tokens, `[rows, tokens, N, E]`, from the state in `start`."""
-        decay, states = self.decay[:, : _size(span)], self.states[:, : _size(span)]
-        torch.mul(self.delta[:, span], self.rates, out=decay)
-        torch.exp(decay, out=decay)
-        torch.mul(self.delta[:, span] * self.u[:, span], self.b[:, span], out=states)
-        for step in self._steps[_size(span)]:
-            step()
-        return states
-
-
 def _blocked_scan(inputs: _Operands) -> Tensor:
-    y = inputs.u.new_empty(inputs.u.shape)
-    blocking = _Blocking.of(inputs)
-    group = _Group(inputs, blocking)
-    for rows in blocking.rows:
-        group.load(rows)
-        for span in blocking.tokens:
-            states = group.fill(span)
-            y.flatten(0, 1)[rows, span] = (group.c[:, span] @ states).squeeze(-2)
-            group.start.copy_(states[:, -1])
+    u, delta, a, b, c = inputs
+    batch, length, width = u.shape[1:]
+    states_per_token = width * a.shape[-1]
+    threads = min(torch.get_num_threads(), _MOST_THREADS)
+    row_spans = _equal_spans(u.shape[0] * batch, max(1, threads * _SLICE // states_per_token))
+    rows = row_spans[0].stop
+    step = min(length, max(1, threads * _BLOCK // (rows * states_per_token)))
+
+    # row by row: u, delta [rows, L, 1, E], rates [rows, 1, N, E], b [rows, L, N, 1], c its transpose
+    rates = a.mT.contiguous().unsqueeze(1).expand(-1, batch, -1, -1)  # strided, it would not be vectorised
+    shaped = (u.unsqueeze(-2), delta.unsqueeze(-2), rates.unsqueeze(2), b.unsqueeze(-1), c.unsqueeze(-2))
+    operands = [tensor.flatten(0, 1) for tensor in shaped]
+    decay, states = (u.new_empty(rows, step, a.shape[-1], width) for _ in range(2))
+    start = torch.empty_like(states[:, 0])  # the state before the block
+    recurrences = {size: _recurrence(decay[:, :size], states[:, :size]) for size in (step, length % step) if size}
+
+    y = u.new_empty(u.shape)
+    for span in row_spans:
+        u_rows, delta_rows, rates, b_rows, c_rows = (tensor[span] for tensor in operands)
+        start.zero_()
+        for first in range(0, length, step):
+            size = min(step, length - first)
+            tokens, decay_here, states_here = slice(first, first + size), decay[:, :size], states[:, :size]
+            torch.mul(delta_rows[:, tokens], rates, out=decay_here)
+            torch.exp(decay_here, out=decay_here)
+            torch.mul(delta_rows[:, tokens] * u_rows[:, tokens], b_rows[:, tokens], out=states_here)
+            states_here[:, 0].addcmul_(decay_here[:, 0], start)
+            for operation in recurrences[size]:
+                operation()
+            y.flatten(0, 1)[span, tokens] = (c_rows[:, tokens] @ states_here).squeeze(-2)
+            start.copy_(states_here[:, -1])
     return y

@@ -26,16 +26,9 @@ __all__ = [
 
 
 def keep_top(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest scores of each row, in ascending order of index.
+    """Indices of the `count` largest scores of each row, ascending: float `[B, N]` to int64 `[B, count]`.
 
     Of equal scores the lower index is kept, independent of batch size and device.
-
-    Args:
-        scores: float `[B, N]`.
-        count: how many to keep, `1 <= count <= N`.
-
-    Returns:
-        int64 `[B, count]`.
     """
     return split_top(scores, count)[0]
 
@@ -47,14 +40,9 @@ def split_top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def keep_top_behind(scores: Tensor, count: int, prefix: int) -> Tensor:
-    """As `keep_top` with unscored prefix tokens in front, which are always kept.
+    """As `keep_top` with `prefix` unscored tokens in front, which are always kept.
 
-    Args:
-        scores: float `[B, N]`, of the patch tokens.
-        count: how many of them to keep, `1 <= count <= N`.
-
-    Returns:
-        int64 `[B, prefix + count]`, ascending positions among all `prefix + N` tokens.
+    Returns int64 `[B, prefix + count]`, ascending positions among all `prefix + N` tokens.
     """
     # one operation on the scores instead of three on the index
     scores = functional.pad(scores, (prefix, 0), value=math.inf) if prefix else scores
@@ -70,30 +58,19 @@ def with_prefix(index: Tensor, prefix: int) -> Tensor:
 
 
 def keep_lines(scores: Tensor, kept: tuple[int, int]) -> Tensor:
-    """The positions of a map in its best rows and best columns, ascending.
+    """The positions of a map in its best rows and best columns: float `[B, H, W]` to int64 `[B, rows * columns]`.
 
-    The score of a line is the mean over its positions; of equal scores the lower index is kept.
-
-    Args:
-        scores: float `[B, H, W]`.
-        kept: number of rows and columns to keep.
-
-    Returns:
-        int64 `[B, rows * columns]`, row-major positions in the map.
+    Positions are row-major and ascending. The score of a line is the mean over its positions; of equal scores the lower
+    index is kept.
     """
     rows, columns = keep_top(scores.mean(dim=2), kept[0]), keep_top(scores.mean(dim=1), kept[1])
     return (rows.unsqueeze(2) * scores.shape[2] + columns.unsqueeze(1)).flatten(1)
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
-    """The tokens at `index`, in that order, in one copy.
+    """The tokens at `index`, in that order, in one copy: `[B, T, C]` and int64 `[B, K]` to `[B, K, C]`.
 
-    Args:
-        tokens: `[B, T, C]`.
-        index: int64 `[B, K]`, positions among the T.
-
-    Returns:
-        `[B, K, C]`, channel-major in memory if `tokens` are, else token-major.
+    The copy is channel-major in memory if `tokens` are, else token-major.
     """
     batch, total, channels = tokens.shape
     if tokens.stride(2) != 1 and tokens.mT.is_contiguous():
@@ -107,14 +84,9 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def complement(index: Tensor, count: int) -> Tensor:
-    """The numbers of `0..count-1` that are not in `index`, ascending. Cost: `K * count`, for small K.
+    """The numbers of `0..count-1` that are not in `index`, ascending: int64 `[B, K]` to `[B, count - K]`.
 
-    Args:
-        index: int64 `[B, K]`, distinct within each row.
-        count: upper bound.
-
-    Returns:
-        int64 `[B, count - K]`.
+    The numbers of a row are distinct. The cost is `K * count`, for small K.
     """
     left_out, left = (torch.arange(size, device=index.device) for size in (index.shape[1], count - index.shape[1]))
     # before the i-th number of `index` there are `index_i - i` others
@@ -123,12 +95,9 @@ def complement(index: Tensor, count: int) -> Tensor:
 
 
 def add_at(tokens: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """Tokens with values added at some positions, which may repeat.
+    """Tokens `[B, K, C]` with values `[B, D, C]` added at `places`, int64 `[B, D]`, which may repeat.
 
-    Args:
-        tokens: `[B, K, C]`; outside graphs their memory is used for the result.
-        places: int64 `[B, D]`, positions among the K.
-        values: `[B, D, C]`.
+    Outside graphs the memory of `tokens` is used for the result.
     """
     count = tokens.shape[1]
     if in_graph():
@@ -141,12 +110,9 @@ def add_at(tokens: Tensor, places: Tensor, values: Tensor) -> Tensor:
 
 
 def put_at(tokens: Tensor, place: Tensor, values: Tensor) -> Tensor:
-    """Tokens with one of them replaced.
+    """Tokens `[B, K, C]` with the one at `place`, int64 `[B, 1]`, replaced by `values`, `[B, C]` of the same dtype.
 
-    Args:
-        tokens: `[B, K, C]`; outside graphs their memory is used for the result.
-        place: int64 `[B, 1]`, position among the K.
-        values: `[B, C]`, in the dtype of the tokens.
+    Outside graphs the memory of `tokens` is used for the result.
     """
     if in_graph():
         here = torch.arange(tokens.shape[1], device=place.device) == place
@@ -165,12 +131,7 @@ def in_graph() -> bool:
 
 
 class Sized(NamedTuple):
-    """Tokens and their sizes.
-
-    Attributes:
-        tokens: `[B, T, C]`.
-        sizes: float32 `[B, T]`, how many tokens each stands for; None for 1.
-    """
+    """Tokens `[B, T, C]` and their sizes, float32 `[B, T]`: how many tokens each stands for; None for 1."""
 
     tokens: Tensor
     sizes: Tensor | None = None

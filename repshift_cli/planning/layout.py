@@ -26,12 +26,7 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Window:
-    """A convolution or a pooling, by axis.
-
-    Attributes:
-        name: of the module.
-        ceil: whether a last, incomplete window counts.
-    """
+    """A convolution or a pooling, by axis; with `ceil` a last, incomplete window counts."""
 
     name: str
     kernel: Grid
@@ -63,8 +58,7 @@ class Window:
 class SiteInfo:
     """A place where tokens can be removed: after the block `name`, which has the index `layer`.
 
-    Attributes:
-        windows: from the previous site (or the input) to this one.
+    `windows` lie between the previous site (or the input) and this one.
     """
 
     name: str
@@ -74,13 +68,10 @@ class SiteInfo:
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """How the patches lie in the input.
+    """How the patches lie in the input: rows and columns, and height and width of one patch in pixels.
 
-    Attributes:
-        rows, columns: of patches; patch `i` is in row `i // columns`.
-        height, width: of one patch, in pixels.
-        frames: of a clip, each with all these rows: patches are counted frame by frame, as if the frames stood one
-            below the other; None for an image.
+    Patch `i` is in row `i // columns`. A clip has `frames`, each with all these rows: patches are counted frame by
+    frame, as if the frames stood one below the other.
     """
 
     rows: int

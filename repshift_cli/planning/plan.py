@@ -11,8 +11,6 @@ from fractions import Fraction
 from typing import Annotated, Any, NamedTuple, cast
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveInt,
@@ -23,22 +21,16 @@ from pydantic import (
 
 from repshift_cli.errors import RecipeError
 from repshift_cli.planning.layout import After, Grid, Layout, SiteInfo
-from repshift_cli.planning.recipe import ComponentSpec, LayerDrop, Recipe
+from repshift_cli.planning.recipe import ComponentSpec, LayerDrop, Recipe, StrictModel
 from repshift_cli.utils.suggest import nearest
 
 __all__ = ["Plan", "PlanSite", "lines_kept", "resolve", "rounded", "shape_text", "tokens_dropped"]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PlanSite(_Frozen):
+class PlanSite(StrictModel):
     """The tokens before and after one site, prefix tokens included, and the metric that scores them.
 
-    Attributes:
-        grid_in, grid_out: rows and columns of a feature map, whose positions are its tokens; None for sequences.
-        after: where in the block tokens are removed.
+    A feature map has `grid_in` and `grid_out`, rows and columns, whose positions are its tokens; None for sequences.
     """
 
     site: str
@@ -76,7 +68,7 @@ class PlanSite(_Frozen):
         return {key: value for key, value in handler(self).items() if key not in usual or value != usual[key]}
 
 
-class Plan(_Frozen):
+class Plan(StrictModel):
     """A resolved recipe: `attach` carries it out, and an artifact stores it."""
 
     family: str
@@ -165,7 +157,7 @@ def lines_kept(drop: LayerDrop, grid: Grid) -> Grid:
 
 
 class _Step(NamedTuple):
-    """One entry of `layers`: its place in the recipe, for messages, the entry itself and its site."""
+    """One entry of `layers` with its place in the recipe, for messages, and its site."""
 
     where: str
     drop: LayerDrop
@@ -179,9 +171,8 @@ def resolve(recipe: Recipe, layout: Layout, after: After = "block", most: Callab
         after: where in a block the recipe's reducer acts.
         most: how many of `n` patch tokens the reducer can remove at one site; None for all.
 
-    Raises:
-        RecipeError: a layer that the model lacks, a layer twice, more tokens kept than there are, none left, or more
-            removed than the reducer can.
+    Raises a RecipeError if a layer is missing in the model or given twice, more tokens are kept than there are, none is
+    left, or more are removed than the reducer can.
     """
     steps: dict[int, _Step] = {}
     for index, drop in enumerate(recipe.layers):

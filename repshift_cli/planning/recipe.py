@@ -30,7 +30,16 @@ from pydantic import (
 from repshift_cli.errors import RecipeError
 from repshift_cli.utils.suggest import nearest
 
-__all__ = ["Budget", "ComponentSpec", "LayerDrop", "Place", "Recipe", "default_recipe", "shipped_recipes"]
+__all__ = [
+    "Budget",
+    "ComponentSpec",
+    "LayerDrop",
+    "Place",
+    "Recipe",
+    "StrictModel",
+    "default_recipe",
+    "shipped_recipes",
+]
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _Path = tuple[str | int, ...]
@@ -39,7 +48,9 @@ PAPER_DROP_RATIO = 0.2
 """What the paper drops at each of its three sites (arXiv 2508.00367)."""
 
 
-class _Strict(BaseModel):
+class StrictModel(BaseModel):
+    """A frozen model without other keys."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -56,15 +67,14 @@ class ComponentSpec(BaseModel):
         return dict(self.model_extra or {})
 
 
-class LayerDrop(_Strict):
+class LayerDrop(StrictModel):
     """One entry of `layers`. Exactly one of `drop_ratio`, `keep_tokens` and `keep_grid` is given.
 
     Attributes:
         layer: index of the block from 0, or the name of the site (`blocks.3`).
         drop_ratio: share of the patch tokens at this layer; `floor(ratio * tokens)` are dropped. Of a feature map,
             share of its positions: at most that share is dropped, as whole rows and columns.
-        keep_tokens: number of patch tokens to keep.
-        keep_grid: rows and columns of a feature map to keep.
+        keep_tokens, keep_grid: number of patch tokens, or rows and columns of a feature map, to keep.
         metric: the metric at this site; None for that of the recipe.
     """
 
@@ -82,12 +92,11 @@ class LayerDrop(_Strict):
         return self
 
 
-class Budget(_Strict):
+class Budget(StrictModel):
     """The target of a search for the layers. Exactly one is given.
 
     Attributes:
-        macs: multiply-accumulates, as a fraction of the dense model's.
-        latency: time for a batch, as a fraction of the dense model's, measured where the search runs.
+        macs, latency: as a fraction of the dense model's; latency is measured where the search runs.
         agreement: minimum share of predictions equal to the dense model's.
         max_drop: maximum loss of top-1 accuracy in percentage points, on labelled images.
     """
@@ -124,14 +133,12 @@ class Place:
         return f"{self.name}:{line}:{column}"
 
 
-class Recipe(_Strict):
+class Recipe(StrictModel):
     """A parsed recipe, made by `Recipe.load` (file or shipped name) or `Recipe.parse` (text).
 
-    Exactly one of `layers` and `budget` is given; with a budget `layers` is empty, and a search finds them.
-
-    Attributes:
-        round_tokens: round the tokens that `drop_ratio` or a search keeps, prefix tokens included, to a multiple of
-            this, since matrix kernels work in tiles. None does not round.
+    Exactly one of `layers` and `budget` is given; with a budget `layers` is empty, and a search finds them. The tokens
+    that `drop_ratio` or a search keeps, prefix included, are rounded to a multiple of `round_tokens`, since matrix
+    kernels work in tiles.
     """
 
     version: Literal[1]
@@ -173,8 +180,7 @@ class Recipe(_Strict):
     def load(cls, source: str | Path) -> Recipe:
         """Read a recipe from a YAML file, or by the name of a shipped one (`deit_small_paper`).
 
-        Raises:
-            RecipeError: no such file or recipe, or an invalid one; the message has file, line and key.
+        Raises a RecipeError if there is none or it is invalid; the message has file, line and key.
         """
         path = Path(source)
         try:
@@ -210,11 +216,8 @@ class Recipe(_Strict):
 def default_recipe(blocks: int, layers: Sequence[int] | None = None) -> Recipe:
     """The paper's schedule scaled to a model: 0.2 after the first block, at a quarter and at half of them.
 
-    The metric's options are open, so that calibration chooses them.
-
-    Args:
-        blocks: number of blocks that are sites.
-        layers: the index of each among all blocks; None for `0..blocks - 1`.
+    The metric's options are open, so that calibration chooses them. `blocks` are sites; `layers` has the index of each
+    among all blocks, None for `0..blocks - 1`.
     """
     places = sorted({0, blocks // 4, blocks // 2})
     chosen = [layers[place] for place in places] if layers else places
@@ -242,8 +245,7 @@ def shipped_recipes() -> dict[str, str]:
 def validate(kind: type[_Model], data: Any, place: Place, path: _Path) -> _Model:
     """Check `data` at `path` of a recipe against a pydantic model.
 
-    Raises:
-        RecipeError: the first error, with file, line, key, allowed values and the nearest match.
+    Raises a RecipeError for the first error, with file, line, key, allowed values and the nearest match.
     """
     try:
         return kind.model_validate(data)
@@ -268,27 +270,24 @@ _PLAIN_WORDS = {
 
 
 def _explain(detail: Any, kind: type[BaseModel], data: Any, place: Place, path: _Path) -> RecipeError:
-    inner = _existing(tuple(detail["loc"]), data)
-    if detail["type"] == "invalid_key":
+    error, inner = detail["type"], _existing(tuple(detail["loc"]), data)
+    if error == "invalid_key":
         inner = (*inner[:-1], str(inner[-1]))
     where = (*path, *inner)
-    key = dotted(where)
-    start = f"{place.at(where)}: "
-    if detail["type"] in ("extra_forbidden", "invalid_key"):
-        owner = _owner(kind, inner[:-1])
+    start, key = f"{place.at(where)}: ", dotted(where)
+    if error in ("extra_forbidden", "invalid_key"):
+        owners: dict[str | int, type[BaseModel]] = {"layers": LayerDrop, "budget": Budget}
+        owner = owners.get(inner[0], kind) if inner[:-1] else kind
         allowed = list(owner.model_fields)
         hint = f"{nearest(str(inner[-1]), allowed)}Allowed keys: {', '.join(allowed)}."
         return RecipeError(f"{start}unknown key {key}", hint)
-    if detail["type"] == "missing":
-        missing = dotted((*path, *detail["loc"]))
-        return RecipeError(f"{start}the key {missing} is missing")
+    if error == "missing":
+        return RecipeError(f"{start}the key {dotted((*path, *detail['loc']))} is missing")
     words = _PLAIN_WORDS | ({"model_type": _BUDGET_WORDS} if where[:1] == ("budget",) else {})
-    message = words.get(detail["type"]) or detail["msg"].removeprefix("Value error, ")
-    message = message.replace("Input should", "should")
+    message = words.get(error) or detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
     value = detail.get("input")
     shown = f" (it is {_shortened(value)})" if isinstance(value, str | int | float | bool | None) else ""
-    label = f"{key}: " if key else ""
-    return RecipeError(f"{start}{label}{message}{shown}")
+    return RecipeError(f"{start}{key}{': ' if key else ''}{message}{shown}")
 
 
 def _shortened(value: Any) -> str:
@@ -307,12 +306,6 @@ def _existing(loc: _Path, data: Any) -> _Path:
         data = data[step]
         found.append(step)
     return tuple(found)
-
-
-def _owner(kind: type[BaseModel], path: _Path) -> type[BaseModel]:
-    """The pydantic model for the mapping at `path`."""
-    owners: dict[str | int, type[BaseModel]] = {"layers": LayerDrop, "budget": Budget}
-    return owners.get(path[0], kind) if path else kind
 
 
 def dotted(path: _Path) -> str:

@@ -33,16 +33,9 @@ def members(package: str, base: type[_Base]) -> Iterator[type[_Base]]:
 
 
 def build_component(spec: ComponentSpec, known: dict[str, Any], place: Place, path: tuple[str | int, ...]) -> Any:
-    """The metric or reducer of a recipe, with its options checked.
+    """The metric or reducer at `path` of a recipe; `known` are the pydantic models by kind.
 
-    Args:
-        spec: kind and options.
-        known: pydantic models by kind.
-        place: of the recipe, for messages.
-        path: of the component in the recipe; its last key is `metric` or `reducer`.
-
-    Raises:
-        RecipeError: an unknown kind, or an invalid option.
+    Raises a RecipeError for an unknown kind or an invalid option.
     """
     if spec.kind not in known:
         hint = f"{nearest(spec.kind, known)}Allowed: {', '.join(known)}."

@@ -30,9 +30,7 @@ __all__ = [
 def resolve_for(model: nn.Module, recipe: Recipe) -> Plan:
     """Resolve a recipe for a dense model.
 
-    Raises:
-        ModelError: the model is not supported.
-        RecipeError: the recipe does not fit the model.
+    Raises ModelError if the model is not supported, RecipeError if the recipe does not fit it.
     """
     family, reducer = match(model), build_reducer(recipe.reducer, recipe.place)
     check_reducer(reducer, family, model, recipe.place)
@@ -44,11 +42,7 @@ def resolve_for(model: nn.Module, recipe: Recipe) -> Plan:
 
 
 def check_components(recipe: Recipe) -> None:
-    """Build every metric and the reducer of a recipe, so that errors in them show before any work.
-
-    Raises:
-        RecipeError: an unknown kind or option, with its place in the recipe.
-    """
+    """Build every metric and the reducer of a recipe, so that errors in them show before any work."""
     build_metric(recipe.metric, recipe.place)
     for index, drop in enumerate(recipe.layers):
         if drop.metric is not None:

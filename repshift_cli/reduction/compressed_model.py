@@ -20,24 +20,19 @@ from repshift_cli.errors import ModelError, UsageError
 from repshift_cli.planning.plan import Plan
 from repshift_cli.reduction.checks import check_plan
 from repshift_cli.reduction.families.base import Site, match
-from repshift_cli.reduction.hooks import SiteHook, TapHook, TensorEditHook
+from repshift_cli.reduction.hooks import SiteHook, register_edit, register_tap
 from repshift_cli.reduction.metrics.base import Metric, build_metric
 from repshift_cli.reduction.reducers.base import Dims, Merger, build_reducer
-from repshift_cli.reduction.token_trace import start_trace
+from repshift_cli.reduction.token_trace import MapState
 
 __all__ = ["CompressedModel", "Trace", "attach", "branch"]
 
 
 def attach(model: nn.Module, plan: Plan) -> CompressedModel:
-    """Hook a model so that it follows the plan.
+    """Hook a dense model in place, so that it follows a plan made for it; `detach` undoes it.
 
-    Args:
-        model: dense, of a supported family; it is changed in place (`detach` undoes it).
-        plan: made by `plan.resolve` for this model.
-
-    Raises:
-        ModelError: the model is not supported, or is compressed already.
-        RecipeError: the plan does not fit the model, or a metric reads a tensor that a block does not have.
+    Raises a ModelError if the model is not supported or is compressed already, a RecipeError if the plan does not fit
+    it or a metric reads a tensor that a block does not have.
     """
     return CompressedModel(model, plan, [(build_metric(planned.metric).with_defaults(),) for planned in plan.sites])
 
@@ -54,13 +49,11 @@ def branch(model: nn.Module, plan: Plan, metrics: Sequence[Metric]) -> Compresse
 
 @dataclass(frozen=True)
 class Trace:
-    """Which patches are kept after each site, for one batch.
+    """What the model returned for one batch, and which patches are kept after each site.
 
-    Attributes:
-        output: what the model returned.
-        kept: int64 `[B, K]` for each site's layer: original patch positions (row-major in the patch grid, or in the
-            dense model's feature map there; frame by frame in a clip), ascending. Where tokens are merged, the
-            positions of those that were merged into.
+    `kept` is int64 `[B, K]` for each site's layer: original patch positions, ascending (row-major in the patch grid, or
+    in the dense model's feature map there; frame by frame in a clip). Where tokens are merged, the positions of those
+    that were merged into.
     """
 
     output: Tensor
@@ -73,9 +66,6 @@ class CompressedModel(nn.Module):
     Made by `attach`. `self.model` is the hooked model itself and can be used on its own.
 
     Attributes:
-        model: the hooked model.
-        plan: what it follows.
-        family: the family of the model.
         layout: the tokens and sites of the dense model.
         preprocessing: the evaluation transform of the model where it is known (`load` and `compress` set it).
     """
@@ -101,14 +91,12 @@ class CompressedModel(nn.Module):
         if isinstance(reducer, Merger) and reducer.pooled_by_size:
             edits, undo = self.family.use_proportional_attention(model, stream)
             self._undo.append(undo)
-            self._handles.append(sites[0].block.register_forward_pre_hook(stream.on_first_block))
-            self._handles.extend(map(TensorEditHook.register, edits))
+            self._handles.append(sites[0].block.register_forward_pre_hook(stream.begin))
+            self._handles.extend(map(register_edit, edits))
         for planned, site_metrics in zip(plan.sites, metrics, strict=True):
             site = _site(sites, planned.site)
             hook = SiteHook(planned, stream, self.layout.class_token, metrics=site_metrics, reducer=reducer)
-            for name in sorted(hook.tapped):
-                tap = TapHook(hook, name, site.probes[name])
-                self._handles.append(site.probes[name].module.register_forward_hook(tap.on_forward))
+            self._handles.extend(register_tap(hook, name, site.probes[name]) for name in sorted(hook.tapped))
             place = site.attended if planned.after == "attention" else site.block
             assert place is not None
             self._handles.append(place.register_forward_hook(hook.on_block, with_kwargs=True))
@@ -144,7 +132,8 @@ class CompressedModel(nn.Module):
                 hook.recorded = None
         planned = {site.layer: site for site in self.plan.sites}
         merged = isinstance(build_reducer(self.plan.reducer), Merger)
-        state, kept = start_trace(self.layout, images), {}
+        state = MapState.start(len(images), self.layout.map_size or (1, self.layout.patch_tokens), images.device)
+        kept = {}
         for site in self.layout.sites:
             state = state.through(site.windows)
             if site.layer in recorded:
@@ -155,8 +144,7 @@ class CompressedModel(nn.Module):
     def macs(self, counted: bool = False) -> int:
         """Multiply-accumulates of one image, from the shapes alone, those of metric and reducer included.
 
-        Args:
-            counted: leave out the element-wise products of a scan, which operation counters do not count.
+        `counted` leaves out the element-wise products of a scan, which operation counters do not count.
         """
         sites, total = self.family.sites(self.model), self._model_macs(self.plan, counted)
         for hook in self._hooks:

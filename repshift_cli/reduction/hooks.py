@@ -1,7 +1,8 @@
-"""Forward hooks that score and reduce tokens. Plain objects, whose bound methods survive `deepcopy` and `pickle`."""
+"""Forward hooks that score and reduce tokens; bound methods and partial functions, which can be copied and pickled."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,9 @@ from repshift_cli.reduction.families.base import Probe, Stream, TensorEdit
 from repshift_cli.reduction.metrics.base import Metric, SiteContext
 from repshift_cli.reduction.reducers.base import Merger, Pruner, Reducer
 
-__all__ = ["SiteHook", "TapHook", "TensorEditHook"]
+__all__ = ["SiteHook", "register_edit", "register_tap"]
+
+Change = Callable[[Tensor], Tensor | None]
 
 
 class SiteHook:
@@ -25,7 +28,7 @@ class SiteHook:
 
     Attributes:
         wanted: the tensors that the metrics and the reducer read.
-        tapped: those of them that `TapHook`s store in `seen`. The hook itself sees the others.
+        tapped: those of them that `register_tap` stores in `seen`. The hook itself sees the others.
         placed: the metrics with their tensors on `device`.
         recorded: while the model is traced, places of the kept patch tokens, one entry per metric.
     """
@@ -76,18 +79,16 @@ class SiteHook:
         if isinstance(self.reducer, Merger) and not keeps_all:
             merge = partial(self.reducer.merge, seen=self.seen)
             reduced, places = self.stream.merge(output, scores, self.planned, merge)
-            self._record(places)
+            if self.recorded is not None:
+                self.recorded.append(places)
             return reduced
         keep = self.stream.choose(scores, output, self.planned)
-        self._record(self.stream.patches(keep))
+        if self.recorded is not None:
+            self.recorded.append(self.stream.patches(keep))
         if keeps_all:
             return output  # a copy could differ in its strides, and then in the last bits of later layers
         assert isinstance(self.reducer, Pruner)
         return self.stream.reduce(output, keep, self.planned, self.reducer.reduce)
-
-    def _record(self, places: Tensor) -> None:
-        if self.recorded is not None:
-            self.recorded.append(places)
 
     def _check(self, output: Any, kwargs: dict[str, Any]) -> None:
         shape, expected = self.stream.shape(output), self.planned.shape_in
@@ -112,47 +113,45 @@ class SiteHook:
         return {**self.__dict__, "seen": {}, "recorded": None, "placed": self.metrics, "device": None}
 
 
-class TapHook:
-    """Stores one tensor in `SiteHook.seen`."""
-
-    def __init__(self, owner: SiteHook, name: str, probe: Probe) -> None:
-        self.owner = owner
-        self.name = name
-        self.side = probe.side
-        self.view = probe.view
-
-    def on_forward(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Forward hook."""
-        if self.owner.enabled:
-            value = args[0] if self.side == "input" else output
-            self.owner.seen[self.name] = self.view(value) if self.view else value
+def register_tap(hook: SiteHook, name: str, probe: Probe) -> RemovableHandle:
+    """Store a tensor in `hook.seen` whenever its module runs."""
+    return probe.module.register_forward_hook(
+        partial(_tap, hook=hook, name=name, from_input=probe.side == "input", view=probe.view)
+    )
 
 
-class TensorEditHook:
-    """Carries out a `TensorEdit`."""
+def register_edit(edit: TensorEdit) -> RemovableHandle:
+    """Change a tensor whenever its module runs."""
+    if edit.side == "output":
+        return edit.module.register_forward_hook(partial(_edit_output, change=edit.change))
+    if edit.side == "input":
+        return edit.module.register_forward_pre_hook(partial(_edit_input, change=edit.change))
+    return edit.module.register_forward_pre_hook(partial(_edit_mask, change=edit.change), with_kwargs=True)
 
-    def __init__(self, edit: TensorEdit) -> None:
-        self.change = edit.change
 
-    @classmethod
-    def register(cls, edit: TensorEdit) -> RemovableHandle:
-        """Hook the module of the edit."""
-        hook = cls(edit)
-        if edit.side == "output":
-            return edit.module.register_forward_hook(hook.on_output)
-        if edit.side == "input":
-            return edit.module.register_forward_pre_hook(hook.on_input)
-        return edit.module.register_forward_pre_hook(hook.on_mask, with_kwargs=True)
+def _tap(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    output: Tensor,
+    *,
+    hook: SiteHook,
+    name: str,
+    from_input: bool,
+    view: Callable[[Tensor], Tensor] | None,
+) -> None:
+    if hook.enabled:
+        value = args[0] if from_input else output
+        hook.seen[name] = view(value) if view else value
 
-    def on_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Forward pre-hook: change the first argument."""
-        return (self.change(args[0]), *args[1:])
 
-    def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Forward hook: change the output."""
-        return self.change(output)
+def _edit_input(module: nn.Module, args: tuple[Any, ...], *, change: Change) -> tuple[Any, ...]:
+    return (change(args[0]), *args[1:])
 
-    def on_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Forward pre-hook: set the attention mask."""
-        mask = self.change(args[0])
-        return args, kwargs if mask is None else {**kwargs, "attn_mask": mask}
+
+def _edit_output(module: nn.Module, args: tuple[Any, ...], output: Tensor, *, change: Change) -> Tensor | None:
+    return change(output)
+
+
+def _edit_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, change: Change) -> Any:
+    mask = change(args[0])
+    return args, kwargs if mask is None else {**kwargs, "attn_mask": mask}

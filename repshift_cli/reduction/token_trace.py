@@ -1,4 +1,4 @@
-"""Original positions of the kept tokens, and of the kept rows and columns of a feature map."""
+"""Original positions of the kept tokens. A sequence counts as a feature map of one row."""
 
 from __future__ import annotations
 
@@ -8,42 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repshift_cli.planning.layout import Grid, Layout, Window
+from repshift_cli.planning.layout import Grid, Window
 
-__all__ = ["MapState", "TokenState", "start_trace"]
-
-
-@dataclass
-class TokenState:
-    """The patch tokens of a sequence between two sites.
-
-    Attributes:
-        index: int64 `[B, N]`, the original position of each remaining patch token.
-    """
-
-    index: Tensor
-
-    @classmethod
-    def start(cls, batch: int, patches: int, device: torch.device) -> TokenState:
-        """All tokens, before the first site."""
-        return cls(torch.arange(patches, device=device).expand(batch, patches))
-
-    def keep(self, index: Tensor, grid: Grid | None = None) -> TokenState:
-        """After a site that kept the tokens at `index` (int64 `[B, K]`)."""
-        return TokenState(self.index.gather(1, index))
-
-    def through(self, windows: Sequence[Window]) -> TokenState:
-        """A sequence has no windows."""
-        return self
+__all__ = ["MapState"]
 
 
 @dataclass
 class MapState:
     """The rows and columns of a feature map between two sites.
 
-    Attributes:
-        rows, columns: int64 `[B, h]` and `[B, w]`, the position of each remaining line on the dense model's map here.
-        dense: the size of that map.
+    They are int64 `[B, h]` and `[B, w]`, positions on the dense model's map there, which has the size `dense`.
     """
 
     rows: Tensor
@@ -62,10 +36,9 @@ class MapState:
         return (self.rows.unsqueeze(2) * self.dense[1] + self.columns.unsqueeze(1)).flatten(1)
 
     def keep(self, index: Tensor, grid: Grid | None = None) -> MapState:
-        """After a site that kept the `grid` of positions at `index` (int64 `[B, rows * columns]`)."""
-        assert grid is not None
+        """After a site that kept the positions at `index`, int64 `[B, rows * columns]`; None for one row."""
         width = self.columns.shape[1]
-        at = index.unflatten(1, grid)
+        at = index.unflatten(1, grid or (1, -1))
         rows, columns = self.rows.gather(1, at[:, :, 0] // width), self.columns.gather(1, at[:, 0] % width)
         return MapState(rows, columns, self.dense)
 
@@ -78,13 +51,6 @@ class MapState:
             rows, columns = (line.clamp(max=side - 1) for line, side in zip(lines, dense, strict=True))
             state = MapState(rows, columns, dense)
         return state
-
-
-def start_trace(layout: Layout, images: Tensor) -> TokenState | MapState:
-    """The state before the first site."""
-    if layout.map_size is None:
-        return TokenState.start(images.shape[0], layout.patch_tokens, images.device)
-    return MapState.start(images.shape[0], layout.map_size, images.device)
 
 
 def _middle_lines(lines: Tensor, window: Window, axis: int) -> Tensor:

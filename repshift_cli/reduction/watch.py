@@ -18,12 +18,10 @@ __all__ = ["BlockOutput", "record_block_outputs"]
 
 @dataclass(frozen=True)
 class BlockOutput:
-    """The output of one block in a forward pass.
+    """The output of one block in a forward pass: tokens `[B, N, C]`, as metrics see them, without the prefix.
 
-    Attributes:
-        tokens: `[B, N, C]`, as metrics see them, without the prefix.
-        carrier: the tensor that the later layers are computed from.
-        view: turns a tensor like `carrier`, such as its gradient, into one like `tokens`.
+    The later layers are computed from `carrier`; `view` turns a tensor like it, such as its gradient, into one like
+    `tokens`.
     """
 
     tokens: Tensor
@@ -35,17 +33,15 @@ class BlockOutput:
 def record_block_outputs(model: nn.Module, after: After = "block") -> Iterator[dict[int, BlockOutput]]:
     """Inside the context each pass of a dense model fills the dict with the output of each block, by layer.
 
-    Raises:
-        ModelError: the model is not supported.
+    Raises a ModelError if the model is not supported.
     """
     family = match(model)
     stream, outputs = family.stream(model), dict[int, BlockOutput]()
     handles = []
     for site in family.sites(model):
-        place = site.attended if after == "attention" else site.block
-        assert place is not None
-        record = partial(_record, stream=stream, outputs=outputs, layer=site.layer)
-        handles.append(place.register_forward_hook(record))
+        block = site.attended if after == "attention" else site.block
+        assert block is not None
+        handles.append(block.register_forward_hook(partial(_record, stream, outputs, site.layer)))
     try:
         yield outputs
     finally:
@@ -53,13 +49,12 @@ def record_block_outputs(model: nn.Module, after: After = "block") -> Iterator[d
             handle.remove()
 
 
-def _record(
-    module: nn.Module, args: Any, output: Any, *, stream: Stream, outputs: dict[int, BlockOutput], layer: int
+def _record(  # noqa: PLR0917
+    stream: Stream, outputs: dict[int, BlockOutput], layer: int, module: nn.Module, args: Any, output: Any
 ) -> None:
-    value = stream.enter(output)
-
-    def without_prefix(carrier: Tensor) -> Tensor:
-        return stream.carried(carrier)[:, stream.prefix :]
-
-    tokens = stream.block_output(value)[:, stream.prefix :]
-    outputs[layer] = BlockOutput(tokens, stream.carrier(value), without_prefix)
+    value, first = stream.enter(output), stream.prefix
+    outputs[layer] = BlockOutput(
+        stream.block_output(value)[:, first:],
+        stream.carrier(value),
+        lambda carrier: stream.carried(carrier)[:, first:],
+    )

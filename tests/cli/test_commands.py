@@ -275,7 +275,7 @@ class TestAttention:
         done = cli("compress", dense, "--recipe", recipe, *QUICK, "-o", "small.safetensors", *chosen)
         assert done.rc == 0, done.stderr
         assert json.loads(done.stdout)["attention"] == "flash-attn"
-        assert set(flash.calls) == {"packed"}
+        assert flash.calls
         done = cli("bench", "small.safetensors", "--seconds", "0", "-b", "1", *chosen)
         assert json.loads(done.stdout)["attention"] == "flash-attn"
         done = cli("eval", "builtin:umt-shapes", "--limit", "4", *chosen)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from repshift_cli.ops.tokens import complement, gather_tokens, keep_lines, keep_top, keep_top_behind
 from repshift_cli.planning.layout import Grid, Window
 from repshift_cli.reduction.metrics.base import norms
-from repshift_cli.reduction.token_trace import MapState, TokenState
+from repshift_cli.reduction.token_trace import MapState
 
 ROWS = st.lists(st.lists(st.integers(-3, 3), min_size=6, max_size=6), min_size=1, max_size=4)
 """Few different values, so that most rows hold ties."""
@@ -75,7 +75,7 @@ def test_complement_is_ascending_and_whole(kept: set[int], batch: int) -> None:
 
 
 def test_token_state_follows_the_original_places() -> None:
-    state = TokenState.start(2, 5, torch.device("cpu"))
+    state = MapState.start(2, (1, 5), torch.device("cpu"))
     assert state.index.tolist() == [[0, 1, 2, 3, 4]] * 2
     first = state.keep(torch.tensor([[0, 2, 4], [1, 2, 3]]))
     second = first.keep(torch.tensor([[1, 2], [0, 2]]))
@@ -221,8 +221,3 @@ def test_lines_stay_apart_behind_a_window_that_pads_to_half_its_width(
     found = state.through([window]).rows[0].tolist()
     assert found == sorted(set(found))
     assert found[0] >= 0 and found[-1] < window.output((40, 1))[0]
-
-
-def test_a_sequence_passes_no_window() -> None:
-    state = TokenState.start(1, 5, torch.device("cpu"))
-    assert state.through([Window("w", (3, 3), (2, 2))]) is state

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +18,7 @@ from repshift_cli.planning.plan import Plan, PlanSite
 from repshift_cli.planning.registry import members
 
 __all__ = [
+    "ATTENTION_TENSORS",
     "Family",
     "Merge",
     "Probe",
@@ -29,6 +31,8 @@ __all__ = [
     "families",
     "find",
     "match",
+    "query_and_key",
+    "weight_count",
 ]
 
 Reduce = Callable[[Tensor, Tensor], Tensor]
@@ -37,6 +41,9 @@ Reduce = Callable[[Tensor, Tensor], Tensor]
 Merge = Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]]
 """`Merger.merge`: tokens `[B, prefix + N, C]`, sizes `[B, prefix + N]`, scores `[B, N]`, how many patch tokens to
 remove, and prefix; to tokens, sizes and the positions of the remaining patch tokens."""
+
+ATTENTION_TENSORS = frozenset({"attention_update", "mlp_update", "mlp_stream", "attention_query", "attention_key"})
+"""`Family.shows` of a transformer."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,9 @@ class Probe:
 
 @dataclass(frozen=True)
 class TensorEdit:
-    """A change to a tensor at one module.
+    """A change to a tensor at one module: its first argument, its output, or its argument `attn_mask`.
 
-    Attributes:
-        side: what is changed: the first argument (`input`), the output, or the argument `attn_mask` (`mask`), which
-            `change` makes from the first argument (None for no mask).
+    The mask is made by `change` from the first argument; None is no mask.
     """
 
     module: nn.Module
@@ -104,12 +109,8 @@ class Stream:
     def __init__(self, prefix: int = 0) -> None:
         self.prefix = prefix
 
-    def begin(self) -> None:
-        """Clear the state of the last pass."""
-
-    def on_first_block(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of the first block."""
-        self.begin()
+    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the first block: clear the state of the last pass."""
 
     def enter(self, output: Any) -> Any:
         """The output of a block, with the state that belongs to it."""
@@ -143,16 +144,10 @@ class Stream:
         return carrier
 
     def choose(self, scores: Tensor, output: Any, planned: PlanSite) -> Tensor:
-        """The tokens to keep.
+        """The tokens to keep, int64 `[B, K]`: ascending positions, here among all tokens, prefix included.
 
-        Args:
-            scores: float32, one per token that metrics see, without the prefix; the largest are kept.
-            output: of the block.
-            planned: the site of the plan, which has the counts.
-
-        Returns:
-            int64 `[B, K]`, ascending positions, here among all tokens, the prefix included. `reduce` and `patches` of
-            the same class interpret them.
+        `reduce` and `patches` of the same class interpret them. `scores` are float32, one per token that metrics see,
+        without the prefix; the largest are kept. `planned` has the counts.
         """
         return keep_top_behind(scores, planned.tokens_out - self.prefix, self.prefix)
 
@@ -174,7 +169,18 @@ class Stream:
 
 
 class SizedStream(Stream):
-    """Tokens with their sizes. Here the blocks themselves pass on both, as `tokens.Sized`."""
+    """Tokens with their sizes, which the blocks pass on as `tokens.Sized`.
+
+    Attributes:
+        normed: `[B, N, C]`, the tokens after the last norm, for a mean over them.
+    """
+
+    normed: Tensor | None = None
+
+    def remember(self, normed: Tensor) -> Tensor:
+        """Store the tokens after the last norm."""
+        self.normed = normed
+        return normed
 
     def shape(self, value: Sized) -> tuple[int, ...]:
         return (value.tokens.shape[1],)
@@ -243,6 +249,12 @@ class Family(ABC):
         Counts matrix products, convolutions and the products of a scan; not norms, activations and scores.
         """
 
+    def tokens_entering(self, model: nn.Module, plan: Plan | None) -> tuple[int, ...]:
+        """Tokens of a sequence that enter each block and the head; None is the dense model."""
+        layout = self.layout(model)
+        blocks = len(layout.sites)
+        return plan.tokens_at(blocks) if plan else (layout.prefix_tokens + layout.patch_tokens,) * (blocks + 1)
+
     def scan_macs(self, model: nn.Module, plan: Plan | None) -> int:
         """The element-wise part of `macs`, which operation counters do not count."""
         return 0
@@ -260,8 +272,7 @@ class Family(ABC):
     ) -> tuple[list[TensorEdit], Callable[[], None]]:
         """Weight tokens by size in attention and pooling; the sizes are those of the stream.
 
-        Returns:
-            The edits to hook, and a function that undoes all other changes.
+        Returns the edits to hook, and a function that undoes all other changes.
         """
         return [], do_nothing
 
@@ -270,11 +281,7 @@ class Family(ABC):
         return "logits" if getattr(model, "num_classes", 0) else "features"
 
     def patch_grid(self, model: nn.Module) -> PatchGrid:
-        """Where the patch tokens lie in the input.
-
-        Raises:
-            ModelError: the model has no grid of patches.
-        """
+        """Where the patch tokens lie in the input; raises a ModelError without a grid of patches."""
         embedding = getattr(model, "patch_embed", None)
         grid, patch = getattr(embedding, "grid_size", None), getattr(embedding, "patch_size", None)
         if grid is None or patch is None:
@@ -304,11 +311,7 @@ def find(model: nn.Module) -> Family | None:
 
 
 def match(model: nn.Module) -> Family:
-    """The family of a model.
-
-    Raises:
-        ModelError: the model is of no family, or its family does not support it.
-    """
+    """The family of a model; raises a ModelError if it is of none, or its family does not support it."""
     family = find(model)
     if family is None:
         supported = "; ".join(f"{family.name} ({family.covers})" for family in families())
@@ -316,6 +319,38 @@ def match(model: nn.Module) -> Family:
     if reason := family.refusal(model):
         raise ModelError(f"{type(model).__name__} cannot be reduced: {reason}")
     return family
+
+
+def weight_count(module: nn.Module, *kinds: type[nn.Module]) -> int:
+    """Weights of the layers of these kinds (by default linear layers and 2d convolutions), without biases."""
+    parts: list[Any] = [part for part in module.modules() if isinstance(part, kinds or (nn.Linear, nn.Conv2d))]
+    return sum(part.weight.numel() for part in parts)
+
+
+def query_and_key(  # noqa: PLR0917
+    projection: nn.Module,
+    heads: int,
+    size: int,
+    start: int = 0,
+    query_norm: nn.Module | None = None,
+    key_norm: nn.Module | None = None,
+) -> dict[str, Probe]:
+    """Probes of queries and keys in the output of a fused projection, with `size` channels per head.
+
+    The queries begin at channel `start`; the keys follow them.
+    """
+    query = partial(_heads, start=start, heads=heads, size=size, norm=query_norm)
+    key = partial(_heads, start=start + heads * size, heads=heads, size=size, norm=key_norm)
+    return {
+        "attention_query": Probe(projection, "output", query),
+        "attention_key": Probe(projection, "output", key),
+    }
+
+
+def _heads(projected: Tensor, start: int, heads: int, size: int, norm: nn.Module | None) -> Tensor:
+    """Channels `start : start + heads * size` of `[B, T, *]` as heads: `[B, heads, T, size]`."""
+    part = projected[..., start : start + heads * size].unflatten(-1, (heads, size)).transpose(1, 2)
+    return norm(part) if norm is not None else part
 
 
 def do_nothing() -> None:

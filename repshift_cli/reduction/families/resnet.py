@@ -38,7 +38,7 @@ from repshift_cli.errors import UsageError
 from repshift_cli.ops.tokens import keep_lines
 from repshift_cli.planning.layout import Grid, Layout, SiteInfo, Window
 from repshift_cli.planning.plan import Plan, PlanSite
-from repshift_cli.reduction.families.base import Family, Reduce, Site, Stream
+from repshift_cli.reduction.families.base import Family, Reduce, Site, Stream, weight_count
 
 __all__ = ["ResidualCNN"]
 
@@ -78,7 +78,6 @@ _BY_POSITION = (
 
 _LONG_SIDE = 64
 _GATES = (SEModule, EffectiveSEModule, EcaModule)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
 class _Map(Stream):
@@ -122,14 +121,11 @@ class ResidualCNN(Family):
     def refusal(self, model: Any) -> str | None:
         try:
             pieces = _pieces(model)
-            for piece in pieces:
-                piece.windows()
-            odd = next((piece.name for piece in pieces if not piece.ways_agree()), None)
         except _UnsupportedError as error:
             return str(error)
-        if odd is not None:
+        if odd := next((piece.name for piece in pieces if not piece.ways_agree()), None):
             return f"path and shortcut of {odd} have outputs of different sizes for maps with an odd number of lines"
-        if not any(piece.barred is None for piece in pieces if piece.layer >= 0):
+        if not any(piece.barred is None for piece in pieces):
             return "none of its blocks has an input and an output of the same shape"
         pooling = getattr(model, "global_pool", None) or getattr(model.head, "global_pool", None)
         if getattr(pooling, "pool_type", "avg") == "":
@@ -141,7 +137,7 @@ class ResidualCNN(Family):
         windows: list[Window] = []
         barred: dict[str, str] = {}
         for piece in _pieces(model):
-            windows += piece.windows()
+            windows += [window for window, _ in piece.path if window is not None]
             if piece.barred is None:
                 sites.append(SiteInfo(piece.name, piece.layer, tuple(windows)))
                 windows = []
@@ -179,10 +175,12 @@ class ResidualCNN(Family):
         grid, total = _input_size(model), 0
         for piece in _pieces(model):
             total += piece.macs(grid)
-            grid = piece.output(grid)
-            if piece.barred is None:
-                grid = kept.get(piece.layer, grid)
-        return total + _head_macs(model)
+            grid = kept.get(piece.layer, _output(piece.path, grid))
+        return total + weight_count(model.fc if isinstance(model, ResNet) else model.head)  # on one pooled position
+
+
+_Steps = list[tuple[Window | None, nn.Module]]
+"""The layers of a path in the order in which they run, each with what it does to the size of a map."""
 
 
 @dataclass(frozen=True)
@@ -192,65 +190,52 @@ class _Piece:
     Attributes:
         name: of the module in the model.
         layer: index among the residual blocks, -1 for other parts.
-        path: the modules on the main path.
-        shortcut: the module on the shortcut, if any.
+        shortcut: its layers; None without a shortcut, or for one that does nothing.
         barred: why nothing can be dropped after it; None for a site.
     """
 
     name: str
     module: nn.Module
     layer: int
-    path: tuple[nn.Module, ...]
-    shortcut: nn.Module | None
+    path: _Steps
+    shortcut: _Steps | None
     barred: str | None
-
-    def windows(self) -> list[Window]:
-        """The layers of the path that shrink the map or read more than one position."""
-        return [step for step, _ in self._steps(self.path) if step is not None]
-
-    def output(self, grid: Grid) -> Grid:
-        """Size of the output map."""
-        return self._output(self.path, grid)
 
     def ways_agree(self) -> bool:
         """Whether path and shortcut give maps of the same size for every input size."""
-        if self.shortcut is None:
-            return True
         sides = range(_LONG_SIDE, _LONG_SIDE + 8)  # every remainder for strides up to 8
-        return all(self._output(self.path, (n, n)) == self._output(self._around, (n, n)) for n in sides)
+        steps = self.shortcut
+        return steps is None or all(_output(self.path, (n, n)) == _output(steps, (n, n)) for n in sides)
 
     def macs(self, grid: Grid) -> int:
         """Multiply-accumulates of path and shortcut."""
-        return self._macs(self.path, grid) + self._macs(self._around, grid)
+        return _macs(self.path, grid) + _macs(self.shortcut or [], grid)
 
     @property
     def channels(self) -> int:
         """Channels of the output map."""
-        leaves = [leaf for _, leaf in self._steps(self.path) if isinstance(leaf, nn.Conv2d | nn.Linear)]
-        last = leaves[-1]
+        last = [leaf for _, leaf in self.path if isinstance(leaf, nn.Conv2d | nn.Linear)][-1]
         return last.out_channels if isinstance(last, nn.Conv2d) else last.out_features
 
-    @property
-    def _around(self) -> tuple[nn.Module, ...]:
-        return (self.shortcut,) if self.shortcut is not None else ()
 
-    def _output(self, modules: Iterable[nn.Module], grid: Grid) -> Grid:
-        for window, _ in self._steps(modules):
-            grid = window.output(grid) if window is not None else grid
-        return grid
+def _steps(modules: Iterable[nn.Module], name: str) -> _Steps:
+    return [(_window(leaf, name), leaf) for module in modules for leaf in _leaves(module, name)]
 
-    def _macs(self, modules: Iterable[nn.Module], grid: Grid) -> int:
-        total = channels = 0
-        for window, leaf in self._steps(modules):
-            grid = window.output(grid) if window is not None else grid
-            channels = leaf.out_channels if isinstance(leaf, nn.Conv2d) else channels
-            total += _leaf_macs(leaf, grid, channels)
-        return total
 
-    def _steps(self, modules: Iterable[nn.Module]) -> Iterator[tuple[Window | None, nn.Module]]:
-        for module in modules:
-            for leaf in _leaves(module, self.name):
-                yield _window(leaf, self.name), leaf
+def _output(steps: _Steps, grid: Grid) -> Grid:
+    """Size of the output map."""
+    for window, _ in steps:
+        grid = window.output(grid) if window is not None else grid
+    return grid
+
+
+def _macs(steps: _Steps, grid: Grid) -> int:
+    total = channels = 0
+    for window, leaf in steps:
+        grid = window.output(grid) if window is not None else grid
+        channels = leaf.out_channels if isinstance(leaf, nn.Conv2d) else channels
+        total += _leaf_macs(leaf, grid, channels)
+    return total
 
 
 class _UnsupportedError(Exception):
@@ -267,7 +252,7 @@ def _pieces(model: Any) -> list[_Piece]:
             pieces.append(_block(name, module, layer))
             layer += 1
         elif isinstance(module, nn.Sequential | nn.Identity | ConvNormAct) or not list(module.children()):
-            pieces.append(_Piece(name, module, -1, (module,), None, "it is not a block"))
+            pieces.append(_Piece(name, module, -1, _steps([module], name), None, "it is not a block"))
         else:
             known = ", ".join(dict.fromkeys(kind.__name__ for kind in _SHORTCUTS))
             raise _UnsupportedError(
@@ -295,15 +280,14 @@ def _names(model: Any) -> list[str]:
 def _block(name: str, module: nn.Module, layer: int) -> _Piece:
     side = _SHORTCUTS[type(module)]
     shortcut = getattr(module, side)
-    path = tuple(part for child, part in module.named_children() if child != side)
-    barred = None
-    if isinstance(shortcut, nn.Identity):
-        shortcut = None
-    elif shortcut is not None:
-        barred = "its output differs in size or width from its input, so a position has no shift"
-    elif isinstance(module, RegNetBottleneck | PreBottleneck):
+    path = _steps((part for child, part in module.named_children() if child != side), name)
+    barred = around = None
+    if shortcut is None and isinstance(module, RegNetBottleneck | PreBottleneck):
         barred = "it has no shortcut, so its output is not a changed version of its input"
-    return _Piece(name, module, layer, path, shortcut, barred)
+    elif shortcut is not None and not isinstance(shortcut, nn.Identity):
+        around = _steps([shortcut], name)
+        barred = "its output differs in size or width from its input, so a position has no shift"
+    return _Piece(name, module, layer, path, around, barred)
 
 
 def _check_size(size: Grid, windows: Iterable[Window]) -> None:
@@ -366,15 +350,8 @@ def _leaf_macs(leaf: nn.Module, grid: Grid, channels: int) -> int:
         return math.prod(grid) * int(leaf.channels or channels) * math.prod(_pair(leaf.filt_size))
     if isinstance(leaf, _GATES):
         # gates run on the mean over the map
-        weights = {kind: sum(p.weight.numel() for p in leaf.modules() if isinstance(p, kind)) for kind in _CONVOLUTIONS}
-        return weights[nn.Conv2d] + channels * weights[nn.Conv1d]
+        return weight_count(leaf, nn.Conv2d) + channels * weight_count(leaf, nn.Conv1d)
     return 0
-
-
-def _head_macs(model: Any) -> int:
-    """Multiply-accumulates of the classifier, on one pooled position."""
-    head = model.fc if isinstance(model, ResNet) else model.head
-    return sum(part.weight.numel() for part in head.modules() if isinstance(part, nn.Linear | nn.Conv2d))
 
 
 def _input_size(model: Any) -> Grid:

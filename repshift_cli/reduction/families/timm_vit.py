@@ -24,7 +24,17 @@ from repshift_cli.ops.attention import size_bias
 from repshift_cli.ops.tokens import Sized, mean_by_size
 from repshift_cli.planning.layout import Layout, SiteInfo
 from repshift_cli.planning.plan import Plan
-from repshift_cli.reduction.families.base import Family, Probe, Site, SizedStream, Stream, TensorEdit
+from repshift_cli.reduction.families.base import (
+    ATTENTION_TENSORS,
+    Family,
+    Probe,
+    Site,
+    SizedStream,
+    Stream,
+    TensorEdit,
+    query_and_key,
+    weight_count,
+)
 
 __all__ = ["TimmViT"]
 
@@ -39,9 +49,8 @@ class _TimmStream(SizedStream):
     def __init__(self, prefix: int) -> None:
         super().__init__(prefix)
         self.sizes: dict[int, Tensor] = {}
-        self.normed: Tensor | None = None
 
-    def begin(self) -> None:
+    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.sizes, self.normed = {}, None
 
     def enter(self, output: Tensor) -> Sized:
@@ -73,9 +82,7 @@ class TimmViT(Family):
 
     name: ClassVar[str] = "timm_vit"
     covers: ClassVar[str] = "timm's Vision Transformers: ViT, DeiT, DINOv2, SigLIP and others"
-    shows: ClassVar[frozenset[str]] = frozenset(
-        {"attention_update", "mlp_update", "mlp_stream", "attention_query", "attention_key"}
-    )
+    shows: ClassVar[frozenset[str]] = ATTENTION_TENSORS
     format_version: ClassVar[int] = 1
 
     def accepts(self, model: nn.Module) -> bool:
@@ -83,7 +90,7 @@ class TimmViT(Family):
 
     def refusal(self, model: Any) -> str | None:
         for index, block in enumerate(model.blocks):
-            if _block_probes(block) is None:
+            if type(block) not in _PROBES:
                 known = ", ".join(kind.__name__ for kind in _PROBES)
                 return f"blocks.{index} is a {type(block).__name__}, which is not supported (supported: {known})"
         if model.global_pool == "prr":
@@ -93,31 +100,29 @@ class TimmViT(Family):
         return None
 
     def layout(self, model: Any) -> Layout:
-        blocks = list(model.blocks)
         return Layout(
             family=self.name,
             prefix_tokens=int(model.num_prefix_tokens),
             patch_tokens=int(model.patch_embed.num_patches),
             class_token=bool(model.has_class_token),
-            sites=tuple(SiteInfo(f"blocks.{index}", index) for index in range(len(blocks))),
+            sites=tuple(SiteInfo(f"blocks.{index}", index) for index in range(len(model.blocks))),
         )
 
     def sites(self, model: Any) -> list[Site]:
-        found = []
-        for index, block in enumerate(model.blocks):
-            probes, attentions = _block_probes(block) or {}, _attentions(block)
-            site = Site(
-                name=f"blocks.{index}",
-                layer=index,
-                block=block,
-                probes=probes,
-                missing=_missing(block, probes),
-                attention_channels=sum(part.num_heads * part.head_dim for part in attentions),
-                width=int(model.embed_dim),
-                head=int(attentions[0].head_dim) if attentions else 0,
-            )
-            found.append(site)
-        return found
+        return [self._site(model, index, block) for index, block in enumerate(model.blocks)]
+
+    def _site(self, model: Any, index: int, block: nn.Module) -> Site:
+        probes, attentions = _PROBES.get(type(block), lambda _: {})(block), _attentions(block)
+        return Site(
+            name=f"blocks.{index}",
+            layer=index,
+            block=block,
+            probes=probes,
+            missing=_missing(block, probes),
+            attention_channels=sum(part.num_heads * part.head_dim for part in attentions),
+            width=int(model.embed_dim),
+            head=int(attentions[0].head_dim) if attentions else 0,
+        )
 
     def stream(self, model: Any) -> Stream:
         return _TimmStream(int(model.num_prefix_tokens))
@@ -138,23 +143,12 @@ class TimmViT(Family):
         return _pooling_edits(model, stream), partial(timm_attention.use_proportional_attention, attentions, None)
 
     def macs(self, model: Any, plan: Plan | None) -> int:
-        layout = self.layout(model)
-        blocks = list(model.blocks)
-        dense = (layout.prefix_tokens + layout.patch_tokens,) * (len(blocks) + 1)
-        tokens = plan.tokens_at(len(blocks)) if plan else dense
-        embedding = sum(
-            layout.patch_tokens * part.weight.numel()
-            for part in model.patch_embed.modules()
-            if isinstance(part, nn.Conv2d | nn.Linear)
-        )
-        body = sum(_block_macs(block, count) for block, count in zip(blocks, tokens, strict=False))
-        return embedding + body + _pool_macs(model, tokens[-1], layout.prefix_tokens) + _head_macs(model)
-
-
-def _block_probes(block: nn.Module) -> dict[str, Probe] | None:
-    """The probes of a block; None for an unsupported kind of block."""
-    probes = _PROBES.get(type(block))
-    return None if probes is None else probes(block)
+        tokens = self.tokens_entering(model, plan)
+        embedding = int(model.patch_embed.num_patches) * weight_count(model.patch_embed)
+        body = sum(_block_macs(block, count) for block, count in zip(model.blocks, tokens, strict=False))
+        heads = (getattr(model, "head", None), getattr(model, "head_dist", None))
+        classifiers = sum(weight_count(head) for head in heads if isinstance(head, nn.Linear))
+        return embedding + body + _pool_macs(model, tokens[-1]) + classifiers
 
 
 def _pre_norm_probes(block: Any) -> dict[str, Probe]:
@@ -179,19 +173,14 @@ def _post_norm_probes(block: Any) -> dict[str, Probe]:
 
 def _parallel_scaling_probes(block: Any) -> dict[str, Probe]:
     """`x += ls(attn_out_proj(a) + mlp_out_proj(m))`, both branches read the same normed `x`."""
-    offset = block.in_split[0]
-    heads, size = block.num_heads, block.head_dim
-    query = partial(_heads, start=offset, heads=heads, size=size, norm=block.q_norm)
-    key = partial(_heads, start=offset + heads * size, heads=heads, size=size, norm=block.k_norm)
+    norms = (block.q_norm, block.k_norm)
     probes = {
         "mlp_stream": Probe(block.in_norm, "input"),
-        "attention_query": Probe(block.in_proj, "output", query),
-        "attention_key": Probe(block.in_proj, "output", key),
+        **query_and_key(block.in_proj, block.num_heads, block.head_dim, block.in_split[0], *norms),
     }
     if block.out_proj is None:
-        scale = block.ls
-        probes["attention_update"] = Probe(block.attn_out_proj, "output", partial(_scaled, scale=scale))
-        probes["mlp_update"] = Probe(block.mlp_out_proj, "output", partial(_scaled, scale=scale))
+        probes["attention_update"] = Probe(block.attn_out_proj, "output", block.ls)
+        probes["mlp_update"] = Probe(block.mlp_out_proj, "output", block.ls)
     return probes
 
 
@@ -221,13 +210,8 @@ def _attention_probes(attention: Any) -> dict[str, Probe]:
     projection = getattr(attention, "qkv", None)
     if not timm_attention.is_attention(attention) or not isinstance(projection, nn.Linear):
         return {}
-    heads, size = attention.num_heads, attention.head_dim
-    query = partial(_heads, start=0, heads=heads, size=size, norm=attention.q_norm)
-    key = partial(_heads, start=heads * size, heads=heads, size=size, norm=attention.k_norm)
-    return {
-        "attention_query": Probe(projection, "output", query),
-        "attention_key": Probe(projection, "output", key),
-    }
+    norms = (attention.q_norm, attention.k_norm)
+    return query_and_key(projection, attention.num_heads, attention.head_dim, 0, *norms)
 
 
 def _pooling_edits(model: Any, stream: _TimmStream) -> list[TensorEdit]:
@@ -242,14 +226,9 @@ def _pooling_edits(model: Any, stream: _TimmStream) -> list[TensorEdit]:
     first = 0 if model.pool_include_prefix else int(model.num_prefix_tokens)
     pooled = partial(_pool_sized, stream=stream, first=first, with_max=model.global_pool == "avgmax")
     return [
-        TensorEdit(model.norm, "output", partial(_remember, stream=stream)),
+        TensorEdit(model.norm, "output", stream.remember),
         TensorEdit(model.fc_norm, "input", pooled),
     ]
-
-
-def _remember(normed: Tensor, stream: _TimmStream) -> Tensor:
-    stream.normed = normed
-    return normed
 
 
 def _pool_sized(pooled: Tensor, stream: _TimmStream, first: int, with_max: bool) -> Tensor:
@@ -271,23 +250,10 @@ def _pool_bias(tokens: Tensor, stream: _TimmStream) -> Tensor | None:
     return size_bias(sizes[:, -count:], tokens.dtype)[:, None, None, :]
 
 
-def _heads(projected: Tensor, start: int, heads: int, size: int, norm: nn.Module) -> Tensor:
-    """Channels `start : start + heads * size` of `[B, T, *]` as heads: `[B, heads, T, size]`."""
-    part = projected[..., start : start + heads * size].unflatten(-1, (heads, size))
-    normed: Tensor = norm(part.transpose(1, 2))
-    return normed
-
-
-def _scaled(update: Tensor, scale: nn.Module) -> Tensor:
-    scaled: Tensor = scale(update)
-    return scaled
-
-
 def _block_macs(block: nn.Module, tokens: int) -> int:
     """Every linear layer on every token, and the products `q k^T` and `attention v` of T x T x channels."""
-    linear = sum(part.weight.numel() for part in block.modules() if isinstance(part, nn.Linear))
     attention = sum(_attention_channels(part) for part in _attentions(block))
-    return tokens * linear + tokens * tokens * attention
+    return tokens * weight_count(block, nn.Linear) + tokens * tokens * attention
 
 
 def _attentions(block: nn.Module) -> list[Any]:
@@ -302,19 +268,13 @@ def _attention_channels(attention: Any) -> int:
     return 6 * width if hasattr(attention, "lambda_init") else 2 * width
 
 
-def _pool_macs(model: Any, tokens: int, prefix: int) -> int:
+def _pool_macs(model: Any, tokens: int) -> int:
     """Attention pooling (SigLIP's `map`): a few latent queries against all remaining tokens."""
     pool = model.attn_pool
     if pool is None:
         return 0
-    seen = tokens if model.pool_include_prefix else tokens - prefix
+    seen = tokens if model.pool_include_prefix else tokens - int(model.num_prefix_tokens)
     latents, width = int(pool.latent_len), int(pool.num_heads * pool.head_dim)
-    per_latent = sum(
-        part.weight.numel() for name, part in pool.named_modules() if isinstance(part, nn.Linear) and name != "kv"
-    )
-    return latents * per_latent + seen * int(pool.kv.weight.numel()) + 2 * latents * seen * width
-
-
-def _head_macs(model: Any) -> int:
-    heads = (getattr(model, "head", None), getattr(model, "head_dist", None))
-    return sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear))
+    per_token = weight_count(pool.kv)
+    per_latent = weight_count(pool, nn.Linear) - per_token
+    return latents * per_latent + seen * per_token + 2 * latents * seen * width

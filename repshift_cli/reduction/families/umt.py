@@ -12,7 +12,17 @@ from repshift_cli.models.umt import Block, UmtModel, UmtRetrieval
 from repshift_cli.ops.tokens import Sized, mean_by_size
 from repshift_cli.planning.layout import Layout, PatchGrid, SiteInfo
 from repshift_cli.planning.plan import Plan
-from repshift_cli.reduction.families.base import Family, Probe, Site, SizedStream, Stream, TensorEdit, do_nothing
+from repshift_cli.reduction.families.base import (
+    ATTENTION_TENSORS,
+    Family,
+    Probe,
+    Site,
+    SizedStream,
+    Stream,
+    TensorEdit,
+    do_nothing,
+    query_and_key,
+)
 
 __all__ = ["Umt", "UmtStream"]
 
@@ -25,19 +35,13 @@ class UmtStream(SizedStream):
     def __init__(self) -> None:
         super().__init__()
         self.sizes: Tensor | None = None
-        self.normed: Tensor | None = None
 
-    def begin(self) -> None:
+    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.sizes = self.normed = None
 
     def leave(self, value: Sized) -> Sized:
         self.sizes = value.sizes
         return value
-
-    def remember(self, normed: Tensor) -> Tensor:
-        """Store the tokens after the last norm, `[B, N, C]`."""
-        self.normed = normed
-        return normed
 
     def weight(self, mean: Tensor) -> Tensor:
         """`[B, 1, C]`, the mean weighted by size in place of the plain mean."""
@@ -57,9 +61,7 @@ class Umt(Family):
 
     name: ClassVar[str] = "umt"
     covers: ClassVar[str] = "UMT for text-video retrieval and video question answering"
-    shows: ClassVar[frozenset[str]] = frozenset(
-        {"attention_update", "mlp_update", "mlp_stream", "attention_query", "attention_key"}
-    )
+    shows: ClassVar[frozenset[str]] = ATTENTION_TENSORS
     format_version: ClassVar[int] = 3
 
     def accepts(self, model: nn.Module) -> bool:
@@ -84,14 +86,15 @@ class Umt(Family):
 
     def macs(self, model: Any, plan: Plan | None) -> int:
         shape = model.vision
-        entering = plan.tokens_at(shape.depth) if plan else (shape.tokens,) * (shape.depth + 1)
+        entering = self.tokens_entering(model, plan)
         early = {site.layer: site.tokens_out for site in plan.sites if site.after == "attention"} if plan else {}
         total = shape.tokens * model.vision_encoder.encoder.patch_embed.proj.weight.numel()
-        for layer in range(shape.depth):
-            tokens = entering[layer]
+        for layer, tokens in enumerate(entering[:-1]):
             total += tokens * 4 * shape.width**2 + 2 * tokens**2 * shape.width
             total += early.get(layer, tokens) * 2 * shape.width * shape.hidden
-        return int(total) + self._head_macs(model)
+        if isinstance(model, UmtRetrieval):
+            total += (shape.frames if model.pooling == "frames" else 1) * model.vision_proj.weight.numel()
+        return int(total)
 
     def merge_refusal(self, model: Any) -> str | None:
         return None
@@ -120,26 +123,13 @@ class Umt(Family):
         model.pooling = "all"
         return partial(setattr, model, "pooling", before)
 
-    def _head_macs(self, model: Any) -> int:
-        if not isinstance(model, UmtRetrieval):
-            return 0
-        pooled = model.vision.frames if model.pooling == "frames" else 1
-        return pooled * model.vision_proj.weight.numel()
-
 
 def _probes(block: Block) -> dict[str, Probe]:
     attention = block.attn
-    heads, size = attention.num_heads, attention.head_dim
     return {
         "block_input": Probe(block.norm1, "input"),
         "attention_update": Probe(attention),
         "mlp_update": Probe(block.mlp),
         "mlp_stream": Probe(block.norm2, "input"),
-        "attention_query": Probe(attention.qkv, "output", partial(_heads, part=0, heads=heads, size=size)),
-        "attention_key": Probe(attention.qkv, "output", partial(_heads, part=1, heads=heads, size=size)),
+        **query_and_key(attention.qkv, attention.num_heads, attention.head_dim),
     }
-
-
-def _heads(projected: Tensor, *, part: int, heads: int, size: int) -> Tensor:
-    """Queries (part 0) or keys (1) out of `[B, N, 3 C]`: `[B, heads, N, size]`."""
-    return projected.unflatten(-1, (3, heads, size))[:, :, part].transpose(1, 2)

@@ -6,7 +6,7 @@ from the residual stream, and the order is kept. The class token stays, at a pos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from repshift_cli.models.vim import CONV_WIDTH, VimStream, VisionMamba
 from repshift_cli.ops.tokens import complement, keep_top
 from repshift_cli.planning.layout import Layout, SiteInfo
 from repshift_cli.planning.plan import Plan, PlanSite
-from repshift_cli.reduction.families.base import Family, Probe, Reduce, Site, Stream
+from repshift_cli.reduction.families.base import Family, Probe, Reduce, Site, Stream, weight_count
 
 __all__ = ["Vim"]
 
@@ -93,27 +93,15 @@ class Vim(Family):
         return _ClassTokensInside(model.num_prefix_tokens)
 
     def macs(self, model: Any, plan: Plan | None) -> int:
-        patches = model.patch_embed.num_patches * model.patch_embed.proj.weight.numel()
-        head = model.head.weight.numel() if isinstance(model.head, nn.Linear) else 0
-        mixers = [(layer.mixer, tokens) for layer, tokens in zip(model.layers, self._tokens(model, plan), strict=True)]
-        linear = sum(
-            tokens * part.weight.numel()
-            for mixer, tokens in mixers
-            for part in mixer.modules()
-            if isinstance(part, nn.Linear)
-        )
-        return int(patches + linear + head + self.scan_macs(model, plan))
+        patches = model.patch_embed.num_patches * weight_count(model.patch_embed)
+        per_token = (weight_count(layer.mixer, nn.Linear) + _scan_macs(layer.mixer) for layer in model.layers)
+        return patches + self._over_layers(model, plan, per_token) + weight_count(model.head)
 
     def scan_macs(self, model: Any, plan: Plan | None) -> int:
-        per_token = (_scan_macs(layer.mixer) for layer in model.layers)
-        return sum(tokens * macs for tokens, macs in zip(self._tokens(model, plan), per_token, strict=True))
+        return self._over_layers(model, plan, (_scan_macs(layer.mixer) for layer in model.layers))
 
-    def _tokens(self, model: Any, plan: Plan | None) -> tuple[int, ...]:
-        """Tokens that enter each layer."""
-        layers = len(model.layers)
-        if plan is not None:
-            return plan.tokens_at(layers)[:layers]
-        return (model.num_prefix_tokens + model.patch_embed.num_patches,) * layers
+    def _over_layers(self, model: Any, plan: Plan | None, per_token: Iterable[int]) -> int:
+        return sum(tokens * macs for tokens, macs in zip(self.tokens_entering(model, plan), per_token, strict=False))
 
 
 def _scan_macs(mixer: Any) -> int:

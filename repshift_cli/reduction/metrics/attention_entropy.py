@@ -35,14 +35,7 @@ class AttentionEntropy(Metric):
 
 
 def mean_attention(queries: Tensor, keys: Tensor) -> Tensor:
-    """The attention map, averaged over the heads.
-
-    Args:
-        queries, keys: `[B, heads, T, d]`.
-
-    Returns:
-        float32 `[B, T, T]`; each row sums to 1.
-    """
+    """The attention map averaged over the heads, float32 `[B, T, T]`, from `[B, heads, T, d]`; each row sums to 1."""
     batch, heads, tokens, channels = queries.shape
     total = torch.zeros(batch, tokens, tokens, dtype=torch.float32, device=queries.device)
     # head by head: all maps at once take `heads` times the memory, 350 MB for one clip of 2352 tokens

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from repshift_cli.planning.recipe import ComponentSpec, Place
+from repshift_cli.planning.recipe import ComponentSpec, Place, StrictModel
 from repshift_cli.planning.registry import build_component, members
 
 __all__ = ["Metric", "SiteContext", "Tap", "build_metric", "metric_kinds", "norms"]
@@ -35,26 +34,18 @@ Polarity = Literal["largest", "smallest"]
 
 @dataclass(frozen=True)
 class SiteContext:
-    """The site at which a metric reads tensors.
-
-    Attributes:
-        layer: index of the block.
-        prefix: number of prefix tokens.
-        class_token: whether token 0 is a class token.
-    """
+    """The site at which a metric reads tensors; with a `class_token`, it is token 0."""
 
     layer: int
     prefix: int
     class_token: bool
 
 
-class Metric(BaseModel, ABC):
+class Metric(StrictModel, ABC):
     """A score. Its fields are the keys under `metric` in a recipe.
 
     A field that is None is open: calibration chooses one of `variants`, else `with_defaults` fills it.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: ClassVar[str]
     polarity: Polarity | None = "largest"
@@ -65,13 +56,9 @@ class Metric(BaseModel, ABC):
 
     @abstractmethod
     def score(self, seen: Mapping[str, Tensor], site: SiteContext) -> Tensor:
-        """Score the patch tokens.
+        """Score the patch tokens from the tensors that `taps` names: float32 `[B, N]`.
 
-        Args:
-            seen: the tensors that `taps` names.
-
-        Returns:
-            float32 `[B, N]`; `polarity` decides which end is kept.
+        `polarity` decides which end is kept.
         """
 
     def on(self, device: torch.device) -> Metric:
@@ -81,9 +68,7 @@ class Metric(BaseModel, ABC):
     def macs(self, tokens: int, attention_channels: int) -> int:
         """Multiply-accumulates of the score for one image, matrix products only.
 
-        Args:
-            tokens: tokens that reach the site, prefix tokens included.
-            attention_channels: heads times channels per head.
+        `tokens` reach the site, prefix included; `attention_channels` is heads times channels per head.
         """
         return 0
 
@@ -142,10 +127,6 @@ def metric_kinds() -> dict[str, type[Metric]]:
 
 
 def build_metric(spec: ComponentSpec, place: Place | None = None, path: tuple[str | int, ...] = ("metric",)) -> Metric:
-    """The metric at `path` of a recipe.
-
-    Raises:
-        RecipeError: an unknown kind or option, with its place in the recipe.
-    """
+    """The metric at `path` of a recipe; raises a RecipeError for an unknown kind or option."""
     metric: Metric = build_component(spec, metric_kinds(), place or Place("metric", {}), path)
     return metric

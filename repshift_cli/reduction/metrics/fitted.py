@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-import sys
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from pydantic import StrictStr, field_validator
 from torch import Tensor
@@ -26,9 +25,7 @@ _FLOAT_BYTES = 4
 class Fitted(Metric):
     """`w x_i`, with one weight for each channel of the stream, fitted on unlabelled images (see `calibration/fit.py`).
 
-    Attributes:
-        weights: little-endian float32 in base64, as a string for recipes and plans; None is open, and calibration fits
-            them.
+    `weights` are little-endian float32 in base64, for recipes and plans; None is open, and calibration fits them.
     """
 
     kind: ClassVar[str] = "fitted"
@@ -52,8 +49,7 @@ class Fitted(Metric):
     @classmethod
     def of(cls, weights: Sequence[float]) -> Fitted:
         """The metric with these weights, one for each channel."""
-        values = array("f", weights)
-        return cls(weights=base64.b64encode(_little_endian(values).tobytes()).decode("ascii"))
+        return cls(weights=base64.b64encode(np.asarray(weights, "<f4").tobytes()).decode("ascii"))
 
     @property
     def open(self) -> bool:
@@ -67,9 +63,8 @@ class Fitted(Metric):
     def vector(self) -> Tensor:
         """The weights, float32 `[C]`; empty for an open score."""
         # not a private attribute of pydantic, which `torch.compile` does not support
-        values = array("f")
-        values.frombytes(base64.b64decode(self.weights or ""))
-        return _lasting(lambda: torch.tensor(_little_endian(values)))
+        values = np.frombuffer(base64.b64decode(self.weights or ""), "<f4").astype(np.float32)
+        return _lasting(lambda: torch.from_numpy(values))
 
     def model_post_init(self, context: Any, /) -> None:
         if not bool(self.vector.isfinite().all()):
@@ -113,10 +108,3 @@ def _lasting(make: Callable[[], Tensor]) -> Tensor:
     """Make a tensor outside inference mode, so that it can be used in a pass with gradients."""
     with torch.inference_mode(False):
         return make()
-
-
-def _little_endian(values: array[float]) -> array[float]:
-    if sys.byteorder == "big":
-        values = array("f", values)
-        values.byteswap()
-    return values

@@ -56,21 +56,19 @@ class RepresentationShift(Metric):
             return _distance(distance, after, before)
         update = seen[_UPDATE[operation]]
         if reading == "update" and distance != "cosine":
-            return norms(update, _ORDERS[distance])[
-                :, site.prefix :
-            ]  # the norm of all tokens: contiguous memory is read faster
+            # the norm of all tokens: contiguous memory is read faster
+            return norms(update, _ORDERS[distance])[:, site.prefix :]
         update, stream = update[:, site.prefix :], seen[_STREAM[operation]][:, site.prefix :]
         return _distance(distance, update if reading == "literal" else stream + update, stream)
 
     def variants(self) -> tuple[Metric, ...]:
-        names = ("operation", "distance", "reading", "polarity")
-        allowed = (get_args(kind) for kind in (Operation, Distance, Reading, Polarity))
-        given = (getattr(self, name) for name in names)
+        kinds = {"operation": Operation, "distance": Distance, "reading": Reading, "polarity": Polarity}
+        choices = [
+            get_args(kind) if (value := getattr(self, name)) is None else (value,) for name, kind in kinds.items()
+        ]
         found: dict[Metric, None] = {}
-        for values in product(
-            *((value,) if value is not None else every for value, every in zip(given, allowed, strict=True))
-        ):
-            fields = dict(zip(names, values, strict=True))
+        for values in product(*choices):
+            fields = dict(zip(kinds, values, strict=True))
             if fields["operation"] == "block" and self.reading is None:
                 fields["reading"] = "update"  # both readings of a whole block are the same
             found[RepresentationShift(**fields)] = None

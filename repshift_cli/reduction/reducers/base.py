@@ -6,11 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from repshift_cli.planning.layout import After
-from repshift_cli.planning.recipe import ComponentSpec, Place
+from repshift_cli.planning.recipe import ComponentSpec, Place, StrictModel
 from repshift_cli.planning.registry import build_component, members
 
 __all__ = ["Dims", "Merged", "Merger", "Pruner", "Reducer", "build_reducer", "reducer_kinds"]
@@ -24,12 +23,9 @@ class Dims(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """The result of a merge.
+    """The result of a merge: tokens `[B, prefix + K, C]` and sizes `[B, prefix + K]`, not always integers.
 
-    Attributes:
-        tokens: `[B, prefix + K, C]`.
-        sizes: `[B, prefix + K]`, how many tokens each stands for; not always integers.
-        places: int64 `[B, K]`, the position of each remaining patch token among the patch tokens before the merge.
+    `places`, int64 `[B, K]`, is the position of each remaining patch token among the patch tokens before the merge.
     """
 
     tokens: Tensor
@@ -37,15 +33,11 @@ class Merged(NamedTuple):
     places: Tensor
 
 
-class Reducer(BaseModel, ABC):
+class Reducer(StrictModel, ABC):
     """A way to reduce tokens. Its fields are the keys under `reducer` in a recipe.
 
-    Attributes:
-        after: whether it acts after the whole block or after its attention.
-        scored: whether it uses the scores.
+    It acts `after` the whole block or after its attention; `scored` is whether it uses the scores.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: ClassVar[str]
     after: ClassVar[After] = "block"
@@ -58,10 +50,7 @@ class Reducer(BaseModel, ABC):
     def macs(self, patches: int, dropped: int, dims: Dims) -> int:
         """Multiply-accumulates of reducing one image, matrix products only.
 
-        Args:
-            patches: patch tokens that reach the site.
-            dropped: how many of them are removed.
-            dims: their channels.
+        `dropped` of the `patches` patch tokens that reach the site are removed.
         """
         return 0
 
@@ -71,14 +60,9 @@ class Pruner(Reducer):
 
     @abstractmethod
     def reduce(self, tokens: Tensor, keep: Tensor) -> Tensor:
-        """Reduce the tokens of one site.
+        """Reduce the tokens of one site, `[B, T, C]` to `[B, K, C]`.
 
-        Args:
-            tokens: `[B, T, C]`, of patches and others.
-            keep: int64 `[B, K]`, ascending positions among the T; it includes all tokens that are not patches.
-
-        Returns:
-            `[B, K, C]`.
+        `keep` is int64 `[B, K]`, ascending positions among the T; it includes all tokens that are not patches.
         """
 
 
@@ -95,11 +79,9 @@ class Merger(Reducer):
     def merge(  # noqa: PLR0917
         self, tokens: Tensor, sizes: Tensor, scores: Tensor, count: int, prefix: int, seen: Mapping[str, Tensor]
     ) -> Merged:
-        """Merge the tokens of one site.
+        """Merge the tokens `[B, prefix + N, C]` of one site, with sizes `[B, prefix + N]`.
 
         Args:
-            tokens: `[B, prefix + N, C]`.
-            sizes: `[B, prefix + N]`, how many tokens each stands for.
             scores: float32 `[B, N]`; large ones are important.
             count: how many patch tokens are removed, at least 1.
             prefix: prefix tokens in front, which stay unchanged.
@@ -117,10 +99,6 @@ def reducer_kinds() -> dict[str, type[Reducer]]:
 
 
 def build_reducer(spec: ComponentSpec, place: Place | None = None) -> Reducer:
-    """The reducer of a recipe.
-
-    Raises:
-        RecipeError: an unknown kind or option, with its place in the recipe.
-    """
+    """The reducer of a recipe; raises a RecipeError for an unknown kind or option, with its place."""
     reducer: Reducer = build_component(spec, reducer_kinds(), place or Place("reducer", {}), ("reducer",))
     return reducer

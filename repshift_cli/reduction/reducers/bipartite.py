@@ -41,17 +41,12 @@ class Bipartite(Merger):
 
 
 def match(tokens: Tensor, sizes: Tensor, features: Tensor, count: int, prefix: int = 0) -> Merged:
-    """Merge the `count` sources that are most similar to a target.
+    """Merge the `count` sources, at most N // 2, that are most similar to a target.
 
-    Args:
-        tokens: `[B, prefix + N, C]`.
-        sizes: `[B, prefix + N]`.
-        features: `[B, prefix + N, D]`, what tokens are compared by.
-        count: at most N // 2.
+    `tokens` are `[B, prefix + N, C]`, `sizes` `[B, prefix + N]`; `features` `[B, prefix + N, D]` are compared.
 
-    Returns:
-        Prefix tokens, then the remaining sources, then the targets. With prefix tokens the sources are in order;
-        without, the most similar come first, as in the authors' code: the sources at the next site depend on it.
+    Returns prefix tokens, then the remaining sources, then the targets. With prefix tokens the sources are in order;
+    without, the most similar come first, as in the authors' code: the sources at the next site depend on it.
     """
     batch, total, _ = tokens.shape
     if not 0 <= count <= (total - prefix) // 2:

@@ -17,9 +17,8 @@ __all__ = ["Merge"]
 class Merge(Merger):
     """The score decides which tokens are dropped; similarity decides which kept token each is merged into.
 
-    Attributes:
-        similarity: compares the stream at the site (`hidden`), or the mean of the keys over the heads (`keys`), which
-            has fewer channels.
+    Compared is the stream at the site (`hidden`), or the mean of the keys over the heads (`keys`), which has fewer
+    channels.
     """
 
     kind: ClassVar[str] = "merge"

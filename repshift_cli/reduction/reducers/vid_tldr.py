@@ -40,16 +40,10 @@ class VidTLDR(Merger):
 
 
 def saliency(scores: Tensor) -> Tensor:
-    """The weight of each token in a merge (vid-TLDR, arXiv 2403.13347).
+    """The weight of each token in a merge, from scores `[B, N]` (vid-TLDR, arXiv 2403.13347).
 
-    Scores are scaled to 0..1, the mean is subtracted, negative values are set to 0, and the maximum is scaled to 1. The
-    result does not change if scores are shifted or scaled by a positive factor.
-
-    Args:
-        scores: float `[B, N]`, large for important tokens.
-
-    Returns:
-        `[B, N]`, from 0 to 1; all 0 in a row of equal scores.
+    Scores are scaled to 0..1, the mean is subtracted, negative values are set to 0, and the maximum is scaled to 1; a
+    row of equal scores is all 0. Shifting the scores or scaling them by a positive factor changes nothing.
     """
     scaled = unit_range(scores)
     above = (scaled - scaled.mean(dim=1, keepdim=True)).clamp(min=0)
@@ -57,32 +51,22 @@ def saliency(scores: Tensor) -> Tensor:
 
 
 def merge(tokens: Tensor, sizes: Tensor, scores: Tensor, count: int) -> Merged:
-    """Merge `count` tokens into others.
+    """Merge `count` tokens, at most N // 2, into others.
 
     Args:
-        tokens: `[B, N, C]`.
-        sizes: float32 `[B, N]`, how many tokens each stands for, all positive.
+        tokens, sizes: `[B, N, C]`, and float32 `[B, N]`, how many tokens each stands for, all positive.
         scores: float32 `[B, N]`, large for important tokens.
-        count: how many tokens are removed, at most N // 2.
 
-    Returns:
-        The remaining even tokens, in order, then all odd ones. With `count` 0, the tokens unchanged.
-
-    Raises:
-        ValueError: `count` is out of range.
+    Returns the remaining even tokens, in order, then all odd ones. With `count` 0, the tokens unchanged.
     """
     return merge_weighted(tokens, sizes, saliency(scores), count)
 
 
 def merge_weighted(tokens: Tensor, sizes: Tensor, weights: Tensor, count: int) -> Merged:
-    """`merge` with given weights in place of scores.
+    """`merge` with given weights `[B, N]`, from 0 to 1, in place of scores; only those of the sources matter.
 
     A target becomes the mean of itself and its sources, weighted by size. The size of a source is first multiplied by
     its weight: a source of weight 0 is dropped, and the sum of all sizes shrinks.
-
-    Args:
-        tokens, sizes, count: as for `merge`.
-        weights: float `[B, N]`, from 0 to 1; only those of the sources matter.
     """
     batch, total, _ = tokens.shape
     if not 0 <= count <= total // 2:
