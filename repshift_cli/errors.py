@@ -2,19 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "CheckFailed",
-    "CheckpointError",
-    "DataError",
-    "ModelError",
-    "OutputError",
-    "RecipeError",
-    "RepshiftError",
-    "UsageError",
-    "first_line",
-    "last_line",
-]
-
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 

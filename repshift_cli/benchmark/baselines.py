@@ -27,8 +27,6 @@ from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.reducers.base import Merger, Reducer, build_reducer
 from repshift_cli.utils.suggest import nearest
 
-__all__ = ["BASELINES", "Baseline", "check_names", "contenders_against", "dense_copy", "shared_copy", "uniform_plan"]
-
 _NO_SCORE = ComponentSpec(kind="random")
 """For reducers that need no score: it reads no token and costs the least."""
 

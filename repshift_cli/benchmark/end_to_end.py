@@ -18,8 +18,6 @@ from repshift_cli.measure.device import wait_for
 from repshift_cli.measure.latency import Subject
 from repshift_cli.utils.progress import Progress
 
-__all__ = ["Placement", "Source", "measure_end_to_end"]
-
 Warn = Callable[[str], None]
 
 _MIN_PASSES = 5

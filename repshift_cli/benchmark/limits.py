@@ -14,8 +14,6 @@ from repshift_cli.utils.stats import significant
 if TYPE_CHECKING:
     from repshift_cli.benchmark.report import BenchReport, Ratio, Run, Setting
 
-__all__ = ["BenchLimit", "LimitCheck", "check_limits", "require_met"]
-
 Sense = Literal["<=", ">="]
 
 _EXPRESSION = re.compile(r"\s*([a-z_]+)\s*(<=|>=)\s*([0-9.eE+-]+)\s*")

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.container import BarContainer
 
-__all__ = ["plot_report"]
-
 _PALETTES: dict[str, tuple[str, ...]] = {  # colour-blind safe for compressed models and baselines
     "dense": ("#8c8c8c", "#bdbdbd", "#5f5f5f"),
     "compressed": ("#0072b2", "#56b4e9", "#003f63"),

@@ -14,20 +14,6 @@ import torch
 from repshift_cli.measure.latency import Speedup, Spread, Timing, compute_speedup
 from repshift_cli.utils.stats import significant
 
-__all__ = [
-    "BenchReport",
-    "BreakEven",
-    "Compilation",
-    "EndToEnd",
-    "MemoryFormat",
-    "Passes",
-    "Ratio",
-    "Role",
-    "Run",
-    "Setting",
-    "break_even",
-]
-
 MemoryFormat = Literal["contiguous", "channels_last"]
 
 Role = Literal["dense", "compressed", "peer"]

@@ -28,8 +28,6 @@ from repshift_cli.utils.progress import Progress
 if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import Opened
 
-__all__ = ["BenchSettings", "Contender", "contenders_of", "run_bench", "run_sweep"]
-
 _IMAGE_DIMS = 3
 # Enough for caches and allocators on the CPU; a GPU also raises its clock during the first runs.
 _WARMUP_ROUNDS = {"cpu": 3, "cuda": 50}

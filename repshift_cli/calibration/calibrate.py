@@ -34,19 +34,6 @@ from repshift_cli.reduction.metrics.base import Metric, build_metric
 from repshift_cli.reduction.metrics.fitted import Fitted
 from repshift_cli.utils.progress import Progress, Task
 
-__all__ = [
-    "Calibration",
-    "CandidateResult",
-    "CandidateRunner",
-    "Deviation",
-    "SiteChoice",
-    "calibrate",
-    "choose_metric",
-    "fit_open",
-    "runnable",
-    "unfitted",
-]
-
 _ROUNDS = ((1 / 8, 5), (3 / 8, 2), (1.0, 1))
 """After each round: the share of the images for choosing that were used, and the number of candidates kept."""
 

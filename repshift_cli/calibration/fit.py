@@ -27,8 +27,6 @@ from repshift_cli.reduction.metrics.fitted import Fitted
 from repshift_cli.reduction.watch import BlockOutput, record_block_outputs
 from repshift_cli.utils.progress import Task
 
-__all__ = ["fit_scores", "influence", "is_classifier"]
-
 _DRAWS = 2
 """Random signs per image. On the built-in models one is as good; two reduce the variance."""
 

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from repshift_cli.utils.progress import Task
 
-__all__ = ["ReferenceOutputs", "agreement", "distance", "divergence", "reference_outputs", "run_batches"]
-
 
 @dataclass(frozen=True)
 class ReferenceOutputs:

@@ -21,25 +21,13 @@ from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.schema import ArtifactDocument, ModelPart, RecipePart, SourcePart, creation
-from repshift_cli.checkpoints.weights import FORMAT_VERSION, METADATA_KEY
+from repshift_cli.checkpoints.weights import METADATA_KEY
 from repshift_cli.errors import CheckpointError, OutputError, RecipeError
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.families.base import families, match
 from repshift_cli.utils.files import atomic_output
-
-__all__ = [
-    "FORMAT_VERSION",
-    "Opened",
-    "attach_loaded",
-    "load",
-    "make_document",
-    "open_model",
-    "save",
-    "separated",
-    "stored_plan",
-]
 
 _PART_VERSIONS = {"fuse": 4, "merge": 4, "bipartite": 4, "fitted": 4, "vid_tldr": 3, "attention_entropy": 3}
 """The first format version with this metric or reducer; 1 for others."""

@@ -14,8 +14,6 @@ from repshift_cli.data.preprocessing import LARGEST_SIDE, Preprocessing, fixed_s
 from repshift_cli.errors import CheckpointError, UsageError
 from repshift_cli.reduction.families.base import find
 
-__all__ = ["build", "checked_size", "configure", "set_image_size"]
-
 
 def build(description: ModelDescription, tensors: Mapping[str, Tensor], where: str) -> nn.Module:
     """Build the model of a description with these weights (float32, eval mode, CPU).

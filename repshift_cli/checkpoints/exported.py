@@ -26,22 +26,6 @@ from repshift_cli.checkpoints.weights import METADATA_KEY, Source
 from repshift_cli.errors import CheckpointError, UsageError, first_line
 from repshift_cli.utils.files import EXPORT_SUFFIXES
 
-__all__ = [
-    "DOCUMENT_FILE",
-    "RUNTIMES",
-    "InChunks",
-    "Kind",
-    "OpenedExport",
-    "Runtime",
-    "is_exported",
-    "kind_of",
-    "open_any",
-    "open_exported",
-    "read_document",
-    "require",
-    "run_file",
-]
-
 Kind = Literal["onnx", "pt2", "aoti"]
 """The runtime of an exported file: ONNX Runtime, torch's interpreter, or compiled code."""
 

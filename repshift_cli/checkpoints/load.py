@@ -30,8 +30,6 @@ from repshift_cli.errors import CheckpointError, UsageError
 from repshift_cli.utils.files import WEIGHT_SUFFIXES
 from repshift_cli.utils.suggest import nearest
 
-__all__ = ["load_checkpoint"]
-
 
 def load_checkpoint(name: str | Path, options: LoadOptions | None = None) -> LoadedModel:
     """Load a dense model from a file, a folder, the name of a model or a `builtin:` name.

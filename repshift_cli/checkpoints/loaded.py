@@ -13,8 +13,6 @@ from repshift_cli.checkpoints.weights import Source
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError
 
-__all__ = ["LoadedModel", "ModelDescription"]
-
 
 @dataclass(frozen=True)
 class ModelDescription:

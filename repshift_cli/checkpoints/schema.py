@@ -14,18 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from repshift_cli.planning.plan import Plan
 
-__all__ = [
-    "EXPORT_VERSION",
-    "ArtifactDocument",
-    "ExportDocument",
-    "ModelPart",
-    "Port",
-    "RecipePart",
-    "SourcePart",
-    "Verdict",
-    "creation",
-]
-
 EXPORT_VERSION = 1
 """Version of the document of exported files. Readers refuse newer ones."""
 

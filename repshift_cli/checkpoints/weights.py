@@ -19,8 +19,6 @@ from torch import Tensor
 from repshift_cli.errors import CheckpointError, first_line
 from repshift_cli.utils.files import EXPORT_SUFFIXES, TORCH_SUFFIXES, WEIGHT_SUFFIXES, sha256_of
 
-__all__ = ["FORMAT_VERSION", "METADATA_KEY", "Source", "Weights", "first_names", "read_weights"]
-
 METADATA_KEY = "repshift"
 """Key of our JSON document in the metadata of a safetensors file (see docs/artifact.md)."""
 

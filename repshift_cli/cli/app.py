@@ -12,8 +12,6 @@ from repshift_cli.cli import bench, compare, compress, demo, evaluate, export, i
 from repshift_cli.cli.torchrun import Interrupted
 from repshift_cli.errors import INTERRUPTED
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(
     name="repshift",
     help="Speed up trained vision models by dropping unimportant tokens.\n\n"

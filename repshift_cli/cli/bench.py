@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from repshift_cli.benchmark.report import BenchReport
     from repshift_cli.checkpoints.artifact import Opened
 
-__all__ = ["command", "show"]
-
 DEFAULT_MODEL = "deit_small_patch16_224"
 DEFAULT_RECIPE = "deit_small_paper"
 DEFAULT_BATCHES = ["1,8"]

@@ -12,8 +12,6 @@ from repshift_cli.cli import options, ui
 if TYPE_CHECKING:
     from repshift_cli.evaluation.classification.comparison import ComparedRun, Comparison
 
-__all__ = ["command"]
-
 _SMALL_P = 1e-4
 
 

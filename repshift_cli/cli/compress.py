@@ -13,8 +13,6 @@ from repshift_cli.cli.export import Target, check_all, export_all
 from repshift_cli.cli.export import show as show_export
 from repshift_cli.cli.show.compress import show_compression
 
-__all__ = ["command"]
-
 
 def command(
     checkpoint: options.Checkpoint,

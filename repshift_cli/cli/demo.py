@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from repshift_cli.utils.progress import Progress
     from repshift_cli.visualize.view import Visualization
 
-__all__ = ["command"]
-
 _MODEL = "builtin:vit-digits"
 _DATA = "builtin:digits"
 _SCENES = 1000

@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from repshift_cli.evaluation.classification.result import Evaluation
     from repshift_cli.utils.progress import Progress
 
-__all__ = ["check_comparison", "command", "head_size", "models_of"]
-
 _DEFAULT_MODEL = "builtin:vit-digits"
 _DEFAULT_DATASET = "builtin:digits"
 _BUILTIN = "builtin:"

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from repshift_cli.utils.progress import Progress
 
 
-__all__ = ["VideoOptions", "refuse_videos", "run"]
-
-
 _DEFAULT_RERANK_K = 128
 
 

@@ -17,8 +17,6 @@ from repshift_cli.export.formats import FORMATS
 if TYPE_CHECKING:
     from repshift_cli.export.job import Exported
 
-__all__ = ["Target", "check_all", "command", "export_all", "show"]
-
 Target = Enum("Target", {name: name for name in FORMATS}, type=str)  # type: ignore[misc]
 """Values of an option that names a format."""
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from repshift_cli.planning.plan import Plan
     from repshift_cli.reduction.families.base import Family
 
-__all__ = ["command"]
-
 
 def command(
     checkpoint: options.Checkpoint,

@@ -8,28 +8,6 @@ from typing import Annotated
 
 import typer
 
-__all__ = [
-    "AsJson",
-    "Attention",
-    "AttentionKind",
-    "BatchSize",
-    "Checkpoint",
-    "CheckpointFrames",
-    "DataDir",
-    "Device",
-    "Dtype",
-    "Force",
-    "Frames",
-    "Heads",
-    "ImgSize",
-    "MeasureDtype",
-    "ModelName",
-    "Overwrite",
-    "Pooling",
-    "Seed",
-    "Threads",
-]
-
 
 class AttentionKind(str, Enum):
     """Values of `--attention`; see `models/attention_mode.py`."""

@@ -9,8 +9,6 @@ import typer
 
 from repshift_cli.cli import ui
 
-__all__ = ["app"]
-
 app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True, rich_markup_mode=None)
 
 

@@ -23,11 +23,6 @@ if TYPE_CHECKING:
     from repshift_cli.utils.progress import Progress
 
 
-__all__ = [
-    "command",
-]
-
-
 _KINDS = {
     "output": "the recipe",
     "checkpoint": "the compressed checkpoint",

@@ -11,8 +11,6 @@ from repshift_cli.cli import ui
 from repshift_cli.errors import RepshiftError, UsageError
 from repshift_cli.utils.progress import Progress, Silent
 
-__all__ = ["Interrupted", "is_first", "own_device", "rank_zero_errors", "refuse_torchrun", "screen_of_first"]
-
 _GRACE_SECONDS = 30.0
 """How long other ranks hold an error back. `torchrun` ends them as soon as rank 0 has printed its own."""
 

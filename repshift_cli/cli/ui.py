@@ -18,8 +18,6 @@ from repshift_cli.utils.progress import Task
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Screen", "error", "print_json", "print_table", "print_text", "remark", "to_json", "warn"]
-
 
 @contextmanager
 def _stdout() -> Iterator[Console]:

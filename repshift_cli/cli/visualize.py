@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import Opened
     from repshift_cli.visualize.view import Visualization
 
-__all__ = ["command", "document", "show"]
-
 _SCENES, _CLIP_SCENES = "builtin:digits", "builtin:shapes"
 _IMAGES, _CLIPS = 6, 3  # a clip takes the space of several images
 

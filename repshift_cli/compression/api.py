@@ -23,8 +23,6 @@ from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.compressed_model import CompressedModel
 from repshift_cli.utils.progress import Progress, Silent
 
-__all__ = ["compress", "compress_dense"]
-
 
 def compress(
     model: nn.Module | str | Path,

@@ -11,8 +11,6 @@ from repshift_cli.compression.settings import Amounts, Settings
 from repshift_cli.data.inputs import ImageBatch, load_inputs
 from repshift_cli.errors import DataError
 
-__all__ = ["draw_images", "is_same_place", "load_job_inputs", "load_search_inputs"]
-
 _IMAGE_DIMS = 4
 
 

@@ -26,17 +26,6 @@ from repshift_cli.reduction.families.base import match
 from repshift_cli.reduction.metrics.base import build_metric
 from repshift_cli.utils.progress import Progress
 
-__all__ = [
-    "CompressionJob",
-    "Notes",
-    "check_recipe_model",
-    "checked_recipe",
-    "load_dense",
-    "require_layers",
-    "unclear_choice",
-    "wrap_module",
-]
-
 
 class Notes:
     """Messages for the user, shown at once and kept for the report."""

@@ -26,8 +26,6 @@ from repshift_cli.reduction.compressed_model import CompressedModel
 from repshift_cli.search.job import FinishedSearch
 from repshift_cli.utils.progress import Progress
 
-__all__ = ["CompressReport", "Measured", "ModelCost", "check_counts", "check_outputs", "measure_models"]
-
 _MIN_RUNS = 5
 _WARMUP_ROUNDS = 1
 

@@ -32,8 +32,6 @@ from repshift_cli.search.target import SearchTarget
 from repshift_cli.utils.files import check_output
 from repshift_cli.utils.progress import Progress
 
-__all__ = ["compress_checkpoint", "save_found", "search_checkpoint"]
-
 _QUICK_EVALUATIONS = 12
 """Schedules that the search within `compress` tries."""
 

@@ -10,8 +10,6 @@ from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.models.attention_mode import AttentionMode
 from repshift_cli.reduction.families.base import match
 
-__all__ = ["Amounts", "Settings"]
-
 _HEAVY_MACS = 20_000_000_000
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from repshift_cli.data.dataset import ImageDataset, check_limit, limited
 from repshift_cli.errors import DataError, UsageError
 
-__all__ = ["DATA_DIR_VARIABLE", "DEFAULT_SCENES", "dataset_names", "is_dataset_name", "open_dataset"]
-
 DATA_DIR_VARIABLE = "REPSHIFT_DATA_DIR"
 """The environment variable that replaces `--data-dir`."""
 

@@ -10,8 +10,6 @@ from repshift_cli.errors import UsageError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["EvenSubset", "ImageDataset", "Subset", "even_indices", "limited", "shuffled"]
-
 
 class ImageDataset(ABC):
     """Images with labels, by number, in a fixed order.

@@ -12,8 +12,6 @@ from repshift_cli.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["UnreadableSample", "decode_bytes", "decode_file"]
-
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """The formats that are decoded. Pillow has others, some of which start other programs (EPS)."""
 

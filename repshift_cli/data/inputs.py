@@ -16,8 +16,6 @@ from repshift_cli.errors import DataError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ImageBatch", "load_inputs", "open_images"]
-
 _DIGITS, _SHAPES, _SHAPES_QA = "builtin:digits", "builtin:shapes", "builtin:shapes-qa"
 
 _FIRST_TRAINING_SEED = 20_000

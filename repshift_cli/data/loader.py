@@ -28,8 +28,6 @@ from repshift_cli.data.decode import UnreadableSample
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import DataError, RepshiftError
 
-__all__ = ["Batch", "BatchLoader", "Sample", "available_cores", "cut_batches", "default_workers", "image_loader"]
-
 _IDLE = -1
 _NO_ANSWER = -1
 """Padding for images that have fewer correct outputs than another image of the batch."""

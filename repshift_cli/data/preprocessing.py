@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
-__all__ = ["LARGEST_SIDE", "MOST_FRAMES", "Preprocessing", "fixed_size"]
-
 LARGEST_SIDE = 16384
 """Maximum side of an image in pixels; larger values in a file are invalid."""
 

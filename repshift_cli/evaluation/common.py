@@ -11,8 +11,6 @@ from torch import Tensor
 
 from repshift_cli.errors import CheckFailed, UsageError
 
-__all__ = ["Skipped", "alternate_order", "check_finite", "explain_out_of_memory", "per_second"]
-
 
 @dataclass(frozen=True)
 class Skipped:

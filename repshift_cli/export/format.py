@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from repshift_cli.export.request import Request, Subject
     from repshift_cli.utils.progress import Progress
 
-__all__ = ["Draft", "Format"]
-
 
 @dataclass(frozen=True)
 class Draft:

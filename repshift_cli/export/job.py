@@ -24,8 +24,6 @@ from repshift_cli.planning.recipe import Recipe
 from repshift_cli.utils.files import atomic_output, check_output
 from repshift_cli.utils.progress import Progress
 
-__all__ = ["Exported", "check", "export", "open_for_export"]
-
 _OPTIONS = ("batch", "opset", "tune")
 """Options that only some formats support."""
 

@@ -16,8 +16,6 @@ from repshift_cli.planning.plan import Plan
 from repshift_cli.reduction.compressed_model import Trace
 from repshift_cli.reduction.families.base import match
 
-__all__ = ["Request", "Subject"]
-
 _EXAMPLES = 2
 """Number of inputs to trace a dynamic batch size with: with one input torch fixes the size to one."""
 

@@ -9,8 +9,6 @@ from torch.export import Dim, ExportedProgram
 from repshift_cli.errors import ModelError, first_line
 from repshift_cli.export.request import Request, Subject
 
-__all__ = ["foreign_operations", "trace_program"]
-
 
 def trace_program(subject: Subject, request: Request, *, watched: bool) -> ExportedProgram:
     """Trace the model, with a dynamic batch size unless the request fixes it.

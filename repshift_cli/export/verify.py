@@ -16,8 +16,6 @@ from repshift_cli.measure.device import out_of_memory
 from repshift_cli.reduction.compressed_model import Trace
 from repshift_cli.utils.progress import Progress
 
-__all__ = ["compare", "inputs_for"]
-
 _TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Largest difference, divided by the largest output (at least 1). Sums in another order add up over the layers."""
 

@@ -14,9 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from repshift_cli.ops.attention import flash_attend
 
-__all__ = ["observed_attention"]
-
-
 # The operation of each fused backend; `sdpa:math` has none, so calls are counted too.
 _FUSED_OPERATIONS = {
     "_scaled_dot_product_flash_attention_for_cpu": "sdpa:flash",

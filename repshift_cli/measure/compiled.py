@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from repshift_cli.errors import UsageError, first_line
 from repshift_cli.measure.device import out_of_memory
 
-__all__ = ["CompileMode", "Compiled", "fresh_graphs", "quiet_tuning"]
-
 CompileMode = Literal["off", "default", "frozen", "reduce-overhead", "max-autotune"]
 """A mode of torch.compile, or `off`; `frozen` is `default` with the weights as constants of the graph.
 

@@ -13,18 +13,6 @@ import torch
 
 from repshift_cli.errors import UsageError
 
-__all__ = [
-    "DTYPES",
-    "device_name",
-    "num_threads",
-    "out_of_memory",
-    "resolve_device",
-    "resolve_dtype",
-    "tiles_note",
-    "wait_for",
-    "waking_note",
-]
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

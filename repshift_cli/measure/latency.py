@@ -18,8 +18,6 @@ from repshift_cli.utils.garbage import without_collection
 from repshift_cli.utils.progress import Progress
 from repshift_cli.utils.stats import significant
 
-__all__ = ["Speedup", "Spread", "Subject", "Timing", "compute_speedup", "measure_latency"]
-
 
 @dataclass(frozen=True)
 class Spread:

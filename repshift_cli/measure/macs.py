@@ -16,8 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from repshift_cli.errors import CheckFailed, ModelError
 
-__all__ = ["count_macs"]
-
 
 def count_macs(model: nn.Module, input_size: tuple[int, ...], batch: int = 1) -> int:
     """Multiply-accumulates per image, counted in a run of a copy of the model on the `meta` device.

@@ -12,8 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["parameter_bytes", "peak_memory"]
-
 
 def parameter_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers; shared ones count once."""

@@ -24,8 +24,6 @@ from repshift_cli.errors import UsageError
 from repshift_cli.models import timm_attention
 from repshift_cli.ops.attention import WIDEST
 
-__all__ = ["AttentionMode", "attention_mode", "auto_note", "check_attention", "flash_missing", "flash_problem"]
-
 AttentionMode = Literal["auto", "flash", "sdpa", "sdpa:flash", "sdpa:efficient", "sdpa:cudnn", "sdpa:math", "explicit"]
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from repshift_cli.errors import UsageError
 
-__all__ = ["TextDecoder", "TextEncoder", "TextShape"]
-
 _LAYER_NORM_EPS = 1e-12
 
 

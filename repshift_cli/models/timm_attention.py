@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from repshift_cli.ops.attention import attend_projected, backend_of
 
-__all__ = ["FlexibleAttention", "TokenSizes", "is_attention", "run_on_flash", "use_proportional_attention"]
-
 
 class TokenSizes(Protocol):
     """Sizes of the tokens in the running pass."""

@@ -18,18 +18,6 @@ from repshift_cli.models.bert import TextDecoder, TextEncoder, TextShape
 from repshift_cli.ops.attention import attend_projected, backend_of
 from repshift_cli.ops.tokens import Sized
 
-__all__ = [
-    "MODELS",
-    "Block",
-    "Pooling",
-    "UmtAnswering",
-    "UmtModel",
-    "UmtRetrieval",
-    "VisionShape",
-    "create",
-    "position_table",
-]
-
 Pooling = Literal["frames", "all"]
 
 _NORM_EPS = 1e-6

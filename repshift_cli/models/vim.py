@@ -17,8 +17,6 @@ from repshift_cli.errors import UsageError
 from repshift_cli.ops import mamba_kernels
 from repshift_cli.ops.selective_scan import selective_scan
 
-__all__ = ["MODELS", "VimBlock", "VimStream", "VisionMamba", "create"]
-
 MODELS: dict[str, dict[str, Any]] = {
     "vim_tiny_patch16_224": {"embed_dim": 192},
     "vim_small_patch16_224": {"embed_dim": 384},

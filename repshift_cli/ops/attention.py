@@ -20,18 +20,6 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
-__all__ = [
-    "WIDEST",
-    "Backend",
-    "Form",
-    "attend",
-    "attend_projected",
-    "backend_of",
-    "cheapest_form",
-    "fold",
-    "size_bias",
-]
-
 Backend = Literal["flash", "sdpa", "explicit"]
 """The package flash-attn, torch's scaled dot-product attention, or a product, a softmax and a product."""
 

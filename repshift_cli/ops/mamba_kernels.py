@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["causal_conv", "selective_scan", "usable"]
-
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CHANNEL_MULTIPLE = 8
 _MOST_STATES = 256

@@ -10,8 +10,6 @@ from torch.nn import functional
 
 from repshift_cli.ops.tokens import add_at, gather_tokens
 
-__all__ = ["Pairs", "key_features", "merge_into", "nearest", "pair", "unit_range"]
-
 
 class Pairs(NamedTuple):
     """Sources and the targets that they are merged into, the most similar first.

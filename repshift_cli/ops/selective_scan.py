@@ -17,8 +17,6 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["selective_scan", "sequential_scan"]
-
 
 class _Operands(NamedTuple):
     """The arguments of `selective_scan`, in one dtype."""

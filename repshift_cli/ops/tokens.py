@@ -9,21 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = [
-    "Sized",
-    "add_at",
-    "complement",
-    "gather_tokens",
-    "in_graph",
-    "keep_lines",
-    "keep_top",
-    "keep_top_behind",
-    "mean_by_size",
-    "put_at",
-    "split_top",
-    "with_prefix",
-]
-
 
 def keep_top(scores: Tensor, count: int) -> Tensor:
     """Indices of the `count` largest scores of each row, ascending: float `[B, N]` to int64 `[B, count]`.

@@ -7,16 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
-__all__ = [
-    "After",
-    "Grid",
-    "Layout",
-    "PatchGrid",
-    "SiteInfo",
-    "Window",
-]
-
-
 After = Literal["block", "attention"]
 """Tokens are reduced after the whole block, or after its attention."""
 

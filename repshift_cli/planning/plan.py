@@ -24,8 +24,6 @@ from repshift_cli.planning.layout import After, Grid, Layout, SiteInfo
 from repshift_cli.planning.recipe import ComponentSpec, LayerDrop, Recipe, StrictModel
 from repshift_cli.utils.suggest import nearest
 
-__all__ = ["Plan", "PlanSite", "lines_kept", "resolve", "rounded", "shape_text", "tokens_dropped"]
-
 
 class PlanSite(StrictModel):
     """The tokens before and after one site, prefix tokens included, and the metric that scores them.

@@ -30,17 +30,6 @@ from pydantic import (
 from repshift_cli.errors import RecipeError
 from repshift_cli.utils.suggest import nearest
 
-__all__ = [
-    "Budget",
-    "ComponentSpec",
-    "LayerDrop",
-    "Place",
-    "Recipe",
-    "StrictModel",
-    "default_recipe",
-    "shipped_recipes",
-]
-
 _Model = TypeVar("_Model", bound=BaseModel)
 _Path = tuple[str | int, ...]
 

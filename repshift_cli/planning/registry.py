@@ -12,8 +12,6 @@ from repshift_cli.errors import RecipeError
 from repshift_cli.planning.recipe import ComponentSpec, Place, dotted, validate
 from repshift_cli.utils.suggest import nearest
 
-__all__ = ["build_component", "members"]
-
 _Base = TypeVar("_Base")
 
 

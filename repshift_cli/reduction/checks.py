@@ -14,18 +14,6 @@ from repshift_cli.reduction.families.base import Family, Site, match
 from repshift_cli.reduction.metrics.base import Metric, build_metric
 from repshift_cli.reduction.reducers.base import Merger, Reducer, build_reducer
 
-__all__ = [
-    "acts_after",
-    "check_components",
-    "check_feeds",
-    "check_plan",
-    "check_reducer",
-    "feeds",
-    "has_open_fields",
-    "resolve_for",
-    "with_defaults",
-]
-
 
 def resolve_for(model: nn.Module, recipe: Recipe) -> Plan:
     """Resolve a recipe for a dense model.

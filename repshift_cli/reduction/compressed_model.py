@@ -25,8 +25,6 @@ from repshift_cli.reduction.metrics.base import Metric, build_metric
 from repshift_cli.reduction.reducers.base import Dims, Merger, build_reducer
 from repshift_cli.reduction.token_trace import MapState
 
-__all__ = ["CompressedModel", "Trace", "attach", "branch"]
-
 
 def attach(model: nn.Module, plan: Plan) -> CompressedModel:
     """Hook a dense model in place, so that it follows a plan made for it; `detach` undoes it.

@@ -16,8 +16,6 @@ from repshift_cli.reduction.families.base import Probe, Stream, TensorEdit
 from repshift_cli.reduction.metrics.base import Metric, SiteContext
 from repshift_cli.reduction.reducers.base import Merger, Pruner, Reducer
 
-__all__ = ["SiteHook", "register_edit", "register_tap"]
-
 Change = Callable[[Tensor], Tensor | None]
 
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from repshift_cli.planning.layout import Grid, Window
 
-__all__ = ["MapState"]
-
 
 @dataclass
 class MapState:

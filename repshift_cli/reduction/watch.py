@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from repshift_cli.planning.layout import After
 from repshift_cli.reduction.families.base import Stream, match
 
-__all__ = ["BlockOutput", "record_block_outputs"]
-
 
 @dataclass(frozen=True)
 class BlockOutput:

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-__all__ = ["TINY", "Additive", "Curve", "Kept", "drops", "levels"]
-
 Kept = tuple[int, ...]
 """A schedule: patch tokens kept after each site, never rising.
 

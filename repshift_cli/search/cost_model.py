@@ -21,8 +21,6 @@ from repshift_cli.search.evaluator import Candidate, Evaluator
 from repshift_cli.search.schedule import Front, fit, on_tiles, solve, to_recipe
 from repshift_cli.search.target import COST_TOLERANCE
 
-__all__ = ["CostModel", "Method", "Planner", "choose_layer_metrics", "choose_metrics", "measure_cost_model"]
-
 _METRIC_SHARES = (0.5, 0.7, 0.9)
 """Shares of kept tokens at which the metric of a layer is chosen: the first that the model allows."""
 

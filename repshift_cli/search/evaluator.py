@@ -35,8 +35,6 @@ from repshift_cli.search.result import SearchSettings
 from repshift_cli.search.state import EvaluationCache
 from repshift_cli.utils.progress import Progress, SilentTask, Task
 
-__all__ = ["Candidate", "Evaluated", "Evaluator"]
-
 # A ViT-S takes 35 ms per image on two slow cores. A search should end within 10 minutes, so within 15,000 images.
 METRIC_IMAGES = 64
 """For the choice among 30 metrics at one site, in rounds: the cost of 400 partial passes."""

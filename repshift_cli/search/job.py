@@ -27,8 +27,6 @@ from repshift_cli.search.search import search
 from repshift_cli.search.target import SearchTarget
 from repshift_cli.utils.progress import Progress
 
-__all__ = ["FinishedSearch", "SearchRequest", "find", "start_recipe"]
-
 _PROVENANCE = (
     *("target", "met", "nearest", "points", "paper_is_found", "held_back_decided", "held_back_met", "evaluations"),
     *("interrupted", "data", "seed", "labelled", "measured_on"),

@@ -9,8 +9,6 @@ from repshift_cli.search.cost_model import CostModel, Method
 from repshift_cli.search.evaluator import Candidate, Evaluated
 from repshift_cli.search.target import SearchTarget
 
-__all__ = ["corrected_by_latency", "meet_latency"]
-
 _SLACK = 0.97
 """A latency between this share of the target and the target is accepted."""
 

@@ -19,8 +19,6 @@ from repshift_cli.search.schedule import paper_schedule, to_recipe
 from repshift_cli.search.target import COST_TOLERANCE, SearchTarget
 from repshift_cli.utils.progress import SilentTask
 
-__all__ = ["SearchState", "make_result", "paper_at_best", "paper_candidate"]
-
 
 @dataclass
 class SearchState:

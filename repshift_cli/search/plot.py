@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["MARKS", "Chart", "figure", "save"]
-
 # shapes differ too, for readers who cannot distinguish the colors
 MARKS: dict[str, dict[str, Any]] = {
     "dense": {"label": "dense", "color": "#4d4d4d", "marker": "s", "markersize": 8},

@@ -15,8 +15,6 @@ from repshift_cli.planning.recipe import ComponentSpec, Recipe
 from repshift_cli.search.target import QUALITY_SLACK, SearchTarget
 from repshift_cli.utils.stats import percent_interval
 
-__all__ = ["MeasuredSchedule", "SearchResult", "SearchSettings", "pareto_front"]
-
 _POINTS = ("dense", "paper", "found", "random", "given")
 """Names of the reported schedules, in the order of the report."""
 

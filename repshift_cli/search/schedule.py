@@ -15,8 +15,6 @@ from repshift_cli.planning.layout import Grid, Layout
 from repshift_cli.planning.recipe import ComponentSpec, LayerDrop, Recipe
 from repshift_cli.search.additive import TINY, Additive, Kept, drops, levels
 
-__all__ = ["Front", "Solution", "fit", "layer_drops", "neighbours", "on_tiles", "paper_schedule", "solve", "to_recipe"]
-
 _Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
 _State = tuple[int, int]

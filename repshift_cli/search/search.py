@@ -34,8 +34,6 @@ from repshift_cli.search.schedule import fit, neighbours, solve
 from repshift_cli.search.target import COST_TOLERANCE, lower_agreement
 from repshift_cli.utils.progress import Progress
 
-__all__ = ["search"]
-
 _MIN_IMAGES = 16
 
 _SITE_LIMITS = (2, 3, 4, 6)

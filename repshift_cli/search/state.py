@@ -19,8 +19,6 @@ from repshift_cli.utils.hashing import digest_of_tensors
 from repshift_cli.utils.progress import Task
 from repshift_cli.version import __version__
 
-__all__ = ["EvaluationCache", "keep_outputs", "kept_outputs"]
-
 _FORMAT = 2
 _OUTPUTS = "outputs"
 

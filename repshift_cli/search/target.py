@@ -10,8 +10,6 @@ from repshift_cli.errors import UsageError
 from repshift_cli.utils.stats import wilson_interval
 from repshift_cli.utils.suggest import nearest
 
-__all__ = ["COST_TOLERANCE", "QUALITY_SLACK", "SearchTarget", "lower_agreement"]
-
 COST_TOLERANCE = 1e-9
 QUALITY_SLACK = 1e-6
 """Tolerances for rounding: of a fraction of the dense cost, and of points of top-1."""

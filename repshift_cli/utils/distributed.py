@@ -18,8 +18,6 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from repshift_cli.errors import RepshiftError
 
-__all__ = ["Processes", "launched_together", "together"]
-
 _Value = TypeVar("_Value")
 
 _STOP = "stop"

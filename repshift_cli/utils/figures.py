@@ -6,8 +6,6 @@ from pathlib import Path
 
 from repshift_cli.errors import UsageError
 
-__all__ = ["PLOT_FORMATS", "check_figure_path", "figure_format"]
-
 PLOT_FORMATS = ("png", "svg", "pdf")
 
 

@@ -11,19 +11,6 @@ from pathlib import Path
 
 from repshift_cli.errors import OutputError, UsageError
 
-__all__ = [
-    "EXPORT_SUFFIXES",
-    "TORCH_SUFFIXES",
-    "WEIGHT_SUFFIXES",
-    "atomic_output",
-    "check_output",
-    "check_outputs",
-    "default_output",
-    "sha256_of",
-    "weight_stem",
-    "write_text",
-]
-
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 """Extensions of weight files."""

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["digest_of_document", "digest_of_tensors"]
-
 _ELEMENTS = 1 << 24
 """Elements of a tensor that are hashed at a time, so that it is not copied as a whole."""
 

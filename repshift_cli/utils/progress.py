@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-__all__ = ["Progress", "Silent", "SilentTask", "Task"]
-
 
 class Task(Protocol):
     """Work with a known number of steps."""

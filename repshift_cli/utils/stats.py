@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from math import exp, lgamma, log, sqrt
 
-__all__ = ["mcnemar", "paired_difference", "percent_interval", "significant", "wilson_interval"]
-
 _Z = 1.959963984540054
 """Quantile of the normal distribution for 95%."""
 

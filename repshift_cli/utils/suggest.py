@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["nearest"]
-
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """`Did you mean X? ` for the closest of `words`, or an empty string."""

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["check_page", "kept_clips_figure", "kept_tokens_figure", "save_figure"]
-
 _DPI = 200
 _SIDE, _FRAME_SIDE = 1.8, 1.0  # inches: the longer side of an image, and of a frame
 _LEAST_ROW = 1.1  # inches, for the lines beside an image

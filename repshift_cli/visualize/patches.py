@@ -13,16 +13,6 @@ from repshift_cli.errors import ModelError
 from repshift_cli.planning.layout import PatchGrid
 from repshift_cli.reduction.compressed_model import CompressedModel
 
-__all__ = [
-    "by_frame",
-    "fade_dropped",
-    "kept_cells",
-    "kept_masks",
-    "kept_per_frame",
-    "patch_grids",
-    "restore_images",
-]
-
 
 def patch_grids(model: CompressedModel) -> dict[int, PatchGrid]:
     """The grid of the tokens at each site, by layer; raises ModelError as `Family.patch_grid`."""

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from repshift_cli.checkpoints.artifact import Opened
 
-__all__ = ["TracedOutputs", "Visualization", "kept_document", "trace_samples", "visualize"]
-
 _BATCH = 16
 _CLIP_DIMS = 5  # [n, T, C, H, W]
 

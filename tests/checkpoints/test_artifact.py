@@ -24,7 +24,7 @@ from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.checkpoints.weights import METADATA_KEY
+from repshift_cli.checkpoints.weights import FORMAT_VERSION, METADATA_KEY
 from repshift_cli.compression.api import compress_dense
 from repshift_cli.errors import CheckpointError, OutputError, UsageError
 from repshift_cli.planning.recipe import ComponentSpec, Recipe
@@ -183,12 +183,12 @@ class TestDocument:
         loaded = load_checkpoint(tmp_path / "dense.safetensors", LoadOptions(heads=2))
         recipe = make_recipe(metric=metric, reducer=reducer)
         document = artifact.make_document(loaded, make_plan(loaded.model, recipe), recipe, None, {})
-        assert document["format_version"] == version <= artifact.FORMAT_VERSION
+        assert document["format_version"] == version <= FORMAT_VERSION
 
     def test_keys(self, small: Path) -> None:
         document = json.loads(metadata(small)[METADATA_KEY])
         assert set(document) == DOCUMENT_KEYS
-        assert document["format_version"] == 1 < artifact.FORMAT_VERSION
+        assert document["format_version"] == 1 < FORMAT_VERSION
         assert document["repshift_version"] == repshift_cli.__version__
         assert document["recipe"] == {"name": "recipe", "text": make_recipe().text}
         assert document["plan"]["sites"][0]["tokens_out"] == 13
@@ -222,17 +222,17 @@ def set_site(**changes: Any) -> Callable[[dict[str, Any]], None]:
 
 
 class TestDamage:
-    @pytest.mark.parametrize("version", [artifact.FORMAT_VERSION + 1, 99])
+    @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 99])
     def test_a_newer_format_says_what_to_do(self, version: int, small: Path) -> None:
         rewrite(small, lambda document: document.update(format_version=version))
-        known = artifact.FORMAT_VERSION
+        known = FORMAT_VERSION
         with pytest.raises(CheckpointError, match=rf"by a newer repshift \(format {version}, supported up to {known}"):
             artifact.load(small)
         with pytest.raises(CheckpointError, match="pip install --upgrade repshift-cli"):
             artifact.load(small)
 
     def test_a_newer_format_with_another_model_description(self, small: Path) -> None:
-        newer = {"format_version": artifact.FORMAT_VERSION + 1, "model": {"graph": "something new"}}
+        newer = {"format_version": FORMAT_VERSION + 1, "model": {"graph": "something new"}}
         rewrite(small, lambda document: document.update(newer))
         with pytest.raises(CheckpointError, match="written by a newer repshift"):
             artifact.load(small)

@@ -14,21 +14,6 @@ from repshift_cli.checkpoints.identify.names import is_model_name
 from repshift_cli.errors import CheckpointError
 from repshift_cli.models import umt, vim
 
-__all__ = [
-    "HEAD_SIZE",
-    "UMT",
-    "VIM",
-    "build_on_meta",
-    "check_divides",
-    "check_heads",
-    "class_count",
-    "create",
-    "head_count",
-    "is_architecture",
-    "quickly_on_meta",
-    "size_args",
-]
-
 VIM = "vim"
 """The architecture of a Vim whose shape has no name."""
 

@@ -19,8 +19,6 @@ from repshift_cli.checkpoints.identify.identity import Fitting, Identity, best_f
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError
 
-__all__ = ["Kind", "identify", "kind_of", "native_keys"]
-
 _COUNTER = ".num_batches_tracked"
 """A buffer of batch norms that only training reads and older files lack."""
 

@@ -13,8 +13,6 @@ from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError
 from repshift_cli.reduction.families.base import families
 
-__all__ = ["Fitting", "Identity", "best_fit", "shapes", "supported"]
-
 Fitting = dict[str, tuple[nn.Module, dict[str, Any]]]
 """Models that fit, by name, with their builder arguments."""
 

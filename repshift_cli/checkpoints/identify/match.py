@@ -19,8 +19,6 @@ from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, RepshiftError
 
-__all__ = ["identify"]
-
 _CHANNELS = 3
 """Images are read as RGB."""
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from repshift_cli.models import umt, vim
 
-__all__ = ["canonical_name", "encoder_name", "is_model_name", "model_names"]
-
 _VIM_DETAILS = "_bimambav2"
 _OTHER_VIMS = ("noclstok", "rope")
 

@@ -18,8 +18,6 @@ from repshift_cli.errors import CheckpointError, UsageError
 from repshift_cli.models.bert import TextShape
 from repshift_cli.models.umt import MODELS, VisionShape, pretrained_cfg
 
-__all__ = ["MODELS", "identify", "recognises"]
-
 _PATCHES = "vision_encoder.encoder.patch_embed.proj.weight"
 _PATCH_DIMS = 5  # width, channels, frames, rows, columns
 _TEACHING = ("clip_teacher.", "vision_encoder.clip_decoder.", "text_encoder.cls.")

@@ -19,8 +19,6 @@ from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, UsageError
 from repshift_cli.models.vim import CONV_WIDTH, MODELS, VisionMamba
 
-__all__ = ["MODELS", "identify", "named", "recognises"]
-
 _FIRST = "layers.0.mixer."
 _SIZE = 224
 """Image size of the authors' training."""

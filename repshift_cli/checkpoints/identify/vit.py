@@ -19,8 +19,6 @@ from repshift_cli.checkpoints.identify.identity import Fitting, Identity, best_f
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError
 
-__all__ = ["identify", "native_keys"]
-
 _OTHER_KINDS = {
     "layers.0.blocks.0.attn.relative_position_bias_table": "a Swin Transformer, whose windows need the whole grid",
     "vit.embeddings.cls_token": "a ViT of the transformers library",

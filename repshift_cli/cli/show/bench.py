@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import Opened
     from repshift_cli.measure.latency import Speedup, Spread
 
-__all__ = ["show", "why_nothing"]
-
 _ENOUGH_RUNS = 5
 _DECIMALS = ((0.1, 4), (1, 3), (10, 2), (100, 1))
 """Values below the limit are printed with this number of decimals."""

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from repshift_cli.calibration.calibrate import Calibration
     from repshift_cli.compression.measured import CompressReport, Measured
 
-__all__ = ["show_compression"]
-
 
 def show_compression(report: CompressReport) -> None:
     """Print the report in 80 columns."""

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from repshift_cli.data.preprocessing import Preprocessing
     from repshift_cli.evaluation.classification.result import Evaluation, Pace, Score
 
-__all__ = ["COMPRESSED", "DENSE", "announce_dataset", "evaluation_document", "show_evaluation", "warn_of_skipped"]
-
 DENSE = "dense"
 COMPRESSED = "compressed"
 _SCORE_KEYS = ("top1", "top5", "top1_interval", "top5_interval", "top1_correct", "top5_correct", "images_per_s")

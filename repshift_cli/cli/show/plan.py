@@ -10,8 +10,6 @@ from repshift_cli.cli import ui
 if TYPE_CHECKING:
     from repshift_cli.planning.plan import Plan
 
-__all__ = ["describe_metric", "describe_tokens", "show_sites"]
-
 _LONGEST_OPTION = 24
 """Longer options are fitted weights and are not printed."""
 

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from repshift_cli.search.job import FinishedSearch
     from repshift_cli.search.result import MeasuredSchedule
 
-__all__ = ["show_found", "show_search"]
-
 _FRONT_ROWS = 8
 
 

@@ -20,20 +20,6 @@ if TYPE_CHECKING:
     from repshift_cli.evaluation.video_text.retrieval import RetrievalEvaluation, RetrievalScore
 
 
-__all__ = [
-    "EncoderCost",
-    "announce_videos",
-    "answers_document",
-    "attention_words",
-    "dataset_document",
-    "inputs_document",
-    "list_names",
-    "report_left_out",
-    "retrieval_document",
-    "show_answers",
-    "show_retrieval",
-]
-
 _MAX_NAMES = 10
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 

@@ -19,8 +19,6 @@ from PIL import Image
 
 from repshift_cli.data.dataset import ImageDataset
 
-__all__ = ["SCENE_SIZE", "DigitDataset", "DigitScenes", "Placed", "Split", "load_digits"]
-
 Split = Literal["train", "test"]
 
 SCENE_SIZE = 72

@@ -28,30 +28,6 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-__all__ = [
-    "ANSWERS",
-    "COLOURS",
-    "DISTINCT",
-    "MOTIONS",
-    "SHAPES",
-    "TEST_SEED",
-    "TRAIN_SEED",
-    "Moving",
-    "Question",
-    "Scene",
-    "caption",
-    "draw_scene",
-    "questions",
-    "render",
-    "scene",
-    "scene_tensor",
-    "scenes",
-    "two_questions",
-    "vocabulary_file",
-    "write_clip",
-    "write_dataset",
-]
-
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star", "diamond", "bar")
 
 _RGB = {

@@ -8,8 +8,6 @@ from typing import Any
 
 from repshift_cli.errors import DataError
 
-__all__ = ["WNID_PATTERN", "classes_for_head", "first_names", "imagenet_wnids"]
-
 WNID_PATTERN = re.compile(r"n\d{8}")
 
 

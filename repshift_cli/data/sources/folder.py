@@ -14,16 +14,6 @@ from repshift_cli.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "ClassFolders",
-    "FileDataset",
-    "class_folders",
-    "find_images",
-    "open_folder",
-    "open_image_tree",
-]
-
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 """Lower-case suffixes of image files."""
 

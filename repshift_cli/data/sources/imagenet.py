@@ -26,8 +26,6 @@ from repshift_cli.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["known_class_folders", "open_imagenet_val", "validation_number"]
-
 _NAME = "imagenet-val"
 
 _TAR = "ILSVRC2012_img_val.tar"

@@ -21,8 +21,6 @@ from repshift_cli.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["TEST_SETS", "V2_FOLDERS", "open_imagenet", "open_imagenet_real", "open_imagenet_subset", "open_imagenet_v2"]
-
 V2_FOLDERS = (
     "imagenetv2-matched-frequency-format-val",
     "imagenetv2-threshold0.7-format-val",

@@ -18,8 +18,6 @@ from repshift_cli.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["is_shards", "open_shards", "shard_paths"]
-
 _RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 _MAX_SHARDS = 100_000
 _LARGEST_LABEL = 64

@@ -10,8 +10,6 @@ from typing import NamedTuple
 from repshift_cli.data.decode import UnreadableSample
 from repshift_cli.errors import DataError
 
-__all__ = ["Member", "read_member", "tar_members"]
-
 _LARGEST_MEMBER = 1 << 28
 """Maximum bytes of one image."""
 

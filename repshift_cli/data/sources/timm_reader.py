@@ -17,8 +17,6 @@ from repshift_cli.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["TIMM_PREFIXES", "is_timm_name", "open_timm"]
-
 _PACKAGES = {
     "torch": ("torchvision", "torchvision"),
     "hfds": ("datasets", "datasets"),

@@ -20,19 +20,6 @@ from repshift_cli.errors import DataError, UsageError
 from repshift_cli.utils.files import sha256_of
 from repshift_cli.utils.suggest import nearest
 
-__all__ = [
-    "PROTOCOLS",
-    "Annotations",
-    "Protocol",
-    "QaSet",
-    "Question",
-    "RetrievalSet",
-    "Task",
-    "VideoTextSet",
-    "clean_text",
-    "open_video_text",
-]
-
 Task = Literal["retrieval", "qa"]
 
 _LARGEST_FILE = 2**30

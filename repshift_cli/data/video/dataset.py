@@ -16,8 +16,6 @@ from repshift_cli.data.loader import Sample
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.data.video.decode import clip_tensor, read_clip
 
-__all__ = ["VideoFiles", "VideoScenes", "Videos"]
-
 Transform = Callable[[Image.Image], Tensor]
 
 

@@ -19,16 +19,6 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-__all__ = [
-    "VIDEO_SUFFIXES",
-    "Clip",
-    "UnreadableVideo",
-    "clip_tensor",
-    "find_video",
-    "frame_indices",
-    "read_clip",
-]
-
 VIDEO_SUFFIXES = (
     *(".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg"),
     *(".wmv", ".flv", ".3gp", ".ts", ".gif"),

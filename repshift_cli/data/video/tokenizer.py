@@ -11,8 +11,6 @@ from repshift_cli.errors import DataError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TextBatch", "Tokenizer"]
-
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _LARGEST_FILE = 1 << 24  # bytes; BERT's own vocabularies have 0.2 to 1 MB
 

@@ -13,8 +13,6 @@ from repshift_cli.evaluation.classification.counts import Accuracy, correct_at
 from repshift_cli.evaluation.classification.predictions import Predictions
 from repshift_cli.utils.stats import mcnemar, paired_difference, percent_interval
 
-__all__ = ["ClassChanges", "ComparedRun", "Comparison", "compare_predictions"]
-
 _RUN_KEYS = ("model", "top1", "top1_interval", "top1_correct", "top5", "top5_interval", "top5_correct")
 
 

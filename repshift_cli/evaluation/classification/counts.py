@@ -15,8 +15,6 @@ from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator
 
 from repshift_cli.utils.stats import percent_interval
 
-__all__ = ["Accuracy", "Counts", "ModelCounts", "PredictionRows", "TopK", "correct_at"]
-
 _NO_LABEL = -1
 _AS_LISTS = PlainSerializer(lambda array: array.tolist())
 

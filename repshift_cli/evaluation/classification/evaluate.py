@@ -33,8 +33,6 @@ from repshift_cli.models.attention_mode import AttentionMode, attention_mode, au
 from repshift_cli.utils.distributed import Processes
 from repshift_cli.utils.progress import Progress
 
-__all__ = ["evaluate", "finish"]
-
 
 def evaluate(
     models: Mapping[str, nn.Module],

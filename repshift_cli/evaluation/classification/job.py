@@ -20,8 +20,6 @@ from repshift_cli.utils.files import sha256_of
 from repshift_cli.utils.hashing import digest_of_document, digest_of_tensors
 from repshift_cli.version import __version__
 
-__all__ = ["EvaluationJob"]
-
 _MAX_SHARDS = 256
 """Each shard is one file of the resume state; small runs have one shard per batch."""
 

@@ -18,8 +18,6 @@ from repshift_cli.errors import DataError, UsageError
 from repshift_cli.evaluation.classification.counts import correct_at
 from repshift_cli.utils.files import atomic_output
 
-__all__ = ["SUFFIXES", "Predictions", "check_suffix", "load_predictions", "save_predictions"]
-
 SUFFIXES = (".npz", ".parquet")
 
 _FORMAT = 1

@@ -14,8 +14,6 @@ from repshift_cli.evaluation.classification.predictions import Predictions
 from repshift_cli.evaluation.common import Skipped, per_second
 from repshift_cli.version import __version__
 
-__all__ = ["Evaluation", "Pace", "Score", "predictions_of"]
-
 _NOTABLE_WAITING = 0.1
 """Share of time waiting for data above which data loading is the bottleneck on a separate device."""
 

@@ -20,8 +20,6 @@ from repshift_cli.utils.files import atomic_output
 from repshift_cli.utils.hashing import digest_of_document
 from repshift_cli.utils.progress import Progress
 
-__all__ = ["ResumeState", "remove_state"]
-
 _HEADER = "run.json"
 _HINT = "Choose another folder, or remove this one to start again."
 _MAX_BYTES = 1 << 30

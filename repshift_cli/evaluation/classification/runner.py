@@ -21,8 +21,6 @@ from repshift_cli.measure.attention_kernel import observed_attention
 from repshift_cli.measure.device import out_of_memory, wait_for
 from repshift_cli.utils.progress import Progress
 
-__all__ = ["Runner"]
-
 _TOP = 5
 _LOGITS_RANK = 2  # dimensions of logits: [B, K]
 

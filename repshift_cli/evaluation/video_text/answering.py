@@ -23,17 +23,6 @@ from repshift_cli.evaluation.video_text.encoding import (
 from repshift_cli.utils.progress import Progress
 from repshift_cli.utils.stats import percent_interval
 
-__all__ = [
-    "AnswerEvaluation",
-    "AnswerList",
-    "AnswerScore",
-    "AnsweringModel",
-    "QuestionBatch",
-    "Ranking",
-    "evaluate_answers",
-    "rank_answers",
-]
-
 _FIRST = 1  # position of the first token of an answer, after [CLS]
 _MATRIX = 2  # dimensions of probabilities [B, V] and ids [A, La]
 

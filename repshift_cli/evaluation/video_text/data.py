@@ -20,8 +20,6 @@ from repshift_cli.data.video.annotations import (
 from repshift_cli.data.video.dataset import VideoScenes
 from repshift_cli.errors import UsageError
 
-__all__ = ["BUILTIN_DATASETS", "DatasetOptions", "is_video_dataset", "open_data"]
-
 BUILTIN_DATASETS: Mapping[str, Task] = {"builtin:shapes": "retrieval", "builtin:shapes-qa": "qa"}
 
 _QUESTIONS_PER_SCENE = 2

@@ -15,8 +15,6 @@ from repshift_cli.evaluation.common import Skipped
 from repshift_cli.measure.device import wait_for
 from repshift_cli.models.attention_mode import AttentionMode
 
-__all__ = ["TOKEN_DIMS", "VideoModel", "VideoSettings", "encode_timed", "nothing_readable", "prepare", "skipped_of"]
-
 TOKEN_DIMS = 3
 """Dimensions of tokens and hidden states, `[B, N, D]`."""
 

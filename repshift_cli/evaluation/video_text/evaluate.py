@@ -29,17 +29,6 @@ from repshift_cli.models.umt import Pooling, UmtAnswering, UmtModel, UmtRetrieva
 from repshift_cli.reduction.compressed_model import CompressedModel
 from repshift_cli.utils.progress import Progress
 
-__all__ = [
-    "DenseView",
-    "answer",
-    "check_missing",
-    "choose_pooling",
-    "observe_attention",
-    "open_tokenizer",
-    "retrieve",
-    "task_of",
-]
-
 _MODELS_OF_SHAPES = "umt-shapes"
 _LONGEST_ANSWER = 5  # tokens, as in UMT's fine-tuning
 _PAIRS_PER_VIDEO, _ANSWERS_PER_VIDEO = 4, 16

@@ -15,17 +15,6 @@ from repshift_cli.evaluation.common import check_finite, explain_out_of_memory
 from repshift_cli.evaluation.video_text.encoding import VideoModel
 from repshift_cli.utils.progress import Progress
 
-__all__ = [
-    "Directions",
-    "RankStats",
-    "RetrievalModel",
-    "matching_scores",
-    "rank_stats",
-    "ranking_order",
-    "ranks",
-    "similarity",
-]
-
 _Value = TypeVar("_Value")
 
 NOT_MATCHED = -100.0

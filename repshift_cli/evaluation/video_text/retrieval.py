@@ -37,12 +37,6 @@ from repshift_cli.evaluation.video_text.ranking import (
 from repshift_cli.evaluation.video_text.token_store import GIB, TokenStore
 from repshift_cli.utils.progress import Progress
 
-__all__ = [
-    "RetrievalEvaluation",
-    "RetrievalScore",
-    "evaluate_retrieval",
-]
-
 
 @dataclass(frozen=True)
 class RetrievalScore:

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from repshift_cli.errors import OutputError
 
-__all__ = ["GIB", "TokenStore"]
-
 GIB = 1024**3
 
 

@@ -5,8 +5,6 @@ from pkgutil import iter_modules
 
 from repshift_cli.export.format import Format
 
-__all__ = ["FORMATS"]
-
 _FOUND: list[Format] = [import_module(f"{__name__}.{module.name}").FORMAT for module in iter_modules(__path__)]
 
 FORMATS: dict[str, Format] = {found.name: found for found in sorted(_FOUND, key=lambda found: found.name)}

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from repshift_cli.export.request import Request, Subject
     from repshift_cli.utils.progress import Progress
 
-__all__ = ["FORMAT"]
-
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
 _OWNER = "repshift"
 """Key of our metadata in the configuration."""

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from repshift_cli.export.request import Request, Subject
     from repshift_cli.utils.progress import Progress
 
-__all__ = ["DEFAULT_OPSET", "FORMAT", "NEWEST_OPSET", "OLDEST_OPSET", "build_graph", "check_graph"]
-
 OLDEST_OPSET, NEWEST_OPSET = 18, 23
 DEFAULT_OPSET = 20
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from repshift_cli.export.request import Request, Subject
     from repshift_cli.utils.progress import Progress
 
-__all__ = ["FORMAT"]
-
 _COMPILED_METADATA = "_metadata.json"
 
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from repshift_cli.export.request import Request, Subject
     from repshift_cli.utils.progress import Progress
 
-__all__ = ["FORMAT"]
-
 
 def _write(subject: Subject, request: Request, path: Path, progress: Progress) -> Draft:
     from repshift_cli.checkpoints import exported

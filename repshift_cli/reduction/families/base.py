@@ -17,24 +17,6 @@ from repshift_cli.planning.layout import Layout, PatchGrid
 from repshift_cli.planning.plan import Plan, PlanSite
 from repshift_cli.planning.registry import members
 
-__all__ = [
-    "ATTENTION_TENSORS",
-    "Family",
-    "Merge",
-    "Probe",
-    "Reduce",
-    "Site",
-    "SizedStream",
-    "Stream",
-    "TensorEdit",
-    "do_nothing",
-    "families",
-    "find",
-    "match",
-    "query_and_key",
-    "weight_count",
-]
-
 Reduce = Callable[[Tensor, Tensor], Tensor]
 """`Pruner.reduce`: tokens `[B, T, C]` and all kept positions, int64 `[B, K]`, to `[B, K, C]`."""
 

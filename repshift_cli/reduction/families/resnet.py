@@ -40,8 +40,6 @@ from repshift_cli.planning.layout import Grid, Layout, SiteInfo, Window
 from repshift_cli.planning.plan import Plan, PlanSite
 from repshift_cli.reduction.families.base import Family, Reduce, Site, Stream, weight_count
 
-__all__ = ["ResidualCNN"]
-
 _SHORTCUTS: dict[type[nn.Module], str] = {
     BasicBlock: "downsample",
     Bottleneck: "downsample",

@@ -36,8 +36,6 @@ from repshift_cli.reduction.families.base import (
     weight_count,
 )
 
-__all__ = ["TimmViT"]
-
 
 class _TimmStream(SizedStream):
     """Tokens `[B, prefix + N, C]` that the blocks pass on; their sizes are stored here during a pass.

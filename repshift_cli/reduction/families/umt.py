@@ -24,8 +24,6 @@ from repshift_cli.reduction.families.base import (
     query_and_key,
 )
 
-__all__ = ["Umt", "UmtStream"]
-
 _EARLY = frozenset({"block_input", "block_output", "attention_update", "attention_query", "attention_key"})
 
 

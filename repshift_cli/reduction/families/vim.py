@@ -18,8 +18,6 @@ from repshift_cli.planning.layout import Layout, SiteInfo
 from repshift_cli.planning.plan import Plan, PlanSite
 from repshift_cli.reduction.families.base import Family, Probe, Reduce, Site, Stream, weight_count
 
-__all__ = ["Vim"]
-
 
 class _ClassTokensInside(Stream):
     """A `VimStream`: metrics see all tokens, and class tokens are always kept."""

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from repshift_cli.reduction.metrics.base import Metric, Polarity, SiteContext, Tap
 
-__all__ = ["AttentionEntropy", "mean_attention", "sharpness"]
-
 
 class AttentionEntropy(Metric):
     """Negative entropy `sum_j a_ij log a_ij` of the attention of token i (vid-TLDR, arXiv 2403.13347).

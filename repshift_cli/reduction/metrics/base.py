@@ -14,8 +14,6 @@ from torch.linalg import vector_norm
 from repshift_cli.planning.recipe import ComponentSpec, Place, StrictModel
 from repshift_cli.planning.registry import build_component, members
 
-__all__ = ["Metric", "SiteContext", "Tap", "build_metric", "metric_kinds", "norms"]
-
 Tap = Literal[
     "block_input",  # the stream before the block, [B, T, C]
     "block_output",  # the stream after the block

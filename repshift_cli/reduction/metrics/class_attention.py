@@ -9,8 +9,6 @@ from torch import Tensor
 
 from repshift_cli.reduction.metrics.base import Metric, Polarity, SiteContext, Tap
 
-__all__ = ["ClassAttention"]
-
 
 class ClassAttention(Metric):
     """`softmax(q_class K^T / sqrt(d))`, averaged over the heads (EViT, arXiv 2202.07800, equation 3).

@@ -16,8 +16,6 @@ from torch import Tensor
 from repshift_cli.reduction.metrics.base import Metric, Polarity, SiteContext, Tap
 from repshift_cli.reduction.metrics.representation_shift import RepresentationShift
 
-__all__ = ["Fitted"]
-
 _MOST_CHANNELS = 1 << 16
 _FLOAT_BYTES = 4
 

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from repshift_cli.reduction.metrics.base import Metric, SiteContext, Tap
 
-__all__ = ["Random"]
-
 
 class Random(Metric):
     """Scores drawn from the seed, the layer and the position of the token, the same for every image.

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from repshift_cli.reduction.metrics.base import Metric, Polarity, SiteContext, Tap, norms
 
-__all__ = ["RepresentationShift"]
-
 Operation = Literal["mlp", "attention", "mixer", "block"]
 Distance = Literal["l2", "l1", "cosine"]
 Reading = Literal["update", "literal"]

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from repshift_cli.reduction.metrics.base import Metric, Polarity, SiteContext, Tap, norms
 
-__all__ = ["TokenNorm"]
-
 
 class TokenNorm(Metric):
     """`||x_i||_2` of the stream after the block."""

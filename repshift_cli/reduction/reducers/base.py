@@ -12,8 +12,6 @@ from repshift_cli.planning.layout import After
 from repshift_cli.planning.recipe import ComponentSpec, Place, StrictModel
 from repshift_cli.planning.registry import build_component, members
 
-__all__ = ["Dims", "Merged", "Merger", "Pruner", "Reducer", "build_reducer", "reducer_kinds"]
-
 
 class Dims(NamedTuple):
     """Channels at a site: of a token, and of one head of the attention (0 where there is none)."""

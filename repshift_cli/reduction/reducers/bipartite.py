@@ -12,8 +12,6 @@ from repshift_cli.ops.merging import key_features, merge_into, pair
 from repshift_cli.ops.tokens import gather_tokens, with_prefix
 from repshift_cli.reduction.reducers.base import Dims, Merged, Merger
 
-__all__ = ["Bipartite", "match"]
-
 
 class Bipartite(Merger):
     """Token merging (ToMe, arXiv 2210.09461, section 3), after the block. The score is not used.

@@ -12,8 +12,6 @@ from repshift_cli.ops.merging import unit_range
 from repshift_cli.ops.tokens import gather_tokens, put_at, split_top, with_prefix
 from repshift_cli.reduction.reducers.base import Merged, Merger
 
-__all__ = ["Fuse"]
-
 
 class Fuse(Merger):
     """All dropped tokens are merged into the least important kept one (EViT, arXiv 2202.07800, section 3.2).

@@ -11,8 +11,6 @@ from repshift_cli.ops.merging import key_features, merge_into, nearest
 from repshift_cli.ops.tokens import gather_tokens, split_top, with_prefix
 from repshift_cli.reduction.reducers.base import Dims, Merged, Merger
 
-__all__ = ["Merge"]
-
 
 class Merge(Merger):
     """The score decides which tokens are dropped; similarity decides which kept token each is merged into.

@@ -9,8 +9,6 @@ from torch import Tensor
 from repshift_cli.ops.tokens import gather_tokens
 from repshift_cli.reduction.reducers.base import Pruner
 
-__all__ = ["Prune"]
-
 
 class Prune(Pruner):
     """Keep the chosen tokens unchanged and in order, drop the others."""

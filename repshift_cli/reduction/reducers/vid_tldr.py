@@ -13,8 +13,6 @@ from repshift_cli.ops.tokens import gather_tokens
 from repshift_cli.planning.layout import After
 from repshift_cli.reduction.reducers.base import Dims, Merged, Merger
 
-__all__ = ["VidTLDR", "merge", "merge_weighted", "saliency"]
-
 
 class VidTLDR(Merger):
     """Saliency-aware token merging (vid-TLDR, arXiv 2403.13347) between attention and MLP."""
