@@ -86,7 +86,7 @@ class TestExport:
         evaluated = document_of(cli("eval", "digits.pt2", "--dataset", "builtin:digits", "--limit", "20", "--json"))
         assert evaluated["top1"] > 50
         assert evaluated["images"] == 20
-        explained(cli("eval", "digits.pt2"), 2, "no dataset was named")
+        explained(cli("eval", "digits.pt2"), 2, "no dataset given")
 
 
 class TestRefused:
@@ -132,18 +132,18 @@ class TestRefused:
 
     def test_unsupported_options_of_exported_files(self, cli: Command, small: Path) -> None:
         assert cli("export", small, "--to", "pt2", "--no-verify").rc == 0
-        explained(cli("eval", "small.pt2", "--dataset", "builtin:digits", "--compare-dense"), 2, "has no dense self")
+        explained(cli("eval", "small.pt2", "--dataset", "builtin:digits", "--compare-dense"), 2, "its dense model")
         explained(cli("bench", "small.pt2", "--img-size", "32"), 2, "--img-size", "is an exported file")
         explained(cli("bench", "small.pt2", "--dtype", "float16"), 2, "takes float32, not float16")
         explained(cli("compress", "small.pt2"), 3, "small.pt2 is an exported file", "that it was exported from")
         explained(cli("bench", "small.pt2", "--recipe", "deit_small_paper"), 3, "small.pt2 is an exported file")
-        explained(cli("bench", "small.pt2", "--compile", "default"), 2, "--compile", "is not compiled again")
+        explained(cli("bench", "small.pt2", "--compile", "default"), 2, "--compile", "cannot be compiled")
         explained(cli("bench", "small.pt2", "--attention", "explicit"), 2, "--attention", "cannot be switched")
         explained(cli("bench", "small.pt2", "--against", "tome"), 2, "--against", "unsupported for an exported file")
 
     def test_an_exported_file_needs_the_dense_one_to_be_compared_with(self, cli: Command, small: Path) -> None:
         assert cli("export", small, "--to", "pt2", "--no-verify").rc == 0
-        words = ("same format and weights", "the dense one with --dense, and name both")
+        words = ("same format and weights", "the dense model too, with --dense, and give both")
         outcome = cli("bench", "small.pt2", *QUICK)
         assert outcome.rc == 0
         assert all(word in " ".join(outcome.stdout.split()) for word in words)
@@ -164,4 +164,4 @@ class TestRefused:
 
     def test_a_video_model_without_its_text_encoder(self, cli: Command, tmp_path: Path) -> None:
         assert cli("export", stored(3), "--to", "pt2", "-o", "clip.pt2", "--no-verify").rc == 0
-        explained(cli("eval", "clip.pt2", "--dataset", "builtin:shapes"), 3, "holds the vision encoder alone")
+        explained(cli("eval", "clip.pt2", "--dataset", "builtin:shapes"), 3, "holds the vision encoder only")
