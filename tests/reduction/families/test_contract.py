@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.load import load_checkpoint
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.errors import ModelError, RecipeError
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.models.vim import VimStream
@@ -368,7 +369,9 @@ def test_copies_are_independent(case: Case) -> None:
         attach(model.model, model.plan)
 
 
-@pytest.mark.parametrize(("case", "dtype"), zip(WAYS, cycle((torch.bfloat16, torch.float64)), strict=False), ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"), list(zip(WAYS, cycle((torch.bfloat16, torch.float64)), strict=False)), ids=str
+)
 def test_other_dtypes_and_autocast(case: Case, dtype: torch.dtype) -> None:
     model = case.compressed()
     plain = case.inputs(model)
@@ -433,7 +436,7 @@ def test_compiles_to_one_graph(case: Case) -> None:
 )
 def test_a_saved_model_loads_bit_identical(case: Case, tmp_path: Path) -> None:
     dense = save_weights(case.model.build(), tmp_path / "dense.safetensors")
-    loaded = load_checkpoint(dense, **(case.model.load or {}))
+    loaded = load_checkpoint(dense, LoadOptions(**(case.model.load or {})))
     recipe = case.recipe(loaded.model)
     plan = resolve_for(loaded.model, recipe)
     artifact.save(tmp_path / "small.safetensors", loaded, artifact.make_document(loaded, plan, recipe, None, {}))
