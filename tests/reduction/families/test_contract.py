@@ -166,9 +166,16 @@ EACH_WAY = [
     ]
     if case.supported()
 ]
-WAYS = [case for case in EACH_WAY if case.variant == FORMS[case.family][0]]
-MERGING = [Case("timm_vit", variant, BLOCK, "merge") for variant in tiny.VARIANTS if variant not in FORMS["timm_vit"]]
-ALL = [*EACH_MODEL, *WAYS, *(case for case in MERGING if case.supported())]
+WAYS = [
+    *(case for case in EACH_WAY if case.variant == FORMS[case.family][0]),
+    Case("timm_vit", "map_pooling", BLOCK, "merge"),  # edits the mask of the pooling
+    Case("timm_vit", "mean_pooling", BLOCK, "merge"),  # edits the input of the head
+    Case("timm_vit", "parallel_scaling_block", SHIFT.format("mlp", "cosine", "largest")),  # a probe has a module
+    Case("resnet", "convnext_v2"),
+    Case("vim", "double"),
+]
+MERGING = [Case("timm_vit", variant, BLOCK, "merge") for variant in tiny.VARIANTS]
+ALL = list(dict.fromkeys([*EACH_MODEL, *WAYS, *(case for case in MERGING if case.supported())]))
 SOME = [case for case in ALL if case.family != "resnet" or case.variant in SOME_CNNS]
 
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
