@@ -130,7 +130,7 @@ class CompressedModel(nn.Module):
                 hook.recorded = None
         planned = {site.layer: site for site in self.plan.sites}
         merged = isinstance(build_reducer(self.plan.reducer), Merger)
-        state = MapState.start(len(images), self.layout.map_size or (1, self.layout.patch_tokens), images.device)
+        state = MapState.start(images.shape[0], self.layout.map_size or (1, self.layout.patch_tokens), images.device)
         kept = {}
         for site in self.layout.sites:
             state = state.through(site.windows)

@@ -36,7 +36,7 @@ class MapState:
     def keep(self, index: Tensor, grid: Grid | None = None) -> MapState:
         """After a site that kept the positions at `index`, int64 `[B, rows * columns]`; None for one row."""
         width = self.columns.shape[1]
-        at = index.unflatten(1, grid or (1, -1))
+        at = index.unflatten(1, grid or (1, index.shape[1]))
         rows, columns = self.rows.gather(1, at[:, :, 0] // width), self.columns.gather(1, at[:, 0] % width)
         return MapState(rows, columns, self.dense)
 
