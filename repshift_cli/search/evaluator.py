@@ -225,7 +225,7 @@ class Evaluator:
         return round(1.0 / speedup.ratio, 5)
 
     def cached(self, kind: str, plans: Sequence[Plan], evaluate: Callable[[Plan], Any], task: Task) -> list[Any]:
-        """The results of an evaluation of plans, from the cache where it has them."""
+        """The results of an evaluation of plans, from the cache if it has them."""
         keys = [f"{kind} {_key(plan)}" for plan in plans]
         return self._cache.get(keys, lambda index: evaluate(plans[index]), task)
 
@@ -246,9 +246,9 @@ class Evaluator:
 
     def try_candidates(self, candidates: Sequence[Candidate | None], task: Task | None = None) -> list[Evaluated]:
         """Evaluate candidates on the selection images and record them; those that do not fit are left out."""
-        asked = list({one.key: one for one in candidates if one is not None}.values())
-        values = self.cached_quality([one.plan for one in asked], "selection", task or SilentTask())
-        results = [Evaluated(one, found) for one, found in zip(asked, values, strict=True) if found is not None]
+        distinct = list({one.key: one for one in candidates if one is not None}.values())
+        values = self.cached_quality([one.plan for one in distinct], "selection", task or SilentTask())
+        results = [Evaluated(one, found) for one, found in zip(distinct, values, strict=True) if found is not None]
         for result in results:
             self.tried.setdefault(result.candidate.key, result)
         return results

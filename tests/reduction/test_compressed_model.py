@@ -85,7 +85,7 @@ def token_counts(model: CompressedModel, batch: Tensor) -> list[int]:
 
 @pytest.mark.parametrize(("variant", "metric"), REFUSED)
 def test_a_metric_that_a_block_cannot_feed_is_refused_with_the_reason(variant: str, metric: str) -> None:
-    with pytest.raises(RecipeError, match=rf"{metric} needs \w+, which blocks.0 cannot show: ") as caught:
+    with pytest.raises(RecipeError, match=rf"{metric} needs \w+, which blocks.0 does not provide: ") as caught:
         build(variant, metric)
     assert "operation: block works on every block" in str(caught.value)
 
@@ -556,7 +556,7 @@ class TestMergingThatCannotBe:
     @pytest.mark.parametrize("merge", WITH_KEYS)
     def test_keys_that_cannot_be_seen(self, merge: str) -> None:
         model = tiny_vit(**VARIANTS["parallel_things_block"])
-        told = r"needs attention_key, which blocks\.0 cannot show: it runs several branches in parallel"
+        told = r"needs attention_key, which blocks\.0 does not provide: it runs several branches in parallel"
         with pytest.raises(RecipeError, match=rf"^recipe:3:1: \w+ {told}") as caught:
             resolve_for(model, merged_recipe(merge))
         assert "{kind: merge} (by the hidden state)" in str(caught.value.hint)

@@ -319,7 +319,7 @@ class TestMetrics:
 
     @pytest.mark.parametrize("reducer", ["prune", "vid_tldr"])
     def test_there_is_no_mixer(self, reducer: str) -> None:
-        with pytest.raises(RecipeError, match=r"representation_shift needs mixer_update, which .* cannot show"):
+        with pytest.raises(RecipeError, match=r"representation_shift needs mixer_update, which .* does not provide"):
             compressed_umt(tiny_umt(), umt_recipe(DROPS, "{kind: representation_shift, operation: mixer}", reducer))
 
     @pytest.mark.parametrize(("reducer", "operation"), [("prune", "mlp"), ("vid_tldr", "attention")])
