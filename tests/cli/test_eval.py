@@ -1,4 +1,4 @@
-"""`repshift eval` as people call it: its output and its exit code."""
+"""`repshift eval`: its output and its exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `repshift eval` leaves behind: progress that survives SIGKILL, predictions, and `repshift compare` of them."""
+"""Files of `repshift eval`: progress that survives SIGKILL, predictions, and `repshift compare` of them."""
 
 from __future__ import annotations
 

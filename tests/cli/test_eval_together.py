@@ -1,4 +1,4 @@
-"""`torchrun ... -m repshift_cli eval`: the whole numbers of one process, whatever the number of processes."""
+"""`torchrun ... -m repshift_cli eval`: the same counts for any number of processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 def together(processes: int, *arguments: str) -> list[str]:
-    """The command that starts so many of `repshift eval`."""
+    """The command that starts `repshift eval` in several processes."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return [sys.executable, *launch, "-m", "repshift_cli", "eval", *arguments]
 
@@ -85,7 +85,7 @@ def arguments(digits: Path, compressed: Path) -> list[str]:
 
 @pytest.fixture
 def expected(arguments: list[str], cli: Command) -> dict[str, Any]:
-    """What one process counts."""
+    """The counts of one process."""
     alone = cli("eval", *arguments)
     assert alone.rc == 0, alone.stderr
     found = exact(alone.stdout)
