@@ -229,7 +229,7 @@ class TestRefused:
     def test_options(self, options: list[str], rc: int, words: list[str], run: Callable[..., Outcome]) -> None:
         refused(run(*options), rc, *words)
 
-    def test_too_few_pictures(self, run: Callable[..., Outcome], pictures: Path) -> None:
+    def test_too_few_images(self, run: Callable[..., Outcome], pictures: Path) -> None:
         refused(run("-b", "32", "--data", pictures), 4, "20 images, which do not fill a batch of 32")
 
     def test_a_baseline_that_the_model_does_not_support(self, cli: Command, tmp_path: Path) -> None:

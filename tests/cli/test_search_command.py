@@ -163,7 +163,7 @@ class TestSearch:
         assert found["output"] == "dense_macs0.7.yaml"
         assert {site["metric"]["kind"] for site in found["plan"]} == {"token_norm"}
 
-    def test_the_target_of_the_command_line_wins(self, cli: Command, dense: Path, tmp_path: Path) -> None:
+    def test_the_target_of_the_command_line_takes_precedence(self, cli: Command, dense: Path, tmp_path: Path) -> None:
         (tmp_path / "start.yaml").write_text("version: 1\nmetric: {kind: token_norm}\nbudget: {macs: 0.7}\n")
         outcome = cli("search", dense, "--recipe", "start.yaml", "-t", "macs=0.8", *QUICK, "--json")
         found = json.loads(outcome.stdout)
@@ -332,7 +332,7 @@ class TestRefused:
         assert outcome.rc == 2
         assert f"the target max-drop=1 needs labels: there are no class folders in {pictures}" in words(outcome.stderr)
 
-    def test_too_few_pictures(self, cli: Command, dense: Path, classes: Path) -> None:
+    def test_too_few_images(self, cli: Command, dense: Path, classes: Path) -> None:
         outcome = cli("search", dense, "-t", "macs=0.7", "--data", classes / "c0", *QUICK)
         assert outcome.rc == 4
         assert "at least 16 images, there are 2" in words(outcome.stderr)

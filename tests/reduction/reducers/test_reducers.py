@@ -90,10 +90,10 @@ def left(case: Case, found: Merged) -> list[list[int]]:
     return [front + [case.prefix + place for place in row] for row in found.places.tolist()]
 
 
-def naive_merge_into(tokens: Tensor, sizes: Tensor, goes: Mapping[int, int], kept: list[int]) -> tuple[Tensor, Tensor]:
-    """One image in float64: the size-weighted mean of each kept token and its sources; `goes` has the target of each source."""
+def naive_means(tokens: Tensor, sizes: Tensor, targets: Mapping[int, int], kept: list[int]) -> tuple[Tensor, Tensor]:
+    """One image in float64: the size-weighted mean of each kept token and its sources; `targets` has their targets."""
     tokens, sizes = tokens.double(), sizes.double()
-    groups = [[place, *(source for source, target in goes.items() if target == place)] for place in kept]
+    groups = [[place, *(source for source, target in targets.items() if target == place)] for place in kept]
     mass = torch.stack([sum((sizes[index] for index in group), sizes.new_zeros(())) for group in groups])
     sums = [sum((tokens[index] * sizes[index] for index in group), tokens.new_zeros(())) for group in groups]
     return torch.stack(sums) / mass.unsqueeze(1), mass
@@ -106,11 +106,11 @@ def cosine(one: Tensor, other: Tensor) -> float:
 def naive_merge(case: Case, row: int, kept: list[int], features: Tensor) -> dict[int, int]:
     """The target of each dropped token: the kept patch token with the largest cosine."""
     candidates = [place for place in kept if place >= case.prefix]
-    goes = {}
+    targets = {}
     for source in range(case.prefix, case.prefix + case.patches):
         if source not in kept:
-            goes[source] = max(candidates, key=lambda place: cosine(features[row, source], features[row, place]))
-    return goes
+            targets[source] = max(candidates, key=lambda place: cosine(features[row, source], features[row, place]))
+    return targets
 
 
 def naive_pairs(case: Case, row: int, features: Tensor, count: int) -> dict[int, int]:
@@ -364,11 +364,11 @@ class TestAgainstLoops:
         features = case.tokens if name == "merge" else case.keys.mean(1)
         for row, kept in enumerate(left(case, found)):
             if name == "bipartite":
-                goes = naive_pairs(case, row, features, count)
-                assert sorted(kept) == [place for place in range(case.prefix + case.patches) if place not in goes]
+                targets = naive_pairs(case, row, features, count)
+                assert sorted(kept) == [place for place in range(case.prefix + case.patches) if place not in targets]
             else:
-                goes = naive_merge(case, row, kept, features)
-            tokens, sizes = naive_merge_into(case.tokens[row], case.sizes[row], goes, kept)
+                targets = naive_merge(case, row, kept, features)
+            tokens, sizes = naive_means(case.tokens[row], case.sizes[row], targets, kept)
             torch.testing.assert_close(found.sizes[row].double(), sizes, rtol=0, atol=0)
             torch.testing.assert_close(found.tokens[row].double(), tokens, rtol=1e-5, atol=1e-5)
 
@@ -422,7 +422,7 @@ class TestAgainstLoops:
         assert max(fused[False]) > 1
 
     def test_fuse_by_hand(self) -> None:
-        """Scores 4, 2, 0, 1: token 1 is the last kept; 2 and 3 are merged into it, by weights .5005, .001 and .25075."""
+        """Scores 4, 2, 0, 1: token 1 is the last kept; 2 and 3 merge into it, by weights .5005, .001 and .25075."""
         tokens = torch.tensor([[[9.0], [1.0], [2.0], [3.0]]])
         found = Fuse().merge(tokens, torch.ones(1, 4), torch.tensor([[4.0, 2.0, 0.0, 1.0]]), 2, 0, {})
         assert found.places.tolist() == [[0, 1]]
@@ -456,11 +456,11 @@ class TestAgainstLoops:
         shifted = Case(case.batch, case.patches, 0, 0, 0)
         shifted.tokens = case.tokens[:, case.prefix :]
         for row, kept in enumerate(found.places.tolist()):
-            goes = naive_pairs(shifted, row, shifted.tokens, count)
+            targets = naive_pairs(shifted, row, shifted.tokens, count)
             own = case.sizes[row, case.prefix :].double()
             shares = own.clone()
-            shares[list(goes)] *= weights[row, list(goes)].double()
-            tokens, sizes = naive_merge_into(shifted.tokens[row], shares, goes, kept)
+            shares[list(targets)] *= weights[row, list(targets)].double()
+            tokens, sizes = naive_means(shifted.tokens[row], shares, targets, kept)
             torch.testing.assert_close(found.sizes[row, case.prefix :].double(), sizes, rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(found.tokens[row, case.prefix :].double(), tokens, rtol=1e-5, atol=1e-5)
 
