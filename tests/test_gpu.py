@@ -17,12 +17,12 @@ from repshift_cli.models.attention_mode import AttentionMode, attention_mode, au
 from repshift_cli.reduction.checks import resolve_for
 from repshift_cli.reduction.compressed_model import attach
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch sees none")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none")
 
 CUDA = torch.device("cuda")
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 WITHIN = {"float16": 2e-2, "bfloat16": 1.5e-1}
-"""How far apart two half-precision passes may lie, as a share of the largest value."""
+"""Largest difference of two half-precision passes, as a share of the largest value."""
 
 MODES: tuple[AttentionMode, ...] = get_args(AttentionMode)
 MODELS = ("dense", "qk_norm", "attention_pooling", "merged", "merged_qk_norm", "umt", "merged_umt")

@@ -159,8 +159,8 @@ class TestCompress:
         (tmp_path / "dense_repshift.safetensors").touch()
         assert cli("compress", dense, "--dry-run").rc == 0
 
-    def test_calibrated(self, cli: Command, dense: Path, pictures: Path) -> None:
-        outcome = cli("compress", dense, "--calibration", pictures, *QUICK, "--force", "--json")
+    def test_calibrated(self, cli: Command, dense: Path, photos: Path) -> None:
+        outcome = cli("compress", dense, "--calibration", photos, *QUICK, "--force", "--json")
         assert outcome.rc == 0, outcome.stderr
         found = json.loads(outcome.stdout)["calibration"]
         assert all(len(site["candidates"]) == 30 for site in found["sites"])

@@ -59,8 +59,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / str(label)).mkdir()
     scenes = DigitScenes("test", 45)
     for index in range(45):
-        picture, label = scenes[index]
-        picture.save(root / str(label) / f"{index:02d}.png")
+        scene_image, label = scenes[index]
+        scene_image.save(root / str(label) / f"{index:02d}.png")
     for broken in sorted(root.glob("*/*.png"))[3::17]:
         broken.write_bytes(broken.read_bytes()[:100])
     return root
@@ -129,7 +129,7 @@ def test_a_killed_run_is_resumed_with_another_number_of_processes(
 
 
 def test_an_error_in_one_process_is_printed_once_and_ends_all(digits: Path, tmp_path: Path) -> None:
-    # the last broken picture is in the part of the second process
+    # the last broken image is in the part of the second process
     done = launch(2, "--dataset", str(digits), "-b", "2", "--strict", "--json", folder=tmp_path)
     assert done.returncode != 0
     assert done.stdout == ""

@@ -15,7 +15,7 @@ from repshift_cli.reduction.metrics.base import norms
 from repshift_cli.reduction.token_trace import MapState
 
 ROWS = st.lists(st.lists(st.integers(-3, 3), min_size=6, max_size=6), min_size=1, max_size=4)
-"""Few different values, so that most rows hold ties."""
+"""Few different values, so that most rows have ties."""
 
 
 @given(ROWS, st.integers(1, 6))

@@ -331,7 +331,7 @@ MERGES = {
     "fuse_carry": "fuse, carry: true",
     "bipartite": "bipartite",
 }
-"""What a recipe says under `reducer` after `kind: `. vid_tldr acts where timm's blocks cannot be opened."""
+"""The text of a recipe after `reducer: {kind: `. vid_tldr acts inside a block, which timm's blocks do not support."""
 
 
 class Gated(Attention):

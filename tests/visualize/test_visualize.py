@@ -339,7 +339,7 @@ class TestFigure:
 
 
 CLIP_GRID = PatchGrid(rows=2, columns=2, height=8, width=8, frames=3)
-"""12 tokens: place 7 is the lower right patch of frame 1."""
+"""12 tokens: position 7 is the lower right patch of frame 1."""
 
 CLIP = Preprocessing((3, 32, 32), MEAN, STD, "bicubic", 1.0, "squash", frames=3)
 PRUNE = "{kind: representation_shift, operation: mlp, distance: l2, reading: update, polarity: largest}"

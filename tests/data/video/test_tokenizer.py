@@ -220,12 +220,12 @@ class TestVocabulary:
         with pytest.raises(DataError, match="is not text"):
             Tokenizer(tmp_path)
 
-    @pytest.mark.parametrize("gone", ["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
-    def test_without_a_special_token(self, gone: str, tmp_path: Path) -> None:
-        path = write(tmp_path / "vocab.txt", [word for word in WORDS if word != gone])
+    @pytest.mark.parametrize("missing", ["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    def test_without_a_special_token(self, missing: str, tmp_path: Path) -> None:
+        path = write(tmp_path / "vocab.txt", [word for word in WORDS if word != missing])
         with pytest.raises(DataError) as caught:
             Tokenizer(path)
-        assert caught.value.message == f"{path} is not a vocabulary of BERT: it has no {gone}"
+        assert caught.value.message == f"{path} is not a vocabulary of BERT: it has no {missing}"
 
     @pytest.mark.parametrize("content", ["", "\n", '{"model": {"vocab": {}}}', "cased words\n"])
     def test_another_file(self, content: str, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from repshift_cli.reduction.metrics.base import build_metric
 from repshift_cli.utils.progress import Silent
 
 FEW = ["basic", "bottleneck_d", "squeeze_bottleneck", "group_norm", "blur", "convnext", "convnext_v2", "regnet_y"]
-"""One of each form, where all would say the same."""
+"""One of each form, for tests whose result is the same for all."""
 
 SIZES: list[Grid] = [(64, 64), (95, 120), (130, 67)]
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -403,7 +403,9 @@ class TestRefusals:
     )
     @pytest.mark.parametrize("kind", ["basic", "convnext", "regnet_x"])
     def test_a_metric_without_its_tensors(self, kind: str, metric: str) -> None:
-        with pytest.raises(RecipeError, match=r"cannot show: a residual block of convolutions has neither") as caught:
+        with pytest.raises(
+            RecipeError, match=r"does not provide: a residual block of convolutions has neither"
+        ) as caught:
             compressed_cnn(kind, metric=metric)
         assert "operation: block works on every block" in str(caught.value)
 

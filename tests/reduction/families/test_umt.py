@@ -60,7 +60,7 @@ EARLY = {
     "token_norm": "{kind: token_norm, polarity: smallest}",
     "random": "{kind: random, seed: 3}",
 }
-"""What can be known after the attention of a block."""
+"""Metrics that are available after the attention of a block."""
 
 METRICS = {"mlp": MLP, "literal": MLP.replace("update", "literal"), **EARLY}
 
@@ -399,11 +399,11 @@ class TestRefused:
     def test_a_single_image(self, reducer: str, metric: str) -> None:
         """The dense model takes a single frame, but a plan is for one number of tokens."""
         model = build(reducer, metric)
-        picture = umt_clips(model, frames=1)
+        image = umt_clips(model, frames=1)
         with pytest.raises(UsageError, match=r"blocks\.0.* got 16 tokens, but the plan is for 48"):
-            model(picture)
+            model(image)
         with model.dense() as dense, torch.no_grad():
-            assert dense(picture).shape == (2, 24)
+            assert dense(image).shape == (2, 24)
 
 
 class TestModule:

@@ -130,8 +130,10 @@ class TestWrittenOut:
                 tokens = torch.full((len(keep), planned.tokens_in), True)
                 patches = family_file.complement(output.place, planned.tokens_in).gather(1, keep)
                 tokens.scatter_(1, patches, False).scatter_(1, output.place, False)
-                gone = tokens.unsqueeze(-1)
-                return VimStream(output.hidden.masked_fill(gone, 0), output.residual.masked_fill(gone, 0), output.place)
+                dropped = tokens.unsqueeze(-1)
+                return VimStream(
+                    output.hidden.masked_fill(dropped, 0), output.residual.masked_fill(dropped, 0), output.place
+                )
             other = family_file.complement(output.place, planned.tokens_in)[:, : keep.shape[1]]
             at = torch.cat((output.place, other), dim=1).sort(dim=1).values
             return right._replace(hidden=reduce(output.hidden, at))

@@ -15,7 +15,7 @@ from repshift_cli.reduction.metrics.representation_shift import Distance, Operat
 
 LAYER = 2
 WITH_PARTS = sorted(set(VARIANTS) - {"parallel_things_block"})
-"""Models whose blocks show attention and MLP one by one."""
+"""Models whose blocks have separate attention and MLP updates."""
 
 
 def parts_of(block: Any, stream: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

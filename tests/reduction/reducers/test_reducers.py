@@ -40,7 +40,7 @@ MERGERS: dict[str, Merger] = {
     "vid_tldr": VidTLDR(),
 }
 BY_SCORE = ("merge", "merge_by_keys", "fuse", "fuse_carry")
-"""Where the score alone says which tokens go."""
+"""Reducers in which the score selects the dropped tokens."""
 
 HEADS, CHANNELS = 2, 6
 
@@ -415,9 +415,9 @@ class TestAgainstLoops:
                 assert torch.equal(sizes.sum(1), torch.full((3,), prefix + 30.0))
                 fused[carry].append(int((sizes > 1).sum(1).max()))
                 if carry:
-                    gone = (5, 12, 13, 23)[site]
+                    dropped = (5, 12, 13, 23)[site]
                     # at each later site the fused token and one other token are fused
-                    assert torch.equal(sizes.amax(1), torch.full((3,), 1.0 + gone))
+                    assert torch.equal(sizes.amax(1), torch.full((3,), 1.0 + dropped))
         assert fused[True] == [1, 1, 1, 1]
         assert max(fused[False]) > 1
 

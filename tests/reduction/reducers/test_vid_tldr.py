@@ -30,7 +30,7 @@ FLOW = [
     ("flow_a/pre_merge.1", "flow_a/size.0", "flow_b/{}.1", "flow_b/post_merge.1"),
 ]
 STEPS = [pytest.param(*step, id=step[3]) for step in UNIT_STEPS + FLOW]
-"""Tokens and sizes before, the names of what the merge found, tokens after."""
+"""Tokens and sizes before the merge, the names of its results, tokens after it."""
 
 ATTENTION = [("in/attn1", "unit/score1"), ("in/attn2", "unit/score2"), ("flow_a/attn.1", "flow_a/score.1")]
 
@@ -193,8 +193,8 @@ class TestMerge:
         tokens, sizes, scores, _ = case
         weights = saliency(scores)
         found = merge(*case)
-        gone = torch.ones_like(scores).scatter(1, found.places, 0.0)
-        mass = sizes * torch.where(gone > 0, weights, 1.0)
+        dropped = torch.ones_like(scores).scatter(1, found.places, 0.0)
+        mass = sizes * torch.where(dropped > 0, weights, 1.0)
         torch.testing.assert_close(found.sizes.sum(1), mass.sum(1), rtol=1e-5, atol=1e-5)
         by_size = (found.tokens * found.sizes.unsqueeze(2)).sum(1)
         torch.testing.assert_close(by_size, (tokens * mass.unsqueeze(2)).sum(1), rtol=1e-4, atol=1e-4)
