@@ -297,7 +297,7 @@ class TestLatency:
         """With a time that depends on a part of the MACs and on the number of sites."""
         asked: list[Plan] = []
 
-        def clock(self: Evaluator, plan: Plan, patient: bool = False) -> float:
+        def clock(self: Evaluator, plan: Plan, remeasure: bool = False) -> float:
             asked.append(plan)
             return round(0.1 + 0.8 * self.macs(plan) ** 1.6 + 0.03 * len(plan.sites), 5)
 
@@ -316,8 +316,8 @@ class TestLatency:
         chance = random.Random(seed)
         asked: dict[str, float] = {}
 
-        def clock(self: Evaluator, plan: Plan, patient: bool = False) -> float:
-            far = 0.002 if patient else 0.015
+        def clock(self: Evaluator, plan: Plan, remeasure: bool = False) -> float:
+            far = 0.002 if remeasure else 0.015
             time = 0.05 + 0.8 * self.macs(plan) ** 3 + 0.02 * len(plan.sites)
             return asked.setdefault(plan.model_dump_json(), round(time * (1 + chance.uniform(-far, far)), 5))
 
