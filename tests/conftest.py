@@ -1,7 +1,6 @@
-"""Every test runs on one thread, and finds neither a network nor weights that happen to lie on the machine.
+"""Every test runs on one thread, without network and without cached weights.
 
-There are two ways to call `repshift`: `cli` in this process, which is quick, and `shell` as a process of its own, as
-people do.
+`cli` runs `repshift` in this process, which is faster; `shell` runs it in a new process.
 """
 
 from __future__ import annotations

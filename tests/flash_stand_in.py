@@ -1,4 +1,4 @@
-"""What stands in for the package flash-attn where there is no GPU: its function in plain torch."""
+"""A stand-in for the package flash-attn on machines without a GPU: its function in plain torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["STAND_IN", "FlashStandIn", "allow_flash"]
 
 
 class FlashStandIn(ModuleType):
-    """Takes and gives `[B, T, heads, d]`, as flash-attn does, and counts its calls."""
+    """Attention of `[B, T, heads, d]`, in the layout of flash-attn; counts its calls."""
 
     def __init__(self) -> None:
         super().__init__("flash_attn")
@@ -37,11 +37,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float | No
 
 
 STAND_IN = FlashStandIn()
-"""One for all tests: what torch compiles goes on with the module that it met first."""
+"""One for all tests: compiled graphs keep the module that they were compiled with."""
 
 
 def allow_flash(monkeypatch: pytest.MonkeyPatch) -> FlashStandIn:
-    """Put the stand-in where flash-attn would be, and let it run anywhere."""
+    """Install the stand-in as flash-attn, and allow it on every device."""
     STAND_IN.calls = 0
     monkeypatch.setitem(sys.modules, "flash_attn", STAND_IN)
     monkeypatch.setattr(attention_mode, "flash_problem", lambda device, dtype, width: None)

@@ -1,7 +1,7 @@
-"""Hostile inputs, made from good ones by a seed, and what the program does with them.
+"""Hostile inputs, made from valid ones by a seed, and the code that reads them.
 
-Each target is given a generator of random numbers, changes a good input by it, and hands that to the code which reads
-such inputs from strangers. It returns when the input was taken; all that may come out of it is a `RepshiftError`.
+Each target changes a valid input by a random generator and passes it to the code that reads such inputs. It returns if
+the input is accepted; the only error that it may raise is a `RepshiftError`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ Target = Callable[[random.Random], None]
 
 
 class Fuzzer:
-    """The targets; files that they read lie in a folder of their own.
+    """The targets; the files that they read are in a folder of their own.
 
     Args:
         folder: an empty folder.
@@ -72,7 +72,7 @@ class Fuzzer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model = tiny_vit(depth=3, embed_dim=16)
-        # as deep as the models that the shipped recipes are for, so that some of what they become is taken
+        # as deep as the models of the shipped recipes, so that some changed recipes are valid
         deep = tiny_vit(depth=12, embed_dim=16)
         self.layout = match(deep).layout(deep)
         self.tensors = {key: value.contiguous().clone() for key, value in self.model.state_dict().items()}
@@ -97,7 +97,7 @@ class Fuzzer:
             resolve(recipe, self.layout)
 
     def metadata(self, rng: random.Random) -> None:
-        """The document in the metadata of a compressed checkpoint, all the way to a model that is ready to run."""
+        """The document in the metadata of a compressed checkpoint, loaded as a model that is ready to run."""
         if rng.random() < 0.8:
             text = _json(_changed_tree(rng, self.document))
         else:
@@ -105,13 +105,13 @@ class Fuzzer:
         path = self.folder / "metadata.safetensors"
         path.write_bytes(to_safetensors(self.tensors, {METADATA_KEY: text.encode("utf-8", "replace").decode()}))
         opened = artifact.open_model(path)
-        # what it says of pictures is carried out, too, where they are not too large for a test
+        # its preprocessing is run too, unless the images are too large for a test
         preprocessing = opened.loaded.description.preprocessing
         if max(preprocessing.input_size) <= 512 and preprocessing.crop_pct > 0.1:
             preprocessing.transform()(Image.new("RGB", (20, 20)))
 
     def header(self, rng: random.Random) -> None:
-        """The header of a safetensors file, and which model its tensors are taken for."""
+        """The header of a safetensors file, and the detection of the model from it."""
         whole = to_safetensors(self.tensors, {"format": "pt"})
         (length,) = struct.unpack("<Q", whole[:8])
         header, data = whole[8 : 8 + length], whole[8 + length :]
@@ -119,10 +119,10 @@ class Fuzzer:
             header = _json(_changed_tree(rng, json.loads(header))).encode("utf-8", "replace")
         else:
             header = _changed_bytes(rng, header)
-        told = len(header) if rng.random() < 0.8 else rng.choice([0, 1, 2**31, 2**63, 2**64 - 1, len(header) + 8])
+        length = len(header) if rng.random() < 0.8 else rng.choice([0, 1, 2**31, 2**63, 2**64 - 1, len(header) + 8])
         cut = len(data) if rng.random() < 0.8 else rng.randrange(len(data))
         path = self.folder / "header.safetensors"
-        path.write_bytes(struct.pack("<Q", told) + header + data[:cut])
+        path.write_bytes(struct.pack("<Q", length) + header + data[:cut])
         weights = read_weights(path)
         if rng.random() < 0.1:  # which is slow
             load_checkpoint(path, LoadOptions(heads=rng.choice([None, 2])))
@@ -147,7 +147,7 @@ class Fuzzer:
         open_video_text(None, annotations=path, videos=self.folder / "videos", paragraph=paragraph)
 
     def exported(self, rng: random.Random) -> None:
-        """What an exported file says of itself, and the model that it describes."""
+        """The document of an exported file."""
         path = self.folder / "e.pt2"
         text = _json(_changed_tree(rng, self.exported_document)) if rng.random() < 0.7 else None
         content = self._archive(json.dumps(self.exported_document) if text is None else text)
@@ -162,7 +162,7 @@ class Fuzzer:
         load_predictions(path)
 
     def archive(self, rng: random.Random) -> None:
-        """A tar of pictures."""
+        """A tar of images."""
         path = self.folder / "a.tar"
         path.write_bytes(_changed_bytes(rng, self.tar))
         tar_members(path)
@@ -203,8 +203,8 @@ class Fuzzer:
         shared = ("repshift_version", "created", "model", "plan", "recipe", "source", "versions")
         own = {"export_version": EXPORT_VERSION, "kind": "pt2", "measured": None, "opset": None, "verified": None}
         counts = {"macs": 8, "dense_macs": 9, "num_classes": 2}
-        told = {key: self.document[key] for key in shared}
-        return {**told, **own, **counts, "input": port, "output": {**port, "shape": [None, 2]}, "device": "cpu"}
+        common = {key: self.document[key] for key in shared}
+        return {**common, **own, **counts, "input": port, "output": {**port, "shape": [None, 2]}, "device": "cpu"}
 
     @staticmethod
     def _archive(text: str) -> bytes:
@@ -246,7 +246,7 @@ TARGETS: dict[str, Callable[[Fuzzer, random.Random], None]] = {
 
 
 def _changed_bytes(rng: random.Random, content: bytes) -> bytes:
-    """Some bytes flipped, cut, doubled, put in or moved."""
+    """Some bytes flipped, removed, repeated, inserted or moved."""
     changed = bytearray(content)
     for _ in range(rng.randint(1, _MOST_CHANGES)):
         place = rng.randrange(len(changed) + 1)
@@ -269,7 +269,7 @@ def _changed_bytes(rng: random.Random, content: bytes) -> bytes:
 
 
 def _changed_tree(rng: random.Random, tree: Any) -> Any:
-    """A value of JSON in which some places hold something else."""
+    """A JSON value with some places replaced."""
     changed = copy.deepcopy(tree)
     for _ in range(rng.randint(1, _MOST_CHANGES)):
         holder, key = _place(rng, changed)
@@ -288,7 +288,7 @@ def _changed_tree(rng: random.Random, tree: Any) -> Any:
 
 
 def _place(rng: random.Random, tree: Any) -> tuple[Any, Any]:
-    """A place somewhere in the tree; None where the tree has none."""
+    """A random place in the tree; None if it has none."""
     places: list[tuple[Any, Any]] = []
     open_: list[Any] = [tree]
     while open_:
@@ -328,8 +328,8 @@ def _changed_yaml(rng: random.Random, text: str) -> Any:
 
 
 def _as_text(rng: random.Random, tree: Any) -> bytes:
-    """A tree as JSON, which YAML takes, now and then with aliases that fan out."""
-    # what is nested as deeply as can be takes PyYAML seconds, so most is not
+    """A tree as JSON, which is valid YAML, sometimes with aliases that multiply."""
+    # PyYAML takes seconds for the deepest nesting, so it is rare
     text = _json(tree, 5000 if rng.random() < 0.1 else 200)
     if rng.random() < 0.1:
         text = "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(

@@ -39,7 +39,7 @@ def test_the_command_line_imports_torch_only_when_it_is_needed() -> None:
     assert run_python(program).endswith("[]\n")
 
 
-def test_every_name_is_there() -> None:
+def test_every_public_name_exists() -> None:
     for name in repshift_cli.__all__:
         assert getattr(repshift_cli, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'decompress'"):
@@ -55,7 +55,7 @@ def test_the_package_has_no_module_that_hides_a_function() -> None:
     assert isinstance(repshift_cli.Recipe, type)
 
 
-def test_compress_look_inside_and_load_again(tmp_path: Path) -> None:
+def test_compress_inspect_save_and_load(tmp_path: Path) -> None:
     from repshift_cli.checkpoints.options import LoadOptions
     from repshift_cli.compression.run import compress_checkpoint
     from repshift_cli.compression.settings import Settings

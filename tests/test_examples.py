@@ -1,4 +1,4 @@
-"""Every example runs as it says, in a process of its own."""
+"""Every example runs by its documented command, in a process of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a stranger's file holds, it is taken or one error explains it (the campaign: benchmarks/fuzz_inputs.py)."""
+"""Changed inputs are accepted or raise a RepshiftError (the long run: benchmarks/fuzz_inputs.py)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzer]:
 @pytest.mark.parametrize("target", TARGETS)
 @settings(max_examples=150)
 @given(seed=st.integers(0, 2**32))
-def test_nothing_but_an_error_of_ours_comes_out(fuzzer: Fuzzer, target: str, seed: int) -> None:
+def test_changed_inputs_raise_only_repshift_errors(fuzzer: Fuzzer, target: str, seed: int) -> None:
     try:
         TARGETS[target](fuzzer, random.Random(seed))
     except RepshiftError as error:
@@ -30,7 +30,7 @@ def test_nothing_but_an_error_of_ours_comes_out(fuzzer: Fuzzer, target: str, see
         assert error.exit_code in (1, 2, 3, 4, 5)
 
 
-def test_the_good_inputs_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_valid_inputs_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_changed_bytes", "_changed_tree"):
         monkeypatch.setattr(f"fuzzing.{name}", lambda rng, good: good)
     fuzzer = Fuzzer(tmp_path)

@@ -1,4 +1,4 @@
-"""All backends of attention on a CUDA GPU, in the dtypes that people use there."""
+"""All backends of attention on a CUDA GPU, in the dtypes that are common there."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from repshift_cli.models.attention_mode import AttentionMode, attention_mode, au
 from repshift_cli.reduction.checks import resolve_for
 from repshift_cli.reduction.compressed_model import attach
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch sees none")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none")
 
 CUDA = torch.device("cuda")
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 WITHIN = {"float16": 2e-2, "bfloat16": 1.5e-1}
-"""How far apart two half-precision passes may lie, as a share of the largest value."""
+"""Largest difference of two half-precision passes, as a share of the largest value."""
 
 MODES: tuple[AttentionMode, ...] = get_args(AttentionMode)
 MODELS = ("dense", "qk_norm", "attention_pooling", "merged", "merged_qk_norm", "umt", "merged_umt")
@@ -40,12 +40,12 @@ def built(name: str) -> tuple[nn.Module, Tensor]:
     vit = tiny_vit(**options)
     if not name.startswith("merged"):
         return vit, images()
-    # which tokens go must not hang on rounding
+    # the choice of tokens must not depend on rounding
     return attach(vit, resolve_for(vit, make_recipe(metric="{kind: random}", reducer="fuse"))), images()
 
 
 def ran_on(model: nn.Module, sample: Tensor, mode: AttentionMode) -> tuple[Tensor, str]:
-    """The output and what computed attention, or skip where this machine has no such kernel."""
+    """The output and the attention kernel; skips the test if this machine has no such kernel."""
     if mode == "flash" and (problem := flash_problem(CUDA, sample.dtype, 16)) is not None:
         pytest.skip(f"flash-attn: {problem}")
     try:
@@ -91,7 +91,7 @@ def test_compiled_in_one_graph(name: str, mode: AttentionMode) -> None:
     assert float((found - wanted).abs().max()) <= WITHIN["bfloat16"] * float(wanted.abs().max())
 
 
-def test_auto_takes_flash_attn_where_it_can_run() -> None:
+def test_auto_uses_flash_attn_if_it_can_run() -> None:
     model = tiny_vit().to(CUDA, torch.float16)
     there = flash_problem(CUDA, torch.float16, 16) is None
     assert (auto_note(model, "auto") is None) == there or torch.cuda.get_device_capability() < (8, 0)

@@ -1,4 +1,4 @@
-"""What the README tells people to type is what the commands take, and its Python runs."""
+"""The commands of the README are valid, and its Python runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_readme_shows_each_command() -> None:
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_of_the_readme_is_taken(line: str) -> None:
+def test_a_command_of_the_readme_is_valid(line: str) -> None:
     command: Any = typer.main.get_command(app)
     name, *arguments = shlex.split(line)[1:]
     found = command.commands[name]
@@ -45,13 +45,13 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert not names["fast"].equal(names["slow"])
 
 
-def test_what_the_readme_links_to_is_there() -> None:
+def test_links_of_the_readme_exist() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert links
     assert all((ROOT / link).exists() for link in links if not link.startswith("https://"))
 
 
-def test_the_recipe_of_the_readme_is_fine() -> None:
+def test_the_recipe_of_the_readme_is_valid() -> None:
     from repshift_cli.planning.recipe import Recipe
     from repshift_cli.reduction.checks import check_components
 

@@ -1,4 +1,4 @@
-"""Small models of every form that timm's Vision Transformer takes, and recipes and plans for them."""
+"""Small models of every variant of timm's Vision Transformer, and recipes and plans for them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def tiny_vit(*, seed: int = 0, distilled: bool = False, **options: Any) -> nn.Mo
 
 
 def images(count: int = 2, size: int = 32, seed: int = 1) -> Tensor:
-    """Noise of the form `[count, 3, size, size]`."""
+    """Noise `[count, 3, size, size]`."""
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -87,7 +87,7 @@ def make_recipe(layers: str = DROPS, metric: str = "{kind: representation_shift}
 
 
 def make_plan(model: nn.Module, recipe: Recipe | None = None) -> Plan:
-    """The recipe laid over the model."""
+    """The plan of the recipe for the model."""
     return resolve(recipe or make_recipe(), match(model).layout(model))
 
 
@@ -99,6 +99,6 @@ def compressed(model: nn.Module | None = None, recipe: Recipe | None = None) -> 
 
 def save_weights(model: nn.Module, path: Path) -> Path:
     """The weights of the model as safetensors, without any metadata."""
-    # tied weights share memory, which safetensors does not take
+    # tied weights share memory, which safetensors does not support
     save_file({key: value.clone().contiguous() for key, value in model.state_dict().items()}, path)
     return path

@@ -1,4 +1,4 @@
-"""Small models of every kind of convolutional network that loses rows and columns, and plans for them."""
+"""Small convolutional networks of each supported kind, and plans for them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ CNNS: dict[str, tuple[str, dict[str, Any]]] = {
     "regnet_v": ("regnetv_040", _REGNET),
     "regnet_v_average": ("regnetv_064", _REGNET),
 }
-"""By kind: timm's name and what is smaller."""
+"""By kind: timm's name and smaller sizes."""
 
 
 def tiny_cnn(kind: str = "basic", size: Grid = SIZE, seed: int = 0, **options: Any) -> nn.Module:
@@ -90,7 +90,7 @@ def tiny_cnn(kind: str = "basic", size: Grid = SIZE, seed: int = 0, **options: A
 
 
 def photos(count: int = 2, size: Grid = SIZE, seed: int = 1) -> Tensor:
-    """Coarse patterns and noise, `[count, 3, *size]`: lines differ, as they do in a photo."""
+    """Coarse patterns and noise, `[count, 3, *size]`: lines differ, as in a photo."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, 6, 6, generator=generator)
     fine = torch.randn(count, 3, *size, generator=generator)
@@ -104,7 +104,7 @@ def line_plan(model: nn.Module, layers: str, metric: str = SHIFT) -> Plan:
 
 
 def shrink(model: nn.Module, lines: dict[int, Grid], metric: str = SHIFT) -> Plan:
-    """The plan that takes so many rows and columns after the sites with these indices."""
+    """The plan that drops these numbers of rows and columns after the sites with these indices."""
     layout, kept, layers = match(model).layout(model), {}, []
     for index, (rows, columns) in sorted(lines.items()):
         site = layout.sites[index]
@@ -115,13 +115,13 @@ def shrink(model: nn.Module, lines: dict[int, Grid], metric: str = SHIFT) -> Pla
 
 
 def every_site(model: nn.Module) -> Plan:
-    """The plan that takes one row, one column or both after each site, in turn; nothing from the last maps."""
+    """The plan that drops one row, one column or both after each site, in turn; nothing of the last maps."""
     count = len(match(model).layout(model).sites)
     turns: tuple[Grid, ...] = ((1, 0), (0, 1), (1, 2))
     return shrink(model, {index: turns[index % 3] if index < count - 2 else (0, 0) for index in range(count)})
 
 
 def compressed_cnn(kind: str = "basic", lines: dict[int, Grid] | None = None, metric: str = SHIFT) -> CompressedModel:
-    """A network of the kind that loses lines after the sites with these indices."""
+    """A network of the kind that drops lines after the sites with these indices."""
     model = tiny_cnn(kind)
     return attach(model, shrink(model, lines or {0: (3, 5), 2: (1, 2)}, metric))

@@ -1,4 +1,4 @@
-"""Small UMTs, the reference vectors, and the vision encoder of UMT written out naively: one clip at a time."""
+"""Small UMTs, the reference vectors, and a naive vision encoder of UMT: one clip at a time."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def umt_clips(model: nn.Module, count: int = 2, seed: int = 1, frames: int | Non
 
 
 def texts_for(count: int = 2, length: int = 7, seed: int = 2) -> tuple[Tensor, Tensor]:
-    """Token numbers and their mask, the second text and every other one shorter than the first."""
+    """Token ids and their mask, the second text and every other one shorter than the first."""
     ids = torch.randint(5, 40, (count, length), generator=torch.Generator().manual_seed(seed))
     ids[:, 0] = 2
     mask = torch.ones_like(ids)
@@ -92,7 +92,7 @@ def umt_recipe(layers: str, metric: str = "{kind: representation_shift}", reduce
 
 
 def umt_plan(model: UmtModel, recipe: Recipe) -> Plan:
-    """The recipe laid over the model, as compressing it does."""
+    """The plan of the recipe for the model, as `compress` makes it."""
     reducer = build_reducer(recipe.reducer)
     most = reducer.most if isinstance(reducer, Merger) else None
     return resolve(recipe, match(model).layout(model), reducer.after, most)
@@ -155,13 +155,13 @@ def key_lists() -> dict[str, dict[str, tuple[list[int], str]]]:
 
 @dataclass
 class Naive:
-    """One clip on its way.
+    """The state of one clip in the encoder.
 
     Attributes:
         entered: of each block, `[N, C]` before it.
         attended: of each block, `[N, C]` after its attention, before its MLP.
-        blocks: of each block, `[N, C]`, before any token goes.
-        tokens: `[N, C]` behind the last norm.
+        blocks: of each block, `[N, C]`, before tokens are dropped.
+        tokens: `[N, C]` after the last norm.
     """
 
     entered: list[Tensor] = field(default_factory=list)
@@ -180,7 +180,7 @@ def naive_vision(
         clip: `[T, 3, H, W]`.
         heads: of attention.
         places: `[N, C]`, the position of each token.
-        kept: after these blocks only these places of the dense clip are left.
+        kept: after these blocks only these positions of the dense clip are kept.
     """
     start = "vision_encoder.encoder."
     weights = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}

@@ -1,4 +1,4 @@
-"""Small Vision Mambas, and Vim written out naively: token by token, each direction alone, one image at a time."""
+"""Small Vision Mambas, and a naive Vim: token by token, each direction alone, one image at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "overlapping": {"img_size": (20, 28), "stride": 4},
     "no_head": {"num_classes": 0},
 }
-"""By name: what differs from `tiny_vim()`. `odd` has 15 patches, of which 7 stand before the class token."""
+"""By name: what differs from `tiny_vim()`. `odd` has 15 patches, of which 7 are before the class token."""
 
 
 def tiny_vim(*, seed: int = 0, **options: Any) -> VisionMamba:
@@ -56,10 +56,10 @@ def vim_images(model: VisionMamba, count: int = 2, seed: int = 1) -> Tensor:
 
 @dataclass
 class Naive:
-    """One image on its way.
+    """The state of one image in the model.
 
     Attributes:
-        hidden, residual: `[T, C]` as each layer returns them, before any token goes.
+        hidden, residual: `[T, C]` as each layer returns them, before tokens are dropped.
         labels: of each layer, what its tokens are: the place of a patch in the grid, or a name of a class token.
         logits: `[classes]`.
     """

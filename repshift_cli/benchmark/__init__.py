@@ -1,1 +1,1 @@
-"""Speed and memory of models, and of baselines beside them."""
+"""Measure the speed and memory of models and baselines."""

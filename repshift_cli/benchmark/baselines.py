@@ -1,4 +1,4 @@
-"""Baselines: other methods to make the same model faster, timed beside the compressed model.
+"""Baselines: other methods to make the same model faster, timed with the compressed model.
 
 A baseline is a plan on a copy of the model that shares all its weights. Baselines that work at the sites of the
 compressed model drop or merge the same numbers of tokens there, so the cost is equal up to their own scores.

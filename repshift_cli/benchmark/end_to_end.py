@@ -138,16 +138,16 @@ def _pass(batches: BatchLoader, subject: Subject | None, placement: Placement) -
         for batch in batches:
             _place(batch, placement)
         wait_for(placement.device)
-        whole = time.perf_counter() - start
-        return whole, whole
+        seconds = time.perf_counter() - start
+        return seconds, seconds
     with subject.context():
-        asked = start
+        requested = start
         for batch in batches:
-            waiting += time.perf_counter() - asked
+            waiting += time.perf_counter() - requested
             subject.run(_place(batch, placement))
             # as an application that needs each result; with queued work the waiting time would be wrong
             wait_for(placement.device)
-            asked = time.perf_counter()
+            requested = time.perf_counter()
     return time.perf_counter() - start, waiting
 
 

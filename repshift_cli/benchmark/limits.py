@@ -35,7 +35,7 @@ _Interval = tuple[float, float]
 
 
 def _measured(ratio: Ratio, run: Run) -> dict[str, tuple[float | None, _Interval | None]]:
-    """Median, and p10 and p90 where it varies, of each quantity that can be limited."""
+    """Median, and p10 and p90 if it varies, of each quantity that can be limited."""
     gain, latency = ratio.speedup, run.latency
     return {
         "macs": (1 / ratio.macs, None),
@@ -148,6 +148,6 @@ def require_met(checks: Sequence[LimitCheck]) -> None:
     """Raise CheckFailed if a limit is not met, with each miss and its size."""
     missed = [each for each in checks if not each.met]
     if missed:
-        several = len({(each.name, each.setting.apart_from_batch) for each in checks}) > 1
-        lines = (f"{each}{f' ({each.name}, {each.setting.apart_from_batch})' if several else ''}" for each in missed)
+        several = len({(each.name, each.setting.without_batch) for each in checks}) > 1
+        lines = (f"{each}{f' ({each.name}, {each.setting.without_batch})' if several else ''}" for each in missed)
         raise CheckFailed(f"{len(missed)} of {len(checks)} budget checks were missed", "\n".join(lines))

@@ -36,7 +36,7 @@ def plot_report(report: BenchReport, path: Path, file_format: str) -> None:
     """
     from matplotlib.figure import Figure
 
-    panels = list(dict.fromkeys(run.setting.apart_from_batch for run in report.runs))
+    panels = list(dict.fromkeys(run.setting.without_batch for run in report.runs))
     across = min(_PANELS_ACROSS, len(panels))
     down = -(-len(panels) // across)
     width = max(_PANEL_INCHES[0], _BARS_INCHES * _most_bars(report))
@@ -68,14 +68,14 @@ def plot_report(report: BenchReport, path: Path, file_format: str) -> None:
 
 def _most_bars(report: BenchReport) -> int:
     """Bars of the fullest panel, including gaps between batch sizes."""
-    runs = [run.setting.apart_from_batch for run in report.runs]
+    runs = [run.setting.without_batch for run in report.runs]
     batches = len({run.batch for run in report.runs})
     return max(runs.count(panel) for panel in runs) + batches
 
 
 def _draw(axes: Axes, report: BenchReport, panel: str, colors: Mapping[str, str]) -> dict[str, Any]:
     """Draw one panel; returns the legend entries."""
-    runs = [run for run in report.runs if run.setting.apart_from_batch == panel]
+    runs = [run for run in report.runs if run.setting.without_batch == panel]
     names = list(dict.fromkeys(run.name for run in runs))
     batches = list(dict.fromkeys(run.batch for run in runs))
     dense = {run.name for run in runs if run.role == "dense"}

@@ -50,7 +50,7 @@ class Setting:
     compile: str = "off"
 
     @property
-    def apart_from_batch(self) -> str:
+    def without_batch(self) -> str:
         """All but the batch size, as text."""
         compiled = "" if self.compile == "off" else f", compile {self.compile}"
         return f"{self.dtype}, attention {self.attention}{compiled}, {'x'.join(map(str, self.image_size))}"
@@ -200,7 +200,7 @@ def break_even(ratios: Sequence[Ratio]) -> tuple[BreakEven, ...]:
     """Break-even batch size of each comparison in each setting, in the order of the ratios."""
     series: dict[tuple[Any, ...], list[Ratio]] = {}
     for ratio in ratios:
-        series.setdefault((ratio.name, ratio.against, ratio.setting.apart_from_batch), []).append(ratio)
+        series.setdefault((ratio.name, ratio.against, ratio.setting.without_batch), []).append(ratio)
     found = []
     for same in series.values():
         by_batch = sorted(same, key=lambda ratio: ratio.batch)
@@ -232,7 +232,7 @@ class Passes:
     @property
     def waiting(self) -> float:
         """Share of time (0 to 1) spent waiting for images."""
-        return median(wait / whole for wait, whole in zip(self.waiting_s, self.seconds, strict=True))
+        return median(wait / seconds for wait, seconds in zip(self.waiting_s, self.seconds, strict=True))
 
     @property
     def bottleneck(self) -> Literal["reading", "model"]:

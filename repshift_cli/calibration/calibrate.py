@@ -59,7 +59,7 @@ class Deviation:
 
     Attributes:
         distances: squared Hellinger distance between the probabilities, or one minus the cosine of features.
-        agreeing: 1.0 where the predicted class is the same. Empty for features.
+        agreeing: 1.0 if the predicted class is the same. Empty for features.
         outputs: of the model, by batch.
     """
 
@@ -192,7 +192,7 @@ def calibrate(
     border = math.ceil(_CHOOSING_SHARE * len(images))
     with ExitStack() as stack:
         stack.callback(family.adapt(model))  # compare with the dense model as adapted for reduction
-        asked, plan = plan, fit_open(model, plan, images[:border], batch_size, progress)
+        unfitted_plan, plan = plan, fit_open(model, plan, images[:border], batch_size, progress)
         variants = [runnable(planned, sites[planned.site]) for planned in plan.sites]
         steps = _steps([len(found) for found in variants], len(images))
         task = stack.enter_context(progress.task("calibrating", steps))
@@ -207,7 +207,7 @@ def calibrate(
         result = run.check(plan.with_metrics([choice.chosen.spec() for choice in choices]), border)
         specs = [ComponentSpec.model_validate({"kind": "random", "seed": seed}) for seed in _RANDOM_SEEDS]
         draws = [run.check(plan.with_metric(spec), border) for spec in specs]
-        default = run.check(with_defaults(asked, sites), border)
+        default = run.check(with_defaults(unfitted_plan, sites), border)
     random = _mean_of(draws)
     sigmas = _sigmas(random.distances, result.distances)
     clear = sigmas >= _CLEAR_SIGMAS and result.distance <= _CLEAR_SHARE * random.distance

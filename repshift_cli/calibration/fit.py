@@ -92,8 +92,8 @@ def influence(responses: Tensor, seen: Mapping[int, BlockOutput], generator: tor
         for layer, gradient in zip(layers, gradients, strict=True):
             here = seen[layer]
             tokens = here.tokens.detach().float()
-            apart = tokens - tokens.mean(dim=1, keepdim=True)
-            moved = (here.view(gradient).float() * apart).sum(-1).square()
+            centred = tokens - tokens.mean(dim=1, keepdim=True)
+            moved = (here.view(gradient).float() * centred).sum(-1).square()
             total[layer] = total[layer] + moved if layer in total else moved
     return total
 

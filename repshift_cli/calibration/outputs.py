@@ -19,7 +19,7 @@ class ReferenceOutputs:
     all embeddings does not change a ranking, but it changes most when the mean is taken over fewer tokens.
 
     Attributes:
-        reference: logits `[n, classes]`, or features `[n, channels]` where `are_logits` is False.
+        reference: logits `[n, classes]`, or features `[n, channels]` if `are_logits` is False.
     """
 
     reference: Tensor

@@ -144,7 +144,7 @@ def _load_builtin(name: str, options: LoadOptions) -> LoadedModel:
 
 
 def _load_folder(folder: Path, options: LoadOptions) -> LoadedModel:
-    """A folder in the format of timm and the hub: `config.json` beside `model.safetensors`."""
+    """A folder in the format of timm and the hub: `config.json` and `model.safetensors`."""
     config_path = folder / "config.json"
     found = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
     if not config_path.is_file() or not found:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What the user says about a model; None where the checkpoint decides.
+    """What the user says about a model; None if the checkpoint decides.
 
     Attributes:
-        model_name: name of the model, where the file has none.
-        heads: attention heads, where neither a name nor a convention gives their number.
+        model_name: name of the model, if the file has none.
+        heads: attention heads, if neither a name nor a convention gives their number.
         img_size: side of the image: any for a convolutional network, else that of the weights.
         frames: frames per clip of a video model.
         checkpoint_frames: frames that the weights were trained on; positions are interpolated in time from these.

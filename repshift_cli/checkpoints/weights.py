@@ -132,7 +132,7 @@ def _read_torch(path: Path) -> Any:
         # "Unsupported global", "unsupported GLOBAL posix.system whose module is blocked", "unsupported class"
         if "global" in str(error).lower() or "class" in str(error):
             raise CheckpointError(
-                f"{path} holds Python objects beside weights, which could run code when loaded",
+                f"{path} holds Python objects in addition to weights, which could run code when loaded",
                 "Save only the weights: torch.save(model.state_dict(), ...), or as safetensors.",
             ) from error
         raise CheckpointError(f"{path} is not a PyTorch weights file, or is damaged") from error

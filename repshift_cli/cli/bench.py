@@ -232,7 +232,7 @@ def _open_all(names: Sequence[str], recipe: str | None, load: LoadOptions) -> di
 
 
 def _labels(names: Sequence[str]) -> dict[str, str]:
-    """Models by label: the stem of the file, or the whole name where two stems are the same.
+    """Models by label: the stem of the file, or the whole name if two stems are the same.
 
     Raises:
         UsageError: a model is given twice.

@@ -36,7 +36,7 @@ _DEFAULT_RERANK_K = 128
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """Options for video-text models only; None where one is not given."""
+    """Options for video-text models only; None if one is not given."""
 
     annotations: Path | None
     videos: Path | None

@@ -25,7 +25,7 @@ def draw_images(job: CompressionJob, settings: Settings, amounts: Amounts) -> tu
         if settings.calibration:
             job.notes.note("nothing is calibrated, so the images of --calibration only serve the comparison")
         return None, load(settings.data or where, amounts.agreement)
-    if settings.data is None or is_same_place(settings.data, where):
+    if settings.data is None or is_same_folder(settings.data, where):
         return _split(load(where, amounts.calibration + amounts.agreement), amounts.calibration)
     return load(where, amounts.calibration), load(settings.data, amounts.agreement)
 
@@ -53,7 +53,7 @@ def load_search_inputs(loaded: LoadedModel, settings: Settings, count: int, note
     return inputs
 
 
-def is_same_place(one: str, other: str | None) -> bool:
+def is_same_folder(one: str, other: str | None) -> bool:
     """Whether two names mean the same image folder."""
     return other is not None and (one == other or Path(one).resolve() == Path(other).resolve())
 

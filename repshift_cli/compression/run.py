@@ -7,7 +7,7 @@ from dataclasses import replace
 from repshift_cli.calibration.calibrate import Calibration
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.loaded import LoadedModel
-from repshift_cli.compression.inputs import draw_images, is_same_place, load_job_inputs, load_search_inputs
+from repshift_cli.compression.inputs import draw_images, is_same_folder, load_job_inputs, load_search_inputs
 from repshift_cli.compression.job import (
     CompressionJob,
     Notes,
@@ -56,7 +56,7 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
     if target and dry_run:
         raise UsageError(
             f"--dry-run: the plan for {target} is known only after a search",
-            "Run `repshift search` first, then look at the recipe that it writes.",
+            "Run `repshift search` first, then read the recipe that it writes.",
         )
     device, dtype = resolve_device(settings.device), resolve_dtype(settings.dtype)
     notes = Notes(progress)
@@ -123,7 +123,7 @@ def _compress_to_target(
     found.result.check_met(settings.force, notes.warn)
     job = CompressionJob(loaded, found.recipe, notes)
     images = found.heldout
-    if settings.data and settings.calibration and not is_same_place(settings.data, settings.calibration):
+    if settings.data and settings.calibration and not is_same_folder(settings.data, settings.calibration):
         images = load_job_inputs(loaded, settings.data, amounts.agreement, settings.seed, notes)
     return _finish(job, job.default_plan(), images, settings, found=found)
 

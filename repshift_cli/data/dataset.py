@@ -28,12 +28,12 @@ class ImageDataset(ABC):
     @property
     @abstractmethod
     def description(self) -> str:
-        """One line for people: what it is and where it is stored."""
+        """One line for the user: what it is and where it is stored."""
 
     @property
     @abstractmethod
     def classes(self) -> tuple[str, ...] | None:
-        """Class names, `classes[label]`; None where the source has none."""
+        """Class names, `classes[label]`; None if the source has none."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -76,55 +76,55 @@ class ImageDataset(ABC):
 class Subset(ImageDataset):
     """The images of another dataset at `indices`."""
 
-    def __init__(self, whole: ImageDataset, indices: list[int]) -> None:
-        self.whole = whole
-        self.name = whole.name
-        self.random_access = whole.random_access
-        self.outputs = whole.outputs
+    def __init__(self, dataset: ImageDataset, indices: list[int]) -> None:
+        self.dataset = dataset
+        self.name = dataset.name
+        self.random_access = dataset.random_access
+        self.outputs = dataset.outputs
         self.indices = indices
 
     @property
     def description(self) -> str:
-        return f"{self.whole.description}; {len(self)} of {len(self.whole)} images"
+        return f"{self.dataset.description}; {len(self)} of {len(self.dataset)} images"
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        return self.whole.classes
+        return self.dataset.classes
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def sample_id(self, index: int) -> str:
-        return self.whole.sample_id(self.indices[index])
+        return self.dataset.sample_id(self.indices[index])
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        return self.whole.load(self.indices[index])
+        return self.dataset.load(self.indices[index])
 
     def answers(self, index: int, label: int) -> tuple[int, ...]:
-        return self.whole.answers(self.indices[index], label)
+        return self.dataset.answers(self.indices[index], label)
 
     def fingerprint(self, index: int) -> str:
-        return self.whole.fingerprint(self.indices[index])
+        return self.dataset.fingerprint(self.indices[index])
 
     def key(self, index: int) -> str:
-        return self.whole.key(self.indices[index])
+        return self.dataset.key(self.indices[index])
 
     def stamp(self, index: int) -> str:
-        return self.whole.stamp(self.indices[index])
+        return self.dataset.stamp(self.indices[index])
 
 
 class EvenSubset(Subset):
     """`count` images, evenly spaced over another dataset."""
 
-    def __init__(self, whole: ImageDataset, count: int) -> None:
-        super().__init__(whole, even_indices(len(whole), count))
+    def __init__(self, dataset: ImageDataset, count: int) -> None:
+        super().__init__(dataset, even_indices(len(dataset), count))
 
     @property
     def description(self) -> str:
         return f"{super().description}, evenly spaced"
 
     def for_head(self, num_classes: int) -> ImageDataset:
-        return EvenSubset(self.whole.for_head(num_classes), len(self))
+        return EvenSubset(self.dataset.for_head(num_classes), len(self))
 
 
 def shuffled(count: int, seed: int) -> list[int]:
@@ -135,7 +135,7 @@ def shuffled(count: int, seed: int) -> list[int]:
 
 
 def even_indices(total: int, count: int) -> list[int]:
-    """The middles of `count` equal parts of `0 .. total - 1`, ascending; all numbers where `count >= total`."""
+    """The middles of `count` equal parts of `0 .. total - 1`, ascending; all numbers if `count >= total`."""
     if count >= total:
         return list(range(total))
     return [(2 * part + 1) * total // (2 * count) for part in range(count)]

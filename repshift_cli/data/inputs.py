@@ -32,13 +32,13 @@ class ImageBatch:
     Attributes:
         tensor: float32 `[n, C, H, W]`, of clips `[n, T, C, H, W]`.
         identity: `where`, `count`, `seed`, and `sha256` of names and sizes, or of the parameters of scenes.
-        description: one line for people.
+        description: one line for the user.
         builtin: whether these are built-in scenes.
         skipped: inputs that were drawn but could not be read, each with the reason; others took their places.
         names: path or name of each input; the caption of a built-in clip.
-        labels: int64 `[n]`, indices of the head's classes; None where there are none that fit the head.
-        unlabelled: why there are no labels; None where there are.
-        classes: class names of the head, where the labels have names.
+        labels: int64 `[n]`, indices of the head's classes; None if there are none that fit the head.
+        unlabelled: why there are no labels; None if there are.
+        classes: class names of the head, if the labels have names.
     """
 
     tensor: Tensor
@@ -61,12 +61,12 @@ def load_inputs(
     num_classes: int | None = None,
     test_scenes: bool = False,
 ) -> ImageBatch:
-    """Draw images, or clips where the model takes clips. The same arguments and files give the same inputs.
+    """Draw images, or clips if the model takes clips. The same arguments and files give the same inputs.
 
     Args:
         where: for images a folder, searched at any depth, or the name of a dataset; for clips a folder of videos and
             of folders of frames, or one video; None for built-in scenes.
-        count: how many; fewer come where there are fewer.
+        count: maximum number of inputs.
         preprocessing: the model's own transform.
         seed: seed of the random order; built-in scenes depend on it too.
         num_classes: outputs of the model's head; without it, no labels are loaded.
@@ -126,7 +126,7 @@ class _Source:
         in_order: whether inputs are drawn in their order: built-in scenes, which are random already, and streams.
         load: returns the preprocessed input and its label.
         fingerprint: text that changes when the input does.
-        unlabelled: why the labels cannot be used; None where they can.
+        unlabelled: why the labels cannot be used; None if they can.
     """
 
     name: str

@@ -48,7 +48,7 @@ class Sample(NamedTuple):
 
     Attributes:
         pixels: float32 `[C, H, W]`, or `[T, C, H, W]` for a clip.
-        answers: the correct outputs of the head; empty where there are no labels.
+        answers: the correct outputs of the head; empty if there are no labels.
         padded: whether the last frame of a clip was repeated.
     """
 
@@ -63,7 +63,7 @@ class Batch:
 
     Attributes:
         number: the key of the batch in `BatchLoader.batches`.
-        pixels: float32 `[B, C, H, W]` or `[B, T, C, H, W]`; None where no input could be read.
+        pixels: float32 `[B, C, H, W]` or `[B, T, C, H, W]`; None if no input could be read.
         answers: int64 `[B, A]`, the correct outputs; -1 where there are fewer than A.
         indices: dataset indices of the inputs in `pixels`.
         broken: dataset index and reason of each input that could not be read.
@@ -147,7 +147,7 @@ class BatchLoader:
                 if self.workers == 0 or not _is_worker_death(error):
                     raise
                 self._kept = None
-                deaths = self._find_culprits(deaths + 1, str(error))
+                deaths = self._find_crashing_inputs(deaths + 1, str(error))
 
     def _timed(self, numbers: Sequence[int]) -> Iterator[Batch]:
         """Load the batches of these numbers and add up the waiting time."""
@@ -172,7 +172,7 @@ class BatchLoader:
         samples: Any = self._samples
         return DataLoader(
             samples,
-            # each index carries the number of its batch, so that the batch knows its number
+            # each index carries the number of its batch, from which the batch gets its number
             batch_sampler=[[(number, index) for index in self.batches[number]] for number in numbers],
             num_workers=workers,
             collate_fn=_collate,
@@ -180,7 +180,7 @@ class BatchLoader:
             persistent_workers=self.persistent and workers > 0,
         )
 
-    def _find_culprits(self, deaths: int, message: str) -> int:
+    def _find_crashing_inputs(self, deaths: int, message: str) -> int:
         """Mark the inputs that kill the process that decodes them; returns the number of unexplained deaths."""
         known = self._samples.fatal
         suspects = sorted({index for index in self._samples.current if index != _IDLE} - known.keys())
@@ -331,7 +331,7 @@ def _sigchld_handler_kept(starting: bool) -> Iterator[None]:
 
 
 def _decode_fails(samples: _Samples, index: int) -> str | None:
-    """Decode one input in a process of its own; returns how that process fails, None where it does not."""
+    """Decode one input in a process of its own; returns how that process fails, None if it does not."""
     process = multiprocessing.Process(target=samples.__getitem__, args=((0, index),), daemon=True)
     process.start()
     process.join(_SINGLE_DECODE_SECONDS)

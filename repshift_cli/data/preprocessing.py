@@ -129,6 +129,6 @@ class Preprocessing:
 
 
 def fixed_size(model: nn.Module) -> tuple[int, int] | None:
-    """Height and width of the images that the model takes; None where it takes any size."""
+    """Height and width of the images that the model takes; None if it takes any size."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", getattr(model, "img_size", None))
     return None if size is None else (int(size[0]), int(size[1]))

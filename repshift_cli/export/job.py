@@ -129,7 +129,7 @@ def _atomic_file(output: Path, force: bool) -> Iterator[Path]:
 
 @contextmanager
 def _atomic_folder(output: Path) -> Iterator[Path]:
-    """Yield a new folder beside `output`; on success it replaces `output`, on failure it is removed."""
+    """Yield a new folder next to `output`; on success it replaces `output`, on failure it is removed."""
     try:
         folder = Path(tempfile.mkdtemp(dir=output.absolute().parent, prefix=f".{output.name}.", suffix=".part"))
     except OSError as error:

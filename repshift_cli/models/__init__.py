@@ -1,1 +1,1 @@
-"""Model definitions that no well-kept library ships."""
+"""Model definitions that no maintained library provides."""

@@ -80,13 +80,13 @@ def check_attention(module: nn.Module, mode: AttentionMode) -> None:
 
 
 def flash_problem(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    """Why flash-attn cannot compute attention with heads of `width` channels here, or None where it can."""
+    """Why flash-attn cannot compute attention with heads of `width` channels here, or None if it can."""
     misfits = _misfits(device, dtype, width)
     return "; ".join(misfits) if misfits else flash_missing()
 
 
 def flash_missing() -> str | None:
-    """Why the package flash-attn cannot be imported, or None where it can."""
+    """Why the package flash-attn cannot be imported, or None if it can."""
     try:
         import flash_attn  # noqa: F401
     except ImportError as error:  # also one that was built for another torch
@@ -136,7 +136,7 @@ def _on_flash(module: nn.Module, mode: AttentionMode) -> list[Any]:
     raise UsageError(
         f"attention of {name} cannot run on flash-attn: {problems[_kind(takers[0])]}",
         f"It takes {_INSTALL}, --device cuda and --dtype float16 or bfloat16. --attention sdpa stays on torch's fused "
-        "kernels, auto takes flash-attn where it can run.",
+        "kernels, auto takes flash-attn if it can run.",
     )
 
 

@@ -19,7 +19,7 @@ class TokenSizes(Protocol):
     """Sizes of the tokens in the running pass."""
 
     def sizes_of(self, count: int) -> Tensor | None:
-        """`[B, count]`; None where `count` tokens all have size 1."""
+        """`[B, count]`; None if `count` tokens all have size 1."""
         ...
 
 

@@ -162,7 +162,7 @@ class _Transformer(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """The transformer, and the norm after pooling where the model pools."""
+    """The transformer, and the norm after pooling if the model pools."""
 
     def __init__(self, shape: VisionShape, pools: bool) -> None:
         super().__init__()

@@ -105,7 +105,7 @@ class Mixer(nn.Module):
         decay = torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(inner, 1)  # S4D-Real, in every channel
         self.A_log, self.A_b_log = (nn.Parameter(decay.clone()) for _ in range(2))
         self.D, self.D_b = (nn.Parameter(torch.ones(inner)) for _ in range(2))
-        self._start_steps()
+        self._initialise_steps()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`[B, T, C]` to `[B, T, C]`."""
@@ -164,7 +164,7 @@ class Mixer(nn.Module):
         return torch.stack((getattr(getattr(self, module), name), getattr(getattr(self, f"{module}_b"), name)))
 
     @torch.no_grad()
-    def _start_steps(self) -> None:
+    def _initialise_steps(self) -> None:
         """Initialise steps between 0.001 and 0.1, as in Mamba (arXiv 2312.00752, section 3.6)."""
         for step in (self.dt_proj, self.dt_proj_b):
             nn.init.uniform_(step.weight, -(self.rank**-0.5), self.rank**-0.5)
@@ -228,10 +228,10 @@ class VisionMamba(nn.Module):
         self.norm_f = RMSNorm(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.pretrained_cfg = _configuration((in_chans, *size), num_classes)
-        self._start()
+        self._initialise()
 
     def forward(self, images: Tensor) -> Tensor:
-        """`[B, C, H, W]` to logits `[B, classes]`, or features `[B, C]` where there is no head."""
+        """`[B, C, H, W]` to logits `[B, classes]`, or features `[B, C]` without a head."""
         logits: Tensor = self.head(self.pool(self.forward_features(images)))
         return logits
 
@@ -272,7 +272,7 @@ class VisionMamba(nn.Module):
         return torch.cat((normed[:, :half], normed[:, half + 1 :]), dim=1)
 
     @torch.no_grad()
-    def _start(self) -> None:
+    def _initialise(self) -> None:
         for name, parameter in self.named_parameters():
             if name.startswith(("cls_token", "pos_embed", "head.weight")):
                 nn.init.trunc_normal_(parameter, std=0.02)

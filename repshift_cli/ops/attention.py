@@ -56,7 +56,7 @@ def attend_projected(
 
     Args:
         projected: `[B, T, 3, heads, d]`.
-        sizes: `[B, T]`, how many tokens each key stands for, positive; None where each stands for itself.
+        sizes: `[B, T]`, how many tokens each key stands for, positive; None if each stands for itself.
         backend: flash-attn falls back to sdpa for heads that are too wide to fold sizes into.
         norms: of the queries and of the keys, over the channels of each head; None for no norms.
         dropout: probability that a weight is set to zero.
@@ -107,7 +107,7 @@ def attend(
 def flash_attend(
     query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0, scale: float | None = None
 ) -> Tensor:
-    """Attention by flash-attn; torch's function modes see this call, independent of the flash-attn version.
+    """Attention by flash-attn; torch's function modes intercept this call, independent of the flash-attn version.
 
     `query`, `key`, `value` and the result are `[B, T, heads, d]`, float16 or bfloat16 on CUDA. `scale` is that of the
     logits. Raises ImportError without flash-attn (see `attention_mode.flash_problem`).

@@ -17,7 +17,7 @@ _MOST_STATES = 256
 def usable(x: Tensor, d_state: int) -> bool:
     """Whether the kernels can run on `[B, T, E]`: on CUDA, both packages installed, and not in a traced graph.
 
-    (A graph with these kernels would not run where they are not installed.)
+    (A graph with these kernels would not run on a machine without them.)
     """
     if not x.is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False

@@ -68,9 +68,9 @@ def merge_into(kept: Tensor, sizes: Tensor, sources: Tensor, shares: Tensor, tar
     wide = torch.promote_types(kept.dtype, torch.float32)
     tokens = kept.to(wide)
     # the mean as a step from the target towards the source, so that only rows of targets change
-    apart = sources.to(wide) - gather_tokens(tokens, targets)
+    differences = sources.to(wide) - gather_tokens(tokens, targets)
     steps = (shares / new_sizes.gather(1, targets)).to(wide).unsqueeze(2)
-    return add_at(tokens, targets, apart * steps).to(kept.dtype), new_sizes
+    return add_at(tokens, targets, differences * steps).to(kept.dtype), new_sizes
 
 
 def _unit(tokens: Tensor) -> Tensor:

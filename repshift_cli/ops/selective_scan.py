@@ -38,7 +38,7 @@ def selective_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) ->
         a: `[K, E, N]`, negative.
         b, c: `[K, B, L, N]`.
 
-    Returns y, `[K, B, L, E]` in the dtype of `u`, computed in float32 (float64 where `u` is float64).
+    Returns y, `[K, B, L, E]` in the dtype of `u`, computed in float32 (float64 if `u` is float64).
     """
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     inputs = _Operands(*(tensor.to(dtype) for tensor in (u, delta, a, b, c)))

@@ -88,7 +88,7 @@ class Layout:
     Attributes:
         family: the family's name.
         prefix_tokens: class, distillation and register tokens, which are always kept.
-        patch_tokens: tokens of positions in the input; where their number changes from layer to layer, those at the
+        patch_tokens: tokens of positions in the input; if their number changes from layer to layer, those at the
             first site.
         class_token: whether the first prefix token is a class token.
         sites: in the order of the forward pass.

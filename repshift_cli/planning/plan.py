@@ -46,7 +46,7 @@ class PlanSite(StrictModel):
         return self.grid_in or (self.tokens_in,)
 
     @model_validator(mode="after")
-    def _shrinks(self) -> PlanSite:
+    def _check_shapes(self) -> PlanSite:
         if self.tokens_out > self.tokens_in:
             raise ValueError(f"{self.site}: more tokens out ({self.tokens_out}) than in ({self.tokens_in})")
         if self.grid_in is None and self.grid_out is None:
@@ -76,7 +76,7 @@ class Plan(StrictModel):
     reducer: ComponentSpec
 
     @model_validator(mode="after")
-    def _counts_follow(self) -> Plan:
+    def _check_counts(self) -> Plan:
         tokens, layer = self.prefix_tokens + self.patch_tokens, -1
         for site in self.sites:
             if site.layer <= layer:
@@ -253,7 +253,7 @@ def _map_sites(recipe: Recipe, layout: Layout, steps: Sequence[_Step]) -> list[P
         raise RecipeError(
             f"{recipe.place.at(('round_tokens',))}: round_tokens is for sequences; of a feature map whole rows and "
             "columns are kept",
-            "Leave it out, and give keep_grid where a size suits better.",
+            "Leave it out, or give keep_grid for an exact size.",
         )
     sites: list[PlanSite] = []
     kept: dict[int, Grid] = {}

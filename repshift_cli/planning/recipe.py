@@ -74,7 +74,7 @@ class LayerDrop(StrictModel):
     metric: ComponentSpec | None = None
 
     @model_validator(mode="after")
-    def _one_amount(self) -> LayerDrop:
+    def _check_amount(self) -> LayerDrop:
         given = [amount for amount in (self.drop_ratio, self.keep_tokens, self.keep_grid) if amount is not None]
         if len(given) != 1:
             raise ValueError("give exactly one of drop_ratio, keep_tokens and keep_grid")
@@ -96,7 +96,7 @@ class Budget(StrictModel):
     max_drop: Annotated[StrictFloat, Field(ge=0, lt=100)] | None = None
 
     @model_validator(mode="after")
-    def _one_target(self) -> Budget:
+    def _check_target(self) -> Budget:
         if len(self.model_dump(exclude_none=True)) != 1:
             raise ValueError(f"give exactly one of {', '.join(Budget.model_fields)}, such as {{macs: 0.65}}")
         return self
@@ -144,13 +144,13 @@ class Recipe(StrictModel):
 
     @field_validator("budget")
     @classmethod
-    def _no_layers_beside_it(cls, budget: Budget | None, info: ValidationInfo) -> Budget | None:
+    def _check_no_layers(cls, budget: Budget | None, info: ValidationInfo) -> Budget | None:
         if budget is not None and info.data.get("layers"):
             raise ValueError("give exactly one of layers and budget: a budget leaves the layers to a search")
         return budget
 
     @model_validator(mode="after")
-    def _something_to_do(self) -> Recipe:
+    def _check_layers(self) -> Recipe:
         if not self.layers and self.budget is None:
             raise ValueError("the key layers is missing; give it, or budget: {macs: 0.65} for a search to find them")
         return self
@@ -223,7 +223,7 @@ def default_recipe(blocks: int, layers: Sequence[int] | None = None) -> Recipe:
 def shipped_recipes() -> dict[str, str]:
     """Names and texts of the recipes in the package."""
     packaged = files("repshift_cli").joinpath("recipes")
-    # beside the package in a source checkout, inside it in a wheel
+    # next to the package in a source checkout, inside it in a wheel
     folder = packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "recipes"
     if not folder.is_dir():
         return {}

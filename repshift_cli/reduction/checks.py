@@ -92,7 +92,7 @@ def check_reducer(reducer: Reducer, family: Family, model: nn.Module, place: Pla
 def _check_reducer_taps(reducer: Reducer, site: Site, place: Place | None = None) -> None:
     if missing := sorted(reducer.taps() - _available(site, reducer.after)):
         raise RecipeError(
-            f"{_where(place, ('reducer',))}{reducer.kind} needs {missing[0]}, which {site.name} cannot show: "
+            f"{_where(place, ('reducer',))}{reducer.kind} needs {missing[0]}, which {site.name} does not provide: "
             f"{_reason(site, missing[0])}",
             "Use reducer: {kind: merge} (by the hidden state) or {kind: prune}.",
         )
@@ -117,7 +117,7 @@ def check_feeds(
             "Possible are representation_shift with operation: attention or block, and the other metrics.",
         )
     raise RecipeError(
-        f"{start}, which {site.name} cannot show: {_reason(site, missing)}",
+        f"{start}, which {site.name} does not provide: {_reason(site, missing)}",
         "representation_shift with operation: block works on every block.",
     )
 
@@ -153,7 +153,7 @@ def _available(site: Site, after: After) -> frozenset[str]:
 
 
 def _reason(site: Site, tensor: str) -> str:
-    return site.missing.get(tensor) or site.missing.get("*", "the family does not show it")
+    return site.missing.get(tensor) or site.missing.get("*", "the family does not provide it")
 
 
 def _where(place: Place | None, path: tuple[str | int, ...]) -> str:

@@ -36,7 +36,7 @@ def attach(model: nn.Module, plan: Plan) -> CompressedModel:
 
 
 def branch(model: nn.Module, plan: Plan, metrics: Sequence[Metric]) -> CompressedModel:
-    """Hook a model so that at the last site of the plan each of several metrics makes its own choice.
+    """Hook a model so that at the last site of the plan each of several metrics selects its own tokens.
 
     The layers before that site run once for all metrics. The output of a batch of B images has `len(metrics) * B` rows:
     those of the first metric, then those of the second, and so on. Errors as `attach`.
@@ -65,7 +65,7 @@ class CompressedModel(nn.Module):
 
     Attributes:
         layout: the tokens and sites of the dense model.
-        preprocessing: the evaluation transform of the model where it is known (`load` and `compress` set it).
+        preprocessing: the evaluation transform of the model if it is known (`load` and `compress` set it).
     """
 
     preprocessing: Preprocessing | None = None

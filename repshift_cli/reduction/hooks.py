@@ -26,7 +26,7 @@ class SiteHook:
 
     Attributes:
         wanted: the tensors that the metrics and the reducer read.
-        tapped: those of them that `register_tap` stores in `seen`. The hook itself sees the others.
+        tapped: those of them that `register_tap` stores in `seen`. The hook itself reads the others.
         placed: the metrics with their tensors on `device`.
         recorded: while the model is traced, places of the kept patch tokens, one entry per metric.
     """

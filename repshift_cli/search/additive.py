@@ -93,7 +93,7 @@ class Curve:
 
     Attributes:
         tokens: patch tokens of the dense model.
-        points: `(kept, distance)`; made monotone where noise is not.
+        points: `(kept, distance)`; made monotone, which noise can break.
     """
 
     tokens: int

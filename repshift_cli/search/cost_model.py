@@ -29,7 +29,7 @@ _SENSITIVITY_SHARES = (0.9, 0.7, 0.5, 0.3)
 
 _LATENCY_SHARES = (0.8, 0.6, 0.4, 0.2)
 _LEAST_RATE, _LARGEST_RATE = 0.05, 2.0
-"""Limits of the measured ratio of saved time to saved MACs, which is noisy where little is saved."""
+"""Limits of the measured ratio of saved time to saved MACs, which is noisy if little is saved."""
 
 _SITE_COST = 0.002
 """Cost of scoring and gathering at one site, as a fraction of a dense pass. A site that saves less is useless."""
@@ -152,9 +152,9 @@ def choose_layer_metrics(start: Recipe, evaluator: Evaluator) -> tuple[Planner, 
 def choose_metrics(planner: Planner, plans: Sequence[Plan]) -> list[dict[int, ComponentSpec] | None]:
     """For each plan the metrics of its layers, chosen in order; None if a site can run no variant."""
     evaluator = planner.evaluator
-    asked = [plan.with_metrics([planner.open_metrics[site.layer] for site in plan.sites]) for plan in plans]
+    open_plans = [plan.with_metrics([planner.open_metrics[site.layer] for site in plan.sites]) for plan in plans]
     with evaluator.progress.task("choosing metrics", len(plans)) as task:
-        chosen = evaluator.cached("choose", asked, evaluator.choose_metrics, task)
+        chosen = evaluator.cached("choose", open_plans, evaluator.choose_metrics, task)
     return [
         None
         if metrics is None

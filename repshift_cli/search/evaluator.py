@@ -204,11 +204,11 @@ class Evaluator:
             fitted = self._cache.get(["fit"], fit, SilentTask())[0]
         return {layer: ComponentSpec.model_validate(fitted[str(layer)]) for layer in layers}
 
-    def latency(self, plan: Plan, patient: bool = False) -> float:
+    def latency(self, plan: Plan, remeasure: bool = False) -> float:
         """Time of a batch as a fraction of the dense model's, both measured in turn.
 
         Args:
-            patient: measure for twice the time if the standard error is large.
+            remeasure: measure for twice the time if the standard error is large.
         """
         inputs = full_batch(self.images, self.batch_size)
         compressed = attach(self.model, plan)
@@ -216,7 +216,7 @@ class Evaluator:
             subjects = [Subject("dense", compressed, compressed.dense), Subject("candidate", compressed)]
             times = measure_latency(subjects, inputs, max_seconds=self.seconds, warmup=2, progress=self.progress)
             speedup = compute_speedup(times["dense"], times["candidate"])
-            if patient and _relative_error(speedup, len(times["dense"].samples_s)) > _STANDARD_ERROR:
+            if remeasure and _relative_error(speedup, len(times["dense"].samples_s)) > _STANDARD_ERROR:
                 more = measure_latency(subjects, inputs, max_seconds=self.seconds, warmup=0, progress=self.progress)
                 both = {name: Timing(times[name].samples_s + more[name].samples_s) for name in times}
                 speedup = compute_speedup(both["dense"], both["candidate"])
@@ -225,7 +225,7 @@ class Evaluator:
         return round(1.0 / speedup.ratio, 5)
 
     def cached(self, kind: str, plans: Sequence[Plan], evaluate: Callable[[Plan], Any], task: Task) -> list[Any]:
-        """The results of an evaluation of plans, from the cache where it has them."""
+        """The results of an evaluation of plans, from the cache if it has them."""
         keys = [f"{kind} {_key(plan)}" for plan in plans]
         return self._cache.get(keys, lambda index: evaluate(plans[index]), task)
 
@@ -233,10 +233,10 @@ class Evaluator:
         """As `quality`, for several plans."""
         return self.cached(_KEYS[subset], plans, lambda plan: self.quality(plan, subset), task)
 
-    def cached_latency(self, plan: Plan, patient: bool = False) -> float:
+    def cached_latency(self, plan: Plan, remeasure: bool = False) -> float:
         """As `latency`; a cached value is used only if device, threads and batch size are the same."""
         kind = f"latency {self._measured_on}:"
-        latency: float = self.cached(kind, [plan], lambda plan: self.latency(plan, patient), SilentTask())[0]
+        latency: float = self.cached(kind, [plan], lambda plan: self.latency(plan, remeasure), SilentTask())[0]
         self._latencies[_key(plan)] = latency
         return latency
 
@@ -246,9 +246,9 @@ class Evaluator:
 
     def try_candidates(self, candidates: Sequence[Candidate | None], task: Task | None = None) -> list[Evaluated]:
         """Evaluate candidates on the selection images and record them; those that do not fit are left out."""
-        asked = list({one.key: one for one in candidates if one is not None}.values())
-        values = self.cached_quality([one.plan for one in asked], "selection", task or SilentTask())
-        results = [Evaluated(one, found) for one, found in zip(asked, values, strict=True) if found is not None]
+        distinct = list({one.key: one for one in candidates if one is not None}.values())
+        values = self.cached_quality([one.plan for one in distinct], "selection", task or SilentTask())
+        results = [Evaluated(one, found) for one, found in zip(distinct, values, strict=True) if found is not None]
         for result in results:
             self.tried.setdefault(result.candidate.key, result)
         return results

@@ -95,7 +95,7 @@ class FinishedSearch:
     def chart(self) -> Chart:
         """Quality against cost: named schedules on the held-out inputs, all others on the selection inputs."""
         result, target = self.result, self.result.target
-        # the dense model has 100% unchanged predictions on any images; top-1 is drawn only where it is the target
+        # the dense model has 100% unchanged predictions on any images; top-1 is drawn only if it is the target
         if target.kind == "max-drop":
             label, quality = "top-1, %", lambda point: point.top1 or 0.0
         elif result.dense.agreement is not None:
@@ -125,7 +125,7 @@ def start_recipe(
 ) -> tuple[Recipe, tuple[ComponentSpec, ...]]:
     """The start recipe of a search, and the reducers to try; the recipe has the first of them.
 
-    Without a recipe and without reducers in the request, these are merge and prune where the family can merge, else
+    Without a recipe and without reducers in the request, these are merge and prune if the family can merge, else
     prune. Without a recipe the metric is `fitted`. It was the best one for the built-in classifiers, and for the
     built-in video models where tokens are merged. Where video tokens are pruned, representation shift was better
     (docs/results.md).

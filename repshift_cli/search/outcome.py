@@ -51,7 +51,7 @@ class SearchState:
 
     @property
     def found(self) -> Evaluated:
-        """`best`, where there is one."""
+        """`best`, which must not be None."""
         assert self.best is not None
         return self.best
 

@@ -40,7 +40,7 @@ class Front:
     Attributes:
         saved, damage: `[n]`; saved cost as a fraction of the dense cost.
         kept: `[n, sites]`.
-        used: `[n]`, number of sites that drop tokens, where `solve` was asked to count them.
+        used: `[n]`, number of sites that drop tokens, if `solve` counts them.
     """
 
     saved: _Floats
@@ -80,7 +80,7 @@ def solve(
 
     Args:
         steps: the possible token counts, falling, all tokens first; None for `levels`.
-        max_sites: the most sites that may drop tokens; `Front.best` can then be asked for any number up to it.
+        max_sites: the most sites that may drop tokens; `Front.best` then takes any number up to it.
         width: of a bin, as a fraction of the dense cost; None for 1/400 of the largest saving.
     """
     counts = tuple(steps) if steps is not None else levels(model.tokens)

@@ -66,12 +66,12 @@ class SearchTarget:
 
     @property
     def limits_cost(self) -> bool:
-        """True where the cost is given and quality is maximized; False where quality is given and cost minimized."""
+        """True if the cost is given and quality is maximized; False if quality is given and cost minimized."""
         return self.kind in ("macs", "latency")
 
     @property
     def budget(self) -> float:
-        """The cost that the search aims at, as a fraction of the dense model's; only where `limits_cost`."""
+        """The cost that the search aims at, as a fraction of the dense model's; only if `limits_cost`."""
         return self.value * (_LATENCY_AIM if self.kind == "latency" else 1.0)
 
     def quality(self, values: Mapping[str, Any]) -> float:

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 _DPI = 200
 _SIDE, _FRAME_SIDE = 1.8, 1.0  # inches: the longer side of an image, and of a frame
-_LEAST_ROW = 1.1  # inches, for the lines beside an image
+_LEAST_ROW = 1.1  # inches, for the lines next to an image
 _GAP = 0.12  # inches
 _WORDS_BELOW, _WORDS_ABOVE = 0.2, 0.5  # inches, of a film strip and of a clip
 _TALLEST = 150  # inches
 _MOST_FRAMES = 8
-_CLIP_LETTERS, _LETTERS = 72, 24  # longest name above a clip, and beside an image
+_CLIP_LETTERS, _LETTERS = 72, 24  # longest name above a clip, and next to an image
 _TITLE_SIZE, _TEXT, _SMALL = 10.0, 7.5, 6.0  # points
 _LEADING = 13  # points
 _LETTER = 0.62  # mean width of a letter, divided by the font size
@@ -50,7 +50,7 @@ def kept_tokens_figure(
     Args:
         images: uint8 `[n, H, W, 3]`.
         kept: int64 `[n, K]` by layer: positions in the grid of that layer, `patches`.
-        results: written beside each row.
+        results: written next to each row.
     """
     height, width = images.shape[1:3]
     captions = [_lines(result) for result in results or ()]
@@ -69,8 +69,8 @@ def kept_tokens_figure(
             _outline(panel, cells, grid)
     for panel, image in zip(panels[:, 0], images, strict=True):
         panel.imshow(image, interpolation="nearest")
-    for panel, beside in zip(panels[:, 0], captions, strict=False):
-        _write_beside(panel, beside)
+    for panel, lines in zip(panels[:, 0], captions, strict=False):
+        _write_left(panel, lines)
     return figure
 
 
@@ -126,7 +126,7 @@ def kept_clips_figure(
 
 @dataclass(frozen=True)
 class _Strip:
-    """A film strip of frames, uint8 `[T, H, W, 3]`, with text beside it (`lines`) and below each frame (`words`).
+    """A film strip of frames, uint8 `[T, H, W, 3]`, with text next to it (`lines`) and below each frame (`words`).
 
     `cells` are the kept patches of the grid, bool `[T, rows, columns]`; None for the input.
     """
@@ -174,7 +174,7 @@ def _draw_strip(panel: Axes, strip: _Strip, shown: Sequence[int], pitch: int) ->
     panel.set_anchor("W")
     centers = [place * pitch + (width - 1) / 2 for place in range(len(shown))]
     panel.set_xticks(centers, [strip.words[frame] for frame in shown], size=_SMALL, color=_PALE, parse_math=False)
-    _write_beside(panel, strip.lines)
+    _write_left(panel, strip.lines)
 
 
 def _clips_height(clips: int, strips: int, frame: float) -> float:
@@ -218,7 +218,7 @@ def _write_above(panel: Axes, name: str, detail: str) -> None:
     _write(panel, detail, (0.5, 1), (0, 5), ha="center", size=_TEXT, color=_PALE)
 
 
-def _write_beside(panel: Axes, lines: Sequence[_Line]) -> None:
+def _write_left(panel: Axes, lines: Sequence[_Line]) -> None:
     for index, line in enumerate(lines):
         shift = (-8, ((len(lines) - 1) / 2 - index) * _LEADING)
         style = {"size": line.size, "color": line.color, "weight": line.weight}
@@ -251,7 +251,7 @@ class _Line:
 
 
 def _lines(result: SampleResult) -> list[_Line]:
-    """The lines beside an image."""
+    """The lines next to an image."""
     lines = []
     if result.label_name is not None:
         lines.append(_Line(f"true: {_shortened(result.label_name)}"))

@@ -50,9 +50,9 @@ def kept_masks(kept: np.ndarray, patches: PatchGrid, height: int, width: int) ->
     Height and width are those of the image; of a clip, of its frames stacked vertically.
     """
     masks = np.zeros((len(kept), height, width), dtype=bool)
-    whole = kept_cells(kept, patches).repeat(patches.height, axis=1).repeat(patches.width, axis=2)
-    rows, columns = min(height, whole.shape[1]), min(width, whole.shape[2])
-    masks[:, :rows, :columns] = whole[:, :rows, :columns]
+    pixels = kept_cells(kept, patches).repeat(patches.height, axis=1).repeat(patches.width, axis=2)
+    rows, columns = min(height, pixels.shape[1]), min(width, pixels.shape[2])
+    masks[:, :rows, :columns] = pixels[:, :rows, :columns]
     return masks
 
 

@@ -1,4 +1,4 @@
-"""Baselines cost as much as the compressed model, share its weights, and do what their names say."""
+"""Baselines cost as much as the compressed model, share its weights, and compute what their names say."""
 
 from __future__ import annotations
 

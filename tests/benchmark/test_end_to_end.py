@@ -21,7 +21,7 @@ from repshift_cli.utils.progress import Silent
 PREPROCESSING = Preprocessing((3, 16, 16), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
 
 
-class Sees:
+class Recorder:
     """A model that keeps its inputs."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ def measured(
     folder: Path, *, images: int = 100, batch: int = 3, workers: int = 0, dtype: torch.dtype = torch.float32
 ) -> tuple[EndToEnd, list[Tensor], list[Tensor]]:
     """Measure two models; returns the result and the inputs of both."""
-    sides = {"dense": Sees(), "compressed": Sees()}
+    sides = {"dense": Recorder(), "compressed": Recorder()}
     found = measure_end_to_end(
         [Subject(name, side) for name, side in sides.items()],
         {"compressed": "dense"},
@@ -58,7 +58,7 @@ def measured(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_both_sides_see_the_same_whole_batches(folder: Path, workers: int) -> None:
+def test_both_sides_get_the_same_batches(folder: Path, workers: int) -> None:
     found, dense, compressed = measured(folder, workers=workers)
     assert [tuple(batch.shape) for batch in dense] == [(3, 3, 16, 16)] * 4  # two passes of two batches
     assert torch.equal(torch.cat(dense[:2]), torch.cat(dense[2:]))

@@ -1,4 +1,4 @@
-"""The benchmark measures both sides alike; the measured times do not matter here."""
+"""The benchmark measures both sides in the same way; the measured times are not tested here."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class TestSweep:
         ]
         assert found.to_dict()["dtype"] == ["float32", "bfloat16"]
 
-    def test_sizes_are_measured_apart_under_the_same_names(self) -> None:
+    def test_sizes_are_measured_separately_under_the_same_names(self) -> None:
         sizes = [
             Contender(name, nn.Identity(), macs, (3, edge, edge), against)
             for edge in (4, 8)

@@ -1,4 +1,4 @@
-"""Calibration finds what a model needs, and says when it found nothing."""
+"""Calibration finds the best metric of a model, and reports if none is clearly better than random."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LAYERS = "[{layer: 0, keep_tokens: 8}]"
 
 
 class Counting:
-    """Counts the steps that work announces and those that it makes."""
+    """Counts announced and made steps."""
 
     def __init__(self) -> None:
         self.announced = 0
@@ -58,10 +58,10 @@ class Counting:
 
 
 def planted(side: str) -> tuple[nn.Module, Tensor]:
-    """A model whose first block moves half of the patches far, and whose head hears only one half.
+    """A model whose first block changes half of the patches much, and whose head reads only one half.
 
-    Patches are bright or dark. The MLP of block 0 adds a large constant to the bright ones. Of the classes, all see
-    the bright (`largest`) or the dark patches (`smallest`) alone, through the mean over patches.
+    Patches are bright or dark. The MLP of block 0 adds a large constant to the bright ones. All
+    classes depend only on the bright (`largest`) or the dark patches (`smallest`), by the mean over patches.
     """
     width, classes = 32, 5
     model = tiny_vit(class_token=False, global_pool="avg", embed_dim=width, depth=1, num_classes=classes, fc_norm=False)
@@ -70,7 +70,7 @@ def planted(side: str) -> tuple[nn.Module, Tensor]:
         for parameter in model.parameters():
             parameter.zero_()
         model.norm, model.blocks[0].norm1, model.blocks[0].norm2 = nn.Identity(), nn.Identity(), nn.Identity()
-        # channel 0: how bright; channels 1 to 15: what bright patches show; channels 16 to 30: what dark ones show
+        # channel 0: brightness; channels 1 to 15: content of bright patches; channels 16 to 30: content of dark ones
         kernel = torch.zeros(width, 3, 8, 8)
         kernel[0, 0] = 1 / 64
         kernel[1:16, 1] = torch.randn(15, 8, 8, generator=generator) / 8
@@ -78,8 +78,8 @@ def planted(side: str) -> tuple[nn.Module, Tensor]:
         model.patch_embed.proj.weight.copy_(kernel)
         model.blocks[0].mlp.fc1.weight[0, 0] = 1.0
         model.blocks[0].mlp.fc2.weight[31, 0] = 9.0
-        heard = slice(1, 16) if side == "largest" else slice(16, 31)
-        model.head.weight[:, heard] = 8 * torch.randn(classes, 15, generator=generator)
+        channels = slice(1, 16) if side == "largest" else slice(16, 31)
+        model.head.weight[:, channels] = 8 * torch.randn(classes, 15, generator=generator)
     batch = torch.zeros(48, 3, 32, 32)
     for image in batch:
         bright = torch.randperm(PATCHES, generator=generator)[: PATCHES // 2]
@@ -119,26 +119,26 @@ class TestChoice:
         assert choice.candidates[1].agreement < 0.6
 
     @pytest.mark.parametrize("side", ["largest", "smallest"])
-    def test_it_is_found_among_all_thirty(self, side: str) -> None:
+    def test_the_planted_metric_is_found_among_thirty(self, side: str) -> None:
         found = run(*planted(side))
         (choice,) = found.sites
         assert len(choice.candidates) == 30
         assert choice.chosen.polarity == side
         assert found.clear
 
-    def test_where_nothing_tells_the_tokens_apart_it_is_not_clear(self) -> None:
+    def test_equal_tokens_give_no_clear_choice(self) -> None:
         model, _ = planted("largest")
         found = run(model, images(48), {**OPEN_POLARITY, "polarity": "largest"})
         assert not found.clear
 
-    def test_the_same_numbers_each_time_and_for_each_batch_size(self) -> None:
+    def test_results_do_not_depend_on_the_batch_size(self) -> None:
         model, batch = tiny_vit(), images(24)
         first, again, other = run(model, batch), run(model, batch), run(model, batch, batch_size=5)
         assert first.to_dict() == again.to_dict()
         assert first.specs == other.specs
         assert first.result.distance == pytest.approx(other.result.distance, rel=1e-3)
 
-    def test_the_model_is_left_as_it_was(self) -> None:
+    def test_the_model_is_not_changed(self) -> None:
         model = tiny_vit()
         with torch.no_grad():
             wanted = model(images())
@@ -155,7 +155,7 @@ class TestRounds:
         ("count", "seen", "checked"),
         [(128, [8, 24, 64], 64), (24, [2, 5, 12], 12), (8, [1, 2, 4], 4), (9, [1, 2, 5], 4)],
     )
-    def test_fewer_candidates_see_more_images(self, count: int, seen: list[int], checked: int) -> None:
+    def test_later_rounds_have_fewer_candidates(self, count: int, seen: list[int], checked: int) -> None:
         found = run(tiny_vit(), images(count), layers="[{layer: 0, keep_tokens: 12}, {layer: 2, keep_tokens: 9}]")
         for choice in found.sites:
             numbers = [len(candidate.distances) for candidate in choice.candidates]
@@ -173,7 +173,7 @@ class TestRounds:
         assert len(usual.distances) == 16, "the paper's choice runs to the end"
 
     @pytest.mark.parametrize(("noise", "stays"), [(0.5, True), (0.01, False)])
-    def test_the_papers_choice_stays_unless_another_is_better_beyond_chance(self, noise: float, stays: bool) -> None:
+    def test_the_papers_choice_is_kept_unless_another_is_clearly_better(self, noise: float, stays: bool) -> None:
         model = tiny_vit()
         plan = open_plan(model, {"operation": "mlp", "distance": "l2", "reading": "update"})
         usual, other = build_metric(plan.sites[0].metric).variants()
@@ -189,14 +189,14 @@ class TestRounds:
         choice = choose_metric(cast(Any, Draws()), plan, [usual, other], 32)
         assert choice.chosen == (usual if stays else other)
 
-    def test_one_changed_mind_does_not_outweigh_all_others(self) -> None:
+    def test_one_changed_prediction_does_not_outweigh_all_others(self) -> None:
         sure, other = torch.tensor([[40.0, 0.0]]), torch.tensor([[0.0, 40.0]])
         assert float(divergence(sure, other, has_head=True)) > 39
         assert float(distance(sure, other, has_head=True)) == pytest.approx(1.0, abs=1e-6)
         assert float(distance(sure, sure, has_head=True)) == pytest.approx(0.0, abs=1e-6)
 
-    def test_a_candidate_in_a_branch_is_what_it_is_alone(self) -> None:
-        """Branches share what lies before the site; each must still be the model with that metric alone."""
+    def test_a_candidate_in_a_branch_equals_the_candidate_alone(self) -> None:
+        """Branches share the layers before the site; each must equal the model with that metric alone."""
         model, batch = tiny_vit(), images(16)
         layers = "[{layer: 0, keep_tokens: 12}, {layer: 2, keep_tokens: 7}]"
         found = run(model, batch, layers=layers)
@@ -210,7 +210,7 @@ class TestRounds:
             compressed.detach()
             assert candidate.distances == pytest.approx(alone[: len(candidate.distances)].tolist(), abs=1e-5)
 
-    def test_the_result_is_judged_on_images_that_took_no_part(self) -> None:
+    def test_the_result_is_measured_on_heldout_images(self) -> None:
         model, batch = tiny_vit(), images(16)
         found = run(model, batch)
         compressed = attach(model, make_plan(model, make_recipe(LAYERS)).with_metrics(found.specs))
@@ -238,12 +238,12 @@ class TestRounds:
             assert seen[0] >= 1
             assert seen[-1] == count
 
-    def test_blocks_that_hide_their_parts_leave_the_whole_block(self) -> None:
+    def test_fused_blocks_have_only_the_operation_block(self) -> None:
         found = run(tiny_vit(**VARIANTS["parallel_things_block"]), images(8))
         (choice,) = found.sites
         assert {candidate.metric.spec().options["operation"] for candidate in choice.candidates} == {"block"}
         assert len(choice.candidates) == 6
-        assert math.isfinite(found.default.distance)  # the paper's choice needs the MLP; another takes its place
+        assert math.isfinite(found.default.distance)  # the paper's choice needs the MLP, so another is used
 
 
 class TestRefusals:
@@ -287,7 +287,7 @@ class TestMeasures:
         assert _sigmas([1.0, 1.0], [2.0, 2.0]) == -99.0
 
 
-def test_the_record_holds_what_was_measured() -> None:
+def test_the_document_has_the_measured_values() -> None:
     record = run(tiny_vit(), images(16), OPEN_POLARITY).to_dict()
     assert record.keys() == {"clear", "mild", "sigmas", "images", "data", "checked", "sites"}
     assert record["data"] == {"where": "here"}

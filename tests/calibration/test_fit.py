@@ -1,4 +1,4 @@
-"""The fitted score: its weights in a recipe, what it is fitted to, and what it is worth on the built-in models."""
+"""The fitted score: its weights in a recipe, its target, and its quality on the built-in models."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Counted:
 
 
 class TestWeights:
-    def test_are_a_string_that_builds_the_metric_again(self) -> None:
+    def test_the_string_builds_the_metric_again(self) -> None:
         metric = Fitted.of([0.5, -1.25, 3.0e-7])
         again = build_metric(ComponentSpec.model_validate(metric.spec().model_dump()))
         assert again == metric
@@ -90,7 +90,7 @@ class TestWeights:
             (base64.b64encode(array("f", [1.0, float("nan")]).tobytes()).decode(), "should be finite"),
         ],
     )
-    def test_wrong_ones_are_refused_with_their_place(self, weights: str, message: str) -> None:
+    def test_invalid_weights_are_refused_with_their_place(self, weights: str, message: str) -> None:
         with pytest.raises(RecipeError, match=message) as caught:
             resolve_and_build(recipe(f"{{kind: fitted, weights: {weights}}}"))
         assert "r.yaml:2:" in str(caught.value)
@@ -141,7 +141,7 @@ class TestPlacing:
         model = self.hooked()
         assert self.devices(model) == {"cpu"}
         (model if moved == "the wrapper" else model.model).to("meta")
-        # whoever moves the model inside goes round the wrapper: the first pass places them
+        # moving the inner model bypasses the wrapper: the first pass moves the weights
         assert self.devices(model) == {"meta" if moved == "the wrapper" else "cpu"}
         model(images().to("meta"))
         assert self.devices(model) == {"meta"}
@@ -160,7 +160,7 @@ class TestPlacing:
         assert torch.equal(other(images()), wanted)
         assert torch.equal(model(images()), wanted)
 
-    def test_what_is_traced_leaves_nothing_behind(self) -> None:
+    def test_tracing_does_not_change_the_model(self) -> None:
         model = self.hooked()
         with torch.no_grad():
             wanted = model(images())
@@ -175,8 +175,8 @@ class TestPlacing:
 
 
 class TestInfluence:
-    def test_is_the_fisher_information_along_what_goes(self) -> None:
-        """The mean over all patterns of signs is, exactly, the sum over the classes."""
+    def test_is_the_fisher_information_along_the_dropped_part(self) -> None:
+        """The mean over all patterns of signs equals the sum over the classes."""
         model = tiny_vit(num_classes=3).double()
         batch = images(2).double()
         with record_block_outputs(model) as seen:
@@ -197,8 +197,8 @@ class TestInfluence:
                 total += drawn(responses * torch.tensor(pattern), here)
         assert torch.allclose(total / len(patterns), exact, rtol=1e-4)
 
-    def test_tells_which_token_is_read(self) -> None:
-        """A model whose output hangs on one place alone: that place has all the influence."""
+    def test_is_zero_for_unused_tokens(self) -> None:
+        """If the output depends on one position only, the other tokens have no influence."""
         tokens = torch.randn(1, 5, 4, requires_grad=True)
         seen = {0: BlockOutput(tokens, tokens, lambda value: value)}
         found = influence(tokens[:, 3] * 2.0, seen, torch.Generator().manual_seed(0))[0]
@@ -215,7 +215,7 @@ def drawn(responses: Tensor, seen: dict[int, BlockOutput]) -> Tensor:
 
 
 class TestFit:
-    def test_leaves_the_model_as_it_was_also_in_inference_mode(self) -> None:
+    def test_does_not_change_the_model_also_in_inference_mode(self) -> None:
         model, task = tiny_vit(), Counted()
         before = {key: value.clone() for key, value in model.state_dict().items()}
         with torch.inference_mode():
@@ -227,7 +227,7 @@ class TestFit:
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         assert not any(module._forward_hooks for module in model.modules())
 
-    def test_is_the_same_from_the_same_seed_and_hardly_hangs_on_the_batch(self) -> None:
+    def test_depends_on_the_seed_and_hardly_on_the_batch_size(self) -> None:
         model = tiny_vit()
         one, two = (fit_scores(model, [1], images(8), 4, 3, Counted())[1] for _ in range(2))
         assert one == two
@@ -237,7 +237,7 @@ class TestFit:
         found = fit_scores(model, [0], images(4, size=8), 4, 0, Counted())[0]
         assert torch.isfinite(found.score({"block_output": torch.randn(1, 2, 32)}, SITE)).all()
 
-    def test_what_it_is_compared_with_is_not_fitted(self) -> None:
+    def test_the_uncalibrated_metric_is_not_fitted(self) -> None:
         model = tiny_vit()
         plan = resolve_for(model, recipe("{kind: fitted}"))
         found = calibrate(model, match(model), plan, images=images(32), identity={}, batch_size=8, progress=Silent())
@@ -284,7 +284,7 @@ class TestFit:
 
 @torch.inference_mode()
 def unchanged(model: nn.Module, plan: object, batch: Tensor) -> float:
-    """Share of predictions that stay."""
+    """Share of unchanged predictions."""
     wanted = model(batch)
     reduced = attach(model, plan)  # type: ignore[arg-type]
     try:

@@ -177,11 +177,11 @@ class TestBench:
         found = {each.name: each.against for each in contenders_of(opened)}
         assert found == {"dense.onnx": None, "vit.onnx": "dense.onnx", "vit.pt2": None}
 
-    def test_beside_a_checkpoint(self, folder: Path) -> None:
+    def test_together_with_a_checkpoint(self, folder: Path) -> None:
         opened = {"vit": open_any(stored(1)), "vit.onnx": open_any(folder / "vit.onnx")}
         assert [each.name for each in contenders_of(opened)] == ["artifact_v1 dense", "vit", "vit.onnx"]
 
-    def test_memory_is_reported_where_torch_sees_it(self, folder: Path) -> None:
+    def test_memory_is_reported_if_torch_measures_it(self, folder: Path) -> None:
         opened = {name: open_exported(folder / name) for name in ("vit.onnx", "dense.onnx", "vit.pt2")}
         report = run_bench(contenders_of(opened), [2], SETTINGS, Silent())
         memory = {run.name: run.peak_bytes for run in report.runs}

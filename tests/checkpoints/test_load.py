@@ -136,7 +136,7 @@ class TestContainers:
             == hashlib.sha256(path.read_bytes()).hexdigest()
         )
 
-    def test_loading_leaves_the_random_numbers_alone(self, model: nn.Module, tmp_path: Path) -> None:
+    def test_loading_does_not_change_the_random_state(self, model: nn.Module, tmp_path: Path) -> None:
         path = save_weights(model, tmp_path / "weights.safetensors")
         torch.manual_seed(1)
         load_checkpoint(path, LoadOptions(model_name=NAME))
@@ -163,7 +163,7 @@ class TestFolder:
         assert same(loaded, other)
         assert loaded.description.preprocessing.input_size == (3, 32, 32)
 
-    def test_preprocessing_of_the_folder_wins(self, model: nn.Module, tmp_path: Path) -> None:
+    def test_preprocessing_of_the_folder_takes_precedence(self, model: nn.Module, tmp_path: Path) -> None:
         save_for_hf(model, tmp_path, safe_serialization=True)
         config = json.loads((tmp_path / "config.json").read_text())
         config["pretrained_cfg"] |= {"mean": [0.1, 0.2, 0.3], "crop_pct": 0.5, "interpolation": "bilinear"}
@@ -208,7 +208,7 @@ class TestFolder:
         with pytest.raises(CheckpointError, match=f"unsupported model arguments {key}"):
             build(description, model.state_dict(), "weights.safetensors")
 
-    def test_the_config_wins_over_a_recipe(self, model: nn.Module, tmp_path: Path) -> None:
+    def test_the_config_takes_precedence_over_a_recipe(self, model: nn.Module, tmp_path: Path) -> None:
         save_for_hf(model, tmp_path, safe_serialization=True)
         assert load_checkpoint(tmp_path, LoadOptions(fallback_name="deit_tiny_patch16_224")).description.name == NAME
 
@@ -398,7 +398,9 @@ class TestCode:
 
     @pytest.mark.parametrize("zipped", [True, False])
     @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".ckpt", ".tar"])
-    def test_beside_weights(self, suffix: str, zipped: bool, marker: Path, tmp_path: Path, model: nn.Module) -> None:
+    def test_code_in_a_checkpoint(
+        self, suffix: str, zipped: bool, marker: Path, tmp_path: Path, model: nn.Module
+    ) -> None:
         path = tmp_path / f"weights{suffix}"
         state = {"model": model.state_dict(), "args": Payload(marker)}
         torch.save(state, path, _use_new_zipfile_serialization=zipped)

@@ -25,9 +25,9 @@ def recipe(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def photos(tmp_path: Path) -> Path:
     """A folder with 20 images of noise."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "photos"
     folder.mkdir()
     random = np.random.default_rng(0)
     for index in range(20):

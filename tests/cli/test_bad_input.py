@@ -34,7 +34,7 @@ RECIPES = [
     ("version: 1\nlayers: [{layer: 0\n", ["3:1", "this is not YAML"]),
     ("- 1\n", ["a recipe is a mapping"]),
     ("version: 1\nversion: 1\nlayers: []\n", ["2:1", "the key version is given twice"]),
-    ("version: 1\nmetric: {kind: magic}\nlayers: [{layer: 0, drop_ratio: 0.2}]\n", ["2:10", "no metric 'magic'"]),
+    ("version: 1\nmetric: {kind: magic}\nlayers: [{layer: 0, drop_ratio: 0.2}]\n", ["2:10", "unknown metric 'magic'"]),
     (
         "version: 1\nreducer: {kind: prune, hard: true}\nlayers: [{layer: 0, drop_ratio: 0.2}]\n",
         ["unknown key reducer.hard"],
@@ -163,7 +163,7 @@ def test_options_of_compress(arguments: list[str], words: list[str], cli: Comman
 
 def test_cuda_without_cuda(cli: Command, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    explained(cli("compress", dense, "--device", "cuda"), 2, "torch sees no CUDA device", "Use --device cpu.")
+    explained(cli("compress", dense, "--device", "cuda"), 2, "torch finds no CUDA device", "Use --device cpu.")
 
 
 class TestOutput:
@@ -231,14 +231,14 @@ class TestCalibrationData:
         (tmp_path / "none").mkdir()
         explained(cli("compress", dense, "--calibration", "./none"), 4, "there are no images in none")
 
-    def test_too_few_images(self, cli: Command, dense: Path, pictures: Path) -> None:
-        for path in sorted(pictures.iterdir())[3:]:
+    def test_too_few_images(self, cli: Command, dense: Path, photos: Path) -> None:
+        for path in sorted(photos.iterdir())[3:]:
             path.unlink()
-        outcome = cli("compress", dense, "--calibration", pictures)
+        outcome = cli("compress", dense, "--calibration", photos)
         explained(outcome, 4, "calibration needs at least 8 images")
 
-    def test_no_metric_beats_random_dropping(self, cli: Command, dense: Path, pictures: Path, tmp_path: Path) -> None:
-        outcome = cli("compress", dense, "--calibration", pictures, *QUICK, "-o", "out.safetensors")
+    def test_no_metric_beats_random_dropping(self, cli: Command, dense: Path, photos: Path, tmp_path: Path) -> None:
+        outcome = cli("compress", dense, "--calibration", photos, *QUICK, "-o", "out.safetensors")
         explained(outcome, 5, "no score is clearly better than random dropping", "--force")
         assert not (tmp_path / "out.safetensors").exists()
 

@@ -61,8 +61,8 @@ class TestTable:
         assert "Only 2 runs of each" in outcome.stdout
         assert "batch 2: " in outcome.stdout
 
-    def test_sweep_and_files(self, run: Callable[..., Outcome], pictures: Path) -> None:
-        outcome = run("-b", "2", "--attention", "auto,explicit", "--data", pictures, "--images", "4")
+    def test_sweep_and_files(self, run: Callable[..., Outcome], photos: Path) -> None:
+        outcome = run("-b", "2", "--attention", "auto,explicit", "--data", photos, "--images", "4")
         assert outcome.rc == 0, outcome.stderr
         assert all(len(line) <= 80 for line in outcome.stdout.splitlines())
         for word in ("--- float32, attention explicit, 32x32", "From files, batch 2", "bound by", "reading alone"):
@@ -81,8 +81,8 @@ class TestJson:
         )
         assert outcome.rc == 0, outcome.stderr
         document = json.loads(outcome.stdout)
-        told = {(row["name"], row["dtype"], row["attention_mode"], row["batch"]) for row in document["runs"]}
-        assert len(told) == len(document["runs"]) == 2 * 2 * 2 * 2
+        settings = {(row["name"], row["dtype"], row["attention_mode"], row["batch"]) for row in document["runs"]}
+        assert len(settings) == len(document["runs"]) == 2 * 2 * 2 * 2
         assert document["dtype"] == ["float32", "bfloat16"]
         assert document["attention"] == ["explicit", "sdpa:flash"]
         assert {row["image_size"] for row in document["runs"]} == {32}
@@ -122,8 +122,8 @@ class TestJson:
         ]
         assert 2 < runs[2]["gmacs"] / runs[0]["gmacs"] < 2.4
 
-    def test_from_files(self, run: Callable[..., Outcome], pictures: Path) -> None:
-        outcome = run("-b", "4", "--data", pictures, "--images", "9", "--workers", "1", "--json")
+    def test_from_files(self, run: Callable[..., Outcome], photos: Path) -> None:
+        outcome = run("-b", "4", "--data", photos, "--images", "9", "--workers", "1", "--json")
         assert outcome.rc == 0, outcome.stderr
         (found,) = json.loads(outcome.stdout)["end_to_end"]
         assert (found["images"], found["workers"], found["batch"]) == (8, 1, 4)
@@ -229,8 +229,8 @@ class TestRefused:
     def test_options(self, options: list[str], rc: int, words: list[str], run: Callable[..., Outcome]) -> None:
         refused(run(*options), rc, *words)
 
-    def test_too_few_pictures(self, run: Callable[..., Outcome], pictures: Path) -> None:
-        refused(run("-b", "32", "--data", pictures), 4, "20 images, which do not fill a batch of 32")
+    def test_too_few_images(self, run: Callable[..., Outcome], photos: Path) -> None:
+        refused(run("-b", "32", "--data", photos), 4, "20 images, which do not fill a batch of 32")
 
     def test_a_baseline_that_the_model_does_not_support(self, cli: Command, tmp_path: Path) -> None:
         (tmp_path / "r.yaml").write_text("version: 1\nlayers: [{layer: 0, drop_ratio: 0.5}]\n")

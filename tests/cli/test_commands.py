@@ -26,7 +26,7 @@ class TestIdleThreads:
     """Variables of OpenMP, which are set before torch is imported."""
 
     @staticmethod
-    def told(own: dict[str, str]) -> dict[str, str]:
+    def variables(own: dict[str, str]) -> dict[str, str]:
         """The variables of OpenMP after `repshift --version`."""
         names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
         script = f"""
@@ -46,11 +46,11 @@ except SystemExit:
         return dict(pair.split("=") for pair in done.stdout.splitlines()[-1].split())
 
     def test_spinning_is_limited(self) -> None:
-        assert self.told({}) == {"OMP_WAIT_POLICY": "None", "GOMP_SPINCOUNT": "10000"}
+        assert self.variables({}) == {"OMP_WAIT_POLICY": "None", "GOMP_SPINCOUNT": "10000"}
 
     @pytest.mark.parametrize("own", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
     def test_variables_of_the_user_are_kept(self, own: dict[str, str]) -> None:
-        assert self.told(own) == {"OMP_WAIT_POLICY": "None", "GOMP_SPINCOUNT": "None"} | own
+        assert self.variables(own) == {"OMP_WAIT_POLICY": "None", "GOMP_SPINCOUNT": "None"} | own
 
     def test_bench_notes_a_passive_wait_policy(self, cli: Command, dense: Path, recipe: Path) -> None:
         quick = ("bench", dense, "--recipe", recipe, "--seconds", "0", "-b", "1")
@@ -159,8 +159,8 @@ class TestCompress:
         (tmp_path / "dense_repshift.safetensors").touch()
         assert cli("compress", dense, "--dry-run").rc == 0
 
-    def test_calibrated(self, cli: Command, dense: Path, pictures: Path) -> None:
-        outcome = cli("compress", dense, "--calibration", pictures, *QUICK, "--force", "--json")
+    def test_calibrated(self, cli: Command, dense: Path, photos: Path) -> None:
+        outcome = cli("compress", dense, "--calibration", photos, *QUICK, "--force", "--json")
         assert outcome.rc == 0, outcome.stderr
         found = json.loads(outcome.stdout)["calibration"]
         assert all(len(site["candidates"]) == 30 for site in found["sites"])

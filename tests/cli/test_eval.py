@@ -1,4 +1,4 @@
-"""`repshift eval` as people call it: its output and its exit code."""
+"""`repshift eval`: its output and its exit code."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def digits(tmp_path: Path) -> Path:
         (tmp_path / "digits" / str(label)).mkdir(parents=True)
     scenes = DigitScenes("test", 30)
     for index in range(len(scenes)):
-        picture, label = scenes[index]
-        picture.save(tmp_path / "digits" / str(label) / f"{index}.png")
+        scene_image, label = scenes[index]
+        scene_image.save(tmp_path / "digits" / str(label) / f"{index}.png")
     return tmp_path / "digits"
 
 
@@ -135,11 +135,11 @@ def test_no_better_than_guessing(cli: Command, tmp_path: Path) -> None:
 
     scenes = DigitScenes("test", 120)
     for index in range(len(scenes)):
-        picture, label = scenes[index]
+        scene_image, label = scenes[index]
         # each class folder has the digits of another one, in equal shares
         folder = tmp_path / "digits" / f"{(label + index // 12) % 10}"
         folder.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / f"{index}.png")
+        scene_image.save(folder / f"{index}.png")
     done = cli("eval", "builtin:vit-digits-small", "--dataset", tmp_path / "digits", "--workers", "0")
     assert done.rc == 0, done.stderr
     assert "no better than guessing among 10" in done.stderr

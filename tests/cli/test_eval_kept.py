@@ -1,4 +1,4 @@
-"""What `repshift eval` leaves behind: progress that survives SIGKILL, predictions, and `repshift compare` of them."""
+"""Files of `repshift eval`: progress that survives SIGKILL, predictions, and `repshift compare` of them."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class TestPredictions:
     @pytest.mark.parametrize(
         ("arguments", "rc", "message"),
         [
-            (("eval", MODEL, "--save-predictions", "p.csv"), 2, "ending is not known"),
+            (("eval", MODEL, "--save-predictions", "p.csv"), 2, "unknown suffix"),
             (("eval", MODEL, "--save-predictions", "nowhere/p.npz"), 1, "does not exist"),
             (("compare", "a.npz", "b.npz"), 4, "no file a.npz"),
             (("eval", "builtin:umt-shapes", "--save-predictions", "p.npz"), 2, "is for image models"),

@@ -1,4 +1,4 @@
-"""`torchrun ... -m repshift_cli eval`: the whole numbers of one process, whatever the number of processes."""
+"""`torchrun ... -m repshift_cli eval`: the same counts for any number of processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 def together(processes: int, *arguments: str) -> list[str]:
-    """The command that starts so many of `repshift eval`."""
+    """The command that starts `repshift eval` in several processes."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return [sys.executable, *launch, "-m", "repshift_cli", "eval", *arguments]
 
@@ -59,8 +59,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / str(label)).mkdir()
     scenes = DigitScenes("test", 45)
     for index in range(45):
-        picture, label = scenes[index]
-        picture.save(root / str(label) / f"{index:02d}.png")
+        scene_image, label = scenes[index]
+        scene_image.save(root / str(label) / f"{index:02d}.png")
     for broken in sorted(root.glob("*/*.png"))[3::17]:
         broken.write_bytes(broken.read_bytes()[:100])
     return root
@@ -85,7 +85,7 @@ def arguments(digits: Path, compressed: Path) -> list[str]:
 
 @pytest.fixture
 def expected(arguments: list[str], cli: Command) -> dict[str, Any]:
-    """What one process counts."""
+    """The counts of one process."""
     alone = cli("eval", *arguments)
     assert alone.rc == 0, alone.stderr
     found = exact(alone.stdout)
@@ -129,7 +129,7 @@ def test_a_killed_run_is_resumed_with_another_number_of_processes(
 
 
 def test_an_error_in_one_process_is_printed_once_and_ends_all(digits: Path, tmp_path: Path) -> None:
-    # the last broken picture is in the part of the second process
+    # the last broken image is in the part of the second process
     done = launch(2, "--dataset", str(digits), "-b", "2", "--strict", "--json", folder=tmp_path)
     assert done.returncode != 0
     assert done.stdout == ""

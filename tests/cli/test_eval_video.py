@@ -223,14 +223,14 @@ class TestRefused:
             ("", ["--dataset", "builtin:shapes-qa"], "for retrieval, but builtin:shapes-qa holds questions"),
             ("-qa", ["--dataset", "builtin:shapes"], "for question answering, but builtin:shapes holds captions"),
             ("", ["--dataset", "imagenet-val"], "not a dataset of videos with texts"),
-            ("", ["--dataset", "builtin:shapes", "--compare-dense"], "is dense itself"),
+            ("", ["--dataset", "builtin:shapes", "--compare-dense"], "is a dense model"),
             ("", ["--dataset", "builtin:shapes", "--answers", "a.json"], "--answers is not used by builtin:shapes"),
             ("", ["--dataset", "builtin:shapes", "--rerank-k", "3", "--no-rerank"], "contradicts --no-rerank"),
             ("", ["--dataset", "builtin:shapes", "--frames", "7"], "clips of 3 frames"),
             ("-qa", ["--dataset", "builtin:shapes-qa", "--rerank"], "--rerank is not used by"),
             ("-qa", ["--dataset", "builtin:shapes-qa", "--pooling", "all"], "does not pool"),
             (".compressed", ["--dataset", "builtin:shapes", "--pooling", "frames"], "no whole frames"),
-            ("", [], "no dataset was named"),
+            ("", [], "no dataset given for"),
             ("", ["--annotations", "a.json"], "neither a benchmark nor annotations with videos"),
         ],
     )
@@ -247,7 +247,7 @@ class TestRefused:
             (["--dataset", "msrvtt"], "takes images, but msrvtt is a dataset of videos"),
             (["--annotations", "a.json", "--videos", "v"], "--annotations is not used by"),
             (["--no-rerank"], "--rerank is not used by"),
-            (["--frames", "3"], "takes single pictures"),
+            (["--frames", "3"], "takes single images"),
         ],
     )
     def test_videos_for_a_model_of_images(self, cli: Command, arguments: list[str], message: str) -> None:

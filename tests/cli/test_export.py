@@ -33,12 +33,12 @@ def document_of(outcome: Outcome) -> dict[str, Any]:
 
 class TestExport:
     def test_onnx_and_bench(self, shell: Command, small: Path, tmp_path: Path) -> None:
-        told = document_of(shell("export", small, "--to", "onnx", "--json"))
-        assert told["output"] == "small.onnx"
-        assert told["verified"]["passed"] is True
-        assert told["ports"]["input"] == {"name": "images", "shape": [None, 3, 24, 24], "dtype": "float32"}
-        assert told["opset"] == 20
-        assert told["operators"]["TopK"] == 2
+        document = document_of(shell("export", small, "--to", "onnx", "--json"))
+        assert document["output"] == "small.onnx"
+        assert document["verified"]["passed"] is True
+        assert document["ports"]["input"] == {"name": "images", "shape": [None, 3, 24, 24], "dtype": "float32"}
+        assert document["opset"] == 20
+        assert document["operators"]["TopK"] == 2
         assert (
             document_of(shell("export", small, "--to", "onnx", "--dense", "-o", "dense.onnx", "--json"))["compressed"]
             is False
@@ -75,14 +75,24 @@ class TestExport:
         assert "[2, 3, 24, 24]" in outcome.stdout
 
     def test_compress_exports_too(self, cli: Command, dense: Path, recipe: Path, tmp_path: Path) -> None:
-        told = ("--seconds", "0", "-o", "fast.safetensors", "--export", "pt2", "--export", "hub", "--json")
-        document = document_of(cli("compress", dense, "--recipe", recipe, *told))
+        options = ("--seconds", "0", "-o", "fast.safetensors", "--export", "pt2", "--export", "hub", "--json")
+        document = document_of(cli("compress", dense, "--recipe", recipe, *options))
         assert [each["output"] for each in document["exports"]] == ["fast.pt2", "fast_hub"]
         assert all(each["verified"]["passed"] for each in document["exports"])
 
     def test_eval_of_a_program(self, cli: Command) -> None:
-        told = ("export", "builtin:vit-digits-small", "--to", "pt2", "-o", "digits.pt2", "--batch", "8", "--no-verify")
-        assert cli(*told).rc == 0
+        arguments = (
+            "export",
+            "builtin:vit-digits-small",
+            "--to",
+            "pt2",
+            "-o",
+            "digits.pt2",
+            "--batch",
+            "8",
+            "--no-verify",
+        )
+        assert cli(*arguments).rc == 0
         evaluated = document_of(cli("eval", "digits.pt2", "--dataset", "builtin:digits", "--limit", "20", "--json"))
         assert evaluated["top1"] > 50
         assert evaluated["images"] == 20
@@ -119,8 +129,8 @@ class TestRefused:
         self, cli: Command, dense: Path, recipe: Path, tmp_path: Path
     ) -> None:
         (tmp_path / "fast.pt2").touch()
-        told = ("compress", dense, "-r", recipe, "-o", "fast.safetensors", "--export", "pt2")
-        explained(cli(*told), 2, "fast.pt2 already exists")
+        arguments = ("compress", dense, "-r", recipe, "-o", "fast.safetensors", "--export", "pt2")
+        explained(cli(*arguments), 2, "fast.pt2 already exists")
         assert not (tmp_path / "fast.safetensors").exists()
 
     @pytest.mark.parametrize("command", ["bench", "eval"])
@@ -152,8 +162,8 @@ class TestRefused:
         explained(cli("bench", "dense.pt2", "--budget", "macs<=0.9"), 2, "--budget", *words)
 
     def test_a_budget_of_exported_files(self, cli: Command, small: Path) -> None:
-        for told in ((), ("--dense", "-o", "dense.onnx")):
-            assert cli("export", small, "--to", "onnx", "--no-verify", *told).rc == 0
+        for options in ((), ("--dense", "-o", "dense.onnx")):
+            assert cli("export", small, "--to", "onnx", "--no-verify", *options).rc == 0
         held = ("bench", "small.onnx", "dense.onnx", *QUICK, "--json")
         document = document_of(cli(*held, "--budget", "macs<=0.99"))
         assert [(each["name"], each["met"]) for each in document["budget"]] == [("small.onnx", True)]

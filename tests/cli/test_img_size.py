@@ -44,8 +44,8 @@ def test_the_plan_fits_another_image_size(network: Path, recipe: Path, cli: Comm
     assert opened.compressed.plan.sites[0].tokens_in == 16 * 16
     assert opened.module(images(1, 64)).shape == (1, 5)
 
-    told = json.loads(cli("inspect", "small.safetensors", "--json", "--img-size", "64").stdout)
-    assert told["preprocessing"]["input_size"] == [3, 64, 64]
+    described = json.loads(cli("inspect", "small.safetensors", "--json", "--img-size", "64").stdout)
+    assert described["preprocessing"]["input_size"] == [3, 64, 64]
     for command in (["inspect"], ["bench"], ["eval", "--dataset", "builtin:digits"], ["visualize"]):
         refused = cli(command[0], "small.safetensors", *command[1:], "--img-size", "96")
         assert refused.rc == 2

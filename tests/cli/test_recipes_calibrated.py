@@ -1,4 +1,4 @@
-"""What calibration chose can be taken out of a checkpoint and used as a recipe."""
+"""The calibrated metrics of a checkpoint can be printed and used as a recipe."""
 
 from __future__ import annotations
 

@@ -129,9 +129,9 @@ class TestSearch:
         assert document["measured"]["images"]["part"] == "held back"
         check_plot(tmp_path / "p.png", rows)
 
-    def test_json_is_one_document(self, cli: Command, dense: Path, pictures: Path, tmp_path: Path) -> None:
+    def test_json_is_one_document(self, cli: Command, dense: Path, photos: Path, tmp_path: Path) -> None:
         outcome = cli(
-            *("search", dense, "-t", "macs=0.7", "--data", pictures, *QUICK, "-o", "r.yaml", "--json"),
+            *("search", dense, "-t", "macs=0.7", "--data", photos, *QUICK, "-o", "r.yaml", "--json"),
             *("--batch-size", 4, "--device", "cpu", "--dtype", "bfloat16"),
         )
         assert outcome.rc == 0, outcome.stderr
@@ -146,7 +146,7 @@ class TestSearch:
         assert found["points"]["found"]["latency"] is None
         assert (found["measured_on"]["batch"], found["measured_on"]["dtype"]) == (4, "bfloat16")
         assert found["reducer"] == "prune"
-        assert found["data"]["where"] == str(pictures)
+        assert found["data"]["where"] == str(photos)
         assert len(found["tried"]) == found["evaluations"] > 1
 
     def test_warns_if_it_uses_builtin_scenes(self, cli: Command, dense: Path) -> None:
@@ -163,7 +163,7 @@ class TestSearch:
         assert found["output"] == "dense_macs0.7.yaml"
         assert {site["metric"]["kind"] for site in found["plan"]} == {"token_norm"}
 
-    def test_the_target_of_the_command_line_wins(self, cli: Command, dense: Path, tmp_path: Path) -> None:
+    def test_the_target_of_the_command_line_takes_precedence(self, cli: Command, dense: Path, tmp_path: Path) -> None:
         (tmp_path / "start.yaml").write_text("version: 1\nmetric: {kind: token_norm}\nbudget: {macs: 0.7}\n")
         outcome = cli("search", dense, "--recipe", "start.yaml", "-t", "macs=0.8", *QUICK, "--json")
         found = json.loads(outcome.stdout)
@@ -184,12 +184,12 @@ class TestSearch:
         assert outcome.rc == 2
         assert "unknown reducer 'prunne'" in outcome.stderr
 
-    def test_another_seed_draws_other_images(self, cli: Command, dense: Path, pictures: Path, tmp_path: Path) -> None:
+    def test_another_seed_draws_other_images(self, cli: Command, dense: Path, photos: Path, tmp_path: Path) -> None:
         (tmp_path / "start.yaml").write_text("version: 1\nmetric: {kind: token_norm}\nbudget: {macs: 0.7}\n")
         found = [
             json.loads(
                 cli(
-                    *("search", dense, "-r", "start.yaml", "--data", pictures, *QUICK),
+                    *("search", dense, "-r", "start.yaml", "--data", photos, *QUICK),
                     *("--seed", seed, "--force", "--json"),
                 ).stdout
             )
@@ -199,9 +199,9 @@ class TestSearch:
         assert found[0]["data"]["sha256"] == found[1]["data"]["sha256"] != found[2]["data"]["sha256"]
         assert found[2]["seed"] == 1
 
-    def test_latency(self, cli: Command, dense: Path, pictures: Path) -> None:
+    def test_latency(self, cli: Command, dense: Path, photos: Path) -> None:
         outcome = cli(
-            *("search", dense, "-t", "latency=0.9", "--data", pictures, "--images", "16", "--evaluations", "1"),
+            *("search", dense, "-t", "latency=0.9", "--data", photos, "--images", "16", "--evaluations", "1"),
             *("--seconds", "0.02", "--plot", "p.svg", "--force", "--json"),
         )
         assert outcome.rc == 0, outcome.stderr
@@ -211,8 +211,8 @@ class TestSearch:
         assert found["met"] == (found["points"]["found"]["latency"] <= 0.9)
         assert "not met" in outcome.stderr or found["met"]
 
-    def test_agreement(self, cli: Command, dense: Path, pictures: Path) -> None:
-        outcome = cli("search", dense, "-t", "agreement=0.3", "--data", pictures, *QUICK, "--json")
+    def test_agreement(self, cli: Command, dense: Path, photos: Path) -> None:
+        outcome = cli("search", dense, "-t", "agreement=0.3", "--data", photos, *QUICK, "--json")
         assert outcome.rc == 0, outcome.stderr
         found = json.loads(outcome.stdout)
         assert found["nearest"] >= 0.3
@@ -279,7 +279,7 @@ class TestRefused:
             (("-t", "mac=0.65"), 2, "unknown target 'mac' Did you mean macs?"),
             (("-t", "macs"), 2, "invalid target 'macs': must have the form kind=value"),
             (("-t", "macs=1.5"), 2, "invalid target macs=1.5: must be in (0, 1)"),
-            (("-t", "macs=0.5", "--plot", "p.gif"), 2, "p.gif has no ending that tells a picture format"),
+            (("-t", "macs=0.5", "--plot", "p.gif"), 2, "invalid --plot p.gif: must end in .png, .svg or .pdf"),
             (("-t", "macs=0.5", "-o", "a", "--save", "a"), 2, "both name a"),
             (("-t", "macs=0.5", "-o", "a", "--state", "a"), 2, "both name a"),
             (("-t", "macs=0.5", "--images", "8"), 2, "--images"),
@@ -327,12 +327,12 @@ class TestRefused:
         assert artifact.load(tmp_path / "s.safetensors").macs() > 0
         assert not (tmp_path / "r.yaml.state.json").exists()
 
-    def test_max_drop_without_labels(self, cli: Command, dense: Path, pictures: Path) -> None:
-        outcome = cli("search", dense, "-t", "max-drop=1", "--data", pictures, *QUICK)
+    def test_max_drop_without_labels(self, cli: Command, dense: Path, photos: Path) -> None:
+        outcome = cli("search", dense, "-t", "max-drop=1", "--data", photos, *QUICK)
         assert outcome.rc == 2
-        assert f"the target max-drop=1 needs labels: there are no class folders in {pictures}" in words(outcome.stderr)
+        assert f"the target max-drop=1 needs labels: there are no class folders in {photos}" in words(outcome.stderr)
 
-    def test_too_few_pictures(self, cli: Command, dense: Path, classes: Path) -> None:
+    def test_too_few_images(self, cli: Command, dense: Path, classes: Path) -> None:
         outcome = cli("search", dense, "-t", "macs=0.7", "--data", classes / "c0", *QUICK)
         assert outcome.rc == 4
         assert "at least 16 images, there are 2" in words(outcome.stderr)
@@ -445,8 +445,8 @@ def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
 
 
 class TestCompress:
-    def test_a_target(self, cli: Command, tmp_path: Path, dense: Path, pictures: Path) -> None:
-        few = ("--calibration", pictures, "--calibration-images", "16", "--seconds", "0", "-b", "4")
+    def test_a_target(self, cli: Command, tmp_path: Path, dense: Path, photos: Path) -> None:
+        few = ("--calibration", photos, "--calibration-images", "16", "--seconds", "0", "-b", "4")
         outcome = cli("compress", dense, "--target", "macs=0.7", *few, "-o", "s.safetensors")
         assert outcome.rc == 0, outcome.stderr
         assert narrow(outcome.stdout)
@@ -467,9 +467,9 @@ class TestCompress:
         assert document["measured"]["images"]["count"] == 8  # the held-out images
         assert Recipe.parse(cli("recipes", "show", "s.safetensors").stdout).text == document["recipe"]["text"]
 
-    def test_a_recipe_with_a_budget(self, cli: Command, tmp_path: Path, dense: Path, pictures: Path) -> None:
+    def test_a_recipe_with_a_budget(self, cli: Command, tmp_path: Path, dense: Path, photos: Path) -> None:
         (tmp_path / "r.yaml").write_text("version: 1\nmetric: {kind: token_norm}\nbudget: {macs: 0.7}\n")
-        few = ("--calibration", pictures, "--calibration-images", "16", "--seconds", "0", "-b", "4")
+        few = ("--calibration", photos, "--calibration-images", "16", "--seconds", "0", "-b", "4")
         outcome = cli("compress", dense, "--recipe", "r.yaml", *few, "-o", "s.safetensors", "--json")
         assert outcome.rc == 0, outcome.stderr
         found = json.loads(outcome.stdout)
@@ -477,8 +477,8 @@ class TestCompress:
         assert found["compressed"]["gmacs"] <= 0.7 * found["dense"]["gmacs"]
         assert {site["metric"]["kind"] for site in found["plan"]} == {"token_norm"}
 
-    def test_a_missed_target(self, cli: Command, tmp_path: Path, dense: Path, pictures: Path) -> None:
-        few = ("--calibration", pictures, "--calibration-images", "16", "--seconds", "0", "-b", "4")
+    def test_a_missed_target(self, cli: Command, tmp_path: Path, dense: Path, photos: Path) -> None:
+        few = ("--calibration", photos, "--calibration-images", "16", "--seconds", "0", "-b", "4")
         outcome = cli("compress", dense, "--target", "macs=0.2", *few, "-o", "s.safetensors")
         assert outcome.rc == 5
         assert "the nearest is macs=0." in outcome.stderr
@@ -533,19 +533,19 @@ def test_one_process_prints_its_result_whatever_its_rank(
     [("builtin:vit-digits-small", True), pytest.param("timm", True, marks=pytest.mark.slow), ("dense", False)],
 )
 def test_a_recipe_with_fitted_weights_names_the_model(
-    *, model: str, named: bool, cli: Command, dense: Path, pictures: Path, tmp_path: Path
+    *, model: str, named: bool, cli: Command, dense: Path, photos: Path, tmp_path: Path
 ) -> None:
     if model == "timm":
         save_weights(timm.create_model("deit_tiny_patch16_224", num_classes=10), tmp_path / "timm.safetensors")
-        arguments: tuple[object, ...] = ("timm.safetensors", "--model", "deit_tiny_patch16_224", "--data", pictures)
+        arguments: tuple[object, ...] = ("timm.safetensors", "--model", "deit_tiny_patch16_224", "--data", photos)
     else:
-        arguments = (dense if model == "dense" else model, "--data", pictures)
+        arguments = (dense if model == "dense" else model, "--data", photos)
     outcome = cli("search", *arguments, "-t", "macs=0.8", *QUICK, "--images", "16", "-o", "r.yaml")
     assert outcome.rc == 0, outcome.stderr
     found = Recipe.load(tmp_path / "r.yaml")
     assert "weights" in found.text
     assert (found.model is not None) == named
-    outcome = cli("compress", arguments[0], "-r", "r.yaml", "--data", pictures, "--seconds", "0", "-o", "s.safetensors")
+    outcome = cli("compress", arguments[0], "-r", "r.yaml", "--data", photos, "--seconds", "0", "-o", "s.safetensors")
     assert outcome.rc == 0, outcome.stderr
 
 
@@ -579,17 +579,17 @@ def test_the_second_half_is_held_out() -> None:
     assert batch.identity["count"] == 7
 
 
-def test_a_folder_name_cannot_end_a_comment(cli: Command, dense: Path, pictures: Path, tmp_path: Path) -> None:
-    odd = pictures.rename(tmp_path / "a\nversion: 2\x1b")
+def test_a_folder_name_cannot_end_a_comment(cli: Command, dense: Path, photos: Path, tmp_path: Path) -> None:
+    odd = photos.rename(tmp_path / "a\nversion: 2\x1b")
     (tmp_path / "start.yaml").write_text("version: 1\nmetric: {kind: token_norm}\nbudget: {macs: 0.7}\n")
     outcome = cli("search", dense, "-r", "start.yaml", "--data", odd, *QUICK, "-o", "r.yaml")
     assert outcome.rc == 0, outcome.stderr
     assert "a?version: 2?" in Recipe.load(tmp_path / "r.yaml").text
 
 
-def test_a_model_without_a_head_compares_features(cli: Command, pictures: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_head_compares_features(cli: Command, photos: Path, tmp_path: Path) -> None:
     save_weights(tiny_vit(embed_dim=128, num_classes=0), tmp_path / "bare.safetensors")
-    outcome = cli("search", "bare.safetensors", "-t", "macs=0.7", "--data", pictures, *QUICK, "--plot", "p.png")
+    outcome = cli("search", "bare.safetensors", "-t", "macs=0.7", "--data", photos, *QUICK, "--plot", "p.png")
     assert outcome.rc == 0, outcome.stderr
     assert "1 - cosine" in outcome.stdout
     assert "unchanged" not in outcome.stdout

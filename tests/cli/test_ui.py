@@ -23,7 +23,7 @@ PRINTS: tuple[Callable[[], None], ...] = (
 
 
 def printed_to(stream: TextIO, print_something: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Print to a stdout that takes nothing; what it still holds is thrown away."""
+    """Print to a stdout that cannot be written to; its buffer is discarded."""
     with monkeypatch.context() as patched:
         patched.setattr("sys.stdout", stream)
         try:

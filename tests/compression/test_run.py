@@ -203,9 +203,9 @@ class TestRefusals:
         weights = save_weights(timm.create_model("deit_tiny_patch16_224"), tmp_path / "weights.safetensors")
         settings = replace(QUICK, load=NO_HEADS)
         guessed = compress_checkpoint(str(weights), settings, Silent(), dry_run=True)
-        told = compress_checkpoint(str(weights), replace(settings, recipe="deit_tiny_paper"), Silent(), dry_run=True)
+        planned = compress_checkpoint(str(weights), replace(settings, recipe="deit_tiny_paper"), Silent(), dry_run=True)
         assert guessed.loaded.description.name == "vit_tiny_patch16_224"
-        assert told.loaded.description.name == "deit_tiny_patch16_224"
+        assert planned.loaded.description.name == "deit_tiny_patch16_224"
 
     def test_a_recipe_that_contradicts_the_model_option(self, tmp_path: Path) -> None:
         path = recipe_file(tmp_path, extra="model: deit_small_patch16_224\n")
@@ -218,7 +218,7 @@ class TestRefusals:
         assert caught.value.message.startswith(f"{path}:5:1: ")
         assert caught.value.exit_code == 2
 
-    def test_a_metric_that_the_blocks_cannot_feed(self) -> None:
+    def test_a_metric_without_its_tensors(self) -> None:
         with pytest.raises(RecipeError, match="class_attention needs attention_key"):
             compress(tiny_vit(attn_layer="diff"), make_recipe(metric="{kind: class_attention}"))
 
@@ -352,7 +352,7 @@ class TestImages:
         assert report.measured.images.identity["part"] == "agreement"
         assert report.calibration.identity["part"] == "calibration"
 
-    def test_images_of_calibration_serve_the_comparison_where_nothing_is_open(
+    def test_calibration_images_are_used_for_the_comparison_if_nothing_is_open(
         self, dense: Path, image_folder: Path, tmp_path: Path
     ) -> None:
         report = run(dense, recipe=recipe_file(tmp_path), calibration=str(image_folder))
@@ -360,7 +360,7 @@ class TestImages:
         assert report.measured.images.identity["where"].endswith("images")
         assert any("only serve the comparison" in note for note in report.notes)
 
-    def test_a_missing_folder_is_an_error_even_then(self, dense: Path, tmp_path: Path) -> None:
+    def test_a_missing_folder_is_an_error_without_open_fields(self, dense: Path, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="does not exist"):
             run(dense, recipe=recipe_file(tmp_path), calibration=str(tmp_path / "none"))
 

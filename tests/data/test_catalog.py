@@ -1,4 +1,4 @@
-"""Datasets by name: every layout, right labels, and one clear error for each thing that can be wrong."""
+"""Datasets by name: layouts, labels and errors."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class TestFolder:
         (tmp_path / "b").mkdir()
         assert labels_of(open_dataset("folder", tmp_path)) == [2]
 
-    def test_what_is_no_image_is_left_alone(self, tmp_path: Path) -> None:
+    def test_other_files_are_ignored(self, tmp_path: Path) -> None:
         put(tmp_path / "a/1.jpg")
         for name in ("a/notes.txt", "a/._1.jpg", ".cache/x.jpg", "__MACOSX/x.jpg", "top.jpg"):
             put(tmp_path / name)
@@ -92,7 +92,7 @@ class TestFolder:
         assert dataset.classes == ("a",)
         assert len(dataset) == 1
 
-    def test_the_validation_part_is_taken(self, tmp_path: Path) -> None:
+    def test_the_validation_split_is_used(self, tmp_path: Path) -> None:
         put(tmp_path / "train/a/1.jpg")
         put(tmp_path / "val/a/2.jpg")
         put(tmp_path / "val/b/3.jpg")
@@ -114,7 +114,7 @@ class TestFolder:
         put(tmp_path / "a/1.jpg")
         assert open_dataset("folder", tmp_path).classes == ("__background__", "a")
 
-    def test_links_that_lead_back_end(self, tmp_path: Path) -> None:
+    def test_links_to_a_parent_are_followed_once(self, tmp_path: Path) -> None:
         put(tmp_path / "data/a/1.jpg")
         (tmp_path / "data/a/loop").symlink_to(tmp_path / "data/a", target_is_directory=True)
         assert len(open_dataset("folder", tmp_path / "data")) == 1
@@ -133,7 +133,7 @@ class TestFolder:
             (["a/readme.txt"], "no images in the 1 class folders"),
         ],
     )
-    def test_nothing_to_read(self, tmp_path: Path, files: list[str], message: str) -> None:
+    def test_folders_without_images(self, tmp_path: Path, files: list[str], message: str) -> None:
         for name in files:
             put(tmp_path / name)
         with pytest.raises(DataError, match=message) as caught:
@@ -145,11 +145,11 @@ class TestFolder:
         with pytest.raises(DataError, match="does not exist"):
             open_dataset(str(tmp_path / "nowhere"), None)
 
-    def test_a_file_is_no_folder(self, tmp_path: Path) -> None:
+    def test_a_file_in_place_of_a_folder(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="is a file, not a folder"):
             open_dataset("folder", put(tmp_path / "x.jpg"))
 
-    def test_no_folder_was_named(self) -> None:
+    def test_a_missing_folder_option(self) -> None:
         with pytest.raises(DataError, match="needs a folder"):
             open_dataset("folder", None)
 
@@ -174,8 +174,8 @@ class TestBrokenImages:
         assert caught.value.sample == str(path)
         assert caught.value.exit_code == 4
 
-    def test_decompression_bomb(self, tmp_path: Path) -> None:
-        # a PNG header that promises 30,000 x 30,000 pixels
+    def test_a_decompression_bomb(self, tmp_path: Path) -> None:
+        # a PNG header with 30,000 x 30,000 pixels
         bomb = bytearray(encoded("PNG"))
         bomb[16:24] = (30_000).to_bytes(4, "big") * 2
         import zlib
@@ -185,7 +185,7 @@ class TestBrokenImages:
         with pytest.raises(UnreadableSample, match="too many pixels"):
             open_dataset("folder", tmp_path).load(0)
 
-    def test_dangling_link(self, tmp_path: Path) -> None:
+    def test_a_broken_link(self, tmp_path: Path) -> None:
         (tmp_path / "a").mkdir()
         (tmp_path / "a/1.jpg").symlink_to(tmp_path / "gone.jpg")
         with pytest.raises(UnreadableSample, match="No such file"):
@@ -197,14 +197,14 @@ class TestBrokenImages:
     def test_other_modes_become_rgb(self, kind: str, mode: str) -> None:
         assert decode_bytes(encoded(kind, mode), "x").mode == "RGB"
 
-    def test_the_error_survives_the_way_between_processes(self) -> None:
+    def test_the_error_can_be_pickled(self) -> None:
         copy = pickle.loads(pickle.dumps(UnreadableSample("a.jpg", "empty")))
         assert (copy.sample, copy.reason) == ("a.jpg", "empty")
 
 
 class TestImageNetClassFolders:
     @pytest.mark.parametrize("inner", [".", "val", "ILSVRC/Data/CLS-LOC/val"])
-    def test_a_subset_of_the_classes_is_labelled_right(self, tmp_path: Path, inner: str) -> None:
+    def test_a_subset_of_the_classes_has_the_labels_of_imagenet(self, tmp_path: Path, inner: str) -> None:
         for place in (0, 417, 999):
             put(tmp_path / inner / WNIDS[place] / val_name(place + 1))
         dataset = open_dataset("imagenet-val", tmp_path)
@@ -216,7 +216,7 @@ class TestImageNetClassFolders:
         assert list(WNIDS) == sorted(WNIDS)
         assert WNIDS[0] == "n01440764"  # tench
 
-    def test_foreign_classes_are_refused(self, tmp_path: Path) -> None:
+    def test_other_classes_are_refused(self, tmp_path: Path) -> None:
         put(tmp_path / WNIDS[0] / "1.JPEG")
         put(tmp_path / "n99999999/1.JPEG")
         with pytest.raises(DataError, match="n99999999"):
@@ -228,12 +228,12 @@ class TestImageNetClassFolders:
             open_dataset("imagenet-val", tmp_path)
 
     @pytest.mark.parametrize("inner", [".", "imagenet", "imagenet-val"])
-    def test_the_environment_names_the_place(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str) -> None:
+    def test_the_folder_from_the_environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str) -> None:
         put(tmp_path / inner / WNIDS[3] / "1.JPEG")
         monkeypatch.setenv(DATA_DIR_VARIABLE, str(tmp_path))
         assert labels_of(open_dataset("imagenet-val", None)) == [3]
 
-    def test_the_option_wins_over_the_environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_option_overrides_the_environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         put(tmp_path / "one" / WNIDS[1] / "1.JPEG")
         put(tmp_path / "two" / WNIDS[2] / "1.JPEG")
         monkeypatch.setenv(DATA_DIR_VARIABLE, str(tmp_path / "one"))
@@ -303,7 +303,7 @@ class TestImageNetFlat:
         with pytest.raises(DataError, match="pip install scipy"):
             open_dataset("imagenet-val", images)
 
-    def test_half_a_class_map(self, images: Path) -> None:
+    def test_an_incomplete_class_map(self, images: Path) -> None:
         self.kit_tables(images)
         (images / "map_clsloc.txt").write_text(f"{WNIDS[0]} 1 tench\n")
         with pytest.raises(DataError, match="does not have the 1000 classes"):
@@ -373,24 +373,24 @@ class TestImageNetTar:
 
 class TestMissing:
     @pytest.mark.parametrize("place", [None, "nowhere", "."])
-    def test_imagenet_says_how_to_lay_it_out(self, tmp_path: Path, place: str | None) -> None:
+    def test_the_error_describes_the_layout_of_imagenet(self, tmp_path: Path, place: str | None) -> None:
         with pytest.raises(DataError) as caught:
             open_dataset("imagenet-val", None if place is None else tmp_path / place)
         for piece in ("n01440764", "ILSVRC2012_img_val.tar", "--data-dir", DATA_DIR_VARIABLE, "image-net.org"):
             assert piece in str(caught.value)
 
     @pytest.mark.parametrize(("name", "near"), [("imagenet", "imagenet-val"), ("digits", "builtin:digits")])
-    def test_unknown_names_get_the_nearest(self, name: str, near: str) -> None:
+    def test_unknown_names_have_a_nearest_match(self, name: str, near: str) -> None:
         with pytest.raises(DataError, match=f"Did you mean {near}") as caught:
             open_dataset(name, None)
         assert all(known in str(caught.value) for known in dataset_names())
 
     @pytest.mark.parametrize("name", ["builtin:digits", "."])
-    def test_a_data_dir_without_meaning(self, tmp_path: Path, name: str) -> None:
+    def test_an_unused_data_dir(self, tmp_path: Path, name: str) -> None:
         with pytest.raises(UsageError, match="--data-dir"):
             open_dataset(name, tmp_path)
 
-    def test_unlike_anything(self) -> None:
+    def test_an_unknown_name_without_a_match(self) -> None:
         with pytest.raises(DataError, match="there is no dataset 'qqqq'") as caught:
             open_dataset("qqqq", None)
         assert "Did you mean" not in str(caught.value)
@@ -431,13 +431,13 @@ class TestDigits:
         assert len(few) == 7
         assert few.classes == tuple("0123456789")
 
-    def test_a_shorter_set_is_the_beginning_of_the_longer(self) -> None:
+    def test_fewer_scenes_are_the_first_of_more(self) -> None:
         few, many = (open_dataset("builtin:digits", None, limit=count) for count in (3, 5))
         assert [few.load(index)[0].tobytes() for index in range(3)] == [
             many.load(index)[0].tobytes() for index in range(3)
         ]
 
-    def test_the_seed_matters(self) -> None:
+    def test_another_seed_gives_other_scenes(self) -> None:
         one, other = (open_dataset("builtin:digits", None, limit=1, seed=seed) for seed in (0, 1))
         assert one.load(0)[0].tobytes() != other.load(0)[0].tobytes()
 
@@ -469,7 +469,7 @@ class TestTimmNames:
         with pytest.raises(DataError, match="needs a folder"):
             open_dataset("torch/cifar10", None)
 
-    def test_cifar10_as_torchvision_lays_it_out(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_cifar10_in_the_layout_of_torchvision(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from torchvision.datasets import CIFAR10
 
         base = tmp_path / CIFAR10.base_folder
@@ -487,7 +487,7 @@ class TestTimmNames:
 
 
 class TestTimmStreams:
-    """Sources that can only be read from the start, here with a stand-in for what timm opens."""
+    """Sources that can only be read from the start, here with a stand-in for the reader of timm."""
 
     class Source:
         def __init__(self, length: int, says: int) -> None:
@@ -520,7 +520,7 @@ class TestTimmStreams:
         assert dataset.load(1)[0].mode == "RGB"
         assert source.starts == 2
 
-    def test_a_stream_shorter_than_it_says(self, opened: Opener) -> None:
+    def test_a_stream_shorter_than_its_length(self, opened: Opener) -> None:
         dataset, source = opened(2, 4)
         assert dataset.load(1)[1] == 1
         for index in (2, 3):
@@ -534,7 +534,7 @@ class TestTimmStreams:
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_that_may_not_be_listed(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
     put(tmp_path / "a/1.jpg")
     (tmp_path / "a").chmod(0)
     try:

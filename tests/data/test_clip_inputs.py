@@ -1,4 +1,4 @@
-"""Drawing clips from videos and folders of frames: the draw is repeatable, and the batch names its clips."""
+"""Drawing clips from videos and folders of frames: repeatable, with the names of the clips."""
 
 from __future__ import annotations
 

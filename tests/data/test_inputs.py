@@ -1,4 +1,4 @@
-"""Drawing images: all are found, the draw is repeatable, and the batch names its images."""
+"""Drawing images: all are found, the draw is repeatable, and the names of the images are kept."""
 
 from __future__ import annotations
 

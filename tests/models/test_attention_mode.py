@@ -1,4 +1,4 @@
-"""What computes attention: all backends find the same, each where it was asked for, and nothing of it stays behind."""
+"""Attention modes: all backends give the same result, the requested one runs, and the model is restored."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ on_cpu = pytest.mark.parametrize("mode", ON_CPU)
 
 
 class FixedSizes:
-    """Tokens that stand for others, always the same."""
+    """Fixed token sizes."""
 
     def __init__(self, sizes: Tensor) -> None:
         self.sizes = sizes
@@ -133,7 +133,7 @@ def state_of(model: nn.Module) -> list[tuple[type, set[str], Any, Any]]:
 
 
 class TestParity:
-    """One attention module by itself, against the plain formula in the other backends."""
+    """One attention module against the plain formula and the other backends."""
 
     @pytest.mark.parametrize("sized", [False, True])
     @pytest.mark.parametrize("name", KNOWN)
@@ -181,7 +181,7 @@ class TestParity:
             assert torch.equal(model(sample), wanted)
         assert bool(flash.calls) == (mode in ("auto", "flash"))
 
-    def test_every_mode_is_tried(self) -> None:
+    def test_every_mode_is_tested(self) -> None:
         assert {*ON_CPU, "sdpa:efficient", "sdpa:cudnn"} == set(get_args(AttentionMode))
         assert {kind.value for kind in AttentionKind} == set(get_args(AttentionMode))
 
@@ -207,7 +207,7 @@ class TestParity:
             assert not torch.equal(part(tokens()), still)
 
     def test_autocast_with_normed_queries(self, flash: FlashStandIn) -> None:
-        """Norms give float32 there, values stay in half precision; flash-attn wants one dtype."""
+        """Under autocast norms return float32 and values half precision; flash-attn needs one dtype."""
         part = attention_of(KNOWN["qk_norm"])
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             wanted = part(tokens())
@@ -226,7 +226,7 @@ class TestParity:
         assert flash.calls == 1
 
     @pytest.mark.parametrize("how", [{"attn_mask": torch.zeros(9, 9).tril()}, {"is_causal": True}])
-    def test_what_flash_attn_was_not_asked_for_is_done_by_timm(self, how: dict[str, Any], flash: FlashStandIn) -> None:
+    def test_unsupported_attention_runs_on_timm(self, how: dict[str, Any], flash: FlashStandIn) -> None:
         part = attention_of({})
         if not set(how) <= set(inspect.signature(Attention.forward).parameters):
             pytest.skip("this timm has no such argument")
@@ -240,7 +240,7 @@ class TestParity:
 class TestState:
     @each_model
     @on_cpu
-    def test_all_is_as_before(self, mode: AttentionMode, name: str, flash: FlashStandIn) -> None:
+    def test_the_model_is_restored(self, mode: AttentionMode, name: str, flash: FlashStandIn) -> None:
         model, _ = built(name)
         before, keys, parameters = state_of(model), list(model.state_dict()), list(model.parameters())
         for ends in (nullcontext(), pytest.raises(ZeroDivisionError)):
@@ -252,7 +252,7 @@ class TestState:
             assert state_of(model) == before
         assert torch.backends.cuda.math_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
 
-    def test_it_nests(self, flash: FlashStandIn) -> None:
+    def test_contexts_nest(self, flash: FlashStandIn) -> None:
         model = tiny_vit()
 
         def seen() -> str:
@@ -271,15 +271,15 @@ class TestState:
             assert seen() == "flash-attn"
         assert seen() == "sdpa:flash"
 
-    def test_auto_leaves_a_model_alone_that_is_explicit(self, flash: FlashStandIn) -> None:
+    def test_auto_does_not_change_an_explicit_model(self, flash: FlashStandIn) -> None:
         model = tiny_vit()
         model.blocks[1].attn.fused_attn = False
         with attention_mode(model, "auto"):
             assert observed_attention(model, images(1)) == "explicit+flash-attn"
         assert [block.attn.fused_attn for block in model.blocks] == [True, False, True, True]
 
-    def test_hooks_see_the_same_attention(self, flash: FlashStandIn) -> None:
-        """On the module itself and on its projection, set before and inside."""
+    def test_hooks_get_the_same_tensors(self, flash: FlashStandIn) -> None:
+        """Hooks on the module and on its projection, registered before and inside the context."""
         model, seen = tiny_vit(), []
         model.blocks[0].attn.register_forward_hook(lambda _, args, output: seen.append("outside"))
         with attention_mode(model, "flash"), torch.no_grad():
@@ -291,7 +291,7 @@ class TestState:
             model(images(1))
         assert seen == ["inside", "outside", "outside"]
 
-    def test_class_attention_chooses_the_same(self, flash: FlashStandIn) -> None:
+    def test_class_attention_keeps_the_same_tokens(self, flash: FlashStandIn) -> None:
         model = scored_by_class()
         wanted = model.trace(images()).kept
         with attention_mode(model, "flash"):
@@ -300,7 +300,7 @@ class TestState:
         assert flash.calls == 4
 
     def test_attaching_and_detaching_inside(self, flash: FlashStandIn) -> None:
-        """Sizes and flash-attn are two switches of one module; neither minds in which order they come and go."""
+        """Sizes and flash-attn are two options of one module, which may be set and removed in any order."""
         model = tiny_vit()
         before = state_of(model)
         with attention_mode(model, "flash"):
@@ -316,7 +316,7 @@ class TestState:
 
     @pytest.mark.parametrize("name", ["dense", "merged", "merged_umt"])
     @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-    def test_a_copy_made_inside_stays_as_it_was_there(self, way: str, name: str, flash: FlashStandIn) -> None:
+    def test_a_copy_made_inside_keeps_its_mode(self, way: str, name: str, flash: FlashStandIn) -> None:
         model, sample = built(name)
         with attention_mode(model, "flash"):
             other = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
@@ -329,7 +329,7 @@ class TestState:
             assert observed_attention(model, images(1)) == "flash-attn"
             assert observed_attention(other, images(1)) == "explicit"
 
-    def test_it_is_the_one_of_benchmark(self) -> None:
+    def test_bench_uses_the_same_context(self) -> None:
         assert of_benchmark is attention_mode
 
 
@@ -345,7 +345,7 @@ class TestCompile:
                 program = torch.compile(model, fullgraph=True, backend="aot_eager")
                 torch.testing.assert_close(program(sample), wanted, rtol=1e-4, atol=1e-4)
 
-    def test_what_was_compiled_before_follows(self, flash: FlashStandIn) -> None:
+    def test_a_compiled_model_follows_the_mode(self, flash: FlashStandIn) -> None:
         model = tiny_vit()
         torch._dynamo.reset()
         program = torch.compile(model, fullgraph=True, backend="eager")
@@ -364,7 +364,7 @@ class TestErrors:
         with pytest.raises(UsageError, match=f"'{mode}'"), attention_mode(nn.Identity(), mode):
             pass
 
-    def test_nothing_that_flash_attn_takes(self, flash: FlashStandIn) -> None:
+    def test_no_attention_that_flash_attn_supports(self, flash: FlashStandIn) -> None:
         model = tiny_vit(**VARIANTS["parallel_scaling_block"])
         with pytest.raises(UsageError, match="no attention in VisionTransformer can run on flash-attn") as caught:
             backends.check_attention(model, "flash")
@@ -372,20 +372,20 @@ class TestErrors:
         with attention_mode(model, "auto"):
             assert observed_attention(model, images(1)) == "sdpa:flash"
 
-    def test_asked_for_on_a_cpu(self) -> None:
+    def test_flash_on_a_cpu(self) -> None:
         with pytest.raises(UsageError, match=r"the model is on cpu; .* the model is float32") as caught:
             backends.check_attention(tiny_vit(), "flash")
         assert caught.value.exit_code == 2
         for word in ("repshift-cli[flash]", "--device cuda", "--dtype float16", "--attention sdpa"):
             assert word in str(caught.value.hint)
 
-    def test_asked_for_and_not_installed(self, no_flash: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_flash_that_is_not_installed(self, no_flash: None, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backends, "_misfits", lambda *kind: [])
         with pytest.raises(UsageError, match="cannot run on flash-attn: it is not installed"):
             backends.check_attention(tiny_vit(), "flash")
 
     @pytest.mark.parametrize(
-        ("device", "dtype", "width", "capability", "told"),
+        ("device", "dtype", "width", "capability", "reason"),
         [
             (CPU, torch.float16, 64, (9, 0), "is on cpu"),
             (CUDA, torch.float32, 64, (9, 0), "is float32"),
@@ -402,14 +402,14 @@ class TestErrors:
         dtype: torch.dtype,
         width: int,
         capability: tuple[int, int],
-        told: str | None,
+        reason: str | None,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         monkeypatch.setitem(sys.modules, "flash_attn", STAND_IN)
         found = flash_problem(device, dtype, width)
-        assert (found is None) == (told is None)
-        assert told is None or told in str(found)
+        assert (found is None) == (reason is None)
+        assert reason is None or reason in str(found)
 
     def test_missing(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
         monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
@@ -428,18 +428,18 @@ class TestErrors:
         assert "--attention sdpa" in str(caught.value)
 
     @pytest.mark.parametrize("mode", ["sdpa:efficient", "sdpa:cudnn"])
-    def test_it_is_told_before_any_work(self, mode: AttentionMode) -> None:
+    def test_errors_are_raised_before_the_run(self, mode: AttentionMode) -> None:
         with pytest.raises(UsageError, match=mode):
             backends.check_attention(tiny_vit(), mode)
         backends.check_attention(tiny_vit(), "sdpa")
 
-    def test_other_errors_pass(self) -> None:
+    def test_other_errors_are_raised_unchanged(self) -> None:
         with pytest.raises(RuntimeError, match="of the model"), attention_mode(tiny_vit(), "sdpa"):
             raise RuntimeError("of the model")
 
 
 class TestFallBack:
-    """`auto` where flash-attn cannot run."""
+    """`auto` if flash-attn cannot run."""
 
     def test_on_a_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "flash_attn", STAND_IN)
@@ -447,7 +447,7 @@ class TestFallBack:
             assert observed_attention(tiny_vit(), images(1)) == "sdpa:flash"
         assert auto_note(tiny_vit(), "auto") is None
 
-    def test_a_note_where_it_is_merely_not_installed(self, no_flash: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_note_if_it_is_only_not_installed(self, no_flash: None, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backends, "_misfits", lambda *kind: [])
         model = tiny_vit()
         assert "it is not installed" in str(auto_note(model, "auto"))
@@ -457,12 +457,12 @@ class TestFallBack:
         with attention_mode(model, "auto"):
             assert observed_attention(model, images(1)) == "sdpa:flash"
 
-    def test_no_note_where_it_runs(self, flash: FlashStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_note_if_it_runs(self, flash: FlashStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backends, "_misfits", lambda *kind: [])
         assert auto_note(tiny_vit(), "auto") is None
 
-    def test_only_heads_that_fit(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where the attention of a model differs, what can run on flash-attn does."""
+    def test_only_attention_with_supported_heads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """If the attention modules of a model differ, those that flash-attn supports run on it."""
         allow_flash(monkeypatch)
         monkeypatch.setattr(backends, "flash_problem", lambda device, dtype, width: "wide" if width > 8 else None)
         model = nn.Sequential(attention_of({"attn_head_dim": 16}), attention_of({}))
@@ -471,15 +471,15 @@ class TestFallBack:
 
 
 class TestObserved:
-    def test_attention_pooling_is_named_beside(self, flash: FlashStandIn) -> None:
+    def test_attention_pooling_is_listed_too(self, flash: FlashStandIn) -> None:
         model = tiny_vit(**VARIANTS["map_pooling"])
         with attention_mode(model, "flash"):
             assert observed_attention(model, images(1)) == "flash-attn+sdpa:flash"
         with attention_mode(model, "explicit"):
             assert observed_attention(model, images(1)) == "explicit"
 
-    def test_what_flash_attn_calls_inside_is_its_own_matter(self, flash: FlashStandIn) -> None:
-        """The stand-in runs a softmax, which is not the model's."""
+    def test_operations_inside_flash_attn_are_ignored(self, flash: FlashStandIn) -> None:
+        """The softmax that the stand-in runs is not that of the model."""
         with attention_mode(tiny_vit(), "flash") as _:
             pass
         model = scored_by_class()
@@ -494,14 +494,14 @@ class TestObserved:
             run = getattr(torch.ops, namespace).repshift_test
             assert observed_attention(run, torch.zeros(1, 2, 8, 8)) == "flash-attn"
 
-    def test_operations_are_counted_all_the_same(self, flash: FlashStandIn) -> None:
+    def test_operations_are_counted_too(self, flash: FlashStandIn) -> None:
         model = merged_vit()
         wanted = count_macs(model, (3, 32, 32))
         with attention_mode(model, "flash"):
             assert count_macs(model, (3, 32, 32)) == wanted
         assert flash.calls == 0
 
-    def test_saved_weights_do_not_know_of_it(self, flash: FlashStandIn) -> None:
+    def test_saved_weights_do_not_depend_on_the_mode(self, flash: FlashStandIn) -> None:
         def saved(model: nn.Module) -> bytes:
             buffer = io.BytesIO()
             torch.save(model.state_dict(), buffer)

@@ -1,4 +1,4 @@
-"""UMT against the authors' code, by vectors made with it, against itself written out, and the keys of the real models.
+"""UMT against vectors of the authors' code, against a naive implementation, and the keys of the real models.
 
 `data/umt_retrieval` and `data/umt_qa` hold weights, inputs and results of the authors' UMT, `data/umt_vid_tldr` results
 of vid-TLDR on the same weights and inputs.
@@ -42,7 +42,7 @@ from repshift_cli.ops.tokens import Sized
 from repshift_cli.reduction.compressed_model import CompressedModel
 from repshift_cli.utils.progress import Silent
 
-HIDDEN = 1e-5  # what the authors' code in float64 differs from itself in float32: 1.4e-6
+HIDDEN = 1e-5  # the authors' code in float32 and float64 differ by 1.4e-6
 SCORES = 2e-6
 MERGED_HIDDEN = 5e-5
 """Scaling entropies to 0..1 magnifies their last bits: merged by this model in float64, the tokens are up to 1.3e-5
@@ -65,7 +65,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 @contextmanager
 def watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """What each module returned last."""
+    """The last output of each module."""
     seen: dict[str, Tensor] = {}
 
     def remember(name: str) -> Any:
@@ -128,7 +128,7 @@ class TestVision:
         handle.remove()
         close(entered[0], case.tensors["out/vision_tokens_in"], HIDDEN)
 
-    def test_positions_to_the_bit(self) -> None:
+    def test_positions_are_bit_identical(self) -> None:
         shape = VisionShape(**RETRIEVAL.vision)
         assert torch.equal(position_table(shape), RETRIEVAL.tensors["tables/pos_embed"])
         encoder = RETRIEVAL.model().vision_encoder.encoder
@@ -309,7 +309,7 @@ class TestAnswering:
         wanted = expected[f"{start}/log_probs_sum"].sort(dim=1, descending=True).values
         close(found.log_probs, wanted, HIDDEN)
 
-    def test_the_decoder_does_not_look_ahead(self, asked: tuple[Any, Tensor]) -> None:
+    def test_the_decoder_is_causal(self, asked: tuple[Any, Tensor]) -> None:
         (model, states), expected = asked, QA.tensors
         ids, mask = expected["in/answer_input_ids"][:2].clone(), torch.ones(2, 5, dtype=torch.int64)
         before = model.text_decoder(ids, mask, states, expected["in/question_attention_mask"])
@@ -320,7 +320,7 @@ class TestAnswering:
 
 
 def merging(flow: str, case: Reference | None = None) -> CompressedModel:
-    """vid-TLDR as the authors' configuration of this flow has it."""
+    """vid-TLDR in the authors' configuration."""
     first, second = KEPT[flow]
     layers = f"[{{layer: 0, keep_tokens: {first}}}, {{layer: 1, keep_tokens: {second}}}]"
     recipe = umt_recipe(layers, "{kind: attention_entropy}", "vid_tldr")
@@ -429,7 +429,7 @@ class TestWrittenOut:
                 close(seen[f"vision_block.{index}"][row], one.blocks[index], 1e-11)
 
     def test_a_token_of_size_two_counts_as_two(self) -> None:
-        """Attention to a token that stands for two is attention to that token twice, fused or not."""
+        """Attention to a token of size two equals attention to two equal tokens, fused or not."""
         block = tiny_umt().double().blocks[1]
         tokens = torch.randn(2, 9, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         twice = torch.cat((tokens, tokens[:, 3:4]), dim=1)
@@ -454,7 +454,7 @@ class TestWrittenOut:
         )
         close(model.pool(tokens), expected, 1e-6)
 
-    def test_tokens_that_make_no_whole_frames_are_pooled_as_one(self) -> None:
+    def test_incomplete_frames_are_pooled_over_all_tokens(self) -> None:
         assert tiny_umt().pool(torch.randn(2, 47, 64)).shape == (2, 1, 64)
 
 
@@ -553,7 +553,7 @@ class TestForm:
         assert list(wanted) == list(found)
         assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
-    def test_interpolation_leaves_images_alone(self) -> None:
+    def test_interpolation_does_not_change_single_images(self) -> None:
         shape = {"img_size": 32, "patch_size": 8, "width": 64}
         plain = position_table(VisionShape(frames=1, **shape))
         assert torch.equal(position_table(VisionShape(frames=1, checkpoint_frames=9, **shape)), plain)
@@ -607,7 +607,7 @@ class TestOfficialKeys:
 
     @pytest.mark.parametrize(("name", "count"), [("umt_base", 202_411_267), ("umt_base_qa", 254_435_898)])
     def test_parameters(self, name: str, count: int) -> None:
-        """The decoder's words and the bias of its head are one tensor each, though files hold both twice."""
+        """Word embeddings and bias of the decoder are shared with its head, although files hold both twice."""
         assert parameter_count(on_meta(name)) == count
 
     def test_the_pretraining_checkpoint(self) -> None:

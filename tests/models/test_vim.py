@@ -1,4 +1,4 @@
-"""Vim against the authors' code, by vectors made with it, and against Vim written out token by token."""
+"""Vim against vectors of the authors' code, and against a naive implementation token by token."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from repshift_cli.errors import UsageError
 from repshift_cli.models.vim import MODELS, VimStream, VisionMamba, create
 from repshift_cli.ops import mamba_kernels
 
-TOLERANCE = 1e-4  # float32 beside float64 is up to 2.8e-5; every deliberate error in the model is above
+TOLERANCE = 1e-4  # float32 and float64 differ by up to 2.8e-5; every deliberate error in the model is larger
 
 vectors = pytest.mark.parametrize("name", ["A", "B", "C"])
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
 def official(name: str) -> tuple[VisionMamba, dict[str, Tensor], dict[str, Any]]:
-    """A model with the weights of a vector, what the authors' code returns, and what it was made from."""
+    """A model with the weights of a vector, the result of the authors' code, and its sizes and inputs."""
     tensors = load_file(VECTORS / f"vim_{name}.safetensors")
     document = json.loads((VECTORS / f"vim_{name}.json").read_text(encoding="utf-8"))
     model = VisionMamba(**document["args"]).eval()
@@ -48,7 +48,7 @@ def parameter_count(model: VisionMamba) -> int:
 
 @torch.no_grad()
 def layer_by_layer(model: VisionMamba, images: Tensor) -> list[VimStream]:
-    """What each layer returns."""
+    """The output of each layer."""
     stream, found = model.embed(images), []
     for layer in model.layers:
         stream = layer(stream)
@@ -129,9 +129,7 @@ class TestWrittenOut:
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
     @pytest.mark.parametrize(("variant", "differs"), [("middle", False), ("odd", True)])
-    def test_only_an_odd_number_of_patches_tells_the_class_token_from_its_mirror_image(
-        self, variant: str, differs: bool
-    ) -> None:
+    def test_the_class_token_is_not_symmetric_for_odd_patches(self, variant: str, differs: bool) -> None:
         model = tiny_vim(**VARIANTS[variant])
         images = vim_images(model)
         with torch.no_grad():
@@ -154,7 +152,7 @@ class TestWrittenOut:
 
 class TestUse:
     @each_variant
-    def test_neighbours_do_not_matter(self, variant: str) -> None:
+    def test_images_of_a_batch_are_independent(self, variant: str) -> None:
         model = tiny_vim(**VARIANTS[variant])
         images = vim_images(model, 5)
         with torch.no_grad():
@@ -162,7 +160,7 @@ class TestUse:
             torch.testing.assert_close(model(images), alone, rtol=1e-5, atol=1e-5)
 
     @each_variant
-    def test_half_precision_adds_up_in_float32(self, variant: str) -> None:
+    def test_half_precision_has_a_float32_residual(self, variant: str) -> None:
         model = tiny_vim(**VARIANTS[variant])
         images = vim_images(model)
         with torch.no_grad():
@@ -197,7 +195,7 @@ class TestUse:
             ({"stride": -1}, "do not fit"),
         ],
     )
-    def test_sizes_that_cannot_be(self, args: dict[str, Any], message: str) -> None:
+    def test_invalid_sizes(self, args: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             tiny_vim(**args)
 
@@ -214,7 +212,7 @@ class TestUse:
             assert 0.05 < delta.max() < 0.11
         assert torch.equal(mixer.A_log.exp().round()[5], torch.arange(1.0, 17.0))
 
-    def test_a_new_model_is_alive(self) -> None:
+    def test_a_new_model_has_distinct_outputs(self) -> None:
         model = create("vim_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
         logits = model(torch.randn(2, 3, 32, 32))
         assert logits.isfinite().all()
@@ -233,7 +231,7 @@ def scan_stand_in(  # noqa: PLR0917 (as in the package)
     delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor:
-    """`selective_scan_fn` of mamba_ssm, by its documentation; it refuses what the kernel refuses."""
+    """`selective_scan_fn` of mamba_ssm, as documented; it raises for inputs that the kernel does not support."""
     batch, width, length = u.shape
     assert delta.shape == u.shape and delta.dtype == u.dtype == B.dtype == C.dtype
     assert A.dtype == torch.float32 and A.shape[0] == width
@@ -264,7 +262,7 @@ def convolution_stand_in(  # noqa: PLR0917 (as in the package)
     final_states_out: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """`causal_conv1d_fn` of causal_conv1d, by its documentation."""
+    """`causal_conv1d_fn` of causal_conv1d, as documented."""
     assert activation in (None, "silu", "swish")
     assert x.shape[1] == weight.shape[0] and weight.ndim == 2
     padded = functional.pad(x, (weight.shape[1] - 1, 0))
@@ -275,7 +273,7 @@ def convolution_stand_in(  # noqa: PLR0917 (as in the package)
 class TestKernels:
     @pytest.fixture
     def calls(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-        """Stand-ins under the names of the packages; what is called."""
+        """Stand-ins under the names of the packages; returns the names of the called functions."""
         calls: list[str] = []
 
         def noting(function: Any) -> Any:
@@ -347,7 +345,7 @@ class TestKernels:
         assert mamba_kernels.usable(cast(Any, tensor), d_state) == expected
 
     @pytest.mark.parametrize("broken", ["mamba_ssm.ops.selective_scan_interface", "causal_conv1d"])
-    def test_a_package_that_does_not_load_is_as_good_as_none(
+    def test_a_package_that_does_not_load_is_not_used(
         self, broken: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert mamba_kernels._kernels() is not None

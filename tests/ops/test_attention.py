@@ -1,4 +1,4 @@
-"""Attention that heeds sizes: what it means, that its forms agree, and what reaches the fused kernel."""
+"""Proportional attention: its definition, agreement of its forms, and the arguments of the fused kernel."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def one_case(total: int = 30, width: int = 16, seed: int = 0, largest: int = 200
 
 
 def repeated(query: Tensor, key: Tensor, value: Tensor, sizes: Tensor) -> Tensor:
-    """Attention, written out, in which each key and value stands as often as its size says; no size comes in."""
+    """Plain attention in which each key and value is repeated by its size."""
     images = []
     for one, once, other, times in zip(query, key, value, sizes.long(), strict=True):
         keys, values = once.repeat_interleave(times, dim=1), other.repeat_interleave(times, dim=1)
@@ -57,7 +57,7 @@ def to(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def assert_same_but_for_rounding(found: Tensor, wanted: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Within 1e-5, and where logits are large within what their rounding to float32 does to a weight.
+    """Within 1e-5, or for large logits within the error of a weight by rounding them to float32.
 
     Processors round differently: of 10,000 cases with logits up to 114, 28 were up to 2.2e-5 apart with AVX-512.
     """
@@ -67,7 +67,7 @@ def assert_same_but_for_rounding(found: Tensor, wanted: Tensor, query: Tensor, k
 
 
 class Calls:
-    """Stands in for scaled dot-product attention, and remembers what it was called with."""
+    """A stand-in for scaled dot-product attention that records its arguments."""
 
     def __init__(self) -> None:
         self.run: Callable[..., Tensor] = functional.scaled_dot_product_attention
@@ -92,8 +92,8 @@ class TestMeaning:
         torch.testing.assert_close(attend(*case, form=form), repeated(*case), rtol=0, atol=1e-11)
 
     @each_form
-    def test_sizes_between_whole_numbers_lie_between(self, form: Form) -> None:
-        """One token of size s beside one of size 1, equal logits: the weight is s of s + 1."""
+    def test_fractional_sizes(self, form: Form) -> None:
+        """A token of size s and one of size 1 with equal logits: the weight is s / (s + 1)."""
         query, key = torch.zeros(2, 1, 1, 2, 8, dtype=torch.float64)
         value = torch.tensor([0.0, 1.0], dtype=torch.float64).view(1, 1, 2, 1).expand(1, 1, 2, 8)
         sizes = torch.tensor([[2.5, 0.25]], dtype=torch.float64)
@@ -102,13 +102,13 @@ class TestMeaning:
 
     @each_form
     @given(cases())
-    def test_without_sizes_it_is_plain(self, form: Form, case: tuple[Tensor, ...]) -> None:
+    def test_without_sizes_it_is_plain_attention(self, form: Form, case: tuple[Tensor, ...]) -> None:
         query, key, value, _ = to(torch.float32, *case)
         plain = functional.scaled_dot_product_attention(query, key, value)
         torch.testing.assert_close(attend(query, key, value, form=form), plain, rtol=1e-5, atol=1e-5)
 
     @each_fused
-    def test_without_sizes_not_a_bit_differs(self, form: Form, calls: Calls) -> None:
+    def test_without_sizes_it_is_bit_identical(self, form: Form, calls: Calls) -> None:
         query, key, value, _ = to(torch.float32, *one_case())
         assert torch.equal(attend(query, key, value, form=form), calls.run(query, key, value))
         assert len(calls.seen) == 1
@@ -116,7 +116,7 @@ class TestMeaning:
 
     @each_form
     @given(cases())
-    def test_sizes_of_one_are_plain(self, form: Form, case: tuple[Tensor, ...]) -> None:
+    def test_sizes_of_one_change_nothing(self, form: Form, case: tuple[Tensor, ...]) -> None:
         query, key, value, sizes = to(torch.float32, *case)
         plain = functional.scaled_dot_product_attention(query, key, value)
         found = attend(query, key, value, torch.ones_like(sizes), form=form)
@@ -124,7 +124,7 @@ class TestMeaning:
 
     @each_form
     @given(cases())
-    def test_only_the_ratio_of_sizes_counts(self, form: Form, case: tuple[Tensor, ...]) -> None:
+    def test_only_the_ratio_of_sizes_matters(self, form: Form, case: tuple[Tensor, ...]) -> None:
         query, key, value, sizes = case
         found = attend(query, key, value, 7 * sizes, form=form)
         torch.testing.assert_close(found, attend(query, key, value, sizes, form=form), rtol=0, atol=1e-11)
@@ -143,7 +143,7 @@ class TestForms:
     def test_folded_holds_large_sizes_in_half_precision(
         self, dtype: torch.dtype, within: float, width: int, largest: int
     ) -> None:
-        """As near as half precision is without sizes; `log s` alone in one channel is several times further away."""
+        """As exact as half precision without sizes; `log s` in a single channel has several times the error."""
         query, key, value, sizes = one_case(40, width, largest=largest)
         query, key, value = to(dtype, query, key, value)
         wanted = repeated(*to(torch.float64, query, key, value), sizes)
@@ -153,7 +153,7 @@ class TestForms:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_folded_keeps_the_ratio_of_close_sizes(self, dtype: torch.dtype) -> None:
-        """Sizes 190 to 199 with equal logits: their biases differ by less than the first channel can hold."""
+        """Sizes 190 to 199 with equal logits: their biases differ by less than the precision of the first channel."""
         sizes = torch.arange(190.0, 200.0).unsqueeze(0)
         query, key = torch.zeros(2, 1, 1, 10, 64, dtype=dtype)
         value = functional.pad(torch.eye(10), (0, 54)).to(dtype)[None, None]
@@ -174,13 +174,13 @@ class TestForms:
             torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-12)
 
     @pytest.mark.parametrize("form", FORMS)
-    def test_neighbours_in_the_batch_do_not_matter(self, form: Form) -> None:
+    def test_rows_of_a_batch_are_independent(self, form: Form) -> None:
         case = to(torch.float32, *one_case())
         alone = attend(*(tensor[1:] for tensor in case), form=form)
         torch.testing.assert_close(alone, attend(*case, form=form)[1:], rtol=1e-6, atol=1e-6)
 
     @each_form
-    def test_dropout_takes_weights_away(self, form: Form) -> None:
+    def test_dropout_sets_weights_to_zero(self, form: Form) -> None:
         case = to(torch.float32, *one_case())
         still = attend(*case, form=form)
         with torch.random.fork_rng(devices=[]):
@@ -217,7 +217,7 @@ class TestKernel:
         attend(*one_case(), form="explicit")
         assert calls.seen == []
 
-    def test_what_is_added_to_the_channels(self) -> None:
+    def test_the_added_channels(self) -> None:
         query, key, value, sizes = to(torch.float32, *one_case(width=16))
         wide_query, wide_key, wide_value = fold(query, key, value, sizes)
         for wide, plain in ((wide_query, query), (wide_key, key), (wide_value, value)):
@@ -241,5 +241,5 @@ class TestKernel:
         torch.testing.assert_close(found.double(), sizes.double().log(), rtol=1.01 * half_a_bit, atol=0)
 
 
-def test_every_form_is_named() -> None:
+def test_every_form_is_tested() -> None:
     assert set(FORMS) == {"mask", "folded", "explicit"}

@@ -1,4 +1,4 @@
-"""The scan against the recurrence token by token in float64, and what else a model may ask of it."""
+"""The scan against the recurrence token by token in float64; gradients, dtypes, graphs and memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def two_level_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """What graphs and other devices take."""
+    """The form for graphs and other devices."""
     return scan._two_level_scan(scan._Operands(u, delta, a, b, c))
 
 
@@ -114,12 +114,12 @@ class TestAgainstTheReference:
     @pytest.mark.parametrize("power", [-6, -3, 0, 2, 4])
     @pytest.mark.parametrize("length", [7, 2048])
     def test_extreme_decays(self, function: Scan, power: int, length: int, small_blocks: None) -> None:
-        """Where all decays are one number, its rounding (2^-25 below 1) adds up instead of averaging out."""
+        """If all decays are equal, their rounding error (2^-25 below 1) adds up instead of averaging out."""
         inputs = inputs_of(Shape(1, 2, length, 4, 3), (power, power))
         assert error(function(*inputs), inputs) < TOLERANCE + length * 2**-25
 
     @BOTH
-    def test_a_state_that_died_out_leaves_nothing(self, function: Scan, small_blocks: None) -> None:
+    def test_a_decayed_state_is_zero(self, function: Scan, small_blocks: None) -> None:
         u, delta, a, b, c = inputs_of(Shape(1, 1, 40, 3, 2), (4, 4))
         u[:, :, 0] = 1e30
         u[:, :, 1:] = 0
@@ -151,7 +151,7 @@ class TestAgainstTheReference:
 class TestBatch:
     @BOTH
     @pytest.mark.parametrize("width", [5, 37, 384])
-    def test_neighbours_do_not_matter(self, function: Scan, width: int) -> None:
+    def test_rows_of_a_batch_are_independent(self, function: Scan, width: int) -> None:
         inputs = inputs_of(Shape(2, 8, 60, width, 16))
         together = function(*inputs)
         for row in range(8):
@@ -163,7 +163,7 @@ class TestBatch:
 
     @BOTH
     @pytest.mark.parametrize("width", [5, 37, 384])
-    def test_their_number_only_rounds(self, function: Scan, width: int) -> None:
+    def test_the_batch_size_changes_only_rounding(self, function: Scan, width: int) -> None:
         inputs = inputs_of(Shape(2, 8, 60, width, 16))
         together = function(*inputs)
         for row in range(8):
@@ -175,7 +175,7 @@ class TestBatch:
         inputs = inputs_of(Shape(2, 3, 50, 64, 8))
         assert torch.equal(function(*inputs), function(*inputs))
 
-    def test_inputs_stay(self) -> None:
+    def test_inputs_are_not_changed(self) -> None:
         inputs = inputs_of(Shape(2, 3, 20, 4, 3))
         copies = [tensor.clone() for tensor in inputs]
         selective_scan(*inputs)
@@ -204,7 +204,7 @@ class TestGradient:
             assert (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
 
     @pytest.mark.parametrize("only", range(5))
-    def test_one_input_alone(self, only: int, small_blocks: None) -> None:
+    def test_the_gradient_of_one_input(self, only: int, small_blocks: None) -> None:
         inputs = inputs_of(Shape(2, 2, 9, 3, 2))
         every = gradients(selective_scan, inputs, torch.ones_like(inputs[0]))
         leaf = inputs[only].clone().requires_grad_()
@@ -212,7 +212,7 @@ class TestGradient:
         assert leaf.grad is not None
         assert torch.equal(leaf.grad, every[only])
 
-    def test_the_output_only_rounds_differently_with_a_gradient(self) -> None:
+    def test_gradients_change_only_rounding(self) -> None:
         inputs = inputs_of(Shape(2, 3, 50, 64, 8))
         expected = selective_scan(*inputs)
         inputs[0].requires_grad_()
@@ -247,8 +247,8 @@ class TestDtypes:
         assert selective_scan(*inputs).dtype == torch.float64
         assert error(selective_scan(*inputs), inputs) < 1e-13
 
-    def test_a_rate_in_float32_beside_half_inputs(self) -> None:
-        """Models keep A in float32 when the rest is in half precision."""
+    def test_a_rate_in_float32_with_half_precision_inputs(self) -> None:
+        """Models keep A in float32 if the rest is in half precision."""
         u, delta, a, b, c = inputs_of(Shape(1, 1, 10, 4, 3))
         assert selective_scan(u.half(), delta.half(), a, b.half(), c.half()).dtype == torch.float16
 

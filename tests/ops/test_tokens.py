@@ -15,7 +15,7 @@ from repshift_cli.reduction.metrics.base import norms
 from repshift_cli.reduction.token_trace import MapState
 
 ROWS = st.lists(st.lists(st.integers(-3, 3), min_size=6, max_size=6), min_size=1, max_size=4)
-"""Few different values, so that most rows hold ties."""
+"""Few different values, so that most rows have ties."""
 
 
 @given(ROWS, st.integers(1, 6))
@@ -27,7 +27,7 @@ def test_keep_top_takes_the_largest_and_lower_indices_among_ties(rows: list[list
 
 
 @given(ROWS, st.integers(1, 6))
-def test_keep_top_treats_each_row_by_itself(rows: list[list[int]], count: int) -> None:
+def test_keep_top_treats_rows_independently(rows: list[list[int]], count: int) -> None:
     scores = torch.tensor(rows, dtype=torch.float32)
     alone = torch.cat([keep_top(row.unsqueeze(0), count) for row in scores])
     assert torch.equal(keep_top(scores, count), alone)
@@ -40,14 +40,14 @@ def test_keep_top_of_negated_scores_keeps_the_smallest() -> None:
 
 
 @given(st.integers(0, 4), st.lists(st.lists(st.integers(-2, 2), min_size=6, max_size=6), min_size=1), st.integers(1, 6))
-def test_the_prefix_always_stays(prefix: int, rows: list[list[int]], count: int) -> None:
+def test_the_prefix_is_always_kept(prefix: int, rows: list[list[int]], count: int) -> None:
     scores = torch.tensor(rows, dtype=torch.float32)
     found = keep_top_behind(scores, count, prefix)
     assert found[:, :prefix].tolist() == [list(range(prefix))] * len(rows)
     assert torch.equal(found[:, prefix:] - prefix, keep_top(scores, count))
 
 
-def test_the_prefix_stays_before_scores_without_bounds() -> None:
+def test_the_prefix_is_kept_with_infinite_scores() -> None:
     scores = torch.tensor([[0.0, float("inf"), 1.0, float("inf")]])
     assert keep_top_behind(scores, 1, 2).tolist() == [[0, 1, 3]]
     assert keep_top_behind(-scores, 1, 2).tolist() == [[0, 1, 2]]
@@ -68,7 +68,7 @@ def test_gather_takes_other_tokens_of_each_image() -> None:
 
 
 @given(st.sets(st.integers(0, 8)), st.integers(1, 3))
-def test_complement_is_ascending_and_whole(kept: set[int], batch: int) -> None:
+def test_complement_is_ascending_and_complete(kept: set[int], batch: int) -> None:
     index = torch.tensor(sorted(kept), dtype=torch.int64).expand(batch, -1)
     rest = sorted(set(range(9)) - kept)
     assert complement(index, 9).tolist() == [rest] * batch
@@ -87,7 +87,7 @@ def test_token_state_follows_the_original_places() -> None:
 def test_keep_lines_takes_the_best_rows_and_columns(
     seed: int, shape: tuple[int, int, int], data: st.DataObject
 ) -> None:
-    """Whole numbers of few values: their sums are exact, and many lines tie."""
+    """Integers with few values: their sums are exact, and many lines tie."""
     scores = np.random.default_rng(seed).integers(-2, 3, shape)
     kept = (data.draw(st.integers(1, shape[1])), data.draw(st.integers(1, shape[2])))
     found = keep_lines(torch.from_numpy(scores).float(), kept)
@@ -106,12 +106,12 @@ def test_keep_lines_takes_the_lower_of_two_equal_lines() -> None:
 
 
 def channel_by_channel(tokens: Tensor) -> Tensor:
-    """The same tokens, with the places of one channel side by side in memory."""
+    """The same tokens, channel-major in memory."""
     return tokens.mT.contiguous().mT
 
 
 @given(st.integers(2, 9), st.integers(1, 5), st.integers(1, 3), st.data())
-def test_gather_keeps_the_order_of_the_memory(count: int, channels: int, batch: int, data: st.DataObject) -> None:
+def test_gather_keeps_the_memory_layout(count: int, channels: int, batch: int, data: st.DataObject) -> None:
     tokens = torch.randn(batch, count, channels)
     amount = data.draw(st.integers(1, count))
     places = st.permutations(range(count)).map(lambda order: sorted(order[:amount]))
@@ -123,7 +123,7 @@ def test_gather_keeps_the_order_of_the_memory(count: int, channels: int, batch: 
     assert other.untyped_storage().nbytes() == other.numel() * other.element_size()
 
 
-def test_gather_of_tokens_that_lie_in_neither_order() -> None:
+def test_gather_of_another_memory_layout() -> None:
     tokens = torch.randn(2, 7, 6)[:, :, ::2]
     index = torch.tensor([[0, 2], [1, 4]])
     assert torch.equal(gather_tokens(tokens[:1], index[:1]), gather_tokens(tokens[:1].contiguous(), index[:1]))
@@ -132,7 +132,7 @@ def test_gather_of_tokens_that_lie_in_neither_order() -> None:
 
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_norms_do_not_depend_on_the_memory(order: int, dtype: torch.dtype) -> None:
+def test_norms_do_not_depend_on_the_memory_layout(order: int, dtype: torch.dtype) -> None:
     tokens = (100 * torch.randn(2, 9, 300, generator=torch.Generator().manual_seed(0))).to(dtype)
     wanted = vector_norm(tokens.double(), order, dim=-1).float()
     for same in (tokens, channel_by_channel(tokens), tokens.repeat_interleave(2, dim=-1)[:, :, ::2]):
@@ -149,30 +149,30 @@ def test_map_state_follows_the_lines() -> None:
     assert (again.index.tolist(), again.dense) == ([[9]], (3, 4))
 
 
-def test_map_state_behind_a_stride() -> None:
-    """Of 8 rows the first, third and fourth are gone; lines 1, 5 and 7 stand in the middle of the windows."""
+def test_map_state_after_a_stride() -> None:
+    """Of 8 rows the first, third and fourth are dropped; lines 1, 5 and 7 are in the middle of the windows."""
     rows = torch.tensor([[1, 4, 5, 6, 7]])
     state = MapState(rows, rows, (8, 8)).through([Window("w", (3, 3), (2, 2), (1, 1))])
     assert (state.rows.tolist(), state.columns.tolist(), state.dense) == ([[0, 2, 3]], [[0, 2, 3]], (4, 4))
 
 
 @st.composite
-def passages(draw: st.DrawFn, centred: bool = False) -> Window:
-    """Windows as networks have them: steps no longer than the kernel, and no more padding than half of it.
+def windows(draw: st.DrawFn, centred: bool = False) -> Window:
+    """Windows as in networks: strides up to the kernel size, and padding up to half of it.
 
     Args:
-        centred: only those whose middle is read, since an even kernel that is dilated has a gap there.
+        centred: only those whose middle is read; a dilated kernel of even size has a gap there.
     """
     kernel = (draw(st.integers(1, 7)), draw(st.integers(1, 7)))
     dilation = tuple(draw(st.integers(1, 1 if centred and side % 2 == 0 else 2)) for side in kernel)
     stride = tuple(draw(st.integers(1, min(side, 4))) for side in kernel)
     padding = tuple(draw(st.integers(0, d * (k - 1) // 2)) for k, d in zip(kernel, dilation, strict=True))
-    # a last window that sticks out of a padded map may have its middle in the padding, where no line is
+    # the middle of the last window may be in the padding, which has no line
     return Window("w", kernel, stride, padding, dilation, ceil=draw(st.booleans()) and not any(padding))
 
 
-@given(st.lists(passages(), max_size=4), st.tuples(st.integers(1, 40), st.integers(1, 40)))
-def test_lines_that_are_all_there_stay_at_their_place(windows: list[Window], grid: Grid) -> None:
+@given(st.lists(windows(), max_size=4), st.tuples(st.integers(1, 40), st.integers(1, 40)))
+def test_all_lines_keep_their_position(windows: list[Window], grid: Grid) -> None:
     state = MapState.start(2, grid, torch.device("cpu"))
     for window in windows:
         grid = window.output(grid)
@@ -183,7 +183,7 @@ def test_lines_that_are_all_there_stay_at_their_place(windows: list[Window], gri
 
 
 def middle_tap(lines: list[int], window: Window, axis: int) -> list[int]:
-    """What a convolution reads that looks through the middle of the window alone."""
+    """The output of a convolution whose only weight is in the middle of the window."""
     kernel = torch.zeros(1, 1, window.kernel[axis])
     reach, padding = window.dilation[axis] * (window.kernel[axis] - 1), window.padding[axis]
     kernel[0, 0, (window.kernel[axis] - 1) // 2] = 1
@@ -193,7 +193,7 @@ def middle_tap(lines: list[int], window: Window, axis: int) -> list[int]:
     return [int(line) for line in found[0, 0, :count]]
 
 
-@given(passages(centred=True), st.integers(1, 30), st.data())
+@given(windows(centred=True), st.integers(1, 30), st.data())
 def test_each_line_stands_for_the_middle_of_its_window(window: Window, side: int, data: st.DataObject) -> None:
     kept = [sorted(data.draw(st.sets(st.integers(0, side - 1), min_size=1))) for _ in range(2)]
     count = (window.output((len(kept[0]), 1))[0], window.output((1, len(kept[1])))[1])
@@ -211,9 +211,7 @@ def test_each_line_stands_for_the_middle_of_its_window(window: Window, side: int
 
 
 @given(st.integers(1, 7), st.integers(1, 4), st.sets(st.integers(0, 39), min_size=1))
-def test_lines_stay_apart_behind_a_window_that_pads_to_half_its_width(
-    kernel: int, stride: int, lines: set[int]
-) -> None:
+def test_lines_stay_distinct_after_a_window_padded_to_half_its_width(kernel: int, stride: int, lines: set[int]) -> None:
     assume(stride <= kernel)
     window = Window("w", (kernel, 1), (stride, 1), ((kernel - 1) // 2, 0))
     state = MapState(torch.tensor([sorted(lines)]), torch.zeros(1, 1, dtype=torch.int64), (40, 1))

@@ -43,7 +43,7 @@ def test_floor_of_known_numbers(ratio: float, patches: int, dropped: int) -> Non
 
 
 @given(st.data(), st.integers(1, 400), st.integers(0, 5))
-def test_a_plan_follows_the_tokens(data: st.DataObject, patches: int, prefix: int) -> None:
+def test_a_plan_tracks_the_tokens(data: st.DataObject, patches: int, prefix: int) -> None:
     layers = data.draw(st.lists(st.integers(0, 11), min_size=1, max_size=6, unique=True))
     drops = []
     for layer in layers:
@@ -87,7 +87,7 @@ def test_prefix_tokens_are_never_counted_as_patches() -> None:
     assert counts(resolve(recipe("[{layer: 0, keep_tokens: 7}]"), layout(100, 5))) == [(105, 12)]
 
 
-def test_layers_may_stand_in_any_order_and_by_name() -> None:
+def test_layers_in_any_order_and_by_name() -> None:
     mixed = resolve(recipe("[{layer: blocks.6, keep_tokens: 10}, {layer: 2, keep_tokens: 20}]"), layout())
     assert [(site.site, site.tokens_out) for site in mixed.sites] == [("blocks.2", 21), ("blocks.6", 11)]
 
@@ -111,7 +111,7 @@ def test_a_small_ratio_of_few_tokens_drops_none() -> None:
         ("[{layer: 3, keep_tokens: 9}, {layer: 0, keep_tokens: 8}]", "layers[0]: keep_tokens is 9, but only 8", None),
     ],
 )
-def test_a_recipe_that_the_model_cannot_follow(layers: str, message: str, hint: str | None) -> None:
+def test_a_recipe_that_does_not_fit_the_model(layers: str, message: str, hint: str | None) -> None:
     with pytest.raises(RecipeError) as caught:
         resolve(recipe(layers), layout())
     assert message in caught.value.message
@@ -119,13 +119,13 @@ def test_a_recipe_that_the_model_cannot_follow(layers: str, message: str, hint: 
     assert caught.value.exit_code == 2
 
 
-def test_a_schedule_always_keeps_a_token() -> None:
+def test_a_schedule_keeps_at_least_one_token() -> None:
     ratios = ", ".join(f"{{layer: {layer}, drop_ratio: 0.999}}" for layer in range(12))
     assert resolve(recipe(f"[{ratios}]"), layout(196, 1)).sites[-1].tokens_out == 2
 
 
 def test_a_schedule_that_keeps_no_token_is_refused() -> None:
-    """No ratio below 1 gets there by itself, so the amount is forced."""
+    """No ratio below 1 drops all tokens, so the count is set directly."""
     none_left = recipe("[{layer: 4, keep_tokens: 1}]")
     amount = none_left.layers[0].model_copy(update={"keep_tokens": 0})
     with pytest.raises(RecipeError, match=r"nothing is left after blocks\.4: all 196 patch tokens would be dropped"):
@@ -140,7 +140,7 @@ def test_with_metric_changes_the_score_at_each_site_and_nothing_else() -> None:
     assert plan.sites[0].metric.kind == "representation_shift"
 
 
-def test_with_metrics_gives_each_site_its_own_and_may_end_earlier() -> None:
+def test_with_metrics_sets_one_metric_per_site_and_may_end_earlier() -> None:
     plan = resolve(recipe("[{layer: 0, drop_ratio: 0.2}, {layer: 3, drop_ratio: 0.2}]"), layout())
     parts = [ComponentSpec(kind="random", seed=1), ComponentSpec(kind="random", seed=2)]
     assert [site.metric for site in plan.with_metrics(parts).sites] == parts
@@ -148,7 +148,7 @@ def test_with_metrics_gives_each_site_its_own_and_may_end_earlier() -> None:
     assert counts(plan.with_metrics(parts[:1])) == counts(plan)[:1]
 
 
-def test_a_layer_may_have_a_score_of_its_own() -> None:
+def test_a_layer_with_its_own_metric() -> None:
     layers = "[{layer: 0, drop_ratio: 0.2, metric: {kind: random, seed: 4}}, {layer: 3, drop_ratio: 0.2}]"
     plan = resolve(recipe(layers), layout())
     assert [site.metric.kind for site in plan.sites] == ["random", "representation_shift"]
@@ -182,13 +182,13 @@ def with_site(index: int, **changes: Any) -> dict[str, Any]:
         ({key: value for key, value in stored().items() if key != "reducer"}, "Field required"),
     ],
 )
-def test_a_stored_plan_that_cannot_be(document: dict[str, Any], message: str) -> None:
+def test_an_invalid_stored_plan(document: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Plan.model_validate(document)
 
 
 class TestRoundTokens:
-    def test_deit_lands_on_multiples_of_eight(self) -> None:
+    def test_counts_of_deit_are_multiples_of_eight(self) -> None:
         text = "[{layer: 0, drop_ratio: 0.2}, {layer: 3, drop_ratio: 0.2}, {layer: 6, drop_ratio: 0.2}]"
         rounded_recipe = Recipe.parse(f"version: 1\nround_tokens: 8\nlayers: {text}", "r.yaml")
         assert counts(resolve(rounded_recipe, layout())) == [(197, 160), (160, 128), (128, 104)]
@@ -204,16 +204,16 @@ class TestRoundTokens:
             assert kept == wanted
         else:
             nearest = min(between, key=lambda count: (abs(count - wanted), -count))
-            # further away than one multiple nothing is looked for
+            # only within one multiple
             assert kept == (nearest if abs(nearest - wanted) < multiple else wanted)
 
-    def test_a_count_that_is_written_stays(self) -> None:
+    def test_keep_tokens_is_not_rounded(self) -> None:
         plan = resolve(
             Recipe.parse("version: 1\nround_tokens: 8\nlayers: [{layer: 0, keep_tokens: 101}]", "r.yaml"), layout()
         )
         assert counts(plan) == [(197, 102)]
 
     @pytest.mark.parametrize("value", ["0", "-8", "2.5", "true", "eight"])
-    def test_what_is_no_multiple(self, value: str) -> None:
+    def test_invalid_multiples(self, value: str) -> None:
         with pytest.raises(RecipeError, match=r"r\.yaml:2:\d+: round_tokens"):
             Recipe.parse(f"version: 1\nround_tokens: {value}\nlayers: [{{layer: 0, drop_ratio: 0.2}}]", "r.yaml")

@@ -1,4 +1,4 @@
-"""Counts on feature maps: how many rows and columns stay, what strides make of them, and what is refused."""
+"""Counts on feature maps: kept rows and columns, strides, and errors."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def drop(ratio: float) -> LayerDrop:
 
 class TestLinesKept:
     @given(RATIOS, GRIDS)
-    def test_never_more_goes_than_asked_and_as_much_as_whole_columns_allow(self, ratio: float, grid: Grid) -> None:
+    def test_never_more_is_dropped_than_the_share(self, ratio: float, grid: Grid) -> None:
         rows, columns = lines_kept(drop(ratio), grid)
         share = (1 - Fraction(str(ratio))) * grid[0] * grid[1]
         assert 1 <= rows <= grid[0] and 1 <= columns <= grid[1]
         assert rows * columns >= share > rows * (columns - 1)
 
     @given(RATIOS, GRIDS)
-    def test_rows_hold_the_root_of_the_share_and_no_row_too_many(self, ratio: float, grid: Grid) -> None:
+    def test_rows_are_rounded_up_from_the_root_of_the_share(self, ratio: float, grid: Grid) -> None:
         rows, _ = lines_kept(drop(ratio), grid)
         share = 1 - Fraction(str(ratio))
         assert Fraction(rows, grid[0]) ** 2 >= share > Fraction(rows - 1, grid[0]) ** 2
 
     @given(RATIOS, RATIOS, GRIDS)
-    def test_who_drops_more_keeps_no_more_rows(self, one: float, other: float, grid: Grid) -> None:
+    def test_a_larger_share_keeps_no_more_rows(self, one: float, other: float, grid: Grid) -> None:
         assert lines_kept(drop(max(one, other)), grid)[0] <= lines_kept(drop(min(one, other)), grid)[0]
 
     @given(RATIOS, GRIDS)
@@ -67,7 +67,7 @@ class TestLinesKept:
     def test_known_numbers(self, ratio: float, grid: Grid, kept: Grid) -> None:
         assert lines_kept(drop(ratio), grid) == kept
 
-    def test_a_grid_that_is_named_is_kept(self) -> None:
+    def test_keep_grid_is_kept(self) -> None:
         assert lines_kept(LayerDrop(layer=0, keep_grid=(3, 9)), (12, 10)) == (3, 9)
 
 
@@ -99,7 +99,7 @@ class TestWindow:
         assert tuple(found.shape[2:]) == window.output(grid)
 
     @given(windows())
-    def test_the_largest_of_a_window(self, drawn: tuple[Window, Grid]) -> None:
+    def test_max_pooling(self, drawn: tuple[Window, Grid]) -> None:
         window, grid = drawn
         assume(has_room(window, grid))
         found = functional.max_pool2d(
@@ -108,7 +108,7 @@ class TestWindow:
         assert tuple(found.shape[2:]) == window.output(grid)
 
     @given(windows())
-    def test_the_mean_of_a_window(self, drawn: tuple[Window, Grid]) -> None:
+    def test_average_pooling(self, drawn: tuple[Window, Grid]) -> None:
         window, grid = drawn
         window = Window("w", window.kernel, window.stride, window.padding, ceil=window.ceil)
         assume(has_room(window, grid))
@@ -118,7 +118,7 @@ class TestWindow:
         assert tuple(found.shape[2:]) == window.output(grid)
 
     @given(st.integers(1, 7), st.integers(1, 3), st.integers(0, 3), st.integers(1, 12))
-    def test_least_is_where_each_tap_reads_the_map(self, kernel: int, dilation: int, padding: int, side: int) -> None:
+    def test_every_tap_reads_the_least_map(self, kernel: int, dilation: int, padding: int, side: int) -> None:
         assume(2 * padding <= dilation * (kernel - 1))
         window = Window("w", (kernel, kernel), padding=(padding, padding), dilation=(dilation, dilation))
         starts = range(-padding, side + padding - dilation * (kernel - 1))
@@ -185,7 +185,7 @@ class TestErrors:
             ),
         ],
     )
-    def test_a_recipe_that_the_maps_cannot_follow(self, kind: str, layers: str, message: str, hint: str | None) -> None:
+    def test_a_recipe_that_does_not_fit_the_maps(self, kind: str, layers: str, message: str, hint: str | None) -> None:
         with pytest.raises(RecipeError) as caught:
             line_plan(tiny_cnn(kind), layers)
         assert message in caught.value.message
@@ -203,7 +203,7 @@ class TestErrors:
         assert (caught.value.exit_code, caught.value.hint) == (2, "Give keep_tokens or drop_ratio.")
 
     @pytest.mark.parametrize("grid", ["[2]", "[2, 3, 4]", "[0, 2]", "[2, -1]", "7", "[2.5, 3]", "two"])
-    def test_a_grid_that_is_none(self, grid: str) -> None:
+    def test_an_invalid_grid(self, grid: str) -> None:
         with pytest.raises(RecipeError, match=r"keep_grid"):
             Recipe.parse(f"version: 1\nlayers: [{{layer: 0, keep_grid: {grid}}}]")
 
@@ -220,7 +220,7 @@ class TestErrors:
         with pytest.raises(RecipeError, match=r"3x7 would be left after layer1\.1, and 1x2 at layer3\.0"):
             line_plan(model, "[{layer: 1, keep_grid: [3, 7]}, {layer: 3, drop_ratio: 0.2}]")
 
-    def test_a_map_behind_the_last_site_counts_too(self) -> None:
+    def test_a_map_after_the_last_site_is_checked_too(self) -> None:
         sites = (SiteInfo("a", 0, (Window("a", (3, 3), padding=(1, 1)),)),)
         layout = Layout("resnet", 0, 64, False, sites, (8, 8), tail=(Window("end", (5, 5)),))
         recipe = Recipe.parse("version: 1\nlayers: [{layer: 0, keep_grid: [8, 4]}]")
@@ -229,7 +229,7 @@ class TestErrors:
 
 
 class TestPlan:
-    def test_shares_count_on_the_map_that_is_left(self) -> None:
+    def test_shares_are_of_the_remaining_map(self) -> None:
         plan = line_plan(tiny_cnn(), "[{layer: layer1.1, drop_ratio: 0.2}, {layer: 5, drop_ratio: 0.3}]")
         assert plan.summary() == [
             {
@@ -247,7 +247,7 @@ class TestPlan:
         assert (plan.prefix_tokens, plan.patch_tokens) == (0, 825)
 
     @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=3))
-    def test_a_plan_comes_back_from_json(self, lines: list[Grid]) -> None:
+    def test_a_plan_is_read_back_from_json(self, lines: list[Grid]) -> None:
         plan = shrink(MODEL, dict(enumerate(lines)))
         document = plan.model_dump(mode="json")
         assert Plan.model_validate(document) == plan
@@ -274,7 +274,7 @@ class TestPlan:
             ({"grid_out": [26, 33], "tokens_out": 858}, "more tokens out"),
         ],
     )
-    def test_a_stored_map_that_cannot_be(self, changes: dict[str, Any], message: str) -> None:
+    def test_an_invalid_stored_map(self, changes: dict[str, Any], message: str) -> None:
         document = shrink(MODEL, {0: (3, 5)}).model_dump(mode="json")
         assert document["sites"][0]["grid_out"] == [22, 28]
         document["sites"][0].update(changes)

@@ -30,7 +30,7 @@ layers:
 
 
 def failure(text: str) -> RecipeError:
-    """What reading the recipe and building its parts ends with."""
+    """The error of parsing a recipe and building its metric and reducer."""
     with pytest.raises(RecipeError) as caught:
         recipe = Recipe.parse(text, "r.yaml")
         build_metric(recipe.metric, recipe.place)
@@ -38,7 +38,7 @@ def failure(text: str) -> RecipeError:
     return caught.value
 
 
-def test_a_good_recipe() -> None:
+def test_a_valid_recipe() -> None:
     recipe = Recipe.parse(GOOD, "r.yaml")
     assert recipe.text == GOOD
     assert recipe.metric.options == {"operation": "mlp"}
@@ -123,7 +123,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         ("{layer: 0, drop_ratio: 0.2}", "0", "r.yaml:7:5: layers[0]: should be a", None),
     ],
 )
-def test_what_is_wrong_is_told_with_its_place(old: str, new: str, message: str, hint: str | None) -> None:
+def test_errors_name_their_place(old: str, new: str, message: str, hint: str | None) -> None:
     assert old in GOOD
     error = failure(GOOD.replace(old, new, 1))
     assert message in error.message
@@ -157,11 +157,11 @@ def test_what_is_wrong_is_told_with_its_place(old: str, new: str, message: str, 
         ("version: 1\n---\nversion: 1\n", "r.yaml:2:1: this is not YAML: but found another document"),
     ],
 )
-def test_text_that_is_no_recipe(text: str, message: str) -> None:
+def test_text_that_is_not_a_recipe(text: str, message: str) -> None:
     assert message in failure(text).message
 
 
-def test_a_long_value_is_not_told_whole() -> None:
+def test_a_long_value_is_shortened() -> None:
     error = failure(f"version: 1\nlayers: [{{layer: 0, drop_ratio: {'x' * 4000}}}]\n")
     assert "(it is 'xxx" in error.message
     assert len(error.message) < 160
@@ -172,7 +172,7 @@ BUDGET = "version: 1\nreducer: {kind: prune}\nbudget: {macs: 0.65}\n"
 
 class TestBudget:
     @pytest.mark.parametrize(
-        ("text", "told"),
+        ("text", "target"),
         [
             ("macs: 0.65", "macs=0.65"),
             ("latency: 0.6", "latency=0.6"),
@@ -182,11 +182,11 @@ class TestBudget:
             ("max_drop: 0.123456789", "max-drop=0.123456789"),
         ],
     )
-    def test_it_stands_in_for_the_layers(self, text: str, told: str) -> None:
+    def test_it_replaces_the_layers(self, text: str, target: str) -> None:
         recipe = Recipe.parse(BUDGET.replace("macs: 0.65", text))
         assert recipe.layers == ()
-        assert str(recipe.budget) == told
-        assert str(SearchTarget.parse(told)) == told
+        assert str(recipe.budget) == target
+        assert str(SearchTarget.parse(target)) == target
 
     @pytest.mark.parametrize(
         ("old", "new", "message", "hint"),
@@ -219,7 +219,7 @@ class TestBudget:
             ("budget: {macs: 0.65}", "", "r.yaml:1:1: the key layers is missing; give it, or budget: {macs", None),
         ],
     )
-    def test_what_is_wrong_is_told_with_its_place(self, old: str, new: str, message: str, hint: str | None) -> None:
+    def test_errors_name_their_place(self, old: str, new: str, message: str, hint: str | None) -> None:
         assert old in BUDGET
         error = failure(BUDGET.replace(old, new, 1))
         assert message in error.message
@@ -233,7 +233,7 @@ class TestBudget:
         assert Recipe.parse(written).model_dump() == recipe.model_dump()
 
 
-def test_aliases_do_not_blow_up() -> None:
+def test_aliases_are_not_expanded() -> None:
     lines = ["a0: &a0 [x, x]"] + [f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}]" for n in range(1, 40)]
     assert "unknown key a0" in failure("\n".join(lines)).message
 
@@ -261,14 +261,14 @@ json_like = st.recursive(
         ("{kind: token_norm, polarity: up}", r"r\.yaml:3:60: layers\[0\]\.metric\.polarity: should be"),
     ],
 )
-def test_the_score_of_one_layer_is_checked_in_its_place(metric: str, message: str) -> None:
+def test_errors_in_the_metric_of_a_layer_name_their_place(metric: str, message: str) -> None:
     text = f"version: 1\nlayers:\n  - {{layer: 0, drop_ratio: 0.2, metric: {metric}}}\n"
     with pytest.raises(RecipeError, match=message):
         check_components(Recipe.parse(text, "r.yaml"))
 
 
 @given(st.sampled_from(["version", "metric", "reducer", "layers", "model", "description"]), json_like)
-def test_any_value_of_a_key_is_taken_or_explained(key: str, value: object) -> None:
+def test_any_value_of_a_key_is_valid_or_a_recipe_error(key: str, value: object) -> None:
     data = {**yaml.safe_load(GOOD), key: value}
     try:
         Recipe.parse(yaml.safe_dump(data), "r.yaml")
@@ -282,7 +282,7 @@ class TestLoad:
         path.write_text(GOOD, encoding="utf-8")
         assert Recipe.load(path).place.at(("layers", 1)) == f"{path}:8:5"
 
-    def test_shipped_name_with_and_without_ending(self) -> None:
+    def test_shipped_name_with_and_without_suffix(self) -> None:
         assert Recipe.load("deit_small_paper").text == Recipe.load("deit_small_paper.yaml").text
 
     def test_unknown_name_has_a_nearest_match(self) -> None:
@@ -298,7 +298,7 @@ class TestLoad:
         with pytest.raises(RecipeError, match="is a folder, not a recipe"):
             Recipe.load(tmp_path)
 
-    def test_the_text_of_a_recipe_in_place_of_its_name(self) -> None:
+    def test_text_in_place_of_a_name(self) -> None:
         with pytest.raises(RecipeError, match="no such file"):
             Recipe.load(GOOD * 50)
 
@@ -335,17 +335,17 @@ REDUCERS = {"bipartite", "fuse", "merge", "prune", "vid_tldr"}
 
 
 class TestParts:
-    def test_an_alias_of_a_type_is_no_member(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_alias_of_a_type_is_not_a_member(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Before Python 3.11 `isinstance(tuple[int, int], type)` is true, and then `issubclass` fails."""
         monkeypatch.setattr("repshift_cli.reduction.reducers.prune.Pair", tuple[int, int], raising=False)
         assert set(reducer_kinds()) == REDUCERS
 
-    def test_registries_hold_what_the_files_define(self) -> None:
+    def test_registries_have_one_member_per_file(self) -> None:
         scores = {"attention_entropy", "class_attention", "fitted", "random", "representation_shift", "token_norm"}
         assert set(metric_kinds()) == scores
         assert set(reducer_kinds()) == REDUCERS
 
-    def test_part_of_a_metric_builds_it_again(self) -> None:
+    def test_the_spec_of_a_metric_builds_it_again(self) -> None:
         for kind in metric_kinds().values():
             for variant in kind().variants():
                 assert build_metric(variant.spec()) == variant
@@ -360,14 +360,14 @@ class TestParts:
             ({"operation": "mlp", "distance": "l2", "reading": "update", "polarity": "smallest"}, 1),
         ],
     )
-    def test_variants_fill_only_what_is_open(self, fixed: dict[str, str], count: int) -> None:
+    def test_variants_fill_only_open_fields(self, fixed: dict[str, str], count: int) -> None:
         recipe = Recipe.parse(GOOD.replace("  operation: mlp", "".join(f"  {k}: {v}\n" for k, v in fixed.items())))
         variants = build_metric(recipe.metric).variants()
         assert len(set(variants)) == len(variants) == count
         assert all(variant.spec().options.items() >= fixed.items() for variant in variants)
         assert all(len(variant.variants()) == 1 for variant in variants)
 
-    def test_defaults_are_the_papers(self) -> None:
+    def test_defaults_are_those_of_the_paper(self) -> None:
         recipe = Recipe.parse("version: 1\nlayers: [{layer: 0, drop_ratio: 0.5}]")
         assert str(build_metric(recipe.metric).with_defaults()) == "representation_shift (mlp, l2, update, largest)"
 

@@ -1,4 +1,4 @@
-"""Every recipe that is shipped can be followed by the model that it names."""
+"""Every shipped recipe fits the model that it names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def planned(recipe: Recipe, model: nn.Module) -> Plan:
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
-def test_its_model_can_follow_it(name: str) -> None:
+def test_it_fits_its_model(name: str) -> None:
     recipe = Recipe.load(name)
     assert recipe.description
     assert recipe.model
@@ -78,7 +78,7 @@ def test_the_cost_is_within_two_percent_of_the_papers(name: str, paper: float) -
     assert compressed.macs() / 1e9 == pytest.approx(paper, rel=0.02)
 
 
-def test_vit_base_with_137_96_67_tokens_to_the_last_digit() -> None:
+def test_vit_base_with_137_96_67_tokens() -> None:
     layers = "[{layer: 3, keep_tokens: 137}, {layer: 6, keep_tokens: 96}, {layer: 9, keep_tokens: 67}]"
     model = on_meta("vit_base_patch16_224")
     compressed = attach(model, planned(Recipe.parse(f"version: 1\nlayers: {layers}"), model))

@@ -42,7 +42,7 @@ from repshift_cli.reduction.reducers.base import Merged
 
 
 def possible(metric: Metric, variant: str) -> bool:
-    """Whether the blocks of this model can show what the metric asks for."""
+    """Whether the blocks of this model provide the tensors of the metric."""
     site = match(tiny_vit(**VARIANTS[variant])).sites(tiny_vit(**VARIANTS[variant]))[0]
     return metric.taps() <= {"block_input", "block_output", *site.probes}
 
@@ -71,7 +71,7 @@ def block_recipe(layers: str | None = None) -> Recipe:
 
 
 def token_counts(model: CompressedModel, batch: Tensor) -> list[int]:
-    """Tokens that really enter each block, and those that leave the last one."""
+    """Observed numbers of tokens that enter each block, and of those after the last one."""
     seen: list[int] = []
     blocks = model.model.blocks
     handles = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1])) for block in blocks]
@@ -84,13 +84,13 @@ def token_counts(model: CompressedModel, batch: Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize(("variant", "metric"), REFUSED)
-def test_a_metric_that_a_block_cannot_feed_is_refused_with_the_reason(variant: str, metric: str) -> None:
-    with pytest.raises(RecipeError, match=rf"{metric} needs \w+, which blocks.0 cannot show: ") as caught:
+def test_a_metric_without_its_tensors_is_refused_with_the_reason(variant: str, metric: str) -> None:
+    with pytest.raises(RecipeError, match=rf"{metric} needs \w+, which blocks.0 does not provide: ") as caught:
         build(variant, metric)
     assert "operation: block works on every block" in str(caught.value)
 
 
-def test_refused_are_only_the_pairs_that_cannot_be() -> None:
+def test_supported_pairs_are_not_refused() -> None:
     assert REFUSED == [
         ("parallel_things_block", "attention_entropy"),
         ("parallel_things_block", "class_attention"),
@@ -100,7 +100,7 @@ def test_refused_are_only_the_pairs_that_cannot_be() -> None:
     ]
 
 
-def test_a_fused_output_projection_hides_the_parts_of_a_block() -> None:
+def test_a_fused_output_projection_has_only_the_whole_block() -> None:
     model = tiny_vit(block_fn=partial(ParallelScalingBlock, fuse_out_proj=True))
     with pytest.raises(RecipeError, match="one matrix product"):
         compressed(model, make_recipe())
@@ -121,7 +121,7 @@ def test_the_same_weights_under_the_same_keys(variant: str) -> None:
         assert torch.equal(wrapped(images()), other(images()))
 
 
-def test_dense_comes_to_an_end_when_an_error_is_raised() -> None:
+def test_dense_ends_after_an_error() -> None:
     model = compressed()
     with torch.no_grad():
         reduced = model(images())
@@ -183,7 +183,7 @@ def test_trace_returns_what_the_model_returns() -> None:
         assert torch.equal(model.trace(images()).output, model(images()))
 
 
-def test_no_tensor_of_a_pass_is_held_after_it() -> None:
+def test_no_tensor_of_a_pass_is_kept() -> None:
     model = compressed()
     model(images())
     assert all(hook.seen == {} for hook in model._hooks)
@@ -208,7 +208,7 @@ def test_a_copy_made_inside_dense_is_dense() -> None:
 
 
 class TestOtherInputs:
-    def test_another_image_size_is_refused_by_the_model_itself(self) -> None:
+    def test_another_image_size_is_refused_by_the_model(self) -> None:
         with pytest.raises(AssertionError, match="doesn't match model"):
             compressed()(images(1, size=40))
 
@@ -243,7 +243,7 @@ class TestOtherInputs:
         assert int(kept.max()) < size[0] * size[1] // 64
 
 
-class TestWhatCannotBe:
+class TestUnsupported:
     def test_another_kind_of_model(self) -> None:
         with pytest.raises(ModelError, match="models of the kind Linear are not supported") as caught:
             match(nn.Linear(2, 2))
@@ -258,7 +258,7 @@ class TestWhatCannotBe:
         with pytest.raises(ModelError, match=r"blocks\.0 is a OtherBlock, which is not supported \(supported: Block, "):
             match(model)
 
-    def test_a_subclass_of_a_known_block_may_do_anything(self) -> None:
+    def test_a_subclass_of_a_known_block_is_refused(self) -> None:
         from timm.models.vision_transformer import Block
 
         class Changed(Block):
@@ -296,7 +296,7 @@ class TestWhatCannotBe:
             attach(tiny_vit(), Plan.model_validate(document))
 
 
-def test_checkpointed_blocks_reduce_all_the_same() -> None:
+def test_checkpointed_blocks_are_reduced_too() -> None:
     model = compressed()
     wanted = model(images())
     model.model.set_grad_checkpointing()
@@ -331,11 +331,11 @@ MERGES = {
     "fuse_carry": "fuse, carry: true",
     "bipartite": "bipartite",
 }
-"""What a recipe says under `reducer` after `kind: `. vid_tldr acts where timm's blocks cannot be opened."""
+"""The text of a recipe after `reducer: {kind: `. vid_tldr acts inside a block, which timm's blocks do not support."""
 
 
 class Gated(Attention):
-    """Not a kind of attention, but how a block is told to make a plain one with a gate."""
+    """Makes a block build a plain `Attention` with a gate."""
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
         return Attention(*args, gated=True, **options)
@@ -408,13 +408,13 @@ class TestMerging:
     def test_each_token_counts_as_the_tokens_that_it_stands_for(
         self, variant: str, merge: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Behind each site the dense model runs on every token as often as its size says, and finds the same."""
+        """After each site the dense model on tokens repeated by their size gives the same result."""
         options = MERGE_VARIANTS[variant]
         model, dense = merged(variant, merge), tiny_vit(**options).double()
         model.model.double()
         before: list[Tensor] = []
         for block in model.model.blocks:
-            # a hook that stands before the site's own sees what the block itself returned
+            # a hook before that of the site gets the output of the block itself
             block.register_forward_hook(lambda _, args, output: before.append(output), prepend=True)
         batch = images(3).double()
         output, found = merges_of(model, batch, monkeypatch)
@@ -434,7 +434,7 @@ class TestMerging:
             torch.testing.assert_close(output[row], head[0], rtol=0, atol=1e-7)  # sizes are float32
 
     @pytest.mark.parametrize("variant", ["plain", "qk_norm", "map_pooling", "scaled_attention_norm"])
-    def test_explicit_attention_finds_the_same(self, variant: str) -> None:
+    def test_explicit_attention_gives_the_same_result(self, variant: str) -> None:
         model = merged(variant)
         with torch.no_grad():
             wanted = model(images(2))
@@ -446,7 +446,7 @@ class TestMerging:
                 torch.testing.assert_close(dense(images(2)), tiny_vit(**MERGE_VARIANTS[variant])(images(2)))
 
     @merging
-    def test_dense_and_a_plan_that_keeps_all_change_no_bit(self, variant: str, merge: str) -> None:
+    def test_dense_and_a_plan_that_keeps_all_are_bit_identical(self, variant: str, merge: str) -> None:
         model = merged(variant, merge)
         with torch.no_grad():
             wanted = tiny_vit(**MERGE_VARIANTS[variant])(images(3))
@@ -458,7 +458,7 @@ class TestMerging:
         assert reduced.shape != wanted.shape or not torch.allclose(reduced, wanted)
 
     @merging
-    def test_products_are_counted(self, variant: str, merge: str) -> None:
+    def test_macs_equal_the_counter(self, variant: str, merge: str) -> None:
         model = merged(variant, merge)
         assert count_macs(model.model, (3, 32, 32)) == model.macs()
         with model.dense():
@@ -466,7 +466,7 @@ class TestMerging:
 
     @pytest.mark.parametrize("merge", MERGES)
     @pytest.mark.parametrize("variant", ["plain", "map_pooling"])
-    def test_checkpointed_blocks_merge_all_the_same(self, variant: str, merge: str) -> None:
+    def test_checkpointed_blocks_merge_too(self, variant: str, merge: str) -> None:
         plain, model = merged(variant, merge).train(), merged(variant, merge).train()
         model.model.set_grad_checkpointing()
         outputs = [one(images()) for one in (plain, model)]
@@ -490,7 +490,7 @@ class TestMerging:
             assert model.blocks[0].attn.training
             assert wrapped.detach().blocks[0].attn.training
 
-    def test_a_pass_knows_nothing_of_the_one_before(self) -> None:
+    def test_passes_are_independent(self) -> None:
         model = merged("mean_pooling", "fuse")
         with torch.no_grad():
             wanted = model(images(2))
@@ -499,12 +499,12 @@ class TestMerging:
                 dense(images(3))
             assert torch.equal(model(images(2)), wanted)
 
-    def test_attention_in_order_of_time_is_refused(self) -> None:
-        """Where tokens were merged there is no before and after."""
+    def test_causal_attention_is_refused(self) -> None:
+        """Merged tokens have no order."""
         with pytest.raises(UsageError, match="causal"):
             merged()(images(1), is_causal=True)
 
-    def test_a_second_detach_leaves_a_later_attachment_alone(self) -> None:
+    def test_a_second_detach_does_not_change_a_later_attachment(self) -> None:
         model = tiny_vit()
         plan = resolve_for(model, merged_recipe())
         first = attach(model, plan)
@@ -515,14 +515,14 @@ class TestMerging:
             first.detach()
             assert torch.equal(second(images(2)), wanted)
 
-    def test_a_head_that_is_called_alone_meets_no_tokens_of_another_batch(self) -> None:
+    def test_a_head_that_is_called_alone_uses_no_stored_sizes(self) -> None:
         model = merged("mean_pooling")
         with torch.no_grad():
             two = model.model.forward_features(images(2))
             model.model.forward_features(images(1))
             assert model.model.forward_head(two).shape == (2, 10)
 
-    def test_a_reducer_that_asks_no_score_leaves_nothing_to_calibrate(self) -> None:
+    def test_a_reducer_without_a_score_needs_no_calibration(self) -> None:
         model = tiny_vit()
         assert has_open_fields(resolve_for(model, merged_recipe("merge", metric="{kind: representation_shift}")))
         assert not has_open_fields(
@@ -530,46 +530,48 @@ class TestMerging:
         )
 
 
-class TestMergingThatCannotBe:
+class TestUnsupportedMerging:
     @pytest.mark.parametrize(
         ("variant", "attends"),
         [("parallel_scaling_block", "ParallelScalingBlock"), ("differential_attention", "DiffAttention")],
     )
     @pytest.mark.parametrize("merge", MERGES)
-    def test_attention_that_cannot_weigh(self, merge: str, variant: str, attends: str) -> None:
+    def test_attention_without_token_sizes(self, merge: str, variant: str, attends: str) -> None:
         model = tiny_vit(**VARIANTS[variant])
-        told = rf"merges tokens, and blocks\.0 attends by {attends}, which cannot weight tokens by size"
-        with pytest.raises(RecipeError, match=rf"^recipe:3:1: \w+ {told}") as caught:
+        message = rf"merges tokens, and blocks\.0 attends by {attends}, which cannot weight tokens by size"
+        with pytest.raises(RecipeError, match=rf"^recipe:3:1: \w+ {message}") as caught:
             resolve_for(model, merged_recipe(merge))
         assert caught.value.hint == "Use reducer: {kind: prune}."
-        with pytest.raises(RecipeError, match=told):
+        with pytest.raises(RecipeError, match=message):
             attach(model, make_plan(model, merged_recipe(merge)))
         assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
 
     @pytest.mark.parametrize(("build_model", "family"), [(tiny_vim, "vim"), (tiny_cnn, "resnet")])
     def test_families_without_sizes(self, build_model: Callable[[], nn.Module], family: str) -> None:
-        told = f"^recipe:3:1: merge merges tokens, and models of the family {family} do not carry how many tokens each"
-        with pytest.raises(RecipeError, match=told) as caught:
+        message = (
+            f"^recipe:3:1: merge merges tokens, and models of the family {family} do not carry how many tokens each"
+        )
+        with pytest.raises(RecipeError, match=message) as caught:
             resolve_for(build_model(), merged_recipe())
         assert caught.value.hint == "Use reducer: {kind: prune}."
 
     @pytest.mark.parametrize("merge", WITH_KEYS)
-    def test_keys_that_cannot_be_seen(self, merge: str) -> None:
+    def test_keys_that_are_not_available(self, merge: str) -> None:
         model = tiny_vit(**VARIANTS["parallel_things_block"])
-        told = r"needs attention_key, which blocks\.0 cannot show: it runs several branches in parallel"
-        with pytest.raises(RecipeError, match=rf"^recipe:3:1: \w+ {told}") as caught:
+        message = r"needs attention_key, which blocks\.0 does not provide: it runs several branches in parallel"
+        with pytest.raises(RecipeError, match=rf"^recipe:3:1: \w+ {message}") as caught:
             resolve_for(model, merged_recipe(merge))
         assert "{kind: merge} (by the hidden state)" in str(caught.value.hint)
-        with pytest.raises(RecipeError, match=told):
+        with pytest.raises(RecipeError, match=message):
             attach(model, make_plan(model, merged_recipe(merge)))
 
     @pytest.mark.parametrize("variant", ["plain", "registers", "mean_pooling"])
     def test_more_than_half_at_a_site(self, variant: str) -> None:
         model = tiny_vit(**VARIANTS[variant])
-        told = (
+        message = (
             r"recipe:4:\d+: layers\[1\]: 7 of 12 tokens would be removed at blocks\.2, but bipartite can remove 6 there"
         )
-        with pytest.raises(RecipeError, match=told) as caught:
+        with pytest.raises(RecipeError, match=message) as caught:
             resolve_for(model, merged_recipe("bipartite", DROPS))
         assert caught.value.hint == "Keep 6 or more."
         assert resolve_for(model, merged_recipe("merge", DROPS)).sites

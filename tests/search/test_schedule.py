@@ -60,8 +60,8 @@ def vit(tokens: int = 196, sites: int = 12) -> Additive:
     """Like a ViT: each site saves a part of one block, slightly less than in proportion. The last one saves nothing."""
 
     def gain(site: int, kept: int) -> float:
-        gone = 1 - kept / tokens
-        return 0.0 if site == sites - 1 else (0.9 * gone + 0.1 * (1 - (kept / tokens) ** 2)) / sites
+        dropped = 1 - kept / tokens
+        return 0.0 if site == sites - 1 else (0.9 * dropped + 0.1 * (1 - (kept / tokens) ** 2)) / sites
 
     return Additive(tokens, sites, gain, lambda site, kept: (1 + site) * ((tokens - kept) / tokens) ** 2)
 
@@ -132,9 +132,9 @@ class TestFit:
         fitted = fit(data.draw(schedules(model)), model, budget)
         if fitted is None:
             return
-        gone = [count for count in drops(fitted, model.tokens) if count]
+        dropped = [count for count in drops(fitted, model.tokens) if count]
         assert model.possible(fitted)
-        assert min(gone) >= model.least_drop
+        assert min(dropped) >= model.least_drop
         assert budget - 0.05 < model.cost(fitted) <= budget + 1e-9
 
     def test_gives_up_where_no_factor_is_enough(self) -> None:
@@ -179,7 +179,7 @@ class TestNeighbours:
         kept = fit((140,) * 3 + (90,) * 9, model, 0.65)
         assert kept is not None
         used = {
-            tuple(site for site, gone in enumerate(drops(found, 196)) if gone)
+            tuple(site for site, dropped in enumerate(drops(found, 196)) if dropped)
             for found in neighbours(kept, model, 0.65, 24)
         }
         assert {(1, 3), (0, 2), (0, 3), (0, 4), (0,), (3,), (0, 3, 7)} <= used

@@ -137,7 +137,7 @@ class TestCost:
         assert result.found.agreement == pytest.approx(float(agreement(reference, given).mean()), abs=1e-6)
         assert result.found.images == HELD
 
-    def test_leaves_the_model_as_it_was(self) -> None:
+    def test_does_not_change_the_model(self) -> None:
         model = tiny_vit()
         with torch.inference_mode():
             before = model(images(4))
@@ -216,7 +216,7 @@ class TestCost:
         assert sum(point.name == "neighbour" for point in result.tried) == 8
         assert all(point.macs <= 0.7 + 1e-9 for point in result.tried if point.name != "other cost")
 
-    def test_a_metric_that_no_layer_can_feed_is_refused(self) -> None:
+    def test_a_metric_without_its_tensors_is_refused(self) -> None:
         start = Recipe.parse("version: 1\nmetric: {kind: class_attention}\nbudget: {macs: 0.5}\n")
         with pytest.raises(RecipeError, match="class_attention"):
             run("macs=0.65", tiny_vit(attn_layer="diff"), start=start)
@@ -239,7 +239,7 @@ class TestCost:
 
 
 class TestQuality:
-    def test_agreement_holds_on_the_choosing_images(self) -> None:
+    def test_agreement_is_met_on_the_selection_images(self) -> None:
         result = run("agreement=0.8", evaluations=12)
         assert result.met
         assert result.nearest >= 0.8
@@ -262,7 +262,7 @@ class TestQuality:
         # the labels are the dense predictions, so lost points are changed predictions
         assert result.found.top1 == pytest.approx(100 * (result.found.agreement or 0.0), abs=1e-4)
 
-    def test_reports_whether_it_holds_on_heldout_images(self) -> None:
+    def test_reports_whether_it_is_met_on_heldout_images(self) -> None:
         result = run("agreement=0.8", evaluations=4)
         assert result.held_back_met == ((result.found.agreement or 0.0) >= 0.8)
         assert result.to_dict()["held_back_met"] is result.held_back_met
@@ -297,7 +297,7 @@ class TestLatency:
         """With a time that depends on a part of the MACs and on the number of sites."""
         asked: list[Plan] = []
 
-        def clock(self: Evaluator, plan: Plan, patient: bool = False) -> float:
+        def clock(self: Evaluator, plan: Plan, remeasure: bool = False) -> float:
             asked.append(plan)
             return round(0.1 + 0.8 * self.macs(plan) ** 1.6 + 0.03 * len(plan.sites), 5)
 
@@ -316,8 +316,8 @@ class TestLatency:
         chance = random.Random(seed)
         asked: dict[str, float] = {}
 
-        def clock(self: Evaluator, plan: Plan, patient: bool = False) -> float:
-            far = 0.002 if patient else 0.015
+        def clock(self: Evaluator, plan: Plan, remeasure: bool = False) -> float:
+            far = 0.002 if remeasure else 0.015
             time = 0.05 + 0.8 * self.macs(plan) ** 3 + 0.02 * len(plan.sites)
             return asked.setdefault(plan.model_dump_json(), round(time * (1 + chance.uniform(-far, far)), 5))
 
@@ -327,7 +327,7 @@ class TestLatency:
         assert 0.97 * 0.5 <= result.nearest <= 0.5
         assert len(asked) < 24
 
-    def test_is_measured_beside_the_dense_model(self) -> None:
+    def test_is_measured_in_turn_with_the_dense_model(self) -> None:
         model = tiny_vit(img_size=96, embed_dim=64)
         family = match(model)
         evaluator = Evaluator(model, family, wanted("macs=0.5", images=images(COUNT, 96), seconds=0.3), Silent())
@@ -335,14 +335,14 @@ class TestLatency:
         few = evaluator.latency(resolve_for(model, Recipe.parse(FIXED + layers)))
         assert 0.1 < few < 0.9
 
-    def test_is_reported_where_there_is_time(self) -> None:
+    def test_is_reported_if_seconds_are_given(self) -> None:
         result = run("macs=0.65", seconds=0.05, evaluations=4)
         assert result.found.latency is not None and result.found.latency > 0
         assert run("macs=0.65", evaluations=4).found.latency is None
 
 
 class TestRepeating:
-    def test_the_same_twice(self) -> None:
+    def test_results_are_repeatable(self) -> None:
         assert document(run("macs=0.6")) == document(run("macs=0.6"))
 
     def test_resumes_where_it_stopped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,7 +406,7 @@ class TestRepeating:
         with pytest.raises(UsageError, match="not the state of"):
             run("macs=0.6", state=state)
 
-    def test_another_version_begins_anew(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_another_version_starts_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         state = tmp_path / "state.json"
         with pytest.raises(KeyboardInterrupt):
             run("macs=0.6", state=state, progress=Stopping("choosing metrics", 1))
@@ -424,7 +424,7 @@ class TestRepeating:
         run("macs=0.6", state=state, seconds=0.1, evaluations=1)
         assert len(asked) == 2
 
-    def test_a_state_remembers_what_an_interruption_wrote(self, tmp_path: Path) -> None:
+    def test_a_state_lists_the_files_of_an_interruption(self, tmp_path: Path) -> None:
         state = tmp_path / "state.json"
         with pytest.raises(KeyboardInterrupt):
             run("macs=0.6", state=state, progress=Stopping("choosing metrics", 1))
@@ -436,7 +436,7 @@ class TestRepeating:
         assert kept_outputs(state) == {}
 
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"known": 1}', "\x00", "[" * 100_000, '{"known":' * 100_000])
-    def test_refuses_a_file_that_is_no_state(self, tmp_path: Path, text: str) -> None:
+    def test_refuses_a_file_that_is_not_a_state(self, tmp_path: Path, text: str) -> None:
         state = tmp_path / "state.json"
         state.write_text(text)
         with pytest.raises(UsageError, match="state of"):
@@ -462,7 +462,7 @@ class TestInterrupted:
         assert result.found.distance <= result.paper.distance
         assert not any(module._forward_hooks for module in model.modules())
 
-    def test_before_there_is_any_it_stops(self) -> None:
+    def test_stops_before_the_first_schedule(self) -> None:
         model = tiny_vit()
         with pytest.raises(KeyboardInterrupt):
             run("macs=0.6", model, progress=Stopping("first schedules", 0))

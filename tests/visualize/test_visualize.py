@@ -292,7 +292,7 @@ class TestFigure:
             assert panel.get_window_extent().width >= 7 * 48
             assert np.array_equal(pixels(page, panel, 24, 48), self.images[row])
 
-    def test_text_beside_a_row(self) -> None:
+    def test_text_next_to_a_row(self) -> None:
         right, wrong = Prediction(7, "seven", 0.98), Prediction(1, "one", 0.51)
         results = [SampleResult("x/a.png", 7, "seven", right, wrong), SampleResult("b.png", cosine=0.987)]
         written = texts(kept_tokens_figure(self.images, self.kept, self.patches, results))
@@ -339,7 +339,7 @@ class TestFigure:
 
 
 CLIP_GRID = PatchGrid(rows=2, columns=2, height=8, width=8, frames=3)
-"""12 tokens: place 7 is the lower right patch of frame 1."""
+"""12 tokens: position 7 is the lower right patch of frame 1."""
 
 CLIP = Preprocessing((3, 32, 32), MEAN, STD, "bicubic", 1.0, "squash", frames=3)
 PRUNE = "{kind: representation_shift, operation: mlp, distance: l2, reading: update, polarity: largest}"
@@ -363,7 +363,7 @@ class TestClipPositions:
         assert patch_grid(tiny_umt(img_size=48, frames=5)) == PatchGrid(6, 6, 8, 8, frames=5)
         assert patch_grid(tiny_umt()).patches == 48
 
-    def test_positions_agree_with_the_patch_embedding(self) -> None:
+    def test_positions_equal_those_of_the_patch_embedding(self) -> None:
         model = tiny_umt()
         grid = patch_grid(model)
         embed = model.vision_encoder.encoder.patch_embed

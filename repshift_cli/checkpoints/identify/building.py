@@ -52,7 +52,7 @@ _NOT_FOR_FILES = frozenset(
 
 
 def is_architecture(name: str | None) -> bool:
-    """Whether `create` knows this architecture."""
+    """Whether `create` can build this architecture."""
     return name in (None, VIM, UMT) or is_model_name(name)
 
 

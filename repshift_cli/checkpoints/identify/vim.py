@@ -52,7 +52,7 @@ def identify(tensors: Mapping[str, Tensor], where: str, options: LoadOptions) ->
     shape, side = _read(tensors, where)
     size, stride, certain = _size(side, shape.patch_size, None, options.img_size, where)
     full = {**asdict(shape), "img_size": size, "stride": stride}
-    name, architecture, args = _called(full)
+    name, architecture, args = _name_and_args(full)
     model = build_on_meta(architecture, args, where, tensors, name)
     check_heads(model, name, options.heads, where)
     notes = [f"detected {name} from tensor names and shapes", _assumed(shape)]
@@ -92,7 +92,7 @@ def _defaults() -> dict[str, Any]:
     return dict(VisionMamba.__init__.__kwdefaults__ or {})
 
 
-def _called(full: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
+def _name_and_args(full: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
     """Name, architecture and arguments: of one of `MODELS` with any image size and classes, else all arguments."""
     for name, model in MODELS.items():
         own = _defaults() | model

@@ -23,7 +23,7 @@ def show(report: BenchReport, opened: Mapping[str, Opened], verdicts: Sequence[L
     _show_head(report, opened)
     units = {model.loaded.description.preprocessing.unit for model in opened.values()}
     unit = units.pop() if len(units) == 1 else "input"
-    panels = list(dict.fromkeys(run.setting.apart_from_batch for run in report.runs))
+    panels = list(dict.fromkeys(run.setting.without_batch for run in report.runs))
     for panel in panels:
         if len(panels) > 1:
             ui.print_text(f"--- {panel}\n")
@@ -62,8 +62,8 @@ def _show_head(report: BenchReport, opened: Mapping[str, Opened]) -> None:
 
 def _show_panel(report: BenchReport, panel: str, unit: str) -> None:
     """Print the runs of one setting at all batch sizes."""
-    runs = [run for run in report.runs if run.setting.apart_from_batch == panel]
-    ratios = [ratio for ratio in report.ratios if ratio.setting.apart_from_batch == panel]
+    runs = [run for run in report.runs if run.setting.without_batch == panel]
+    ratios = [ratio for ratio in report.ratios if ratio.setting.without_batch == panel]
     _show_runs(runs, unit)
     dense = {run.name for run in runs if run.role == "dense"}
     if any(run.role == "peer" for run in runs):
@@ -73,7 +73,7 @@ def _show_panel(report: BenchReport, panel: str, unit: str) -> None:
     for ratio in ours:
         ui.print_text(f"batch {ratio.batch}{f', {ratio.name}' if several else ''}: {ratio}")
     for found in report.break_even:
-        if found.setting.apart_from_batch == panel and found.against in dense and len(found.tried) > 1:
+        if found.setting.without_batch == panel and found.against in dense and len(found.tried) > 1:
             ui.print_text(f"{f'{found.name}: ' if several else ''}{found}")
     for batch in dict.fromkeys(run.batch for run in runs if run.compilation):
         compiled = [(run.name, run.compilation) for run in runs if run.batch == batch and run.compilation]
@@ -81,7 +81,7 @@ def _show_panel(report: BenchReport, panel: str, unit: str) -> None:
         again = sum(each.recompiles for _, each in compiled)
         ui.print_text(f"batch {batch} compiled in: {seconds}; recompiled while timed: {again or 'never'}")
     for read in report.end_to_end:
-        if read.setting.apart_from_batch == panel:
+        if read.setting.without_batch == panel:
             _show_end_to_end(read, unit, {ratio.name for ratio in ours})
     ui.print_text("")
 

@@ -92,7 +92,7 @@ def _show_calibration(calibration: Calibration, unit: str) -> None:
     if calibration.clear:
         verdict = "clearly better than random dropping"
     elif calibration.mild:
-        verdict = "so few tokens are dropped that random dropping does hardly more harm"
+        verdict = "so few tokens are dropped that random dropping is hardly worse"
     ui.print_text(f"        {verdict} ({calibration.sigmas:.1f} standard errors)")
     ui.print_text("")
 

@@ -28,7 +28,7 @@ def show_search(found: FinishedSearch) -> None:
 
 
 def show_found(found: FinishedSearch) -> None:
-    """Print the found schedule beside the dense model and the paper's schedule."""
+    """Print the found schedule with the dense model and the paper's schedule."""
     from repshift_cli.cli import ui
 
     result, unit, on = found.result, found.loaded.description.preprocessing.unit, found.measured_on

@@ -178,10 +178,10 @@ def _slanted(digit: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarr
 
 def _fragment(digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A piece of a digit, too small to be recognised: float32, 7 to 11 pixels per side."""
-    whole = _slanted(digit, int(rng.integers(*_DIGIT_SIZES)), rng)
+    slanted = _slanted(digit, int(rng.integers(*_DIGIT_SIZES)), rng)
     height, width = rng.integers(7, 12, 2)
-    top, left = (int(rng.integers(0, whole.shape[0] - size + 1)) for size in (height, width))
-    return whole[top : top + height, left : left + width]
+    top, left = (int(rng.integers(0, slanted.shape[0] - size + 1)) for size in (height, width))
+    return slanted[top : top + height, left : left + width]
 
 
 def _paste(scene: np.ndarray, piece: np.ndarray, x: float, y: float, clear: bool = False) -> tuple[int, int]:

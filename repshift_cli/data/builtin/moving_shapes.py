@@ -127,8 +127,8 @@ def draw_scene(seed: int | Sequence[int] | np.random.Generator) -> Scene:
             _place(SHAPES[shape], COLOURS[colour], MOTIONS[motion], rng)
             for shape, colour, motion in zip(shapes, colours, motions, strict=True)
         )
-        apart = np.abs(first.centres(_MOMENTS) - second.centres(_MOMENTS)).max(axis=1)
-        if apart.min() >= 0.45 * (first.size + second.size):  # the squares overlap at most by a narrow strip
+        distances = np.abs(first.centres(_MOMENTS) - second.centres(_MOMENTS)).max(axis=1)
+        if distances.min() >= 0.45 * (first.size + second.size):  # the squares overlap at most by a narrow strip
             break
     return Scene((first, second), int(rng.integers(2**31)))
 
@@ -250,14 +250,14 @@ def write_dataset(folder: Path, count: int, seed: int, frames: int, size: int) -
     except FileExistsError as error:
         raise UsageError(f"{videos} already exists", "Choose another folder.") from error
     retrieval: list[dict[str, str]] = []
-    asked: list[dict[str, str | int]] = []
+    rows: list[dict[str, str | int]] = []
     for index, one in enumerate(drawn):
         name = f"{index:05d}.mp4"
         write_clip(render(one, frames, size), videos / name)
         retrieval.append({"video": name, "caption": caption(one)})
         for question, answer in two_questions(one):
-            asked.append({"question_id": len(asked), "video": name, "question": question, "answer": answer})
-    for file, content in (("retrieval.json", retrieval), ("qa.json", asked), ("answers.json", list(ANSWERS))):
+            rows.append({"question_id": len(rows), "video": name, "question": question, "answer": answer})
+    for file, content in (("retrieval.json", retrieval), ("qa.json", rows), ("answers.json", list(ANSWERS))):
         write_text(folder / file, json.dumps(content, indent=1) + "\n", force=True)
 
 

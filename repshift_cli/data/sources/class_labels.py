@@ -19,7 +19,7 @@ def classes_for_head(name: str, classes: tuple[str, ...], num_classes: int) -> t
         classes: the sorted names of the folders.
 
     Returns:
-        The 1000 ImageNet ids, where the names are some of them and the head has 1000 outputs; else the names.
+        The 1000 ImageNet ids, if the names are some of them and the head has 1000 outputs; else the names.
 
     Raises:
         DataError: the names are WordNet ids but not ImageNet-1k's, for a head of 1000; or numbers in an unclear order.

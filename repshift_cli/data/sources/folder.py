@@ -32,7 +32,7 @@ class FileDataset(ImageDataset):
         name: the name that the user gave.
         root: the folder of all files.
         samples: file and label of each image.
-        classes: the class names; empty where there are no labels.
+        classes: the class names; empty if there are no labels.
     """
 
     def __init__(self, name: str, root: Path, samples: Sequence[tuple[Path, int]], classes: tuple[str, ...]) -> None:
@@ -193,7 +193,7 @@ def _is_hidden(folder_name: str) -> bool:
 
 
 def _has_suffix(name: str, suffixes: Collection[str]) -> bool:
-    # macOS writes a "._name.jpg" beside each file that it copies
+    # macOS writes a "._name.jpg" next to each file that it copies
     return not name.startswith(".") and Path(name).suffix.lower() in suffixes
 
 

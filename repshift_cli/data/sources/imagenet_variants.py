@@ -118,18 +118,18 @@ class _SubsetFolders(FileDataset):
 class _Reassessed(Subset):
     """The validation images that have reassessed labels, each with all of its labels."""
 
-    def __init__(self, whole: ImageDataset) -> None:
+    def __init__(self, dataset: ImageDataset) -> None:
         all_labels = _real_labels()
-        labels = [all_labels[_validation_number(whole, index, len(all_labels)) - 1] for index in range(len(whole))]
-        super().__init__(whole, [index for index, correct in enumerate(labels) if correct])
+        labels = [all_labels[_validation_number(dataset, index, len(all_labels)) - 1] for index in range(len(dataset))]
+        super().__init__(dataset, [index for index, correct in enumerate(labels) if correct])
         self.name = _REAL
         self.labels = [correct for correct in labels if correct]
         if not self.indices:
-            raise DataError(f"none of the {len(whole)} images has a reassessed label")
+            raise DataError(f"none of the {len(dataset)} images has a reassessed label")
 
     @property
     def description(self) -> str:
-        return f"{self.whole.description}; {len(self.whole) - len(self)} without a reassessed label are skipped"
+        return f"{self.dataset.description}; {len(self.dataset) - len(self)} without a reassessed label are skipped"
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         image, _ = super().load(index)
@@ -147,11 +147,11 @@ class _Reassessed(Subset):
         return self
 
 
-def _validation_number(whole: ImageDataset, index: int, count: int) -> int:
-    number = validation_number(Path(whole.key(index)).name)
+def _validation_number(dataset: ImageDataset, index: int, count: int) -> int:
+    number = validation_number(Path(dataset.key(index)).name)
     if number is None or not 1 <= number <= count:
         raise DataError(
-            f"{whole.sample_id(index)} is not named like ILSVRC2012_val_00000001.JPEG, so its reassessed labels are "
+            f"{dataset.sample_id(index)} is not named like ILSVRC2012_val_00000001.JPEG, so its reassessed labels are "
             "unknown",
             "Keep the official names of the validation images.",
         )

@@ -37,7 +37,7 @@ def is_timm_name(name: str) -> bool:
 
 
 def open_timm(name: str, data_dir: Path | None) -> ImageDataset:
-    """Open `PREFIX/NAME` or `PREFIX/NAME@SPLIT` (validation where none is given) below `data_dir`.
+    """Open `PREFIX/NAME` or `PREFIX/NAME@SPLIT` (validation if none is given) below `data_dir`.
 
     Raises:
         DataError: a package or the data are missing, or timm has no such dataset.

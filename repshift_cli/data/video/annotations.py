@@ -46,7 +46,7 @@ class Protocol:
         split: which part of the benchmark is used.
         annotations: possible names of the annotation file, in order of preference.
         folders: possible names of the folder of videos, in order of preference.
-        videos, texts: the usual number of videos and of captions or questions; None where unknown.
+        videos, texts: the usual number of videos and of captions or questions; None if unknown.
         answers: possible names of the list of answers.
         paragraph: whether the captions of a row are joined to one text.
         text_length: tokens at which UMT's fine-tuning truncates a text.
@@ -137,7 +137,7 @@ class VideoTextSet:
 
     Attributes:
         name: of the benchmark, or of the annotation file.
-        description: one line for people.
+        description: one line for the user.
         videos: those that exist.
         missing: names in the annotations for which there is no file.
         notes: remarks for the user.
@@ -419,7 +419,7 @@ class _VideoIndex:
     found: dict[str, Path | None] = field(default_factory=dict)
 
     def find(self, row: _Row, name: str) -> int | None:
-        """The number of a video; None where it is missing."""
+        """The number of a video; None if it is missing."""
         if name not in self.found:
             try:
                 path = self.found[name] = find_video(self.folder, name)
@@ -515,7 +515,7 @@ def _answers(files: _Files, right_answers: Iterable[str]) -> tuple[dict[str, Non
 
 
 def _size_notes(protocol: Protocol | None, videos: int, texts: int, what: str) -> tuple[str, ...]:
-    """Notes where the annotations have far more or fewer videos or texts than the benchmark."""
+    """Notes if the annotations have far more or fewer videos or texts than the benchmark."""
     if protocol is None:
         return ()
     counts = ((videos, protocol.videos, "videos"), (texts, protocol.texts, what))

@@ -49,7 +49,7 @@ class Clip:
         frames: RGB images, as many as requested.
         available: number of frames that can be decoded.
         padded: whether the video has fewer frames than requested, so that the last one is repeated.
-        declared: number of frames in the header of the file; 0 where it has none.
+        declared: number of frames in the header of the file; 0 if it has none.
     """
 
     frames: list[Image.Image]
@@ -104,7 +104,7 @@ def clip_tensor(clip: Clip, transform: Callable[[Image.Image], Tensor]) -> Tenso
 
 
 def find_video(folder: Path, name: str) -> Path | None:
-    """The file or folder of frames for a `name` in annotations; None where there is none.
+    """The file or folder of frames for a `name` in annotations; None if there is none.
 
     Annotations have names with a suffix, without one, or with another one. Tried in this order: the file itself, the
     name with each known suffix, its stem with each known suffix, a folder of frames with this name or stem.
@@ -175,8 +175,8 @@ class _Survey:
 
     Attributes:
         packets: compressed frames in the file.
-        declared: number of frames in the header; 0 where it has none.
-        rate: frames per second; 0 where it is unknown.
+        declared: number of frames in the header; 0 if it has none.
+        rate: frames per second; 0 if it is unknown.
     """
 
     packets: int
@@ -195,7 +195,7 @@ def _clip_of_video(path: Path, frames: int, first_seconds: float | None) -> Clip
     _check_pyav()
     survey = _survey(path)
     available = survey.packets
-    # packets are counted, as decord does; a second pass is needed only where some packets have no frame
+    # packets are counted, as decord does; a second pass is needed only if some packets have no frame
     for _ in range(2):
         _check_enough(path, available, survey.declared)
         usable = survey.within(available, first_seconds)

@@ -1,6 +1,6 @@
 """Accuracy of models on a labelled dataset. All models of a run see the same decoded batches.
 
-The way of an image: `data/loader.py` decodes and batches it, `runner.py` classifies the batch and counts, `counts.py`
+Data flow: `data/loader.py` decodes and batches it, `runner.py` classifies the batch and counts, `counts.py`
 adds up the counts, `result.py` is the outcome. `resume.py` keeps counts of completed shards (consecutive batches).
 
 The dataset is cut into the same batches whichever process runs them and whether or not the run was resumed. So the

@@ -52,7 +52,7 @@ class EvaluationJob:
         return range(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.dataset)))
 
     def header(self) -> dict[str, Any]:
-        """Identity of the run for resuming; the keys are shown to the user where two runs differ."""
+        """Identity of the run for resuming; the keys are shown to the user if two runs differ."""
         stamps = sha256()
         for index in range(len(self.dataset)):
             stamps.update(self.dataset.stamp(index).encode("utf-8", "backslashreplace") + b"\n")

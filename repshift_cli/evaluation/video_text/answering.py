@@ -46,7 +46,7 @@ class QuestionBatch:
 
     Attributes:
         indices: of the questions whose video is readable.
-        video: `[v, T, 3, H, W]`; None where no video is readable.
+        video: `[v, T, 3, H, W]`; None if no video is readable.
         ids, mask: int64 `[b, L]`, the questions.
         broken: questions whose video is unreadable, with the reason.
         video_of: for each question the position of its video in `video`.
@@ -128,7 +128,7 @@ class AnswerEvaluation:
     """The result of all models.
 
     Attributes:
-        questions: number of questions that every model was asked.
+        questions: number of questions that every model answered.
         answers: number of possible answers.
         not_in_list: questions whose right answer is not in the list of answers; they count as wrong.
         k: number of answers that were scored as a whole.
@@ -172,7 +172,7 @@ def rank_answers(
     Args:
         states, mask: of the questions: `[B, L, D']` and int64 `[B, L]`, on the model's device.
         answer_ids, answer_mask: int64 `[A, La]`, `La > 1`, on any device.
-        k: number of answers to score as a whole; all where there are fewer.
+        k: number of answers to score as a whole; all if there are fewer.
         pair_batch: pairs of question and answer per batch.
 
     Raises:
@@ -206,7 +206,7 @@ def evaluate_answers(
     k: int = 128,
     pair_batch: int = 128,
 ) -> AnswerEvaluation:
-    """Ask every model every question, on the same decoded videos.
+    """Answer every question with every model, on the same decoded videos.
 
     Args:
         models: by name. They are set to eval mode and moved to the device and dtype in place.
@@ -239,7 +239,7 @@ def evaluate_answers(
         for batch in batches:
             counts.skipped += skipped_of(batch.broken, sample_id, settings.strict)
             if batch.video is not None and len(batch.indices) > 0:
-                _ask(answerers, batch, counts)
+                _answer_batch(answerers, batch, counts)
             task.advance(len(batch.indices) + len(batch.broken))
     if counts.questions == 0:
         problem = f"none of the {len(counts.skipped)} questions of {dataset} has a video that can be read"
@@ -305,7 +305,7 @@ class _Answerer:
         return given
 
 
-def _ask(answerers: Mapping[str, _Answerer], batch: QuestionBatch, counts: _Counts) -> None:
+def _answer_batch(answerers: Mapping[str, _Answerer], batch: QuestionBatch, counts: _Counts) -> None:
     """Run all models on one batch and count their answers."""
     assert batch.video is not None
     if not len(batch.indices) == len(batch.video_of) == len(batch.ids) == len(batch.answers):
@@ -372,9 +372,9 @@ def _losses(
     rows = torch.arange(len(chosen)).repeat_interleave(chosen.shape[1])
     losses = []
     for row, answer in zip(rows.split(pair_batch), chosen.flatten().split(pair_batch), strict=True):
-        asked = (part[row.to(device)] for part in questions)
+        states = (part[row.to(device)] for part in questions)
         candidates = (part[answer.to(home)].to(device) for part in answers)
-        loss = model.answer_loss(*asked, *candidates)
+        loss = model.answer_loss(*states, *candidates)
         if tuple(loss.shape) != (len(row),):
             raise ModelError(f"{name}: the losses of {len(row)} answers have shape {tuple(loss.shape)}")
         losses.append(check_finite(name, loss).float().cpu())

@@ -64,7 +64,7 @@ def task_of(model: nn.Module) -> Task:
 
 
 def choose_pooling(opened: Opened, pooling: Pooling | None) -> Pooling:
-    """Set the pooling of a dense retrieval model, where one is given. Returns the pooling in use."""
+    """Set the pooling of a dense retrieval model, if one is given. Returns the pooling in use."""
     model = opened.loaded.model
     assert isinstance(model, UmtModel)
     if pooling is None:
@@ -242,15 +242,15 @@ def _question_batches(
     for index, question in enumerate(data.questions):
         questions_of[question.video].append(index)
     for batch in batches:
-        asked = [(index, place) for place, video in enumerate(batch.indices) for index in questions_of[video]]
-        questions = [data.questions[index] for index, _ in asked]
+        pairs = [(index, place) for place, video in enumerate(batch.indices) for index in questions_of[video]]
+        questions = [data.questions[index] for index, _ in pairs]
         texts = tokenizer.texts([question.question for question in questions], longest)
         yield QuestionBatch(
-            indices=[index for index, _ in asked],
+            indices=[index for index, _ in pairs],
             video=batch.pixels,
             ids=texts.ids,
             mask=texts.mask,
             answers=[question.answer for question in questions],
             broken=[(index, reason) for video, reason in batch.broken for index in questions_of[video]],
-            video_of=[place for _, place in asked],
+            video_of=[place for _, place in pairs],
         )

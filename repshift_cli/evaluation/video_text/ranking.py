@@ -25,7 +25,7 @@ class RetrievalModel(VideoModel, Protocol):
     """A module that compares videos with texts: fast by `project_*`, and pair by pair by `match`."""
 
     def project_video(self, tokens: Tensor) -> Tensor:
-        """`[B, N, D]` to `[B, F, E]`, of norm 1 for each frame; F is 1 where all tokens are pooled."""
+        """`[B, N, D]` to `[B, F, E]`, of norm 1 for each frame; F is 1 if all tokens are pooled."""
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """int64 `[B, L]` each, to hidden states `[B, L, D']` below the fusion layers."""
@@ -137,7 +137,7 @@ def matching_scores(
         sim: `[V, S]` on the CPU; among equal similarities the lower index is chosen.
         hidden, mask: `[S, L, D']` and `[S, L]` of all texts, on any device.
         tokens: `[V, N, D]` of all videos, on any device, or mapped from a file.
-        k: number of candidates of each query; all where the gallery has fewer.
+        k: number of candidates of each query; all if the gallery has fewer.
         pair_batch: pairs per batch.
 
     Returns:

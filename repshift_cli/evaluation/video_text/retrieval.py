@@ -237,7 +237,7 @@ class _Captions(NamedTuple):
     mask: Tensor
 
     def select(self, rows: Sequence[int]) -> _Captions:
-        """Some captions; no copy where these are all."""
+        """Some captions; no copy if these are all."""
         if len(rows) == len(self.embeddings):
             return self
         kept = torch.tensor(rows)

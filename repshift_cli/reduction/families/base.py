@@ -60,7 +60,7 @@ class Site:
         probes: where to find the tensors that metrics read. `block_input` and `block_output` need none.
         missing: why a tensor is not available here, for messages; the key `*` stands for every tensor.
         attention_channels: heads times channels per head of its attention, 0 without attention.
-        width, head: channels of a token, and of one head; 0 where tokens cannot be merged.
+        width, head: channels of a token, and of one head; 0 if tokens cannot be merged.
         attended: a module whose output is the stream between attention and MLP, where it can be reduced as well; None
             if the block has none.
         early: the tensors that are available there; `block_output` is then the stream so far.

@@ -121,7 +121,7 @@ class ResidualCNN(Family):
             pieces = _pieces(model)
         except _UnsupportedError as error:
             return str(error)
-        if odd := next((piece.name for piece in pieces if not piece.ways_agree()), None):
+        if odd := next((piece.name for piece in pieces if not piece.sizes_agree()), None):
             return f"path and shortcut of {odd} have outputs of different sizes for maps with an odd number of lines"
         if not any(piece.barred is None for piece in pieces):
             return "none of its blocks has an input and an output of the same shape"
@@ -199,7 +199,7 @@ class _Piece:
     shortcut: _Steps | None
     barred: str | None
 
-    def ways_agree(self) -> bool:
+    def sizes_agree(self) -> bool:
         """Whether path and shortcut give maps of the same size for every input size."""
         sides = range(_LONG_SIDE, _LONG_SIDE + 8)  # every remainder for strides up to 8
         steps = self.shortcut

@@ -63,7 +63,7 @@ class _TimmStream(SizedStream):
         return Stream.block_input(self, args, output)
 
     def sizes_of(self, count: int) -> Tensor | None:
-        """The sizes `[B, count]` where there are `count` tokens."""
+        """The sizes `[B, count]` of `count` tokens."""
         return self.sizes.get(count)
 
     def last(self) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The L2 norm of a token after the block, a baseline that does not look at the layer."""
+"""The L2 norm of a token after the block, a baseline that is independent of the layer's change."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from repshift_cli.planning.registry import build_component, members
 
 
 class Dims(NamedTuple):
-    """Channels at a site: of a token, and of one head of the attention (0 where there is none)."""
+    """Channels at a site: of a token, and of one head of the attention (0 if there is none)."""
 
     width: int
     head: int

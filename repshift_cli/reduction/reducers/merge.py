@@ -30,14 +30,14 @@ class Merge(Merger):
         self, tokens: Tensor, sizes: Tensor, scores: Tensor, count: int, prefix: int, seen: Mapping[str, Tensor]
     ) -> Merged:
         keep, drop = split_top(scores, scores.shape[1] - count)
-        index, gone = with_prefix(keep, prefix), drop + prefix
-        kept, sources = gather_tokens(tokens, index), gather_tokens(tokens, gone)
+        index, others = with_prefix(keep, prefix), drop + prefix
+        kept, sources = gather_tokens(tokens, index), gather_tokens(tokens, others)
         if self.similarity == "keys":
             features = key_features(seen["attention_key"])
-            targets = nearest(gather_tokens(features, gone), gather_tokens(features, keep + prefix))
+            targets = nearest(gather_tokens(features, others), gather_tokens(features, keep + prefix))
         else:
             targets = nearest(sources, kept[:, prefix:])
-        merged, new_sizes = merge_into(kept, sizes.gather(1, index), sources, sizes.gather(1, gone), targets + prefix)
+        merged, new_sizes = merge_into(kept, sizes.gather(1, index), sources, sizes.gather(1, others), targets + prefix)
         return Merged(merged, new_sizes, keep)
 
     def macs(self, patches: int, dropped: int, dims: Dims) -> int:

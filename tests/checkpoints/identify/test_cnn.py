@@ -55,7 +55,7 @@ def trained(name: str, **options: Any) -> nn.Module:
 
 
 def same(loaded: LoadedModel, model: nn.Module, size: int = 64) -> bool:
-    # kernels round by how weights lie in memory, and those of a mapped file lie as they do in the file
+    # rounding of kernels depends on the memory layout of the weights, which in a mapped file is that of the file
     copied = copy.deepcopy(loaded.model)
     with torch.no_grad():
         return torch.equal(copied(images(2, size)), model(images(2, size)))
@@ -75,7 +75,7 @@ def same(loaded: LoadedModel, model: nn.Module, size: int = 64) -> bool:
         "test_convnext",
     ],
 )
-def test_there_and_back(name: str, tmp_path: Path) -> None:
+def test_saved_weights_are_detected_and_loaded(name: str, tmp_path: Path) -> None:
     model = trained(name)
     loaded = load_checkpoint(save_weights(model, tmp_path / f"{name}.safetensors"))
     assert (loaded.description.name, loaded.description.architecture) == (name, name)
@@ -108,7 +108,7 @@ def test_registered_models_are_detected(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet14t", "convnext_atto", "regnety_002"])
-def test_classes_are_read_off_and_may_be_missing(name: str) -> None:
+def test_the_number_of_classes_is_detected(name: str) -> None:
     assert found(weights_of(name, num_classes=3), name).args == {"num_classes": 3}
     headless = {key: value for key, value in weights_of(name).items() if not re.match(r"fc\.|head\.fc\.", key)}
     assert found(headless, name).args == {"num_classes": 0}
@@ -137,33 +137,33 @@ def test_counters_that_old_files_do_not_have(tmp_path: Path) -> None:
 
 
 class TestSeveralThatFit:
-    def test_they_are_listed_the_plain_one_first(self) -> None:
+    def test_all_are_listed_with_the_plain_one_first(self) -> None:
         error = refusal(weights_of("resnet50"))
         assert "compute different things: resnet50, resnetaa50, resnetblur50" in error.message
         assert "--model" in error.hint
 
     @pytest.mark.parametrize("name", ["resnet50", "resnetaa50", "resnetblur50"])
-    def test_the_files_name_or_the_user_says_which(self, name: str) -> None:
+    def test_the_file_name_or_the_user_chooses(self, name: str) -> None:
         tensors = weights_of("resnet50")
         assert found(tensors, hint=f"{name}-0676ba61").name == name
         assert found(tensors, model_name=name).name == name
 
-    def test_the_recipe_says_which(self) -> None:
+    def test_the_recipe_chooses(self) -> None:
         identity = identify(weights_of("resnet50"), "weights.pth", LoadOptions(fallback_name="resnetblur50"), "weights")
         assert identity.name == "resnetblur50"
 
 
 class TestPreprocessing:
-    def test_another_that_may_be_meant_is_told(self) -> None:
+    def test_other_possible_models_are_noted(self) -> None:
         identity = found(weights_of("resnet50"), hint="resnet50")
         assert (identity.preprocessing.interpolation, identity.preprocessing.crop_pct) == ("bicubic", 0.95)
         assert any("resnet50.tv_in1k" in note and "--model" in note for note in identity.notes)
 
-    def test_the_user_says_which(self) -> None:
+    def test_the_user_chooses(self) -> None:
         identity = found(weights_of("resnet50"), model_name="resnet50.tv_in1k")
         assert (identity.preprocessing.interpolation, identity.preprocessing.crop_pct) == ("bilinear", 0.875)
 
-    def test_the_files_name_says_which(self) -> None:
+    def test_the_file_name_chooses(self) -> None:
         identity = found(weights_of("resnet50"), hint="resnet50.tv_in1k")
         assert identity.name == "resnet50.tv_in1k"
         assert (identity.preprocessing.interpolation, identity.preprocessing.crop_pct) == ("bilinear", 0.875)
@@ -225,7 +225,7 @@ class TestUnregisteredShapes:
         )
         assert "--model" in error.hint
 
-    def test_our_own_files_say_what_it_is(self, tmp_path: Path) -> None:
+    def test_a_self_describing_file(self, tmp_path: Path) -> None:
         import json
 
         model = trained("resnet18", **self.ARGS)
@@ -299,7 +299,7 @@ def test_other_numbers_of_channels() -> None:
         {"input_size": [3, float("inf"), 224]},
     ],
 )
-def test_preprocessing_that_cannot_be(values: dict[str, Any]) -> None:
+def test_invalid_preprocessing(values: dict[str, Any]) -> None:
     fine = Preprocessing((3, 224, 224), (0.5,) * 3, (0.5,) * 3, "bicubic", 0.9).to_dict()
     with pytest.raises(CheckpointError, match="the preprocessing of the model"):
         Preprocessing.from_dict(fine | values)
@@ -345,14 +345,14 @@ class TestImageSize:
         with pytest.raises(UsageError, match="takes images of 32x32: its position table has that size"):
             load_checkpoint(path, LoadOptions(img_size=64))
 
-    def test_random_weights_are_drawn_for_any(self) -> None:
+    def test_random_weights_of_any_size(self) -> None:
         loaded = load_checkpoint("test_vit", LoadOptions(img_size=96))
         assert loaded.description.args == {"img_size": 96}
         assert loaded.model(images(1, 96)).shape == (1, 1000)
 
     @pytest.mark.parametrize("size", [0, -3, 10**6])
     @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-    def test_one_that_cannot_be(self, name: str, size: int) -> None:
+    def test_an_invalid_size(self, name: str, size: int) -> None:
         with pytest.raises(UsageError, match="must be from 1 to 16384"):
             load_checkpoint(name, LoadOptions(img_size=size))
 

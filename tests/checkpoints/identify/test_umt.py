@@ -1,4 +1,4 @@
-"""UMT: told from the tensors of its authors' checkpoints, and refused where they are those of another model."""
+"""UMT: detection of the authors' checkpoints, and refusal of other models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ State = dict[str, Tensor]
 
 
 def load(path: Path, model: UmtModel | None = None, **options: Any) -> LoadedModel:
-    """Loaded as the model that the file is of, or as `tiny_umt()`."""
+    """Load the file as its model, or as `tiny_umt()`."""
     shape = (model or tiny_umt()).vision
     own = LoadOptions(None, shape.heads, shape.img_size, shape.frames, shape.checkpoint_frames)
     return load_checkpoint(path, replace(own, **options))
@@ -52,7 +52,7 @@ def state(**options: Any) -> State:
 
 
 def pretraining(tensors: State) -> State:
-    """As the authors' files of pretraining have the same weights."""
+    """The same weights in the form of the authors' pretraining files."""
     changed = {key.replace("text_encoder.", "text_encoder.bert.", 1): value for key, value in tensors.items()}
     extra = (
         "clip_teacher.conv1.weight",
@@ -62,7 +62,7 @@ def pretraining(tensors: State) -> State:
     return {**changed, **{key: torch.zeros(3) for key in extra}}
 
 
-class TestThereAndBack:
+class TestRoundTrip:
     @pytest.mark.parametrize(
         "options",
         [
@@ -109,7 +109,7 @@ class TestThereAndBack:
         torch.save(wrap(state()), tmp_path / "weights.pth")
         assert same(load(tmp_path / "weights.pth"), model)
 
-    def test_half_precision_is_widened(self, tmp_path: Path) -> None:
+    def test_half_precision_is_converted_to_float32(self, tmp_path: Path) -> None:
         model = tiny_umt()
         for parameter in model.parameters():
             parameter.data = parameter.data.half().float()
@@ -119,7 +119,7 @@ class TestThereAndBack:
         )
         assert same(load(tmp_path / "a.pth"), model)
 
-    def test_what_serves_pretraining_is_left_out_with_a_note(self, tmp_path: Path) -> None:
+    def test_tensors_of_pretraining_are_left_out_with_a_note(self, tmp_path: Path) -> None:
         torch.save({"model": pretraining(state())}, tmp_path / "weights.pth")
         loaded = load(tmp_path / "weights.pth")
         assert "left out 3 tensors that only pretraining uses" in loaded.notes
@@ -147,9 +147,9 @@ class TestThereAndBack:
             load_checkpoint(path, LoadOptions(model_name="umt_base"))
         with pytest.raises(CheckpointError, match="the weights are those of another UMT, not of umt_tiny"):
             load_checkpoint(path, LoadOptions(model_name="umt_tiny", heads=4))
-        told = load_checkpoint(path, LoadOptions(model_name="umt_tiny", img_size=32, frames=3, checkpoint_frames=2))
-        assert told.description.preprocessing.shape == (3, 3, 32, 32)
-        assert told.description.args["vision"]["checkpoint_frames"] == 2
+        loaded = load_checkpoint(path, LoadOptions(model_name="umt_tiny", img_size=32, frames=3, checkpoint_frames=2))
+        assert loaded.description.preprocessing.shape == (3, 3, 32, 32)
+        assert loaded.description.args["vision"]["checkpoint_frames"] == 2
 
     def test_random_weights_by_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = tiny_umt()
@@ -173,7 +173,7 @@ class TestHeads:
         vision, text = (found(state(width=128), heads=None).args[side] for side in ("vision", "text"))
         assert (vision["heads"], text["heads"]) == (2, 1)
 
-    def test_another_width_needs_them(self, tmp_path: Path) -> None:
+    def test_another_width_needs_the_option(self, tmp_path: Path) -> None:
         model = tiny_umt(width=48)
         path = save_weights(model, tmp_path / "weights.safetensors")
         with pytest.raises(CheckpointError, match="unknown number of attention heads for width 48") as caught:
@@ -182,7 +182,7 @@ class TestHeads:
         assert same(load(path, heads=4), model)
 
     @pytest.mark.parametrize(("heads", "message"), [(5, "5 heads do not divide a width of 64"), (-4, "at least 1")])
-    def test_that_do_not_fit(self, heads: int, message: str, tmp_path: Path) -> None:
+    def test_heads_that_do_not_fit(self, heads: int, message: str, tmp_path: Path) -> None:
         path = save_weights(tiny_umt(), tmp_path / "weights.safetensors")
         with pytest.raises(CheckpointError, match=message):
             load(path, heads=heads)
@@ -237,7 +237,7 @@ class TestClips:
             load(path, **clips)
 
     @pytest.mark.parametrize("clips", [{"frames": 3}, {"checkpoint_frames": 3}])
-    def test_a_model_of_images_takes_none(self, clips: dict[str, int], tmp_path: Path) -> None:
+    def test_a_model_of_images_takes_no_clips(self, clips: dict[str, int], tmp_path: Path) -> None:
         path = save_weights(tiny_vit(), tmp_path / "weights.safetensors")
         with pytest.raises(UsageError, match="takes single images, not clips"):
             load_checkpoint(path, LoadOptions(heads=2, **clips))

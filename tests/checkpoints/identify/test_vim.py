@@ -53,7 +53,7 @@ def same(loaded: LoadedModel, model: VisionMamba) -> bool:
         return torch.equal(loaded.model(batch), model(batch))
 
 
-class TestThereAndBack:
+class TestRoundTrip:
     @pytest.mark.parametrize(
         "options",
         [
@@ -189,7 +189,7 @@ def without(*words: str) -> Callable[[State], State]:
 
 
 def plus(**shapes: tuple[int, ...]) -> Callable[[State], State]:
-    """Add or replace tensors; a double underscore stands for the point in a key."""
+    """Add or replace tensors; a double underscore stands for a dot in a key."""
     return lambda state: state | {key.replace("__", "."): torch.zeros(shape) for key, shape in shapes.items()}
 
 

@@ -1,4 +1,4 @@
-"""The built-in videos: equal for equal seeds, true to their captions, and kept by an encoder."""
+"""The built-in videos: equal for equal seeds, matching their captions, and preserved by a video encoder."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def thousand() -> list[Scene]:
 
 
 def alone(one: Moving) -> Scene:
-    """A scene with one object to see: the other is far outside the frame."""
+    """A scene with one visible object; the other is outside of the frame."""
     return Scene((Moving("bar", "green", "nowhere", (9.0, 9.0), 0.3, 0.0), one), 5)
 
 
@@ -90,14 +90,14 @@ def test_objects_differ_and_stay_in_the_frame(thousand: list[Scene]) -> None:
             assert (centres <= 1 - item.size / 2 + 1e-9).all()
 
 
-def test_objects_move_as_told(thousand: list[Scene]) -> None:
+def test_objects_move_by_their_motion(thousand: list[Scene]) -> None:
     for item in (item for one in thousand for item in one.objects):
         way = item.centres(6)[-1] - item.centres(6)[0]
         np.testing.assert_allclose(way, item.travel * np.array(STEPS[item.motion]), atol=1e-9)
         assert item.travel >= 1 / 3 or item.motion == "nowhere"
 
 
-def test_objects_seldom_meet(thousand: list[Scene]) -> None:
+def test_objects_rarely_overlap(thousand: list[Scene]) -> None:
     def nearest(one: Scene) -> float:
         first, second = (item.centres(25) for item in one.objects)
         return float(np.abs(first - second).max(axis=1).min() / sum(item.size / 2 for item in one.objects))
@@ -105,7 +105,7 @@ def test_objects_seldom_meet(thousand: list[Scene]) -> None:
     assert np.mean([nearest(one) < 0.8 for one in thousand]) < 0.02
 
 
-def test_every_look_and_motion_is_about_as_frequent(thousand: list[Scene]) -> None:
+def test_shapes_colours_and_motions_are_about_equally_frequent(thousand: list[Scene]) -> None:
     items = [item for one in thousand for item in one.objects]
     for values, name in ((SHAPES, "shape"), (COLOURS, "colour"), (MOTIONS, "motion")):
         counts = Counter(getattr(item, name) for item in items)
@@ -114,7 +114,7 @@ def test_every_look_and_motion_is_about_as_frequent(thousand: list[Scene]) -> No
 
 
 @pytest.mark.parametrize("motion", MOTIONS)
-def test_pixels_move_as_told(motion: str) -> None:
+def test_pixels_move_by_the_motion(motion: str) -> None:
     step = np.array(STEPS[motion])
     mask = seen(Moving("circle", "red", motion, tuple(0.5 - 0.2 * step), 0.3, 0.4 * bool(step.any())))
     places = np.array([np.argwhere(frame).mean(axis=0)[::-1] for frame in mask]) / 48
@@ -123,7 +123,7 @@ def test_pixels_move_as_told(motion: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_shape_fills_its_square_and_no_more(shape: str) -> None:
+def test_a_shape_fills_exactly_its_square(shape: str) -> None:
     mask = seen(Moving(shape, "white", "nowhere", (0.5, 0.5), 0.5, 0.0), 1, 96)[0]
     rows, columns = np.argwhere(mask).T
     for places in (rows, columns):
@@ -132,7 +132,7 @@ def test_a_shape_fills_its_square_and_no_more(shape: str) -> None:
     assert max(np.ptp(rows), np.ptp(columns)) >= 40
 
 
-def test_no_two_shapes_look_alike() -> None:
+def test_all_shapes_differ() -> None:
     masks = [seen(Moving(shape, "white", "nowhere", (0.5, 0.5), 0.3, 0.0), 1)[0] for shape in SHAPES]
     for place, mask in enumerate(masks):
         for other in masks[:place]:
@@ -146,7 +146,7 @@ def test_clips_have_any_size(frames: int, size: int) -> None:
     assert clip.dtype == np.uint8
 
 
-def test_the_object_has_its_colour_and_the_second_lies_above() -> None:
+def test_colours_and_the_second_object_is_in_front() -> None:
     below = Moving("square", "red", "nowhere", (0.5, 0.5), 0.3, 0.0)
     above = Moving("circle", "white", "nowhere", (0.5, 0.5), 0.15, 0.0)
     clip = render(Scene((below, above), 0))
@@ -161,25 +161,25 @@ def test_the_background_is_dark_and_still() -> None:
     assert (clip == clip[:1]).all()
 
 
-def test_captions_and_questions_read_as_told() -> None:
-    told = Scene(
+def test_texts_of_captions_and_questions() -> None:
+    example = Scene(
         (
             Moving("circle", "orange", "left", (0.8, 0.2), 0.3, 0.4),
             Moving("square", "blue", "nowhere", (0.3, 0.7), 0.3, 0.0),
         ),
         0,
     )
-    assert caption(told) == "an orange circle moves left and a blue square stays still"
-    assert questions(told)[:4] == [
+    assert caption(example) == "an orange circle moves left and a blue square stays still"
+    assert questions(example)[:4] == [
         ("what color is the circle", "orange"),
         ("what shape is orange", "circle"),
         ("where does the circle move", "left"),
         ("where does the orange shape move", "left"),
     ]
-    assert ("where does the square move", "nowhere") in questions(told)
+    assert ("where does the square move", "nowhere") in questions(example)
 
 
-def test_answers_are_all_known_and_follow_from_the_question(thousand: list[Scene]) -> None:
+def test_answers_are_in_the_list_and_fit_the_question(thousand: list[Scene]) -> None:
     assert len(set(ANSWERS)) == len(ANSWERS) == 21
     for one in thousand[:200]:
         asked = questions(one)
@@ -187,7 +187,7 @@ def test_answers_are_all_known_and_follow_from_the_question(thousand: list[Scene
         assert len({question for question, _ in asked}) == 8
 
 
-def test_two_questions_are_one_of_look_and_one_of_motion(thousand: list[Scene]) -> None:
+def test_two_questions_are_about_appearance_and_motion(thousand: list[Scene]) -> None:
     chosen = [two_questions(one) for one in thousand]
     assert all(look.question.startswith("what") and look.answer not in MOTIONS for look, _ in chosen)
     assert all(motion.question.startswith("where") and motion.answer in MOTIONS for _, motion in chosen)
@@ -218,7 +218,7 @@ def test_a_video_keeps_its_frames(tmp_path: Path) -> None:
     assert back.shape == clip.shape
     error = np.abs(back.astype(int) - clip)
     assert error.mean() < 3
-    # Chroma has half the resolution, so that outlines suffer most.
+    # Chroma has half the resolution, so outlines have the largest error.
     assert np.percentile(error, 99) < 40
     assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
 
@@ -236,13 +236,13 @@ def test_odd_sides_are_refused(tmp_path: Path) -> None:
         write_clip(np.zeros((2, 48, 47, 3), np.uint8), tmp_path / "clip.mp4")
 
 
-def test_without_pyav_the_way_to_get_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pyav_the_error_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UsageError, match=r"repshift-cli\[video\]"):
         write_clip(np.zeros((2, 48, 48, 3), np.uint8), tmp_path / "clip.mp4")
 
 
-def test_a_dataset_has_umts_files(tmp_path: Path) -> None:
+def test_a_dataset_has_the_files_of_umt(tmp_path: Path) -> None:
     pytest.importorskip("av")
     folder = tmp_path / "set"
     write_dataset(folder, 3, TEST_SEED, frames=6, size=48)
@@ -271,5 +271,5 @@ def test_a_dataset_is_not_mixed_with_another(tmp_path: Path) -> None:
         write_dataset(tmp_path, 1, TEST_SEED, frames=2, size=48)
 
 
-def test_all_names_are_there() -> None:
+def test_all_scenes_have_files() -> None:
     assert all(hasattr(moving_shapes, name) for name in moving_shapes.__all__)

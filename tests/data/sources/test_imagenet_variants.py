@@ -1,4 +1,4 @@
-"""Test sets of ImageNet models: right labels, right outputs to choose among, and one error for what does not fit."""
+"""Test sets of ImageNet models: labels, compared outputs, and errors for data that does not fit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def timm_list(name: str) -> list[str]:
 
 
 def put(path: Path, output: int = 0) -> None:
-    """An image that says which output a model that reads it is to hold likeliest."""
+    """An image whose pixels encode the most likely output of `Reader`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     stream = io.BytesIO()
     Image.new("RGB", (8, 8), (output // 10, output % 10, 0)).save(stream, "PNG")
@@ -38,7 +38,7 @@ def put(path: Path, output: int = 0) -> None:
 
 
 class Reader(nn.Module):
-    """Holds the output that an image names likeliest, then the ones after it."""
+    """Predicts the output that an image encodes; the following outputs are the next most likely."""
 
     def __init__(self, outputs: int = 1000) -> None:
         super().__init__()
@@ -72,14 +72,14 @@ class TestReassessed:
 
     @pytest.fixture
     def root(self, tmp_path: Path) -> Path:
-        """Images 1 (without labels), 2 and 3 (with two), 4 (with one), in folders of classes that they are not of."""
+        """Images 1 (without labels), 2 and 3 (with two), 4 (with one), in folders of other classes."""
         assert [len(self.REAL[number - 1]) for number in (1, 2, 3, 4)] == [0, 2, 2, 1]
         second = self.REAL[1][1], self.REAL[2][1]
         for number, output in ((1, 5), (2, second[0]), (3, second[1]), (4, (self.REAL[3][0] + 1) % 1000)):
             put(tmp_path / WNIDS[7] / f"ILSVRC2012_val_{number:08d}.png", output)
         return tmp_path
 
-    def test_several_labels_may_be_right_and_images_without_are_left_out(self, root: Path) -> None:
+    def test_images_with_several_labels_and_without_labels(self, root: Path) -> None:
         data = open_dataset("imagenet-real", root)
         assert len(data) == 3
         assert [data.answers(index, 0) for index in range(3)] == [tuple(self.REAL[number]) for number in (1, 2, 3)]
@@ -91,12 +91,12 @@ class TestReassessed:
         limited = open_dataset("imagenet-real", root, limit=1)
         assert limited.answers(0, 0) == tuple(self.REAL[2])
 
-    def test_other_names_tell_no_label(self, root: Path) -> None:
+    def test_other_file_names_have_no_label(self, root: Path) -> None:
         put(root / WNIDS[7] / "holiday.png")
         with pytest.raises(DataError, match="is not named like ILSVRC2012_val"):
             open_dataset("imagenet-real", root)
 
-    def test_nothing_but_images_without_labels(self, tmp_path: Path) -> None:
+    def test_only_images_without_labels(self, tmp_path: Path) -> None:
         put(tmp_path / WNIDS[7] / "ILSVRC2012_val_00000001.png")
         with pytest.raises(DataError, match="none of the 1 images"):
             open_dataset("imagenet-real", tmp_path)
@@ -104,7 +104,7 @@ class TestReassessed:
 
 class TestV2:
     @pytest.mark.parametrize("inner", [".", "imagenetv2-matched-frequency-format-val"])
-    def test_folders_are_labels_by_value_not_as_text(self, tmp_path: Path, inner: str) -> None:
+    def test_folder_names_are_labels_by_value(self, tmp_path: Path, inner: str) -> None:
         for label in (0, 2, 10, 999):
             put(tmp_path / inner / str(label) / "a.png", label)
         data = open_dataset("imagenet-v2", tmp_path)
@@ -113,19 +113,19 @@ class TestV2:
         assert run(data).scores["dense"].top1_correct == 4
 
     @pytest.mark.parametrize("name", ["1000", "007", "cat", "n01440764"])
-    def test_folders_that_are_no_labels(self, tmp_path: Path, name: str) -> None:
+    def test_folders_that_are_not_labels(self, tmp_path: Path, name: str) -> None:
         put(tmp_path / "3" / "a.png")
         put(tmp_path / name / "a.png")
         with pytest.raises(DataError, match=f"such as {name}"):
             open_dataset("imagenet-v2", tmp_path)
 
-    def test_which_version_is_not_guessed(self, tmp_path: Path) -> None:
+    def test_several_versions_are_an_error(self, tmp_path: Path) -> None:
         for version in ("imagenetv2-matched-frequency-format-val", "imagenetv2-top-images-format-val"):
             put(tmp_path / version / "3" / "a.png")
         with pytest.raises(DataError, match="has 2 versions"):
             open_dataset("imagenet-v2", tmp_path)
 
-    def test_a_plain_folder_of_numbers_is_refused_where_text_and_value_differ(self, tmp_path: Path) -> None:
+    def test_numbers_that_sort_differently_as_text_are_refused(self, tmp_path: Path) -> None:
         for label in range(12):
             put(tmp_path / str(label) / "a.png", label)
         data = open_dataset("folder", tmp_path)
@@ -143,13 +143,13 @@ class TestSubsets:
     def indices(self, subset: str) -> list[int]:
         return [int(place) for place in timm_list(f"imagenet_{subset}_indices.txt")]
 
-    def test_timm_tells_the_classes(self, subset: str, indices: list[int]) -> None:
+    def test_classes_are_those_of_timm(self, subset: str, indices: list[int]) -> None:
         wnids = timm_list(f"imagenet_{subset}_synsets.txt")
         assert len(indices) == 200
         assert [WNIDS[place] for place in indices] == wnids
 
     def test_a_head_of_1000_chooses_among_the_200(self, tmp_path: Path, subset: str, indices: list[int]) -> None:
-        # two images name an output that no image of this set has: the next that there is comes first
+        # two images encode an output outside of this set: the next output in the set is predicted
         barred = next(place for place in range(1000) if place not in indices and place > indices[0])
         follower = next(place for place in indices if place > barred)
         put(tmp_path / WNIDS[indices[0]] / "a.png", indices[0])
@@ -178,13 +178,13 @@ class TestSubsets:
         with pytest.raises(DataError, match=f"not classes of imagenet-{subset}: {other}"):
             open_dataset(f"imagenet-{subset}", tmp_path)
 
-    def test_nothing_there(self, tmp_path: Path, subset: str) -> None:
+    def test_missing_folders(self, tmp_path: Path, subset: str) -> None:
         with pytest.raises(DataError, match="have no images"):
             open_dataset(f"imagenet-{subset}", tmp_path)
 
 
 class TestWnids:
-    def test_ids_of_another_list_are_no_bad_number(self, tmp_path: Path) -> None:
+    def test_ids_of_another_list_are_refused(self, tmp_path: Path) -> None:
         for place in range(999):
             (tmp_path / WNIDS[place]).mkdir()
         put(tmp_path / "n99999999" / "a.png")

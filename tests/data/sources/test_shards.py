@@ -1,4 +1,4 @@
-"""Tars as datasets: WebDataset shards and class folders in a tar, read in place; damaged and hostile ones refused."""
+"""Tars as datasets: WebDataset shards and class folders in a tar, read in place; damaged ones are refused."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def webdataset(path: Path, labels: list[int]) -> Path:
 
 
 class TestShards:
-    def test_labels_are_those_beside_the_images(self, tmp_path: Path) -> None:
+    def test_labels_are_read_from_cls_files(self, tmp_path: Path) -> None:
         webdataset(tmp_path / "val-0000.tar", [3, 1])
         webdataset(tmp_path / "val-0001.tar", [2])
         for dataset in (
@@ -70,7 +70,7 @@ class TestShards:
         assert [dataset.for_head(1000).load(index)[1] for index in range(2)] == [9, 2]
         assert dataset.for_head(1000).classes == WNIDS
 
-    def test_the_stamp_tells_of_another_writing(self, tmp_path: Path) -> None:
+    def test_the_stamp_changes_when_a_shard_is_rewritten(self, tmp_path: Path) -> None:
         path = webdataset(tmp_path / "a.tar", [1])
         before = open_dataset(str(path), None).stamp(0)
         assert open_dataset(str(path), None).stamp(0) == before
@@ -85,12 +85,12 @@ class TestShards:
             ({"notes.txt": b""}, "no images"),
         ],
     )
-    def test_nothing_to_evaluate(self, tmp_path: Path, files: dict[str, bytes], message: str) -> None:
+    def test_shards_without_images(self, tmp_path: Path, files: dict[str, bytes], message: str) -> None:
         with pytest.raises(DataError, match=message):
             open_dataset(str(tar(tmp_path / "a.tar", files)), None)
 
     @pytest.mark.parametrize("label", [b"cat", b"-1", b"", b"1" * 100])
-    def test_labels_that_are_no_numbers(self, tmp_path: Path, label: bytes) -> None:
+    def test_labels_that_are_not_numbers(self, tmp_path: Path, label: bytes) -> None:
         dataset = open_dataset(str(tar(tmp_path / "a.tar", {"1.png": image_bytes(), "1.cls": label})), None)
         with pytest.raises(DataError, match="not a number"):
             dataset.load(0)
@@ -99,7 +99,7 @@ class TestShards:
         ("name", "message"),
         [("x-{0000..0003}.tar", "x-0000.tar .4 are missing"), ("x.tar", "no file"), ("{9..1}.tar", "invalid range")],
     )
-    def test_tars_that_are_not_there(self, tmp_path: Path, name: str, message: str) -> None:
+    def test_missing_tars(self, tmp_path: Path, name: str, message: str) -> None:
         with pytest.raises(DataError, match=message):
             open_dataset(str(tmp_path / name), None)
 
@@ -110,7 +110,7 @@ class TestShards:
 
 class TestArchive:
     @pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-    def test_members_are_those_that_tarfile_finds(self, tmp_path: Path, format_: int) -> None:
+    def test_members_equal_those_of_tarfile(self, tmp_path: Path, format_: int) -> None:
         deep = "/".join(["a folder with a long name"] * 5)
         long = "" if format_ == tarfile.USTAR_FORMAT else "x" * 300
         files = {"a.png": b"12345", f"{deep}/b.png": b"", f"c{long}.png": b"0" * 1025, "täst.png": b"1"}
@@ -133,7 +133,7 @@ class TestArchive:
         assert [member.name for member in tar_members(path)] == ["a/2.png"]
 
     @pytest.mark.parametrize("name", ["../../evil.png", "/etc/evil.png", "a/../../../evil.png"])
-    def test_names_that_lead_away_lead_nowhere(self, tmp_path: Path, name: str) -> None:
+    def test_names_outside_the_archive_are_only_names(self, tmp_path: Path, name: str) -> None:
         (tmp_path / "in").mkdir()
         path = tar(tmp_path / "in" / "a.tar", {name: image_bytes(7), name.replace("png", "cls"): b"7"})
         before = sorted(tmp_path.rglob("*"))
@@ -153,7 +153,7 @@ class TestArchive:
         ],
         ids=["cut-in-a-file", "cut-between", "damaged", "empty", "text", "gzip"],
     )
-    def test_what_is_damaged_is_refused(self, tmp_path: Path, change: Callable[[bytes], bytes], message: str) -> None:
+    def test_damaged_archives_are_refused(self, tmp_path: Path, change: Callable[[bytes], bytes], message: str) -> None:
         path = tar(tmp_path / "a.tar", {"a/1.png": b"1" * 600, "a/2.png": b"2" * 600})
         path.write_bytes(change(path.read_bytes()))
         with pytest.raises(DataError, match=message):
@@ -190,14 +190,14 @@ class TestArchive:
         with pytest.raises(DataError, match="no header at byte 0"):
             tar_members(path)
 
-    def test_an_extended_header_that_lies(self, tmp_path: Path) -> None:
+    def test_an_extended_header_with_a_wrong_size(self, tmp_path: Path) -> None:
         path = tar(tmp_path / "a.tar", {"x" * 300: b"1"}, tarfile.PAX_FORMAT)
         path.write_bytes(path.read_bytes().replace(b"310 path=", b"999 path="))
         with pytest.raises(DataError, match="no header at byte 0"):
             tar_members(path)
 
     @given(st.lists(st.tuples(st.integers(0, 4095), st.integers(0, 255)), max_size=12), st.integers(0, 10_240))
-    def test_any_damage_ends_in_members_or_in_one_error(
+    def test_any_damage_gives_members_or_a_data_error(
         self, tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]], length: int
     ) -> None:
         path = tmp_path_factory.mktemp("fuzz") / "a.tar"

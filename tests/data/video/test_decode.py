@@ -1,4 +1,4 @@
-"""Clips: the right frames of every kind of file, and one clear error for each thing that can be wrong."""
+"""Clips: the frames of each kind of file, and errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FRAMES = 20
 
 
 def shade(index: int) -> int:
-    """The gray of a frame, by which it is known again."""
+    """The gray value that identifies a frame."""
     return 20 + 10 * index
 
 
@@ -38,7 +38,7 @@ def shades(clip: Clip) -> list[int]:
 def write_video(
     path: Path, codec: str = "mpeg4", count: int = FRAMES, bright_corner: bool = False, **options: str
 ) -> Path:
-    """Frames of one gray each, lighter and lighter; on demand with the upper left corner in white."""
+    """Frames of one gray value each, in ascending order; optionally with a white upper left corner."""
     with av.open(str(path), "w", options=options) as container:
         stream: Any = container.add_stream(codec, rate=10)
         stream.width, stream.height = SIZE
@@ -97,7 +97,7 @@ def test_frame_indices_by_hand(available: int, frames: int, wanted: list[int]) -
 
 
 @pytest.mark.parametrize(("available", "frames"), [(0, 4), (4, 0), (4, -1)])
-def test_frame_indices_refuse_what_is_not_positive(available: int, frames: int) -> None:
+def test_frame_indices_refuse_numbers_below_one(available: int, frames: int) -> None:
     with pytest.raises(UsageError):
         frame_indices(available, frames)
 
@@ -149,7 +149,7 @@ def test_a_wrong_number_of_frames_is_corrected(tmp_path: Path, monkeypatch: pyte
     assert (clip.available, clip.declared) == (FRAMES, FRAMES + 10)
 
 
-def test_a_lying_video_is_turned(tmp_path: Path) -> None:
+def test_a_rotated_video_is_turned_upright(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", bright_corner=True)
     content = path.read_bytes()
     upright = bytes.fromhex("00010000 00000000 00000000 00000000 00010000 00000000 00000000 00000000 40000000")
@@ -206,7 +206,7 @@ def damaged_files(tmp_path: Path) -> dict[str, tuple[Path, str]]:
     return files
 
 
-def test_what_cannot_be_read_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_videos_have_a_reason(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for name, (path, reason) in damaged_files(tmp_path).items():
         with pytest.raises(UnreadableVideo, match=reason) as raised:
             read_clip(path, 4)
@@ -215,7 +215,7 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_video_that_lacks_little_is_read(tmp_path: Path) -> None:
+def test_a_slightly_truncated_video_is_read(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", movflags="faststart")
     content = path.read_bytes()
     start = content.index(b"mdat")
@@ -225,7 +225,7 @@ def test_a_video_that_lacks_little_is_read(tmp_path: Path) -> None:
     assert shades(clip) == frame_indices(clip.available, 4)
 
 
-def test_any_damage_ends_in_a_clip_or_in_our_own_error(tmp_path: Path) -> None:
+def test_any_damage_gives_a_clip_or_an_unreadable_video(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", "libx264" if "libx264" in av.codecs_available else "mpeg4")
     content = bytearray(path.read_bytes())
     random = np.random.default_rng(0)
@@ -245,7 +245,7 @@ def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files by /proc")
-def test_nothing_stays_open(tmp_path: Path) -> None:
+def test_files_are_closed(tmp_path: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     path = write_video(tmp_path / "a.mp4")
     audio = write_audio(tmp_path / "audio.mp4")
@@ -264,12 +264,12 @@ def test_without_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(read_clip(write_frames(tmp_path / "frames", 4), 4).frames) == 4
 
 
-def test_no_frames_asked_for(tmp_path: Path) -> None:
+def test_zero_frames_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="0 frames"):
         read_clip(tmp_path, 0)
 
 
-def test_the_error_survives_a_loader_process() -> None:
+def test_the_error_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(UnreadableVideo("a.mp4", "the file is empty")))
     assert (error.sample, error.reason) == ("a.mp4", "the file is empty")
 
@@ -308,7 +308,7 @@ def test_find_video(tmp_path: Path, there: str, asked: str) -> None:
     assert find_video(tmp_path, asked) == path
 
 
-def test_find_video_takes_the_name_as_written_first(tmp_path: Path) -> None:
+def test_find_video_prefers_the_name_as_written(tmp_path: Path) -> None:
     for name in ("a.webm", "a.mp4"):
         (tmp_path / name).touch()
     assert find_video(tmp_path, "a.webm") == tmp_path / "a.webm"

@@ -76,7 +76,7 @@ def official(path: Path, kind: str = "fast") -> Any:
 
 
 def rows(batch: TextBatch) -> list[list[int]]:
-    """The numbers of each text without what fills it up."""
+    """The token ids of each text without padding."""
     return [ids[: sum(mask)] for ids, mask in zip(batch.ids.tolist(), batch.mask.tolist(), strict=True)]
 
 
@@ -110,7 +110,7 @@ class TestAgainstTransformers:
     fast: Any
     ours: Tokenizer
 
-    def test_texts_of_the_built_in_scenes(self) -> None:
+    def test_texts_of_the_builtin_scenes(self) -> None:
         texts = [moving_shapes.caption(scene) for scene in moving_shapes.scenes(40, 0)]
         with moving_shapes.vocabulary_file() as path:
             fast, ours = official(path), Tokenizer(path)
@@ -148,7 +148,7 @@ class TestBatches:
         assert batch.ids[0].tolist() == [2, 15, 3, 0, 0]
 
     def test_answers_are_encoded_as_by_the_authors(self, vocabulary: Path) -> None:
-        """`answer + " [SEP]"`, in which their tokenizer takes `[SEP]` for what it is."""
+        """`answer + " [SEP]"`, in which their tokenizer parses `[SEP]` as a special token."""
         fast, ours = official(vocabulary), Tokenizer(vocabulary)
         answers = ["guitar", "the man's guitar", "a man is playing the guitar", "don't"]
         expected = [
@@ -220,12 +220,12 @@ class TestVocabulary:
         with pytest.raises(DataError, match="is not text"):
             Tokenizer(tmp_path)
 
-    @pytest.mark.parametrize("gone", ["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
-    def test_without_a_special_token(self, gone: str, tmp_path: Path) -> None:
-        path = write(tmp_path / "vocab.txt", [word for word in WORDS if word != gone])
+    @pytest.mark.parametrize("missing", ["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    def test_without_a_special_token(self, missing: str, tmp_path: Path) -> None:
+        path = write(tmp_path / "vocab.txt", [word for word in WORDS if word != missing])
         with pytest.raises(DataError) as caught:
             Tokenizer(path)
-        assert caught.value.message == f"{path} is not a vocabulary of BERT: it has no {gone}"
+        assert caught.value.message == f"{path} is not a vocabulary of BERT: it has no {missing}"
 
     @pytest.mark.parametrize("content", ["", "\n", '{"model": {"vocab": {}}}', "cased words\n"])
     def test_another_file(self, content: str, tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ class TestMemory:
 
 
 class TestInterruption:
-    class Impatient(Shades):
+    class Interrupting(Shades):
         """Raises KeyboardInterrupt while an image is read."""
 
         def __init__(self, at: int) -> None:
@@ -324,13 +324,13 @@ class TestInterruption:
             return super().load(index)
 
     def test_complete_batches_are_counted(self) -> None:
-        result = run({"one": Reader(10)}, self.Impatient(10))
+        result = run({"one": Reader(10)}, self.Interrupting(10))
         assert (result.interrupted, result.images, result.total, len(result.skipped)) == (True, 7, 20, 1)
         assert result.scores["one"].top1_correct == 7
 
     def test_before_the_first_batch_it_is_raised(self) -> None:
         with pytest.raises(KeyboardInterrupt):
-            run({"one": Reader(10)}, self.Impatient(3))
+            run({"one": Reader(10)}, self.Interrupting(3))
 
     def test_in_a_model(self) -> None:
         class Slow(Reader):

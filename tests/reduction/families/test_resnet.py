@@ -34,7 +34,7 @@ from repshift_cli.reduction.metrics.base import build_metric
 from repshift_cli.utils.progress import Silent
 
 FEW = ["basic", "bottleneck_d", "squeeze_bottleneck", "group_norm", "blur", "convnext", "convnext_v2", "regnet_y"]
-"""One of each form, where all would say the same."""
+"""One of each form, for tests whose result is the same for all."""
 
 SIZES: list[Grid] = [(64, 64), (95, 120), (130, 67)]
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -44,7 +44,7 @@ each_format = pytest.mark.parametrize("layout", FORMATS)
 
 
 def maps(model: CompressedModel, batch: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What each block that is a site computes, and what goes on from there."""
+    """Of each block that is a site: its own output, and the output after the hook."""
     before: dict[str, Tensor] = {}
     after: dict[str, Tensor] = {}
     handles = []
@@ -69,7 +69,7 @@ def grid(value: Tensor) -> Grid:
 
 
 def plans(model: nn.Module) -> Iterator[Plan]:
-    """Shares at the first, at a later and at all sites; very uneven numbers of rows and columns."""
+    """Ratios at the first, at a later and at all sites; very different numbers of rows and columns."""
     yield line_plan(model, f"[{{layer: {match(model).layout(model).sites[0].name}, drop_ratio: 0.3}}]")
     yield every_site(model)
     yield shrink(model, {0: (6, 0), 2: (0, 1)})
@@ -80,7 +80,7 @@ class TestSizes:
     @pytest.mark.parametrize(
         ("kind", "size"), [*((kind, SIZES[1]) for kind in CNNS), *((kind, size) for kind in FEW for size in SIZES[::2])]
     )
-    def test_every_site_has_the_map_that_the_layout_tells(self, kind: str, size: Grid) -> None:
+    def test_maps_of_sites_equal_the_layout(self, kind: str, size: Grid) -> None:
         model = tiny_cnn(kind, size)
         layout = match(model).layout(model)
         wrapped = attach(model, shrink(model, {0: (0, 0)}))
@@ -91,7 +91,7 @@ class TestSizes:
         assert layout.patch_tokens == math.prod(next(found for _, found in layout.grids()))
 
     @each_form
-    def test_every_site_has_the_map_that_the_plan_tells(self, kind: str) -> None:
+    def test_maps_of_sites_equal_the_plan(self, kind: str) -> None:
         for plan in plans(tiny_cnn(kind)):
             wrapped = attach(tiny_cnn(kind), plan)
             before, after = maps(wrapped, photos(2))
@@ -103,14 +103,14 @@ class TestSizes:
             assert all(planned[name].grid_in == expected[name] for name in planned)
 
     @each_form
-    def test_operations_agree_for_another_size_and_a_share(self, kind: str) -> None:
+    def test_macs_for_another_image_size(self, kind: str) -> None:
         model = tiny_cnn(kind, (160, 131))
         first = match(model).layout(model).sites[0].name
         wrapped = attach(model, line_plan(model, f"[{{layer: {first}, drop_ratio: 0.3}}]"))
         assert count_macs(wrapped, (3, 160, 131)) == wrapped.macs() < wrapped.dense_macs()
 
     @each_form
-    def test_the_output_has_its_shape_and_is_another(self, kind: str) -> None:
+    def test_the_output_has_the_shape_of_the_dense_one_and_differs(self, kind: str) -> None:
         with torch.no_grad():
             dense = tiny_cnn(kind)(photos(3))
             output = compressed_cnn(kind)(photos(3))
@@ -127,11 +127,11 @@ class TestSizes:
             wanted = model(batch)
             assert torch.equal(attach(model, shrink(model, keep_all))(batch), wanted)
 
-    def test_another_image_size_is_refused_by_the_site(self) -> None:
+    def test_another_image_size_is_refused(self) -> None:
         with pytest.raises(UsageError, match=r"layer1\.1 got 16x16 tokens, but the plan is for 25x33"):
             compressed_cnn("basic")(photos(1, (64, 64)))
 
-    def test_an_image_size_that_gives_the_same_maps_is_fine(self) -> None:
+    def test_an_image_size_with_the_same_maps_works(self) -> None:
         assert compressed_cnn("basic")(photos(1, (98, 131))).shape == (1, 10)
 
     def test_one_channel(self) -> None:
@@ -180,7 +180,7 @@ def naive_lines(scores: list[list[float]], kept: Grid, polarity: str) -> tuple[l
 
 
 def naive_forward(model: Any, plan: Plan, batch: Tensor, distance: str, polarity: str) -> tuple[Tensor, dict[int, Any]]:
-    """The compressed model one image at a time, without a hook, and the places on the dense map that it kept."""
+    """The compressed model one image at a time, without a hook, and the kept positions of the dense map."""
     planned = {site.site: site for site in plan.sites}
     outputs, kept = [], {site.layer: [] for site in plan.sites}
     for image in batch:
@@ -242,7 +242,7 @@ class TestAgainstNaiveReference:
 class TestMemory:
     @each_form
     @each_format
-    def test_what_is_kept_is_dense_in_the_format_of_the_block(self, kind: str, layout: str) -> None:
+    def test_the_smaller_map_is_contiguous_in_the_memory_format_of_the_block(self, kind: str, layout: str) -> None:
         wrapped = compressed_cnn(kind).to(memory_format=FORMATS[layout])
         before, after = maps(wrapped, photos(2).to(memory_format=FORMATS[layout]))
         for planned in wrapped.plan.sites:
@@ -256,7 +256,7 @@ class TestMemory:
 
     @each_form
     @each_format
-    def test_what_is_kept_is_what_was_there(self, kind: str, layout: str) -> None:
+    def test_kept_positions_are_unchanged(self, kind: str, layout: str) -> None:
         wrapped = compressed_cnn(kind).to(memory_format=FORMATS[layout])
         batch = photos(2).to(memory_format=FORMATS[layout])
         before, after = maps(wrapped, batch)
@@ -267,7 +267,7 @@ class TestMemory:
         assert torch.equal(left.flatten(2), expected)
 
     @each_form
-    def test_both_formats_agree(self, kind: str) -> None:
+    def test_both_memory_formats_agree(self, kind: str) -> None:
         one, other = compressed_cnn(kind), compressed_cnn(kind).to(memory_format=torch.channels_last)
         plain, last = one.trace(photos(3)), other.trace(photos(3).to(memory_format=torch.channels_last))
         torch.testing.assert_close(plain.output, last.output, rtol=1e-4, atol=1e-4)
@@ -290,13 +290,13 @@ class TestTrace:
                 assert rows[-1] < height
                 assert places == [row * width + column for row in rows for column in columns]
 
-    def test_between_two_strides_what_is_left_only_gets_less(self) -> None:
+    def test_kept_positions_are_nested_between_strides(self) -> None:
         kept = compressed_cnn("basic_d", {0: (3, 4), 1: (2, 3)}).trace(photos(4)).kept
         for first, second in zip(kept[0].tolist(), kept[1].tolist(), strict=True):
             assert set(second) < set(first)
 
-    def test_a_line_that_is_gone_stays_gone_behind_a_stride(self) -> None:
-        """The first eight rows go, and on the next, smaller map the first four are missing."""
+    def test_a_dropped_line_is_missing_after_a_stride(self) -> None:
+        """The first eight rows are dropped; the first four of the next, smaller map are missing."""
         wrapped = compressed_cnn("basic", {0: (8, 0), 1: (0, 0)}, "{kind: token_norm}")
         batch = photos(2)
         model = wrapped.model
@@ -305,7 +305,7 @@ class TestTrace:
         assert kept[1].tolist() == [list(range(8 * 33, 25 * 33))] * 2
         assert kept[3].tolist() == [list(range(4 * 17, 13 * 17))] * 2
 
-    def test_an_output_is_traced_as_the_model_gives_it(self) -> None:
+    def test_trace_returns_the_output_of_the_model(self) -> None:
         wrapped = compressed_cnn("convnext")
         with torch.no_grad():
             assert torch.equal(wrapped.trace(photos()).output, wrapped(photos()))
@@ -328,7 +328,7 @@ class TestModule:
         ("kind", "layout"),
         [("basic", "nchw"), ("basic", "channels_last"), ("convnext_v2", "nchw")],
     )
-    def test_export_with_a_batch_of_any_size(self, kind: str, layout: str) -> None:
+    def test_export_with_a_dynamic_batch(self, kind: str, layout: str) -> None:
         wrapped = compressed_cnn(kind).to(memory_format=FORMATS[layout])
         sample, batch = (photos(n, seed=n).to(memory_format=FORMATS[layout]) for n in (2, 5))
         shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
@@ -337,7 +337,7 @@ class TestModule:
             torch.testing.assert_close(program.module()(batch), wrapped(batch), rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize(("kind", "layout"), [("basic", "nchw"), ("convnext", "channels_last")])
-    def test_compile_without_a_break(self, kind: str, layout: str) -> None:
+    def test_compile_as_one_graph(self, kind: str, layout: str) -> None:
         torch._dynamo.reset()
         wrapped = compressed_cnn(kind).to(memory_format=FORMATS[layout])
         batch = photos().to(memory_format=FORMATS[layout])
@@ -347,7 +347,7 @@ class TestModule:
 
     @each_format
     @pytest.mark.parametrize("kind", ["basic", "convnext", "regnet_y"])
-    def test_a_branch_of_candidates_is_each_of_them(self, kind: str, layout: str) -> None:
+    def test_a_branch_equals_each_candidate_alone(self, kind: str, layout: str) -> None:
         metrics = [
             build_metric(
                 ComponentSpec(kind="representation_shift", operation="block", distance=distance, polarity=polarity)
@@ -366,7 +366,7 @@ class TestModule:
         assert len(branched.unique(dim=0)) > 4
 
     @pytest.mark.parametrize("kind", ["basic", "convnext"])
-    def test_calibration_chooses_among_what_a_block_can_show(self, kind: str) -> None:
+    def test_calibration_chooses_among_available_tensors(self, kind: str) -> None:
         size = (96, 97)
         model = tiny_cnn(kind, size)
         first = match(model).layout(model).sites[0].name
@@ -380,7 +380,7 @@ class TestModule:
         assert math.isfinite(found.result.distance)
         attach(tiny_cnn(kind, size), plan.with_metrics(found.specs))
 
-    def test_checkpointed_blocks_reduce_all_the_same(self) -> None:
+    def test_checkpointed_blocks_are_reduced_too(self) -> None:
         wrapped = compressed_cnn("convnext")
         wanted = wrapped(photos())
         wrapped.model.set_grad_checkpointing()
@@ -402,8 +402,10 @@ class TestRefusals:
         ],
     )
     @pytest.mark.parametrize("kind", ["basic", "convnext", "regnet_x"])
-    def test_a_metric_that_a_block_cannot_feed(self, kind: str, metric: str) -> None:
-        with pytest.raises(RecipeError, match=r"cannot show: a residual block of convolutions has neither") as caught:
+    def test_a_metric_without_its_tensors(self, kind: str, metric: str) -> None:
+        with pytest.raises(
+            RecipeError, match=r"does not provide: a residual block of convolutions has neither"
+        ) as caught:
             compressed_cnn(kind, metric=metric)
         assert "operation: block works on every block" in str(caught.value)
 
@@ -427,7 +429,7 @@ class TestRefusals:
             ("regnet_x", {"global_pool": "", "num_classes": 0}, "it was built without global pooling"),
         ],
     )
-    def test_a_network_whose_maps_cannot_shrink(self, name: str, options: dict[str, Any], reason: str) -> None:
+    def test_a_network_with_maps_of_fixed_size(self, name: str, options: dict[str, Any], reason: str) -> None:
         with pytest.raises(ModelError, match=re.escape(reason)):
             match(tiny_cnn(name, **options))
 
@@ -436,7 +438,7 @@ class TestRefusals:
         with pytest.raises(ModelError, match="are not supported"):
             match(tiny_cnn(name))
 
-    def test_a_subclass_of_a_known_block_may_do_anything(self) -> None:
+    def test_a_subclass_of_a_known_block_is_refused(self) -> None:
         class Changed(BasicBlock):
             pass
 
@@ -456,7 +458,7 @@ class TestRefusals:
             (nn.ZeroPad2d(1), "a part of maxpool is a ZeroPad2d, which is not supported"),
         ],
     )
-    def test_a_part_that_does_something_else_to_a_map(self, part: nn.Module, reason: str) -> None:
+    def test_a_part_with_another_effect_on_the_map(self, part: nn.Module, reason: str) -> None:
         model = tiny_cnn("basic")
         model.maxpool = part
         with pytest.raises(ModelError, match=re.escape(reason)):
@@ -486,7 +488,7 @@ class TestRefusals:
         with pytest.raises(RecipeError, match=message):
             attach(tiny_cnn(**change), shrink(tiny_cnn("basic"), {0: (1, 1), 2: (1, 1)}))
 
-    def test_a_later_map_that_does_not_follow_from_the_earlier(self) -> None:
+    def test_a_map_that_contradicts_an_earlier_one(self) -> None:
         document = shrink(tiny_cnn("basic"), {0: (1, 1), 2: (0, 0)}).model_dump(mode="json")
         document["sites"][1] |= {"grid_in": [7, 8], "grid_out": [7, 8], "tokens_in": 56, "tokens_out": 56}
         with pytest.raises(RecipeError, match=r"the plan has 7x8 tokens at layer3\.1, the model has 6x8"):
@@ -514,8 +516,8 @@ def test_other_norms_of_convnext(norm: str) -> None:
     assert match(model).macs(model, None) == count_macs(model, (3, 224, 224))
 
 
-def test_an_older_repshift_is_told_to_upgrade(tmp_path: Path) -> None:
-    """Version 1 knows sequences of vision transformers only, so a plan for maps says that it is version 2."""
+def test_an_older_repshift_gets_a_hint_to_upgrade(tmp_path: Path) -> None:
+    """Version 1 supports sequences of vision transformers only, so a plan for maps has version 2."""
     path = tmp_path / "fast.safetensors"
     compress_checkpoint("builtin:cnn-digits", Settings(output=path, calibrate=False, seconds=0.0), Silent())
     document = read_weights(path).document

@@ -60,7 +60,7 @@ EARLY = {
     "token_norm": "{kind: token_norm, polarity: smallest}",
     "random": "{kind: random, seed: 3}",
 }
-"""What can be known after the attention of a block."""
+"""Metrics that are available after the attention of a block."""
 
 METRICS = {"mlp": MLP, "literal": MLP.replace("update", "literal"), **EARLY}
 
@@ -81,7 +81,7 @@ WAYS = [
 @pytest.mark.parametrize("embed_dim", [24, 0])
 @pytest.mark.parametrize("reducer", ["merge", "fuse", "bipartite"])
 def test_the_mean_over_tokens_is_weighted_by_size(reducer: str, embed_dim: int) -> None:
-    """The mean that is pooled is that of the tokens, each as often as its size says."""
+    """The pooled mean is that of the tokens, each repeated by its size."""
     model = tiny_umt(embed_dim=embed_dim)
     compressed = compressed_umt(model, umt_recipe("[{layer: 1, drop_ratio: 0.4}]", reducer=reducer))
     merged: list[Tensor] = []
@@ -114,7 +114,7 @@ def build(reducer: str = "prune", metric: str = "mlp", layers: str = DROPS, **op
 
 
 def naive_kept(model: CompressedModel, clips: Tensor, kept: dict[int, Tensor]) -> list[Naive]:
-    """Each clip through the naive encoder, which lets the same tokens go."""
+    """Each clip through the naive encoder, which drops the same tokens."""
     dense: Any = model.model
     places = dense.vision_encoder.encoder.positions[0]
     return [
@@ -130,7 +130,7 @@ def naive_kept(model: CompressedModel, clips: Tensor, kept: dict[int, Tensor]) -
 
 
 def counts_at(model: UmtModel, clips: Tensor) -> tuple[list[int], list[int], int]:
-    """Tokens that enter each block, tokens that enter each MLP, and tokens behind the encoder."""
+    """Tokens that enter each block, tokens that enter each MLP, and tokens after the encoder."""
     entering: list[int] = []
     inner: list[int] = []
     handles = []
@@ -145,7 +145,7 @@ def counts_at(model: UmtModel, clips: Tensor) -> tuple[list[int], list[int], int
 
 
 def naive_score(before: Tensor, after: Tensor, distance: str, literal: bool) -> Tensor:
-    """Of each token, `[N, C]` twice to `[N]`."""
+    """The score of each token: `[N, C]` twice to `[N]`."""
     if literal:
         after = after - before
     if distance == "cosine":
@@ -156,7 +156,7 @@ def naive_score(before: Tensor, after: Tensor, distance: str, literal: bool) -> 
 class TestWrittenOut:
     @pytest.mark.parametrize("metric", METRICS)
     @each_variant
-    def test_pruning_is_the_model_on_the_tokens_that_stay(self, variant: str, metric: str) -> None:
+    def test_pruning_equals_the_model_on_the_kept_tokens(self, variant: str, metric: str) -> None:
         layers = "[{layer: 0, drop_ratio: 0.3}, {layer: 1, drop_ratio: 0.5}, {layer: 3, keep_tokens: 3}]"
         model = build("prune", metric, layers, **VARIANTS[variant])
         model.model.double()
@@ -171,7 +171,7 @@ class TestWrittenOut:
     @pytest.mark.parametrize("distance", ["l2", "l1", "cosine"])
     @pytest.mark.parametrize("reading", ["update", "literal"])
     @pytest.mark.parametrize("polarity", ["largest", "smallest"])
-    def test_the_choice_is_that_of_the_formula(
+    def test_kept_tokens_are_those_of_the_formula(
         self, operation: str, distance: str, reading: str, polarity: str
     ) -> None:
         options = f"operation: {operation}, distance: {distance}, reading: {reading}, polarity: {polarity}"
@@ -193,7 +193,7 @@ class TestWrittenOut:
                 assert index[row].tolist() == left[best].tolist()
                 left = index[row]
 
-    def test_random_keeps_the_same_places_in_every_clip(self) -> None:
+    def test_random_keeps_the_same_positions_in_every_clip(self) -> None:
         model = build(metric="random")
         kept = model.trace(umt_clips(model, 3)).kept
         assert all(len(index.unique(dim=0)) == 1 for index in kept.values())
@@ -201,7 +201,7 @@ class TestWrittenOut:
 
 class TestCounts:
     @each_way
-    def test_tokens_leave_as_the_recipe_says(self, reducer: str, metric: str) -> None:
+    def test_token_counts_follow_the_recipe(self, reducer: str, metric: str) -> None:
         model = build(reducer, metric)
         entering, inner, last = counts_at(model.model, umt_clips(model, 3))  # type: ignore[arg-type]
         assert [*entering, last] == COUNTS == list(model.plan.tokens_at(DEPTH))
@@ -233,7 +233,7 @@ class TestCounts:
         [("prune", "mlp"), ("prune", "attention"), ("vid_tldr", "attention"), ("vid_tldr", "block")],
     )
     @each_variant
-    def test_a_plan_that_keeps_all_changes_no_bit(self, variant: str, reducer: str, operation: str) -> None:
+    def test_a_plan_that_keeps_all_is_bit_identical(self, variant: str, reducer: str, operation: str) -> None:
         dense = tiny_umt(**VARIANTS[variant])
         tokens = dense.vision.tokens
         layers = f"[{{layer: 0, keep_tokens: {tokens}}}, {{layer: 3, keep_tokens: {tokens}}}]"
@@ -307,7 +307,7 @@ class TestMetrics:
             "{kind: representation_shift, operation: mlp, distance: cosine}",
         ],
     )
-    def test_after_attention_there_is_no_mlp_yet(self, metric: str) -> None:
+    def test_after_attention_there_is_no_mlp_update(self, metric: str) -> None:
         with pytest.raises(
             RecipeError, match=r"representation_shift needs mlp_(update|stream), which does not exist yet"
         ):
@@ -319,12 +319,12 @@ class TestMetrics:
 
     @pytest.mark.parametrize("reducer", ["prune", "vid_tldr"])
     def test_there_is_no_mixer(self, reducer: str) -> None:
-        with pytest.raises(RecipeError, match=r"representation_shift needs mixer_update, which .* cannot show"):
+        with pytest.raises(RecipeError, match=r"representation_shift needs mixer_update, which .* does not provide"):
             compressed_umt(tiny_umt(), umt_recipe(DROPS, "{kind: representation_shift, operation: mixer}", reducer))
 
     @pytest.mark.parametrize(("reducer", "operation"), [("prune", "mlp"), ("vid_tldr", "attention")])
     @pytest.mark.parametrize("metric", ["{kind: representation_shift}", "{kind: representation_shift, distance: l1}"])
-    def test_open_fields_are_filled_with_what_can_run(self, metric: str, reducer: str, operation: str) -> None:
+    def test_open_fields_are_filled_with_supported_values(self, metric: str, reducer: str, operation: str) -> None:
         model = tiny_umt()
         sites = {site.name: site for site in match(model).sites(model)}
         plan = with_defaults(umt_plan(model, umt_recipe(DROPS, metric, reducer)), sites)
@@ -334,7 +334,7 @@ class TestMetrics:
 
 
 class TestRefused:
-    def test_merging_in_a_family_that_cannot(self) -> None:
+    def test_merging_in_a_family_without_sizes(self) -> None:
         model = tiny_vim()
         merging = make_recipe("[{layer: 0, keep_tokens: 10}]", ENTROPY, "vid_tldr")
         plan = resolve(merging, match(model).layout(model), "attention")
@@ -345,14 +345,14 @@ class TestRefused:
         with pytest.raises(RecipeError, match="recipe:3:1: vid_tldr merges tokens"):
             check_reducer(build_reducer(merging.reducer), match(model), model, merging.place)
 
-    def test_merging_after_the_attention_where_blocks_cannot_be_opened(self) -> None:
+    def test_merging_after_attention_is_for_umt_only(self) -> None:
         model = tiny_vit()
         merging = make_recipe("[{layer: 0, keep_tokens: 10}]", ENTROPY, "vid_tldr")
         plan = resolve(merging, match(model).layout(model), "attention")
-        told = "vid_tldr acts after attention, where timm_vit models cannot be reduced"
-        with pytest.raises(RecipeError, match=f"^{told}"):
+        message = "vid_tldr acts after attention, where timm_vit models cannot be reduced"
+        with pytest.raises(RecipeError, match=f"^{message}"):
             attach(model, plan)
-        with pytest.raises(RecipeError, match=f"^recipe:3:1: {told}"):
+        with pytest.raises(RecipeError, match=f"^recipe:3:1: {message}"):
             check_reducer(build_reducer(merging.reducer), match(model), model, merging.place)
 
     @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ class TestRefused:
         with pytest.raises(RecipeError, match=r"with 0 \+ 48 tokens, the model is umt with 0 \+ 64"):
             attach(tiny_umt(frames=4), umt_plan(tiny_umt(), recipe()))
 
-    def test_a_plan_that_reduces_at_another_place(self) -> None:
+    def test_a_plan_that_reduces_elsewhere_in_the_block(self) -> None:
         model = tiny_umt()
         early = resolve(recipe("prune", "attention"), match(model).layout(model), "attention")
         with pytest.raises(RecipeError, match="the plan reduces after the attention, which prune does not do"):
@@ -396,14 +396,14 @@ class TestRefused:
             build(reducer, metric)(torch.zeros(2, *shape))
 
     @some_ways
-    def test_a_picture(self, reducer: str, metric: str) -> None:
-        """The dense model takes a single frame, but a plan is for so many tokens."""
+    def test_a_single_image(self, reducer: str, metric: str) -> None:
+        """The dense model takes a single frame, but a plan is for one number of tokens."""
         model = build(reducer, metric)
-        picture = umt_clips(model, frames=1)
+        image = umt_clips(model, frames=1)
         with pytest.raises(UsageError, match=r"blocks\.0.* got 16 tokens, but the plan is for 48"):
-            model(picture)
+            model(image)
         with model.dense() as dense, torch.no_grad():
-            assert dense(picture).shape == (2, 24)
+            assert dense(image).shape == (2, 24)
 
 
 class TestModule:
@@ -439,7 +439,7 @@ class TestModule:
         clips = umt_clips(model)
         with torch.no_grad():
             wanted, kept = model.model.encode_video(clips), model.trace(clips).kept
-            # these two metrics form a softmax of their own
+            # these two metrics compute their own softmax
             assert ("explicit" in observed_attention(model, clips)) == (metric in ("entropy", "class_attention"))
             for block in model.model.blocks:
                 block.attn.fused_attn = False
@@ -448,7 +448,7 @@ class TestModule:
         assert all(torch.equal(index, kept[layer]) for layer, index in model.trace(clips).kept.items())
 
     @some_ways
-    def test_text_reads_the_tokens_that_are_left(self, reducer: str, metric: str) -> None:
+    def test_text_attends_to_the_remaining_tokens(self, reducer: str, metric: str) -> None:
         ids, mask = texts_for()
         model: Any = build(reducer, metric).model
         with torch.no_grad():
@@ -479,7 +479,7 @@ class TestCalibration:
         assert chosen(clips).isfinite().all()
 
     @some_ways
-    def test_a_branch_is_what_its_metric_is_alone(self, reducer: str, metric: str) -> None:
+    def test_a_branch_equals_its_metric_alone(self, reducer: str, metric: str) -> None:
         model = tiny_umt()
         clips = umt_clips(model)
         plan = umt_plan(model, recipe(reducer, metric, "[{layer: 0, keep_tokens: 30}, {layer: 2, keep_tokens: 16}]"))
@@ -500,7 +500,7 @@ class TestCalibration:
 class TestArtifact:
     @some_ways
     @pytest.mark.parametrize("variant", ["plain"])
-    def test_it_comes_back_bit_for_bit(self, variant: str, reducer: str, metric: str, tmp_path: Path) -> None:
+    def test_a_loaded_model_is_bit_identical(self, variant: str, reducer: str, metric: str, tmp_path: Path) -> None:
         path, wanted = self.written(variant, reducer, metric, tmp_path)
         opened: Any = artifact.load(path)
         assert opened.preprocessing.shape == tuple(umt_clips(opened).shape[1:])
@@ -542,7 +542,7 @@ class TestArtifact:
 
     @staticmethod
     def written(variant: str, reducer: str, metric: str, folder: Path) -> tuple[Path, Tensor]:
-        """The file that a compressed model is written to, and the tokens that it gives."""
+        """The file of a compressed model, and its tokens."""
         options = VARIANTS[variant]
         shape = tiny_umt(**options).vision
         dense = save_weights(tiny_umt(**options), folder / "dense.safetensors")

@@ -56,7 +56,7 @@ def images_for(model: CompressedModel, count: int = 3) -> Tensor:
 
 
 def naive_kept(variant: str, model: CompressedModel, images: Tensor, kept: dict[int, Tensor]) -> list[Naive]:
-    """Each image through the naive model, which lets the same patches go."""
+    """Each image through the naive model, which drops the same patches."""
     weights, stride = model.state_dict(), VARIANTS[variant].get("stride")
     return [
         naive_vim(weights, image, stride=stride, kept={layer: index[row] for layer, index in kept.items()})
@@ -65,20 +65,20 @@ def naive_kept(variant: str, model: CompressedModel, images: Tensor, kept: dict[
 
 
 def gap(variant: str, model: CompressedModel, images: Tensor) -> float:
-    """How far the logits are from those of the naive model that keeps the same tokens."""
+    """The difference of the logits from those of the naive model with the same tokens."""
     trace = model.trace(images)
     expected = torch.stack([one.logits for one in naive_kept(variant, model, images, trace.kept)])
     return (trace.output - expected).abs().max().item()
 
 
 def streams(model: CompressedModel, images: Tensor) -> tuple[list[VimStream], list[VimStream]]:
-    """What enters each layer, and what each layer returns before any token goes."""
+    """The input of each layer, and its output before tokens are dropped."""
     entered: list[VimStream] = []
     left: list[VimStream] = []
     handles = []
     for layer in model.model.layers:
         handles.append(layer.register_forward_pre_hook(lambda _, args: entered.append(args[0])))
-        # a hook that stands before the site's own sees what the layer itself returned
+        # a hook before that of the site gets the output of the layer itself
         handles.append(layer.register_forward_hook(lambda _, args, output: left.append(output), prepend=True))
     with torch.no_grad():
         model(images)
@@ -90,13 +90,13 @@ def streams(model: CompressedModel, images: Tensor) -> tuple[list[VimStream], li
 class TestWrittenOut:
     @each_metric
     @each_variant
-    def test_it_is_the_model_on_the_tokens_that_stay(self, variant: str, metric: str) -> None:
+    def test_it_equals_the_model_on_the_kept_tokens(self, variant: str, metric: str) -> None:
         model = build(variant, metric)
         model.model.double()
         assert gap(variant, model, images_for(model)) < 1e-11
 
     @each_variant
-    def test_every_layer_sees_the_tokens_that_stay(self, variant: str) -> None:
+    def test_every_layer_gets_the_kept_tokens(self, variant: str) -> None:
         model = build(variant)
         model.model.double()
         images = images_for(model)
@@ -109,13 +109,13 @@ class TestWrittenOut:
             classes = [place for place, label in enumerate(one.labels[layer]) if isinstance(label, str)]
             assert left[layer].place[row].tolist() == classes
 
-    def test_the_class_token_comes_to_stand_at_different_places(self) -> None:
+    def test_the_class_token_has_different_positions(self) -> None:
         entered, _ = streams(model := build(), images_for(model, 8))
         assert len(entered[1].place.unique()) > 1
 
     @pytest.mark.parametrize("variant", ["middle", "double", "odd"])
     @pytest.mark.parametrize("error", ["stale place", "reversed", "hidden and residual apart", "masked"])
-    def test_errors_in_reducing_are_seen(self, error: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_errors_in_reducing_are_detected(self, error: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
         stream = family_file._ClassTokensInside
         original = stream.reduce
 
@@ -130,8 +130,10 @@ class TestWrittenOut:
                 tokens = torch.full((len(keep), planned.tokens_in), True)
                 patches = family_file.complement(output.place, planned.tokens_in).gather(1, keep)
                 tokens.scatter_(1, patches, False).scatter_(1, output.place, False)
-                gone = tokens.unsqueeze(-1)
-                return VimStream(output.hidden.masked_fill(gone, 0), output.residual.masked_fill(gone, 0), output.place)
+                dropped = tokens.unsqueeze(-1)
+                return VimStream(
+                    output.hidden.masked_fill(dropped, 0), output.residual.masked_fill(dropped, 0), output.place
+                )
             other = family_file.complement(output.place, planned.tokens_in)[:, : keep.shape[1]]
             at = torch.cat((output.place, other), dim=1).sort(dim=1).values
             return right._replace(hidden=reduce(output.hidden, at))
@@ -142,8 +144,8 @@ class TestWrittenOut:
         monkeypatch.setattr(stream, "reduce", wrong)
         assert gap(variant, model, images) > 0.1
 
-    def test_by_the_kernels_all_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What the kernels get is in order and without the tokens that are gone, so any scan will do."""
+    def test_the_kernels_give_the_same_result(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The kernels get the kept tokens in order, so any scan works."""
         model = build("odd")
         images = images_for(model)
         wanted = model.trace(images)
@@ -182,7 +184,7 @@ class TestCounts:
         ],
     )
     @each_metric
-    def test_tokens_leave_as_the_recipe_says(self, metric: str, variant: str, layers: str, expected: list[int]) -> None:
+    def test_token_counts_follow_the_recipe(self, metric: str, variant: str, layers: str, expected: list[int]) -> None:
         model = build(variant, metric, layers)
         entered, _ = streams(model, images_for(model))
         with torch.no_grad():
@@ -192,7 +194,7 @@ class TestCounts:
         assert list(model.plan.tokens_at(DEPTH)) == expected
 
     @each_variant
-    def test_the_class_token_stays_as_it_is(self, variant: str) -> None:
+    def test_the_class_token_is_unchanged(self, variant: str) -> None:
         model = build(variant)
         images = images_for(model)
         entered, left = streams(model, images)
@@ -237,7 +239,7 @@ class TestMacs:
 
 
 def naive_score(metric: str, one: Naive, layer: int, distance: str, reading: str) -> dict[int, float]:
-    """The score of each patch, by its place."""
+    """The score of each patch, by its position."""
     scores = {}
     for row in one.patches(layer):
         before, update = one.residual[layer][row], one.hidden[layer][row]
@@ -272,7 +274,7 @@ class TestMetrics:
         ("operation", "distance", "reading", "polarity"),
         [*SHIFTS, ("token_norm", "", "", "largest"), ("token_norm", "", "", "smallest")],
     )
-    def test_the_choice_is_that_of_the_formula(
+    def test_kept_tokens_are_those_of_the_formula(
         self, operation: str, distance: str, reading: str, polarity: str
     ) -> None:
         if operation == "token_norm":
@@ -288,7 +290,7 @@ class TestMetrics:
                 scores = naive_score(operation, one, layer, distance, reading)
                 assert index[row].tolist() == best(scores, index.shape[1], polarity)
 
-    def test_random_keeps_the_same_places_in_every_image(self) -> None:
+    def test_random_keeps_the_same_positions_in_every_image(self) -> None:
         model = build(metric="random")
         kept = model.trace(images_for(model)).kept
         assert all(len(index.unique(dim=0)) == 1 for index in kept.values())
@@ -303,7 +305,7 @@ class TestMetrics:
             ("{kind: representation_shift, operation: attention}", "representation_shift needs attention_update"),
         ],
     )
-    def test_what_a_mixer_does_not_have_is_refused(self, metric: str, needs: str) -> None:
+    def test_metrics_of_attention_and_mlp_are_refused(self, metric: str, needs: str) -> None:
         with pytest.raises(RecipeError, match=needs) as caught:
             compressed(tiny_vim(), recipe(metric))
         assert "a state space model has a mixer, and neither attention nor an MLP" in str(caught.value)
@@ -335,7 +337,7 @@ class TestCalibration:
         assert gap("middle", chosen, images[:2]) < 1e-4
 
     @pytest.mark.parametrize("variant", ["middle", "double"])
-    def test_a_branch_is_what_its_metric_is_alone(self, variant: str) -> None:
+    def test_a_branch_equals_its_metric_alone(self, variant: str) -> None:
         model = tiny_vim(**VARIANTS[variant])
         images = vim_images(model)
         plan = make_plan(model, recipe(SHIFT, "[{layer: 0, keep_tokens: 11}, {layer: 2, keep_tokens: 5}]"))
@@ -374,7 +376,7 @@ class TestModule:
             assert parameter.grad.isfinite().all(), name
             assert parameter.grad.any(), name
 
-    def test_gradients_are_those_of_the_tokens_that_stay(self) -> None:
+    def test_gradients_are_those_of_the_kept_tokens(self) -> None:
         model = compressed(tiny_vim(**VARIANTS["odd"]).double(), recipe())
         images, weights = images_for(model, 1), dict(model.model.named_parameters())
         kept = {layer: index[0] for layer, index in model.trace(images).kept.items()}
@@ -421,7 +423,7 @@ class TestArtifact:
 
     @staticmethod
     def written(variant: str, folder: Path) -> tuple[Tensor, Path]:
-        """What a compressed model returns, and the file that it is written to."""
+        """The output of a compressed model, and its file."""
         dense = save_weights(tiny_vim(**VARIANTS[variant]), folder / "dense.safetensors")
         loaded = load_checkpoint(dense)
         plan = make_plan(loaded.model, recipe())

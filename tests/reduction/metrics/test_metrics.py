@@ -1,4 +1,4 @@
-"""Scores against their formulas, worked out in float64 with the model's own modules."""
+"""Scores against their formulas, computed in float64 with the model's own modules."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from repshift_cli.reduction.metrics.representation_shift import Distance, Operat
 
 LAYER = 2
 WITH_PARTS = sorted(set(VARIANTS) - {"parallel_things_block"})
-"""Models whose blocks show attention and MLP one by one."""
+"""Models whose blocks have separate attention and MLP updates."""
 
 
 def parts_of(block: Any, stream: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """The stream that each branch reads, and what the branch adds to it."""
+    """The stream that each branch reads, and the update of the branch."""
     kind = type(block).__name__
     if kind == "ParallelScalingBlock":
         projected = block.in_proj(block.in_norm(stream))
@@ -57,7 +57,7 @@ def naive_shift(block: nn.Module, stream: Tensor, operation: str, distance: str,
 
 
 def scores_at(model: CompressedModel, batch: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What the metric returned at each site."""
+    """The scores of the metric at each site."""
     found: list[Tensor] = []
     kind = type(model._hooks[0].metrics[0])
     score: Callable[..., Tensor] = kind.score
@@ -170,7 +170,7 @@ class TestRandom:
         with monkeypatch.context() as patch:
             return scores_at(compressed(tiny_vit(), recipe), batch, patch)
 
-    def test_does_not_look_at_the_image(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_does_not_depend_on_the_image(self, monkeypatch: pytest.MonkeyPatch) -> None:
         first = self.scores(0, monkeypatch, images(3, seed=1))
         other = self.scores(0, monkeypatch, images(3, seed=2))
         assert all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
@@ -192,7 +192,7 @@ class TestRandom:
 
 
 @pytest.mark.parametrize("polarity", ["largest", "smallest"])
-def test_polarity_says_which_end_stays(polarity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_polarity_decides_which_tokens_are_kept(polarity: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = one_site(f"{{kind: token_norm, polarity: {polarity}}}")
     model = compressed(tiny_vit(), recipe)
     kept = model.trace(images(2)).kept[LAYER]

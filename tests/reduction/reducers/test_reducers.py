@@ -1,8 +1,8 @@
-"""What every way to merge tokens owes, `bipartite` against reference vectors, `merge` and `fuse` against naive loops.
+"""Properties of all merging reducers, `bipartite` against reference vectors, `merge` and `fuse` against naive loops.
 
 `data/tome.safetensors` was made with the authors' code on seeded random tokens `in/x`: two merges of 5 tokens in a row,
 by `in/metric1` and `in/metric2`, with a class token (`cls/`) and without (`nocls/`), and one (`cap/`, with a class
-token) that merges as many as can go.
+token) with the largest count.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MERGERS: dict[str, Merger] = {
     "vid_tldr": VidTLDR(),
 }
 BY_SCORE = ("merge", "merge_by_keys", "fuse", "fuse_carry")
-"""Where the score alone says which tokens go."""
+"""Reducers in which the score selects the dropped tokens."""
 
 HEADS, CHANNELS = 2, 6
 
@@ -50,7 +50,7 @@ each_by_score = pytest.mark.parametrize("name", BY_SCORE)
 
 
 class Case:
-    """Tokens, sizes, scores, how many go, prefix tokens, and keys, in float32 as they come in a model."""
+    """Tokens, sizes, scores, count, prefix tokens and keys, in float32 as in a model."""
 
     def __init__(self, batch: int, patches: int, prefix: int, seed: int, share: float) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -63,7 +63,7 @@ class Case:
         self.keys = torch.randn(batch, HEADS, total, 4, generator=generator)
 
     def count(self, merger: Merger) -> int:
-        """From 1 to the most that can go."""
+        """From 1 to the largest count."""
         return 1 + int(self.share * (merger.most(self.patches) - 1))
 
     def run(self, merger: Merger, rows: slice = slice(None), dtype: torch.dtype = torch.float32) -> Merged:
@@ -85,15 +85,15 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def left(case: Case, found: Merged) -> list[list[int]]:
-    """Of each image, the places among all tokens of those that are left, as `found` has them in order."""
+    """For each image the positions of the remaining tokens, in the order of `found`."""
     front = list(range(case.prefix))
     return [front + [case.prefix + place for place in row] for row in found.places.tolist()]
 
 
-def naive_flow(tokens: Tensor, sizes: Tensor, goes: Mapping[int, int], kept: list[int]) -> tuple[Tensor, Tensor]:
-    """One image in float64: the size-weighted mean of each kept token and all tokens that `goes` sends into it."""
+def naive_means(tokens: Tensor, sizes: Tensor, targets: Mapping[int, int], kept: list[int]) -> tuple[Tensor, Tensor]:
+    """One image in float64: the size-weighted mean of each kept token and its sources; `targets` has their targets."""
     tokens, sizes = tokens.double(), sizes.double()
-    groups = [[place, *(source for source, target in goes.items() if target == place)] for place in kept]
+    groups = [[place, *(source for source, target in targets.items() if target == place)] for place in kept]
     mass = torch.stack([sum((sizes[index] for index in group), sizes.new_zeros(())) for group in groups])
     sums = [sum((tokens[index] * sizes[index] for index in group), tokens.new_zeros(())) for group in groups]
     return torch.stack(sums) / mass.unsqueeze(1), mass
@@ -104,17 +104,17 @@ def cosine(one: Tensor, other: Tensor) -> float:
 
 
 def naive_merge(case: Case, row: int, kept: list[int], features: Tensor) -> dict[int, int]:
-    """Where each token that goes, goes: to the kept patch token with the largest cosine."""
+    """The target of each dropped token: the kept patch token with the largest cosine."""
     candidates = [place for place in kept if place >= case.prefix]
-    goes = {}
+    targets = {}
     for source in range(case.prefix, case.prefix + case.patches):
         if source not in kept:
-            goes[source] = max(candidates, key=lambda place: cosine(features[row, source], features[row, place]))
-    return goes
+            targets[source] = max(candidates, key=lambda place: cosine(features[row, source], features[row, place]))
+    return targets
 
 
 def naive_pairs(case: Case, row: int, features: Tensor, count: int) -> dict[int, int]:
-    """Patch tokens at even places each find the most similar at an odd place; the `count` most alike go there."""
+    """The `count` patch tokens at even positions that are most similar to one at an odd position, with targets."""
     places = range(case.prefix, case.prefix + case.patches)
     evens, odds = ([place for place in places if place % 2 == rest] for rest in (0, 1))
     best = {one: max(odds, key=lambda other: cosine(features[row, one], features[row, other])) for one in evens}
@@ -122,7 +122,7 @@ def naive_pairs(case: Case, row: int, features: Tensor, count: int) -> dict[int,
     return {one: best[one] for one in alike[:count]}
 
 
-def test_every_merging_reducer_is_here() -> None:
+def test_every_merging_reducer_is_tested() -> None:
     assert {type(merger) for merger in MERGERS.values()} == {
         kind for kind in reducer_kinds().values() if not issubclass(kind, Pruner)
     }
@@ -145,7 +145,7 @@ class TestParity:
 
     @pytest.mark.parametrize("call", ["1", "2"])
     @pytest.mark.parametrize(("kind", "prefix"), [("cls", 1), ("nocls", 0)])
-    def test_who_merges_with_whom(self, kind: str, prefix: int, call: str) -> None:
+    def test_matched_pairs(self, kind: str, prefix: int, call: str) -> None:
         metric = TOME[f"in/metric{call}"]
         sources, targets = (TOME[f"{kind}/{part}_idx{call}"].squeeze(2) for part in ("src", "dst"))
         # with a class token in front, which is neither, the first source is at place 2
@@ -153,7 +153,7 @@ class TestParity:
         assert torch.equal(found.sources + prefix, sources)
         assert torch.equal(found.targets, targets)
 
-    def test_the_most_that_can_go(self) -> None:
+    def test_the_largest_count(self) -> None:
         count = Bipartite().most(16)
         tokens, sizes, _ = match(TOME["in/x"], torch.ones(2, 17), TOME["in/metric1"], count, 1)
         torch.testing.assert_close(tokens, TOME["cap/x1"], rtol=0, atol=1e-6)
@@ -170,7 +170,7 @@ class TestParity:
         assert Bipartite().taps() == {"attention_key"}
 
 
-class TestAllOfThem:
+class TestAll:
     @each
     @given(cases())
     def test_shapes_places_and_prefix(self, name: str, case: Case) -> None:
@@ -192,26 +192,26 @@ class TestAllOfThem:
 
     @each
     @given(cases())
-    def test_what_nothing_flowed_into_stays_to_the_bit(self, name: str, case: Case) -> None:
+    def test_tokens_without_sources_are_bit_identical(self, name: str, case: Case) -> None:
         found = case.run(MERGERS[name])
         touched = 0
         for row, places in enumerate(left(case, found)):
             same = found.sizes[row] == case.sizes[row, places]
             assert torch.equal(found.tokens[row, same], case.tokens[row, places][same])
             touched += int((~same).sum())
-        # a source of vid-TLDR may weigh nothing
+        # a source of vid-TLDR may have weight 0
         assert touched >= (0 if name == "vid_tldr" else case.batch)
         if name.startswith("fuse"):
             assert touched == case.batch
 
     @each_that_keeps_all_mass
     @given(cases())
-    def test_no_size_is_lost(self, name: str, case: Case) -> None:
+    def test_the_sum_of_sizes_is_unchanged(self, name: str, case: Case) -> None:
         assert torch.equal(case.run(MERGERS[name]).sizes.sum(1), case.sizes.sum(1))  # whole numbers
 
     @pytest.mark.parametrize("name", ["merge", "merge_by_keys", "bipartite"])
     @given(cases())
-    def test_the_mean_by_size_stays(self, name: str, case: Case) -> None:
+    def test_the_mean_by_size_is_unchanged(self, name: str, case: Case) -> None:
         def mean(tokens: Tensor, sizes: Tensor) -> Tensor:
             return (tokens.double() * sizes.double().unsqueeze(2)).sum(1) / sizes.double().sum(1, keepdim=True)
 
@@ -221,7 +221,7 @@ class TestAllOfThem:
 
     @each
     @given(cases())
-    def test_batch_neighbours_do_not_matter(self, name: str, case: Case) -> None:
+    def test_rows_of_a_batch_are_independent(self, name: str, case: Case) -> None:
         together = case.run(MERGERS[name])
         for row in range(case.batch):
             alone = case.run(MERGERS[name], slice(row, row + 1))
@@ -238,7 +238,7 @@ class TestAllOfThem:
             full, half = case.run(MERGERS[name]), case.run(MERGERS[name], dtype=dtype)
             assert half.tokens.dtype == dtype
             assert half.sizes.dtype == torch.float32
-            # where two are as alike as two others, rounding may decide who merges
+            # if two pairs are equally similar, rounding may decide which one merges
             if torch.equal(half.places, full.places) and torch.allclose(half.sizes, full.sizes):
                 compared += 1
                 torch.testing.assert_close(half.tokens.float(), full.tokens, rtol=within, atol=within)
@@ -250,8 +250,8 @@ class TestAllOfThem:
 
     @each
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_half_precision_neither_overflows_nor_loses_small_steps(self, name: str, dtype: torch.dtype) -> None:
-        """Large equal tokens: their sum does not fit float16, their mean does, and is they themselves."""
+    def test_half_precision_of_large_equal_tokens(self, name: str, dtype: torch.dtype) -> None:
+        """Large equal tokens: their sum does not fit float16, their mean does and equals them."""
         case = Case(2, 400, 1, 0, 1.0)
         case.tokens, case.keys = torch.full_like(case.tokens, 1000.0), torch.full_like(case.keys, 1000.0)
         found = case.run(MERGERS[name], dtype=dtype)
@@ -261,7 +261,7 @@ class TestAllOfThem:
     def test_gradients_are_right(self, name: str) -> None:
         case = Case(2, 9, 1, 3, 1.0)
         merger = MERGERS[name]
-        # gradients are taken by small steps, and from 1 those would make a token one that was fused before
+        # numeric gradients take small steps, and a size of 1 plus a step would mark a fused token
         case.sizes = torch.where(case.sizes == 1, 0.5, case.sizes)
 
         def run(tokens: Tensor, sizes: Tensor, scores: Tensor) -> Tensor:
@@ -274,14 +274,14 @@ class TestAllOfThem:
         output = run(*leaves)
         (to_tokens,) = torch.autograd.grad(output.square().sum(), leaves[:1], retain_graph=True)
         assert to_tokens.isfinite().all()
-        # everything that flows counts, so each token does; a source of vid-TLDR may weigh nothing
+        # all tokens affect the result, except sources of vid-TLDR with weight 0
         reached = to_tokens.abs().amax(-1) > 0
         assert reached.all() or name == "vid_tldr"
         (to_scores,) = torch.autograd.grad(output.square().sum(), leaves[2:], allow_unused=True)
         assert (to_scores is not None and bool(to_scores.abs().max() > 0)) == with_scores
 
     @pytest.mark.parametrize("kind", reducer_kinds())
-    def test_gradients_flow_through_every_kind(self, kind: str) -> None:
+    def test_every_kind_has_gradients(self, kind: str) -> None:
         case = Case(2, 8, 1, 5, 0.5)
         reducer, tokens = build_reducer(ComponentSpec(kind=kind)), case.tokens.clone().requires_grad_()
         if isinstance(reducer, Pruner):
@@ -295,7 +295,7 @@ class TestAllOfThem:
         assert (tokens.grad.abs().amax(-1) > 0).sum() >= 2 * 6
 
     @each
-    def test_memory_channel_by_channel(self, name: str) -> None:
+    def test_channel_major_memory(self, name: str) -> None:
         case = Case(2, 12, 1, 1, 0.5)
         wanted = case.run(MERGERS[name])
         before = case.tokens.clone()
@@ -306,7 +306,7 @@ class TestAllOfThem:
         assert torch.equal(case.tokens, before)
 
     @each
-    def test_what_comes_in_is_not_changed(self, name: str) -> None:
+    def test_inputs_are_not_changed(self, name: str) -> None:
         case = Case(2, 12, 2, 1, 0.5)
         before = [tensor.clone() for tensor in (case.tokens, case.sizes, case.scores, case.keys)]
         case.run(MERGERS[name])
@@ -326,7 +326,7 @@ class TestAllOfThem:
 class TestByScore:
     @each_by_score
     @given(cases())
-    def test_the_score_says_who_goes_as_in_pruning(self, name: str, case: Case) -> None:
+    def test_the_score_selects_the_tokens_of_pruning(self, name: str, case: Case) -> None:
         merger = MERGERS[name]
         if name == "fuse_carry":
             case.sizes = torch.ones_like(case.sizes)
@@ -339,7 +339,7 @@ class TestByScore:
 
     @pytest.mark.parametrize("name", ["bipartite", "vid_tldr"])
     @given(cases())
-    def test_elsewhere_it_has_no_say_in_it(self, name: str, case: Case) -> None:
+    def test_the_score_is_not_used_by_matching(self, name: str, case: Case) -> None:
         before = case.run(MERGERS[name])
         case.scores = case.scores.flip(1)
         after = case.run(MERGERS[name])
@@ -348,7 +348,7 @@ class TestByScore:
             assert torch.equal(before.tokens, after.tokens)
 
     @each_by_score
-    def test_the_most_that_can_go_is_all_but_one(self, name: str) -> None:
+    def test_all_but_one_can_be_merged(self, name: str) -> None:
         assert MERGERS[name].most(16) == 15
         case = Case(2, 16, 1, 0, 1.0)
         found = case.run(MERGERS[name])
@@ -358,17 +358,17 @@ class TestByScore:
 class TestAgainstLoops:
     @pytest.mark.parametrize("name", ["merge", "merge_by_keys", "bipartite"])
     @given(cases())
-    def test_who_flows_where(self, name: str, case: Case) -> None:
+    def test_targets_of_merged_tokens(self, name: str, case: Case) -> None:
         merger = MERGERS[name]
         found, count = case.run(merger), case.count(merger)
         features = case.tokens if name == "merge" else case.keys.mean(1)
         for row, kept in enumerate(left(case, found)):
             if name == "bipartite":
-                goes = naive_pairs(case, row, features, count)
-                assert sorted(kept) == [place for place in range(case.prefix + case.patches) if place not in goes]
+                targets = naive_pairs(case, row, features, count)
+                assert sorted(kept) == [place for place in range(case.prefix + case.patches) if place not in targets]
             else:
-                goes = naive_merge(case, row, kept, features)
-            tokens, sizes = naive_flow(case.tokens[row], case.sizes[row], goes, kept)
+                targets = naive_merge(case, row, kept, features)
+            tokens, sizes = naive_means(case.tokens[row], case.sizes[row], targets, kept)
             torch.testing.assert_close(found.sizes[row].double(), sizes, rtol=0, atol=0)
             torch.testing.assert_close(found.tokens[row].double(), tokens, rtol=1e-5, atol=1e-5)
 
@@ -384,7 +384,7 @@ class TestAgainstLoops:
             order = sorted(range(case.patches), key=lambda place: (place in fused_before, -scores[place], place))
             kept = sorted(order[: case.patches - count])
             if any(place in fused_before for place in kept):
-                continue  # cannot be where `carry` was on from the first site
+                continue  # impossible if `carry` is on from the first site
             together = order[case.patches - count - 1 :]
             spread = (scores.max() - scores.min()).clamp(min=1e-30)
             weights = {
@@ -403,7 +403,7 @@ class TestAgainstLoops:
     @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
     @pytest.mark.parametrize("seed", range(3))
     def test_carry_leaves_one_fused_token_over_several_sites(self, prefix: int, seed: int) -> None:
-        """It stands for all tokens that went; without, a fused token may live on beside the next one."""
+        """It stands for all dropped tokens; without `carry`, a fused token may remain in addition to the next one."""
         generator = torch.Generator().manual_seed(seed)
         fused: dict[bool, list[int]] = {}
         for carry in (False, True):
@@ -415,14 +415,14 @@ class TestAgainstLoops:
                 assert torch.equal(sizes.sum(1), torch.full((3,), prefix + 30.0))
                 fused[carry].append(int((sizes > 1).sum(1).max()))
                 if carry:
-                    gone = (5, 12, 13, 23)[site]
-                    # the fused token and one that stays a token of its own are fused at each later site
-                    assert torch.equal(sizes.amax(1), torch.full((3,), 1.0 + gone))
+                    dropped = (5, 12, 13, 23)[site]
+                    # at each later site the fused token and one other token are fused
+                    assert torch.equal(sizes.amax(1), torch.full((3,), 1.0 + dropped))
         assert fused[True] == [1, 1, 1, 1]
         assert max(fused[False]) > 1
 
     def test_fuse_by_hand(self) -> None:
-        """Scores 4, 2, 0, 1: token 1 is the last that stays and takes in 2 and 3, by weights .5005, .001 and .25075."""
+        """Scores 4, 2, 0, 1: token 1 is the last kept; 2 and 3 merge into it, by weights .5005, .001 and .25075."""
         tokens = torch.tensor([[[9.0], [1.0], [2.0], [3.0]]])
         found = Fuse().merge(tokens, torch.ones(1, 4), torch.tensor([[4.0, 2.0, 0.0, 1.0]]), 2, 0, {})
         assert found.places.tolist() == [[0, 1]]
@@ -431,7 +431,7 @@ class TestAgainstLoops:
         torch.testing.assert_close(found.tokens, torch.tensor([[[9.0], [mean]]]))
 
     def test_merge_by_hand(self) -> None:
-        """Token 1 points as token 3 does and counts three times; token 0 is a prefix token and takes nothing in."""
+        """Token 1 has the direction of token 3 and size 3; token 0 is a prefix token and no target."""
         tokens = torch.tensor([[[5.0, 0.0], [4.0, 0.0], [0.0, 2.0], [8.0, 1.0]]])
         sizes = torch.tensor([[1.0, 3.0, 1.0, 1.0]])
         found = Merge().merge(tokens, sizes, torch.tensor([[0.0, 1.0, 2.0]]), 1, 1, {})
@@ -440,7 +440,7 @@ class TestAgainstLoops:
         torch.testing.assert_close(found.tokens, torch.tensor([[[5.0, 0.0], [0.0, 2.0], [5.0, 0.25]]]))
 
     @given(cases())
-    def test_vid_tldr_leaves_the_prefix_out(self, case: Case) -> None:
+    def test_vid_tldr_does_not_merge_the_prefix(self, case: Case) -> None:
         found = case.run(VidTLDR())
         case.tokens, case.sizes = case.tokens[:, case.prefix :], case.sizes[:, case.prefix :]
         prefix, case.prefix = case.prefix, 0
@@ -450,29 +450,29 @@ class TestAgainstLoops:
         assert torch.equal(found.places, alone.places)
 
     @given(cases())
-    def test_vid_tldr_weighs_what_goes(self, case: Case) -> None:
+    def test_vid_tldr_weights_the_sources(self, case: Case) -> None:
         found, count = case.run(VidTLDR()), case.count(VidTLDR())
         weights = saliency(case.scores)
         shifted = Case(case.batch, case.patches, 0, 0, 0)
         shifted.tokens = case.tokens[:, case.prefix :]
         for row, kept in enumerate(found.places.tolist()):
-            goes = naive_pairs(shifted, row, shifted.tokens, count)
+            targets = naive_pairs(shifted, row, shifted.tokens, count)
             own = case.sizes[row, case.prefix :].double()
             shares = own.clone()
-            shares[list(goes)] *= weights[row, list(goes)].double()
-            tokens, sizes = naive_flow(shifted.tokens[row], shares, goes, kept)
+            shares[list(targets)] *= weights[row, list(targets)].double()
+            tokens, sizes = naive_means(shifted.tokens[row], shares, targets, kept)
             torch.testing.assert_close(found.sizes[row, case.prefix :].double(), sizes, rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(found.tokens[row, case.prefix :].double(), tokens, rtol=1e-5, atol=1e-5)
 
 
 class TestPieces:
-    def test_nearest_knows_no_length(self) -> None:
+    def test_nearest_ignores_the_length(self) -> None:
         sources = torch.tensor([[[1.0, 1.0], [-3.0, 0.1]]])
         targets = torch.tensor([[[100.0, 0.0], [0.2, 0.3], [-0.01, 0.0]]])
         assert nearest(sources, targets).tolist() == [[1, 2]]
         assert nearest(1e3 * sources, targets).tolist() == [[1, 2]]
 
-    def test_nearest_of_equals_is_the_first(self) -> None:
+    def test_nearest_prefers_the_first_of_equals(self) -> None:
         assert nearest(torch.ones(2, 3, 4), torch.ones(2, 5, 4)).tolist() == [[0] * 3] * 2
 
     def test_lengths_that_half_precision_cannot_square(self) -> None:
@@ -485,7 +485,7 @@ class TestPieces:
         keys = torch.randn(2, 3, 5, 4)
         torch.testing.assert_close(key_features(keys), (keys[:, 0] + keys[:, 1] + keys[:, 2]) / 3)
 
-    def test_several_flow_into_one(self) -> None:
+    def test_several_sources_with_one_target(self) -> None:
         tokens = torch.tensor([[[0.0], [6.0], [3.0], [7.0]]])
         found, sizes = merge_into(
             tokens[:, [0, 3]],
@@ -498,7 +498,7 @@ class TestPieces:
         torch.testing.assert_close(found, torch.tensor([[[3.0], [7.0]]]))
 
     @pytest.mark.parametrize("tokens", [1, 197, 785])
-    def test_products_are_counted(self, tokens: int) -> None:
+    def test_macs_equal_the_counter(self, tokens: int) -> None:
         dims = Dims(width=384, head=64)
         for patches, dropped in ((tokens, tokens // 3), (tokens, 0)):
             assert Merge().macs(patches, dropped, dims) == dropped * (patches - dropped) * 384

@@ -30,7 +30,7 @@ FLOW = [
     ("flow_a/pre_merge.1", "flow_a/size.0", "flow_b/{}.1", "flow_b/post_merge.1"),
 ]
 STEPS = [pytest.param(*step, id=step[3]) for step in UNIT_STEPS + FLOW]
-"""Tokens and sizes before, the names of what the merge found, tokens after."""
+"""Tokens and sizes before the merge, the names of its results, tokens after it."""
 
 ATTENTION = [("in/attn1", "unit/score1"), ("in/attn2", "unit/score2"), ("flow_a/attn.1", "flow_a/score.1")]
 
@@ -45,7 +45,7 @@ def score_name(names: str) -> str:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Tokens, sizes, scores and how many are to go."""
+    """Tokens, sizes, scores and count."""
     batch, total = draw(st.integers(1, 3)), draw(st.integers(1, 17))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     tokens = torch.randn(batch, total, 5, generator=generator)
@@ -56,7 +56,7 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int]:
 
 class TestParity:
     @pytest.mark.parametrize(("before", "sizes", "names", "after"), STEPS)
-    def test_the_same_tokens_merge_into_the_same(self, before: str, sizes: str, names: str, after: str) -> None:
+    def test_pairs_equal_the_reference(self, before: str, sizes: str, names: str, after: str) -> None:
         sources, targets, kept = (UNIT[names.format(f"{part}_idx")].squeeze(2) for part in ("src", "dst", "unm"))
         tokens = UNIT[before]
         found = pair(tokens[:, ::2], tokens[:, 1::2], sources.shape[1])
@@ -80,9 +80,9 @@ class TestParity:
         assert found.places[:, kept.shape[1] :].tolist() == [list(range(1, tokens.shape[1], 2))] * 2
 
     @pytest.mark.parametrize("call", ["1", "2"])
-    def test_what_each_token_is_made_of(self, call: str) -> None:
-        """Rows of the trace: 1 for a token that is whole, the weight of a source, 0 for what is not in it."""
-        # the trace of two calls keeps the largest of what meets, so start from that of the first
+    def test_the_sources_of_each_token(self, call: str) -> None:
+        """Rows of the trace: 1 for the token itself, the weight of a source, 0 for other tokens."""
+        # the trace of two calls keeps the maximum, so start from that of the first
         before = torch.eye(32).expand(2, -1, -1) if call == "1" else UNIT["unit/source1"]
         expected = UNIT[f"unit/source{call}"]
         tokens = UNIT["in/x" if call == "1" else "unit/x1"]
@@ -98,7 +98,7 @@ class TestParity:
     @pytest.mark.parametrize(("attention", "score"), ATTENTION)
     def test_saliency_of_an_attention_map(self, attention: str, score: str) -> None:
         found = saliency(sharpness(UNIT[attention].mean(dim=1)))
-        # the raw scores lie close together, so bringing them to 0..1 magnifies the last bit: the reference itself is
+        # the raw scores are nearly equal, so scaling them to 0..1 magnifies the last bit: the reference itself is
         # up to 5e-6 away from the same in float64
         torch.testing.assert_close(found, UNIT[score].squeeze(2), rtol=0, atol=1e-5)
 
@@ -127,7 +127,7 @@ class TestAttentionEntropy:
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
 
     @pytest.mark.parametrize(("attention", "score"), ATTENTION)
-    def test_gives_the_reference_score(self, attention: str, score: str) -> None:
+    def test_equals_the_reference_score(self, attention: str, score: str) -> None:
         """Logits that lead to the reference maps: the logarithm of a map as query, the unit matrix as key."""
         maps = UNIT[attention]
         eye = torch.eye(maps.shape[-1]).expand_as(maps)
@@ -135,12 +135,12 @@ class TestAttentionEntropy:
         found = saliency(AttentionEntropy().score(seen, SITE))
         torch.testing.assert_close(found, UNIT[score].squeeze(2), rtol=0, atol=1e-5)
 
-    def test_rows_of_the_mean_map_add_up_to_one(self) -> None:
+    def test_rows_of_the_mean_map_sum_to_one(self) -> None:
         found = mean_attention(torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 8))
         torch.testing.assert_close(found.sum(-1), torch.ones(2, 7))
 
-    def test_is_finite_where_attention_is_zero(self) -> None:
-        """A token that looks at one place only is the most salient, one that looks everywhere the least."""
+    def test_is_finite_for_zero_attention(self) -> None:
+        """A token that attends to one position is the most salient, one that attends to all the least."""
         queries = torch.tensor([1e4, 0.0]).view(1, 1, 2, 1)
         keys = torch.tensor([1.0, -1.0]).view(1, 1, 2, 1)
         found = AttentionEntropy().score({"attention_query": queries, "attention_key": keys}, SITE)
@@ -153,20 +153,20 @@ class TestAttentionEntropy:
 
 class TestSaliency:
     @given(cases())
-    def test_weighs_what_lies_above_the_mean(self, case: tuple[Tensor, Tensor, Tensor, int]) -> None:
+    def test_only_scores_above_the_mean_have_weight(self, case: tuple[Tensor, Tensor, Tensor, int]) -> None:
         scores = case[2].double()
         above = (scores - scores.mean(1, keepdim=True)).clamp(min=0)
         expected = above / above.amax(1, keepdim=True) if scores.shape[1] > 1 else torch.zeros_like(scores)
         torch.testing.assert_close(saliency(scores), expected, rtol=0, atol=1e-9)
 
     @given(cases(), st.floats(0.1, 100), st.floats(-100, 100))
-    def test_knows_no_scale(self, case: tuple[Tensor, Tensor, Tensor, int], stretch: float, rise: float) -> None:
-        """So that norms, which are not negative, serve as well as negative entropies."""
+    def test_ignores_the_scale(self, case: tuple[Tensor, Tensor, Tensor, int], stretch: float, rise: float) -> None:
+        """So norms, which are not negative, can be used as well as negative entropies."""
         scores = case[2].double()
         torch.testing.assert_close(saliency(scores * stretch + rise), saliency(scores), rtol=0, atol=1e-6)
 
     @pytest.mark.parametrize("value", [0.0, 3.0, -1e30, 1e-42])
-    def test_equal_scores_weigh_nothing(self, value: float) -> None:
+    def test_equal_scores_have_weight_zero(self, value: float) -> None:
         assert torch.equal(saliency(torch.full((2, 5), value)), torch.zeros(2, 5))
 
 
@@ -188,13 +188,13 @@ class TestMerge:
             assert set(range(1, total, 2)) <= set(row)
 
     @given(cases())
-    def test_loses_what_the_weights_leave_out_and_no_more(self, case: tuple[Tensor, Tensor, Tensor, int]) -> None:
-        """Neither the sizes nor the tokens by size keep their sum: sources count only as much as they weigh."""
+    def test_the_sums_shrink_by_the_weights(self, case: tuple[Tensor, Tensor, Tensor, int]) -> None:
+        """The sums of sizes and of tokens by size shrink, because sources count by their weight."""
         tokens, sizes, scores, _ = case
         weights = saliency(scores)
         found = merge(*case)
-        gone = torch.ones_like(scores).scatter(1, found.places, 0.0)
-        mass = sizes * torch.where(gone > 0, weights, 1.0)
+        dropped = torch.ones_like(scores).scatter(1, found.places, 0.0)
+        mass = sizes * torch.where(dropped > 0, weights, 1.0)
         torch.testing.assert_close(found.sizes.sum(1), mass.sum(1), rtol=1e-5, atol=1e-5)
         by_size = (found.tokens * found.sizes.unsqueeze(2)).sum(1)
         torch.testing.assert_close(by_size, (tokens * mass.unsqueeze(2)).sum(1), rtol=1e-4, atol=1e-4)
@@ -206,7 +206,7 @@ class TestMerge:
         torch.testing.assert_close(found.sizes.sum(1), sizes.sum(1), rtol=1e-5, atol=1e-5)
 
     @given(cases())
-    def test_neighbours_in_the_batch_do_not_matter(self, case: tuple[Tensor, Tensor, Tensor, int]) -> None:
+    def test_rows_of_a_batch_are_independent(self, case: tuple[Tensor, Tensor, Tensor, int]) -> None:
         tokens, sizes, scores, count = case
         found = merge(*case)
         for place in range(tokens.shape[0]):
@@ -229,7 +229,7 @@ class TestMerge:
         assert found.places.tolist() == [list(range(tokens.shape[1]))] * tokens.shape[0]
 
     @pytest.mark.parametrize("total", [7, 8])
-    def test_at_most_half_can_go(self, total: int) -> None:
+    def test_at_most_half_can_merge(self, total: int) -> None:
         tokens, sizes, scores = torch.randn(1, total, 4), torch.ones(1, total), torch.rand(1, total)
         most = VidTLDR().most(total)
         assert merge(tokens, sizes, scores, most).tokens.shape[1] == total - most
@@ -238,7 +238,7 @@ class TestMerge:
                 merge(tokens, sizes, scores, count)
 
     def test_by_hand(self) -> None:
-        """Token 0 is like token 3 and weighs half, token 2 is like token 1 and weighs nothing; token 4 stays."""
+        """Token 0 is similar to token 3 and has weight 0.5, token 2 to token 1 with weight 0; token 4 is kept."""
         tokens = torch.tensor([[[2.0, 0.0], [0.0, 3.0], [0.0, 1.0], [4.0, 0.0], [1.0, -1.0]]])
         sizes = torch.tensor([[4.0, 1.0, 1.0, 1.0, 1.0]])
         weights = torch.tensor([[0.5, 0.0, 0.0, 1.0, 0.0]])
@@ -253,13 +253,13 @@ class TestMerge:
         assert found.targets.tolist() == [[0, 0]]
         assert found.kept.tolist() == [[2, 3]]
 
-    def test_tokens_of_zeros_are_like_no_other(self) -> None:
+    def test_zero_tokens_have_no_similarity(self) -> None:
         found = merge(torch.zeros(1, 6, 4), torch.ones(1, 6), torch.rand(1, 6), 3)
         assert torch.equal(found.tokens, torch.zeros(1, 3, 4))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision_sums_in_float32(self, dtype: torch.dtype) -> None:
-        """200 large tokens flow into one: their sum does not fit float16, their mean does."""
+        """200 large tokens merge into one: their sum does not fit float16, their mean does."""
         tokens = torch.full((1, 400, 8), 1000.0, dtype=dtype)
         found = merge_weighted(tokens, torch.ones(1, 400), torch.ones(1, 400), 200)
         assert found.tokens.dtype == dtype
@@ -267,7 +267,7 @@ class TestMerge:
         assert found.sizes[0, 0] == 201
         assert torch.equal(found.tokens, tokens[:, :200])
 
-    def test_memory_channel_by_channel(self) -> None:
+    def test_channel_major_memory(self) -> None:
         tokens = torch.randn(2, 4, 9).mT
         arguments = (torch.ones(2, 9), torch.rand(2, 9), 3)
         torch.testing.assert_close(merge(tokens, *arguments), merge(tokens.contiguous(), *arguments))
