@@ -566,7 +566,7 @@ class TestOtherUsersOfABudget:
             compress(tiny_vit(), Recipe.load(tmp_path / budget))
 
     def test_recipes_check_and_show(self, cli: Command, budget: str, tmp_path: Path) -> None:
-        assert cli("recipes", "check", budget).stdout == "b.yaml: fine (a search for macs=0.7)\n"
+        assert cli("recipes", "check", budget).stdout == "b.yaml: valid (a search for macs=0.7)\n"
         assert cli("recipes", "show", budget).stdout == (tmp_path / budget).read_text()
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from repshift_cli.data.builtin import moving_shapes
 from repshift_cli.data.builtin.moving_shapes import (
     ANSWERS,
     COLOURS,
@@ -269,7 +268,3 @@ def test_a_dataset_is_not_mixed_with_another(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     with pytest.raises(UsageError, match="already exists"):
         write_dataset(tmp_path, 1, TEST_SEED, frames=2, size=48)
-
-
-def test_all_scenes_have_files() -> None:
-    assert all(hasattr(moving_shapes, name) for name in moving_shapes.__all__)
