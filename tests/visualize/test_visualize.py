@@ -615,7 +615,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
         [
-            (["dense"], 2, "Compress it first: repshift compress"),
+            (["dense"], 2, "Run: repshift compress"),
             (["compressed"], 2, "Add --data FOLDER"),
             (["compressed", "-o", "kept.gif"], 2, "invalid --output kept.gif: must end in"),
             (["compressed", "-o", "old.png"], 2, "already exists"),
