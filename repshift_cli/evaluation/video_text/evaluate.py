@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.data.builtin import moving_shapes
@@ -19,6 +19,7 @@ from repshift_cli.data.video.annotations import QaSet, RetrievalSet, Task, Video
 from repshift_cli.data.video.dataset import Videos
 from repshift_cli.data.video.tokenizer import Tokenizer
 from repshift_cli.errors import DataError, ModelError, UsageError
+from repshift_cli.evaluation.models import DenseVideoView
 from repshift_cli.evaluation.video_text.answering import AnswerEvaluation, AnswerList, QuestionBatch, evaluate_answers
 from repshift_cli.evaluation.video_text.data import BUILTIN_DATASETS
 from repshift_cli.evaluation.video_text.encoding import VideoSettings
@@ -26,32 +27,12 @@ from repshift_cli.evaluation.video_text.retrieval import RetrievalEvaluation, ev
 from repshift_cli.measure.attention_kernel import observed_attention
 from repshift_cli.models.attention_mode import attention_mode, auto_note
 from repshift_cli.models.umt import Pooling, UmtAnswering, UmtModel, UmtRetrieval
-from repshift_cli.reduction.compressed_model import CompressedModel
 from repshift_cli.utils.progress import Progress
 
 _MODELS_OF_SHAPES = "umt-shapes"
 _LONGEST_ANSWER = 5  # tokens, as in UMT's fine-tuning
 _PAIRS_PER_VIDEO, _ANSWERS_PER_VIDEO = 4, 16
 """Pairs per batch for each video per batch: pairs run through few layers, and answers do not attend to videos."""
-
-
-class DenseView:
-    """The dense model of a compressed model, on the same weights.
-
-    Only the video encoder differs: everything after its tokens is the same module.
-    """
-
-    def __init__(self, compressed: CompressedModel) -> None:
-        self.compressed = compressed
-
-    def encode_video(self, video: Tensor) -> Tensor:
-        """`[B, T, 3, H, W]` to all tokens, `[B, N, C]`."""
-        with self.compressed.dense() as dense:
-            tokens: Tensor = dense.encode_video(video)  # type: ignore[operator]
-            return tokens
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.compressed.model, name)
 
 
 def task_of(model: nn.Module) -> Task:
@@ -126,8 +107,8 @@ def _ready(models: Mapping[str, Any], settings: VideoSettings) -> Iterator[None]
 
 
 def _modules(models: Mapping[str, Any]) -> list[nn.Module]:
-    """Each module once; a `DenseView` has the module of its compressed model."""
-    parts = (model.compressed.model if isinstance(model, DenseView) else model for model in models.values())
+    """Each module once; a `DenseVideoView` has the module of its compressed model."""
+    parts = (model.compressed.model if isinstance(model, DenseVideoView) else model for model in models.values())
     return list({id(part): part for part in parts if isinstance(part, nn.Module)}.values())
 
 
@@ -143,7 +124,7 @@ def retrieve(
     """Retrieve the videos of each caption and the captions of each video.
 
     Args:
-        models: `UmtRetrieval` or `DenseView`, by name, with the same clip shape and tokenizer.
+        models: `UmtRetrieval` or `DenseVideoView`, by name, with the same clip shape and tokenizer.
 
     Returns:
         The result, and the videos with fewer frames than a clip, whose last frame is repeated.

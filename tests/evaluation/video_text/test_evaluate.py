@@ -25,10 +25,10 @@ from repshift_cli.data.video.dataset import Videos
 from repshift_cli.data.video.decode import UnreadableVideo
 from repshift_cli.data.video.tokenizer import Tokenizer
 from repshift_cli.errors import DataError, ModelError, UsageError
+from repshift_cli.evaluation.models import DenseVideoView
 from repshift_cli.evaluation.video_text.data import DatasetOptions, open_data
 from repshift_cli.evaluation.video_text.encoding import VideoSettings
 from repshift_cli.evaluation.video_text.evaluate import (
-    DenseView,
     answer,
     choose_pooling,
     open_tokenizer,
@@ -154,7 +154,7 @@ class TestRunning:
         dense, compressed_model = tiny_umt(), opened(tiny_umt(), compressed=True)
         clips = umt_clips(dense, 3)
         assert compressed_model.compressed is not None
-        dense_view = DenseView(compressed_model.compressed)
+        dense_view = DenseVideoView(compressed_model.compressed)
         assert torch.equal(dense_view.encode_video(clips), dense.encode_video(clips))
         dense.pooling = "all"
         tokens = dense.encode_video(clips)
@@ -164,7 +164,7 @@ class TestRunning:
     def test_compressed_and_dense_are_compared_on_the_same_clips(self) -> None:
         compressed_model = opened(tiny_umt(), compressed=True)
         assert compressed_model.compressed is not None
-        models = {"compressed": compressed_model.loaded.model, "dense": DenseView(compressed_model.compressed)}
+        models = {"compressed": compressed_model.loaded.model, "dense": DenseVideoView(compressed_model.compressed)}
         result, _ = run(retrieve, tiny_umt(), captions(Noise()), models, rerank_k=2)
         assert {name: score.tokens for name, score in result.scores.items()} == {"compressed": 24, "dense": 48}
         alone, _ = run(retrieve, tiny_umt(), captions(Noise()), {"dense": models["dense"]}, rerank_k=2)
