@@ -42,7 +42,7 @@ _IMAGE_BATCH, _VIDEO_BATCH = 64, 8
 class _EvalOptions:
     """Options that models of images and of videos share.
 
-    `settings` are the arguments that `classification.evaluate` and `video_text.evaluate.Settings` have in common.
+    `settings` are the arguments that `classification.evaluate` and `video_text.settings.VideoSettings` have in common.
     """
 
     name: str
@@ -304,7 +304,7 @@ def _evaluate_videos(opened: Opened, given: _EvalOptions, video: VideoOptions, s
     from repshift_cli.checkpoints.exported import OpenedExport
     from repshift_cli.evaluation.models import COMPRESSED, DENSE, DenseVideoView, check_comparison
     from repshift_cli.evaluation.video_text.data import DatasetOptions
-    from repshift_cli.evaluation.video_text.encoding import VideoSettings
+    from repshift_cli.evaluation.video_text.settings import VideoSettings
 
     for option, value in (("--resume", given.resume), ("--save-predictions", given.predictions)):
         if value:

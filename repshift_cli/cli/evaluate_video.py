@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import Opened
     from repshift_cli.data.video.annotations import Task
     from repshift_cli.evaluation.video_text.data import DatasetOptions
-    from repshift_cli.evaluation.video_text.encoding import VideoSettings
+    from repshift_cli.evaluation.video_text.settings import VideoSettings
     from repshift_cli.utils.progress import Progress
 
 

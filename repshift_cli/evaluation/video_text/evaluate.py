@@ -22,8 +22,8 @@ from repshift_cli.errors import DataError, ModelError, UsageError
 from repshift_cli.evaluation.models import DenseVideoView
 from repshift_cli.evaluation.video_text.answering import AnswerEvaluation, AnswerList, QuestionBatch, evaluate_answers
 from repshift_cli.evaluation.video_text.data import BUILTIN_DATASETS
-from repshift_cli.evaluation.video_text.encoding import VideoSettings
 from repshift_cli.evaluation.video_text.retrieval import RetrievalEvaluation, evaluate_retrieval
+from repshift_cli.evaluation.video_text.settings import VideoSettings
 from repshift_cli.measure.attention_kernel import observed_attention
 from repshift_cli.models.attention_mode import attention_mode, auto_note
 from repshift_cli.models.umt import Pooling, UmtAnswering, UmtModel, UmtRetrieval

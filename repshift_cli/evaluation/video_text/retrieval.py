@@ -18,7 +18,6 @@ from repshift_cli.errors import DataError, ModelError, UsageError
 from repshift_cli.evaluation.common import Skipped, alternate_order, check_finite, explain_out_of_memory, per_second
 from repshift_cli.evaluation.video_text.encoding import (
     TOKEN_DIMS,
-    VideoSettings,
     encode_timed,
     nothing_readable,
     prepare,
@@ -34,6 +33,7 @@ from repshift_cli.evaluation.video_text.ranking import (
     ranks,
     similarity,
 )
+from repshift_cli.evaluation.video_text.settings import VideoSettings
 from repshift_cli.evaluation.video_text.token_store import GIB, TokenStore
 from repshift_cli.utils.progress import Progress
 

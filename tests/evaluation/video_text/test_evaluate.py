@@ -27,7 +27,6 @@ from repshift_cli.data.video.tokenizer import Tokenizer
 from repshift_cli.errors import DataError, ModelError, UsageError
 from repshift_cli.evaluation.models import DenseVideoView
 from repshift_cli.evaluation.video_text.data import DatasetOptions, open_data
-from repshift_cli.evaluation.video_text.encoding import VideoSettings
 from repshift_cli.evaluation.video_text.evaluate import (
     answer,
     choose_pooling,
@@ -35,6 +34,7 @@ from repshift_cli.evaluation.video_text.evaluate import (
     retrieve,
     task_of,
 )
+from repshift_cli.evaluation.video_text.settings import VideoSettings
 from repshift_cli.models.umt import UmtModel
 from repshift_cli.utils.progress import Silent
 
