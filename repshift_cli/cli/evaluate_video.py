@@ -102,15 +102,8 @@ def run(
     """
     from repshift_cli.data.video.annotations import RetrievalSet
     from repshift_cli.evaluation.video_text.data import open_data
-    from repshift_cli.evaluation.video_text.evaluate import (
-        answer,
-        check_missing,
-        choose_pooling,
-        observe_attention,
-        open_tokenizer,
-        retrieve,
-        task_of,
-    )
+    from repshift_cli.evaluation.video_text.evaluate import answer, check_missing, retrieve
+    from repshift_cli.evaluation.video_text.models import choose_pooling, observe_attention, open_tokenizer, task_of
 
     task = task_of(opened.loaded.model)
     settings = replace(settings, rerank_k=_rerank_k(options, task, name))

@@ -27,13 +27,8 @@ from repshift_cli.data.video.tokenizer import Tokenizer
 from repshift_cli.errors import DataError, ModelError, UsageError
 from repshift_cli.evaluation.models import DenseVideoView
 from repshift_cli.evaluation.video_text.data import DatasetOptions, open_data
-from repshift_cli.evaluation.video_text.evaluate import (
-    answer,
-    choose_pooling,
-    open_tokenizer,
-    retrieve,
-    task_of,
-)
+from repshift_cli.evaluation.video_text.evaluate import answer, retrieve
+from repshift_cli.evaluation.video_text.models import choose_pooling, open_tokenizer, task_of
 from repshift_cli.evaluation.video_text.settings import VideoSettings
 from repshift_cli.models.umt import UmtModel
 from repshift_cli.utils.progress import Silent
