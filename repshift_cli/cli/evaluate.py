@@ -22,7 +22,7 @@ from repshift_cli.cli.torchrun import (
     refuse_torchrun,
     screen_of_first,
 )
-from repshift_cli.errors import INTERRUPTED, ModelError, UsageError
+from repshift_cli.errors import INTERRUPTED, UsageError
 
 if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import Opened
@@ -301,25 +301,15 @@ def _evaluate_videos(opened: Opened, given: _EvalOptions, video: VideoOptions, s
         UsageError: an option is for image models only, or torchrun started several processes.
         ModelError: it is an exported file.
     """
-    from repshift_cli.checkpoints.exported import OpenedExport
-    from repshift_cli.evaluation.models import COMPRESSED, DENSE, DenseVideoView, check_comparison
     from repshift_cli.evaluation.video_text.data import DatasetOptions
+    from repshift_cli.evaluation.video_text.models import video_models_of
     from repshift_cli.evaluation.video_text.settings import VideoSettings
 
     for option, value in (("--resume", given.resume), ("--save-predictions", given.predictions)):
         if value:
             raise UsageError(f"{option} is for image models, and {given.name} takes videos", "Leave it out.")
     refuse_torchrun("evaluating videos")
-    if isinstance(opened, OpenedExport):
-        raise ModelError(
-            f"{given.name} holds the vision encoder only; retrieval and question answering need the text encoder too",
-            "Evaluate the checkpoint that it was exported from.",
-        )
-    check_comparison(opened, given.compare_dense, given.name)
-    compressed = opened.compressed
-    models: dict[str, Any] = {DENSE if compressed is None else COMPRESSED: opened.loaded.model}
-    if compressed is not None and given.compare_dense:
-        models[DENSE] = DenseVideoView(compressed)
+    models = video_models_of(opened, given.compare_dense, given.name)
     data_options = DatasetOptions(
         given.dataset,
         video.annotations,

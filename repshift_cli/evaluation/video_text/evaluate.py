@@ -3,24 +3,97 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.data.loader import Batch, BatchLoader, cut_batches
 from repshift_cli.data.preprocessing import Preprocessing
-from repshift_cli.data.video.annotations import QaSet, RetrievalSet, VideoTextSet
+from repshift_cli.data.video.annotations import QaSet, RetrievalSet, Task, VideoTextSet
 from repshift_cli.data.video.dataset import Videos
 from repshift_cli.data.video.tokenizer import Tokenizer
 from repshift_cli.errors import DataError
 from repshift_cli.evaluation.video_text.answering import AnswerEvaluation, AnswerList, QuestionBatch, evaluate_answers
-from repshift_cli.evaluation.video_text.models import ready
+from repshift_cli.evaluation.video_text.data import DatasetOptions, open_data
+from repshift_cli.evaluation.video_text.models import choose_pooling, observe_attention, open_tokenizer, ready, task_of
 from repshift_cli.evaluation.video_text.retrieval import RetrievalEvaluation, evaluate_retrieval
 from repshift_cli.evaluation.video_text.settings import VideoSettings
+from repshift_cli.models.umt import Pooling
 from repshift_cli.utils.progress import Progress
 
 _LONGEST_ANSWER = 5  # tokens, as in UMT's fine-tuning
 _PAIRS_PER_VIDEO, _ANSWERS_PER_VIDEO = 4, 16
 """Pairs per batch for each video per batch: pairs run through few layers, and answers do not attend to videos."""
+
+
+@dataclass(frozen=True)
+class VideoEvaluation:
+    """Models and a dataset, ready to run.
+
+    Attributes:
+        models: `UmtRetrieval` or `UmtAnswering`, or `DenseVideoView` of one, by name.
+        pooling: of the videos; None for question answering.
+        attention: kernel of the video encoder of each model.
+    """
+
+    models: Mapping[str, Any]
+    task: Task
+    data: VideoTextSet
+    preprocessing: Preprocessing
+    tokenizer: Tokenizer
+    pooling: Pooling | None
+    attention: Mapping[str, str]
+    settings: VideoSettings
+
+    def run(self, progress: Progress) -> tuple[RetrievalEvaluation | AnswerEvaluation, tuple[str, ...]]:
+        """Returns and errors as `retrieve` or `answer`."""
+        inputs: dict[str, Any] = {"preprocessing": self.preprocessing, "tokenizer": self.tokenizer}
+        inputs |= {"settings": self.settings, "progress": progress}
+        if isinstance(self.data, RetrievalSet):
+            return retrieve(self.models, self.data, **inputs)
+        assert isinstance(self.data, QaSet)
+        return answer(self.models, self.data, **inputs)
+
+
+def open_evaluation(
+    opened: Opened,
+    models: Mapping[str, Any],
+    name: str,
+    *,
+    data_options: DatasetOptions,
+    vocabulary: Path | None,
+    pooling: Pooling | None,
+    settings: VideoSettings,
+    progress: Progress,
+) -> VideoEvaluation:
+    """Open the dataset and the tokenizer, and observe the attention kernels.
+
+    Args:
+        models: as `video_models_of`.
+        name: of the checkpoint, for messages.
+        pooling: None for that of the model.
+
+    Raises:
+        RepshiftError: as `choose_pooling`, `open_data` and `open_tokenizer`, or (`strict`) a video is missing.
+    """
+    task = task_of(opened.loaded.model)
+    pooling = choose_pooling(opened, pooling)
+    data = open_data(data_options, task, name)
+    check_missing(data, settings)
+    tokenizer = open_tokenizer(vocabulary, opened, data)
+    preprocessing = opened.loaded.description.preprocessing
+    return VideoEvaluation(
+        models,
+        task,
+        data,
+        preprocessing,
+        tokenizer,
+        pooling=pooling if task == "retrieval" else None,
+        attention=observe_attention(models, preprocessing, settings, progress),
+        settings=settings,
+    )
 
 
 def retrieve(
@@ -41,9 +114,8 @@ def retrieve(
         The result, and the videos with fewer frames than a clip, whose last frame is repeated.
 
     Raises:
-        RepshiftError: as `evaluate_retrieval`; also PyAV is not installed, or (`strict`) a video is missing.
+        RepshiftError: as `evaluate_retrieval`; also PyAV is not installed.
     """
-    check_missing(data, settings)
     padded: list[str] = []
     texts = tokenizer.texts(data.captions, min(data.text_length, _positions(models)))
     with ready(models, settings):
@@ -75,7 +147,6 @@ def answer(
 
     Arguments, returns and errors as `retrieve`, with `UmtAnswering` and `evaluate_answers`.
     """
-    check_missing(data, settings)
     padded: list[str] = []
     batches = _batches(data.videos, preprocessing, settings, padded, progress)
     answers = tokenizer.answers(data.answers, min(_LONGEST_ANSWER, _positions(models)))

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from repshift_cli.checkpoints.artifact import Opened
+from repshift_cli.checkpoints.exported import OpenedExport
 from repshift_cli.data.builtin import moving_shapes
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.data.video.annotations import Task, VideoTextSet
 from repshift_cli.data.video.tokenizer import Tokenizer
 from repshift_cli.errors import ModelError, UsageError
-from repshift_cli.evaluation.models import DenseVideoView
+from repshift_cli.evaluation.models import COMPRESSED, DENSE, DenseVideoView, check_comparison
 from repshift_cli.evaluation.video_text.data import BUILTIN_DATASETS
 from repshift_cli.evaluation.video_text.settings import VideoSettings
 from repshift_cli.measure.attention_kernel import observed_attention
@@ -25,6 +26,25 @@ from repshift_cli.models.umt import Pooling, UmtAnswering, UmtModel, UmtRetrieva
 from repshift_cli.utils.progress import Progress
 
 _MODELS_OF_SHAPES = "umt-shapes"
+
+
+def video_models_of(opened: Opened, compare_dense: bool, name: str) -> dict[str, Any]:
+    """The models to evaluate, the given one first.
+
+    Raises:
+        ModelError: it is an exported file.
+        UsageError: as `check_comparison`.
+    """
+    if isinstance(opened, OpenedExport):
+        raise ModelError(
+            f"{name} holds the vision encoder only; retrieval and question answering need the text encoder too",
+            "Evaluate the checkpoint that it was exported from.",
+        )
+    check_comparison(opened, compare_dense, name)
+    compressed, model = opened.compressed, opened.loaded.model
+    if compressed is None:
+        return {DENSE: model}
+    return {COMPRESSED: model} | ({DENSE: DenseVideoView(compressed)} if compare_dense else {})
 
 
 def task_of(model: nn.Module) -> Task:

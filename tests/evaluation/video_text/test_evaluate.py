@@ -27,7 +27,7 @@ from repshift_cli.data.video.tokenizer import Tokenizer
 from repshift_cli.errors import DataError, ModelError, UsageError
 from repshift_cli.evaluation.models import DenseVideoView
 from repshift_cli.evaluation.video_text.data import DatasetOptions, open_data
-from repshift_cli.evaluation.video_text.evaluate import answer, retrieve
+from repshift_cli.evaluation.video_text.evaluate import answer, check_missing, retrieve
 from repshift_cli.evaluation.video_text.models import choose_pooling, open_tokenizer, task_of
 from repshift_cli.evaluation.video_text.settings import VideoSettings
 from repshift_cli.models.umt import UmtModel
@@ -130,7 +130,7 @@ class TestRunning:
         data = captions(Noise(), missing=("a.mp4", "b.mp4"))
         assert run(retrieve, tiny_umt(), data)[0].videos == 5
         with pytest.raises(DataError, match=r"2 videos of noise are missing, the first is a\.mp4"):
-            run(retrieve, tiny_umt(), data, strict=True)
+            check_missing(data, VideoSettings(2, CPU, torch.float32, strict=True))
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_an_error_of_the_installation_is_raised_unchanged(self, workers: int) -> None:
