@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -10,9 +9,8 @@ import torch
 from torch import Tensor
 
 from repshift_cli.errors import DataError, ModelError
-from repshift_cli.evaluation.common import Skipped
+from repshift_cli.evaluation.common import Skipped, timed
 from repshift_cli.evaluation.video_text.settings import VideoSettings
-from repshift_cli.measure.device import wait_for
 
 TOKEN_DIMS = 3
 """Dimensions of tokens and hidden states, `[B, N, D]`."""
@@ -38,11 +36,7 @@ def prepare(models: Mapping[str, VideoModel], settings: VideoSettings) -> None:
 
 def encode_timed(name: str, model: VideoModel, video: Tensor, device: torch.device) -> tuple[Tensor, float]:
     """Encode videos `[B, T, 3, H, W]`; returns tokens `[B, N, D]` and seconds."""
-    wait_for(device)
-    started = time.perf_counter()
-    tokens = model.encode_video(video)
-    wait_for(device)
-    seconds = time.perf_counter() - started
+    tokens, seconds = timed(model.encode_video, video, device)
     if tokens.dim() != TOKEN_DIMS or len(tokens) != len(video):
         raise ModelError(f"{name}: the tokens of videos {tuple(video.shape)} have shape {tuple(tokens.shape)}")
     return tokens, seconds
