@@ -57,7 +57,7 @@ def task_of(model: nn.Module) -> Task:
 
 
 def choose_pooling(opened: Opened, pooling: Pooling | None) -> Pooling:
-    """Set the pooling of a dense retrieval model, where one is given. Returns the pooling in use."""
+    """Set the pooling of a dense retrieval model, if one is given. Returns the pooling in use."""
     model = opened.loaded.model
     assert isinstance(model, UmtModel)
     if pooling is None:
