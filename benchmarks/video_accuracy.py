@@ -29,8 +29,9 @@ from repshift_cli.data.inputs import load_inputs
 from repshift_cli.data.video.annotations import Task
 from repshift_cli.data.video.decode import frame_indices
 from repshift_cli.evaluation.video_text.data import DatasetOptions, open_data
-from repshift_cli.evaluation.video_text.encoding import VideoSettings
-from repshift_cli.evaluation.video_text.evaluate import answer, open_tokenizer, retrieve
+from repshift_cli.evaluation.video_text.evaluate import answer, retrieve
+from repshift_cli.evaluation.video_text.models import open_tokenizer
+from repshift_cli.evaluation.video_text.settings import VideoSettings
 from repshift_cli.measure.device import device_name
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.models.umt import VisionShape

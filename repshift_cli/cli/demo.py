@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from repshift_cli.cli import bench, options, ui, visualize
-from repshift_cli.cli.evaluate import head_size, models_of
 from repshift_cli.cli.show.compress import show_compression
 from repshift_cli.cli.show.evaluate import evaluation_document, show_evaluation
 from repshift_cli.errors import OutputError, UsageError
@@ -130,6 +129,7 @@ class _Demo:
 
         from repshift_cli.data.catalog import open_dataset
         from repshift_cli.evaluation.classification.evaluate import evaluate as measure_accuracy
+        from repshift_cli.evaluation.models import head_size, models_of
 
         self._announce(
             2,

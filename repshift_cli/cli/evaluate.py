@@ -13,14 +13,7 @@ from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.cli import options, ui
 from repshift_cli.cli.evaluate_video import VideoOptions, refuse_videos, run
 from repshift_cli.cli.options import Pooling
-from repshift_cli.cli.show.evaluate import (
-    COMPRESSED,
-    DENSE,
-    announce_dataset,
-    evaluation_document,
-    show_evaluation,
-    warn_of_skipped,
-)
+from repshift_cli.cli.show.evaluate import announce_dataset, evaluation_document, show_evaluation, warn_of_skipped
 from repshift_cli.cli.torchrun import (
     Interrupted,
     is_first,
@@ -29,11 +22,9 @@ from repshift_cli.cli.torchrun import (
     refuse_torchrun,
     screen_of_first,
 )
-from repshift_cli.errors import INTERRUPTED, ModelError, UsageError
+from repshift_cli.errors import INTERRUPTED, UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from repshift_cli.checkpoints.artifact import Opened
     from repshift_cli.data.dataset import ImageDataset
     from repshift_cli.evaluation.classification.result import Evaluation
@@ -51,7 +42,7 @@ _IMAGE_BATCH, _VIDEO_BATCH = 64, 8
 class _EvalOptions:
     """Options that models of images and of videos share.
 
-    `settings` are the arguments that `classification.evaluate` and `video_text.evaluate.Settings` have in common.
+    `settings` are the arguments that `classification.evaluate` and `video_text.settings.VideoSettings` have in common.
     """
 
     name: str
@@ -217,6 +208,7 @@ def command(
 def _evaluate_images(opened: Opened, given: _EvalOptions, video: VideoOptions, screen: Progress) -> None:
     from repshift_cli.data.catalog import open_dataset
     from repshift_cli.evaluation.classification.evaluate import evaluate, finish
+    from repshift_cli.evaluation.models import head_size, models_of
     from repshift_cli.utils.distributed import together
 
     refuse_videos(given.name, given.dataset, video)
@@ -250,6 +242,8 @@ def _evaluate_images(opened: Opened, given: _EvalOptions, video: VideoOptions, s
 
 
 def _report(result: Evaluation, opened: Opened, given: _EvalOptions) -> None:
+    from repshift_cli.evaluation.models import COMPRESSED, DENSE
+
     warn_of_skipped(result)
     macs = {COMPRESSED: opened.macs, DENSE: opened.dense_macs}
     if given.json:
@@ -276,6 +270,7 @@ def _prediction_paths(path: Path | None, compare_dense: bool, force: bool) -> tu
         UsageError, OutputError: one of them cannot be written.
     """
     from repshift_cli.evaluation.classification.predictions import check_suffix
+    from repshift_cli.evaluation.models import DENSE
     from repshift_cli.utils.files import check_output
 
     if path is None:
@@ -306,25 +301,15 @@ def _evaluate_videos(opened: Opened, given: _EvalOptions, video: VideoOptions, s
         UsageError: an option is for image models only, or torchrun started several processes.
         ModelError: it is an exported file.
     """
-    from repshift_cli.checkpoints.exported import OpenedExport
     from repshift_cli.evaluation.video_text.data import DatasetOptions
-    from repshift_cli.evaluation.video_text.encoding import VideoSettings
-    from repshift_cli.evaluation.video_text.evaluate import DenseView
+    from repshift_cli.evaluation.video_text.models import video_models_of
+    from repshift_cli.evaluation.video_text.settings import VideoSettings
 
     for option, value in (("--resume", given.resume), ("--save-predictions", given.predictions)):
         if value:
             raise UsageError(f"{option} is for image models, and {given.name} takes videos", "Leave it out.")
     refuse_torchrun("evaluating videos")
-    if isinstance(opened, OpenedExport):
-        raise ModelError(
-            f"{given.name} holds the vision encoder only; retrieval and question answering need the text encoder too",
-            "Evaluate the checkpoint that it was exported from.",
-        )
-    check_comparison(opened, given.compare_dense, given.name)
-    compressed = opened.compressed
-    models: dict[str, Any] = {DENSE if compressed is None else COMPRESSED: opened.loaded.model}
-    if compressed is not None and given.compare_dense:
-        models[DENSE] = DenseView(compressed)
+    models = video_models_of(opened, given.compare_dense, given.name)
     data_options = DatasetOptions(
         given.dataset,
         video.annotations,
@@ -366,61 +351,3 @@ def _dataset_of(model: str, dataset: str | None, annotations: Path | None) -> st
         "Add --dataset imagenet-val --data-dir DIR, or --dataset FOLDER with one folder per class. For video models: "
         "--dataset msrvtt --data-dir DIR, or --annotations FILE --videos DIR.",
     )
-
-
-def check_comparison(opened: Opened, compare_dense: bool, name: str) -> None:
-    """Check that there is a dense model to compare with.
-
-    Raises:
-        UsageError: `compare_dense` is set, but the model is dense or an exported file.
-    """
-    if opened.compressed is not None or not compare_dense:
-        return
-    if opened.reduced:
-        raise UsageError(
-            f"--compare-dense: {name} is an exported file without its dense model",
-            "Export the dense model with --dense and evaluate both, or evaluate the checkpoint.",
-        )
-    raise UsageError(
-        f"--compare-dense: {name} is a dense model", "Leave it out, or give a checkpoint from `repshift compress`."
-    )
-
-
-def models_of(opened: Opened, compare_dense: bool, name: str) -> dict[str, nn.Module]:
-    """The models to evaluate, the given one first. Errors as `check_comparison`."""
-    from repshift_cli.checkpoints.exported import OpenedExport
-
-    check_comparison(opened, compare_dense, name)
-    compressed = opened.compressed
-    if isinstance(opened, OpenedExport):
-        return {COMPRESSED if opened.reduced else DENSE: opened.flexible}
-    if compressed is None:
-        return {DENSE: opened.module}
-    return {COMPRESSED: compressed} | ({DENSE: _dense_view(compressed)} if compare_dense else {})
-
-
-def _dense_view(compressed: Any) -> nn.Module:
-    from torch import Tensor, nn
-
-    class DenseView(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.compressed = compressed
-
-        def forward(self, images: Tensor) -> Any:
-            with self.compressed.dense() as dense:
-                return dense(images)
-
-    return DenseView()
-
-
-def head_size(model: nn.Module) -> int:
-    """The number of classes of a model.
-
-    Raises:
-        ModelError: it has no `num_classes`.
-    """
-    size = getattr(model, "num_classes", None)
-    if not isinstance(size, int):
-        raise ModelError("cannot evaluate on labels: the model does not define its number of classes (num_classes)")
-    return size

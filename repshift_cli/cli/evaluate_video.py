@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import Opened
     from repshift_cli.data.video.annotations import Task
     from repshift_cli.evaluation.video_text.data import DatasetOptions
-    from repshift_cli.evaluation.video_text.encoding import VideoSettings
+    from repshift_cli.evaluation.video_text.settings import VideoSettings
     from repshift_cli.utils.progress import Progress
 
 
@@ -100,46 +100,39 @@ def run(
         settings: `rerank_k` is taken from `options`.
         json: print one document instead of tables.
     """
-    from repshift_cli.data.video.annotations import RetrievalSet
-    from repshift_cli.evaluation.video_text.data import open_data
-    from repshift_cli.evaluation.video_text.evaluate import (
-        answer,
-        check_missing,
-        choose_pooling,
-        observe_attention,
-        open_tokenizer,
-        retrieve,
-        task_of,
-    )
+    from repshift_cli.evaluation.video_text.evaluate import open_evaluation
+    from repshift_cli.evaluation.video_text.models import task_of
+    from repshift_cli.evaluation.video_text.retrieval import RetrievalEvaluation
 
-    task = task_of(opened.loaded.model)
-    settings = replace(settings, rerank_k=_rerank_k(options, task, name))
-    pooling = choose_pooling(opened, None if options.pooling is None else options.pooling.value)
-    data = open_data(data_options, task, name)
-    check_missing(data, settings)
-    tokenizer = open_tokenizer(options.vocab, opened, data)
-    preprocessing = opened.loaded.description.preprocessing
-    attention = observe_attention(models, preprocessing, settings, progress)
+    evaluation = open_evaluation(
+        opened,
+        models,
+        name,
+        data_options=data_options,
+        vocabulary=options.vocab,
+        pooling=None if options.pooling is None else options.pooling.value,
+        settings=replace(settings, rerank_k=_rerank_k(options, task_of(opened.loaded.model), name)),
+        progress=progress,
+    )
+    data, tokenizer, pooling = evaluation.data, evaluation.tokenizer, evaluation.pooling
     macs = zip(models, (opened.macs, opened.dense_macs), strict=False)
-    costs = {model: EncoderCost(count, attention[model]) for model, count in macs}
+    costs = {model: EncoderCost(count, evaluation.attention[model]) for model, count in macs}
     for note in data.notes:
         progress.note(note)
     list_names("videos of the annotations are missing and were left out (--strict stops)", data.missing)
     if not json:
-        announce_videos(opened, data, pooling if task == "retrieval" else None, tokenizer)
-    inputs: dict[str, Any] = {"preprocessing": preprocessing, "tokenizer": tokenizer}
-    if isinstance(data, RetrievalSet):
-        retrieval, padded = retrieve(models, data, settings=settings, progress=progress, **inputs)
-        left_out = report_left_out(data, retrieval.skipped, padded)
-        found = retrieval_document(retrieval, costs, left_out)
+        announce_videos(opened, data, pooling, tokenizer)
+    result, padded = evaluation.run(progress)
+    left_out = report_left_out(data, result.skipped, padded)
+    if isinstance(result, RetrievalEvaluation):
+        found = retrieval_document(result, costs, left_out)
         if not json:
-            show_retrieval(retrieval, costs)
+            show_retrieval(result, costs)
     else:
-        answers, padded = answer(models, data, settings=settings, progress=progress, **inputs)
-        left_out = report_left_out(data, answers.skipped, padded)
-        found = answers_document(answers, costs, left_out)
+        found = answers_document(result, costs, left_out)
         if not json:
-            show_answers(answers, costs)
+            show_answers(result, costs)
     if json:
-        found = {**dataset_document(name, data, task), **found, **inputs_document(preprocessing, tokenizer)}
-        ui.print_json(found | ({"pooling": pooling} if task == "retrieval" else {}))
+        inputs = inputs_document(evaluation.preprocessing, tokenizer)
+        found = {**dataset_document(name, data, evaluation.task), **found, **inputs}
+        ui.print_json(found | ({} if pooling is None else {"pooling": pooling}))

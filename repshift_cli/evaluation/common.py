@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from repshift_cli.errors import CheckFailed, UsageError
+from repshift_cli.measure.device import wait_for
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,15 @@ def check_finite(name: str, values: Tensor) -> Tensor:
             "Evaluate with --dtype float32 or bfloat16. If that fails too, the weights are damaged.",
         )
     return values
+
+
+def timed(run: Callable[[Tensor], Tensor], inputs: Tensor, device: torch.device) -> tuple[Tensor, float]:
+    """The output of `run`, and the seconds until the device has computed it."""
+    wait_for(device)
+    started = time.perf_counter()
+    output = run(inputs)
+    wait_for(device)
+    return output, time.perf_counter() - started
 
 
 @contextmanager

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from repshift_cli.data.preprocessing import Preprocessing
     from repshift_cli.evaluation.classification.result import Evaluation, Pace, Score
 
-DENSE = "dense"
-COMPRESSED = "compressed"
 _SCORE_KEYS = ("top1", "top5", "top1_interval", "top5_interval", "top1_correct", "top5_correct", "images_per_s")
 
 
@@ -36,6 +34,7 @@ def warn_of_skipped(result: Evaluation) -> None:
 
 def show_evaluation(result: Evaluation, macs: Mapping[str, int]) -> None:
     """Print the result in 80 columns; `macs` per image by model name."""
+    from repshift_cli.evaluation.models import COMPRESSED, DENSE
     from repshift_cli.utils.stats import percent_interval
 
     columns = ("model", "top-1 %", "95%", "top-5 %", "95%", "GMACs", "images/s")

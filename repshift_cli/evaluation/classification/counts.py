@@ -76,6 +76,11 @@ class ModelCounts:
     top5: Natural = 0
     seconds: Annotated[float, Field(ge=0)] = 0.0
 
+    @staticmethod
+    def of(top: NDArray[np.int32], answers: NDArray[np.int32], seconds: float) -> ModelCounts:
+        """Of the most likely outputs, int32 `[n, K]`, and the correct ones, int32 `[n, A]`."""
+        return ModelCounts(int(correct_at(1, top, answers).sum()), int(correct_at(5, top, answers).sum()), seconds)
+
     def __add__(self, other: ModelCounts) -> ModelCounts:
         return ModelCounts(self.top1 + other.top1, self.top5 + other.top5, self.seconds + other.seconds)
 

@@ -96,7 +96,7 @@ def evaluate(
     with ExitStack() as switched:
         for model in models.values():
             switched.enter_context(attention_mode(model, attention))
-        own = _Worker(job, group, state, workers, strict, progress).run()
+        own = _ProcessRun(job, group, state, workers, strict, progress).run()
     return _combine(job, group.collect(own))
 
 
@@ -119,7 +119,7 @@ class _ProcessResult:
 
 
 @dataclass
-class _Worker:
+class _ProcessRun:
     job: EvaluationJob
     group: Processes
     state: ResumeState | None

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from repshift_cli.data.dataset import ImageDataset
 from repshift_cli.data.loader import Batch
 from repshift_cli.errors import DataError, ModelError, UsageError
-from repshift_cli.evaluation.classification.counts import Counts, ModelCounts, PredictionRows, TopK, correct_at
+from repshift_cli.evaluation.classification.counts import Counts, ModelCounts, PredictionRows, TopK
 from repshift_cli.evaluation.classification.job import EvaluationJob
-from repshift_cli.evaluation.common import alternate_order, check_finite
+from repshift_cli.evaluation.common import alternate_order, check_finite, timed
 from repshift_cli.measure.attention_kernel import observed_attention
-from repshift_cli.measure.device import out_of_memory, wait_for
+from repshift_cli.measure.device import out_of_memory
 from repshift_cli.utils.progress import Progress
 
 _TOP = 5
@@ -57,7 +54,7 @@ class Runner:
         answers = batch.answers.to(torch.int32).numpy()
         return Counts(
             images=len(batch.indices),
-            models={name: _count(top_k[name].top, answers, seconds[name]) for name in job.models},
+            models={name: ModelCounts.of(top_k[name].top, answers, seconds[name]) for name in job.models},
             same=_same_top1(top_k),
             skipped=skipped,
             rows=(PredictionRows(tuple(batch.indices), answers, top_k),) if job.keep_rows else (),
@@ -86,7 +83,7 @@ class Runner:
                 self.attention[name] = observed_attention(model, pixels)
         found: dict[str, tuple[TopK, float]] = {}
         for name in alternate_order(list(job.models), turn):
-            logits, seconds = _timed(job.models[name], pixels, job.device)
+            logits, seconds = timed(job.models[name], pixels, job.device)
             _check_logits(name, logits, len(pixels), job.num_classes)
             found[name] = _top_k(logits, job.dataset.outputs), seconds
         return found
@@ -101,14 +98,6 @@ class Runner:
             torch.cuda.empty_cache()
 
 
-def _timed(model: Callable[[Tensor], Tensor], pixels: Tensor, device: torch.device) -> tuple[Tensor, float]:
-    wait_for(device)
-    started = time.perf_counter()
-    logits = model(pixels)
-    wait_for(device)
-    return logits, time.perf_counter() - started
-
-
 def _top_k(logits: Tensor, outputs: tuple[int, ...] | None) -> TopK:
     """The most likely of `outputs`, of all if None."""
     allowed = torch.arange(logits.shape[1]) if outputs is None else torch.tensor(outputs)
@@ -117,10 +106,6 @@ def _top_k(logits: Tensor, outputs: tuple[int, ...] | None) -> TopK:
     # softmax of the K values alone
     probabilities = (values.float() - chosen.float().logsumexp(dim=1, keepdim=True)).exp()
     return TopK(allowed[places.cpu()].to(torch.int32).numpy(), probabilities.cpu().numpy())
-
-
-def _count(top: NDArray[np.int32], answers: NDArray[np.int32], seconds: float) -> ModelCounts:
-    return ModelCounts(int(correct_at(1, top, answers).sum()), int(correct_at(_TOP, top, answers).sum()), seconds)
 
 
 def _same_top1(top_k: Mapping[str, TopK]) -> int:

@@ -14,12 +14,12 @@ from repshift_cli.errors import DataError, ModelError, UsageError
 from repshift_cli.evaluation.common import Skipped, alternate_order, check_finite, explain_out_of_memory, per_second
 from repshift_cli.evaluation.video_text.encoding import (
     VideoModel,
-    VideoSettings,
     encode_timed,
     nothing_readable,
     prepare,
     skipped_of,
 )
+from repshift_cli.evaluation.video_text.settings import VideoSettings
 from repshift_cli.utils.progress import Progress
 from repshift_cli.utils.stats import percent_interval
 

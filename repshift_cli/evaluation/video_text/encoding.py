@@ -1,43 +1,19 @@
-"""Shared by retrieval and question answering: settings, the timed video encoder and unreadable videos."""
+"""Shared by retrieval and question answering: the timed video encoder and unreadable videos."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from repshift_cli.errors import DataError, ModelError
-from repshift_cli.evaluation.common import Skipped
-from repshift_cli.measure.device import wait_for
-from repshift_cli.models.attention_mode import AttentionMode
+from repshift_cli.evaluation.common import Skipped, timed
+from repshift_cli.evaluation.video_text.settings import VideoSettings
 
 TOKEN_DIMS = 3
 """Dimensions of tokens and hidden states, `[B, N, D]`."""
-
-
-@dataclass(frozen=True)
-class VideoSettings:
-    """How an evaluation runs.
-
-    Attributes:
-        batch_size: videos, captions or questions per batch.
-        workers: processes for decoding; 0 decodes in this process.
-        strict: stop at the first video that is missing or unreadable, instead of leaving it out.
-        rerank_k: candidates of each query that are matched; None without re-ranking and for questions.
-        attention: kernel of the video encoder.
-    """
-
-    batch_size: int
-    device: torch.device
-    dtype: torch.dtype
-    workers: int = 0
-    strict: bool = False
-    rerank_k: int | None = None
-    attention: AttentionMode = "auto"
 
 
 class VideoModel(Protocol):
@@ -60,11 +36,7 @@ def prepare(models: Mapping[str, VideoModel], settings: VideoSettings) -> None:
 
 def encode_timed(name: str, model: VideoModel, video: Tensor, device: torch.device) -> tuple[Tensor, float]:
     """Encode videos `[B, T, 3, H, W]`; returns tokens `[B, N, D]` and seconds."""
-    wait_for(device)
-    started = time.perf_counter()
-    tokens = model.encode_video(video)
-    wait_for(device)
-    seconds = time.perf_counter() - started
+    tokens, seconds = timed(model.encode_video, video, device)
     if tokens.dim() != TOKEN_DIMS or len(tokens) != len(video):
         raise ModelError(f"{name}: the tokens of videos {tuple(video.shape)} have shape {tuple(tokens.shape)}")
     return tokens, seconds

@@ -3,132 +3,97 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from repshift_cli.checkpoints.artifact import Opened
-from repshift_cli.data.builtin import moving_shapes
 from repshift_cli.data.loader import Batch, BatchLoader, cut_batches
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.data.video.annotations import QaSet, RetrievalSet, Task, VideoTextSet
 from repshift_cli.data.video.dataset import Videos
 from repshift_cli.data.video.tokenizer import Tokenizer
-from repshift_cli.errors import DataError, ModelError, UsageError
+from repshift_cli.errors import DataError
 from repshift_cli.evaluation.video_text.answering import AnswerEvaluation, AnswerList, QuestionBatch, evaluate_answers
-from repshift_cli.evaluation.video_text.data import BUILTIN_DATASETS
-from repshift_cli.evaluation.video_text.encoding import VideoSettings
+from repshift_cli.evaluation.video_text.data import DatasetOptions, open_data
+from repshift_cli.evaluation.video_text.models import choose_pooling, observe_attention, open_tokenizer, ready, task_of
 from repshift_cli.evaluation.video_text.retrieval import RetrievalEvaluation, evaluate_retrieval
-from repshift_cli.measure.attention_kernel import observed_attention
-from repshift_cli.models.attention_mode import attention_mode, auto_note
-from repshift_cli.models.umt import Pooling, UmtAnswering, UmtModel, UmtRetrieval
-from repshift_cli.reduction.compressed_model import CompressedModel
+from repshift_cli.evaluation.video_text.settings import VideoSettings
+from repshift_cli.models.umt import Pooling
 from repshift_cli.utils.progress import Progress
 
-_MODELS_OF_SHAPES = "umt-shapes"
 _LONGEST_ANSWER = 5  # tokens, as in UMT's fine-tuning
 _PAIRS_PER_VIDEO, _ANSWERS_PER_VIDEO = 4, 16
 """Pairs per batch for each video per batch: pairs run through few layers, and answers do not attend to videos."""
 
 
-class DenseView:
-    """The dense model of a compressed model, on the same weights.
+@dataclass(frozen=True)
+class VideoEvaluation:
+    """Models and a dataset, ready to run.
 
-    Only the video encoder differs: everything after its tokens is the same module.
+    Attributes:
+        models: `UmtRetrieval` or `UmtAnswering`, or `DenseVideoView` of one, by name.
+        pooling: of the videos; None for question answering.
+        attention: kernel of the video encoder of each model.
     """
 
-    def __init__(self, compressed: CompressedModel) -> None:
-        self.compressed = compressed
+    models: Mapping[str, Any]
+    task: Task
+    data: VideoTextSet
+    preprocessing: Preprocessing
+    tokenizer: Tokenizer
+    pooling: Pooling | None
+    attention: Mapping[str, str]
+    settings: VideoSettings
 
-    def encode_video(self, video: Tensor) -> Tensor:
-        """`[B, T, 3, H, W]` to all tokens, `[B, N, C]`."""
-        with self.compressed.dense() as dense:
-            tokens: Tensor = dense.encode_video(video)  # type: ignore[operator]
-            return tokens
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.compressed.model, name)
-
-
-def task_of(model: nn.Module) -> Task:
-    """The task of a video-text model; raises ModelError for other models."""
-    if isinstance(model, UmtRetrieval):
-        return "retrieval"
-    if isinstance(model, UmtAnswering):
-        return "qa"
-    raise ModelError("the model takes clips, but is neither for retrieval nor for question answering")
+    def run(self, progress: Progress) -> tuple[RetrievalEvaluation | AnswerEvaluation, tuple[str, ...]]:
+        """Returns and errors as `retrieve` or `answer`."""
+        inputs: dict[str, Any] = {"preprocessing": self.preprocessing, "tokenizer": self.tokenizer}
+        inputs |= {"settings": self.settings, "progress": progress}
+        if isinstance(self.data, RetrievalSet):
+            return retrieve(self.models, self.data, **inputs)
+        assert isinstance(self.data, QaSet)
+        return answer(self.models, self.data, **inputs)
 
 
-def choose_pooling(opened: Opened, pooling: Pooling | None) -> Pooling:
-    """Set the pooling of a dense retrieval model, if one is given. Returns the pooling in use."""
-    model = opened.loaded.model
-    assert isinstance(model, UmtModel)
-    if pooling is None:
-        return model.pooling
-    if task_of(model) == "qa":
-        raise UsageError(f"--pooling {pooling}: question answering does not pool", "Leave the option out.")
-    if opened.compressed is not None:
-        raise UsageError(
-            f"--pooling {pooling}: a compressed model has no whole frames, so it and its dense model pool all tokens",
-            "Leave the option out, or give the dense checkpoint.",
-        )
-    model.pooling = pooling
-    return pooling
+def open_evaluation(
+    opened: Opened,
+    models: Mapping[str, Any],
+    name: str,
+    *,
+    data_options: DatasetOptions,
+    vocabulary: Path | None,
+    pooling: Pooling | None,
+    settings: VideoSettings,
+    progress: Progress,
+) -> VideoEvaluation:
+    """Open the dataset and the tokenizer, and observe the attention kernels.
 
-
-def open_tokenizer(vocabulary: Path | None, opened: Opened, data: VideoTextSet) -> Tokenizer:
-    """The tokenizer of a model, from the given vocabulary file or from that of the built-in models.
+    Args:
+        models: as `video_models_of`.
+        name: of the checkpoint, for messages.
+        pooling: None for that of the model.
 
     Raises:
-        UsageError: no file is given, and the model is not built in.
-        DataError: the vocabulary has another size than the model's.
+        RepshiftError: as `choose_pooling`, `open_data` and `open_tokenizer`, or (`strict`) a video is missing.
     """
-    model, name = opened.loaded.model, opened.loaded.description.name
-    assert isinstance(model, UmtModel)
-    if vocabulary is not None:
-        tokenizer = Tokenizer(vocabulary.expanduser())
-    elif data.name in BUILTIN_DATASETS or name.startswith(_MODELS_OF_SHAPES):
-        with moving_shapes.vocabulary_file() as path:
-            tokenizer = Tokenizer(path)
-    else:
-        raise UsageError(
-            f"{name} needs its vocabulary to read texts",
-            "Add --vocab vocab.txt; the authors' UMT uses that of bert-base-uncased.",
-        )
-    tokenizer.check_fits(model.text.vocabulary, name)
-    return tokenizer
-
-
-@torch.inference_mode()
-def observe_attention(
-    models: Mapping[str, Any], preprocessing: Preprocessing, settings: VideoSettings, progress: Progress
-) -> dict[str, str]:
-    """The attention kernel that each model's video encoder runs on an empty clip; see `measure.observed_attention`."""
-    clip = torch.zeros(1, *preprocessing.shape, device=settings.device, dtype=settings.dtype)
-    with _ready(models, settings):
-        for note in {note for module in _modules(models) if (note := auto_note(module, settings.attention))}:
-            progress.note(note)
-        return {name: observed_attention(model.encode_video, clip) for name, model in models.items()}
-
-
-@contextmanager
-def _ready(models: Mapping[str, Any], settings: VideoSettings) -> Iterator[None]:
-    """Move the models to the device and dtype; they use the requested attention kernel inside the context."""
-    with ExitStack() as switched:
-        for module in _modules(models):
-            module.to(device=settings.device, dtype=settings.dtype)
-            switched.enter_context(attention_mode(module, settings.attention))
-        yield
-
-
-def _modules(models: Mapping[str, Any]) -> list[nn.Module]:
-    """Each module once; a `DenseView` has the module of its compressed model."""
-    parts = (model.compressed.model if isinstance(model, DenseView) else model for model in models.values())
-    return list({id(part): part for part in parts if isinstance(part, nn.Module)}.values())
+    task = task_of(opened.loaded.model)
+    pooling = choose_pooling(opened, pooling)
+    data = open_data(data_options, task, name)
+    check_missing(data, settings)
+    tokenizer = open_tokenizer(vocabulary, opened, data)
+    preprocessing = opened.loaded.description.preprocessing
+    return VideoEvaluation(
+        models,
+        task,
+        data,
+        preprocessing,
+        tokenizer,
+        pooling=pooling if task == "retrieval" else None,
+        attention=observe_attention(models, preprocessing, settings, progress),
+        settings=settings,
+    )
 
 
 def retrieve(
@@ -143,18 +108,17 @@ def retrieve(
     """Retrieve the videos of each caption and the captions of each video.
 
     Args:
-        models: `UmtRetrieval` or `DenseView`, by name, with the same clip shape and tokenizer.
+        models: `UmtRetrieval` or `DenseVideoView`, by name, with the same clip shape and tokenizer.
 
     Returns:
         The result, and the videos with fewer frames than a clip, whose last frame is repeated.
 
     Raises:
-        RepshiftError: as `evaluate_retrieval`; also PyAV is not installed, or (`strict`) a video is missing.
+        RepshiftError: as `evaluate_retrieval`; also PyAV is not installed.
     """
-    check_missing(data, settings)
     padded: list[str] = []
     texts = tokenizer.texts(data.captions, min(data.text_length, _positions(models)))
-    with _ready(models, settings):
+    with ready(models, settings):
         result = evaluate_retrieval(
             models,
             _batches(data.videos, preprocessing, settings, padded, progress),
@@ -183,11 +147,10 @@ def answer(
 
     Arguments, returns and errors as `retrieve`, with `UmtAnswering` and `evaluate_answers`.
     """
-    check_missing(data, settings)
     padded: list[str] = []
     batches = _batches(data.videos, preprocessing, settings, padded, progress)
     answers = tokenizer.answers(data.answers, min(_LONGEST_ANSWER, _positions(models)))
-    with _ready(models, settings):
+    with ready(models, settings):
         result = evaluate_answers(
             models,
             _question_batches(data, batches, tokenizer, min(data.text_length, _positions(models))),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from repshift_cli.errors import ModelError
+from repshift_cli.errors import DataError, ModelError
 from repshift_cli.evaluation.common import check_finite, explain_out_of_memory
 from repshift_cli.evaluation.video_text.encoding import VideoModel
 from repshift_cli.utils.progress import Progress
@@ -63,6 +63,54 @@ class RankStats:
     queries: int
 
 
+@dataclass(frozen=True)
+class CorrectAnswers:
+    """The correct answers among readable videos.
+
+    Attributes:
+        captions: indices of captions with a readable video.
+        videos_of: for each of them the rows of its videos.
+        queries: rows of videos with a caption; a video without one is a candidate, but not a query.
+        captions_of: for each of those the positions in `captions`.
+    """
+
+    captions: list[int]
+    videos_of: list[list[int]]
+    queries: list[int]
+    captions_of: list[list[int]]
+
+    @staticmethod
+    def of(
+        videos_of_caption: Sequence[Sequence[int]], rows_of: Mapping[int, int], broken: Set[int], dataset: str
+    ) -> CorrectAnswers:
+        """Find the correct answers.
+
+        Args:
+            videos_of_caption: for each caption the indices of its videos.
+            rows_of: the row of each readable video.
+            broken: the unreadable videos.
+
+        Raises:
+            DataError: a caption has no video, or none has a readable one.
+        """
+        captions: list[int] = []
+        videos_of: list[list[int]] = []
+        captions_of: dict[int, list[int]] = {}
+        for caption, videos in enumerate(videos_of_caption):
+            if not videos or any(index not in rows_of and index not in broken for index in videos):
+                raise DataError(f"caption {caption} of {dataset} has no video among the clips")
+            rows = [rows_of[index] for index in videos if index in rows_of]
+            if rows:
+                for row in rows:
+                    captions_of.setdefault(row, []).append(len(captions))
+                captions.append(caption)
+                videos_of.append(rows)
+        if not captions:
+            raise DataError(f"no caption of {dataset} has a video that can be read")
+        queries = sorted(captions_of)
+        return CorrectAnswers(captions, videos_of, queries, [captions_of[row] for row in queries])
+
+
 def similarity(video: Tensor, text: Tensor) -> Tensor:
     """Mean cosine of the frames of each video with each text.
 
@@ -112,6 +160,18 @@ def rank_stats(found: Tensor) -> RankStats:
     count = len(from_1)
     r1, r5, r10 = (100.0 * sum(rank <= top for rank in from_1) / count for top in (1, 5, 10))
     return RankStats(r1, r5, r10, float(statistics.median(from_1)), sum(from_1) / count, count)
+
+
+def rank_queries(
+    scores: Directions[Tensor], correct: CorrectAnswers
+) -> tuple[Directions[RankStats], Directions[Tensor]]:
+    """Rank statistics, and the first candidate of each query."""
+    video_to_text = scores.video_to_text[correct.queries]
+    stats = Directions(
+        text_to_video=rank_stats(ranks(scores.text_to_video, correct.videos_of)),
+        video_to_text=rank_stats(ranks(video_to_text, correct.captions_of)),
+    )
+    return stats, Directions(ranking_order(scores.text_to_video)[:, 0], ranking_order(video_to_text)[:, 0])
 
 
 def matching_scores(

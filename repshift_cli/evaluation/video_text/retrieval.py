@@ -14,26 +14,25 @@ from torch import Tensor
 
 from repshift_cli.data.loader import Batch
 from repshift_cli.data.video.tokenizer import TextBatch
-from repshift_cli.errors import DataError, ModelError, UsageError
+from repshift_cli.errors import ModelError, UsageError
 from repshift_cli.evaluation.common import Skipped, alternate_order, check_finite, explain_out_of_memory, per_second
 from repshift_cli.evaluation.video_text.encoding import (
     TOKEN_DIMS,
-    VideoSettings,
     encode_timed,
     nothing_readable,
     prepare,
     skipped_of,
 )
 from repshift_cli.evaluation.video_text.ranking import (
+    CorrectAnswers,
     Directions,
     RankStats,
     RetrievalModel,
     matching_scores,
-    rank_stats,
-    ranking_order,
-    ranks,
+    rank_queries,
     similarity,
 )
+from repshift_cli.evaluation.video_text.settings import VideoSettings
 from repshift_cli.evaluation.video_text.token_store import GIB, TokenStore
 from repshift_cli.utils.progress import Progress
 
@@ -149,17 +148,20 @@ def evaluate_retrieval(
                     if batch.pixels is not None and len(batch.indices) > 0:
                         _encode_batch(encoders, batch.pixels, first_row, store, settings)
                     task.advance(len(batch.indices) + len(batch.broken))
-        truth = _Truth.of(videos_of_caption, gallery, dataset)
+        if not gallery.rows:
+            problem = f"none of the {len(gallery.skipped)} videos of {dataset} can be read"
+            raise nothing_readable(problem, gallery.skipped)
+        correct = CorrectAnswers.of(videos_of_caption, gallery.rows, gallery.broken, dataset)
         results = [
-            _score(encoder, truth, store, settings, pair_batch, progress=progress) for encoder in encoders.values()
+            _score(encoder, correct, store, settings, pair_batch, progress=progress) for encoder in encoders.values()
         ]
     states = {id(each.states): each.states.nbytes for each in captions.values() if each.states is not None}
     return RetrievalEvaluation(
         dataset=dataset,
         videos=len(gallery.rows),
-        captions=len(truth.captions),
+        captions=len(correct.captions),
         skipped=tuple(gallery.skipped),
-        captions_left_out=len(texts.ids) - len(truth.captions),
+        captions_left_out=len(texts.ids) - len(correct.captions),
         rerank_k=rerank_k,
         scores=dict(zip(encoders, (result.score for result in results), strict=True)),
         vtc_agreement=_agreement([result.vtc_first for result in results]),
@@ -188,45 +190,6 @@ class _Gallery:
         if len(self.rows) != start + len(batch.indices) or len(self.rows) > self.videos:
             raise ValueError(f"a video occurs twice, or there are more than {self.videos}")
         return start
-
-
-@dataclass(frozen=True)
-class _Truth:
-    """The right answers among readable videos.
-
-    Attributes:
-        captions: indices of captions with a readable video.
-        videos_of: for each of them the rows of its videos.
-        queries: rows of videos with a caption; a video without one is a candidate, but not a query.
-        captions_of: for each of those the positions in `captions`.
-    """
-
-    captions: list[int]
-    videos_of: list[list[int]]
-    queries: list[int]
-    captions_of: list[list[int]]
-
-    @staticmethod
-    def of(videos_of_caption: Sequence[Sequence[int]], gallery: _Gallery, dataset: str) -> _Truth:
-        if not gallery.rows:
-            problem = f"none of the {len(gallery.skipped)} videos of {dataset} can be read"
-            raise nothing_readable(problem, gallery.skipped)
-        captions: list[int] = []
-        videos_of: list[list[int]] = []
-        captions_of: dict[int, list[int]] = {}
-        for caption, videos in enumerate(videos_of_caption):
-            if not videos or any(index not in gallery.rows and index not in gallery.broken for index in videos):
-                raise DataError(f"caption {caption} of {dataset} has no video among the clips")
-            rows = [gallery.rows[index] for index in videos if index in gallery.rows]
-            if rows:
-                for row in rows:
-                    captions_of.setdefault(row, []).append(len(captions))
-                captions.append(caption)
-                videos_of.append(rows)
-        if not captions:
-            raise DataError(f"no caption of {dataset} has a video that can be read")
-        queries = sorted(captions_of)
-        return _Truth(captions, videos_of, queries, [captions_of[row] for row in queries])
 
 
 class _Captions(NamedTuple):
@@ -340,7 +303,7 @@ class _Result(NamedTuple):
 
 def _score(
     encoder: _Encoder,
-    truth: _Truth,
+    correct: CorrectAnswers,
     store: TokenStore | None,
     settings: VideoSettings,
     pair_batch: int,
@@ -348,9 +311,9 @@ def _score(
     progress: Progress,
 ) -> _Result:
     """Rank the candidates of all queries by similarity and, with a store, by the matching score."""
-    video, captions = torch.cat(encoder.video), encoder.captions.select(truth.captions)
+    video, captions = torch.cat(encoder.video), encoder.captions.select(correct.captions)
     sim = similarity(video, captions.embeddings)
-    vtc, vtc_first = _rank(Directions(text_to_video=sim.T, video_to_text=sim), truth)
+    vtc, vtc_first = rank_queries(Directions(text_to_video=sim.T, video_to_text=sim), correct)
     matching, matching_first, seconds = None, None, None
     if store is not None and settings.rerank_k is not None and captions.states is not None:
         started = time.perf_counter()
@@ -367,21 +330,11 @@ def _score(
             label=f"match {encoder.name}",
         )
         seconds = time.perf_counter() - started
-        matching, matching_first = _rank(scores, truth)
+        matching, matching_first = rank_queries(scores, correct)
     tokens = encoder.token_shape[0] if encoder.token_shape else 0
     return _Result(
         RetrievalScore(len(video), vtc, matching, tokens, encoder.seconds, seconds), vtc_first, matching_first
     )
-
-
-def _rank(scores: Directions[Tensor], truth: _Truth) -> tuple[Directions[RankStats], Directions[Tensor]]:
-    """Rank statistics, and the first candidate of each query."""
-    video_to_text = scores.video_to_text[truth.queries]
-    stats = Directions(
-        text_to_video=rank_stats(ranks(scores.text_to_video, truth.videos_of)),
-        video_to_text=rank_stats(ranks(video_to_text, truth.captions_of)),
-    )
-    return stats, Directions(ranking_order(scores.text_to_video)[:, 0], ranking_order(video_to_text)[:, 0])
 
 
 def _agreement(firsts: Sequence[Directions[Tensor] | None]) -> Directions[float] | None:

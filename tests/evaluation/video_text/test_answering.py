@@ -24,7 +24,7 @@ from repshift_cli.evaluation.video_text.answering import (
     evaluate_answers,
     rank_answers,
 )
-from repshift_cli.evaluation.video_text.encoding import VideoSettings
+from repshift_cli.evaluation.video_text.settings import VideoSettings
 from repshift_cli.utils.progress import Silent
 from repshift_cli.utils.stats import wilson_interval
 

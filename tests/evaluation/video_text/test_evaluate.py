@@ -25,16 +25,11 @@ from repshift_cli.data.video.dataset import Videos
 from repshift_cli.data.video.decode import UnreadableVideo
 from repshift_cli.data.video.tokenizer import Tokenizer
 from repshift_cli.errors import DataError, ModelError, UsageError
+from repshift_cli.evaluation.models import DenseVideoView
 from repshift_cli.evaluation.video_text.data import DatasetOptions, open_data
-from repshift_cli.evaluation.video_text.encoding import VideoSettings
-from repshift_cli.evaluation.video_text.evaluate import (
-    DenseView,
-    answer,
-    choose_pooling,
-    open_tokenizer,
-    retrieve,
-    task_of,
-)
+from repshift_cli.evaluation.video_text.evaluate import answer, check_missing, retrieve
+from repshift_cli.evaluation.video_text.models import choose_pooling, open_tokenizer, task_of
+from repshift_cli.evaluation.video_text.settings import VideoSettings
 from repshift_cli.models.umt import UmtModel
 from repshift_cli.utils.progress import Silent
 
@@ -135,7 +130,7 @@ class TestRunning:
         data = captions(Noise(), missing=("a.mp4", "b.mp4"))
         assert run(retrieve, tiny_umt(), data)[0].videos == 5
         with pytest.raises(DataError, match=r"2 videos of noise are missing, the first is a\.mp4"):
-            run(retrieve, tiny_umt(), data, strict=True)
+            check_missing(data, VideoSettings(2, CPU, torch.float32, strict=True))
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_an_error_of_the_installation_is_raised_unchanged(self, workers: int) -> None:
@@ -154,7 +149,7 @@ class TestRunning:
         dense, compressed_model = tiny_umt(), opened(tiny_umt(), compressed=True)
         clips = umt_clips(dense, 3)
         assert compressed_model.compressed is not None
-        dense_view = DenseView(compressed_model.compressed)
+        dense_view = DenseVideoView(compressed_model.compressed)
         assert torch.equal(dense_view.encode_video(clips), dense.encode_video(clips))
         dense.pooling = "all"
         tokens = dense.encode_video(clips)
@@ -164,7 +159,7 @@ class TestRunning:
     def test_compressed_and_dense_are_compared_on_the_same_clips(self) -> None:
         compressed_model = opened(tiny_umt(), compressed=True)
         assert compressed_model.compressed is not None
-        models = {"compressed": compressed_model.loaded.model, "dense": DenseView(compressed_model.compressed)}
+        models = {"compressed": compressed_model.loaded.model, "dense": DenseVideoView(compressed_model.compressed)}
         result, _ = run(retrieve, tiny_umt(), captions(Noise()), models, rerank_k=2)
         assert {name: score.tokens for name, score in result.scores.items()} == {"compressed": 24, "dense": 48}
         alone, _ = run(retrieve, tiny_umt(), captions(Noise()), {"dense": models["dense"]}, rerank_k=2)

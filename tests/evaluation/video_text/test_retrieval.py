@@ -21,7 +21,6 @@ from repshift_cli.data.loader import Batch
 from repshift_cli.data.video.tokenizer import TextBatch
 from repshift_cli.errors import CheckFailed, DataError, ModelError, OutputError, UsageError
 from repshift_cli.evaluation.common import Skipped
-from repshift_cli.evaluation.video_text.encoding import VideoSettings
 from repshift_cli.evaluation.video_text.ranking import (
     NOT_MATCHED,
     Directions,
@@ -36,6 +35,7 @@ from repshift_cli.evaluation.video_text.retrieval import (
     RetrievalEvaluation,
     evaluate_retrieval,
 )
+from repshift_cli.evaluation.video_text.settings import VideoSettings
 from repshift_cli.utils.progress import Silent
 
 RANKS = VECTORS / "umt_ranks.safetensors"
