@@ -30,8 +30,9 @@ from repshift_cli.planning.recipe import ComponentSpec, Recipe
 from repshift_cli.reduction.checks import has_open_fields, with_defaults
 from repshift_cli.reduction.compressed_model import CompressedModel, attach, branch
 from repshift_cli.reduction.families import vim as family_file
-from repshift_cli.reduction.families.base import Reduce, match
+from repshift_cli.reduction.families.base import match
 from repshift_cli.reduction.metrics.base import build_metric
+from repshift_cli.reduction.stream import Reduce
 from repshift_cli.utils.progress import Silent
 
 SHIFT = "{kind: representation_shift, operation: mixer, distance: l2, reading: update, polarity: largest}"
