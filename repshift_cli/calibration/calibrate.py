@@ -27,11 +27,12 @@ from repshift_cli.calibration.outputs import ReferenceOutputs, agreement, distan
 from repshift_cli.errors import CheckFailed, DataError, RecipeError
 from repshift_cli.planning.plan import Plan, PlanSite
 from repshift_cli.planning.recipe import ComponentSpec
-from repshift_cli.reduction.checks import feeds, with_defaults
+from repshift_cli.reduction.checks import feeds
 from repshift_cli.reduction.compressed_model import attach, branch
 from repshift_cli.reduction.families.base import Family, Site
 from repshift_cli.reduction.metrics.base import Metric, build_metric
 from repshift_cli.reduction.metrics.fitted import Fitted
+from repshift_cli.reduction.plans import with_defaults
 from repshift_cli.utils.progress import Progress, Task
 
 _ROUNDS = ((1 / 8, 5), (3 / 8, 2), (1.0, 1))

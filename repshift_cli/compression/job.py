@@ -21,9 +21,10 @@ from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckFailed, CheckpointError, RecipeError
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe, default_recipe
-from repshift_cli.reduction.checks import check_components, check_feeds, has_open_fields, resolve_for, with_defaults
+from repshift_cli.reduction.checks import check_components, check_feeds
 from repshift_cli.reduction.families.base import match
 from repshift_cli.reduction.metrics.base import build_metric
+from repshift_cli.reduction.plans import has_open_fields, resolve_for, with_defaults
 from repshift_cli.utils.progress import Progress
 
 
