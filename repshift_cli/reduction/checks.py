@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from repshift_cli.errors import RecipeError
-from repshift_cli.planning.layout import After, Layout
-from repshift_cli.planning.plan import Plan, shape_text
+from repshift_cli.planning.layout import After, Layout, shape_text
+from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Place, Recipe
 from repshift_cli.reduction.families.base import Family, Site
 from repshift_cli.reduction.metrics.base import Metric, build_metric

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from torch import nn
 
 from repshift_cli.planning.layout import After
-from repshift_cli.planning.plan import Plan, resolve
+from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import ComponentSpec, Recipe
+from repshift_cli.planning.resolve import resolve
 from repshift_cli.reduction.checks import check_reducer, check_reducer_taps, feeds
 from repshift_cli.reduction.families.base import Site, match
 from repshift_cli.reduction.metrics.base import build_metric
