@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from repshift_cli.checkpoints import artifact
-from repshift_cli.checkpoints.identify.building import create
+from repshift_cli.checkpoints.create import create
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.weights import Source
 from repshift_cli.data.preprocessing import Preprocessing

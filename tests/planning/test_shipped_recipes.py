@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from repshift_cli.checkpoints.identify.building import create
+from repshift_cli.checkpoints.create import create
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe, shipped_recipes
