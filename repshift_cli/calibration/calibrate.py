@@ -148,6 +148,23 @@ class Calibration:
         """The chosen metric of each site, as in a plan."""
         return [choice.chosen.spec() for choice in self.sites]
 
+    def unclear_error(self) -> CheckFailed:
+        """The error if no candidate is clearly better than random dropping."""
+        random, chosen = self.random, self.result
+        if random.agreement is None or chosen.agreement is None:
+            numbers = (
+                f"prediction distance {random.distance:.4f} for random dropping, {chosen.distance:.4f} for the choice"
+            )
+        else:
+            numbers = (
+                f"random dropping kept {random.agreement:.1%} of predictions, the chosen score {chosen.agreement:.1%}"
+            )
+        return CheckFailed(
+            f"no score is clearly better than random dropping: {numbers} "
+            f"({self.sigmas:.1f} standard errors, {len(chosen.distances)} inputs)",
+            "Calibrate on more inputs of the model's own kind, drop fewer tokens, or add --force.",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         checked = {"chosen": self.result, "random": self.random, "default": self.default}
         return {
