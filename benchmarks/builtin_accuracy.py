@@ -27,8 +27,9 @@ from repshift_cli.data.builtin.digits import DigitScenes
 from repshift_cli.data.inputs import load_inputs
 from repshift_cli.measure.device import device_name
 from repshift_cli.measure.macs import count_macs
-from repshift_cli.planning.plan import Plan, resolve
+from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import ComponentSpec, default_recipe
+from repshift_cli.planning.resolve import resolve
 from repshift_cli.reduction.checks import feeds
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.families.base import match

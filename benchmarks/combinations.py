@@ -31,9 +31,9 @@ from repshift_cli.measure.device import device_name
 from repshift_cli.measure.latency import Subject, compute_speedup, measure_latency
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe, default_recipe
-from repshift_cli.reduction.checks import has_open_fields, resolve_for, with_defaults
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.families.base import match
+from repshift_cli.reduction.plans import has_open_fields, resolve_for, with_defaults
 from repshift_cli.utils.progress import Silent
 from repshift_cli.utils.stats import percent_interval
 

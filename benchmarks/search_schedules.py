@@ -30,9 +30,9 @@ from repshift_cli.measure.device import device_name
 from repshift_cli.measure.latency import Subject, compute_speedup, measure_latency
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Budget, ComponentSpec, LayerDrop, Recipe
-from repshift_cli.reduction.checks import resolve_for
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.families.base import match
+from repshift_cli.reduction.plans import resolve_for
 from repshift_cli.search.result import SearchResult, SearchSettings
 from repshift_cli.search.search import search
 from repshift_cli.search.target import SearchTarget

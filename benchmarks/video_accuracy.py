@@ -38,9 +38,9 @@ from repshift_cli.models.umt import VisionShape
 from repshift_cli.ops.tokens import Sized
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
-from repshift_cli.reduction.checks import has_open_fields, resolve_for, with_defaults
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.families.base import match
+from repshift_cli.reduction.plans import has_open_fields, resolve_for, with_defaults
 from repshift_cli.utils.progress import Silent
 
 LAYERS = (0, 2, 4)

@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from repshift_cli.checkpoints import artifact
-from repshift_cli.checkpoints.identify.building import create
+from repshift_cli.checkpoints.create import create
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.weights import Source
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.planning.recipe import Recipe
-from repshift_cli.reduction.checks import resolve_for, with_defaults
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.families.base import match
+from repshift_cli.reduction.plans import resolve_for, with_defaults
 
 DATA = Path(__file__).resolve().parents[1] / "tests" / "vectors"
 LAYERS = "[{layer: 0, drop_ratio: 0.3}]"

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from repshift_cli.checkpoints.identify.building import create
+from repshift_cli.checkpoints.create import create
 from repshift_cli.checkpoints.loaded import ModelDescription
 from repshift_cli.checkpoints.weights import METADATA_KEY
 from repshift_cli.data.builtin.digits import SCENE_SIZE, DigitScenes

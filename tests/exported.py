@@ -19,9 +19,9 @@ from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.export.job import Exported, export
 from repshift_cli.export.request import Request
 from repshift_cli.planning.recipe import Recipe
-from repshift_cli.reduction.checks import resolve_for, with_defaults
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.families.base import match
+from repshift_cli.reduction.plans import resolve_for, with_defaults
 from repshift_cli.utils.progress import Silent
 
 __all__ = ["CNN_ARGS", "FAMILIES", "VECTORS", "export_to", "inputs_for", "open_family", "reduced_vit", "stored"]

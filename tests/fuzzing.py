@@ -34,8 +34,8 @@ from repshift_cli.data.sources.tar import tar_members
 from repshift_cli.data.video.annotations import open_video_text
 from repshift_cli.evaluation.classification.predictions import Predictions, load_predictions, save_predictions
 from repshift_cli.evaluation.classification.resume import ResumeState
-from repshift_cli.planning.plan import resolve
 from repshift_cli.planning.recipe import Recipe, shipped_recipes
+from repshift_cli.planning.resolve import resolve
 from repshift_cli.reduction.checks import check_components
 from repshift_cli.reduction.families.base import match
 from repshift_cli.utils.hashing import digest_of_document

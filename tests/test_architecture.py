@@ -197,6 +197,7 @@ MODEL_KINDS = {"umt", "vim", "cnn"}
 KINDS_KNOWN_IN = (
     *("reduction/families/", "models/", "checkpoints/identify/", "evaluation/video_text/", "data/video/"),
     "checkpoints/builtin.py",  # the table with the names of the built-in models
+    "checkpoints/create.py",  # calls the builder of each kind
 )
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from repshift_cli.errors import UsageError
 from repshift_cli.measure.attention_kernel import observed_attention
 from repshift_cli.models.attention_mode import AttentionMode, attention_mode, auto_note, flash_problem
-from repshift_cli.reduction.checks import resolve_for
 from repshift_cli.reduction.compressed_model import attach
+from repshift_cli.reduction.plans import resolve_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none")
 

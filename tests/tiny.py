@@ -16,8 +16,9 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
-from repshift_cli.planning.plan import Plan, resolve
+from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
+from repshift_cli.planning.resolve import resolve
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.families.base import match
 

@@ -11,8 +11,9 @@ from timm.layers import GroupNorm
 from torch import Tensor, nn
 
 from repshift_cli.planning.layout import Grid
-from repshift_cli.planning.plan import Plan, resolve
+from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
+from repshift_cli.planning.resolve import resolve
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.families.base import match
 

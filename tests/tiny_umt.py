@@ -17,8 +17,9 @@ from torch.nn import functional
 from repshift_cli.models import umt
 from repshift_cli.models.bert import TextShape
 from repshift_cli.models.umt import UmtAnswering, UmtModel, UmtRetrieval, VisionShape
-from repshift_cli.planning.plan import Plan, resolve
+from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
+from repshift_cli.planning.resolve import resolve
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.families.base import match
 from repshift_cli.reduction.reducers.base import Merger, build_reducer

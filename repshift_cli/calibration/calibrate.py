@@ -27,11 +27,12 @@ from repshift_cli.calibration.outputs import ReferenceOutputs, agreement, distan
 from repshift_cli.errors import CheckFailed, DataError, RecipeError
 from repshift_cli.planning.plan import Plan, PlanSite
 from repshift_cli.planning.recipe import ComponentSpec
-from repshift_cli.reduction.checks import feeds, with_defaults
+from repshift_cli.reduction.checks import feeds
 from repshift_cli.reduction.compressed_model import attach, branch
 from repshift_cli.reduction.families.base import Family, Site
 from repshift_cli.reduction.metrics.base import Metric, build_metric
 from repshift_cli.reduction.metrics.fitted import Fitted
+from repshift_cli.reduction.plans import with_defaults
 from repshift_cli.utils.progress import Progress, Task
 
 _ROUNDS = ((1 / 8, 5), (3 / 8, 2), (1.0, 1))
@@ -146,6 +147,23 @@ class Calibration:
     def specs(self) -> list[ComponentSpec]:
         """The chosen metric of each site, as in a plan."""
         return [choice.chosen.spec() for choice in self.sites]
+
+    def unclear_error(self) -> CheckFailed:
+        """The error if no candidate is clearly better than random dropping."""
+        random, chosen = self.random, self.result
+        if random.agreement is None or chosen.agreement is None:
+            numbers = (
+                f"prediction distance {random.distance:.4f} for random dropping, {chosen.distance:.4f} for the choice"
+            )
+        else:
+            numbers = (
+                f"random dropping kept {random.agreement:.1%} of predictions, the chosen score {chosen.agreement:.1%}"
+            )
+        return CheckFailed(
+            f"no score is clearly better than random dropping: {numbers} "
+            f"({self.sigmas:.1f} standard errors, {len(chosen.distances)} inputs)",
+            "Calibrate on more inputs of the model's own kind, drop fewer tokens, or add --force.",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         checked = {"chosen": self.result, "random": self.random, "default": self.default}

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from repshift_cli.checkpoints.identify.building import build_on_meta, create, is_architecture
+from repshift_cli.checkpoints.create import build_on_meta, create, is_architecture
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.weights import first_names
 from repshift_cli.data.preprocessing import LARGEST_SIDE, Preprocessing, fixed_size

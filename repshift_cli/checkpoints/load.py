@@ -18,10 +18,11 @@ from torch import Tensor
 
 from repshift_cli.checkpoints.build import build, checked_size, configure, set_image_size
 from repshift_cli.checkpoints.builtin import BUILTIN
-from repshift_cli.checkpoints.identify.building import build_on_meta, check_heads, create
+from repshift_cli.checkpoints.create import build_on_meta, create
 from repshift_cli.checkpoints.identify.identity import Identity
 from repshift_cli.checkpoints.identify.match import identify
 from repshift_cli.checkpoints.identify.names import canonical_name, is_model_name, model_names
+from repshift_cli.checkpoints.identify.sizes import check_heads
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.weights import Source, Weights, read_weights

@@ -20,7 +20,7 @@ class ModelDescription:
 
     Attributes:
         name: of the model, or a description of a shape without a name.
-        architecture: a registered name, or a kind that is built from `args` alone, see `identify.building.create`.
+        architecture: a registered name, or a kind that is built from `args` alone, see `checkpoints.create`.
         args: keyword arguments of the builder.
         preprocessing: the evaluation transform.
     """

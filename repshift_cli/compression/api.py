@@ -9,15 +9,9 @@ from torch import Tensor, nn
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.compression.job import (
-    CompressionJob,
-    Notes,
-    checked_recipe,
-    load_dense,
-    require_layers,
-    unclear_choice,
-    wrap_module,
-)
+from repshift_cli.compression.job import CompressionJob, load_dense, wrap_module
+from repshift_cli.compression.notes import Notes
+from repshift_cli.compression.recipe import checked_recipe, require_layers
 from repshift_cli.data.inputs import load_inputs
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.compressed_model import CompressedModel
@@ -62,7 +56,7 @@ def compress(
             batch = load_inputs(str(calibration), 128, loaded.description.preprocessing, 0)
             found = job.calibrate(batch.tensor, batch.identity, batch_size=16)
         if not (found.clear or found.mild):
-            raise unclear_choice(found)
+            raise found.unclear_error()
         plan = job.plan.with_metrics(found.specs)
     return artifact.attach_loaded(loaded, plan)
 

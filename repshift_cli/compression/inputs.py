@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from repshift_cli.checkpoints.loaded import LoadedModel
-from repshift_cli.compression.job import CompressionJob, Notes
+from repshift_cli.compression.job import CompressionJob
+from repshift_cli.compression.notes import Notes
 from repshift_cli.compression.settings import Amounts, Settings
 from repshift_cli.data.inputs import ImageBatch, load_inputs
 from repshift_cli.errors import DataError

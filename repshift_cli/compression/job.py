@@ -12,37 +12,20 @@ from torch import Tensor, nn
 from repshift_cli.calibration.calibrate import Calibration, calibrate
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.build import set_image_size
-from repshift_cli.checkpoints.identify.names import canonical_name, encoder_name
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.weights import Source
+from repshift_cli.compression.notes import Notes
+from repshift_cli.compression.recipe import check_recipe_model
 from repshift_cli.data.preprocessing import Preprocessing
-from repshift_cli.errors import CheckFailed, CheckpointError, RecipeError
+from repshift_cli.errors import CheckpointError
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe, default_recipe
-from repshift_cli.reduction.checks import check_components, check_feeds, has_open_fields, resolve_for, with_defaults
+from repshift_cli.reduction.checks import check_feeds
 from repshift_cli.reduction.families.base import match
 from repshift_cli.reduction.metrics.base import build_metric
-from repshift_cli.utils.progress import Progress
-
-
-class Notes:
-    """Messages for the user, shown at once and kept for the report."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.texts: list[str] = []
-
-    def note(self, text: str) -> None:
-        """Add a remark."""
-        self.texts.append(text)
-        self.progress.note(text)
-
-    def warn(self, text: str) -> None:
-        """Add a warning."""
-        self.texts.append(text)
-        self.progress.warn(text)
+from repshift_cli.reduction.plans import has_open_fields, resolve_for, with_defaults
 
 
 class CompressionJob:
@@ -104,37 +87,6 @@ class CompressionJob:
             check_feeds(metric, self._sites[planned.site], planned.after, self.recipe.place, path)
 
 
-def checked_recipe(recipe: Recipe | str | Path | None) -> Recipe | None:
-    """Load a recipe and check its metrics and reducer, before any weights are read."""
-    if recipe is not None and not isinstance(recipe, Recipe):
-        recipe = Recipe.load(recipe)
-    if recipe is not None:
-        check_components(recipe)
-    return recipe
-
-
-def require_layers(recipe: Recipe | None) -> Recipe | None:
-    """Return the recipe, or raise RecipeError if it has a budget instead of layers, which needs a search."""
-    if recipe is not None and recipe.budget is not None:
-        raise RecipeError(
-            f"{recipe.place.at(('budget',))}: the recipe has a budget instead of layers, which needs a search",
-            "`repshift search MODEL --recipe FILE` finds the layers and writes a recipe with them.",
-        )
-    return recipe
-
-
-def check_recipe_model(recipe: Recipe, description: ModelDescription) -> None:
-    """Raise RecipeError if the recipe is for another model."""
-    # the tag of the weights (.augreg_in21k) does not matter
-    names = {encoder_name((name or "").partition(".")[0]) for name in (description.name, description.architecture)}
-    if recipe.model is None or encoder_name(canonical_name(recipe.model.partition(".")[0])) in names:
-        return
-    raise RecipeError(
-        f"{recipe.place.at(('model',))}: the recipe is for {recipe.model}, but the model is {description.name}",
-        f"Use a recipe for {description.name}, or remove the key `model` from a copy of this one.",
-    )
-
-
 def load_dense(
     name: str | Path, options: LoadOptions, recipe: Recipe | None, notes: Notes, force: bool = False
 ) -> LoadedModel:
@@ -169,17 +121,3 @@ def wrap_module(model: nn.Module, img_size: int | None) -> LoadedModel:
     loaded = LoadedModel(model, description, Source("object", None, None), dict(model.state_dict()))
     set_image_size(loaded, img_size)
     return loaded
-
-
-def unclear_choice(found: Calibration) -> CheckFailed:
-    """The error of a calibration in which no candidate is clearly better than random dropping."""
-    random, chosen = found.random, found.result
-    if random.agreement is None or chosen.agreement is None:
-        numbers = f"prediction distance {random.distance:.4f} for random dropping, {chosen.distance:.4f} for the choice"
-    else:
-        numbers = f"random dropping kept {random.agreement:.1%} of predictions, the chosen score {chosen.agreement:.1%}"
-    return CheckFailed(
-        f"no score is clearly better than random dropping: {numbers} "
-        f"({found.sigmas:.1f} standard errors, {len(chosen.distances)} inputs)",
-        "Calibrate on more inputs of the model's own kind, drop fewer tokens, or add --force.",
-    )

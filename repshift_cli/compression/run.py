@@ -8,15 +8,10 @@ from repshift_cli.calibration.calibrate import Calibration
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.compression.inputs import draw_images, is_same_folder, load_job_inputs, load_search_inputs
-from repshift_cli.compression.job import (
-    CompressionJob,
-    Notes,
-    check_recipe_model,
-    checked_recipe,
-    load_dense,
-    unclear_choice,
-)
+from repshift_cli.compression.job import CompressionJob, load_dense
 from repshift_cli.compression.measured import CompressReport, Measured, check_counts, check_outputs, measure_models
+from repshift_cli.compression.notes import Notes
+from repshift_cli.compression.recipe import check_recipe_model, checked_recipe
 from repshift_cli.compression.settings import Amounts, Settings
 from repshift_cli.data.inputs import ImageBatch
 from repshift_cli.errors import UsageError
@@ -172,7 +167,7 @@ def _choose_metric(
             "predictions: the choice of tokens hardly matters and was not checked"
         )
     elif not found.clear:
-        problem = unclear_choice(found)
+        problem = found.unclear_error()
         if not settings.force:
             raise problem
         job.notes.warn(problem.message)

@@ -119,3 +119,8 @@ class Layout:
     def tokens(self, kept: Mapping[int, Grid] | None = None) -> dict[int, int]:
         """Tokens at the site of each layer, prefix tokens included; for feature maps."""
         return {site.layer: self.prefix_tokens + math.prod(grid) for site, grid in self.grids(kept)}
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """A shape as text: `14x14`."""
+    return "x".join(map(str, shape))

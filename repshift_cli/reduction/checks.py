@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
 from repshift_cli.errors import RecipeError
-from repshift_cli.planning.layout import After, Layout
-from repshift_cli.planning.plan import Plan, resolve, shape_text
-from repshift_cli.planning.recipe import ComponentSpec, Place, Recipe
-from repshift_cli.reduction.families.base import Family, Site, match
+from repshift_cli.planning.layout import After, Layout, shape_text
+from repshift_cli.planning.plan import Plan
+from repshift_cli.planning.recipe import Place, Recipe
+from repshift_cli.reduction.families.base import Family, Site
 from repshift_cli.reduction.metrics.base import Metric, build_metric
 from repshift_cli.reduction.reducers.base import Merger, Reducer, build_reducer
-
-
-def resolve_for(model: nn.Module, recipe: Recipe) -> Plan:
-    """Resolve a recipe for a dense model.
-
-    Raises ModelError if the model is not supported, RecipeError if the recipe does not fit it.
-    """
-    family, reducer = match(model), build_reducer(recipe.reducer, recipe.place)
-    check_reducer(reducer, family, model, recipe.place)
-    plan = resolve(recipe, family.layout(model), reducer.after, reducer.most if isinstance(reducer, Merger) else None)
-    sites = {site.name: site for site in family.sites(model)}
-    for planned in plan.sites:
-        _check_reducer_taps(reducer, sites[planned.site], recipe.place)
-    return plan
 
 
 def check_components(recipe: Recipe) -> None:
@@ -57,7 +43,7 @@ def check_plan(
                     f"{site.width}",
                     "Its weights are of another model: leave them out, and calibration fits them.",
                 )
-        _check_reducer_taps(reducer, site)
+        check_reducer_taps(reducer, site)
 
 
 def _check_counts(plan: Plan, layout: Layout) -> None:
@@ -89,7 +75,8 @@ def check_reducer(reducer: Reducer, family: Family, model: nn.Module, place: Pla
         raise RecipeError(f"{where}{reducer.kind} acts after attention, where {family.name} models cannot be reduced")
 
 
-def _check_reducer_taps(reducer: Reducer, site: Site, place: Place | None = None) -> None:
+def check_reducer_taps(reducer: Reducer, site: Site, place: Place | None = None) -> None:
+    """Raise `RecipeError` if a tensor that the reducer reads is not available at the site."""
     if missing := sorted(reducer.taps() - _available(site, reducer.after)):
         raise RecipeError(
             f"{_where(place, ('reducer',))}{reducer.kind} needs {missing[0]}, which {site.name} does not provide: "
@@ -125,27 +112,6 @@ def check_feeds(
 def feeds(metric: Metric, site: Site, after: After = "block") -> bool:
     """Whether every tensor that the metric reads is available at the site."""
     return metric.taps() <= _available(site, after)
-
-
-def acts_after(reducer: ComponentSpec) -> After:
-    """The part of a block after which a reducer acts."""
-    return build_reducer(reducer).after
-
-
-def has_open_fields(plan: Plan) -> bool:
-    """Whether calibration has something to choose in the plan."""
-    return build_reducer(plan.reducer).scored and any(build_metric(planned.metric).open for planned in plan.sites)
-
-
-def with_defaults(plan: Plan, sites: Mapping[str, Site]) -> Plan:
-    """The plan with the open fields of its metrics set as in the paper, or to the first variant that a site allows."""
-    chosen = []
-    for planned in plan.sites:
-        metric = build_metric(planned.metric)
-        choices = [metric.with_defaults(), *metric.variants()]
-        fitting = (choice for choice in choices if feeds(choice, sites[planned.site], planned.after))
-        chosen.append(next(fitting, choices[0]).spec())
-    return plan.with_metrics(chosen)
 
 
 def _available(site: Site, after: After) -> frozenset[str]:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from repshift_cli.errors import UsageError
-from repshift_cli.planning.plan import PlanSite, shape_text
-from repshift_cli.reduction.families.base import Probe, Stream, TensorEdit
+from repshift_cli.planning.layout import shape_text
+from repshift_cli.planning.plan import PlanSite
+from repshift_cli.reduction.families.base import Probe, TensorEdit
 from repshift_cli.reduction.metrics.base import Metric, SiteContext
 from repshift_cli.reduction.reducers.base import Merger, Pruner, Reducer
+from repshift_cli.reduction.stream import Stream
 
 Change = Callable[[Tensor], Tensor | None]
 

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from repshift_cli.planning.layout import After
-from repshift_cli.reduction.families.base import Stream, match
+from repshift_cli.reduction.families.base import match
+from repshift_cli.reduction.stream import Stream
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ import numpy as np
 from repshift_cli.calibration.calibrate import unfitted
 from repshift_cli.errors import RecipeError, UsageError
 from repshift_cli.planning.layout import Layout
-from repshift_cli.planning.plan import Plan, resolve
+from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import ComponentSpec, Recipe
-from repshift_cli.reduction.checks import acts_after, resolve_for
+from repshift_cli.planning.resolve import resolve
 from repshift_cli.reduction.metrics.base import build_metric
+from repshift_cli.reduction.plans import acts_after, resolve_for
 from repshift_cli.reduction.reducers.base import Merger, build_reducer
 from repshift_cli.search.additive import Additive, Curve, Kept
 from repshift_cli.search.evaluator import Candidate, Evaluator

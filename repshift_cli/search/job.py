@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from repshift_cli.calibration.fit import is_classifier
+from repshift_cli.checkpoints.builtin import BUILTIN
 from repshift_cli.checkpoints.identify.names import is_model_name
-from repshift_cli.checkpoints.load import BUILTIN
 from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.data.inputs import ImageBatch
 from repshift_cli.errors import UsageError

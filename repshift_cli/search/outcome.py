@@ -10,7 +10,7 @@ from typing import Any
 from repshift_cli.errors import CheckFailed, RecipeError
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import PAPER_DROP_RATIO, ComponentSpec, Recipe, default_recipe
-from repshift_cli.reduction.checks import resolve_for
+from repshift_cli.reduction.plans import resolve_for
 from repshift_cli.search.cost_model import CostModel, Method, Planner, choose_metrics
 from repshift_cli.search.evaluator import Candidate, Evaluated, Evaluator
 from repshift_cli.search.latency_target import meet_latency

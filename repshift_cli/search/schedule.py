@@ -232,7 +232,7 @@ def on_tiles(kept: Kept, tokens: int, prefix: int, multiple: int) -> Kept:
 
 
 def paper_schedule(sites: int, tokens: int, drop_ratios: Mapping[int, float]) -> Kept:
-    """The schedule of a recipe that drops shares of the arriving tokens, by site; rounded as in `plan.resolve`."""
+    """The schedule of a recipe that drops shares of the arriving tokens, by site; rounded as in `planning.resolve`."""
     left, kept = tokens, []
     for site in range(sites):
         left -= int(drop_ratios.get(site, 0.0) * left)

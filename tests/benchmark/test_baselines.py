@@ -23,8 +23,8 @@ from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import UsageError
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.planning.recipe import ComponentSpec, Recipe
-from repshift_cli.reduction.checks import resolve_for
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
+from repshift_cli.reduction.plans import resolve_for
 from repshift_cli.utils.progress import Silent
 
 ALL = tuple(BASELINES)

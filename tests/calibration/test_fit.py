@@ -21,11 +21,11 @@ from repshift_cli.compression.api import compress
 from repshift_cli.data.inputs import load_inputs
 from repshift_cli.errors import CheckFailed, RecipeError
 from repshift_cli.planning.recipe import ComponentSpec, Recipe
-from repshift_cli.reduction.checks import resolve_for
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.families.base import match
 from repshift_cli.reduction.metrics.base import SiteContext, build_metric
 from repshift_cli.reduction.metrics.fitted import Fitted
+from repshift_cli.reduction.plans import resolve_for
 from repshift_cli.reduction.watch import BlockOutput, record_block_outputs
 from repshift_cli.utils.progress import Silent
 

@@ -30,7 +30,7 @@ from repshift_cli.checkpoints.weights import read_weights
 from repshift_cli.data.inputs import ImageBatch
 from repshift_cli.errors import RecipeError
 from repshift_cli.planning.recipe import Recipe
-from repshift_cli.reduction.checks import resolve_for
+from repshift_cli.reduction.plans import resolve_for
 from repshift_cli.search.job import FinishedSearch
 from repshift_cli.search.plot import MARKS
 from repshift_cli.search.result import SearchResult, SearchSettings

@@ -31,8 +31,8 @@ from repshift_cli.models.attention_mode import AttentionMode, attention_mode, au
 from repshift_cli.models.attention_mode import attention_mode as of_benchmark
 from repshift_cli.models.timm_attention import FlexibleAttention
 from repshift_cli.ops.attention import WIDEST, attend_projected
-from repshift_cli.reduction.checks import resolve_for
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
+from repshift_cli.reduction.plans import resolve_for
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NORM = nn.LayerNorm

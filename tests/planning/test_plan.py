@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from repshift_cli.errors import RecipeError
 from repshift_cli.planning.layout import Layout, SiteInfo
-from repshift_cli.planning.plan import Plan, resolve, tokens_dropped
+from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import ComponentSpec, LayerDrop, Recipe
+from repshift_cli.planning.resolve import resolve, tokens_dropped
 
 SITES = tuple(SiteInfo(f"blocks.{layer}", layer) for layer in range(12))
 

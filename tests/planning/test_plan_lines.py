@@ -17,8 +17,9 @@ from torch.nn import functional
 
 from repshift_cli.errors import RecipeError
 from repshift_cli.planning.layout import Grid, Layout, SiteInfo, Window
-from repshift_cli.planning.plan import Plan, lines_kept, resolve
+from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import LayerDrop, Recipe
+from repshift_cli.planning.resolve import lines_kept, resolve
 
 GRIDS = st.tuples(st.integers(1, 120), st.integers(1, 120))
 RATIOS = st.integers(1, 9999).map(lambda number: number / 10_000)

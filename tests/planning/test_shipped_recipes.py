@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from repshift_cli.checkpoints.identify.building import create
+from repshift_cli.checkpoints.create import create
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe, shipped_recipes
-from repshift_cli.reduction.checks import check_feeds, resolve_for
+from repshift_cli.reduction.checks import check_feeds
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.families.base import match
 from repshift_cli.reduction.metrics.base import build_metric
+from repshift_cli.reduction.plans import resolve_for
 from repshift_cli.reduction.reducers.base import build_reducer
 
 

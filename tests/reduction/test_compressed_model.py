@@ -34,10 +34,10 @@ from repshift_cli.errors import ModelError, RecipeError, UsageError
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
-from repshift_cli.reduction.checks import has_open_fields, resolve_for
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.families.base import match
 from repshift_cli.reduction.metrics.base import Metric, metric_kinds
+from repshift_cli.reduction.plans import has_open_fields, resolve_for
 from repshift_cli.reduction.reducers.base import Merged
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from repshift_cli.errors import UsageError
 from repshift_cli.planning.layout import Layout, SiteInfo, Window
-from repshift_cli.planning.plan import resolve
 from repshift_cli.planning.recipe import ComponentSpec, default_recipe
+from repshift_cli.planning.resolve import resolve
 from repshift_cli.search.additive import Additive, Kept, drops
 from repshift_cli.search.schedule import fit, layer_drops, neighbours, on_tiles, paper_schedule, solve, to_recipe
 

@@ -24,9 +24,9 @@ from repshift_cli.data.inputs import load_inputs
 from repshift_cli.errors import CheckFailed, DataError, RecipeError, UsageError
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import ComponentSpec, Recipe, default_recipe
-from repshift_cli.reduction.checks import resolve_for
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.families.base import match
+from repshift_cli.reduction.plans import resolve_for
 from repshift_cli.search.evaluator import Evaluator
 from repshift_cli.search.result import SearchResult, SearchSettings
 from repshift_cli.search.search import search

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from repshift_cli.checkpoints.create import UMT, build_on_meta
 from repshift_cli.checkpoints.identify import cnn, umt, vim, vit
-from repshift_cli.checkpoints.identify.building import UMT, build_on_meta, check_heads, size_args
 from repshift_cli.checkpoints.identify.identity import Identity, shapes
 from repshift_cli.checkpoints.identify.names import canonical_name, is_model_name
+from repshift_cli.checkpoints.identify.sizes import check_heads, size_args
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, RepshiftError

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repshift_cli.checkpoints.identify.building import HEAD_SIZE, UMT, check_divides
+from repshift_cli.checkpoints.create import UMT
 from repshift_cli.checkpoints.identify.identity import Identity
+from repshift_cli.checkpoints.identify.sizes import HEAD_SIZE, check_divides
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, UsageError

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from repshift_cli.checkpoints.identify.building import VIM, build_on_meta, check_heads
+from repshift_cli.checkpoints.create import VIM, build_on_meta
 from repshift_cli.checkpoints.identify.identity import Identity
+from repshift_cli.checkpoints.identify.sizes import check_heads
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, UsageError

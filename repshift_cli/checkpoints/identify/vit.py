@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from repshift_cli.checkpoints.identify.building import HEAD_SIZE, check_divides, head_count, quickly_on_meta, size_args
+from repshift_cli.checkpoints.create import quickly_on_meta
 from repshift_cli.checkpoints.identify.identity import Fitting, Identity, best_fit, shapes, supported
+from repshift_cli.checkpoints.identify.sizes import HEAD_SIZE, check_divides, head_count, size_args
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError
 

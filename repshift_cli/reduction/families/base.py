@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from repshift_cli.errors import ModelError
-from repshift_cli.ops.tokens import Sized, keep_top_behind
 from repshift_cli.planning.layout import Layout, PatchGrid
-from repshift_cli.planning.plan import Plan, PlanSite
+from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.registry import members
-
-Reduce = Callable[[Tensor, Tensor], Tensor]
-"""`Pruner.reduce`: tokens `[B, T, C]` and all kept positions, int64 `[B, K]`, to `[B, K, C]`."""
-
-Merge = Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]]
-"""`Merger.merge`: tokens `[B, prefix + N, C]`, sizes `[B, prefix + N]`, scores `[B, N]`, how many patch tokens to
-remove, and prefix; to tokens, sizes and the positions of the remaining patch tokens."""
+from repshift_cli.reduction.stream import Stream
 
 ATTENTION_TENSORS = frozenset({"attention_update", "mlp_update", "mlp_stream", "attention_query", "attention_key"})
 """`Family.shows` of a transformer."""
@@ -57,7 +49,8 @@ class Site:
         name: of the module in the model, `blocks.3`; in a model with several encoders, its name in the reduced one.
         layer: index of the block.
         block: a module whose output the family's `Stream` reads.
-        probes: where to find the tensors that metrics read. `block_input` and `block_output` need none.
+        probes: where to find the tensors that metrics read. `block_output` needs none. `block_input` needs one only for
+            a reduction after attention.
         missing: why a tensor is not available here, for messages; the key `*` stands for every tensor.
         attention_channels: heads times channels per head of its attention, 0 without attention.
         width, head: channels of a token, and of one head; 0 if tokens cannot be merged.
@@ -76,121 +69,6 @@ class Site:
     head: int = 0
     attended: nn.Module | None = None
     early: frozenset[str] = frozenset()
-
-
-class Stream:
-    """The form in which tokens pass from block to block, and how a hook on a block reads and reduces them.
-
-    This class handles a plain tensor `[B, prefix + N, C]`; families override what differs. `enter` converts the output
-    of a block, the other methods take the converted value, and `leave` returns the input of the next block.
-
-    Attributes:
-        prefix: tokens at the front that metrics do not score.
-    """
-
-    def __init__(self, prefix: int = 0) -> None:
-        self.prefix = prefix
-
-    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of the first block: clear the state of the last pass."""
-
-    def enter(self, output: Any) -> Any:
-        """The output of a block, with the state that belongs to it."""
-        return output
-
-    def leave(self, value: Any) -> Any:
-        """The input of the next block."""
-        return value
-
-    def shape(self, value: Any) -> tuple[int, ...]:
-        """The number of tokens, to compare with `PlanSite.shape_in`."""
-        return (value.shape[1],)
-
-    def block_input(self, args: tuple[Any, ...], output: Any) -> Tensor:
-        """The tokens `[B, prefix + N, C]` before a block, from its arguments and its output."""
-        entered: Tensor = args[0]
-        return entered
-
-    def block_output(self, output: Any) -> Tensor:
-        """The tokens `[B, prefix + N, C]` after a block."""
-        left: Tensor = output
-        return left
-
-    def carrier(self, output: Any) -> Tensor:
-        """The tensor that the later layers are computed from; its gradient is the influence of each token."""
-        tokens: Tensor = output
-        return tokens
-
-    def carried(self, carrier: Tensor) -> Tensor:
-        """A tensor like `carrier`, such as its gradient, as tokens `[B, prefix + N, C]`."""
-        return carrier
-
-    def choose(self, scores: Tensor, output: Any, planned: PlanSite) -> Tensor:
-        """The tokens to keep, int64 `[B, K]`: ascending positions, here among all tokens, prefix included.
-
-        `reduce` and `patches` of the same class interpret them. `scores` are float32, one per token that metrics see,
-        without the prefix; the largest are kept. `planned` has the counts.
-        """
-        return keep_top_behind(scores, planned.tokens_out - self.prefix, self.prefix)
-
-    def patches(self, keep: Tensor) -> Tensor:
-        """The result of `choose` as ascending positions among the patch tokens."""
-        return keep[:, self.prefix :] - self.prefix
-
-    def reduce(self, output: Any, keep: Tensor, planned: PlanSite, reduce: Reduce) -> Any:
-        """The output of the block with only the tokens at `keep`."""
-        return reduce(output, keep)
-
-    def merge(self, output: Any, scores: Tensor, planned: PlanSite, merge: Merge) -> tuple[Any, Tensor]:
-        """The output of the block after a merge, and the positions `[B, K]` of the remaining patch tokens."""
-        raise NotImplementedError(type(self).__name__)
-
-    def join(self, outputs: Sequence[Any]) -> Any:
-        """Concatenate along the batch."""
-        return torch.cat(list(outputs))
-
-
-class SizedStream(Stream):
-    """Tokens with their sizes, which the blocks pass on as `tokens.Sized`.
-
-    Attributes:
-        normed: `[B, N, C]`, the tokens after the last norm, for a mean over them.
-    """
-
-    normed: Tensor | None = None
-
-    def remember(self, normed: Tensor) -> Tensor:
-        """Store the tokens after the last norm."""
-        self.normed = normed
-        return normed
-
-    def shape(self, value: Sized) -> tuple[int, ...]:
-        return (value.tokens.shape[1],)
-
-    def block_input(self, args: tuple[Any, ...], output: Sized) -> Tensor:
-        entered: Tensor = args[0].tokens
-        return entered
-
-    def block_output(self, output: Sized) -> Tensor:
-        return output.tokens
-
-    def carrier(self, output: Sized) -> Tensor:
-        return output.tokens
-
-    def reduce(self, output: Sized, keep: Tensor, planned: PlanSite, reduce: Reduce) -> Sized:
-        sizes = None if output.sizes is None else output.sizes.gather(1, keep)
-        return Sized(reduce(output.tokens, keep), sizes)
-
-    def merge(self, output: Sized, scores: Tensor, planned: PlanSite, merge: Merge) -> tuple[Sized, Tensor]:
-        tokens, sizes = output
-        if sizes is None:
-            sizes = torch.ones(tokens.shape[:2], dtype=torch.float32, device=tokens.device)
-        tokens, sizes, places = merge(tokens, sizes, scores, planned.tokens_in - planned.tokens_out, self.prefix)
-        return Sized(tokens, sizes), places
-
-    def join(self, outputs: Sequence[Sized]) -> Sized:
-        sizes = [output.sizes for output in outputs if output.sizes is not None]
-        return Sized(torch.cat([output.tokens for output in outputs]), torch.cat(sizes) if sizes else None)
 
 
 class Family(ABC):

@@ -38,7 +38,8 @@ from repshift_cli.errors import UsageError
 from repshift_cli.ops.tokens import keep_lines
 from repshift_cli.planning.layout import Grid, Layout, SiteInfo, Window
 from repshift_cli.planning.plan import Plan, PlanSite
-from repshift_cli.reduction.families.base import Family, Reduce, Site, Stream, weight_count
+from repshift_cli.reduction.families.base import Family, Site, weight_count
+from repshift_cli.reduction.stream import Reduce, Stream
 
 _SHORTCUTS: dict[type[nn.Module], str] = {
     BasicBlock: "downsample",

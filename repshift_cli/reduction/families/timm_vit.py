@@ -29,12 +29,11 @@ from repshift_cli.reduction.families.base import (
     Family,
     Probe,
     Site,
-    SizedStream,
-    Stream,
     TensorEdit,
     query_and_key,
     weight_count,
 )
+from repshift_cli.reduction.stream import SizedStream, Stream
 
 
 class _TimmStream(SizedStream):
@@ -58,9 +57,6 @@ class _TimmStream(SizedStream):
         if value.sizes is not None:
             self.sizes[value.tokens.shape[1]] = value.sizes
         return value.tokens
-
-    def block_input(self, args: tuple[Any, ...], output: Sized) -> Tensor:
-        return Stream.block_input(self, args, output)
 
     def sizes_of(self, count: int) -> Tensor | None:
         """The sizes `[B, count]` of `count` tokens."""

@@ -17,12 +17,11 @@ from repshift_cli.reduction.families.base import (
     Family,
     Probe,
     Site,
-    SizedStream,
-    Stream,
     TensorEdit,
     do_nothing,
     query_and_key,
 )
+from repshift_cli.reduction.stream import SizedStream, Stream
 
 _EARLY = frozenset({"block_input", "block_output", "attention_update", "attention_query", "attention_key"})
 
@@ -40,6 +39,10 @@ class UmtStream(SizedStream):
     def leave(self, value: Sized) -> Sized:
         self.sizes = value.sizes
         return value
+
+    def block_input(self, args: tuple[Any, ...], output: Sized) -> Tensor:
+        entered: Tensor = args[0].tokens
+        return entered
 
     def weight(self, mean: Tensor) -> Tensor:
         """`[B, 1, C]`, the mean weighted by size in place of the plain mean."""

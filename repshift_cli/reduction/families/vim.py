@@ -16,7 +16,8 @@ from repshift_cli.models.vim import CONV_WIDTH, VimStream, VisionMamba
 from repshift_cli.ops.tokens import complement, keep_top
 from repshift_cli.planning.layout import Layout, SiteInfo
 from repshift_cli.planning.plan import Plan, PlanSite
-from repshift_cli.reduction.families.base import Family, Probe, Reduce, Site, Stream, weight_count
+from repshift_cli.reduction.families.base import Family, Probe, Site, weight_count
+from repshift_cli.reduction.stream import Reduce, Stream
 
 
 class _ClassTokensInside(Stream):

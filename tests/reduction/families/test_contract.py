@@ -29,10 +29,10 @@ from repshift_cli.measure.macs import count_macs
 from repshift_cli.models.vim import VimStream
 from repshift_cli.planning.layout import Layout
 from repshift_cli.planning.recipe import Recipe
-from repshift_cli.reduction.checks import resolve_for
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.families.base import families, match
 from repshift_cli.reduction.metrics.base import metric_kinds
+from repshift_cli.reduction.plans import resolve_for
 
 BLOCK = "{kind: representation_shift, operation: block}"
 SHIFT = "{{kind: representation_shift, operation: {}, distance: {}, polarity: {}}}"

@@ -36,12 +36,13 @@ from repshift_cli.measure.attention_kernel import observed_attention
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.models import umt
 from repshift_cli.models.umt import UmtModel
-from repshift_cli.planning.plan import resolve
 from repshift_cli.planning.recipe import Recipe
-from repshift_cli.reduction.checks import check_reducer, has_open_fields, with_defaults
+from repshift_cli.planning.resolve import resolve
+from repshift_cli.reduction.checks import check_reducer
 from repshift_cli.reduction.compressed_model import CompressedModel, attach, branch
 from repshift_cli.reduction.families.base import match
 from repshift_cli.reduction.metrics.base import build_metric
+from repshift_cli.reduction.plans import has_open_fields, with_defaults
 from repshift_cli.reduction.reducers.base import build_reducer
 from repshift_cli.utils.progress import Silent
 

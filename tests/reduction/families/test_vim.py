@@ -27,11 +27,12 @@ from repshift_cli.ops import mamba_kernels
 from repshift_cli.ops.selective_scan import selective_scan as plain_scan
 from repshift_cli.planning.plan import PlanSite
 from repshift_cli.planning.recipe import ComponentSpec, Recipe
-from repshift_cli.reduction.checks import has_open_fields, with_defaults
 from repshift_cli.reduction.compressed_model import CompressedModel, attach, branch
 from repshift_cli.reduction.families import vim as family_file
-from repshift_cli.reduction.families.base import Reduce, match
+from repshift_cli.reduction.families.base import match
 from repshift_cli.reduction.metrics.base import build_metric
+from repshift_cli.reduction.plans import has_open_fields, with_defaults
+from repshift_cli.reduction.stream import Reduce
 from repshift_cli.utils.progress import Silent
 
 SHIFT = "{kind: representation_shift, operation: mixer, distance: l2, reading: update, polarity: largest}"

@@ -1,0 +1,23 @@
+"""Messages of a job."""
+
+from __future__ import annotations
+
+from repshift_cli.utils.progress import Progress
+
+
+class Notes:
+    """Messages for the user, shown at once and kept for the report."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        """Add a remark."""
+        self.texts.append(text)
+        self.progress.note(text)
+
+    def warn(self, text: str) -> None:
+        """Add a warning."""
+        self.texts.append(text)
+        self.progress.warn(text)
