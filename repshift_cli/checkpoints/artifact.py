@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -74,7 +73,7 @@ def open_model(name: str | Path, options: LoadOptions | None = None) -> Opened:
         UsageError: as `load_checkpoint`.
     """
     loaded = load_checkpoint(name, options)
-    plan = stored_plan(loaded)
+    plan = loaded.plan
     try:
         return Opened(loaded, attach_loaded(loaded, plan) if plan else None)
     except RecipeError as error:
@@ -98,18 +97,6 @@ def load(path: str | Path) -> CompressedModel:
     if opened.compressed is None:
         raise CheckpointError(f"{path} is a dense checkpoint", "Compress it first, or load it with timm.")
     return opened.compressed
-
-
-def stored_plan(loaded: LoadedModel) -> Plan | None:
-    """The plan in the metadata of a checkpoint, None for a dense one; raises CheckpointError for an invalid plan."""
-    document = loaded.document
-    if document is None or not {"plan", "format_version"} & document.keys():
-        return None
-    try:
-        return Plan.model_validate(document.get("plan"))
-    except ValidationError as error:
-        where = loaded.source.path or "the checkpoint"
-        raise CheckpointError(f"{where}: its plan is damaged: {error.errors()[0]['msg']}") from error
 
 
 def make_document(  # noqa: PLR0917

@@ -55,7 +55,7 @@ def set_image_size(loaded: LoadedModel, img_size: int | None) -> None:
         return
     what, now = loaded.source.path or loaded.description.name, f"{size[0]}x{size[1]}"
     checked_size(img_size)
-    if loaded.document is not None and "plan" in loaded.document:
+    if loaded.plan is not None:
         raise UsageError(
             f"--img-size {img_size}: {what} was compressed for images of {now}, and its plan fits no other size",
             f"Leave --img-size out, or compress the dense checkpoint again with --img-size {img_size}.",

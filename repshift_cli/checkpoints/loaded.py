@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints.builtin import BUILTIN
 from repshift_cli.checkpoints.weights import Source
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError
+from repshift_cli.planning.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,17 @@ class LoadedModel:
     tensors: dict[str, Tensor]
     notes: list[str] = field(default_factory=list)
     document: dict[str, Any] | None = None
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of a compressed checkpoint, None for a dense one; raises CheckpointError if it is invalid."""
+        if self.document is None or not {"plan", "format_version"} & self.document.keys():
+            return None
+        try:
+            return Plan.model_validate(self.document.get("plan"))
+        except ValidationError as error:
+            where = self.source.path or "the checkpoint"
+            raise CheckpointError(f"{where}: its plan is damaged: {error.errors()[0]['msg']}") from error
 
     @property
     def is_builtin(self) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from repshift_cli.calibration.calibrate import Calibration, calibrate
-from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.build import set_image_size
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
@@ -101,7 +100,7 @@ def load_dense(
     loaded = load_checkpoint(name, replace(options, fallback_name=recipe.model if recipe else None))
     for text in loaded.notes:
         (notes.warn if loaded.source.origin == "random" else notes.note)(text)
-    if artifact.stored_plan(loaded) is not None:
+    if loaded.plan is not None:
         where = loaded.source.path or "the model"
         if not force:
             raise CheckpointError(

@@ -537,7 +537,7 @@ class TestArtifact:
         assert loaded.document["model"]["preprocessing"]["frames"] == 3
         sites = loaded.document["plan"]["sites"]
         assert [site.get("after") for site in sites] == [None if reducer == "prune" else "attention"] * 2
-        plan = artifact.stored_plan(loaded)
+        plan = loaded.plan
         assert plan is not None
         assert [(site.layer, site.tokens_in, site.tokens_out) for site in plan.sites] == [(0, 48, 36), (2, 36, 18)]
 
