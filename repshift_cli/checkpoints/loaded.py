@@ -54,7 +54,7 @@ class ModelDescription:
 
 @dataclass
 class LoadedModel:
-    """A dense model in eval mode on the CPU, with its origin.
+    """A dense model as loaded, in eval mode on the CPU, with its origin.
 
     Attributes:
         tensors: the weights in the dtype of the file, under the model's keys.

@@ -49,7 +49,7 @@ def compress(
         loaded = load_dense(model, LoadOptions(img_size=img_size), recipe, notes)
     job = CompressionJob(loaded, recipe, notes)
     plan = job.default_plan()
-    if calibration is not None and job.open:
+    if calibration is not None and job.has_open_fields:
         if isinstance(calibration, Tensor):
             found = job.calibrate(calibration, {"where": "tensor", "count": len(calibration)}, batch_size=16)
         else:

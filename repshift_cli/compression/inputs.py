@@ -22,7 +22,7 @@ def draw_images(job: CompressionJob, settings: Settings, amounts: Amounts) -> tu
         return load_job_inputs(job.loaded, where, count, settings.seed, job.notes)
 
     where = settings.calibration or settings.data
-    if not (job.open and settings.calibrate) or (where is None and not job.loaded.is_builtin):
+    if not (job.has_open_fields and settings.calibrate) or (where is None and not job.loaded.is_builtin):
         if settings.calibration:
             job.notes.note("nothing is calibrated, so the images of --calibration only serve the comparison")
         return None, load(settings.data or where, amounts.agreement)

@@ -44,7 +44,7 @@ class CompressionJob:
         self._check_feeds()
 
     @property
-    def open(self) -> bool:
+    def has_open_fields(self) -> bool:
         """Whether the recipe has fields that calibration chooses."""
         return has_open_fields(self.plan)
 

@@ -99,7 +99,7 @@ class CompressReport:
         calibration: None if nothing was calibrated.
         measured: None for a dry run.
         notes: assumptions and warnings.
-        found: the search for a budget; None for a recipe with layers.
+        found: the search for a target; None without one.
     """
 
     loaded: LoadedModel

@@ -62,7 +62,7 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
         return _compress_to_target(loaded, recipe, target, settings, notes)
     job = CompressionJob(loaded, recipe, notes)
     if dry_run:
-        if job.open:
+        if job.has_open_fields:
             notes.note("calibration chooses the score; shown is the score without images")
         return _report(job, attach(loaded.model, job.default_plan()))
     loaded.model.to(device=device, dtype=dtype)
@@ -151,7 +151,7 @@ def _choose_metric(
     job: CompressionJob, images: ImageBatch | None, settings: Settings, batch_size: int
 ) -> tuple[Plan, Calibration | None]:
     """Set the open fields of the metric, by calibration if there are images for it."""
-    if not job.open:
+    if not job.has_open_fields:
         return job.default_plan(), None
     if images is None:
         why = "--no-calibrate was given" if not settings.calibrate else "there are no images of the model's own kind"

@@ -112,7 +112,7 @@ class PredictionRows:
 
     indices: tuple[Natural, ...]
     answers: Integers
-    top_k: Annotated[Mapping[str, TopK], Field(alias="said")]
+    top_k: Annotated[Mapping[str, TopK], Field(alias="said")]  # the key in state files
 
     @staticmethod
     def joined(parts: Sequence[PredictionRows]) -> PredictionRows:
@@ -143,7 +143,7 @@ class Counts:
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     images: Natural
-    models: Annotated[Mapping[str, ModelCounts], Field(alias="counts")]
+    models: Annotated[Mapping[str, ModelCounts], Field(alias="counts")]  # the key in state files
     same: Natural
     skipped: tuple[tuple[Natural, str], ...]
     rows: tuple[PredictionRows, ...] = ()

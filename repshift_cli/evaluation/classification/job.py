@@ -62,7 +62,7 @@ class EvaluationJob:
             "torch": str(torch.__version__),
             "models": {name: _digest_of_model(model) for name, model in self.models.items()},
             "data": stamps.hexdigest(),
-            "pictures": len(self.dataset),
+            "pictures": len(self.dataset),  # the key of this format
             "outputs": digest_of_document([self.num_classes, self.dataset.outputs]),
             "preprocessing": self.preprocessing.to_dict(),
             "batch size": self.batch_size,

@@ -68,7 +68,8 @@ class Merger(Reducer):
     """A reducer that merges tokens, and so needs their sizes.
 
     Attributes:
-        pooled_by_size: whether a mean over tokens weights them by size (attention always does).
+        pooled_by_size: whether attention and means over tokens of the model weight merged tokens by size. Off for UMT
+            with vid-TLDR, whose blocks weight them in attention themselves and whose means are plain.
     """
 
     pooled_by_size: ClassVar[bool] = True
