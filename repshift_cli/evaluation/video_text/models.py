@@ -100,7 +100,7 @@ def open_tokenizer(vocabulary: Path | None, opened: Opened, data: VideoTextSet) 
 def observe_attention(
     models: Mapping[str, Any], preprocessing: Preprocessing, settings: VideoSettings, progress: Progress
 ) -> dict[str, str]:
-    """The attention kernel that each model's video encoder runs on an empty clip; see `attention_kernel.observed_attention`."""
+    """The attention kernel that each video encoder runs on an empty clip; see `attention_kernel.observed_attention`."""
     clip = torch.zeros(1, *preprocessing.shape, device=settings.device, dtype=settings.dtype)
     with ready(models, settings):
         for note in {note for module in _modules(models) if (note := auto_note(module, settings.attention))}:
