@@ -32,6 +32,7 @@ def document_of(outcome: Outcome) -> dict[str, Any]:
 
 
 class TestExport:
+    @pytest.mark.slow
     def test_onnx_and_bench(self, shell: Command, small: Path, tmp_path: Path) -> None:
         document = document_of(shell("export", small, "--to", "onnx", "--json"))
         assert document["output"] == "small.onnx"

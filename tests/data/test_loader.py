@@ -152,6 +152,7 @@ class TestBatches:
         first, second = ([seen(batch) for batch in loader] for _ in range(2))
         assert first == second == [(0, [0, 1, 2, 3], []), (1, [4, 5, 7], [6]), (2, [8, 9], [])]
 
+    @pytest.mark.usefixtures("frequent_checks")
     def test_persistent_workers_after_a_death(self) -> None:
         loader, warnings = load(Shades(10, kills(6)), 2, persistent=True)
         first, second = ([seen(batch) for batch in loader] for _ in range(2))
@@ -159,6 +160,15 @@ class TestBatches:
         assert len(warnings) == 1
 
 
+@pytest.fixture
+def frequent_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch notices a dead worker after 5 seconds, the default of this argument; here after 0.2."""
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
+
+
+@pytest.mark.usefixtures("frequent_checks")
 class TestDeadWorkers:
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
     def test_the_image_is_named_and_the_others_are_loaded(self, number: int) -> None:
