@@ -103,12 +103,12 @@ def naive_direction(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -
 
 
 def train(options: argparse.Namespace) -> str:
-    """Forward and backward of the blocked scan and of the loop over tokens, in turn."""
-    times: dict[str, tuple[list[float], list[float]]] = {"sequential": ([], []), "blocked": ([], [])}
+    """Forward and backward of the two-level scan, which runs with gradients, and of the loop over tokens."""
+    times: dict[str, tuple[list[float], list[float]]] = {"sequential": ([], []), "two-level": ([], [])}
     with torch.inference_mode(False), torch.enable_grad():
         inputs = [tensor.requires_grad_() for tensor in random_inputs(64, 82, 128, 8)]
         for _ in range(max(3, options.runs // 2)):
-            for name, run in (("sequential", sequential_scan), ("blocked", selective_scan)):
+            for name, run in (("sequential", sequential_scan), ("two-level", selective_scan)):
                 start = time.perf_counter()
                 y = run(*inputs)
                 middle = time.perf_counter()
