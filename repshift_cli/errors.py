@@ -5,6 +5,9 @@ from __future__ import annotations
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
+TERMINATED = 143
+"""Exit code after SIGTERM."""
+
 
 class RepshiftError(Exception):
     """An error that is shown without a traceback.

@@ -150,4 +150,4 @@ def require_met(checks: Sequence[LimitCheck]) -> None:
     if missed:
         several = len({(each.name, each.setting.without_batch) for each in checks}) > 1
         lines = (f"{each}{f' ({each.name}, {each.setting.without_batch})' if several else ''}" for each in missed)
-        raise CheckFailed(f"{len(missed)} of {len(checks)} budget checks were missed", "\n".join(lines))
+        raise CheckFailed(f"{len(missed)} of {len(checks)} budget checks were missed", "; ".join(lines))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 
 from repshift_cli.cli import bench, compare, compress, demo, evaluate, export, inspect, recipes, search, ui, visualize
 from repshift_cli.cli.torchrun import Interrupted
-from repshift_cli.errors import INTERRUPTED
+from repshift_cli.errors import INTERRUPTED, TERMINATED, RepshiftError, first_line
 
 app = typer.Typer(
     name="repshift",
@@ -55,20 +57,34 @@ def options(
 def main() -> None:
     """Run the command line. An error becomes one message and an exit code (docs/architecture.md)."""
     _limit_thread_spinning()
-    debug = "--debug" in sys.argv
+    ui.prepare_streams()
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(ui.finish_streams(_run()))
+
+
+def _run() -> int:
+    """Run the command and return the exit code. Every exception ends here."""
     try:
         app(prog_name="repshift")
     except Interrupted:
-        raise  # the command has printed its own message
+        return INTERRUPTED  # the command has printed its own message
     except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
-            raise
-        typer.echo("interrupted; no partial output was left", err=True)
-        sys.exit(INTERRUPTED)
+        code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else stop.code
+        if code in {INTERRUPTED, TERMINATED}:
+            with suppress(OSError, ValueError):
+                ui.remark("interrupted; no partial output was left")
+        return code if isinstance(code, int) else int(code is not None)
     except Exception as problem:
-        if debug:
+        if "--debug" in sys.argv:
             raise
-        sys.exit(_explain(problem))
+        return _explain(problem)
+    return 0
+
+
+def _terminate(number: int, frame: object) -> None:
+    """End by an exception, so that temporary files are deleted."""
+    del number, frame
+    sys.exit(TERMINATED)
 
 
 def _limit_thread_spinning() -> None:
@@ -83,11 +99,30 @@ def _limit_thread_spinning() -> None:
 
 def _explain(problem: Exception) -> int:
     """Print an error to stderr and return the exit code."""
-    from repshift_cli.errors import RepshiftError
-
     if isinstance(problem, RepshiftError):
+        shown = problem
+    elif isinstance(problem, BrokenPipeError):
+        return 1  # the reader of stdout has closed the pipe
+    elif isinstance(problem, MemoryError | RuntimeError) and _is_out_of_memory(problem):
+        shown = RepshiftError(
+            f"out of memory: {first_line(problem)}", "Use a smaller --batch-size, a smaller model or fewer inputs."
+        )
+    elif isinstance(problem, OSError):
+        where = f"cannot access {problem.filename}: " if problem.filename else ""
+        shown = RepshiftError(f"{where}{problem.strerror or problem}")
+    else:
+        message = f"unexpected: {type(problem).__name__}: {problem}"
+        shown = RepshiftError(message, "Run `repshift --debug ...` to see the traceback, and report it.")
+    _report(shown)
+    return shown.exit_code
+
+
+def _is_out_of_memory(problem: Exception) -> bool:
+    from repshift_cli.measure.device import out_of_memory
+
+    return isinstance(problem, MemoryError) or (isinstance(problem, RuntimeError) and out_of_memory(problem))
+
+
+def _report(problem: RepshiftError) -> None:
+    with suppress(OSError, ValueError):  # a full or closed stderr must not change the exit code
         ui.error(problem)
-        return problem.exit_code
-    message = f"unexpected: {type(problem).__name__}: {problem}"
-    ui.error(RepshiftError(message, "Run `repshift --debug ...` to see the traceback, and report it."))
-    return 1

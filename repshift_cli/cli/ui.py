@@ -1,11 +1,13 @@
 """Console output. Results go to stdout; progress, notes, warnings and errors to stderr.
 
+All text passes `visible`, so that a name in a file cannot send control sequences to the terminal or fake a line.
 rich is imported where it is used, so that commands start faster.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,36 @@ from repshift_cli.utils.progress import Task
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+def visible(text: str) -> str:
+    """The text with control characters, line breaks, surrogates and other invisible characters escaped."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def prepare_streams() -> None:
+    """Make stdout and stderr accept any text, also in ASCII, and fail like a full disk where they are closed."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDONLY)  # takes the number of the closed stream, which a file would get otherwise
+            setattr(sys, name, os.fdopen(number, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def finish_streams(code: int) -> int:
+    """Flush stdout and stderr before the process ends. Return its exit code: 1 in place of 0 if that fails."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError) as problem:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())  # Python flushes again when it ends
+            if stream is sys.stdout and code == 0 and not isinstance(problem, BrokenPipeError):
+                error(OutputError(f"cannot write to stdout: {problem}"))
+                code = 1
+    return code
 
 
 @contextmanager
@@ -52,19 +84,20 @@ def print_text(*lines: str) -> None:
     """Print lines of text without markup; errors as `_stdout`."""
     with _stdout() as console:
         for line in lines:
-            console.print(line, markup=False)
+            console.print("\n".join(map(visible, line.split("\n"))), markup=False)
 
 
 def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """Print a table; the first `left` columns are text, the others numbers. Errors as `_stdout`."""
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    shown = Text(visible(title)) if title else None
+    table = Table(title=shown, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right")
+        table.add_column(Text(visible(column)), justify="left" if index < left else "right")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(Text(visible(cell)) for cell in row))
     with _stdout() as console:
         console.print(table)
         console.print()
@@ -92,7 +125,8 @@ def _print_stderr(*parts: str | tuple[str, str]) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, highlight=False).print(Text.assemble(*parts), soft_wrap=True)
+    shown = [visible(part) if isinstance(part, str) else (visible(part[0]), part[1]) for part in parts]
+    Console(stderr=True, highlight=False).print(Text.assemble(*shown), soft_wrap=True)
 
 
 class _BarTask:
@@ -112,12 +146,12 @@ class Screen:
         from rich.console import Console
 
         console = Console(stderr=True, highlight=False)
-        columns = (progress.SpinnerColumn(), progress.TextColumn("{task.description}"), progress.BarColumn())
-        counts = (progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
+        columns = (progress.SpinnerColumn(), progress.TextColumn("{task.description}", markup=False))
+        counts = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
         with progress.Progress(
             *columns, *counts, console=console, transient=True, disable=not console.is_terminal
         ) as bars:
-            yield _BarTask(partial(bars.advance, bars.add_task(label, total=total)))
+            yield _BarTask(partial(bars.advance, bars.add_task(visible(label), total=total)))
 
     def warn(self, text: str) -> None:
         warn(text)

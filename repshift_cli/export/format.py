@@ -41,6 +41,7 @@ class Format:
     Attributes:
         name: value of `--to`.
         suffix: what the default output name adds to the name of the model.
+        files: names in the folder that it writes; empty if it writes one file.
         packages: what the format needs of the extra `onnx`.
         options: which of `--batch`, `--opset` and `--tune` are supported.
         check: raises UsageError for an invalid request; runs before a model is loaded.
@@ -50,7 +51,7 @@ class Format:
     description: str
     suffix: str
     write: Callable[[Subject, Request, Path, Progress], Draft]
-    is_folder: bool = False
+    files: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     devices: tuple[str, ...] = ("cpu", "cuda")

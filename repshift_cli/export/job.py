@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ from repshift_cli.checkpoints.exported import require
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.schema import ExportDocument
 from repshift_cli.compression.api import compress_dense
-from repshift_cli.errors import OutputError, UsageError
+from repshift_cli.errors import UsageError
 from repshift_cli.export import verify
+from repshift_cli.export.format import Format
 from repshift_cli.export.formats import FORMATS
 from repshift_cli.export.request import Request, Subject
 from repshift_cli.planning.recipe import Recipe
-from repshift_cli.utils.files import atomic_output, check_output
+from repshift_cli.utils.files import atomic_folder, atomic_output, check_output
 from repshift_cli.utils.progress import Progress
 
 _OPTIONS = ("batch", "opset", "tune")
@@ -70,7 +70,7 @@ def check(request: Request) -> None:
     for package in wanted.packages:
         require(package)
     wanted.check(request)
-    if wanted.is_folder:
+    if wanted.files:
         return
     suffix = Path(f"model{wanted.suffix}").suffix
     if request.output.suffix != suffix:
@@ -104,15 +104,22 @@ def export(opened: Opened, request: Request, progress: Progress) -> Exported:
     """
     check(request)
     subject, output, wanted = Subject.of(opened, request), request.output, FORMATS[request.target]
-    with _atomic_folder(output) if wanted.is_folder else _atomic_file(output, request.force) as path:
+    with _temporary_path(request, wanted) as path:
         draft = wanted.write(subject, request, path, progress)
         document = draft.document
         if request.verify:
             verdict = verify.compare(subject, request, draft.reopen(), progress)
             document = document.model_copy(update={"verified": verdict})
         draft.save(document)
-    size = sum(file.stat().st_size for file in (output.iterdir() if wanted.is_folder else [output]))
+    written = [output / name for name in wanted.files] or [output]
+    size = sum(file.stat().st_size for file in written)
     return Exported(output, document, size, draft.operators)
+
+
+def _temporary_path(request: Request, wanted: Format) -> AbstractContextManager[Path]:
+    if wanted.files:
+        return atomic_folder(request.output, wanted.files, request.force)
+    return _atomic_file(request.output, request.force)
 
 
 @contextmanager
@@ -125,26 +132,3 @@ def _atomic_file(output: Path, force: bool) -> Iterator[Path]:
         path = Path(folder) / f"model{output.suffix}"
         yield path
         path.replace(temporary)
-
-
-@contextmanager
-def _atomic_folder(output: Path) -> Iterator[Path]:
-    """Yield a new folder next to `output`; on success it replaces `output`, on failure it is removed."""
-    try:
-        folder = Path(tempfile.mkdtemp(dir=output.absolute().parent, prefix=f".{output.name}.", suffix=".part"))
-    except OSError as error:
-        raise OutputError(f"cannot write to {output.parent}: {error.strerror or error}") from error
-    old = folder.with_suffix(".old")
-    try:
-        yield folder
-        folder.chmod(0o755)
-        if output.exists():
-            output.rename(old)
-        folder.rename(output)
-    except OSError as error:
-        if old.exists() and not output.exists():
-            old.rename(output)
-        raise OutputError(f"cannot write {output}: {error.strerror or error}", "No output was written.") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

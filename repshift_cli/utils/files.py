@@ -1,13 +1,17 @@
-"""Checking and writing output files."""
+"""Reading input files, and checking and writing output files."""
 
 from __future__ import annotations
 
+import errno
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
 
 from repshift_cli.errors import OutputError, UsageError
 
@@ -18,13 +22,52 @@ WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 EXPORT_SUFFIXES = (".onnx", ".pt2")
 """Extensions of exported models."""
 
+LARGEST_DOCUMENT = 1 << 24
+"""Maximum bytes of a document: a recipe, a configuration, the metadata of a file."""
+
 _READ_BYTES = 1 << 22
 
 
+class InvalidFile(OSError):
+    """A path that names no regular file, or a file that is too large."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(errno.EINVAL, reason, str(path))
+
+
+def open_file(path: Path, largest: int | None = None) -> BinaryIO:
+    """Open a regular file for reading. All input files are opened here: a FIFO or a device may never end.
+
+    Args:
+        path: followed where it is a link.
+        largest: maximum size in bytes; None for any.
+
+    Raises:
+        InvalidFile: it is not a regular file, or is larger.
+        OSError: it is missing or cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # without it, open() waits at a FIFO
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        reason = "is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file"
+    elif largest is not None and status.st_size > largest:
+        reason = f"has {status.st_size} bytes, more than the maximum of {largest}"
+    else:
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise InvalidFile(path, reason)
+
+
+def read_text(path: Path, largest: int = LARGEST_DOCUMENT, encoding: str = "utf-8") -> str:
+    """The text of a regular file; errors as `open_file`, or UnicodeDecodeError."""
+    with open_file(path, largest) as file:
+        return file.read().decode(encoding)
+
+
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """SHA-256 of a regular file, in hexadecimal; errors as `open_file`."""
     digest = sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while part := file.read(_READ_BYTES):
             digest.update(part)
     return digest.hexdigest()
@@ -38,20 +81,36 @@ def check_output(path: Path, force: bool) -> None:
         OutputError: the folder is missing or cannot be written to.
     """
     try:
-        is_folder, is_there = path.is_dir(), path.exists()
+        status = path.lstat()
+        is_folder = path.is_dir()
+    except (FileNotFoundError, NotADirectoryError):
+        _check_parent(path)
+        return
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     if is_folder:
         raise UsageError(f"{path} is a folder", "Give a file name.")
-    if is_there and not path.is_file():
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)) or (path.exists() and not path.is_file()):
         raise UsageError(f"{path} is not a regular file", "Give another file name.")
-    if is_there and not force:
-        raise UsageError(f"{path} already exists", "Add --force to overwrite it, or give another file name.")
+    if not force:
+        raise _exists(path)
+    _check_parent(path)
+
+
+def _check_parent(path: Path) -> None:
     folder = path.parent
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    if not is_folder:
         raise OutputError(f"the folder {folder} does not exist", "Create it first, or give another path.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write to the folder {folder}", "Give another path.")
+
+
+def _exists(path: Path) -> UsageError:
+    return UsageError(f"{path} already exists", "Add --force to overwrite it, or give another file name.")
 
 
 def check_outputs(named: Mapping[str, Path | None], force: bool) -> None:
@@ -88,30 +147,88 @@ def default_output(model: str, suffix: str) -> Path:
 
 
 @contextmanager
-def atomic_output(path: Path, force: bool) -> Iterator[Path]:
-    """Yield a temporary path in the same folder. It replaces `path` on success and is deleted on failure.
+def atomic_output(path: Path, force: bool, suffix: str = ".part") -> Iterator[Path]:
+    """Yield a temporary path in the same folder. It becomes `path` on success and is deleted on failure.
+
+    Without `force`, a file that appears under `path` in the meantime is kept.
 
     Raises:
         UsageError: as `check_output`.
         OutputError: as `check_output`, or writing failed (a full disk, for example).
     """
     check_output(path, force)
+    temporary = _temporary(path, suffix)
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
-    except OSError as error:
-        raise OutputError(f"cannot write to {path.parent}: {error.strerror or error}") from error
-    temporary = Path(name)
-    try:
+        temporary.touch(exist_ok=False)
         yield temporary
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+        temporary.chmod(0o666 & ~_umask())  # some writers make a new file, for the user alone
+        _publish(temporary, path, force)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _publish(temporary: Path, path: Path, force: bool) -> None:
+    """Give a complete file its name."""
+    if force:
+        temporary.replace(path)
+        return
+    try:
+        os.link(temporary, path)  # unlike a rename, it never replaces a file
+    except FileExistsError as error:
+        raise _exists(path) from error
+    except OSError:  # a file system without hard links
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError as error:
+            raise _exists(path) from error
+        temporary.replace(path)
+
+
+@contextmanager
+def atomic_folder(output: Path, names: Sequence[str], force: bool) -> Iterator[Path]:
+    """Yield a temporary folder next to `output`. It becomes `output` on success and is deleted on failure.
+
+    Args:
+        output: the folder.
+        names: the files to write. With `force` they replace those of an existing folder, the last one last; its other
+            files are kept.
+        force: whether an existing folder is written to.
+
+    Raises:
+        UsageError: the folder exists and `force` is false.
+        OutputError: writing failed.
+    """
+    folder = _temporary(output, ".part")
+    try:
+        folder.mkdir()
+        yield folder
+        for name in names:
+            (folder / name).chmod(0o666 & ~_umask())
+        try:
+            output.mkdir()  # fails if it exists, where a rename would replace an empty folder
+            created = True
+        except FileExistsError as error:
+            if not force:
+                raise _exists(output) from error
+            created = False
+        if created:
+            folder.rename(output)
+        else:
+            for name in names:
+                (folder / name).replace(output / name)
+    except OSError as error:
+        raise OutputError(f"cannot write {output}: {error.strerror or error}", "No output was written.") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary(path: Path, suffix: str) -> Path:
+    """A new name next to a path. It is chosen before the file is made, so that an interruption leaves no file."""
+    return path.absolute().parent / f".{path.name[:100]}.{secrets.token_hex(6)}{suffix}"
 
 
 def write_text(path: Path, text: str, force: bool) -> None:

@@ -217,7 +217,7 @@ FORMAT = Format(
     "a folder for timm and the hub",
     "_hub",
     _write,
-    is_folder=True,
+    files=(_WEIGHTS, _CARD, _CONFIG),
     devices=("cpu",),
     options=(),
     check=_check_folder,
