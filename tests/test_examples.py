@@ -43,6 +43,7 @@ def test_each_example_is_tested_and_documents_its_command() -> None:
         assert f"python examples/{path.name}" in path.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(PRINTED) - {"finetune"}))
 def test_example_runs_and_writes_nothing(name: str, tmp_path: Path) -> None:
     assert re.search(PRINTED[name], run(name, tmp_path))
