@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repshift_cli.benchmark.report import BenchReport, Ratio, Run
+from repshift_cli.utils.figures import write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +64,7 @@ def plot_report(report: BenchReport, path: Path, file_format: str) -> None:
         frameon=False,
         fontsize=8,
     )
-    figure.savefig(path, format=file_format, dpi=_DPI)
+    write_figure(figure, path, format=file_format, dpi=_DPI)
 
 
 def _most_bars(report: BenchReport) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from repshift_cli.export.format import Format
 from repshift_cli.export.formats import FORMATS
 from repshift_cli.export.request import Request, Subject
 from repshift_cli.planning.recipe import Recipe
-from repshift_cli.utils.files import atomic_folder, atomic_output, check_output
+from repshift_cli.utils.files import atomic_folder, atomic_output, check_output, temporary_folder
 from repshift_cli.utils.progress import Progress
 
 _OPTIONS = ("batch", "opset", "tune")
@@ -127,8 +126,8 @@ def _atomic_file(output: Path, force: bool) -> Iterator[Path]:
     """As `atomic_output`, with a temporary path of the same suffix, which runtimes need."""
     with (
         atomic_output(output, force) as temporary,
-        tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.") as folder,
+        temporary_folder(output) as folder,
     ):
-        path = Path(folder) / f"model{output.suffix}"
+        path = folder / f"model{output.suffix}"
         yield path
         path.replace(temporary)

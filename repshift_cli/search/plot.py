@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from repshift_cli.search.result import MeasuredSchedule, pareto_front
+from repshift_cli.utils.figures import write_figure
 from repshift_cli.utils.files import atomic_output
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def figure(chart: Chart) -> Figure:
 def save(chart: Chart, path: Path, force: bool) -> None:
     """Write the figure in the format of the file name; errors as `files.atomic_output`."""
     with atomic_output(path, force) as temporary:
-        figure(chart).savefig(temporary, format=path.suffix.lower().removeprefix("."), dpi=_DPI)
+        write_figure(figure(chart), temporary, format=path.suffix.lower().removeprefix("."), dpi=_DPI)
 
 
 def _draw(panel: Axes, chart: Chart, cost: str) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from repshift_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PLOT_FORMATS = ("png", "svg", "pdf")
 
@@ -22,3 +27,10 @@ def check_figure_path(option: str, path: Path) -> None:
     """
     if figure_format(path) not in PLOT_FORMATS:
         raise UsageError(f"invalid {option} {path}: must end in .png, .svg or .pdf")
+
+
+def write_figure(figure: Figure, path: Path, **options: Any) -> None:
+    """Draw a figure in memory, then write it: on a full disk, matplotlib's PDF writer hides the error."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, **options)
+    path.write_bytes(drawn.getbuffer())

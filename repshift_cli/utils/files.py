@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from repshift_cli.errors import OutputError, UsageError
 
@@ -147,7 +148,7 @@ def default_output(model: str, suffix: str) -> Path:
 
 
 @contextmanager
-def atomic_output(path: Path, force: bool, suffix: str = ".part") -> Iterator[Path]:
+def atomic_output(path: Path, force: bool) -> Iterator[Path]:
     """Yield a temporary path in the same folder. It becomes `path` on success and is deleted on failure.
 
     Without `force`, a file that appears under `path` in the meantime is kept.
@@ -157,18 +158,23 @@ def atomic_output(path: Path, force: bool, suffix: str = ".part") -> Iterator[Pa
         OutputError: as `check_output`, or writing failed (a full disk, for example).
     """
     check_output(path, force)
-    temporary = _temporary(path, suffix)
+    temporary = _temporary(path)
     try:
         temporary.touch(exist_ok=False)
         yield temporary
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())  # some writers make a new file, for the user alone
+        _finish(temporary)
         _publish(temporary, path, force)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _finish(temporary: Path) -> None:
+    """Wait until a written file is on the disk, which may be full, and set its permissions."""
+    with temporary.open("rb+") as written:
+        os.fsync(written.fileno())
+    temporary.chmod(0o666 & ~_umask())  # some writers make a new file, for the user alone
 
 
 def _publish(temporary: Path, path: Path, force: bool) -> None:
@@ -185,12 +191,16 @@ def _publish(temporary: Path, path: Path, force: bool) -> None:
             path.touch(exist_ok=False)
         except FileExistsError as error:
             raise _exists(path) from error
-        temporary.replace(path)
+        try:
+            temporary.replace(path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
 def atomic_folder(output: Path, names: Sequence[str], force: bool) -> Iterator[Path]:
-    """Yield a temporary folder next to `output`. It becomes `output` on success and is deleted on failure.
+    """Yield a temporary folder. It becomes `output` on success and is deleted on failure.
 
     Args:
         output: the folder.
@@ -199,36 +209,107 @@ def atomic_folder(output: Path, names: Sequence[str], force: bool) -> Iterator[P
         force: whether an existing folder is written to.
 
     Raises:
-        UsageError: the folder exists and `force` is false.
+        UsageError: the folder exists and `force` is false, or it is no folder.
         OutputError: writing failed.
     """
-    folder = _temporary(output, ".part")
+    check_output_folder(output, force)
+    existing = output.is_dir()
+    try:
+        # an existing folder may be a link, or another file system than its parent
+        with temporary_folder(output / "export" if existing else output) as folder:
+            yield folder
+            for name in names:
+                _finish(folder / name)
+            if existing:
+                for name in names:
+                    (folder / name).replace(output / name)
+            else:
+                _publish_folder(folder, output)
+    except OSError as error:
+        raise OutputError(f"cannot write {output}: {error.strerror or error}", "No output was written.") from error
+
+
+def check_output_folder(path: Path, force: bool) -> None:
+    """Check before the work that an output folder can be written.
+
+    Raises:
+        UsageError: it exists and `force` is false, or it is no folder.
+        OutputError: it, or the folder that it is in, cannot be written to.
+    """
+    if not os.path.lexists(path):
+        _check_parent(path)
+        return
+    if not force:
+        raise _exists(path)
+    if not path.is_dir():
+        raise UsageError(f"{path} is not a folder", "Give another name.")
+    _check_parent(path / "file")
+
+
+def _publish_folder(folder: Path, output: Path) -> None:
+    """Give a complete folder its name."""
+    try:
+        output.mkdir()  # unlike a rename, it fails at an empty folder
+    except FileExistsError as error:
+        raise _exists(output) from error
+    try:
+        folder.rename(output)
+    except BaseException:
+        with suppress(OSError):
+            output.rmdir()
+        raise
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder next to `path`, which is deleted at the end."""
+    folder = _temporary(path)
     try:
         folder.mkdir()
         yield folder
-        for name in names:
-            (folder / name).chmod(0o666 & ~_umask())
-        try:
-            output.mkdir()  # fails if it exists, where a rename would replace an empty folder
-            created = True
-        except FileExistsError as error:
-            if not force:
-                raise _exists(output) from error
-            created = False
-        if created:
-            folder.rename(output)
-        else:
-            for name in names:
-                (folder / name).replace(output / name)
-    except OSError as error:
-        raise OutputError(f"cannot write {output}: {error.strerror or error}", "No output was written.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _temporary(path: Path, suffix: str) -> Path:
+def _temporary(path: Path) -> Path:
     """A new name next to a path. It is chosen before the file is made, so that an interruption leaves no file."""
-    return path.absolute().parent / f".{path.name[:100]}.{secrets.token_hex(6)}{suffix}"
+    return path.absolute().parent / f".{path.name[:100]}.{secrets.token_hex(6)}.part"
+
+
+class DeferredErrors(io.RawIOBase):
+    """A file whose first error is raised by `close`, not by `write`.
+
+    torch's archive writer aborts the process if `write` raises while it is destroyed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._problem: BaseException | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        del whence
+        return offset  # torch writes from the start to the end, and then rewinds
+
+    def write(self, data: Any) -> int:
+        try:
+            if self._problem is None:
+                self._file.write(data)
+        except BaseException as problem:  # an interruption, too
+            self._problem = problem
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            with self._file:
+                if self._problem is not None:
+                    raise self._problem
 
 
 def write_text(path: Path, text: str, force: bool) -> None:

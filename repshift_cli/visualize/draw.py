@@ -13,7 +13,7 @@ from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.data.video.decode import frame_indices
 from repshift_cli.errors import UsageError
 from repshift_cli.planning.layout import PatchGrid
-from repshift_cli.utils.figures import PLOT_FORMATS
+from repshift_cli.utils.figures import PLOT_FORMATS, write_figure
 from repshift_cli.utils.files import atomic_output
 from repshift_cli.visualize.patches import by_frame, fade_dropped, kept_cells, kept_masks, kept_per_frame
 from repshift_cli.visualize.predictions import SampleResult
@@ -80,7 +80,7 @@ def save_figure(figure: Figure, path: Path, force: bool) -> None:
     if kind not in PLOT_FORMATS:
         raise UsageError(f"{path}: unknown image format: allowed: .png, .svg, .pdf")
     with atomic_output(path, force) as temporary:
-        figure.savefig(temporary, format=kind, bbox_inches="tight", pad_inches=0.15)
+        write_figure(figure, temporary, format=kind, bbox_inches="tight", pad_inches=0.15)
 
 
 def kept_clips_figure(

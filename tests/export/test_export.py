@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import stat
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -25,13 +27,14 @@ from repshift_cli import load
 from repshift_cli.checkpoints import artifact, exported
 from repshift_cli.checkpoints.exported import open_exported, run_file
 from repshift_cli.checkpoints.schema import ExportDocument
-from repshift_cli.errors import CheckFailed, RepshiftError, UsageError
+from repshift_cli.errors import CheckFailed, OutputError, RepshiftError, UsageError
 from repshift_cli.export import verify
 from repshift_cli.export.formats import FORMATS, onnx_graph
 from repshift_cli.export.job import check
 from repshift_cli.export.request import Request, Subject
 from repshift_cli.export.trace import trace_program
 from repshift_cli.reduction.metrics.fitted import Fitted
+from repshift_cli.utils.files import DeferredErrors
 from repshift_cli.utils.progress import Silent
 
 ALONE = """
@@ -271,14 +274,88 @@ class TestHub:
         half, whole = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole"))
         assert half < 0.7 * whole
 
-    def test_a_folder_with_other_files_is_not_replaced(self, tmp_path: Path) -> None:
+    def test_other_files_of_a_folder_are_kept(self, tmp_path: Path) -> None:
         output = tmp_path / "model"
-        export_to(open_family("timm_vit"), "hub", output, verify=False)
+        output.mkdir()
+        (output / "thesis.tex").write_text("all of it")
+        with pytest.raises(UsageError, match="already exists"):
+            export_to(open_family("timm_vit"), "hub", output, verify=False)
         export_to(open_family("timm_vit"), "hub", output, verify=False, force=True)
-        (output / "thesis.tex").touch()
-        with pytest.raises(UsageError, match="holds other files than an export"):
-            export_to(open_family("timm_vit"), "hub", output, force=True)
-        assert (output / "thesis.tex").exists()
+        (output / "config.json").chmod(0o600)
+        export_to(open_family("vim"), "hub", output, verify=False, force=True)
+        assert {path.name for path in output.iterdir()} == {
+            *("README.md", "config.json", "model.safetensors", "thesis.tex")
+        }
+        assert (output / "thesis.tex").read_text() == "all of it"
+        assert load(output).plan.family == "vim"
+        assert {stat.S_IMODE(path.stat().st_mode) for path in output.iterdir()} == {0o644}
+        assert list(tmp_path.iterdir()) == [output]
+
+    @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+    def test_a_configuration_and_weights_of_others_are_not_replaced(self, name: str, tmp_path: Path) -> None:
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / name).write_text('{"architecture": "mine"}')
+        with pytest.raises(UsageError, match="that is not of an export, so it is not replaced"):
+            export_to(open_family("timm_vit"), "hub", tmp_path / "model", force=True)
+        assert (tmp_path / "model" / name).read_text() == '{"architecture": "mine"}'
+
+    @pytest.mark.parametrize("edit", [b"My notes", b"%sMy notes", b"My notes%s"])
+    def test_an_edited_card_is_kept(self, edit: bytes, tmp_path: Path) -> None:
+        card = tmp_path / "model" / "README.md"
+        export_to(open_family("vim"), "hub", card.parent, verify=False)
+        before = card.read_bytes()
+        export_to(open_family("timm_vit"), "hub", card.parent, verify=False, force=True)
+        assert card.read_bytes() != before
+        edited = edit.replace(b"%s", card.read_bytes())
+        card.write_bytes(edited)
+        export_to(open_family("vim"), "hub", card.parent, verify=False, force=True)
+        assert card.read_bytes() == edited
+
+    def test_a_link_to_a_folder_and_a_file_in_its_place(self, tmp_path: Path) -> None:
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to("real")
+        export_to(open_family("timm_vit"), "hub", tmp_path / "link", verify=False, force=True)
+        assert (tmp_path / "link").is_symlink()
+        assert load(tmp_path / "real").plan.family == "timm_vit"
+        (tmp_path / "file").touch()
+        (tmp_path / "dangling").symlink_to("missing")
+        for name in ("file", "dangling"):
+            with pytest.raises(UsageError, match="is not a folder"):
+                export_to(open_family("timm_vit"), "hub", tmp_path / name, verify=False, force=True)
+            with pytest.raises(UsageError, match="already exists"):
+                export_to(open_family("timm_vit"), "hub", tmp_path / name, verify=False)
+
+
+class TestFailures:
+    @pytest.mark.parametrize(
+        ("target", "problem"),
+        [("pt2", KeyboardInterrupt()), ("hub", SystemExit(143)), ("hub", OSError(errno.ENOSPC, "No space left"))],
+    )
+    def test_no_files_stay(
+        self, target: str, problem: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        def fail(*arguments: Any) -> None:
+            raise problem
+
+        monkeypatch.setattr(verify, "compare", fail)
+        output = tmp_path / ("model" if target == "hub" else f"model.{target}")
+        with pytest.raises((OutputError, KeyboardInterrupt, SystemExit)):
+            export_to(open_family("timm_vit"), target, output)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_program_on_a_full_disk(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """torch's writer would abort the process."""
+        real = DeferredErrors.write
+
+        def write(self: DeferredErrors, data: Any) -> int:
+            self._file = cast(Any, full)
+            return real(self, data)
+
+        with Path("/dev/full").open("wb", buffering=0) as full:
+            monkeypatch.setattr(DeferredErrors, "write", write)
+            with pytest.raises(OutputError, match=r"cannot write .*model.pt2: No space left on device"):
+                export_to(open_family("timm_vit"), "pt2", tmp_path / "model.pt2", verify=False)
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestVerify:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repshift_cli.errors import CheckFailed, OutputError, UsageError
 from repshift_cli.export.format import Draft, Format
+from repshift_cli.utils.files import LARGEST_DOCUMENT, check_output_folder, open_file, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
 _OWNER = "repshift"
 """Key of our metadata in the configuration."""
+
+_CARD_END = b"\n<!-- SHA-256 of the text above, which an export replaces only if it is unchanged: %s -->\n"
 
 _UNNAMED = "vit_base_patch16_224"
 """timm builds a `VisionTransformer` without a name as this architecture, with all sizes as arguments."""
@@ -34,11 +38,14 @@ def _write(subject: Subject, request: Request, path: Path, progress: Progress) -
     document = subject.document(request, subject.run(subject.examples(request)).output)
     architecture = subject.opened.loaded.description.architecture or _UNNAMED
     in_timm = bool(timm.is_model(architecture))
+    kept = _users_card(request.output / _CARD)
+    if kept:
+        progress.note(f"{_CARD} was edited or is not of an export: it is kept")
     _write_weights(path, subject, request)
 
     def save(document: ExportDocument) -> None:
         _write_config(path, subject, architecture, document)
-        (path / _CARD).write_text(_card(document, in_timm), encoding="utf-8")
+        (path / _CARD).write_bytes(kept or _signed(_card(document, in_timm).encode()))
         if document.verified and in_timm:
             _check_timm(path, subject, request)
 
@@ -117,29 +124,35 @@ def _check_timm(folder: Path, subject: Subject, request: Request) -> None:
 
 def _check_folder(request: Request) -> None:
     output = request.output
-    if output.exists():
-        if not request.force:
-            raise UsageError(f"{output} already exists", "Add --force to replace it, or choose another name with -o.")
-        if not output.is_dir() or not _is_ours(output):
-            raise UsageError(
-                f"{output} holds other files than an export, so it is not replaced",
-                "Choose another name with -o, or remove it yourself.",
-            )
-    if not output.absolute().parent.is_dir():
-        raise OutputError(f"the folder {output.parent} does not exist", "Create it first, or choose another folder.")
+    check_output_folder(output, request.force)
+    if output.is_dir() and any((output / name).exists() for name in (_CONFIG, _WEIGHTS)) and not _is_export(output):
+        raise UsageError(
+            f"{output} has a {_CONFIG} or {_WEIGHTS} that is not of an export, so it is not replaced",
+            "Choose another name with -o, or remove it yourself.",
+        )
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether a folder holds nothing but an export."""
+def _is_export(folder: Path) -> bool:
     try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = json.loads(read_text(folder / _CONFIG))
+    except (OSError, ValueError, RecursionError):
         return False
-    return (
-        isinstance(config, dict)
-        and _OWNER in config
-        and {path.name for path in folder.iterdir()} <= {_CONFIG, _WEIGHTS, _CARD, ".gitattributes"}
-    )
+    return isinstance(config, dict) and _OWNER in config
+
+
+def _users_card(path: Path) -> bytes | None:
+    """The card in the output folder, unless it is one of ours that nobody has edited."""
+    try:
+        with open_file(path, LARGEST_DOCUMENT) as file:
+            card = file.read()
+    except FileNotFoundError:
+        return None
+    text = card.rpartition(_CARD_END.partition(b"%s")[0])[0]
+    return None if card == _signed(text) else card
+
+
+def _signed(card: bytes) -> bytes:
+    return card + _CARD_END % sha256(card).hexdigest().encode()
 
 
 def _card(document: ExportDocument, in_timm: bool) -> str:

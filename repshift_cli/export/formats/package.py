@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from repshift_cli.errors import ModelError, last_line
 from repshift_cli.export.format import Draft, Format
+from repshift_cli.utils.files import DeferredErrors
 
 if TYPE_CHECKING:
     import torch
@@ -55,14 +56,15 @@ def _compile(program: ExportedProgram, path: Path, device: torch.device, *, tune
     from repshift_cli.measure.compiled import quiet_tuning
 
     settings = {"freezing": device.type == "cpu"} | ({"max_autotune": True} if tune else {})
-    try:
-        with quiet_tuning():
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
-    except Exception as error:  # compilers raise errors of many types
-        raise ModelError(
-            f"AOTInductor cannot compile the model here: {last_line(error)}",
-            "It needs a C++ compiler such as g++ for the CPU, and Triton and nvcc for CUDA. Use --to pt2 without.",
-        ) from error
+    with DeferredErrors(path) as file:
+        try:
+            with quiet_tuning():
+                torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=settings)
+        except Exception as error:  # compilers raise errors of many types
+            raise ModelError(
+                f"AOTInductor cannot compile the model here: {last_line(error)}",
+                "It needs a C++ compiler such as g++ for the CPU, and Triton and nvcc for CUDA. Use --to pt2 without.",
+            ) from error
 
 
 def _set_document(path: Path, document: ExportDocument) -> None:

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from repshift_cli.errors import OutputError, last_line
 from repshift_cli.export.format import Draft, Format
+from repshift_cli.utils.files import DeferredErrors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,10 +46,8 @@ def _save_program(program: ExportedProgram, path: Path, document: ExportDocument
     program.example_inputs = None
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
-    try:
-        torch.export.save(program, path, extra_files={DOCUMENT_FILE: document.model_dump_json()})
-    except RuntimeError as error:  # torch raises no OSError for a full disk
-        raise OutputError(f"cannot write the program: {last_line(error)}", "Is there enough disk space?") from error
+    with DeferredErrors(path) as file:
+        torch.export.save(program, file, extra_files={DOCUMENT_FILE: document.model_dump_json()})
 
 
 FORMAT = Format("pt2", "a program of torch.export", ".pt2", _write)
