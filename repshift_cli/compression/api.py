@@ -44,7 +44,7 @@ def compress(
     recipe = require_layers(checked_recipe(recipe))
     notes = Notes(progress or Silent())
     if isinstance(model, nn.Module):
-        loaded = wrap_module(model, img_size)
+        loaded = wrap_module(model.model if isinstance(model, CompressedModel) else model, img_size)
     else:
         loaded = load_dense(model, LoadOptions(img_size=img_size), recipe, notes)
     job = CompressionJob(loaded, recipe, notes)
