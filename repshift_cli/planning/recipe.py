@@ -380,7 +380,7 @@ class _Loader(yaml.SafeLoader):
     nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()
         self.nodes += 1
         problem = None
         if self.nodes > _MOST_NODES:
@@ -413,7 +413,7 @@ def _read_yaml(text: str, name: str) -> tuple[Any, Place]:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        data = None if node is None else loader.construct_document(node)  # type: ignore[no-untyped-call]
+        data = None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
