@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from repshift_cli.compression.api import compress
     from repshift_cli.errors import RepshiftError
     from repshift_cli.planning.recipe import Recipe
-    from repshift_cli.reduction.compressed_model import CompressedModel, Trace
+    from repshift_cli.reduction.compressed_model import CompressedModel, Trace, detach
 
-__all__ = ["CompressedModel", "Recipe", "RepshiftError", "Trace", "__version__", "compress", "load"]
+__all__ = ["CompressedModel", "Recipe", "RepshiftError", "Trace", "__version__", "compress", "detach", "load"]
 
 _MODULES = {
     "CompressedModel": "reduction.compressed_model",
@@ -31,6 +31,7 @@ _MODULES = {
     "RepshiftError": "errors",
     "Trace": "reduction.compressed_model",
     "compress": "compression.api",
+    "detach": "reduction.compressed_model",
     "load": "checkpoints.artifact",
 }
 

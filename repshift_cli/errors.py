@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
@@ -55,9 +57,13 @@ class DataError(RepshiftError):
 
 
 class CheckFailed(RepshiftError):
-    """A check of the command's own result failed."""
+    """A check of the command's own result failed; `document` has what is known of the result, for `--json`."""
 
     exit_code = 5
+
+    def __init__(self, message: str, hint: str | None = None, document: dict[str, Any] | None = None) -> None:
+        super().__init__(message, hint)
+        self.document = document or {}
 
 
 class OutputError(RepshiftError):

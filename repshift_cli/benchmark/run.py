@@ -15,7 +15,7 @@ from repshift_cli.benchmark.end_to_end import Placement, Source, measure_end_to_
 from repshift_cli.benchmark.report import BenchReport, Compilation, EndToEnd, MemoryFormat, Ratio, Role, Run, Setting
 from repshift_cli.checkpoints.exported import OpenedExport, Runtime
 from repshift_cli.data.preprocessing import Preprocessing
-from repshift_cli.errors import UsageError
+from repshift_cli.errors import CheckFailed, UsageError
 from repshift_cli.measure.attention_kernel import observed_attention
 from repshift_cli.measure.compiled import Compiled, CompileMode, fresh_graphs
 from repshift_cli.measure.device import device_name, num_threads, out_of_memory, tiles_note, waking_note
@@ -272,6 +272,8 @@ def _bench_group(
     max_seconds = settings.seconds * len(group)
     graphs = nullcontext() if settings.compile == "off" else fresh_graphs()
     with _explain_memory(batch, settings.device), graphs:
+        for contender in group:
+            _check_finite(contender, inputs)
         attention = [_observed(contender, inputs) for contender in group]
         subjects = [_subject(contender, inputs, settings.compile) for contender in group]
         memory = [_peak(subject, inputs, settings) for subject in subjects]
@@ -334,6 +336,13 @@ def _peak(subject: Subject, inputs: Tensor, settings: BenchSettings) -> int | No
         return None
     with subject.context():
         return peak_memory(subject.run, inputs)
+
+
+def _check_finite(contender: Contender, inputs: Tensor) -> None:
+    with torch.inference_mode(), contender.context():
+        output = contender.module(inputs)
+    if isinstance(output, Tensor) and not bool(output.isfinite().all()):
+        raise CheckFailed(f"{contender.name} returns values that are not finite", "Check its weights, or use float32.")
 
 
 def _observed(contender: Contender, inputs: Tensor) -> str:

@@ -227,7 +227,7 @@ def calibrate(
         draws = [run.check(plan.with_metric(spec), border) for spec in specs]
         default = run.check(with_defaults(unfitted_plan, sites), border)
     random = _mean_of(draws)
-    sigmas = _sigmas(random.distances, result.distances)
+    sigmas = paired_sigmas(random.distances, result.distances)
     clear = sigmas >= _CLEAR_SIGMAS and result.distance <= _CLEAR_SHARE * random.distance
     seconds = time.monotonic() - begin
     return Calibration(tuple(choices), result, random, default, sigmas, clear, len(images), identity, seconds)
@@ -266,7 +266,7 @@ def choose_metric(run: CandidateRunner, plan: Plan, variants: Sequence[Metric], 
         seen = until
     ranked = sorted(candidates, key=lambda result: (-len(result.distances), result.distance))
     # with few images one or two may decide, so the paper's choice is only replaced by a clearly better one
-    if _sigmas(usual.distances, ranked[0].distances) < _MARGIN_SIGMAS:
+    if paired_sigmas(usual.distances, ranked[0].distances) < _MARGIN_SIGMAS:
         ranked.remove(usual)
         ranked.insert(0, usual)
     return SiteChoice(plan.sites[-1].site, tuple(ranked))
@@ -356,7 +356,7 @@ def _mean_of(draws: list[Deviation]) -> Deviation:
     return Deviation(mean([draw.distances for draw in draws]), mean([draw.agreeing for draw in draws]))
 
 
-def _sigmas(worse: list[float], better: list[float]) -> float:
+def paired_sigmas(worse: list[float], better: list[float]) -> float:
     """The paired mean of `worse - better` in standard errors."""
     if not all(map(math.isfinite, (*worse, *better))):
         lost = sum(map(math.isinf, worse)) - sum(map(math.isinf, better))

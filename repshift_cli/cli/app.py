@@ -6,11 +6,25 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from repshift_cli.cli import bench, compare, compress, demo, evaluate, export, inspect, recipes, search, ui, visualize
+from repshift_cli.cli import (
+    bench,
+    compare,
+    compress,
+    demo,
+    evaluate,
+    export,
+    guard,
+    inspect,
+    recipes,
+    search,
+    ui,
+    visualize,
+)
 from repshift_cli.cli.torchrun import Interrupted
 from repshift_cli.errors import INTERRUPTED, TERMINATED, RepshiftError, first_line
 
@@ -24,15 +38,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("compress")(compress.command)
-app.command("search")(search.command)
-app.command("export")(export.command)
-app.command("bench")(bench.command)
-app.command("eval")(evaluate.command)
-app.command("compare")(compare.command)
-app.command("inspect")(inspect.command)
-app.command("visualize")(visualize.command)
-app.command("demo")(demo.command)
+_add = partial(app.command, cls=guard.Command)
+_add("compress")(compress.command)
+_add("search")(search.command)
+_add("export")(export.command)
+_add("bench")(bench.command)
+_add("eval")(evaluate.command)
+_add("compare")(compare.command)
+_add("inspect")(inspect.command)
+_add("visualize")(visualize.command)
+_add("demo")(demo.command)
 app.add_typer(recipes.app, name="recipes")
 
 

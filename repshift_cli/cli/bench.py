@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar, get_args
@@ -13,7 +14,7 @@ import typer
 
 from repshift_cli.benchmark.limits import BenchLimit, check_limits, require_met
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.cli import options, ui
+from repshift_cli.cli import guard, options, ui
 from repshift_cli.cli.show.bench import show, why_nothing
 from repshift_cli.errors import UsageError
 from repshift_cli.utils.figures import check_figure_path, figure_format
@@ -177,13 +178,17 @@ def command(
         reason, hint = why_nothing(opened)
         raise UsageError(f"--budget: {reason}", hint)
     source = Source(open_images(data, images), images, workers) if data is not None else None
-    report = run_sweep(contenders, batches, sweep, screen, source)
+    with guard.failure_as_json(json):
+        report = run_sweep(contenders, batches, sweep, screen, source)
     checks = check_limits(limits, report)
-    _write_outputs(report, csv, plot, force)
-    if json:
-        ui.print_json({**report.to_dict(), "budget": [verdict.to_dict() for verdict in checks]})
-    else:
-        show(report, opened[0], checks)
+
+    def print_report() -> None:
+        if json:
+            ui.print_json({**report.to_dict(), "budget": [verdict.to_dict() for verdict in checks]})
+        else:
+            show(report, opened[0], checks)
+
+    guard.run_all(partial(_write_csv, report, csv, force), partial(_write_plot, report, plot, force), print_report)
     require_met(checks)
 
 
@@ -246,12 +251,19 @@ def _labels(names: Sequence[str]) -> dict[str, str]:
     return labels
 
 
-def _write_outputs(report: BenchReport, csv: Path | None, plot: Path | None, force: bool) -> None:
-    from repshift_cli.benchmark.plot import plot_report
-    from repshift_cli.utils.files import atomic_output, write_text
+def _write_csv(report: BenchReport, path: Path | None, force: bool) -> None:
+    from repshift_cli.utils.files import write_text
 
-    if csv is not None:
-        write_text(csv, report.to_csv(), force)
-    if plot is not None:
-        with atomic_output(plot, force) as temporary:
-            plot_report(report, temporary, figure_format(plot))
+    if path is not None:
+        write_text(path, report.to_csv(), force)
+        ui.remark(f"wrote {path} (one line per run)")
+
+
+def _write_plot(report: BenchReport, path: Path | None, force: bool) -> None:
+    from repshift_cli.benchmark.plot import plot_report
+    from repshift_cli.utils.files import atomic_output
+
+    if path is not None:
+        with atomic_output(path, force) as temporary:
+            plot_report(report, temporary, figure_format(path))
+        ui.remark(f"wrote {path} (plot)")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.cli import options, ui
+from repshift_cli.cli import guard, options, ui
 from repshift_cli.cli.export import Target, check_all, export_all
 from repshift_cli.cli.export import show as show_export
 from repshift_cli.cli.show.compress import show_compression
+
+if TYPE_CHECKING:
+    from repshift_cli.export.job import Exported
 
 
 def command(
@@ -108,13 +112,20 @@ def command(
     targets = [] if dry_run else (export or [])
     check_all(output, targets, force)
     with using_threads(threads):
-        report = compress_checkpoint(checkpoint, settings, ui.Screen(), dry_run)
-        if not json:
-            show_compression(report)  # before the exports, of which one may fail
-        exported = export_all(report.output, targets, force) if report.output else []
-    if json:
-        exports = {"exports": [each.to_dict() for each in exported]} if exported else {}
-        ui.print_json(report.to_dict() | exports)
-    else:
-        for each in exported:
-            show_export(each)
+        with guard.failure_as_json(json):
+            report = compress_checkpoint(checkpoint, settings, ui.Screen(), dry_run)
+        exported: list[Exported] = []
+
+        def export_now() -> None:
+            if report.output:
+                exported.extend(export_all(report.output, targets, force))
+
+        def print_last() -> None:
+            if json:
+                exports = {"exports": [each.to_dict() for each in exported]} if exported else {}
+                ui.print_json(report.to_dict() | exports)
+            for each in [] if json else exported:
+                show_export(each)
+
+        # an export that fails must not lose the report
+        guard.run_all(*([] if json else [partial(show_compression, report)]), export_now, print_last)

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from repshift_cli.cli import ui
+from repshift_cli.cli import guard, ui
 
 app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@app.command("list")
+@app.command("list", cls=guard.Command)
 def list_shipped() -> None:
     """List the shipped recipes."""
     from repshift_cli.planning.recipe import Recipe, shipped_recipes
@@ -22,7 +22,7 @@ def list_shipped() -> None:
     ui.print_table(None, ["name", "description"], rows, left=2)
 
 
-@app.command()
+@app.command(cls=guard.Command)
 def show(
     name: Annotated[
         str, typer.Argument(metavar="RECIPE", help="A shipped recipe, `default`, or a compressed checkpoint.")
@@ -36,16 +36,28 @@ def show(
     typer.echo(_calibrated(name) if calibrated else _text(name, blocks), nl=False)
 
 
-@app.command()
-def check(file: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file or a shipped recipe.")]) -> None:
-    """Check a recipe without a model: keys, types, metric and reducer."""
+@app.command(cls=guard.Command)
+def check(
+    file: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file or a shipped recipe.")],
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="Also show the plan for this model.")
+    ] = None,
+) -> None:
+    """Check a recipe without a model: keys, types, metric and reducer. With --model also its sites."""
     from repshift_cli.planning.recipe import Recipe
     from repshift_cli.reduction.checks import check_components
 
     recipe = Recipe.load(file)
     check_components(recipe)
+    if model is not None and recipe.budget is None:
+        from repshift_cli.cli.show.plan import show_sites
+        from repshift_cli.compression.api import compress_dense
+
+        opened = compress_dense(model, file)
+        assert opened.compressed is not None
+        show_sites(opened.compressed.plan, f"Sites in {model}")
     content = f"{len(recipe.layers)} sites" if recipe.budget is None else f"a search for {recipe.budget}"
-    typer.echo(f"{file}: valid ({content})")
+    ui.print_text(f"{file}: valid ({content})")
 
 
 def _calibrated(name: str) -> str:

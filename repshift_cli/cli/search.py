@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.cli import options, ui
+from repshift_cli.cli import guard, options, ui
 from repshift_cli.cli.show.search import show_search
 from repshift_cli.cli.torchrun import Interrupted, rank_zero_errors, refuse_torchrun
 from repshift_cli.errors import INTERRUPTED, UsageError
@@ -143,7 +143,9 @@ def command(
     screen = ui.Screen()
     try:
         with using_threads(threads):
-            _finish(search_checkpoint(checkpoint, settings, request, screen), files, settings, screen, json)
+            with guard.failure_as_json(json):
+                found = search_checkpoint(checkpoint, settings, request, screen)
+            _finish(found, files, settings, screen, json)
     except KeyboardInterrupt:
         # before the first schedule; later interruptions return the best one
         if not files.state.is_file():
@@ -212,7 +214,8 @@ def _finish(found: FinishedSearch, files: _Files, settings: Settings, screen: Pr
             )
             raise Interrupted(INTERRUPTED)
         screen.note(f"nothing was written; --force writes the nearest schedule, from the state in {files.state}")
-    result.check_met(settings.force, screen.warn)
+    with guard.failure_as_json(json, {**dict.fromkeys(_KINDS), **found.to_dict()}):
+        result.check_met(settings.force, screen.warn)
     _write(found, files, settings, screen)
     # before printing, since a closed pipe must not leave the state of a finished search
     if not result.interrupted:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.cli import options, ui
+from repshift_cli.cli import guard, options, ui
 from repshift_cli.errors import UsageError
 from repshift_cli.utils.figures import check_figure_path
 
@@ -70,11 +71,10 @@ def command(
     shown = visualize(opened, samples, count or (_CLIPS if of_clips else _IMAGES), seed)
     for reason in shown.samples.skipped:
         ui.warn(f"skipped: {reason}")
-    write(shown, output, indices, force)
-    if json:
-        ui.print_json(document(shown, model, output, indices))
-    else:
-        show(shown, output, indices)
+    guard.run_all(
+        partial(write, shown, output, indices, force),
+        lambda: ui.print_json(document(shown, model, output, indices)) if json else show(shown, output, indices),
+    )
 
 
 def write(shown: Visualization, output: Path, indices: Path | None, force: bool) -> None:
@@ -84,9 +84,10 @@ def write(shown: Visualization, output: Path, indices: Path | None, force: bool)
     from repshift_cli.utils.files import write_text
     from repshift_cli.visualize.draw import save_figure
 
-    save_figure(shown.figure(), output, force)
-    if indices is not None:
-        write_text(indices, json.dumps(shown.document()) + "\n", force)
+    guard.run_all(
+        partial(save_figure, shown.figure(), output, force),
+        *([] if indices is None else [partial(write_text, indices, json.dumps(shown.document()) + "\n", force)]),
+    )
 
 
 def show(shown: Visualization, output: Path, indices: Path | None) -> None:

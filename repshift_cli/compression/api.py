@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from repshift_cli.calibration.calibrate import unfitted
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.compression.job import CompressionJob, load_dense, wrap_module
-from repshift_cli.compression.notes import Notes
+from repshift_cli.compression.notes import Notes, not_calibrated
 from repshift_cli.compression.recipe import checked_recipe, require_layers
 from repshift_cli.data.inputs import load_inputs
+from repshift_cli.errors import UsageError
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.compressed_model import CompressedModel
+from repshift_cli.reduction.metrics.base import build_metric
 from repshift_cli.utils.progress import Progress, Silent
 
 
@@ -32,23 +36,31 @@ def compress(
         model: a supported model in eval mode, or a checkpoint as for `load_checkpoint`.
         recipe: a recipe, its file or shipped name; None for the default schedule.
         calibration: images for open fields of the metric: `[n, C, H, W]` preprocessed, or a folder or dataset. Without
-            them open fields get the values of the paper.
+            them open fields get the values of the paper, with a warning; the metric `fitted` needs them.
         img_size: image size of a convolutional network, for which the plan is valid. Other models have a fixed size.
 
     Raises:
         CheckFailed: no candidate of the calibration is clearly better than random dropping.
         RecipeError: the recipe is invalid or does not fit the model, or has a budget instead of layers.
-        UsageError: the weights do not fit `img_size`.
+        UsageError: the weights do not fit `img_size`, or the metric must be fitted and there are no images.
         RepshiftError: the checkpoint or the images cannot be loaded.
     """
     recipe = require_layers(checked_recipe(recipe))
     notes = Notes(progress or Silent())
     if isinstance(model, nn.Module):
-        loaded = wrap_module(model, img_size)
+        loaded = wrap_module(model.model if isinstance(model, CompressedModel) else model, img_size)
     else:
         loaded = load_dense(model, LoadOptions(img_size=img_size), recipe, notes)
     job = CompressionJob(loaded, recipe, notes)
     plan = job.default_plan()
+    if calibration is None and job.has_open_fields:
+        if any(unfitted(build_metric(site.metric)) for site in job.plan.sites):
+            raise UsageError(
+                "the metric fitted has no weights, and they are fitted on images",
+                "Give calibration=FOLDER or a tensor.",
+            )
+        advice = "Give images of the model's own kind: calibration=FOLDER or a tensor"
+        warnings.warn(not_calibrated("there are no images", advice), stacklevel=2)
     if calibration is not None and job.has_open_fields:
         if isinstance(calibration, Tensor):
             found = job.calibrate(calibration, {"where": "tensor", "count": len(calibration)}, batch_size=16)
@@ -78,5 +90,8 @@ def compress_dense(
     recipe = require_layers(checked_recipe(recipe_name))
     notes = Notes(progress or Silent())
     loaded = load_dense(name, options or LoadOptions(), recipe, notes)
-    plan = CompressionJob(loaded, recipe, notes).default_plan()
+    job = CompressionJob(loaded, recipe, notes)
+    if job.has_open_fields:
+        notes.warn(not_calibrated("there are no images", "`repshift compress --calibration DIR` calibrates"))
+    plan = job.default_plan()
     return Opened(loaded, artifact.attach_loaded(loaded, plan))

@@ -5,6 +5,14 @@ from __future__ import annotations
 from repshift_cli.utils.progress import Progress
 
 
+def not_calibrated(why: str, advice: str) -> str:
+    """The warning that open fields of a metric get the values of the paper."""
+    return (
+        f"NOT CALIBRATED: {why}. The paper's choice is used; whether it keeps the right tokens of this model was not "
+        f"checked. {advice}"
+    )
+
+
 class Notes:
     """Messages for the user, shown at once and kept for the report."""
 

@@ -10,11 +10,11 @@ from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.compression.inputs import draw_images, is_same_folder, load_job_inputs, load_search_inputs
 from repshift_cli.compression.job import CompressionJob, load_dense
 from repshift_cli.compression.measured import CompressReport, Measured, check_counts, check_outputs, measure_models
-from repshift_cli.compression.notes import Notes
+from repshift_cli.compression.notes import Notes, not_calibrated
 from repshift_cli.compression.recipe import check_recipe_model, checked_recipe
 from repshift_cli.compression.settings import Amounts, Settings
 from repshift_cli.data.inputs import ImageBatch
-from repshift_cli.errors import UsageError
+from repshift_cli.errors import CheckFailed, UsageError
 from repshift_cli.measure.device import resolve_device, resolve_dtype
 from repshift_cli.models.attention_mode import attention_mode, auto_note, check_attention
 from repshift_cli.planning.plan import Plan
@@ -29,6 +29,9 @@ from repshift_cli.utils.progress import Progress
 
 _QUICK_EVALUATIONS = 12
 """Schedules that the search within `compress` tries."""
+
+_MOST_IMAGES = 1024
+"""The most images that a search takes by itself."""
 
 _MORE_IMAGES = 2
 """`search` uses this many times as many images: half of them are held out."""
@@ -88,7 +91,7 @@ def search_checkpoint(name: str, settings: Settings, request: SearchRequest, pro
     notes = Notes(progress)
     loaded = load_dense(name, settings.load, recipe, notes, settings.force)
     loaded.model.to(device=device, dtype=dtype)
-    count = settings.calibration_images or _MORE_IMAGES * Amounts.of(settings, loaded).calibration
+    count = _search_images(settings, loaded, request.target, _MORE_IMAGES * Amounts.of(settings, loaded).calibration)
     return _search(loaded, recipe, request, settings, count, notes)
 
 
@@ -112,15 +115,27 @@ def _compress_to_target(
         notes.note(f"the layers of {recipe.place.name} are not used: a search finds those for {target}")
     amounts = Amounts.of(settings, loaded)
     request = SearchRequest(target, _QUICK_EVALUATIONS, seconds=settings.seconds)
-    found = _search(loaded, recipe, request, settings, amounts.calibration, notes)
+    count = _search_images(settings, loaded, target, amounts.calibration)
+    found = _search(loaded, recipe, request, settings, count, notes)
     if found.result.interrupted:
         raise KeyboardInterrupt
-    found.result.check_met(settings.force, notes.warn)
     job = CompressionJob(loaded, found.recipe, notes)
+    try:
+        found.result.check_met(settings.force, notes.warn)
+    except CheckFailed as failed:
+        failed.document = _report(job, attach(loaded.model, job.default_plan()), found=found).to_dict()
+        raise
     images = found.heldout
     if settings.data and settings.calibration and not is_same_folder(settings.data, settings.calibration):
         images = load_job_inputs(loaded, settings.data, amounts.agreement, settings.seed, notes)
     return _finish(job, job.default_plan(), images, settings, found=found)
+
+
+def _search_images(settings: Settings, loaded: LoadedModel, target: SearchTarget, usual: int) -> int:
+    """The number of images of the user, else the usual one, or more where that cannot decide the target."""
+    if settings.calibration_images or loaded.description.preprocessing.frames is not None:
+        return settings.calibration_images or usual
+    return max(usual, min(2 * target.images_needed, _MOST_IMAGES))
 
 
 def _search(  # noqa: PLR0917
@@ -155,10 +170,7 @@ def _choose_metric(
         return job.default_plan(), None
     if images is None:
         why = "--no-calibrate was given" if not settings.calibrate else "there are no images of the model's own kind"
-        job.notes.warn(
-            f"NOT CALIBRATED: {why}. The paper's choice is used; whether it keeps the right tokens of this "
-            "model was not checked. Give unlabelled images with --calibration DIR"
-        )
+        job.notes.warn(not_calibrated(why, "Give unlabelled images with --calibration DIR"))
         return job.default_plan(), None
     found = job.calibrate(images.tensor, images.identity, batch_size=batch_size)
     if found.mild and not found.clear:
@@ -169,6 +181,8 @@ def _choose_metric(
     elif not found.clear:
         problem = found.unclear_error()
         if not settings.force:
+            unclear = attach(job.loaded.model, job.plan.with_metrics(found.specs))
+            problem.document = _report(job, unclear, found).to_dict()
             raise problem
         job.notes.warn(problem.message)
     return job.plan.with_metrics(found.specs), found
@@ -194,6 +208,8 @@ def _finish(
         check_outputs(compressed, checked[:2])
         batch_size = Amounts.of(settings, loaded).batch
         measured = measure_models(compressed, images, checked, settings, batch_size, job.notes.progress)
+    if images.builtin and not loaded.is_builtin:
+        measured = replace(measured, agreement=None)  # predictions on images of another kind say nothing
     report = _report(job, compressed, calibration, measured, found)
     if settings.output is None:
         return report

@@ -106,6 +106,7 @@ def compare(
         raise CheckFailed(
             f"{request.output} does not compute what the model does: {_problem(verdict)}, on {verdict.inputs} inputs",
             "No output was written. Export to float32, or write it unverified with --no-verify.",
+            {"output": None, "verified": verdict.model_dump(mode="json")},
         )
     return verdict
 

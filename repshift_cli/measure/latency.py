@@ -18,6 +18,9 @@ from repshift_cli.utils.garbage import without_collection
 from repshift_cli.utils.progress import Progress
 from repshift_cli.utils.stats import significant
 
+MOST_RUNS, MOST_SECONDS = 1_000_000, 86_400.0
+"""Limits of a measurement: runs and seconds of one subject."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -149,11 +152,15 @@ def measure_latency(
         max_seconds: no new round starts after this time, once there are `min_runs`; without warm-up.
         warmup: rounds that are not counted.
 
-    Returns timings by name. Raises ValueError if two subjects have the same name, or `min_runs` is below 1.
+    Returns timings by name. Raises ValueError if two subjects have the same name, or a limit is out of range.
     """
     names = [subject.name for subject in subjects]
-    if len(set(names)) != len(names) or min_runs < 1:
-        raise ValueError(f"subjects need different names and at least one run, not {names} with {min_runs} runs")
+    if len(set(names)) != len(names):
+        raise ValueError(f"subjects need different names, not {names}")
+    if not 1 <= min_runs <= MOST_RUNS or not 0 <= max_seconds <= MOST_SECONDS * len(names):
+        raise ValueError(
+            f"{min_runs} runs in {max_seconds} s: 1..{MOST_RUNS} runs and 0..{MOST_SECONDS:g} s each allowed"
+        )
     samples: dict[str, list[float]] = {name: [] for name in names}
     label = f"timing {', '.join(names)}"
     gc.collect()

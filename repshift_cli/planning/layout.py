@@ -107,6 +107,12 @@ class Layout:
     tail: tuple[Window, ...] = ()
     barred: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def blocks(self) -> int:
+        """Number of blocks, also of those that are no sites."""
+        barred = (int(name) for name in self.barred if name.isdigit())
+        return 1 + max((*(site.layer for site in self.sites), *barred))
+
     def grids(self, kept: Mapping[int, Grid] | None = None) -> Iterator[tuple[SiteInfo, Grid]]:
         """Each site with the size of the map there, given the sizes kept at earlier layers; for feature maps."""
         grid = self.map_size or (1, self.patch_tokens)

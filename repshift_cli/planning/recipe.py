@@ -6,6 +6,8 @@ Of a metric or a reducer only `kind` is read here. Its own file checks the optio
 
 from __future__ import annotations
 
+import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -28,10 +30,13 @@ from pydantic import (
 )
 
 from repshift_cli.errors import RecipeError
+from repshift_cli.utils.files import read_pipe, read_text
 from repshift_cli.utils.suggest import nearest
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _Path = tuple[str | int, ...]
+
+_INDEX, _SITE_NAME = re.compile(r"0|[1-9][0-9]{0,8}"), re.compile(r"\w+(\.\w+)+")
 
 PAPER_DROP_RATIO = 0.2
 """What the paper drops at each of its three sites (arXiv 2508.00367)."""
@@ -72,6 +77,16 @@ class LayerDrop(StrictModel):
     keep_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     keep_grid: tuple[Annotated[StrictInt, Field(ge=1)], Annotated[StrictInt, Field(ge=1)]] | None = None
     metric: ComponentSpec | None = None
+
+    @field_validator("layer")
+    @classmethod
+    def _check_name(cls, layer: int | str) -> int | str:
+        """An index in quotes is the index. Names of sites have at least two parts, such as `blocks.3`."""
+        if isinstance(layer, str) and _INDEX.fullmatch(layer):
+            return int(layer)
+        if isinstance(layer, str) and not _SITE_NAME.fullmatch(layer):
+            raise ValueError("should be the index of one block, or its name, such as blocks.3")
+        return layer
 
     @model_validator(mode="after")
     def _check_amount(self) -> LayerDrop:
@@ -128,6 +143,9 @@ class Recipe(StrictModel):
     Exactly one of `layers` and `budget` is given; with a budget `layers` is empty, and a search finds them. The tokens
     that `drop_ratio` or a search keeps, prefix included, are rounded to a multiple of `round_tokens`, since matrix
     kernels work in tiles.
+
+    Two short forms of `layers`: `drop_ratio` is that of all entries without an amount, which may be plain indices, and
+    `drop_ratios` has one number per block, 0 for none.
     """
 
     version: Literal[1]
@@ -136,11 +154,32 @@ class Recipe(StrictModel):
     metric: ComponentSpec = ComponentSpec(kind="representation_shift")
     reducer: ComponentSpec = ComponentSpec(kind="prune")
     round_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    drop_ratio: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = Field(default=None, exclude=True)
+    drop_ratios: tuple[Annotated[StrictFloat, Field(ge=0, lt=1)], ...] | None = Field(default=None, exclude=True)
     layers: Annotated[tuple[LayerDrop, ...], Field(min_length=1)] = ()
     budget: Budget | None = None
 
     _text: str = PrivateAttr(default="")
     _place: Place = PrivateAttr(default=Place("recipe", {}))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, data: Any) -> Any:
+        """Write out the short forms of `layers`."""
+        ratio, ratios, layers = (data.get(key) for key in ("drop_ratio", "drop_ratios", "layers"))
+        if ratios is not None:
+            if {"layers", "drop_ratio", "budget"} & data.keys():
+                raise ValueError("give exactly one of drop_ratios, layers (with drop_ratio) and budget")
+            if isinstance(ratios, list) and not any(ratios):
+                raise ValueError("drop_ratios drops nothing")
+            if isinstance(ratios, list):
+                return {**data, "layers": [{"layer": i, "drop_ratio": each} for i, each in enumerate(ratios) if each]}
+        elif ratio is not None:
+            full = [_with_ratio(entry, ratio) for entry in (layers if isinstance(layers, list) else ())]
+            if full == layers or not full:
+                raise ValueError("drop_ratio is for entries of layers without an amount, and there are none")
+            return {**data, "layers": full}
+        return data
 
     @field_validator("budget")
     @classmethod
@@ -172,16 +211,13 @@ class Recipe(StrictModel):
         Raises a RecipeError if there is none or it is invalid; the message has file, line and key.
         """
         path = Path(source)
-        try:
-            is_file, is_folder = path.is_file(), path.is_dir()
-        except OSError:  # too long for a file name, such as the text of a recipe
-            is_file = is_folder = False
-        if is_file:
-            return cls.parse(_read(path), str(source))
+        kind = _kind_of(path)
+        if kind and not stat.S_ISDIR(kind):
+            return cls.parse(_read(path, is_file=stat.S_ISREG(kind)), str(source))
         shipped = shipped_recipes()
         if (found := shipped.get(path.name.removesuffix(".yaml"))) is not None and path.parent == Path():
             return cls.parse(found, f"{path.name.removesuffix('.yaml')}.yaml")
-        if is_folder:
+        if kind:
             raise RecipeError(f"{source} is a folder, not a recipe", "Give a YAML file.")
         hint = nearest(path.name.removesuffix(".yaml"), shipped) + "`repshift recipes list` shows the shipped ones."
         raise RecipeError(f"no recipe {source}: no such file, and none of that name is shipped", hint)
@@ -200,6 +236,14 @@ class Recipe(StrictModel):
         if not self.layers:
             del data["layers"]
         return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
+
+
+def _with_ratio(entry: Any, ratio: Any) -> Any:
+    """An entry of `layers` with this `drop_ratio`, unless it has an amount."""
+    entry = {"layer": entry} if isinstance(entry, int | str) else entry
+    if not isinstance(entry, dict) or {"drop_ratio", "keep_tokens", "keep_grid"} & entry.keys():
+        return entry
+    return {**entry, "drop_ratio": ratio}
 
 
 def default_recipe(blocks: int, layers: Sequence[int] | None = None) -> Recipe:
@@ -246,25 +290,27 @@ def validate(kind: type[_Model], data: Any, place: Place, path: _Path) -> _Model
 
 _LONGEST_VALUE = 60
 
-_MOST_CHARACTERS = 1 << 24
-"""Limit for a recipe, which may hold fitted weights: parsing a large file given by mistake would take hours."""
-
-_BUDGET_WORDS = "should be a mapping with one key, such as {macs: 0.65}"
+_MOST_CHARACTERS, _MOST_NODES = 1 << 20, 20_000
+"""Limits of a recipe: a large file given by mistake would take minutes. Fitted weights for 40 layers have 300,000
+characters."""
 
 _PLAIN_WORDS = {
     "too_short": "is empty: name at least one layer",
     "model_type": "should be a mapping with the key kind, such as {kind: prune}",
-    "tuple_type": "should be a list, such as [{layer: 0, drop_ratio: 0.2}]",
+    "model_type budget": "should be a mapping with one key, such as {macs: 0.65}",
+    "model_type layers": "should be a mapping, such as {layer: 0, drop_ratio: 0.2}; an index alone needs drop_ratio "
+    "beside layers",
+    "tuple_type": "should be a list of numbers",
+    "tuple_type layers": "should be a list, such as [{layer: 0, drop_ratio: 0.2}]",
 }
+"""By the type of an error, and the last key where it differs."""
 
 
 def _explain(detail: Any, kind: type[BaseModel], data: Any, place: Place, path: _Path) -> RecipeError:
     error, inner = detail["type"], _existing(tuple(detail["loc"]), data)
-    if error == "invalid_key":
-        inner = (*inner[:-1], str(inner[-1]))
     where = (*path, *inner)
     start, key = f"{place.at(where)}: ", dotted(where)
-    if error in ("extra_forbidden", "invalid_key"):
+    if error == "extra_forbidden":
         owners: dict[str | int, type[BaseModel]] = {"layers": LayerDrop, "budget": Budget}
         owner = owners.get(inner[0], kind) if inner[:-1] else kind
         allowed = list(owner.model_fields)
@@ -272,8 +318,9 @@ def _explain(detail: Any, kind: type[BaseModel], data: Any, place: Place, path: 
         return RecipeError(f"{start}unknown key {key}", hint)
     if error == "missing":
         return RecipeError(f"{start}the key {dotted((*path, *detail['loc']))} is missing")
-    words = _PLAIN_WORDS | ({"model_type": _BUDGET_WORDS} if where[:1] == ("budget",) else {})
-    message = words.get(error) or detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    last = next((step for step in reversed(where) if isinstance(step, str)), "")
+    words = _PLAIN_WORDS.get(f"{error} {last}") or _PLAIN_WORDS.get(error)
+    message = words or detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
     value = detail.get("input")
     shown = f" (it is {_shortened(value)})" if isinstance(value, str | int | float | bool | None) else ""
     return RecipeError(f"{start}{key}{': ' if key else ''}{message}{shown}")
@@ -305,13 +352,56 @@ def dotted(path: _Path) -> str:
     return text
 
 
-def _read(path: Path) -> str:
+def _kind_of(path: Path) -> int:
+    """The mode of a file, 0 if there is none."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.stat().st_mode
+    except PermissionError as error:
+        raise RecipeError(f"cannot read {path}: {error.strerror}") from error
+    except (OSError, ValueError):  # missing, or no file name, such as the text of a recipe
+        return 0
+
+
+def _read(path: Path, is_file: bool) -> str:
+    try:
+        return read_text(path, 4 * _MOST_CHARACTERS) if is_file else read_pipe(path, 4 * _MOST_CHARACTERS)
     except UnicodeDecodeError:
         raise RecipeError(f"{path} is not text", "A recipe is a YAML file in UTF-8.") from None
     except OSError as error:
         raise RecipeError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML of null, booleans, decimal numbers, texts, lists and mappings, and of a limited number of nodes.
+
+    Version 1.1 also has tags, merge keys, dates and numbers of base 60, whose cost can grow faster than the text.
+    """
+
+    nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        self.nodes += 1
+        problem = None
+        if self.nodes > _MOST_NODES:
+            problem = f"more than {_MOST_NODES} values"
+        elif (tag := getattr(event, "tag", None)) is not None:
+            problem = f"could not determine a constructor for the tag {tag!r}"
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge keys are not resolved."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, form) for tag, form in forms if tag.endswith((":null", ":bool", ":float"))]
+    for letter, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9]{0,17})$"), list("-+0123456789")
+)
 
 
 def _read_yaml(text: str, name: str) -> tuple[Any, Place]:
@@ -321,19 +411,22 @@ def _read_yaml(text: str, name: str) -> tuple[Any, Place]:
             f"{name} has {len(text)} characters, which are too many for a recipe", f"At most {_MOST_CHARACTERS} fit."
         )
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        data = None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         problem = getattr(error, "problem", None) or str(error)
         raise RecipeError(f"{where}: this is not YAML: {problem}") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, ArithmeticError, RecursionError) as error:
         raise RecipeError(f"{name}: this is not YAML: {error}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"{name}:1:1: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
     marks: dict[_Path, tuple[int, int]] = {}
     _collect_marks(node, (), marks, name, set())
+    if ("drop_ratios",) in marks:
+        marks.setdefault(("layers",), marks["drop_ratios",])
     return data, Place(name, marks)
 
 
@@ -350,10 +443,13 @@ def _collect_marks(
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             inner = (*path, str(key.value))
+            start = (key.start_mark.line + 1, key.start_mark.column + 1)
+            where = f"{name}:{start[0]}:{start[1]}"
+            if not key.tag.endswith(":str"):
+                raise RecipeError(f"{where}: unknown key {dotted(inner)}: keys are names")
             if inner in marks:
-                line = key.start_mark.line + 1
-                raise RecipeError(f"{name}:{line}:{key.start_mark.column + 1}: the key {dotted(inner)} is given twice")
-            marks[inner] = (key.start_mark.line + 1, key.start_mark.column + 1)
+                raise RecipeError(f"{where}: the key {dotted(inner)} is given twice")
+            marks[inner] = start
             _collect_marks(value, inner, marks, name, seen)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):

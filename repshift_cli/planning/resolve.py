@@ -35,6 +35,12 @@ def resolve(recipe: Recipe, layout: Layout, after: After = "block", most: Callab
     Raises a RecipeError if a layer is missing in the model or given twice, more tokens are kept than there are, none is
     left, or more are removed than the reducer can.
     """
+    if recipe.drop_ratios is not None and len(recipe.drop_ratios) != layout.blocks:
+        where, given = recipe.place.at(("drop_ratios",)), len(recipe.drop_ratios)
+        raise RecipeError(
+            f"{where}: drop_ratios has {given} numbers, and the model has {layout.blocks} blocks",
+            "Give one number per block, 0 for none.",
+        )
     steps: dict[int, _Step] = {}
     for index, drop in enumerate(recipe.layers):
         where = f"{recipe.place.at(('layers', index))}: layers[{index}]"

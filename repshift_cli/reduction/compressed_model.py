@@ -7,7 +7,7 @@ library's code in the dense and in the compressed model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,19 @@ from repshift_cli.reduction.hooks import SiteHook, register_edit, register_tap
 from repshift_cli.reduction.metrics.base import Metric, build_metric
 from repshift_cli.reduction.reducers.base import Dims, Merger, build_reducer
 from repshift_cli.reduction.token_trace import MapState
+
+_ATTACHMENT = "_repshift_attachment"
+"""Attribute of a hooked model, which keeps the plan when the `CompressedModel` is lost."""
+
+_MAP_METHODS = ("forward_intermediates", "get_intermediate_layers")
+"""Methods of timm's models that arrange tokens in the dense grid."""
+
+
+class _Attachment:
+    """The functions that remove a plan from a model."""
+
+    def __init__(self, undo: list[Callable[[], None]]) -> None:
+        self.undo = undo
 
 
 def attach(model: nn.Module, plan: Plan) -> CompressedModel:
@@ -58,6 +71,19 @@ class Trace:
     kept: dict[int, Tensor]
 
 
+def detach(model: nn.Module) -> nn.Module:
+    """Remove the plan of a hooked model, and return the dense model; raises ModelError if it has no plan."""
+    model = model.model if isinstance(model, CompressedModel) else model
+    attachment: _Attachment | None = model.__dict__.pop(_ATTACHMENT, None)
+    if attachment is None:
+        raise ModelError("the model has no plan, so there is nothing to detach")
+    for remove in attachment.undo:
+        remove()
+    for name in _MAP_METHODS:
+        model.__dict__.pop(name, None)
+    return model
+
+
 class CompressedModel(nn.Module):
     """A model that drops or merges tokens between layers, with the parameters and `state_dict` keys of the dense model.
 
@@ -73,8 +99,10 @@ class CompressedModel(nn.Module):
     def __init__(self, model: nn.Module, plan: Plan, metrics: Sequence[tuple[Metric, ...]]) -> None:
         """Check the plan and hook the model; `metrics` has one tuple per site of the plan."""
         super().__init__()
-        if _is_attached(model):
-            raise ModelError("the model is compressed already", "Call `detach()` first, or start from the dense model.")
+        if isinstance(model, CompressedModel) or _is_attached(model):
+            raise ModelError(
+                "the model is compressed already", "Call `repshift_cli.detach(model)` first, or load it again."
+            )
         self.family = match(model)
         reducer = build_reducer(plan.reducer)
         check_plan(plan, model, self.family, metrics, reducer)
@@ -82,33 +110,39 @@ class CompressedModel(nn.Module):
         self.model = model
         self.plan = plan
         self.layout = self.family.layout(model)
-        self._undo = [self.family.adapt(model)]
-        self._handles: list[Any] = []
+        undo = [self.family.adapt(model)]
+        handles: list[Any] = []
         self._hooks: list[SiteHook] = []
         stream, sites = self.family.stream(model), self.family.sites(model)
         if isinstance(reducer, Merger) and reducer.pooled_by_size:
-            edits, undo = self.family.use_proportional_attention(model, stream)
-            self._undo.append(undo)
-            self._handles.append(sites[0].block.register_forward_pre_hook(stream.begin))
-            self._handles.extend(map(register_edit, edits))
+            edits, undo_edits = self.family.use_proportional_attention(model, stream)
+            undo.append(undo_edits)
+            handles.append(sites[0].block.register_forward_pre_hook(stream.begin))
+            handles.extend(map(register_edit, edits))
         for planned, site_metrics in zip(plan.sites, metrics, strict=True):
             site = _site(sites, planned.site)
             hook = SiteHook(planned, stream, self.layout.class_token, metrics=site_metrics, reducer=reducer)
-            self._handles.extend(register_tap(hook, name, site.probes[name]) for name in sorted(hook.tapped))
+            handles.extend(register_tap(hook, name, site.probes[name]) for name in sorted(hook.tapped))
             place = site.attended if planned.after == "attention" else site.block
             assert place is not None
-            self._handles.append(place.register_forward_hook(hook.on_block, with_kwargs=True))
+            handles.append(place.register_forward_hook(hook.on_block, with_kwargs=True))
             self._hooks.append(hook)
+        self._attachment = _Attachment([*undo, *(handle.remove for handle in handles)])
+        model.__dict__[_ATTACHMENT] = self._attachment
+        model.__dict__.update({name: _refuse_maps for name in _MAP_METHODS if hasattr(model, name)})
         self._place_metrics()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward."""
+        if self._hooks and not (torch.compiler.is_compiling() or self._attached):
+            raise UsageError("the plan of this model was detached", "Use the result of the last `compress`.")
         return self.model(*args, **kwargs)
 
     @contextmanager
     def dense(self) -> Iterator[nn.Module]:
         """Run as the dense model, on the same weights, inside the context."""
         before = [(hook, hook.enabled) for hook in self._hooks]
+        refusing = {name: self.model.__dict__.pop(name) for name in _MAP_METHODS if name in self.model.__dict__}
         for hook in self._hooks:
             hook.enabled = False
         try:
@@ -116,6 +150,8 @@ class CompressedModel(nn.Module):
         finally:
             for hook, enabled in before:
                 hook.enabled = enabled
+            if self._hooks:
+                self.model.__dict__.update(refusing)
 
     @torch.no_grad()
     def trace(self, images: Tensor) -> Trace:
@@ -162,12 +198,14 @@ class CompressedModel(nn.Module):
 
     def detach(self) -> nn.Module:
         """Remove all hooks and return the dense model."""
-        for handle in self._handles:
-            handle.remove()
-        for undo in self._undo:
-            undo()
-        self._handles, self._hooks, self._undo = [], [], []
+        if self._attached:
+            detach(self.model)
+        self._hooks = []
         return self.model
+
+    @property
+    def _attached(self) -> bool:
+        return self.model.__dict__.get(_ATTACHMENT) is self._attachment
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """With the keys of the dense model: no prefix for this wrapper."""
@@ -179,10 +217,7 @@ class CompressedModel(nn.Module):
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """Not supported: dense feature maps need all tokens."""
-        raise UsageError(
-            "a compressed model has no dense feature maps: their tokens were dropped",
-            "Use `with model.dense() as dense: dense.forward_intermediates(...)`.",
-        )
+        _refuse_maps()
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompressedModel:
         # torch calls this to move a module; placing the metrics now keeps copies out of a model compiled next
@@ -195,6 +230,13 @@ class CompressedModel(nn.Module):
         if parameter is not None:
             for hook in self._hooks:
                 hook.place(parameter.device)
+
+
+def _refuse_maps(*_: Any, **__: Any) -> None:
+    raise UsageError(
+        "a compressed model has no dense feature maps: their tokens were dropped",
+        "Use `with model.dense() as dense: dense.forward_intermediates(...)`.",
+    )
 
 
 def _site(sites: Sequence[Site], name: str) -> Site:

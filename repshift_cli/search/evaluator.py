@@ -166,7 +166,14 @@ class Evaluator:
             outputs = run_batches(compressed, chosen.images, self.batch_size, SilentTask())
         finally:
             compressed.detach()
-        return _compare(chosen, chosen.dense.of(outputs)) if bool(outputs.isfinite().all()) else None
+        if not bool(outputs.isfinite().all()):
+            return None
+        given = chosen.dense.of(outputs)
+        found = _compare(chosen, given)
+        if found is not None and subset == "heldout":  # for a comparison image by image
+            far = distance(chosen.dense.reference, given, chosen.dense.are_logits)
+            found["distances"] = [round(value, _DIGITS) for value in far.double().tolist()]
+        return found
 
     def dense_quality(self, subset: str) -> dict[str, Any]:
         """The quality of the dense model itself."""

@@ -93,7 +93,7 @@ class FinishedSearch:
         return {key: document[key] for key in _PROVENANCE}
 
     def chart(self) -> Chart:
-        """Quality against cost: named schedules on the held-out inputs, all others on the selection inputs."""
+        """Quality against cost, all on the selection inputs."""
         result, target = self.result, self.result.target
         # the dense model has 100% unchanged predictions on any images; top-1 is drawn only if it is the target
         if target.kind == "max-drop":
@@ -107,14 +107,13 @@ class FinishedSearch:
             "macs": ("macs", target.value),
             "latency": ("latency", target.value),
             "agreement": ("quality", 100 * target.value),
-            "max-drop": ("quality", (result.dense.top1 or 0.0) - target.value),
+            "max-drop": ("quality", (result.selection["dense"].top1 or 0.0) - target.value),
         }
         return Chart(
-            title=f"{self.loaded.description.name}, {target}, {self.inputs.description}\n"
-            "named schedules on the held-out images",
+            title=f"{self.loaded.description.name}, {target}, {self.inputs.description}\non the images for selection",
             label=label,
             quality=quality,
-            named={name: point for name, point in result.points.items() if name in MARKS},
+            named={name: point for name, point in result.selection.items() if name in MARKS},
             tried=result.tried,
             limit=limits[target.kind],
         )

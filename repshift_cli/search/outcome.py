@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from repshift_cli.calibration.calibrate import paired_sigmas
 from repshift_cli.errors import CheckFailed, RecipeError
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import PAPER_DROP_RATIO, ComponentSpec, Recipe, default_recipe
 from repshift_cli.reduction.plans import resolve_for
+from repshift_cli.reduction.reducers.base import build_reducer
 from repshift_cli.search.cost_model import CostModel, Method, Planner, choose_metrics
 from repshift_cli.search.evaluator import Candidate, Evaluated, Evaluator
 from repshift_cli.search.latency_target import meet_latency
@@ -124,6 +126,9 @@ def make_result(state: SearchState, begin: float) -> SearchResult:
     if heldout[0] is None:
         raise CheckFailed("the found schedule returns values that are not finite on the held-out images")
     met, nearest = _met(target, best, latency)
+    sigmas = None
+    if heldout[1] is not None and build_reducer(plan.reducer).scored and not state.interrupted:
+        sigmas = paired_sigmas(heldout[1]["distances"], heldout[0]["distances"])
     paper_point = None
     if paper and heldout[2]:
         measure = evaluator.known_latency if latency is None or state.interrupted else evaluator.cached_latency
@@ -144,6 +149,8 @@ def make_result(state: SearchState, begin: float) -> SearchResult:
         found=_measured("found", best.candidate, latency, heldout[0]),
         random=_measured("random", best.candidate, None, heldout[1]) if heldout[1] else None,
         given=given,
+        random_sigmas=sigmas,
+        selection=_on_selection(evaluator, best, paper),
         paper_is_found=paper_is_found,
         held_back_decided=heldout_decided,
         tried=tried,
@@ -178,6 +185,17 @@ def _better(state: SearchState, paper: Evaluated | None) -> tuple[Evaluated, boo
 def _heldout(evaluator: Evaluator, plans: Sequence[Plan]) -> list[dict[str, Any] | None]:
     with evaluator.progress.task("evaluating on held-out images", len(plans)) as task:
         return evaluator.cached_quality(plans, "heldout", task)
+
+
+def _on_selection(evaluator: Evaluator, best: Evaluated, paper: Evaluated | None) -> dict[str, MeasuredSchedule]:
+    """The dense model, the found schedule and the paper's, on the images of `SearchResult.tried`."""
+    named = {**({"paper": paper} if paper else {}), "found": best}
+    latencies = {name: evaluator.known_latency(one.candidate.plan) for name, one in named.items()}
+    dense = None if latencies["found"] is None else 1.0
+    return {
+        "dense": MeasuredSchedule.of("dense", None, 1.0, dense, evaluator.dense_quality("selection")),
+        **{name: _measured(name, one.candidate, latencies[name], one.values) for name, one in named.items()},
+    }
 
 
 def _met(target: SearchTarget, result: Evaluated, latency: float | None) -> tuple[bool, float]:

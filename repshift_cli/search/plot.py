@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from repshift_cli.search.result import MeasuredSchedule, pareto_front
-from repshift_cli.utils.figures import write_figure
+from repshift_cli.utils.figures import figure_format, new_figure, write_figure
 from repshift_cli.utils.files import atomic_output
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Chart:
         label: of the vertical axis, with its unit.
         quality: value of a schedule on the vertical axis; larger is better.
         named: the schedules of `MARKS`.
-        tried: all schedules that the search evaluated.
+        tried: all schedules that the search evaluated, on the same images as `named`.
         limit: axis and value of the target; None for no line.
     """
 
@@ -51,13 +51,11 @@ class Chart:
 
 def figure(chart: Chart) -> Figure:
     """Draw quality against MACs, and against latency if more than the dense model was timed."""
-    from matplotlib.figure import Figure
-
     timed = [one for one in (*chart.tried, *chart.named.values()) if one.latency is not None]
     costs = {"macs": "MACs, fraction of dense", "latency": "latency, fraction of dense"}
     if len(timed) <= 1:
         del costs["latency"]
-    page = Figure(figsize=(_PANEL_INCHES * len(costs), _HEIGHT_INCHES), layout="constrained", dpi=_DPI)
+    page = new_figure(figsize=(_PANEL_INCHES * len(costs), _HEIGHT_INCHES), layout="constrained", dpi=_DPI)
     panels = page.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     handles: dict[str, Any] = {}
     for panel, (cost, label) in zip(panels, costs.items(), strict=True):
@@ -73,7 +71,7 @@ def figure(chart: Chart) -> Figure:
 def save(chart: Chart, path: Path, force: bool) -> None:
     """Write the figure in the format of the file name; errors as `files.atomic_output`."""
     with atomic_output(path, force) as temporary:
-        write_figure(figure(chart), temporary, format=path.suffix.lower().removeprefix("."), dpi=_DPI)
+        write_figure(figure(chart), temporary, figure_format(path), dpi=_DPI)
 
 
 def _draw(panel: Axes, chart: Chart, cost: str) -> None:
@@ -81,7 +79,7 @@ def _draw(panel: Axes, chart: Chart, cost: str) -> None:
     tried = [one for one in chart.tried if getattr(one, cost) is not None]
     if tried:
         xs, ys = [getattr(one, cost) for one in tried], [chart.quality(one) for one in tried]
-        panel.scatter(xs, ys, s=12, color=_TRIED, linewidths=0, label="tried, on the selection images", zorder=2)
+        panel.scatter(xs, ys, s=12, color=_TRIED, linewidths=0, label="tried", zorder=2)
     front = pareto_front(tried, chart.quality, cost)
     if len(front) > 1:
         xs, ys = [getattr(one, cost) for one in front], [chart.quality(one) for one in front]

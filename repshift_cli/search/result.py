@@ -15,6 +15,9 @@ from repshift_cli.planning.recipe import ComponentSpec, Recipe
 from repshift_cli.search.target import QUALITY_SLACK, SearchTarget
 from repshift_cli.utils.stats import percent_interval
 
+NOISE_SIGMAS = 2.0
+"""Standard errors above which a difference is not noise."""
+
 _POINTS = ("dense", "paper", "found", "random", "given")
 """Names of the reported schedules, in the order of the report."""
 
@@ -121,6 +124,9 @@ class SearchResult:
         dense, paper, found, random: evaluated on the held-out images. `paper` is the paper's schedule at the same MACs
             with metrics chosen in the same way; None if the model lacks its sites. `random` is the found schedule with
             tokens dropped at random.
+        random_sigmas: by how many standard errors the found schedule is better than `random`, over the same images;
+            None if its reducer uses no score or the search was interrupted.
+        selection: the dense model, the found schedule and the paper's on the selection images, as `tried`.
         given: the start recipe with its own layers, on the selection images; None if it has none or does not fit.
         paper_is_found: whether the paper's schedule is the result.
         held_back_decided: whether it is the result because it was better on the held-out images only.
@@ -139,6 +145,8 @@ class SearchResult:
     found: MeasuredSchedule
     random: MeasuredSchedule | None
     given: MeasuredSchedule | None
+    random_sigmas: float | None
+    selection: Mapping[str, MeasuredSchedule]
     paper_is_found: bool
     held_back_decided: bool
     tried: tuple[MeasuredSchedule, ...]
@@ -149,11 +157,12 @@ class SearchResult:
     seed: int
 
     def check_met(self, force: bool, warn: Callable[[str], None]) -> None:
-        """Warn if the target is missed, or if it is met on the selection images only.
+        """Warn if the target is met on the selection images only, or random dropping is about as good.
 
         Raises:
-            CheckFailed: it is missed, and `force` is off.
+            CheckFailed: it is missed, or random dropping is better, and `force` is off; with `force` it is a warning.
         """
+        self._check_random(force, warn)
         target, nearest = self.target, f"the nearest is {self.target.kind}={self.nearest:.4g}"
         if not self.met and not force:
             hint = "Ask for that value, or allow other reducers and metrics."
@@ -165,6 +174,19 @@ class SearchResult:
                 f"the target {target} is met on the selection half, but missed on the held-out half; "
                 "use more images (--images) to reduce the sampling error"
             )
+
+    def _check_random(self, force: bool, warn: Callable[[str], None]) -> None:
+        sigmas = self.random_sigmas
+        if sigmas is None or sigmas >= NOISE_SIGMAS:
+            return
+        numbers = f"({sigmas:.1f} standard errors on {self.found.images} held-out images)"
+        if sigmas > -NOISE_SIGMAS:
+            warn(f"the found schedule is not clearly better than random dropping {numbers}")
+            return
+        problem = f"random dropping is better than the found schedule {numbers}"
+        if not force:
+            raise CheckFailed(problem, "Use more images (--images), a milder target or another metric, or add --force.")
+        warn(problem)
 
     @property
     def held_back_met(self) -> bool | None:
@@ -201,6 +223,7 @@ class SearchResult:
             "paper_is_found": self.paper_is_found,
             "held_back_decided": self.held_back_decided,
             "held_back_met": self.held_back_met,
+            "random_sigmas": None if self.random_sigmas is None else round(self.random_sigmas, 2),
             "paper_calibrated": not self.interrupted,
             "evaluations": self.evaluations,
             "interrupted": self.interrupted,

@@ -31,7 +31,7 @@ from repshift_cli.search.latency_target import corrected_by_latency, meet_latenc
 from repshift_cli.search.outcome import SearchState, make_result, paper_at_best, paper_candidate
 from repshift_cli.search.result import SearchResult, SearchSettings
 from repshift_cli.search.schedule import fit, neighbours, solve
-from repshift_cli.search.target import COST_TOLERANCE, lower_agreement
+from repshift_cli.search.target import COST_TOLERANCE
 from repshift_cli.utils.progress import Progress
 
 _MIN_IMAGES = 16
@@ -97,6 +97,12 @@ def _check(settings: SearchSettings) -> None:
         raise DataError(f"there are {len(settings.labels)} labels for {count} images")
     if target.kind == "max-drop" and settings.labels is None:
         raise UsageError("the target max-drop needs labels", "Give labelled images, or ask for agreement=0.99.")
+    if target.kind == "max-drop" and count // 2 < target.images_needed:
+        raise DataError(
+            f"{count} images cannot decide {target}: half of them select schedules, and one of {count // 2} is "
+            f"{100 / (count // 2):.2g} points",
+            f"Give at least {2 * target.images_needed} images (--images), or allow a larger loss.",
+        )
     if target.kind == "latency" and settings.seconds <= 0:
         raise UsageError("the target latency needs time to measure", "Set seconds above 0.")
 
@@ -130,8 +136,11 @@ def _start_at_quality(state: SearchState) -> None:
     """Look for the lowest cost at which a schedule of the additive model has the quality."""
     target, costs, evaluator = state.target, state.costs, state.evaluator
     front, count = costs.front(state.method.reducer), len(evaluator.subsets["selection"].images)
-    if target.kind == "agreement" and lower_agreement(1.0, count) < target.value:
-        evaluator.progress.warn(f"{count} images are too few to confirm {target}; use more")
+    if count < target.images_needed:
+        needed = 2 * target.images_needed
+        evaluator.progress.warn(
+            f"{count} selection images are too few to confirm {target}; use {needed} images (--images)"
+        )
 
     def at(budget: float) -> Candidate | None:
         solution = front.best(budget)

@@ -14,13 +14,14 @@ from torch import nn
 from repshift_cli.errors import UsageError
 from repshift_cli.planning.recipe import ComponentSpec
 from repshift_cli.search.result import SearchSettings
-from repshift_cli.utils.files import atomic_output
-from repshift_cli.utils.hashing import digest_of_tensors
+from repshift_cli.utils.files import atomic_output, read_text
+from repshift_cli.utils.hashing import digest_of_document, digest_of_tensors
 from repshift_cli.utils.progress import Task
 from repshift_cli.version import __version__
 
-_FORMAT = 2
-_OUTPUTS = "outputs"
+_FORMAT = 3
+_LARGEST = 1 << 26
+_OUTPUTS, _DIGEST = "outputs", "digest"
 
 
 class _Quality(BaseModel):
@@ -34,6 +35,7 @@ class _Quality(BaseModel):
     top1: FiniteFloat | None
     lost: FiniteFloat | None
     lost_error: FiniteFloat | None
+    distances: list[FiniteFloat] | None = None
 
 
 _FORMS: dict[str, TypeAdapter[Any]] = {
@@ -79,7 +81,8 @@ class EvaluationCache:
             # through JSON, so that a resumed search uses exactly the same values
             self._known |= json.loads(json.dumps(added))
             if added and self._path is not None:
-                _write(self._path, {**self._identity, _OUTPUTS: self._outputs, "known": self._known})
+                sealed = {_DIGEST: digest_of_document(self._known), "known": self._known}
+                _write(self._path, {**self._identity, _OUTPUTS: self._outputs, **sealed})
         return [self._known[key] for key in keys]
 
 
@@ -126,20 +129,22 @@ def _read_state(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     document = _read_document(path)
     if document is None or "known" not in document:
         raise UsageError(f"{path} is not the state of a search", hint)
-    known = document.pop("known")
+    known, digest = document.pop("known"), document.pop(_DIGEST, None)
     document.pop(_OUTPUTS, None)
     if document != json.loads(json.dumps(identity)):
         differing = [key for key in identity if document.get(key) != identity[key]] or ["its keys"]
         raise UsageError(f"{path} is the state of another search: it differs in {', '.join(differing)}", hint)
     if not isinstance(known, dict) or not all(_is_valid(key, value) for key, value in known.items()):
         raise UsageError(f"{path} is not the state of a search", hint)
+    if digest != digest_of_document(known):
+        raise UsageError(f"{path} was changed after the search wrote it", hint)
     return known
 
 
 def _read_document(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None if it holds none."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_text(path, _LARGEST))
     except (OSError, ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,16 @@ class SearchTarget:
     def budget(self) -> float:
         """The cost that the search aims at, as a fraction of the dense model's; only if `limits_cost`."""
         return self.value * (_LATENCY_AIM if self.kind == "latency" else 1.0)
+
+    @property
+    def images_needed(self) -> int:
+        """The fewest images on which a target of quality can be decided; 0 for other targets.
+
+        One image must be at most the allowed loss, or all images must give an interval above the agreement.
+        """
+        if self.kind == "agreement" and self.value < 1:
+            return math.ceil(self.value / (1 - self.value) * _AGREEMENT_ERRORS**2 - COST_TOLERANCE)
+        return math.ceil(100 / self.value) if self.kind == "max-drop" and self.value else 0
 
     def quality(self, values: Mapping[str, Any]) -> float:
         """The measured quality in the unit of the target; larger is better."""

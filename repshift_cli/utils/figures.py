@@ -1,8 +1,9 @@
-"""File formats of figures."""
+"""File formats of figures, and writing them."""
 
 from __future__ import annotations
 
-import io
+import os
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,28 @@ def check_figure_path(option: str, path: Path) -> None:
         raise UsageError(f"invalid {option} {path}: must end in .png, .svg or .pdf")
 
 
-def write_figure(figure: Figure, path: Path, **options: Any) -> None:
-    """Draw a figure in memory, then write it: on a full disk, matplotlib's PDF writer hides the error."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, **options)
-    path.write_bytes(drawn.getbuffer())
+def new_figure(**options: Any) -> Figure:
+    """A matplotlib figure. No window is opened, so an invalid `MPLBACKEND` does not matter."""
+    try:
+        from matplotlib.figure import Figure
+    except ValueError:
+        os.environ.pop("MPLBACKEND", None)
+        from matplotlib.figure import Figure
+    return Figure(**options)
+
+
+def write_figure(figure: Figure, path: Path, file_format: str, **options: Any) -> None:
+    """Write a figure; its texts are plain text, without formulas, and what is not Unicode is escaped.
+
+    Raises:
+        OSError: writing failed.
+    """
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if isinstance(text, Text):
+            text.set_parse_math(False)
+            text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode())
+    drawn = BytesIO()  # some writers hide the error of a full disk
+    figure.savefig(drawn, format=file_format, **options)
+    path.write_bytes(drawn.getvalue())

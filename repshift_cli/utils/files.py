@@ -6,10 +6,13 @@ import errno
 import io
 import os
 import secrets
+import select
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +28,9 @@ EXPORT_SUFFIXES = (".onnx", ".pt2")
 
 LARGEST_DOCUMENT = 1 << 24
 """Maximum bytes of a document: a recipe, a configuration, the metadata of a file."""
+
+PIPE_SECONDS = 10.0
+"""Maximum time to read a pipe."""
 
 _READ_BYTES = 1 << 22
 
@@ -63,6 +69,35 @@ def read_text(path: Path, largest: int = LARGEST_DOCUMENT, encoding: str = "utf-
     """The text of a regular file; errors as `open_file`, or UnicodeDecodeError."""
     with open_file(path, largest) as file:
         return file.read().decode(encoding)
+
+
+def read_pipe(path: Path, largest: int) -> str:
+    """The text of a pipe or a device, which is read only once: later calls return the same text.
+
+    Raises:
+        InvalidFile: it has no end within `PIPE_SECONDS`, or is larger.
+        OSError, UnicodeDecodeError: as `read_text`.
+    """
+    status = path.stat()
+    return _read_pipe(path, (status.st_dev, status.st_ino), largest)
+
+
+@cache
+def _read_pipe(path: Path, identity: tuple[int, int], largest: int) -> str:
+    del identity
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    found, end = bytearray(), time.monotonic() + PIPE_SECONDS
+    try:
+        while len(found) <= largest:
+            if not select.select([descriptor], [], [], max(0.0, end - time.monotonic()))[0]:
+                raise InvalidFile(path, f"has no end after {PIPE_SECONDS:g} s")
+            part = os.read(descriptor, _READ_BYTES)
+            if not part:
+                return found.decode()
+            found += part
+    finally:
+        os.close(descriptor)
+    raise InvalidFile(path, f"has more than the maximum of {largest} bytes")
 
 
 def sha256_of(path: Path) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from repshift_cli.data.inputs import ImageBatch, load_inputs
 from repshift_cli.data.sources.class_labels import imagenet_wnids
-from repshift_cli.errors import UsageError
+from repshift_cli.errors import CheckFailed, UsageError
 from repshift_cli.planning.layout import PatchGrid
 from repshift_cli.reduction.compressed_model import CompressedModel
 from repshift_cli.reduction.reducers.base import Merger, build_reducer
@@ -55,9 +55,12 @@ def trace_samples(model: CompressedModel, images: Tensor) -> TracedOutputs:
         traces.append(model.trace(batch))
         with model.dense() as dense_model:
             dense.append(dense_model(batch).float().cpu())
+    outputs = (torch.cat(dense), torch.cat([trace.output.float().cpu() for trace in traces]))
+    if not all(bool(output.isfinite().all()) for output in outputs):
+        raise CheckFailed("the model returns values that are not finite", "Check its weights.")
     kept = {layer: torch.cat([trace.kept[layer].cpu() for trace in traces]) for layer in traces[0].kept}
     in_order = {layer: rows.sort(dim=1).values.numpy() for layer, rows in kept.items()}  # merging changes the order
-    return TracedOutputs(in_order, torch.cat(dense), torch.cat([trace.output.float().cpu() for trace in traces]))
+    return TracedOutputs(in_order, *outputs)
 
 
 def _results(samples: ImageBatch, outputs: TracedOutputs, has_head: bool) -> tuple[SampleResult, ...]:

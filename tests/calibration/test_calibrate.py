@@ -16,10 +16,10 @@ from repshift_cli.calibration.calibrate import (
     Calibration,
     CandidateResult,
     _rounds,
-    _sigmas,
     _steps,
     calibrate,
     choose_metric,
+    paired_sigmas,
 )
 from repshift_cli.calibration.outputs import agreement, distance, divergence
 from repshift_cli.errors import DataError, RecipeError
@@ -168,7 +168,7 @@ class TestRounds:
         assert choice.chosen == choice.candidates[0].metric
         usual = next(result for result in choice.candidates if result.metric == USUAL)
         best = min((result for result in choice.candidates if len(result.distances) == 16), key=lambda r: r.distance)
-        clearly = _sigmas(usual.distances, best.distances) >= 1
+        clearly = paired_sigmas(usual.distances, best.distances) >= 1
         assert choice.chosen == (best.metric if clearly else USUAL)
         assert len(usual.distances) == 16, "the paper's choice runs to the end"
 
@@ -281,10 +281,10 @@ class TestMeasures:
         assert math.isfinite(found.result.distance)
 
     def test_sigmas(self) -> None:
-        assert _sigmas([2.0, 4.0], [1.0, 1.0]) == pytest.approx(2.0)
-        assert _sigmas([1.0, 1.0], [1.0, 1.0]) == 0.0
-        assert _sigmas([2.0, 2.0], [1.0, 1.0]) == 99.0
-        assert _sigmas([1.0, 1.0], [2.0, 2.0]) == -99.0
+        assert paired_sigmas([2.0, 4.0], [1.0, 1.0]) == pytest.approx(2.0)
+        assert paired_sigmas([1.0, 1.0], [1.0, 1.0]) == 0.0
+        assert paired_sigmas([2.0, 2.0], [1.0, 1.0]) == 99.0
+        assert paired_sigmas([1.0, 1.0], [2.0, 2.0]) == -99.0
 
 
 def test_the_document_has_the_measured_values() -> None:

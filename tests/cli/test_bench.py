@@ -154,7 +154,7 @@ class TestFiles:
         assert run("-b", "1", f"--{option}", path, "--force").rc == 0
         assert path.read_text() != "mine"
 
-    def test_failed_plot_leaves_nothing(
+    def test_failed_plot_leaves_no_file_and_loses_no_numbers(
         self, run: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def fail(report: BenchReport, path: Path, file_format: str) -> None:
@@ -163,8 +163,12 @@ class TestFiles:
 
         monkeypatch.setattr("repshift_cli.benchmark.plot.plot_report", fail)
         before = set(tmp_path.iterdir())
-        refused(run("-b", "1", "--plot", "a.png"), 1, "No space left")
-        assert set(tmp_path.iterdir()) == before
+        outcome = run("-b", "1", "--plot", "a.png", "--csv", "a.csv")
+        assert outcome.rc == 1
+        assert "No space left" in outcome.stderr
+        assert "wrote a.csv" in outcome.stderr
+        assert "compressed" in outcome.stdout
+        assert set(tmp_path.iterdir()) - before == {tmp_path / "a.csv"}
 
 
 class TestBudget:

@@ -110,7 +110,7 @@ class TestFigure:
     def test_the_legend_names_everything(self) -> None:
         legend = figure(chart(limit=("latency", 0.7))).legends[0]
         assert [text.get_text() for text in legend.get_texts()] == [
-            "tried, on the selection images",
+            "tried",
             "front of these",
             "dense",
             "the paper's schedule",

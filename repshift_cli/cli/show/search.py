@@ -51,7 +51,9 @@ def show_found(found: FinishedSearch) -> None:
         ui.print_text(f"latency on {on['device']}, {on['dtype']}, batch {on['batch']}, {on['threads']} threads")
     if result.paper_is_found:
         images = "held-out" if result.held_back_decided else "selection"
-        ui.print_text(f"the paper's schedule was at least as good on the {images} {unit}s, so it is the result")
+        sites = ", ".join(f"{site.site} {site.tokens_in} -> {site.tokens_out}" for site in result.plan.sites)
+        ui.print_text(f"the paper's schedule at this cost ({sites} tokens)")
+        ui.print_text(f"was at least as good on the {images} {unit}s, so it is the result")
     ui.print_text("")
     front = _thinned(result.front)
     if len(front) > 1:
