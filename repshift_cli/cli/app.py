@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -71,8 +70,7 @@ def _run() -> int:
     except (KeyboardInterrupt, SystemExit) as stop:
         code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else stop.code
         if code in {INTERRUPTED, TERMINATED}:
-            with suppress(OSError, ValueError):
-                ui.remark("interrupted; no partial output was left")
+            ui.remark("interrupted; no partial output was left")
         return code if isinstance(code, int) else int(code is not None)
     except Exception as problem:
         if "--debug" in sys.argv:
@@ -113,7 +111,7 @@ def _explain(problem: Exception) -> int:
     else:
         message = f"unexpected: {type(problem).__name__}: {problem}"
         shown = RepshiftError(message, "Run `repshift --debug ...` to see the traceback, and report it.")
-    _report(shown)
+    ui.error(shown)
     return shown.exit_code
 
 
@@ -121,8 +119,3 @@ def _is_out_of_memory(problem: Exception) -> bool:
     from repshift_cli.measure.device import out_of_memory
 
     return isinstance(problem, MemoryError) or (isinstance(problem, RuntimeError) and out_of_memory(problem))
-
-
-def _report(problem: RepshiftError) -> None:
-    with suppress(OSError, ValueError):  # a full or closed stderr must not change the exit code
-        ui.error(problem)

@@ -9,6 +9,7 @@ from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.models.attention_mode import AttentionMode
 from repshift_cli.reduction.families.base import match
+from repshift_cli.utils.ranges import check_ranges
 
 _HEAVY_MACS = 20_000_000_000
 
@@ -47,6 +48,10 @@ class Settings:
     attention: AttentionMode = "auto"
     seed: int = 0
     force: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranges(batch_size=self.batch_size or None, seconds=self.seconds, seed=self.seed)
+        check_ranges(calibration_images=self.calibration_images or None)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from repshift_cli.data.dataset import ImageDataset
 from repshift_cli.data.decode import UnreadableSample
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import DataError, RepshiftError
+from repshift_cli.utils.interrupts import held_interrupts
 
 _IDLE = -1
 _NO_ANSWER = -1
@@ -163,9 +164,16 @@ class BatchLoader:
         loader = self._kept or self._torch_loader(numbers)
         # only a loader of all batches can serve the next iteration
         self._kept = loader if self.persistent and len(numbers) == len(self.batches) else None
-        with _sigchld_handler_kept(self.workers > 0):
-            iterator = iter(loader)
-        yield from iterator
+        iterator: Any = None
+        try:
+            with held_interrupts(), _sigchld_handler_kept(self.workers > 0):
+                iterator = iter(loader)
+            yield from iterator
+        finally:
+            # not left to the destructor, which a traceback delays, and in which an interrupt would be lost
+            if iterator is not None and self.workers > 0 and self._kept is None:
+                with held_interrupts():
+                    iterator._shutdown_workers()
 
     def _torch_loader(self, numbers: Sequence[int]) -> Any:
         workers = min(self.workers, len(numbers))
@@ -333,7 +341,8 @@ def _sigchld_handler_kept(starting: bool) -> Iterator[None]:
 def _decode_fails(samples: _Samples, index: int) -> str | None:
     """Decode one input in a process of its own; returns how that process fails, None if it does not."""
     process = multiprocessing.Process(target=samples.__getitem__, args=((0, index),), daemon=True)
-    process.start()
+    with held_interrupts():
+        process.start()
     process.join(_SINGLE_DECODE_SECONDS)
     if process.exitcode is None:
         process.kill()
