@@ -133,7 +133,7 @@ def command(
     from repshift_cli.utils.files import check_outputs
 
     batches = _parse_integers("--batch-size", batch_size or DEFAULT_BATCHES)
-    sizes: list[int | None] = [*_parse_integers("--img-size", img_size or [])]
+    sizes: list[int | None] = [*_parse_integers("--img-size", img_size or [], RANGES["img_size"])]
     limits = [BenchLimit.parse(text) for text in budget or []]
     if plot is not None:
         check_figure_path("--plot", plot)
@@ -206,13 +206,13 @@ def _choices(option: str, values: Sequence[str], allowed: Sequence[_Value]) -> l
     return [by_name[text] for text in _split(values)]
 
 
-def _parse_integers(option: str, values: Sequence[str]) -> list[int]:
+def _parse_integers(option: str, values: Sequence[str], limits: tuple[int, int] = RANGES["batch_size"]) -> list[int]:
     """The integers in comma-separated lists, without repetitions.
 
     Raises:
         UsageError: one is not an integer in the range of the option.
     """
-    low, high = RANGES[option.strip("-").replace("-", "_")]
+    low, high = limits
     for text in _split(values):
         if not text.isascii() or not text.isdigit() or len(text) > len(str(high)) or not low <= int(text) <= high:
             raise UsageError(f"invalid {option} {text!r}: must be an integer >= {low} and <= {high}, or several (1,8)")

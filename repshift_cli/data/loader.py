@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ _SINGLE_DECODE_SECONDS = 60.0
 """Time limit for one input that is decoded in a process of its own."""
 
 _MAX_WORKERS = 8
+_BROKEN = (OSError, EOFError)
 _WORKER_DIED, _WORKER_RAISED = "DataLoader worker (pid", "Caught "
 """How PyTorch's messages begin for a worker that died, and for an error that a worker passed on."""
 
@@ -184,6 +186,7 @@ class BatchLoader:
             batch_sampler=[[(number, index) for index in self.batches[number]] for number in numbers],
             num_workers=workers,
             collate_fn=_collate,
+            worker_init_fn=_quiet,
             pin_memory=self.pinned,
             persistent_workers=self.persistent and workers > 0,
         )
@@ -313,6 +316,13 @@ def _collate(loaded: list[_Loaded]) -> Batch:
         decoding=sum(each.decoding for each in loaded),
         problem=next((each.problem for each in loaded if each.problem is not None), None),
     )
+
+
+def _quiet(worker: int) -> None:
+    """Print no traceback when the main process stops in the middle of taking a batch from this worker."""
+    del worker
+    usual = sys.excepthook
+    sys.excepthook = lambda kind, error, trace: None if issubclass(kind, _BROKEN) else usual(kind, error, trace)
 
 
 def _is_worker_death(error: Exception) -> bool:
