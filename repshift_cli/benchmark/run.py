@@ -24,6 +24,7 @@ from repshift_cli.measure.memory import peak_memory
 from repshift_cli.models.attention_mode import AttentionMode, attention_mode, auto_note
 from repshift_cli.reduction.compressed_model import CompressedModel
 from repshift_cli.utils.progress import Progress
+from repshift_cli.utils.ranges import check_ranges
 
 if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import Opened
@@ -83,6 +84,9 @@ class BenchSettings:
     attention: AttentionMode = "auto"
     memory_format: MemoryFormat = "contiguous"
     compile: CompileMode = "off"
+
+    def __post_init__(self) -> None:
+        check_ranges(seconds=self.seconds, min_runs=self.min_runs, threads=self.threads)
 
     @property
     def placement(self) -> Placement:

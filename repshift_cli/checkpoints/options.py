@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from repshift_cli.utils.ranges import check_ranges
+
 
 @dataclass(frozen=True)
 class LoadOptions:
@@ -25,3 +27,11 @@ class LoadOptions:
     frames: int | None = None
     checkpoint_frames: int | None = None
     fallback_name: str | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            heads=self.heads,
+            img_size=self.img_size,
+            frames=self.frames,
+            checkpoint_frames=self.checkpoint_frames,
+        )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
-from contextlib import suppress
 from functools import partial
 from typing import Annotated
 
@@ -59,6 +59,11 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_stopped: list[int] = []
+"""Signals that came during the command."""
+
+
 @app.callback()
 def options(
     version: Annotated[
@@ -73,8 +78,12 @@ def main() -> None:
     """Run the command line. An error becomes one message and an exit code (docs/architecture.md)."""
     _limit_thread_spinning()
     ui.prepare_streams()
-    signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(ui.finish_streams(_run()))
+    _stopped.clear()
+    for number in _SIGNALS:
+        signal.signal(number, _stop)
+    code = ui.finish_streams(_run())
+    atexit.register(_end_at_once)
+    sys.exit(code)
 
 
 def _run() -> int:
@@ -86,20 +95,31 @@ def _run() -> int:
     except (KeyboardInterrupt, SystemExit) as stop:
         code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else stop.code
         if code in {INTERRUPTED, TERMINATED}:
-            with suppress(OSError, ValueError):
-                ui.remark("interrupted; no partial output was left")
+            ui.remark("interrupted; no partial output was left")
         return code if isinstance(code, int) else int(code is not None)
     except Exception as problem:
+        if _stopped:  # some libraries turn the exception of a signal into one of their own
+            ui.remark("interrupted; no partial output was left")
+            return INTERRUPTED if _stopped[0] == signal.SIGINT else TERMINATED
         if "--debug" in sys.argv:
             raise
         return _explain(problem)
     return 0
 
 
-def _terminate(number: int, frame: object) -> None:
+def _stop(number: int, frame: object) -> None:
     """End by an exception, so that temporary files are deleted."""
-    del number, frame
+    del frame
+    _stopped.append(number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     sys.exit(TERMINATED)
+
+
+def _end_at_once() -> None:
+    """Let signals end the process while the interpreter shuts down, where an exception would print a traceback."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _limit_thread_spinning() -> None:
@@ -128,7 +148,7 @@ def _explain(problem: Exception) -> int:
     else:
         message = f"unexpected: {type(problem).__name__}: {problem}"
         shown = RepshiftError(message, "Run `repshift --debug ...` to see the traceback, and report it.")
-    _report(shown)
+    ui.error(shown)
     return shown.exit_code
 
 
@@ -136,8 +156,3 @@ def _is_out_of_memory(problem: Exception) -> bool:
     from repshift_cli.measure.device import out_of_memory
 
     return isinstance(problem, MemoryError) or (isinstance(problem, RuntimeError) and out_of_memory(problem))
-
-
-def _report(problem: RepshiftError) -> None:
-    with suppress(OSError, ValueError):  # a full or closed stderr must not change the exit code
-        ui.error(problem)

@@ -18,6 +18,7 @@ from repshift_cli.cli import guard, options, ui
 from repshift_cli.cli.show.bench import show, why_nothing
 from repshift_cli.errors import UsageError
 from repshift_cli.utils.figures import check_figure_path, figure_format
+from repshift_cli.utils.ranges import RANGES
 from repshift_cli.utils.suggest import nearest
 
 if TYPE_CHECKING:
@@ -102,9 +103,9 @@ def command(
             help="Also time end to end, from image files to results: a folder of images, or a dataset.",
         ),
     ] = None,
-    images: Annotated[int, typer.Option(min=1, metavar="N", help="Images per pass over --data.")] = 256,
+    images: Annotated[int, options.number("images", help="Images per pass over --data.")] = 256,
     workers: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Worker processes that read them; 0 reads in the main process.")
+        int, options.number("workers", help="Worker processes that read them; 0 reads in the main process.")
     ] = 0,
     budget: Annotated[
         list[str] | None,
@@ -115,9 +116,9 @@ def command(
         ),
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=0.0, metavar="S", help="Duration of the measurement per model and setting.")
+        float, options.number("seconds", metavar="S", help="Duration of the measurement per model and setting.")
     ] = 10.0,
-    min_runs: Annotated[int, typer.Option(min=1, metavar="N", help="Minimum number of runs per model.")] = 10,
+    min_runs: Annotated[int, options.number("min_runs", help="Minimum number of runs per model.")] = 10,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one line per run to this file.")] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plot images per second (.png, .svg or .pdf).")
@@ -133,7 +134,7 @@ def command(
     from repshift_cli.utils.files import check_outputs
 
     batches = _parse_integers("--batch-size", batch_size or DEFAULT_BATCHES)
-    sizes: list[int | None] = [*_parse_integers("--img-size", img_size or [])]
+    sizes: list[int | None] = [*_parse_integers("--img-size", img_size or [], RANGES["img_size"])]
     limits = [BenchLimit.parse(text) for text in budget or []]
     if plot is not None:
         check_figure_path("--plot", plot)
@@ -210,15 +211,16 @@ def _choices(option: str, values: Sequence[str], allowed: Sequence[_Value]) -> l
     return [by_name[text] for text in _split(values)]
 
 
-def _parse_integers(option: str, values: Sequence[str]) -> list[int]:
+def _parse_integers(option: str, values: Sequence[str], limits: tuple[int, int] = RANGES["batch_size"]) -> list[int]:
     """The integers in comma-separated lists, without repetitions.
 
     Raises:
-        UsageError: one is not an integer >= 1.
+        UsageError: one is not an integer in the range of the option.
     """
+    low, high = limits
     for text in _split(values):
-        if not text.isascii() or not text.isdigit() or int(text) < 1:
-            raise UsageError(f"invalid {option} {text!r}: must be an integer >= 1, or several (1,8)")
+        if not text.isascii() or not text.isdigit() or len(text) > len(str(high)) or not low <= int(text) <= high:
+            raise UsageError(f"invalid {option} {text!r}: must be an integer >= {low} and <= {high}, or several (1,8)")
     return list(dict.fromkeys(int(text) for text in _split(values)))
 
 

@@ -64,8 +64,8 @@ def command(
     ] = True,
     calibration_images: Annotated[
         int | None,
-        typer.Option(
-            min=8, metavar="N", help="Number of calibration images (default: 128; 32 clips for large video models)."
+        options.number(
+            "calibration_images", help="Number of calibration images (default: 128; 32 clips for large video models)."
         ),
     ] = None,
     device: options.Device = "cpu",
@@ -73,7 +73,9 @@ def command(
     batch_size: options.BatchSize = None,
     threads: options.Threads = None,
     attention: options.Attention = options.AttentionKind.AUTO,
-    seconds: Annotated[float, typer.Option(min=0.0, metavar="S", help="Duration of the latency measurement.")] = 10.0,
+    seconds: Annotated[
+        float, options.number("seconds", metavar="S", help="Duration of the latency measurement.")
+    ] = 10.0,
     seed: options.Seed = 0,
     export: Annotated[
         list[Target] | None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,18 +15,25 @@ from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.cli import options, ui
 from repshift_cli.cli.evaluate_video import VideoOptions, refuse_videos, run
 from repshift_cli.cli.options import Pooling
-from repshift_cli.cli.show.evaluate import announce_dataset, evaluation_document, show_evaluation, warn_of_skipped
+from repshift_cli.cli.show.evaluate import (
+    announce_dataset,
+    evaluation_document,
+    show_evaluation,
+    warn_of_guessing,
+    warn_of_skipped,
+)
 from repshift_cli.cli.torchrun import (
     Interrupted,
-    is_first,
     own_device,
     rank_zero_errors,
     refuse_torchrun,
     screen_of_first,
 )
-from repshift_cli.errors import INTERRUPTED, UsageError
+from repshift_cli.errors import INTERRUPTED, OutputError, UsageError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from repshift_cli.checkpoints.artifact import Opened
     from repshift_cli.data.dataset import ImageDataset
     from repshift_cli.evaluation.classification.result import Evaluation
@@ -33,8 +42,6 @@ if TYPE_CHECKING:
 _DEFAULT_MODEL = "builtin:vit-digits"
 _DEFAULT_DATASET = "builtin:digits"
 _BUILTIN = "builtin:"
-_MIN_IMAGES_TO_JUDGE = 100
-"""Images needed to warn about an accuracy no better than guessing."""
 _IMAGE_BATCH, _VIDEO_BATCH = 64, 8
 
 
@@ -77,7 +84,7 @@ def command(
     data_dir: options.DataDir = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Use N images, videos or questions, evenly spaced over the dataset."),
+        options.number("limit", help="Use N images, videos or questions, evenly spaced over the dataset."),
     ] = None,
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Also evaluate the dense model, on the same inputs.")
@@ -87,11 +94,10 @@ def command(
     img_size: options.ImgSize = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(
+        options.number(
+            "batch_size",
             "--batch-size",
             "-b",
-            min=1,
-            metavar="N",
             help=f"Batch size (default: {_IMAGE_BATCH} images, {_VIDEO_BATCH} videos).",
             show_default=False,
         ),
@@ -102,9 +108,8 @@ def command(
     attention: options.Attention = options.AttentionKind.AUTO,
     workers: Annotated[
         int | None,
-        typer.Option(
-            min=0,
-            metavar="N",
+        options.number(
+            "workers",
             help="Worker processes that decode; 0 decodes in the main process (default: chosen by the number of cores "
             "for images, 0 for videos).",
             show_default=False,
@@ -130,7 +135,7 @@ def command(
         ),
     ] = None,
     force: options.Overwrite = False,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Random seed of the built-in scenes.")] = 0,
+    seed: Annotated[int, options.number("seed", help="Random seed of the built-in scenes.")] = 0,
     frames: options.Frames = None,
     checkpoint_frames: options.CheckpointFrames = None,
     annotations: Annotated[
@@ -153,7 +158,9 @@ def command(
     ] = None,
     rerank_k: Annotated[
         int | None,
-        typer.Option(min=1, metavar="K", help="Candidates per query to re-rank (default: 128).", show_default=False),
+        options.number(
+            "rerank_k", metavar="K", help="Candidates per query to re-rank (default: 128).", show_default=False
+        ),
     ] = None,
     paragraph: Annotated[
         bool | None,
@@ -206,25 +213,22 @@ def command(
 
 
 def _evaluate_images(opened: Opened, given: _EvalOptions, video: VideoOptions, screen: Progress) -> None:
-    from repshift_cli.data.catalog import open_dataset
     from repshift_cli.evaluation.classification.evaluate import evaluate, finish
-    from repshift_cli.evaluation.models import head_size, models_of
+    from repshift_cli.evaluation.models import head_size
     from repshift_cli.utils.distributed import together
 
-    refuse_videos(given.name, given.dataset, video)
-    assert given.dataset is not None
-    classes = head_size(opened.loaded.model)
-    data = open_dataset(given.dataset, given.data_dir, given.limit, given.seed)
-    models = models_of(opened, given.compare_dense, given.name)
-    if not given.json and is_first():
-        announce_dataset(opened, data.for_head(classes))
     settings = given.settings | {"batch_size": given.settings["batch_size"] or _IMAGE_BATCH}
     with together(settings["device"]) as group:
+        models, data, labelled = group.agreed(lambda: _open_images(opened, given, video))
+        if not given.json and group.is_first:
+            # with predictions to save, the run goes on although nothing can be printed
+            with suppress(*(OSError, OutputError) if given.predictions else ()):
+                announce_dataset(opened, labelled)
         result = evaluate(
             models,
             data,
             opened.loaded.description.preprocessing,
-            num_classes=classes,
+            num_classes=head_size(opened.loaded.model),
             progress=screen,
             group=group,
             resume=given.resume,
@@ -232,13 +236,30 @@ def _evaluate_images(opened: Opened, given: _EvalOptions, video: VideoOptions, s
             **settings,
         )
         if group.is_first:
-            _report(result, opened, given)
-            if not result.interrupted:
-                _save_predictions(result, data.for_head(classes), given)
+            try:
+                saved = () if result.interrupted else _save_predictions(result, labelled, given)
+            finally:
+                _report(result, opened, given)
+            if not given.json:
+                ui.print_text(*(f"wrote {path}" for path in saved))
         if given.resume is not None and not result.interrupted:
             finish(given.resume, group)
     if result.interrupted:
         raise Interrupted(INTERRUPTED)
+
+
+def _open_images(
+    opened: Opened, given: _EvalOptions, video: VideoOptions
+) -> tuple[Mapping[str, nn.Module], ImageDataset, ImageDataset]:
+    """The models, the dataset, and the dataset with the labels of the head."""
+    from repshift_cli.data.catalog import open_dataset
+    from repshift_cli.evaluation.models import head_size, models_of
+
+    refuse_videos(given.name, given.dataset, video)
+    assert given.dataset is not None
+    data = open_dataset(given.dataset, given.data_dir, given.limit, given.seed)
+    labelled = data.for_head(head_size(opened.loaded.model))
+    return models_of(opened, given.compare_dense, given.name), data, labelled
 
 
 def _report(result: Evaluation, opened: Opened, given: _EvalOptions) -> None:
@@ -251,13 +272,7 @@ def _report(result: Evaluation, opened: Opened, given: _EvalOptions) -> None:
         ui.print_json(evaluation_document(result, macs, given.name, preprocessing))
     else:
         show_evaluation(result, macs)
-    if DENSE in result.scores:
-        low, high = result.scores[DENSE].top1_interval
-        if result.images >= _MIN_IMAGES_TO_JUDGE and low <= 100 / result.outputs <= high:
-            ui.warn(
-                f"the dense model is no better than guessing among {result.outputs} classes: check that the labels "
-                "are those of its head and that its weights are trained"
-            )
+    warn_of_guessing(result)
     if result.interrupted:
         resume = f"; run the same command to continue from {given.resume}" if given.resume else ""
         ui.warn(f"interrupted: this is the result of {result.images} of {result.total} images{resume}")
@@ -283,15 +298,14 @@ def _prediction_paths(path: Path | None, compare_dense: bool, force: bool) -> tu
     return paths
 
 
-def _save_predictions(result: Evaluation, data: ImageDataset, given: _EvalOptions) -> None:
+def _save_predictions(result: Evaluation, data: ImageDataset, given: _EvalOptions) -> tuple[Path, ...]:
     from repshift_cli.evaluation.classification.predictions import save_predictions
     from repshift_cli.evaluation.classification.result import predictions_of
 
     for name, path in zip(result.scores, given.predictions, strict=False):
         model = f"{given.name} ({name})" if len(result.scores) > 1 else given.name
         save_predictions(path, predictions_of(result, name, data, model), given.force)
-        if not given.json:
-            ui.print_text(f"wrote {path}")
+    return given.predictions
 
 
 def _evaluate_videos(opened: Opened, given: _EvalOptions, video: VideoOptions, screen: Progress) -> None:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from repshift_cli.utils.ranges import RANGES
+
+
+def number(name: str, *flags: str, help: str, metavar: str = "N", show_default: bool | str = True) -> Any:
+    """An option whose range is `RANGES[name]`."""
+    low, high = RANGES[name]
+    return typer.Option(*flags, min=low, max=high, metavar=metavar, help=help, show_default=show_default)
 
 
 class AttentionKind(str, Enum):
@@ -58,10 +66,10 @@ Dtype = Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="float32, b
 
 BatchSize = Annotated[
     int | None,
-    typer.Option("--batch-size", "-b", min=1, metavar="N", help="Batch size (default: 8; 1 for large video models)."),
+    number("batch_size", "--batch-size", "-b", help="Batch size (default: 8; 1 for large video models)."),
 ]
 
-Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads (default: all cores).")]
+Threads = Annotated[int | None, number("threads", "--threads", help="CPU threads (default: all cores).")]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 
@@ -69,15 +77,11 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite existing outputs
 
 Overwrite = Annotated[bool, typer.Option("--force", help="Overwrite existing outputs.")]
 
-Heads = Annotated[
-    int | None, typer.Option("--heads", min=1, metavar="N", help="Attention heads, if no timm model has this shape.")
-]
+Heads = Annotated[int | None, number("heads", "--heads", help="Attention heads, if no timm model has this shape.")]
 
 ImgSize = Annotated[
     int | None,
-    typer.Option(
-        "--img-size", min=1, metavar="N", help="Image size N x N: any for a CNN, else what the weights allow."
-    ),
+    number("img_size", "--img-size", help="Image size N x N: any for a CNN, else what the weights allow."),
 ]
 
 MeasureDtype = Annotated[
@@ -87,19 +91,17 @@ MeasureDtype = Annotated[
     ),
 ]
 
-Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Random seed for sampling images.")]
+Seed = Annotated[int, number("seed", "--seed", help="Random seed for sampling images.")]
 
 Frames = Annotated[
     int | None,
-    typer.Option(
-        "--frames", min=1, metavar="N", help="Frames per clip, if the file of a video model does not contain it."
-    ),
+    number("frames", "--frames", help="Frames per clip, if the file of a video model does not contain it."),
 ]
 
 CheckpointFrames = Annotated[
     int | None,
-    typer.Option(
-        "--checkpoint-frames", min=1, metavar="N", help="Frames per clip in training, to resize position embeddings."
+    number(
+        "checkpoint_frames", "--checkpoint-frames", help="Frames per clip in training, to resize position embeddings."
     ),
 ]
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from repshift_cli.cli import guard, ui
+from repshift_cli.cli import guard, options, ui
 
 app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -27,7 +27,7 @@ def show(
     name: Annotated[
         str, typer.Argument(metavar="RECIPE", help="A shipped recipe, `default`, or a compressed checkpoint.")
     ],
-    blocks: Annotated[int, typer.Option(min=1, metavar="N", help="Number of blocks of the model, for `default`.")] = 12,
+    blocks: Annotated[int, options.number("blocks", help="Number of blocks of the model, for `default`.")] = 12,
     calibrated: Annotated[
         bool, typer.Option("--calibrated", help="Compressed checkpoints: print the calibrated metric of each site.")
     ] = False,

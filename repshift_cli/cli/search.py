@@ -59,15 +59,15 @@ def command(
     ] = None,
     images: Annotated[
         int | None,
-        typer.Option(
+        options.number(
+            "search_images",
             "--images",
-            min=16,
             help="Number of images (default: 256; 64 clips for a large video model).",
             show_default=False,
         ),
     ] = None,
     evaluations: Annotated[
-        int, typer.Option("--evaluations", min=1, metavar="N", help="Number of schedules to try.")
+        int, options.number("evaluations", "--evaluations", help="Number of schedules to try.")
     ] = 40,
     reducer: Annotated[
         list[str] | None,
@@ -107,7 +107,7 @@ def command(
     batch_size: options.BatchSize = None,
     threads: options.Threads = None,
     seconds: Annotated[
-        float, typer.Option("--seconds", min=0.0, help="Time of each latency measurement; 0 measures none.")
+        float, options.number("seconds", "--seconds", help="Time of each latency measurement; 0 measures none.")
     ] = 5.0,
     seed: options.Seed = 0,
     json: options.AsJson = False,

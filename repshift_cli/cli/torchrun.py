@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from repshift_cli.cli import ui
-from repshift_cli.errors import RepshiftError, UsageError
+from repshift_cli.errors import INTERRUPTED, RepshiftError, UsageError
+from repshift_cli.utils.launch import launch
 from repshift_cli.utils.progress import Progress, Silent
 
 _GRACE_SECONDS = 30.0
@@ -21,11 +21,8 @@ class Interrupted(SystemExit):
 
 def is_first() -> bool:
     """Whether this process prints and writes: it is the only one, or rank 0."""
-    if os.environ.get("RANK", "0") == "0":
-        return True
-    from repshift_cli.utils.distributed import launched_together
-
-    return not launched_together()
+    place = launch()
+    return place.rank == 0 or not place.together
 
 
 def screen_of_first() -> Progress:
@@ -35,7 +32,8 @@ def screen_of_first() -> Progress:
 
 def own_device(device: str) -> str:
     """The GPU of this process if `cuda` is given under `torchrun`."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+    gpu = launch().gpu
+    return f"cuda:{gpu}" if device == "cuda" and gpu is not None else device
 
 
 @contextmanager
@@ -45,7 +43,10 @@ def rank_zero_errors() -> Iterator[None]:
         yield
     except RepshiftError:
         if not is_first():
-            time.sleep(_GRACE_SECONDS)
+            try:
+                time.sleep(_GRACE_SECONDS)
+            except (KeyboardInterrupt, SystemExit):
+                raise Interrupted(INTERRUPTED) from None
         raise
 
 
@@ -55,5 +56,5 @@ def refuse_torchrun(command: str) -> None:
     Raises:
         UsageError: `torchrun` started several.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if launch().together:
         raise UsageError(f"{command} runs in one process", "Start it without torchrun.")

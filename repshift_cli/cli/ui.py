@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +126,8 @@ def _print_stderr(*parts: str | tuple[str, str]) -> None:
     from rich.text import Text
 
     shown = [visible(part) if isinstance(part, str) else (visible(part[0]), part[1]) for part in parts]
-    Console(stderr=True, highlight=False).print(Text.assemble(*shown), soft_wrap=True)
+    with suppress(OSError, ValueError):  # a full or closed stderr must not end the work or change the exit code
+        Console(stderr=True, highlight=False).print(Text.assemble(*shown), soft_wrap=True)
 
 
 class _BarTask:

@@ -7,12 +7,10 @@ from pathlib import Path
 
 from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.errors import UsageError
-from repshift_cli.measure.latency import MOST_SECONDS
 from repshift_cli.models.attention_mode import AttentionMode
 from repshift_cli.reduction.families.base import match
+from repshift_cli.utils.ranges import check_ranges
 
-_MOST_INPUTS = 1_000_000
 _HEAVY_MACS = 20_000_000_000
 
 
@@ -52,12 +50,8 @@ class Settings:
     force: bool = False
 
     def __post_init__(self) -> None:
-        amounts = {name: getattr(self, name) for name in ("calibration_images", "agreement_images", "batch_size")}
-        for name, value in amounts.items():
-            if value is not None and not 1 <= value <= _MOST_INPUTS:
-                raise UsageError(f"{name} is {value}: must be in 1..{_MOST_INPUTS}")
-        if not 0 <= self.seconds <= MOST_SECONDS:
-            raise UsageError(f"seconds is {self.seconds}: must be in 0..{MOST_SECONDS:g}")
+        check_ranges(batch_size=self.batch_size, seconds=self.seconds, seed=self.seed)
+        check_ranges(calibration_images=self.calibration_images or None)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from repshift_cli.data.dataset import ImageDataset
 from repshift_cli.data.decode import UnreadableSample
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import DataError, RepshiftError
+from repshift_cli.utils.interrupts import held_interrupts
 
 _IDLE = -1
 _NO_ANSWER = -1
@@ -39,6 +41,7 @@ _SINGLE_DECODE_SECONDS = 60.0
 """Time limit for one input that is decoded in a process of its own."""
 
 _MAX_WORKERS = 8
+_BROKEN = (OSError, EOFError)
 _WORKER_DIED, _WORKER_RAISED = "DataLoader worker (pid", "Caught "
 """How PyTorch's messages begin for a worker that died, and for an error that a worker passed on."""
 
@@ -163,9 +166,16 @@ class BatchLoader:
         loader = self._kept or self._torch_loader(numbers)
         # only a loader of all batches can serve the next iteration
         self._kept = loader if self.persistent and len(numbers) == len(self.batches) else None
-        with _sigchld_handler_kept(self.workers > 0):
-            iterator = iter(loader)
-        yield from iterator
+        iterator: Any = None
+        try:
+            with held_interrupts(), _sigchld_handler_kept(self.workers > 0):
+                iterator = iter(loader)
+            yield from iterator
+        finally:
+            # not left to the destructor, which a traceback delays, and in which an interrupt would be lost
+            if iterator is not None and self.workers > 0 and self._kept is None:
+                with held_interrupts():
+                    iterator._shutdown_workers()
 
     def _torch_loader(self, numbers: Sequence[int]) -> Any:
         workers = min(self.workers, len(numbers))
@@ -176,6 +186,7 @@ class BatchLoader:
             batch_sampler=[[(number, index) for index in self.batches[number]] for number in numbers],
             num_workers=workers,
             collate_fn=_collate,
+            worker_init_fn=_quiet,
             pin_memory=self.pinned,
             persistent_workers=self.persistent and workers > 0,
         )
@@ -307,6 +318,13 @@ def _collate(loaded: list[_Loaded]) -> Batch:
     )
 
 
+def _quiet(worker: int) -> None:
+    """Print no traceback when the main process stops in the middle of taking a batch from this worker."""
+    del worker
+    usual = sys.excepthook
+    sys.excepthook = lambda kind, error, trace: None if issubclass(kind, _BROKEN) else usual(kind, error, trace)
+
+
 def _is_worker_death(error: Exception) -> bool:
     """Whether a worker died; one that dies while it sends a batch breaks the pipe."""
     if isinstance(error, RuntimeError):
@@ -333,7 +351,8 @@ def _sigchld_handler_kept(starting: bool) -> Iterator[None]:
 def _decode_fails(samples: _Samples, index: int) -> str | None:
     """Decode one input in a process of its own; returns how that process fails, None if it does not."""
     process = multiprocessing.Process(target=samples.__getitem__, args=((0, index),), daemon=True)
-    process.start()
+    with held_interrupts():
+        process.start()
     process.join(_SINGLE_DECODE_SECONDS)
     if process.exitcode is None:
         process.kill()

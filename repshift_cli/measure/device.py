@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from repshift_cli.errors import UsageError
+from repshift_cli.utils.ranges import check_ranges
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,6 +71,7 @@ def resolve_dtype(name: str) -> torch.dtype:
 @contextmanager
 def num_threads(count: int | None) -> Iterator[int]:
     """Use this many CPU threads, None for torch's default; yields the number in use."""
+    check_ranges(threads=count)
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)

@@ -26,6 +26,7 @@ from repshift_cli.search.result import MeasuredSchedule, SearchResult, SearchSet
 from repshift_cli.search.search import search
 from repshift_cli.search.target import SearchTarget
 from repshift_cli.utils.progress import Progress
+from repshift_cli.utils.ranges import check_ranges
 
 _PROVENANCE = (
     *("target", "met", "nearest", "points", "paper_is_found", "held_back_decided", "held_back_met", "evaluations"),
@@ -47,6 +48,9 @@ class SearchRequest:
     reducers: tuple[str, ...] = ()
     state: Path | None = None
     seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_ranges(evaluations=self.evaluations, seconds=self.seconds)
 
 
 @dataclass(frozen=True)

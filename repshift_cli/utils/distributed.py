@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
@@ -16,7 +15,8 @@ from torch import distributed
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
-from repshift_cli.errors import RepshiftError
+from repshift_cli.errors import RepshiftError, UsageError, first_line
+from repshift_cli.utils.launch import launch
 
 _Value = TypeVar("_Value")
 
@@ -38,7 +38,7 @@ class Processes:
         grouped = distributed.is_available() and distributed.is_initialized()
         self.rank = distributed.get_rank() if grouped else 0
         self.count = distributed.get_world_size() if grouped else 1
-        self.nearby = min(self.count, int(os.environ.get("LOCAL_WORLD_SIZE") or self.count))
+        self.nearby = min(self.count, launch().nearby or self.count)
         self._store: Store | None = None
         if self.count > 1:
             # a new prefix for each job, so that the stop flag of the last one is not seen
@@ -72,6 +72,17 @@ class Processes:
                 raise failure
         return done[0]
 
+    def check_equal(self, mine: Mapping[str, Any]) -> None:
+        """Raise a UsageError in every process if a value differs between two; the keys are shown to the user."""
+        first, *others = self.collect(mine)
+        for rank, other in enumerate(others, 1):
+            if differing := sorted(key for key in {*first, *other} if first.get(key) != other.get(key)):
+                raise UsageError(
+                    f"the processes were started for different evaluations: rank {rank} differs from rank 0 in "
+                    f"{', '.join(differing)}",
+                    "Give all processes the same options and files.",
+                )
+
     def stop(self) -> None:
         """Ask the other processes to stop; the flag is set when this returns."""
         if self._store is not None:
@@ -84,20 +95,18 @@ class Processes:
         return self._store is not None and self._store.check([_STOP])
 
 
-def launched_together() -> bool:
-    """Whether `torchrun` started several processes."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1
-
-
 @contextmanager
 def together(device: torch.device | None = None) -> Iterator[Processes]:
     """Use the existing process group, or create one from the variables that `torchrun` set, with the device of each."""
-    if not launched_together() or (distributed.is_available() and distributed.is_initialized()):
+    if not launch().together or (distributed.is_available() and distributed.is_initialized()):
         yield Processes()
         return
     if device is not None and device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("gloo")
+    try:
+        distributed.init_process_group("gloo")
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"the processes cannot find each other: {first_line(error)}", "Use torchrun.") from error
     try:
         with _one_interrupt():
             yield Processes()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from math import exp, lgamma, log, sqrt
+from typing import Literal
+
+GuessVerdict = Literal["above", "not above", "below", "undecided"]
+"""A proportion against guessing."""
 
 _Z = 1.959963984540054
 """Quantile of the normal distribution for 95%."""
@@ -37,6 +41,19 @@ def wilson_interval(correct: int, total: int, z: float = _Z) -> tuple[float, flo
     scale = 1 + z * z / total
     # the proportion lies inside the interval; rounding could move an end past it
     return min(share, max(0.0, (middle - spread) / scale)), max(share, min(1.0, (middle + spread) / scale))
+
+
+def against_guessing(correct: int, total: int, chance: float) -> GuessVerdict:
+    """How a proportion compares with guessing, by its 95% interval.
+
+    It is undecided if even a proportion half way between guessing and 1 would not be above guessing.
+    """
+    low, high = wilson_interval(correct, total)
+    if high < chance:
+        return "below"
+    if low > chance:
+        return "above"
+    return "not above" if wilson_interval(int(total * (1 + chance) / 2), total)[0] > chance else "undecided"
 
 
 def paired_difference(lost: int, won: int, total: int, z: float = _Z) -> tuple[float, float]:

@@ -11,12 +11,18 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-from repshift_cli.utils.distributed import Processes, launched_together, together
+from repshift_cli.cli.torchrun import is_first, own_device, refuse_torchrun
+from repshift_cli.errors import UsageError
+from repshift_cli.utils.distributed import Processes, together
+from repshift_cli.utils.launch import launch
 
 WORKER = """
 import json, os, sys, time
 from pathlib import Path
+from repshift_cli.cli.torchrun import is_first, own_device, refuse_torchrun
+from repshift_cli.errors import UsageError
 from repshift_cli.utils.distributed import Processes, together
+from repshift_cli.utils.launch import launch
 
 with together() as group:
     found = {
@@ -49,7 +55,27 @@ def test_launched_together_reads_the_variables_of_torchrun(
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
-    assert launched_together() == together
+    assert launch().together == together
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("WORLD_SIZE", "garbage"),
+        ("WORLD_SIZE", "-2"),
+        ("WORLD_SIZE", "9" * 5000),
+        ("RANK", "two"),
+        ("RANK", "2"),
+        ("LOCAL_RANK", "0x1"),
+        ("LOCAL_WORLD_SIZE", "0"),
+    ],
+)
+def test_invalid_variables_are_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    for variable, usual in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(variable, value if variable == name else usual)
+    for read in (launch, lambda: refuse_torchrun("search"), lambda: own_device("cuda"), is_first):
+        with pytest.raises(UsageError, match=f"{name}={value[:20]}"):
+            read()
 
 
 def test_one_process_without_a_group() -> None:

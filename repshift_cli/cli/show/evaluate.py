@@ -32,6 +32,24 @@ def warn_of_skipped(result: Evaluation) -> None:
     list_names("images could not be read and were skipped (--strict stops at the first)", names)
 
 
+def warn_of_guessing(result: Evaluation) -> None:
+    """Warn if a model is not better than guessing; the dense one if it was evaluated."""
+    name = list(result.scores)[-1]
+    score, verdict = result.scores[name], result.against_guessing(name)
+    found = f"top-1 of the {name} model is {score.top1:.2f}%, guessing among {result.outputs} classes gives"
+    chance = f"{100 / result.outputs:.4g}%"
+    if verdict == "below":
+        ui.warn(
+            f"{found} {chance}: it is worse than guessing, so the labels are probably in another order than the "
+            "outputs of its head"
+        )
+    elif verdict == "not above":
+        ui.warn(
+            f"{found} {chance}: it is no better than guessing among {result.outputs} classes. Check that the labels "
+            "are those of its head, that the preprocessing is that of its training and that its weights are trained"
+        )
+
+
 def show_evaluation(result: Evaluation, macs: Mapping[str, int]) -> None:
     """Print the result in 80 columns; `macs` per image by model name."""
     from repshift_cli.evaluation.models import COMPRESSED, DENSE
@@ -39,8 +57,9 @@ def show_evaluation(result: Evaluation, macs: Mapping[str, int]) -> None:
 
     columns = ("model", "top-1 %", "95%", "top-5 %", "95%", "GMACs", "images/s")
     rows = [_row(name, score, macs[name]) for name, score in result.scores.items()]
-    part = f" of {result.total}" if result.interrupted else ""
-    ui.print_table(f"{result.dataset}, {result.images}{part} images", columns, rows)
+    part = f" of {result.total}" if result.images < result.total else ""
+    unreadable = f", {len(result.skipped)} could not be read" if result.skipped else ""
+    ui.print_table(f"{result.dataset}, {result.images}{part} images{unreadable}", columns, rows)
     if result.same_top1 is not None:
         low, high = percent_interval(result.same_top1, result.images)
         change = result.scores[COMPRESSED].top1 - result.scores[DENSE].top1
@@ -91,7 +110,7 @@ def evaluation_document(
         "of": result.total,
         "outputs": result.outputs,
         "skipped": len(result.skipped),
-        **_numbers(result.scores[first], macs[first]),
+        **_numbers(result, first, macs),
         "interrupted": result.interrupted,
         "end_to_end_images_per_s": result.images_per_s,
         "data": {
@@ -106,10 +125,16 @@ def evaluation_document(
         "preprocessing": preprocessing.to_dict(),
     }
     if others:
-        found["dense"] = _numbers(result.scores[others[0]], macs[others[0]])
+        found["dense"] = _numbers(result, others[0], macs)
         found["agreement"] = result.agreement
     return found
 
 
-def _numbers(score: Score, macs: int) -> dict[str, Any]:
-    return {key: getattr(score, key) for key in _SCORE_KEYS} | {"gmacs": macs / 1e9, "attention": score.attention}
+def _numbers(result: Evaluation, name: str, macs: Mapping[str, int]) -> dict[str, Any]:
+    score = result.scores[name]
+    return {
+        **{key: getattr(score, key) for key in _SCORE_KEYS},
+        "against_guessing": result.against_guessing(name),
+        "gmacs": macs[name] / 1e9,
+        "attention": score.attention,
+    }

@@ -17,12 +17,12 @@ from repshift_cli.data.dataset import even_indices
 from repshift_cli.data.video.dataset import VideoFiles, Videos
 from repshift_cli.data.video.decode import find_video
 from repshift_cli.errors import DataError, UsageError
-from repshift_cli.utils.files import sha256_of
+from repshift_cli.utils.files import read_text, sha256_of
 from repshift_cli.utils.suggest import nearest
 
 Task = Literal["retrieval", "qa"]
 
-_LARGEST_FILE = 2**30
+_LARGEST_FILE = 2**27
 """Bytes; the largest annotations of these benchmarks have some tens of millions."""
 
 _SIZE_TOLERANCE = 0.02
@@ -218,7 +218,10 @@ def open_video_text(
     if limit is not None and limit < 1:
         raise UsageError(f"the limit is {limit}", "Give the number of videos or questions to use, 1 or more.")
     annotations, videos, answers = (path and path.expanduser() for path in (annotations, videos, answers))
-    files = _locate(name, annotations, videos, answers, data_dir)
+    try:
+        files = _locate(name, annotations, videos, answers, data_dir)
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
     values = _read_rows(files.annotations)
     has_questions = isinstance(values[0], dict) and "question" in values[0]
     _check_kind(files, has_questions)
@@ -339,9 +342,7 @@ def _read_rows(path: Path) -> list[Any]:
 
 def _read_text(path: Path) -> str:
     try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise DataError(f"{path} is too large for annotations: {path.stat().st_size} bytes")
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path, _LARGEST_FILE, "utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not JSON: it is not UTF-8 text", _ROW_HINT) from error
     except (OSError, ValueError) as error:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from repshift_cli.data.builtin import moving_shapes
 from repshift_cli.data.builtin.moving_shapes import scene_tensor
 from repshift_cli.data.loader import Sample
 from repshift_cli.data.preprocessing import Preprocessing
-from repshift_cli.data.video.decode import clip_tensor, read_clip
+from repshift_cli.data.video.decode import read_clip
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -52,8 +53,8 @@ class VideoFiles(Videos):
         return str(self.paths[index])
 
     def load(self, preprocessing: Preprocessing, transform: Transform, index: int) -> Sample:
-        clip = read_clip(self.paths[index], preprocessing.frames or 1, self.first_seconds)
-        return Sample(clip_tensor(clip, transform), padded=clip.padded)
+        clip = read_clip(self.paths[index], preprocessing.frames or 1, self.first_seconds, transform)
+        return Sample(torch.stack(clip.frames), padded=clip.padded)
 
 
 @dataclass(frozen=True)

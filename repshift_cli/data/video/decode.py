@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from repshift_cli.data.decode import UnreadableSample, decode_file
 from repshift_cli.errors import DataError, UsageError
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+Convert = Callable[["Image.Image"], Any]
+
 VIDEO_SUFFIXES = (
     *(".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg"),
     *(".wmv", ".flv", ".3gp", ".ts", ".gif"),
@@ -28,7 +30,7 @@ VIDEO_SUFFIXES = (
 _DEMUXERS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,m4v,h264,hevc,ivf"
 """The supported containers. Playlists (HLS, concat, DASH) are not among them, because they open other files."""
 
-_LARGEST_FRAME = 2**28
+_LARGEST_FRAME = 2**27
 """Maximum pixels of a frame, so that a damaged or malicious file does not exhaust the memory."""
 
 _LEAST_SHARE = 0.5
@@ -46,13 +48,13 @@ class Clip:
     """Frames of one video, in order.
 
     Attributes:
-        frames: RGB images, as many as requested.
+        frames: RGB images, or what `convert` made of them, as many as requested.
         available: number of frames that can be decoded.
         padded: whether the video has fewer frames than requested, so that the last one is repeated.
         declared: number of frames in the header of the file; 0 if it has none.
     """
 
-    frames: list[Image.Image]
+    frames: list[Any]
     available: int
     padded: bool
     declared: int = 0
@@ -77,13 +79,14 @@ def frame_indices(available: int, frames: int) -> list[int]:
     return middles + middles[-1:] * (frames - parts)
 
 
-def read_clip(path: Path, frames: int, first_seconds: float | None = None) -> Clip:
+def read_clip(path: Path, frames: int, first_seconds: float | None = None, convert: Convert | None = None) -> Clip:
     """Decode `frames` frames, evenly spaced.
 
     Args:
         path: a video file, or a folder of frame images in the natural order of their names (`2` before `10`).
         frames: how many.
         first_seconds: use only this part of a video, as UMT does for DiDeMo; ignored for a folder.
+        convert: applied to each frame as it is decoded, so that only one is kept at its full size.
 
     Raises:
         UnreadableVideo: missing, empty, truncated, not a video, without a frame, or too large to decode safely.
@@ -91,9 +94,17 @@ def read_clip(path: Path, frames: int, first_seconds: float | None = None) -> Cl
     """
     if frames < 1:
         raise UsageError(f"{frames} frames were asked for", "Give a number of 1 or more.")
-    if path.is_dir():
-        return _clip_of_images(path, frames)
-    return _clip_of_video(path, frames, first_seconds)
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:
+        raise UnreadableVideo(str(path), error.strerror or str(error)) from error
+    if is_folder:
+        return _clip_of_images(path, frames, convert or _unchanged)
+    return _clip_of_video(path, frames, first_seconds, convert or _unchanged)
+
+
+def _unchanged(image: Image.Image) -> Image.Image:
+    return image
 
 
 def clip_tensor(clip: Clip, transform: Callable[[Image.Image], Tensor]) -> Tensor:
@@ -118,6 +129,8 @@ def find_video(folder: Path, name: str) -> Path | None:
     try:
         found = next((folder / file for file in files if (folder / file).is_file()), None)
         return found or next((folder / stem for stem in stems if (folder / stem).is_dir()), None)
+    except PermissionError as error:
+        raise DataError(f"the videos in {folder} cannot be read: {error.strerror}") from error
     except (OSError, ValueError) as error:  # too long, or with invalid characters
         raise DataError(f"{name[:80]!r} is not a valid name of a video: {error}") from error
 
@@ -139,13 +152,13 @@ def _without_suffix(name: str) -> str:
     return name[: -len(suffix)] if suffix.lower() in VIDEO_SUFFIXES else name
 
 
-def _clip_of_images(folder: Path, frames: int) -> Clip:
+def _clip_of_images(folder: Path, frames: int, convert: Convert) -> Clip:
     paths = _frame_images(folder)
     if not paths:
         raise UnreadableVideo(str(folder), "there are no images in the folder")
     indices = frame_indices(len(paths), frames)
     try:
-        images = {index: decode_file(paths[index]) for index in sorted(set(indices))}
+        images = {index: convert(decode_file(paths[index])) for index in sorted(set(indices))}
     except UnreadableSample as problem:
         raise UnreadableVideo(str(folder), f"its frame {Path(problem.sample).name}: {problem.reason}") from problem
     return Clip([images[index] for index in indices], len(paths), frames > len(paths), len(paths))
@@ -190,7 +203,7 @@ class _Survey:
         return max(1, int(seconds * self.rate))
 
 
-def _clip_of_video(path: Path, frames: int, first_seconds: float | None) -> Clip:
+def _clip_of_video(path: Path, frames: int, first_seconds: float | None, convert: Convert) -> Clip:
     _check_file(path)
     _check_pyav()
     survey = _survey(path)
@@ -200,7 +213,7 @@ def _clip_of_video(path: Path, frames: int, first_seconds: float | None) -> Clip
         _check_enough(path, available, survey.declared)
         usable = survey.within(available, first_seconds)
         indices = frame_indices(usable, frames)
-        images, available = _take(path, indices)
+        images, available = _take(path, indices, convert)
         if indices[-1] in images:
             return Clip([images[index] for index in indices], usable, frames > usable, survey.declared)
     raise UnreadableVideo(str(path), "decoding its frames twice gives different results")
@@ -247,16 +260,16 @@ def _survey(path: Path) -> _Survey:
         return _Survey(packets, stream.frames, float(stream.average_rate or 0))
 
 
-def _take(path: Path, indices: Sequence[int]) -> tuple[dict[int, Image.Image], int]:
+def _take(path: Path, indices: Sequence[int], convert: Convert) -> tuple[dict[int, Any], int]:
     """The frames with these numbers, as far as they can be decoded, and the number of decoded frames."""
     wanted = set(indices)
-    images: dict[int, Image.Image] = {}
+    images: dict[int, Any] = {}
     count = 0
     # from the start, frame by frame: seeking is inexact in many containers
     with closing(_decoded(path)) as frames:
         for frame in frames:
             if count in wanted:
-                images[count] = _image(path, frame)
+                images[count] = convert(_image(path, frame))
             count += 1
             if count > indices[-1]:
                 break

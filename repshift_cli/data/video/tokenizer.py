@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from repshift_cli.errors import DataError, UsageError
+from repshift_cli.utils.files import read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,10 +72,9 @@ def _read(path: Path) -> tuple[Path, dict[str, int]]:
     hint = "Give the file vocab.txt of a BERT model, with one token per line, such as that of bert-base-uncased."
     try:
         path = path / "vocab.txt" if path.is_dir() else path
-        if path.stat().st_size > _LARGEST_FILE:
-            raise DataError(f"{path} is too large to be a vocabulary", hint)
         # not splitlines(): a token may be a Unicode line separator
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        text = read_text(path, _LARGEST_FILE).replace("\r\n", "\n").replace("\r", "\n")
+        lines = text.removesuffix("\n").split("\n")
     except UnicodeDecodeError:
         raise DataError(f"{path} is not text", hint) from None
     except OSError as error:

@@ -23,8 +23,8 @@ Natural = Annotated[int, Field(ge=0)]
 
 def _integers(rows: Any) -> NDArray[np.int32]:
     array = np.asarray(rows)
-    if array.size and array.dtype.kind != "i":
-        raise ValueError("must be integers")
+    if array.size and (array.dtype.kind != "i" or (array != array.astype(np.int32)).any()):
+        raise ValueError("must be integers of 32 bits")
     return array.astype(np.int32)
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +31,9 @@ from repshift_cli.evaluation.classification.runner import Runner
 from repshift_cli.evaluation.common import Skipped
 from repshift_cli.models.attention_mode import AttentionMode, attention_mode, auto_note
 from repshift_cli.utils.distributed import Processes
+from repshift_cli.utils.interrupts import watched_interrupts
 from repshift_cli.utils.progress import Progress
+from repshift_cli.utils.ranges import check_ranges
 
 
 def evaluate(
@@ -75,22 +77,18 @@ def evaluate(
         OutputError: `resume` cannot be written to.
         KeyboardInterrupt: before any image was classified.
     """
-    dataset = dataset.for_head(num_classes)
-    group = group or Processes()
-    _check_classes(dataset, num_classes)
-    if len(dataset) == 0:
-        raise DataError(f"the dataset {dataset.name} has no images")
-    if group.count > 1 and not dataset.random_access:
-        raise UsageError(
-            f"the dataset {dataset.name} can only be read from its start, so processes cannot share it",
-            "Evaluate it in one process, or unpack it into class folders or tars.",
+    check_ranges(batch_size=batch_size, workers=workers)
+    group, device = group or Processes(), torch.device(device)
+    job = group.agreed(
+        lambda: _prepare(
+            EvaluationJob(models, dataset, preprocessing, batch_size, device, dtype, num_classes, attention, keep_rows),
+            group,
+            progress,
         )
-    device = torch.device(device)
-    for model in models.values():
-        model.to(device=device, dtype=dtype).eval()
-    for note in {note for model in models.values() if (note := auto_note(model, attention))}:
-        progress.note(note)
-    job = EvaluationJob(models, dataset, preprocessing, batch_size, device, dtype, num_classes, attention, keep_rows)
+    )
+    if group.count > 1:
+        options = {"--strict": strict, "--resume": resume is not None}
+        group.check_equal({**job.header(with_times=group.nearby == group.count), **options})
     state = None if resume is None else ResumeState(resume, job.header(), tuple(models), progress)
     workers = default_workers(device, group.nearby) if workers is None else workers
     with ExitStack() as switched:
@@ -98,6 +96,24 @@ def evaluate(
             switched.enter_context(attention_mode(model, attention))
         own = _ProcessRun(job, group, state, workers, strict, progress).run()
     return _combine(job, group.collect(own))
+
+
+def _prepare(job: EvaluationJob, group: Processes, progress: Progress) -> EvaluationJob:
+    """Check the dataset and move the models. Returns the job with the labels of the head."""
+    dataset = job.dataset.for_head(job.num_classes)
+    _check_classes(dataset, job.num_classes)
+    if len(dataset) == 0:
+        raise DataError(f"the dataset {dataset.name} has no images")
+    if group.count > 1 and not dataset.random_access:
+        raise UsageError(
+            f"the dataset {dataset.name} can only be read from its start, so processes cannot share it",
+            "Evaluate it in one process, or unpack it into class folders or tars.",
+        )
+    for model in job.models.values():
+        model.to(device=job.device, dtype=job.dtype).eval()
+    for note in {note for model in job.models.values() if (note := auto_note(model, job.attention))}:
+        progress.note(note)
+    return replace(job, dataset=dataset)
 
 
 def finish(resume: Path, group: Processes) -> None:
@@ -184,7 +200,8 @@ class _ProcessRun:
             state.remove_partial_files()
         self.group.collect(None)  # waits for the first process
         self.group.agreed(state.open)
-        completed = state.load(range(len(self.job.shards)))
+        shards = {shard: self.job.images_of_shard(shard) for shard in range(len(self.job.shards))}
+        completed = state.load(shards, self.job.keep_rows)
         if self.strict:
             self.group.agreed(lambda: self._refuse_skipped(completed))
         return completed
@@ -200,8 +217,14 @@ class _ProcessRun:
         """Fill `batches`: counts and seconds of decoding by number of the batch; save each completed shard."""
         shard_of = {self.job.shards[shard][-1]: shard for shard in own}
         total = sum(len(images) for images in loader.batches.values())
-        with torch.inference_mode(), self.progress.task("evaluate", total) as task:
-            for batch in loader:
+        with (
+            watched_interrupts() as check,
+            torch.inference_mode(),
+            self.progress.task("evaluate", total) as task,
+            closing(iter(loader)) as loaded,
+        ):
+            for batch in loaded:
+                check()
                 if self.group.stopped():
                     return
                 # one assignment, so that an interrupt leaves whole batches
@@ -211,6 +234,7 @@ class _ProcessRun:
                     parts = (batches[number][0] for number in self.job.shards[shard])
                     self.state.save(shard, Counts.joined(parts, self.job.models))
                 task.advance(batch.count)
+            check()
 
 
 def _combine(job: EvaluationJob, results: Sequence[_ProcessResult]) -> Evaluation:

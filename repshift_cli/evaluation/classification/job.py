@@ -51,17 +51,27 @@ class EvaluationJob:
         """The images of a batch, by index in the dataset."""
         return range(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.dataset)))
 
-    def header(self) -> dict[str, Any]:
-        """Identity of the run for resuming; the keys are shown to the user if two runs differ."""
-        stamps = sha256()
+    def images_of_shard(self, shard: int) -> range:
+        """The images of a shard, by index in the dataset."""
+        batches = self.shards[shard]
+        return range(self.images(batches[0]).start, self.images(batches[-1]).stop)
+
+    def header(self, with_times: bool = True) -> dict[str, Any]:
+        """Identity of the run; the keys are shown to the user if two runs differ.
+
+        Args:
+            with_times: include the times at which the images were written, which differ between two machines.
+        """
+        data = sha256(repr(self.dataset.classes).encode("utf-8", "backslashreplace"))
         for index in range(len(self.dataset)):
-            stamps.update(self.dataset.stamp(index).encode("utf-8", "backslashreplace") + b"\n")
+            text = self.dataset.stamp(index) if with_times else self.dataset.fingerprint(index)
+            data.update(text.encode("utf-8", "backslashreplace") + b"\n")
         return {
             "evaluation": _STATE_FORMAT,
             "repshift": __version__,
             "torch": str(torch.__version__),
-            "models": {name: _digest_of_model(model) for name, model in self.models.items()},
-            "data": stamps.hexdigest(),
+            "models": self._digests,
+            "data": data.hexdigest(),
             "pictures": len(self.dataset),  # the key of this format
             "outputs": digest_of_document([self.num_classes, self.dataset.outputs]),
             "preprocessing": self.preprocessing.to_dict(),
@@ -71,6 +81,10 @@ class EvaluationJob:
             "attention": self.attention,
             "saved predictions": self.keep_rows,
         }
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return {name: _digest_of_model(model) for name, model in self.models.items()}
 
 
 def _digest_of_model(model: nn.Module) -> str:

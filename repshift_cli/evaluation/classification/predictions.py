@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from repshift_cli.errors import DataError, UsageError
 from repshift_cli.evaluation.classification.counts import correct_at
-from repshift_cli.utils.files import atomic_output
+from repshift_cli.utils.files import atomic_output, open_file
 
 SUFFIXES = (".npz", ".parquet")
 
 _FORMAT = 1
 _META = "meta"
-_MAX_BYTES = 1 << 32
-"""Of all arrays together; a larger size means a damaged or malicious file."""
+_MAX_BYTES, _ALWAYS_BYTES, _MAX_RATIO = 1 << 32, 1 << 28, 64
+"""Largest size of all arrays together: up to 4 GiB, but above 256 MiB not more than 64 times the size of the file.
+
+A larger size means a damaged or malicious file.
+"""
+
+_PYTHON_BYTES = 40
+"""Of one number in a list of Python."""
 
 _MAX_OUTPUTS = 1 << 20
 _ARRAYS = {"id": np.str_, "answers": np.int32, "top": np.int32, "probabilities": np.float32}
@@ -103,11 +110,12 @@ def load_predictions(path: Path) -> Predictions:
         UsageError: as `check_suffix`.
     """
     check_suffix("the file", path)
-    if not path.is_file():
-        raise DataError(f"there is no file {path}")
     read = _read_npz if path.suffix == ".npz" else _read_parquet
     try:
-        return _checked(*read(path))
+        with open_file(path) as stream:
+            return _checked(*read(stream))
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {path}") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except _Damaged as problem:
@@ -122,12 +130,13 @@ def _write_npz(stream: IO[bytes], predictions: Predictions, meta: str) -> None:
     np.savez_compressed(stream, **predictions.arrays, meta=np.array(meta))
 
 
-def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
-    if not zipfile.is_zipfile(path):
+def _read_npz(stream: BinaryIO) -> tuple[dict[str, NDArray[Any]], str]:
+    if not zipfile.is_zipfile(stream):
         raise _Damaged("it is not a zip archive")
+    stream.seek(0)
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            _check_size(sum(entry.file_size for entry in archive.zip.infolist()))
+        with np.load(stream, allow_pickle=False) as archive:
+            _check_size(stream, sum(entry.file_size for entry in archive.zip.infolist()))
             arrays = {name: archive[name] for name in _ARRAYS}
             meta = archive[_META]
     except (_Damaged, OSError):
@@ -139,8 +148,8 @@ def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
     return arrays, str(meta)
 
 
-def _check_size(size: int) -> None:
-    if size > _MAX_BYTES:
+def _check_size(stream: BinaryIO, size: int) -> None:
+    if size > min(_MAX_BYTES, max(_ALWAYS_BYTES, _MAX_RATIO * os.fstat(stream.fileno()).st_size)):
         raise _Damaged(f"its arrays take {size} bytes")
 
 
@@ -152,12 +161,14 @@ def _write_parquet(stream: IO[bytes], predictions: Predictions, meta: str) -> No
     parquet.write_table(arrow.table(columns, metadata={_META: meta}), stream)
 
 
-def _read_parquet(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
-    arrow, parquet = _pyarrow(str(path))
+def _read_parquet(stream: BinaryIO) -> tuple[dict[str, NDArray[Any]], str]:
+    arrow, parquet = _pyarrow("the file")
     try:
-        with parquet.ParquetFile(path) as file:
-            groups = (file.metadata.row_group(number) for number in range(file.metadata.num_row_groups))
-            _check_size(sum(group.total_byte_size for group in groups))
+        with parquet.ParquetFile(stream) as file:
+            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+            values = sum(column.num_values for column in columns)
+            _check_size(stream, max(values * _PYTHON_BYTES, sum(group.total_byte_size for group in groups)))
             table = file.read(columns=list(_ARRAYS))
         meta = (table.schema.metadata or {})[_META.encode()].decode()
         arrays = {name: np.array(table.column(name).to_pylist(), dtype=kind) for name, kind in _ARRAYS.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,6 +13,7 @@ from repshift_cli.data.dataset import ImageDataset
 from repshift_cli.evaluation.classification.counts import Accuracy, PredictionRows
 from repshift_cli.evaluation.classification.predictions import Predictions
 from repshift_cli.evaluation.common import Skipped, per_second
+from repshift_cli.utils.stats import GuessVerdict, against_guessing
 from repshift_cli.version import __version__
 
 _NOTABLE_WAITING = 0.1
@@ -113,6 +115,10 @@ class Evaluation:
         """Share (0 to 1) of images with the same top-1 class; None unless there are two models."""
         return None if self.same_top1 is None else self.same_top1 / self.images
 
+    def against_guessing(self, name: str) -> GuessVerdict:
+        """How the top-1 accuracy of a model compares with guessing among the outputs."""
+        return against_guessing(self.scores[name].top1_correct, self.images, 1 / self.outputs)
+
     @property
     def images_per_s(self) -> float:
         """Images per second end to end, for all models and processes together."""
@@ -129,8 +135,10 @@ def predictions_of(result: Evaluation, name: str, dataset: ImageDataset, model: 
     """
     rows, classes = result.rows, dataset.classes
     assert rows is not None
+    keys = (dataset.key(index).encode("utf-8", "backslashreplace").decode() for index in range(len(dataset)))
+    names = _unique(list(keys))
     return Predictions(
-        ids=np.array([dataset.key(index) for index in rows.indices], dtype=np.str_),
+        ids=np.array([names[index] for index in rows.indices], dtype=np.str_),
         answers=rows.answers,
         top=rows.top_k[name].top,
         probabilities=rows.top_k[name].probabilities,
@@ -142,3 +150,17 @@ def predictions_of(result: Evaluation, name: str, dataset: ImageDataset, model: 
             "repshift": __version__,
         },
     )
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """The names; the second image of a name gets ` #2`, in any run on the same dataset."""
+    counts: Counter[str] = Counter()
+    taken, found = set(names), []
+    for name in names:
+        counts[name] += 1
+        new = name if counts[name] == 1 else f"{name} #{counts[name]}"
+        while counts[name] > 1 and new in taken:
+            new += "#"
+        taken.add(new)
+        found.append(new)
+    return found

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from repshift_cli.data.loader import Batch
 from repshift_cli.data.video.tokenizer import TextBatch
-from repshift_cli.errors import ModelError, UsageError
+from repshift_cli.errors import ModelError
 from repshift_cli.evaluation.common import Skipped, alternate_order, check_finite, explain_out_of_memory, per_second
 from repshift_cli.evaluation.video_text.encoding import (
     TOKEN_DIMS,
@@ -125,14 +125,12 @@ def evaluate_retrieval(
         DataError: no video is readable, a caption has no video among the clips, or (`strict`) a video is unreadable.
         ModelError: an output of a model has another shape than in `RetrievalModel`.
         CheckFailed: a model returns values that are not finite.
-        UsageError: `rerank_k` is below 1, or there is not enough memory for the batch.
+        UsageError: there is not enough memory for the batch.
         OutputError: there is not enough space for the temporary files.
     """
     if len(texts.ids) != len(videos_of_caption):
         raise ValueError(f"{len(videos_of_caption)} lists of videos for {len(texts.ids)} captions")
     rerank_k = settings.rerank_k
-    if rerank_k is not None and rerank_k < 1:
-        raise UsageError(f"invalid rerank_k={rerank_k}: must be 1 or more")
     prepare(models, settings)
     started = time.perf_counter()
     store = TokenStore(videos, token_bytes, spill_to) if rerank_k is not None else None

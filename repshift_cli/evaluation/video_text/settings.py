@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from repshift_cli.models.attention_mode import AttentionMode
+from repshift_cli.utils.ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -28,3 +29,6 @@ class VideoSettings:
     strict: bool = False
     rerank_k: int | None = None
     attention: AttentionMode = "auto"
+
+    def __post_init__(self) -> None:
+        check_ranges(batch_size=self.batch_size, workers=self.workers, rerank_k=self.rerank_k)

@@ -261,7 +261,7 @@ def test_files_that_are_not_json(tmp_path: Path, videos: Path, content: bytes | 
 
 def test_too_large_a_file(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(annotations_module, "_LARGEST_FILE", 10)
-    with pytest.raises(DataError, match="too large for annotations"):
+    with pytest.raises(DataError, match="more than the maximum"):
         open_video_text(annotations=written(tmp_path / "own.json", [GOOD]), videos=videos)
 
 

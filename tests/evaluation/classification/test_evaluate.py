@@ -419,6 +419,9 @@ def test_a_stream_cannot_be_shared() -> None:
             super().__init__()
             self.count = 2
 
+        def collect(self, mine: Any) -> list[Any]:
+            return [mine, mine]
+
     data = Shades([1, 2])
     data.random_access = False
     with pytest.raises(UsageError, match="processes cannot share it"):

@@ -253,7 +253,8 @@ class TestData:
         assert data.annotations.path.name == "didemo_ret_test.json"
         seen: list[float | None] = []
         monkeypatch.setattr(
-            "repshift_cli.data.video.dataset.read_clip", lambda path, frames, first: seen.append(first) or 1 / 0
+            "repshift_cli.data.video.dataset.read_clip",
+            lambda path, frames, first, convert: seen.append(first) or 1 / 0,
         )
         with pytest.raises(ZeroDivisionError):
             data.videos.load(Preprocessing.of_model(tiny_umt()), lambda image: image, 0)
