@@ -39,6 +39,7 @@ def command(
     img_size: options.ImgSize = None,
     frames: options.Frames = None,
     checkpoint_frames: options.CheckpointFrames = None,
+    weights: options.Weights = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -91,7 +92,7 @@ def command(
     settings = Settings(
         recipe=recipe,
         target=target,
-        load=LoadOptions(model, heads, img_size, frames, checkpoint_frames),
+        load=LoadOptions(model, heads, img_size, frames, checkpoint_frames, weights=weights),
         output=output,
         data=data,
         calibration=calibration,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
+
+from repshift_cli.checkpoints.options import ImageSize, WeightsKind
+from repshift_cli.errors import UsageError
 
 
 class AttentionKind(str, Enum):
@@ -74,9 +77,30 @@ Heads = Annotated[
 ]
 
 ImgSize = Annotated[
-    int | None,
+    ImageSize | None,
     typer.Option(
-        "--img-size", min=1, metavar="N", help="Image size N x N: any for a CNN, else what the weights allow."
+        "--img-size",
+        parser=ImageSize.parse,
+        metavar="N|HxW",
+        help="Image size, N x N or height x width: any for a CNN, else what the weights allow.",
+    ),
+]
+
+
+def _weights_kind(text: str) -> WeightsKind:
+    kind = next((kind for kind in get_args(WeightsKind) if kind == text), None)
+    if kind is None:
+        raise UsageError(f"invalid --weights {text}: must be raw or ema")
+    return cast("WeightsKind", kind)
+
+
+Weights = Annotated[
+    WeightsKind | None,
+    typer.Option(
+        "--weights",
+        parser=_weights_kind,
+        metavar="raw|ema",
+        help="Which weights of a training checkpoint that holds both: as trained, or averaged (the default).",
     ),
 ]
 
