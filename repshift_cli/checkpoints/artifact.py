@@ -26,7 +26,7 @@ from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.families.base import families, match
-from repshift_cli.utils.files import atomic_output
+from repshift_cli.utils.files import atomic_output, check_weights_name
 
 _PART_VERSIONS = {"fuse": 4, "merge": 4, "bipartite": 4, "fitted": 4, "vid_tldr": 3, "attention_entropy": 3}
 """The first format version with this metric or reducer; 1 for others."""
@@ -133,9 +133,10 @@ def save(path: Path, loaded: LoadedModel, document: Mapping[str, Any], force: bo
     """Write a compressed checkpoint. The file appears under `path` only when it is complete.
 
     Raises:
-        UsageError: the file exists and `force` is off.
+        UsageError: the file exists and `force` is off, or has another suffix.
         OutputError: it cannot be written.
     """
+    check_weights_name(path)
     metadata = {"format": "pt", METADATA_KEY: json.dumps(document, allow_nan=False)}
     tensors = separated(loaded.tensors)
     with atomic_output(path, force) as temporary:
@@ -146,11 +147,15 @@ def save(path: Path, loaded: LoadedModel, document: Mapping[str, Any], force: bo
 
 
 def separated(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors contiguous and without shared memory, as safetensors requires; tied weights are copied."""
+    """The tensors contiguous and without shared memory, as safetensors requires; tied weights are copied.
+
+    Negative and conjugate views are resolved: their memory holds other values.
+    """
     found: dict[str, Tensor] = {}
     places: set[int] = set()
     for key, value in tensors.items():
-        place = value.untyped_storage().data_ptr()
-        found[key] = value.clone() if place in places else value.contiguous()
+        plain = value.resolve_conj().resolve_neg().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        found[key] = plain.clone() if place in places else plain
         places.add(place)
     return found

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from repshift_cli.checkpoints.containers import first_names
 from repshift_cli.checkpoints.create import build_on_meta, create, is_architecture
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
-from repshift_cli.checkpoints.weights import first_names
-from repshift_cli.data.preprocessing import LARGEST_SIDE, Preprocessing, fixed_size
+from repshift_cli.checkpoints.options import ImageSize
+from repshift_cli.data.preprocessing import Preprocessing, fixed_size
 from repshift_cli.errors import CheckpointError, UsageError
 from repshift_cli.reduction.families.base import find
 
@@ -43,7 +44,7 @@ def configure(model: nn.Module, preprocessing: Preprocessing) -> None:
     model.pretrained_cfg = {**config, **preprocessing.to_dict()}  # type: ignore[assignment]
 
 
-def set_image_size(loaded: LoadedModel, img_size: int | None) -> None:
+def set_image_size(loaded: LoadedModel, img_size: int | tuple[int, int] | None) -> None:
     """Set the image size of a model whose weights fit any size; None leaves it as it is.
 
     Raises:
@@ -51,31 +52,23 @@ def set_image_size(loaded: LoadedModel, img_size: int | None) -> None:
     """
     preprocessing = loaded.description.preprocessing
     channels, *size = preprocessing.input_size
-    if img_size is None or size == [img_size, img_size]:
+    if img_size is None or (wanted := ImageSize.of(img_size)) == tuple(size):
         return
     what, now = loaded.source.path or loaded.description.name, f"{size[0]}x{size[1]}"
-    checked_size(img_size)
     if loaded.plan is not None:
         raise UsageError(
-            f"--img-size {img_size}: {what} was compressed for images of {now}, and its plan fits no other size",
-            f"Leave --img-size out, or compress the dense checkpoint again with --img-size {img_size}.",
+            f"--img-size {wanted}: {what} was compressed for images of {now}, and its plan fits no other size",
+            f"Leave --img-size out, or compress the dense checkpoint again with --img-size {wanted}.",
         )
     if fixed_size(loaded.model):
         raise UsageError(
-            f"--img-size {img_size}: {what} takes images of {now}: its position table has that size",
+            f"--img-size {wanted}: {what} takes images of {now}: its position table has that size",
             "Leave --img-size out, or resize the position table first.",
         )
-    changed = replace(preprocessing, input_size=(channels, img_size, img_size))
+    changed = replace(preprocessing, input_size=(channels, *wanted))
     loaded.description = replace(loaded.description, preprocessing=changed)
-    loaded.notes.append(f"image size set to {img_size}x{img_size} instead of {now} (--img-size)")
+    loaded.notes.append(f"image size set to {wanted.height}x{wanted.width} instead of {now} (--img-size)")
     configure(loaded.model, changed)
-
-
-def checked_size(img_size: int) -> int:
-    """Return the image size, or raise if it is out of range."""
-    if not 1 <= img_size <= LARGEST_SIDE:
-        raise UsageError(f"invalid --img-size {img_size}: must be from 1 to {LARGEST_SIDE}")
-    return img_size
 
 
 def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], name: str, where: str) -> None:
@@ -92,8 +85,11 @@ def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], name: str, where
     ]
     if wrong:
         problems.append(f"shapes: {first_names(wrong)}")
-    parameters = [key for key, _ in model.named_parameters() if key in tensors]
-    integers = [f"{key} is {tensors[key].dtype}" for key in parameters if not tensors[key].is_floating_point()]
+    integers = [
+        f"{key} is {tensors[key].dtype}"
+        for key, value in model.state_dict().items()
+        if key in tensors and value.is_floating_point() and not tensors[key].is_floating_point()
+    ]
     if integers:
         problems.append(f"not floating point: {first_names(integers)}")
     if problems:

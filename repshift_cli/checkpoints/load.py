@@ -1,13 +1,13 @@
 """Load a checkpoint: read its weights, identify the model and build it.
 
-No code from a checkpoint is run: files are safetensors, or read by `torch.load(weights_only=True)`. Weights of a
-safetensors file stay memory-mapped and are held once: the model's parameters are the mapped tensors.
+No code from a checkpoint is run: files are safetensors, or read by `torch.load(weights_only=True)`. Weights are held
+once: the model's parameters are the tensors that were read.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -16,20 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repshift_cli.checkpoints.build import build, checked_size, configure, set_image_size
+from repshift_cli.checkpoints.build import build, configure, set_image_size
 from repshift_cli.checkpoints.builtin import BUILTIN
+from repshift_cli.checkpoints.containers import check_kind, extreme, first_names
 from repshift_cli.checkpoints.create import build_on_meta, create
 from repshift_cli.checkpoints.identify.identity import Identity
 from repshift_cli.checkpoints.identify.match import identify
 from repshift_cli.checkpoints.identify.names import canonical_name, is_model_name, model_names
 from repshift_cli.checkpoints.identify.sizes import check_heads
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
-from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.checkpoints.weights import Source, Weights, read_weights
+from repshift_cli.checkpoints.options import ImageSize, LoadOptions
+from repshift_cli.checkpoints.weights import INDEX_SUFFIX, Source, Weights, read_weights
 from repshift_cli.data.preprocessing import Preprocessing, fixed_size
 from repshift_cli.errors import CheckpointError, UsageError
-from repshift_cli.utils.files import WEIGHT_SUFFIXES
+from repshift_cli.utils.files import WEIGHT_SUFFIXES, read_text
 from repshift_cli.utils.suggest import nearest
+
+_PREPROCESSING = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
+"""Options of timm's training script that describe the preprocessing."""
+
+_FOLDER_WEIGHTS = ("model.safetensors", f"model{INDEX_SUFFIX}", "pytorch_model.bin")
 
 
 def load_checkpoint(name: str | Path, options: LoadOptions | None = None) -> LoadedModel:
@@ -44,7 +50,10 @@ def load_checkpoint(name: str | Path, options: LoadOptions | None = None) -> Loa
     """
     options = options or LoadOptions()
     _check_model_name(options.model_name)
-    loaded = _load(str(name), options)
+    try:
+        loaded = _load(str(name), options)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {error.filename or name}: {error.strerror or error}") from error
     set_image_size(loaded, options.img_size)
     _check_clips(loaded, options)
     return loaded
@@ -54,14 +63,10 @@ def _load(name: str, options: LoadOptions) -> LoadedModel:
     if name.startswith("builtin:"):
         return _load_builtin(name, options)
     path = Path(name)
-    try:
-        is_folder, exists = path.is_dir(), path.exists()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    if is_folder:
+    if path.is_dir():
         return _load_folder(path, options)
-    if exists:
-        return _from_weights(read_weights(path), options, path.stem)
+    if path.exists():
+        return _from_weights(read_weights(path, options.weights), options, path.stem)
     if is_model_name(name):
         return _load_name(canonical_name(name), options)
     raise _not_found(name)
@@ -71,7 +76,7 @@ def _from_weights(weights: Weights, options: LoadOptions, hint: str) -> LoadedMo
     """The model of our metadata, else of the name that the user gives, else detected from the tensors."""
     where = weights.source.path or hint
     if weights.document is None:
-        return _from_identity(identify(weights.tensors, where, options, hint), weights)
+        return _from_training(weights, options, hint) if weights.training else _detected(weights, options, hint)
     description = _described(weights.document, where)
     names = (description.name, description.architecture)
     if options.model_name and canonical_name(options.model_name) not in names:
@@ -80,6 +85,59 @@ def _from_weights(weights: Weights, options: LoadOptions, hint: str) -> LoadedMo
     _check_metadata(loaded, where)
     check_heads(loaded.model, description.name, options.heads, where)
     return loaded
+
+
+def _detected(weights: Weights, options: LoadOptions, hint: str, **given: Any) -> LoadedModel:
+    return _from_identity(identify(weights.tensors, weights.source.path or hint, options, hint, **given), weights)
+
+
+def _from_training(weights: Weights, options: LoadOptions, hint: str) -> LoadedModel:
+    """The model that a training script names in the file, with the preprocessing of its options."""
+    training = {key: value for key, value in weights.training.items() if value not in (None, "", (), [])}
+    name, sizes = training.get("model"), training.get("img_size") or training.get("input_size")
+    given: dict[str, Any] = {"size": _training_size(sizes)}
+    if isinstance(name, str) and not options.model_name:
+        if is_model_name(name):
+            _check_tag(name)
+            options = replace(options, model_name=name)
+            arguments = training.get("model_kwargs")
+            given["args"] = dict(arguments) if isinstance(arguments, Mapping) else {}
+            if "gp" in training:
+                given["args"]["global_pool"] = training["gp"]
+            weights.notes.append(f"the file names its model: {name}")
+        else:
+            weights.notes.append(f"the file names a model that is not known: {name}")
+    try:
+        loaded = _detected(weights, options, hint, **given)
+    except CheckpointError as error:
+        if "args" in given:
+            raise CheckpointError(f"{error.message} (the file itself names {name})", error.hint) from error
+        raise
+    known = {key: training[key] for key in _PREPROCESSING if key in training}
+    if given["size"]:
+        known["input_size"] = (loaded.description.preprocessing.input_size[0], *given["size"])
+    assumed = [key for key in _PREPROCESSING[:3] if key not in known]
+    _set_preprocessing(loaded, known)
+    if assumed:
+        loaded.notes.append(f"assumed {', '.join(assumed)}: {loaded.description.preprocessing}")
+    return loaded
+
+
+def _training_size(value: Any) -> ImageSize | None:
+    """The image size in options of a training script: a number, height and width, or these after the channels."""
+    sides = list(value)[-2:] if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    if not all(isinstance(side, int) and side > 0 for side in sides):
+        return None
+    return ImageSize.of((sides[0], sides[-1]))
+
+
+def _set_preprocessing(loaded: LoadedModel, known: dict[str, Any]) -> None:
+    """Replace what a file says about the preprocessing, except the size of a model with a fixed one."""
+    if fixed_size(loaded.model):
+        known["input_size"] = loaded.description.preprocessing.input_size
+    preprocessing = Preprocessing.from_dict({**loaded.description.preprocessing.to_dict(), **known})
+    loaded.description = replace(loaded.description, preprocessing=preprocessing)
+    configure(loaded.model, preprocessing)
 
 
 def _check_clips(loaded: LoadedModel, options: LoadOptions) -> None:
@@ -132,14 +190,17 @@ def _assemble(
     description: ModelDescription, weights: Weights, tensors: dict[str, Tensor], notes: list[str]
 ) -> LoadedModel:
     model = build(description, tensors, weights.source.path or description.name)
-    return LoadedModel(model, description, weights.source, tensors, weights.notes + notes, weights.document)
+    notes = weights.notes + notes
+    if wrong := extreme(tensors):
+        notes.append(f"{len(wrong)} tensors hold values that are not finite or are very large: {first_names(wrong)}")
+    return LoadedModel(model, description, weights.source, tensors, notes, weights.document)
 
 
 def _load_builtin(name: str, options: LoadOptions) -> LoadedModel:
     if name not in BUILTIN:
         raise UsageError(f"unknown built-in model {name}", f"{nearest(name, BUILTIN)}Allowed: {', '.join(BUILTIN)}.")
     with as_file(files("repshift_cli").joinpath("assets").joinpath(BUILTIN[name].file)) as path:
-        weights = read_weights(path)
+        weights = read_weights(path, options.weights)
         weights.source = Source("builtin", name, weights.source.sha256)
         return _from_weights(weights, replace(options, model_name=None), name)
 
@@ -147,33 +208,29 @@ def _load_builtin(name: str, options: LoadOptions) -> LoadedModel:
 def _load_folder(folder: Path, options: LoadOptions) -> LoadedModel:
     """A folder in the format of timm and the hub: `config.json` and `model.safetensors`."""
     config_path = folder / "config.json"
-    found = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
+    found = [folder / name for name in _FOLDER_WEIGHTS if (folder / name).is_file()]
     if not config_path.is_file() or not found:
         raise CheckpointError(
-            f"{folder} is not a model folder", "It needs config.json, and model.safetensors or pytorch_model.bin."
+            f"{folder} is not a model folder", f"It needs config.json, and {' or '.join(_FOLDER_WEIGHTS)}."
         )
-    weights = read_weights(found[0])
+    weights = read_weights(found[0], options.weights)
     weights.source = Source("folder", str(folder), weights.source.sha256)
     if weights.document is not None:
         return _from_weights(weights, options, folder.name)
     config = _read_config(config_path)
     name = options.model_name or config["architecture"]
     args = config["model_args"] if name == config["architecture"] else {}
-    options = replace(options, model_name=name)
-    loaded = _from_identity(identify(weights.tensors, str(folder), options, folder.name, args=args), weights)
     known = {key: value for key, value in config["pretrained_cfg"].items() if value is not None}
-    if fixed_size(loaded.model):
-        known["input_size"] = loaded.description.preprocessing.input_size
-    preprocessing = Preprocessing.from_dict({**loaded.description.preprocessing.to_dict(), **known})
-    loaded.description = replace(loaded.description, preprocessing=preprocessing)
-    configure(loaded.model, preprocessing)
+    size = _training_size(known.get("input_size"))
+    loaded = _detected(weights, replace(options, model_name=name), folder.name, args=args, size=size)
+    _set_preprocessing(loaded, known)
     return loaded
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from error
     if isinstance(config, dict) and "architectures" in config and "architecture" not in config:
         kind = ", ".join(map(str, config["architectures"] or ()))
@@ -197,10 +254,11 @@ def _load_name(name: str, options: LoadOptions) -> LoadedModel:
     _check_tag(name)
     cached = _cached_weights(name)
     if cached is None:
+        check_kind(options.weights, name)
         loaded = _with_random_weights(name, options)
         check_heads(loaded.model, name, options.heads, name)
         return loaded
-    weights = read_weights(cached)
+    weights = read_weights(cached, options.weights)
     weights.source = Source("cache", str(cached), weights.source.sha256)
     identity = identify(weights.tensors, str(cached), replace(options, model_name=name), name)
     identity.notes.append(f"pretrained weights of {name} from the local cache: {cached}")
@@ -210,8 +268,8 @@ def _load_name(name: str, options: LoadOptions) -> LoadedModel:
 def _with_random_weights(name: str, options: LoadOptions) -> LoadedModel:
     model = build_on_meta(name, {}, name, {})
     args = {}  # random weights fit any size
-    if options.img_size is not None and fixed_size(model):
-        args["img_size"] = checked_size(options.img_size)
+    if options.size and fixed_size(model):
+        args["img_size"] = options.size.square(name) if hasattr(model, "frames") else options.size.argument
     if hasattr(model, "frames"):
         clip = {"frames": options.frames, "checkpoint_frames": options.checkpoint_frames}
         args |= {key: value for key, value in clip.items() if value is not None}
@@ -274,7 +332,7 @@ def _check_model_name(model_name: str | None) -> None:
 
 
 def _not_found(name: str) -> CheckpointError:
-    if "/" in name or Path(name).suffix in WEIGHT_SUFFIXES:
+    if "/" in name or Path(name).suffix.lower() in WEIGHT_SUFFIXES:
         return CheckpointError(f"there is no file {name}")
     hint = f"{nearest(name, [*model_names(), *BUILTIN])}Give a file, a folder with config.json, or a timm name."
     return CheckpointError(f"{name} is neither a file nor the name of a model", hint)

@@ -2,9 +2,52 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
+from repshift_cli.errors import UsageError
 from repshift_cli.utils.ranges import check_ranges
+
+WeightsKind = Literal["raw", "ema"]
+"""The weights of a training checkpoint: as trained, or averaged over the training steps."""
+
+
+class ImageSize(NamedTuple):
+    """Height and width of the images of a model."""
+
+    height: int
+    width: int
+
+    @classmethod
+    def parse(cls, text: str) -> ImageSize:
+        """From `N` or `HEIGHTxWIDTH`; raises UsageError for other texts."""
+        if not re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})?", text):
+            raise UsageError(f"invalid --img-size {text}: must be N or HEIGHTxWIDTH, such as 224 or 256x128")
+        height, _, width = text.partition("x")
+        return cls.of((int(height), int(width or height)))
+
+    @classmethod
+    def of(cls, size: int | tuple[int, int]) -> ImageSize:
+        """The size of square images, or of any; raises UsageError if it is out of range."""
+        found = cls(size, size) if isinstance(size, int) else cls(*size)
+        for side in found:
+            check_ranges(img_size=side)
+        return found
+
+    @property
+    def argument(self) -> int | list[int]:
+        """The value of the argument `img_size` of a builder."""
+        return self.height if self.height == self.width else list(self)
+
+    def square(self, what: str) -> int:
+        """The side of square images; raises UsageError for others."""
+        if self.height != self.width:
+            raise UsageError(f"--img-size {self}: {what} takes square images only", "Give one number.")
+        return self.height
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self[: 1 + (self.height != self.width)]))
 
 
 @dataclass(frozen=True)
@@ -14,24 +57,26 @@ class LoadOptions:
     Attributes:
         model_name: name of the model, if the file has none.
         heads: attention heads, if neither a name nor a convention gives their number.
-        img_size: side of the image: any for a convolutional network, else that of the weights.
+        img_size: side, or height and width, of the images: any for a convolutional network, else that of the weights.
         frames: frames per clip of a video model.
         checkpoint_frames: frames that the weights were trained on; positions are interpolated in time from these.
         fallback_name: the model that a recipe names. It is used if nothing else identifies the model and the weights
             fit it.
+        weights: which weights of a file that holds both; the averaged ones by default.
     """
 
     model_name: str | None = None
     heads: int | None = None
-    img_size: int | None = None
+    img_size: int | tuple[int, int] | None = None
     frames: int | None = None
     checkpoint_frames: int | None = None
     fallback_name: str | None = None
+    weights: WeightsKind | None = None
 
     def __post_init__(self) -> None:
-        check_ranges(
-            heads=self.heads,
-            img_size=self.img_size,
-            frames=self.frames,
-            checkpoint_frames=self.checkpoint_frames,
-        )
+        check_ranges(heads=self.heads, frames=self.frames, checkpoint_frames=self.checkpoint_frames)
+
+    @property
+    def size(self) -> ImageSize | None:
+        """The image size; raises UsageError if it is out of range."""
+        return None if self.img_size is None else ImageSize.of(self.img_size)

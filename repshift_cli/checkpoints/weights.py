@@ -1,23 +1,48 @@
-"""Read tensors and metadata from safetensors and PyTorch files without running code from them."""
+"""Read tensors and metadata from safetensors and PyTorch files without running code from them.
+
+A file is read from one open descriptor, so that the tensors and the hash belong to the same bytes, and it is not
+memory-mapped: a file that is overwritten or truncated later does not change the weights.
+"""
 
 from __future__ import annotations
 
 import argparse
 import errno
 import json
+import os
 import pickle
+import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from repshift_cli.checkpoints.containers import (
+    check_kind,
+    first_names,
+    plain,
+    training_options,
+    unwrap,
+    without_prefixes,
+)
+from repshift_cli.checkpoints.options import WeightsKind
 from repshift_cli.errors import CheckpointError, first_line
-from repshift_cli.utils.files import EXPORT_SUFFIXES, TORCH_SUFFIXES, WEIGHT_SUFFIXES, sha256_of
+from repshift_cli.utils.files import (
+    EXPORT_SUFFIXES,
+    LARGEST_DOCUMENT,
+    TORCH_SUFFIXES,
+    WEIGHT_SUFFIXES,
+    open_file,
+    read_text,
+    sha256_of_file,
+)
 
 METADATA_KEY = "repshift"
 """Key of our JSON document in the metadata of a safetensors file (see docs/artifact.md)."""
@@ -25,11 +50,20 @@ METADATA_KEY = "repshift"
 FORMAT_VERSION = 4
 """Version of that document. Readers refuse newer ones. Increase it with any change that an older reader would miss."""
 
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
+INDEX_SUFFIX = ".safetensors.index.json"
+"""The end of the name of the index of a checkpoint in several files."""
+
 _OPTIONS = ("utils.easydict.EasyDict", "easydict.EasyDict")
-_PREFIXES = ("module.", "_orig_mod.")
-_MOST_WRAPPERS = 8  # a pickle can hold a mapping that contains itself
-_SHOWN_KEYS = 5
+_READ_BYTES = 1 << 20
+_HEADER_LENGTH = 8
+_AGAIN = "Copy or download it again."
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool, "C64": torch.complex64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+"""Types of safetensors."""
 
 
 @dataclass(frozen=True)
@@ -47,60 +81,106 @@ class Source:
 
 @dataclass
 class Weights:
-    """Content of a file: tensors, without wrappers and prefixes, and our document if there is one."""
+    """Content of a file: tensors, without wrappers and prefixes, and our document if there is one.
+
+    Attributes:
+        training: options of the training script, with the name of the model under `model`.
+    """
 
     tensors: dict[str, Tensor]
     document: dict[str, Any] | None
     source: Source
     notes: list[str] = field(default_factory=list)
+    training: dict[str, Any] = field(default_factory=dict)
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: Path, which: WeightsKind | None = None) -> Weights:
     """Read the tensors of a `.safetensors` or a PyTorch file, unwrapped (`model`, `state_dict`, `module.`, ...).
+
+    Args:
+        path: the file, or the index of a checkpoint in several files.
+        which: the weights to take from a file that holds both; the averaged ones by default.
 
     Raises:
         CheckpointError: the file is missing, empty, damaged, exported, of an unknown kind, or a pickle with code.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file")
     try:
-        if path.stat().st_size == 0:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not a file")
+        weights = _read_shards(path, which) if path.name.endswith(INDEX_SUFFIX) else _read_file(path, which)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    weights.tensors = without_prefixes(weights.tensors)
+    return weights
+
+
+def _read_file(path: Path, which: WeightsKind | None) -> Weights:
+    with open_file(path) as file:
+        before = os.fstat(file.fileno())
+        if before.st_size == 0:
             raise CheckpointError(f"{path} is empty")
-        if path.suffix == ".safetensors":
-            tensors, document = _read_safetensors(path)
-            notes: list[str] = []
-        elif path.suffix in TORCH_SUFFIXES:
-            tensors, notes = _unwrap(_read_torch(path), path)
-            document = None
-        elif path.suffix in EXPORT_SUFFIXES:
+        weights = _read(file, path, which)
+        after = os.fstat(file.fileno())
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise CheckpointError(f"{path} changed while it was read", "Wait until it is complete.")
+    weights.tensors = plain(weights.tensors, str(path), after.st_size)
+    return weights
+
+
+def _read(file: BinaryIO, path: Path, which: WeightsKind | None) -> Weights:
+    if _is_safetensors(file, path):
+        check_kind(which, str(path))
+        return _read_safetensors(file, path)
+    content, digest = _read_torch(file, path)
+    tensors, notes = unwrap(content, str(path), which)
+    return Weights(tensors, None, Source("file", str(path), digest), notes, training_options(content))
+
+
+def _is_safetensors(file: BinaryIO, path: Path) -> bool:
+    """By the suffix of the file or of the link's target, else by the content; else it is a PyTorch file."""
+    start = file.read(_HEADER_LENGTH + 1)
+    file.seek(0)
+    for suffix in (path.suffix.lower(), path.resolve().suffix.lower()):
+        if suffix in EXPORT_SUFFIXES:
             raise CheckpointError(
                 f"{path} is an exported file, which only bench and eval can run",
                 "Give the checkpoint that it was exported from.",
             )
-        else:
-            raise CheckpointError(f"{path} has an unknown suffix", f"Allowed: {', '.join(WEIGHT_SUFFIXES)}.")
-        source = Source("file", str(path), sha256_of(path))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    return Weights(tensors, document, source, notes)
+        if suffix in WEIGHT_SUFFIXES:
+            return suffix not in TORCH_SUFFIXES
+    if start[_HEADER_LENGTH:] != b"{" and not start.startswith((b"PK\x03\x04", b"\x80")):
+        raise CheckpointError(f"{path} has an unknown suffix", f"Allowed: {', '.join(WEIGHT_SUFFIXES)}.")
+    return start[_HEADER_LENGTH:] == b"{"
 
 
-def first_names(words: list[str]) -> str:
-    """Join the first few names for a message."""
-    rest = len(words) - _SHOWN_KEYS
-    return ", ".join(words[:_SHOWN_KEYS]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def _read_safetensors(file: BinaryIO, path: Path) -> Weights:
+    """Read a file into one buffer, which the tensors share."""
+    content = bytearray(os.fstat(file.fileno()).st_size)
+    file.readinto(content)  # type: ignore[attr-defined]
     try:
-        with safe_open(path, framework="pt", device="cpu") as archive:
-            metadata = archive.metadata() or {}
-            tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, ValueError) as error:
+        with safe_open(path, framework="pt", device="cpu"):  # checks the header
+            pass
+        start = _HEADER_LENGTH + int.from_bytes(content[:_HEADER_LENGTH], "little")
+        header = json.loads(content[_HEADER_LENGTH:start])
+        metadata = header.pop("__metadata__", {})
+        tensors = {key: _tensor(content, start, entry) for key, entry in header.items()}
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} is not a safetensors file, or is damaged: {error}", "Copy or download it again."
+            f"{path} is not a safetensors file, or is damaged: {first_line(error)}", _AGAIN
         ) from error
-    return _without_prefixes(tensors), _read_document(metadata.get(METADATA_KEY), path)
+    document = _read_document(metadata.get(METADATA_KEY), path)
+    return Weights(tensors, document, Source("file", str(path), sha256(content).hexdigest()))
+
+
+def _tensor(content: bytearray, start: int, entry: Mapping[str, Any]) -> Tensor:
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"the type {entry['dtype']} is not supported")
+    dtype, (begin, end) = _DTYPES[entry["dtype"]], entry["data_offsets"]
+    if begin == end:
+        return torch.empty(entry["shape"], dtype=dtype)
+    count = (end - begin) // dtype.itemsize
+    found = torch.frombuffer(content, dtype=dtype, count=count, offset=start + begin).reshape(entry["shape"])
+    return found.clone() if found.data_ptr() % dtype.itemsize else found
 
 
 def _read_document(text: str | None, path: Path) -> dict[str, Any] | None:
@@ -123,11 +203,21 @@ def _read_document(text: str | None, path: Path) -> dict[str, Any] | None:
     return document
 
 
-def _read_torch(path: Path) -> Any:
+def _read_torch(file: BinaryIO, path: Path) -> tuple[Any, str]:
+    """The content of a PyTorch file and its hash."""
+    damaged = f"{path} is not a PyTorch weights file, or is damaged"
     try:
+        _check_archive(file, path)
+        file.seek(0)
+        digest = sha256_of_file(file)
+        file.seek(0)
         # Some checkpoints (DeiT, UMT) hold their options, which are plain data; their code is not imported.
-        with torch.serialization.safe_globals([argparse.Namespace, *((OrderedDict, name) for name in _OPTIONS)]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        allowed = torch.serialization.safe_globals([argparse.Namespace, *((OrderedDict, name) for name in _OPTIONS)])
+        with warnings.catch_warnings(), allowed:
+            warnings.simplefilter("ignore")  # of sparse tensors, which are refused
+            return torch.load(file, map_location="cpu", weights_only=True), digest
+    except (CheckpointError, MemoryError):
+        raise
     except pickle.UnpicklingError as error:
         # "Unsupported global", "unsupported GLOBAL posix.system whose module is blocked", "unsupported class"
         if "global" in str(error).lower() or "class" in str(error):
@@ -135,44 +225,62 @@ def _read_torch(path: Path) -> Any:
                 f"{path} holds Python objects in addition to weights, which could run code when loaded",
                 "Save only the weights: torch.save(model.state_dict(), ...), or as safetensors.",
             ) from error
-        raise CheckpointError(f"{path} is not a PyTorch weights file, or is damaged") from error
-    except OSError as error:
-        if error.errno == errno.EINVAL:  # torch seeks to an invalid place in a truncated file
-            raise CheckpointError(f"{path} is not a PyTorch weights file, or is damaged") from error
-        raise
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a PyTorch weights file, or is damaged: {first_line(error)}") from error
+        raise CheckpointError(damaged) from error
+    except Exception as error:  # damaged files raise errors of many kinds
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch seeks to an invalid place
+            raise
+        reason = first_line(error)
+        raise CheckpointError(damaged if "weights_only" in reason else f"{damaged}: {reason}", _AGAIN) from error
 
 
-def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Take the weights out of the mappings that training scripts write."""
-    notes = []
-    for _ in range(_MOST_WRAPPERS):
-        wrapper = _wrapper_of(content)
-        if wrapper is None:
-            break
-        if "ema" in wrapper:
-            notes.append(f"{path.name}: averaged weights ({wrapper}) are used instead of the raw ones")
-        content = content[wrapper]
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a mapping of weights")
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise CheckpointError(f"{path} holds no tensors", f"Its keys: {first_names([str(key) for key in content])}.")
-    return _without_prefixes(tensors), notes
+def _check_archive(file: BinaryIO, path: Path) -> None:
+    """Check the members of a zip file. torch ignores checksums, and takes pickles and compressed members of any size.
+
+    Raises:
+        CheckpointError: it is a TorchScript file, or has members that torch.save does not write.
+        zipfile.BadZipFile: it is damaged.
+    """
+    if file.read(4) != b"PK\x03\x04":
+        return
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if any(member.filename.endswith("/constants.pkl") for member in members):
+            raise CheckpointError(
+                f"{path} is a TorchScript program, not a weights file",
+                "Save the weights of the model: torch.save(model.state_dict(), ...).",
+            )
+        others = sum(member.file_size for member in members if "/data/" not in member.filename)
+        if others > LARGEST_DOCUMENT:
+            raise CheckpointError(f"{path} holds {others} bytes besides tensors, more than {LARGEST_DOCUMENT}")
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise CheckpointError(f"{path} has compressed members, which torch.save does not write")
+        if sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size:
+            raise CheckpointError(f"{path} is damaged: its members are larger than the file")
+        for member in members:
+            if member.CRC:  # torch.save can be told to leave it out
+                with archive.open(member) as stream:  # checks it
+                    while stream.read(_READ_BYTES):
+                        pass
 
 
-def _wrapper_of(content: Any) -> str | None:
-    """The first key of a wrapper that is not empty: unused averaged weights are None or empty."""
-    if not isinstance(content, Mapping):
-        return None
-    return next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping) and content[key]), None)
-
-
-def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without the prefixes of wrapper modules, in any order and number."""
-    while prefix := next(
-        (each for each in _PREFIXES if tensors and all(key.startswith(each) for key in tensors)), None
-    ):
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors
+def _read_shards(path: Path, which: WeightsKind | None) -> Weights:
+    """The tensors of all files that an index names. The hash is that of the hashes of the files."""
+    try:
+        index = json.loads(read_text(path))["weight_map"]
+        names = sorted(set(index.values()))
+        foreign = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not the index of a checkpoint: {first_line(error)}") from error
+    if foreign or not names:
+        raise CheckpointError(f"{path} must name .safetensors files in its own folder, not {first_names(foreign)}")
+    tensors: dict[str, Tensor] = {}
+    digest = sha256()
+    for name in names:
+        shard = _read_file(path.with_name(name), which)
+        named = {key for key, file in index.items() if file == name}
+        if named != shard.tensors.keys():
+            keys = sorted(named ^ shard.tensors.keys())
+            raise CheckpointError(f"{path}: the index and {name} do not agree on {first_names(keys)}", _AGAIN)
+        tensors |= shard.tensors
+        digest.update(f"{name} {shard.source.sha256}\n".encode("utf-8", "surrogatepass"))
+    return Weights(tensors, None, Source("file", str(path), digest.hexdigest()))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar, get_args
 import typer
 
 from repshift_cli.benchmark.limits import BenchLimit, check_limits, require_met
-from repshift_cli.checkpoints.options import LoadOptions
+from repshift_cli.checkpoints.options import ImageSize, LoadOptions
 from repshift_cli.cli import guard, options, ui
 from repshift_cli.cli.show.bench import show, why_nothing
 from repshift_cli.errors import UsageError
@@ -69,10 +69,13 @@ def command(
     heads: options.Heads = None,
     img_size: Annotated[
         list[str] | None,
-        typer.Option(metavar="N[,N]", help="Image size N x N: any for a CNN, else what the weights allow."),
+        typer.Option(
+            metavar="N[,HxW]", help="Image size, N x N or height x width: any for a CNN, else what the weights allow."
+        ),
     ] = None,
     frames: options.Frames = None,
     checkpoint_frames: options.CheckpointFrames = None,
+    weights: options.Weights = None,
     dtype: Annotated[
         list[str] | None, typer.Option(metavar="TYPE[,TYPE]", help="float32 (default), bfloat16, float16.")
     ] = None,
@@ -134,7 +137,7 @@ def command(
     from repshift_cli.utils.files import check_outputs
 
     batches = _parse_integers("--batch-size", batch_size or DEFAULT_BATCHES)
-    sizes: list[int | None] = [*_parse_integers("--img-size", img_size or [], RANGES["img_size"])]
+    sizes: list[ImageSize | None] = [ImageSize.parse(text) for text in _split(img_size or [])]
     limits = [BenchLimit.parse(text) for text in budget or []]
     if plot is not None:
         check_figure_path("--plot", plot)
@@ -169,7 +172,7 @@ def command(
     ]
     screen = ui.Screen()
     opened = [
-        _open_all(models or [], recipe, LoadOptions(model, heads, size, frames, checkpoint_frames))
+        _open_all(models or [], recipe, LoadOptions(model, heads, size, frames, checkpoint_frames, weights=weights))
         for size in sizes or [None]
     ]
     for note in dict.fromkeys(note for each in opened for model in each.values() for note in model.loaded.notes):

@@ -43,6 +43,7 @@ def command(
     img_size: options.ImgSize = None,
     frames: options.Frames = None,
     checkpoint_frames: options.CheckpointFrames = None,
+    weights: options.Weights = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -97,7 +98,7 @@ def command(
     settings = Settings(
         recipe=recipe,
         target=target,
-        load=LoadOptions(model, heads, img_size, frames, checkpoint_frames),
+        load=LoadOptions(model, heads, img_size, frames, checkpoint_frames, weights=weights),
         output=output,
         data=data,
         calibration=calibration,

@@ -138,6 +138,7 @@ def command(
     seed: Annotated[int, options.number("seed", help="Random seed of the built-in scenes.")] = 0,
     frames: options.Frames = None,
     checkpoint_frames: options.CheckpointFrames = None,
+    weights: options.Weights = None,
     annotations: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Captions or questions of videos, as JSON in UMT's format.")
     ] = None,
@@ -203,7 +204,7 @@ def command(
             model, dataset, data_dir, limit, seed, compare_dense, resume, predictions, force, json, settings
         )
         video = VideoOptions(annotations, videos, answers, vocab, rerank, rerank_k, paragraph, pooling)
-        opened = open_any(model, LoadOptions(model_name, heads, img_size, frames, checkpoint_frames))
+        opened = open_any(model, LoadOptions(model_name, heads, img_size, frames, checkpoint_frames, weights=weights))
         screen = screen_of_first()
         for note in opened.loaded.notes:
             screen.note(note)

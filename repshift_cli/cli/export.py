@@ -65,6 +65,7 @@ def command(
     img_size: options.ImgSize = None,
     frames: options.Frames = None,
     checkpoint_frames: options.CheckpointFrames = None,
+    weights: options.Weights = None,
     threads: options.Threads = None,
     json: options.AsJson = False,
     force: options.Overwrite = False,
@@ -89,7 +90,7 @@ def command(
     )
     check(request)
     screen = ui.Screen()
-    load = LoadOptions(model_name, heads, img_size, frames, checkpoint_frames)
+    load = LoadOptions(model_name, heads, img_size, frames, checkpoint_frames, weights=weights)
     with num_threads(threads):
         opened = open_for_export(model, recipe, load, progress=screen)
         for note in opened.loaded.notes if recipe is None else ():

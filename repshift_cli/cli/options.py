@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import typer
 
+from repshift_cli.checkpoints.options import ImageSize, WeightsKind
+from repshift_cli.errors import UsageError
 from repshift_cli.utils.ranges import RANGES
 
 
@@ -80,8 +82,31 @@ Overwrite = Annotated[bool, typer.Option("--force", help="Overwrite existing out
 Heads = Annotated[int | None, number("heads", "--heads", help="Attention heads, if no timm model has this shape.")]
 
 ImgSize = Annotated[
-    int | None,
-    number("img_size", "--img-size", help="Image size N x N: any for a CNN, else what the weights allow."),
+    ImageSize | None,
+    typer.Option(
+        "--img-size",
+        parser=ImageSize.parse,
+        metavar="N|HxW",
+        help="Image size, N x N or height x width: any for a CNN, else what the weights allow.",
+    ),
+]
+
+
+def _weights_kind(text: str) -> WeightsKind:
+    kind = next((kind for kind in get_args(WeightsKind) if kind == text), None)
+    if kind is None:
+        raise UsageError(f"invalid --weights {text}: must be raw or ema")
+    return cast("WeightsKind", kind)
+
+
+Weights = Annotated[
+    WeightsKind | None,
+    typer.Option(
+        "--weights",
+        parser=_weights_kind,
+        metavar="raw|ema",
+        help="Which weights of a training checkpoint that holds both: as trained, or averaged (the default).",
+    ),
 ]
 
 MeasureDtype = Annotated[

@@ -14,7 +14,7 @@ from repshift_cli.cli.show.search import show_search
 from repshift_cli.cli.torchrun import Interrupted, rank_zero_errors, refuse_torchrun
 from repshift_cli.errors import INTERRUPTED, UsageError
 from repshift_cli.utils.figures import check_figure_path
-from repshift_cli.utils.files import check_outputs, default_output, sha256_of, write_text
+from repshift_cli.utils.files import check_outputs, check_weights_name, default_output, sha256_of, write_text
 
 if TYPE_CHECKING:
     from repshift_cli.compression.settings import Settings
@@ -102,6 +102,7 @@ def command(
     img_size: options.ImgSize = None,
     frames: options.Frames = None,
     checkpoint_frames: options.CheckpointFrames = None,
+    weights: options.Weights = None,
     device: options.Device = "cpu",
     dtype: options.MeasureDtype = "float32",
     batch_size: options.BatchSize = None,
@@ -129,7 +130,7 @@ def command(
     request = SearchRequest(goal, evaluations, tuple(reducer or ()), files.state, seconds)
     settings = Settings(
         recipe=recipe,
-        load=LoadOptions(model, heads, img_size, frames, checkpoint_frames),
+        load=LoadOptions(model, heads, img_size, frames, checkpoint_frames, weights=weights),
         output=files.checkpoint,
         data=data,
         calibration_images=images,
@@ -171,6 +172,8 @@ class _Files:
         """
         if self.plot is not None:
             check_figure_path("--plot", self.plot)
+        if self.checkpoint is not None:
+            check_weights_name(self.checkpoint)
         outputs = {"--output": self.recipe, "--save": self.checkpoint, "--plot": self.plot}
         check_outputs({**outputs, "--state": self.state}, force=True)
         for option, path in outputs.items():

@@ -24,7 +24,7 @@ from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.families.base import match
 from repshift_cli.search.job import FinishedSearch, SearchRequest, find, start_recipe
 from repshift_cli.search.target import SearchTarget
-from repshift_cli.utils.files import check_output
+from repshift_cli.utils.files import check_output, check_weights_name
 from repshift_cli.utils.progress import Progress
 
 _QUICK_EVALUATIONS = 12
@@ -48,6 +48,7 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
         RepshiftError: its class and exit code say what went wrong.
     """
     if settings.output and not dry_run:
+        check_weights_name(settings.output)
         check_output(settings.output, settings.force)
     recipe = checked_recipe(settings.recipe)
     target = _target(settings, recipe)

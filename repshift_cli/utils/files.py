@@ -102,10 +102,15 @@ def _read_pipe(path: Path, identity: tuple[int, int], largest: int) -> str:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a regular file, in hexadecimal; errors as `open_file`."""
-    digest = sha256()
     with open_file(path) as file:
-        while part := file.read(_READ_BYTES):
-            digest.update(part)
+        return sha256_of_file(file)
+
+
+def sha256_of_file(file: BinaryIO) -> str:
+    """SHA-256 of the rest of an open file, in hexadecimal."""
+    digest = sha256()
+    while part := file.read(_READ_BYTES):
+        digest.update(part)
     return digest.hexdigest()
 
 
@@ -166,15 +171,24 @@ def check_outputs(named: Mapping[str, Path | None], force: bool) -> None:
         check_output(path, force)
 
 
+def check_weights_name(path: Path) -> None:
+    """Raise UsageError if the name of a compressed checkpoint has another ending than its format."""
+    if path.suffix.lower() != WEIGHT_SUFFIXES[0]:
+        raise UsageError(
+            f"invalid output {path}: a compressed checkpoint is a safetensors file", "Give a name.safetensors."
+        )
+
+
 def weight_stem(name: str) -> str:
     """The file name of a checkpoint without folder and extension; other names unchanged.
 
     An exported file keeps its extension, which names the runtime.
     """
     path = Path(name)
-    if path.suffix in EXPORT_SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix in EXPORT_SUFFIXES:
         return path.name
-    return path.stem if path.suffix in WEIGHT_SUFFIXES else name
+    return path.stem if suffix in WEIGHT_SUFFIXES else name
 
 
 def default_output(model: str, suffix: str) -> Path:

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from repshift_cli.checkpoints.create import UMT, build_on_meta
 from repshift_cli.checkpoints.identify import cnn, umt, vim, vit
-from repshift_cli.checkpoints.identify.identity import Identity, shapes
+from repshift_cli.checkpoints.identify.identity import Identity, shapes, supported
 from repshift_cli.checkpoints.identify.names import canonical_name, is_model_name
 from repshift_cli.checkpoints.identify.sizes import check_heads, size_args
-from repshift_cli.checkpoints.options import LoadOptions
+from repshift_cli.checkpoints.identify.unsupported import known_kind
+from repshift_cli.checkpoints.options import ImageSize, LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, RepshiftError
+from repshift_cli.reduction.families.base import find
 
 _CHANNELS = 3
 """Images are read as RGB."""
@@ -41,6 +43,7 @@ def identify(
     hint: str,
     *,
     args: Mapping[str, Any] | None = None,
+    size: ImageSize | None = None,
 ) -> Identity:
     """Find the model that the weights belong to.
 
@@ -50,39 +53,61 @@ def identify(
         options: a `model_name` decides; a `fallback_name` is tried before the tensors are searched.
         hint: the file's name, which can name one of several models that fit.
         args: builder arguments of `model_name` that the file gives.
+        size: image size that the file gives; that of the options is preferred.
 
     Raises:
         CheckpointError: no known model fits, or several do; or it does not have the given number of heads.
         UsageError: the model does not take the given image size.
     """
+    tensors, size = _recognised(tensors), options.size or size
     _check_channels(tensors, where)
     if options.model_name:
-        return _named(canonical_name(options.model_name), tensors, where, args or {}, options)[0]
+        return _named(canonical_name(options.model_name), tensors, where, args or {}, options, size)[0]
     fallback = options.fallback_name
-    if fallback and is_model_name(fallback) and (found := _fallback(fallback, tensors, where, options)):
+    if fallback and is_model_name(fallback) and (found := _fallback(fallback, tensors, where, options, size)):
         return found
     if umt.recognises(tensors):
         return umt.identify(tensors, where, options)
     if vim.recognises(tensors):
         return vim.identify(tensors, where, options)
+    if error := known_kind(tensors, where):
+        raise error
     if kind := cnn.kind_of(tensors):
         return cnn.identify(kind, tensors, where, options.heads, hint)
-    return vit.identify(tensors, where, options.heads, hint)
+    return vit.identify(tensors, where, options.heads, hint, size)
 
 
-def _named(
-    name: str, tensors: Mapping[str, Tensor], where: str, given: Mapping[str, Any], options: LoadOptions
+def _recognised(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors without names that all keys start with (`model.`, `backbone.`), where only so they are recognised."""
+    stripped = tensors
+    while not any(known(stripped) for known in (umt.recognises, vim.recognises, cnn.kind_of, vit.recognises)):
+        outer = {key.partition(".")[::2] for key in stripped}
+        if len({first for first, _ in outer}) != 1 or not all(rest for _, rest in outer):
+            return tensors
+        stripped = {key.partition(".")[2]: value for key, value in stripped.items()}
+    return stripped
+
+
+def _named(  # noqa: PLR0917
+    name: str,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    given: Mapping[str, Any],
+    options: LoadOptions,
+    size: ImageSize | None,
 ) -> tuple[Identity, nn.Module]:
     """The named model; only image size and number of classes are read from the weights."""
     if name in umt.MODELS:
         identity = umt.identify(tensors, where, options, name)
         model = build_on_meta(UMT, identity.args, where, tensors)
     elif name in vim.MODELS:
-        identity = vim.named(name, tensors, where, given, options.img_size)
+        identity = vim.named(name, tensors, where, given, options)
         model = build_on_meta(name, identity.args, where, tensors)
     else:
         model = build_on_meta(name, given, where, tensors)
-        read = size_args(model, tensors)
+        if find(model) is None:
+            raise CheckpointError(f"{where}: {name} is a {type(model).__name__}, which is not supported", supported())
+        read = size_args(model, tensors, where, size)
         args = {**given, **read}
         if read:
             model = build_on_meta(name, args, where, tensors)
@@ -93,11 +118,13 @@ def _named(
     return identity, model
 
 
-def _fallback(name: str, tensors: Mapping[str, Tensor], where: str, options: LoadOptions) -> Identity | None:
+def _fallback(
+    name: str, tensors: Mapping[str, Tensor], where: str, options: LoadOptions, size: ImageSize | None
+) -> Identity | None:
     """The model that a recipe names, if names and shapes of all its tensors agree."""
     name = canonical_name(name)
     try:
-        identity, model = _named(name, tensors, where, {}, options)
+        identity, model = _named(name, tensors, where, {}, options, size)
     except RepshiftError:
         return None
     if shapes(model.state_dict()) != shapes(identity.tensors):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from repshift_cli.checkpoints.options import ImageSize
 from repshift_cli.errors import CheckpointError
 
 HEAD_SIZE = 64
@@ -23,19 +24,64 @@ def class_count(tensors: Mapping[str, Tensor]) -> int:
     return head.shape[0] if head is not None and head.ndim > 1 else 0
 
 
-def size_args(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Builder arguments for the image size and number of classes of the weights, if they differ from the model's."""
+def size_args(
+    model: Any, tensors: Mapping[str, Tensor], where: str, size: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Builder arguments for the image size and number of classes of the weights, if they differ from the model's.
+
+    Args:
+        size: of the images, where the file or the user gives it. Without one, images are square.
+
+    Raises:
+        CheckpointError: the position table fits no square images, nor the given size.
+    """
     args: dict[str, Any] = {}
     if (count := class_count(tensors)) != getattr(model, "num_classes", count):
         args["num_classes"] = count
     position, own = tensors.get("pos_embed"), getattr(model, "pos_embed", None)
     if position is None or not isinstance(own, Tensor) or position.ndim != own.ndim:
         return args
-    if position.shape[1] != own.shape[1]:
+    (height, width), now = model.patch_embed.patch_size, tuple(model.patch_embed.grid_size)
+    wanted = (size[0] // height, size[1] // width) if size else now
+    if position.shape[1] != own.shape[1] or wanted != now:
         prefix = own.shape[1] - model.patch_embed.num_patches
-        side = math.isqrt(max(position.shape[1] - prefix, 0))
-        args["img_size"] = side * model.patch_embed.patch_size[0]
+        rows, columns, _ = grid(position.shape[1], (prefix,), (height, width), size, where)
+        if (rows, columns) != now:
+            found = size if size and (rows, columns) == wanted else (rows * height, columns * width)
+            args["img_size"] = ImageSize(*found).argument
     return args
+
+
+def grid(
+    length: int, prefixes: Iterable[int], patch: Sequence[int], size: tuple[int, int] | None, where: str
+) -> tuple[int, int, int]:
+    """Rows and columns of the patches of a position table, and its number of prefix tokens.
+
+    Args:
+        length: of the table.
+        prefixes: possible numbers of prefix tokens, the likely one first.
+        patch: height and width of a patch.
+        size: of the images; a table that does not have it is taken for that of square images.
+
+    Raises:
+        CheckpointError: no grid fits, or it has one patch.
+    """
+    counts = list(dict.fromkeys(prefixes))
+    if size is not None:
+        rows, columns = size[0] // patch[0], size[1] // patch[1]
+        for prefix in counts:
+            if rows * columns == length - prefix > 1:
+                return rows, columns, prefix
+    for prefix in counts:
+        side = math.isqrt(max(length - prefix, 0))
+        if side > 1 and side * side == length - prefix:
+            return side, side, prefix
+    height, width = patch
+    raise CheckpointError(
+        f"{where}: {length} positions and {counts[0]} prefix tokens make no square grid"
+        + (f", nor one of {size[0]}x{size[1]} pixels" if size else ""),
+        f"Give --img-size HEIGHTxWIDTH (multiples of {height} and {width}), or the model with --model.",
+    )
 
 
 def check_heads(model: nn.Module, name: str, heads: int | None, where: str) -> None:

@@ -42,7 +42,7 @@ def identify(tensors: Mapping[str, Tensor], where: str, options: LoadOptions, na
     text, embed_dim = _text(native, where, vision.width // vision.heads), _embed_dim(native)
     vision = replace(
         vision,
-        img_size=options.img_size or vision.img_size,
+        img_size=options.size.square(where) if options.size else vision.img_size,
         frames=options.frames or vision.frames,
         checkpoint_frames=options.checkpoint_frames,
     )

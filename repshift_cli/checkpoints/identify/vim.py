@@ -51,7 +51,7 @@ def recognises(tensors: Mapping[str, Tensor]) -> bool:
 def identify(tensors: Mapping[str, Tensor], where: str, options: LoadOptions) -> Identity:
     """Find the Vim that the weights belong to; errors as `match.identify`."""
     shape, side = _read(tensors, where)
-    size, stride, certain = _size(side, shape.patch_size, None, options.img_size, where)
+    size, stride, certain = _size(side, shape.patch_size, None, options, where)
     full = {**asdict(shape), "img_size": size, "stride": stride}
     name, architecture, args = _name_and_args(full)
     model = build_on_meta(architecture, args, where, tensors, name)
@@ -65,7 +65,7 @@ def identify(tensors: Mapping[str, Tensor], where: str, options: LoadOptions) ->
 
 
 def named(
-    name: str, tensors: Mapping[str, Tensor], where: str, given: Mapping[str, Any], img_size: int | None
+    name: str, tensors: Mapping[str, Tensor], where: str, given: Mapping[str, Any], options: LoadOptions
 ) -> Identity:
     """The named Vim; only sizes and number of classes are read from the weights."""
     if not recognises(tensors):
@@ -75,7 +75,7 @@ def named(
     for key in ("stride", "patch_size"):
         if not ((isinstance(own[key], int) and own[key] > 0) or (key == "stride" and own[key] is None)):
             raise CheckpointError(f"{where}: invalid {key}={own[key]!r}: must be at least 1")
-    size, _, _ = _size(side, shape.patch_size, own["stride"] or own["patch_size"], img_size, where)
+    size, _, _ = _size(side, shape.patch_size, own["stride"] or own["patch_size"], options, where)
     found = {"num_classes": shape.num_classes, "class_token": shape.class_token, "img_size": size}
     read = {key: value for key, value in found.items() if own[key] != value}
     args = {**given, **read}
@@ -172,13 +172,14 @@ def _read_shape(tensors: Mapping[str, Tensor], where: str) -> tuple[_Shape, int]
     return shape, side
 
 
-def _size(side: int, patch: int, stride: int | None, wanted: int | None, where: str) -> tuple[int, int, bool]:
+def _size(side: int, patch: int, stride: int | None, options: LoadOptions, where: str) -> tuple[int, int, bool]:
     """Image size, stride, and whether both are certain.
 
     Args:
         stride: of the named model, if there is a name.
-        wanted: image size that the user gives.
+        options: with the image size that the user gives.
     """
+    wanted = options.size.square(where) if options.size else None
     strides = [stride] if stride else [each for each in (patch, patch // 2) if each]
     if wanted is not None:
         fits = [each for each in strides if _image(side, patch, each) == wanted]

@@ -6,7 +6,6 @@ the same tensors gives heads, activation and preprocessing.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,23 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from repshift_cli.checkpoints.create import quickly_on_meta
+from repshift_cli.checkpoints.create import build_on_meta, quickly_on_meta
 from repshift_cli.checkpoints.identify.identity import Fitting, Identity, best_fit, shapes, supported
-from repshift_cli.checkpoints.identify.sizes import HEAD_SIZE, check_divides, head_count, size_args
+from repshift_cli.checkpoints.identify.sizes import HEAD_SIZE, check_divides, grid, head_count, size_args
+from repshift_cli.checkpoints.identify.unsupported import any_kind
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError
-
-_OTHER_KINDS = {
-    "layers.0.blocks.0.attn.relative_position_bias_table": "a Swin Transformer, whose windows need the whole grid",
-    "vit.embeddings.cls_token": "a ViT of the transformers library",
-    "resnet.embedder.embedder.convolution.weight": "a ResNet of the transformers library",
-    "encoder.layers.encoder_layer_0.self_attention.in_proj_weight": "a ViT of torchvision",
-    "features.1.0.block.0.weight": "a ConvNeXt or another model of torchvision",
-    "trunk_output.block1.block1-0.f.a.0.weight": "a RegNet of torchvision",
-    "backbone.layers.0.mixer.A_log": "a Mamba language model",
-    "vision_encoder.patch_embed.proj.weight": "a video-text model (UMT)",
-    "visual.proj": "an OpenAI CLIP model",
-}
 
 
 @dataclass(frozen=True)
@@ -66,13 +54,20 @@ class _Shape:
         return {key: value for key, value in args.items() if key not in ("distilled", "head_size")}
 
 
-def identify(tensors: Mapping[str, Tensor], where: str, heads: int | None, hint: str) -> Identity:
-    """Find the ViT that the weights belong to; errors as `match.identify`."""
+def recognises(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether these can be the weights of a ViT."""
+    return "patch_embed.proj.weight" in tensors and _count_blocks(tensors) > 0
+
+
+def identify(
+    tensors: Mapping[str, Tensor], where: str, heads: int | None, hint: str, size: tuple[int, int] | None = None
+) -> Identity:
+    """Find the ViT that the weights belong to, for images of a `size` if it is known; errors as `match.identify`."""
     try:
-        shape = _read_shape(tensors, where)
+        shape = _read_shape(tensors, where, size)
     except IndexError:
         raise CheckpointError(f"{where}: a tensor has too few dimensions for a Vision Transformer") from None
-    fitting = _registered(shape, tensors)
+    fitting = _registered(shape, tensors, where)
     if heads is not None:
         fitting = {name: found for name, found in fitting.items() if head_count(found[0]) == heads}
     if fitting:
@@ -92,18 +87,18 @@ def native_keys(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
     return dict(tensors)
 
 
-def _read_shape(tensors: Mapping[str, Tensor], where: str) -> _Shape:
+def _read_shape(tensors: Mapping[str, Tensor], where: str, size: tuple[int, int] | None) -> _Shape:
     patches, blocks = tensors.get("patch_embed.proj.weight"), _count_blocks(tensors)
-    if patches is None or patches.ndim != 4 or not blocks:  # noqa: PLR2004 (a convolution's weight)
+    if patches is None or patches.ndim != 4 or not blocks or not patches.numel():  # noqa: PLR2004 (a convolution)
         raise _unknown(tensors, where)
     width, channels, *patch_size = patches.shape
     class_token, distilled = "cls_token" in tensors, "dist_token" in tensors
     registers = next((tensors[key].shape[1] for key in ("reg_token", "register_tokens") if key in tensors), 0)
-    side, no_embed_class = _grid(tensors, class_token + distilled + registers, where)
+    rows, columns, no_embed_class = _grid(tensors, class_token + distilled + registers, patch_size, size, where)
     head, hidden = tensors.get("head.weight"), tensors.get("blocks.0.mlp.fc2.weight")
     norm = tensors.get("blocks.0.attn.q_norm.weight")
     return _Shape(
-        img_size=[side * size for size in patch_size],
+        img_size=[rows * patch_size[0], columns * patch_size[1]],
         patch_size=patch_size,
         in_chans=channels,
         num_classes=head.shape[0] if head is not None else 0,
@@ -128,23 +123,18 @@ def _count_blocks(tensors: Mapping[str, Tensor]) -> int:
     return len(found) if found == set(range(len(found))) else 0
 
 
-def _grid(tensors: Mapping[str, Tensor], prefix: int, where: str) -> tuple[int, bool]:
-    """Side of the patch grid, and whether prefix tokens have no positions."""
+def _grid(
+    tensors: Mapping[str, Tensor], prefix: int, patch: list[int], size: tuple[int, int] | None, where: str
+) -> tuple[int, int, bool]:
+    """Rows and columns of the patch grid, and whether prefix tokens have no positions."""
     position = tensors.get("pos_embed")
     if position is None or position.ndim != 3:  # noqa: PLR2004 ([1, tokens, channels])
-        raise CheckpointError(
-            f"{where}: unknown image size, since there is no position table", "Name the model with --model."
+        raise any_kind(tensors, where) or CheckpointError(
+            f"{where}: unknown image size, since there is no position table", supported()
         )
-    length = position.shape[1]
     # DINOv2's authors give a position to the class token but not to registers; timm then gives none to either.
-    for without in dict.fromkeys((prefix, 0, 1)):
-        side = math.isqrt(max(length - without, 0))
-        if side and side * side == length - without:
-            return side, without != prefix
-    raise CheckpointError(
-        f"{where}: {length} positions and {prefix} prefix tokens make no square grid",
-        "Name the model with --model.",
-    )
+    rows, columns, without = grid(position.shape[1], (prefix, 0, 1), patch, size, where)
+    return rows, columns, without != prefix
 
 
 def _pooling(tensors: Mapping[str, Tensor], class_token: bool) -> str:
@@ -155,14 +145,15 @@ def _pooling(tensors: Mapping[str, Tensor], class_token: bool) -> str:
     return "token"
 
 
-def _registered(shape: _Shape, tensors: Mapping[str, Tensor]) -> Fitting:
+def _registered(shape: _Shape, tensors: Mapping[str, Tensor], where: str) -> Fitting:
     """timm's models with these tensors. Models for another image size are tried last."""
     import timm
 
     known = (name for module in ("vision_transformer", "deit") for name in timm.list_models(module=module))
     names = [name for name in known if _may_fit(name.split("_"), shape)]
     sized = [name for name in names if str(shape.img_size[0]) in name.split("_")]
-    return _agreeing(sized, shape, tensors) or _agreeing([name for name in names if name not in sized], shape, tensors)
+    others = [name for name in names if name not in sized]
+    return _agreeing(sized, shape, tensors, where) or _agreeing(others, shape, tensors, where)
 
 
 def _may_fit(parts: list[str], shape: _Shape) -> bool:
@@ -179,14 +170,17 @@ def _may_fit(parts: list[str], shape: _Shape) -> bool:
     )
 
 
-def _agreeing(names: list[str], shape: _Shape, tensors: Mapping[str, Tensor]) -> Fitting:
+def _agreeing(names: list[str], shape: _Shape, tensors: Mapping[str, Tensor], where: str) -> Fitting:
     fitting = {}
     skip = {"weight_init": "skip"}
     for name in names:
         model: Any = quickly_on_meta(name, skip)
         if len(getattr(model, "blocks", ())) != shape.depth or getattr(model, "embed_dim", 0) != shape.embed_dim:
             continue
-        args = size_args(model, tensors)
+        try:
+            args = size_args(model, tensors, where, (shape.img_size[0], shape.img_size[1]))
+        except CheckpointError:  # it has another number of prefix tokens
+            continue
         if args:
             model = quickly_on_meta(name, args | skip)
         if shapes(model.state_dict()) == shapes(native_keys(tensors, model)):
@@ -220,6 +214,9 @@ def _unregistered(shape: _Shape, tensors: Mapping[str, Tensor], where: str, head
         "assumed its preprocessing: ImageNet mean and std, bicubic, crop 0.9",
     ]
     kept = {key: value for key, value in tensors.items() if key != "mask_token"}
+    model = build_on_meta(None, shape.args(count), where, kept, name)
+    if model.state_dict().keys() != kept.keys() and (error := any_kind(kept, where)):
+        raise error
     return Identity(name, None, shape.args(count), _imagenet_preprocessing(shape), kept, notes)
 
 
@@ -243,11 +240,8 @@ def _imagenet_preprocessing(shape: _Shape) -> Preprocessing:
 
 
 def _unknown(tensors: Mapping[str, Tensor], where: str) -> CheckpointError:
-    for key, kind in _OTHER_KINDS.items():
-        if key in tensors:
-            return CheckpointError(f"{where} looks like {kind}, which is not supported", supported())
     keys = ", ".join(list(tensors)[:5])
-    return CheckpointError(
+    return any_kind(tensors, where) or CheckpointError(
         f"{where}: the tensors fit no known model (the first are {keys})",
         f"{supported()} If its keys are renamed, name the model with --model.",
     )

@@ -1,0 +1,70 @@
+"""Name the kind of weights that belong to no supported model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+
+from torch import Tensor
+
+from repshift_cli.checkpoints.create import quickly_on_meta
+from repshift_cli.checkpoints.identify.identity import supported
+from repshift_cli.errors import CheckpointError
+from repshift_cli.reduction.families.base import find
+
+_KINDS = {
+    "layers.0.blocks.0.attn.relative_position_bias_table": "a Swin Transformer, whose windows need the whole grid",
+    "layers.0.blocks.0.attn.logit_scale": "a Swin Transformer V2, whose windows need the whole grid",
+    "rope_embed.periods": "a DINOv3 model, whose rotary positions need the whole grid",
+    "blocks.0.gamma_1": "a DINOv3, EVA, BEiT or CaiT model",
+    "blocks.0.attn.q_proj.weight": "an EVA-02 model, whose rotary positions need the whole grid",
+    "blocks.0.attn.q_bias": "an EVA-02, BEiT or VideoMAE model",
+    "conv_stem.weight": "an EfficientNet, a MobileNet or a similar network",
+    "vit.embeddings.cls_token": "a ViT of the transformers library",
+    "resnet.embedder.embedder.convolution.weight": "a ResNet of the transformers library",
+    "encoder.layers.encoder_layer_0.self_attention.in_proj_weight": "a ViT of torchvision",
+    "features.1.0.block.0.weight": "a ConvNeXt or another model of torchvision",
+    "trunk_output.block1.block1-0.f.a.0.weight": "a RegNet of torchvision",
+    "backbone.layers.0.mixer.A_log": "a Mamba language model",
+    "vision_encoder.patch_embed.proj.weight": "a video-text model (UMT)",
+    "visual.proj": "an OpenAI CLIP model",
+}
+"""By the name of a tensor that no supported model has."""
+
+_SAME_NAMES = 0.8
+"""Share of tensor names, without numbers, from which two models are of one kind."""
+
+
+def known_kind(tensors: Mapping[str, Tensor], where: str) -> CheckpointError | None:
+    """The error for weights of a kind that is known by the name of one tensor."""
+    return next((_refusal(where, kind) for key, kind in _KINDS.items() if key in tensors), None)
+
+
+def any_kind(tensors: Mapping[str, Tensor], where: str) -> CheckpointError | None:
+    """As `known_kind`, or for weights with the names of a timm model. This takes seconds."""
+    return known_kind(tensors, where) or _of_timm(tensors, where)
+
+
+def _refusal(where: str, kind: str) -> CheckpointError:
+    return CheckpointError(f"{where} looks like {kind}, which is not supported", supported())
+
+
+def _of_timm(tensors: Mapping[str, Tensor], where: str) -> CheckpointError | None:
+    """The most similar of the first models of all modules of timm."""
+    import timm
+
+    names, best = _without_numbers(tensors), (_SAME_NAMES, "")
+    for module in timm.list_modules():
+        for name in timm.list_models(module=module)[:1]:
+            with suppress(Exception):  # some cannot be built on meta
+                model = quickly_on_meta(name, {})
+                own = _without_numbers(model.state_dict())
+                share = len(names & own) / len(names | own)
+                if find(model) is None:
+                    best = max(best, (share, f"a {type(model).__name__} of timm, such as {name}"))
+    return _refusal(where, best[1]) if best[1] else None
+
+
+def _without_numbers(tensors: Mapping[str, Tensor]) -> set[str]:
+    return {re.sub(r"\d+", "0", key) for key in tensors}
