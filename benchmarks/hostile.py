@@ -46,7 +46,8 @@ KINDS: dict[str, tuple[Kind, int]] = {
 DEFECTS = {
     "number": "wrong number with exit code 0",
     "accepted": "damaged input accepted",
-    "code": "code of a file run, or exit code not allowed",
+    "ran": "code of a file run",
+    "code": "exit code not allowed",
     "unexpected": "`unexpected:`",
     "traceback": "traceback",
     "died": "ended by a signal of its own",
@@ -116,7 +117,7 @@ def prepare(base: Path, *, slow: bool = True) -> Good:
         good.finish()
         return good
     interrupted = [good.evaluate(BUILTIN, "--resume", str(good.state))]
-    run(Attempt(interrupted, inside=lambda: processes._full(1)), *places)
+    run(Attempt(interrupted, inside=lambda: processes.full(1)), *places)
     searched = good.folder / "search.json"
 
     def stop_when_written(process: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import shutil
@@ -12,7 +13,8 @@ from pathlib import Path
 from _hostile.attempt import Attempt, all_counted, same_number
 from _hostile.good import BUILTIN, IMAGES, SMALL, VIDEO, Good
 
-_NOBODY = 65534
+_CAPABILITIES = 0x20080522
+"""Version of the structures of capset(2)."""
 
 
 def _socket(path: Path) -> None:
@@ -58,7 +60,7 @@ ODD: dict[str, Callable[[Path], object]] = {
 
 def inputs(rng: random.Random, good: Good, folder: Path) -> Attempt:
     """An odd file where an input is expected."""
-    make = ODD[rng.choice(sorted(ODD))]
+    kind = rng.choice(sorted(ODD))
     name, command, outputs = rng.choice(_roles(good))
     if name.startswith("data/"):
         target = rng.choice(sorted(good.copy_data(folder).rglob("*.png")))
@@ -66,9 +68,10 @@ def inputs(rng: random.Random, good: Good, folder: Path) -> Attempt:
     else:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-    make(target)
+    ODD[kind](target)
     check = all_counted(IMAGES) if name.startswith("data/") and command[0] == "eval" else None
-    return Attempt([command], codes=frozenset({0, 2, 3, 4, 5}), outputs=outputs, check=check)
+    finished = ("state",) if kind == "folder" else ()  # a finished run deletes its folder
+    return Attempt([command], codes=frozenset({0, 1, 2, 3, 4, 5}), outputs=outputs, replaced=finished, check=check)
 
 
 def _roles(good: Good) -> list[tuple[str, list[str], tuple[str, ...]]]:
@@ -162,14 +165,17 @@ def permissions(rng: random.Random, good: Good, folder: Path) -> Attempt:
     folder.chmod(0o755)
     barred.chmod(rng.choice([0o000, 0o000, 0o400, 0o100]))
 
-    def become_nobody() -> None:
-        os.setgroups([])
-        os.setgid(_NOBODY)
-        os.setuid(_NOBODY)
-
-    inside = become_nobody if os.getuid() == 0 else None
+    inside = _drop_capabilities if os.getuid() == 0 else None
     counted = all_counted(IMAGES) if barred.suffix == ".png" else None
     return Attempt([command], inside=inside, outputs=("w/*", "state/*", "state"), check=counted)
+
+
+def _drop_capabilities() -> None:
+    """Let permissions hold for root, too."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, none = (ctypes.c_uint32 * 2)(_CAPABILITIES, 0), (ctypes.c_uint32 * 6)()
+    if libc.capset(header, none) != 0:
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 _NAMES = (

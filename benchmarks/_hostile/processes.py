@@ -144,8 +144,14 @@ def _closed(number: int) -> None:
     setattr(sys, stream, None)
 
 
-def _full(number: int) -> None:
+def _reopen(number: int) -> None:
+    """A new stream: the old one remembers whether its file could seek."""
+    setattr(sys, "stdout" if number == 1 else "stderr", os.fdopen(number, "w", closefd=False))
+
+
+def full(number: int) -> None:
     os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+    _reopen(number)
 
 
 def _broken(number: int) -> None:
@@ -153,6 +159,7 @@ def _broken(number: int) -> None:
     os.dup2(write, number)
     os.close(write)
     os.close(read)
+    _reopen(number)
 
 
 def _ascii(number: int) -> None:
@@ -161,7 +168,7 @@ def _ascii(number: int) -> None:
 
 def streams(rng: random.Random, good: Good, folder: Path) -> Attempt:
     """Standard output or error that is closed, full, or a pipe that nobody reads."""
-    number, change = rng.choice([1, 1, 2]), rng.choice([_closed, _full, _broken, _ascii])
+    number, change = rng.choice([1, 1, 2]), rng.choice([_closed, full, _broken, _ascii])
     command = rng.choice(
         [
             *_commands(good),
@@ -176,7 +183,7 @@ def streams(rng: random.Random, good: Good, folder: Path) -> Attempt:
         lost = "--save-predictions" in command and not (folder / "o.npz").exists()
         if lost:
             return "files: the predictions were lost"
-        if number == 1 and change in (_closed, _full) and results[0].code == 0:
+        if number == 1 and change in (_closed, full) and results[0].code == 0:
             return "accepted: exit code 0 though nothing could be printed"
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import multiprocessing
 import os
 import pkgutil
 import random
@@ -74,7 +75,7 @@ def attempt(name: str, kind: Kind, number: int, *, seed: int, good: Good, base: 
         found = problems(made, results, before, after)
         found += [f"files: {path.name!r} stays in the temporary folder" for path in temporary.iterdir()]
         if canary(scratch).exists():
-            found.append("code: code of a file was run")
+            found.append("ran: code of a file was run")
         text = "\n".join(f"--- exit code {each.code}\n{each.stdout}{each.stderr}" for each in results)
         return Outcome(
             name, number, made.commands, [each.code for each in results], found, time.monotonic() - began, text
@@ -162,6 +163,7 @@ def _command(
         else:
             os.environ[name] = value
     tempfile.tempdir = None
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # as in a shell
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + _ROOM, used + _ROOM))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

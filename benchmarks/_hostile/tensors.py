@@ -86,7 +86,7 @@ def _torch_attempt(rng: random.Random, good: Good, folder: Path, same: bool) -> 
     command = good.evaluate("m.pth", *good.heads)
     check = same_number(good.numbers[str(good.pth)]) if same else None
     first = [["inspect", "m.pth", *good.heads]] if rng.random() < 0.5 else []
-    return Attempt([*first, command], codes=frozenset({0, 2, 3}), check=check)
+    return Attempt([*first, command], codes=frozenset({0, 2, 3, 5}), check=check)
 
 
 def _written(good: Good, path: Path) -> Check:
