@@ -41,7 +41,7 @@ from repshift_cli.reduction.families.base import match
 from repshift_cli.utils.hashing import digest_of_document
 from repshift_cli.utils.progress import Silent
 
-__all__ = ["TARGETS", "Fuzzer"]
+__all__ = ["TARGETS", "Fuzzer", "changed_bytes", "changed_tree", "to_json"]
 
 _MOST_CHANGES = 4
 _NUMBERS = (0, 1, -1, 2, 3, 7, 255, 2**16, 2**31 - 1, 2**31, 2**53, 2**63, 2**64, 10**30, -(2**63))
@@ -90,7 +90,7 @@ class Fuzzer:
     def recipe(self, rng: random.Random) -> None:
         """The text of a recipe, and the plan that it gives for a model."""
         text = rng.choice(self.recipes)
-        changed = _changed_bytes(rng, text.encode()) if rng.random() < 0.5 else _as_text(rng, _changed_yaml(rng, text))
+        changed = changed_bytes(rng, text.encode()) if rng.random() < 0.5 else _as_text(rng, _changed_yaml(rng, text))
         recipe = Recipe.parse(changed.decode("utf-8", "replace"), "fuzzed")
         check_components(recipe)
         if recipe.layers:
@@ -99,9 +99,9 @@ class Fuzzer:
     def metadata(self, rng: random.Random) -> None:
         """The document in the metadata of a compressed checkpoint, loaded as a model that is ready to run."""
         if rng.random() < 0.8:
-            text = _json(_changed_tree(rng, self.document))
+            text = to_json(changed_tree(rng, self.document))
         else:
-            text = _changed_bytes(rng, json.dumps(self.document).encode()).decode("utf-8", "replace")
+            text = changed_bytes(rng, json.dumps(self.document).encode()).decode("utf-8", "replace")
         path = self.folder / "metadata.safetensors"
         path.write_bytes(to_safetensors(self.tensors, {METADATA_KEY: text.encode("utf-8", "replace").decode()}))
         opened = artifact.open_model(path)
@@ -116,9 +116,9 @@ class Fuzzer:
         (length,) = struct.unpack("<Q", whole[:8])
         header, data = whole[8 : 8 + length], whole[8 + length :]
         if rng.random() < 0.7:
-            header = _json(_changed_tree(rng, json.loads(header))).encode("utf-8", "replace")
+            header = to_json(changed_tree(rng, json.loads(header))).encode("utf-8", "replace")
         else:
-            header = _changed_bytes(rng, header)
+            header = changed_bytes(rng, header)
         length = len(header) if rng.random() < 0.8 else rng.choice([0, 1, 2**31, 2**63, 2**64 - 1, len(header) + 8])
         cut = len(data) if rng.random() < 0.8 else rng.randrange(len(data))
         path = self.folder / "header.safetensors"
@@ -138,33 +138,33 @@ class Fuzzer:
         good: list[Any] = rng.choice([rows, questions])
         path = self.folder / rng.choice(["a.json", "a.jsonl"])
         if path.suffix == ".jsonl":
-            path.write_bytes(_changed_bytes(rng, "\n".join(map(json.dumps, good)).encode()))
+            path.write_bytes(changed_bytes(rng, "\n".join(map(json.dumps, good)).encode()))
         elif rng.random() < 0.6:
-            path.write_text(_json(_changed_tree(rng, good)), encoding="utf-8", errors="replace")
+            path.write_text(to_json(changed_tree(rng, good)), encoding="utf-8", errors="replace")
         else:
-            path.write_bytes(_changed_bytes(rng, json.dumps(good).encode()))
+            path.write_bytes(changed_bytes(rng, json.dumps(good).encode()))
         paragraph = rng.choice([None, True, False])
         open_video_text(None, annotations=path, videos=self.folder / "videos", paragraph=paragraph)
 
     def exported(self, rng: random.Random) -> None:
         """The document of an exported file."""
         path = self.folder / "e.pt2"
-        text = _json(_changed_tree(rng, self.exported_document)) if rng.random() < 0.7 else None
+        text = to_json(changed_tree(rng, self.exported_document)) if rng.random() < 0.7 else None
         content = self._archive(json.dumps(self.exported_document) if text is None else text)
-        path.write_bytes(_changed_bytes(rng, content) if text is None else content)
+        path.write_bytes(changed_bytes(rng, content) if text is None else content)
         document = read_document(path, kind_of(path))
         ModelDescription.from_dict(document.model)
 
     def saved_predictions(self, rng: random.Random) -> None:
         """A prediction file."""
         path = self.folder / "p.npz"
-        path.write_bytes(_changed_bytes(rng, self.predictions))
+        path.write_bytes(changed_bytes(rng, self.predictions))
         load_predictions(path)
 
     def archive(self, rng: random.Random) -> None:
         """A tar of images."""
         path = self.folder / "a.tar"
-        path.write_bytes(_changed_bytes(rng, self.tar))
+        path.write_bytes(changed_bytes(rng, self.tar))
         tar_members(path)
 
     def progress(self, rng: random.Random) -> None:
@@ -185,7 +185,7 @@ class Fuzzer:
             ],
         }
         path = self.folder / "state" / "000000.json"
-        path.write_text(_json(_changed_tree(rng, good)), encoding="utf-8", errors="replace")
+        path.write_text(to_json(changed_tree(rng, good)), encoding="utf-8", errors="replace")
         self.state.load([0])
 
     def _document(self) -> dict[str, Any]:
@@ -245,7 +245,7 @@ TARGETS: dict[str, Callable[[Fuzzer, random.Random], None]] = {
 """By what they read."""
 
 
-def _changed_bytes(rng: random.Random, content: bytes) -> bytes:
+def changed_bytes(rng: random.Random, content: bytes) -> bytes:
     """Some bytes flipped, removed, repeated, inserted or moved."""
     changed = bytearray(content)
     for _ in range(rng.randint(1, _MOST_CHANGES)):
@@ -268,7 +268,7 @@ def _changed_bytes(rng: random.Random, content: bytes) -> bytes:
     return bytes(changed)
 
 
-def _changed_tree(rng: random.Random, tree: Any) -> Any:
+def changed_tree(rng: random.Random, tree: Any) -> Any:
     """A JSON value with some places replaced."""
     changed = copy.deepcopy(tree)
     for _ in range(rng.randint(1, _MOST_CHANGES)):
@@ -324,13 +324,13 @@ def _nested(depth: int) -> Any:
 def _changed_yaml(rng: random.Random, text: str) -> Any:
     import yaml
 
-    return _changed_tree(rng, yaml.safe_load(text))
+    return changed_tree(rng, yaml.safe_load(text))
 
 
 def _as_text(rng: random.Random, tree: Any) -> bytes:
     """A tree as JSON, which is valid YAML, sometimes with aliases that multiply."""
     # PyYAML takes seconds for the deepest nesting, so it is rare
-    text = _json(tree, 5000 if rng.random() < 0.1 else 200)
+    text = to_json(tree, 5000 if rng.random() < 0.1 else 200)
     if rng.random() < 0.1:
         text = "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(
             f"{name}: &{name} [*{before}, *{before}, *{before}, *{before}, *{before}]\n"
@@ -339,5 +339,5 @@ def _as_text(rng: random.Random, tree: Any) -> bytes:
     return text.encode("utf-8", "replace")
 
 
-def _json(tree: Any, deep: int = 5000) -> str:
+def to_json(tree: Any, deep: int = 5000) -> str:
     return json.dumps(tree, ensure_ascii=False).replace(json.dumps(_DEEP), "[" * deep + "]" * deep)

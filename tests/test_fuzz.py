@@ -31,7 +31,7 @@ def test_changed_inputs_raise_only_repshift_errors(fuzzer: Fuzzer, target: str, 
 
 
 def test_the_valid_inputs_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_changed_bytes", "_changed_tree"):
+    for name in ("changed_bytes", "changed_tree"):
         monkeypatch.setattr(f"fuzzing.{name}", lambda rng, good: good)
     fuzzer = Fuzzer(tmp_path)
     taken = 0

@@ -162,9 +162,9 @@ def check_outputs(named: Mapping[str, Path | None], force: bool) -> None:
         OutputError: as `check_output`.
     """
     given = {option: path for option, path in named.items() if path is not None}
-    seen: dict[Path, str] = {}
+    seen: dict[str, str] = {}
     for option, path in given.items():
-        other = seen.setdefault(path.resolve(), option)
+        other = seen.setdefault(os.path.realpath(path), option)  # Path.resolve raises at a loop of links
         if other != option:
             raise UsageError(f"{other} and {option} both name {path}", "Give two different files.")
     for path in given.values():
