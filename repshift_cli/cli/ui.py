@@ -51,6 +51,17 @@ def finish_streams(code: int) -> int:
     return code
 
 
+def _console(stderr: bool = False) -> Console:
+    """A console that raises BrokenPipeError; rich would end the process at once."""
+    from rich.console import Console
+
+    class Raising(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # noqa: PLE0704
+
+    return Raising(stderr=stderr, highlight=False)
+
+
 @contextmanager
 def _stdout() -> Iterator[Console]:
     """A console on stdout, flushed at the end, so that callers may then delete what they kept for a rerun.
@@ -58,10 +69,8 @@ def _stdout() -> Iterator[Console]:
     Raises:
         OutputError: writing failed, for example because the disk is full.
     """
-    from rich.console import Console
-
     try:
-        yield Console(highlight=False, soft_wrap=False)
+        yield _console()
         sys.stdout.flush()
     except BrokenPipeError:
         raise  # the reader has closed the pipe
@@ -122,12 +131,11 @@ def error(problem: RepshiftError) -> None:
 
 def _print_stderr(*parts: str | tuple[str, str]) -> None:
     """Print parts of a line, each a text or a text with its style."""
-    from rich.console import Console
     from rich.text import Text
 
     shown = [visible(part) if isinstance(part, str) else (visible(part[0]), part[1]) for part in parts]
     with suppress(OSError, ValueError):  # a full or closed stderr must not end the work or change the exit code
-        Console(stderr=True, highlight=False).print(Text.assemble(*shown), soft_wrap=True)
+        _console(stderr=True).print(Text.assemble(*shown), soft_wrap=True)
 
 
 class _BarTask:
@@ -144,9 +152,8 @@ class Screen:
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Task]:
         from rich import progress
-        from rich.console import Console
 
-        console = Console(stderr=True, highlight=False)
+        console = _console(stderr=True)
         columns = (progress.SpinnerColumn(), progress.TextColumn("{task.description}", markup=False))
         counts = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
         with progress.Progress(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from repshift_cli.errors import CheckFailed, UsageError
-from repshift_cli.measure.device import wait_for
+from repshift_cli.measure.device import out_of_memory, wait_for
 
 
 @dataclass(frozen=True)
@@ -60,5 +60,7 @@ def explain_out_of_memory(what: str) -> Iterator[None]:
     """Turn an out-of-memory error of the device into a UsageError; `what` is processed at a time, e.g. `8 videos`."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         raise UsageError(f"the device has not enough memory for {what} at a time", "Lower --batch-size.") from error

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+_NUMBERS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def watched_interrupts() -> Iterator[Callable[[], None]]:
             handler(number, None)
 
     before = _replaced(watch)
-    mine = {number: signal.getsignal(number) for number in _NUMBERS}
+    mine: dict[int, Any] = {number: signal.getsignal(number) for number in _NUMBERS}
     try:
         yield check
     finally:

@@ -17,6 +17,12 @@ import pytest
 from outcome import Command
 from paths import ROOT
 
+from repshift_cli.cli.show.evaluate import show_evaluation, warn_of_guessing
+from repshift_cli.errors import OutputError
+from repshift_cli.evaluation.classification.predictions import load_predictions
+from repshift_cli.evaluation.classification.result import Evaluation, Pace, Score
+from repshift_cli.evaluation.common import Skipped
+
 MODEL = "builtin:vit-digits-small"
 FEW = (MODEL, "--limit", "120", "-b", "4", "--workers", "0", "--threads", "1", "--json")
 
@@ -136,3 +142,113 @@ class TestPredictions:
         assert done.rc == rc, done.stderr
         assert message in done.stderr
         assert done.stdout == ""
+
+
+QUICK = ("--limit", "12", "--workers", "0", "--threads", "1", "--save-predictions", "p.npz")
+
+
+class TestOutputThatFails:
+    @pytest.mark.parametrize("form", [(), ("--json",)], ids=["table", "json"])
+    @pytest.mark.parametrize("kind", ["full", "pipe"])
+    def test_predictions_are_saved_before_anything_is_printed(
+        self, cli: Command, monkeypatch: pytest.MonkeyPatch, kind: str, form: tuple[str, ...]
+    ) -> None:
+        if kind == "full":
+            stdout = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115
+        else:
+            reader, writer = os.pipe()
+            os.close(reader)
+            stdout = os.fdopen(writer, "w")
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", stdout)
+            done = cli("eval", MODEL, *QUICK, "--resume", "state", *form)
+        assert done.rc == 1
+        assert ("cannot write to stdout" in done.stderr) == (kind == "full")
+        assert "unexpected" not in done.stderr
+        assert len(load_predictions(Path("p.npz"))) == 12
+        assert Path("state/run.json").is_file()  # a finished state is removed once the numbers are printed
+
+    def test_the_result_is_printed_although_predictions_cannot_be_saved(
+        self, cli: Command, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: Any) -> None:
+            raise OutputError("cannot write p.npz: No space left on device")
+
+        monkeypatch.setattr("repshift_cli.evaluation.classification.predictions.save_predictions", full)
+        done = cli("eval", MODEL, *QUICK, "--json")
+        assert done.rc == 1
+        assert counted(done.stdout)["images"] == 12
+        assert "No space left" in done.stderr
+
+
+def test_names_with_markup_and_bytes_that_are_not_utf8(cli: Command, tmp_path: Path) -> None:
+    from repshift_cli.data.builtin.digits import DigitScenes
+
+    scenes = DigitScenes("test", 12)
+    odd = os.fsdecode(b"\xe9")
+    folder = tmp_path / f"[bold][{odd}"
+    for label in range(10):
+        (folder / f"{label}[{odd}]").mkdir(parents=True)
+    for index in range(len(scenes)):
+        scene_image, label = scenes[index]
+        scene_image.save(folder / f"{label}[{odd}]" / f"{index}[b]{odd}.png")
+    few = ("--dataset", folder, "--workers", "0")
+    for model, name in ((MODEL, "a.npz"), ("builtin:vit-digits", "[b].npz")):
+        done = cli("eval", model, *few, "--save-predictions", name)
+        assert done.rc == 0, done.stderr
+        assert r"[bold][\udce9,12images" in "".join(done.stdout.split())
+        assert f"wrote {name}" in done.stdout
+    assert cli("eval", MODEL, *few, "--json").rc == 0
+    assert load_predictions(Path("a.npz")).ids[0].isprintable()
+    for form in ((), ("--json",)):
+        assert cli("compare", "a.npz", "[b].npz", *form).rc == 0
+
+
+@pytest.mark.parametrize("limit", ["60", "20"])
+def test_labels_in_another_order(cli: Command, tmp_path: Path, limit: str) -> None:
+    from repshift_cli.data.builtin.digits import DigitScenes
+
+    scenes = DigitScenes("test", 60)
+    for index in range(len(scenes)):
+        scene_image, label = scenes[index]
+        folder = tmp_path / "digits" / str((label + 1) % 10)
+        folder.mkdir(parents=True, exist_ok=True)
+        scene_image.save(folder / f"{index}.png")
+    (tmp_path / "digits" / "0" / "broken.png").touch()
+    few = ("--dataset", tmp_path / "digits", "--workers", "0", "--limit", limit)
+    done = cli("eval", "builtin:vit-digits", *few)
+    assert done.rc == 0
+    found = json.loads(cli("eval", "builtin:vit-digits", *few, "--json").stdout)
+    assert found["top1"] < 5
+    if limit == "60":
+        assert "labels are probably in another order" in done.stderr
+        assert found["against_guessing"] == "below"
+    else:
+        assert "no better than guessing among 10 classes" in done.stderr
+        assert found["against_guessing"] == "not above"
+
+
+def test_a_table_says_that_images_are_left_out_and_a_compressed_model_is_judged_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    score = Score(40, 4, 20, 1.0, None)
+    result = Evaluation(
+        dataset="d",
+        total=43,
+        outputs=10,
+        images=40,
+        skipped=tuple(Skipped(str(index), "broken") for index in range(3)),
+        scores={"compressed": score},
+        same_top1=None,
+        seconds=1.0,
+        fresh=40,
+        interrupted=False,
+        pace=Pace(1.0, 0.0, 0.0, 0.0, 0, 1, False),
+        batch_size=4,
+    )
+    show_evaluation(result, {"compressed": 1})
+    warn_of_guessing(result)
+    out, err = capsys.readouterr()
+    assert "d, 40 of 43 images, 3 could not be read" in out
+    assert "top-1 of the compressed model is 10.00%" in err
+    assert "no better than guessing" in err

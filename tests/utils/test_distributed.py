@@ -87,6 +87,15 @@ def test_one_process_without_a_group() -> None:
     assert Processes().count == 1
 
 
+def test_values_that_differ_between_processes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    group, others = Processes(), [{"data": "a", "batch size": 4}]
+    monkeypatch.setattr(group, "collect", lambda mine: [mine, *others])
+    group.check_equal({"data": "a", "batch size": 4})
+    others += [{"data": "b", "batch size": 4, "--strict": True}]
+    with pytest.raises(UsageError, match="rank 2 differs from rank 0 in --strict, data"):
+        group.check_equal({"data": "a", "batch size": 4})
+
+
 @pytest.mark.slow
 def test_gathering_and_stopping(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"

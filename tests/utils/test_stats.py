@@ -9,7 +9,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repshift_cli.utils.stats import mcnemar, paired_difference, percent_interval, wilson_interval
+from repshift_cli.utils.stats import against_guessing, mcnemar, paired_difference, percent_interval, wilson_interval
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "classes", "verdict"),
+    [
+        (0, 400, 10, "below"),
+        (0, 60, 10, "below"),
+        (0, 30, 10, "not above"),
+        (40, 400, 10, "not above"),
+        (51, 400, 10, "not above"),
+        (60, 400, 10, "above"),
+        (4, 4, 10, "above"),
+        (1, 4, 10, "not above"),
+        (0, 2, 10, "undecided"),
+        (8, 16, 2, "not above"),
+        (3, 6, 2, "undecided"),
+        (0, 1000, 1000, "not above"),
+        (0, 5000, 1000, "below"),
+        (5, 5, 1, "undecided"),
+    ],
+)
+def test_against_guessing(correct: int, total: int, classes: int, verdict: str) -> None:
+    assert against_guessing(correct, total, 1 / classes) == verdict
 
 
 class TestWilson:

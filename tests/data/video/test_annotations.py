@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +259,33 @@ def test_files_that_are_not_json(tmp_path: Path, videos: Path, content: bytes | 
         path.write_bytes(content)
     with pytest.raises(DataError, match=rf"own\.json.*({reason})"):
         open_video_text(annotations=path, videos=videos)
+
+
+def test_a_fifo_and_a_device(tmp_path: Path, videos: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    for name in ("fifo.json", "zero.json"):
+        with pytest.raises(DataError, match="is not a regular file"):
+            open_video_text(annotations=tmp_path / name, videos=videos)
+        with pytest.raises(DataError, match="is not a regular file"):
+            opened(tmp_path, [ASKED], answers=tmp_path / name)
+
+
+@pytest.mark.parametrize("refused", ["videos", "a.mp4"])
+def test_folders_without_permission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, videos: Path, refused: str
+) -> None:
+    usual = Path.stat
+
+    def stat(self: Path, **options: Any) -> os.stat_result:
+        if self.name == refused:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return usual(self, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(DataError, match="cannot be read: Permission denied") as raised:
+        opened(tmp_path, [GOOD])
+    assert raised.value.exit_code == 4
 
 
 def test_too_large_a_file(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

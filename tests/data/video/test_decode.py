@@ -274,6 +274,32 @@ def test_the_error_can_be_pickled() -> None:
     assert (error.sample, error.reason) == ("a.mp4", "the file is empty")
 
 
+@pytest.mark.parametrize("kind", ["video", "frames"])
+def test_each_frame_is_converted_when_it_is_decoded(tmp_path: Path, kind: str) -> None:
+    path = write_video(tmp_path / "a.mp4") if kind == "video" else write_frames(tmp_path / "frames", 12)
+    made: list[tuple[int, int]] = []
+
+    def convert(frame: Image.Image) -> Image.Image:
+        made.append(frame.size)
+        return frame.resize((4, 4))
+
+    clip = read_clip(path, 5, convert=convert)
+    assert [frame.size for frame in clip.frames] == [(4, 4)] * 5
+    assert len(made) == 5
+    assert [frame.tobytes() for frame in clip.frames] == [
+        frame.resize((4, 4)).tobytes() for frame in read_clip(path, 5).frames
+    ]
+
+
+def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(UnreadableVideo, match="Permission denied"):
+        read_clip(tmp_path / "clip", 2)
+
+
 def test_clip_tensor(tmp_path: Path) -> None:
     transform: Callable[[Image.Image], torch.Tensor] = lambda image: torch.from_numpy(  # noqa: E731
         np.asarray(image, dtype=np.float32)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,11 @@ class TestVocabulary:
         path = write(tmp_path / "vocab.txt", [*WORDS, *twice])
         with pytest.raises(DataError, match=f"{len(twice)} tokens are repeated"):
             Tokenizer(path)
+
+    def test_a_fifo(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "vocab.txt")
+        with pytest.raises(DataError, match="is not a regular file"):
+            Tokenizer(tmp_path)
 
     def test_too_large(self, tmp_path: Path) -> None:
         with (tmp_path / "vocab.txt").open("wb") as file:

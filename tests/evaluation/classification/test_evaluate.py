@@ -18,7 +18,7 @@ from repshift_cli.data.decode import UnreadableSample
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckFailed, DataError, ModelError, UsageError
 from repshift_cli.evaluation.classification.evaluate import evaluate
-from repshift_cli.evaluation.classification.result import Evaluation, Pace
+from repshift_cli.evaluation.classification.result import Evaluation, Pace, predictions_of
 from repshift_cli.utils.distributed import Processes
 from repshift_cli.utils.progress import Silent
 
@@ -83,6 +83,16 @@ def run(models: dict[str, nn.Module], dataset: ImageDataset, num_classes: int = 
         "progress": Silent(),
     }
     return evaluate(models, dataset, PLAIN, **{**settings, **changes})
+
+
+def test_names_of_predictions_are_unique_utf8() -> None:
+    class Named(Shades):
+        def key(self, index: int) -> str:
+            return ("a.png", "a.png", "a.png #2", "\udce9.png")[index]
+
+    data = Named([1, 2, 3, 4])
+    result = run({"one": Reader(10)}, data, keep_rows=True)
+    assert predictions_of(result, "one", data, "m").ids.tolist() == ["a.png", "a.png #2#", "a.png #2", "\\udce9.png"]
 
 
 class TestScores:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -140,6 +141,28 @@ class TestDamaged:
                 changed.writestr(name, content)
         with pytest.raises(DataError, match="damaged"):
             load_predictions(tmp_path / "p.npz")
+
+    def test_an_archive_that_expands(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("repshift_cli.evaluation.classification.predictions._ALWAYS_BYTES", 1 << 16)
+        np.savez_compressed(tmp_path / "p.npz", **arrays(id=np.array(["a" * 100_000, "b", "c"])))
+        with pytest.raises(DataError, match="its arrays take 120"):
+            load_predictions(tmp_path / "p.npz")
+
+    def test_a_parquet_file_that_expands(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("pyarrow")
+        monkeypatch.setattr("repshift_cli.evaluation.classification.predictions._ALWAYS_BYTES", 1 << 16)
+        answers = np.zeros((3, 50_000), dtype=np.int32)
+        save_predictions(tmp_path / "p.parquet", predictions(answers=answers), force=False)
+        with pytest.raises(DataError, match="its arrays take"):
+            load_predictions(tmp_path / "p.parquet")
+
+    @pytest.mark.parametrize("suffix", KINDS)
+    def test_a_fifo_and_a_device(self, tmp_path: Path, suffix: str) -> None:
+        os.mkfifo(tmp_path / f"fifo{suffix}")
+        (tmp_path / f"zero{suffix}").symlink_to("/dev/zero")
+        for name in ("fifo", "zero"):
+            with pytest.raises(DataError, match="is not a regular file"):
+                load_predictions(tmp_path / f"{name}{suffix}")
 
     @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"text"])
     def test_not_an_archive(self, tmp_path: Path, content: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,72 @@ class TestResume:
         (tmp_path / "s" / "notes.txt").write_text("mine")
         finish(tmp_path / "s", Processes())
         assert [path.name for path in (tmp_path / "s").iterdir()] == ["notes.txt"]
+
+
+class TestFilesOfTheUser:
+    NAMES = ("2024-my-results.json", "000099.json", "123456.json", ".notes.json.x.part", "0000001.json")
+
+    def test_they_stay(self, tmp_path: Path) -> None:
+        run(Colours(ends_at=9), tmp_path / "s")
+        for name in self.NAMES:
+            (tmp_path / "s" / name).write_text('{"mine": true}')
+        run(Colours(), tmp_path / "s")
+        finish(tmp_path / "s", Processes())
+        found = {path.name: path.read_text() for path in (tmp_path / "s").iterdir()}
+        assert found == dict.fromkeys(self.NAMES, '{"mine": true}')
+
+    def test_a_fifo_in_place_of_a_shard(self, tmp_path: Path, whole: Any) -> None:
+        run(Colours(ends_at=9), tmp_path / "s")
+        (tmp_path / "s" / "000001.json").unlink()
+        os.mkfifo(tmp_path / "s" / "000001.json")
+        warnings = Warnings()
+        assert numbers(run(Colours(), tmp_path / "s", progress=warnings)) == whole
+        assert "is damaged" in warnings.texts[0]
+        assert "is not a regular file; the run continues" in warnings.texts[1]
+
+    def test_a_fifo_in_place_of_the_header(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "run.json")
+        with pytest.raises(UsageError, match="is damaged"):
+            run(Colours(), tmp_path)
+
+
+def changed(shard: dict[str, Any], change: str) -> Any:
+    """The second of the shards, images 4 to 7 of which 6 is unreadable, edited."""
+    rows = shard["rows"][0]
+    match change:
+        case "far" | "negative" | "earlier":
+            shard["skipped"][0][0] = {"far": 10**9, "negative": -1, "earlier": 2}[change]
+        case "twice":
+            shard["skipped"] *= 2
+        case "fewer":
+            shard["images"] = 2
+        case "counts":
+            name = next(name for name, each in shard["counts"].items() if each["top1"] != 1)
+            shard["counts"][name] |= {"top1": 1, "top5": 3}
+        case "row":
+            rows["indices"][0] = 5
+        case "wide":
+            rows["answers"][0][0] = 2**40
+        case "output":
+            rows["said"]["dense"]["top"][0][0] = -3
+        case "no rows":
+            shard["rows"] = []
+        case "type":
+            shard["skipped"] = {"6": "x"}
+    return shard
+
+
+@pytest.mark.parametrize(
+    "change", ["far", "negative", "earlier", "twice", "fewer", "counts", "row", "wide", "output", "no rows", "type"]
+)
+def test_an_edited_shard_is_evaluated_again(tmp_path: Path, whole: Any, change: str) -> None:
+    run(Colours(ends_at=9), tmp_path / "s")
+    path = tmp_path / "s" / "000001.json"
+    path.write_text(json.dumps(changed(json.loads(path.read_text()), change)))
+    warnings = Warnings()
+    assert numbers(run(Colours(), tmp_path / "s", progress=warnings)) == whole
+    assert len(warnings.texts) == 1
+    assert "000001.json is damaged" in warnings.texts[0]
 
 
 class TestOtherRuns:
