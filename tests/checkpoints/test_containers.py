@@ -21,6 +21,8 @@ from torch.optim.swa_utils import AveragedModel
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.artifact import separated
 from repshift_cli.checkpoints.create import quickly_on_meta
+from repshift_cli.checkpoints.identify import unsupported
+from repshift_cli.checkpoints.identify.match import identify
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.checkpoints.options import ImageSize, LoadOptions
@@ -423,9 +425,9 @@ class TestImageSize:
         ("edgenext_xx_small", "EdgeNeXt"),
     ],
 )
-def test_kinds_that_are_not_supported(name: str, kind: str, tmp_path: Path) -> None:
-    from repshift_cli.checkpoints.identify.match import identify
-
+def test_kinds_that_are_not_supported(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unsupported._kinds_of_timm.cache_clear()
+    monkeypatch.setattr(timm, "list_modules", lambda: ["resnet", "mlp_mixer", "hiera", "edgenext"])  # all take seconds
     weights = dict(quickly_on_meta(name, {}).state_dict())
     for options in (LoadOptions(), LoadOptions(model_name=name)):
         with pytest.raises(CheckpointError, match="which is not supported") as caught:
@@ -433,6 +435,7 @@ def test_kinds_that_are_not_supported(name: str, kind: str, tmp_path: Path) -> N
         assert "--model" not in str(caught.value)
     with pytest.raises(CheckpointError, match=kind):
         identify(weights, "weights.pth", LoadOptions(), "weights")
+    unsupported._kinds_of_timm.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["x.pth", "x.onnx", "x.tar", "x", ".safetensors"])
