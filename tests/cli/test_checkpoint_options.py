@@ -23,7 +23,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def test_images_that_are_not_square(cli: Command, recipe: Path, tmp_path: Path) -> None:
     dense = save_weights(tiny_vit(img_size=(64, 32)), tmp_path / "a.safetensors")
-    for name in "0123":
+    for name in "0123456789":
         (tmp_path / "data" / name).mkdir(parents=True)
         Image.effect_noise((40, 70), 60).convert("RGB").save(tmp_path / "data" / name / "1.png")
     size = ("--heads", 2, "--img-size", "64x32")
