@@ -27,7 +27,7 @@ _LARGEST_SHARE = 4
 """Maximum size of all tensors, in sizes of the file. Tied weights are stored once and counted for each name."""
 
 _LARGEST_VALUE = 1e30
-_LONGEST_NAME = 200
+_PLAIN = (str, int, float, list, tuple, Mapping)
 
 
 def first_names(words: list[str]) -> str:
@@ -72,13 +72,15 @@ def check_kind(which: WeightsKind | None, where: str, is_averaged: bool = False)
 
 
 def training_options(content: Any) -> dict[str, Any]:
-    """The options of a training script in a checkpoint, with the name of the model under `model`, if there are any."""
+    """Options of a training script that have a value, with the name of the model under `model`."""
     if not isinstance(content, Mapping):
         return {}
     args = content.get("args")
-    found = vars(args) if isinstance(args, argparse.Namespace) else args
-    options = dict(found) if isinstance(found, Mapping) else {}
-    return {**options, "model": content.get("arch") or options.get("model")}
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    options = dict(args) if isinstance(args, Mapping) else {}
+    if isinstance(content.get("arch"), str):
+        options["model"] = content["arch"]
+    return {key: value for key, value in options.items() if isinstance(value, _PLAIN) and value}
 
 
 def without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -158,17 +160,9 @@ def _is_filled(value: Any) -> bool:
 
 
 def _no_weights(content: Mapping[Any, Any], where: str) -> CheckpointError:
-    places, seen = [], {id(content)}
-    waiting = [("", content)]
-    for path, mapping in waiting:
-        if path and any(isinstance(value, Tensor) and value.ndim for value in mapping.values()):
-            places.append(path.removeprefix("."))
-        for key, value in mapping.items():
-            if isinstance(value, Mapping) and id(value) not in seen:
-                seen.add(id(value))
-                waiting.append((f"{path}.{key}"[:_LONGEST_NAME], value))
-    if places:
+    if places := [str(key) for key, value in content.items() if _is_filled(value)]:
         return CheckpointError(
-            f"{where} holds tensors in several places: {first_names(places)}", "Save those of one model alone."
+            f"{where} holds no tensors where weights are expected",
+            f"Save the weights alone. Tensors may lie under {first_names(places)}.",
         )
     return CheckpointError(f"{where} holds no tensors", f"Its keys: {first_names([str(key) for key in content])}.")

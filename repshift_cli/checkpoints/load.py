@@ -27,7 +27,7 @@ from repshift_cli.checkpoints.identify.sizes import check_heads
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import ImageSize, LoadOptions
 from repshift_cli.checkpoints.weights import INDEX_SUFFIX, Source, Weights, read_weights
-from repshift_cli.data.preprocessing import Preprocessing, fixed_size
+from repshift_cli.data.preprocessing import LARGEST_SIDE, Preprocessing, fixed_size
 from repshift_cli.errors import CheckpointError, UsageError
 from repshift_cli.utils.files import WEIGHT_SUFFIXES, read_text
 from repshift_cli.utils.suggest import nearest
@@ -93,9 +93,9 @@ def _detected(weights: Weights, options: LoadOptions, hint: str, **given: Any) -
 
 def _from_training(weights: Weights, options: LoadOptions, hint: str) -> LoadedModel:
     """The model that a training script names in the file, with the preprocessing of its options."""
-    training = {key: value for key, value in weights.training.items() if value not in (None, "", (), [])}
-    name, sizes = training.get("model"), training.get("img_size") or training.get("input_size")
-    given: dict[str, Any] = {"size": _training_size(sizes)}
+    training = weights.training
+    name = training.get("model")
+    given: dict[str, Any] = {"size": _training_size(training.get("img_size", training.get("input_size")))}
     if isinstance(name, str) and not options.model_name:
         if is_model_name(name):
             _check_tag(name)
@@ -126,16 +126,19 @@ def _from_training(weights: Weights, options: LoadOptions, hint: str) -> LoadedM
 def _training_size(value: Any) -> ImageSize | None:
     """The image size in options of a training script: a number, height and width, or these after the channels."""
     sides = list(value)[-2:] if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    if not all(isinstance(side, int) and side > 0 for side in sides):
+    if not sides or not all(isinstance(side, int) and 0 < side <= LARGEST_SIDE for side in sides):
         return None
-    return ImageSize.of((sides[0], sides[-1]))
+    return ImageSize(sides[0], sides[-1])
 
 
 def _set_preprocessing(loaded: LoadedModel, known: dict[str, Any]) -> None:
     """Replace what a file says about the preprocessing, except the size of a model with a fixed one."""
     if fixed_size(loaded.model):
         known["input_size"] = loaded.description.preprocessing.input_size
-    preprocessing = Preprocessing.from_dict({**loaded.description.preprocessing.to_dict(), **known})
+    try:
+        preprocessing = Preprocessing.from_dict({**loaded.description.preprocessing.to_dict(), **known})
+    except CheckpointError as error:
+        raise CheckpointError(f"{loaded.source.path}: {error.message}", error.hint) from error
     loaded.description = replace(loaded.description, preprocessing=preprocessing)
     configure(loaded.model, preprocessing)
 

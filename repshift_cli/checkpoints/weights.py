@@ -84,7 +84,7 @@ class Weights:
     """Content of a file: tensors, without wrappers and prefixes, and our document if there is one.
 
     Attributes:
-        training: options of the training script, with the name of the model under `model`.
+        training: options of the training script that have a value, with the name of the model under `model`.
     """
 
     tensors: dict[str, Tensor]
@@ -109,7 +109,7 @@ def read_weights(path: Path, which: WeightsKind | None = None) -> Weights:
             raise CheckpointError(f"{path} is not a file")
         weights = _read_shards(path, which) if path.name.endswith(INDEX_SUFFIX) else _read_file(path, which)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        raise CheckpointError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
     weights.tensors = without_prefixes(weights.tensors)
     return weights
 
@@ -162,7 +162,7 @@ def _read_safetensors(file: BinaryIO, path: Path) -> Weights:
             pass
         start = _HEADER_LENGTH + int.from_bytes(content[:_HEADER_LENGTH], "little")
         header = json.loads(content[_HEADER_LENGTH:start])
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None) or {}
         tensors = {key: _tensor(content, start, entry) for key, entry in header.items()}
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
@@ -272,7 +272,7 @@ def _read_shards(path: Path, which: WeightsKind | None) -> Weights:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not the index of a checkpoint: {first_line(error)}") from error
     if foreign or not names:
-        raise CheckpointError(f"{path} must name .safetensors files in its own folder, not {first_names(foreign)}")
+        raise CheckpointError(f"{path} must name .safetensors files in its own folder: {first_names(foreign)}")
     tensors: dict[str, Tensor] = {}
     digest = sha256()
     for name in names:

@@ -172,12 +172,12 @@ class _Files:
         """
         if self.plot is not None:
             check_figure_path("--plot", self.plot)
-        if self.checkpoint is not None:
-            check_weights_name(self.checkpoint)
         outputs = {"--output": self.recipe, "--save": self.checkpoint, "--plot": self.plot}
         check_outputs({**outputs, "--state": self.state}, force=True)
         for option, path in outputs.items():
             check_outputs({option: path}, path is not None and self.can_replace(path, force))
+        if self.checkpoint is not None:
+            check_weights_name(self.checkpoint)
 
     def can_replace(self, path: Path, force: bool) -> bool:
         """Whether a file may be replaced: with --force, or if an interruption of this search wrote it unchanged."""

@@ -48,8 +48,8 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
         RepshiftError: its class and exit code say what went wrong.
     """
     if settings.output and not dry_run:
-        check_weights_name(settings.output)
         check_output(settings.output, settings.force)
+        check_weights_name(settings.output)
     recipe = checked_recipe(settings.recipe)
     target = _target(settings, recipe)
     if target and dry_run:

@@ -53,7 +53,10 @@ def open_file(path: Path, largest: int | None = None) -> BinaryIO:
         InvalidFile: it is not a regular file, or is larger.
         OSError: it is missing or cannot be read.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # without it, open() waits at a FIFO
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # without it, open() waits at a FIFO
+    except ValueError as error:  # a null byte or a lone surrogate
+        raise InvalidFile(path, "no file can have this name") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         reason = "is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file"

@@ -111,7 +111,7 @@ CHECKPOINTS = [
     ("truncated_torch", ["is not a PyTorch weights file, or is damaged"]),
     ("text", ["is not a safetensors file, or is damaged"]),
     ("pickle", ["which could run code when loaded"]),
-    ("other", ["the tensors fit no known model", "Supported are"]),
+    ("other", ["looks like an EfficientNet, a MobileNet or a similar network, which is not", "Supported are"]),
     ("several", ["several models have exactly these tensors", "resnet18, resnetblur18", "--model"]),
     ("no_name", ["it looks like a ResNet with stages of 1, 1, 2, 1 blocks, but no timm model has these", "--model"]),
     ("vim", ["looks like a Vision Mamba that is not supported: it reads the tokens in one direction only"]),

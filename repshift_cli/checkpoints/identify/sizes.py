@@ -80,7 +80,7 @@ def grid(
     raise CheckpointError(
         f"{where}: {length} positions and {counts[0]} prefix tokens make no square grid"
         + (f", nor one of {size[0]}x{size[1]} pixels" if size else ""),
-        f"Give --img-size HEIGHTxWIDTH (multiples of {height} and {width}), or the model with --model.",
+        f"Give --img-size HEIGHTxWIDTH (multiples of {height} and {width}).",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 
 from torch import Tensor
 
@@ -51,19 +52,23 @@ def _refusal(where: str, kind: str) -> CheckpointError:
 
 
 def _of_timm(tensors: Mapping[str, Tensor], where: str) -> CheckpointError | None:
-    """The most similar of the first models of all modules of timm."""
+    names = _without_numbers(tensors)
+    share, kind = max(((len(names & own) / len(names | own), kind) for kind, own in _kinds_of_timm()), default=(0, ""))
+    return _refusal(where, kind) if share > _SAME_NAMES else None
+
+
+@cache
+def _kinds_of_timm() -> list[tuple[str, set[str]]]:
+    """Name and tensor names of the first model of each module of timm, where it is not supported."""
     import timm
 
-    names, best = _without_numbers(tensors), (_SAME_NAMES, "")
-    for module in timm.list_modules():
-        for name in timm.list_models(module=module)[:1]:
-            with suppress(Exception):  # some cannot be built on meta
-                model = quickly_on_meta(name, {})
-                own = _without_numbers(model.state_dict())
-                share = len(names & own) / len(names | own)
-                if find(model) is None:
-                    best = max(best, (share, f"a {type(model).__name__} of timm, such as {name}"))
-    return _refusal(where, best[1]) if best[1] else None
+    found = []
+    for name in (name for module in timm.list_modules() for name in timm.list_models(module=module)[:1]):
+        with suppress(Exception):  # some cannot be built on meta
+            model = quickly_on_meta(name, {})
+            if find(model) is None:
+                found.append((f"timm's {type(model).__name__} (such as {name})", _without_numbers(model.state_dict())))
+    return found
 
 
 def _without_numbers(tensors: Mapping[str, Tensor]) -> set[str]:

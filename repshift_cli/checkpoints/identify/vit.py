@@ -207,16 +207,16 @@ def _unregistered(shape: _Shape, tensors: Mapping[str, Tensor], where: str, head
     """A ViT whose shape no timm model has."""
     if shape.distilled:
         raise CheckpointError(f"{where}: a distilled ViT of unknown shape", "Name the model with --model.")
+    kept = {key: value for key, value in tensors.items() if key != "mask_token"}
+    keys = build_on_meta(None, shape.args(1), where, kept).state_dict().keys()
+    if keys != kept.keys() and (error := any_kind(kept, where)):
+        raise error
     count = check_divides(heads or _heads(shape, where), shape.embed_dim, where)
     name = f"ViT of width {shape.embed_dim}, depth {shape.depth}, patch {shape.patch_size[0]}"
     notes = [
         f"no timm model has these shapes: built as a {name} with {count} heads",
         "assumed its preprocessing: ImageNet mean and std, bicubic, crop 0.9",
     ]
-    kept = {key: value for key, value in tensors.items() if key != "mask_token"}
-    model = build_on_meta(None, shape.args(count), where, kept, name)
-    if model.state_dict().keys() != kept.keys() and (error := any_kind(kept, where)):
-        raise error
     return Identity(name, None, shape.args(count), _imagenet_preprocessing(shape), kept, notes)
 
 
