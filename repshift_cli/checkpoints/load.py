@@ -7,7 +7,6 @@ safetensors file stay memory-mapped and are held once: the model's parameters ar
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repshift_cli.checkpoints.build import build, checked_size, configure, set_image_size
+from repshift_cli.checkpoints.build import build, checked_size, configure, set_image_size, set_preprocessing
 from repshift_cli.checkpoints.builtin import BUILTIN
 from repshift_cli.checkpoints.create import build_on_meta, create
 from repshift_cli.checkpoints.identify.identity import Identity
@@ -24,7 +23,8 @@ from repshift_cli.checkpoints.identify.match import identify
 from repshift_cli.checkpoints.identify.names import canonical_name, is_model_name, model_names
 from repshift_cli.checkpoints.identify.sizes import check_heads
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
-from repshift_cli.checkpoints.options import LoadOptions
+from repshift_cli.checkpoints.options import PREPROCESSING, LoadOptions
+from repshift_cli.checkpoints.schema import describe
 from repshift_cli.checkpoints.weights import Source, Weights, read_weights
 from repshift_cli.data.preprocessing import Preprocessing, fixed_size
 from repshift_cli.errors import CheckpointError, UsageError
@@ -46,6 +46,7 @@ def load_checkpoint(name: str | Path, options: LoadOptions | None = None) -> Loa
     _check_model_name(options.model_name)
     loaded = _load(str(name), options)
     set_image_size(loaded, options.img_size)
+    set_preprocessing(loaded, options.preprocessing)
     _check_clips(loaded, options)
     return loaded
 
@@ -71,8 +72,14 @@ def _from_weights(weights: Weights, options: LoadOptions, hint: str) -> LoadedMo
     """The model of our metadata, else of the name that the user gives, else detected from the tensors."""
     where = weights.source.path or hint
     if weights.document is None:
-        return _from_identity(identify(weights.tensors, where, options, hint), weights)
-    description = _described(weights.document, where)
+        loaded = _from_identity(identify(weights.tensors, where, options, hint), weights)
+        if assumed := [key for key in PREPROCESSING if key not in options.preprocessing]:
+            loaded.notes.append(
+                f"assumed {', '.join(assumed)}, which the file does not state: {loaded.description.preprocessing}. "
+                "Others than in training lower the accuracy: give --mean, --std, --crop-pct, --interpolation"
+            )
+        return loaded
+    description = describe(weights.document, where)
     names = (description.name, description.architecture)
     if options.model_name and canonical_name(options.model_name) not in names:
         raise UsageError(f"{where} is a {description.name}, not a {options.model_name}", "Leave --model out.")
@@ -112,15 +119,6 @@ def _check_metadata(loaded: LoadedModel, where: str) -> None:
         raise CheckpointError(
             f"{where}: its metadata names {named.frames or 'no'} frames, but the model takes {frames or 'no clips'}"
         )
-
-
-def _described(document: Mapping[str, Any], where: str) -> ModelDescription:
-    if "model" not in document:
-        raise CheckpointError(f"{where}: its repshift metadata is damaged: it has no key 'model'")
-    try:
-        return ModelDescription.from_dict(document["model"])
-    except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error.message}") from error
 
 
 def _from_identity(identity: Identity, weights: Weights) -> LoadedModel:

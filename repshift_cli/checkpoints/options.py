@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+PREPROCESSING = ("mean", "std", "crop_pct", "interpolation")
+"""The fields that describe the preprocessing."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,8 @@ class LoadOptions:
         checkpoint_frames: frames that the weights were trained on; positions are interpolated in time from these.
         fallback_name: the model that a recipe names. It is used if nothing else identifies the model and the weights
             fit it.
+        mean, std: of pixels in 0..1, one value per channel or one for all.
+        crop_pct, interpolation: as in `Preprocessing`; these four are for files that do not state their preprocessing.
     """
 
     model_name: str | None = None
@@ -25,3 +31,12 @@ class LoadOptions:
     frames: int | None = None
     checkpoint_frames: int | None = None
     fallback_name: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """The given parts of the preprocessing."""
+        return {key: value for key in PREPROCESSING if (value := getattr(self, key)) is not None}

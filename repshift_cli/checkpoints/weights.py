@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from repshift_cli.errors import CheckpointError, first_line
+from repshift_cli.utils.documents import parse_json
 from repshift_cli.utils.files import EXPORT_SUFFIXES, TORCH_SUFFIXES, WEIGHT_SUFFIXES, sha256_of
 
 METADATA_KEY = "repshift"
@@ -107,8 +107,8 @@ def _read_document(text: str | None, path: Path) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        document = parse_json(text)
+    except ValueError as error:
         raise CheckpointError(f"{path}: its repshift metadata is damaged: {error}") from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: its repshift metadata is damaged: not a mapping")

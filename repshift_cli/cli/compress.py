@@ -14,6 +14,7 @@ from repshift_cli.cli.export import show as show_export
 from repshift_cli.cli.show.compress import show_compression
 
 
+@options.takes_model
 def command(
     checkpoint: options.Checkpoint,
     *,
@@ -34,11 +35,7 @@ def command(
             show_default=False,
         ),
     ] = None,
-    model: options.ModelName = None,
-    heads: options.Heads = None,
-    img_size: options.ImgSize = None,
-    frames: options.Frames = None,
-    checkpoint_frames: options.CheckpointFrames = None,
+    load: LoadOptions,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -91,7 +88,7 @@ def command(
     settings = Settings(
         recipe=recipe,
         target=target,
-        load=LoadOptions(model, heads, img_size, frames, checkpoint_frames),
+        load=load,
         output=output,
         data=data,
         calibration=calibration,

@@ -98,7 +98,7 @@ class TestOpen:
             open_any(folder / "vit.onnx", LoadOptions(**given))
 
     def test_moving_it_does_not_change_it(self, folder: Path) -> None:
-        opened = open_exported(folder / "vit.pt2")
+        opened = open_exported(folder / "vit.pt2", trust=True)
         images = inputs_for(opened)
         before = opened.module(images)
         assert torch.equal(opened.module.to(dtype=torch.float16).eval()(images), before)
@@ -106,7 +106,7 @@ class TestOpen:
 
     def test_other_inputs(self, folder: Path) -> None:
         for name in ("vit.onnx", "vit.pt2"):
-            module = open_exported(folder / name).module
+            module = open_exported(folder / name, trust=True).module
             with pytest.raises(UsageError, match="takes float32, not float16"):
                 module(torch.zeros(1, 3, 24, 24, dtype=torch.float16))
             with pytest.raises(UsageError, match="takes inputs of 3x24x24, not 3x32x32"):
@@ -173,7 +173,7 @@ class TestDamage:
 
 class TestBench:
     def test_a_compressed_graph_is_compared_with_the_dense_one(self, folder: Path) -> None:
-        opened = {name: open_exported(folder / name) for name in ("vit.onnx", "dense.onnx", "vit.pt2")}
+        opened = {name: open_exported(folder / name, trust=True) for name in ("vit.onnx", "dense.onnx", "vit.pt2")}
         found = {each.name: each.against for each in contenders_of(opened)}
         assert found == {"dense.onnx": None, "vit.onnx": "dense.onnx", "vit.pt2": None}
 
@@ -182,7 +182,7 @@ class TestBench:
         assert [each.name for each in contenders_of(opened)] == ["artifact_v1 dense", "vit", "vit.onnx"]
 
     def test_memory_is_reported_if_torch_measures_it(self, folder: Path) -> None:
-        opened = {name: open_exported(folder / name) for name in ("vit.onnx", "dense.onnx", "vit.pt2")}
+        opened = {name: open_exported(folder / name, trust=True) for name in ("vit.onnx", "dense.onnx", "vit.pt2")}
         report = run_bench(contenders_of(opened), [2], SETTINGS, Silent())
         memory = {run.name: run.peak_bytes for run in report.runs}
         assert memory["vit.onnx"] is None
