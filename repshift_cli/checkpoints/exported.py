@@ -388,6 +388,8 @@ def _check_archive(archive: zipfile.ZipFile) -> None:
             raise ValueError(f"the member {member.filename!r} would leave its folder")
         if member.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"the member {member.filename!r} is compressed, which torch never does")
+        if "weights" in place.parts and not member.file_size:
+            raise ValueError(f"the weight {member.filename!r} is empty, which torch takes for zeros")
         if place.suffix == ".so" and not _is_whole_library(archive, member):
             raise ValueError(f"the library {member.filename!r} is cut off, or is not for 64-bit Linux")
     if (damaged := archive.testzip()) is not None:

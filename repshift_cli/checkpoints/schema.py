@@ -149,8 +149,8 @@ class ExportDocument(_Part):
     recipe: RecipePart | None
     source: SourcePart
     measured: dict[str, Any] | None
-    macs: NonNegativeInt
-    dense_macs: NonNegativeInt
+    macs: PositiveInt
+    dense_macs: PositiveInt
     num_classes: Count | None
     input: Port
     output: Port
@@ -160,7 +160,9 @@ class ExportDocument(_Part):
     verified: Verdict | None
 
     @model_validator(mode="after")
-    def _check_input(self) -> ExportDocument:
+    def _check_shapes(self) -> ExportDocument:
         if tuple(self.input.shape[1:]) != self.model.preprocessing.shape:
-            raise ValueError(f"input: the shape should end with {self.model.preprocessing.shape}, those of the model")
+            raise ValueError(f"input: the shape should end with {self.model.preprocessing.shape}, as the model's")
+        if self.num_classes not in (None, self.output.shape[-1]):
+            raise ValueError(f"output: the shape should end with the number of classes, {self.num_classes}")
         return self
