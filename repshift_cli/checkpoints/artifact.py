@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.checkpoints.schema import ArtifactDocument, ModelPart, RecipePart, SourcePart, creation
+from repshift_cli.checkpoints.schema import ArtifactDocument, RecipePart, SourcePart, creation
 from repshift_cli.checkpoints.weights import METADATA_KEY
 from repshift_cli.errors import CheckpointError, OutputError, RecipeError
 from repshift_cli.planning.plan import Plan
@@ -111,7 +111,7 @@ def make_document(  # noqa: PLR0917
     document = ArtifactDocument(
         format_version=_version_of(plan),
         **creation(),
-        model=ModelPart(**loaded.description.to_dict()),
+        model=loaded.description,
         plan=plan,
         recipe=RecipePart(name=recipe.place.name, text=recipe.text),
         source=SourcePart(**loaded.source.to_dict()),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints.containers import first_names
-from repshift_cli.checkpoints.create import build_on_meta, create, is_architecture
+from repshift_cli.checkpoints.create import build_on_meta, check_runs, create, is_architecture
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import ImageSize
 from repshift_cli.data.preprocessing import Preprocessing, fixed_size
@@ -27,6 +28,10 @@ def build(description: ModelDescription, tensors: Mapping[str, Tensor], where: s
         raise CheckpointError(f"{where}: unknown model {architecture!r}")
     model = build_on_meta(architecture, description.args, where, tensors, description.name)
     _check_fit(model, tensors, description.name, where)
+    if description.args:
+        given, frames = description.preprocessing.input_size, getattr(model, "frames", None)
+        image = (given[0], *(fixed_size(model) or given[1:]))
+        check_runs(model, (frames, *image) if frames else image, description.name, where)
     model.load_state_dict(dict(tensors), strict=True, assign=True)
     if family := find(model):
         family.after_load(model)
@@ -69,6 +74,38 @@ def set_image_size(loaded: LoadedModel, img_size: int | tuple[int, int] | None) 
     loaded.description = replace(loaded.description, preprocessing=changed)
     loaded.notes.append(f"image size set to {wanted.height}x{wanted.width} instead of {now} (--img-size)")
     configure(loaded.model, changed)
+
+
+def set_preprocessing(loaded: LoadedModel, given: Mapping[str, Any]) -> None:
+    """Set parts of the preprocessing that the user gives, see `LoadOptions`; a single mean or std is of all channels.
+
+    Raises:
+        UsageError: a value is invalid, or the model was compressed with another one.
+    """
+    now = loaded.description.preprocessing
+    values = {
+        key: value * now.input_size[0] if isinstance(value, tuple) and len(value) == 1 else value
+        for key, value in given.items()
+    }
+    try:
+        changed = Preprocessing.from_dict(now.to_dict() | values, ", ".join(map(_option, given)))
+    except CheckpointError as error:
+        raise UsageError(error.message) from error
+    if changed == now:
+        return
+    what, names = loaded.source.path or loaded.description.name, ", ".join(map(_option, given))
+    if loaded.plan is not None:
+        raise UsageError(
+            f"{names}: {what} was compressed for another preprocessing ({now})",
+            "Leave the option out, or compress the dense checkpoint again with it.",
+        )
+    loaded.description = replace(loaded.description, preprocessing=changed)
+    loaded.notes.append(f"preprocessing set to {changed} ({names}) instead of {now}")
+    configure(loaded.model, changed)
+
+
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
 def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], name: str, where: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from repshift_cli.checkpoints.identify.names import is_model_name
-from repshift_cli.errors import CheckpointError
+from repshift_cli.errors import CheckpointError, first_line
 from repshift_cli.models import umt, vim
 
 VIM = "vim"
@@ -99,6 +99,19 @@ def build_on_meta(
         raise
     except Exception as error:  # builders raise errors of every kind for unknown arguments
         raise CheckpointError(f"{where}: {label} cannot be built: {str(error) or type(error).__name__}") from error
+
+
+def check_runs(model: nn.Module, shape: Sequence[int], label: str, where: str) -> None:
+    """Run a model on the meta device: some arguments, such as heads, do not show in the shapes of the tensors.
+
+    Raises:
+        CheckpointError: it does not take an input of this shape.
+    """
+    try:
+        with torch.no_grad():
+            model.eval()(torch.empty(1, *shape, device="meta"))
+    except Exception as error:  # as above
+        raise CheckpointError(f"{where}: {label} cannot run: {first_line(error)}") from error
 
 
 def _check_depth(args: Mapping[str, Any], tensors: Mapping[str, Tensor], label: str, where: str) -> None:

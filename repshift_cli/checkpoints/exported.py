@@ -1,30 +1,34 @@
 """Open and run exported files: ONNX graphs, `torch.export` programs and AOTInductor packages.
 
-Each file holds our JSON document. A `.pt2` is a zip archive with a program or a package.
+Each file holds our JSON document. A `.pt2` is a zip archive with a program or a package; both can run code of their
+author, so they are opened only on request (docs/security.md).
 """
 
 from __future__ import annotations
 
-import json
+import logging
+import struct
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.artifact import Opened
-from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
+from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.checkpoints.schema import EXPORT_VERSION, ExportDocument
+from repshift_cli.checkpoints.schema import EXPORT_VERSION, ExportDocument, Port
 from repshift_cli.checkpoints.weights import METADATA_KEY, Source
-from repshift_cli.errors import CheckpointError, UsageError, first_line
-from repshift_cli.utils.files import EXPORT_SUFFIXES
+from repshift_cli.errors import CheckpointError, RepshiftError, UsageError, first_line
+from repshift_cli.measure.device import out_of_memory
+from repshift_cli.utils.documents import parse_json, validated
+from repshift_cli.utils.files import EXPORT_SUFFIXES, LARGEST_DOCUMENT
 
 Kind = Literal["onnx", "pt2", "aoti"]
 """The runtime of an exported file: ONNX Runtime, torch's interpreter, or compiled code."""
@@ -34,8 +38,10 @@ DOCUMENT_FILE = f"{METADATA_KEY}.json"
 
 _Value = TypeVar("_Value")
 
-_LARGEST_DOCUMENT = 1 << 24
-"""Bytes of a document."""
+_ELF_HEADER = struct.Struct("<5s35xQ10xHH2x")
+"""Magic bytes with the class of 64 bits; offset of the section table, size and number of its entries."""
+
+_ONNX_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)"}
 
 _AGAIN = "Copy it again, or export the model again."
 
@@ -61,9 +67,19 @@ class Runtime(nn.Module, ABC):
 
         Raises:
             UsageError: the file is for another dtype or shape.
+            CheckpointError: it does not run, or its output has another shape than its document says.
         """
         self._check(images)
-        return self.outputs(images)[0]
+        try:
+            found = self.outputs(images)[0]
+        except Exception as error:  # those of runtimes have no common class
+            if isinstance(error, RepshiftError) or (isinstance(error, RuntimeError) and out_of_memory(error)):
+                raise
+            raise CheckpointError(f"{self.path} does not run: {first_line(error)}", _AGAIN) from error
+        wanted = [len(images), *self.document.output.shape[1:]]
+        if list(found.shape) != wanted:
+            raise CheckpointError(f"{self.path} returns {_words(found.shape)}, but its metadata says {_words(wanted)}")
+        return found
 
     @abstractmethod
     def outputs(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -110,9 +126,15 @@ class _OnnxRuntime(Runtime):
         # waiting threads must not slow down the other model of a comparison
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            return onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors have no common class
             raise CheckpointError(f"ONNX Runtime cannot run {self.path}: {first_line(error)}", _AGAIN) from error
+        inputs, outputs = session.get_inputs(), session.get_outputs()
+        if len(inputs) != 1 or not (
+            _is_port(inputs[0], self.document.input) and _is_port(outputs[0], self.document.output)
+        ):
+            raise CheckpointError(f"{self.path}: input and output of its graph are not those that its metadata names")
+        return session
 
 
 class _Program(Runtime):
@@ -123,7 +145,8 @@ class _Program(Runtime):
     def __init__(self, path: Path, document: ExportDocument) -> None:
         super().__init__(path, document)
         try:
-            self._program: Any = torch.export.load(str(path))
+            with _quiet():
+                self._program: Any = torch.export.load(str(path))
         except Exception as error:  # a truncated file fails in many ways
             raise CheckpointError(f"{path} does not load as a program: {first_line(error)}", _AGAIN) from error
         self._device = torch.device(document.device)
@@ -149,7 +172,8 @@ class _Package(Runtime):
                 f"{path} was compiled for CUDA, and torch finds no CUDA device", "Export it with --device cpu."
             )
         try:
-            self._package: tuple[Any] = (torch._inductor.aoti_load_package(str(path)),)
+            with _quiet():
+                self._package: tuple[Any] = (torch._inductor.aoti_load_package(str(path)),)
         except Exception as error:  # as above, and errors of the linker
             raise CheckpointError(
                 f"{path} does not load as a compiled package: {first_line(error)}",
@@ -207,7 +231,7 @@ class OpenedExport(Opened):
     def weights(self) -> str:
         """Identity of the weights: their hash, or the name of the model without a file."""
         document = self.runtime.document
-        return str(document.source.get("sha256") or document.model["name"])
+        return document.source.sha256 or document.model.name
 
     @property
     def flexible(self) -> nn.Module:
@@ -222,8 +246,8 @@ def is_exported(name: str | Path) -> bool:
     return path.suffix.lower() in EXPORT_SUFFIXES and path.is_file()
 
 
-def open_any(name: str | Path, options: LoadOptions | None = None) -> Opened:
-    """Open a checkpoint or an exported file, which allows no options.
+def open_any(name: str | Path, options: LoadOptions | None = None, trust: bool = False) -> Opened:
+    """Open a checkpoint or an exported file, which allows no options; `trust` as for `open_exported`.
 
     Raises:
         UsageError, CheckpointError: as `artifact.open_model` and `open_exported`; or options for an exported file.
@@ -234,24 +258,33 @@ def open_any(name: str | Path, options: LoadOptions | None = None) -> Opened:
     if given:
         option = given[0].removesuffix("_name").replace("_", "-")
         raise UsageError(f"--{option}: {name} is an exported file, made for one model and size", "Leave it out.")
-    return open_exported(Path(name))
+    return open_exported(Path(name), trust)
 
 
-def open_exported(path: Path) -> OpenedExport:
+def open_exported(path: Path, trust: bool = False) -> OpenedExport:
     """Open a file of `repshift export`.
 
-    A compiled package is native code: open only files that you trust.
+    Args:
+        path: the file.
+        trust: whether to open programs and packages, which can run code of their author. ONNX files need no trust.
 
     Raises:
         CheckpointError: it is damaged, of a newer version, or not written by repshift.
-        UsageError: its runtime or device is missing.
+        UsageError: its runtime or device is missing, or it needs trust.
     """
     kind = kind_of(path)
     document = read_document(path, kind)
+    if kind != "onnx":
+        if not trust:
+            raise UsageError(
+                f"{path} is a {'program of torch.export' if kind == 'pt2' else 'compiled package'}: opening it can run "
+                "code that its author put there",
+                "Add --trust if you trust its author. ONNX files are safe to open: repshift export --to onnx.",
+            )
+        _in_archive(path, _check_archive)
     runtime = run_file(path, kind, document)
-    description = ModelDescription.from_dict(document.model)
-    source = Source("file", str(path), document.source.get("sha256"))
-    loaded = LoadedModel(runtime, description, source, {}, [], {"source": document.source})
+    source = Source("file", str(path), document.source.sha256)
+    loaded = LoadedModel(runtime, document.model, source, {}, [], {"source": document.source.model_dump()})
     return OpenedExport(loaded, None, runtime)
 
 
@@ -278,7 +311,8 @@ def read_document(path: Path, kind: Kind) -> ExportDocument:
     """The document in an exported file.
 
     Raises:
-        CheckpointError: the file is damaged, has no document, or is of a newer version.
+        CheckpointError: the file is damaged, has no document, is of another kind than its document says, or is of a
+            newer version.
         UsageError: the package that reads it is not installed.
     """
     text = _onnx_document(path) if kind == "onnx" else _archived_document(path)
@@ -287,18 +321,21 @@ def read_document(path: Path, kind: Kind) -> ExportDocument:
             f"{path} was not written by `repshift export`: it has no document",
             "Export the model with repshift. Other files run in their own runtime.",
         )
+    damaged = f"{path}: its repshift metadata is damaged"
     try:
-        document = json.loads(text)
-        version = document.get("export_version")
-        if isinstance(version, int) and version > EXPORT_VERSION:
-            raise CheckpointError(
-                f"{path} was written by a newer repshift (export {version}, supported up to {EXPORT_VERSION})",
-                "Upgrade: pip install --upgrade repshift-cli. Its own runtime can open the file.",
-            )
-        return ExportDocument.model_validate(document)
-    except (ValueError, AttributeError, RecursionError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else first_line(error)
-        raise CheckpointError(f"{path}: its repshift metadata is damaged: {reason}") from error
+        found = parse_json(text)
+    except ValueError as error:
+        raise CheckpointError(f"{damaged}: {first_line(error)}") from error
+    version = found.get("export_version") if isinstance(found, dict) else None
+    if isinstance(version, int) and version > EXPORT_VERSION:
+        raise CheckpointError(
+            f"{path} was written by a newer repshift (export {version}, supported up to {EXPORT_VERSION})",
+            "Upgrade: pip install --upgrade repshift-cli. Its own runtime can open the file.",
+        )
+    document = validated(ExportDocument, found, damaged)
+    if document.kind != kind:
+        raise CheckpointError(f"{damaged}: it names the kind {document.kind}, but the content is {kind}")
+    return document
 
 
 def require(package: str) -> None:
@@ -332,11 +369,40 @@ def _archived_document(path: Path) -> str | None:
         if name is None:
             return None
         size = archive.getinfo(name).file_size
-        if size > _LARGEST_DOCUMENT:
+        if size > LARGEST_DOCUMENT:
             raise ValueError(f"{name} takes {size} bytes")
         return archive.read(name).decode("utf-8")
 
     return _in_archive(path, read)
+
+
+def _check_archive(archive: zipfile.ZipFile) -> None:
+    """Raise ValueError for a damaged archive, and for members that torch would write outside of its folder."""
+    members = archive.infolist()
+    names = [member.filename for member in members]
+    if len(set(names)) < len(names):
+        raise ValueError("two members have the same name")
+    for member in members:
+        place = PurePosixPath(member.filename.replace("\\", "/"))
+        if place.is_absolute() or ".." in place.parts or ":" in member.filename:
+            raise ValueError(f"the member {member.filename!r} would leave its folder")
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"the member {member.filename!r} is compressed, which torch never does")
+        if "weights" in place.parts and not member.file_size:
+            raise ValueError(f"the weight {member.filename!r} is empty, which torch takes for zeros")
+        if place.suffix == ".so" and not _is_whole_library(archive, member):
+            raise ValueError(f"the library {member.filename!r} is cut off, or is not for 64-bit Linux")
+    if (damaged := archive.testzip()) is not None:
+        raise ValueError(f"the checksum of {damaged!r} is wrong")
+
+
+def _is_whole_library(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
+    """Whether an ELF file reaches to the end of its section table. To load a part of one ends the process."""
+    if member.file_size < _ELF_HEADER.size:
+        return False
+    with archive.open(member) as file:
+        magic, start, size, count = _ELF_HEADER.unpack(file.read(_ELF_HEADER.size))
+    return bool(magic == b"\x7fELF\x02" and start + size * count <= member.file_size)
 
 
 def _in_archive(path: Path, read: Callable[[zipfile.ZipFile], _Value]) -> _Value:
@@ -345,6 +411,23 @@ def _in_archive(path: Path, read: Callable[[zipfile.ZipFile], _Value]) -> _Value
             return read(archive)
     except Exception as error:  # damaged archives raise errors of many kinds, such as zlib.error
         raise CheckpointError(f"{path} is not a .pt2 archive, or is damaged: {first_line(error)}", _AGAIN) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the tracebacks that torch logs before it raises an error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _is_port(found: Any, port: Port) -> bool:
+    """Whether an input or output of ONNX Runtime is the one of a document."""
+    shape = [size if isinstance(size, int) else None for size in found.shape]
+    return (found.name, found.type, shape) == (port.name, _ONNX_TYPES.get(port.dtype), port.shape)
 
 
 def _as_tuple(found: Any) -> tuple[Tensor, ...]:

@@ -6,8 +6,7 @@ once: the model's parameters are the tensors that were read.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repshift_cli.checkpoints.build import build, configure, set_image_size
+from repshift_cli.checkpoints.build import build, configure, set_image_size, set_preprocessing
 from repshift_cli.checkpoints.builtin import BUILTIN
 from repshift_cli.checkpoints.containers import check_kind, extreme, first_names
 from repshift_cli.checkpoints.create import build_on_meta, create
@@ -25,15 +24,14 @@ from repshift_cli.checkpoints.identify.match import identify
 from repshift_cli.checkpoints.identify.names import canonical_name, is_model_name, model_names
 from repshift_cli.checkpoints.identify.sizes import check_heads
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
-from repshift_cli.checkpoints.options import ImageSize, LoadOptions
+from repshift_cli.checkpoints.options import PREPROCESSING, ImageSize, LoadOptions
+from repshift_cli.checkpoints.schema import describe
 from repshift_cli.checkpoints.weights import INDEX_SUFFIX, Source, Weights, read_weights
 from repshift_cli.data.preprocessing import LARGEST_SIDE, Preprocessing, fixed_size
 from repshift_cli.errors import CheckpointError, UsageError
+from repshift_cli.utils.documents import parse_json
 from repshift_cli.utils.files import WEIGHT_SUFFIXES, read_text
 from repshift_cli.utils.suggest import nearest
-
-_PREPROCESSING = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
-"""Options of timm's training script that describe the preprocessing."""
 
 _FOLDER_WEIGHTS = ("model.safetensors", f"model{INDEX_SUFFIX}", "pytorch_model.bin")
 
@@ -55,6 +53,7 @@ def load_checkpoint(name: str | Path, options: LoadOptions | None = None) -> Loa
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename or name}: {error.strerror or error}") from error
     set_image_size(loaded, options.img_size)
+    set_preprocessing(loaded, options.preprocessing)
     _check_clips(loaded, options)
     return loaded
 
@@ -76,8 +75,12 @@ def _from_weights(weights: Weights, options: LoadOptions, hint: str) -> LoadedMo
     """The model of our metadata, else of the name that the user gives, else detected from the tensors."""
     where = weights.source.path or hint
     if weights.document is None:
-        return _from_training(weights, options, hint) if weights.training else _detected(weights, options, hint)
-    description = _described(weights.document, where)
+        if weights.training:
+            return _from_training(weights, options, hint)
+        loaded = _detected(weights, options, hint)
+        _note_assumed(loaded, options.preprocessing)
+        return loaded
+    description = describe(weights.document, where)
     names = (description.name, description.architecture)
     if options.model_name and canonical_name(options.model_name) not in names:
         raise UsageError(f"{where} is a {description.name}, not a {options.model_name}", "Leave --model out.")
@@ -113,14 +116,20 @@ def _from_training(weights: Weights, options: LoadOptions, hint: str) -> LoadedM
         if "args" in given:
             raise CheckpointError(f"{error.message} (the file itself names {name})", error.hint) from error
         raise
-    known = {key: training[key] for key in _PREPROCESSING if key in training}
+    known = {key: training[key] for key in (*PREPROCESSING, "crop_mode") if key in training}
     if given["size"]:
         known["input_size"] = (loaded.description.preprocessing.input_size[0], *given["size"])
-    assumed = [key for key in _PREPROCESSING[:3] if key not in known]
     _set_preprocessing(loaded, known)
-    if assumed:
-        loaded.notes.append(f"assumed {', '.join(assumed)}: {loaded.description.preprocessing}")
+    _note_assumed(loaded, {*known, *options.preprocessing})
     return loaded
+
+
+def _note_assumed(loaded: LoadedModel, stated: Collection[str]) -> None:
+    if assumed := [key for key in PREPROCESSING if key not in stated]:
+        loaded.notes.append(
+            f"assumed {', '.join(assumed)}, which the file does not state: {loaded.description.preprocessing}. "
+            "Others than in training lower the accuracy: give --mean, --std, --crop-pct, --interpolation"
+        )
 
 
 def _training_size(value: Any) -> ImageSize | None:
@@ -175,15 +184,6 @@ def _check_metadata(loaded: LoadedModel, where: str) -> None:
         )
 
 
-def _described(document: Mapping[str, Any], where: str) -> ModelDescription:
-    if "model" not in document:
-        raise CheckpointError(f"{where}: its repshift metadata is damaged: it has no key 'model'")
-    try:
-        return ModelDescription.from_dict(document["model"])
-    except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error.message}") from error
-
-
 def _from_identity(identity: Identity, weights: Weights) -> LoadedModel:
     description = ModelDescription(identity.name, identity.architecture, identity.args, identity.preprocessing)
     return _assemble(description, weights, identity.tensors, identity.notes)
@@ -232,8 +232,8 @@ def _load_folder(folder: Path, options: LoadOptions) -> LoadedModel:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
+        config = parse_json(read_text(path))
+    except ValueError as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from error
     if isinstance(config, dict) and "architectures" in config and "architecture" not in config:
         kind = ", ".join(map(str, config["architectures"] or ()))

@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints.builtin import BUILTIN
 from repshift_cli.checkpoints.weights import Source
 from repshift_cli.data.preprocessing import Preprocessing
-from repshift_cli.errors import CheckpointError
 from repshift_cli.planning.plan import Plan
+from repshift_cli.utils.documents import Name, validated
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class ModelDescription:
     """What is needed to build the model again, besides its weights.
 
@@ -27,8 +28,8 @@ class ModelDescription:
         preprocessing: the evaluation transform.
     """
 
-    name: str
-    architecture: str | None
+    name: Name
+    architecture: Name | None
     args: dict[str, Any]
     preprocessing: Preprocessing
 
@@ -36,20 +37,9 @@ class ModelDescription:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ModelDescription:
-        """From a dict of `to_dict`.
-
-        Raises:
-            CheckpointError: a key is missing or has the wrong type.
-        """
-        try:
-            name, architecture, args = values["name"], values["architecture"], values["args"]
-            preprocessing = Preprocessing.from_dict(values["preprocessing"])
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"the model description in the file is incomplete: {error!r}") from error
-        if not (isinstance(name, str) and isinstance(architecture, str | None) and isinstance(args, dict)):
-            raise CheckpointError("the model description in the file has values of the wrong type")
-        return cls(name, architecture, args, preprocessing)
+    def from_dict(cls, values: Mapping[str, Any], where: str = "the model description") -> ModelDescription:
+        """From a dict of `to_dict`; raises CheckpointError if a value is missing or invalid."""
+        return validated(cls, values, where)
 
 
 @dataclass
@@ -74,11 +64,9 @@ class LoadedModel:
         """The plan of a compressed checkpoint, None for a dense one; raises CheckpointError if it is invalid."""
         if self.document is None or not {"plan", "format_version"} & self.document.keys():
             return None
-        try:
-            return Plan.model_validate(self.document.get("plan"))
-        except ValidationError as error:
-            where = self.source.path or "the checkpoint"
-            raise CheckpointError(f"{where}: its plan is damaged: {error.errors()[0]['msg']}") from error
+        return validated(
+            Plan, self.document.get("plan"), f"{self.source.path or 'the checkpoint'}: its plan is damaged"
+        )
 
     @property
     def is_builtin(self) -> bool:

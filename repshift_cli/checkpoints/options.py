@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from repshift_cli.errors import UsageError
-from repshift_cli.utils.ranges import RANGES
+from repshift_cli.utils.ranges import RANGES, check_ranges
+
+PREPROCESSING = ("mean", "std", "crop_pct", "interpolation")
+"""The fields that describe the preprocessing."""
 
 WeightsKind = Literal["raw", "ema"]
 """The weights of a training checkpoint: as trained, or averaged over the training steps."""
@@ -64,6 +67,8 @@ class LoadOptions:
         fallback_name: the model that a recipe names. It is used if nothing else identifies the model and the weights
             fit it.
         weights: which weights of a file that holds both; the averaged ones by default.
+        mean, std: of pixels in 0..1, one value per channel or one for all.
+        crop_pct, interpolation: as in `Preprocessing`; these four are for files that do not state their preprocessing.
     """
 
     model_name: str | None = None
@@ -73,6 +78,10 @@ class LoadOptions:
     checkpoint_frames: int | None = None
     fallback_name: str | None = None
     weights: WeightsKind | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
 
     def __post_init__(self) -> None:
         check_ranges(heads=self.heads, frames=self.frames, checkpoint_frames=self.checkpoint_frames)
@@ -81,3 +90,8 @@ class LoadOptions:
     def size(self) -> ImageSize | None:
         """The image size; raises UsageError if it is out of range."""
         return None if self.img_size is None else ImageSize.of(self.img_size)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """The given parts of the preprocessing."""
+        return {key: value for key in PREPROCESSING if (value := getattr(self, key)) is not None}

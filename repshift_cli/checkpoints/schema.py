@@ -1,7 +1,7 @@
 """Schemas of the JSON documents in compressed checkpoints and exported files.
 
-`docs/artifact.schema.json` and `docs/export.schema.json` are generated from these classes. Loading a checkpoint reads
-only the parts that it needs, so that an invalid note does not make a file unusable.
+`docs/artifact.schema.json` and `docs/export.schema.json` are generated from these classes. A document is checked whole
+when it is read.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import platform
 from datetime import datetime, timezone
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
+from repshift_cli.checkpoints.loaded import ModelDescription
 from repshift_cli.planning.plan import Plan
+from repshift_cli.utils.documents import Count, Name, readable, validated
 
 EXPORT_VERSION = 1
 """Version of the document of exported files. Readers refuse newer ones."""
@@ -21,14 +23,10 @@ EXPORT_VERSION = 1
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-
-class ModelPart(_Part):
-    """See `ModelDescription`."""
-
-    name: str
-    architecture: str | None
-    args: dict[str, Any]
-    preprocessing: dict[str, Any]
+    @model_validator(mode="before")
+    @classmethod
+    def _escape(cls, data: Any) -> Any:
+        return readable(data)
 
 
 class RecipePart(_Part):
@@ -66,7 +64,7 @@ class ArtifactDocument(_Part):
     format_version: PositiveInt
     repshift_version: str
     created: str
-    model: ModelPart
+    model: ModelDescription
     plan: Plan
     recipe: RecipePart
     source: SourcePart
@@ -76,12 +74,29 @@ class ArtifactDocument(_Part):
     search: dict[str, Any] | None = None
 
 
+class DenseDocument(_Part):
+    """The metadata of a dense checkpoint that describes its model."""
+
+    model: ModelDescription
+
+
+def describe(document: dict[str, Any], where: str) -> ModelDescription:
+    """The model of a document in a checkpoint, which is checked whole; raises CheckpointError if it is invalid.
+
+    Unknown keys of the document are ignored: a newer version may add notes.
+    """
+    is_artifact = bool({"plan", "format_version"} & document.keys())
+    kind: type[ArtifactDocument | DenseDocument] = ArtifactDocument if is_artifact else DenseDocument
+    known = {key: value for key, value in document.items() if key in kind.model_fields}
+    return validated(kind, known, f"{where}: its repshift metadata is damaged").model
+
+
 class Port(_Part):
     """An input or an output; null is a dynamic size."""
 
-    name: str
-    shape: list[PositiveInt | None] = Field(min_length=1)
-    dtype: str
+    name: Name
+    shape: list[Count | None] = Field(min_length=1)
+    dtype: Literal["float32", "float16", "bfloat16"]
 
 
 class Verdict(_Part):
@@ -125,21 +140,29 @@ class ExportDocument(_Part):
     """
 
     export_version: PositiveInt
-    kind: str
+    kind: Literal["onnx", "pt2", "aoti", "hub"]
     repshift_version: str
     created: str
     versions: dict[str, str]
-    model: dict[str, Any]
+    model: ModelDescription
     plan: Plan | None
     recipe: RecipePart | None
-    source: dict[str, Any]
+    source: SourcePart
     measured: dict[str, Any] | None
-    macs: NonNegativeInt
-    dense_macs: NonNegativeInt
-    num_classes: int | None
+    macs: PositiveInt
+    dense_macs: PositiveInt
+    num_classes: Count | None
     input: Port
     output: Port
     opset: int | None
     tuned: bool = False
-    device: str
+    device: str = Field(pattern=r"^(cpu|cuda(:\d{1,3})?)$")
     verified: Verdict | None
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> ExportDocument:
+        if tuple(self.input.shape[1:]) != self.model.preprocessing.shape:
+            raise ValueError(f"input: the shape should end with {self.model.preprocessing.shape}, as the model's")
+        if self.num_classes not in (None, self.output.shape[-1]):
+            raise ValueError(f"output: the shape should end with the number of classes, {self.num_classes}")
+        return self

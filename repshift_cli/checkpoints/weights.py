@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import os
 import pickle
 import warnings
@@ -34,6 +33,7 @@ from repshift_cli.checkpoints.containers import (
 )
 from repshift_cli.checkpoints.options import WeightsKind
 from repshift_cli.errors import CheckpointError, first_line
+from repshift_cli.utils.documents import parse_json
 from repshift_cli.utils.files import (
     EXPORT_SUFFIXES,
     LARGEST_DOCUMENT,
@@ -161,7 +161,7 @@ def _read_safetensors(file: BinaryIO, path: Path) -> Weights:
         with safe_open(path, framework="pt", device="cpu"):  # checks the header
             pass
         start = _HEADER_LENGTH + int.from_bytes(content[:_HEADER_LENGTH], "little")
-        header = json.loads(content[_HEADER_LENGTH:start])
+        header = parse_json(content[_HEADER_LENGTH:start].decode())
         metadata = header.pop("__metadata__", None) or {}
         tensors = {key: _tensor(content, start, entry) for key, entry in header.items()}
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
@@ -187,8 +187,8 @@ def _read_document(text: str | None, path: Path) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        document = parse_json(text)
+    except ValueError as error:
         raise CheckpointError(f"{path}: its repshift metadata is damaged: {error}") from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: its repshift metadata is damaged: not a mapping")
@@ -266,7 +266,7 @@ def _check_archive(file: BinaryIO, path: Path) -> None:
 def _read_shards(path: Path, which: WeightsKind | None) -> Weights:
     """The tensors of all files that an index names. The hash is that of the hashes of the files."""
     try:
-        index = json.loads(read_text(path))["weight_map"]
+        index = parse_json(read_text(path))["weight_map"]
         names = sorted(set(index.values()))
         foreign = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

@@ -39,6 +39,7 @@ class MemoryFormat(str, Enum):
     CHANNELS_LAST = "channels_last"
 
 
+@options.takes_model
 def command(
     models: Annotated[
         list[str] | None,
@@ -65,17 +66,14 @@ def command(
             "class-attention-row, bipartite, tome, fuse. The dense model is always timed.",
         ),
     ] = None,
-    model: options.ModelName = None,
-    heads: options.Heads = None,
+    load: LoadOptions,
+    trust: options.Trust = False,
     img_size: Annotated[
         list[str] | None,
         typer.Option(
             metavar="N[,HxW]", help="Image size, N x N or height x width: any for a CNN, else what the weights allow."
         ),
     ] = None,
-    frames: options.Frames = None,
-    checkpoint_frames: options.CheckpointFrames = None,
-    weights: options.Weights = None,
     dtype: Annotated[
         list[str] | None, typer.Option(metavar="TYPE[,TYPE]", help="float32 (default), bfloat16, float16.")
     ] = None,
@@ -171,10 +169,7 @@ def command(
         )
     ]
     screen = ui.Screen()
-    opened = [
-        _open_all(models or [], recipe, LoadOptions(model, heads, size, frames, checkpoint_frames, weights=weights))
-        for size in sizes or [None]
-    ]
+    opened = [_open_all(models or [], recipe, replace(load, img_size=size), trust) for size in sizes or [None]]
     for note in dict.fromkeys(note for each in opened for model in each.values() for note in model.loaded.notes):
         screen.note(note)
     contenders = [contender for each in opened for contender in contenders_against(each, baselines)]
@@ -227,7 +222,7 @@ def _parse_integers(option: str, values: Sequence[str], limits: tuple[int, int] 
     return list(dict.fromkeys(int(text) for text in _split(values)))
 
 
-def _open_all(names: Sequence[str], recipe: str | None, load: LoadOptions) -> dict[str, Opened]:
+def _open_all(names: Sequence[str], recipe: str | None, load: LoadOptions, trust: bool) -> dict[str, Opened]:
     """Open the models, by label; without names, the default one."""
     from repshift_cli.checkpoints.exported import open_any
     from repshift_cli.compression.api import compress_dense
@@ -237,7 +232,7 @@ def _open_all(names: Sequence[str], recipe: str | None, load: LoadOptions) -> di
         opened = compress_dense(name, recipe or DEFAULT_RECIPE, replace(load, model_name=None))
         return {opened.loaded.description.name: opened}
     if recipe is None:
-        return {label: open_any(name, load) for label, name in _labels(names).items()}
+        return {label: open_any(name, load, trust) for label, name in _labels(names).items()}
     return {label: compress_dense(name, recipe, load) for label, name in _labels(names).items()}
 
 

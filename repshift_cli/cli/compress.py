@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from repshift_cli.export.job import Exported
 
 
+@options.takes_model
 def command(
     checkpoint: options.Checkpoint,
     *,
@@ -38,12 +39,7 @@ def command(
             show_default=False,
         ),
     ] = None,
-    model: options.ModelName = None,
-    heads: options.Heads = None,
-    img_size: options.ImgSize = None,
-    frames: options.Frames = None,
-    checkpoint_frames: options.CheckpointFrames = None,
-    weights: options.Weights = None,
+    load: LoadOptions,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -98,7 +94,7 @@ def command(
     settings = Settings(
         recipe=recipe,
         target=target,
-        load=LoadOptions(model, heads, img_size, frames, checkpoint_frames, weights=weights),
+        load=load,
         output=output,
         data=data,
         calibration=calibration,

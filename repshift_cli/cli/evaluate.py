@@ -65,6 +65,7 @@ class _EvalOptions:
     settings: dict[str, Any]
 
 
+@options.takes_model
 def command(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A checkpoint, an exported file, or a built-in model.")
@@ -89,9 +90,8 @@ def command(
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Also evaluate the dense model, on the same inputs.")
     ] = False,
-    model_name: options.ModelName = None,
-    heads: options.Heads = None,
-    img_size: options.ImgSize = None,
+    load: LoadOptions,
+    trust: options.Trust = False,
     batch_size: Annotated[
         int | None,
         options.number(
@@ -136,9 +136,6 @@ def command(
     ] = None,
     force: options.Overwrite = False,
     seed: Annotated[int, options.number("seed", help="Random seed of the built-in scenes.")] = 0,
-    frames: options.Frames = None,
-    checkpoint_frames: options.CheckpointFrames = None,
-    weights: options.Weights = None,
     annotations: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Captions or questions of videos, as JSON in UMT's format.")
     ] = None,
@@ -204,7 +201,7 @@ def command(
             model, dataset, data_dir, limit, seed, compare_dense, resume, predictions, force, json, settings
         )
         video = VideoOptions(annotations, videos, answers, vocab, rerank, rerank_k, paragraph, pooling)
-        opened = open_any(model, LoadOptions(model_name, heads, img_size, frames, checkpoint_frames, weights=weights))
+        opened = open_any(model, load, trust)
         screen = screen_of_first()
         for note in opened.loaded.notes:
             screen.note(note)

@@ -23,6 +23,7 @@ Target = Enum("Target", {name: name for name in FORMATS}, type=str)  # type: ign
 _DYNAMIC = "dynamic"
 
 
+@options.takes_model
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A compressed checkpoint, or a dense model.")],
     *,
@@ -60,12 +61,7 @@ def command(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare the export with the model in torch.")
     ] = True,
-    model_name: options.ModelName = None,
-    heads: options.Heads = None,
-    img_size: options.ImgSize = None,
-    frames: options.Frames = None,
-    checkpoint_frames: options.CheckpointFrames = None,
-    weights: options.Weights = None,
+    load: LoadOptions,
     threads: options.Threads = None,
     json: options.AsJson = False,
     force: options.Overwrite = False,
@@ -90,7 +86,6 @@ def command(
     )
     check(request)
     screen = ui.Screen()
-    load = LoadOptions(model_name, heads, img_size, frames, checkpoint_frames, weights=weights)
     with num_threads(threads):
         opened = open_for_export(model, recipe, load, progress=screen)
         for note in opened.loaded.notes if recipe is None else ():
@@ -145,7 +140,7 @@ def _parse_batch(text: str) -> int | None:
 def show(exported: Exported) -> None:
     """Print the result as text."""
     document = exported.document
-    ui.print_text(f"model    {document.model['name']}, {'with fewer tokens' if document.plan else 'dense'}")
+    ui.print_text(f"model    {document.model.name}, {'with fewer tokens' if document.plan else 'dense'}")
     ui.print_text(f"cost     {document.dense_macs / 1e9:.3f} -> {document.macs / 1e9:.3f} GMACs per input")
     for label, port in (("input", document.input), ("output", document.output)):
         shape = ", ".join("batch" if size is None else str(size) for size in port.shape)

@@ -16,22 +16,18 @@ if TYPE_CHECKING:
     from repshift_cli.reduction.families.base import Family
 
 
+@options.takes_model
 def command(
     checkpoint: options.Checkpoint,
     *,
-    model: options.ModelName = None,
-    heads: options.Heads = None,
-    img_size: options.ImgSize = None,
-    frames: options.Frames = None,
-    checkpoint_frames: options.CheckpointFrames = None,
-    weights: options.Weights = None,
+    load: LoadOptions,
     json: options.AsJson = False,
 ) -> None:
     """Show the blocks, tokens and reduction sites of a model."""
     with without_collection():  # saves a tenth of the time, most of which is importing torch and timm
         from repshift_cli.checkpoints.artifact import open_model
 
-        opened = open_model(checkpoint, LoadOptions(model, heads, img_size, frames, checkpoint_frames, weights=weights))
+        opened = open_model(checkpoint, load)
         document = _describe(opened)
     for note in opened.loaded.notes:
         ui.remark(note)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from enum import Enum
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 import typer
 
-from repshift_cli.checkpoints.options import ImageSize, WeightsKind
+from repshift_cli.checkpoints.options import ImageSize, LoadOptions, WeightsKind
 from repshift_cli.errors import UsageError
 from repshift_cli.utils.ranges import RANGES
 
@@ -129,6 +132,87 @@ CheckpointFrames = Annotated[
         "checkpoint_frames", "--checkpoint-frames", help="Frames per clip in training, to resize position embeddings."
     ),
 ]
+
+
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        "--mean", metavar="R,G,B", help="Mean of pixels in 0..1, if the file does not contain it; or one value."
+    ),
+]
+
+Std = Annotated[
+    str | None,
+    typer.Option("--std", metavar="R,G,B", help="Their standard deviation, if the file does not contain it."),
+]
+
+CropPct = Annotated[
+    float | None,
+    typer.Option("--crop-pct", metavar="X", help="Share of the resized image that the crop takes, likewise."),
+]
+
+Interpolation = Annotated[
+    str | None,
+    typer.Option("--interpolation", metavar="NAME", help="bicubic, bilinear, nearest, ... to resize images, likewise."),
+]
+
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Open .pt2 files, which can run code of their author. ONNX files need no trust."),
+]
+
+_MODEL_OPTIONS = {
+    "model_name": ModelName,
+    "heads": Heads,
+    "img_size": ImgSize,
+    "frames": Frames,
+    "checkpoint_frames": CheckpointFrames,
+    "weights": Weights,
+    "mean": Mean,
+    "std": Std,
+    "crop_pct": CropPct,
+    "interpolation": Interpolation,
+}
+"""By field of `LoadOptions`."""
+
+
+def takes_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `LoadOptions` in place of its parameter `load`.
+
+    An option that the command declares itself is left to it.
+    """
+    own = inspect.signature(command, eval_str=True)
+    names = [name for name in _MODEL_OPTIONS if name not in own.parameters]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        said = {name: given.pop(name) for name in names}
+        for name in ("mean", "std"):
+            said[name] = _numbers(f"--{name}", said[name])
+        command(load=LoadOptions(**said), **given)
+
+    parameters = []
+    for parameter in own.parameters.values():
+        if parameter.name == "load":
+            kind = inspect.Parameter.KEYWORD_ONLY
+            parameters += [
+                inspect.Parameter(name, kind, default=None, annotation=_MODEL_OPTIONS[name]) for name in names
+            ]
+        else:
+            parameters.append(parameter)
+    run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    """The numbers in a comma-separated list; raises UsageError for other texts."""
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(
+            f"invalid {option} {text!r}: must be one number or one per channel", f"For example: {option} 0.5,0.5,0.5."
+        ) from error
 
 
 class Pooling(str, Enum):

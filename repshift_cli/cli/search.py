@@ -30,6 +30,7 @@ _KINDS = {
 }
 
 
+@options.takes_model
 def command(
     checkpoint: options.Checkpoint,
     *,
@@ -97,12 +98,7 @@ def command(
             show_default="<recipe>.state.json",
         ),
     ] = None,
-    model: options.ModelName = None,
-    heads: options.Heads = None,
-    img_size: options.ImgSize = None,
-    frames: options.Frames = None,
-    checkpoint_frames: options.CheckpointFrames = None,
-    weights: options.Weights = None,
+    load: LoadOptions,
     device: options.Device = "cpu",
     dtype: options.MeasureDtype = "float32",
     batch_size: options.BatchSize = None,
@@ -130,7 +126,7 @@ def command(
     request = SearchRequest(goal, evaluations, tuple(reducer or ()), files.state, seconds)
     settings = Settings(
         recipe=recipe,
-        load=LoadOptions(model, heads, img_size, frames, checkpoint_frames, weights=weights),
+        load=load,
         output=files.checkpoint,
         data=data,
         calibration_images=images,

@@ -119,7 +119,7 @@ def warn(text: str) -> None:
 
 def remark(text: str) -> None:
     """Print a note."""
-    _print_stderr((text, "dim"))
+    _print_stderr(text)
 
 
 def error(problem: RepshiftError) -> None:

@@ -21,6 +21,7 @@ _SCENES, _CLIP_SCENES = "builtin:digits", "builtin:shapes"
 _IMAGES, _CLIPS = 6, 3  # a clip takes the space of several images
 
 
+@options.takes_model
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint that `repshift compress` wrote.")],
     *,
@@ -42,8 +43,7 @@ def command(
     indices: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the kept indices to this file, as JSON.")
     ] = None,
-    heads: options.Heads = None,
-    img_size: options.ImgSize = None,
+    load: LoadOptions,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     force: options.Overwrite = False,
@@ -60,7 +60,7 @@ def command(
     from repshift_cli.visualize.view import visualize
 
     target = resolve_device(device)
-    opened = open_model(model, LoadOptions(heads=heads, img_size=img_size))
+    opened = open_model(model, load)
     if opened.compressed is None:
         raise UsageError(f"{model} is a dense model: it keeps all tokens", f"Run: repshift compress {model}")
     of_clips = opened.loaded.description.preprocessing.frames is not None

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from repshift_cli.errors import CheckpointError
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from repshift_cli.utils.documents import validated
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
-LARGEST_SIDE = 16384
+LARGEST_SIDE = 4096
 """Maximum side of an image in pixels; larger values in a file are invalid."""
 
-MOST_FRAMES = 4096
-"""Maximum number of frames of a clip; larger values in a file are invalid."""
+_LARGEST_RESIZED = 2 * LARGEST_SIDE
+"""Maximum side of an image before it is cropped."""
 
-_LARGEST_CROP = 10
-_LARGEST, _SMALLEST = 1e4, 1e-6
-"""Limits of means and deviations of pixels in 0..1: far beyond those of any model, and valid in float32."""
+# far beyond those of any model, and valid in float32
+_Mean = Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)]
+_Deviation = Annotated[float, Field(ge=1e-6, le=1e4, allow_inf_nan=False)]
+_Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 
-_INTERPOLATIONS = frozenset({"nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"})
-_CROP_MODES = frozenset({"center", "squash", "border"})
+Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="ignore"))
 class Preprocessing:
     """The evaluation transform of a model, as timm describes it.
 
@@ -39,13 +42,21 @@ class Preprocessing:
         frames: frames of one clip; None for models of single images.
     """
 
-    input_size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
-    crop_mode: str = "center"
-    frames: int | None = None
+    input_size: tuple[Annotated[int, Field(ge=1, le=1024)], _Side, _Side]
+    mean: tuple[_Mean, ...]
+    std: tuple[_Deviation, ...]
+    interpolation: Interpolation
+    crop_pct: Annotated[float, Field(ge=0.1, le=4)]
+    crop_mode: Literal["center", "squash", "border"] = "center"
+    frames: Annotated[int, Field(ge=1, le=4096)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Preprocessing:
+        if not len(self.mean) == len(self.std) == self.input_size[0]:
+            raise ValueError(f"mean and std should have {self.input_size[0]} values, one per channel")
+        if max(self.input_size[1:]) / self.crop_pct > _LARGEST_RESIZED:
+            raise ValueError(f"input_size / crop_pct should be at most {_LARGEST_RESIZED}")
+        return self
 
     @property
     def unit(self) -> str:
@@ -71,42 +82,9 @@ class Preprocessing:
         return cls.from_dict({**config, "frames": frames})
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """From the keys of a timm data configuration.
-
-        Raises:
-            CheckpointError: a key is missing or has an invalid value.
-        """
-        try:
-            channels, height, width = (int(size) for size in values["input_size"])
-            found = cls(
-                input_size=(channels, height, width),
-                mean=tuple(float(value) for value in values["mean"]),
-                std=tuple(float(value) for value in values["std"]),
-                interpolation=str(values["interpolation"]),
-                crop_pct=float(values["crop_pct"]),
-                crop_mode=str(values.get("crop_mode", "center")),
-                frames=None if values.get("frames") is None else int(values["frames"]),
-            )
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise CheckpointError(f"the preprocessing of the model cannot be read: {error!r}") from error
-        found._check()
-        return found
-
-    def _check(self) -> None:
-        """Raise CheckpointError for values that no model has and that would need too much time or memory."""
-        valid = {
-            "input_size": self.input_size[0] >= 1 and all(1 <= side <= LARGEST_SIDE for side in self.input_size[1:]),
-            "mean": len(self.mean) == self.input_size[0] and all(abs(value) <= _LARGEST for value in self.mean),
-            "std": len(self.std) == self.input_size[0] and all(_SMALLEST <= value <= _LARGEST for value in self.std),
-            "interpolation": self.interpolation in _INTERPOLATIONS,
-            "crop_mode": self.crop_mode in _CROP_MODES,
-            "crop_pct": 0 < self.crop_pct <= _LARGEST_CROP,
-            "frames": self.frames is None or 1 <= self.frames <= MOST_FRAMES,
-        }
-        for key, fine in valid.items():
-            if not fine:
-                raise CheckpointError(f"the preprocessing of the model has an invalid {key}: {getattr(self, key)}")
+    def from_dict(cls, values: Mapping[str, Any], where: str = "the preprocessing of the model") -> Preprocessing:
+        """From the keys of a timm data configuration; raises CheckpointError if one is missing or invalid."""
+        return validated(cls, dict(values), where)
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of a timm data configuration; `frames` only for clips."""

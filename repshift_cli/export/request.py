@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from repshift_cli.checkpoints.artifact import Opened
-from repshift_cli.checkpoints.schema import EXPORT_VERSION, ExportDocument, Port, creation
+from repshift_cli.checkpoints.schema import EXPORT_VERSION, ExportDocument, creation
 from repshift_cli.planning.plan import Plan
 from repshift_cli.reduction.compressed_model import Trace
 from repshift_cli.reduction.families.base import match
@@ -94,11 +94,11 @@ class Subject:
         loaded, inputs = self.opened.loaded, self.examples(request)
         dtype = str(inputs.dtype).removeprefix("torch.")
         stored = loaded.document or {}
-        return ExportDocument(
+        fields = dict(
             export_version=EXPORT_VERSION,
             kind=request.target,
             **creation(),
-            model=loaded.description.to_dict(),
+            model=loaded.description,
             plan=self.plan,
             recipe=None if self.dense else stored.get("recipe"),
             source=stored.get("source") or loaded.source.to_dict(),
@@ -106,10 +106,11 @@ class Subject:
             macs=self.opened.dense_macs if self.dense else self.opened.macs,
             dense_macs=self.opened.dense_macs,
             num_classes=getattr(loaded.model, "num_classes", None) or None,
-            input=Port(name=self.input_name, shape=[request.batch, *inputs.shape[1:]], dtype=dtype),
-            output=Port(name=self.output_name, shape=[request.batch, *output.shape[1:]], dtype=dtype),
+            input={"name": self.input_name, "shape": [request.batch, *inputs.shape[1:]], "dtype": dtype},
+            output={"name": self.output_name, "shape": [request.batch, *output.shape[1:]], "dtype": dtype},
             opset=opset,
             tuned=request.tune,
             device=str(request.device),
             verified=None,
         )
+        return ExportDocument.model_validate(fields)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from repshift_cli.checkpoints.schema import Verdict
 from repshift_cli.data.inputs import load_inputs
-from repshift_cli.errors import CheckFailed, first_line
+from repshift_cli.errors import CheckFailed, CheckpointError, first_line
 from repshift_cli.export.request import Request, Subject
 from repshift_cli.measure.device import out_of_memory
 from repshift_cli.reduction.compressed_model import Trace
@@ -92,11 +92,11 @@ def compare(
             wanted = subject.run(images)
             try:
                 found = run(images)
-            except RuntimeError as error:
-                if out_of_memory(error):
+            except (CheckpointError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and out_of_memory(error):
                     raise
                 raise CheckFailed(
-                    f"{request.output} does not run with {len(images)} inputs: {first_line(error)}",
+                    f"{request.output} does not run with {len(images)} inputs: {first_line(error.__cause__ or error)}",
                     f"No output was written. {'Leave --tune out' if request.tune else 'Try it with --batch 1'}.",
                 ) from error
             counts.add(wanted, found)

@@ -6,17 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import (
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, NonNegativeInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from repshift_cli.planning.layout import After, Grid
 from repshift_cli.planning.recipe import ComponentSpec, StrictModel
+from repshift_cli.utils.documents import Count, Name
 
 
 class PlanSite(StrictModel):
@@ -25,12 +19,12 @@ class PlanSite(StrictModel):
     A feature map has `grid_in` and `grid_out`, rows and columns, whose positions are its tokens; None for sequences.
     """
 
-    site: str
+    site: Name
     layer: NonNegativeInt
-    tokens_in: PositiveInt
-    tokens_out: PositiveInt
-    grid_in: tuple[PositiveInt, PositiveInt] | None = None
-    grid_out: tuple[PositiveInt, PositiveInt] | None = None
+    tokens_in: Count
+    tokens_out: Count
+    grid_in: tuple[Count, Count] | None = None
+    grid_out: tuple[Count, Count] | None = None
     after: After = "block"
     metric: ComponentSpec
 
@@ -63,9 +57,9 @@ class PlanSite(StrictModel):
 class Plan(StrictModel):
     """A resolved recipe: `attach` carries it out, and an artifact stores it."""
 
-    family: str
+    family: Name
     prefix_tokens: NonNegativeInt
-    patch_tokens: PositiveInt
+    patch_tokens: Count
     sites: Annotated[tuple[PlanSite, ...], Field(min_length=1)]
     reducer: ComponentSpec
 

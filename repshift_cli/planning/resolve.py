@@ -158,7 +158,7 @@ def _map_sites(recipe: Recipe, layout: Layout, steps: Sequence[_Step]) -> list[P
                 f"{where}: keep_grid is {shape_text(left)}, but only {shape_text(grid)} reach {site.name}"
             )
         kept[site.layer] = left
-        _check_windows(layout, kept, site, where)
+        check_windows(layout, kept, site, where)
         sites.append(
             PlanSite(
                 site=site.name,
@@ -192,7 +192,7 @@ def lines_kept(drop: LayerDrop, grid: Grid) -> Grid:
     return kept_rows, min(math.ceil(share * rows * columns / kept_rows), columns)
 
 
-def _check_windows(layout: Layout, kept: Mapping[int, Grid], site: SiteInfo, where: str) -> None:
+def check_windows(layout: Layout, kept: Mapping[int, Grid], site: SiteInfo, where: str) -> None:
     """Raise `RecipeError` if the map becomes too small for a later kernel, and the dense map does not."""
     grid = dense = layout.map_size or (1, 1)
     for layer, windows in [*((found.layer, found.windows) for found in layout.sites), (-1, layout.tail)]:

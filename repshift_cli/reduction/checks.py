@@ -10,6 +10,7 @@ from repshift_cli.errors import RecipeError
 from repshift_cli.planning.layout import After, Layout, shape_text
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Place, Recipe
+from repshift_cli.planning.resolve import check_windows
 from repshift_cli.reduction.families.base import Family, Site
 from repshift_cli.reduction.metrics.base import Metric, build_metric
 from repshift_cli.reduction.reducers.base import Merger, Reducer, build_reducer
@@ -35,6 +36,11 @@ def check_plan(
         site = sites[planned.site]
         if planned.after != reducer.after:
             raise RecipeError(f"the plan reduces after the {planned.after}, which {reducer.kind} does not do")
+        removed, patches = planned.tokens_in - planned.tokens_out, planned.tokens_in - plan.prefix_tokens
+        if isinstance(reducer, Merger) and removed > (most := reducer.most(patches)):
+            raise RecipeError(
+                f"the plan removes {removed} of {patches} tokens at {planned.site}; {reducer.kind} can remove {most}"
+            )
         for metric in site_metrics:
             check_feeds(metric, site, planned.after)
             if site.width and metric.channels not in (None, site.width):
@@ -64,6 +70,9 @@ def _check_counts(plan: Plan, layout: Layout) -> None:
                 f"the plan has {shape_text(planned.shape_in)} tokens at {planned.site}, "
                 f"the model has {shape_text(arriving.get(planned.layer) or ())}"
             )
+    if layout.map_size:
+        last = next(site for site in layout.sites if site.layer == plan.sites[-1].layer)
+        check_windows(layout, plan.grids_kept, last, "the plan")
 
 
 def check_reducer(reducer: Reducer, family: Family, model: nn.Module, place: Place | None = None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -98,7 +100,7 @@ class TestOpen:
             open_any(folder / "vit.onnx", LoadOptions(**given))
 
     def test_moving_it_does_not_change_it(self, folder: Path) -> None:
-        opened = open_exported(folder / "vit.pt2")
+        opened = open_exported(folder / "vit.pt2", trust=True)
         images = inputs_for(opened)
         before = opened.module(images)
         assert torch.equal(opened.module.to(dtype=torch.float16).eval()(images), before)
@@ -106,7 +108,7 @@ class TestOpen:
 
     def test_other_inputs(self, folder: Path) -> None:
         for name in ("vit.onnx", "vit.pt2"):
-            module = open_exported(folder / name).module
+            module = open_exported(folder / name, trust=True).module
             with pytest.raises(UsageError, match="takes float32, not float16"):
                 module(torch.zeros(1, 3, 24, 24, dtype=torch.float16))
             with pytest.raises(UsageError, match="takes inputs of 3x24x24, not 3x32x32"):
@@ -171,9 +173,170 @@ class TestDamage:
         assert "pip install --upgrade repshift-cli" in (caught.value.hint or "")
 
 
+def edited(path: Path, edit: Callable[[str, bytes], bytes | None], **added: bytes) -> Path:
+    """Write an archive again, with other contents of its members (None leaves one out) and more members."""
+    with zipfile.ZipFile(path) as before:
+        members = [(name, edit(name, before.read(name))) for name in before.namelist()]
+    with zipfile.ZipFile(path, "w") as after:
+        for name, content in [*members, *((key.replace("__", "/"), value) for key, value in added.items())]:
+            if content is not None:
+                after.writestr(name, content)
+    return path
+
+
+def kept(name: str, content: bytes) -> bytes:
+    return content
+
+
+class TestTrust:
+    def test_a_program_needs_trust(self, folder: Path) -> None:
+        with pytest.raises(UsageError, match="opening it can run code that its author put there") as caught:
+            open_exported(folder / "vit.pt2")
+        assert "--trust" in (caught.value.hint or "")
+        assert "ONNX files are safe" in (caught.value.hint or "")
+        assert open_any(folder / "vit.pt2", trust=True).macs > 0
+
+    def test_its_code_does_not_run_without(self, folder: Path) -> None:
+        marker = folder / "ran"
+
+        class Code:
+            def __reduce__(self) -> Any:
+                return Path.touch, (marker,)
+
+        def edit(name: str, content: bytes) -> bytes:
+            return pickle.dumps(Code()) if "weight" in name and not name.endswith(".json") else content
+
+        edited(folder / "vit.pt2", edit)
+        with pytest.raises(UsageError, match="can run code"):
+            open_exported(folder / "vit.pt2")
+        assert not marker.exists()
+
+    def test_a_package_needs_trust(self, folder: Path) -> None:
+        def edit(name: str, content: bytes) -> bytes:
+            return content.replace(b'"kind":"pt2"', b'"kind":"aoti"') if name.endswith("repshift.json") else content
+
+        edited(folder / "vit.pt2", edit, model__data__aotinductor__model__a=b"")
+        with pytest.raises(UsageError, match="is a compiled package: opening it can run code"):
+            open_exported(folder / "vit.pt2")
+
+    def test_a_package_that_calls_itself_a_program(self, folder: Path) -> None:
+        edited(folder / "vit.pt2", kept, model__data__aotinductor__model__a=b"")
+        with pytest.raises(CheckpointError, match="names the kind pt2, but the content is aoti"):
+            open_exported(folder / "vit.pt2", trust=True)
+
+
+def cut_library() -> bytes:
+    header = bytearray(struct.pack("<5s35xQ10xHH2x", b"\x7fELF\x02", 5000, 64, 3))
+    return bytes(header) + b"code" * 100
+
+
+class TestArchives:
+    @pytest.mark.parametrize(
+        ("member", "content", "words"),
+        [
+            ("model__..__..__x", b"", "would leave its folder"),
+            ("__x", b"", "would leave its folder"),
+            ("model__archive_format", b"pt2", "the same name"),
+            ("model__a.so", cut_library(), "is cut off"),
+            ("model__a.so", b"\x7fELF", "is cut off"),
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore:Duplicate name")
+    def test_invalid_members(self, member: str, content: bytes, words: str, folder: Path) -> None:
+        edited(folder / "vit.pt2", kept, **{member: content})
+        with pytest.raises(CheckpointError, match=words):
+            open_exported(folder / "vit.pt2", trust=True)
+
+    def test_compressed_members(self, folder: Path) -> None:
+        with zipfile.ZipFile(folder / "vit.pt2", "a", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("model/zeros", bytes(1 << 20))
+        with pytest.raises(CheckpointError, match="is compressed"):
+            open_exported(folder / "vit.pt2", trust=True)
+
+    def test_other_bytes_of_a_weight(self, folder: Path) -> None:
+        path = folder / "vit.pt2"
+        with zipfile.ZipFile(path) as archive:
+            largest = max(archive.infolist(), key=lambda member: member.file_size)
+        content = bytearray(path.read_bytes())
+        content[largest.header_offset + 2000] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="checksum"):
+            open_exported(path, trust=True)
+
+    @pytest.mark.parametrize("damage", ["nested", "empty", "cut"])
+    def test_no_traceback_of_torch_is_shown(self, damage: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        def edit(name: str, content: bytes) -> bytes:
+            if damage == "nested":
+                return b"[" * 100_000 if name.endswith("models/model.json") else content
+            if "weight" not in name or name.endswith(".json"):
+                return content
+            return b"" if damage == "empty" else content[: len(content) // 2]
+
+        edited(folder / "vit.pt2", edit)
+        with pytest.raises(CheckpointError, match=r"vit\.pt2"):
+            open_exported(folder / "vit.pt2", trust=True).module(torch.zeros(1, 3, 24, 24))
+        captured = capfd.readouterr()
+        assert "Traceback" not in captured.err + captured.out
+
+
+def changed(document: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy with another value at a dotted key."""
+    copy: dict[str, Any] = json.loads(json.dumps(document))
+    *above, last = key.split(".")
+    holder = copy
+    for step in above:
+        holder = holder[step]
+    holder[last] = value
+    return copy
+
+
+class TestDocument:
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("device", "x y"),
+            ("macs", 10**400),
+            ("macs", 0),
+            ("kind", "aoti"),
+            ("num_classes", 7),
+            ("source", [1]),
+            ("recipe", "x"),
+            ("measured", {"agreement": float("nan")}),
+            ("model.name", "\ud800"),
+            ("model.name", "a\nb"),
+            ("model.preprocessing.crop_pct", 0.001),
+            ("input.shape", [None, 3, 2**40, 24]),
+            ("input.dtype", "complex64"),
+            ("plan.prefix_tokens", -1),
+        ],
+    )
+    def test_an_invalid_value(self, key: str, value: Any, folder: Path) -> None:
+        path = folder / "vit.onnx"
+        set_onnx(path, json.dumps(changed(document_of(path), key, value)))
+        with pytest.raises(CheckpointError, match="metadata is damaged"):
+            open_exported(path)
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("input.name", "other"),
+            ("input.dtype", "float16"),
+            ("input.shape", [2, 3, 24, 24]),
+            ("output.name", "other"),
+            ("output.dtype", "float16"),
+            ("output.shape", [None, 2, 4]),
+        ],
+    )
+    def test_another_graph_than_the_document_says(self, key: str, value: Any, folder: Path) -> None:
+        path = folder / "vit.onnx"
+        set_onnx(path, json.dumps(changed(document_of(path), key, value)))
+        with pytest.raises(CheckpointError, match="input and output of its graph are not those"):
+            open_exported(path)
+
+
 class TestBench:
     def test_a_compressed_graph_is_compared_with_the_dense_one(self, folder: Path) -> None:
-        opened = {name: open_exported(folder / name) for name in ("vit.onnx", "dense.onnx", "vit.pt2")}
+        opened = {name: open_exported(folder / name, trust=True) for name in ("vit.onnx", "dense.onnx", "vit.pt2")}
         found = {each.name: each.against for each in contenders_of(opened)}
         assert found == {"dense.onnx": None, "vit.onnx": "dense.onnx", "vit.pt2": None}
 
@@ -182,7 +345,7 @@ class TestBench:
         assert [each.name for each in contenders_of(opened)] == ["artifact_v1 dense", "vit", "vit.onnx"]
 
     def test_memory_is_reported_if_torch_measures_it(self, folder: Path) -> None:
-        opened = {name: open_exported(folder / name) for name in ("vit.onnx", "dense.onnx", "vit.pt2")}
+        opened = {name: open_exported(folder / name, trust=True) for name in ("vit.onnx", "dense.onnx", "vit.pt2")}
         report = run_bench(contenders_of(opened), [2], SETTINGS, Silent())
         memory = {run.name: run.peak_bytes for run in report.runs}
         assert memory["vit.onnx"] is None

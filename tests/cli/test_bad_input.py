@@ -219,7 +219,7 @@ class TestCompressedAlready:
     @pytest.mark.parametrize("command", ["inspect", "bench"])
     def test_a_damaged_plan(self, command: str, small: Path, cli: Command) -> None:
         self.change(small, lambda document: document["plan"]["sites"][0].update(tokens_out=99))
-        explained(cli(command, small), 3, "its plan is damaged")
+        explained(cli(command, small), 3, "metadata is damaged: plan.sites.0")
 
 
 class TestCalibrationData:

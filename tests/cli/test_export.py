@@ -62,7 +62,7 @@ class TestExport:
         model = artifact.load(small)
         images = torch.randn(2, 3, 24, 24)
         with torch.no_grad():
-            torch.testing.assert_close(open_exported(tmp_path / "small.pt2").module(images), model(images))
+            torch.testing.assert_close(open_exported(tmp_path / "small.pt2", trust=True).module(images), model(images))
 
     def test_a_dense_model_by_a_recipe(self, cli: Command, dense: Path, recipe: Path, tmp_path: Path) -> None:
         arguments = ("export", dense, "--recipe", recipe, "--to", "hub", "-o", "folder", "--json")
@@ -94,7 +94,9 @@ class TestExport:
             "--no-verify",
         )
         assert cli(*arguments).rc == 0
-        evaluated = document_of(cli("eval", "digits.pt2", "--dataset", "builtin:digits", "--limit", "20", "--json"))
+        evaluated = document_of(
+            cli("eval", "digits.pt2", "--trust", "--dataset", "builtin:digits", "--limit", "20", "--json")
+        )
         assert evaluated["top1"] > 50
         assert evaluated["images"] == 20
         explained(cli("eval", "digits.pt2"), 2, "no dataset given")
@@ -143,24 +145,35 @@ class TestRefused:
 
     def test_unsupported_options_of_exported_files(self, cli: Command, small: Path) -> None:
         assert cli("export", small, "--to", "pt2", "--no-verify").rc == 0
-        explained(cli("eval", "small.pt2", "--dataset", "builtin:digits", "--compare-dense"), 2, "its dense model")
-        explained(cli("bench", "small.pt2", "--img-size", "32"), 2, "--img-size", "is an exported file")
-        explained(cli("bench", "small.pt2", "--dtype", "float16"), 2, "takes float32, not float16")
+        explained(
+            cli("eval", "small.pt2", "--trust", "--dataset", "builtin:digits", "--compare-dense"), 2, "its dense model"
+        )
+        explained(cli("bench", "small.pt2", "--trust", "--img-size", "32"), 2, "--img-size", "is an exported file")
+        explained(cli("bench", "small.pt2", "--trust", "--dtype", "float16"), 2, "takes float32, not float16")
         explained(cli("compress", "small.pt2"), 3, "small.pt2 is an exported file", "that it was exported from")
-        explained(cli("bench", "small.pt2", "--recipe", "deit_small_paper"), 3, "small.pt2 is an exported file")
-        explained(cli("bench", "small.pt2", "--compile", "default"), 2, "--compile", "cannot be compiled")
-        explained(cli("bench", "small.pt2", "--attention", "explicit"), 2, "--attention", "cannot be switched")
-        explained(cli("bench", "small.pt2", "--against", "tome"), 2, "--against", "unsupported for an exported file")
+        explained(
+            cli("bench", "small.pt2", "--trust", "--recipe", "deit_small_paper"), 3, "small.pt2 is an exported file"
+        )
+        explained(cli("bench", "small.pt2", "--trust", "--compile", "default"), 2, "--compile", "cannot be compiled")
+        explained(
+            cli("bench", "small.pt2", "--trust", "--attention", "explicit"), 2, "--attention", "cannot be switched"
+        )
+        explained(
+            cli("bench", "small.pt2", "--trust", "--against", "tome"),
+            2,
+            "--against",
+            "unsupported for an exported file",
+        )
 
     def test_an_exported_file_needs_the_dense_one_to_be_compared_with(self, cli: Command, small: Path) -> None:
         assert cli("export", small, "--to", "pt2", "--no-verify").rc == 0
         words = ("same format and weights", "the dense model too, with --dense, and give both")
-        outcome = cli("bench", "small.pt2", *QUICK)
+        outcome = cli("bench", "small.pt2", "--trust", *QUICK)
         assert outcome.rc == 0
         assert all(word in " ".join(outcome.stdout.split()) for word in words)
-        explained(cli("bench", "small.pt2", "--budget", "macs<=0.9"), 2, "--budget", *words)
+        explained(cli("bench", "small.pt2", "--trust", "--budget", "macs<=0.9"), 2, "--budget", *words)
         assert cli("export", small, "--to", "pt2", "--dense", "-o", "dense.pt2", "--no-verify").rc == 0
-        explained(cli("bench", "dense.pt2", "--budget", "macs<=0.9"), 2, "--budget", *words)
+        explained(cli("bench", "dense.pt2", "--trust", "--budget", "macs<=0.9"), 2, "--budget", *words)
 
     def test_a_budget_of_exported_files(self, cli: Command, small: Path) -> None:
         for options in ((), ("--dense", "-o", "dense.onnx")):
@@ -175,4 +188,4 @@ class TestRefused:
 
     def test_a_video_model_without_its_text_encoder(self, cli: Command, tmp_path: Path) -> None:
         assert cli("export", stored(3), "--to", "pt2", "-o", "clip.pt2", "--no-verify").rc == 0
-        explained(cli("eval", "clip.pt2", "--dataset", "builtin:shapes"), 3, "holds the vision encoder only")
+        explained(cli("eval", "clip.pt2", "--trust", "--dataset", "builtin:shapes"), 3, "holds the vision encoder only")

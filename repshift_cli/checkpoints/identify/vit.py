@@ -213,10 +213,7 @@ def _unregistered(shape: _Shape, tensors: Mapping[str, Tensor], where: str, head
         raise error
     count = check_divides(heads or _heads(shape, where), shape.embed_dim, where)
     name = f"ViT of width {shape.embed_dim}, depth {shape.depth}, patch {shape.patch_size[0]}"
-    notes = [
-        f"no timm model has these shapes: built as a {name} with {count} heads",
-        "assumed its preprocessing: ImageNet mean and std, bicubic, crop 0.9",
-    ]
+    notes = [f"no timm model has these shapes: built as a {name} with {count} heads"]
     return Identity(name, None, shape.args(count), _imagenet_preprocessing(shape), kept, notes)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -160,7 +160,7 @@ def _card(document: ExportDocument, in_timm: bool) -> str:
     reduced = f"{document.dense_macs / 1e9:.3g} to {document.macs / 1e9:.3g} GMACs per input"
     parts = [
         "---\nlibrary_name: " + ("timm" if in_timm else "repshift") + "\ntags:\n- repshift\n- token-reduction\n---",
-        f"# {model['name']}{', with fewer tokens' if plan else ''}",
+        f"# {model.name}{', with fewer tokens' if plan else ''}",
     ]
     if plan:
         parts.append(
@@ -182,24 +182,22 @@ def _card(document: ExportDocument, in_timm: bool) -> str:
             f"difference {verdict.max_difference:.2g})."
         )
     parts.append(
-        f"Source of the weights: {document.source.get('name') or document.source.get('origin')}"
-        + (f", SHA-256 `{document.source['sha256']}`." if document.source.get("sha256") else ".")
+        f"Source of the weights: {document.source.name or document.source.origin}"
+        + (f", SHA-256 `{document.source.sha256}`." if document.source.sha256 else ".")
     )
     return "\n\n".join(parts) + "\n"
 
 
 def _measured_table(measured: Mapping[str, Any]) -> str:
-    dense, compressed = measured.get("dense"), measured.get("compressed")
-    if not isinstance(dense, dict) or not isinstance(compressed, dict):
+    reads: Sequence[tuple[str, Callable[[Any], str]]] = (
+        ("GMACs", lambda model: f"{model['gmacs']:.3g}"),
+        ("latency, median ms", lambda model: f"{model['latency_ms']['median']:.4g}"),
+        ("inputs per second", lambda model: f"{model['throughput']:.4g}"),
+    )
+    try:
+        rows = [f"| {label} | {read(measured['dense'])} | {read(measured['compressed'])} |" for label, read in reads]
+    except (KeyError, TypeError, ValueError):  # what a file says is not checked
         return "Nothing was measured."
-    rows = [
-        f"| {label} | {read(dense)} | {read(compressed)} |"
-        for label, read in (
-            ("GMACs", lambda model: f"{model['gmacs']:.3g}"),
-            ("latency, median ms", lambda model: f"{model['latency_ms']['median']:.4g}"),
-            ("inputs per second", lambda model: f"{model['throughput']:.4g}"),
-        )
-    ]
     where = ", ".join(str(measured[key]) for key in ("device", "dtype") if key in measured)
     conditions = f"Measured at batch {measured.get('batch')} on {where}, {measured.get('threads')} threads"
     if isinstance(agreement := measured.get("agreement"), float):
