@@ -57,6 +57,7 @@ def command(
             show_default=False,
         ),
     ] = None,
+    class_order: options.ClassOrder = None,
     images: Annotated[
         int | None,
         options.number(
@@ -133,6 +134,7 @@ def command(
         load=LoadOptions(model, heads, img_size, frames, checkpoint_frames, weights=weights),
         output=files.checkpoint,
         data=data,
+        class_order=class_order,
         calibration_images=images,
         device=device,
         dtype=dtype,
