@@ -48,7 +48,7 @@ _RANDOM_SEEDS = (0, 1)
 _FIT_SEED = 0
 _CLEAR_SIGMAS = 3.0
 _CLEAR_SHARE = 0.9
-_MIN_IMAGES = 8
+MIN_IMAGES = 8
 _MILD_AGREEMENT = 0.9
 _MIN_MILD = 16
 """Minimum number of images to judge how often predictions change."""
@@ -201,8 +201,8 @@ def calibrate(
         RecipeError: no candidate can run on this model.
         CheckFailed: the dense model returns values that are not finite.
     """
-    if len(images) < _MIN_IMAGES:
-        raise DataError(f"calibration needs at least {_MIN_IMAGES} images, there are {len(images)}")
+    if len(images) < MIN_IMAGES:
+        raise DataError(f"calibration needs at least {MIN_IMAGES} images, there are {len(images)}")
     begin = time.monotonic()
     sample = next(model.parameters())
     images = images.to(device=sample.device, dtype=sample.dtype)

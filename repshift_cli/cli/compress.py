@@ -56,6 +56,7 @@ def command(
             metavar="FOLDER", help="Unlabelled images or videos to choose the metric on: a folder or a dataset."
         ),
     ] = None,
+    class_order: options.ClassOrder = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate/--no-calibrate", help="Choose on images what the recipe leaves open.")
     ] = True,
@@ -98,6 +99,7 @@ def command(
         output=output,
         data=data,
         calibration=calibration,
+        class_order=class_order,
         calibrate=calibrate,
         calibration_images=calibration_images,
         device=device,

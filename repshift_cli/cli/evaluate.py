@@ -55,6 +55,7 @@ class _EvalOptions:
     name: str
     dataset: str | None
     data_dir: Path | None
+    order: str | None
     limit: int | None
     seed: int
     compare_dense: bool
@@ -83,6 +84,7 @@ def command(
         ),
     ] = None,
     data_dir: options.DataDir = None,
+    order: options.ClassOrder = None,
     limit: Annotated[
         int | None,
         options.number("limit", help="Use N images, videos or questions, evenly spaced over the dataset."),
@@ -198,7 +200,7 @@ def command(
             "attention": attention.value,
         }
         given = _EvalOptions(
-            model, dataset, data_dir, limit, seed, compare_dense, resume, predictions, force, json, settings
+            model, dataset, data_dir, order, limit, seed, compare_dense, resume, predictions, force, json, settings
         )
         video = VideoOptions(annotations, videos, answers, vocab, rerank, rerank_k, paragraph, pooling)
         opened = open_any(model, load, trust)
@@ -218,6 +220,7 @@ def _evaluate_images(opened: Opened, given: _EvalOptions, video: VideoOptions, s
     settings = given.settings | {"batch_size": given.settings["batch_size"] or _IMAGE_BATCH}
     with together(settings["device"]) as group:
         models, data, labelled = group.agreed(lambda: _open_images(opened, given, video))
+        labelled.info.report(screen)
         if not given.json and group.is_first:
             # with predictions to save, the run goes on although nothing can be printed
             with suppress(*(OSError, OutputError) if given.predictions else ()):
@@ -237,7 +240,7 @@ def _evaluate_images(opened: Opened, given: _EvalOptions, video: VideoOptions, s
             try:
                 saved = () if result.interrupted else _save_predictions(result, labelled, given)
             finally:
-                _report(result, opened, given)
+                _report(result, labelled, opened, given)
             if not given.json:
                 ui.print_text(*(f"wrote {path}" for path in saved))
         if given.resume is not None and not result.interrupted:
@@ -255,19 +258,19 @@ def _open_images(
 
     refuse_videos(given.name, given.dataset, video)
     assert given.dataset is not None
-    data = open_dataset(given.dataset, given.data_dir, given.limit, given.seed)
+    data = open_dataset(given.dataset, given.data_dir, given.limit, given.seed, given.order)
     labelled = data.for_head(head_size(opened.loaded.model))
     return models_of(opened, given.compare_dense, given.name), data, labelled
 
 
-def _report(result: Evaluation, opened: Opened, given: _EvalOptions) -> None:
+def _report(result: Evaluation, data: ImageDataset, opened: Opened, given: _EvalOptions) -> None:
     from repshift_cli.evaluation.models import COMPRESSED, DENSE
 
     warn_of_skipped(result)
     macs = {COMPRESSED: opened.macs, DENSE: opened.dense_macs}
     if given.json:
         preprocessing = opened.loaded.description.preprocessing
-        ui.print_json(evaluation_document(result, macs, given.name, preprocessing))
+        ui.print_json(evaluation_document(result, macs, given.name, preprocessing, data))
     else:
         show_evaluation(result, macs)
     warn_of_guessing(result)
@@ -317,7 +320,8 @@ def _evaluate_videos(opened: Opened, given: _EvalOptions, video: VideoOptions, s
     from repshift_cli.evaluation.video_text.models import video_models_of
     from repshift_cli.evaluation.video_text.settings import VideoSettings
 
-    for option, value in (("--resume", given.resume), ("--save-predictions", given.predictions)):
+    images = {"--resume": given.resume, "--save-predictions": given.predictions, "--class-order": given.order}
+    for option, value in images.items():
         if value:
             raise UsageError(f"{option} is for image models, and {given.name} takes videos", "Leave it out.")
     refuse_torchrun("evaluating videos")

@@ -65,6 +65,11 @@ DataDir = Annotated[
     Path | None, typer.Option("--data-dir", metavar="DIR", help="Folder of the dataset (or REPSHIFT_DATA_DIR).")
 ]
 
+ClassOrder = Annotated[
+    str | None,
+    typer.Option("--class-order", metavar="ORDER", help="Labels of class folders: natural (as timm), text, or a FILE."),
+]
+
 Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...")]
 
 Dtype = Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16.")]

@@ -58,6 +58,7 @@ def command(
             show_default=False,
         ),
     ] = None,
+    class_order: options.ClassOrder = None,
     images: Annotated[
         int | None,
         options.number(
@@ -129,6 +130,7 @@ def command(
         load=load,
         output=files.checkpoint,
         data=data,
+        class_order=class_order,
         calibration_images=images,
         device=device,
         dtype=dtype,

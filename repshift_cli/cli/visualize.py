@@ -33,6 +33,7 @@ def command(
             show_default=False,
         ),
     ] = None,
+    class_order: options.ClassOrder = None,
     count: Annotated[
         int | None,
         typer.Option(min=1, max=64, help="Number of images or clips.", show_default=f"{_IMAGES}, or {_CLIPS} clips"),
@@ -68,7 +69,8 @@ def command(
     opened.module.to(target)
     for note in opened.loaded.notes:
         ui.remark(note)
-    shown = visualize(opened, samples, count or (_CLIPS if of_clips else _IMAGES), seed)
+    shown = visualize(opened, samples, count or (_CLIPS if of_clips else _IMAGES), seed, class_order)
+    shown.samples.info.report(ui.Screen())
     for reason in shown.samples.skipped:
         ui.warn(f"skipped: {reason}")
     guard.run_all(

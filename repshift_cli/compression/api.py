@@ -11,10 +11,10 @@ from repshift_cli.calibration.calibrate import unfitted
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.checkpoints.options import LoadOptions
+from repshift_cli.compression.inputs import load_job_inputs
 from repshift_cli.compression.job import CompressionJob, load_dense, wrap_module
 from repshift_cli.compression.notes import Notes, not_calibrated
 from repshift_cli.compression.recipe import checked_recipe, require_layers
-from repshift_cli.data.inputs import load_inputs
 from repshift_cli.errors import UsageError
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.compressed_model import CompressedModel
@@ -65,7 +65,7 @@ def compress(
         if isinstance(calibration, Tensor):
             found = job.calibrate(calibration, {"where": "tensor", "count": len(calibration)}, batch_size=16)
         else:
-            batch = load_inputs(str(calibration), 128, loaded.description.preprocessing, 0)
+            batch = load_job_inputs(loaded, str(calibration), 128, 0, notes)
             found = job.calibrate(batch.tensor, batch.identity, batch_size=16)
         if not (found.clear or found.mild):
             raise found.unclear_error()

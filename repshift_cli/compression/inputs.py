@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from repshift_cli.calibration.calibrate import MIN_IMAGES
 from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.compression.job import CompressionJob
 from repshift_cli.compression.notes import Notes
@@ -34,7 +35,7 @@ def draw_images(job: CompressionJob, settings: Settings, amounts: Amounts) -> tu
 def load_job_inputs(loaded: LoadedModel, where: str | None, count: int, seed: int, notes: Notes) -> ImageBatch:
     """Load images, or built-in scenes, with the preprocessing of the model."""
     batch = load_inputs(where, count, loaded.description.preprocessing, seed)
-    _warn_of_skipped(batch, notes)
+    _report(batch, notes)
     return batch
 
 
@@ -49,8 +50,10 @@ def load_search_inputs(loaded: LoadedModel, settings: Settings, count: int, note
         scenes = load_inputs(where, count, preprocessing, settings.seed)
         return replace(scenes, unlabelled="the built-in scenes have other classes than this model")
     num_classes = getattr(loaded.model, "num_classes", None)
-    inputs = load_inputs(where, count, preprocessing, settings.seed, num_classes=num_classes)
-    _warn_of_skipped(inputs, notes)
+    inputs = load_inputs(
+        where, count, preprocessing, settings.seed, num_classes=num_classes, class_order=settings.class_order
+    )
+    _report(inputs, notes)
     return inputs
 
 
@@ -59,7 +62,8 @@ def is_same_folder(one: str, other: str | None) -> bool:
     return other is not None and (one == other or Path(one).resolve() == Path(other).resolve())
 
 
-def _warn_of_skipped(batch: ImageBatch, notes: Notes) -> None:
+def _report(batch: ImageBatch, notes: Notes) -> None:
+    batch.info.report(notes)
     if batch.skipped:
         notes.warn(f"{len(batch.skipped)} images could not be read: {'; '.join(batch.skipped[:3])}")
 
@@ -70,6 +74,12 @@ def _split(batch: ImageBatch, count: int) -> tuple[ImageBatch, ImageBatch]:
     border = min(count, max(total - max(total // 5, 1), 1))
     if border >= total:
         raise DataError(f"{total} images are too few to calibrate on some and check on others", "Give more.")
+    if border < MIN_IMAGES:
+        raise DataError(
+            f"calibration needs at least {MIN_IMAGES} images: of the {total} given, {total - border} are set aside to "
+            f"compare predictions, so {border} are left",
+            "Give more images.",
+        )
     parts = []
     for name, part in (("calibration", batch.tensor[:border]), ("agreement", batch.tensor[border:])):
         identity = {**batch.identity, "count": len(part), "part": name}

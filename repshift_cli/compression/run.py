@@ -57,6 +57,8 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
             f"--dry-run: the plan for {target} is known only after a search",
             "Run `repshift search` first, then read the recipe that it writes.",
         )
+    if settings.class_order and not target:
+        raise UsageError("--class-order: labels are used by a search only", "Omit it, or add --target.")
     device, dtype = resolve_device(settings.device), resolve_dtype(settings.dtype)
     notes = Notes(progress)
     loaded = load_dense(name, settings.load, recipe, notes, settings.force)

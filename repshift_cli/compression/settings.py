@@ -26,6 +26,7 @@ class Settings:
         output: path of the checkpoint; None to write none.
         data: images for the comparison of predictions (folder or dataset); None for built-in scenes.
         calibration: images for calibration; None for `data`, or built-in scenes for a built-in model.
+        class_order: order of the labels of class folders, as for `open_dataset`.
         calibrate: whether open fields of the metric are calibrated.
         calibration_images, agreement_images, batch_size: None for the `Amounts` of the model.
         seconds: time for the latency measurement.
@@ -38,6 +39,7 @@ class Settings:
     output: Path | None = None
     data: str | None = None
     calibration: str | None = None
+    class_order: str | None = None
     calibrate: bool = True
     calibration_images: int | None = None
     agreement_images: int | None = None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -39,7 +42,9 @@ def is_dataset_name(name: str) -> bool:
     return name in _NAMES or is_timm_name(name)
 
 
-def open_dataset(name: str, data_dir: Path | None, limit: int | None = None, seed: int = 0) -> ImageDataset:
+def open_dataset(
+    name: str, data_dir: Path | None, limit: int | None = None, seed: int = 0, class_order: str | None = None
+) -> ImageDataset:
     """Open a dataset.
 
     Args:
@@ -50,25 +55,45 @@ def open_dataset(name: str, data_dir: Path | None, limit: int | None = None, see
             environment variable REPSHIFT_DATA_DIR.
         limit: maximum number of images, evenly spaced over the sorted set (for built-in scenes: the number).
         seed: which built-in scenes are drawn; other datasets do not depend on it.
+        class_order: as for `named_classes`.
 
     Raises:
         DataError: the dataset is unknown, missing, empty or damaged.
-        UsageError: the limit is not positive, or `data_dir` is given for a dataset that needs none.
+        UsageError: the limit is not positive; `data_dir` is given for a dataset that needs none, or `class_order` for
+            one whose labels do not depend on names of folders.
     """
     check_limit(limit)
+    dataset: ImageDataset
     if name == "builtin:digits":
         from repshift_cli.data.builtin.digits import DigitDataset
 
         _refuse_data_dir(name, data_dir)
-        return DigitDataset("test", limit or DEFAULT_SCENES, seed)
-    return limited(_open_whole(name, data_dir), limit)
+        dataset = DigitDataset("test", limit or DEFAULT_SCENES, seed)
+    else:
+        with data_errors():
+            dataset = limited(_open_whole(name, data_dir, class_order), limit)
+    if class_order is not None and dataset.info.class_order is None:
+        raise UsageError(
+            f"--class-order cannot be used with the dataset {name}: its labels do not depend on names of folders",
+            "Omit it.",
+        )
+    return dataset
 
 
-def _open_whole(name: str, data_dir: Path | None) -> ImageDataset:
+@contextmanager
+def data_errors() -> Iterator[None]:
+    """Turn what the system says of files of a dataset, such as a missing permission, into DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or 'the data'}: {error.strerror or error}") from error
+
+
+def _open_whole(name: str, data_dir: Path | None, class_order: str | None) -> ImageDataset:
     from repshift_cli.data.sources.folder import open_folder
     from repshift_cli.data.sources.imagenet_variants import TEST_SETS, open_imagenet
     from repshift_cli.data.sources.shards import is_shards, open_shards, shard_paths
-    from repshift_cli.data.sources.timm_reader import is_timm_name, open_timm
+    from repshift_cli.data.sources.timm_reader import TIMM_PREFIXES, is_timm_name, open_timm
 
     if name in TEST_SETS:
         return open_imagenet(name, _data_folder(data_dir, TEST_SETS[name]))
@@ -76,20 +101,28 @@ def _open_whole(name: str, data_dir: Path | None) -> ImageDataset:
         folder = _data_folder(data_dir, (name,))
         if folder is None:
             raise DataError(f"the dataset {name} needs a folder", "Give it with --data-dir PATH.")
-        return open_folder(name, folder) if name == "folder" else open_shards(name, shard_paths(str(folder)))
+        if name == "folder":
+            return open_folder(name, folder, class_order)
+        return open_shards(name, shard_paths(str(folder)), class_order)
     if is_timm_name(name):
         prefix, _, bare = name.partition("@")[0].partition("/")
         # for the Hugging Face library the folder is a cache with its own layout
         names = () if prefix.lower() == "hfds" else (f"{prefix}/{bare}", bare)
         return open_timm(name, _data_folder(data_dir, names))
     path = Path(name).expanduser()
+    found: ImageDataset
     if is_shards(name) and not path.is_dir():
         _refuse_data_dir(name, data_dir)
-        return open_shards(name, shard_paths(name))
-    if path.is_dir() or "/" in name or os.sep in name or name.startswith((".", "~")):
+        found = open_shards(name, shard_paths(name), class_order)
+    elif path.is_dir() or "/" in name or os.sep in name or name.startswith((".", "~")):
         _refuse_data_dir(name, data_dir)
-        return open_folder(name, path)
-    raise _unknown(name)
+        found = open_folder(name, path, class_order)
+    else:
+        raise _unknown(name)
+    if name.partition("/")[0].lower() in TIMM_PREFIXES:
+        note = f"{name} exists and is opened; without such a path, the name is one for timm"
+        found.info = replace(found.info, notes=(note, *found.info.notes))
+    return found
 
 
 def _data_folder(data_dir: Path | None, names: tuple[str, ...]) -> Path | None:

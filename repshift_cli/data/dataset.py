@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from repshift_cli.errors import UsageError
+from repshift_cli.utils.progress import Messages
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+_MAX_SCENES = 1_000_000
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """How a dataset was read.
+
+    Attributes:
+        class_order: of labels by name: natural, text, imagenet, or the file of the list; None for other labels.
+        left_out: number of other files, by suffix.
+        warning: why the labels may be wrong.
+    """
+
+    class_order: str | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    warning: str | None = None
+
+    def report(self, progress: Messages) -> None:
+        """Print the notes and the warning."""
+        named = ", ".join(f"{suffix} {self.left_out[suffix]}" for suffix in sorted(self.left_out)[:8])
+        left_out = [f"{sum(self.left_out.values())} files with other endings left out ({named})"] if named else []
+        for note in (*self.notes, *left_out):
+            progress.note(note)
+        if self.warning:
+            progress.warn(self.warning)
 
 
 class ImageDataset(ABC):
@@ -16,12 +47,14 @@ class ImageDataset(ABC):
 
     Attributes:
         name: the name that the user gave.
+        info: how it was read.
         random_access: whether `load` may be called in any order and from several processes. If False, read in
             ascending order from one process.
         outputs: indices of the head's outputs that the classes of the dataset have; None for all outputs.
     """
 
     name: str
+    info: DatasetInfo = DatasetInfo()
     random_access: bool = True
     outputs: tuple[int, ...] | None = None
 
@@ -76,9 +109,10 @@ class ImageDataset(ABC):
 class Subset(ImageDataset):
     """The images of another dataset at `indices`."""
 
-    def __init__(self, dataset: ImageDataset, indices: list[int]) -> None:
+    def __init__(self, dataset: ImageDataset, indices: Sequence[int]) -> None:
         self.dataset = dataset
         self.name = dataset.name
+        self.info = dataset.info
         self.random_access = dataset.random_access
         self.outputs = dataset.outputs
         self.indices = indices
@@ -157,3 +191,9 @@ def check_limit(limit: int | None) -> None:
     """Raise UsageError if the limit is not positive."""
     if limit is not None and limit < 1:
         raise UsageError(f"invalid limit {limit}: must be 1 or more", "Give the number of images to use.")
+
+
+def check_scenes(count: int) -> None:
+    """Raise UsageError for a number of built-in scenes beyond reason."""
+    if count > _MAX_SCENES:
+        raise UsageError(f"{count} built-in scenes were asked for", f"Ask for {_MAX_SCENES} at most.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, ClassVar
 
 from repshift_cli.errors import DataError
+from repshift_cli.utils.files import open_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -15,8 +16,16 @@ if TYPE_CHECKING:
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """The formats that are decoded. Pillow has others, some of which start other programs (EPS)."""
 
-_MAX_PIXELS = 178_956_970
-"""Half a gigabyte when decoded. This is Pillow's own limit, which some libraries switch off."""
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
+)
+"""Lower-case suffixes of image files in all readers: those of `_FORMATS`."""
+
+_MAX_PIXELS = 89_478_485
+"""At most 0.7 GB while an image is converted to RGB. Pillow warns above this number."""
+
+_GRAY_BITS = 16
+_BITS_PER_SAMPLE = 258  # a tag of TIFF
 
 _MAX_ASPECT_RATIO = 200
 """An image of 1 x 100,000 would become 200 x 20,000,000 when it is resized."""
@@ -48,7 +57,7 @@ class UnreadableSample(DataError):
 def decode_file(path: Path) -> Image.Image:
     """Decode an image file to RGB; raises as `decode_bytes`."""
     try:
-        with path.open("rb") as stream:
+        with open_file(path) as stream:
             return _decode(stream, str(path))
     except OSError as error:
         raise UnreadableSample(str(path), error.strerror or str(error)) from error
@@ -58,9 +67,27 @@ def decode_bytes(content: bytes, sample: str) -> Image.Image:
     """Decode an image to RGB as timm's readers do: no rotation by EXIF, transparency dropped.
 
     Raises:
-        UnreadableSample: it is empty, truncated, not an image, or too large to decode safely.
+        UnreadableSample: it is empty, truncated, not an image, too large to decode safely, or has pixels of an unknown
+            range.
     """
     return _decode(BytesIO(content), sample)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an opened image to RGB; 16-bit gray is scaled, where Pillow makes nearly all of it white.
+
+    Raises:
+        ValueError: its pixels are numbers of an unknown range.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in {"PNG", "PPM"}):
+        bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (_GRAY_BITS,))[0]  # Pillow does not scale 12 bits
+        image = Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
+    elif image.mode in {"I", "F"}:
+        raise ValueError(f"the range of its pixels is unknown (mode {image.mode})")
+    return image.convert("RGB")
 
 
 def _decode(stream: IO[bytes], sample: str) -> Image.Image:
@@ -72,8 +99,7 @@ def _decode(stream: IO[bytes], sample: str) -> Image.Image:
             warnings.simplefilter("ignore")
             with Image.open(stream, formats=_FORMATS) as image:
                 _check_size(*image.size)
-                rgb: Image.Image = image.convert("RGB")
-                return rgb
+                return to_rgb(image)
     except UnidentifiedImageError as error:
         reason = "the file is empty" if _is_empty(stream) else "not an image in a known format"
         raise UnreadableSample(sample, reason) from error

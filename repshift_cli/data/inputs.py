@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repshift_cli.data.dataset import ImageDataset, shuffled
+from repshift_cli.data.catalog import data_errors
+from repshift_cli.data.dataset import DatasetInfo, ImageDataset, check_scenes, shuffled
 from repshift_cli.data.decode import UnreadableSample
 from repshift_cli.data.preprocessing import Preprocessing
+from repshift_cli.data.sources.folder import readable_name
 from repshift_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -20,6 +23,8 @@ _DIGITS, _SHAPES, _SHAPES_QA = "builtin:digits", "builtin:shapes", "builtin:shap
 
 _FIRST_TRAINING_SEED = 20_000
 """Added to the seed of training scenes of digits: the built-in models were trained on other seeds."""
+
+_ALIKE_SHARE = 0.7
 
 _FIRST_TRAINING_CLIP = 1_000_000
 """Number of the first training clip: the built-in models were trained on smaller numbers."""
@@ -50,6 +55,7 @@ class ImageBatch:
     labels: Tensor | None = None
     unlabelled: str | None = None
     classes: tuple[str, ...] | None = None
+    info: DatasetInfo = field(default_factory=DatasetInfo)
 
 
 def load_inputs(
@@ -60,6 +66,7 @@ def load_inputs(
     *,
     num_classes: int | None = None,
     test_scenes: bool = False,
+    class_order: str | None = None,
 ) -> ImageBatch:
     """Draw images, or clips if the model takes clips. The same arguments and files give the same inputs.
 
@@ -71,37 +78,42 @@ def load_inputs(
         seed: seed of the random order; built-in scenes depend on it too.
         num_classes: outputs of the model's head; without it, no labels are loaded.
         test_scenes: draw built-in scenes of the test split instead of the training split, which no evaluation uses.
+        class_order: as for `open_dataset`.
 
     Raises:
-        DataError: there is no input, or none that can be read.
-        UsageError: the count is not positive, or PyAV is not installed.
+        DataError: there is no input, or none that can be read; or they are nearly equal (unless `test_scenes`).
+        UsageError: the count is not positive or too large, or PyAV is not installed.
     """
     import torch
 
     if count < 1:
         raise UsageError(f"{count} {preprocessing.unit}s were asked for", "Give a number of 1 or more.")
-    if preprocessing.frames is None:
-        source = _image_source(where, count, preprocessing, seed, num_classes, test_scenes)
-    else:
-        source = _clip_source(where, count, preprocessing, seed, test_scenes)
+    with data_errors():
+        if preprocessing.frames is None:
+            source = _image_source(where, count, preprocessing, seed, num_classes, test_scenes, class_order)
+        else:
+            source = _clip_source(where, count, preprocessing, seed, test_scenes)
     places, tensors, labels, skipped = _draw(source, count, seed)
+    if not test_scenes:
+        _check_distinct(tensors, source, preprocessing)
     unlabelled = source.unlabelled or _label_error(source, places, labels, num_classes or 0)
     builtin = source.name in {_DIGITS, _SHAPES}
     if builtin:
         kind = f"built-in {'test' if test_scenes else 'training'} {source.kind}"
     else:
         kind = f"of {source.total} {source.kind} in {source.name}"
-    digest = sha256("\n".join(map(source.fingerprint, places)).encode()).hexdigest()
+    digest = sha256("\n".join(map(source.fingerprint, places)).encode("utf-8", "backslashreplace")).hexdigest()
     return ImageBatch(
         tensor=torch.stack(tensors),
-        identity={"where": source.name, "count": len(tensors), "seed": seed, "sha256": digest},
+        identity={"where": readable_name(source.name), "count": len(tensors), "seed": seed, "sha256": digest},
         description=f"{len(tensors)} {kind}, seed {seed}",
         builtin=builtin,
         skipped=skipped,
-        names=tuple(map(source.sample_id, places)),
+        names=tuple(readable_name(source.sample_id(place)) for place in places),
         labels=None if unlabelled else torch.tensor(labels, dtype=torch.int64),
         unlabelled=unlabelled,
         classes=None if unlabelled else source.classes,
+        info=replace(source.info, warning=None) if unlabelled else source.info,
     )
 
 
@@ -114,7 +126,8 @@ def open_images(where: str | Path | None, count: int, seed: int = 0) -> ImageDat
     Raises:
         DataError: there is no image.
     """
-    return _open_images(where, count, seed, None, False)[0]
+    with data_errors():
+        return _open_images(where, count, seed, None, False, None)[0]
 
 
 @dataclass(frozen=True)
@@ -138,6 +151,17 @@ class _Source:
     fingerprint: Callable[[int], str]
     unlabelled: str | None
     classes: tuple[str, ...] | None = None
+    info: DatasetInfo = field(default_factory=DatasetInfo)
+
+
+def _check_distinct(tensors: Sequence[Tensor], source: _Source, preprocessing: Preprocessing) -> None:
+    """Raise DataError if most neighbours differ by less than one step of 8-bit pixels, so that nearly all are equal."""
+    step = len(preprocessing.std) / sum(preprocessing.std) / 255
+    equal = [float((one - other).square().mean().sqrt()) < step for one, other in pairwise(tensors)]
+    if equal and sum(equal) > _ALIKE_SHARE * len(equal):
+        raise DataError(
+            f"the {len(tensors)} {source.kind} of {source.name} are (nearly) equal after preprocessing", "Give others."
+        )
 
 
 def _draw(source: _Source, count: int, seed: int) -> tuple[list[int], list[Tensor], list[int], list[str]]:
@@ -176,8 +200,9 @@ def _image_source(  # noqa: PLR0917
     seed: int,
     num_classes: int | None,
     test_scenes: bool,
+    class_order: str | None,
 ) -> _Source:
-    images, unlabelled = _open_images(where, count, seed, num_classes, test_scenes)
+    images, unlabelled = _open_images(where, count, seed, num_classes, test_scenes, class_order)
     transform = preprocessing.transform()
 
     def load(index: int) -> tuple[Tensor, int]:
@@ -194,11 +219,17 @@ def _image_source(  # noqa: PLR0917
         fingerprint=images.fingerprint,
         unlabelled=unlabelled,
         classes=images.classes,
+        info=images.info,
     )
 
 
-def _open_images(
-    where: str | Path | None, count: int, seed: int, num_classes: int | None, test_scenes: bool
+def _open_images(  # noqa: PLR0917
+    where: str | Path | None,
+    count: int,
+    seed: int,
+    num_classes: int | None,
+    test_scenes: bool,
+    class_order: str | None,
 ) -> tuple[ImageDataset, str | None]:
     """The images, and why their labels cannot be used with a head of `num_classes` outputs."""
     from repshift_cli.data.builtin.digits import DigitDataset
@@ -214,13 +245,15 @@ def _open_images(
             else DigitDataset("train", count, _FIRST_TRAINING_SEED + seed)
         )
     elif (isinstance(where, str) and is_dataset_name(where)) or not Path(where).expanduser().is_dir():
-        images = open_dataset(str(where), None)
+        images = open_dataset(str(where), None, class_order=class_order)
     else:
         images = open_image_tree(Path(where).expanduser())
         if num_classes:
             try:
-                labelled = open_folder(str(where), Path(where).expanduser()).for_head(num_classes)
+                labelled = open_folder(str(where), Path(where).expanduser(), class_order).for_head(num_classes)
             except DataError as error:
+                if class_order is not None:
+                    raise
                 return images, error.message
     if not num_classes:
         return images, "the model has no classification head"
@@ -242,6 +275,7 @@ def _clip_source(
         if test_scenes:
             scenes = shapes.scenes(count, shapes.TEST_SEED + seed)
         else:
+            check_scenes(count)
             first = _FIRST_TRAINING_CLIP * (1 + seed)
             scenes = [shapes.scene(number, shapes.TRAIN_SEED) for number in range(first, first + count)]
         videos, name, builtin = VideoScenes(tuple(scenes)), _SHAPES, True
@@ -271,26 +305,27 @@ def _clip_source(
 
 def _clip_fingerprint(path: Path, root: Path) -> str:
     """Names and sizes of a video file, or of all frames of a clip."""
-    from repshift_cli.data.sources.folder import file_fingerprint, find_images
+    from repshift_cli.data.sources.folder import file_fingerprint, find_files
+    from repshift_cli.data.video.decode import FRAME_SUFFIXES
 
     if path.is_dir():
-        return "\n".join(file_fingerprint(frame, root) for frame in find_images(path))
+        return "\n".join(file_fingerprint(frame, root) for frame in find_files(path, FRAME_SUFFIXES))
     return file_fingerprint(path, root if root.is_dir() else root.parent)
 
 
 def _find_clips(root: Path) -> list[Path]:
     """Video files, and folders that hold images, at any depth, sorted by name; a file itself."""
-    from repshift_cli.data.sources.folder import IMAGE_SUFFIXES, find_files, find_images
-    from repshift_cli.data.video.decode import VIDEO_SUFFIXES
+    from repshift_cli.data.sources.folder import find_files
+    from repshift_cli.data.video.decode import FRAME_SUFFIXES, VIDEO_SUFFIXES
 
     videos = ", ".join(suffix[1:] for suffix in VIDEO_SUFFIXES)
-    images = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+    images = ", ".join(sorted(suffix[1:] for suffix in FRAME_SUFFIXES))
     hint = f"Give a folder with videos ({videos}) or with folders of frames ({images})."
     if not root.exists():
         raise DataError(f"the folder {root} does not exist", hint)
     if root.is_file():
         return [root]
-    found = sorted([*find_files(root, VIDEO_SUFFIXES), *{path.parent for path in find_images(root)}])
+    found = sorted([*find_files(root, VIDEO_SUFFIXES), *{path.parent for path in find_files(root, FRAME_SUFFIXES)}])
     if not found:
         raise DataError(f"there are no videos in {root}", hint)
     return found

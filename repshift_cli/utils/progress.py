@@ -13,14 +13,18 @@ class Task(Protocol):
     def advance(self, steps: int = 1) -> None: ...
 
 
-class Progress(Protocol):
-    """Shows running tasks, notes and warnings. The command line prints all of them to stderr."""
-
-    def task(self, label: str, total: int) -> AbstractContextManager[Task]: ...
+class Messages(Protocol):
+    """Shows notes and warnings."""
 
     def note(self, text: str) -> None: ...
 
     def warn(self, text: str) -> None: ...
+
+
+class Progress(Messages, Protocol):
+    """Shows running tasks too. The command line prints everything to stderr."""
+
+    def task(self, label: str, total: int) -> AbstractContextManager[Task]: ...
 
 
 class SilentTask:

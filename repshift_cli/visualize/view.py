@@ -143,12 +143,13 @@ class Visualization:
         return kept_document(self.kept, self.patches, self.results, self.merged)
 
 
-def visualize(opened: Opened, where: str, count: int, seed: int = 0) -> Visualization:
+def visualize(opened: Opened, where: str, count: int, seed: int = 0, class_order: str | None = None) -> Visualization:
     """Run a compressed model, on its device, on some images or clips and collect the kept tokens.
 
     Args:
         opened: a compressed model, on the device to run on.
-        where, count, seed: which images or clips, see `load_inputs`; built-in scenes are those of the test split.
+        where, count, seed, class_order: which images or clips, see `load_inputs`; built-in scenes are those of the
+            test split.
 
     Raises:
         UsageError: the model is dense, `count` is 0, or more clips than fit on one page.
@@ -167,7 +168,9 @@ def visualize(opened: Opened, where: str, count: int, seed: int = 0) -> Visualiz
         raise UsageError(f"invalid number of {what} {count}: must be at least 1")
     patches = patch_grids(opened.compressed)
     classes = int(getattr(opened.loaded.model, "num_classes", 0))
-    samples = load_inputs(where, count, preprocessing, seed, num_classes=classes, test_scenes=True)
+    samples = load_inputs(
+        where, count, preprocessing, seed, num_classes=classes, test_scenes=True, class_order=class_order
+    )
     if preprocessing.frames is not None:
         check_page(len(samples.tensor), len(plan.sites), preprocessing)
     outputs = trace_samples(opened.compressed, samples.tensor)

@@ -309,6 +309,31 @@ class TestImageNetFlat:
         with pytest.raises(DataError, match="does not have the 1000 classes"):
             open_dataset("imagenet-val", images)
 
+    def test_labels_in_the_names(self, tmp_path: Path) -> None:
+        for number, wnid in self.KNOWN.items():
+            put(tmp_path / f"ILSVRC2012_val_{number:08d}_{wnid}.JPEG")
+        dataset = open_dataset("imagenet-val", tmp_path)
+        assert labels_of(dataset) == [65, 970, 12]
+        assert dataset.info.notes == ("3 of the 50000 images of the set are there",)
+        put(tmp_path / "ILSVRC2012_val_00000009_n99999999.JPEG")
+        with pytest.raises(DataError, match="other ids than ImageNet-1k: n99999999"):
+            open_dataset("imagenet-val", tmp_path)
+
+    @pytest.mark.parametrize(
+        ("file", "line"), [("val_synsets.txt", "{} {}"), ("LOC_val_solution.csv", "{},{} 1 2 3 4")]
+    )
+    def test_an_image_twice_in_a_file_of_labels(self, images: Path, file: str, line: str) -> None:
+        names = [val_name(1)[:-5], val_name(2)[:-5], val_name(1)[:-5]]
+        (images / file).write_text("".join(line.format(name, WNIDS[n]) + "\n" for n, name in enumerate(names)))
+        with pytest.raises(DataError, match=f"{file}, line 3: 1 is there more than once"):
+            open_dataset("imagenet-val", images)
+
+    def test_a_long_field(self, images: Path) -> None:
+        row = f"{val_name(1)[:-5]},{'x' * 200_000}\n"
+        (images / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n" + row)
+        with pytest.raises(DataError, match=r"line 2: 'x{20}' is not a class"):
+            open_dataset("imagenet-val", images)
+
     def test_no_labels(self, images: Path) -> None:
         with pytest.raises(DataError, match="have no labels") as caught:
             open_dataset("imagenet-val", images)
@@ -358,6 +383,15 @@ class TestImageNetTar:
         path = root / "ILSVRC2012_img_val.tar"
         path.write_bytes(path.read_bytes()[:700])
         with pytest.raises(DataError, match="is truncated"):
+            open_dataset("imagenet-val", root)
+
+    def test_a_hole(self, root: Path) -> None:
+        path = root / "ILSVRC2012_img_val.tar"
+        whole = bytearray(path.read_bytes())
+        second = whole.index(b"ILSVRC2012_val_00000001")
+        whole[second : second + 512] = bytes(512)
+        path.write_bytes(bytes(whole))
+        with pytest.raises(DataError, match="no header at byte"):
             open_dataset("imagenet-val", root)
 
     def test_without_images(self, root: Path) -> None:
@@ -486,6 +520,26 @@ class TestTimmNames:
         assert dataset.load(0)[0].mode == "RGB"
 
 
+class TestTimmFolders:
+    def test_the_stamp_changes_with_the_files(self, tmp_path: Path) -> None:
+        for name in ("a/1.png", "b/1.png"):
+            put(tmp_path / name, encoded("PNG"))
+        before = open_dataset("torch/image_folder", tmp_path)
+        assert labels_of(before) == [0, 1]
+        assert open_dataset("torch/image_folder", tmp_path).stamp(0) == before.stamp(0)
+        stamp = before.stamp(0)
+        put(tmp_path / "a/1.png", encoded("PNG", "L"))
+        assert open_dataset("torch/image_folder", tmp_path).stamp(0) != stamp
+        (tmp_path / "a/1.png").unlink()
+        assert "No such file" in before.stamp(0)
+
+    def test_images_are_decoded_as_in_folders(self, tmp_path: Path) -> None:
+        stream = io.BytesIO()
+        Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)).save(stream, "PNG")
+        put(tmp_path / "a/1.png", stream.getvalue())
+        assert open_dataset("torch/image_folder", tmp_path).load(0)[0].getpixel((0, 0)) == (100, 100, 100)
+
+
 class TestTimmStreams:
     """Sources that can only be read from the start, here with a stand-in for the reader of timm."""
 
@@ -519,6 +573,12 @@ class TestTimmStreams:
         assert source.starts == 1
         assert dataset.load(1)[0].mode == "RGB"
         assert source.starts == 2
+
+    def test_the_stamp_is_a_digest_of_the_pixels(self, opened: Opener) -> None:
+        dataset, _ = opened(3, 3)
+        stamps = [dataset.stamp(index) for index in range(3)]
+        assert len({stamp.partition(":")[2] for stamp in stamps}) == 3
+        assert stamps == [opened(3, 3)[0].stamp(index) for index in range(3)]
 
     def test_a_stream_shorter_than_its_length(self, opened: Opener) -> None:
         dataset, source = opened(2, 4)

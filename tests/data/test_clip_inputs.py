@@ -168,7 +168,7 @@ class TestBroken:
         with pytest.raises(DataError, match="there are no videos in") as caught:
             load_inputs(tmp_path, 1, SMALL, seed=0)
         assert "mp4, webm" in caught.value.hint
-        assert "jpeg, jpg, png" in caught.value.hint
+        assert "jpeg, jpg, pbm, pgm, png" in caught.value.hint
 
     def test_no_folder(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="does not exist"):

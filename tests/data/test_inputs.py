@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,30 @@ class TestFolder:
         save_image(tmp_path / "a.jpg", 3)
         with pytest.raises(DataError, match=message):
             load_inputs(tmp_path / name, 2, SMALL, seed=0)
+
+    def test_inputs_that_look_alike(self, tmp_path: Path) -> None:
+        for number in range(8):
+            save_image(tmp_path / f"{number}.png", 200 if number < 7 else 10)
+        with pytest.raises(DataError, match=r"the 8 images of .* are \(nearly\) equal after preprocessing"):
+            load_inputs(tmp_path, 8, SMALL, seed=0)
+        assert len(load_inputs(tmp_path, 8, SMALL, seed=0, test_scenes=True).tensor) == 8  # to look at
+
+    def test_files_left_out_are_counted(self, tree: Path) -> None:
+        assert load_inputs(tree, 3, SMALL, seed=0).info.left_out == {".txt": 1}
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux")
+    def test_names_that_are_not_utf_8(self, tmp_path: Path) -> None:
+        root = tmp_path / "fold\udcffer"
+        for number, name in enumerate(("a\udcff.png", "b\n[red].png")):
+            save_image(root / name, 100 * number)
+        batch = load_inputs(root, 2, SMALL, seed=0)
+        assert "\\xff" in batch.identity["where"]
+        assert sorted(Path(name).name for name in batch.names) == ["a\\xff.png", "b\n[red].png"]
+        str(batch.identity).encode()
+
+    def test_an_unreasonable_number_of_scenes(self) -> None:
+        with pytest.raises(UsageError, match="built-in scenes were asked for"):
+            load_inputs(None, 10**9, SMALL, seed=0)
 
     def test_zero_images(self, tree: Path) -> None:
         with pytest.raises(UsageError, match="0 images"):

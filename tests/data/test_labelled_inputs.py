@@ -89,3 +89,21 @@ def test_builtin_scenes_are_the_same_with_and_without_labels(where: str | None) 
     scenes = DigitScenes("train", 4, 20_003)
     assert found.labels is not None
     assert found.labels.tolist() == [scenes[index][1] for index in range(4)]
+
+
+@pytest.mark.parametrize(("order", "labels"), [(None, [0, 1, 2]), ("text", [0, 2, 1])])
+def test_the_order_of_classes(tmp_path: Path, order: str | None, labels: list[int]) -> None:
+    for number, name in enumerate(("x1", "x2", "x10")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), (80 * number,) * 3).save(tmp_path / name / "1.png")
+    found = load_inputs(tmp_path, 3, PREPROCESSING, 0, num_classes=3, class_order=order)
+    assert found.labels is not None
+    shades = (found.tensor.mean(dim=(1, 2, 3)) * 255 / 80).int().tolist()
+    assert dict(zip(shades, found.labels.tolist(), strict=True)) == dict(enumerate(labels))
+    assert (found.info.warning is not None) == (order is None)
+
+
+def test_a_list_of_classes_that_does_not_fit_is_an_error(folders: Path) -> None:
+    (folders / "list").write_text("ant\n")
+    with pytest.raises(DataError, match="lacks 2 of the classes"):
+        load_inputs(folders, 3, PREPROCESSING, 0, num_classes=3, class_order=str(folders / "list"))

@@ -99,7 +99,11 @@ def _pace_words(pace: Pace) -> str:
 
 
 def evaluation_document(
-    result: Evaluation, macs: Mapping[str, int], model: str, preprocessing: Preprocessing
+    result: Evaluation,
+    macs: Mapping[str, int],
+    model: str,
+    preprocessing: Preprocessing,
+    data: ImageDataset | None = None,
 ) -> dict[str, Any]:
     """The JSON document of the command."""
     first, *others = result.scores
@@ -124,6 +128,10 @@ def evaluation_document(
         "skipped_files": [{"file": entry.sample, "reason": entry.reason} for entry in result.skipped],
         "preprocessing": preprocessing.to_dict(),
     }
+    if data is not None:
+        order = found["class_order"] = data.info.class_order
+        found["classes"] = None if order is None else list(data.classes or ())
+        found["left_out"] = dict(data.info.left_out)
     if others:
         found["dense"] = _numbers(result, others[0], macs)
         found["agreement"] = result.agreement

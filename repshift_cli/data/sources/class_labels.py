@@ -1,45 +1,188 @@
-"""ImageNet class names, and the classes of a model's head."""
+"""The labels of images in class folders, on disk or in tars, and ImageNet's class names."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from repshift_cli.data.dataset import DatasetInfo, ImageDataset, Subset
 from repshift_cli.errors import DataError
+from repshift_cli.utils.files import read_text
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 WNID_PATTERN = re.compile(r"n\d{8}")
 
+NATURAL, TEXT, IMAGENET = "natural", "text", "imagenet"
 
-def classes_for_head(name: str, classes: tuple[str, ...], num_classes: int) -> tuple[str, ...]:
-    """The class names by label for folders of these names and a head of `num_classes` outputs.
+_EVALUATION_SPLITS = ("val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")
+_TRAINING_SPLITS = ("train", "training")
+_SPLITS = (*_EVALUATION_SPLITS, *_TRAINING_SPLITS)
+"""Lower-case names of folders that are splits of a dataset and not classes, by preference."""
+
+Listing = Callable[[tuple[str, ...]], tuple[Collection[str], bool]]
+"""The names of the folders in a folder, which is given by its parts, and whether it has images itself."""
+
+
+class NamedClasses(Subset):
+    """The images of another dataset, with labels by the names of their classes.
 
     Args:
-        name: of the dataset, for messages.
-        classes: the sorted names of the folders.
+        images: without labels.
+        names: the class of each image.
+        classes: all classes, in the order of their labels.
+        info: with that order.
+    """
 
-    Returns:
-        The 1000 ImageNet ids, if the names are some of them and the head has 1000 outputs; else the names.
+    def __init__(self, images: ImageDataset, names: Sequence[str], classes: tuple[str, ...], info: DatasetInfo) -> None:
+        super().__init__(images, range(len(images)))
+        self.info = info
+        self.names = names
+        self._classes = classes
+        self._labels = {name: label for label, name in enumerate(classes)}
+
+    @property
+    def description(self) -> str:
+        return f"{self.dataset.description}, {len(set(self.names))} classes"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self._classes
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        return self.dataset.load(index)[0], self._labels[self.names[index]]
+
+    def stamp(self, index: int) -> str:
+        return f"{self.dataset.stamp(index)}:{self._labels[self.names[index]]}"
+
+    def for_head(self, num_classes: int) -> NamedClasses:
+        """The same images; with ImageNet's labels, if the classes are ImageNet ids and the head has 1000 outputs.
+
+        Raises:
+            DataError: the names are WordNet ids but not ImageNet-1k's, for a head of 1000; or numbers in an unclear
+                order.
+        """
+        wnids = imagenet_wnids()
+        by_name = self.info.class_order in {NATURAL, TEXT}
+        if by_name and num_classes == len(wnids) and all(map(WNID_PATTERN.fullmatch, self._classes)):
+            if unknown := sorted(set(self._classes) - set(wnids)):
+                raise DataError(
+                    f"{len(unknown)} classes of {self.name} are not ImageNet-1k classes: {first_names(unknown)}",
+                    "A head of 1000 outputs is assumed to be of ImageNet-1k where folders are named by WordNet ids.",
+                )
+            info = replace(self.info, class_order=IMAGENET, warning=None)
+            return NamedClasses(self.dataset, self.names, wnids, info)
+        if self.info.warning and len(self._classes) == num_classes and all(map(str.isdecimal, self._classes)):
+            raise DataError(
+                f"the classes of {self.name} are numbers, which some tools sort as text (1, 10, 2) and others by value",
+                f"Give the order of the training with --class-order {NATURAL} (by value), {TEXT}, or a file with one "
+                "name per line. ImageNet-V2 is --dataset imagenet-v2.",
+            )
+        return self
+
+
+def named_classes(
+    images: ImageDataset, names: Sequence[str], found: Collection[str], order: str | None, info: DatasetInfo
+) -> NamedClasses:
+    """Label images by the names of their classes.
+
+    Args:
+        images, names, info: as for `NamedClasses`.
+        found: the names of all classes.
+        order: `natural` or `text`, or a file with the names in the order of their labels; None for natural order, as in
+            timm's readers, with a warning where text order differs.
 
     Raises:
-        DataError: the names are WordNet ids but not ImageNet-1k's, for a head of 1000; or numbers in an unclear order.
+        DataError: the file cannot be read, or lacks a class.
     """
-    wnids = imagenet_wnids()
-    if num_classes == len(wnids) and all(WNID_PATTERN.fullmatch(folder) for folder in classes):
-        if unknown := sorted(set(classes) - set(wnids)):
-            raise DataError(
-                f"{len(unknown)} classes of {name} are not ImageNet-1k classes: {first_names(unknown)}",
-                "A head of 1000 outputs is assumed to be of ImageNet-1k where folders are named by WordNet ids.",
-            )
-        return wnids
-    numbers = len(classes) == num_classes and all(folder.isdecimal() for folder in classes)
-    if numbers and sorted(classes, key=int) != list(classes):
-        raise DataError(
-            f"the classes of {name} are numbers, which some tools sort as text (1, 10, 2) and others by value",
-            "Give all folder names the same number of digits (001, 002, 010), in the order of the labels that the "
-            "model was trained with. ImageNet-V2 is --dataset imagenet-v2.",
+    text = tuple(sorted(found))
+    natural = tuple(sorted(text, key=natural_key))
+    classes = class_list(order) or (text if order == TEXT else natural)
+    if unlisted := sorted(set(found) - set(classes)):
+        raise DataError(f"{order} lacks {len(unlisted)} of the classes: {first_names(unlisted)}")
+    other = next((label for label, name in enumerate(natural) if name != text[label]), None)
+    warning = None
+    if order is None and other is not None:
+        warning = (
+            f"label {other} is {natural[other]} in the natural order of timm, which is used, and {text[other]} in text "
+            f"order (torchvision). Give the order of the training with --class-order {NATURAL}, {TEXT} or FILE"
         )
-    return classes
+    return NamedClasses(images, names, classes, replace(info, class_order=order or NATURAL, warning=warning))
+
+
+def natural_key(name: str) -> list[Any]:
+    """The sort key of timm's readers: case is ignored, and numbers are sorted by value."""
+    parts = enumerate(re.split(r"(\d+)", name.lower()))
+    return [(len(digits := part.lstrip("0")), digits) if place % 2 else part for place, part in parts]
+
+
+def class_list(order: str | None) -> tuple[str, ...]:
+    """The names in a file of classes, by label; none if `order` is not a file.
+
+    Raises:
+        DataError: it cannot be read, or has an empty line or a name twice.
+    """
+    if order in {None, NATURAL, TEXT}:
+        return ()
+    path = Path(str(order)).expanduser()
+    try:
+        names = tuple(line.strip() for line in read_text(path, encoding="utf-8-sig").rstrip().split("\n"))
+    except (OSError, UnicodeDecodeError) as error:
+        hint = f"Give {NATURAL}, {TEXT}, or a file with one class name per line to --class-order."
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"the list of classes {path} cannot be read: {reason}", hint) from error
+    if twice := [name for name, count in Counter(names).items() if count > 1 or not name]:
+        raise DataError(f"the list of classes {path} has an empty line, or a name twice: {first_names(twice)}")
+    return names
+
+
+def class_root(where: str, listing: Listing, listed: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The folder whose folders are the classes, by its parts, and notes for the user.
+
+    It is the common folder of all images, or the evaluation split of a folder with splits.
+
+    Args:
+        where: the folder or tar, for messages.
+        listed: known names of classes.
+
+    Raises:
+        DataError: it is not clear which folders are the classes.
+    """
+    root: tuple[str, ...] = ()
+    notes: list[str] = []
+    known = set(listed)
+    while True:
+        folders, has_images = listing(root)
+        if any(name in known or WNID_PATTERN.fullmatch(name) for name in folders):
+            return root, tuple(notes)
+        place = "/".join((where, *root))
+        splits = sorted(filter(_is_split, folders), key=lambda name: _SPLITS.index(name.lower()))
+        both = splits and splits[-1].lower() in _TRAINING_SPLITS and splits[0].lower() not in _TRAINING_SPLITS
+        if both or (splits and len(splits) == len(folders)):
+            if len(splits) < len(folders) or not listing((*root, splits[0]))[0]:
+                raise DataError(
+                    f"the folders {first_names(sorted(folders))} of {place} look like splits, not classes",
+                    f"Give the folder of one split, with one folder per class: --dataset {place}/{splits[0]}. If they "
+                    "are classes, list them in a file for --class-order.",
+                )
+            notes.append(f"the split {splits[0]} of {place} is used; it has {', '.join(splits)}")
+            root = (*root, splits[0])
+            continue
+        only = next(iter(folders)) if len(folders) == 1 and not has_images else None
+        if only is None or listing((*root, only))[1] or not listing((*root, only))[0]:
+            return root, tuple(notes)
+        notes.append(f"the classes are the folders in {place}/{only}")
+        root = (*root, only)
+
+
+def _is_split(name: str) -> bool:
+    return name.lower() in _SPLITS
 
 
 @lru_cache(maxsize=1)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-from repshift_cli.data.dataset import ImageDataset
-from repshift_cli.data.decode import decode_file
+from repshift_cli.data.dataset import DatasetInfo, ImageDataset
+from repshift_cli.data.decode import IMAGE_SUFFIXES, decode_file
+from repshift_cli.data.sources.class_labels import NamedClasses, class_list, class_root, named_classes
 from repshift_cli.errors import DataError
 
 if TYPE_CHECKING:
     from PIL import Image
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-"""Lower-case suffixes of image files."""
-
-_SPLIT_NAMES = ("val", "validation", "test", "train")
-"""Names of folders that are splits of a dataset and not classes, by preference."""
 
 _SUFFIXES = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
 _LAYOUT = f"Lay it out with one folder per class: FOLDER/cat/1.jpg, FOLDER/dog/2.png, ... ({_SUFFIXES})."
@@ -72,34 +69,34 @@ class FileDataset(ImageDataset):
         return f"{file_fingerprint(path, self.root)}:{_written_at(path)}:{label}"
 
 
-class ClassFolders(FileDataset):
-    """One folder per class, labelled in sorted order; with ImageNet ids and a head of 1000, in ImageNet's order."""
-
-    def for_head(self, num_classes: int) -> FileDataset:
-        from repshift_cli.data.sources.class_labels import classes_for_head
-
-        classes = classes_for_head(self.name, self.classes, num_classes)
-        if classes == self.classes:
-            return self
-        labels = [classes.index(name) for name in self.classes]
-        samples = [(path, labels[label]) for path, label in self.samples]
-        return FileDataset(self.name, self.root, samples, classes)
-
-
-def open_folder(name: str, root: Path) -> ClassFolders:
+def open_folder(name: str, root: Path, class_order: str | None = None) -> NamedClasses:
     """Open a folder of class folders; an empty class folder counts as a class.
 
+    Args:
+        class_order: as for `named_classes`.
+
     Raises:
-        DataError: the folder is missing, has no class folders, or they have no images.
+        DataError: the folder is missing, has no class folders, or they have no images; or as `named_classes`.
     """
-    root = _evaluation_split(check_folder(root))
+    top = check_folder(root)
+
+    def listing(parts: tuple[str, ...]) -> tuple[list[str], bool]:
+        folder = top.joinpath(*parts)
+        return [each.name for each in class_folders(folder)], _images_in(folder) > 0
+
+    parts, notes = class_root(str(root), listing, class_list(class_order))
+    root = top.joinpath(*parts)
     folders = class_folders(root)
     if not folders:
         raise DataError(f"there are no class folders in {root}", _LAYOUT)
-    samples = [(path, label) for label, folder in enumerate(folders) for path in find_images(folder)]
-    if not samples:
+    images = class_images(name, root, {folder: place for place, folder in enumerate(folders)}, ())
+    if not len(images):
         raise DataError(f"there are no images in the {len(folders)} class folders of {root}", _LAYOUT)
-    return ClassFolders(name, root, samples, tuple(folder.name for folder in folders))
+    if outside := _images_in(root):
+        notes = (*notes, f"{outside} images in {root} are in no class folder and were left out")
+    found = [folder.name for folder in folders]
+    info = replace(images.info, notes=(*notes, *images.info.notes))
+    return named_classes(images, [found[place] for _, place in images.samples], found, class_order, info)
 
 
 def open_image_tree(root: Path) -> FileDataset:
@@ -108,10 +105,54 @@ def open_image_tree(root: Path) -> FileDataset:
     Raises:
         DataError: there are none.
     """
-    paths = find_images(root)
+    left_out: Counter[str] = Counter()
+    paths = find_files(root, IMAGE_SUFFIXES, left_out)
     if not paths:
         raise DataError(f"there are no images in {root}", f"Give a folder with images ({_SUFFIXES}).")
-    return FileDataset(str(root), root, [(path, -1) for path in paths], ())
+    found = FileDataset(str(root), root, [(path, -1) for path in paths], ())
+    found.info = DatasetInfo(left_out=left_out)
+    return found
+
+
+def class_images(name: str, root: Path, folders: Mapping[Path, int], classes: tuple[str, ...]) -> FileDataset:
+    """The images in class folders with the label of each folder; other arguments as for `FileDataset`.
+
+    Raises:
+        DataError: by a link, an image is in two class folders.
+    """
+    left_out: Counter[str] = Counter()
+    owner: dict[str, Path] = {}  # class folder by real folder
+    linked: dict[Path, tuple[Path, Path]] = {}
+    found: list[tuple[Path, Path]] = []
+    samples: list[tuple[Path, int]] = []
+    for folder in folders:
+        for path, real in _walk(folder, IMAGE_SUFFIXES, left_out):
+            if (other := owner.setdefault(real, folder)) != folder:
+                raise _linked(other, folder)
+            found.append((path, folder))
+    for path, folder in found:
+        if path.is_symlink():
+            file = Path(os.path.realpath(path))
+            target = owner.get(str(file.parent)) if _has_suffix(file.name, IMAGE_SUFFIXES) and file.exists() else None
+            first = linked.setdefault(file, (path, folder) if target is None else (file, target))
+            if first[1] != folder:
+                raise _linked(first[0], path)
+            if first[0] != path:
+                continue
+        samples.append((path, folders[folder]))
+    images = FileDataset(name, root, samples, classes)
+    links = len(found) - len(samples)
+    notes = (f"{links} links to images of the same class left out",) if links else ()
+    images.info = DatasetInfo(left_out=left_out, notes=notes)
+    return images
+
+
+def _images_in(folder: Path) -> int:
+    return sum(_has_suffix(entry.name, IMAGE_SUFFIXES) for entry in folder.iterdir())
+
+
+def _linked(one: Path, other: Path) -> DataError:
+    return DataError(f"{one} and {other} are the same by a link, but they belong to two classes", "Remove one of them.")
 
 
 def check_folder(path: Path) -> Path:
@@ -130,7 +171,7 @@ def class_folders(root: Path) -> list[Path]:
         DataError: `root` cannot be listed.
     """
     try:
-        return sorted(entry for entry in root.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
+        return sorted(entry for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry.name))
     except OSError as error:
         raise DataError(f"the folder {root} cannot be listed: {error.strerror or error}") from error
 
@@ -140,15 +181,18 @@ def find_images(root: Path) -> list[Path]:
     return find_files(root, IMAGE_SUFFIXES)
 
 
-def find_files(root: Path, suffixes: Collection[str]) -> list[Path]:
+def find_files(root: Path, suffixes: Collection[str], left_out: Counter[str] | None = None) -> list[Path]:
     """All files below `root` with these suffixes, at any depth, in the order of their names.
 
     Links to folders are followed once. A broken link counts as a file, so that it is reported when it is read.
 
+    Args:
+        left_out: counts the suffixes of the other files.
+
     Raises:
         DataError: a folder cannot be listed.
     """
-    return sorted(_walk(root, suffixes), key=lambda path: path.relative_to(root).parts)
+    return [path for path, _ in _walk(root, suffixes, left_out)]
 
 
 def file_fingerprint(path: Path, root: Path) -> str:
@@ -160,9 +204,9 @@ def file_fingerprint(path: Path, root: Path) -> str:
     return f"{path.relative_to(root).as_posix()}:{size}"
 
 
-def readable_name(path: PurePath) -> str:
-    """A relative path as text that can be encoded: bytes that are not UTF-8 are escaped."""
-    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+def readable_name(path: PurePath | str) -> str:
+    """A path as text that can be encoded: bytes that are not UTF-8 are escaped."""
+    return os.fsencode(path if isinstance(path, str) else path.as_posix()).decode("utf-8", "backslashreplace")
 
 
 def _written_at(path: Path) -> int:
@@ -173,7 +217,9 @@ def _written_at(path: Path) -> int:
         return -1
 
 
-def _walk(root: Path, suffixes: Collection[str]) -> Iterator[Path]:
+def _walk(root: Path, suffixes: Collection[str], left_out: Counter[str] | None) -> list[tuple[Path, str]]:
+    """The files as `find_files`, each with the real path of its folder."""
+    found: list[tuple[Path, str]] = []
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_raise_unlistable):
         real = os.path.realpath(folder)
@@ -181,15 +227,21 @@ def _walk(root: Path, suffixes: Collection[str]) -> Iterator[Path]:
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
-        for name in names:
-            path = Path(folder, name)
-            if _has_suffix(name, suffixes) and (path.is_file() or path.is_symlink()):
-                yield path
+        subfolders[:] = [name for name in subfolders if not is_hidden(name)]
+        found += [(Path(folder, name), real) for name in names if _has_suffix(name, suffixes)]
+        if left_out is not None:
+            left_out.update(ending(name) for name in names if not (name.startswith(".") or _has_suffix(name, suffixes)))
+    return sorted(found, key=lambda entry: entry[0].relative_to(root).parts)
 
 
-def _is_hidden(folder_name: str) -> bool:
-    return folder_name.startswith(".") or folder_name == "__MACOSX"
+def ending(name: str) -> str:
+    """The lower-case suffix of a file name, for counts."""
+    return PurePath(name).suffix.lower() or "no ending"
+
+
+def is_hidden(folder_name: str) -> bool:
+    """Whether a folder is never a class."""
+    return (folder_name.startswith(".") and folder_name != "..") or folder_name == "__MACOSX"
 
 
 def _has_suffix(name: str, suffixes: Collection[str]) -> bool:
@@ -199,12 +251,3 @@ def _has_suffix(name: str, suffixes: Collection[str]) -> bool:
 
 def _raise_unlistable(error: OSError) -> None:
     raise DataError(f"the folder {error.filename} cannot be listed: {error.strerror or error}") from error
-
-
-def _evaluation_split(root: Path) -> Path:
-    """The evaluation split of a folder that has only splits (val, test, train), else the folder."""
-    names = {folder.name for folder in class_folders(root)}
-    if not names or not names <= set(_SPLIT_NAMES):
-        return root
-    split = root / next(name for name in _SPLIT_NAMES if name in names)
-    return split if class_folders(split) else root

@@ -6,10 +6,9 @@ The development kit numbers the classes in another order; its numbers are used o
 
 from __future__ import annotations
 
-import csv
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 from itertools import pairwise
@@ -19,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from repshift_cli.data.dataset import ImageDataset
 from repshift_cli.data.decode import decode_bytes
 from repshift_cli.data.sources.class_labels import WNID_PATTERN, first_names, imagenet_wnids
-from repshift_cli.data.sources.folder import FileDataset, class_folders, find_images
+from repshift_cli.data.sources.folder import FileDataset, class_folders, class_images, find_images
 from repshift_cli.data.sources.tar import read_member, tar_members
 from repshift_cli.errors import DataError
+from repshift_cli.utils.files import open_file, read_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,7 +32,13 @@ _TAR = "ILSVRC2012_img_val.tar"
 
 _VAL_COUNT = 50_000
 
-_IMAGE_NAME = re.compile(r"ILSVRC2012_val_(\d{8})(\.\w+)?", re.IGNORECASE)
+_IMAGE_NAME = re.compile(r"ILSVRC2012_val_(\d{8})(?:_(n\d{8}))?(\.\w+)?", re.IGNORECASE)
+"""The official name, and the one of the Hugging Face hub, which has the label in it."""
+
+_NUMBER = re.compile(r"\d{1,9}")
+
+_LARGEST_TABLE = 1 << 26
+"""Maximum bytes of a file of labels."""
 
 _IMAGE_PLACES = (
     ".",
@@ -65,6 +71,7 @@ _LAYOUT = f"""Download the set from https://image-net.org. Supported layouts of 
   DIR/n01440764/*.JPEG, DIR/n01443537/*.JPEG, ...   (or below DIR/val)
   DIR/ILSVRC2012_val_00000001.JPEG, ...             (or below DIR/val) with a label file
   DIR/{_TAR}                        with a label file
+  DIR/ILSVRC2012_val_00000001_n01751748.JPEG, ...
 A label file is {_SYNSET_FILES[0]}, {_KAGGLE_FILE}, or the development kit's {_TRUTH_FILE} with {_META_FILE}.
 Give the folder with --data-dir DIR or REPSHIFT_DATA_DIR."""
 
@@ -85,48 +92,51 @@ def open_imagenet_val(data_dir: Path | None) -> ImageDataset:
         raise DataError(f"the dataset {_NAME} needs a folder", _LAYOUT)
     if not data_dir.exists():
         raise DataError(f"the folder {data_dir} does not exist", _LAYOUT)
-    if data_dir.is_file():
-        return _TarValidation(data_dir, _Labels.find(data_dir.parent, data_dir.parent))
+    found = _open(data_dir) if data_dir.is_dir() else _TarValidation(data_dir, data_dir.parent)
+    if len(found) != _VAL_COUNT:
+        note = f"{len(found)} of the {_VAL_COUNT} images of the set are there"
+        found.info = replace(found.info, notes=(*found.info.notes, note))
+    return found
+
+
+def _open(data_dir: Path) -> ImageDataset:
     places = [data_dir / place for place in _IMAGE_PLACES if (data_dir / place).is_dir()]
     for place in places:
         if any(WNID_PATTERN.fullmatch(folder.name) for folder in class_folders(place)):
             hint = "Remove them, or use `--dataset folder --data-dir DIR` for your own classes."
-            samples = known_class_folders(place, imagenet_wnids(), "ImageNet-1k", hint)
-            return FileDataset(_NAME, place, samples, imagenet_wnids())
+            return known_class_folders(_NAME, place, imagenet_wnids(), hint)
         if flat := _flat_images(place):
-            return _open_flat(place, flat, _Labels.find(place, data_dir))
+            _check_once([number for _, number in flat], place)
+            labels = _labels_of([(path.name, number) for path, number in flat], place, data_dir)
+            samples = [(path, label) for (path, _), label in zip(flat, labels, strict=True)]
+            return FileDataset(_NAME, place, samples, imagenet_wnids())
     for place in places:
-        if (place / _TAR).is_file():
-            return _TarValidation(place / _TAR, _Labels.find(place, data_dir))
+        if (place / _TAR).exists():
+            return _TarValidation(place / _TAR, data_dir)
     raise DataError(f"no ImageNet validation images were found in {data_dir}", _LAYOUT)
 
 
-def known_class_folders(root: Path, classes: Sequence[str], name: str, hint: str) -> list[tuple[Path, int]]:
+def known_class_folders(name: str, root: Path, classes: tuple[str, ...], hint: str) -> FileDataset:
     """The images in the class folders of `root`, each with the index of its folder among `classes`.
 
     Args:
-        name: of the dataset, for messages.
+        name: of the dataset.
         hint: what to do about other folders.
 
     Raises:
         DataError: a folder with images has another name, or there are no images.
     """
     labels = {known: label for label, known in enumerate(classes)}
-    samples: list[tuple[Path, int]] = []
-    unknown: list[str] = []
-    for folder in class_folders(root):
-        images = find_images(folder)
-        if folder.name in labels:
-            samples += [(image, labels[folder.name]) for image in images]
-        elif images:
-            unknown.append(folder.name)
-    if unknown:
+    folders = class_folders(root)
+    if unknown := [folder.name for folder in folders if folder.name not in labels and find_images(folder)]:
         raise DataError(
             f"{len(unknown)} folders with images in {root} are not classes of {name}: {first_names(unknown)}", hint
         )
-    if not samples:
+    known = {folder: labels[folder.name] for folder in folders if folder.name in labels}
+    found = class_images(name, root, known, classes)
+    if not len(found):
         raise DataError(f"the class folders in {root} have no images", "Expected: one folder per class, with images.")
-    return samples
+    return found
 
 
 def _flat_images(root: Path) -> list[tuple[Path, int]]:
@@ -135,10 +145,17 @@ def _flat_images(root: Path) -> list[tuple[Path, int]]:
     return sorted(((path, int(match[1])) for path, match in matches if match), key=lambda entry: (entry[1], entry[0]))
 
 
-def _open_flat(root: Path, images: list[tuple[Path, int]], labels: _Labels) -> FileDataset:
-    _check_once([number for _, number in images], root)
-    samples = [(path, labels.of(path.name, number)) for path, number in images]
-    return FileDataset(_NAME, root, samples, imagenet_wnids())
+def _labels_of(images: Sequence[tuple[str, int]], *roots: Path) -> list[int]:
+    """The labels of images by name and number: from the names, else from the first file of labels in the folders."""
+    wnids = [match[2] if (match := _IMAGE_NAME.fullmatch(name)) else None for name, _ in images]
+    if all(wnids):
+        if unknown := sorted({str(wnid) for wnid in wnids} - set(imagenet_wnids())):
+            raise DataError(f"file names in {roots[0]} have other ids than ImageNet-1k: {first_names(unknown)}")
+        return [_label_places()[str(wnid)] for wnid in wnids]
+    path, labels = _read_labels(roots)
+    if missing := next((name for name, number in images if number not in labels), None):
+        raise DataError(f"{path} has no label for {missing}", "Use the file of the whole set.")
+    return [labels[number] for _, number in images]
 
 
 class _TarValidation(ImageDataset):
@@ -146,7 +163,7 @@ class _TarValidation(ImageDataset):
 
     name = _NAME
 
-    def __init__(self, path: Path, labels: _Labels) -> None:
+    def __init__(self, path: Path, data_dir: Path) -> None:
         self.path = path
         found = ((validation_number(Path(member.name).name), member) for member in tar_members(path))
         numbered = [(number, member) for number, member in found if number is not None]
@@ -156,7 +173,8 @@ class _TarValidation(ImageDataset):
         _check_once([number for number, _ in numbered], path)
         self.members = [member for _, member in numbered]
         self.names = [Path(member.name).name for member in self.members]
-        self.labels = [labels.of(name, number) for name, (number, _) in zip(self.names, numbered, strict=True)]
+        numbers = [number for number, _ in numbered]
+        self.labels = _labels_of(list(zip(self.names, numbers, strict=True)), path.parent, data_dir)
         self.written = path.stat().st_mtime_ns
 
     @property
@@ -194,43 +212,24 @@ def _check_once(numbers: Sequence[int], where: Path) -> None:
         raise DataError(f"image {twice:08d} is in {where} more than once", "Keep one of them.")
 
 
-@dataclass(frozen=True)
-class _Labels:
-    """Labels of validation images, by official number from 1.
+def _read_labels(roots: Sequence[Path]) -> tuple[Path, dict[int, int]]:
+    """The first file of labels in or near one of the folders, and its labels by official number.
 
-    Attributes:
-        path: the file of the labels.
-        by_number: label 0..999 of each number in the file.
+    Raises:
+        DataError: there is none, or it is damaged.
     """
-
-    path: Path
-    by_number: Mapping[int, int]
-
-    def of(self, name: str, number: int) -> int:
-        """The label of an image; raises DataError if the file has none."""
-        if number not in self.by_number:
-            raise DataError(f"{self.path} has no label for {name}", "Use the file of the whole set.")
-        return self.by_number[number]
-
-    @classmethod
-    def find(cls, *roots: Path) -> _Labels:
-        """Read the first file of labels in or near one of the folders.
-
-        Raises:
-            DataError: there is none, or it is damaged.
-        """
-        for name in _SYNSET_FILES:
-            if path := _find_file(roots, name):
-                return cls(path, _read_synsets(path))
-        if path := _find_file(roots, _KAGGLE_FILE):
-            return cls(path, _read_kaggle(path))
-        if path := _find_file(roots, _TRUTH_FILE):
-            return cls(path, _read_truth(path, roots))
-        raise DataError(
-            f"the images in {roots[0]} have no labels",
-            f"Add one of these files to the folder: {', '.join((*_SYNSET_FILES, _KAGGLE_FILE))}, or {_TRUTH_FILE} with "
-            f"{_META_FILE} from the development kit (ILSVRC2012_devkit_t12.tar.gz).",
-        )
+    for name in _SYNSET_FILES:
+        if path := _find_file(roots, name):
+            return path, _read_synsets(path)
+    if path := _find_file(roots, _KAGGLE_FILE):
+        return path, _read_kaggle(path)
+    if path := _find_file(roots, _TRUTH_FILE):
+        return path, _read_truth(path, roots)
+    raise DataError(
+        f"the images in {roots[0]} have no labels",
+        f"Add one of these files to the folder: {', '.join((*_SYNSET_FILES, _KAGGLE_FILE))}, or {_TRUTH_FILE} with "
+        f"{_META_FILE} from the development kit (ILSVRC2012_devkit_t12.tar.gz).",
+    )
 
 
 def _find_file(roots: Iterable[Path], name: str) -> Path | None:
@@ -249,23 +248,30 @@ def _read_synsets(path: Path) -> dict[int, int]:
         match = _IMAGE_NAME.fullmatch(Path(row[0]).name) if len(row) > 1 else None
         if match is None:
             raise DataError(f"{path}, line {line}: invalid line {' '.join(row)!r}", "Expected: `FILE WNID` or `WNID`.")
-        labels[int(match[1])] = _label(row[1], path, line)
+        _add(labels, int(match[1]), _label(row[1], path, line), path, line)
     return labels
+
+
+def _add(table: dict[int, Any], number: int, value: Any, path: Path, line: int) -> None:
+    if number in table:
+        raise DataError(f"{path}, line {line}: {number} is there more than once", "Download the file again.")
+    table[number] = value
 
 
 def _read_kaggle(path: Path) -> dict[int, int]:
     """Rows of `ImageId,PredictionString`; the string starts with the wnid, followed by boxes."""
     labels: dict[int, int] = {}
-    for line, row in enumerate(csv.reader(_lines(path)), 1):
-        match = _IMAGE_NAME.fullmatch(row[0].strip()) if len(row) > 1 else None
-        if match is not None and row[1].split():
-            labels[int(match[1])] = _label(row[1].split()[0], path, line)
+    for line, text in enumerate(_lines(path), 1):
+        name, _, boxes = text.replace('"', "").partition(",")
+        match = _IMAGE_NAME.fullmatch(name.strip())
+        if match is not None and boxes.split():
+            _add(labels, int(match[1]), _label(boxes.split()[0], path, line), path, line)
         elif line > 1:  # the first line is the header
             raise DataError(f"{path}, line {line}: invalid row", "Expected: ImageId,PredictionString.")
     return labels
 
 
-def _read_truth(path: Path, roots: tuple[Path, ...]) -> dict[int, int]:
+def _read_truth(path: Path, roots: Sequence[Path]) -> dict[int, int]:
     """Lines of ILSVRC2012_ID (1..1000); the tables of the development kit have their wnids."""
     if meta := _find_file((path.parent, *roots), _META_FILE):
         table, table_path = _read_meta(meta), meta
@@ -283,7 +289,7 @@ def _read_truth(path: Path, roots: tuple[Path, ...]) -> dict[int, int]:
     _check_count(path, len(lines))
     labels: dict[int, int] = {}
     for number, text in enumerate(lines, 1):
-        wnid = table.get(int(text)) if text.isdecimal() else None
+        wnid = table.get(int(text)) if _NUMBER.fullmatch(text) else None
         if wnid is None:
             raise DataError(f"{path}, line {number}: {text!r} is not a class number from 1 to 1000")
         labels[number] = _label(wnid, path, number)
@@ -300,7 +306,8 @@ def _read_meta(path: Path) -> dict[int, str]:
             f"Run `pip install scipy`, or add {_CLASS_MAP_FILE} or {_SYNSET_FILES[0]} to the folder.",
         ) from error
     try:
-        synsets: Any = loadmat(path, squeeze_me=True)["synsets"]
+        with open_file(path, _LARGEST_TABLE) as file:
+            synsets: Any = loadmat(file, squeeze_me=True)["synsets"]
         pairs = (
             (int(number), str(wnid)) for number, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
         )
@@ -316,7 +323,7 @@ def _read_class_map(path: Path) -> dict[int, str]:
     table: dict[int, str] = {}
     for line, text in enumerate(_lines(path), 1):
         words = text.split()
-        if len(words) < 2 or not WNID_PATTERN.fullmatch(words[0]) or not words[1].isdecimal():  # noqa: PLR2004
+        if len(words) < 2 or not WNID_PATTERN.fullmatch(words[0]) or not _NUMBER.fullmatch(words[1]):  # noqa: PLR2004
             raise DataError(f"{path}, line {line}: invalid line {text!r}", "Expected: `WNID NUMBER NAME`.")
         table[int(words[1])] = words[0]
     return table
@@ -325,8 +332,10 @@ def _read_class_map(path: Path) -> dict[int, str]:
 def _lines(path: Path) -> list[str]:
     """The stripped lines of a text file, without empty lines at the end."""
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        return [line.strip() for line in read_text(path, _LARGEST_TABLE).rstrip().splitlines()]
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
         raise DataError(f"{path} cannot be read as text: {error}") from error
 
 
@@ -342,7 +351,7 @@ def _label(wnid: str, path: Path, line: int) -> int:
     label = _label_places().get(wnid)
     if label is None:
         raise DataError(
-            f"{path}, line {line}: {wnid!r} is not a class of ImageNet-1k", "Expected: ids such as n01440764."
+            f"{path}, line {line}: {wnid[:20]!r} is not a class of ImageNet-1k", "Expected: ids such as n01440764."
         )
     return label
 

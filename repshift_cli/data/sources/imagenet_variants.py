@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from repshift_cli.data.dataset import ImageDataset, Subset
 from repshift_cli.data.sources.class_labels import imagenet_wnids
-from repshift_cli.data.sources.folder import FileDataset, check_folder, class_folders, find_images
+from repshift_cli.data.sources.folder import FileDataset, check_folder, class_folders, class_images
 from repshift_cli.data.sources.imagenet import known_class_folders, open_imagenet_val, validation_number
 from repshift_cli.errors import DataError
 
@@ -79,10 +79,10 @@ def open_imagenet_v2(data_dir: Path | None) -> FileDataset:
     if not folders:
         raise DataError(f"there are no class folders in {root}", _V2_LAYOUT)
     ordered = sorted(folders, key=lambda folder: int(folder.name))
-    samples = [(path, int(folder.name)) for folder in ordered for path in find_images(folder)]
-    if not samples:
+    found = class_images(_V2, root, {folder: int(folder.name) for folder in ordered}, imagenet_wnids())
+    if not len(found):
         raise DataError(f"the class folders in {root} have no images", _V2_LAYOUT)
-    return FileDataset(_V2, root, samples, imagenet_wnids())
+    return found
 
 
 def open_imagenet_subset(subset: Literal["a", "r"], data_dir: Path | None) -> ImageDataset:
@@ -97,8 +97,10 @@ def open_imagenet_subset(subset: Literal["a", "r"], data_dir: Path | None) -> Im
     name = f"imagenet-{subset}"
     root = check_folder(_needed(name, data_dir, "It must have 200 folders named by WordNet ids."))
     wnids = _subset_wnids(subset)
-    samples = known_class_folders(root, wnids, name, "Remove them, or evaluate the folder with --dataset PATH.")
-    return _SubsetFolders(name, root, samples, wnids)
+    found = known_class_folders(name, root, wnids, "Remove them, or evaluate the folder with --dataset PATH.")
+    chosen = _SubsetFolders(name, root, found.samples, wnids)
+    chosen.info = found.info
+    return chosen
 
 
 class _SubsetFolders(FileDataset):
@@ -111,6 +113,7 @@ class _SubsetFolders(FileDataset):
         outputs = tuple(all_wnids.index(wnid) for wnid in self.classes)
         samples = [(path, outputs[label]) for path, label in self.samples]
         found = FileDataset(self.name, self.root, samples, all_wnids)
+        found.info = self.info
         found.outputs = outputs
         return found
 

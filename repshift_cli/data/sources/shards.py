@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from repshift_cli.data.dataset import ImageDataset
-from repshift_cli.data.decode import decode_bytes
-from repshift_cli.data.sources.folder import IMAGE_SUFFIXES
+from repshift_cli.data.dataset import DatasetInfo, ImageDataset
+from repshift_cli.data.decode import IMAGE_SUFFIXES, decode_bytes
+from repshift_cli.data.sources.class_labels import class_list, class_root, named_classes
+from repshift_cli.data.sources.folder import ending, is_hidden
 from repshift_cli.data.sources.tar import Member, read_member, tar_members
 from repshift_cli.errors import DataError
 
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 
 _RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 _MAX_SHARDS = 100_000
-_LARGEST_LABEL = 64
-"""Maximum bytes of a `.cls` file."""
+_LARGEST_LABEL, _MAX_DIGITS = 64, 9
+"""Maximum bytes of a `.cls` file, and of the number in it."""
 
 _LAYOUT = (
     "Supported: tars with KEY.jpg and KEY.cls, which holds the label as a number (WebDataset), and tars of class "
@@ -31,17 +33,17 @@ _LAYOUT = (
 
 @dataclass(frozen=True)
 class _Member:
-    """An image in a shard, and its label: a member to read, or the name of its folder."""
+    """An image in a shard, and its label: a member to read, or the parts of its folder."""
 
     shard: int
     image: Member
     label: Member | None
-    folder: str
+    folders: tuple[str, ...]
 
 
 def is_shards(name: str) -> bool:
     """Whether a name is the path of a tar, or of several tars with a range such as `{0000..0127}`."""
-    return name.endswith(".tar")
+    return name.lower().endswith(".tar")
 
 
 def shard_paths(name: str) -> list[Path]:
@@ -52,33 +54,41 @@ def shard_paths(name: str) -> list[Path]:
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        found = sorted(entry for entry in path.iterdir() if entry.suffix == ".tar" and not entry.name.startswith("."))
+        found = sorted(entry for entry in path.iterdir() if is_shards(entry.name) and not entry.name.startswith("."))
         if not found:
             raise DataError(f"there are no tars in {path}", _LAYOUT)
-        return found
-    found = [Path(text) for text in _expanded(str(path))]
-    missing = [entry for entry in found if not entry.is_file()]
+    else:
+        found = [Path(text) for text in _expanded(str(path))]
+    first: dict[Path, Path] = {}
+    for entry in found:
+        if first.setdefault(entry.resolve(), entry) is not entry:
+            raise DataError(f"{first[entry.resolve()]} and {entry} are the same file by a link", "Remove one of them.")
+    missing = [entry for entry in found if not entry.exists()]
     if missing:
         raise DataError(f"there is no file {missing[0]}" + (f" ({len(missing)} are missing)" if missing[1:] else ""))
     return found
 
 
-def open_shards(name: str, paths: Sequence[Path]) -> ImageDataset:
+def open_shards(name: str, paths: Sequence[Path], class_order: str | None = None) -> ImageDataset:
     """Open tars as one dataset.
 
     Args:
         name: the name that the user gave.
         paths: in the order of reading.
+        class_order: as for `named_classes`.
 
     Raises:
-        DataError: one is damaged, or has images without labels.
+        DataError: one is damaged, or has images without labels; or as `named_classes`.
     """
     samples: list[_Member] = []
+    left_out: Counter[str] = Counter()
+    below: defaultdict[tuple[str, ...], set[str]] = defaultdict(set)
     for number, path in enumerate(paths):
-        for sample in _images(number, tar_members(path)):
-            if sample.label is None and not sample.folder:
-                raise DataError(f"{path}: {sample.image.name} has no label", _LAYOUT)
-            samples.append(sample)
+        members = tar_members(path, folders=True)
+        samples += _images(number, path, members, left_out)
+        for folders in {_folders(member.name) for member in members}:
+            for depth, folder in enumerate(folders):
+                below[folders[:depth]].add(folder)
     if not samples:
         raise DataError(f"there are no images in {paths[0] if len(paths) == 1 else f'{len(paths)} tars'}", _LAYOUT)
     labelled = sum(entry.label is not None for entry in samples)
@@ -86,7 +96,16 @@ def open_shards(name: str, paths: Sequence[Path]) -> ImageDataset:
         raise DataError(
             f"{labelled} of the {len(samples)} images of {name} have a .cls file, the others have none", _LAYOUT
         )
-    return _Numbered(name, paths, samples) if labelled else _Named(name, paths, samples)
+    info = DatasetInfo(left_out=left_out)
+    if labelled:
+        return _Shards(name, paths, samples, info)
+    with_images = {sample.folders for sample in samples}
+    root, notes = class_root(name, lambda parts: (sorted(below[parts]), parts in with_images), class_list(class_order))
+    samples = [sample for sample in samples if sample.folders[: len(root)] == root]
+    if bare := next((sample for sample in samples if sample.folders == root), None):
+        raise DataError(f"{paths[bare.shard]}: {bare.image.name} has no label", _LAYOUT)
+    images, names = _Shards(name, paths, samples, info), [sample.folders[len(root)] for sample in samples]
+    return named_classes(images, names, below[root], class_order, replace(info, notes=notes))
 
 
 def _expanded(text: str) -> Iterator[str]:
@@ -101,16 +120,36 @@ def _expanded(text: str) -> Iterator[str]:
         yield f"{text[: match.start()]}{number:0{len(match[1])}}{text[match.end() :]}"
 
 
-def _images(shard: int, members: Sequence[Member]) -> Iterator[_Member]:
+def _images(shard: int, path: Path, members: Sequence[Member], left_out: Counter[str]) -> Iterator[_Member]:
     """The images of a tar; the files of one sample are adjacent and have the same key."""
-    for _, files in groupby(members, key=lambda member: _split(member.name)[0]):
+    labelled: set[str] = set()
+    visible = (member for member in members if not member.name.endswith("/") and not _is_hidden(member.name))
+    for key, files in groupby(visible, key=lambda member: _split(member.name)[0]):
         found = list(files)
         label = next((member for member in found if _split(member.name)[1] == ".cls"), None)
-        for member in found:
-            path = PurePosixPath(member.name)
-            hidden = path.name.startswith(".") or "__MACOSX" in path.parts
-            if path.suffix.lower() in IMAGE_SUFFIXES and not hidden:
-                yield _Member(shard, member, label, path.parent.name)
+        images = [member for member in found if PurePosixPath(member.name).suffix.lower() in IMAGE_SUFFIXES]
+        if label is not None:
+            # of KEY.jpg and KEY.mask.png only the first is the image
+            plain = [member for member in images if _split(member.name)[1] in IMAGE_SUFFIXES]
+            if len(plain or images) > 1 or key in labelled:
+                raise DataError(f"{path} has more than one image with the key {key}", _LAYOUT)
+            images = plain or images
+            labelled.add(key)
+        if label is None or not images:
+            left_out.update(ending(member.name) for member in found if member not in images)
+        for member in images:
+            yield _Member(shard, member, label, _folders(member.name))
+
+
+def _folders(name: str) -> tuple[str, ...]:
+    """The folders of a member, or those of a folder and itself; none for hidden ones."""
+    parts = PurePosixPath(f"{name}x" if name.endswith("/") else name).parts
+    return () if any(map(is_hidden, parts[:-1])) else tuple(part for part in parts[:-1] if part != "/")
+
+
+def _is_hidden(name: str) -> bool:
+    *folders, file = PurePosixPath(name).parts
+    return file.startswith(".") or any(map(is_hidden, folders))
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -121,8 +160,11 @@ def _split(name: str) -> tuple[str, str]:
 
 
 class _Shards(ImageDataset):
-    def __init__(self, name: str, paths: Sequence[Path], samples: Sequence[_Member]) -> None:
+    """Images in tars, without class names; labels are the numbers in the tars, if there are any."""
+
+    def __init__(self, name: str, paths: Sequence[Path], samples: Sequence[_Member], info: DatasetInfo) -> None:
         self.name = name
+        self.info = info
         self.paths = tuple(paths)
         self.samples = samples
         self.written = tuple(path.stat().st_mtime_ns for path in paths)
@@ -131,6 +173,10 @@ class _Shards(ImageDataset):
     def description(self) -> str:
         where = str(self.paths[0]) if len(self.paths) == 1 else f"{len(self.paths)} tars in {self.paths[0].parent}"
         return f"{len(self)} images in {where}"
+
+    @property
+    def classes(self) -> None:
+        return None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -150,49 +196,15 @@ class _Shards(ImageDataset):
         sample = self.samples[index]
         return f"{self.fingerprint(index)}:{sample.image.start}:{self.written[sample.shard]}"
 
-    def _decoded(self, index: int) -> Image.Image:
-        sample = self.samples[index]
-        name = self.sample_id(index)
-        return decode_bytes(read_member(self.paths[sample.shard], sample.image, name), name)
-
-
-class _Numbered(_Shards):
-    """Labels are the numbers in the shards, which have no class names."""
-
-    @property
-    def classes(self) -> None:
-        return None
-
     def load(self, index: int) -> tuple[Image.Image, int]:
         sample, name = self.samples[index], self.sample_id(index)
-        assert sample.label is not None
-        if sample.label.size > _LARGEST_LABEL:
-            raise DataError(f"{name}: its label has {sample.label.size} bytes, which is not a number")
-        text = read_member(self.paths[sample.shard], sample.label, name).strip()
-        if not text.isdigit():
+        label = -1 if sample.label is None else self._label(sample, sample.label, name)
+        return decode_bytes(read_member(self.paths[sample.shard], sample.image, name), name), label
+
+    def _label(self, sample: _Member, member: Member, name: str) -> int:
+        if member.size > _LARGEST_LABEL:
+            raise DataError(f"{name}: its label has {member.size} bytes, which is not a number")
+        text = read_member(self.paths[sample.shard], member, name).strip()
+        if not (text.isdigit() and len(text) <= _MAX_DIGITS):
             raise DataError(f"{name}: its label is {text.decode('utf-8', 'backslashreplace')!r}, which is not a number")
-        return self._decoded(index), int(text)
-
-
-class _Named(_Shards):
-    """Labels are the sorted folder names; with ImageNet ids and a head of 1000, in ImageNet's order."""
-
-    def __init__(
-        self, name: str, paths: Sequence[Path], samples: Sequence[_Member], classes: tuple[str, ...] | None = None
-    ) -> None:
-        super().__init__(name, paths, samples)
-        self._classes = classes or tuple(sorted({sample.folder for sample in samples}))
-        self._labels = {folder: label for label, folder in enumerate(self._classes)}
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self._classes
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        return self._decoded(index), self._labels[self.samples[index].folder]
-
-    def for_head(self, num_classes: int) -> ImageDataset:
-        from repshift_cli.data.sources.class_labels import classes_for_head
-
-        classes = classes_for_head(self.name, self._classes, num_classes)
-        return self if classes == self._classes else _Named(self.name, self.paths, self.samples, classes)
+        return int(text)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
 from repshift_cli.data.decode import UnreadableSample
 from repshift_cli.errors import DataError
+from repshift_cli.utils.files import open_file
 
 _LARGEST_MEMBER = 1 << 28
 """Maximum bytes of one image."""
@@ -16,11 +18,14 @@ _LARGEST_MEMBER = 1 << 28
 _LARGEST_HEADER = 1 << 16
 """Maximum bytes of one header record, such as a long name."""
 
+_LARGEST_END = 1 << 20
+"""Maximum bytes of zeros at the end. Archives are filled up to a multiple of 10 kB, rarely more."""
+
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class Member(NamedTuple):
-    """A regular file in an archive: its name, offset and size in bytes."""
+    """A regular file in an archive: its name, offset and size in bytes. A folder has a slash at the end of its name."""
 
     name: str
     start: int
@@ -36,17 +41,27 @@ class _Headers(io.FileIO):
         return super().read(size)
 
 
-def tar_members(path: Path) -> list[Member]:
-    """The regular files of an archive, in its order; links, devices and folders are skipped.
+def tar_members(path: Path, folders: bool = False) -> list[Member]:
+    """The regular files of an archive, in its order; links and devices are skipped.
+
+    Args:
+        folders: whether folders are listed too.
 
     Raises:
-        DataError: it cannot be read, is compressed, damaged, truncated, or has sparse files.
+        DataError: it cannot be read, is compressed, damaged, truncated, or has sparse files or a name twice.
     """
     try:
-        with _Headers(path) as file:
-            return _members(file, path)
+        with open_file(path) as opened, _Headers(os.dup(opened.fileno())) as file:
+            found = _members(file, path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    files = [member for member in found if not member.name.endswith("/")]
+    names = {member.name for member in files}
+    for member in files if len(names) < len(files) else ():
+        if member.name not in names:
+            raise DataError(f"{path} has the file {member.name} more than once", "Pack it again.")
+        names.remove(member.name)
+    return found if folders else files
 
 
 def read_member(path: Path, member: Member, sample: str) -> bytes:
@@ -54,7 +69,7 @@ def read_member(path: Path, member: Member, sample: str) -> bytes:
     if member.size > _LARGEST_MEMBER:
         raise UnreadableSample(sample, f"{member.size} bytes are too many for an image")
     try:
-        with path.open("rb") as archive:
+        with open_file(path) as archive:
             archive.seek(member.start)
             content = archive.read(member.size)
     except OSError as error:
@@ -85,7 +100,9 @@ def _members(file: _Headers, path: Path) -> list[Member]:
             if info.issparse():
                 raise DataError(f"{path} has a sparse file, {info.name}", "Pack it without --sparse.")  # noqa: TRY301
             if info.isreg():
-                found.append(Member(info.name, info.offset_data, info.size))
+                found.append(Member(info.name.rstrip("/"), info.offset_data, info.size))
+            elif info.isdir():
+                found.append(Member(f"{info.name}/", info.offset_data, 0))
             place = archive.offset
     except (DataError, OSError):
         raise
@@ -96,16 +113,19 @@ def _members(file: _Headers, path: Path) -> list[Member]:
 
 
 def _check_rest(file: _Headers, path: Path, place: int) -> None:
-    """Only zeros may follow the last member: `tarfile` stops without an error at a damaged header."""
-    file.seek(place)
-    chunk = file.read(tarfile.BLOCKSIZE)
-    if len(chunk) < tarfile.BLOCKSIZE:
+    """Two blocks of zeros and only zeros follow the last member: `tarfile` stops without an error elsewhere too."""
+    rest = file.seek(0, io.SEEK_END) - place
+    if rest < 2 * tarfile.BLOCKSIZE:
         raise _truncated(path)
-    while chunk:
-        if data := chunk.lstrip(b"\0"):
-            raise _damaged(path, place + len(chunk) - len(data))
-        place += len(chunk)
+    file.seek(place)
+    for start in range(place, place + min(rest, _LARGEST_END), _LARGEST_HEADER):
         chunk = file.read(_LARGEST_HEADER)
+        if data := chunk.lstrip(b"\0"):
+            raise _damaged(path, start + len(chunk) - len(data))
+    if rest > _LARGEST_END:
+        raise DataError(
+            f"{path} has more than {_LARGEST_END} zeros at byte {place}, so images are missing", "Download it again."
+        )
 
 
 def _damaged(path: Path, place: int) -> DataError:

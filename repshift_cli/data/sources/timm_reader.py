@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from hashlib import sha256
 from pathlib import Path
 from sys import stderr
 from typing import TYPE_CHECKING, Any
 
 from repshift_cli.data.dataset import ImageDataset
-from repshift_cli.data.decode import UnreadableSample, decode_bytes
+from repshift_cli.data.decode import UnreadableSample, decode_bytes, decode_file, to_rgb
 from repshift_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -31,9 +33,9 @@ _DEFAULT_SPLIT = "validation"
 
 
 def is_timm_name(name: str) -> bool:
-    """Whether a dataset name is one for timm, such as `torch/cifar10`."""
+    """Whether a dataset name is one for timm, such as `torch/cifar10`, and not an existing path."""
     prefix, slash, _ = name.partition("/")
-    return bool(slash) and prefix.lower() in _PACKAGES
+    return bool(slash) and prefix.lower() in _PACKAGES and not os.path.lexists(name)
 
 
 def open_timm(name: str, data_dir: Path | None) -> ImageDataset:
@@ -125,22 +127,46 @@ class _TimmDataset(ImageDataset):
     def sample_id(self, index: int) -> str:
         return f"{self.name}[{index}]"
 
+    def stamp(self, index: int) -> str:
+        """With the size, time and label of the file of an image, else a digest of its pixels."""
+        try:
+            if file := self._file(index):
+                status = file[0].stat()
+                return f"{self.sample_id(index)}:{status.st_size}:{status.st_mtime_ns}:{file[1]}"
+            image, label = self.load(index)
+        except (OSError, UnreadableSample) as error:
+            return f"{self.sample_id(index)}:{error}"
+        return f"{self.sample_id(index)}:{sha256(image.tobytes()).hexdigest()}:{label}"
+
+    def _file(self, index: int) -> tuple[Path, int] | None:
+        """The file and label of an image, if the reader has a list of files."""
+        del index
+        return None
+
 
 class _TimmTable(_TimmDataset):
     """A source with random access."""
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         sample = self.sample_id(index)
+        if file := self._file(index):
+            return decode_file(file[0]), file[1]
         # timm's wrapper replaces an unreadable image by the next one; its reader does not
         reader = getattr(self.source, "reader", None)
         try:
             image, label = (self.source if reader is None else reader)[index]
             content = None if hasattr(image, "convert") else _read(image)
+            if content is None:
+                return to_rgb(image), int(label)
         except Exception as error:
             raise UnreadableSample(sample, str(error) or type(error).__name__) from error
-        if content is not None:
-            return decode_bytes(content, sample), int(label)
-        return image.convert("RGB"), int(label)
+        return decode_bytes(content, sample), int(label)
+
+    def _file(self, index: int) -> tuple[Path, int] | None:
+        samples = getattr(self.source, "samples", None)
+        if not isinstance(samples, list) or not isinstance(samples[index][0], str):
+            return None
+        return Path(samples[index][0]), int(samples[index][1])
 
 
 class _TimmStream(_TimmDataset):
@@ -164,7 +190,7 @@ class _TimmStream(_TimmDataset):
                 image, label = next(self._stream)
                 self._next += 1
                 if self._next > index:
-                    return image.convert("RGB"), int(label)
+                    return to_rgb(image), int(label)
         except StopIteration:
             self._next, self._end = self.count, self._next
             raise self._too_short(index) from None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from repshift_cli.data.decode import UnreadableSample, decode_file
+from repshift_cli.data.decode import IMAGE_SUFFIXES, UnreadableSample, decode_file
 from repshift_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ VIDEO_SUFFIXES = (
     *(".wmv", ".flv", ".3gp", ".ts", ".gif"),
 )
 """Lower-case suffixes of video files, in the order in which they are tried for names in annotations."""
+
+FRAME_SUFFIXES = IMAGE_SUFFIXES - set(VIDEO_SUFFIXES)
+"""Suffixes of frames in a folder; a GIF is a clip of its own."""
 
 _DEMUXERS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,m4v,h264,hevc,ivf"
 """The supported containers. Playlists (HLS, concat, DASH) are not among them, because they open other files."""
@@ -165,10 +168,8 @@ def _clip_of_images(folder: Path, frames: int, convert: Convert) -> Clip:
 
 
 def _frame_images(folder: Path) -> list[Path]:
-    from repshift_cli.data.sources.folder import IMAGE_SUFFIXES
-
     try:
-        entries = [entry for entry in folder.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES]
+        entries = [entry for entry in folder.iterdir() if entry.suffix.lower() in FRAME_SUFFIXES]
     except OSError as error:
         raise UnreadableVideo(str(folder), error.strerror or str(error)) from error
     return sorted((entry for entry in entries if not entry.name.startswith(".")), key=_natural)

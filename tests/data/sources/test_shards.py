@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -89,7 +90,7 @@ class TestShards:
         with pytest.raises(DataError, match=message):
             open_dataset(str(tar(tmp_path / "a.tar", files)), None)
 
-    @pytest.mark.parametrize("label", [b"cat", b"-1", b"", b"1" * 100])
+    @pytest.mark.parametrize("label", [b"cat", b"-1", b"", b"1" * 100, b"1" + b"0" * 30])
     def test_labels_that_are_not_numbers(self, tmp_path: Path, label: bytes) -> None:
         dataset = open_dataset(str(tar(tmp_path / "a.tar", {"1.png": image_bytes(), "1.cls": label})), None)
         with pytest.raises(DataError, match="not a number"):
@@ -106,6 +107,39 @@ class TestShards:
     def test_an_empty_folder(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no tars"):
             open_dataset("shards", tmp_path)
+
+    def test_a_key_twice(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.tar"
+        twice = [("1.cls", b"0"), ("1.png", image_bytes()), ("2.cls", b"1"), ("2.png", image_bytes())]
+        for files in (
+            [*twice, ("1.cls", b"0"), ("1.jpg", image_bytes())],
+            [*twice, ("2.jpg", image_bytes())],
+            [*twice, ("2.png", image_bytes())],
+        ):
+            tar(path, {})
+            with tarfile.open(path, "w") as archive:
+                for name, content in files:
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+            with pytest.raises(DataError, match="more than on"):
+                open_dataset(str(path), None)
+
+    def test_a_mask_is_not_an_image_of_its_own(self, tmp_path: Path) -> None:
+        files = {"1.cls": b"4", "1.mask.png": image_bytes(9), "1.png": image_bytes(4), "2.heic": b"", "2.cls": b"1"}
+        dataset = open_dataset(str(tar(tmp_path / "a.tar", files)), None)
+        assert [dataset.load(index)[0].getpixel((0, 0))[0] for index in range(len(dataset))] == [4]  # type: ignore[index]
+        assert dataset.info.left_out == {".cls": 1, ".heic": 1}
+
+    def test_a_tar_that_links_to_another(self, tmp_path: Path) -> None:
+        (tmp_path / "b.tar").symlink_to(webdataset(tmp_path / "a.tar", [1]))
+        with pytest.raises(DataError, match="same file by a link"):
+            open_dataset("shards", tmp_path)
+
+    def test_a_label_is_part_of_the_stamp(self, tmp_path: Path) -> None:
+        path = str(tar(tmp_path / "a.tar", {f"{name}/1.png": image_bytes() for name in ("x10", "x2")}))
+        natural, text = (open_dataset(path, None, class_order=order) for order in ("natural", "text"))
+        assert natural.stamp(0) != text.stamp(0)
 
 
 class TestArchive:
@@ -184,6 +218,30 @@ class TestArchive:
         path.write_bytes(path.read_bytes() * 2)
         with pytest.raises(DataError, match="no header at byte 10240"):
             tar_members(path)
+
+    @pytest.mark.parametrize("length", [512, 1024, 3000])
+    def test_zeros_in_place_of_a_header(self, tmp_path: Path, length: int) -> None:
+        path = tar(tmp_path / "a.tar", {f"a/{number}.png": bytes([number + 1]) * 100 for number in range(20)})
+        whole = bytearray(path.read_bytes())
+        whole[9 * 1024 : 9 * 1024 + length] = bytes(length)
+        path.write_bytes(bytes(whole))
+        with pytest.raises(DataError, match="no header at byte"):
+            tar_members(path)
+
+    def test_the_end_is_two_blocks_of_zeros_and_not_much_more(self, tmp_path: Path) -> None:
+        path = tar(tmp_path / "a.tar", {"a/1.png": b"1"})
+        whole = path.read_bytes()
+        for rest, message in ((512, "is truncated"), (1 << 21, "more than 1048576 zeros at byte 1024")):
+            path.write_bytes(whole[:1024] + bytes(rest))
+            with pytest.raises(DataError, match=message):
+                tar_members(path)
+        path.write_bytes(whole[:1024] + bytes(1024))
+        assert len(tar_members(path)) == 1
+
+    def test_what_is_not_a_file(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "a.tar")
+        with pytest.raises(DataError, match="not a regular file"):
+            open_dataset(str(tmp_path / "a.tar"), None)
 
     def test_a_record_that_is_too_long(self, tmp_path: Path) -> None:
         path = tar(tmp_path / "a.tar", {"x" * 100_000: b"1"})
