@@ -99,8 +99,10 @@ def plain(tensors: Mapping[str, Tensor], where: str, size: int) -> dict[str, Ten
         size: of the file.
 
     Raises:
-        CheckpointError: a tensor is not dense, or they are far larger than the file.
+        CheckpointError: there are none, one is not dense, or they are far larger than the file.
     """
+    if not tensors:
+        raise CheckpointError(f"{where} holds no tensors")
     for key, value in tensors.items():
         if kind := _unsupported(value):
             raise CheckpointError(f"{where}: {kind[0]}: {key} is {kind[1]}", "Save dense tensors with values.")

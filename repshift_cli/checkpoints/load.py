@@ -214,7 +214,7 @@ def _load_folder(folder: Path, options: LoadOptions) -> LoadedModel:
     found = [folder / name for name in _FOLDER_WEIGHTS if (folder / name).is_file()]
     if not config_path.is_file() or not found:
         raise CheckpointError(
-            f"{folder} is not a model folder", f"It needs config.json, and {' or '.join(_FOLDER_WEIGHTS)}."
+            f"{folder} is not a model folder", "It needs config.json, and model.safetensors or pytorch_model.bin."
         )
     weights = read_weights(found[0], options.weights)
     weights.source = Source("folder", str(folder), weights.source.sha256)

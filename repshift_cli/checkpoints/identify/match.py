@@ -16,7 +16,7 @@ from repshift_cli.checkpoints.identify import cnn, umt, vim, vit
 from repshift_cli.checkpoints.identify.identity import Identity, shapes, supported
 from repshift_cli.checkpoints.identify.names import canonical_name, is_model_name
 from repshift_cli.checkpoints.identify.sizes import check_heads, size_args
-from repshift_cli.checkpoints.identify.unsupported import known_kind
+from repshift_cli.checkpoints.identify.unsupported import is_unsupported, known_kind
 from repshift_cli.checkpoints.options import ImageSize, LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, RepshiftError
@@ -80,7 +80,8 @@ def identify(
 def _recognised(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The tensors without names that all keys start with (`model.`, `backbone.`), where only so they are recognised."""
     stripped = tensors
-    while not any(known(stripped) for known in (umt.recognises, vim.recognises, cnn.kind_of, vit.recognises)):
+    known = (umt.recognises, vim.recognises, cnn.kind_of, vit.recognises, is_unsupported)
+    while not any(recognises(stripped) for recognises in known):
         outer = {key.partition(".")[::2] for key in stripped}
         if len({first for first, _ in outer}) != 1 or not all(rest for _, rest in outer):
             return tensors

@@ -45,7 +45,7 @@ def size_args(
     wanted = (size[0] // height, size[1] // width) if size else now
     if position.shape[1] != own.shape[1] or wanted != now:
         prefix = own.shape[1] - model.patch_embed.num_patches
-        rows, columns, _ = grid(position.shape[1], (prefix,), (height, width), size, where)
+        rows, columns, _ = grid(position.shape[1], (prefix, 1), (height, width), size, where)  # see `vit._grid`
         if (rows, columns) != now:
             found = size if size and (rows, columns) == wanted else (rows * height, columns * width)
             args["img_size"] = ImageSize(*found).argument

@@ -37,6 +37,11 @@ _SAME_NAMES = 0.8
 """Share of tensor names, without numbers, from which two models are of one kind."""
 
 
+def is_unsupported(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the name of one tensor shows a kind that is not supported."""
+    return not _KINDS.keys().isdisjoint(tensors)
+
+
 def known_kind(tensors: Mapping[str, Tensor], where: str) -> CheckpointError | None:
     """The error for weights of a kind that is known by the name of one tensor."""
     return next((_refusal(where, kind) for key, kind in _KINDS.items() if key in tensors), None)

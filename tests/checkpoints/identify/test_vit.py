@@ -228,8 +228,8 @@ class TestUnregisteredShapes:
     [
         ("swin_tiny_patch4_window7_224", "looks like a Swin Transformer, whose windows need the whole grid"),
         ("resnest14d", "it looks like a ResNet with stages of 1, 1, 1, 1 blocks, but no timm model has these tensors"),
-        ("efficientnet_b0", "the tensors fit no known model"),
-        ("beit_base_patch16_224", "unknown image size, since there is no position table"),
+        ("efficientnet_b0", "looks like an EfficientNet, a MobileNet or a similar network, which is not supported"),
+        ("beit_base_patch16_224", "looks like a DINOv3, EVA, BEiT or CaiT model, which is not supported"),
     ],
 )
 def test_other_kinds_of_models_are_refused_with_the_reason(name: str, message: str) -> None:
