@@ -75,9 +75,9 @@ def _split(batch: ImageBatch, count: int) -> tuple[ImageBatch, ImageBatch]:
     if border >= total:
         raise DataError(f"{total} images are too few to calibrate on some and check on others", "Give more.")
     if border < MIN_IMAGES:
+        aside = f"{total - border} {'is' if total - border == 1 else 'are'} set aside to compare predictions"
         raise DataError(
-            f"calibration needs at least {MIN_IMAGES} images: of the {total} given, {total - border} are set aside to "
-            f"compare predictions, so {border} are left",
+            f"calibration needs at least {MIN_IMAGES} images: of the {total} given, {aside}, which leaves {border}",
             "Give more images.",
         )
     parts = []

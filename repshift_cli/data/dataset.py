@@ -34,8 +34,9 @@ class DatasetInfo:
 
     def report(self, progress: Messages) -> None:
         """Print the notes and the warning."""
+        total = sum(self.left_out.values())
         named = ", ".join(f"{suffix} {self.left_out[suffix]}" for suffix in sorted(self.left_out)[:8])
-        left_out = [f"{sum(self.left_out.values())} files with other endings left out ({named})"] if named else []
+        left_out = [f"{total} file{'s' * (total > 1)} with other endings left out ({named})"] if total else []
         for note in (*self.notes, *left_out):
             progress.note(note)
         if self.warning:

@@ -231,11 +231,13 @@ class TestCalibrationData:
         (tmp_path / "none").mkdir()
         explained(cli("compress", dense, "--calibration", "./none"), 4, "there are no images in none")
 
-    def test_too_few_images(self, cli: Command, dense: Path, photos: Path) -> None:
-        for path in sorted(photos.iterdir())[3:]:
+    @pytest.mark.parametrize(("count", "left"), [(3, 2), (8, 7)])
+    def test_too_few_images(self, cli: Command, dense: Path, photos: Path, count: int, left: int) -> None:
+        for path in sorted(photos.iterdir())[count:]:
             path.unlink()
         outcome = cli("compress", dense, "--calibration", photos)
-        explained(outcome, 4, "calibration needs at least 8 images")
+        said = f"of the {count} given, 1 is set aside to compare predictions, which leaves {left}"
+        explained(outcome, 4, f"calibration needs at least 8 images: {said}")
 
     def test_no_metric_beats_random_dropping(self, cli: Command, dense: Path, photos: Path, tmp_path: Path) -> None:
         outcome = cli("compress", dense, "--calibration", photos, *QUICK, "-o", "out.safetensors")

@@ -130,6 +130,31 @@ def test_classes_that_do_not_fit_the_head(cli: Command, tmp_path: Path) -> None:
     assert "has 2 classes, but the head of the model has 10" in done.stderr
 
 
+@pytest.mark.parametrize(("order", "used"), [(None, "natural"), ("text", "text"), ("classes.txt", "classes.txt")])
+def test_the_order_of_classes(cli: Command, tmp_path: Path, order: str | None, used: str) -> None:
+    from repshift_cli.data.builtin.digits import DigitScenes
+
+    scenes = DigitScenes("test", 60)
+    names = ["air", "bus", "cat", "dog", "elk", "fox", "gnu", "hen", "type2", "type10"]
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    for index in range(len(scenes)):
+        scene_image, label = scenes[index]
+        folder = tmp_path / "pair" / names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        scene_image.save(folder / f"{index}.png")
+    (tmp_path / "pair/air/notes.txt").touch()
+    given = ["--class-order", order] if order else []
+    done = cli("eval", "builtin:vit-digits-small", "--dataset", "pair", "--workers", "0", "--json", *given)
+    assert done.rc == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["class_order"] == used
+    assert found["classes"] == (sorted(names) if order == "text" else names)
+    assert found["left_out"] == {".txt": 1}
+    assert (found["top1"] > 75) == (order != "text")
+    assert "1 file with other endings left out (.txt 1)" in done.stderr
+    assert ("in the natural order of timm" in done.stderr) == (order is None)
+
+
 def test_no_better_than_guessing(cli: Command, tmp_path: Path) -> None:
     from repshift_cli.data.builtin.digits import DigitScenes
 

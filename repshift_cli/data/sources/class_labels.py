@@ -21,9 +21,8 @@ WNID_PATTERN = re.compile(r"n\d{8}")
 
 NATURAL, TEXT, IMAGENET = "natural", "text", "imagenet"
 
-_EVALUATION_SPLITS = ("val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")
-_TRAINING_SPLITS = ("train", "training")
-_SPLITS = (*_EVALUATION_SPLITS, *_TRAINING_SPLITS)
+_TRAINING = ("train", "training")
+_SPLITS = ("val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing", *_TRAINING)
 """Lower-case names of folders that are splits of a dataset and not classes, by preference."""
 
 Listing = Callable[[tuple[str, ...]], tuple[Collection[str], bool]]
@@ -162,9 +161,8 @@ def class_root(where: str, listing: Listing, listed: Collection[str]) -> tuple[t
         if any(name in known or WNID_PATTERN.fullmatch(name) for name in folders):
             return root, tuple(notes)
         place = "/".join((where, *root))
-        splits = sorted(filter(_is_split, folders), key=lambda name: _SPLITS.index(name.lower()))
-        both = splits and splits[-1].lower() in _TRAINING_SPLITS and splits[0].lower() not in _TRAINING_SPLITS
-        if both or (splits and len(splits) == len(folders)):
+        splits = [name for split in _SPLITS for name in folders if name.lower() == split]
+        if splits and (len(splits) == len(folders) or {name.lower() in _TRAINING for name in splits} == {True, False}):
             if len(splits) < len(folders) or not listing((*root, splits[0]))[0]:
                 raise DataError(
                     f"the folders {first_names(sorted(folders))} of {place} look like splits, not classes",
@@ -174,15 +172,11 @@ def class_root(where: str, listing: Listing, listed: Collection[str]) -> tuple[t
             notes.append(f"the split {splits[0]} of {place} is used; it has {', '.join(splits)}")
             root = (*root, splits[0])
             continue
-        only = next(iter(folders)) if len(folders) == 1 and not has_images else None
-        if only is None or listing((*root, only))[1] or not listing((*root, only))[0]:
+        inner = (*root, *folders)
+        if len(folders) != 1 or has_images or listing(inner)[1] or not listing(inner)[0]:
             return root, tuple(notes)
-        notes.append(f"the classes are the folders in {place}/{only}")
-        root = (*root, only)
-
-
-def _is_split(name: str) -> bool:
-    return name.lower() in _SPLITS
+        notes.append(f"the classes are the folders in {place}/{inner[-1]}")
+        root = inner
 
 
 @lru_cache(maxsize=1)

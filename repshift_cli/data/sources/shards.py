@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -59,10 +60,10 @@ def shard_paths(name: str) -> list[Path]:
             raise DataError(f"there are no tars in {path}", _LAYOUT)
     else:
         found = [Path(text) for text in _expanded(str(path))]
-    first: dict[Path, Path] = {}
+    first: dict[str, Path] = {}
     for entry in found:
-        if first.setdefault(entry.resolve(), entry) is not entry:
-            raise DataError(f"{first[entry.resolve()]} and {entry} are the same file by a link", "Remove one of them.")
+        if (other := first.setdefault(os.path.realpath(entry), entry)) is not entry:
+            raise DataError(f"{other} and {entry} are the same file by a link", "Remove one of them.")
     missing = [entry for entry in found if not entry.exists()]
     if missing:
         raise DataError(f"there is no file {missing[0]}" + (f" ({len(missing)} are missing)" if missing[1:] else ""))

@@ -140,8 +140,10 @@ class _TimmDataset(ImageDataset):
 
     def _file(self, index: int) -> tuple[Path, int] | None:
         """The file and label of an image, if the reader has a list of files."""
-        del index
-        return None
+        samples = getattr(self.source, "samples", None)
+        if not isinstance(samples, list) or not isinstance(samples[index][0], str):
+            return None
+        return Path(samples[index][0]), int(samples[index][1])
 
 
 class _TimmTable(_TimmDataset):
@@ -161,12 +163,6 @@ class _TimmTable(_TimmDataset):
         except Exception as error:
             raise UnreadableSample(sample, str(error) or type(error).__name__) from error
         return decode_bytes(content, sample), int(label)
-
-    def _file(self, index: int) -> tuple[Path, int] | None:
-        samples = getattr(self.source, "samples", None)
-        if not isinstance(samples, list) or not isinstance(samples[index][0], str):
-            return None
-        return Path(samples[index][0]), int(samples[index][1])
 
 
 class _TimmStream(_TimmDataset):
