@@ -137,6 +137,34 @@ def test_an_error_in_one_process_is_printed_once_and_ends_all(digits: Path, tmp_
     assert "evaluation/classification/evaluate.py" not in done.stderr  # torchrun shows its own traceback, not ours
 
 
+BY_RANK = """
+import json, os, sys
+sys.argv = ["repshift", "eval", *json.loads(sys.argv[1])[int(os.environ["RANK"])]]
+from repshift_cli.cli.app import main
+main()
+"""
+
+
+def test_processes_with_different_models_are_refused(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(BY_RANK)
+    launched = together(2)[:-3]
+    other = [argument for argument in arguments if argument != "--compare-dense"]
+    done = subprocess.run(
+        [*launched, "rank.py", json.dumps([arguments, other])],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        cwd=tmp_path,
+        env=environment(),
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("rank 1 differs from rank 0 in models") == 1
+    assert "exitcode  : 2" in done.stderr
+    assert "SIGABRT" not in done.stderr
+
+
 def test_videos_need_one_process(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
