@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
@@ -61,7 +59,7 @@ class CheckFailed(RepshiftError):
 
     exit_code = 5
 
-    def __init__(self, message: str, hint: str | None = None, document: dict[str, Any] | None = None) -> None:
+    def __init__(self, message: str, hint: str | None = None, document: dict[str, object] | None = None) -> None:
         super().__init__(message, hint)
         self.document = document or {}
 

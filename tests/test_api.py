@@ -81,6 +81,36 @@ def test_compress_inspect_save_and_load(tmp_path: Path) -> None:
     assert again.preprocessing.input_size == (3, 32, 32)
 
 
+OPEN = "version: 1\nmetric: {kind: METRIC}\nlayers: [{layer: 1, drop_ratio: 0.5}]\n"
+
+
+def test_open_fields_without_images_are_said() -> None:
+    recipe = repshift_cli.Recipe.parse(OPEN.replace("METRIC", "representation_shift"))
+    with pytest.warns(UserWarning, match="NOT CALIBRATED: there are no images"):
+        repshift_cli.compress(tiny_vit(), recipe)
+    with pytest.raises(errors.UsageError, match="fitted on images"):
+        repshift_cli.compress(tiny_vit(), repshift_cli.Recipe.parse(OPEN.replace("METRIC", "fitted")))
+
+
+def test_a_model_in_memory_can_be_compressed_again() -> None:
+    recipe, model = repshift_cli.Recipe.parse(make_recipe().text), tiny_vit()
+    first = repshift_cli.compress(model, recipe)
+    for again in (model, first):
+        with pytest.raises(errors.ModelError, match="compressed already") as caught:
+            repshift_cli.compress(again, recipe)
+        assert "repshift_cli.detach(model)" in str(caught.value)
+    assert repshift_cli.detach(model) is model
+    with pytest.raises(errors.ModelError, match="no plan"):
+        repshift_cli.detach(model)
+    second = repshift_cli.compress(model, recipe)
+    with pytest.raises(errors.UsageError, match="the plan of this model was detached"):
+        first(images())
+    first.detach()
+    with torch.no_grad():
+        assert torch.equal(second(images()), second.trace(images()).output)
+        assert torch.equal(second.detach()(images()), tiny_vit()(images()))
+
+
 def test_errors_have_one_base() -> None:
     with pytest.raises(repshift_cli.RepshiftError) as caught:
         repshift_cli.Recipe.load("no_such_recipe")

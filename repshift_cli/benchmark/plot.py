@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repshift_cli.benchmark.report import BenchReport, Ratio, Run
-from repshift_cli.utils.figures import new_figure, write_figure
+from repshift_cli.utils.figures import write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,11 +35,13 @@ def plot_report(report: BenchReport, path: Path, file_format: str) -> None:
     Args:
         file_format: one of `PLOT_FORMATS`; the suffix of the file is not used.
     """
+    from matplotlib.figure import Figure
+
     panels = list(dict.fromkeys(run.setting.without_batch for run in report.runs))
     across = min(_PANELS_ACROSS, len(panels))
     down = -(-len(panels) // across)
     width = max(_PANEL_INCHES[0], _BARS_INCHES * _most_bars(report))
-    figure = new_figure(figsize=(width * across, _PANEL_INCHES[1] * down + 0.9), layout="constrained")
+    figure = Figure(figsize=(width * across, _PANEL_INCHES[1] * down + 0.9), layout="constrained")
     grid = figure.subplots(down, across, squeeze=False).ravel()
     colors = _colors(report.runs)
     handles: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -142,6 +142,8 @@ def save(path: Path, loaded: LoadedModel, document: Mapping[str, Any], force: bo
     with atomic_output(path, force) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
+            with safe_open(temporary, "pt"):
+                pass  # raises if the file is incomplete, such as on a full disk
         except SafetensorError as error:
             raise OutputError(f"cannot write {path}: {error}", "No file was left there.") from error
 

@@ -11,20 +11,8 @@ from typing import Annotated
 
 import typer
 
-from repshift_cli.cli import (
-    bench,
-    compare,
-    compress,
-    demo,
-    evaluate,
-    export,
-    guard,
-    inspect,
-    recipes,
-    search,
-    ui,
-    visualize,
-)
+from repshift_cli.cli import bench, compare, compress, demo, evaluate, export, inspect, recipes, search, ui, visualize
+from repshift_cli.cli.guard import Command
 from repshift_cli.cli.torchrun import Interrupted
 from repshift_cli.errors import INTERRUPTED, TERMINATED, RepshiftError, first_line
 
@@ -38,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_add = partial(app.command, cls=guard.Command)
+_add = partial(app.command, cls=Command)
 _add("compress")(compress.command)
 _add("search")(search.command)
 _add("export")(export.command)
@@ -78,6 +66,7 @@ def main() -> None:
     """Run the command line. An error becomes one message and an exit code (docs/architecture.md)."""
     _limit_thread_spinning()
     ui.prepare_streams()
+    os.environ["MPLBACKEND"] = "agg"  # figures are only written to files
     _stopped.clear()
     for number in _SIGNALS:
         signal.signal(number, _stop)

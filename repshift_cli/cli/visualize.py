@@ -73,10 +73,11 @@ def command(
     shown.samples.info.report(ui.Screen())
     for reason in shown.samples.skipped:
         ui.warn(f"skipped: {reason}")
-    guard.run_all(
-        partial(write, shown, output, indices, force),
-        lambda: ui.print_json(document(shown, model, output, indices)) if json else show(shown, output, indices),
-    )
+    write(shown, output, indices, force)
+    if json:
+        ui.print_json(document(shown, model, output, indices))
+    else:
+        show(shown, output, indices)
 
 
 def write(shown: Visualization, output: Path, indices: Path | None, force: bool) -> None:

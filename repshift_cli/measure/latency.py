@@ -16,10 +16,8 @@ from torch import Tensor
 from repshift_cli.measure.device import wait_for
 from repshift_cli.utils.garbage import without_collection
 from repshift_cli.utils.progress import Progress
+from repshift_cli.utils.ranges import check_ranges
 from repshift_cli.utils.stats import significant
-
-MOST_RUNS, MOST_SECONDS = 1_000_000, 86_400.0
-"""Limits of a measurement: runs and seconds of one subject."""
 
 
 @dataclass(frozen=True)
@@ -152,15 +150,12 @@ def measure_latency(
         max_seconds: no new round starts after this time, once there are `min_runs`; without warm-up.
         warmup: rounds that are not counted.
 
-    Returns timings by name. Raises ValueError if two subjects have the same name, or a limit is out of range.
+    Returns timings by name. Raises ValueError for two subjects of the same name, UsageError for a limit out of range.
     """
     names = [subject.name for subject in subjects]
     if len(set(names)) != len(names):
         raise ValueError(f"subjects need different names, not {names}")
-    if not 1 <= min_runs <= MOST_RUNS or not 0 <= max_seconds <= MOST_SECONDS * len(names):
-        raise ValueError(
-            f"{min_runs} runs in {max_seconds} s: 1..{MOST_RUNS} runs and 0..{MOST_SECONDS:g} s each allowed"
-        )
+    check_ranges(min_runs=min_runs, seconds=max_seconds / len(names))
     samples: dict[str, list[float]] = {name: [] for name in names}
     label = f"timing {', '.join(names)}"
     gc.collect()

@@ -225,7 +225,9 @@ class Recipe(StrictModel):
     @classmethod
     def parse(cls, text: str, name: str = "recipe") -> Recipe:
         """Read a recipe from YAML text; errors as `load`."""
-        data, place = _read_yaml(text, name)
+        data, place = _read_yaml(
+            text, name.encode("utf-8", "backslashreplace").decode()
+        )  # names of files can be any bytes
         recipe = validate(cls, data, place, ())
         recipe._text, recipe._place = text, place
         return recipe

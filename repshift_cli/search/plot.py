@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from repshift_cli.search.result import MeasuredSchedule, pareto_front
-from repshift_cli.utils.figures import figure_format, new_figure, write_figure
+from repshift_cli.utils.figures import figure_format, write_figure
 from repshift_cli.utils.files import atomic_output
 
 if TYPE_CHECKING:
@@ -51,11 +51,13 @@ class Chart:
 
 def figure(chart: Chart) -> Figure:
     """Draw quality against MACs, and against latency if more than the dense model was timed."""
+    from matplotlib.figure import Figure
+
     timed = [one for one in (*chart.tried, *chart.named.values()) if one.latency is not None]
     costs = {"macs": "MACs, fraction of dense", "latency": "latency, fraction of dense"}
     if len(timed) <= 1:
         del costs["latency"]
-    page = new_figure(figsize=(_PANEL_INCHES * len(costs), _HEIGHT_INCHES), layout="constrained", dpi=_DPI)
+    page = Figure(figsize=(_PANEL_INCHES * len(costs), _HEIGHT_INCHES), layout="constrained", dpi=_DPI)
     panels = page.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     handles: dict[str, Any] = {}
     for panel, (cost, label) in zip(panels, costs.items(), strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,16 +27,6 @@ def check_figure_path(option: str, path: Path) -> None:
     """
     if figure_format(path) not in PLOT_FORMATS:
         raise UsageError(f"invalid {option} {path}: must end in .png, .svg or .pdf")
-
-
-def new_figure(**options: Any) -> Figure:
-    """A matplotlib figure. No window is opened, so an invalid `MPLBACKEND` does not matter."""
-    try:
-        from matplotlib.figure import Figure
-    except ValueError:
-        os.environ.pop("MPLBACKEND", None)
-        from matplotlib.figure import Figure
-    return Figure(**options)
 
 
 def write_figure(figure: Figure, path: Path, file_format: str, **options: Any) -> None:

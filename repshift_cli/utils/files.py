@@ -74,33 +74,24 @@ def read_text(path: Path, largest: int = LARGEST_DOCUMENT, encoding: str = "utf-
         return file.read().decode(encoding)
 
 
+@cache
 def read_pipe(path: Path, largest: int) -> str:
-    """The text of a pipe or a device, which is read only once: later calls return the same text.
+    """The text of a pipe or a device. It can be read only once, so later calls return the same text.
 
     Raises:
         InvalidFile: it has no end within `PIPE_SECONDS`, or is larger.
         OSError, UnicodeDecodeError: as `read_text`.
     """
-    status = path.stat()
-    return _read_pipe(path, (status.st_dev, status.st_ino), largest)
-
-
-@cache
-def _read_pipe(path: Path, identity: tuple[int, int], largest: int) -> str:
-    del identity
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     found, end = bytearray(), time.monotonic() + PIPE_SECONDS
-    try:
-        while len(found) <= largest:
-            if not select.select([descriptor], [], [], max(0.0, end - time.monotonic()))[0]:
-                raise InvalidFile(path, f"has no end after {PIPE_SECONDS:g} s")
-            part = os.read(descriptor, _READ_BYTES)
-            if not part:
+    with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb", buffering=0) as file:
+        while select.select([file], [], [], max(0.0, end - time.monotonic()))[0]:
+            part = file.read(_READ_BYTES)
+            if part == b"":
                 return found.decode()
-            found += part
-    finally:
-        os.close(descriptor)
-    raise InvalidFile(path, f"has more than the maximum of {largest} bytes")
+            found += part or b""
+            if len(found) > largest:
+                raise InvalidFile(path, f"has more than the maximum of {largest} bytes")
+    raise InvalidFile(path, f"has no end after {PIPE_SECONDS:g} s")
 
 
 def sha256_of(path: Path) -> str:

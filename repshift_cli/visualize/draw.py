@@ -13,7 +13,7 @@ from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.data.video.decode import frame_indices
 from repshift_cli.errors import UsageError
 from repshift_cli.planning.layout import PatchGrid
-from repshift_cli.utils.figures import PLOT_FORMATS, figure_format, new_figure, write_figure
+from repshift_cli.utils.figures import PLOT_FORMATS, figure_format, write_figure
 from repshift_cli.utils.files import atomic_output
 from repshift_cli.visualize.patches import by_frame, fade_dropped, kept_cells, kept_masks, kept_per_frame
 from repshift_cli.visualize.predictions import SampleResult
@@ -192,8 +192,10 @@ def check_page(clips: int, sites: int, preprocessing: Preprocessing) -> None:
 
 def _page(shape: tuple[int, int], size: tuple[float, float], title: str, remark: str) -> tuple[Figure, Any]:
     """A figure with a grid of panels; `size` is that of the panels with their text."""
+    from matplotlib.figure import Figure
+
     wide = max(size[0], _text_width([[_Line(title, size=_TITLE_SIZE, weight="bold"), _Line(remark)]]))
-    figure = new_figure(figsize=(wide + 2 * _GAP, size[1] + 1), dpi=_DPI, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(wide + 2 * _GAP, size[1] + 1), dpi=_DPI, layout="constrained", facecolor="white")
     figure.suptitle(title, size=_TITLE_SIZE, weight="bold", color=_INK, parse_math=False)
     figure.supxlabel(remark, size=_TEXT, color=_PALE, parse_math=False)
     panels = figure.subplots(*shape, squeeze=False)

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from paths import ROOT
-from tiny import DROPS, compressed, make_recipe
+from tiny import DROPS, compressed, make_recipe, tiny_vit
 from torch import Tensor, nn
 
 from repshift_cli.benchmark.end_to_end import Source
@@ -21,7 +21,7 @@ from repshift_cli.benchmark.run import BenchSettings, Contender, contenders_of, 
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.weights import Source as Origin
 from repshift_cli.data.preprocessing import Preprocessing
-from repshift_cli.errors import UsageError
+from repshift_cli.errors import CheckFailed, UsageError
 from repshift_cli.models.attention_mode import attention_mode
 from repshift_cli.utils.progress import Silent
 
@@ -286,3 +286,11 @@ class TestResults:
         monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
         results.publish("one", "A title", "a machine", [], dry_run=True)
         assert not (tmp_path / "results").exists()
+
+
+def test_weights_that_are_not_finite() -> None:
+    model = tiny_vit()
+    model.head.bias.data.fill_(float("nan"))
+    contender = Contender("broken", model, 1, (3, 32, 32))
+    with pytest.raises(CheckFailed, match="broken returns values that are not finite"):
+        run_bench([contender], [1], BenchSettings(torch.device("cpu"), torch.float32, seconds=0.0), Silent())

@@ -594,3 +594,19 @@ def test_a_model_without_a_head_compares_features(cli: Command, photos: Path, tm
     assert "1 - cosine" in outcome.stdout
     assert "unchanged" not in outcome.stdout
     assert narrow(outcome.stdout)
+
+
+def test_a_failed_check_is_printed_as_json(cli: Command, dense: Path, photos: Path) -> None:
+    outcome = cli("search", dense, "-t", "macs=0.2", "--data", photos, *QUICK, "--json")
+    assert outcome.rc == 5
+    document = json.loads(outcome.stdout)
+    assert document["failed"]["message"].startswith("the target macs=0.2 cannot be met")
+    assert (document["output"], document["met"]) == (None, False)
+    assert document["points"]["found"]["macs"] < 1
+    few = ("--calibration", photos, "--calibration-images", "16", "--seconds", "0", "-b", "4")
+    outcome = cli("compress", dense, "-t", "macs=0.2", *few, "--json")
+    assert outcome.rc == 5
+    document = json.loads(outcome.stdout)
+    assert document["failed"]["message"].startswith("the target macs=0.2 cannot be met")
+    assert document["search"]["met"] is False
+    assert document["plan"]

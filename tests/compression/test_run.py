@@ -272,6 +272,8 @@ class TestCalibration:
             run(dense, recipe=recipe, output=output, calibration=str(image_folder))
         assert caught.value.exit_code == 5
         assert not output.exists()
+        assert caught.value.document["calibration"]["clear"] is False  # what `--json` prints
+        assert caught.value.document["plan"]
         report = run(dense, recipe=recipe, output=output, calibration=str(image_folder), force=True)
         assert any("no score is clearly better than random" in note for note in report.notes)
         document = artifact.open_model(output).loaded.document
@@ -301,6 +303,24 @@ class TestCalibration:
         with pytest.raises(DataError, match="too few") as caught:
             run(dense, recipe=recipe_file(tmp_path, self.OPEN), calibration=str(tmp_path / "one"))
         assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"calibration_images": 10**9},
+        {"calibration_images": -1},
+        {"batch_size": 10**12},
+        {"seconds": float("inf")},
+        {"seconds": float("nan")},
+        {"seconds": -1.0},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(UsageError, match=f"invalid {name.replace('_', ' ')}"):
+        Settings(**options)
 
 
 class TestModelInMemory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import timm
@@ -201,6 +202,12 @@ class TestMeasureLatency:
         subjects = [Subject("a", lambda _: None)] * 2
         with pytest.raises(ValueError, match="different names"):
             measure_latency(subjects, torch.zeros(1), max_seconds=0, warmup=0, progress=Silent())
+
+    @pytest.mark.parametrize(("name", "value"), [("min_runs", 10**10), ("max_seconds", float("inf")), ("min_runs", 0)])
+    def test_limits_out_of_range(self, name: str, value: float) -> None:
+        options: dict[str, Any] = {"max_seconds": 0.0, "min_runs": 1, name: value}
+        with pytest.raises(UsageError, match="invalid"):
+            measure_latency([Subject("a", lambda _: None)], torch.zeros(1), warmup=0, progress=Silent(), **options)
 
 
 class TestMemory:

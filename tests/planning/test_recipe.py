@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -7,10 +9,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from paths import ROOT
+from tiny import DEPTH, tiny_vit
+from tiny_cnn import tiny_cnn
 
 from repshift_cli.errors import RecipeError
 from repshift_cli.planning.recipe import LayerDrop, Recipe, default_recipe, shipped_recipes
+from repshift_cli.planning.resolve import resolve
 from repshift_cli.reduction.checks import check_components
+from repshift_cli.reduction.families.base import match
 from repshift_cli.reduction.metrics.base import build_metric, metric_kinds
 from repshift_cli.reduction.reducers.base import build_reducer, reducer_kinds
 from repshift_cli.search.target import SearchTarget
@@ -276,7 +282,123 @@ def test_any_value_of_a_key_is_valid_or_a_recipe_error(key: str, value: object) 
         assert key in error.message
 
 
+LAYER = "layers: [{layer: 0, drop_ratio: 0.2}]\n"
+
+
+class TestShortForms:
+    @pytest.mark.parametrize(
+        ("text", "layers"),
+        [
+            ("layers: [{layer: '3', drop_ratio: 0.2}]", [(3, 0.2)]),
+            ("drop_ratio: 0.2\nlayers: [0, '3', blocks.6]", [(0, 0.2), (3, 0.2), ("blocks.6", 0.2)]),
+            ("drop_ratio: 0.2\nlayers: [0, {layer: 3, drop_ratio: 0.5}, {layer: 6}]", [(0, 0.2), (3, 0.5), (6, 0.2)]),
+            ("drop_ratios: [0.2, 0, 0.0, 0.5]", [(0, 0.2), (3, 0.5)]),
+        ],
+    )
+    def test_they_are_written_out(self, text: str, layers: list[tuple[object, float]]) -> None:
+        recipe = Recipe.parse(f"version: 1\n{text}\n")
+        assert [(drop.layer, drop.drop_ratio) for drop in recipe.layers] == layers
+        assert Recipe.parse(recipe.to_yaml()).model_dump() == recipe.model_dump()
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("layers: [0, 3]", "r.yaml:2:10: layers[0]: should be a mapping, such as {layer: 0, drop_ratio: 0.2}; an"),
+            ("layers: [{layer: all, drop_ratio: 0.2}]", "2:11: layers[0].layer: should be the index of one block"),
+            ("layers: [{layer: '03', drop_ratio: 0.2}]", "layers[0].layer: should be the index of one block"),
+            ("drop_ratio: 2\nlayers: [0]", "r.yaml:2:1: drop_ratio: should be less than 1 (it is 2)"),
+            (f"drop_ratio: 0.2\n{LAYER}", "drop_ratio is for entries of layers without an amount, and there are none"),
+            ("drop_ratio: 0.2\nbudget: {macs: 0.5}", "drop_ratio is for entries of layers without an amount"),
+            ("drop_ratios: [0.2, 1.5]", "r.yaml:2:20: drop_ratios[1]: should be less than 1 (it is 1.5)"),
+            ("drop_ratios: 0.2", "r.yaml:2:1: drop_ratios: should be a list of numbers (it is 0.2)"),
+            ("drop_ratios: [0, 0]", "drop_ratios drops nothing"),
+            ("drop_ratios: [true]", "drop_ratios[0]: should be a valid number (it is True)"),
+            (f"drop_ratios: [0.2]\n{LAYER}", "give exactly one of drop_ratios, layers (with drop_ratio) and budget"),
+            ("layers: [{layer: 0, keep_grid: 3}]", "layers[0].keep_grid: should be a list of numbers (it is 3)"),
+        ],
+    )
+    def test_errors(self, text: str, message: str) -> None:
+        assert message in failure(f"version: 1\n{text}\n").message
+
+    def test_there_is_one_ratio_per_block(self) -> None:
+        layout = match(tiny_vit()).layout(tiny_vit())
+        assert layout.blocks == DEPTH
+        plan = resolve(Recipe.parse("version: 1\ndrop_ratios: [0.5, 0, 0.5, 0]\n"), layout)
+        assert [(site.layer, site.tokens_out) for site in plan.sites] == [(0, 9), (2, 5)]
+        with pytest.raises(RecipeError, match=r"r:2:1: drop_ratios has 3 numbers, and the model has 4 blocks"):
+            resolve(Recipe.parse("version: 1\ndrop_ratios: [0.5, 0, 0.5]\n", "r"), layout)
+
+    def test_blocks_of_a_cnn_that_are_no_sites_count(self) -> None:
+        layout = match(tiny_cnn()).layout(tiny_cnn())
+        assert layout.blocks == len(layout.sites) + len(layout.barred) // 2
+
+    @given(st.lists(st.floats(0, 0.99) | st.integers(-1, 1) | json_like, max_size=6), st.booleans())
+    def test_any_list_is_valid_or_a_recipe_error(self, values: list[object], several: bool) -> None:
+        data = {"version": 1, **({"drop_ratios": values} if several else {"drop_ratio": 0.2, "layers": values})}
+        try:
+            recipe = Recipe.parse(yaml.safe_dump(data), "r.yaml")
+        except RecipeError as error:
+            assert error.message.startswith("r.yaml")
+        else:
+            assert all(0 < (drop.drop_ratio or 0.5) < 1 for drop in recipe.layers)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("version: 1\n~: 3\n", "r.yaml:2:1: unknown key ~: keys are names"),
+        ("version: 1\nlayers: [{~: 3}]\n", "r.yaml:2:11: unknown key layers[0].~: keys are names"),
+        ("1.5: 3\n", "r.yaml:1:1: unknown key 1.5: keys are names"),
+        ("description: !!timestamp bad\n", "r.yaml:1:14: this is not YAML: could not determine a constructor"),
+        ("round_tokens: !!int ''\n", "this is not YAML: could not determine a constructor"),
+        ("version: 1\nround_tokens: 1" + ":59" * 5000, "round_tokens: should be a valid integer (it is '1:59:"),
+        ("version: 1\nround_tokens: 1" + ":59" * 5000 + ".5", "r.yaml: this is not YAML: int too large"),
+        ("version: 1\nround_tokens: " + "9" * 5000, "round_tokens: should be a valid integer (it is '999"),
+        (f"version: 1\nlayers: [{{layer: 0, drop_ratio: {'9' * 5000}.0}}]", "should be less than 1 (it is inf)"),
+        ("- a\n" * 100_000, "r.yaml:20000:3: this is not YAML: more than 20000 values"),
+        ("- " * 100_000, "this is not YAML: maximum recursion depth"),
+        (
+            "\n".join(["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 60))]),
+            "unknown key a0",
+        ),
+        (
+            "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60)), "? *a59"]),
+            "unhash",
+        ),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_yaml_that_is_no_recipe_ends_soon(text: str, message: str) -> None:
+    assert message in failure(text).message
+
+
+def test_a_date_and_a_time_are_texts() -> None:
+    for text in ("2020-01-01", "12:30"):
+        assert Recipe.parse(f"version: 1\ndescription: {text}\n{LAYER}").description == text
+
+
 class TestLoad:
+    def test_a_pipe_is_read_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        writer = threading.Thread(target=pipe.write_text, args=(GOOD,))
+        writer.start()
+        assert Recipe.load(pipe).text == Recipe.load(pipe).text == GOOD
+        writer.join()
+        monkeypatch.setattr("repshift_cli.utils.files.PIPE_SECONDS", 0.1)
+        os.mkfifo(tmp_path / "silent")
+        with pytest.raises(RecipeError, match=r"silent: has no end after 0\.1 s"):
+            Recipe.load(tmp_path / "silent")
+
+    def test_a_device_without_end(self) -> None:
+        with pytest.raises(RecipeError, match="/dev/zero: has more than the maximum"):
+            Recipe.load("/dev/zero")
+
+    def test_a_name_that_is_not_utf8(self, tmp_path: Path) -> None:
+        path = tmp_path / os.fsdecode(b"r\xff.yaml")
+        path.write_text(GOOD, encoding="utf-8")
+        assert Recipe.load(path).place.name.endswith("r\\udcff.yaml")
+
     def test_file(self, tmp_path: Path) -> None:
         path = tmp_path / "mine.yaml"
         path.write_text(GOOD, encoding="utf-8")

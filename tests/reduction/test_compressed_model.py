@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from tiny import (
     save_weights,
     tiny_vit,
 )
-from tiny_cnn import tiny_cnn
+from tiny_cnn import compressed_cnn, photos, tiny_cnn
 from tiny_vim import tiny_vim
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ from repshift_cli.errors import ModelError, RecipeError, UsageError
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
-from repshift_cli.reduction.compressed_model import CompressedModel, attach
+from repshift_cli.reduction.compressed_model import CompressedModel, attach, detach
 from repshift_cli.reduction.families.base import match
 from repshift_cli.reduction.metrics.base import Metric, metric_kinds
 from repshift_cli.reduction.plans import has_open_fields, resolve_for
@@ -226,6 +227,18 @@ class TestOtherInputs:
             model(images(1), attn_mask=mask)
         with torch.no_grad(), model.dense():
             torch.testing.assert_close(model(images(1), attn_mask=mask), tiny_vit()(images(1)))
+
+    @pytest.mark.parametrize("family", ["vit", "cnn"])
+    @pytest.mark.parametrize("name", ["forward_intermediates", "get_intermediate_layers"])
+    def test_feature_maps_of_the_hooked_model_are_refused(self, family: str, name: str) -> None:
+        dense, model = (tiny_vit(), compressed()) if family == "vit" else (tiny_cnn(), compressed_cnn())
+        inputs = images(1) if family == "vit" else photos(1)
+        if not hasattr(dense, name):
+            pytest.skip("the family has no such method")
+        for hooked in (model.model, copy.deepcopy(model.model), pickle.loads(pickle.dumps(model.model))):
+            with pytest.raises(UsageError, match="no dense feature maps"):
+                getattr(hooked, name)(inputs)
+            assert len(getattr(detach(hooked), name)(inputs)) == len(getattr(dense, name)(inputs))
 
     def test_dense_feature_maps_are_refused(self) -> None:
         model = compressed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -276,6 +277,35 @@ class TestQuality:
         run("agreement=0.99", progress=listener, evaluations=4)
         assert any("too few" in text for text in listener.warned)
 
+    def test_a_loss_of_less_than_one_image_is_refused(self) -> None:
+        with pytest.raises(
+            DataError, match=r"48 images cannot decide max-drop=4: .* one of 24 is 4\.2 points"
+        ) as caught:
+            run("max-drop=4", labels=torch.zeros(COUNT, dtype=torch.int64))
+        assert "at least 50 images (--images)" in str(caught.value)
+
+    def test_is_compared_with_random_dropping(self) -> None:
+        result, said = run("macs=0.6", evaluations=2), list[str]()
+        assert result.random_sigmas is not None
+        assert result.to_dict()["random_sigmas"] == round(result.random_sigmas, 2)
+        replace(result, random_sigmas=3.0).check_met(False, said.append)
+        assert said == []
+        replace(result, random_sigmas=0.5).check_met(False, said.append)
+        assert said.pop().startswith(
+            "the found schedule is not clearly better than random dropping (0.5 standard errors"
+        )
+        worse = replace(result, random_sigmas=-2.5)
+        with pytest.raises(CheckFailed, match="random dropping is better than the found schedule"):
+            worse.check_met(False, said.append)
+        worse.check_met(True, said.append)
+        assert said.pop().startswith("random dropping is better")
+
+    def test_the_plot_shows_one_half(self) -> None:
+        result = run("macs=0.6", evaluations=2)
+        assert set(result.selection) == {"dense", "paper", "found"}
+        assert {point.images for point in (*result.selection.values(), *result.tried)} == {HELD}
+        assert any(point.tokens == result.selection["found"].tokens for point in result.tried)
+
     def test_is_missed_if_all_tokens_are_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         quality = Evaluator.quality
 
@@ -442,6 +472,21 @@ class TestRepeating:
         with pytest.raises(UsageError, match="state of"):
             run("macs=0.6", state=state)
         assert state.read_text() == text
+
+    def test_refuses_a_state_that_was_changed(self, tmp_path: Path) -> None:
+        state = tmp_path / "state.json"
+        run("macs=0.6", state=state, evaluations=1)
+        stored = json.loads(state.read_text())
+        key = next(key for key, value in stored["known"].items() if key.startswith("judge") and value)
+        stored["known"][key]["distance"] /= 2
+        state.write_text(json.dumps(stored))
+        with pytest.raises(UsageError, match="was changed after the search wrote it"):
+            run("macs=0.6", state=state)
+
+    def test_refuses_a_pipe_as_state(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "state.json")
+        with pytest.raises(UsageError, match="is not the state of a search"):
+            run("macs=0.6", state=tmp_path / "state.json")
 
     def test_more_evaluations_continue_a_search(self, tmp_path: Path) -> None:
         state = tmp_path / "state.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from repshift_cli.errors import UsageError
-from repshift_cli.search.target import SearchTarget
+from repshift_cli.search.target import SearchTarget, lower_agreement
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,15 @@ def test_an_invalid_target_is_refused(text: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         SearchTarget.parse(text)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "needed"),
+    [("max-drop=1", 100), ("max-drop=0.5", 200), ("max-drop=3", 34), ("agreement=0.99", 99), ("agreement=0.75", 3)],
+)
+def test_the_images_that_a_target_needs(text: str, needed: int) -> None:
+    target = SearchTarget.parse(text)
+    assert target.images_needed == needed
+    if target.kind == "agreement":
+        assert lower_agreement(1.0, needed) >= target.value - 1e-9 > lower_agreement(1.0, needed - 1)
+    assert SearchTarget.parse("macs=0.5").images_needed == SearchTarget.parse("agreement=1").images_needed == 0

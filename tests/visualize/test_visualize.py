@@ -26,7 +26,7 @@ from repshift_cli.data.builtin import moving_shapes
 from repshift_cli.data.inputs import ImageBatch, load_inputs
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.data.sources.class_labels import imagenet_wnids
-from repshift_cli.errors import DataError, ModelError, UsageError
+from repshift_cli.errors import CheckFailed, DataError, ModelError, UsageError
 from repshift_cli.planning.layout import PatchGrid
 from repshift_cli.reduction.compressed_model import CompressedModel
 from repshift_cli.reduction.families.base import families, match
@@ -674,3 +674,10 @@ class TestCommandOnClips:
         assert clip["clip"] == "videos/walk"
         assert 0 < clip["features_moved"] < 1
         assert not {"images", "unchanged"} & set(document)
+
+
+def test_weights_that_are_not_finite() -> None:
+    model = compressed()
+    model.model.head.bias.data.fill_(float("nan"))
+    with pytest.raises(CheckFailed, match="not finite"):
+        trace_samples(model, images(1))
