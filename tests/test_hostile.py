@@ -4,40 +4,34 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from paths import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import hostile
 from _hostile.attempt import Attempt, Result, problems, same_number
-from _hostile.good import Good
 from _hostile.runner import attempt, run
 
-SAMPLE = {
-    name: 1 if name in ("names", "signals", "disks", "outputs that appear") else 2
-    for name in hostile.KINDS
-    if name not in ("new interpreters", "processes that differ", "states of searches", "annotations")
-    and name not in ("documents of exports", "archives of programs", "code in files", "states of evaluations")
-}
-"""Attempts of each kind that needs no slow preparation."""
+TWICE = ("options", "arguments", "headers of safetensors", "recipes", "odd inputs", "permissions", "streams", "tars")
+SLOW = (
+    "new interpreters",
+    "processes that differ",
+    "states of searches",
+    "states of evaluations",
+    "documents of exports",
+)
+SLOW += ("archives of programs", "code in files", "videos and annotations", "names", "signals")
+"""Kinds that are slow, or need inputs that are slow to make."""
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Good]:
-    made = hostile.prepare(tmp_path_factory.mktemp("hostile") / "base", slow=False)
-    yield made
-    made.clear()
-
-
-@pytest.mark.parametrize("kind", SAMPLE)
-def test_attempts_end_as_documented(kind: str, good: Good, tmp_path: Path) -> None:
-    for number in range(SAMPLE[kind]):
-        found = attempt(kind, hostile.KINDS[kind][0], number, seed=20, good=good, base=tmp_path / "base")
-        assert found.problems == [], found.text
+def test_a_sample_of_attempts_ends_as_documented(tmp_path: Path) -> None:
+    good = hostile.prepare(tmp_path / "base", slow=False)
+    for kind, (make, _) in hostile.KINDS.items():
+        for number in range(0 if kind in SLOW else 2 if kind in TWICE else 1):
+            found = attempt(kind, make, number, seed=20, good=good, base=tmp_path / "attempt")
+            assert found.problems == [], f"{kind}:{number} {found.commands}\n{found.text}"
 
 
 class TestRules:
@@ -74,7 +68,7 @@ class TestRules:
         assert self.words(attempt, self.result(stdout=wrong)) == ["number"]
         assert self.words(attempt, self.result(4, stderr="error: no\n")) == []
 
-    def test_a_file_that_is_left_is_found(self, good: Good, tmp_path: Path) -> None:
+    def test_a_file_that_is_left_is_found(self, tmp_path: Path) -> None:
         made = Attempt([["--version"]], inside=lambda: Path("left").touch())
         folders = [tmp_path / name for name in ("work", "streams", "temporary")]
         for folder in folders:

@@ -151,18 +151,20 @@ _ODD_YAML = (
 
 
 def annotations(rng: random.Random, good: Good, folder: Path) -> Attempt:
-    """Captions or questions of videos."""
-    captions: list[dict[str, Any]] = [
-        {"video": "v1.mp4", "caption": ["a red square", "it moves"]},
-        {"video": ["v1.mp4", "v2.mp4"], "caption": "two videos"},
-    ]
-    questions = [{"video": "v2.mp4", "question": "what?", "answer": "a circle", "question_id": 3}]
-    rows, model = rng.choice([(captions, VIDEO), (questions, f"{VIDEO}-qa")])
-    (folder / "videos").mkdir()
-    for name in ("v1.mp4", "v2.mp4"):
-        (folder / "videos" / name).write_bytes(b"not a video")
-    (folder / "a.json").write_text(changed_text(rng, rows), encoding="utf-8", errors="replace")
-    command = ["eval", model, "--annotations", "a.json", "--videos", "videos", "--limit", "2", "--json"]
+    """Captions or questions of videos, or one of the videos."""
+    name, model = rng.choice([("retrieval.json", VIDEO), ("qa.json", f"{VIDEO}-qa")])
+    rows = json.loads((good.shapes / name).read_text())
+    videos = good.shapes / "videos"
+    if rng.random() < 0.3:
+        shutil.copytree(videos, folder / "videos")
+        videos = folder / "videos"
+        damaged = rng.choice(sorted(videos.iterdir()))
+        damaged.write_bytes(changed_bytes(rng, damaged.read_bytes()))
+        text = json.dumps(rows)
+    else:
+        text = changed_text(rng, rows)
+    (folder / "a.json").write_text(text, encoding="utf-8", errors="replace")
+    command = ["eval", model, "--annotations", "a.json", "--videos", str(videos), "--limit", "2", "--json"]
     return Attempt([command], codes=frozenset({0, 2, 4}))
 
 
@@ -245,7 +247,7 @@ KINDS = {
     "numbers in checkpoints": (plan, 6),
     "documents of exports": (exported, 4),
     "recipes": (recipe, 5),
-    "annotations": (annotations, 3),
+    "videos and annotations": (annotations, 3),
     "predictions": (predictions, 4),
     "states of evaluations": (resume_state, 4),
     "states of searches": (search_state, 2),

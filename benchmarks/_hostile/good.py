@@ -21,6 +21,7 @@ from tiny import tiny_vit
 
 from repshift_cli.checkpoints.exported import DOCUMENT_FILE
 from repshift_cli.data.builtin.digits import DigitDataset
+from repshift_cli.data.builtin.moving_shapes import write_dataset
 
 IMAGES = 30
 CLASSES = ("air", "bus", "cat", "dog", "elk", "fox", "gnu", "hen", "type2", "type10")
@@ -44,7 +45,7 @@ class Good:
         self.folder = base / "good"
         self.numbers: dict[str, tuple[int, int, int]] = {}
         self.folder.mkdir(parents=True)
-        self.data, self.tar, self.videos = (self.folder / name for name in ("data", "data.tar", "videos"))
+        self.data, self.tar, self.shapes = (self.folder / name for name in ("data", "data.tar", "shapes"))
         self.tiny, self.artifact, self.pth = (
             self.folder / name for name in ("tiny.safetensors", "artifact.safetensors", "digits.pth")
         )
@@ -52,7 +53,6 @@ class Good:
         self.predictions, self.recipe, self.state = (
             self.folder / name for name in ("predictions.npz", "recipe.yaml", "state")
         )
-        self.annotations = self.folder / "annotations.json"
         self._write_data()
         self._write_models()
 
@@ -73,6 +73,7 @@ class Good:
             for path in self.images:
                 archive.add(path, str(path.relative_to(self.data)))
         self.recipe.write_text(RECIPE)
+        write_dataset(self.shapes, count=2, seed=0, frames=8, size=64)
 
     def _write_models(self) -> None:
         save_file({key: value.contiguous().clone() for key, value in tiny_vit().state_dict().items()}, self.tiny)
@@ -95,6 +96,7 @@ class Good:
             self.evaluate(BUILTIN, "--save-predictions", str(self.predictions), data=numbered),
             *(self.evaluate(name, data=numbered) for name in evaluated),
             self.evaluate(str(self.pth), *self.heads, data=numbered),
+            self.evaluate(str(self.tiny), *self.heads, data=str(self.tar)),
         ]
 
     heads: tuple[str, ...] = ("--heads", "2")
