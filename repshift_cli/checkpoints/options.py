@@ -36,7 +36,7 @@ class ImageSize(NamedTuple):
         found = cls(size, size) if isinstance(size, int) else cls(*size)
         low, high = RANGES["img_size"]
         if not all(low <= side <= high for side in found):
-            raise UsageError(f"invalid --img-size {found}", f"Allowed are {low} to {high}.")
+            raise UsageError(f"invalid --img-size {found}: must be from {low} to {high}")
         return found
 
     @property

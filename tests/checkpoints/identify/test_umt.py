@@ -164,7 +164,7 @@ class TestRoundTrip:
             assert torch.equal(again(umt_clips(model)), loaded.model(umt_clips(model)))
         with pytest.raises(UsageError, match="--img-size 36 does not fit umt_tiny: invalid img_size=36"):
             load_checkpoint("umt_tiny", LoadOptions(img_size=36))
-        with pytest.raises(UsageError, match=r"--frames 1000000 does not fit umt_tiny: .* tokens, must be at most"):
+        with pytest.raises(UsageError, match="invalid frames 1000000"):
             load_checkpoint("umt_tiny", LoadOptions(frames=10**6))
 
 
@@ -181,10 +181,12 @@ class TestHeads:
         assert caught.value.hint == "Give --heads."
         assert same(load(path, heads=4), model)
 
-    @pytest.mark.parametrize(("heads", "message"), [(5, "5 heads do not divide a width of 64"), (-4, "at least 1")])
+    @pytest.mark.parametrize(
+        ("heads", "message"), [(5, "5 heads do not divide a width of 64"), (-4, "invalid heads -4")]
+    )
     def test_heads_that_do_not_fit(self, heads: int, message: str, tmp_path: Path) -> None:
         path = save_weights(tiny_umt(), tmp_path / "weights.safetensors")
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises((CheckpointError, UsageError), match=message):
             load(path, heads=heads)
 
     def test_of_a_text_encoder_of_another_width(self, tmp_path: Path) -> None:
