@@ -9,7 +9,7 @@ import torch
 from outcome import Command, explained
 
 from repshift_cli.benchmark.run import BenchSettings
-from repshift_cli.checkpoints.options import LoadOptions
+from repshift_cli.checkpoints.options import ImageSize, LoadOptions
 from repshift_cli.compression.settings import Settings
 from repshift_cli.errors import UsageError
 from repshift_cli.evaluation.video_text.settings import VideoSettings
@@ -35,7 +35,7 @@ def test_both_ends_are_allowed_and_nothing_beyond(name: str) -> None:
     [
         lambda: BenchSettings(CPU, FLOAT, seconds=float("inf")),
         lambda: BenchSettings(CPU, FLOAT, min_runs=9_999_999_999),
-        lambda: LoadOptions(img_size=16_384),
+        lambda: ImageSize.of(16_384),
         lambda: LoadOptions(heads=-2),
         lambda: Settings(batch_size=10**12),
         lambda: Settings(seconds=float("nan")),
