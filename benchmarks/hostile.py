@@ -61,7 +61,7 @@ NOTE = (
     "Done: exit code 0. Refused: 1 (system), 2 (usage, recipe), 3 (checkpoint), 4 (data), 5 (check). Stopped: 130 and "
     "143. Defects: attempts that break a rule."
 )
-_SECONDS = 480.0
+_SECONDS = 1500.0
 
 
 def main() -> None:

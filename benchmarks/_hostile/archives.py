@@ -74,7 +74,7 @@ def torch_archives(rng: random.Random, good: Good, folder: Path) -> Attempt:
     """A `.pth` file."""
     must = damaged_zip(rng, folder / "m.pth", good.pth)
     command = rng.choice([["inspect", "m.pth", *good.heads], good.evaluate("m.pth", *good.heads)])
-    return Attempt([command], codes=frozenset({0, 2, 3, 4}), check=refused if must else None)
+    return Attempt([command], codes=frozenset({0, 2, 3, 4, 5}), check=refused if must else None)
 
 
 def program_archives(rng: random.Random, good: Good, folder: Path) -> Attempt:

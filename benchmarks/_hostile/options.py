@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import random
 from functools import lru_cache
 from pathlib import Path
@@ -132,7 +133,8 @@ def options(rng: random.Random, good: Good, folder: Path) -> Attempt:
             value = "99999999999999999999"
         large = large or bool(_LARGE.intersection(option.opts))
         command += [flag, value]
-    return Attempt([command], outputs=_OUTPUTS, large=large)
+    named = tuple(glob.escape(part) for part in command)
+    return Attempt([command], outputs=(*_OUTPUTS, *named), large=large)
 
 
 def arguments(rng: random.Random, good: Good, folder: Path) -> Attempt:

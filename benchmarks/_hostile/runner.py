@@ -6,6 +6,7 @@ import contextlib
 import gc
 import importlib
 import multiprocessing
+import multiprocessing.util
 import os
 import pkgutil
 import random
@@ -164,6 +165,7 @@ def _command(
             os.environ[name] = value
     tempfile.tempdir = None
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # as in a shell
+    multiprocessing.util._finalizer_registry.clear()  # those of this process
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + _ROOM, used + _ROOM))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -182,6 +184,7 @@ def _command(
         import traceback
 
         traceback.print_exc()
+    multiprocessing.util._exit_function()  # what Python does at the end of a process
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
