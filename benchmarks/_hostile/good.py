@@ -88,15 +88,16 @@ class Good:
         programs = [
             ["export", model, "--to", path.suffix[1:], "-o", str(path), "--no-verify"] for path in (self.pt2, self.onnx)
         ]
-        evaluated = [SMALL, model, str(self.hub), *([str(self.onnx)] if slow else [])]
+        checked = [self.evaluate(name, data=numbered) for name in (SMALL, str(self.hub), str(self.onnx))]
+        checked.append(self.evaluate(str(self.tiny), *self.heads, data=str(self.tar)))
         return [
             ["compress", str(self.tiny), "--heads", "2", "-r", recipe, "-o", model, *measured],
             *(programs if slow else []),
             ["export", model, "--to", "hub", "-o", str(self.hub), "--no-verify"],
             self.evaluate(BUILTIN, "--save-predictions", str(self.predictions), data=numbered),
-            *(self.evaluate(name, data=numbered) for name in evaluated),
+            self.evaluate(model, data=numbered),
             self.evaluate(str(self.pth), *self.heads, data=numbered),
-            self.evaluate(str(self.tiny), *self.heads, data=str(self.tar)),
+            *(checked if slow else []),
         ]
 
     heads: tuple[str, ...] = ("--heads", "2")

@@ -319,40 +319,30 @@ def _temporary(path: Path) -> Path:
     return path.absolute().parent / f".{path.name[:100]}.{secrets.token_hex(6)}.part"
 
 
-class DeferredErrors(io.RawIOBase):
+class DeferredErrors(io.FileIO):
     """A file whose first error is raised by `close`, not by `write`.
 
     torch's archive writer aborts the process if `write` raises while it is destroyed.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
+        super().__init__(path, "w")
         self._problem: BaseException | None = None
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        del whence
-        return offset  # torch writes from the start to the end, and then rewinds
 
     def write(self, data: Any) -> int:
         try:
-            if self._problem is None:
-                self._file.write(data)
+            rest = memoryview(data).cast("B")
+            while rest and self._problem is None:
+                rest = rest[super().write(rest) :]
         except BaseException as problem:  # an interruption, too
             self._problem = problem
         return len(data)
 
     def close(self) -> None:
-        if not self.closed:
-            super().close()
-            with self._file:
-                if self._problem is not None:
-                    raise self._problem
+        super().close()
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            raise problem
 
 
 def write_text(path: Path, text: str, force: bool) -> None:
