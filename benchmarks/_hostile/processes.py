@@ -208,12 +208,12 @@ def signals(rng: random.Random, good: Good, folder: Path) -> Attempt:
             (["export", model, "--to", "hub", "-o", "o"], 0.5, ()),
             (["visualize", model, "--data", data, "--count", "2", "-o", "o.pdf"], 1.0, ()),
             (good.evaluate(BUILTIN, "--resume", "state"), 0.6, ("state", "state/*.json")),
-            ([*good.evaluate(BUILTIN), "--workers", "2"], 1.0, ()),
+            (["eval", BUILTIN, "--dataset", data, "--json", "--workers", "2"], 1.0, ()),
             ([*good.search(), "-o", "o.yaml"], 3.0, ("o.state.json",)),
             (["bench", model, "--seconds", "0.5", "-b", "1", "--csv", "o.csv"], 1.2, ()),
         ]
     )
-    number, moment = rng.choice([signal.SIGINT, signal.SIGTERM]), rng.uniform(0.02, 1.1) * usual
+    number, moment = rng.choice([signal.SIGINT, signal.SIGTERM]), max(0.15, rng.uniform(0.02, 1.1) * usual)
     return Attempt(
         [command],
         codes=STOPPED | {5},
