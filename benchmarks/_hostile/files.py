@@ -69,7 +69,8 @@ def inputs(rng: random.Random, good: Good, folder: Path) -> Attempt:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
     ODD[kind](target)
-    check = all_counted(IMAGES) if name.startswith("data/") and command[0] == "eval" else None
+    counted = name.startswith("data/") and command[0] == "eval" and kind != "folder"  # no image, whatever its name
+    check = all_counted(IMAGES) if counted else None
     finished = ("state",) if kind == "folder" else ()  # a finished run deletes its folder
     return Attempt([command], codes=frozenset({0, 1, 2, 3, 4, 5}), outputs=outputs, replaced=finished, check=check)
 

@@ -6,6 +6,7 @@ import atexit
 import os
 import signal
 import sys
+import threading
 from functools import partial
 from typing import Annotated
 
@@ -70,6 +71,7 @@ def main() -> None:
     _stopped.clear()
     for number in _SIGNALS:
         signal.signal(number, _stop)
+    sys.unraisablehook = _send_again
     code = ui.finish_streams(_run())
     atexit.register(_end_at_once)
     sys.exit(code)
@@ -103,6 +105,16 @@ def _stop(number: int, frame: object) -> None:
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     sys.exit(TERMINATED)
+
+
+def _send_again(discarded: sys.UnraisableHookArgs) -> None:
+    """Python discards exceptions in destructors and callbacks: send a signal that came there once more."""
+    if _stopped and isinstance(discarded.exc_value, KeyboardInterrupt | SystemExit):
+        again = threading.Timer(0.05, signal.raise_signal, _stopped[-1:])
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(discarded)
 
 
 def _end_at_once() -> None:

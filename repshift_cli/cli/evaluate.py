@@ -190,6 +190,7 @@ def command(
 
         from repshift_cli.checkpoints.exported import open_any
         from repshift_cli.measure.device import num_threads, resolve_device, resolve_dtype
+        from repshift_cli.utils.distributed import together
 
         settings = {
             "batch_size": batch_size,
@@ -203,12 +204,12 @@ def command(
             model, dataset, data_dir, order, limit, seed, compare_dense, resume, predictions, force, json, settings
         )
         video = VideoOptions(annotations, videos, answers, vocab, rerank, rerank_k, paragraph, pooling)
-        opened = open_any(model, load, trust)
         screen = screen_of_first()
-        for note in opened.loaded.notes:
-            screen.note(note)
-        evaluate = _evaluate_images if opened.loaded.description.preprocessing.frames is None else _evaluate_videos
-        with num_threads(threads):
+        with num_threads(threads), together(settings["device"]) as group:
+            opened = group.agreed(lambda: open_any(model, load, trust))
+            for note in opened.loaded.notes:
+                screen.note(note)
+            evaluate = _evaluate_images if opened.loaded.description.preprocessing.frames is None else _evaluate_videos
             evaluate(opened, given, video, screen)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from multiprocessing.util import get_temp_dir
 from typing import Any, NamedTuple
 
 import torch
@@ -169,6 +170,7 @@ class BatchLoader:
         iterator: Any = None
         try:
             with held_interrupts(), _sigchld_handler_kept(self.workers > 0):
+                get_temp_dir()  # made here, so that a worker that a signal ends leaves no folder of its own
                 iterator = iter(loader)
             yield from iterator
         finally:

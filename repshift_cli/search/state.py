@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,7 +61,7 @@ class EvaluationCache:
         self._identity = {} if settings.state is None else _search_identity(model, settings)
         self._outputs: dict[str, str] = {}
         self._known: dict[str, Any] = {}
-        if self._path is not None and self._path.exists():
+        if self._path is not None and os.path.lexists(self._path):
             self._outputs = kept_outputs(self._path)
             self._known = _read_state(self._path, self._identity)
 

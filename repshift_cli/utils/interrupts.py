@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
 
 _NUMBERS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
 
@@ -19,7 +17,7 @@ def held_interrupts() -> Iterator[None]:
         yield
         return
     waiting: list[int] = []
-    before = _replaced(lambda number: lambda *_: waiting.append(number))
+    before = {number: signal.signal(number, lambda number, _: waiting.append(number)) for number in _NUMBERS}
     masks = hasattr(signal, "pthread_sigmask")
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masks else set()  # inherited by processes
     try:
@@ -28,48 +26,6 @@ def held_interrupts() -> Iterator[None]:
         if masks:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
         for number in waiting[-1:]:
             signal.raise_signal(number)
-
-
-@contextmanager
-def watched_interrupts() -> Iterator[Callable[[], None]]:
-    """Yield a function that raises again for a signal that came in the block and was not seen.
-
-    Python discards exceptions that are raised in a destructor or a callback, KeyboardInterrupt among them.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    seen: list[tuple[Any, int]] = []
-
-    def watch(number: int) -> Callable[[int, FrameType | None], None]:
-        handler: Any = signal.getsignal(number)
-
-        def note(_: int, frame: FrameType | None) -> None:
-            seen.append((handler, number))
-            if callable(handler):
-                handler(number, frame)
-
-        return note if callable(handler) else handler
-
-    def check() -> None:
-        if seen:
-            handler, number = seen[0]
-            handler(number, None)
-
-    before = _replaced(watch)
-    mine: dict[int, Any] = {number: signal.getsignal(number) for number in _NUMBERS}
-    try:
-        yield check
-    finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is mine[number]:  # else it was replaced on purpose
-                signal.signal(number, handler)
-
-
-def _replaced(handler_of: Callable[[int], Any]) -> dict[int, Any]:
-    """Install a handler for each signal. Returns those before."""
-    new = {number: handler_of(number) for number in _NUMBERS}
-    return {number: signal.signal(number, new[number]) or signal.SIG_DFL for number in _NUMBERS}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
+from types import SimpleNamespace
 
 import pytest
 from outcome import Command
 
-from repshift_cli.cli import guard
+from repshift_cli.cli import app, guard
 from repshift_cli.errors import CheckFailed, OutputError
 
 
@@ -72,3 +75,12 @@ def test_recipes_check_shows_the_sites_of_a_model(cli: Command) -> None:
         "blocks.3",
         "blocks.6",
     ]
+
+
+def test_a_signal_that_a_destructor_discards_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent, found = threading.Event(), []
+    monkeypatch.setattr(app, "_stopped", [signal.SIGINT])
+    monkeypatch.setattr(signal, "raise_signal", lambda number: (found.append(number), sent.set()))
+    app._send_again(SimpleNamespace(exc_value=KeyboardInterrupt()))
+    assert sent.wait(5)
+    assert found == [signal.SIGINT]

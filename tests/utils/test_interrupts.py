@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from repshift_cli.utils.interrupts import held_interrupts, watched_interrupts
+from repshift_cli.utils.interrupts import held_interrupts
 
 
 @pytest.fixture(autouse=True)
@@ -55,26 +55,3 @@ def test_a_process_that_starts_in_the_block_never_sees_sigint() -> None:
 def _wait(ready: object) -> None:
     ready.set()  # type: ignore[attr-defined]
     time.sleep(0.1)
-
-
-class Raises:
-    def __del__(self) -> None:
-        signal.raise_signal(signal.SIGINT)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interrupt_that_a_destructor_discards_is_raised_again() -> None:
-    with pytest.raises(KeyboardInterrupt), watched_interrupts() as check:
-        check()
-        found = Raises()
-        del found
-        check()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_a_handler_that_is_replaced_in_the_block_stays() -> None:
-    with watched_interrupts() as check:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.raise_signal(signal.SIGINT)
-        check()
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

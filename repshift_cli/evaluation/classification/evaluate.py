@@ -31,7 +31,6 @@ from repshift_cli.evaluation.classification.runner import Runner
 from repshift_cli.evaluation.common import Skipped
 from repshift_cli.models.attention_mode import AttentionMode, attention_mode, auto_note
 from repshift_cli.utils.distributed import Processes
-from repshift_cli.utils.interrupts import watched_interrupts
 from repshift_cli.utils.progress import Progress
 from repshift_cli.utils.ranges import check_ranges
 
@@ -218,13 +217,11 @@ class _ProcessRun:
         shard_of = {self.job.shards[shard][-1]: shard for shard in own}
         total = sum(len(images) for images in loader.batches.values())
         with (
-            watched_interrupts() as check,
             torch.inference_mode(),
             self.progress.task("evaluate", total) as task,
             closing(iter(loader)) as loaded,
         ):
             for batch in loaded:
-                check()
                 if self.group.stopped():
                     return
                 # one assignment, so that an interrupt leaves whole batches
@@ -234,7 +231,6 @@ class _ProcessRun:
                     parts = (batches[number][0] for number in self.job.shards[shard])
                     self.state.save(shard, Counts.joined(parts, self.job.models))
                 task.advance(batch.count)
-            check()
 
 
 def _combine(job: EvaluationJob, results: Sequence[_ProcessResult]) -> Evaluation:
