@@ -137,8 +137,9 @@ def _read_npz(stream: BinaryIO) -> tuple[dict[str, NDArray[Any]], str]:
     try:
         with np.load(stream, allow_pickle=False) as archive:
             _check_size(stream, sum(entry.file_size for entry in archive.zip.infolist()))
-            arrays = {name: archive[name] for name in _ARRAYS}
-            meta = archive[_META]
+            # a member that is no array is read as bytes
+            arrays = {name: np.asarray(archive[name]) for name in _ARRAYS}
+            meta = np.asarray(archive[_META])
     except (_Damaged, OSError):
         raise
     except Exception as error:  # a damaged archive raises errors of the unpacker, such as zlib.error
