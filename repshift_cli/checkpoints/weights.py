@@ -29,7 +29,6 @@ from repshift_cli.checkpoints.containers import (
     plain,
     training_options,
     unwrap,
-    without_prefixes,
 )
 from repshift_cli.checkpoints.options import WeightsKind
 from repshift_cli.errors import CheckpointError, first_line
@@ -81,7 +80,7 @@ class Source:
 
 @dataclass
 class Weights:
-    """Content of a file: tensors, without wrappers and prefixes, and our document if there is one.
+    """Content of a file: tensors, without wrappers, and our document if there is one.
 
     Attributes:
         training: options of the training script that have a value, with the name of the model under `model`.
@@ -95,7 +94,7 @@ class Weights:
 
 
 def read_weights(path: Path, which: WeightsKind | None = None) -> Weights:
-    """Read the tensors of a `.safetensors` or a PyTorch file, unwrapped (`model`, `state_dict`, `module.`, ...).
+    """Read the tensors of a `.safetensors` or a PyTorch file, without the mappings of training scripts around them.
 
     Args:
         path: the file, or the index of a checkpoint in several files.
@@ -107,11 +106,9 @@ def read_weights(path: Path, which: WeightsKind | None = None) -> Weights:
     try:
         if not path.is_file():
             raise CheckpointError(f"{path} is not a file")
-        weights = _read_shards(path, which) if path.name.endswith(INDEX_SUFFIX) else _read_file(path, which)
+        return _read_shards(path, which) if path.name.endswith(INDEX_SUFFIX) else _read_file(path, which)
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
-    weights.tensors = without_prefixes(weights.tensors)
-    return weights
 
 
 def _read_file(path: Path, which: WeightsKind | None) -> Weights:

@@ -19,7 +19,7 @@ def held_interrupts() -> Iterator[None]:
         yield
         return
     waiting: list[int] = []
-    before = _replaced(lambda number: lambda *_: waiting.append(number))
+    before = {number: signal.signal(number, lambda number, _: waiting.append(number)) for number in _NUMBERS}
     masks = hasattr(signal, "pthread_sigmask")
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masks else set()  # inherited by processes
     try:
@@ -28,7 +28,7 @@ def held_interrupts() -> Iterator[None]:
         if masks:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
         for number in waiting[-1:]:
             signal.raise_signal(number)
 
@@ -42,34 +42,23 @@ def watched_interrupts() -> Iterator[Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    seen: list[tuple[Any, int]] = []
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in _NUMBERS}
+    seen: list[int] = []
 
-    def watch(number: int) -> Callable[[int, FrameType | None], None]:
-        handler: Any = signal.getsignal(number)
-
-        def note(_: int, frame: FrameType | None) -> None:
-            seen.append((handler, number))
-            if callable(handler):
-                handler(number, frame)
-
-        return note if callable(handler) else handler
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        before[number](number, frame)
 
     def check() -> None:
-        if seen:
-            handler, number = seen[0]
-            handler(number, None)
+        for number in seen[:1]:
+            before[number](number, None)
 
-    before = _replaced(watch)
-    mine: dict[int, Any] = {number: signal.getsignal(number) for number in _NUMBERS}
+    for number, handler in before.items():
+        if callable(handler):
+            signal.signal(number, note)
     try:
         yield check
     finally:
         for number, handler in before.items():
-            if signal.getsignal(number) is mine[number]:  # else it was replaced on purpose
+            if signal.getsignal(number) is note:  # else it was replaced on purpose
                 signal.signal(number, handler)
-
-
-def _replaced(handler_of: Callable[[int], Any]) -> dict[int, Any]:
-    """Install a handler for each signal. Returns those before."""
-    new = {number: handler_of(number) for number in _NUMBERS}
-    return {number: signal.signal(number, new[number]) or signal.SIG_DFL for number in _NUMBERS}

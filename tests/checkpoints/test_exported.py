@@ -236,7 +236,7 @@ class TestArchives:
         [
             ("model__..__..__x", b"", "would leave its folder"),
             ("__x", b"", "would leave its folder"),
-            ("model__archive_format", b"pt2", "the same name"),
+            ("archive__archive_format", b"pt2", "the same name"),
             ("model__a.so", cut_library(), "is cut off"),
             ("model__a.so", b"\x7fELF", "is cut off"),
         ],

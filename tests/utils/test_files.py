@@ -78,7 +78,7 @@ def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is a folder"):
+    with pytest.raises(UsageError, match="is not a regular file"):
         check_output(tmp_path, force=True)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from repshift_cli.errors import CheckFailed, OutputError, UsageError
 from repshift_cli.export.format import Draft, Format
-from repshift_cli.utils.files import LARGEST_DOCUMENT, check_output_folder, open_file, read_text
+from repshift_cli.utils.files import LARGEST_DOCUMENT, check_output, open_file, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -124,7 +124,7 @@ def _check_timm(folder: Path, subject: Subject, request: Request) -> None:
 
 def _check_folder(request: Request) -> None:
     output = request.output
-    check_output_folder(output, request.force)
+    check_output(output, request.force, is_folder=True)
     if output.is_dir() and any((output / name).exists() for name in (_CONFIG, _WEIGHTS)) and not _is_export(output):
         raise UsageError(
             f"{output} has a {_CONFIG} or {_WEIGHTS} that is not of an export, so it is not replaced",
