@@ -209,7 +209,6 @@ def _load_builtin(name: str, options: LoadOptions) -> LoadedModel:
 
 
 def _load_folder(folder: Path, options: LoadOptions) -> LoadedModel:
-    """A folder in the format of timm and the hub: `config.json` and `model.safetensors`."""
     config_path = folder / "config.json"
     found = [folder / name for name in _FOLDER_WEIGHTS if (folder / name).is_file()]
     if not config_path.is_file() or not found:
@@ -287,7 +286,6 @@ def _with_random_weights(name: str, options: LoadOptions) -> LoadedModel:
 
 
 def _check_buildable(name: str, args: dict[str, Any]) -> None:
-    """Raise UsageError if the model cannot be built for an image size or clips."""
     try:
         build_on_meta(name, args, name, {})
     except CheckpointError as error:

@@ -140,8 +140,6 @@ class PatchEmbed(nn.Module):
 
 
 class _Transformer(nn.Module):
-    """Patches, positions, blocks and the last norm."""
-
     img_positions: Tensor
     positions: Tensor
 

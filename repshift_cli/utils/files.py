@@ -208,7 +208,6 @@ def _finish(temporary: Path) -> None:
 
 
 def _publish(temporary: Path, path: Path, force: bool) -> None:
-    """Give a complete file its name."""
     if force:
         temporary.replace(path)
         return
@@ -260,7 +259,6 @@ def atomic_folder(output: Path, names: Sequence[str], force: bool) -> Iterator[P
 
 
 def _publish_folder(folder: Path, output: Path) -> None:
-    """Give a complete folder its name."""
     try:
         output.mkdir()  # unlike a rename, it fails at an empty folder
     except FileExistsError as error:

@@ -309,7 +309,7 @@ class TestFiles:
         os.mkfifo(tmp_path / "fifo.pth")
         (tmp_path / "zero.pth").symlink_to("/dev/zero")
         for name in ("fifo.pth", "zero.pth", "/dev/zero"):
-            with pytest.raises(CheckpointError, match="is not a file"):
+            with pytest.raises(CheckpointError, match="is not a regular file"):
                 load_checkpoint(tmp_path / name)
 
     def test_a_folder_without_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

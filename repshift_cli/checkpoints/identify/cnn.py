@@ -125,7 +125,6 @@ def _chosen(fitting: Fitting, tensors: Mapping[str, Tensor], where: str, hint: s
 
 
 def _tags(name: str) -> list[str]:
-    """Tags of the pretrained weights of a model."""
     import timm
 
     return [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]

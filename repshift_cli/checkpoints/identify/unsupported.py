@@ -36,5 +36,7 @@ def is_unsupported(tensors: Mapping[str, Tensor]) -> bool:
 
 def known_kind(tensors: Mapping[str, Tensor], where: str) -> CheckpointError | None:
     """The error for weights of a kind that is known by the name of one tensor."""
-    kind = next((kind for key, kind in _KINDS.items() if key in tensors), None)
-    return kind and CheckpointError(f"{where} looks like {kind}, which is not supported", supported())
+    for key, kind in _KINDS.items():
+        if key in tensors:
+            return CheckpointError(f"{where} looks like {kind}, which is not supported", supported())
+    return None
