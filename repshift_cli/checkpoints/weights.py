@@ -222,7 +222,7 @@ def _check_archive(file: BinaryIO, path: Path) -> None:
         others = sum(member.file_size for member in members if "/data/" not in member.filename)
         if others > LARGEST_DOCUMENT:
             raise CheckpointError(f"{path} holds {others} bytes besides tensors, more than {LARGEST_DOCUMENT}")
-        if sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size:
+        if sum(member.compress_size for member in members) > os.fstat(file.fileno()).st_size:
             raise CheckpointError(f"{path} is damaged: its members are larger than the file")
         check_members(archive)
 

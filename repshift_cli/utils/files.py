@@ -116,7 +116,8 @@ def check_output(path: Path, force: bool, *, is_folder: bool = False) -> None:
         OutputError: the folder to write to is missing or cannot be written to.
     """
     try:
-        exists, fits = os.path.lexists(path), path.is_dir() if is_folder else path.is_file() or not path.exists()
+        exists = os.path.lexists(path)
+        fits = (path.is_dir() if is_folder else path.is_file()) or not path.exists()
         folder = path if is_folder and exists else path.parent
         has_folder = folder.is_dir()
     except OSError as error:

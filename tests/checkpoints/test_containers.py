@@ -233,7 +233,7 @@ class TestArchives:
 
     def test_compressed_members(self, tmp_path: Path) -> None:
         path = self.rewritten(tmp_path, lambda _, content: content, zipfile.ZIP_DEFLATED)
-        with pytest.raises(CheckpointError, match="compressed members"):
+        with pytest.raises(CheckpointError, match="is compressed"):
             read_weights(path)
 
     def test_a_large_pickle(self, tmp_path: Path) -> None:
@@ -406,7 +406,7 @@ class TestImageSize:
 
     @pytest.mark.parametrize("text", ["", "x", "12x", "1x2x3", "-3", "0", "0x4", "16385", "9" * 5000, "\u0662", "3.5"])
     def test_invalid_texts(self, text: str) -> None:
-        with pytest.raises(UsageError, match="invalid --img-size"):
+        with pytest.raises(UsageError, match=r"invalid (--img-size|img size)"):
             ImageSize.parse(text)
 
 

@@ -353,7 +353,7 @@ class TestImageSize:
     @pytest.mark.parametrize("size", [0, -3, 10**6])
     @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
     def test_an_invalid_size(self, name: str, size: int) -> None:
-        with pytest.raises(UsageError, match="must be from 1 to 4096"):
+        with pytest.raises(UsageError, match="Allowed are 1 to 4096"):
             load_checkpoint(name, LoadOptions(img_size=size))
 
     def test_metadata_of_another_size_than_the_model(self, tmp_path: Path) -> None:
