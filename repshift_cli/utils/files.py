@@ -117,7 +117,7 @@ def check_output(path: Path, force: bool, *, is_folder: bool = False) -> None:
     """
     try:
         exists = os.path.lexists(path)
-        fits = (path.is_dir() if is_folder else path.is_file()) or not path.exists()
+        fits = path.is_dir() if is_folder else path.is_file() or not path.exists()
         folder = path if is_folder and exists else path.parent
         has_folder = folder.is_dir()
     except OSError as error:
