@@ -137,15 +137,19 @@ def save(path: Path, loaded: LoadedModel, document: Mapping[str, Any], force: bo
         OutputError: it cannot be written.
     """
     check_weights_name(path)
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(document, allow_nan=False)}
-    tensors = separated(loaded.tensors)
     with atomic_output(path, force) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            with safe_open(temporary, "pt"):
-                pass  # raises if the file is incomplete, such as on a full disk
-        except SafetensorError as error:
-            raise OutputError(f"cannot write {path}: {error}", "No file was left there.") from error
+        write_tensors(temporary, loaded.tensors, document)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any] | None) -> None:
+    """Write a safetensors file with a document in its metadata; raises OutputError if that fails."""
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(document, allow_nan=False)}
+    try:
+        save_file(separated(tensors), path, metadata=metadata)
+        with safe_open(path, "pt"):
+            pass  # raises if the file is incomplete, such as on a full disk
+    except SafetensorError as error:
+        raise OutputError(f"cannot write the weights: {error}", "No output was left.") from error
 
 
 def separated(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -59,21 +59,13 @@ def set_image_size(loaded: LoadedModel, img_size: int | tuple[int, int] | None) 
     channels, *size = preprocessing.input_size
     if img_size is None or (wanted := ImageSize.of(img_size)) == tuple(size):
         return
-    what, now = loaded.source.path or loaded.description.name, f"{size[0]}x{size[1]}"
-    if loaded.plan is not None:
+    if fixed_size(loaded.model) and loaded.plan is None:
         raise UsageError(
-            f"--img-size {wanted}: {what} was compressed for images of {now}, and its plan fits no other size",
-            f"Leave --img-size out, or compress the dense checkpoint again with --img-size {wanted}.",
-        )
-    if fixed_size(loaded.model):
-        raise UsageError(
-            f"--img-size {wanted}: {what} takes images of {now}: its position table has that size",
+            f"--img-size {wanted}: {loaded.source.path or loaded.description.name} takes images of "
+            f"{size[0]}x{size[1]}: its position table has that size",
             "Leave --img-size out, or resize the position table first.",
         )
-    changed = replace(preprocessing, input_size=(channels, *wanted))
-    loaded.description = replace(loaded.description, preprocessing=changed)
-    loaded.notes.append(f"image size set to {wanted.height}x{wanted.width} instead of {now} (--img-size)")
-    configure(loaded.model, changed)
+    _change(loaded, replace(preprocessing, input_size=(channels, *wanted)), f"--img-size {wanted}")
 
 
 def set_preprocessing(loaded: LoadedModel, given: Mapping[str, Any]) -> None:
@@ -87,20 +79,24 @@ def set_preprocessing(loaded: LoadedModel, given: Mapping[str, Any]) -> None:
         key: value * now.input_size[0] if isinstance(value, tuple) and len(value) == 1 else value
         for key, value in given.items()
     }
+    names = ", ".join(map(_option, given))
     try:
-        changed = Preprocessing.from_dict(now.to_dict() | values, ", ".join(map(_option, given)))
+        changed = Preprocessing.from_dict(now.to_dict() | values, names)
     except CheckpointError as error:
         raise UsageError(error.message) from error
-    if changed == now:
-        return
-    what, names = loaded.source.path or loaded.description.name, ", ".join(map(_option, given))
+    if changed != now:
+        _change(loaded, changed, names)
+
+
+def _change(loaded: LoadedModel, changed: Preprocessing, options: str) -> None:
+    what, now = loaded.source.path or loaded.description.name, loaded.description.preprocessing
     if loaded.plan is not None:
         raise UsageError(
-            f"{names}: {what} was compressed for another preprocessing ({now})",
+            f"{options}: {what} was compressed for another preprocessing ({now})",
             "Leave the option out, or compress the dense checkpoint again with it.",
         )
     loaded.description = replace(loaded.description, preprocessing=changed)
-    loaded.notes.append(f"preprocessing set to {changed} ({names}) instead of {now}")
+    loaded.notes.append(f"preprocessing set to {changed} ({options}) instead of {now}")
     configure(loaded.model, changed)
 
 

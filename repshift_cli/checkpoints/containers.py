@@ -20,7 +20,6 @@ _AVERAGED = "ema"
 _COUNTER = "n_averaged"
 """A tensor of torch's AveragedModel that is not of the model."""
 
-_PREFIXES = ("module.", "_orig_mod.")
 _MOST_WRAPPERS = 8  # a pickle can hold a mapping that contains itself
 _SHOWN_KEYS = 5
 _LARGEST_SHARE = 4
@@ -81,15 +80,6 @@ def training_options(content: Any) -> dict[str, Any]:
     if isinstance(content.get("arch"), str):
         options["model"] = content["arch"]
     return {key: value for key, value in options.items() if isinstance(value, _PLAIN) and value}
-
-
-def without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without the prefixes of wrapper modules, in any order and number."""
-    while prefix := next(
-        (each for each in _PREFIXES if tensors and all(key.startswith(each) for key in tensors)), None
-    ):
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors
 
 
 def plain(tensors: Mapping[str, Tensor], where: str, size: int) -> dict[str, Tensor]:

@@ -24,10 +24,10 @@ from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.schema import EXPORT_VERSION, ExportDocument, Port
-from repshift_cli.checkpoints.weights import METADATA_KEY, Source
+from repshift_cli.checkpoints.weights import METADATA_KEY, Source, check_members
 from repshift_cli.errors import CheckpointError, RepshiftError, UsageError, first_line
 from repshift_cli.measure.device import out_of_memory
-from repshift_cli.utils.documents import parse_json, validated
+from repshift_cli.utils.documents import parse_document, validated
 from repshift_cli.utils.files import EXPORT_SUFFIXES, LARGEST_DOCUMENT
 
 Kind = Literal["onnx", "pt2", "aoti"]
@@ -145,7 +145,7 @@ class _Program(Runtime):
     def __init__(self, path: Path, document: ExportDocument) -> None:
         super().__init__(path, document)
         try:
-            with _quiet():
+            with quiet_logs(logging.CRITICAL):
                 self._program: Any = torch.export.load(str(path))
         except Exception as error:  # a truncated file fails in many ways
             raise CheckpointError(f"{path} does not load as a program: {first_line(error)}", _AGAIN) from error
@@ -172,7 +172,7 @@ class _Package(Runtime):
                 f"{path} was compiled for CUDA, and torch finds no CUDA device", "Export it with --device cpu."
             )
         try:
-            with _quiet():
+            with quiet_logs(logging.CRITICAL):
                 self._package: tuple[Any] = (torch._inductor.aoti_load_package(str(path)),)
         except Exception as error:  # as above, and errors of the linker
             raise CheckpointError(
@@ -322,16 +322,7 @@ def read_document(path: Path, kind: Kind) -> ExportDocument:
             "Export the model with repshift. Other files run in their own runtime.",
         )
     damaged = f"{path}: its repshift metadata is damaged"
-    try:
-        found = parse_json(text)
-    except ValueError as error:
-        raise CheckpointError(f"{damaged}: {first_line(error)}") from error
-    version = found.get("export_version") if isinstance(found, dict) else None
-    if isinstance(version, int) and version > EXPORT_VERSION:
-        raise CheckpointError(
-            f"{path} was written by a newer repshift (export {version}, supported up to {EXPORT_VERSION})",
-            "Upgrade: pip install --upgrade repshift-cli. Its own runtime can open the file.",
-        )
+    found = parse_document(text, str(path), "export_version", EXPORT_VERSION)
     document = validated(ExportDocument, found, damaged)
     if document.kind != kind:
         raise CheckpointError(f"{damaged}: it names the kind {document.kind}, but the content is {kind}")
@@ -386,14 +377,11 @@ def _check_archive(archive: zipfile.ZipFile) -> None:
         place = PurePosixPath(member.filename.replace("\\", "/"))
         if place.is_absolute() or ".." in place.parts or ":" in member.filename:
             raise ValueError(f"the member {member.filename!r} would leave its folder")
-        if member.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"the member {member.filename!r} is compressed, which torch never does")
         if "weights" in place.parts and not member.file_size:
             raise ValueError(f"the weight {member.filename!r} is empty, which torch takes for zeros")
         if place.suffix == ".so" and not _is_whole_library(archive, member):
             raise ValueError(f"the library {member.filename!r} is cut off, or is not for 64-bit Linux")
-    if (damaged := archive.testzip()) is not None:
-        raise ValueError(f"the checksum of {damaged!r} is wrong")
+    check_members(archive)
 
 
 def _is_whole_library(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
@@ -414,10 +402,10 @@ def _in_archive(path: Path, read: Callable[[zipfile.ZipFile], _Value]) -> _Value
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the tracebacks that torch logs before it raises an error."""
+def quiet_logs(level: int) -> Iterator[None]:
+    """Hide log messages up to this level: torch logs tracebacks of errors that it raises."""
     before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
+    logging.disable(level)
     try:
         yield
     finally:
@@ -425,7 +413,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _is_port(found: Any, port: Port) -> bool:
-    """Whether an input or output of ONNX Runtime is the one of a document."""
     shape = [size if isinstance(size, int) else None for size in found.shape]
     return (found.name, found.type, shape) == (port.name, _ONNX_TYPES.get(port.dtype), port.shape)
 

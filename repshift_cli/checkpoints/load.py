@@ -110,12 +110,7 @@ def _from_training(weights: Weights, options: LoadOptions, hint: str) -> LoadedM
             weights.notes.append(f"the file names its model: {name}")
         else:
             weights.notes.append(f"the file names a model that is not known: {name}")
-    try:
-        loaded = _detected(weights, options, hint, **given)
-    except CheckpointError as error:
-        if "args" in given:
-            raise CheckpointError(f"{error.message} (the file itself names {name})", error.hint) from error
-        raise
+    loaded = _detected(weights, options, hint, **given)
     known = {key: training[key] for key in (*PREPROCESSING, "crop_mode") if key in training}
     if given["size"]:
         known["input_size"] = (loaded.description.preprocessing.input_size[0], *given["size"])
@@ -144,10 +139,8 @@ def _set_preprocessing(loaded: LoadedModel, known: dict[str, Any]) -> None:
     """Replace what a file says about the preprocessing, except the size of a model with a fixed one."""
     if fixed_size(loaded.model):
         known["input_size"] = loaded.description.preprocessing.input_size
-    try:
-        preprocessing = Preprocessing.from_dict({**loaded.description.preprocessing.to_dict(), **known})
-    except CheckpointError as error:
-        raise CheckpointError(f"{loaded.source.path}: {error.message}", error.hint) from error
+    where = f"{loaded.source.path}: the preprocessing of the model"
+    preprocessing = Preprocessing.from_dict({**loaded.description.preprocessing.to_dict(), **known}, where)
     loaded.description = replace(loaded.description, preprocessing=preprocessing)
     configure(loaded.model, preprocessing)
 
@@ -209,7 +202,6 @@ def _load_builtin(name: str, options: LoadOptions) -> LoadedModel:
 
 
 def _load_folder(folder: Path, options: LoadOptions) -> LoadedModel:
-    """A folder in the format of timm and the hub: `config.json` and `model.safetensors`."""
     config_path = folder / "config.json"
     found = [folder / name for name in _FOLDER_WEIGHTS if (folder / name).is_file()]
     if not config_path.is_file() or not found:
@@ -287,7 +279,6 @@ def _with_random_weights(name: str, options: LoadOptions) -> LoadedModel:
 
 
 def _check_buildable(name: str, args: dict[str, Any]) -> None:
-    """Raise UsageError if the model cannot be built for an image size or clips."""
     try:
         build_on_meta(name, args, name, {})
     except CheckpointError as error:

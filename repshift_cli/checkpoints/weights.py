@@ -29,11 +29,10 @@ from repshift_cli.checkpoints.containers import (
     plain,
     training_options,
     unwrap,
-    without_prefixes,
 )
 from repshift_cli.checkpoints.options import WeightsKind
 from repshift_cli.errors import CheckpointError, first_line
-from repshift_cli.utils.documents import parse_json
+from repshift_cli.utils.documents import parse_document, parse_json
 from repshift_cli.utils.files import (
     EXPORT_SUFFIXES,
     LARGEST_DOCUMENT,
@@ -81,7 +80,7 @@ class Source:
 
 @dataclass
 class Weights:
-    """Content of a file: tensors, without wrappers and prefixes, and our document if there is one.
+    """Content of a file: tensors, without wrappers, and our document if there is one.
 
     Attributes:
         training: options of the training script that have a value, with the name of the model under `model`.
@@ -95,7 +94,7 @@ class Weights:
 
 
 def read_weights(path: Path, which: WeightsKind | None = None) -> Weights:
-    """Read the tensors of a `.safetensors` or a PyTorch file, unwrapped (`model`, `state_dict`, `module.`, ...).
+    """Read the tensors of a `.safetensors` or a PyTorch file, without the mappings of training scripts around them.
 
     Args:
         path: the file, or the index of a checkpoint in several files.
@@ -105,13 +104,9 @@ def read_weights(path: Path, which: WeightsKind | None = None) -> Weights:
         CheckpointError: the file is missing, empty, damaged, exported, of an unknown kind, or a pickle with code.
     """
     try:
-        if not path.is_file():
-            raise CheckpointError(f"{path} is not a file")
-        weights = _read_shards(path, which) if path.name.endswith(INDEX_SUFFIX) else _read_file(path, which)
+        return _read_shards(path, which) if path.name.endswith(INDEX_SUFFIX) else _read_file(path, which)
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
-    weights.tensors = without_prefixes(weights.tensors)
-    return weights
 
 
 def _read_file(path: Path, which: WeightsKind | None) -> Weights:
@@ -168,7 +163,8 @@ def _read_safetensors(file: BinaryIO, path: Path) -> Weights:
         raise CheckpointError(
             f"{path} is not a safetensors file, or is damaged: {first_line(error)}", _AGAIN
         ) from error
-    document = _read_document(metadata.get(METADATA_KEY), path)
+    text = metadata.get(METADATA_KEY)
+    document = None if text is None else parse_document(text, str(path), "format_version", FORMAT_VERSION)
     return Weights(tensors, document, Source("file", str(path), sha256(content).hexdigest()))
 
 
@@ -183,28 +179,7 @@ def _tensor(content: bytearray, start: int, entry: Mapping[str, Any]) -> Tensor:
     return found.clone() if found.data_ptr() % dtype.itemsize else found
 
 
-def _read_document(text: str | None, path: Path) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        document = parse_json(text)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: its repshift metadata is damaged: {error}") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path}: its repshift metadata is damaged: not a mapping")
-    version = document.get("format_version", FORMAT_VERSION)
-    if not isinstance(version, int) or version < 1:
-        raise CheckpointError(f"{path}: invalid metadata version {version!r}: must be at least 1")
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} was written by a newer repshift (format {version}, supported up to {FORMAT_VERSION})",
-            "Upgrade: pip install --upgrade repshift-cli. timm can open the file as a dense model.",
-        )
-    return document
-
-
 def _read_torch(file: BinaryIO, path: Path) -> tuple[Any, str]:
-    """The content of a PyTorch file and its hash."""
     damaged = f"{path} is not a PyTorch weights file, or is damaged"
     try:
         _check_archive(file, path)
@@ -234,12 +209,7 @@ def _read_torch(file: BinaryIO, path: Path) -> tuple[Any, str]:
 
 
 def _check_archive(file: BinaryIO, path: Path) -> None:
-    """Check the members of a zip file. torch ignores checksums, and takes pickles and compressed members of any size.
-
-    Raises:
-        CheckpointError: it is a TorchScript file, or has members that torch.save does not write.
-        zipfile.BadZipFile: it is damaged.
-    """
+    """Refuse a TorchScript file, and members that torch.save does not write: torch takes pickles of any size."""
     if file.read(4) != b"PK\x03\x04":
         return
     with zipfile.ZipFile(file) as archive:
@@ -252,15 +222,20 @@ def _check_archive(file: BinaryIO, path: Path) -> None:
         others = sum(member.file_size for member in members if "/data/" not in member.filename)
         if others > LARGEST_DOCUMENT:
             raise CheckpointError(f"{path} holds {others} bytes besides tensors, more than {LARGEST_DOCUMENT}")
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise CheckpointError(f"{path} has compressed members, which torch.save does not write")
-        if sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size:
+        if sum(member.compress_size for member in members) > os.fstat(file.fileno()).st_size:
             raise CheckpointError(f"{path} is damaged: its members are larger than the file")
-        for member in members:
-            if member.CRC:  # torch.save can be told to leave it out
-                with archive.open(member) as stream:  # checks it
-                    while stream.read(_READ_BYTES):
-                        pass
+        check_members(archive)
+
+
+def check_members(archive: zipfile.ZipFile) -> None:
+    """Raise ValueError for a compressed member, which torch does not write, and BadZipFile for a wrong checksum."""
+    for member in archive.infolist():
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"the member {member.filename!r} is compressed")
+        if member.CRC:  # torch.save can be told to leave it out
+            with archive.open(member) as stream:  # checks it
+                while stream.read(_READ_BYTES):
+                    pass
 
 
 def _read_shards(path: Path, which: WeightsKind | None) -> Weights:
@@ -269,7 +244,7 @@ def _read_shards(path: Path, which: WeightsKind | None) -> Weights:
         index = parse_json(read_text(path))["weight_map"]
         names = sorted(set(index.values()))
         foreign = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not the index of a checkpoint: {first_line(error)}") from error
     if foreign or not names:
         raise CheckpointError(f"{path} must name .safetensors files in its own folder: {first_names(foreign)}")

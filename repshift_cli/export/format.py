@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from repshift_cli.utils.files import weight_stem
+from repshift_cli.utils.files import default_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,4 +60,4 @@ class Format:
 
     def default_output(self, model: str) -> Path:
         """Name of the model with the suffix of the format, in the current folder."""
-        return Path(weight_stem(model.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:")) + self.suffix)
+        return default_output(model, self.suffix)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from repshift_cli.checkpoints.schema import ExportDocument
 from repshift_cli.compression.api import compress_dense
 from repshift_cli.errors import UsageError
 from repshift_cli.export import verify
-from repshift_cli.export.format import Format
 from repshift_cli.export.formats import FORMATS
 from repshift_cli.export.request import Request, Subject
 from repshift_cli.planning.recipe import Recipe
@@ -103,7 +102,8 @@ def export(opened: Opened, request: Request, progress: Progress) -> Exported:
     """
     check(request)
     subject, output, wanted = Subject.of(opened, request), request.output, FORMATS[request.target]
-    with _temporary_path(request, wanted) as path:
+    made = atomic_folder(output, wanted.files, request.force) if wanted.files else _atomic_file(output, request.force)
+    with made as path:
         draft = wanted.write(subject, request, path, progress)
         document = draft.document
         if request.verify:
@@ -115,19 +115,10 @@ def export(opened: Opened, request: Request, progress: Progress) -> Exported:
     return Exported(output, document, size, draft.operators)
 
 
-def _temporary_path(request: Request, wanted: Format) -> AbstractContextManager[Path]:
-    if wanted.files:
-        return atomic_folder(request.output, wanted.files, request.force)
-    return _atomic_file(request.output, request.force)
-
-
 @contextmanager
 def _atomic_file(output: Path, force: bool) -> Iterator[Path]:
     """As `atomic_output`, with a temporary path of the same suffix, which runtimes need."""
-    with (
-        atomic_output(output, force) as temporary,
-        temporary_folder(output) as folder,
-    ):
+    with atomic_output(output, force) as temporary, temporary_folder(output) as folder:
         path = folder / f"model{output.suffix}"
         yield path
         path.replace(temporary)

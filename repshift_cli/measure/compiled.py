@@ -53,7 +53,8 @@ class Compiled:
             if out_of_memory(error):
                 raise
             raise UsageError(
-                f"--compile {self.mode}: torch.compile cannot compile {self.name} here: {_reason(error)}",
+                f"--compile {self.mode}: torch.compile cannot compile {self.name} here: "
+                f"{first_line(error)[:_MAX_REASON]}",
                 "It needs a C++ compiler such as g++ for the CPU, and Triton for CUDA. Use --compile off without them.",
             ) from error
         if inputs.device.type == "cuda":
@@ -117,13 +118,6 @@ def _own_function(module: nn.Module, name: str) -> Callable[[Tensor], Any]:
 
 
 def _graphs() -> int:
-    """Number of graphs compiled so far in this process."""
     from torch._dynamo.utils import counters  # slow import
 
     return int(counters["stats"]["unique_graphs"])
-
-
-def _reason(error: RuntimeError) -> str:
-    """The first line of the message, shortened."""
-    line = first_line(error)
-    return line if len(line) <= _MAX_REASON else f"{line[: _MAX_REASON - 3]}..."

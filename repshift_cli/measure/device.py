@@ -108,6 +108,5 @@ def tiles_note(device: torch.device, dtype: torch.dtype, tokens: Sequence[int]) 
 
 
 def _has_matrix_unit() -> bool:
-    """Whether torch reports that the CPU has AMX."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older versions
     return bool(capabilities.get("amx_tile"))

@@ -105,7 +105,6 @@ def auto_note(module: nn.Module, mode: AttentionMode) -> str | None:
 
 
 def _misfits(device: torch.device, dtype: torch.dtype, width: int) -> list[str]:
-    """Reasons why flash-attn does not support the model, installed or not."""
     found = []
     if device.type != "cuda":
         found.append(f"it runs on CUDA, and the model is on {device.type}")
@@ -145,7 +144,6 @@ def _switches(module: nn.Module) -> list[Any]:
 
 
 def _flash_takers(module: nn.Module) -> list[Any]:
-    """The attention modules of a kind that flash-attn supports."""
     return [part for part in _switches(module) if hasattr(part, "flash_attn") or timm_attention.is_attention(part)]
 
 
@@ -158,7 +156,6 @@ def _switch(part: Any, fused: bool, flash: bool) -> None:
 
 
 def _kind(part: Any) -> tuple[torch.device, torch.dtype, int]:
-    """Device, dtype and head width of an attention module."""
     weight = next(part.qkv.parameters())
     device: torch.device = weight.device
     cast = device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)

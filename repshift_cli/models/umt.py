@@ -21,7 +21,9 @@ from repshift_cli.ops.tokens import Sized
 Pooling = Literal["frames", "all"]
 
 _NORM_EPS = 1e-6
-_MAX_TOKENS = 1 << 20
+_MAX_TOKENS = 1 << 15
+"""Maximum tokens of a clip: the time of attention grows with their square. The authors' models take 2352."""
+
 _TEMPERATURE, _MIN_TEMPERATURE = 0.07, 0.001
 
 
@@ -138,8 +140,6 @@ class PatchEmbed(nn.Module):
 
 
 class _Transformer(nn.Module):
-    """Patches, positions, blocks and the last norm."""
-
     img_positions: Tensor
     positions: Tensor
 

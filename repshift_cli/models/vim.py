@@ -160,7 +160,6 @@ class Mixer(nn.Module):
         return total
 
     def _pair(self, module: str, name: str) -> Tensor:
-        """A parameter of both directions, forward first."""
         return torch.stack((getattr(getattr(self, module), name), getattr(getattr(self, f"{module}_b"), name)))
 
     @torch.no_grad()

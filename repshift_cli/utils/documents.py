@@ -34,6 +34,31 @@ def parse_json(text: str) -> Any:
     return found
 
 
+def parse_document(text: str, where: str, key: str, newest: int) -> dict[str, Any]:
+    """A JSON document of this project with its version under a key; without one it is the newest.
+
+    Raises:
+        CheckpointError: it is damaged, or of a newer version.
+    """
+    damaged = f"{where}: its repshift metadata is damaged"
+    try:
+        found = parse_json(text)
+    except ValueError as error:
+        raise CheckpointError(f"{damaged}: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{damaged}: not a mapping")
+    version = found.get(key, newest)
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointError(f"{where}: invalid metadata version {version!r}: must be at least 1")
+    if version > newest:
+        raise CheckpointError(
+            f"{where} was written by a newer repshift ({key.removesuffix('_version')} {version}, supported up to "
+            f"{newest})",
+            "Upgrade: pip install --upgrade repshift-cli. Other tools can open the file.",
+        )
+    return found
+
+
 def _integer(text: str) -> int:
     value = int(text)
     if abs(value) > _LARGEST_INTEGER:

@@ -108,37 +108,25 @@ def sha256_of_file(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def check_output(path: Path, force: bool) -> None:
-    """Check before the work that an output can be written.
+def check_output(path: Path, force: bool, *, is_folder: bool = False) -> None:
+    """Check before the work that an output, a file or a folder, can be written.
 
     Raises:
-        UsageError: the file exists and `force` is false, or the path is not a regular file.
-        OutputError: the folder is missing or cannot be written to.
+        UsageError: it exists and `force` is false, or it is something else.
+        OutputError: the folder to write to is missing or cannot be written to.
     """
     try:
-        status = path.lstat()
-        is_folder = path.is_dir()
-    except (FileNotFoundError, NotADirectoryError):
-        _check_parent(path)
-        return
+        exists = os.path.lexists(path)
+        fits = path.is_dir() if is_folder else path.is_file() or not path.exists()
+        folder = path if is_folder and exists else path.parent
+        has_folder = folder.is_dir()
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-    if is_folder:
-        raise UsageError(f"{path} is a folder", "Give a file name.")
-    if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)) or (path.exists() and not path.is_file()):
-        raise UsageError(f"{path} is not a regular file", "Give another file name.")
-    if not force:
+    if exists and not fits:
+        raise UsageError(f"{path} is not a {'folder' if is_folder else 'regular file'}", "Give another name.")
+    if exists and not force:
         raise _exists(path)
-    _check_parent(path)
-
-
-def _check_parent(path: Path) -> None:
-    folder = path.parent
-    try:
-        is_folder = folder.is_dir()
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-    if not is_folder:
+    if not has_folder:
         raise OutputError(f"the folder {folder} does not exist", "Create it first, or give another path.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write to the folder {folder}", "Give another path.")
@@ -221,7 +209,6 @@ def _finish(temporary: Path) -> None:
 
 
 def _publish(temporary: Path, path: Path, force: bool) -> None:
-    """Give a complete file its name."""
     if force:
         temporary.replace(path)
         return
@@ -255,7 +242,7 @@ def atomic_folder(output: Path, names: Sequence[str], force: bool) -> Iterator[P
         UsageError: the folder exists and `force` is false, or it is no folder.
         OutputError: writing failed.
     """
-    check_output_folder(output, force)
+    check_output(output, force, is_folder=True)
     existing = output.is_dir()
     try:
         # an existing folder may be a link, or another file system than its parent
@@ -272,25 +259,7 @@ def atomic_folder(output: Path, names: Sequence[str], force: bool) -> Iterator[P
         raise OutputError(f"cannot write {output}: {error.strerror or error}", "No output was written.") from error
 
 
-def check_output_folder(path: Path, force: bool) -> None:
-    """Check before the work that an output folder can be written.
-
-    Raises:
-        UsageError: it exists and `force` is false, or it is no folder.
-        OutputError: it, or the folder that it is in, cannot be written to.
-    """
-    if not os.path.lexists(path):
-        _check_parent(path)
-        return
-    if not force:
-        raise _exists(path)
-    if not path.is_dir():
-        raise UsageError(f"{path} is not a folder", "Give another name.")
-    _check_parent(path / "file")
-
-
 def _publish_folder(folder: Path, output: Path) -> None:
-    """Give a complete folder its name."""
     try:
         output.mkdir()  # unlike a rename, it fails at an empty folder
     except FileExistsError as error:

@@ -472,7 +472,7 @@ class TestFit:
 
 
 def test_read_weights_of_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is not a file"):
+    with pytest.raises(CheckpointError, match="is a folder"):
         read_weights(tmp_path)
 
 

@@ -50,8 +50,8 @@ def test_the_plan_fits_another_image_size(network: Path, recipe: Path, cli: Comm
         refused = cli(command[0], "small.safetensors", *command[1:], "--img-size", "96")
         assert refused.rc == 2
         said = " ".join(refused.stderr.split())
-        assert "--img-size 96: small.safetensors was compressed for images of 64x64" in said
-        assert "compress the dense checkpoint again with --img-size 96" in said
+        assert "--img-size 96: small.safetensors was compressed for another preprocessing (64x64x3" in said
+        assert "compress the dense checkpoint again with it" in said
 
 
 def test_of_a_dense_network(network: Path, recipe: Path, cli: Command) -> None:
@@ -62,7 +62,7 @@ def test_of_a_dense_network(network: Path, recipe: Path, cli: Command) -> None:
     options = ("--recipe", recipe, "--seconds", "0", "--min-runs", "1", "-b", "1")
     outcome = cli("bench", network, *options, "--img-size", "64", "--json")
     assert outcome.rc == 0, outcome.stderr
-    assert "image size set to 64x64 instead of 224x224" in " ".join(outcome.stderr.split())
+    assert "preprocessing set to 64x64x3" in " ".join(outcome.stderr.split())
 
 
 def test_from_python() -> None:

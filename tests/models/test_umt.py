@@ -527,8 +527,9 @@ class TestForm:
             ({"depth": 0}, "at least 1"),
             ({"patch_size": 0}, "at least 1"),
             ({"checkpoint_frames": 0}, "invalid checkpoint_frames=0: must be at least 1"),
-            ({"frames": 10**9}, "tokens, must be at most 1048576"),
-            ({"img_size": 8 * 10**6}, "tokens, must be at most 1048576"),
+            ({"frames": 10**9}, "tokens, must be at most 32768"),
+            ({"checkpoint_frames": 2**12}, "65536 tokens, must be at most 32768"),
+            ({"img_size": 8 * 10**6}, "tokens, must be at most 32768"),
         ],
     )
     def test_invalid_sizes(self, options: dict[str, int], message: str) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from repshift_cli.checkpoints.create import quickly_on_meta
 from repshift_cli.checkpoints.identify.identity import Fitting, Identity, best_fit, shapes, supported
 from repshift_cli.checkpoints.identify.sizes import class_count, size_args
-from repshift_cli.checkpoints.identify.unsupported import any_kind
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError
 
@@ -71,7 +70,7 @@ def identify(kind: Kind, tensors: Mapping[str, Tensor], where: str, heads: int |
     fitting: Fitting = next(filter(None, (_agreeing(names, tensors) for names in kind.candidates(kind, tensors))), {})
     if not fitting:
         counts = ", ".join(map(str, kind.stages(tensors).values()))
-        raise any_kind(tensors, where) or CheckpointError(
+        raise CheckpointError(
             f"{where}: it looks like a {kind.name} with stages of {counts} blocks, but no timm model has these tensors",
             f"If its keys are renamed, name the model with --model. {supported()}",
         )
@@ -126,7 +125,6 @@ def _chosen(fitting: Fitting, tensors: Mapping[str, Tensor], where: str, hint: s
 
 
 def _tags(name: str) -> list[str]:
-    """Tags of the pretrained weights of a model."""
     import timm
 
     return [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]

@@ -78,15 +78,14 @@ def identify(
 
 
 def _recognised(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors without names that all keys start with (`model.`, `backbone.`), where only so they are recognised."""
-    stripped = tensors
+    """The tensors without names that all keys start with (`module.`, `backbone.`), until they are recognised."""
     known = (umt.recognises, vim.recognises, cnn.kind_of, vit.recognises, is_unsupported)
-    while not any(recognises(stripped) for recognises in known):
-        outer = {key.partition(".")[::2] for key in stripped}
+    while not any(recognises(tensors) for recognises in known):
+        outer = {key.partition(".")[::2] for key in tensors}
         if len({first for first, _ in outer}) != 1 or not all(rest for _, rest in outer):
-            return tensors
-        stripped = {key.partition(".")[2]: value for key, value in stripped.items()}
-    return stripped
+            break
+        tensors = {key.partition(".")[2]: value for key, value in tensors.items()}
+    return tensors
 
 
 def _named(  # noqa: PLR0917

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from contextlib import suppress
-from functools import cache
 
 from torch import Tensor
 
-from repshift_cli.checkpoints.create import quickly_on_meta
 from repshift_cli.checkpoints.identify.identity import supported
 from repshift_cli.errors import CheckpointError
-from repshift_cli.reduction.families.base import find
 
 _KINDS = {
     "layers.0.blocks.0.attn.relative_position_bias_table": "a Swin Transformer, whose windows need the whole grid",
@@ -33,9 +28,6 @@ _KINDS = {
 }
 """By the name of a tensor that no supported model has."""
 
-_SAME_NAMES = 0.8
-"""Share of tensor names, without numbers, from which two models are of one kind."""
-
 
 def is_unsupported(tensors: Mapping[str, Tensor]) -> bool:
     """Whether the name of one tensor shows a kind that is not supported."""
@@ -44,37 +36,7 @@ def is_unsupported(tensors: Mapping[str, Tensor]) -> bool:
 
 def known_kind(tensors: Mapping[str, Tensor], where: str) -> CheckpointError | None:
     """The error for weights of a kind that is known by the name of one tensor."""
-    return next((_refusal(where, kind) for key, kind in _KINDS.items() if key in tensors), None)
-
-
-def any_kind(tensors: Mapping[str, Tensor], where: str) -> CheckpointError | None:
-    """As `known_kind`, or for weights with the names of a timm model. This takes seconds."""
-    return known_kind(tensors, where) or _of_timm(tensors, where)
-
-
-def _refusal(where: str, kind: str) -> CheckpointError:
-    return CheckpointError(f"{where} looks like {kind}, which is not supported", supported())
-
-
-def _of_timm(tensors: Mapping[str, Tensor], where: str) -> CheckpointError | None:
-    names = _without_numbers(tensors)
-    share, kind = max(((len(names & own) / len(names | own), kind) for kind, own in _kinds_of_timm()), default=(0, ""))
-    return _refusal(where, kind) if share > _SAME_NAMES else None
-
-
-@cache
-def _kinds_of_timm() -> list[tuple[str, set[str]]]:
-    """Name and tensor names of the first model of each module of timm, where it is not supported."""
-    import timm
-
-    found = []
-    for name in (name for module in timm.list_modules() for name in timm.list_models(module=module)[:1]):
-        with suppress(Exception):  # some cannot be built on meta
-            model = quickly_on_meta(name, {})
-            if find(model) is None:
-                found.append((f"timm's {type(model).__name__} (such as {name})", _without_numbers(model.state_dict())))
-    return found
-
-
-def _without_numbers(tensors: Mapping[str, Tensor]) -> set[str]:
-    return {re.sub(r"\d+", "0", key) for key in tensors}
+    for key, kind in _KINDS.items():
+        if key in tensors:
+            return CheckpointError(f"{where} looks like {kind}, which is not supported", supported())
+    return None

@@ -106,7 +106,6 @@ def _name_and_args(full: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
 
 
 def _read(tensors: Mapping[str, Tensor], where: str) -> tuple[_Shape, int]:
-    """The sizes, and the side of the grid of patches."""
     try:
         _check_form(tensors, where)
         return _read_shape(tensors, where)
@@ -117,7 +116,6 @@ def _read(tensors: Mapping[str, Tensor], where: str) -> tuple[_Shape, int]:
 
 
 def _check_form(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse unsupported forms of Vim."""
     first = {key.removeprefix(_FIRST): value for key, value in tensors.items() if key.startswith(_FIRST)}
     width, inner = first["out_proj.weight"].shape
     taps, rank = first["conv1d.weight"].shape[-1], first["dt_proj.weight"].shape[1]
@@ -199,5 +197,4 @@ def _size(side: int, patch: int, stride: int | None, options: LoadOptions, where
 
 
 def _image(side: int, patch: int, stride: int) -> int:
-    """Image size of a grid with `side` patches per row."""
     return (side - 1) * stride + patch

@@ -13,10 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from repshift_cli.checkpoints.create import build_on_meta, quickly_on_meta
+from repshift_cli.checkpoints.create import quickly_on_meta
 from repshift_cli.checkpoints.identify.identity import Fitting, Identity, best_fit, shapes, supported
 from repshift_cli.checkpoints.identify.sizes import HEAD_SIZE, check_divides, grid, head_count, size_args
-from repshift_cli.checkpoints.identify.unsupported import any_kind
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError
 
@@ -129,9 +128,7 @@ def _grid(
     """Rows and columns of the patch grid, and whether prefix tokens have no positions."""
     position = tensors.get("pos_embed")
     if position is None or position.ndim != 3:  # noqa: PLR2004 ([1, tokens, channels])
-        raise any_kind(tensors, where) or CheckpointError(
-            f"{where}: unknown image size, since there is no position table", supported()
-        )
+        raise CheckpointError(f"{where}: unknown image size, since there is no position table", supported())
     # DINOv2's authors give a position to the class token but not to registers; timm then gives none to either.
     rows, columns, without = grid(position.shape[1], (prefix, 0, 1), patch, size, where)
     return rows, columns, without != prefix
@@ -208,9 +205,6 @@ def _unregistered(shape: _Shape, tensors: Mapping[str, Tensor], where: str, head
     if shape.distilled:
         raise CheckpointError(f"{where}: a distilled ViT of unknown shape", "Name the model with --model.")
     kept = {key: value for key, value in tensors.items() if key != "mask_token"}
-    keys = build_on_meta(None, shape.args(1), where, kept).state_dict().keys()
-    if keys != kept.keys() and (error := any_kind(kept, where)):
-        raise error
     count = check_divides(heads or _heads(shape, where), shape.embed_dim, where)
     name = f"ViT of width {shape.embed_dim}, depth {shape.depth}, patch {shape.patch_size[0]}"
     notes = [f"no timm model has these shapes: built as a {name} with {count} heads"]
@@ -238,7 +232,7 @@ def _imagenet_preprocessing(shape: _Shape) -> Preprocessing:
 
 def _unknown(tensors: Mapping[str, Tensor], where: str) -> CheckpointError:
     keys = ", ".join(list(tensors)[:5])
-    return any_kind(tensors, where) or CheckpointError(
+    return CheckpointError(
         f"{where}: the tensors fit no known model (the first are {keys})",
         f"{supported()} If its keys are renamed, name the model with --model.",
     )

@@ -9,9 +9,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repshift_cli.errors import CheckFailed, OutputError, UsageError
+from repshift_cli.errors import CheckFailed, UsageError
 from repshift_cli.export.format import Draft, Format
-from repshift_cli.utils.files import LARGEST_DOCUMENT, check_output_folder, open_file, read_text
+from repshift_cli.utils.files import LARGEST_DOCUMENT, check_output, open_file, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -63,11 +63,7 @@ def _write(subject: Subject, request: Request, path: Path, progress: Progress) -
 
 
 def _write_weights(folder: Path, subject: Subject, request: Request) -> None:
-    """Write the tensors of the dense model, with the plan in their metadata."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    from repshift_cli.checkpoints.artifact import separated
+    from repshift_cli.checkpoints.artifact import write_tensors
 
     loaded = subject.opened.loaded
     tensors = loaded.tensors
@@ -76,11 +72,7 @@ def _write_weights(folder: Path, subject: Subject, request: Request) -> None:
             key: value.to(request.dtype) if value.is_floating_point() else value for key, value in tensors.items()
         }
     document = {"model": loaded.description.to_dict()} if subject.plan is None else loaded.document
-    metadata = {"format": "pt", _OWNER: json.dumps(document, allow_nan=False)}
-    try:
-        save_file(separated(tensors), folder / _WEIGHTS, metadata=metadata)
-    except SafetensorError as error:
-        raise OutputError(f"cannot write {_WEIGHTS}: {error}", "No output was written.") from error
+    write_tensors(folder / _WEIGHTS, tensors, document)
 
 
 def _write_config(folder: Path, subject: Subject, architecture: str, document: ExportDocument) -> None:
@@ -124,7 +116,7 @@ def _check_timm(folder: Path, subject: Subject, request: Request) -> None:
 
 def _check_folder(request: Request) -> None:
     output = request.output
-    check_output_folder(output, request.force)
+    check_output(output, request.force, is_folder=True)
     if output.is_dir() and any((output / name).exists() for name in (_CONFIG, _WEIGHTS)) and not _is_export(output):
         raise UsageError(
             f"{output} has a {_CONFIG} or {_WEIGHTS} that is not of an export, so it is not replaced",

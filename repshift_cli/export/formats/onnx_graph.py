@@ -12,7 +12,6 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +90,8 @@ def build_graph(program: ExportedProgram, opset: int, names: tuple[str, Sequence
     import onnx
     import torch
 
+    from repshift_cli.checkpoints.exported import quiet_logs
+
     weights = sum(tensor.nbytes for tensor in (*program.state_dict.values(), *program.constants.values()))
     if weights > _MOST_BYTES:
         raise ModelError(
@@ -100,7 +101,8 @@ def build_graph(program: ExportedProgram, opset: int, names: tuple[str, Sequence
     given, returned = names
     short = len(program.graph.nodes) <= _MOST_TO_REWRITE
     try:
-        with _quiet():
+        with quiet_logs(logging.WARNING), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
             found: Any = torch.onnx.export(
                 program,
                 (),
@@ -153,7 +155,6 @@ def _stable_sort(self: Any, stable: bool | None = None, dim: int = -1, descendin
 
 
 def _without_outputs(model: ModelProto, names: Sequence[str]) -> ModelProto:
-    """The model without these outputs, and without the nodes and weights that only they need."""
     from onnx.utils import Extractor
 
     outputs = [output.name for output in model.graph.output if output.name not in names]
@@ -202,21 +203,7 @@ def _dims(values: Any) -> Iterator[Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause."""
     return first_line(error) if error.__cause__ is None else _reason(error.__cause__)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide what the exporter prints."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 FORMAT = Format(
