@@ -192,9 +192,10 @@ def command(
         from repshift_cli.measure.device import num_threads, resolve_device, resolve_dtype
         from repshift_cli.utils.distributed import together
 
+        place = resolve_device(own_device(device))
         settings = {
             "batch_size": batch_size,
-            "device": resolve_device(own_device(device)),
+            "device": place,
             "dtype": resolve_dtype(dtype),
             "workers": workers,
             "strict": strict,
@@ -205,7 +206,7 @@ def command(
         )
         video = VideoOptions(annotations, videos, answers, vocab, rerank, rerank_k, paragraph, pooling)
         screen = screen_of_first()
-        with num_threads(threads), together(settings["device"]) as group:
+        with num_threads(threads), together(place) as group:
             opened = group.agreed(lambda: open_any(model, load, trust))
             for note in opened.loaded.notes:
                 screen.note(note)
