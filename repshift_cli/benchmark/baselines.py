@@ -24,7 +24,7 @@ from repshift_cli.planning.plan import Plan, PlanSite
 from repshift_cli.planning.recipe import ComponentSpec
 from repshift_cli.reduction.checks import check_reducer
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
-from repshift_cli.reduction.reducers.base import Merger, Reducer, build_reducer
+from repshift_cli.reduction.reducers.base import Reducer, build_reducer
 from repshift_cli.utils.suggest import nearest
 
 _NO_SCORE = ComponentSpec(kind="random")
@@ -43,11 +43,7 @@ class Baseline:
 
 
 def contenders_against(opened: Mapping[str, Opened], names: Sequence[str]) -> list[Contender]:
-    """The contenders of `contenders_of`, and the named baselines of every compressed model.
-
-    Raises:
-        UsageError: unknown baseline, no compressed model, or a baseline that the model does not support.
-    """
+    """The contenders of `contenders_of`, and the named baselines of every compressed model."""
     check_names(names)
     wanted = [name for name in dict.fromkeys(names) if name != "dense"]
     found = contenders_of(opened)
@@ -96,9 +92,6 @@ def uniform_plan(compressed: CompressedModel) -> Plan:
 
     The number is the one whose MACs are nearest to those of the compressed model. A block with fewer than twice that
     many patches merges half of them.
-
-    Raises:
-        RecipeError: tokens of the model cannot be merged.
     """
     _checked_reducer(_MATCHING, compressed)
     dense = dense_copy(compressed)
@@ -143,23 +136,12 @@ def _macs(dense: nn.Module, plan: Plan) -> int:
         attached.detach()
 
 
-def _same_counts(compressed: CompressedModel, part: ComponentSpec, metric: ComponentSpec | None) -> Plan:
+def _same_counts(compressed: CompressedModel, part: ComponentSpec, metric: ComponentSpec | None = None) -> Plan:
     """The plan of a compressed model with another reducer, and another metric if not None."""
     reducer = _checked_reducer(part, compressed)
     changed = {"after": reducer.after} | ({"metric": metric} if metric else {})
     sites = tuple(site.model_copy(update=changed) for site in compressed.plan.sites)
     return compressed.plan.model_copy(update={"sites": sites, "reducer": part})
-
-
-def _bipartite(compressed: CompressedModel) -> Plan:
-    """Matching at the sites of the compressed model; raises RecipeError if a site drops more than can be matched."""
-    plan, reducer = _same_counts(compressed, _MATCHING, _NO_SCORE), build_reducer(_MATCHING)
-    assert isinstance(reducer, Merger)
-    for site in plan.sites:
-        patches, dropped = site.tokens_in - plan.prefix_tokens, site.tokens_in - site.tokens_out
-        if dropped > (most := reducer.most(patches)):
-            raise RecipeError(f"{site.site} drops {dropped} of {patches} tokens, and matching can merge at most {most}")
-    return plan
 
 
 def _checked_reducer(part: ComponentSpec, compressed: CompressedModel) -> Reducer:
@@ -175,11 +157,11 @@ BASELINES: dict[str, Baseline] = {
     "explicit": Baseline(attention="explicit"),  # the dense model with explicit attention
     "class-attention": Baseline(_CLASS_ATTENTION, "explicit"),  # pruning by the attention map of the class token
     "class-attention-row": Baseline(_CLASS_ATTENTION),  # the same with fused attention, computing one row of the map
-    "bipartite": Baseline(_bipartite),  # ToMe's matching at the sites of the compressed model
+    "bipartite": Baseline(
+        partial(_same_counts, part=_MATCHING, metric=_NO_SCORE)
+    ),  # ToMe's matching at the sites of the compressed model
     "tome": Baseline(uniform_plan),  # ToMe's matching in every block
-    "fuse": Baseline(
-        partial(_same_counts, part=ComponentSpec(kind="fuse"), metric=None)
-    ),  # dropped tokens fused into one
+    "fuse": Baseline(partial(_same_counts, part=ComponentSpec(kind="fuse"))),  # dropped tokens fused into one
 }
 """By the name that `--against` takes."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -49,15 +49,6 @@ class Placement:
     memory_format: torch.memory_format = torch.contiguous_format
 
 
-@dataclass
-class _Log:
-    seconds: list[float] = field(default_factory=list)
-    waiting_s: list[float] = field(default_factory=list)
-
-    def passes(self, images: int) -> Passes:
-        return Passes(images, tuple(self.seconds), tuple(self.waiting_s))
-
-
 def measure_end_to_end(  # noqa: PLR0917
     subjects: Sequence[Subject],
     against: Mapping[str, str],
@@ -77,35 +68,29 @@ def measure_end_to_end(  # noqa: PLR0917
     Args:
         subjects: take images `[B, C, H, W]`.
         against: by the name of a subject, that of the one it is compared with.
-        preprocessing: of all of them.
         max_seconds: no new round starts after this time, once there are `source.min_passes`.
-
-    Raises:
-        DataError: there are fewer images than a batch holds, or one cannot be read.
     """
     batches = _loader(source, preprocessing, setting.batch, placement, progress.warn)
     images = len(batches.batches) * setting.batch
     readers: list[Subject | None] = [None, *subjects]
-    logs = {reader.name if reader else None: _Log() for reader in readers}
+    logs: dict[str | None, list[tuple[float, float]]] = {reader.name if reader else None: [] for reader in readers}
     label = f"reading {images} images a pass"
     with torch.inference_mode(), progress.task(label, max(1, source.min_passes)) as task:
         _pass(batches, None, placement)
         start, turn = time.perf_counter(), 0
         while turn < source.min_passes or time.perf_counter() - start < max_seconds:
             for reader in readers if turn % 2 == 0 else reversed(readers):
-                seconds, waiting = _pass(batches, reader, placement)
-                log = logs[reader.name if reader else None]
-                log.seconds.append(seconds)
-                log.waiting_s.append(waiting)
+                logs[reader.name if reader else None].append(_pass(batches, reader, placement))
             turn += 1
             if turn <= source.min_passes:
                 task.advance()
+    passes = {name: Passes(images, *zip(*log, strict=True)) for name, log in logs.items()}
     return EndToEnd(
         setting=setting,
         data=source.dataset.name,
         workers=batches.workers,
-        reading=logs[None].passes(images),
-        sides={subject.name: logs[subject.name].passes(images) for subject in subjects},
+        reading=passes[None],
+        sides={subject.name: passes[subject.name] for subject in subjects},
         against={name: other for name, other in against.items() if name in logs and other in logs},
     )
 

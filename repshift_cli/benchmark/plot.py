@@ -31,9 +31,6 @@ def plot_report(report: BenchReport, path: Path, file_format: str) -> None:
 
     The number above a bar is its speed-up over the dense model, if it is clear. Diamonds are passes from image files to
     results.
-
-    Args:
-        file_format: one of `PLOT_FORMATS`; the suffix of the file is not used.
     """
     from matplotlib.figure import Figure
 
@@ -68,7 +65,6 @@ def plot_report(report: BenchReport, path: Path, file_format: str) -> None:
 
 
 def _most_bars(report: BenchReport) -> int:
-    """Bars of the fullest panel, including gaps between batch sizes."""
     runs = [run.setting.without_batch for run in report.runs]
     batches = len({run.batch for run in report.runs})
     return max(runs.count(panel) for panel in runs) + batches

@@ -34,14 +34,7 @@ _CSV_COLUMNS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """Setting of a group of runs that are compared with each other.
-
-    Attributes:
-        batch: images at a time.
-        image_size: height and width.
-        attention: as requested.
-        compile: mode of torch.compile, or `off`.
-    """
+    """Setting of a group of runs that are compared with each other."""
 
     batch: int
     image_size: tuple[int, int]
@@ -216,7 +209,6 @@ class Passes:
     """Passes over the same images, each from the first request to the last result.
 
     Attributes:
-        images, seconds: of one pass, and of each pass.
         waiting_s: seconds of each pass in which the model waited for images.
     """
 
@@ -290,12 +282,7 @@ class EndToEnd:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """All runs and ratios, setting by setting.
-
-    Attributes:
-        device: product name of the CPU or GPU.
-        end_to_end: empty without images to read.
-    """
+    """All runs and ratios, setting by setting."""
 
     device: str
     threads: int

@@ -39,13 +39,10 @@ class Contender:
     """A model in the comparison.
 
     Attributes:
-        name: unique among those of its input size.
-        macs: multiply-accumulates per image.
         input_size: of one input: `(C, H, W)`, or `(T, C, H, W)` for a clip.
         against: name of the dense contender that it is compared with, if any.
         context: to be entered for each run of `module`, such as the switch to the dense model.
         baselines: names of the baselines that it is compared with.
-        preprocessing: of images from files, if known.
     """
 
     name: str
@@ -72,8 +69,6 @@ class BenchSettings:
     Attributes:
         seconds: time for each model at each batch size; more if `min_runs` takes longer.
         threads: CPU threads, None for torch's default.
-        memory_format: of weights and images.
-        compile: mode of torch.compile, or `off`.
     """
 
     device: torch.device
@@ -150,7 +145,6 @@ def _weights_identity(opened: Opened) -> str | int:
 
 
 def _unused(name: str, taken: set[str]) -> str:
-    """The name, numbered from 2 if it is taken."""
     if name not in taken:
         return name
     return next(each for number in count(2) if (each := f"{name} {number}") not in taken)
@@ -221,7 +215,6 @@ def _check(
     sweep: Sequence[BenchSettings],
     source: Source | None,
 ) -> None:
-    """Raise for unsupported settings before anything is measured."""
     for path in (each.module.path for each in contenders if isinstance(each.module, Runtime)):
         if any(settings.compile != "off" for settings in sweep):
             raise UsageError(f"--compile: {path} is an exported file, which cannot be compiled", "Leave it out.")
@@ -266,7 +259,6 @@ def _prepared(modules: Sequence[nn.Module], settings: BenchSettings, progress: P
 def _bench_group(
     group: Sequence[Contender], batch: int, settings: BenchSettings, progress: Progress, source: Source | None
 ) -> tuple[list[Run], EndToEnd | None]:
-    """Measure contenders of one input size at one batch size."""
     height, width = group[0].input_size[-2:]
     dtype = str(settings.dtype).removeprefix("torch.")
     setting = Setting(batch, (height, width), dtype, settings.attention, settings.compile)
@@ -319,7 +311,6 @@ def _bench_group(
 
 
 def _subject(contender: Contender, inputs: Tensor, mode: CompileMode) -> Subject:
-    """The contender to be timed, compiled unless `mode` is `off`."""
     if mode == "off":
         return Subject(contender.name, contender.module, contender.context)
     compiled = Compiled(contender.name, contender.module, mode)
@@ -358,7 +349,6 @@ def _observed(contender: Contender, inputs: Tensor) -> str:
 
 
 def _ratios(group: Sequence[Contender], runs: Sequence[Run]) -> Iterator[Ratio]:
-    """Every contender against its dense model and its baselines."""
     measured = {run.name: run for run in runs}
     for contender in group:
         run = measured[contender.name]

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-from functools import partial
 from typing import Annotated
 
 import typer
@@ -27,16 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_add = partial(app.command, cls=Command)
-_add("compress")(compress.command)
-_add("search")(search.command)
-_add("export")(export.command)
-_add("bench")(bench.command)
-_add("eval")(evaluate.command)
-_add("compare")(compare.command)
-_add("inspect")(inspect.command)
-_add("visualize")(visualize.command)
-_add("demo")(demo.command)
+for _module in (compress, search, export, bench, evaluate, compare, inspect, visualize, demo):
+    _name = _module.__name__.rpartition(".")[2]
+    app.command("eval" if _module is evaluate else _name, cls=Command)(_module.command)
 app.add_typer(recipes.app, name="recipes")
 
 
@@ -134,7 +126,6 @@ def _limit_thread_spinning() -> None:
 
 
 def _explain(problem: Exception) -> int:
-    """Print an error to stderr and return the exit code."""
     if isinstance(problem, RepshiftError):
         shown = problem
     elif isinstance(problem, BrokenPipeError):

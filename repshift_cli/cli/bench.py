@@ -192,16 +192,11 @@ def command(
 
 
 def _split(values: Sequence[str]) -> list[str]:
-    """The parts of comma-separated lists, without repetitions."""
     return list(dict.fromkeys(part.strip() for value in values for part in value.split(",")))
 
 
 def _choices(option: str, values: Sequence[str], allowed: Sequence[_Value]) -> list[_Value]:
-    """The allowed values that are named in comma-separated lists.
-
-    Raises:
-        UsageError: one is unknown.
-    """
+    """The allowed values that are named in comma-separated lists."""
     by_name = {str(value): value for value in allowed}
     for text in _split(values):
         if text not in by_name:
@@ -210,11 +205,7 @@ def _choices(option: str, values: Sequence[str], allowed: Sequence[_Value]) -> l
 
 
 def _parse_integers(option: str, values: Sequence[str], limits: tuple[int, int] = RANGES["batch_size"]) -> list[int]:
-    """The integers in comma-separated lists, without repetitions.
-
-    Raises:
-        UsageError: one is not an integer in the range of the option.
-    """
+    """The integers in comma-separated lists, without repetitions."""
     low, high = limits
     for text in _split(values):
         if not text.isascii() or not text.isdigit() or len(text) > len(str(high)) or not low <= int(text) <= high:
@@ -223,7 +214,6 @@ def _parse_integers(option: str, values: Sequence[str], limits: tuple[int, int] 
 
 
 def _open_all(names: Sequence[str], recipe: str | None, load: LoadOptions, trust: bool) -> dict[str, Opened]:
-    """Open the models, by label; without names, the default one."""
     from repshift_cli.checkpoints.exported import open_any
     from repshift_cli.compression.api import compress_dense
 
@@ -237,11 +227,7 @@ def _open_all(names: Sequence[str], recipe: str | None, load: LoadOptions, trust
 
 
 def _labels(names: Sequence[str]) -> dict[str, str]:
-    """Models by label: the stem of the file, or the whole name if two stems are the same.
-
-    Raises:
-        UsageError: a model is given twice.
-    """
+    """Models by label: the stem of the file, or the whole name if two stems are the same."""
     from repshift_cli.utils.files import weight_stem
 
     stems = [weight_stem(name) for name in names]

@@ -28,17 +28,7 @@ def command(
             "--recipe", "-r", metavar="RECIPE", help="A YAML file or a shipped recipe (repshift recipes list)."
         ),
     ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target",
-            "-t",
-            metavar="KIND=VALUE",
-            help="Search for the layers and ratios instead of using those of the recipe: macs=0.65, latency=0.6, "
-            "agreement=0.99 or max-drop=0.5 (see repshift search).",
-            show_default=False,
-        ),
-    ] = None,
+    target: options.Target = None,
     load: LoadOptions,
     output: Annotated[
         Path | None,

@@ -73,8 +73,6 @@ def command(
 
 
 class _Files:
-    """The output files of the demo."""
-
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model = folder / "vit_digits_repshift.safetensors"
@@ -82,12 +80,7 @@ class _Files:
         self.report = folder / "report.json"
 
     def check(self, force: bool) -> None:
-        """Create the folder, and check that the files can be written.
-
-        Raises:
-            UsageError: files exist and `force` is false, or the folder is a file.
-            OutputError: the folder cannot be created or written to.
-        """
+        """Create the folder, and check that the files can be written."""
         from repshift_cli.utils.files import check_output
 
         if self.folder.exists() and not self.folder.is_dir():

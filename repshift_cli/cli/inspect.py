@@ -38,7 +38,6 @@ def command(
 
 
 def _describe(opened: Opened) -> dict[str, Any]:
-    """The JSON document of the command."""
     from repshift_cli.reduction.families.base import match
 
     loaded = opened.loaded

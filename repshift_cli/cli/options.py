@@ -81,6 +81,18 @@ BatchSize = Annotated[
 
 Threads = Annotated[int | None, number("threads", "--threads", help="CPU threads (default: all cores).")]
 
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        "-t",
+        metavar="KIND=VALUE",
+        help="Search for the layers and ratios that meet macs=0.65, latency=0.6 (fractions of dense), agreement=0.99 "
+        "(lowest share of unchanged predictions) or max-drop=0.5 (points of top-1). Default: the budget of --recipe.",
+        show_default=False,
+    ),
+]
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing outputs, and continue when a check fails.")]

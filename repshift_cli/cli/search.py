@@ -34,17 +34,7 @@ _KINDS = {
 def command(
     checkpoint: options.Checkpoint,
     *,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target",
-            "-t",
-            metavar="KIND=VALUE",
-            help="macs=0.65, latency=0.6 (fractions of dense), agreement=0.99 (lowest share of unchanged predictions) "
-            "or max-drop=0.5 (points of top-1). Default: the budget of --recipe.",
-            show_default=False,
-        ),
-    ] = None,
+    target: options.Target = None,
     recipe: Annotated[
         str | None,
         typer.Option("--recipe", "-r", help="Gives the metric and the reducer; its layers are not used."),
@@ -155,19 +145,13 @@ def command(
 
 @dataclass(frozen=True)
 class _Files:
-    """The files that the command writes."""
-
     recipe: Path
     checkpoint: Path | None
     plot: Path | None
     state: Path
 
     def check(self, force: bool) -> None:
-        """Check that all files can be written, before the search starts.
-
-        Raises:
-            UsageError, OutputError: as `files.check_outputs`; or the plot has an unknown file format.
-        """
+        """Check that all files can be written, before the search starts."""
         if self.plot is not None:
             check_figure_path("--plot", self.plot)
         outputs = {"--output": self.recipe, "--save": self.checkpoint, "--plot": self.plot}
@@ -199,12 +183,7 @@ class _Files:
 
 
 def _finish(found: FinishedSearch, files: _Files, settings: Settings, screen: Progress, json: bool) -> None:
-    """Write all outputs and print the result.
-
-    Raises:
-        CheckFailed: the target is missed, and `force` is off; nothing is written.
-        Interrupted: the search was interrupted; the best schedule so far has been written.
-    """
+    """Write all outputs and print the result."""
 
     result = found.result
     if not result.met and not settings.force:
@@ -254,11 +233,7 @@ def _write(found: FinishedSearch, files: _Files, settings: Settings, screen: Pro
 
 
 def _target(text: str | None, recipe: str | None) -> SearchTarget:
-    """The target of the command line, else the budget of the recipe.
-
-    Raises:
-        UsageError: there is none, or it is invalid.
-    """
+    """The target of the command line, else the budget of the recipe."""
     from repshift_cli.planning.recipe import Recipe
     from repshift_cli.search.target import SearchTarget
 

@@ -56,7 +56,6 @@ class Measured:
         agreement: share of images with unchanged predicted class, or of clips that are still most similar to
             themselves among all; None without a head.
         divergence: mean KL in nats (or one minus the cosine of features) from the dense model.
-        images: the images of `agreement`.
     """
 
     dense: ModelCost
@@ -98,7 +97,6 @@ class CompressReport:
     Attributes:
         calibration: None if nothing was calibrated.
         measured: None for a dry run.
-        notes: assumptions and warnings.
         found: the search for a target; None without one.
     """
 

@@ -43,9 +43,6 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
     Args:
         name: the checkpoint, as for `load_checkpoint`.
         dry_run: stop after the plan: nothing is run, measured or written.
-
-    Raises:
-        RepshiftError: its class and exit code say what went wrong.
     """
     if settings.output and not dry_run:
         check_output(settings.output, settings.force)
@@ -80,15 +77,7 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
 
 
 def search_checkpoint(name: str, settings: Settings, request: SearchRequest, progress: Progress) -> FinishedSearch:
-    """Run the search of `repshift search`: the recipe gives metric and reducer, `data` the images.
-
-    Args:
-        name: the checkpoint, as for `load_checkpoint`.
-
-    Raises:
-        RepshiftError: its class and exit code say what went wrong.
-        KeyboardInterrupt: before a first schedule was found.
-    """
+    """Run the search of `repshift search`: the recipe gives metric and reducer, `data` the images."""
     recipe = checked_recipe(settings.recipe)
     device, dtype = resolve_device(settings.device), resolve_dtype(settings.dtype)
     notes = Notes(progress)
@@ -107,11 +96,6 @@ def save_found(found: FinishedSearch, settings: Settings, progress: Progress) ->
 def _compress_to_target(
     loaded: LoadedModel, recipe: Recipe | None, target: SearchTarget, settings: Settings, notes: Notes
 ) -> CompressReport:
-    """Search for the layers, then continue as with any recipe.
-
-    Raises:
-        KeyboardInterrupt: also if the search was interrupted with a first result.
-    """
     if not settings.calibrate:
         raise UsageError(f"--no-calibrate: the search for {target} needs images", "Leave it out.")
     if recipe is not None and recipe.layers:
@@ -144,7 +128,6 @@ def _search_images(settings: Settings, loaded: LoadedModel, target: SearchTarget
 def _search(  # noqa: PLR0917
     loaded: LoadedModel, recipe: Recipe | None, request: SearchRequest, settings: Settings, count: int, notes: Notes
 ) -> FinishedSearch:
-    """Search on `count` images."""
     family = match(loaded.model)
     start, reducers = start_recipe(recipe, request, loaded, family)
     check_components(start)
@@ -200,7 +183,6 @@ def _finish(
     calibration: Calibration | None = None,
     found: FinishedSearch | None = None,
 ) -> CompressReport:
-    """Attach the plan, check and measure the compressed model, and write it."""
     loaded, sample = job.loaded, next(job.loaded.model.parameters())
     compressed = attach(loaded.model, plan)
     checked = images.tensor.to(device=sample.device, dtype=sample.dtype)

@@ -165,7 +165,6 @@ class Recipe(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, data: Any) -> Any:
-        """Write out the short forms of `layers`."""
         ratio, ratios, layers = (data.get(key) for key in ("drop_ratio", "drop_ratios", "layers"))
         if ratios is not None:
             if {"layers", "drop_ratio", "budget"} & data.keys():

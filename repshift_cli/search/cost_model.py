@@ -56,7 +56,6 @@ class Planner:
     """Makes plans and candidates from schedules.
 
     Attributes:
-        start: the start recipe.
         open_metrics: by layer, the metric of the start recipe; some of its fields may be open.
         layers: the layers at which a schedule can drop tokens, in order.
     """
@@ -121,14 +120,7 @@ class Planner:
 
 
 def choose_layer_metrics(start: Recipe, evaluator: Evaluator) -> tuple[Planner, Method]:
-    """Choose the metric of each layer with that layer as the only site.
-
-    Returns:
-        the planner for the layers that can run their metric, and the chosen metrics with the reducer of the recipe.
-
-    Raises:
-        RecipeError: no layer can.
-    """
+    """Choose the metric of each layer with that layer as the only site."""
     given = {drop.layer: drop.metric for drop in start.layers if drop.metric is not None}
     sites = evaluator.layout.sites
     open_metrics = {site.layer: given.get(site.layer) or given.get(site.name) or start.metric for site in sites}
@@ -245,7 +237,6 @@ def measure_cost_model(planner: Planner, method: Method, *, latency: bool) -> Co
 
 
 def _measure_curves(planner: Planner, method: Method) -> list[Curve]:
-    """The harm of each layer by the kept tokens."""
     tokens = planner.tokens
     counts = sorted({round(share * tokens) for share in _SENSITIVITY_SHARES} - {0, tokens}, reverse=True)
     plans = {

@@ -103,12 +103,7 @@ class Evaluator:
     """
 
     def __init__(self, model: nn.Module, family: Family, settings: SearchSettings, progress: Progress) -> None:
-        """Run the dense model on all images.
-
-        Raises:
-            CheckFailed: its outputs are not finite.
-            UsageError: the state file is not that of this search.
-        """
+        """Run the dense model on all images."""
         self.model = model
         self.family = family
         self.progress = progress
@@ -144,11 +139,7 @@ class Evaluator:
         return self.family.macs(self.model, None)
 
     def macs(self, plan: Plan) -> float:
-        """MACs with metric and reducer, as a fraction of the dense model's.
-
-        Raises:
-            RecipeError: the plan does not fit the model.
-        """
+        """MACs with metric and reducer, as a fraction of the dense model's."""
         compressed = attach(self.model, plan)
         try:
             return compressed.macs() / self.dense_macs

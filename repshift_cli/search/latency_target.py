@@ -69,7 +69,6 @@ def meet_latency(
 def _resized(
     costs: CostModel, target: SearchTarget, start: Candidate, method: Method, timed: Sequence[_Timed]
 ) -> Candidate | None:
-    """The next size to measure; None if there is none."""
     slow = [one for one in timed if one.latency > target.value]
     fast = [one for one in timed if one.latency <= target.value]
     if slow and fast:

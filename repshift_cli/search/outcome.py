@@ -73,10 +73,7 @@ class SearchState:
 def paper_candidate(state: SearchState, budget: float, *, by_macs: bool) -> Candidate | None:
     """The paper's schedule, scaled to the budget by one factor, with the reducer of the start recipe.
 
-    Its metrics are chosen along it, except after an interruption.
-
-    Returns:
-        None if the model lacks the sites of the schedule, or if it cannot be scaled to the budget.
+    Its metrics are chosen along it, except after an interruption. None if the model lacks its sites, or nothing fits.
     """
     planner = state.planner
     layers = [site.layer for site in planner.layout.sites]
@@ -104,14 +101,7 @@ def paper_at_best(state: SearchState) -> Evaluated | None:
 
 
 def make_result(state: SearchState, begin: float) -> SearchResult:
-    """Choose between the best schedule and the paper's, evaluate both on the held-out images, and describe them.
-
-    Args:
-        begin: start of the search, by `time.monotonic`.
-
-    Raises:
-        CheckFailed: the found schedule returns values that are not finite on the held-out images.
-    """
+    """Choose between the best schedule and the paper's, evaluate both on the held-out images, and describe them."""
     settings, target, evaluator = state.settings, state.target, state.evaluator
     paper = paper_at_best(state)
     best, paper_is_found, heldout_decided = _better(state, paper)
@@ -188,7 +178,6 @@ def _heldout(evaluator: Evaluator, plans: Sequence[Plan]) -> list[dict[str, Any]
 
 
 def _on_selection(evaluator: Evaluator, best: Evaluated, paper: Evaluated | None) -> dict[str, MeasuredSchedule]:
-    """The dense model, the found schedule and the paper's, on the images of `SearchResult.tried`."""
     named = {**({"paper": paper} if paper else {}), "found": best}
     latencies = {name: evaluator.known_latency(one.candidate.plan) for name, one in named.items()}
     dense = None if latencies["found"] is None else 1.0
@@ -210,7 +199,6 @@ def _met(target: SearchTarget, result: Evaluated, latency: float | None) -> tupl
 
 
 def _given(state: SearchState) -> MeasuredSchedule | None:
-    """The start recipe with its own layers and metrics chosen along them, on the selection images."""
     start, evaluator = state.settings.start, state.evaluator
     if not start.layers or state.interrupted:
         return None

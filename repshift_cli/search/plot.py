@@ -34,9 +34,7 @@ class Chart:
     """What is drawn.
 
     Attributes:
-        label: of the vertical axis, with its unit.
         quality: value of a schedule on the vertical axis; larger is better.
-        named: the schedules of `MARKS`.
         tried: all schedules that the search evaluated, on the same images as `named`.
         limit: axis and value of the target; None for no line.
     """
@@ -77,7 +75,6 @@ def save(chart: Chart, path: Path, force: bool) -> None:
 
 
 def _draw(panel: Axes, chart: Chart, cost: str) -> None:
-    """One panel: all tried schedules, their front, the named schedules and the target."""
     tried = [one for one in chart.tried if getattr(one, cost) is not None]
     if tried:
         xs, ys = [getattr(one, cost) for one in tried], [chart.quality(one) for one in tried]

@@ -29,12 +29,8 @@ class SearchSettings:
     Attributes:
         images: `[n, C, H, W]` (clips: `[n, T, C, H, W]`), preprocessed; at least 16. Schedules are selected on the
             first half. The second half is held out.
-        identity: description of the images, for the record.
         start: recipe that gives the metric, the reducer and the model. Its layers are only compared with.
-        labels: int64 `[n]`; None if there are none.
-        evaluations: number of schedules that the refinement may try.
         state: file that keeps the evaluations, so that the search can continue.
-        seconds: time of each latency measurement; 0 measures none.
     """
 
     target: SearchTarget
@@ -61,8 +57,6 @@ class MeasuredSchedule:
         distance: mean squared Hellinger distance from the dense model (1 - cosine for a model without a head).
         kl: mean KL divergence in nats (1 - cosine for a model without a head).
         agreement: share of unchanged predictions; None without a head.
-        top1: percent; None without labels.
-        images: number of images it was evaluated on.
     """
 
     name: str
@@ -118,7 +112,6 @@ class SearchResult:
     """The found schedule. If the target cannot be met, it is the nearest one, and `check_met` raises.
 
     Attributes:
-        recipe, plan: the found schedule.
         met: whether it meets the target: a cost exactly (latency as last measured), a quality on the selection images.
         nearest: what the found schedule reaches, in the unit of the target.
         dense, paper, found, random: evaluated on the held-out images. `paper` is the paper's schedule at the same MACs
@@ -128,10 +121,7 @@ class SearchResult:
             None if its reducer uses no score or the search was interrupted.
         selection: the dense model, the found schedule and the paper's on the selection images, as `tried`.
         given: the start recipe with its own layers, on the selection images; None if it has none or does not fit.
-        paper_is_found: whether the paper's schedule is the result.
         held_back_decided: whether it is the result because it was better on the held-out images only.
-        tried: all evaluated schedules, on the selection images, in order.
-        evaluations: their number.
         seconds: time of this run; less than the whole if it resumed.
     """
 

@@ -97,7 +97,6 @@ def solve(
 def _advance(
     model: Additive, counts: Sequence[int], site: int, states: Mapping[_State, Front], max_sites: int | None
 ) -> dict[_State, Front]:
-    """Extend all schedules by one site, in all possible ways."""
     arriving: dict[_State, list[Front]] = {}
     for (level, used), front in states.items():
         for after in range(level, len(counts)):
@@ -122,7 +121,6 @@ def _joined(fronts: Sequence[Front]) -> Front:
 
 
 def _least_harmful(front: Front, width: float) -> Front:
-    """The least harmful schedule in each bin of saved cost."""
     bins = np.floor(front.saved / width + TINY).astype(np.int64)
     order = np.lexsort((-front.saved, front.damage, bins))
     best = order[np.unique(bins[order], return_index=True)[1]]
@@ -173,7 +171,6 @@ def _shares(kept: Kept, tokens: int) -> list[float]:
 
 
 def _from_shares(shares: Sequence[float], model: Additive) -> Kept:
-    """The rounded token counts of shares, within the limits of the model."""
     exact, before, kept = float(model.tokens), model.tokens, []
     for share in shares:
         exact *= share
@@ -281,14 +278,10 @@ def to_recipe(
     model: str | None = None,
     description: str | None = None,
 ) -> Recipe:
-    """The recipe of a schedule.
+    """The recipe of a schedule; raises UsageError if it drops no token.
 
     Args:
-        layers: the layers of the schedule, in order.
         metrics: by layer. The most common one becomes the metric of the recipe; other layers get their own.
-
-    Raises:
-        UsageError: the schedule drops no token.
     """
     chosen = layer_drops(kept, layout, layers)
     if not chosen:

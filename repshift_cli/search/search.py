@@ -57,7 +57,6 @@ def search(model: nn.Module, family: Family, settings: SearchSettings, progress:
 
     Args:
         model: dense, in eval mode, on the device and in the dtype to search in.
-        family: the family of the model.
 
     Raises:
         DataError: there are too few images.
@@ -220,7 +219,6 @@ def _choose_metrics_again(state: SearchState) -> None:
 
 
 def _compare_with_paper(state: SearchState) -> None:
-    """Keep the paper's schedule at the MACs of the best one, if it is better."""
     paper = paper_at_best(state)
     if paper is not None and (
         state.target.kind != "macs" or paper.candidate.macs <= state.target.value + COST_TOLERANCE
@@ -274,7 +272,6 @@ def _new_neighbours(
 
 
 def _reduce_cost(state: SearchState, current: Evaluated) -> None:
-    """Reduce the cost of a schedule as far as the quality holds."""
     if not state.target.holds(current.values):
         return
     candidate = current.candidate
@@ -289,7 +286,6 @@ def _reduce_cost(state: SearchState, current: Evaluated) -> None:
 
 
 def _try_reducers(state: SearchState) -> None:
-    """Evaluate the best schedule with the other reducers."""
     best = state.found.candidate
     budget = state.target.budget if state.target.limits_cost else best.macs
     candidates: list[Candidate | None] = []

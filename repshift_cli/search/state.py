@@ -52,11 +52,7 @@ class EvaluationCache:
     """Results of evaluations by key, written to the state file of the settings if they name one."""
 
     def __init__(self, model: nn.Module, settings: SearchSettings) -> None:
-        """Load the state file, if it exists.
-
-        Raises:
-            UsageError: the file is not the state of this search.
-        """
+        """Load the state file, if it exists."""
         self._path = settings.state
         self._identity = {} if settings.state is None else _search_identity(model, settings)
         self._outputs: dict[str, str] = {}
@@ -70,7 +66,6 @@ class EvaluationCache:
 
         Args:
             compute: called with the index of a key; returns a value that JSON can hold.
-            task: advances by the number of keys.
         """
         added: dict[str, Any] = {}
         try:

@@ -225,7 +225,7 @@ class TestRefused:
             (["--against", "evit"], 2, ["unknown baseline 'evit'", "class-attention"]),
             (["--budget", "latency<0.7"], 2, ["invalid limit 'latency<0.7'", "latency<=0.7"]),
             (["--batch-size", "0"], 2, ["invalid --batch-size '0': must be an integer >= 1"]),
-            (["--img-size", "big"], 2, ["invalid --img-size 'big': must be an integer >= 1"]),
+            (["--img-size", "big"], 2, ["invalid --img-size big: must be N or HEIGHTxWIDTH"]),
             (["--img-size", "32,64"], 2, ["--img-size 64", "takes images of 32x32"]),
             (["--data", "nowhere"], 4, ["there is no dataset 'nowhere', and no folder of that name"]),
         ],

@@ -61,7 +61,6 @@ def _show_head(report: BenchReport, opened: Mapping[str, Opened]) -> None:
 
 
 def _show_panel(report: BenchReport, panel: str, unit: str) -> None:
-    """Print the runs of one setting at all batch sizes."""
     runs = [run for run in report.runs if run.setting.without_batch == panel]
     ratios = [ratio for ratio in report.ratios if ratio.setting.without_batch == panel]
     _show_runs(runs, unit)
@@ -98,7 +97,6 @@ def _show_runs(runs: Sequence[Run], unit: str) -> None:
 
 
 def _show_baselines(runs: Sequence[Run], ratios: Sequence[Ratio], dense: set[str]) -> None:
-    """Print each model against dense, and the compressed model against each baseline."""
     over_dense = {(ratio.batch, ratio.name): ratio for ratio in ratios if ratio.against in dense}
     ours = {(ratio.batch, ratio.against): ratio for ratio in ratios if ratio.against not in dense}
     macs = {run.name: run.macs for run in runs}

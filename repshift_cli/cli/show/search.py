@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from repshift_cli.cli import ui
 from repshift_cli.cli.show.plan import show_sites
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ _FRONT_ROWS = 8
 
 def show_search(found: FinishedSearch) -> None:
     """Print the result in 80 columns."""
-    from repshift_cli.cli import ui
-
     loaded = found.loaded
     ui.print_text(f"model   {loaded.description.name} ({found.family.name})")
     ui.print_text(f"data    {found.inputs.description}")
@@ -29,8 +28,6 @@ def show_search(found: FinishedSearch) -> None:
 
 def show_found(found: FinishedSearch) -> None:
     """Print the found schedule with the dense model and the paper's schedule."""
-    from repshift_cli.cli import ui
-
     result, unit, on = found.result, found.loaded.description.preprocessing.unit, found.measured_on
     labels = {"paper": "the paper's schedule", "random": "found, dropped at random"}
     points = {labels.get(name, name): point for name, point in result.points.items() if name != "given"}
