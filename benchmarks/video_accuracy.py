@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from _results import page_name, publish, table
+from _shape_videos import write_dataset
 from torch import Tensor
 
 from repshift_cli.calibration.calibrate import calibrate
 from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.checkpoints.load import load_checkpoint
-from repshift_cli.data.builtin.moving_shapes import TEST_SEED, write_dataset
+from repshift_cli.data.builtin.moving_shapes import TEST_SEED
 from repshift_cli.data.inputs import load_inputs
 from repshift_cli.data.video.annotations import Task
 from repshift_cli.data.video.decode import frame_indices

@@ -32,7 +32,7 @@ def main() -> None:
     frames, size = model.preprocessing.frames, model.preprocessing.input_size[1]
     print(f"multiply-accumulates: {model.dense_macs() / 1e6:.0f} -> {model.macs() / 1e6:.0f} million per clip")
 
-    # clips [B, T, 3, H, W]; for files: repshift_cli.data.video.read_clip and clip_tensor
+    # clips [B, T, 3, H, W]; for files: repshift_cli.data.video.decode.read_clip(path, frames, convert=transform)
     transform = model.preprocessing.transform()
     scenes = moving_shapes.scenes(32, moving_shapes.TEST_SEED)
     clips = torch.stack([scene_tensor(moving_shapes.render(scene, frames, size), transform) for scene in scenes])

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
+from _shape_videos import write_dataset
 from tiny import tiny_vit
 
 from repshift_cli.checkpoints.exported import DOCUMENT_FILE
 from repshift_cli.data.builtin.digits import DigitDataset
-from repshift_cli.data.builtin.moving_shapes import write_dataset
 
 IMAGES = 30
 CLASSES = ("air", "bus", "cat", "dog", "elk", "fox", "gnu", "hen", "type2", "type10")

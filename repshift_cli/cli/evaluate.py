@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from repshift_cli.checkpoints.builtin import BUILTIN
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.cli import options, ui
-from repshift_cli.cli.evaluate_video import VideoOptions, refuse_videos, run
+from repshift_cli.cli.evaluate_video import VIDEO_BATCH, EvalOptions, VideoOptions, evaluate_videos, refuse_videos
 from repshift_cli.cli.options import Pooling
 from repshift_cli.cli.show.evaluate import (
     announce_dataset,
@@ -26,7 +25,6 @@ from repshift_cli.cli.torchrun import (
     Interrupted,
     own_device,
     rank_zero_errors,
-    refuse_torchrun,
     screen_of_first,
 )
 from repshift_cli.errors import INTERRUPTED, OutputError, UsageError
@@ -42,28 +40,7 @@ if TYPE_CHECKING:
 _DEFAULT_MODEL = "builtin:vit-digits"
 _DEFAULT_DATASET = "builtin:digits"
 _BUILTIN = "builtin:"
-_IMAGE_BATCH, _VIDEO_BATCH = 64, 8
-
-
-@dataclass(frozen=True)
-class _EvalOptions:
-    """Options that models of images and of videos share.
-
-    `settings` are the arguments that `classification.evaluate` and `video_text.settings.VideoSettings` have in common.
-    """
-
-    name: str
-    dataset: str | None
-    data_dir: Path | None
-    order: str | None
-    limit: int | None
-    seed: int
-    compare_dense: bool
-    resume: Path | None
-    predictions: tuple[Path, ...]
-    force: bool
-    json: bool
-    settings: dict[str, Any]
+_IMAGE_BATCH = 64
 
 
 @options.takes_model
@@ -100,7 +77,7 @@ def command(
             "batch_size",
             "--batch-size",
             "-b",
-            help=f"Batch size (default: {_IMAGE_BATCH} images, {_VIDEO_BATCH} videos).",
+            help=f"Batch size (default: {_IMAGE_BATCH} images, {VIDEO_BATCH} videos).",
             show_default=False,
         ),
     ] = None,
@@ -201,7 +178,7 @@ def command(
             "strict": strict,
             "attention": attention.value,
         }
-        given = _EvalOptions(
+        given = EvalOptions(
             model, dataset, data_dir, order, limit, seed, compare_dense, resume, predictions, force, json, settings
         )
         video = VideoOptions(annotations, videos, answers, vocab, rerank, rerank_k, paragraph, pooling)
@@ -210,11 +187,11 @@ def command(
             opened = group.agreed(lambda: open_any(model, load, trust))
             for note in opened.loaded.notes:
                 screen.note(note)
-            evaluate = _evaluate_images if opened.loaded.description.preprocessing.frames is None else _evaluate_videos
+            evaluate = _evaluate_images if opened.loaded.description.preprocessing.frames is None else evaluate_videos
             evaluate(opened, given, video, screen)
 
 
-def _evaluate_images(opened: Opened, given: _EvalOptions, video: VideoOptions, screen: Progress) -> None:
+def _evaluate_images(opened: Opened, given: EvalOptions, video: VideoOptions, screen: Progress) -> None:
     from repshift_cli.evaluation.classification.evaluate import evaluate, finish
     from repshift_cli.evaluation.models import head_size
     from repshift_cli.utils.distributed import together
@@ -252,7 +229,7 @@ def _evaluate_images(opened: Opened, given: _EvalOptions, video: VideoOptions, s
 
 
 def _open_images(
-    opened: Opened, given: _EvalOptions, video: VideoOptions
+    opened: Opened, given: EvalOptions, video: VideoOptions
 ) -> tuple[Mapping[str, nn.Module], ImageDataset, ImageDataset]:
     """The models, the dataset, and the dataset with the labels of the head."""
     from repshift_cli.data.catalog import open_dataset
@@ -265,7 +242,7 @@ def _open_images(
     return models_of(opened, given.compare_dense, given.name), data, labelled
 
 
-def _report(result: Evaluation, data: ImageDataset, opened: Opened, given: _EvalOptions) -> None:
+def _report(result: Evaluation, data: ImageDataset, opened: Opened, given: EvalOptions) -> None:
     from repshift_cli.evaluation.models import COMPRESSED, DENSE
 
     warn_of_skipped(result)
@@ -282,11 +259,7 @@ def _report(result: Evaluation, data: ImageDataset, opened: Opened, given: _Eval
 
 
 def _prediction_paths(path: Path | None, compare_dense: bool, force: bool) -> tuple[Path, ...]:
-    """The files of `--save-predictions`, in the order of the models.
-
-    Raises:
-        UsageError, OutputError: one of them cannot be written.
-    """
+    """The files of `--save-predictions`, in the order of the models."""
     from repshift_cli.evaluation.classification.predictions import check_suffix
     from repshift_cli.evaluation.models import DENSE
     from repshift_cli.utils.files import check_output
@@ -301,7 +274,7 @@ def _prediction_paths(path: Path | None, compare_dense: bool, force: bool) -> tu
     return paths
 
 
-def _save_predictions(result: Evaluation, data: ImageDataset, given: _EvalOptions) -> tuple[Path, ...]:
+def _save_predictions(result: Evaluation, data: ImageDataset, given: EvalOptions) -> tuple[Path, ...]:
     from repshift_cli.evaluation.classification.predictions import save_predictions
     from repshift_cli.evaluation.classification.result import predictions_of
 
@@ -311,55 +284,8 @@ def _save_predictions(result: Evaluation, data: ImageDataset, given: _EvalOption
     return given.predictions
 
 
-def _evaluate_videos(opened: Opened, given: _EvalOptions, video: VideoOptions, screen: Progress) -> None:
-    """Evaluate a video-text model.
-
-    Raises:
-        UsageError: an option is for image models only, or torchrun started several processes.
-        ModelError: it is an exported file.
-    """
-    from repshift_cli.evaluation.video_text.data import DatasetOptions
-    from repshift_cli.evaluation.video_text.models import video_models_of
-    from repshift_cli.evaluation.video_text.settings import VideoSettings
-
-    images = {"--resume": given.resume, "--save-predictions": given.predictions, "--class-order": given.order}
-    for option, value in images.items():
-        if value:
-            raise UsageError(f"{option} is for image models, and {given.name} takes videos", "Leave it out.")
-    refuse_torchrun("evaluating videos")
-    models = video_models_of(opened, given.compare_dense, given.name)
-    data_options = DatasetOptions(
-        given.dataset,
-        video.annotations,
-        video.videos,
-        video.answers,
-        given.data_dir,
-        video.paragraph,
-        given.limit,
-        given.seed,
-    )
-    settings = given.settings | {
-        "batch_size": given.settings["batch_size"] or _VIDEO_BATCH,
-        "workers": given.settings["workers"] or 0,
-    }
-    run(
-        opened,
-        models,
-        given.name,
-        data_options=data_options,
-        options=video,
-        settings=VideoSettings(**settings),
-        progress=screen,
-        json=given.json,
-    )
-
-
 def _dataset_of(model: str, dataset: str | None, annotations: Path | None) -> str | None:
-    """The given dataset, or the default of a built-in model; None with `--annotations` alone.
-
-    Raises:
-        UsageError: no dataset is given and the model is not built in.
-    """
+    """The given dataset, or the default of a built-in model; None with `--annotations` alone."""
     if dataset is not None or annotations is not None:
         return dataset
     if model.startswith(_BUILTIN):

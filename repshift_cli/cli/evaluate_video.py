@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +20,38 @@ from repshift_cli.cli.show.video_text import (
     show_answers,
     show_retrieval,
 )
+from repshift_cli.cli.torchrun import refuse_torchrun
 from repshift_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import Opened
     from repshift_cli.data.video.annotations import Task
-    from repshift_cli.evaluation.video_text.data import DatasetOptions
-    from repshift_cli.evaluation.video_text.settings import VideoSettings
     from repshift_cli.utils.progress import Progress
 
 
 _DEFAULT_RERANK_K = 128
+VIDEO_BATCH = 8
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Options that models of images and of videos share.
+
+    `settings` are the arguments that `classification.evaluate` and `video_text.settings.VideoSettings` have in common.
+    """
+
+    name: str
+    dataset: str | None
+    data_dir: Path | None
+    order: str | None
+    limit: int | None
+    seed: int
+    compare_dense: bool
+    resume: Path | None
+    predictions: tuple[Path, ...]
+    force: bool
+    json: bool
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -65,11 +85,7 @@ def refuse_videos(model: str, dataset: str | None, options: VideoOptions) -> Non
 
 
 def _rerank_k(options: VideoOptions, task: Task, model: str) -> int | None:
-    """How many candidates of each query are re-ranked; None for none.
-
-    Raises:
-        UsageError: an option is for retrieval, or contradicts another.
-    """
+    """How many candidates of each query are re-ranked; None for none."""
     if task == "qa":
         for option, value in (("--rerank", options.rerank), ("--rerank-k", options.rerank_k)):
             if value is not None:
@@ -80,59 +96,63 @@ def _rerank_k(options: VideoOptions, task: Task, model: str) -> int | None:
     return None if options.rerank is False else options.rerank_k or _DEFAULT_RERANK_K
 
 
-def run(
-    opened: Opened,
-    models: Mapping[str, Any],
-    name: str,
-    *,
-    data_options: DatasetOptions,
-    options: VideoOptions,
-    settings: VideoSettings,
-    progress: Progress,
-    json: bool,
-) -> None:
-    """Evaluate and print.
-
-    Args:
-        opened: the checkpoint.
-        models: to evaluate, by name; the requested model first, then its dense model.
-        name: of the checkpoint, as the user gave it.
-        settings: `rerank_k` is taken from `options`.
-        json: print one document instead of tables.
-    """
+def evaluate_videos(opened: Opened, given: EvalOptions, video: VideoOptions, screen: Progress) -> None:
+    """Evaluate a video-text model and print the result."""
+    from repshift_cli.evaluation.video_text.data import DatasetOptions
     from repshift_cli.evaluation.video_text.evaluate import open_evaluation
-    from repshift_cli.evaluation.video_text.models import task_of
+    from repshift_cli.evaluation.video_text.models import task_of, video_models_of
     from repshift_cli.evaluation.video_text.retrieval import RetrievalEvaluation
+    from repshift_cli.evaluation.video_text.settings import VideoSettings
 
+    images = {"--resume": given.resume, "--save-predictions": given.predictions, "--class-order": given.order}
+    for option, value in images.items():
+        if value:
+            raise UsageError(f"{option} is for image models, and {given.name} takes videos", "Leave it out.")
+    refuse_torchrun("evaluating videos")
+    models = video_models_of(opened, given.compare_dense, given.name)
+    settings = given.settings | {
+        "batch_size": given.settings["batch_size"] or VIDEO_BATCH,
+        "workers": given.settings["workers"] or 0,
+        "rerank_k": _rerank_k(video, task_of(opened.loaded.model), given.name),
+    }
     evaluation = open_evaluation(
         opened,
         models,
-        name,
-        data_options=data_options,
-        vocabulary=options.vocab,
-        pooling=None if options.pooling is None else options.pooling.value,
-        settings=replace(settings, rerank_k=_rerank_k(options, task_of(opened.loaded.model), name)),
-        progress=progress,
+        given.name,
+        data_options=DatasetOptions(
+            given.dataset,
+            video.annotations,
+            video.videos,
+            video.answers,
+            given.data_dir,
+            video.paragraph,
+            given.limit,
+            given.seed,
+        ),
+        vocabulary=video.vocab,
+        pooling=None if video.pooling is None else video.pooling.value,
+        settings=VideoSettings(**settings),
+        progress=screen,
     )
     data, tokenizer, pooling = evaluation.data, evaluation.tokenizer, evaluation.pooling
     macs = zip(models, (opened.macs, opened.dense_macs), strict=False)
     costs = {model: EncoderCost(count, evaluation.attention[model]) for model, count in macs}
     for note in data.notes:
-        progress.note(note)
+        screen.note(note)
     list_names("videos of the annotations are missing and were left out (--strict stops)", data.missing)
-    if not json:
+    if not given.json:
         announce_videos(opened, data, pooling, tokenizer)
-    result, padded = evaluation.run(progress)
+    result, padded = evaluation.run(screen)
     left_out = report_left_out(data, result.skipped, padded)
     if isinstance(result, RetrievalEvaluation):
         found = retrieval_document(result, costs, left_out)
-        if not json:
+        if not given.json:
             show_retrieval(result, costs)
     else:
         found = answers_document(result, costs, left_out)
-        if not json:
+        if not given.json:
             show_answers(result, costs)
-    if json:
+    if given.json:
         inputs = inputs_document(evaluation.preprocessing, tokenizer)
-        found = {**dataset_document(name, data, evaluation.task), **found, **inputs}
+        found = {**dataset_document(given.name, data, evaluation.task), **found, **inputs}
         ui.print_json(found | ({} if pooling is None else {"pooling": pooling}))

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 
-from repshift_cli.data.dataset import ImageDataset, check_limit, limited
+from repshift_cli.data.dataset import ImageDataset, limited
 from repshift_cli.errors import DataError, UsageError
+from repshift_cli.utils.ranges import check_ranges
+from repshift_cli.utils.suggest import nearest
 
 DATA_DIR_VARIABLE = "REPSHIFT_DATA_DIR"
 """The environment variable that replaces `--data-dir`."""
@@ -18,7 +19,7 @@ DATA_DIR_VARIABLE = "REPSHIFT_DATA_DIR"
 DEFAULT_SCENES = 1000
 """Number of built-in scenes in an evaluation without a limit."""
 
-_NAMES = (
+DATASET_NAMES = (
     "builtin:digits",
     "folder",
     "imagenet-val",
@@ -28,18 +29,14 @@ _NAMES = (
     "imagenet-r",
     "shards",
 )
-
-
-def dataset_names() -> tuple[str, ...]:
-    """The named datasets of `open_dataset`, without paths and timm's names (`torch/cifar10`)."""
-    return _NAMES
+"""The named datasets of `open_dataset`, without paths and timm's names (`torch/cifar10`)."""
 
 
 def is_dataset_name(name: str) -> bool:
     """Whether a name is that of a dataset, not the path of a folder."""
     from repshift_cli.data.sources.timm_reader import is_timm_name
 
-    return name in _NAMES or is_timm_name(name)
+    return name in DATASET_NAMES or is_timm_name(name)
 
 
 def open_dataset(
@@ -48,7 +45,7 @@ def open_dataset(
     """Open a dataset.
 
     Args:
-        name: one of `dataset_names()`, the path of a folder with class folders, of a tar or of several
+        name: one of `DATASET_NAMES`, the path of a folder with class folders, of a tar or of several
             (`DIR/val-{0000..0007}.tar`), or a name of timm's factory with a prefix (`torch/cifar10`,
             `hfds/owner/name@test`).
         data_dir: the dataset's folder, or a folder that holds one with the dataset's name; the default is the
@@ -62,7 +59,7 @@ def open_dataset(
         UsageError: the limit is not positive; `data_dir` is given for a dataset that needs none, or `class_order` for
             one whose labels do not depend on names of folders.
     """
-    check_limit(limit)
+    check_ranges(limit=limit)
     dataset: ImageDataset
     if name == "builtin:digits":
         from repshift_cli.data.builtin.digits import DigitDataset
@@ -146,11 +143,10 @@ def _refuse_data_dir(name: str, data_dir: Path | None) -> None:
 
 
 def _unknown(name: str) -> DataError:
-    prefixed = [known for known in _NAMES if known.startswith(name.lower())]
-    near = prefixed[:1] or get_close_matches(name.lower(), _NAMES, n=1, cutoff=0.5)
-    guess = f"Did you mean {near[0]}? " if near else ""
+    prefixed = next((known for known in DATASET_NAMES if known.startswith(name.lower())), None)
+    guess = f"Did you mean {prefixed}? " if prefixed else nearest(name.lower(), DATASET_NAMES)
     return DataError(
         f"there is no dataset {name!r}, and no folder of that name",
-        f"{guess}Known: {', '.join(_NAMES)}, the path of a folder with class folders or of a tar, and names of "
+        f"{guess}Known: {', '.join(DATASET_NAMES)}, the path of a folder with class folders or of a tar, and names of "
         "timm's readers such as torch/cifar10, hfds/OWNER/NAME, tfds/NAME, wds/NAME.",
     )

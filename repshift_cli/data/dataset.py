@@ -7,14 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from repshift_cli.errors import UsageError
 from repshift_cli.utils.progress import Messages
+from repshift_cli.utils.ranges import check_ranges
 
 if TYPE_CHECKING:
     from PIL import Image
-
-
-_MAX_SCENES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -177,24 +174,8 @@ def even_indices(total: int, count: int) -> list[int]:
 
 
 def limited(dataset: ImageDataset, limit: int | None) -> ImageDataset:
-    """The dataset, or an evenly spaced subset of it.
-
-    Raises:
-        UsageError: the limit is not positive.
-    """
-    check_limit(limit)
+    """The dataset, or an evenly spaced subset of it; raises UsageError for an invalid limit."""
+    check_ranges(limit=limit)
     if limit is None or limit >= len(dataset):
         return dataset
     return EvenSubset(dataset, limit)
-
-
-def check_limit(limit: int | None) -> None:
-    """Raise UsageError if the limit is not positive."""
-    if limit is not None and limit < 1:
-        raise UsageError(f"invalid limit {limit}: must be 1 or more", "Give the number of images to use.")
-
-
-def check_scenes(count: int) -> None:
-    """Raise UsageError for a number of built-in scenes beyond reason."""
-    if count > _MAX_SCENES:
-        raise UsageError(f"{count} built-in scenes were asked for", f"Ask for {_MAX_SCENES} at most.")

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repshift_cli.data.catalog import data_errors
-from repshift_cli.data.dataset import DatasetInfo, ImageDataset, check_scenes, shuffled
+from repshift_cli.data.dataset import DatasetInfo, ImageDataset, shuffled
 from repshift_cli.data.decode import UnreadableSample
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.data.sources.folder import readable_name
 from repshift_cli.errors import DataError, UsageError
+from repshift_cli.utils.ranges import check_ranges
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,8 +87,7 @@ def load_inputs(
     """
     import torch
 
-    if count < 1:
-        raise UsageError(f"{count} {preprocessing.unit}s were asked for", "Give a number of 1 or more.")
+    check_ranges(images=count)
     with data_errors():
         if preprocessing.frames is None:
             source = _image_source(where, count, preprocessing, seed, num_classes, test_scenes, class_order)
@@ -96,7 +96,10 @@ def load_inputs(
     places, tensors, labels, skipped = _draw(source, count, seed)
     if not test_scenes:
         _check_distinct(tensors, source, preprocessing)
-    unlabelled = source.unlabelled or _label_error(source, places, labels, num_classes or 0)
+    unlabelled = source.unlabelled
+    for place, label in zip(places, labels, strict=True):
+        if not unlabelled and not 0 <= label < (num_classes or 0):
+            unlabelled = f"{source.sample_id(place)} has label {label}, the head of the model has {num_classes} outputs"
     builtin = source.name in {_DIGITS, _SHAPES}
     if builtin:
         kind = f"built-in {'test' if test_scenes else 'training'} {source.kind}"
@@ -186,13 +189,6 @@ def _draw(source: _Source, count: int, seed: int) -> tuple[list[int], list[Tenso
     return places, tensors, labels, skipped
 
 
-def _label_error(source: _Source, places: Sequence[int], labels: Sequence[int], num_classes: int) -> str | None:
-    for index, label in zip(places, labels, strict=True):
-        if not 0 <= label < num_classes:
-            return f"{source.sample_id(index)} has label {label}, the head of the model has {num_classes} outputs"
-    return None
-
-
 def _image_source(  # noqa: PLR0917
     where: str | Path | None,
     count: int,
@@ -275,7 +271,6 @@ def _clip_source(
         if test_scenes:
             scenes = shapes.scenes(count, shapes.TEST_SEED + seed)
         else:
-            check_scenes(count)
             first = _FIRST_TRAINING_CLIP * (1 + seed)
             scenes = [shapes.scene(number, shapes.TRAIN_SEED) for number in range(first, first + count)]
         videos, name, builtin = VideoScenes(tuple(scenes)), _SHAPES, True

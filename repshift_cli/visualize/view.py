@@ -163,9 +163,6 @@ def visualize(opened: Opened, where: str, count: int, seed: int = 0, class_order
         )
     description, plan = opened.loaded.description, opened.compressed.plan
     preprocessing = description.preprocessing
-    if count < 1:
-        what = "images" if preprocessing.frames is None else "clips"
-        raise UsageError(f"invalid number of {what} {count}: must be at least 1")
     patches = patch_grids(opened.compressed)
     classes = int(getattr(opened.loaded.model, "num_classes", 0))
     samples = load_inputs(

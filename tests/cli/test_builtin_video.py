@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _shape_videos import write_dataset
 from outcome import Command
 
-from repshift_cli.data.builtin.moving_shapes import TEST_SEED, write_dataset
+from repshift_cli.data.builtin.moving_shapes import TEST_SEED
 
 VIDEOS = 60
 

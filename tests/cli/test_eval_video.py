@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import _shape_videos
 import numpy as np
 import pytest
 from outcome import Command, Outcome
@@ -17,7 +18,6 @@ from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import ModelDescription
 from repshift_cli.checkpoints.weights import METADATA_KEY
-from repshift_cli.data.builtin import moving_shapes
 from repshift_cli.data.preprocessing import Preprocessing
 
 COUNT, FRAMES = 6, 5
@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shapes")
     save_umt(folder / "umt-shapes.safetensors", 24)
     save_umt(folder / "umt-shapes-qa.safetensors", 0)
-    moving_shapes.write_dataset(folder, COUNT, seed=1, frames=FRAMES, size=32)
+    _shape_videos.write_dataset(folder, COUNT, seed=1, frames=FRAMES, size=32)
     return folder
 
 
@@ -156,7 +156,7 @@ class TestRetrieval:
         (videos / "00001.mp4").write_text("no video at all")
         write_audio(videos / "00002.mp4")
         (videos / "00003.mp4").unlink()
-        moving_shapes.write_clip(np.zeros((2, 32, 32, 3), np.uint8), videos / "00004.mp4")
+        _shape_videos.write_clip(np.zeros((2, 32, 32, 3), np.uint8), videos / "00004.mp4")
         arguments = (
             *("eval", folder / "umt-shapes.safetensors", "--annotations", folder / "retrieval.json"),
             *("--videos", videos, "--json"),
@@ -176,7 +176,7 @@ class TestRetrieval:
         stopped = cli(*arguments, "--strict")
         assert (stopped.rc, stopped.stdout) == (4, "")
         assert "00003.mp4" in stopped.stderr
-        moving_shapes.write_clip(np.zeros((4, 32, 32, 3), np.uint8), videos / "00003.mp4")
+        _shape_videos.write_clip(np.zeros((4, 32, 32, 3), np.uint8), videos / "00003.mp4")
         stopped = cli(*arguments, "--strict")
         assert stopped.rc == 4
         assert "00001.mp4 cannot be read: no video" in stopped.stderr

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repshift_cli.data.catalog import DATA_DIR_VARIABLE, dataset_names, open_dataset
+from repshift_cli.data.catalog import DATA_DIR_VARIABLE, DATASET_NAMES, open_dataset
 from repshift_cli.data.dataset import ImageDataset, even_indices
 from repshift_cli.data.decode import UnreadableSample, decode_bytes
 from repshift_cli.data.sources.class_labels import imagenet_wnids
@@ -277,12 +277,6 @@ class TestImageNetFlat:
         io_module.savemat(kit / "meta.mat", {"synsets": synsets[:, None]})
         assert labels_of(open_dataset("imagenet-val", images)) == truth
 
-    def test_kit_with_class_map(self, images: Path) -> None:
-        truth, table = self.kit_tables(images / "data")
-        rows = [f"{wnid} {number} some_name" for number, wnid in table.items()]
-        (images / "data/map_clsloc.txt").write_text("\n".join(rows))
-        assert labels_of(open_dataset("imagenet-val", images)) == truth
-
     def test_kit_numbers_alone_are_not_guessed(self, images: Path) -> None:
         self.kit_tables(images)
         with pytest.raises(DataError, match="not the labels of the models") as caught:
@@ -303,9 +297,11 @@ class TestImageNetFlat:
         with pytest.raises(DataError, match="pip install scipy"):
             open_dataset("imagenet-val", images)
 
-    def test_an_incomplete_class_map(self, images: Path) -> None:
+    def test_an_incomplete_kit(self, images: Path) -> None:
+        io_module = pytest.importorskip("scipy.io")
         self.kit_tables(images)
-        (images / "map_clsloc.txt").write_text(f"{WNIDS[0]} 1 tench\n")
+        synsets = np.array([(1, WNIDS[0]), (2, WNIDS[1])], dtype=[("ILSVRC2012_ID", "i4"), ("WNID", "U9")])
+        io_module.savemat(images / "meta.mat", {"synsets": synsets[:, None]})
         with pytest.raises(DataError, match="does not have the 1000 classes"):
             open_dataset("imagenet-val", images)
 
@@ -417,7 +413,7 @@ class TestMissing:
     def test_unknown_names_have_a_nearest_match(self, name: str, near: str) -> None:
         with pytest.raises(DataError, match=f"Did you mean {near}") as caught:
             open_dataset(name, None)
-        assert all(known in str(caught.value) for known in dataset_names())
+        assert all(known in str(caught.value) for known in DATASET_NAMES)
 
     @pytest.mark.parametrize("name", ["builtin:digits", "."])
     def test_an_unused_data_dir(self, tmp_path: Path, name: str) -> None:

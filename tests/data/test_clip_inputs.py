@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _shape_videos import write_clip
 from PIL import Image
 
 from repshift_cli.data.builtin.moving_shapes import (
@@ -17,11 +18,10 @@ from repshift_cli.data.builtin.moving_shapes import (
     render,
     scene,
     scene_tensor,
-    write_clip,
 )
 from repshift_cli.data.inputs import load_inputs
 from repshift_cli.data.preprocessing import Preprocessing
-from repshift_cli.data.video.decode import clip_tensor, read_clip
+from repshift_cli.data.video.decode import read_clip
 from repshift_cli.errors import DataError, UsageError
 
 SMALL = Preprocessing((3, 32, 32), (0.5, 0.4, 0.3), (0.5, 0.6, 0.7), "bicubic", 1.0, "squash", 4)
@@ -78,7 +78,7 @@ class TestFolder:
         assert len(batch.tensor) == batch.identity["count"] == 7
         transform = SMALL.transform()
         for path in (original / "deep" / "er" / "d.mp4", original / "frames", original / "deep" / "frames"):
-            assert same_clip(clip_tensor(read_clip(path, 4), transform), batch.tensor)
+            assert same_clip(torch.stack(read_clip(path, 4, convert=transform).frames), batch.tensor)
 
     def test_frames_of_a_folder_are_evenly_spaced(self, original: Path) -> None:
         batch = load_inputs(original / "frames", 1, SMALL, seed=0)
@@ -131,7 +131,7 @@ class TestFolder:
         path = original / "a.mp4"
         batch = load_inputs(path, 8, SMALL, seed=0)
         assert batch.tensor.shape == (1, 4, 3, 32, 32)
-        assert torch.equal(batch.tensor[0], clip_tensor(read_clip(path, 4), SMALL.transform()))
+        assert torch.equal(batch.tensor[0], torch.stack(read_clip(path, 4, convert=SMALL.transform()).frames))
 
     def test_the_home_folder(self, original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(original.parent))
@@ -177,7 +177,7 @@ class TestBroken:
     @pytest.mark.parametrize("where", [None, "somewhere"])
     @pytest.mark.parametrize("count", [0, -1])
     def test_fewer_than_one_clip(self, count: int, where: str | None) -> None:
-        with pytest.raises(UsageError, match=f"{count} clips were asked for"):
+        with pytest.raises(UsageError, match=f"invalid images {count}"):
             load_inputs(where, count, SMALL, seed=0)
 
     @pytest.mark.parametrize("name", ["._a.mp4", ".cache/a.mp4", "__MACOSX/a.mp4"])

@@ -227,7 +227,7 @@ class TestView:
             visualize(opened(tiny_vit(), dense=True), "builtin:digits", 2)
 
     def test_a_count_of_zero(self) -> None:
-        with pytest.raises(UsageError, match="invalid number of images 0"):
+        with pytest.raises(UsageError, match="invalid images 0"):
             visualize(opened(tiny_vit()), "builtin:digits", 0)
 
 
@@ -457,7 +457,7 @@ class TestClipView:
         assert view.results[0].moved == pytest.approx(1 - likeness.item(), abs=1e-6)
 
     def test_invalid_counts(self) -> None:
-        with pytest.raises(UsageError, match="invalid number of clips 0"):
+        with pytest.raises(UsageError, match="invalid images 0"):
             visualize(opened_umt(), "builtin:shapes", 0)
         with pytest.raises(UsageError, match="64 clips with 2 sites do not fit on one page") as caught:
             visualize(opened_umt(), "builtin:shapes", 64)

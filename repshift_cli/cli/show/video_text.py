@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 
 _MAX_NAMES = 10
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 class EncoderCost(NamedTuple):
@@ -129,8 +128,8 @@ def show_retrieval(result: RetrievalEvaluation, costs: Mapping[str, EncoderCost]
         )
         where = "on disk" if result.tokens_where == "disk" else "in memory"
         ui.print_text(
-            f"kept for matching: vision tokens {where}, {_size(result.token_bytes)}; captions in memory, "
-            f"{_size(result.text_bytes)}"
+            f"kept for matching: vision tokens {where}, {result.token_bytes / 1e6:.1f} MB; captions in memory, "
+            f"{result.text_bytes / 1e6:.1f} MB"
         )
     for words, agreement in (("similarity", result.vtc_agreement), ("matching", result.matching_agreement)):
         if agreement is not None:
@@ -174,14 +173,6 @@ def show_answers(result: AnswerEvaluation, costs: Mapping[str, EncoderCost]) -> 
 def _show_encoder_notes(seconds: float, costs: Mapping[str, EncoderCost]) -> None:
     ui.print_text(f"GMACs and videos/s are of the video encoder; the evaluation took {seconds:.1f} s")
     ui.print_text(f"{attention_words({name: cost.attention for name, cost in costs.items()})}, in the video encoder")
-
-
-def _size(count: float) -> str:
-    """Bytes with a binary unit."""
-    unit = 0
-    while count >= 1024 and unit < len(_UNITS) - 1:  # noqa: PLR2004
-        count, unit = count / 1024, unit + 1
-    return f"{count:.3g} {_UNITS[unit]}"
 
 
 def dataset_document(model: str, data: VideoTextSet, task: Task) -> dict[str, Any]:

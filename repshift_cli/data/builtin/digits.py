@@ -17,7 +17,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from repshift_cli.data.dataset import ImageDataset, check_scenes
+from repshift_cli.data.dataset import ImageDataset
+from repshift_cli.utils.ranges import check_ranges
 
 Split = Literal["train", "test"]
 
@@ -107,7 +108,7 @@ class DigitDataset(ImageDataset):
     """The scenes as a dataset of the command line, named `builtin:digits`."""
 
     def __init__(self, split: Split, count: int, seed: int) -> None:
-        check_scenes(count)
+        check_ranges(images=count)
         self.name = "builtin:digits"
         self.scenes = DigitScenes(split, count, seed)
 

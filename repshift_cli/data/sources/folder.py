@@ -32,8 +32,16 @@ class FileDataset(ImageDataset):
         classes: the class names; empty if there are no labels.
     """
 
-    def __init__(self, name: str, root: Path, samples: Sequence[tuple[Path, int]], classes: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        samples: Sequence[tuple[Path, int]],
+        classes: tuple[str, ...],
+        info: DatasetInfo = DatasetInfo(),  # noqa: B008
+    ) -> None:
         self.name = name
+        self.info = info
         self.root = root
         self.samples = samples
         self._classes = classes
@@ -66,7 +74,7 @@ class FileDataset(ImageDataset):
 
     def stamp(self, index: int) -> str:
         path, label = self.samples[index]
-        return f"{file_fingerprint(path, self.root)}:{_written_at(path)}:{label}"
+        return f"{file_fingerprint(path, self.root, with_time=True)}:{label}"
 
 
 def open_folder(name: str, root: Path, class_order: str | None = None) -> NamedClasses:
@@ -109,9 +117,7 @@ def open_image_tree(root: Path) -> FileDataset:
     paths = find_files(root, IMAGE_SUFFIXES, left_out)
     if not paths:
         raise DataError(f"there are no images in {root}", f"Give a folder with images ({_SUFFIXES}).")
-    found = FileDataset(str(root), root, [(path, -1) for path in paths], ())
-    found.info = DatasetInfo(left_out=left_out)
-    return found
+    return FileDataset(str(root), root, [(path, -1) for path in paths], (), DatasetInfo(left_out=left_out))
 
 
 def class_images(name: str, root: Path, folders: Mapping[Path, int], classes: tuple[str, ...]) -> FileDataset:
@@ -133,22 +139,20 @@ def class_images(name: str, root: Path, folders: Mapping[Path, int], classes: tu
     for path, folder in found:
         if path.is_symlink():
             file = Path(os.path.realpath(path))
-            target = owner.get(str(file.parent)) if _has_suffix(file.name, IMAGE_SUFFIXES) and file.exists() else None
+            target = owner.get(str(file.parent)) if has_suffix(file.name, IMAGE_SUFFIXES) and file.exists() else None
             first = linked.setdefault(file, (path, folder) if target is None else (file, target))
             if first[1] != folder:
                 raise _linked(first[0], path)
             if first[0] != path:
                 continue
         samples.append((path, folders[folder]))
-    images = FileDataset(name, root, samples, classes)
     links = len(found) - len(samples)
     notes = (f"{links} links to images of the same class left out",) if links else ()
-    images.info = DatasetInfo(left_out=left_out, notes=notes)
-    return images
+    return FileDataset(name, root, samples, classes, DatasetInfo(left_out=left_out, notes=notes))
 
 
 def _images_in(folder: Path) -> int:
-    return sum(_has_suffix(entry.name, IMAGE_SUFFIXES) for entry in folder.iterdir())
+    return sum(has_suffix(entry.name, IMAGE_SUFFIXES) for entry in folder.iterdir())
 
 
 def _linked(one: Path, other: Path) -> DataError:
@@ -195,26 +199,19 @@ def find_files(root: Path, suffixes: Collection[str], left_out: Counter[str] | N
     return [path for path, _ in _walk(root, suffixes, left_out)]
 
 
-def file_fingerprint(path: Path, root: Path) -> str:
-    """Relative name and size in bytes of a file (-1 where it is unknown)."""
+def file_fingerprint(path: Path, root: Path, with_time: bool = False) -> str:
+    """Relative name and size in bytes of a file, and the time of the last write in nanoseconds; -1 where unknown."""
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        size, time = status.st_size, status.st_mtime_ns
     except OSError:
-        size = -1
-    return f"{path.relative_to(root).as_posix()}:{size}"
+        size = time = -1
+    return f"{path.relative_to(root).as_posix()}:{size}" + (f":{time}" if with_time else "")
 
 
 def readable_name(path: PurePath | str) -> str:
     """A path as text that can be encoded: bytes that are not UTF-8 are escaped."""
     return os.fsencode(path if isinstance(path, str) else path.as_posix()).decode("utf-8", "backslashreplace")
-
-
-def _written_at(path: Path) -> int:
-    """Time of the last write in nanoseconds; -1 where it is unknown."""
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return -1
 
 
 def _walk(root: Path, suffixes: Collection[str], left_out: Counter[str] | None) -> list[tuple[Path, str]]:
@@ -228,9 +225,9 @@ def _walk(root: Path, suffixes: Collection[str], left_out: Counter[str] | None) 
             continue
         seen.add(real)
         subfolders[:] = [name for name in subfolders if not is_hidden(name)]
-        found += [(Path(folder, name), real) for name in names if _has_suffix(name, suffixes)]
+        found += [(Path(folder, name), real) for name in names if has_suffix(name, suffixes)]
         if left_out is not None:
-            left_out.update(ending(name) for name in names if not (name.startswith(".") or _has_suffix(name, suffixes)))
+            left_out.update(ending(name) for name in names if not (name.startswith(".") or has_suffix(name, suffixes)))
     return sorted(found, key=lambda entry: entry[0].relative_to(root).parts)
 
 
@@ -244,8 +241,8 @@ def is_hidden(folder_name: str) -> bool:
     return (folder_name.startswith(".") and folder_name != "..") or folder_name == "__MACOSX"
 
 
-def _has_suffix(name: str, suffixes: Collection[str]) -> bool:
-    # macOS writes a "._name.jpg" next to each file that it copies
+def has_suffix(name: str, suffixes: Collection[str]) -> bool:
+    """Whether a file has one of these suffixes, and is not hidden: macOS writes `._name.jpg` next to `name.jpg`."""
     return not name.startswith(".") and Path(name).suffix.lower() in suffixes
 
 

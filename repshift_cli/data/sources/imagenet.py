@@ -59,13 +59,11 @@ _SYNSET_FILES = (
     "synset_labels.txt",
 )
 
-_KAGGLE_FILE = "LOC_val_solution.csv"
+_KAGGLE_FILE, _KAGGLE_HEADER = "LOC_val_solution.csv", "ImageId"
 
 _TRUTH_FILE = "ILSVRC2012_validation_ground_truth.txt"
 
 _META_FILE = "meta.mat"
-
-_CLASS_MAP_FILE = "map_clsloc.txt"
 
 _LAYOUT = f"""Download the set from https://image-net.org. Supported layouts of DIR:
   DIR/n01440764/*.JPEG, DIR/n01443537/*.JPEG, ...   (or below DIR/val)
@@ -132,10 +130,10 @@ def known_class_folders(name: str, root: Path, classes: tuple[str, ...], hint: s
         raise DataError(
             f"{len(unknown)} folders with images in {root} are not classes of {name}: {first_names(unknown)}", hint
         )
-    known = {folder: labels[folder.name] for folder in folders if folder.name in labels}
-    found = class_images(name, root, known, classes)
+    known = sorted((labels[folder.name], folder) for folder in folders if folder.name in labels)
+    found = class_images(name, root, {folder: label for label, folder in known}, classes)
     if not len(found):
-        raise DataError(f"the class folders in {root} have no images", "Expected: one folder per class, with images.")
+        raise DataError(f"the class folders in {root} have no images", hint)
     return found
 
 
@@ -213,16 +211,10 @@ def _check_once(numbers: Sequence[int], where: Path) -> None:
 
 
 def _read_labels(roots: Sequence[Path]) -> tuple[Path, dict[int, int]]:
-    """The first file of labels in or near one of the folders, and its labels by official number.
-
-    Raises:
-        DataError: there is none, or it is damaged.
-    """
-    for name in _SYNSET_FILES:
+    """The first file of labels in or near one of the folders, and its labels by official number."""
+    for name in (*_SYNSET_FILES, _KAGGLE_FILE):
         if path := _find_file(roots, name):
-            return path, _read_synsets(path)
-    if path := _find_file(roots, _KAGGLE_FILE):
-        return path, _read_kaggle(path)
+            return path, _read_names(path)
     if path := _find_file(roots, _TRUTH_FILE):
         return path, _read_truth(path, roots)
     raise DataError(
@@ -237,54 +229,38 @@ def _find_file(roots: Iterable[Path], name: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _read_synsets(path: Path) -> dict[int, int]:
-    """Lines of `wnid` (line i is image i, so there must be 50,000) or of `file-name wnid`."""
-    rows = [line.split() for line in _lines(path)]
+def _read_names(path: Path) -> dict[int, int]:
+    """Lines of `WNID` (line i is image i, so there must be 50,000), `FILE WNID`, or Kaggle's `FILE,WNID BOX ...`."""
+    rows = [text.replace('"', "").replace(",", " ").split() for text in _lines(path)]
     if all(len(row) == 1 for row in rows):
         _check_count(path, len(rows))
         return {number: _label(row[0], path, number) for number, row in enumerate(rows, 1)}
     labels: dict[int, int] = {}
     for line, row in enumerate(rows, 1):
+        if line == 1 and row[:1] == [_KAGGLE_HEADER]:
+            continue
         match = _IMAGE_NAME.fullmatch(Path(row[0]).name) if len(row) > 1 else None
         if match is None:
-            raise DataError(f"{path}, line {line}: invalid line {' '.join(row)!r}", "Expected: `FILE WNID` or `WNID`.")
-        _add(labels, int(match[1]), _label(row[1], path, line), path, line)
-    return labels
-
-
-def _add(table: dict[int, Any], number: int, value: Any, path: Path, line: int) -> None:
-    if number in table:
-        raise DataError(f"{path}, line {line}: {number} is there more than once", "Download the file again.")
-    table[number] = value
-
-
-def _read_kaggle(path: Path) -> dict[int, int]:
-    """Rows of `ImageId,PredictionString`; the string starts with the wnid, followed by boxes."""
-    labels: dict[int, int] = {}
-    for line, text in enumerate(_lines(path), 1):
-        name, _, boxes = text.replace('"', "").partition(",")
-        match = _IMAGE_NAME.fullmatch(name.strip())
-        if match is not None and boxes.split():
-            _add(labels, int(match[1]), _label(boxes.split()[0], path, line), path, line)
-        elif line > 1:  # the first line is the header
-            raise DataError(f"{path}, line {line}: invalid row", "Expected: ImageId,PredictionString.")
+            raise DataError(f"{path}, line {line}: invalid line {' '.join(row)[:60]!r}", "Expected: `FILE WNID`.")
+        number = int(match[1])
+        if number in labels:
+            raise DataError(f"{path}, line {line}: {number} is there more than once", "Download the file again.")
+        labels[number] = _label(row[1], path, line)
     return labels
 
 
 def _read_truth(path: Path, roots: Sequence[Path]) -> dict[int, int]:
-    """Lines of ILSVRC2012_ID (1..1000); the tables of the development kit have their wnids."""
-    if meta := _find_file((path.parent, *roots), _META_FILE):
-        table, table_path = _read_meta(meta), meta
-    elif classes := _find_file((path.parent, *roots), _CLASS_MAP_FILE):
-        table, table_path = _read_class_map(classes), classes
-    else:
+    """Lines of ILSVRC2012_ID (1..1000); the table of the development kit has their wnids."""
+    meta = _find_file((path.parent, *roots), _META_FILE)
+    if meta is None:
         raise DataError(
             f"{path} has class numbers of the development kit, which are not the labels of the models",
-            f"Add the kit's {_META_FILE} (folder data/ of ILSVRC2012_devkit_t12.tar.gz) or {_CLASS_MAP_FILE} to the "
-            f"same folder, or use a file with WordNet ids instead, such as {_SYNSET_FILES[0]}.",
+            f"Add the kit's {_META_FILE} (folder data/ of ILSVRC2012_devkit_t12.tar.gz) to the same folder, or use a "
+            f"file with WordNet ids instead, such as {_SYNSET_FILES[0]}.",
         )
+    table = _read_meta(meta)
     if len(table) != len(imagenet_wnids()) or set(table.values()) != set(imagenet_wnids()):
-        raise DataError(f"{table_path} does not have the 1000 classes of ILSVRC 2012", "Download it again.")
+        raise DataError(f"{meta} does not have the 1000 classes of ILSVRC 2012", "Download it again.")
     lines = _lines(path)
     _check_count(path, len(lines))
     labels: dict[int, int] = {}
@@ -303,7 +279,7 @@ def _read_meta(path: Path) -> dict[int, str]:
     except ImportError as error:
         raise DataError(
             f"reading {path} needs SciPy, which is not installed",
-            f"Run `pip install scipy`, or add {_CLASS_MAP_FILE} or {_SYNSET_FILES[0]} to the folder.",
+            f"Run `pip install scipy`, or add {_SYNSET_FILES[0]} to the folder.",
         ) from error
     try:
         with open_file(path, _LARGEST_TABLE) as file:
@@ -316,17 +292,6 @@ def _read_meta(path: Path) -> dict[int, str]:
         raise DataError(
             f"{path} cannot be read as the kit's {_META_FILE}: {error}", "Download the kit again."
         ) from error
-
-
-def _read_class_map(path: Path) -> dict[int, str]:
-    """Class number to wnid, from lines of `wnid number name`."""
-    table: dict[int, str] = {}
-    for line, text in enumerate(_lines(path), 1):
-        words = text.split()
-        if len(words) < 2 or not WNID_PATTERN.fullmatch(words[0]) or not _NUMBER.fullmatch(words[1]):  # noqa: PLR2004
-            raise DataError(f"{path}, line {line}: invalid line {text!r}", "Expected: `WNID NUMBER NAME`.")
-        table[int(words[1])] = words[0]
-    return table
 
 
 def _lines(path: Path) -> list[str]:

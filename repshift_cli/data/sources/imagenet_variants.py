@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from repshift_cli.data.dataset import ImageDataset, Subset
 from repshift_cli.data.sources.class_labels import imagenet_wnids
-from repshift_cli.data.sources.folder import FileDataset, check_folder, class_folders, class_images
+from repshift_cli.data.sources.folder import FileDataset, check_folder
 from repshift_cli.data.sources.imagenet import known_class_folders, open_imagenet_val, validation_number
 from repshift_cli.errors import DataError
 
@@ -48,21 +48,10 @@ def open_imagenet(name: str, data_dir: Path | None) -> ImageDataset:
     if name == _VAL:
         return open_imagenet_val(data_dir)
     if name == _REAL:
-        return open_imagenet_real(data_dir)
+        return _Reassessed(open_imagenet_val(data_dir))
     if name == _V2:
         return open_imagenet_v2(data_dir)
     return open_imagenet_subset("a" if name == "imagenet-a" else "r", data_dir)
-
-
-def open_imagenet_real(data_dir: Path | None) -> ImageDataset:
-    """The validation images with the labels of "Are we done with ImageNet?"; an image may have several.
-
-    Images for which the authors found no label are skipped, as in their evaluation.
-
-    Raises:
-        DataError: as `open_imagenet_val`; or an image does not have its official name.
-    """
-    return _Reassessed(open_imagenet_val(data_dir))
 
 
 def open_imagenet_v2(data_dir: Path | None) -> FileDataset:
@@ -72,17 +61,8 @@ def open_imagenet_v2(data_dir: Path | None) -> FileDataset:
         DataError: there is none, more than one, or a folder with another name.
     """
     root = _v2_root(_needed(_V2, data_dir, _V2_LAYOUT))
-    folders = class_folders(root)
-    invalid = [folder.name for folder in folders if not _is_label(folder.name)]
-    if invalid:
-        raise DataError(f"{root} has folders that are not labels of ImageNet-V2, such as {invalid[0]}", _V2_LAYOUT)
-    if not folders:
-        raise DataError(f"there are no class folders in {root}", _V2_LAYOUT)
-    ordered = sorted(folders, key=lambda folder: int(folder.name))
-    found = class_images(_V2, root, {folder: int(folder.name) for folder in ordered}, imagenet_wnids())
-    if not len(found):
-        raise DataError(f"the class folders in {root} have no images", _V2_LAYOUT)
-    return found
+    found = known_class_folders(_V2, root, tuple(map(str, range(_CLASSES))), _V2_LAYOUT)
+    return FileDataset(_V2, root, found.samples, imagenet_wnids(), found.info)
 
 
 def open_imagenet_subset(subset: Literal["a", "r"], data_dir: Path | None) -> ImageDataset:
@@ -98,9 +78,7 @@ def open_imagenet_subset(subset: Literal["a", "r"], data_dir: Path | None) -> Im
     root = check_folder(_needed(name, data_dir, "It must have 200 folders named by WordNet ids."))
     wnids = _subset_wnids(subset)
     found = known_class_folders(name, root, wnids, "Remove them, or evaluate the folder with --dataset PATH.")
-    chosen = _SubsetFolders(name, root, found.samples, wnids)
-    chosen.info = found.info
-    return chosen
+    return _SubsetFolders(name, root, found.samples, wnids, found.info)
 
 
 class _SubsetFolders(FileDataset):
@@ -112,14 +90,16 @@ class _SubsetFolders(FileDataset):
         all_wnids = imagenet_wnids()
         outputs = tuple(all_wnids.index(wnid) for wnid in self.classes)
         samples = [(path, outputs[label]) for path, label in self.samples]
-        found = FileDataset(self.name, self.root, samples, all_wnids)
-        found.info = self.info
+        found = FileDataset(self.name, self.root, samples, all_wnids, self.info)
         found.outputs = outputs
         return found
 
 
 class _Reassessed(Subset):
-    """The validation images that have reassessed labels, each with all of its labels."""
+    """The validation images with the labels of "Are we done with ImageNet?"; an image may have several.
+
+    Images for which the authors found no label are skipped, as in their evaluation.
+    """
 
     def __init__(self, dataset: ImageDataset) -> None:
         all_labels = _real_labels()
@@ -170,10 +150,6 @@ def _v2_root(folder: Path) -> Path:
             "Give one of them with --data-dir.",
         )
     return versions[0] if versions else folder
-
-
-def _is_label(name: str) -> bool:
-    return name.isascii() and name.isdigit() and str(int(name)) == name and int(name) < _CLASSES
 
 
 def _needed(name: str, data_dir: Path | None, layout: str) -> Path:

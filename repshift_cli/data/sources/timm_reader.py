@@ -157,9 +157,10 @@ class _TimmTable(_TimmDataset):
         reader = getattr(self.source, "reader", None)
         try:
             image, label = (self.source if reader is None else reader)[index]
-            content = None if hasattr(image, "convert") else _read(image)
-            if content is None:
+            if hasattr(image, "convert"):
                 return to_rgb(image), int(label)
+            with image:
+                content: bytes = image.read()
         except Exception as error:
             raise UnreadableSample(sample, str(error) or type(error).__name__) from error
         return decode_bytes(content, sample), int(label)
@@ -204,9 +205,3 @@ def _class_index(source: Any) -> Mapping[str, int] | None:
         if isinstance(mapping, Mapping):
             return mapping
     return None
-
-
-def _read(stream: Any) -> bytes:
-    with stream:
-        content: bytes = stream.read()
-        return content

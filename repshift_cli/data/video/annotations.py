@@ -18,6 +18,7 @@ from repshift_cli.data.video.dataset import VideoFiles, Videos
 from repshift_cli.data.video.decode import find_video
 from repshift_cli.errors import DataError, UsageError
 from repshift_cli.utils.files import read_text, sha256_of
+from repshift_cli.utils.ranges import check_ranges
 from repshift_cli.utils.suggest import nearest
 
 Task = Literal["retrieval", "qa"]
@@ -215,8 +216,7 @@ def open_video_text(
         DataError: a file or folder is unknown, missing or invalid; invalid rows are named.
         UsageError: the limit is not positive, or neither a name nor annotations with videos are given.
     """
-    if limit is not None and limit < 1:
-        raise UsageError(f"the limit is {limit}", "Give the number of videos or questions to use, 1 or more.")
+    check_ranges(limit=limit)
     annotations, videos, answers = (path and path.expanduser() for path in (annotations, videos, answers))
     try:
         files = _locate(name, annotations, videos, answers, data_dir)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -10,14 +9,16 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from repshift_cli.data.decode import IMAGE_SUFFIXES, UnreadableSample, decode_file
+from repshift_cli.data.sources.class_labels import natural_key
+from repshift_cli.data.sources.folder import has_suffix
 from repshift_cli.errors import DataError, UsageError
+from repshift_cli.utils.ranges import check_ranges
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
     from PIL import Image
-    from torch import Tensor
 
 Convert = Callable[["Image.Image"], Any]
 
@@ -67,14 +68,9 @@ def frame_indices(available: int, frames: int) -> list[int]:
     """The middles of `frames` equal parts of `0 .. available - 1`, ascending: the `middle` sampling of UMT and VindLU.
 
     If there are fewer frames than parts, all frames are used and the last one is repeated.
-
-    Raises:
-        UsageError: a number is not positive.
     """
     import numpy as np
 
-    if available < 1 or frames < 1:
-        raise UsageError(f"{frames} frames were asked for, of {available}", "Give numbers of 1 or more.")
     parts = min(frames, available)
     # numpy's rounding as in UMT; exact fractions give other frames for some lengths
     edges: list[int] = np.linspace(0, available, parts + 1).astype(int).tolist()
@@ -82,7 +78,9 @@ def frame_indices(available: int, frames: int) -> list[int]:
     return middles + middles[-1:] * (frames - parts)
 
 
-def read_clip(path: Path, frames: int, first_seconds: float | None = None, convert: Convert | None = None) -> Clip:
+def read_clip(
+    path: Path, frames: int, first_seconds: float | None = None, convert: Convert = lambda image: image
+) -> Clip:
     """Decode `frames` frames, evenly spaced.
 
     Args:
@@ -93,28 +91,16 @@ def read_clip(path: Path, frames: int, first_seconds: float | None = None, conve
 
     Raises:
         UnreadableVideo: missing, empty, truncated, not a video, without a frame, or too large to decode safely.
-        UsageError: the number of frames is not positive, or PyAV is not installed.
+        UsageError: the number of frames is invalid, or PyAV is not installed.
     """
-    if frames < 1:
-        raise UsageError(f"{frames} frames were asked for", "Give a number of 1 or more.")
+    check_ranges(frames=frames)
     try:
         is_folder = path.is_dir()
     except OSError as error:
         raise UnreadableVideo(str(path), error.strerror or str(error)) from error
     if is_folder:
-        return _clip_of_images(path, frames, convert or _unchanged)
-    return _clip_of_video(path, frames, first_seconds, convert or _unchanged)
-
-
-def _unchanged(image: Image.Image) -> Image.Image:
-    return image
-
-
-def clip_tensor(clip: Clip, transform: Callable[[Image.Image], Tensor]) -> Tensor:
-    """Preprocess the frames with `Preprocessing.transform()`: float32 `[T, C, H, W]`."""
-    import torch
-
-    return torch.stack([transform(frame) for frame in clip.frames])
+        return _clip_of_images(path, frames, convert)
+    return _clip_of_video(path, frames, first_seconds, convert)
 
 
 def find_video(folder: Path, name: str) -> Path | None:
@@ -169,18 +155,10 @@ def _clip_of_images(folder: Path, frames: int, convert: Convert) -> Clip:
 
 def _frame_images(folder: Path) -> list[Path]:
     try:
-        entries = [entry for entry in folder.iterdir() if entry.suffix.lower() in FRAME_SUFFIXES]
+        found = [entry for entry in folder.iterdir() if has_suffix(entry.name, FRAME_SUFFIXES)]
     except OSError as error:
         raise UnreadableVideo(str(folder), error.strerror or str(error)) from error
-    return sorted((entry for entry in entries if not entry.name.startswith(".")), key=_natural)
-
-
-def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:
-    """Sort key with `frame2` before `frame10`; names that are equal so (`01` and `1`) are sorted as text."""
-    pieces = re.split(r"([0-9]+)", path.name.lower())
-    # numbers without leading zeros are compared by length, then as text: int() has a limit of digits
-    numbers = (piece.lstrip("0") if place % 2 else piece for place, piece in enumerate(pieces))
-    return [(len(piece) if place % 2 else 0, piece) for place, piece in enumerate(numbers)], path.name
+    return sorted(found, key=lambda path: (natural_key(path.name), path.name))  # `01` and `1` have equal keys
 
 
 @dataclass(frozen=True)

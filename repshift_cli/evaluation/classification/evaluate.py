@@ -289,19 +289,6 @@ def _check_classes(dataset: ImageDataset, num_classes: int) -> None:
         return
     raise DataError(
         f"the dataset {dataset.name} has {len(classes)} classes, but the head of the model has {num_classes}",
-        _advice(len(classes), num_classes),
+        "Choose a model that was trained on these classes. Labels are indices into the list of classes, so every class "
+        "of the model must exist, if need be as an empty folder; a head with a background class is not supported.",
     )
-
-
-def _advice(classes: int, outputs: int) -> str:
-    if outputs == classes + 1:
-        return (
-            "The additional output may be a background class, but whether the first or the last is not known. Use a "
-            "checkpoint whose head has only the classes of the dataset."
-        )
-    if outputs > classes:
-        return (
-            "Labels are indices into the sorted list of classes, so every class of the model must exist: add empty "
-            "folders for classes without images, or choose a model that was trained on these classes."
-        )
-    return "Choose a model that was trained on these classes, or a dataset with the classes of the model."

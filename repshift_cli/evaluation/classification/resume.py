@@ -80,8 +80,9 @@ class ResumeState:
             path = self._path(shard)
             try:
                 counts = _FILE.validate_json(read_text(path, _MAX_BYTES))
-                counts.check(digest_of_document(self.header), shard, self.models)
-                counts.check_images(images, with_rows)
+                if counts.run != digest_of_document(self.header) or counts.shard != shard:
+                    raise ValueError("a file of another run")  # noqa: TRY301
+                counts.check(self.models, images, with_rows)
                 found[shard] = counts
             except FileNotFoundError:
                 continue
@@ -151,10 +152,8 @@ class _Shard(Counts):
     run: str
     shard: Natural
 
-    def check(self, run: str, shard: int, models: Sequence[str]) -> None:
-        """Raise ValueError if the file belongs to another run or shard, or its numbers are inconsistent."""
-        if self.run != run or self.shard != shard:
-            raise ValueError("a file of another run")
+    def check(self, models: Sequence[str], images: range, with_rows: bool) -> None:
+        """Raise ValueError if these are not results on exactly these images, or the numbers are inconsistent."""
         if set(self.models) != set(models) or any(set(rows.top_k) != set(models) for rows in self.rows):
             raise ValueError("other models")
         if self.same > self.images or any(not each.top1 <= each.top5 <= self.images for each in self.models.values()):
@@ -165,9 +164,6 @@ class _Shard(Counts):
                 raise ValueError("not one row per image")
             if any(each.top.shape != each.probabilities.shape or (each.top < 0).any() for each in rows.top_k.values()):
                 raise ValueError("not one output for each probability")
-
-    def check_images(self, images: range, with_rows: bool) -> None:
-        """Raise ValueError if these are not results on exactly these images, or do not follow from the predictions."""
         skipped = sorted(index for index, _ in self.skipped)
         kept = sorted(index for rows in self.rows for index in rows.indices)
         if self.images + len(skipped) != len(images) or len(set(skipped)) != len(skipped):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from repshift_cli.errors import DataError, ModelError, UsageError
+from repshift_cli.errors import DataError, ModelError
 from repshift_cli.evaluation.common import Skipped, alternate_order, check_finite, explain_out_of_memory, per_second
 from repshift_cli.evaluation.video_text.encoding import (
     VideoModel,
@@ -21,10 +21,11 @@ from repshift_cli.evaluation.video_text.encoding import (
 )
 from repshift_cli.evaluation.video_text.settings import VideoSettings
 from repshift_cli.utils.progress import Progress
+from repshift_cli.utils.ranges import check_ranges
 from repshift_cli.utils.stats import percent_interval
 
 _FIRST = 1  # position of the first token of an answer, after [CLS]
-_MATRIX = 2  # dimensions of probabilities [B, V] and ids [A, La]
+_MATRIX = 2  # dimensions of probabilities [B, V]
 
 
 class AnsweringModel(VideoModel, Protocol):
@@ -219,11 +220,11 @@ def evaluate_answers(
         DataError: there is no question or no answer, or (`strict`) a video is unreadable.
         ModelError: an output of a model has another shape than in `AnsweringModel`.
         CheckFailed: a model returns values that are not finite.
-        UsageError: `k` is below 1, or there is not enough memory for the batch.
+        UsageError: `k` is invalid, or there is not enough memory for the batch.
     """
-    _check_answers(answers, dataset)
-    if k < 1:
-        raise UsageError(f"invalid k={k}: must be 1 or more")
+    check_ranges(rerank_k=k)
+    if not answers.texts:
+        raise DataError(f"the dataset {dataset} has no list of answers")
     prepare(models, settings)
     device = settings.device
     # Copied once, not with every batch.
@@ -308,8 +309,6 @@ class _Answerer:
 def _answer_batch(answerers: Mapping[str, _Answerer], batch: QuestionBatch, counts: _Counts) -> None:
     """Run all models on one batch and count their answers."""
     assert batch.video is not None
-    if not len(batch.indices) == len(batch.video_of) == len(batch.ids) == len(batch.answers):
-        raise ValueError("a batch needs one video and one answer for each question")
     first = next(iter(answerers.values()))
     device, listed = first.settings.device, set(first.answers.texts)
     video = batch.video.to(device=device, dtype=first.settings.dtype)
@@ -332,15 +331,6 @@ def _answer_batch(answerers: Mapping[str, _Answerer], batch: QuestionBatch, coun
 
 def _equal(texts: Sequence[str], others: Sequence[str]) -> int:
     return sum(text == other for text, other in zip(texts, others, strict=True))
-
-
-def _check_answers(answers: AnswerList, dataset: str) -> None:
-    if not answers.texts:
-        raise DataError(f"the dataset {dataset} has no list of answers")
-    if answers.ids.dim() != _MATRIX or answers.ids.shape != answers.mask.shape:
-        raise ValueError(f"answers {tuple(answers.ids.shape)} with a mask {tuple(answers.mask.shape)}")
-    if len(answers.texts) != len(answers.ids) or answers.ids.shape[1] <= _FIRST:
-        raise ValueError(f"answers {tuple(answers.ids.shape)} for {len(answers.texts)} texts")
 
 
 def _first_token(model: AnsweringModel, states: Tensor, mask: Tensor, answer_ids: Tensor, name: str) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from _shape_videos import write_clip, write_dataset
 
 from repshift_cli.data.builtin.moving_shapes import (
     ANSWERS,
@@ -28,8 +29,6 @@ from repshift_cli.data.builtin.moving_shapes import (
     scenes,
     two_questions,
     vocabulary_file,
-    write_clip,
-    write_dataset,
 )
 from repshift_cli.errors import UsageError
 

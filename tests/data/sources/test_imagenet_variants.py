@@ -116,7 +116,7 @@ class TestV2:
     def test_folders_that_are_not_labels(self, tmp_path: Path, name: str) -> None:
         put(tmp_path / "3" / "a.png")
         put(tmp_path / name / "a.png")
-        with pytest.raises(DataError, match=f"such as {name}"):
+        with pytest.raises(DataError, match=f"not classes of imagenet-v2: {name}"):
             open_dataset("imagenet-v2", tmp_path)
 
     def test_several_versions_are_an_error(self, tmp_path: Path) -> None:

@@ -384,7 +384,7 @@ def test_invalid_combinations(tmp_path: Path, videos: Path) -> None:
         open_video_text(annotations=annotations)
     with pytest.raises(UsageError, match=r"--answers .* is not used"):
         open_video_text(annotations=annotations, videos=videos, answers=tmp_path / "answers.json")
-    with pytest.raises(UsageError, match="the limit is 0"):
+    with pytest.raises(UsageError, match="invalid limit 0"):
         open_video_text(annotations=annotations, videos=videos, limit=0)
     with pytest.raises(DataError, match=r"folder of videos .* does not exist"):
         open_video_text(annotations=annotations, videos=tmp_path / "none")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from repshift_cli.data.video import decode
-from repshift_cli.data.video.decode import Clip, UnreadableVideo, clip_tensor, find_video, frame_indices, read_clip
+from repshift_cli.data.video.decode import Clip, UnreadableVideo, find_video, frame_indices, read_clip
 from repshift_cli.errors import DataError, UsageError
 
 SIZE = (64, 48)
@@ -94,12 +94,6 @@ def test_frame_indices_are_those_of_upstream(available: int, frames: int) -> Non
 )
 def test_frame_indices_by_hand(available: int, frames: int, wanted: list[int]) -> None:
     assert frame_indices(available, frames) == wanted
-
-
-@pytest.mark.parametrize(("available", "frames"), [(0, 4), (4, 0), (4, -1)])
-def test_frame_indices_refuse_numbers_below_one(available: int, frames: int) -> None:
-    with pytest.raises(UsageError):
-        frame_indices(available, frames)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +259,7 @@ def test_without_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_zero_frames_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="0 frames"):
+    with pytest.raises(UsageError, match="invalid frames 0"):
         read_clip(tmp_path, 0)
 
 
@@ -304,7 +298,7 @@ def test_clip_tensor(tmp_path: Path) -> None:
     transform: Callable[[Image.Image], torch.Tensor] = lambda image: torch.from_numpy(  # noqa: E731
         np.asarray(image, dtype=np.float32)
     ).permute(2, 0, 1)
-    tensor = clip_tensor(read_clip(write_frames(tmp_path / "frames", 4), 2), transform)
+    tensor = torch.stack(read_clip(write_frames(tmp_path / "frames", 4), 2, convert=transform).frames)
     assert tensor.shape == (2, 3, SIZE[1], SIZE[0])
     assert tensor.dtype == torch.float32
     assert tensor[:, 0, 0, 0].tolist() == [shade(0), shade(2)]

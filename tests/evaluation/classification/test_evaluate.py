@@ -195,17 +195,14 @@ class TestUnreadable:
 
 
 class TestHeads:
-    @pytest.mark.parametrize(
-        ("classes", "outputs", "advice"),
-        [(1000, 10, "Choose a model"), (1000, 1001, "background class"), (2, 1000, "empty folders")],
-    )
-    def test_class_lists_of_another_length(self, classes: int, outputs: int, advice: str) -> None:
+    @pytest.mark.parametrize(("classes", "outputs"), [(1000, 10), (1000, 1001), (2, 1000)])
+    def test_class_lists_of_another_length(self, classes: int, outputs: int) -> None:
         model = Reader(outputs)
         with pytest.raises(
             DataError, match=f"has {classes} classes, but the head of the model has {outputs}"
         ) as caught:
             run({"one": model}, Shades([0], classes=classes), num_classes=outputs)
-        assert advice in str(caught.value)
+        assert "Choose a model" in str(caught.value)
         assert model.batches == []
 
     @pytest.mark.parametrize("label", [10, -1])

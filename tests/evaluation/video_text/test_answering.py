@@ -269,8 +269,6 @@ def test_wrong_shapes_raise() -> None:
     for model in (Flat(), One(), Few(), Summed()):
         with pytest.raises(ModelError, match="toy"):
             run({"toy": model}, batches_of([0, 1], WORDS))
-    with pytest.raises(ValueError):
-        run({"toy": Toy()}, batches_of([0], WORDS), answers=AnswerList(WORDS[:2], LIST.ids, LIST.mask))
 
 
 def test_values_have_to_be_finite() -> None:
