@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from repshift_cli.errors import UsageError
-from repshift_cli.utils.ranges import check_ranges
+from repshift_cli.utils.ranges import RANGES, check_ranges
 
 PREPROCESSING = ("mean", "std", "crop_pct", "interpolation")
 """The fields that describe the preprocessing."""
@@ -34,8 +34,9 @@ class ImageSize(NamedTuple):
     def of(cls, size: int | tuple[int, int]) -> ImageSize:
         """The size of square images, or of any; raises UsageError if it is out of range."""
         found = cls(size, size) if isinstance(size, int) else cls(*size)
-        for side in found:
-            check_ranges(img_size=side)
+        low, high = RANGES["img_size"]
+        if not all(low <= side <= high for side in found):
+            raise UsageError(f"invalid --img-size {found}", f"Allowed are {low} to {high}.")
         return found
 
     @property
