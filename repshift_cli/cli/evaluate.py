@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import Opened
     from repshift_cli.data.dataset import ImageDataset
     from repshift_cli.evaluation.classification.result import Evaluation
+    from repshift_cli.utils.distributed import Processes
     from repshift_cli.utils.progress import Progress
 
 _DEFAULT_MODEL = "builtin:vit-digits"
@@ -187,43 +188,45 @@ def command(
             opened = group.agreed(lambda: open_any(model, load, trust))
             for note in opened.loaded.notes:
                 screen.note(note)
-            evaluate = _evaluate_images if opened.loaded.description.preprocessing.frames is None else evaluate_videos
-            evaluate(opened, given, video, screen)
+            if opened.loaded.description.preprocessing.frames is None:
+                _evaluate_images(opened, given, video, screen, group)
+            else:
+                evaluate_videos(opened, given, video, screen)
 
 
-def _evaluate_images(opened: Opened, given: EvalOptions, video: VideoOptions, screen: Progress) -> None:
+def _evaluate_images(
+    opened: Opened, given: EvalOptions, video: VideoOptions, screen: Progress, group: Processes
+) -> None:
     from repshift_cli.evaluation.classification.evaluate import evaluate, finish
     from repshift_cli.evaluation.models import head_size
-    from repshift_cli.utils.distributed import together
 
     settings = given.settings | {"batch_size": given.settings["batch_size"] or _IMAGE_BATCH}
-    with together(settings["device"]) as group:
-        models, data, labelled = group.agreed(lambda: _open_images(opened, given, video))
-        labelled.info.report(screen)
-        if not given.json and group.is_first:
-            # with predictions to save, the run goes on although nothing can be printed
-            with suppress(*(OSError, OutputError) if given.predictions else ()):
-                announce_dataset(opened, labelled)
-        result = evaluate(
-            models,
-            data,
-            opened.loaded.description.preprocessing,
-            num_classes=head_size(opened.loaded.model),
-            progress=screen,
-            group=group,
-            resume=given.resume,
-            keep_rows=bool(given.predictions),
-            **settings,
-        )
-        if group.is_first:
-            try:
-                saved = () if result.interrupted else _save_predictions(result, labelled, given)
-            finally:
-                _report(result, labelled, opened, given)
-            if not given.json:
-                ui.print_text(*(f"wrote {path}" for path in saved))
-        if given.resume is not None and not result.interrupted:
-            finish(given.resume, group)
+    models, data, labelled = group.agreed(lambda: _open_images(opened, given, video))
+    labelled.info.report(screen)
+    if not given.json and group.is_first:
+        # with predictions to save, the run goes on although nothing can be printed
+        with suppress(*(OSError, OutputError) if given.predictions else ()):
+            announce_dataset(opened, labelled)
+    result = evaluate(
+        models,
+        data,
+        opened.loaded.description.preprocessing,
+        num_classes=head_size(opened.loaded.model),
+        progress=screen,
+        group=group,
+        resume=given.resume,
+        keep_rows=bool(given.predictions),
+        **settings,
+    )
+    if group.is_first:
+        try:
+            saved = () if result.interrupted else _save_predictions(result, labelled, given)
+        finally:
+            _report(result, labelled, opened, given)
+        if not given.json:
+            ui.print_text(*(f"wrote {path}" for path in saved))
+    if given.resume is not None and not result.interrupted:
+        finish(given.resume, group)
     if result.interrupted:
         raise Interrupted(INTERRUPTED)
 

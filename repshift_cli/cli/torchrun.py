@@ -11,7 +11,7 @@ from repshift_cli.errors import INTERRUPTED, RepshiftError, UsageError
 from repshift_cli.utils.launch import launch
 from repshift_cli.utils.progress import Progress, Silent
 
-_GRACE_SECONDS = 30.0
+_GRACE_SECONDS = 10.0
 """How long other ranks hold an error back. `torchrun` ends them as soon as rank 0 has printed its own."""
 
 

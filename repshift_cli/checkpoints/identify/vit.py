@@ -194,7 +194,7 @@ def _choose(fitting: Fitting, tensors: Mapping[str, Tensor], where: str, hint: s
     others = [other for other in fitting if Preprocessing.of_model(fitting[other][0]) != preprocessing]
     if others and name not in hint:
         notes.append(
-            f"assumed its preprocessing too; {', '.join(others[:3])} has the same tensors and another: "
+            f"other models have the same tensors and another preprocessing, such as {', '.join(others[:3])}: "
             "choose with --model"
         )
     return Identity(name, name, args, preprocessing, native_keys(tensors, model), notes)
