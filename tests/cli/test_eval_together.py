@@ -16,6 +16,9 @@ import pytest
 from outcome import Command
 from paths import ROOT
 
+from repshift_cli.cli.torchrun import refuse_torchrun
+from repshift_cli.errors import UsageError
+
 EXACT = ("images", "of", "skipped", "skipped_files", "top1", "top5", "top1_correct", "top5_correct", "top1_interval")
 
 pytestmark = pytest.mark.slow
@@ -165,9 +168,8 @@ def test_processes_with_different_models_are_refused(arguments: list[str], tmp_p
     assert "SIGABRT" not in done.stderr
 
 
-def test_videos_need_one_process(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_videos_need_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    done = cli("eval", "builtin:umt-shapes")
-    assert done.rc == 2
-    assert "Start it without torchrun" in done.stderr
+    with pytest.raises(UsageError, match="evaluating videos runs in one process"):
+        refuse_torchrun("evaluating videos")
