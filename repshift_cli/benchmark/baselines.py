@@ -43,7 +43,11 @@ class Baseline:
 
 
 def contenders_against(opened: Mapping[str, Opened], names: Sequence[str]) -> list[Contender]:
-    """The contenders of `contenders_of`, and the named baselines of every compressed model."""
+    """The contenders of `contenders_of`, and the named baselines of every compressed model.
+
+    Raises:
+        UsageError: unknown baseline, no compressed model, or a baseline that the model does not support.
+    """
     check_names(names)
     wanted = [name for name in dict.fromkeys(names) if name != "dense"]
     found = contenders_of(opened)
@@ -92,6 +96,9 @@ def uniform_plan(compressed: CompressedModel) -> Plan:
 
     The number is the one whose MACs are nearest to those of the compressed model. A block with fewer than twice that
     many patches merges half of them.
+
+    Raises:
+        RecipeError: tokens of the model cannot be merged.
     """
     _checked_reducer(_MATCHING, compressed)
     dense = dense_copy(compressed)

@@ -68,7 +68,11 @@ def measure_end_to_end(  # noqa: PLR0917
     Args:
         subjects: take images `[B, C, H, W]`.
         against: by the name of a subject, that of the one it is compared with.
+        preprocessing: of all of them.
         max_seconds: no new round starts after this time, once there are `source.min_passes`.
+
+    Raises:
+        DataError: there are fewer images than a batch holds, or one cannot be read.
     """
     batches = _loader(source, preprocessing, setting.batch, placement, progress.warn)
     images = len(batches.batches) * setting.batch

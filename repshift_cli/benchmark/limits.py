@@ -127,7 +127,11 @@ class LimitCheck:
 
 
 def check_limits(limits: Sequence[BenchLimit], report: BenchReport) -> tuple[LimitCheck, ...]:
-    """Check every compressed model of a report against every limit, in every setting."""
+    """Check every compressed model of a report against every limit, in every setting.
+
+    Raises:
+        UsageError: there are limits, but no compressed model.
+    """
     runs = {(run.setting, run.name): run for run in report.runs}
     compressed = (ratio for ratio in report.ratios if ratio.role == "compressed")
     ratios = [ratio for ratio in compressed if runs[ratio.setting, ratio.against].role == "dense"]

@@ -31,6 +31,9 @@ def plot_report(report: BenchReport, path: Path, file_format: str) -> None:
 
     The number above a bar is its speed-up over the dense model, if it is clear. Diamonds are passes from image files to
     results.
+
+    Args:
+        file_format: one of `PLOT_FORMATS`; the suffix of the file is not used.
     """
     from matplotlib.figure import Figure
 

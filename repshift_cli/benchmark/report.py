@@ -34,7 +34,14 @@ _CSV_COLUMNS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """Setting of a group of runs that are compared with each other."""
+    """Setting of a group of runs that are compared with each other.
+
+    Attributes:
+        batch: images at a time.
+        image_size: height and width.
+        attention: as requested.
+        compile: mode of torch.compile, or `off`.
+    """
 
     batch: int
     image_size: tuple[int, int]
@@ -209,6 +216,7 @@ class Passes:
     """Passes over the same images, each from the first request to the last result.
 
     Attributes:
+        images, seconds: of one pass, and of each pass.
         waiting_s: seconds of each pass in which the model waited for images.
     """
 
@@ -282,7 +290,12 @@ class EndToEnd:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """All runs and ratios, setting by setting."""
+    """All runs and ratios, setting by setting.
+
+    Attributes:
+        device: product name of the CPU or GPU.
+        end_to_end: empty without images to read.
+    """
 
     device: str
     threads: int

@@ -39,10 +39,13 @@ class Contender:
     """A model in the comparison.
 
     Attributes:
+        name: unique among those of its input size.
+        macs: multiply-accumulates per image.
         input_size: of one input: `(C, H, W)`, or `(T, C, H, W)` for a clip.
         against: name of the dense contender that it is compared with, if any.
         context: to be entered for each run of `module`, such as the switch to the dense model.
         baselines: names of the baselines that it is compared with.
+        preprocessing: of images from files, if known.
     """
 
     name: str
@@ -69,6 +72,8 @@ class BenchSettings:
     Attributes:
         seconds: time for each model at each batch size; more if `min_runs` takes longer.
         threads: CPU threads, None for torch's default.
+        memory_format: of weights and images.
+        compile: mode of torch.compile, or `off`.
     """
 
     device: torch.device

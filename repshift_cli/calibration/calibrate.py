@@ -123,6 +123,7 @@ class Calibration:
         random: random dropping with the same token counts, mean of several draws, on the same images.
         default: the metrics without calibration, on the same images.
         sigmas: by how many standard errors the result is better than random, over paired images.
+        clear: whether that is a clear margin.
         images: number of images for choosing and checking together; `identity` is theirs, for the record.
     """
 
@@ -193,6 +194,7 @@ def calibrate(
     Args:
         model: dense, in eval mode, on the device and in the dtype to calibrate in.
         images: `[n, C, H, W]`, preprocessed, unlabelled; at least 8.
+        identity: of the images, for the record.
 
     Raises:
         DataError: too few images.

@@ -54,6 +54,7 @@ def fit_scores(  # noqa: PLR0917
     Args:
         model: dense, in eval mode, of a supported family.
         images: `[n, ...]`, preprocessed, unlabelled.
+        seed: of the random signs.
         after: where in a block tokens will be dropped.
 
     Raises a CheckFailed if the gradients are not finite.
@@ -78,6 +79,7 @@ def influence(responses: Tensor, seen: Mapping[int, BlockOutput], generator: tor
 
     Args:
         responses: `[B, D]`, with a gradient; the squares of their changes are summed.
+        generator: of the random signs, on the CPU.
     """
     layers = list(seen)
     total: dict[int, Tensor] = {}

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from repshift_cli.checkpoints.containers import first_names
 from repshift_cli.checkpoints.create import build_on_meta, check_runs, create, is_architecture
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import ImageSize
 from repshift_cli.data.preprocessing import Preprocessing, fixed_size
 from repshift_cli.errors import CheckpointError, UsageError
 from repshift_cli.reduction.families.base import find
+from repshift_cli.utils.suggest import first_names
 
 
 def build(description: ModelDescription, tensors: Mapping[str, Tensor], where: str) -> nn.Module:

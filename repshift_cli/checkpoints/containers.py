@@ -1,4 +1,4 @@
-"""Take the weights out of what training scripts write, with what it says about the model."""
+"""Read weights and options from the mappings that training scripts write."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from repshift_cli.checkpoints.options import WeightsKind
 from repshift_cli.errors import CheckpointError
+from repshift_cli.utils.suggest import first_names
 
 _RAW = ("state_dict", "model", "module", "model_state_dict")
 _AVERAGED = "ema"
@@ -21,18 +22,11 @@ _COUNTER = "n_averaged"
 """A tensor of torch's AveragedModel that is not of the model."""
 
 _MOST_WRAPPERS = 8  # a pickle can hold a mapping that contains itself
-_SHOWN_KEYS = 5
 _LARGEST_SHARE = 4
 """Maximum size of all tensors, in sizes of the file. Tied weights are stored once and counted for each name."""
 
 _LARGEST_VALUE = 1e30
 _PLAIN = (str, int, float, list, tuple, Mapping)
-
-
-def first_names(words: list[str]) -> str:
-    """Join the first few names for a message."""
-    rest = len(words) - _SHOWN_KEYS
-    return ", ".join(words[:_SHOWN_KEYS]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def unwrap(content: Any, where: str, which: WeightsKind | None) -> tuple[dict[str, Tensor], list[str]]:

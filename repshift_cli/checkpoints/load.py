@@ -17,7 +17,7 @@ from torch import Tensor
 
 from repshift_cli.checkpoints.build import build, configure, set_image_size, set_preprocessing
 from repshift_cli.checkpoints.builtin import BUILTIN
-from repshift_cli.checkpoints.containers import check_kind, extreme, first_names
+from repshift_cli.checkpoints.containers import check_kind, extreme
 from repshift_cli.checkpoints.create import build_on_meta, create
 from repshift_cli.checkpoints.identify.identity import Identity
 from repshift_cli.checkpoints.identify.match import identify
@@ -31,7 +31,7 @@ from repshift_cli.data.preprocessing import LARGEST_SIDE, Preprocessing, fixed_s
 from repshift_cli.errors import CheckpointError, UsageError
 from repshift_cli.utils.documents import parse_json
 from repshift_cli.utils.files import WEIGHT_SUFFIXES, read_text
-from repshift_cli.utils.suggest import nearest
+from repshift_cli.utils.suggest import first_names, nearest
 
 _FOLDER_WEIGHTS = ("model.safetensors", f"model{INDEX_SUFFIX}", "pytorch_model.bin")
 

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from repshift_cli.checkpoints.containers import (
     check_kind,
-    first_names,
     plain,
     training_options,
     unwrap,
@@ -42,6 +41,7 @@ from repshift_cli.utils.files import (
     read_text,
     sha256_of_file,
 )
+from repshift_cli.utils.suggest import first_names
 
 METADATA_KEY = "repshift"
 """Key of our JSON document in the metadata of a safetensors file (see docs/artifact.md)."""

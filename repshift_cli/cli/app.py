@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -26,9 +27,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (compress, search, export, bench, evaluate, compare, inspect, visualize, demo):
-    _name = _module.__name__.rpartition(".")[2]
-    app.command("eval" if _module is evaluate else _name, cls=Command)(_module.command)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "compress": compress.command,
+    "search": search.command,
+    "export": export.command,
+    "bench": bench.command,
+    "eval": evaluate.command,
+    "compare": compare.command,
+    "inspect": inspect.command,
+    "visualize": visualize.command,
+    "demo": demo.command,
+}
+for _name, _command in _COMMANDS.items():
+    app.command(_name, cls=Command)(_command)
 app.add_typer(recipes.app, name="recipes")
 
 
@@ -130,7 +141,7 @@ def _explain(problem: Exception) -> int:
         shown = problem
     elif isinstance(problem, BrokenPipeError):
         return 1  # the reader of stdout has closed the pipe
-    elif isinstance(problem, MemoryError | RuntimeError) and _is_out_of_memory(problem):
+    elif _is_out_of_memory(problem):
         shown = RepshiftError(
             f"out of memory: {first_line(problem)}", "Use a smaller --batch-size, a smaller model or fewer inputs."
         )
@@ -145,6 +156,8 @@ def _explain(problem: Exception) -> int:
 
 
 def _is_out_of_memory(problem: Exception) -> bool:
-    from repshift_cli.measure.device import out_of_memory
+    if not isinstance(problem, RuntimeError):
+        return isinstance(problem, MemoryError)
+    from repshift_cli.measure.device import out_of_memory  # imports torch, which has then raised the error
 
-    return isinstance(problem, MemoryError) or (isinstance(problem, RuntimeError) and out_of_memory(problem))
+    return out_of_memory(problem)

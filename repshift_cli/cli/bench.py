@@ -134,7 +134,7 @@ def command(
     """
     from repshift_cli.utils.files import check_outputs
 
-    batches = _parse_integers("--batch-size", batch_size or DEFAULT_BATCHES)
+    batches = _batch_sizes(batch_size or DEFAULT_BATCHES)
     sizes: list[ImageSize | None] = [ImageSize.parse(text) for text in _split(img_size or [])]
     limits = [BenchLimit.parse(text) for text in budget or []]
     if plot is not None:
@@ -204,12 +204,14 @@ def _choices(option: str, values: Sequence[str], allowed: Sequence[_Value]) -> l
     return [by_name[text] for text in _split(values)]
 
 
-def _parse_integers(option: str, values: Sequence[str], limits: tuple[int, int] = RANGES["batch_size"]) -> list[int]:
-    """The integers in comma-separated lists, without repetitions."""
-    low, high = limits
+def _batch_sizes(values: Sequence[str]) -> list[int]:
+    """The batch sizes in comma-separated lists, without repetitions."""
+    low, high = RANGES["batch_size"]
     for text in _split(values):
         if not text.isascii() or not text.isdigit() or len(text) > len(str(high)) or not low <= int(text) <= high:
-            raise UsageError(f"invalid {option} {text!r}: must be an integer >= {low} and <= {high}, or several (1,8)")
+            raise UsageError(
+                f"invalid --batch-size {text!r}: must be an integer >= {low} and <= {high}, or several (1,8)"
+            )
     return list(dict.fromkeys(int(text) for text in _split(values)))
 
 

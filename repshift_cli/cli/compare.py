@@ -50,7 +50,7 @@ def _show(found: Comparison, classes: int) -> None:
     low, high = found.difference_interval
     ui.print_text(f"top-1 of B - A: {found.difference:+.2f} points (95%: {low:+.2f} to {high:+.2f})")
     p = f"{found.p_value:.4f}" if found.p_value >= _SMALL_P else f"{found.p_value:.1e}"
-    ui.print_text(f"McNemar's exact test: p = {p}\n")
+    ui.print_text(f"McNemar's exact test: p = {p}", "")
     if classes and found.classes:
         shown = [(each.name, str(each.images), str(each.lost), str(each.won)) for each in found.classes[:classes]]
         ui.print_text(f"{len(found.classes)} classes changed; most changed:")

@@ -204,7 +204,7 @@ def _evaluate_images(
     models, data, labelled = group.agreed(lambda: _open_images(opened, given, video))
     labelled.info.report(screen)
     if not given.json and group.is_first:
-        # with predictions to save, the run goes on although nothing can be printed
+        # with predictions to save, the run continues although nothing can be printed
         with suppress(*(OSError, OutputError) if given.predictions else ()):
             announce_dataset(opened, labelled)
     result = evaluate(

@@ -203,10 +203,10 @@ def takes_model(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**given: Any) -> None:
-        said = {name: given.pop(name) for name in names}
+        values = {name: given.pop(name) for name in names}
         for name in ("mean", "std"):
-            said[name] = _numbers(f"--{name}", said[name])
-        command(load=LoadOptions(**said), **given)
+            values[name] = _numbers(f"--{name}", values[name])
+        command(load=LoadOptions(**values), **given)
 
     parameters = []
     for parameter in own.parameters.values():

@@ -33,7 +33,8 @@ def show(
     ] = False,
 ) -> None:
     """Print a recipe as YAML, to save and edit."""
-    typer.echo(_calibrated(name) if calibrated else _text(name, blocks), nl=False)
+    text = _calibrated(name) if calibrated else _text(name, blocks)
+    typer.echo("\n".join(map(ui.visible, text.split("\n"))), nl=False)  # without the line breaks of `print_text`
 
 
 @app.command(cls=guard.Command)

@@ -93,7 +93,7 @@ def print_text(*lines: str) -> None:
     """Print lines of text without markup; errors as `_stdout`."""
     with _stdout() as console:
         for line in lines:
-            console.print("\n".join(map(visible, line.split("\n"))), markup=False)
+            console.print(visible(line), markup=False)
 
 
 def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:

@@ -80,7 +80,13 @@ def compress_dense(
     *,
     progress: Progress | None = None,
 ) -> Opened:
-    """Load a dense model and attach a recipe; open fields of its metrics get the values of the paper."""
+    """Load a dense model and attach a recipe; open fields of its metrics get the values of the paper.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded or is already compressed.
+        RecipeError: the recipe is invalid or does not fit the model, or has a budget instead of layers.
+        UsageError: the weights do not fit the options.
+    """
     recipe = require_layers(checked_recipe(recipe_name))
     notes = Notes(progress or Silent())
     loaded = load_dense(name, options or LoadOptions(), recipe, notes)

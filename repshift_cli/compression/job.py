@@ -93,6 +93,9 @@ def load_dense(
 
     Args:
         force: also load a compressed checkpoint, without its plan.
+
+    Raises:
+        CheckpointError, UsageError: as `load_checkpoint`; or the checkpoint is compressed.
     """
     loaded = load_checkpoint(name, replace(options, fallback_name=recipe.model if recipe else None))
     for text in loaded.notes:

@@ -56,6 +56,7 @@ class Measured:
         agreement: share of images with unchanged predicted class, or of clips that are still most similar to
             themselves among all; None without a head.
         divergence: mean KL in nats (or one minus the cosine of features) from the dense model.
+        images: the images of `agreement`.
     """
 
     dense: ModelCost

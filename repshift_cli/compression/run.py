@@ -43,6 +43,9 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
     Args:
         name: the checkpoint, as for `load_checkpoint`.
         dry_run: stop after the plan: nothing is run, measured or written.
+
+    Raises:
+        RepshiftError: its class and exit code say what went wrong.
     """
     if settings.output and not dry_run:
         check_output(settings.output, settings.force)
@@ -77,7 +80,15 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
 
 
 def search_checkpoint(name: str, settings: Settings, request: SearchRequest, progress: Progress) -> FinishedSearch:
-    """Run the search of `repshift search`: the recipe gives metric and reducer, `data` the images."""
+    """Run the search of `repshift search`: the recipe gives metric and reducer, `data` the images.
+
+    Args:
+        name: the checkpoint, as for `load_checkpoint`.
+
+    Raises:
+        RepshiftError: its class and exit code say what went wrong.
+        KeyboardInterrupt: before a first schedule was found.
+    """
     recipe = checked_recipe(settings.recipe)
     device, dtype = resolve_device(settings.device), resolve_dtype(settings.dtype)
     notes = Notes(progress)

@@ -23,9 +23,12 @@ class Settings:
         target: target of a search (`macs=0.65`) that replaces the layers of the recipe; None for the recipe's own
             budget or layers.
         load: what the user says about the model.
+        output: path of the checkpoint; None to write none.
         data: images for the comparison of predictions (folder or dataset); None for built-in scenes.
         calibration: images for calibration; None for `data`, or built-in scenes for a built-in model.
+        calibrate: whether open fields of the metric are calibrated.
         calibration_images, agreement_images, batch_size: None for the `Amounts` of the model.
+        seconds: time for the latency measurement.
         attention: implementation of attention during search and measurement; the written file does not depend on it.
     """
 

@@ -79,7 +79,7 @@ def open_dataset(
 
 @contextmanager
 def data_errors() -> Iterator[None]:
-    """Turn what the system says of files of a dataset, such as a missing permission, into DataError."""
+    """Turn system errors of the files of a dataset, such as a missing permission, into DataError."""
     try:
         yield
     except OSError as error:

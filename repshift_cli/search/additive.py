@@ -32,11 +32,14 @@ class Additive:
     """Cost and harm of schedules.
 
     Attributes:
+        tokens: patch tokens of the dense model.
+        sites: number of sites.
         gain: `(site, kept)`: saved cost between this site and the next one, as a fraction of the dense cost; 0 for all
             tokens, and monotone.
         harm: `(site, kept)`: distance from the dense model if tokens are dropped at this site only; 0 for all tokens,
             and monotone.
         most: `(arriving)`: how many of the arriving patch tokens can be dropped at one site.
+        site_cost: cost of a site that drops tokens, as a fraction of the dense cost.
     """
 
     tokens: int
@@ -89,6 +92,7 @@ class Curve:
     """Distance by the number of kept tokens: power laws through measured points.
 
     Attributes:
+        tokens: patch tokens of the dense model.
         points: `(kept, distance)`; made monotone, which noise can break.
     """
 

@@ -56,6 +56,7 @@ class Planner:
     """Makes plans and candidates from schedules.
 
     Attributes:
+        start: the start recipe.
         open_metrics: by layer, the metric of the start recipe; some of its fields may be open.
         layers: the layers at which a schedule can drop tokens, in order.
     """
@@ -120,7 +121,14 @@ class Planner:
 
 
 def choose_layer_metrics(start: Recipe, evaluator: Evaluator) -> tuple[Planner, Method]:
-    """Choose the metric of each layer with that layer as the only site."""
+    """Choose the metric of each layer with that layer as the only site.
+
+    Returns:
+        the planner for the layers that can run their metric, and the chosen metrics with the reducer of the recipe.
+
+    Raises:
+        RecipeError: no layer can.
+    """
     given = {drop.layer: drop.metric for drop in start.layers if drop.metric is not None}
     sites = evaluator.layout.sites
     open_metrics = {site.layer: given.get(site.layer) or given.get(site.name) or start.metric for site in sites}

@@ -103,7 +103,12 @@ class Evaluator:
     """
 
     def __init__(self, model: nn.Module, family: Family, settings: SearchSettings, progress: Progress) -> None:
-        """Run the dense model on all images."""
+        """Run the dense model on all images.
+
+        Raises:
+            CheckFailed: its outputs are not finite.
+            UsageError: the state file is not that of this search.
+        """
         self.model = model
         self.family = family
         self.progress = progress
@@ -139,7 +144,11 @@ class Evaluator:
         return self.family.macs(self.model, None)
 
     def macs(self, plan: Plan) -> float:
-        """MACs with metric and reducer, as a fraction of the dense model's."""
+        """MACs with metric and reducer, as a fraction of the dense model's.
+
+        Raises:
+            RecipeError: the plan does not fit the model.
+        """
         compressed = attach(self.model, plan)
         try:
             return compressed.macs() / self.dense_macs

@@ -60,6 +60,7 @@ class FinishedSearch:
     Attributes:
         recipe: the found recipe; comments at its top describe the search.
         inputs: the first half was used for selection, the second half is held out.
+        measured_on: device, dtype, batch and threads of the measurements.
     """
 
     loaded: LoadedModel
@@ -131,6 +132,9 @@ def start_recipe(
     prune. Without a recipe the metric is `fitted`. It was the best one for the built-in classifiers, and for the
     built-in video models where tokens are merged. Where video tokens are pruned, representation shift was better
     (docs/results.md).
+
+    Raises:
+        RecipeError: a reducer is unknown, or does not fit the model.
     """
     kinds = request.reducers
     if recipe is None and not kinds:
@@ -166,7 +170,13 @@ def find(
     """Run the search and describe its result.
 
     Args:
+        loaded: dense, on the device and in the dtype to search in.
         start, reducers: as returned by `start_recipe`.
+
+    Raises:
+        UsageError: the target needs labels, and there are none.
+        RepshiftError: as `search`.
+        KeyboardInterrupt: before the first schedule was found.
     """
     if request.target.kind == "max-drop" and inputs.labels is None:
         raise UsageError(

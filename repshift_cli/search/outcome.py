@@ -101,7 +101,14 @@ def paper_at_best(state: SearchState) -> Evaluated | None:
 
 
 def make_result(state: SearchState, begin: float) -> SearchResult:
-    """Choose between the best schedule and the paper's, evaluate both on the held-out images, and describe them."""
+    """Choose between the best schedule and the paper's, evaluate both on the held-out images, and describe them.
+
+    Args:
+        begin: start of the search, by `time.monotonic`.
+
+    Raises:
+        CheckFailed: the found schedule returns values that are not finite on the held-out images.
+    """
     settings, target, evaluator = state.settings, state.target, state.evaluator
     paper = paper_at_best(state)
     best, paper_is_found, heldout_decided = _better(state, paper)

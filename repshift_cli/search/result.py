@@ -29,8 +29,12 @@ class SearchSettings:
     Attributes:
         images: `[n, C, H, W]` (clips: `[n, T, C, H, W]`), preprocessed; at least 16. Schedules are selected on the
             first half. The second half is held out.
+        identity: description of the images, for the record.
         start: recipe that gives the metric, the reducer and the model. Its layers are only compared with.
+        labels: int64 `[n]`; None if there are none.
+        evaluations: number of schedules that the refinement may try.
         state: file that keeps the evaluations, so that the search can continue.
+        seconds: time of each latency measurement; 0 measures none.
     """
 
     target: SearchTarget
@@ -57,6 +61,8 @@ class MeasuredSchedule:
         distance: mean squared Hellinger distance from the dense model (1 - cosine for a model without a head).
         kl: mean KL divergence in nats (1 - cosine for a model without a head).
         agreement: share of unchanged predictions; None without a head.
+        top1: percent; None without labels.
+        images: number of images it was evaluated on.
     """
 
     name: str

@@ -57,6 +57,7 @@ def search(model: nn.Module, family: Family, settings: SearchSettings, progress:
 
     Args:
         model: dense, in eval mode, on the device and in the dtype to search in.
+        family: the family of the model.
 
     Raises:
         DataError: there are too few images.

@@ -51,7 +51,11 @@ class SearchTarget:
 
     @classmethod
     def parse(cls, text: str) -> SearchTarget:
-        """Parse `macs=0.65` and the like."""
+        """Parse `macs=0.65` and the like.
+
+        Raises:
+            UsageError: the form, the kind or the value is invalid.
+        """
         kind, equals, value = (part.strip() for part in text.partition("="))
         if not equals:
             raise UsageError(f"invalid target {text!r}: must have the form kind=value", _EXAMPLES)

@@ -1,4 +1,4 @@
-"""The environment variables by which `torchrun` tells a process its place. No torch: this is read at start-up."""
+"""The environment variables that `torchrun` sets for each process. No torch: this is read at start-up."""
 
 from __future__ import annotations
 

@@ -244,12 +244,12 @@ class TestRefused:
 
 class TestParsing:
     def test_integers(self) -> None:
-        assert bench._parse_integers("-b", ["1, 8", "4", "8"]) == [1, 8, 4]
+        assert bench._batch_sizes(["1, 8", "4", "8"]) == [1, 8, 4]
 
     @pytest.mark.parametrize("text", ["0", "-1", "x", "1,", "1.5", "\u00b2"])
     def test_invalid_integers(self, text: str) -> None:
         with pytest.raises(UsageError, match="--batch-size"):
-            bench._parse_integers("--batch-size", [text])
+            bench._batch_sizes([text])
 
     def test_labels(self) -> None:
         assert bench._labels(["x/a.safetensors", "y/b.pth", "vit.v2"]) == {

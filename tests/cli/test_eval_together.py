@@ -35,14 +35,12 @@ def environment() -> dict[str, str]:
 
 
 def launch(processes: int, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return start(together(processes, *arguments), folder)
+
+
+def start(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        together(processes, *arguments),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        cwd=folder,
-        env=environment(),
+        command, capture_output=True, text=True, check=False, timeout=300, cwd=folder, env=environment()
     )
 
 
@@ -152,15 +150,7 @@ def test_processes_with_different_models_are_refused(arguments: list[str], tmp_p
     (tmp_path / "rank.py").write_text(BY_RANK)
     launched = together(2)[:-3]
     other = [argument for argument in arguments if argument != "--compare-dense"]
-    done = subprocess.run(
-        [*launched, "rank.py", json.dumps([arguments, other])],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        cwd=tmp_path,
-        env=environment(),
-    )
+    done = start([*launched, "rank.py", json.dumps([arguments, other])], tmp_path)
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.count("rank 1 differs from rank 0 in models") == 1

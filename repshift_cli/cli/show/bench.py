@@ -26,7 +26,7 @@ def show(report: BenchReport, opened: Mapping[str, Opened], verdicts: Sequence[L
     panels = list(dict.fromkeys(run.setting.without_batch for run in report.runs))
     for panel in panels:
         if len(panels) > 1:
-            ui.print_text(f"--- {panel}\n")
+            ui.print_text(f"--- {panel}", "")
         _show_panel(report, panel, unit)
     if (fewest := min(run.latency.count for run in report.runs)) < _ENOUGH_RUNS:
         ui.print_text(f"Only {fewest} run{'s' if fewest > 1 else ''} of each: too few for reliable intervals.")
@@ -57,7 +57,7 @@ def _show_head(report: BenchReport, opened: Mapping[str, Opened]) -> None:
     ui.print_text(report.machine)
     layout = "" if report.memory_format == "contiguous" else f", memory format {report.memory_format}"
     attention = "no attention" if report.attention == "none" else f"attention {report.attention}"
-    ui.print_text(f"{attention}{layout}, torch {torch.__version__}\n")
+    ui.print_text(f"{attention}{layout}, torch {torch.__version__}", "")
 
 
 def _show_panel(report: BenchReport, panel: str, unit: str) -> None:
@@ -115,13 +115,13 @@ def _show_baselines(runs: Sequence[Run], ratios: Sequence[Ratio], dense: set[str
     columns = ["batch", "model", "extra MACs", "vs dense", "efficiency", "compressed is"]
     ui.print_table(None, columns, rows, left=2)
     if any("?" in cell for row in rows for cell in row):
-        ui.print_text("?: not a clear difference, the intervals overlap.\n")
+        ui.print_text("?: not a clear difference, the intervals overlap.", "")
 
 
 def _show_end_to_end(found: EndToEnd, unit: str, ours: set[str]) -> None:
     how = f"{found.workers} worker process{'es' if found.workers > 1 else ''}" if found.workers else "the main process"
     size, count, passes = found.setting.batch, found.reading.images, len(found.reading.seconds)
-    ui.print_text(f"\nFrom files, batch {size}: {count} images of {found.data}, read by {how}, {passes} passes\n")
+    ui.print_text("", f"From files, batch {size}: {count} images of {found.data}, read by {how}, {passes} passes", "")
     gains = {name: _ratio(gain) for name, gain in found.speedups.items()}
     rows = [
         [name, _spread(side.throughput), f"{side.waiting:.0%}", side.bottleneck, gains.get(name, "")]

@@ -23,7 +23,7 @@ def announce_dataset(opened: Opened, data: ImageDataset) -> None:
     ui.print_text(f"dataset:       {data.description}")
     if data.outputs is not None:
         ui.print_text(f"classes:       {len(data.outputs)} of the head, those of the dataset")
-    ui.print_text(f"preprocessing: {opened.loaded.description.preprocessing}\n")
+    ui.print_text(f"preprocessing: {opened.loaded.description.preprocessing}", "")
 
 
 def warn_of_skipped(result: Evaluation) -> None:

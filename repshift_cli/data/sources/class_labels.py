@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from repshift_cli.data.dataset import DatasetInfo, ImageDataset, Subset
 from repshift_cli.errors import DataError
 from repshift_cli.utils.files import read_text
+from repshift_cli.utils.suggest import first_names
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -186,9 +187,3 @@ def imagenet_wnids() -> tuple[str, ...]:
 
     info: Any = ImageNetInfo("imagenet-1k")
     return tuple(info.label_names())
-
-
-def first_names(names: list[str], count: int = 5) -> str:
-    """Join the first few names for a message."""
-    rest = len(names) - count
-    return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")

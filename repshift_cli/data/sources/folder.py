@@ -13,6 +13,7 @@ from repshift_cli.data.dataset import DatasetInfo, ImageDataset
 from repshift_cli.data.decode import IMAGE_SUFFIXES, decode_file
 from repshift_cli.data.sources.class_labels import NamedClasses, class_list, class_root, named_classes
 from repshift_cli.errors import DataError
+from repshift_cli.utils.documents import readable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -211,7 +212,7 @@ def file_fingerprint(path: Path, root: Path, with_time: bool = False) -> str:
 
 def readable_name(path: PurePath | str) -> str:
     """A path as text that can be encoded: bytes that are not UTF-8 are escaped."""
-    return os.fsencode(path if isinstance(path, str) else path.as_posix()).decode("utf-8", "backslashreplace")
+    return str(readable(path if isinstance(path, str) else path.as_posix()))
 
 
 def _walk(root: Path, suffixes: Collection[str], left_out: Counter[str] | None) -> list[tuple[Path, str]]:

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from repshift_cli.data.dataset import ImageDataset
 from repshift_cli.data.decode import decode_bytes
-from repshift_cli.data.sources.class_labels import WNID_PATTERN, first_names, imagenet_wnids
+from repshift_cli.data.sources.class_labels import WNID_PATTERN, imagenet_wnids
 from repshift_cli.data.sources.folder import FileDataset, class_folders, class_images, find_images
 from repshift_cli.data.sources.tar import read_member, tar_members
 from repshift_cli.errors import DataError
 from repshift_cli.utils.files import open_file, read_text
+from repshift_cli.utils.suggest import first_names
 
 if TYPE_CHECKING:
     from PIL import Image

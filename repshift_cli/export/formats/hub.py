@@ -133,7 +133,7 @@ def _is_export(folder: Path) -> bool:
 
 
 def _users_card(path: Path) -> bytes | None:
-    """The card in the output folder, unless it is one of ours that nobody has edited."""
+    """The card in the output folder, unless an export wrote it and it is unchanged since."""
     try:
         with open_file(path, LARGEST_DOCUMENT) as file:
             card = file.read()
@@ -188,7 +188,7 @@ def _measured_table(measured: Mapping[str, Any]) -> str:
     )
     try:
         rows = [f"| {label} | {read(measured['dense'])} | {read(measured['compressed'])} |" for label, read in reads]
-    except (KeyError, TypeError, ValueError):  # what a file says is not checked
+    except (KeyError, TypeError, ValueError):  # the metadata of a file are not checked so deeply
         return "Nothing was measured."
     where = ", ".join(str(measured[key]) for key in ("device", "dtype") if key in measured)
     conditions = f"Measured at batch {measured.get('batch')} on {where}, {measured.get('threads')} threads"
