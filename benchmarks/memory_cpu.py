@@ -1,7 +1,8 @@
 """Peak memory of the commands on large models, compared with the size of the weights.
 
 Linux reports two kinds: anonymous memory, which the process allocated, and pages of mapped files, which the system may
-reclaim at any time. Weights in a safetensors file are mapped. Each command runs in its own process. Weights are random.
+reclaim at any time. Weights are read into anonymous memory, once. Each command runs in its own process. Weights are
+random.
 
     python benchmarks/memory_cpu.py --threads 2
 """
@@ -52,8 +53,8 @@ SUBJECTS = {
     "umt_large": Subject("UMT-L", "umt_large", "umt_large_paper", 1, clips=4),
 }
 NOTE = (
-    "Largest MiB over the life of the process, sampled every 10 ms. `held`: anonymous memory. `mapped`: pages of "
-    "mapped files, including torch's libraries (`inspect` of a small model: {idle}) and the weights. The two maxima "
+    "Largest MiB over the life of the process, sampled every 10 ms. `held`: anonymous memory, with the weights. "
+    "`mapped`: pages of mapped files, such as torch's libraries (`inspect` of a small model: {idle}). The two maxima "
     "need not coincide. `float32 weights` is the size of the file. `compress` runs without calibration; `bench` "
     f"times dense and compressed; `eval` runs both on {IMAGES} images (UMT: on clips of 12 frames with captions), "
     "in batches of the given size. `bench` and `eval` read the compressed file."

@@ -150,11 +150,11 @@ def _is_safetensors(file: BinaryIO, path: Path) -> bool:
 
 def _read_safetensors(file: BinaryIO, path: Path) -> Weights:
     """Read a file into one buffer, which the tensors share."""
-    content = bytearray(os.fstat(file.fileno()).st_size)
-    file.readinto(content)  # type: ignore[attr-defined]
     try:
-        with safe_open(path, framework="pt", device="cpu"):  # checks the header
+        with safe_open(path, framework="pt", device="cpu"):  # checks the header, before memory is taken
             pass
+        content = bytearray(os.fstat(file.fileno()).st_size)
+        file.readinto(content)  # type: ignore[attr-defined]
         start = _HEADER_LENGTH + int.from_bytes(content[:_HEADER_LENGTH], "little")
         header = parse_json(content[_HEADER_LENGTH:start].decode())
         metadata = header.pop("__metadata__", None) or {}

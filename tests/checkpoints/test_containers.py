@@ -18,7 +18,7 @@ from tiny import images, save_weights, tiny_vit
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from repshift_cli.checkpoints import artifact
+from repshift_cli.checkpoints import artifact, weights
 from repshift_cli.checkpoints.artifact import separated
 from repshift_cli.checkpoints.create import quickly_on_meta
 from repshift_cli.checkpoints.identify.match import identify
@@ -311,6 +311,13 @@ class TestFiles:
         for name in ("fifo.pth", "zero.pth", "/dev/zero"):
             with pytest.raises(CheckpointError, match="is not a regular file"):
                 load_checkpoint(tmp_path / name)
+
+    def test_memory_is_taken_after_the_header_is_checked(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with (tmp_path / "a.safetensors").open("wb") as file:
+            file.truncate(50 << 30)
+        monkeypatch.setattr(weights, "bytearray", lambda size: pytest.fail(f"{size} bytes"), raising=False)
+        with pytest.raises(CheckpointError, match="is not a safetensors file"):
+            read_weights(tmp_path / "a.safetensors")
 
     def test_a_folder_without_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def denied(path: Path) -> bool:
