@@ -54,7 +54,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 
 _OPTIONS = ("utils.easydict.EasyDict", "easydict.EasyDict")
 _READ_BYTES = 1 << 20
-_HEADER_LENGTH = 8
+_HEADER_LENGTH, _LARGEST_HEADER = 8, 100_000_000  # bytes; limits of the format
 _AGAIN = "Copy or download it again."
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -150,13 +150,18 @@ def _is_safetensors(file: BinaryIO, path: Path) -> bool:
 
 def _read_safetensors(file: BinaryIO, path: Path) -> Weights:
     """Read a file into one buffer, which the tensors share."""
+    size = os.fstat(file.fileno()).st_size
     try:
-        with safe_open(path, framework="pt", device="cpu"):  # checks the header, before memory is taken
+        length = int.from_bytes(file.read(_HEADER_LENGTH), "little")
+        if not 0 < length <= min(size, _LARGEST_HEADER):
+            raise ValueError(f"its header has {length} bytes")  # noqa: TRY301
+        header = parse_json(file.read(length).decode())
+        with safe_open(path, framework="pt", device="cpu"):  # checks types, shapes and places
             pass
-        content = bytearray(os.fstat(file.fileno()).st_size)
+        content = bytearray(size)
+        file.seek(0)
         file.readinto(content)  # type: ignore[attr-defined]
-        start = _HEADER_LENGTH + int.from_bytes(content[:_HEADER_LENGTH], "little")
-        header = parse_json(content[_HEADER_LENGTH:start].decode())
+        start = _HEADER_LENGTH + length
         metadata = header.pop("__metadata__", None) or {}
         tensors = {key: _tensor(content, start, entry) for key, entry in header.items()}
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
