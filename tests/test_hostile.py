@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 from paths import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -26,6 +27,7 @@ SLOW += ("archives of programs", "code in files", "videos and annotations", "nam
 """Kinds that are slow, or need inputs that are slow to make."""
 
 
+@pytest.mark.slow
 def test_a_sample_of_attempts_ends_as_documented(tmp_path: Path) -> None:
     good = hostile.prepare(tmp_path / "base", slow=False)
     for kind, (make, _) in hostile.KINDS.items():
