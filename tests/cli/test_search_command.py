@@ -540,7 +540,8 @@ def test_a_recipe_with_fitted_weights_names_the_model(
         arguments: tuple[object, ...] = ("timm.safetensors", "--model", "deit_tiny_patch16_224", "--data", photos)
     else:
         arguments = (dense if model == "dense" else model, "--data", photos)
-    outcome = cli("search", *arguments, "-t", "macs=0.8", *QUICK, "-o", "r.yaml")
+    # random weights: whether random dropping is beaten depends on the rounding of the machine
+    outcome = cli("search", *arguments, "-t", "macs=0.8", *QUICK, "--force", "-o", "r.yaml")
     assert outcome.rc == 0, outcome.stderr
     found = Recipe.load(tmp_path / "r.yaml")
     assert "weights" in found.text
