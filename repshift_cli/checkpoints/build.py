@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints.create import build_on_meta, check_runs, create, is_architecture
+from repshift_cli.checkpoints.libraries.base import library_of
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import ImageSize
 from repshift_cli.data.preprocessing import Preprocessing, fixed_size
@@ -24,6 +25,10 @@ def build(description: ModelDescription, tensors: Mapping[str, Tensor], where: s
         CheckpointError: the weights do not fit; the message lists keys and shapes.
     """
     architecture = description.architecture
+    if library := library_of(architecture):
+        built = library.build(description, tensors, where)
+        configure(built, description.preprocessing)
+        return built
     if not is_architecture(architecture):
         raise CheckpointError(f"{where}: unknown model {architecture!r}")
     model = build_on_meta(architecture, description.args, where, tensors, description.name)

@@ -23,6 +23,7 @@ from repshift_cli.checkpoints.identify.identity import Identity
 from repshift_cli.checkpoints.identify.match import identify
 from repshift_cli.checkpoints.identify.names import canonical_name, is_model_name, model_names
 from repshift_cli.checkpoints.identify.sizes import check_heads
+from repshift_cli.checkpoints.libraries.base import libraries
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import PREPROCESSING, ImageSize, LoadOptions
 from repshift_cli.checkpoints.schema import describe
@@ -63,6 +64,9 @@ def _load(name: str, options: LoadOptions) -> LoadedModel:
         return _load_builtin(name, options)
     path = Path(name)
     if path.is_dir():
+        library = next((library for library in libraries() if library.opens(path)), None)
+        if library is not None:
+            return library.read(path, options)
         return _load_folder(path, options)
     if path.exists():
         return _from_weights(read_weights(path, options.weights), options, path.stem)

@@ -114,10 +114,13 @@ class CompressedModel(nn.Module):
         handles: list[Any] = []
         self._hooks: list[SiteHook] = []
         stream, sites = self.family.stream(model), self.family.sites(model)
+        changes = [self.family.edits(model, stream)]
         if isinstance(reducer, Merger) and reducer.pooled_by_size:
-            edits, undo_edits = self.family.use_proportional_attention(model, stream)
-            undo.append(undo_edits)
+            changes.append(self.family.use_proportional_attention(model, stream))
+        if any(edits for edits, _ in changes):
             handles.append(sites[0].block.register_forward_pre_hook(stream.begin))
+        for edits, undo_edits in changes:
+            undo.append(undo_edits)
             handles.extend(map(register_edit, edits))
         for planned, site_metrics in zip(plan.sites, metrics, strict=True):
             site = _site(sites, planned.site)
@@ -125,7 +128,8 @@ class CompressedModel(nn.Module):
             handles.extend(register_tap(hook, name, site.probes[name]) for name in sorted(hook.tapped))
             place = site.attended if planned.after == "attention" else site.block
             assert place is not None
-            handles.append(place.register_forward_hook(hook.on_block, with_kwargs=True))
+            # first, so that hooks of the library record the tokens that the next block gets
+            handles.append(place.register_forward_hook(hook.on_block, with_kwargs=True, prepend=True))
             self._hooks.append(hook)
         self._attachment = _Attachment([*undo, *(handle.remove for handle in handles)])
         model.__dict__[_ATTACHMENT] = self._attachment

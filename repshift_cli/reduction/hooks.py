@@ -126,7 +126,8 @@ def register_edit(edit: TensorEdit) -> RemovableHandle:
         return edit.module.register_forward_hook(partial(_edit_output, change=edit.change))
     if edit.side == "input":
         return edit.module.register_forward_pre_hook(partial(_edit_input, change=edit.change))
-    return edit.module.register_forward_pre_hook(partial(_edit_mask, change=edit.change), with_kwargs=True)
+    change = _edit_mask if edit.side == "mask" else _edit_arguments
+    return edit.module.register_forward_pre_hook(partial(change, change=edit.change), with_kwargs=True)
 
 
 def _tap(
@@ -155,3 +156,7 @@ def _edit_output(module: nn.Module, args: tuple[Any, ...], output: Tensor, *, ch
 def _edit_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, change: Change) -> Any:
     mask = change(args[0])
     return args, kwargs if mask is None else {**kwargs, "attn_mask": mask}
+
+
+def _edit_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, change: Any) -> Any:
+    return change(args, kwargs)

@@ -17,6 +17,7 @@ from repshift_cli.checkpoints.identify.identity import Identity, shapes, support
 from repshift_cli.checkpoints.identify.names import canonical_name, is_model_name
 from repshift_cli.checkpoints.identify.sizes import check_heads, size_args
 from repshift_cli.checkpoints.identify.unsupported import is_unsupported, known_kind
+from repshift_cli.checkpoints.libraries.base import libraries
 from repshift_cli.checkpoints.options import ImageSize, LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, RepshiftError
@@ -66,6 +67,16 @@ def identify(
     fallback = options.fallback_name
     if fallback and is_model_name(fallback) and (found := _fallback(fallback, tensors, where, options, size)):
         return found
+    return _by_tensors(tensors, where, options, hint, size)
+
+
+def _by_tensors(
+    tensors: Mapping[str, Tensor], where: str, options: LoadOptions, hint: str, size: ImageSize | None
+) -> Identity:
+    """The model of tensors that nothing names."""
+    library = next((library for library in libraries() if library.recognises(tensors)), None)
+    if library is not None:
+        return library.identify(tensors, where, options)
     if umt.recognises(tensors):
         return umt.identify(tensors, where, options)
     if vim.recognises(tensors):

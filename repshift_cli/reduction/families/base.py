@@ -31,14 +31,15 @@ class Probe:
 
 @dataclass(frozen=True)
 class TensorEdit:
-    """A change to a tensor at one module: its first argument, its output, or its argument `attn_mask`.
+    """A change to a tensor at one module: its first argument, its output, its argument `attn_mask`, or any argument.
 
-    The mask is made by `change` from the first argument; None is no mask.
+    The mask is made by `change` from the first argument; None is no mask. For `arguments`, `change` gets and returns
+    the positional and the keyword arguments.
     """
 
     module: nn.Module
-    side: Literal["input", "output", "mask"]
-    change: Callable[[Tensor], Tensor | None]
+    side: Literal["input", "output", "mask", "arguments"]
+    change: Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,13 @@ class Family(ABC):
     def stream(self, model: nn.Module) -> Stream:
         """The form in which tokens pass between the blocks of the model."""
         return Stream(self.layout(model).prefix_tokens)
+
+    def edits(self, model: nn.Module, stream: Stream) -> tuple[list[TensorEdit], Callable[[], None]]:
+        """Let tensors with entries per token follow the tokens, whose positions are those of the stream.
+
+        Returns the edits to hook, and a function that undoes all other changes.
+        """
+        return [], do_nothing
 
     def merge_refusal(self, model: nn.Module) -> str | None:
         """Why tokens of this model cannot be merged, or None if they can; then its stream is a `SizedStream`."""

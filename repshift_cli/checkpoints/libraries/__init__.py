@@ -1,0 +1,1 @@
+"""Model files of other libraries, one library per file."""

@@ -1,0 +1,79 @@
+"""The interface of a library whose models are read and written in their own form."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from repshift_cli.checkpoints.identify.identity import Identity
+from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
+from repshift_cli.checkpoints.options import LoadOptions
+from repshift_cli.planning.registry import members
+
+
+class Library(ABC):
+    """A library of models.
+
+    The architecture in a `ModelDescription` is `<name>:<class or model name>`, and its arguments are what the library
+    needs to build the model without weights. A built model is a `TensorModel`. The tensors of a `LoadedModel` keep the
+    keys of the file.
+
+    Attributes:
+        name: of the package, as in specs.
+        extra: of this package, which installs the library; empty if it is always there.
+    """
+
+    name: ClassVar[str]
+    extra: ClassVar[str] = ""
+
+    @abstractmethod
+    def build(self, description: ModelDescription, tensors: Mapping[str, Tensor], where: str) -> nn.Module:
+        """The model of a description with these weights: float32, eval mode, CPU, without gradients.
+
+        Raises:
+            CheckpointError: the weights do not fit, or the library is not installed.
+        """
+
+    def opens(self, folder: Path) -> bool:
+        """Whether a folder is in the form of this library."""
+        return False
+
+    def read(self, folder: Path, options: LoadOptions) -> LoadedModel:
+        """The dense model of a folder that `opens` accepts; with `document` if the folder holds a compressed model.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or the class of the model is not known.
+        """
+        raise NotImplementedError(self.name)
+
+    def recognises(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether the tensors of a single file have the keys of this library."""
+        return False
+
+    def identify(self, tensors: Mapping[str, Tensor], where: str, options: LoadOptions) -> Identity:
+        """The model of a file that `recognises` accepts; errors as `identify.match.identify`."""
+        raise NotImplementedError(self.name)
+
+    def write(self, folder: Path, loaded: LoadedModel, document: Mapping[str, Any]) -> None:
+        """Write a compressed model into an empty folder, in the form of the library.
+
+        Raises:
+            OutputError: a file cannot be written.
+        """
+        raise NotImplementedError(self.name)
+
+
+def libraries() -> Iterator[Library]:
+    """One instance of each library."""
+    # mypy rejects an abstract class as argument, but `members` only compares with it
+    yield from (found() for found in members("repshift_cli.checkpoints.libraries", Library))  # type: ignore[type-abstract]
+
+
+def library_of(architecture: str | None) -> Library | None:
+    """The library that builds an architecture, None for those of `checkpoints.create`."""
+    name = (architecture or "").partition(":")[0] if ":" in (architecture or "") else ""
+    return next((library for library in libraries() if library.name == name), None)

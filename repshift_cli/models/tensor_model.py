@@ -1,0 +1,51 @@
+"""A model of another library as a function from a batch of images to one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class TensorModel(nn.Module):
+    """Runs a model and returns one tensor of its result, `[B, C]`.
+
+    `state_dict` has the keys of the model itself.
+
+    Attributes:
+        inner: the model of the library.
+        num_classes: values per image if they are class scores, else 0.
+        pretrained_cfg: preprocessing, where timm's models have it.
+    """
+
+    def __init__(  # noqa: PLR0917
+        self, inner: nn.Module, tensor: str, call: str, arguments: Mapping[str, Any], prefix: int, num_classes: int
+    ) -> None:
+        """Of `inner.call(images, **arguments)` return `tensor`; see `reduction.specs.spec.Output`."""
+        super().__init__()
+        self.inner = inner
+        self.tensor, self.call, self.arguments = tensor, call, dict(arguments)
+        self.prefix, self.num_classes = prefix, num_classes
+        self.pretrained_cfg: dict[str, Any] = {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The tensor of a batch of images."""
+        result = getattr(self.inner, self.call)(images, **self.arguments)
+        if not self.tensor:
+            found: Tensor = result
+        elif self.tensor == "class":
+            found = result.last_hidden_state[:, 0]
+        elif self.tensor == "mean":
+            found = result.last_hidden_state[:, self.prefix :].mean(dim=1)
+        else:
+            found = getattr(result, self.tensor)
+        return found
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """With the keys of the model of the library."""
+        return self.inner.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """With the keys of the model of the library."""
+        return self.inner.load_state_dict(*args, **kwargs)

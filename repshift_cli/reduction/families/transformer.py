@@ -1,0 +1,339 @@
+"""Transformers of transformers, open_clip, torchvision and timm, each described by a `Spec`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from repshift_cli.errors import ModelError
+from repshift_cli.models.tensor_model import TensorModel
+from repshift_cli.ops.attention import size_bias
+from repshift_cli.planning.layout import Layout, PatchGrid, SiteInfo
+from repshift_cli.planning.plan import Plan
+from repshift_cli.reduction import specs
+from repshift_cli.reduction.families.base import (
+    ATTENTION_TENSORS,
+    Family,
+    Probe,
+    Site,
+    TensorEdit,
+    do_nothing,
+    query_and_key,
+    weight_count,
+)
+from repshift_cli.reduction.specs.spec import PerToken, Spec, at
+from repshift_cli.reduction.stream import Stream
+from repshift_cli.reduction.token_stream import TokenStream
+
+
+def all_specs() -> Iterator[Spec]:
+    """The specs of all libraries."""
+    for info in iter_modules(specs.__path__):
+        yield from getattr(import_module(f"{specs.__name__}.{info.name}"), "SPECS", ())
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The part of a model that a spec describes.
+
+    Attributes:
+        name: its path in the model of the library; empty for the model itself.
+    """
+
+    model: nn.Module
+    name: str
+    module: Any
+    spec: Spec
+
+    @cached_property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks, in the order of the forward pass."""
+        return list(at(self.module, self.spec.blocks))
+
+    @cached_property
+    def prefix(self) -> int:
+        """Tokens in front of the patch tokens."""
+        return sum(part if isinstance(part, int) else int(at(self.module, part)) for part in self.spec.prefix)
+
+    @cached_property
+    def grid(self) -> tuple[int, ...]:
+        """Patches along each axis of the input that the embedding reads: `(frames,) rows, columns`."""
+        layer = self.projection
+        sides = zip(self.size, layer.kernel_size, layer.stride, layer.padding, strict=True)
+        return tuple((side + 2 * padding - kernel) // stride + 1 for side, kernel, stride, padding in sides)
+
+    @cached_property
+    def projection(self) -> Any:
+        """The convolution of the patch embedding."""
+        parts = at(self.module, self.spec.patches).modules()
+        return next(part for part in parts if isinstance(part, nn.Conv2d | nn.Conv3d))
+
+    @cached_property
+    def size(self) -> tuple[int, ...]:
+        """The size of an input along each axis of the convolution."""
+        axes = len(self.projection.kernel_size)
+        stated = (getattr(self.model, "pretrained_cfg", None) or {}).get("input_size")
+        if self.spec.any_size and stated:
+            return tuple(stated[-axes:])
+        size = at(self.module, self.spec.size)
+        return (size,) * axes if isinstance(size, int) else tuple(size)[-axes:]
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of a block."""
+        return int(at(self.module, self.spec.heads))
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return int(self.projection.out_channels)
+
+
+def tower_of(model: nn.Module) -> Tower | None:
+    """The part of a model that a spec describes, None if there is none; raises ModelError if a path is wrong."""
+    inner = model.inner if isinstance(model, TensorModel) else model
+    known = {(spec.library, spec.tower): spec for spec in all_specs()}
+    for name, module in inner.named_modules():
+        kind = type(module)
+        if spec := known.get((kind.__module__.partition(".")[0], kind.__name__)):
+            tower = Tower(model, name, module, spec)
+            _check_paths(tower)
+            return tower
+    return None
+
+
+def _check_paths(tower: Tower) -> None:
+    spec, block = tower.spec, None
+    try:
+        path = spec.blocks
+        block = tower.blocks[0]
+        for path in (spec.patches, spec.heads, spec.size, spec.probe, *(p for p in spec.prefix if isinstance(p, str))):
+            at(tower.module, path)
+        for path in spec.block.paths:
+            at(block, path)
+    except (AttributeError, IndexError) as error:
+        raise ModelError(
+            f"the spec of {spec.library} {spec.tower} names {path!r}, which this model does not have",
+            "Correct the spec, or use the version of the library that the spec is for.",
+        ) from error
+
+
+class Transformer(Family):
+    """Transformers that are described by a spec."""
+
+    name: ClassVar[str] = "transformer"
+    covers: ClassVar[str] = "transformers, open_clip, torchvision and timm's EVA: image encoders"
+    shows: ClassVar[frozenset[str]] = ATTENTION_TENSORS
+    format_version: ClassVar[int] = 5
+
+    def accepts(self, model: nn.Module) -> bool:
+        return tower_of(model) is not None
+
+    def layout(self, model: nn.Module) -> Layout:
+        tower = _tower(model)
+        path = f"{tower.name}.{tower.spec.blocks}".removeprefix(".")
+        return Layout(
+            family=self.name,
+            prefix_tokens=tower.prefix,
+            patch_tokens=math.prod(tower.grid),
+            class_token=tower.prefix > 0,
+            sites=tuple(SiteInfo(f"{path}.{index}", index) for index in range(len(tower.blocks))),
+        )
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        tower = _tower(model)
+        infos = zip(self.layout(model).sites, tower.blocks, strict=True)
+        return [_site(tower, info, block) for info, block in infos]
+
+    def stream(self, model: nn.Module) -> Stream:
+        tower = _tower(model)
+        return TokenStream(tower.prefix, tower.spec.sequence_first, bool(tower.spec.follows))
+
+    def edits(self, model: nn.Module, stream: Stream) -> tuple[list[TensorEdit], Callable[[], None]]:
+        assert isinstance(stream, TokenStream)
+        tower, edits = _tower(model), []
+        for block in tower.blocks if tower.spec.follows else ():
+            edits.append(TensorEdit(block, "arguments", partial(_follow_arguments, stream=stream, spec=tower.spec)))
+            for part in tower.spec.follows:
+                if part.source == "output":
+                    gather = partial(stream.gather, pairs=part.pairs, prefix=part.prefix)
+                    edits.append(TensorEdit(at(block, part.name), "output", gather))
+        return edits, _follow_methods(tower, stream)
+
+    def merge_refusal(self, model: nn.Module) -> str | None:
+        spec = _tower(model).spec
+        if not spec.block.mask:
+            return f"the attention of {spec.tower} cannot weight tokens by size"
+        if spec.pooling == "mean":
+            return f"{spec.tower} pools by a mean over tokens, which is not weighted by size"
+        return None
+
+    def use_proportional_attention(
+        self, model: nn.Module, stream: Stream
+    ) -> tuple[list[TensorEdit], Callable[[], None]]:
+        assert isinstance(stream, TokenStream)
+        tower = _tower(model)
+        spec = tower.spec
+        edits = [
+            TensorEdit(
+                at(block, spec.block.attention), "arguments", partial(_size_mask, stream=stream, name=spec.block.mask)
+            )
+            for block in tower.blocks
+        ]
+        if spec.pooling == "probe":
+            probe = at(tower.module, spec.probe)
+            heads = int(probe.num_heads)
+            edits.append(TensorEdit(probe, "arguments", partial(_probe_mask, stream=stream, heads=heads)))
+        return edits, do_nothing
+
+    def macs(self, model: nn.Module, plan: Plan | None) -> int:
+        tower, tokens = _tower(model), self.tokens_entering(model, plan)
+        embedding = at(tower.module, tower.spec.patches)
+        total = math.prod(tower.grid) * _weights(embedding) + _head_macs(tower, embedding, tokens[-1])
+        for block, count in zip(tower.blocks, tokens, strict=False):
+            total += count * _weights(block) + 2 * count * count * tower.width
+        return total
+
+    def patch_grid(self, model: nn.Module) -> PatchGrid:
+        tower = _tower(model)
+        *frames, rows, columns = tower.grid
+        height, width = tower.projection.stride[-2:]
+        return PatchGrid(rows, columns, height, width, *frames)
+
+
+def _tower(model: nn.Module) -> Tower:
+    tower = tower_of(model)
+    if tower is None:
+        raise ModelError(f"models of the kind {type(model).__name__} are not described by a spec")
+    return tower
+
+
+def _site(tower: Tower, info: SiteInfo, block: nn.Module) -> Site:
+    spec, head = tower.spec.block, tower.width // tower.heads
+    probes = {
+        name: Probe(at(block, path), "output", _first)
+        for name, path in (("attention_update", spec.attention_update), ("mlp_update", spec.mlp_update))
+        if path
+    }
+    if spec.mlp_stream:
+        probes["mlp_stream"] = Probe(
+            at(block, spec.mlp_stream), "input", _batch_first if tower.spec.sequence_first else None
+        )
+    if spec.query and spec.query == spec.key:
+        probes |= query_and_key(at(block, spec.query), tower.heads, head)
+    elif spec.query:
+        split = partial(_split_heads, size=head)
+        probes["attention_query"] = Probe(at(block, spec.query), "output", split)
+        probes["attention_key"] = Probe(at(block, spec.key), "output", split)
+    return Site(
+        name=info.name,
+        layer=info.layer,
+        block=block,
+        probes=probes,
+        missing={"*": f"the blocks of {tower.spec.tower} have no module that returns it"},
+        attention_channels=tower.width,
+        width=tower.width,
+        head=head,
+    )
+
+
+def _first(output: Any) -> Tensor:
+    """The tensor that an attention returns, alone or before its map."""
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
+
+
+def _batch_first(tokens: Tensor) -> Tensor:
+    return tokens.transpose(0, 1)
+
+
+def _split_heads(projected: Tensor, size: int) -> Tensor:
+    """`[B, T, heads * size]` as `[B, heads, T, size]`."""
+    return projected.unflatten(-1, (-1, size)).transpose(1, 2)
+
+
+def _follow_arguments(
+    args: tuple[Any, ...], kwargs: dict[str, Any], *, stream: TokenStream, spec: Spec
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a block with the entries of the tokens that it gets."""
+    stream.arrive(args[0])
+    for part in spec.follows:
+        if part.source != "argument":
+            continue
+        gather = partial(stream.gather, pairs=part.pairs, prefix=part.prefix)
+        if kwargs.get(part.name) is not None:
+            kwargs = {**kwargs, part.name: gather(kwargs[part.name])}
+        elif part.position is not None and len(args) > part.position and args[part.position] is not None:
+            args = (*args[: part.position], gather(args[part.position]), *args[part.position + 1 :])
+    return args, kwargs
+
+
+def _follow_methods(tower: Tower, stream: TokenStream) -> Callable[[], None]:
+    """Replace the methods of a spec on the instances that have them; returns a function that undoes it."""
+    replaced: list[tuple[Any, str]] = []
+    for part in (part for part in tower.spec.follows if part.source == "method"):
+        path, _, name = part.name.rpartition(".")
+        for block in tower.blocks:
+            owner = at(block, path)
+            method = getattr(type(owner), name)
+            owner.__dict__[name] = partial(_gathered, part=part, method=method, owner=owner, stream=stream)
+            replaced.append((owner, name))
+    return partial(_restore_methods, replaced) if replaced else do_nothing
+
+
+def _gathered(*args: Any, part: PerToken, method: Callable[..., Any], owner: nn.Module, stream: TokenStream) -> Any:
+    return stream.gather(method(owner, *args), part.pairs, part.prefix)
+
+
+def _restore_methods(replaced: list[tuple[Any, str]]) -> None:
+    for owner, name in replaced:
+        owner.__dict__.pop(name, None)
+
+
+def _size_mask(
+    args: tuple[Any, ...], kwargs: dict[str, Any], *, stream: TokenStream, name: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Add `log(size)` of each key to the attention; a mask of the model's own is not expected."""
+    sizes = stream.sizes.get(args[0].shape[1]) if args else stream.sizes.get(kwargs["hidden_states"].shape[1])
+    if sizes is None:
+        return args, kwargs
+    tokens = args[0] if args else kwargs["hidden_states"]
+    return args[:1], {**kwargs, name: size_bias(sizes, tokens.dtype)[:, None, None, :]}
+
+
+def _probe_mask(
+    args: tuple[Any, ...], kwargs: dict[str, Any], *, stream: TokenStream, heads: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """As `_size_mask` for `nn.MultiheadAttention` with one query per image, whose mask is `[B * heads, 1, T]`."""
+    sizes = stream.last()
+    if sizes is None:
+        return args, kwargs
+    bias = size_bias(sizes, args[0].dtype)[:, None, :].repeat_interleave(heads, dim=0)
+    return args, {**kwargs, "attn_mask": bias}
+
+
+def _head_macs(tower: Tower, embedding: nn.Module, tokens: int) -> int:
+    """Layers behind the blocks: once per image, but for an attention that pools `tokens` tokens by one query."""
+    model = tower.model.inner if isinstance(tower.model, TensorModel) else tower.model
+    output = tower.spec.outputs.get(type(model).__name__)
+    parts = [embedding, *tower.blocks, *(at(model, path) for path in (output.unused if output else ()))]
+    total = _weights(model) - sum(_weights(part) for part in parts)
+    total += sum(at(tower.module, path).numel() for path in tower.spec.projections)
+    if tower.spec.pooling == "probe":
+        width = tower.width
+        total += (tokens - 1) * 2 * width * width + 2 * tokens * width
+    return total
+
+
+def _weights(module: nn.Module) -> int:
+    """Weights of linear layers, convolutions and the projection of `nn.MultiheadAttention`, without biases."""
+    fused = [part.in_proj_weight for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
+    linear = weight_count(module, nn.Linear, nn.Conv2d, nn.Conv3d)
+    return linear + sum(weight.numel() for weight in fused if weight is not None)

@@ -1,0 +1,1 @@
+"""Specs of transformers, one file per library."""

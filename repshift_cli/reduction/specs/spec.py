@@ -1,0 +1,131 @@
+"""What a transformer needs when tokens are dropped, as data.
+
+A `Spec` describes one architecture of a library: where its blocks are, in which form they pass tokens on, what else has
+one entry per token, and what reads the tokens behind the blocks. `families/transformer.py` interprets it. Paths are
+dotted names of attributes; a number in a path is an index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """A tensor with entries per token, which must follow the tokens: an argument of a block, or made inside it.
+
+    Its last dimensions are `[..., tokens, channels]`, or `[..., tokens, tokens]` for pairs of tokens. After tokens were
+    dropped it is given as `[B, heads or 1, ...]`. A tuple of such tensors is treated one by one.
+
+    Attributes:
+        name: keyword of the block's forward; with `source` "output" the path of a module inside the block whose output
+            it is; with "method" that of a method inside the block which returns it.
+        position: index of the argument, if callers can give it by position.
+        pairs: whether it has an entry per pair of tokens.
+        prefix: whether prefix tokens have entries too.
+        source: where the tensor is found.
+    """
+
+    name: str
+    position: int | None = None
+    pairs: bool = False
+    prefix: bool = False
+    source: Literal["argument", "output", "method"] = "argument"
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a model of a library is run on a batch of images, and which tensor `[B, C]` of its result is used.
+
+    Attributes:
+        tensor: `logits`, `pooler_output` or another attribute of the result; `class` and `mean` are the first token and
+            the mean over patch tokens of `last_hidden_state`. Empty if the model returns the tensor itself.
+        logits: whether the tensor has one value per class.
+        call: the method that takes images.
+        arguments: constant keyword arguments of the call.
+        unused: paths of the parts of the model that do not run for images, such as a text tower.
+    """
+
+    tensor: str = ""
+    logits: bool = False
+    call: str = "forward"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+
+LOGITS = Output("logits", logits=True)
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """The parts of a block, as paths in it. Empty where the block has no such module.
+
+    Attributes:
+        attention: the attention.
+        attention_update, mlp_update: modules whose outputs are added to the stream.
+        mlp_stream: the module whose input is the stream between attention and MLP.
+        query, key: the projections to queries and keys, both the same for a fused one.
+        mask: argument of the attention that is added to its logits, `[B, 1, 1, T]`.
+    """
+
+    attention: str = ""
+    attention_update: str = ""
+    mlp_update: str = ""
+    mlp_stream: str = ""
+    query: str = ""
+    key: str = ""
+    mask: str = ""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All paths."""
+        return (self.attention, self.attention_update, self.mlp_update, self.mlp_stream, self.query, self.key)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One architecture of a library.
+
+    Attributes:
+        library, tower: package and name of the class that holds the blocks. Subclasses are not covered.
+        blocks: path of the list of blocks in the tower.
+        block: the parts of a block.
+        patches: path of the module that turns an image into patch tokens; its convolution gives the patch grid.
+        heads: path of the number of attention heads.
+        size: path of the image size: a number, or one per axis of the convolution.
+        any_size: positions are computed for the size of each image.
+        prefix: tokens in front of the patch tokens: numbers, and paths of numbers.
+        sequence_first: blocks pass `[T, B, C]` on instead of `[B, T, C]`.
+        follows: tensors with entries per token.
+        pooling: what reads the tokens behind the blocks: the class token, a mean, or an attention with one query.
+        probe: path in the tower of the `nn.MultiheadAttention` that pools.
+        projections: paths in the tower of matrices that are not modules, applied once per image.
+        outputs: the classes of the library that the tool runs, by name, with their output.
+    """
+
+    library: str
+    tower: str
+    blocks: str
+    block: BlockSpec
+    patches: str
+    heads: str
+    size: str
+    outputs: Mapping[str, Output]
+    any_size: bool = False
+    prefix: tuple[int | str, ...] = (1,)
+    sequence_first: bool = False
+    follows: tuple[PerToken, ...] = ()
+    pooling: Literal["class", "mean", "probe"] = "class"
+    probe: str = ""
+    projections: tuple[str, ...] = ()
+
+
+def at(module: Any, path: str) -> Any:
+    """The attribute at a dotted path; raises AttributeError if there is none."""
+    for name in path.split(".") if path else ():
+        module = module[int(name)] if name.isdigit() and isinstance(module, nn.ModuleList) else getattr(module, name)
+    return module
