@@ -1,7 +1,7 @@
 """DINOv3 ViT-S/16 and CLIP ViT-B/16 of transformers at 0.65 of the MACs on this CPU.
 
-Dense and compressed run in turn, both as the library runs them (fused attention). 20% of the patch tokens go after blocks
-0, 3 and 6. Weights are random, which does not change the speed.
+Dense and compressed run in turn, both as the library runs them (fused attention). 20% of the patch tokens are dropped
+after blocks 0, 3 and 6. Weights are random, which does not change the speed.
 
     python benchmarks/transformers_cpu.py --threads 2 --seconds 15
 """
