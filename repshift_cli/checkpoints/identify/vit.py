@@ -81,6 +81,7 @@ class _Registered:
 
     Attributes:
         block, others: shapes of the tensors of the block, and names of all others, see `_parts`.
+        plain: whether it is a `VisionTransformer`.
         supported: whether a family accepts it.
         heads: of its attention.
         computes: what the block computes besides its tensors.
@@ -89,6 +90,7 @@ class _Registered:
     name: str
     block: dict[str, tuple[int, ...]]
     others: frozenset[str]
+    plain: bool
     supported: bool
     heads: int | None
     computes: str
@@ -213,6 +215,7 @@ def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[int, ...]], f
 def _registered(modules: tuple[str, ...]) -> list[_Registered]:
     """The models of some of timm's files."""
     import timm
+    from timm.models.vision_transformer import VisionTransformer
 
     found = []
     for name in (name for module in modules for name in timm.list_models(module=module)):
@@ -221,17 +224,18 @@ def _registered(modules: tuple[str, ...]) -> list[_Registered]:
             model: Any = quickly_on_meta(name, {"depth": 1})
             parts = _parts(model.state_dict())
             computes = computation(model.blocks[0])
-            found.append(_Registered(name, *parts, find(model) is not None, head_count(model), computes))
+            plain, heads = isinstance(model, VisionTransformer), head_count(model)
+            found.append(_Registered(name, *parts, plain, find(model) is not None, heads, computes))
     return found
 
 
 def _alike(tensors: Mapping[str, Tensor]) -> list[_Registered]:
-    """The registered models with this block and these other names; else with these names, if none is supported."""
+    """The registered models with this block and these other names; else with these names, if none is plain."""
     block, others = _parts(tensors)
     models = _registered(_HYBRIDS if _is_hybrid(tensors) else _MODULES)
     named = [model for model in models if model.others == others and model.block.keys() == block.keys()]
     alike = [model for model in named if model.block == block]
-    return alike if alike or any(model.supported for model in named) else named
+    return alike if alike or any(model.plain for model in named) else named
 
 
 def _is_hybrid(tensors: Mapping[str, Tensor]) -> bool:
@@ -293,7 +297,7 @@ def _unregistered(  # noqa: PLR0917
     args = {**shape.args(check_divides(count, shape.embed_dim, where)), **given}
     model: Any = build_on_meta(None, args, where, tensors)
     computes = computation(model.blocks[0])
-    others = [other.name for other in alike if other.heads == count and other.computes != computes]
+    others = [other.name for other in alike if not other.plain or (other.heads == count and other.computes != computes)]
     if others and not given.keys() & {"act_layer", "norm_layer"}:
         raise CheckpointError(
             f"{where}: no timm model has these shapes, and those with such blocks compute something else than a plain "
@@ -331,9 +335,11 @@ def _assumptions(model: Any, known: Mapping[str, Any]) -> str:
         "global_pool": f"{pooling} pooling",
         "img_size": f"images of {height}x{width}",
     }
+    if not hasattr(model, "rope"):
+        parts["rope"] = "no rotary positions"
     assumed = ", ".join(text for key, text in parts.items() if key not in known)
     return (
-        f"assumed, since tensors do not show it: {assumed}, no rotary positions. If the model has others, its results "
+        f"assumed, since tensors do not show it: {assumed}. If the model has others, its results "
         "are wrong: name it with --model, or give --heads, --img-size HxW, --model-args (such as global_pool=avg)"
     )
 
