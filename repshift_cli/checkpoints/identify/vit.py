@@ -297,11 +297,15 @@ def _unregistered(  # noqa: PLR0917
     args = {**shape.args(check_divides(count, shape.embed_dim, where)), **given}
     model: Any = build_on_meta(None, args, where, tensors)
     computes = computation(model.blocks[0])
-    others = [other.name for other in alike if not other.plain or (other.heads == count and other.computes != computes)]
+    others = {
+        other.computes: other.name
+        for other in reversed(alike)
+        if not other.plain or (other.heads == count and other.computes != computes)
+    }
     if others and not given.keys() & {"act_layer", "norm_layer"}:
         raise CheckpointError(
             f"{where}: no timm model has these shapes, and those with such blocks compute something else than a plain "
-            f"ViT: {first_names(others)}",
+            f"ViT: {first_names(list(others.values()))}",
             "Name one with --model, and what differs with --model-args, such as depth=8 or global_pool=avg.",
         )
     name = f"ViT of width {shape.embed_dim}, depth {shape.depth}, patch {shape.patch_size[0]}"
