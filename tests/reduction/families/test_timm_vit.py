@@ -11,7 +11,7 @@ from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.reduction.families.base import match
 
-RECIPE = "version: 1\nmetric: {kind: token_norm}\nreducer: {kind: prune}\nlayers: [{layer: 1, drop_ratio: 0.25}]\n"
+RECIPE = "version: 1\nmetric: {kind: token_norm}\nreducer: {kind: prune}\nlayers: [{layer: 0, drop_ratio: 0.25}]\n"
 
 
 @pytest.mark.parametrize(
