@@ -19,6 +19,8 @@ import tiny_vim
 import torch
 from tiny import save_weights, tiny_vit
 from tiny_cnn import CNNS, photos, tiny_cnn
+from tiny_transformers import MODELS as TRANSFORMERS
+from tiny_transformers import as_function, tiny_inputs, tiny_transformer
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints import artifact
@@ -77,11 +79,19 @@ def vim(**options: Any) -> Model:
     return Model(partial(tiny_vim.tiny_vim, **options), inputs, {})
 
 
+def transformer(name: str) -> Model:
+    def inputs(model: Any, count: int) -> Tensor:
+        return tiny_inputs(model.model if isinstance(model, CompressedModel) else model, count)
+
+    return Model(lambda: as_function(tiny_transformer(name)), inputs)
+
+
 MODELS: dict[str, dict[str, Model]] = {
     "timm_vit": {name: vit(**options) for name, options in tiny.VARIANTS.items()},
     "resnet": {name: cnn(name) for name in CNNS},
     "umt": {name: umt(**options) for name, options in tiny_umt.VARIANTS.items()},
     "vim": {name: vim(**options) for name, options in tiny_vim.VARIANTS.items()},
+    "transformer": {name: transformer(name) for name in TRANSFORMERS},
 }
 """By family and by what differs from its plain model."""
 
@@ -90,6 +100,7 @@ FORMS = {
     "resnet": ["basic", "convnext_v2"],
     "umt": ["plain"],
     "vim": ["odd", "double"],
+    "transformer": ["ViTForImageClassification", "DINOv3ViTModel", "BeitModel", "SiglipVisionModel"],
 }
 """Models in which every metric and reducer is run once; the first of each family also passes all other checks."""
 
