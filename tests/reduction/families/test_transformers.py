@@ -284,11 +284,12 @@ class TestMerging:
         model = tiny_transformer("ViTModel")
         model.config._attn_implementation = "flex_attention"
         assert "flex_attention does not weight tokens" in str(match(model).merge_refusal(model))
-        model.config._attn_implementation = "sdpa"
-        compressed = reduced(model, "merge")
-        model.config._attn_implementation = "flash_attention_2"
-        with pytest.raises(UsageError, match="flash_attention_2 does not weight tokens"):
-            model.layers[2].attention(torch.zeros(3, 1 + 4, 32)) if not compressed else compressed(tiny_inputs(model))
+        family = match(model)
+        stream: Any = family.stream(model)
+        edits, _ = family.use_proportional_attention(model, stream)
+        stream.sizes[5] = torch.ones(1, 5)
+        with pytest.raises(UsageError, match="flex_attention does not weight tokens"):
+            edits[0].change((torch.zeros(1, 5, 32),), {})
 
     def test_a_mask_of_the_caller_is_not_ignored(self) -> None:
         model = tiny_transformer("ViTModel")
@@ -298,6 +299,14 @@ class TestMerging:
         mask[:, 5] = 0
         with pytest.raises(UsageError, match="called with a mask"):
             compressed(inputs, attention_mask=mask)
+
+    def test_a_mask_of_the_caller_follows_dropped_tokens(self) -> None:
+        model = tiny_transformer("ViTModel")
+        inputs, mask = tiny_inputs(model), torch.ones(3, 17)
+        mask[:, 1:9] = 0
+        compressed = reduced(model)
+        with torch.no_grad():
+            assert not torch.equal(compressed(inputs, attention_mask=mask)[0], compressed(inputs)[0])
 
 
 class _Wrapped(nn.Module):
@@ -432,6 +441,15 @@ class TestPrograms:
             program = torch.export.export(model, (inputs,)).module()
             other = tiny_inputs(model.model).flip(0) * 2
             torch.testing.assert_close(program(other), model(other))
+
+    def test_export_of_merged_tokens(self, name: str) -> None:
+        if name not in MERGING:
+            pytest.skip("its tokens cannot be merged")
+        model = reduced(as_function(tiny_transformer(name)), "merge")
+        inputs = tiny_inputs(model.model)
+        with torch.no_grad():
+            program = torch.export.export(model, (inputs,)).module()
+            torch.testing.assert_close(program(inputs), model(inputs))
 
     def test_gradients(self, name: str) -> None:
         model = reduced(as_function(tiny_transformer(name)))
