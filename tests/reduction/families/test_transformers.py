@@ -161,8 +161,8 @@ class TestReduced:
         seen: list[Any] = []
         update.module.register_forward_hook(lambda _, args, output: seen.append(output[0]))
         model(tiny_inputs(model))
-        assert update.view is not None
-        torch.testing.assert_close(update.view((seen[0], None)), 0.3 * seen[0])
+        view: Any = update.view
+        torch.testing.assert_close(view((seen[0], None)), 0.3 * seen[0])
 
 
 class TestAgainstReference:
@@ -216,7 +216,7 @@ class TestAgainstReference:
                 site.block.register_forward_hook(after(site)),
             ]
             if getattr(site.block, "relative_position_bias", None) is not None:
-                bias = site.block.relative_position_bias
+                bias: Any = site.block.relative_position_bias
                 handles.append(bias.register_forward_hook(lambda _, args, output: cut(output, True, True)))
         found: Tensor = model(image)
         for handle in handles:
@@ -281,7 +281,7 @@ class TestMerging:
             assert (match(model).merge_refusal(model) is None) or name not in MERGING
 
     def test_an_implementation_without_masks(self) -> None:
-        model = tiny_transformer("ViTModel")
+        model: Any = tiny_transformer("ViTModel")
         model.config._attn_implementation = "flex_attention"
         assert "flex_attention does not weight tokens" in str(match(model).merge_refusal(model))
         family = match(model)
@@ -392,7 +392,7 @@ class TestAttentionMode:
                 with attention_mode(model, mode):
                     assert observed_attention(model, inputs) == (kernel or mode)
                     torch.testing.assert_close(model(inputs), wanted, rtol=1e-4, atol=1e-4)
-                configs = [part.config for part in model.modules() if hasattr(part, "config")]
+                configs: list[Any] = [part.config for part in model.modules() if hasattr(part, "config")]
                 assert {config._attn_implementation for config in configs} == {implementation}
 
     def test_merged_tokens(self) -> None:
@@ -420,9 +420,10 @@ class TestAttentionMode:
         with torch.no_grad(), attention_mode(model, "sdpa"):
             assert observed_attention(model, torch.randn(2, 5, 16)) == "sdpa:flash"
         assert torch.backends.mha.get_fastpath_enabled() == fast
-        for mode in ("explicit", "sdpa:math"):
+        refused: tuple[AttentionMode, ...] = ("explicit", "sdpa:math")
+        for mode in refused:
             with pytest.raises(UsageError, match="no attention in TransformerEncoder"):
-                attention_mode(model, mode).__enter__()  # type: ignore[arg-type]
+                attention_mode(model, mode).__enter__()
 
 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "DINOv3ViTModel"])
