@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from repshift_cli.errors import RepshiftError
     from repshift_cli.planning.recipe import Recipe
     from repshift_cli.reduction.compressed_model import CompressedModel, Trace, detach
+    from repshift_cli.reduction.specs.registered import register
 
 __all__ = [
     "CompressedModel",
@@ -32,6 +33,7 @@ __all__ = [
     "compress",
     "detach",
     "load",
+    "register",
     "search_recipe",
 ]
 
@@ -43,6 +45,7 @@ _MODULES = {
     "compress": "compression.api",
     "detach": "reduction.compressed_model",
     "load": "checkpoints.artifact",
+    "register": "reduction.specs.registered",
     "search_recipe": "compression.api",
 }
 

@@ -32,6 +32,7 @@ from repshift_cli.reduction.families.base import (
     weight_count,
 )
 from repshift_cli.reduction.permute import permutation_problem
+from repshift_cli.reduction.specs import registered
 from repshift_cli.reduction.specs.spec import Output, PerToken, Spec, at, found_at
 from repshift_cli.reduction.stream import Stream
 from repshift_cli.reduction.token_stream import TokenStream
@@ -39,8 +40,8 @@ from repshift_cli.reduction.token_stream import TokenStream
 _WEIGHTED = ("eager", "sdpa", None)
 """Attention implementations of transformers that add a mask to the logits."""
 
-_permutations: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
-"""Results of the permute test of models whose class no spec lists."""
+_permutations: WeakKeyDictionary[nn.Module, tuple[Spec, str | None]] = WeakKeyDictionary()
+"""Specs and results of the permute test, of models whose class no spec lists or whose spec is the user's."""
 
 
 @cache
@@ -49,9 +50,11 @@ def _libraries() -> tuple[Any, ...]:
 
 
 def all_specs() -> Iterator[Spec]:
-    """The specs of all libraries."""
+    """The specs of all libraries, then those of the user."""
     for library in _libraries():
-        yield from getattr(library, "SPECS", ())
+        if library is not registered:
+            yield from getattr(library, "SPECS", ())
+    yield from registered.SPECS
 
 
 @dataclass(frozen=True)
@@ -194,11 +197,13 @@ class Transformer(Family):
         for path, value, reason in (*tower.spec.requires, *(output.requires if output else ())):
             if found_at(tower.module, path) != value:
                 return reason
-        if output is not None:
+        if output is not None and tower.spec not in registered.SPECS:
             return (not isinstance(model, TensorModel) and output.wrapped) or None
-        if tower.inner not in _permutations:
-            _permutations[tower.inner] = _permutation_refusal(self, tower)
-        return _permutations[tower.inner]
+        spec, found = _permutations.get(tower.inner, (None, None))
+        if spec is not tower.spec:
+            found = _permutation_refusal(self, tower)
+            _permutations[tower.inner] = tower.spec, found
+        return found
 
     def layout(self, model: nn.Module) -> Layout:
         tower = _tower(model)
@@ -314,8 +319,8 @@ def _not_described(model: nn.Module) -> str:
 
 @torch.no_grad()
 def _permutation_refusal(family: Family, tower: Tower) -> str | None:
-    """Why a model whose class no spec lists cannot be reduced; it is run on random inputs."""
-    start = f"its class is not listed in the spec of {tower.spec.tower}, and"
+    """Why a model fails the permute test on random inputs, or None."""
+    start = f"no spec of this package lists its class ({tower.spec.tower} has a spec), and"
     weight = next(tower.model.parameters())
     if weight.is_meta or weight.dtype not in (torch.float32, torch.float64):
         return f"{start} the permute test needs its weights in float32"
