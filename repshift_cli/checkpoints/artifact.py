@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints.describe import describe_module
-from repshift_cli.checkpoints.identify.computation import computation
 from repshift_cli.checkpoints.folders import check_folder
+from repshift_cli.checkpoints.identify.computation import computation
 from repshift_cli.checkpoints.libraries.base import library_of
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
