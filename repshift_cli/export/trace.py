@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +29,7 @@ def trace_program(subject: Subject, request: Request, *, watched: bool) -> Expor
     sizes = None if request.batch is not None else ({0: Dim("batch")},)
     try:
         # torch logs a traceback where an exception, such as that of a signal, passes through its operations
-        with torch.no_grad(), quiet_logs(logging.CRITICAL):
+        with torch.no_grad(), quiet_logs(logging.CRITICAL), _without_masks():
             program = torch.export.export(module, (inputs,), dynamic_shapes=sizes, strict=False)
     except (RuntimeError, ValueError, AttributeError, TypeError) as error:  # errors of torch.export are of these types
         raise ModelError(
@@ -39,6 +42,24 @@ def trace_program(subject: Subject, request: Request, *, watched: bool) -> Expor
             "Export on a machine without the package of these kernels.",
         )
     return program
+
+
+@contextmanager
+def _without_masks() -> Iterator[None]:
+    """Let transformers leave out the mask of an input without padding, as outside of a trace.
+
+    While it is traced it makes a mask for all tokens, which does not fit after some were dropped.
+    """
+    masks = sys.modules.get("transformers.masking_utils")
+    name = "is_torchdynamo_exporting"
+    original = getattr(masks, name, None)
+    if original is not None:
+        setattr(masks, name, lambda: False)
+    try:
+        yield
+    finally:
+        if original is not None:
+            setattr(masks, name, original)
 
 
 def foreign_operations(program: ExportedProgram) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from repshift_cli.checkpoints.identify.identity import Identity
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
+from repshift_cli.errors import CheckpointError
 from repshift_cli.planning.registry import members
 
 
@@ -26,10 +28,20 @@ class Library(ABC):
     Attributes:
         name: of the package, as in specs.
         extra: of this package, which installs the library; empty if it is always there.
+        config: the configuration in a folder of this library; empty if the library has no folders.
     """
 
     name: ClassVar[str]
     extra: ClassVar[str] = ""
+    config: ClassVar[str] = ""
+
+    def require(self, where: str) -> None:
+        """Raise CheckpointError if the library is not installed."""
+        if find_spec(self.name) is None:
+            raise CheckpointError(
+                f"{where} needs {self.name}, which is not installed",
+                f"Install it with: pip install 'repshift-cli[{self.extra}]'",
+            )
 
     @abstractmethod
     def build(self, description: ModelDescription, tensors: Mapping[str, Tensor], where: str) -> nn.Module:
@@ -64,7 +76,10 @@ class Library(ABC):
         return None
 
     def write(self, folder: Path, loaded: LoadedModel, document: Mapping[str, Any]) -> None:
-        """Write a compressed model into an empty folder, in the form of the library.
+        """Write a compressed model into an empty folder, in the form of the library: for one that has a `config`.
+
+        Args:
+            document: of the compressed model, for the metadata of the weights and for the configuration.
 
         Raises:
             OutputError: a file cannot be written.
