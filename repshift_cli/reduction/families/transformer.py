@@ -28,7 +28,7 @@ from repshift_cli.reduction.families.base import (
     query_and_key,
     weight_count,
 )
-from repshift_cli.reduction.specs.spec import PerToken, Spec, at
+from repshift_cli.reduction.specs.spec import Output, PerToken, Spec, at
 from repshift_cli.reduction.stream import Stream
 from repshift_cli.reduction.token_stream import TokenStream
 
@@ -86,6 +86,11 @@ class Tower:
         return (size,) * axes if isinstance(size, int) else tuple(size)[-axes:]
 
     @property
+    def batch_first(self) -> bool:
+        """Blocks pass `[B, T, C]` on, not `[T, B, C]`."""
+        return not self.spec.batch_first or bool(at(self.module, self.spec.batch_first))
+
+    @property
     def heads(self) -> int:
         """Attention heads of a block."""
         return int(at(self.module, self.spec.heads))
@@ -114,7 +119,8 @@ def _check_paths(tower: Tower) -> None:
     try:
         path = spec.blocks
         block = tower.blocks[0]
-        for path in (spec.patches, spec.heads, spec.size, spec.probe, *(p for p in spec.prefix if isinstance(p, str))):
+        prefix = (part for part in spec.prefix if isinstance(part, str))
+        for path in (spec.patches, spec.heads, spec.size, spec.batch_first, spec.probe, *spec.projections, *prefix):
             at(tower.module, path)
         for path in spec.block.paths:
             at(block, path)
@@ -136,15 +142,24 @@ class Transformer(Family):
     def accepts(self, model: nn.Module) -> bool:
         return tower_of(model) is not None
 
+    def refusal(self, model: nn.Module) -> str | None:
+        tower = _tower(model)
+        parts = at(tower.module, tower.spec.patches).modules()
+        if sum(isinstance(part, nn.Conv2d | nn.Conv3d) for part in parts) > 1:
+            return "its patches are made by several convolutions"
+        refused = (why for path, (value, why) in tower.spec.refuses.items() if at(tower.module, path) == value)
+        return next(refused, None)
+
     def layout(self, model: nn.Module) -> Layout:
         tower = _tower(model)
         path = f"{tower.name}.{tower.spec.blocks}".removeprefix(".")
+        names = [name for name, _ in at(tower.module, tower.spec.blocks).named_children()]
         return Layout(
             family=self.name,
             prefix_tokens=tower.prefix,
             patch_tokens=math.prod(tower.grid),
             class_token=tower.prefix > 0,
-            sites=tuple(SiteInfo(f"{path}.{index}", index) for index in range(len(tower.blocks))),
+            sites=tuple(SiteInfo(f"{path}.{name}", index) for index, name in enumerate(names)),
         )
 
     def sites(self, model: nn.Module) -> list[Site]:
@@ -154,7 +169,7 @@ class Transformer(Family):
 
     def stream(self, model: nn.Module) -> Stream:
         tower = _tower(model)
-        return TokenStream(tower.prefix, tower.spec.sequence_first, bool(tower.spec.follows))
+        return TokenStream(tower.prefix, not tower.batch_first, bool(tower.spec.follows))
 
     def edits(self, model: nn.Module, stream: Stream) -> tuple[list[TensorEdit], Callable[[], None]]:
         assert isinstance(stream, TokenStream)
@@ -168,7 +183,10 @@ class Transformer(Family):
         return edits, _follow_methods(tower, stream)
 
     def merge_refusal(self, model: nn.Module) -> str | None:
-        spec = _tower(model).spec
+        tower = _tower(model)
+        spec = tower.spec
+        if isinstance(at(tower.blocks[0], spec.block.attention), nn.MultiheadAttention):
+            return f"the nn.MultiheadAttention of {spec.tower} cannot weight tokens by size"
         if not spec.block.mask:
             return f"the attention of {spec.tower} cannot weight tokens by size"
         if spec.pooling == "mean":
@@ -218,26 +236,27 @@ def _tower(model: nn.Module) -> Tower:
 def _site(tower: Tower, info: SiteInfo, block: nn.Module) -> Site:
     spec, head = tower.spec.block, tower.width // tower.heads
     probes = {
-        name: Probe(at(block, path), "output", _first)
+        name: Probe(at(block, path), "output", _first if tower.batch_first else _first_swapped)
         for name, path in (("attention_update", spec.attention_update), ("mlp_update", spec.mlp_update))
         if path
     }
     if spec.mlp_stream:
-        probes["mlp_stream"] = Probe(
-            at(block, spec.mlp_stream), "input", _batch_first if tower.spec.sequence_first else None
-        )
+        probes["mlp_stream"] = Probe(at(block, spec.mlp_stream), "input", None if tower.batch_first else _swapped)
     if spec.query and spec.query == spec.key:
         probes |= query_and_key(at(block, spec.query), tower.heads, head)
     elif spec.query:
         split = partial(_split_heads, size=head)
         probes["attention_query"] = Probe(at(block, spec.query), "output", split)
         probes["attention_key"] = Probe(at(block, spec.key), "output", split)
+    missing = f"the blocks of {tower.spec.tower} have no module that returns it"
+    if isinstance(at(block, spec.attention), nn.MultiheadAttention):
+        missing = f"the nn.MultiheadAttention of {tower.spec.tower} computes queries and keys without a module"
     return Site(
         name=info.name,
         layer=info.layer,
         block=block,
         probes=probes,
-        missing={"*": f"the blocks of {tower.spec.tower} have no module that returns it"},
+        missing={"*": missing},
         attention_channels=tower.width,
         width=tower.width,
         head=head,
@@ -250,7 +269,12 @@ def _first(output: Any) -> Tensor:
     return tensor
 
 
-def _batch_first(tokens: Tensor) -> Tensor:
+def _first_swapped(output: Any) -> Tensor:
+    return _swapped(_first(output))
+
+
+def _swapped(tokens: Tensor) -> Tensor:
+    """`[T, B, C]` as `[B, T, C]`."""
     return tokens.transpose(0, 1)
 
 
@@ -320,20 +344,35 @@ def _probe_mask(
 
 
 def _head_macs(tower: Tower, embedding: nn.Module, tokens: int) -> int:
-    """Layers behind the blocks: once per image, but for an attention that pools `tokens` tokens by one query."""
+    """Layers behind the blocks: once per image, but for an attention that pools `tokens` tokens by a few queries."""
     model = tower.model.inner if isinstance(tower.model, TensorModel) else tower.model
-    output = tower.spec.outputs.get(type(model).__name__)
-    parts = [embedding, *tower.blocks, *(at(model, path) for path in (output.unused if output else ()))]
-    total = _weights(model) - sum(_weights(part) for part in parts)
-    total += sum(at(tower.module, path).numel() for path in tower.spec.projections)
-    if tower.spec.pooling == "probe":
-        width = tower.width
-        total += (tokens - 1) * 2 * width * width + 2 * tokens * width
+    output = output_of(model)
+    unused = [at(model, path) for path in (output.unused if output else ())]
+    probe = at(tower.module, tower.spec.probe) if tower.spec.probe else None
+    parts = [embedding, *tower.blocks, probe, *unused]
+    total = _weights(model) - sum(_weights(part) for part in parts if isinstance(part, nn.Module))
+    matrices = [at(tower.module, path) for path in tower.spec.projections]
+    total += sum(matrix.numel() for matrix in matrices if matrix is not None)
+    if probe is not None:
+        queries = len(at(tower.module, tower.spec.queries)) if tower.spec.queries else 1
+        total += _probe_macs(probe, queries, tokens)
     return total
 
 
+def output_of(model: nn.Module) -> Output | None:
+    """How a model of a library is run on images, None if its class is in no spec."""
+    library, name = type(model).__module__.partition(".")[0], type(model).__name__
+    return next((spec.outputs[name] for spec in all_specs() if spec.library == library and name in spec.outputs), None)
+
+
+def _probe_macs(probe: nn.MultiheadAttention, queries: int, tokens: int) -> int:
+    """Projections of `queries` queries, of `tokens` keys and values, and of the result; the products of attention."""
+    width, of_tokens = int(probe.embed_dim), int(probe.embed_dim) * (int(probe.kdim) + int(probe.vdim))
+    return queries * 2 * width * width + tokens * of_tokens + 2 * queries * tokens * width
+
+
 def _weights(module: nn.Module) -> int:
-    """Weights of linear layers, convolutions and the projection of `nn.MultiheadAttention`, without biases."""
-    fused = [part.in_proj_weight for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
+    """Weights of linear layers, convolutions and the fused projections of attention, without biases."""
+    fused = [getattr(part, "in_proj_weight", None) for part in module.modules()]
     linear = weight_count(module, nn.Linear, nn.Conv2d, nn.Conv3d)
-    return linear + sum(weight.numel() for weight in fused if weight is not None)
+    return linear + sum(weight.numel() for weight in fused if isinstance(weight, nn.Parameter))

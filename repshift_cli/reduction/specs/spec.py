@@ -99,11 +99,14 @@ class Spec:
         size: path of the image size: a number, or one per axis of the convolution.
         any_size: positions are computed for the size of each image.
         prefix: tokens in front of the patch tokens: numbers, and paths of numbers.
-        sequence_first: blocks pass `[T, B, C]` on instead of `[B, T, C]`.
+        batch_first: path of the flag that says that blocks pass `[B, T, C]` on instead of `[T, B, C]`; empty if they
+            always do.
         follows: tensors with entries per token.
         pooling: what reads the tokens behind the blocks: the class token, a mean, or an attention with one query.
-        probe: path in the tower of the `nn.MultiheadAttention` that pools.
+        probe: path in the tower of the `nn.MultiheadAttention` that pools; None there if the model has none.
+        queries: path of its queries `[Q, C]`; empty for one.
         projections: paths in the tower of matrices that are not modules, applied once per image.
+        refuses: values of attributes that are not supported, by path, with the reason.
         outputs: the classes of the library that the tool runs, by name, with their output.
     """
 
@@ -117,15 +120,19 @@ class Spec:
     outputs: Mapping[str, Output]
     any_size: bool = False
     prefix: tuple[int | str, ...] = (1,)
-    sequence_first: bool = False
+    batch_first: str = ""
     follows: tuple[PerToken, ...] = ()
     pooling: Literal["class", "mean", "probe"] = "class"
     probe: str = ""
+    queries: str = ""
     projections: tuple[str, ...] = ()
+    refuses: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
 
 
 def at(module: Any, path: str) -> Any:
-    """The attribute at a dotted path; raises AttributeError if there is none."""
+    """The attribute at a dotted path, None behind an attribute that is None; raises AttributeError if there is none."""
     for name in path.split(".") if path else ():
+        if module is None:
+            return None
         module = module[int(name)] if name.isdigit() and isinstance(module, nn.ModuleList) else getattr(module, name)
     return module
