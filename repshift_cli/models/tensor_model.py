@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ class TensorModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The tensor of a batch of images."""
-        result = getattr(self.inner, self.call)(images, **self.arguments)
+        given = {key: part(self.inner, images) if callable(part) else part for key, part in self.arguments.items()}
+        result = attrgetter(self.call)(self.inner)(images, **given)
         if not self.tensor:
             found: Tensor = result
         elif self.tensor == "class":

@@ -181,11 +181,12 @@ def find(model: nn.Module) -> Family | None:
 def match(model: nn.Module) -> Family:
     """The family of a model; raises a ModelError if it is of none, or its family does not support it."""
     family = find(model)
+    kind = type(getattr(model, "inner", model)).__name__
     if family is None:
         supported = "; ".join(f"{family.name} ({family.covers})" for family in families())
-        raise ModelError(f"models of the kind {type(model).__name__} are not supported", f"Supported: {supported}.")
+        raise ModelError(f"models of the kind {kind} are not supported", f"Supported: {supported}.")
     if reason := family.refusal(model):
-        raise ModelError(f"{type(model).__name__} cannot be reduced: {reason}")
+        raise ModelError(f"{kind} cannot be reduced: {reason}")
     return family
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from difflib import get_close_matches
+from functools import cache, cached_property, partial
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
-from repshift_cli.errors import ModelError
+from repshift_cli.errors import ModelError, UsageError
 from repshift_cli.models.tensor_model import TensorModel
 from repshift_cli.ops.attention import size_bias
 from repshift_cli.planning.layout import Layout, PatchGrid, SiteInfo
@@ -28,15 +31,27 @@ from repshift_cli.reduction.families.base import (
     query_and_key,
     weight_count,
 )
-from repshift_cli.reduction.specs.spec import Output, PerToken, Spec, at
+from repshift_cli.reduction.permute import permutation_problem
+from repshift_cli.reduction.specs.spec import Output, PerToken, Spec, at, found_at
 from repshift_cli.reduction.stream import Stream
 from repshift_cli.reduction.token_stream import TokenStream
+
+_WEIGHTED = ("eager", "sdpa", None)
+"""Attention implementations of transformers that add a mask to the logits."""
+
+_permutations: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+"""Results of the permute test of models whose class no spec lists."""
+
+
+@cache
+def _libraries() -> tuple[Any, ...]:
+    return tuple(import_module(f"{specs.__name__}.{info.name}") for info in iter_modules(specs.__path__))
 
 
 def all_specs() -> Iterator[Spec]:
     """The specs of all libraries."""
-    for info in iter_modules(specs.__path__):
-        yield from getattr(import_module(f"{specs.__name__}.{info.name}"), "SPECS", ())
+    for library in _libraries():
+        yield from getattr(library, "SPECS", ())
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,8 @@ class Tower:
     def grid(self) -> tuple[int, ...]:
         """Patches along each axis of the input that the embedding reads: `(frames,) rows, columns`."""
         layer = self.projection
-        sides = zip(self.size, layer.kernel_size, layer.stride, layer.padding, strict=True)
+        padding = (0,) * len(self.size) if layer.padding == "valid" else layer.padding
+        sides = zip(self.size, layer.kernel_size, layer.stride, padding, strict=True)
         return tuple((side + 2 * padding - kernel) // stride + 1 for side, kernel, stride, padding in sides)
 
     @cached_property
@@ -82,8 +98,40 @@ class Tower:
         stated = (getattr(self.model, "pretrained_cfg", None) or {}).get("input_size")
         if self.spec.any_size and stated:
             return tuple(stated[-axes:])
-        size = at(self.module, self.spec.size)
-        return (size,) * axes if isinstance(size, int) else tuple(size)[-axes:]
+        paths = (self.spec.size,) if isinstance(self.spec.size, str) else self.spec.size
+        sizes = [at(self.module, path) for path in paths]
+        numbers = [number for size in sizes for number in ((size,) if isinstance(size, int) else size)][-axes:]
+        return (*numbers, *numbers[-1:] * (axes - len(numbers)))
+
+    @property
+    def input_size(self) -> tuple[int, ...]:
+        """Of one input, in the order that the model takes: `(C, H, W)`, `(T, C, H, W)` or `(W, H)`."""
+        *frames, rows, columns = self.size
+        if self.spec.axes == "WH":
+            return columns, rows
+        return (*frames, int(self.projection.in_channels), rows, columns)
+
+    @property
+    def inner(self) -> nn.Module:
+        """The model of the library."""
+        return self.model.inner if isinstance(self.model, TensorModel) else self.model
+
+    @property
+    def output(self) -> Output | None:
+        """How the model is run; None if no spec of its library lists its class."""
+        return output_of(self.inner)
+
+    @property
+    def pooling(self) -> str:
+        """What reads the tokens behind the blocks."""
+        return (self.output and self.output.pooling) or self.spec.pooling
+
+    @cached_property
+    def attention_width(self) -> int:
+        """Channels of the queries of all heads."""
+        block, query = self.blocks[0], self.spec.block.query
+        fused = not query or query == self.spec.block.key
+        return self.width if fused else int(at(block, query).out_features)
 
     @property
     def batch_first(self) -> bool:
@@ -119,8 +167,9 @@ def _check_paths(tower: Tower) -> None:
     try:
         path = spec.blocks
         block = tower.blocks[0]
+        sizes = (spec.size,) if isinstance(spec.size, str) else spec.size
         prefix = (part for part in spec.prefix if isinstance(part, str))
-        for path in (spec.patches, spec.heads, spec.size, spec.batch_first, spec.probe, *spec.projections, *prefix):
+        for path in (spec.patches, spec.heads, *sizes, spec.batch_first, *prefix):
             at(tower.module, path)
         for path in spec.block.paths:
             at(block, path)
@@ -140,15 +189,23 @@ class Transformer(Family):
     format_version: ClassVar[int] = 5
 
     def accepts(self, model: nn.Module) -> bool:
-        return tower_of(model) is not None
+        inner = model.inner if isinstance(model, TensorModel) else model
+        return tower_of(model) is not None or _library(inner) == "transformers"
 
     def refusal(self, model: nn.Module) -> str | None:
-        tower = _tower(model)
-        parts = at(tower.module, tower.spec.patches).modules()
-        if sum(isinstance(part, nn.Conv2d | nn.Conv3d) for part in parts) > 1:
-            return "its patches are made by several convolutions"
-        refused = (why for path, (value, why) in tower.spec.refuses.items() if at(tower.module, path) == value)
-        return next(refused, None)
+        tower = tower_of(model)
+        if tower is None:
+            return _not_described(model)
+        output = tower.output
+        for path, value, reason in (*tower.spec.requires, *(output.requires if output else ())):
+            found = found_at(tower.module, path)
+            if found not in value if isinstance(value, frozenset) else found != value:
+                return reason
+        if output is not None:
+            return (not isinstance(model, TensorModel) and output.wrapped) or None
+        if tower.inner not in _permutations:
+            _permutations[tower.inner] = _permutation_refusal(self, tower)
+        return _permutations[tower.inner]
 
     def layout(self, model: nn.Module) -> Layout:
         tower = _tower(model)
@@ -177,21 +234,26 @@ class Transformer(Family):
         for block in tower.blocks if tower.spec.follows else ():
             edits.append(TensorEdit(block, "arguments", partial(_follow_arguments, stream=stream, spec=tower.spec)))
             for part in tower.spec.follows:
-                if part.source == "output":
+                if part.source == "output" and found_at(block, part.name) is not None:
                     gather = partial(stream.gather, pairs=part.pairs, prefix=part.prefix)
                     edits.append(TensorEdit(at(block, part.name), "output", gather))
         return edits, _follow_methods(tower, stream)
 
     def merge_refusal(self, model: nn.Module) -> str | None:
         tower = _tower(model)
-        spec = tower.spec
-        if isinstance(at(tower.blocks[0], spec.block.attention), nn.MultiheadAttention):
+        spec, kind = tower.spec, type(tower.inner).__name__
+        attention = at(tower.blocks[0], spec.block.attention)
+        if isinstance(attention, nn.MultiheadAttention):
             return f"the nn.MultiheadAttention of {spec.tower} cannot weight tokens by size"
-        if not spec.block.mask:
-            return f"the attention of {spec.tower} cannot weight tokens by size"
-        if spec.pooling == "mean":
-            return f"{spec.tower} pools by a mean over tokens, which is not weighted by size"
-        return None
+        found = {
+            f"the attention of {spec.tower} reads positions, and a merged token has several": bool(spec.follows),
+            f"the attention of {spec.tower} cannot weight tokens by size": not spec.block.mask,
+            f"{kind} pools by a mean over tokens, which is not weighted by size": tower.pooling == "mean",
+            f"a part of {kind} reads all tokens, which it does not weight by size": tower.pooling == "tokens",
+            f"it is not known what reads the tokens in {kind}": tower.output is None,
+            _UNWEIGHTED.format(_implementation(attention)): _implementation(attention) not in _WEIGHTED,
+        }
+        return next((reason for reason, holds in found.items() if holds), None)
 
     def use_proportional_attention(
         self, model: nn.Module, stream: Stream
@@ -199,14 +261,11 @@ class Transformer(Family):
         assert isinstance(stream, TokenStream)
         tower = _tower(model)
         spec = tower.spec
-        edits = [
-            TensorEdit(
-                at(block, spec.block.attention), "arguments", partial(_size_mask, stream=stream, name=spec.block.mask)
-            )
-            for block in tower.blocks
-        ]
-        if spec.pooling == "probe":
-            probe = at(tower.module, spec.probe)
+        edits = []
+        for attention in (at(block, spec.block.attention) for block in tower.blocks):
+            mask = partial(_size_mask, stream=stream, name=spec.block.mask, attention=attention)
+            edits.append(TensorEdit(attention, "arguments", mask))
+        if (probe := found_at(tower.module, spec.probe)) is not None:
             heads = int(probe.num_heads)
             edits.append(TensorEdit(probe, "arguments", partial(_probe_mask, stream=stream, heads=heads)))
         return edits, do_nothing
@@ -216,11 +275,13 @@ class Transformer(Family):
         embedding = at(tower.module, tower.spec.patches)
         total = math.prod(tower.grid) * _weights(embedding) + _head_macs(tower, embedding, tokens[-1])
         for block, count in zip(tower.blocks, tokens, strict=False):
-            total += count * _weights(block) + 2 * count * count * tower.width
+            total += count * _weights(block) + 2 * count * count * tower.attention_width
         return total
 
     def patch_grid(self, model: nn.Module) -> PatchGrid:
         tower = _tower(model)
+        if tower.spec.axes == "WH":
+            raise ModelError(f"{tower.spec.tower} reads spectrograms, whose patches cannot be shown")
         *frames, rows, columns = tower.grid
         height, width = tower.projection.stride[-2:]
         return PatchGrid(rows, columns, height, width, *frames)
@@ -233,11 +294,62 @@ def _tower(model: nn.Module) -> Tower:
     return tower
 
 
+_UNWEIGHTED = "the attention implementation {} does not weight tokens by size"
+_EAGER_OR_SDPA = 'Use attn_implementation="sdpa" or "eager".'
+
+
+def _implementation(attention: nn.Module) -> str | None:
+    """The attention implementation of a module of transformers."""
+    found: str | None = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    return found
+
+
+def _library(module: nn.Module) -> str:
+    return type(module).__module__.partition(".")[0]
+
+
+def _not_described(model: nn.Module) -> str:
+    """Why a model without a tower is not supported, with the classes of similar names."""
+    inner = model.inner if isinstance(model, TensorModel) else model
+    refused = {key: reason for library in _libraries() for key, reason in getattr(library, "REFUSED", {}).items()}
+    for module in inner.modules():
+        if reason := refused.get(type(module).__name__):
+            return f"{type(module).__name__} {reason}"
+    known = [name for spec in all_specs() if spec.library == _library(inner) for name in spec.outputs]
+    nearest = get_close_matches(type(inner).__name__, known, 3, 0)
+    return f"no spec describes it. Supported classes with similar names: {', '.join(nearest)}"
+
+
+@torch.no_grad()
+def _permutation_refusal(family: Family, tower: Tower) -> str | None:
+    """Why a model whose class no spec lists cannot be reduced; it is run on random inputs."""
+    start = f"its class is not listed in the spec of {tower.spec.tower}, and"
+    weight = next(tower.model.parameters())
+    if weight.is_meta or weight.dtype not in (torch.float32, torch.float64):
+        return f"{start} the permute test needs its weights in float32"
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(3, *tower.input_size, generator=generator).to(weight)
+    training = [module for module in tower.model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        problem = permutation_problem(tower.model, family, images)
+    finally:
+        for module in training:
+            module.training = True
+    return f"{start} it {problem}" if problem else None
+
+
 def _site(tower: Tower, info: SiteInfo, block: nn.Module) -> Site:
-    spec, head = tower.spec.block, tower.width // tower.heads
+    spec, head = tower.spec.block, tower.attention_width // tower.heads
+    updates = {
+        "attention_update": (spec.attention_update, spec.attention_scale),
+        "mlp_update": (spec.mlp_update, spec.mlp_scale),
+    }
+    first = _first if tower.batch_first else _first_swapped
     probes = {
-        name: Probe(at(block, path), "output", _first if tower.batch_first else _first_swapped)
-        for name, path in (("attention_update", spec.attention_update), ("mlp_update", spec.mlp_update))
+        name: Probe(at(block, path), "output", partial(_scaled, block=block, scale=scale) if scale else first)
+        for name, (path, scale) in updates.items()
         if path
     }
     if spec.mlp_stream:
@@ -257,7 +369,7 @@ def _site(tower: Tower, info: SiteInfo, block: nn.Module) -> Site:
         block=block,
         probes=probes,
         missing={"*": missing},
-        attention_channels=tower.width,
+        attention_channels=tower.attention_width,
         width=tower.width,
         head=head,
     )
@@ -271,6 +383,10 @@ def _first(output: Any) -> Tensor:
 
 def _first_swapped(output: Any) -> Tensor:
     return _swapped(_first(output))
+
+
+def _scaled(output: Any, block: nn.Module, scale: str) -> Tensor:
+    return _first(output) * at(block, scale)
 
 
 def _swapped(tokens: Tensor) -> Tensor:
@@ -322,13 +438,23 @@ def _restore_methods(replaced: list[tuple[Any, str]]) -> None:
 
 
 def _size_mask(
-    args: tuple[Any, ...], kwargs: dict[str, Any], *, stream: TokenStream, name: str
+    args: tuple[Any, ...], kwargs: dict[str, Any], *, stream: TokenStream, name: str, attention: nn.Module
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Add `log(size)` of each key to the attention; a mask of the model's own is not expected."""
-    sizes = stream.sizes.get(args[0].shape[1]) if args else stream.sizes.get(kwargs["hidden_states"].shape[1])
+    """Add `log(size)` of each key to the attention.
+
+    Raises:
+        UsageError: the attention has a mask already, or its implementation takes none.
+    """
+    tokens = args[0] if args else kwargs["hidden_states"]
+    sizes = stream.sizes.get(tokens.shape[1])
     if sizes is None:
         return args, kwargs
-    tokens = args[0] if args else kwargs["hidden_states"]
+    if kwargs.get(name) is not None or any(part is not None for part in args[1:]):
+        raise UsageError(
+            "the attention was called with a mask, which does not fit merged tokens", "Run without a mask."
+        )
+    if (implementation := _implementation(attention)) not in _WEIGHTED:
+        raise UsageError(_UNWEIGHTED.format(implementation), _EAGER_OR_SDPA)
     return args[:1], {**kwargs, name: size_bias(sizes, tokens.dtype)[:, None, None, :]}
 
 
@@ -345,12 +471,10 @@ def _probe_mask(
 
 def _head_macs(tower: Tower, embedding: nn.Module, tokens: int) -> int:
     """Layers behind the blocks: once per image, but for an attention that pools `tokens` tokens by a few queries."""
-    model = tower.model.inner if isinstance(tower.model, TensorModel) else tower.model
-    output = output_of(model)
-    unused = [at(model, path) for path in (output.unused if output else ())]
-    probe = at(tower.module, tower.spec.probe) if tower.spec.probe else None
+    probe = found_at(tower.module, tower.spec.probe)
+    unused = [found_at(tower.inner, path) for path in (tower.output.unused if tower.output else ())]
     parts = [embedding, *tower.blocks, probe, *unused]
-    total = _weights(model) - sum(_weights(part) for part in parts if isinstance(part, nn.Module))
+    total = _weights(tower.inner) - sum(_weights(part) for part in parts if isinstance(part, nn.Module))
     matrices = [at(tower.module, path) for path in tower.spec.projections]
     total += sum(matrix.numel() for matrix in matrices if matrix is not None)
     if probe is not None:
@@ -361,7 +485,7 @@ def _head_macs(tower: Tower, embedding: nn.Module, tokens: int) -> int:
 
 def output_of(model: nn.Module) -> Output | None:
     """How a model of a library is run on images, None if its class is in no spec."""
-    library, name = type(model).__module__.partition(".")[0], type(model).__name__
+    library, name = _library(model), type(model).__name__
     return next((spec.outputs[name] for spec in all_specs() if spec.library == library and name in spec.outputs), None)
 
 

@@ -17,7 +17,7 @@ SPECS = (
         probe="attn_pool.attn",
         queries="attn_pool.query",
         projections=("proj",),
-        refuses={"pool_type": ("none", "it returns all tokens, or pools them twice")},
+        requires=(("pool_type", frozenset({"tok", "avg"}), "it returns all tokens, or pools them twice"),),
         outputs={
             "VisionTransformer": Output(),
             "CLIP": Output(call="encode_image", unused=("transformer", "text_projection")),

@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+Pooling = Literal["class", "mean", "probe", "tokens"]
+"""The class token, a mean over tokens, an attention with one query, or a part that reads all tokens."""
+
 
 @dataclass(frozen=True)
 class PerToken:
@@ -45,9 +48,13 @@ class Output:
         tensor: `logits`, `pooler_output` or another attribute of the result; `class` and `mean` are the first token and
             the mean over patch tokens of `last_hidden_state`. Empty if the model returns the tensor itself.
         logits: whether the tensor has one value per class.
-        call: the method that takes images.
+        call: the path of the method or the module that takes images.
         arguments: constant keyword arguments of the call.
-        unused: paths of the parts of the model that do not run for images, such as a text tower.
+            A callable gets the model and the images, and returns the value.
+        unused: paths of the parts of the model that do not run for images, such as a text tower. They can be absent.
+        pooling: what reads the tokens behind the blocks, where it is not that of the spec.
+        wrapped: why the model itself cannot be used, only a `TensorModel` that gives the arguments.
+        requires: paths of values in the tower, the value without which the model cannot be reduced, and why.
     """
 
     tensor: str = ""
@@ -55,6 +62,9 @@ class Output:
     call: str = "forward"
     arguments: Mapping[str, Any] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    pooling: Pooling | None = None
+    wrapped: str = ""
+    requires: tuple[tuple[str, Any, str], ...] = ()
 
 
 LOGITS = Output("logits", logits=True)
@@ -70,6 +80,7 @@ class BlockSpec:
         mlp_stream: the module whose input is the stream between attention and MLP.
         query, key: the projections to queries and keys, both the same for a fused one.
         mask: argument of the attention that is added to its logits, `[B, 1, 1, T]`.
+        attention_scale, mlp_scale: parameters or numbers by which the block multiplies the updates.
     """
 
     attention: str = ""
@@ -79,11 +90,14 @@ class BlockSpec:
     query: str = ""
     key: str = ""
     mask: str = ""
+    attention_scale: str = ""
+    mlp_scale: str = ""
 
     @property
     def paths(self) -> tuple[str, ...]:
         """All paths."""
-        return (self.attention, self.attention_update, self.mlp_update, self.mlp_stream, self.query, self.key)
+        updates = (self.attention_update, self.mlp_update, self.attention_scale, self.mlp_scale)
+        return (self.attention, *updates, self.mlp_stream, self.query, self.key)
 
 
 @dataclass(frozen=True)
@@ -96,18 +110,21 @@ class Spec:
         block: the parts of a block.
         patches: path of the module that turns an image into patch tokens; its convolution gives the patch grid.
         heads: path of the number of attention heads.
-        size: path of the image size: a number, or one per axis of the convolution.
+        size: paths of the size of an input along the axes of the convolution: a number or several numbers each. The
+            last number stands for all axes that are left.
+        axes: of an input behind the batch: an image, a clip, or a spectrogram, whose columns the convolution reads as
+            rows.
         any_size: positions are computed for the size of each image.
         prefix: tokens in front of the patch tokens: numbers, and paths of numbers.
         batch_first: path of the flag that says that blocks pass `[B, T, C]` on instead of `[T, B, C]`; empty if they
             always do.
         follows: tensors with entries per token.
-        pooling: what reads the tokens behind the blocks: the class token, a mean, or an attention with one query.
-        probe: path in the tower of the `nn.MultiheadAttention` that pools; None there if the model has none.
+        pooling: what reads the tokens behind the blocks.
+        probe: path in the tower of the `nn.MultiheadAttention` that pools, if the model has one.
         queries: path of its queries `[Q, C]`; empty for one.
         projections: paths in the tower of matrices that are not modules, applied once per image.
-        refuses: values of attributes that are not supported, by path, with the reason.
         outputs: the classes of the library that the tool runs, by name, with their output.
+        requires: as in `Output`, for all of them.
     """
 
     library: str
@@ -116,23 +133,30 @@ class Spec:
     block: BlockSpec
     patches: str
     heads: str
-    size: str
+    size: str | tuple[str, ...]
     outputs: Mapping[str, Output]
+    axes: Literal["CHW", "TCHW", "WH"] = "CHW"
     any_size: bool = False
     prefix: tuple[int | str, ...] = (1,)
     batch_first: str = ""
     follows: tuple[PerToken, ...] = ()
-    pooling: Literal["class", "mean", "probe"] = "class"
+    pooling: Pooling = "class"
     probe: str = ""
     queries: str = ""
     projections: tuple[str, ...] = ()
-    refuses: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    requires: tuple[tuple[str, Any, str], ...] = ()
 
 
 def at(module: Any, path: str) -> Any:
-    """The attribute at a dotted path, None behind an attribute that is None; raises AttributeError if there is none."""
+    """The attribute at a dotted path; raises AttributeError if there is none."""
     for name in path.split(".") if path else ():
-        if module is None:
-            return None
         module = module[int(name)] if name.isdigit() and isinstance(module, nn.ModuleList) else getattr(module, name)
     return module
+
+
+def found_at(module: Any, path: str) -> Any:
+    """The attribute at a dotted path, None if there is none."""
+    try:
+        return at(module, path) if path else None
+    except (AttributeError, IndexError):
+        return None

@@ -15,6 +15,7 @@ SPECS = (
         patches="conv_proj",
         heads="encoder.layers.encoder_layer_0.num_heads",
         size="image_size",
+        requires=(("conv_proj.conv_last", None, "its patches are made by several convolutions"),),
         outputs={"VisionTransformer": Output(logits=True)},
     ),
 )

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from repshift_cli.reduction.specs.spec import LOGITS, BlockSpec, Output, PerToken, Spec
 
 _POOLED = Output("pooler_output")
 _CLASS = Output("class")
+_MEAN = Output("mean")
+_MEAN_LOGITS = replace(LOGITS, pooling="mean")
+_IMAGE_FEATURES = replace(_POOLED, call="get_image_features", unused=("text_model", "text_projection"))
+_ENCODER = {
+    "VisionEncoderDecoderModel": replace(_MEAN, call="encoder", unused=("decoder", "enc_to_dec_proj"), pooling="tokens")
+}
 
-_VIT = BlockSpec(
+_VIT_BLOCK = BlockSpec(
     attention="attention",
     attention_update="attention",
     mlp_update="mlp",
@@ -18,41 +29,187 @@ _VIT = BlockSpec(
     key="attention.k_proj",
     mask="attention_mask",
 )
-_DINO = replace(_VIT, attention_update="layer_scale1", mlp_update="layer_scale2", mlp_stream="norm2")
+_DINO_BLOCK = replace(_VIT_BLOCK, attention_update="layer_scale1", mlp_update="layer_scale2", mlp_stream="norm2")
+_CLIP_BLOCK = replace(
+    _VIT_BLOCK,
+    attention="self_attn",
+    attention_update="self_attn",
+    mlp_stream="layer_norm2",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+)
+_VIDEOMAE_BLOCK = replace(
+    _VIT_BLOCK,
+    mlp_update="output.dense",
+    query="attention.attention.query",
+    key="attention.attention.key",
+    mask="",
+)
+
+_VIT = Spec(
+    library="transformers",
+    tower="ViTModel",
+    blocks="layers",
+    block=_VIT_BLOCK,
+    patches="embeddings.patch_embeddings.projection",
+    heads="config.num_attention_heads",
+    size="config.image_size",
+    outputs={"ViTModel": _CLASS, "ViTForImageClassification": LOGITS, **_ENCODER},
+)
+_DINO = replace(
+    _VIT,
+    tower="Dinov2Model",
+    blocks="encoder.layer",
+    block=_DINO_BLOCK,
+    any_size=True,
+    outputs={"Dinov2Model": _POOLED, "Dinov2ForImageClassification": _MEAN_LOGITS, **_ENCODER},
+)
+_CLIP = replace(
+    _VIT,
+    tower="CLIPVisionModel",
+    blocks="encoder.layers",
+    block=_CLIP_BLOCK,
+    patches="embeddings.patch_embedding",
+    outputs={
+        "CLIPVisionModel": _POOLED,
+        "CLIPVisionModelWithProjection": Output("image_embeds"),
+        "CLIPModel": _IMAGE_FEATURES,
+        "CLIPForImageClassification": _MEAN_LOGITS,
+    },
+)
+
+_PROBE = (("config.vision_use_head", True, "it has no pooling head: vision_use_head is off"),)
+
+
+def _in_order(model: Any, images: Tensor) -> Tensor:
+    """Noise with which a ViTMAE keeps the order of the patches, `[B, N]`."""
+    encoder = getattr(model, "vit", model)
+    return torch.arange(encoder.embeddings.patch_embeddings.num_patches, device=images.device).expand(len(images), -1)
+
+
+_ORDERED = replace(
+    _MEAN,
+    arguments={"noise": _in_order},
+    unused=("decoder",),
+    wrapped="it puts the patches into a random order on each call. `repshift_cli.load` returns it without that",
+)
 
 SPECS = (
-    Spec(
-        library="transformers",
-        tower="ViTModel",
-        blocks="layers",
-        block=_VIT,
-        patches="embeddings.patch_embeddings.projection",
-        heads="config.num_attention_heads",
-        size="config.image_size",
-        outputs={"ViTModel": _CLASS, "ViTForImageClassification": LOGITS},
+    _VIT,
+    replace(
+        _VIT,
+        tower="DeiTModel",
+        prefix=(2,),
+        outputs={
+            "DeiTModel": _CLASS,
+            "DeiTForImageClassification": LOGITS,
+            "DeiTForImageClassificationWithTeacher": LOGITS,
+            **_ENCODER,
+        },
     ),
-    Spec(
-        library="transformers",
-        tower="Dinov2Model",
-        blocks="encoder.layer",
-        block=_DINO,
-        patches="embeddings.patch_embeddings.projection",
-        heads="config.num_attention_heads",
-        size="config.image_size",
-        any_size=True,
-        outputs={"Dinov2Model": _POOLED, "Dinov2ForImageClassification": LOGITS},
+    replace(_VIT, tower="ViTMSNModel", outputs={"ViTMSNModel": _CLASS, "ViTMSNForImageClassification": LOGITS}),
+    replace(
+        _VIT,
+        tower="IJepaModel",
+        prefix=(),
+        pooling="mean",
+        outputs={"IJepaModel": _MEAN, "IJepaForImageClassification": LOGITS},
+        requires=(("pooler", None, "its pooler reads the first patch, which can be dropped"),),
     ),
-    Spec(
-        library="transformers",
+    replace(
+        _VIT,
+        tower="ViTMAEModel",
+        pooling="mean",
+        outputs={"ViTMAEModel": _ORDERED, "ViTMAEForPreTraining": replace(_ORDERED, call="vit")},
+        requires=(("config.mask_ratio", 0, "it drops patches at random by itself: set `config.mask_ratio` to 0"),),
+    ),
+    _DINO,
+    replace(
+        _DINO,
+        tower="Dinov2WithRegistersModel",
+        prefix=(1, "config.num_register_tokens"),
+        outputs={
+            "Dinov2WithRegistersModel": _POOLED,
+            "Dinov2WithRegistersForImageClassification": _MEAN_LOGITS,
+            **_ENCODER,
+        },
+    ),
+    replace(
+        _DINO,
         tower="DINOv3ViTModel",
         blocks="model.layer",
-        block=replace(_DINO, mask=""),
         patches="embeddings.patch_embeddings",
-        heads="config.num_attention_heads",
-        size="config.image_size",
-        any_size=True,
         prefix=(1, "config.num_register_tokens"),
         follows=(PerToken("position_embeddings"),),
         outputs={"DINOv3ViTModel": _POOLED},
     ),
+    _CLIP,
+    replace(
+        _CLIP,
+        tower="SiglipVisionModel",
+        prefix=(),
+        pooling="probe",
+        probe="head.attention",
+        outputs={
+            "SiglipVisionModel": replace(_POOLED, requires=_PROBE),
+            "SiglipModel": replace(_IMAGE_FEATURES, requires=_PROBE),
+            "SiglipForImageClassification": _MEAN_LOGITS,
+        },
+    ),
+    replace(
+        _VIT,
+        tower="VideoMAEModel",
+        blocks="encoder.layer",
+        block=_VIDEOMAE_BLOCK,
+        size=("config.num_frames", "config.image_size"),
+        axes="TCHW",
+        prefix=(),
+        pooling="mean",
+        outputs={
+            "VideoMAEModel": _MEAN,
+            "VideoMAEForVideoClassification": replace(
+                LOGITS,
+                requires=(("config.use_mean_pooling", True, "it classifies by the first patch, which can be dropped"),),
+            ),
+        },
+    ),
+    replace(
+        _VIT,
+        tower="VivitModel",
+        size=("config.num_frames", "config.image_size"),
+        axes="TCHW",
+        outputs={"VivitModel": _CLASS, "VivitForVideoClassification": LOGITS},
+    ),
+    replace(
+        _VIT,
+        tower="ASTModel",
+        size=("config.num_mel_bins", "config.max_length"),
+        axes="WH",
+        prefix=(2,),
+        outputs={"ASTModel": _POOLED, "ASTForAudioClassification": LOGITS},
+    ),
+    replace(
+        _VIT,
+        tower="BeitModel",
+        block=replace(_VIT_BLOCK, attention_scale="lambda_1", mlp_scale="lambda_2"),
+        follows=(
+            PerToken("attention_mask", position=1, pairs=True, prefix=True),
+            PerToken("relative_position_bias", pairs=True, prefix=True, source="output"),
+        ),
+        pooling="mean",
+        outputs={"BeitModel": _POOLED, "BeitForImageClassification": LOGITS, **_ENCODER},
+    ),
 )
+
+REFUSED: Mapping[str, str] = {
+    "Siglip2VisionModel": "takes patches and a mask for each image. The SigLIP 2 of one resolution is a SiglipModel",
+    "Data2VecVisionModel": "passes its tokens on in tuples",
+    "SwinModel": "attends in windows, which need all tokens",
+    "Swinv2Model": "attends in windows, which need all tokens",
+    "HieraModel": "merges tokens by their place, which needs all of them",
+    "TimesformerModel": "attends over time and space in turn, which needs all tokens",
+    "Dinov2Backbone": "returns feature maps, which need all tokens",
+    "DINOv3ViTBackbone": "returns feature maps, which need all tokens",
+    "BeitBackbone": "returns feature maps, which need all tokens",
+}
+"""Why modules of these classes are not supported."""
