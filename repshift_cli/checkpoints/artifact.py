@@ -1,7 +1,8 @@
 """Write and read compressed checkpoints.
 
 A compressed checkpoint is one `.safetensors` file: the tensors of the dense model under their own keys, so that other
-tools open it as that model, and in the metadata a JSON document with the plan. Loading replays the plan.
+tools open it as that model, and in the metadata a JSON document with the plan. Loading replays the plan. A model of
+another library can also be written as a folder in the form of that library.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from repshift_cli.checkpoints.folders import check_folder
+from repshift_cli.checkpoints.libraries.base import library_of
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.checkpoints.options import LoadOptions
@@ -26,7 +29,14 @@ from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.families.base import families, match
-from repshift_cli.utils.files import atomic_output, check_weights_name
+from repshift_cli.utils.files import (
+    EXPORT_SUFFIXES,
+    WEIGHT_SUFFIXES,
+    atomic_folder,
+    atomic_output,
+    check_output,
+    check_weights_name,
+)
 
 _PART_VERSIONS = {"fuse": 4, "merge": 4, "bipartite": 4, "fitted": 4, "vid_tldr": 3, "attention_entropy": 3}
 """The first format version with this metric or reducer; 1 for others."""
@@ -129,14 +139,43 @@ def _version_of(plan: Plan) -> int:
     return max(family.format_version, *(_PART_VERSIONS.get(kind, 1) for kind in kinds))
 
 
-def save(path: Path, loaded: LoadedModel, document: Mapping[str, Any], force: bool = False) -> None:
-    """Write a compressed checkpoint. The file appears under `path` only when it is complete.
+def check_save(path: Path, force: bool, loaded: LoadedModel | None = None) -> None:
+    """Check before the work that a compressed checkpoint can be written, with `loaded` also that the form fits it.
+
+    A name with the ending `.safetensors` is a file. A name without a known ending is a folder in the form of the
+    library of the model.
 
     Raises:
-        UsageError: the file exists and `force` is off, or has another suffix.
-        OutputError: it cannot be written.
+        UsageError: it exists and `force` is off, has another suffix, or is a folder and the model has no such form.
+        OutputError: it cannot be written to.
     """
-    check_weights_name(path)
+    if not _is_folder(path):
+        check_weights_name(path)
+        check_output(path, force)
+        return
+    library = library_of(loaded.description.architecture) if loaded else None
+    if loaded and not (library and library.config):
+        check_weights_name(path)
+    check_folder(path, force)
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether a compressed checkpoint of this name is a folder."""
+    return not path.name.lower().endswith((*WEIGHT_SUFFIXES, *EXPORT_SUFFIXES))
+
+
+def save(path: Path, loaded: LoadedModel, document: Mapping[str, Any], force: bool = False) -> None:
+    """Write a compressed checkpoint, a file or a folder. It appears under `path` only when it is complete.
+
+    Raises:
+        UsageError, OutputError: as `check_save`.
+    """
+    check_save(path, force, loaded)
+    library = library_of(loaded.description.architecture)
+    if library and _is_folder(path):
+        with atomic_folder(path, None, force) as folder:
+            library.write(folder, loaded, document)
+        return
     with atomic_output(path, force) as temporary:
         write_tensors(temporary, loaded.tensors, document)
 

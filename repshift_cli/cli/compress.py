@@ -33,7 +33,11 @@ def command(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Output file.", show_default="<checkpoint>_repshift.safetensors"
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="Output file; a name without .safetensors is a folder in the form of the model's library.",
+            show_default="<checkpoint>_repshift.safetensors",
         ),
     ] = None,
     data: Annotated[

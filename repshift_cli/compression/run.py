@@ -24,7 +24,6 @@ from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.families.base import match
 from repshift_cli.search.job import FinishedSearch, SearchRequest, find, start_recipe
 from repshift_cli.search.target import SearchTarget
-from repshift_cli.utils.files import check_output, check_weights_name
 from repshift_cli.utils.progress import Progress
 
 _QUICK_EVALUATIONS = 12
@@ -48,8 +47,7 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
         RepshiftError: its class and exit code say what went wrong.
     """
     if settings.output and not dry_run:
-        check_output(settings.output, settings.force)
-        check_weights_name(settings.output)
+        artifact.check_save(settings.output, settings.force)
     recipe = checked_recipe(settings.recipe)
     target = _target(settings, recipe)
     if target and dry_run:
@@ -62,6 +60,8 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
     device, dtype = resolve_device(settings.device), resolve_dtype(settings.dtype)
     notes = Notes(progress)
     loaded = load_dense(name, settings.load, recipe, notes, settings.force)
+    if settings.output and not dry_run:
+        artifact.check_save(settings.output, settings.force, loaded)
     if target:
         loaded.model.to(device=device, dtype=dtype)
         check_attention(loaded.model, settings.attention)

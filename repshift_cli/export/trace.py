@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from repshift_cli.checkpoints.exported import quiet_logs
 from repshift_cli.errors import ModelError, first_line
 from repshift_cli.export.request import Request, Subject
 
@@ -22,7 +25,8 @@ def trace_program(subject: Subject, request: Request, *, watched: bool) -> Expor
     module, inputs = _Traceable(subject, watched).eval(), subject.examples(request)
     sizes = None if request.batch is not None else ({0: Dim("batch")},)
     try:
-        with torch.no_grad():
+        # torch logs a traceback where an exception, such as that of a signal, passes through its operations
+        with torch.no_grad(), quiet_logs(logging.CRITICAL):
             program = torch.export.export(module, (inputs,), dynamic_shapes=sizes, strict=False)
     except (RuntimeError, ValueError, AttributeError, TypeError) as error:  # errors of torch.export are of these types
         raise ModelError(

@@ -161,6 +161,11 @@ def check_weights_name(path: Path) -> None:
         )
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    return sum(part.stat().st_size for part in (path.iterdir() if path.is_dir() else [path]))
+
+
 def weight_stem(name: str) -> str:
     """The file name of a checkpoint without folder and extension; other names unchanged.
 
@@ -175,7 +180,8 @@ def weight_stem(name: str) -> str:
 
 def default_output(model: str, suffix: str) -> Path:
     """The default output of a command: `<model><suffix>` in the current folder."""
-    return Path(weight_stem(model.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:")) + suffix)
+    name = model.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:")
+    return Path((Path(model).resolve().name if name in ("", ".", "..") else weight_stem(name)) + suffix)
 
 
 @contextmanager
@@ -229,13 +235,13 @@ def _publish(temporary: Path, path: Path, force: bool) -> None:
 
 
 @contextmanager
-def atomic_folder(output: Path, names: Sequence[str], force: bool) -> Iterator[Path]:
+def atomic_folder(output: Path, names: Sequence[str] | None, force: bool) -> Iterator[Path]:
     """Yield a temporary folder. It becomes `output` on success and is deleted on failure.
 
     Args:
         output: the folder.
-        names: the files to write. With `force` they replace those of an existing folder, the last one last; its other
-            files are kept.
+        names: the files to write; None for all that were written, the largest first. With `force` they replace those
+            of an existing folder, the last one last; its other files are kept.
         force: whether an existing folder is written to.
 
     Raises:
@@ -248,6 +254,8 @@ def atomic_folder(output: Path, names: Sequence[str], force: bool) -> Iterator[P
         # an existing folder may be a link, or another file system than its parent
         with temporary_folder(output / "export" if existing else output) as folder:
             yield folder
+            if names is None:
+                names = [path.name for path in sorted(folder.iterdir(), key=size_of, reverse=True)]
             for name in names:
                 _finish(folder / name)
             if existing:

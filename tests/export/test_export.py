@@ -295,7 +295,7 @@ class TestHub:
     def test_a_configuration_and_weights_of_others_are_not_replaced(self, name: str, tmp_path: Path) -> None:
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / name).write_text('{"architecture": "mine"}')
-        with pytest.raises(UsageError, match="that is not of an export, so it is not replaced"):
+        with pytest.raises(UsageError, match="that repshift did not write, so it is not replaced"):
             export_to(open_family("timm_vit"), "hub", tmp_path / "model", force=True)
         assert (tmp_path / "model" / name).read_text() == '{"architecture": "mine"}'
 

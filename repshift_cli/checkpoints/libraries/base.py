@@ -25,10 +25,12 @@ class Library(ABC):
     Attributes:
         name: of the package, as in specs.
         extra: of this package, which installs the library; empty if it is always there.
+        config: the configuration in a folder of this library; empty if the library has no folders.
     """
 
     name: ClassVar[str]
     extra: ClassVar[str] = ""
+    config: ClassVar[str] = ""
 
     @abstractmethod
     def build(self, description: ModelDescription, tensors: Mapping[str, Tensor], where: str) -> nn.Module:
@@ -59,7 +61,10 @@ class Library(ABC):
         raise NotImplementedError(self.name)
 
     def write(self, folder: Path, loaded: LoadedModel, document: Mapping[str, Any]) -> None:
-        """Write a compressed model into an empty folder, in the form of the library.
+        """Write a compressed model into an empty folder, in the form of the library: for one that has a `config`.
+
+        Args:
+            document: of the compressed model, for the metadata of the weights and for the configuration.
 
         Raises:
             OutputError: a file cannot be written.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from repshift_cli.cli import ui
 from repshift_cli.cli.show.plan import show_sites
+from repshift_cli.utils.files import size_of
 
 if TYPE_CHECKING:
     from repshift_cli.calibration.calibrate import Calibration
@@ -38,7 +39,7 @@ def show_compression(report: CompressReport) -> None:
         ui.print_text(f"{report.dense_macs / 1e9:.2f} -> {report.macs / 1e9:.2f} GMACs per {unit} ({ratio:.2f}x less)")
         ui.print_text("Dry run: nothing was run, measured or written.")
     if report.output:
-        size = report.output.stat().st_size / 1e6
+        size = size_of(report.output) / 1e6
         ui.print_text(f"wrote   {report.output} ({size:.1f} MB; weights are unchanged, so is the size)")
 
 

@@ -9,9 +9,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repshift_cli.errors import CheckFailed, UsageError
+from repshift_cli.errors import CheckFailed
 from repshift_cli.export.format import Draft, Format
-from repshift_cli.utils.files import LARGEST_DOCUMENT, check_output, open_file, read_text
+from repshift_cli.utils.files import LARGEST_DOCUMENT, open_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from repshift_cli.utils.progress import Progress
 
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
-_OWNER = "repshift"
-"""Key of our metadata in the configuration."""
-
 _CARD_END = b"\n<!-- SHA-256 of the text above, which an export replaces only if it is unchanged: %s -->\n"
 
 _UNNAMED = "vit_base_patch16_224"
@@ -77,6 +74,8 @@ def _write_weights(folder: Path, subject: Subject, request: Request) -> None:
 
 def _write_config(folder: Path, subject: Subject, architecture: str, document: ExportDocument) -> None:
     """Write the configuration as timm does, with our metadata."""
+    from repshift_cli.checkpoints.folders import OWNER
+
     loaded = subject.opened.loaded
     classes = int(getattr(loaded.model, "num_classes", 0) or 0)
     default: Mapping[str, Any] = getattr(loaded.model, "default_cfg", None) or {}
@@ -89,7 +88,7 @@ def _write_config(folder: Path, subject: Subject, architecture: str, document: E
         "num_features": getattr(loaded.model, "num_features", getattr(loaded.model, "embed_dim", None)),
         "model_args": loaded.description.args,
         "pretrained_cfg": {**preprocessing, "num_classes": classes, **adapted, "custom_load": False},
-        _OWNER: document.model_dump(mode="json"),
+        OWNER: document.model_dump(mode="json"),
     }
     (folder / _CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -115,21 +114,9 @@ def _check_timm(folder: Path, subject: Subject, request: Request) -> None:
 
 
 def _check_folder(request: Request) -> None:
-    output = request.output
-    check_output(output, request.force, is_folder=True)
-    if output.is_dir() and any((output / name).exists() for name in (_CONFIG, _WEIGHTS)) and not _is_export(output):
-        raise UsageError(
-            f"{output} has a {_CONFIG} or {_WEIGHTS} that is not of an export, so it is not replaced",
-            "Choose another name with -o, or remove it yourself.",
-        )
+    from repshift_cli.checkpoints.folders import check_folder
 
-
-def _is_export(folder: Path) -> bool:
-    try:
-        config = json.loads(read_text(folder / _CONFIG))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(config, dict) and _OWNER in config
+    check_folder(request.output, request.force)
 
 
 def _users_card(path: Path) -> bytes | None:
