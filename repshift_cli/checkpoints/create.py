@@ -91,7 +91,7 @@ def build_on_meta(
         CheckpointError: it cannot be built.
     """
     label = label or str(name)
-    _check_depth(args, tensors, label, where)
+    check_depth(args, tensors, label, where)
     try:
         with torch.device("meta"):
             return create(name, args, where)
@@ -114,11 +114,11 @@ def check_runs(model: nn.Module, shape: Sequence[int], label: str, where: str) -
         raise CheckpointError(f"{where}: {label} cannot run: {first_line(error)}") from error
 
 
-def _check_depth(args: Mapping[str, Any], tensors: Mapping[str, Tensor], label: str, where: str) -> None:
+def check_depth(args: Mapping[str, Any], tensors: Mapping[str, Tensor], label: str, where: str) -> None:
     """Refuse more blocks than tensors: such a model takes long to build and cannot fit."""
     for key, value in args.items():
         if isinstance(value, Mapping):
-            _check_depth(value, tensors, label, where)
+            check_depth(value, tensors, label, where)
             continue
         if not any(word in key for word in _DEPTHS):
             continue

@@ -19,6 +19,7 @@ from repshift_cli.checkpoints.build import build, configure, set_image_size, set
 from repshift_cli.checkpoints.builtin import BUILTIN
 from repshift_cli.checkpoints.containers import check_kind, extreme
 from repshift_cli.checkpoints.create import build_on_meta, create
+from repshift_cli.checkpoints.folders import read_config
 from repshift_cli.checkpoints.identify.identity import Identity
 from repshift_cli.checkpoints.identify.match import identify
 from repshift_cli.checkpoints.identify.names import canonical_name, is_model_name, model_names
@@ -30,8 +31,7 @@ from repshift_cli.checkpoints.schema import describe
 from repshift_cli.checkpoints.weights import INDEX_SUFFIX, Source, Weights, read_weights
 from repshift_cli.data.preprocessing import LARGEST_SIDE, Preprocessing, fixed_size
 from repshift_cli.errors import CheckpointError, UsageError
-from repshift_cli.utils.documents import parse_json
-from repshift_cli.utils.files import WEIGHT_SUFFIXES, read_text
+from repshift_cli.utils.files import WEIGHT_SUFFIXES
 from repshift_cli.utils.suggest import first_names, nearest
 
 _FOLDER_WEIGHTS = ("model.safetensors", f"model{INDEX_SUFFIX}", "pytorch_model.bin")
@@ -66,7 +66,9 @@ def _load(name: str, options: LoadOptions) -> LoadedModel:
     if path.is_dir():
         library = next((library for library in libraries() if library.opens(path)), None)
         if library is not None:
-            return library.read(path, options)
+            loaded = library.read(path, options)
+            _note_extreme(loaded)
+            return loaded
         return _load_folder(path, options)
     if path.exists():
         return _from_weights(read_weights(path, options.weights), options, path.stem)
@@ -82,7 +84,7 @@ def _from_weights(weights: Weights, options: LoadOptions, hint: str) -> LoadedMo
         if weights.training:
             return _from_training(weights, options, hint)
         loaded = _detected(weights, options, hint)
-        _note_assumed(loaded, options.preprocessing)
+        note_assumed(loaded, options.preprocessing)
         return loaded
     description = describe(weights.document, where)
     names = (description.name, description.architecture)
@@ -119,11 +121,12 @@ def _from_training(weights: Weights, options: LoadOptions, hint: str) -> LoadedM
     if given["size"]:
         known["input_size"] = (loaded.description.preprocessing.input_size[0], *given["size"])
     _set_preprocessing(loaded, known)
-    _note_assumed(loaded, {*known, *options.preprocessing})
+    note_assumed(loaded, {*known, *options.preprocessing})
     return loaded
 
 
-def _note_assumed(loaded: LoadedModel, stated: Collection[str]) -> None:
+def note_assumed(loaded: LoadedModel, stated: Collection[str]) -> None:
+    """Note the fields of the preprocessing that are not stated, neither by the file nor by the user."""
     if assumed := [key for key in PREPROCESSING if key not in stated]:
         loaded.notes.append(
             f"assumed {', '.join(assumed)}, which the file does not state: {loaded.description.preprocessing}. "
@@ -190,10 +193,15 @@ def _assemble(
     description: ModelDescription, weights: Weights, tensors: dict[str, Tensor], notes: list[str]
 ) -> LoadedModel:
     model = build(description, tensors, weights.source.path or description.name)
-    notes = weights.notes + notes
-    if wrong := extreme(tensors):
-        notes.append(f"{len(wrong)} tensors hold values that are not finite or are very large: {first_names(wrong)}")
-    return LoadedModel(model, description, weights.source, tensors, notes, weights.document)
+    loaded = LoadedModel(model, description, weights.source, tensors, weights.notes + notes, weights.document)
+    _note_extreme(loaded)
+    return loaded
+
+
+def _note_extreme(loaded: LoadedModel) -> None:
+    if wrong := extreme(loaded.tensors):
+        text = f"{len(wrong)} tensors hold values that are not finite or are very large: {first_names(wrong)}"
+        loaded.notes.append(text)
 
 
 def _load_builtin(name: str, options: LoadOptions) -> LoadedModel:
@@ -206,17 +214,10 @@ def _load_builtin(name: str, options: LoadOptions) -> LoadedModel:
 
 
 def _load_folder(folder: Path, options: LoadOptions) -> LoadedModel:
-    config_path = folder / "config.json"
-    found = [folder / name for name in _FOLDER_WEIGHTS if (folder / name).is_file()]
-    if not config_path.is_file() or not found:
-        raise CheckpointError(
-            f"{folder} is not a model folder", "It needs config.json, and model.safetensors or pytorch_model.bin."
-        )
-    weights = read_weights(found[0], options.weights)
-    weights.source = Source("folder", str(folder), weights.source.sha256)
+    weights = read_folder_weights(folder, options)
     if weights.document is not None:
         return _from_weights(weights, options, folder.name)
-    config = _read_config(config_path)
+    config = _read_timm_config(folder / "config.json")
     name = options.model_name or config["architecture"]
     args = config["model_args"] if name == config["architecture"] else {}
     known = {key: value for key, value in config["pretrained_cfg"].items() if value is not None}
@@ -226,18 +227,21 @@ def _load_folder(folder: Path, options: LoadOptions) -> LoadedModel:
     return loaded
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = parse_json(read_text(path))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
-    if isinstance(config, dict) and "architectures" in config and "architecture" not in config:
-        kind = ", ".join(map(str, config["architectures"] or ()))
+def read_folder_weights(folder: Path, options: LoadOptions) -> Weights:
+    """The weights of a model folder; raises CheckpointError if it has none or no configuration."""
+    found = [folder / name for name in _FOLDER_WEIGHTS if (folder / name).is_file()]
+    if not (folder / "config.json").is_file() or not found:
         raise CheckpointError(
-            f"{path} describes a model of the transformers library ({kind}), which is not supported",
-            "Use the timm checkpoint of the same model.",
+            f"{folder} is not a model folder", "It needs config.json, and model.safetensors or pytorch_model.bin."
         )
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+    weights = read_weights(found[0], options.weights)
+    weights.source = Source("folder", str(folder), weights.source.sha256)
+    return weights
+
+
+def _read_timm_config(path: Path) -> dict[str, Any]:
+    config = read_config(path)
+    if not isinstance(config.get("architecture"), str):
         raise CheckpointError(f"{path} has no key 'architecture'", "timm writes one with save_for_hf.")
     if not is_model_name(config["architecture"]):
         raise CheckpointError(f"{path}: unknown model {config['architecture']!r}")

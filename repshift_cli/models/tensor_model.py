@@ -18,6 +18,8 @@ class TensorModel(nn.Module):
         inner: the model of the library.
         num_classes: values per image if they are class scores, else 0.
         pretrained_cfg: preprocessing, where timm's models have it.
+        img_size: height and width of the images, None if it takes any.
+        frames: frames of a clip, None for a model of single images.
     """
 
     def __init__(  # noqa: PLR0917
@@ -29,6 +31,8 @@ class TensorModel(nn.Module):
         self.tensor, self.call, self.arguments = tensor, call, dict(arguments)
         self.prefix, self.num_classes = prefix, num_classes
         self.pretrained_cfg: dict[str, Any] = {}
+        self.img_size: tuple[int, int] | None = None
+        self.frames: int | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """The tensor of a batch of images."""

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from repshift_cli.checkpoints.options import ImageSize
 from repshift_cli.errors import CheckpointError
+from repshift_cli.models.tensor_model import TensorModel
+from repshift_cli.reduction.families.transformer import tower_of
 
 HEAD_SIZE = 64
 """Channels per head in nearly every ViT (Dosovitskiy et al. 2021, table 1)."""
@@ -95,6 +97,8 @@ def check_heads(model: nn.Module, name: str, heads: int | None, where: str) -> N
 
 def head_count(model: nn.Module) -> int | None:
     """Attention heads of the model, None if it has none."""
+    if isinstance(model, TensorModel) and (tower := tower_of(model)):
+        return tower.heads
     counts = (getattr(part, "num_heads", None) for part in model.modules())
     return next((count for count in counts if isinstance(count, int)), None)
 

@@ -17,7 +17,6 @@ _KINDS = {
     "blocks.0.attn.q_proj.weight": "an EVA-02 model, whose rotary positions need the whole grid",
     "blocks.0.attn.q_bias": "an EVA-02, BEiT or VideoMAE model",
     "conv_stem.weight": "an EfficientNet, a MobileNet or a similar network",
-    "vit.embeddings.cls_token": "a ViT of the transformers library",
     "resnet.embedder.embedder.convolution.weight": "a ResNet of the transformers library",
     "encoder.layers.encoder_layer_0.self_attention.in_proj_weight": "a ViT of torchvision",
     "features.1.0.block.0.weight": "a ConvNeXt or another model of torchvision",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from repshift_cli.checkpoints.identify.identity import Identity
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import LoadOptions
+from repshift_cli.errors import CheckpointError
 from repshift_cli.planning.registry import members
 
 
@@ -31,6 +33,14 @@ class Library(ABC):
     name: ClassVar[str]
     extra: ClassVar[str] = ""
     config: ClassVar[str] = ""
+
+    def require(self, where: str) -> None:
+        """Raise CheckpointError if the library is not installed."""
+        if find_spec(self.name) is None:
+            raise CheckpointError(
+                f"{where} needs {self.name}, which is not installed",
+                f"Install it with: pip install 'repshift-cli[{self.extra}]'",
+            )
 
     @abstractmethod
     def build(self, description: ModelDescription, tensors: Mapping[str, Tensor], where: str) -> nn.Module:
