@@ -17,7 +17,7 @@ from repshift_cli.checkpoints.identify.identity import Identity, shapes, support
 from repshift_cli.checkpoints.identify.names import canonical_name, is_model_name
 from repshift_cli.checkpoints.identify.sizes import check_heads, size_args
 from repshift_cli.checkpoints.identify.unsupported import is_unsupported, known_kind
-from repshift_cli.checkpoints.libraries.base import libraries
+from repshift_cli.checkpoints.libraries.base import libraries, library_for
 from repshift_cli.checkpoints.options import ImageSize, LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, RepshiftError
@@ -62,7 +62,11 @@ def identify(
     """
     tensors, size = _recognised(tensors), options.size or size
     _check_channels(tensors, where)
+    if library := library_for(tensors, options.model_name):
+        return library.identify(tensors, where, options)
     if options.model_name:
+        if any(options.model_name in library.names() for library in libraries()):
+            raise CheckpointError(f"{where} does not hold the tensors of a {options.model_name}", "Leave --model out.")
         return _named(canonical_name(options.model_name), tensors, where, args or {}, options, size)[0]
     fallback = options.fallback_name
     if fallback and is_model_name(fallback) and (found := _fallback(fallback, tensors, where, options, size)):
@@ -74,9 +78,6 @@ def _by_tensors(
     tensors: Mapping[str, Tensor], where: str, options: LoadOptions, hint: str, size: ImageSize | None
 ) -> Identity:
     """The model of tensors that nothing names."""
-    library = next((library for library in libraries() if library.recognises(tensors)), None)
-    if library is not None:
-        return library.identify(tensors, where, options)
     if umt.recognises(tensors):
         return umt.identify(tensors, where, options)
     if vim.recognises(tensors):
@@ -90,7 +91,8 @@ def _by_tensors(
 
 def _recognised(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The tensors without names that all keys start with (`module.`, `backbone.`), until they are recognised."""
-    known = (umt.recognises, vim.recognises, cnn.kind_of, vit.recognises, is_unsupported)
+    known = (*(library.recognises for library in libraries()), umt.recognises, vim.recognises)
+    known += (cnn.kind_of, vit.recognises, is_unsupported)
     while not any(recognises(tensors) for recognises in known):
         outer = {key.partition(".")[::2] for key in tensors}
         if len({first for first, _ in outer}) != 1 or not all(rest for _, rest in outer):
