@@ -108,11 +108,9 @@ class OpenClip(Library):
         check_fit(inner, own, name, where)
         check_runs(model, (3, *_image_size(config)), name, where)
         inner.load_state_dict(own, strict=True, assign=True)
-        for part, key, buffer in [
-            (part, key, value) for part in inner.modules() for key, value in part._buffers.items()
-        ]:
-            if key == "attn_mask" and buffer is not None and buffer.is_meta:
-                part._buffers[key] = torch.full(buffer.shape, float("-inf")).triu_(1)
+        for part in inner.modules():
+            if (mask := part._buffers.get("attn_mask")) is not None:  # causal, and not stored
+                part._buffers["attn_mask"] = torch.full(mask.shape, float("-inf")).triu_(1)
         if any(buffer.is_meta for buffer in inner.buffers()):  # computed, which needs a real device
             model = _wrapped(_create(config))
             model.load_state_dict(own, strict=True, assign=True)
@@ -126,8 +124,9 @@ class OpenClip(Library):
         configs, notes = _configs(), list[str]()
         fitting = [name for name, config in configs.items() if _fits(name, config, tensors, where)]
         if options.model_name:
-            if options.model_name not in fitting:
-                self._refuse(tensors, configs[options.model_name], options.model_name, where)
+            if options.model_name not in fitting:  # say how they differ
+                inner = _on_meta(_checked(configs[options.model_name], where), options.model_name, where).inner
+                check_fit(inner, _own_keys(inner, tensors), options.model_name, where)
             fitting = [options.model_name]
         if not fitting:
             raise CheckpointError(
@@ -148,12 +147,6 @@ class OpenClip(Library):
         check_heads(_on_meta(config, name, where), name, options.heads, where)
         preprocessing = _preprocessing(_image_size(config), _preprocessing_of(name), where, notes)
         return Identity(name, f"{self.name}:{name}", {"model_cfg": config}, preprocessing, dict(tensors), notes)
-
-    @staticmethod
-    def _refuse(tensors: Mapping[str, Tensor], config: dict[str, Any], name: str, where: str) -> None:
-        """Raise the error that says how tensors and the named model differ."""
-        inner = _on_meta(_checked(config, where), name, where).inner
-        check_fit(inner, _own_keys(inner, tensors), name, where)
 
     def write(self, folder: Path, loaded: LoadedModel, document: Mapping[str, Any]) -> None:
         write_tensors(folder / _WEIGHTS, loaded.tensors, document)

@@ -27,7 +27,6 @@ _KIND = "VisionTransformer"
 _LAYER = "encoder.layers.encoder_layer_"
 _FIRST = f"{_LAYER}0.self_attention.in_proj_weight"
 _NAMES = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")
-_SIZES = ("patch_size", "num_layers", "hidden_dim", "mlp_dim")
 _OLD = {".mlp.linear_1.": ".mlp.0.", ".mlp.linear_2.": ".mlp.3."}
 """Names of older versions."""
 
@@ -56,7 +55,7 @@ class Torchvision(Library):
 
     def identify(self, tensors: Mapping[str, Tensor], where: str, options: LoadOptions) -> Identity:
         sizes, args = _sizes(tensors, where)
-        known = {name: _sizes_of(name, where) for name in _NAMES}
+        known = {name: _sizes(_on_meta(name, {}, where).state_dict(), where)[0] for name in _NAMES}
         name = options.model_name or next((name for name in _NAMES if known[name] == sizes), None)
         if name is None:
             if options.heads is None:
@@ -98,18 +97,8 @@ def _sizes(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, int], d
     return sizes, args
 
 
-def _sizes_of(name: str, where: str) -> dict[str, int]:
-    model = _on_meta(name, {}, where)
-    return {
-        "patch_size": model.patch_size,
-        "num_layers": len(model.encoder.layers),
-        "hidden_dim": model.hidden_dim,
-        "mlp_dim": model.mlp_dim,
-    }
-
-
 def _text(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{key} {sizes[key]}" for key in _SIZES)
+    return ", ".join(f"{key} {value}" for key, value in sizes.items())
 
 
 def _on_meta(name: str, args: Mapping[str, Any], where: str) -> Any:

@@ -296,7 +296,7 @@ def test_timm_inside_open_clip_merges() -> None:
 def test_timm_inside_open_clip_is_refused_with_the_reason() -> None:
     with pytest.raises(ModelError, match="described for images of"):
         match(timm_trunk("test_convnext", "", image_size=128))
-    with pytest.raises(ModelError, match="without global pooling|by attention"):
+    with pytest.raises(ModelError, match=r"without global pooling|by attention"):
         match(timm_trunk("resnet18", "rot_attn"))
 
 
