@@ -18,12 +18,22 @@ from repshift_cli.version import __version__
 
 if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import load
-    from repshift_cli.compression.api import compress
+    from repshift_cli.compression.api import compress, search_recipe
     from repshift_cli.errors import RepshiftError
     from repshift_cli.planning.recipe import Recipe
     from repshift_cli.reduction.compressed_model import CompressedModel, Trace, detach
 
-__all__ = ["CompressedModel", "Recipe", "RepshiftError", "Trace", "__version__", "compress", "detach", "load"]
+__all__ = [
+    "CompressedModel",
+    "Recipe",
+    "RepshiftError",
+    "Trace",
+    "__version__",
+    "compress",
+    "detach",
+    "load",
+    "search_recipe",
+]
 
 _MODULES = {
     "CompressedModel": "reduction.compressed_model",
@@ -33,6 +43,7 @@ _MODULES = {
     "compress": "compression.api",
     "detach": "reduction.compressed_model",
     "load": "checkpoints.artifact",
+    "search_recipe": "compression.api",
 }
 
 

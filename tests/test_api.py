@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from tiny import images, make_recipe, save_weights, tiny_vit
 
@@ -92,23 +93,20 @@ def test_open_fields_without_images_are_said() -> None:
         repshift_cli.compress(tiny_vit(), repshift_cli.Recipe.parse(OPEN.replace("METRIC", "fitted")))
 
 
-def test_a_model_in_memory_can_be_compressed_again() -> None:
+def test_a_second_call_replaces_the_first() -> None:
     recipe, model = repshift_cli.Recipe.parse(make_recipe().text), tiny_vit()
     first = repshift_cli.compress(model, recipe)
-    for again in (model, first):
-        with pytest.raises(errors.ModelError, match="compressed already") as caught:
-            repshift_cli.compress(again, recipe)
-        assert "repshift_cli.detach(model)" in str(caught.value)
-    assert repshift_cli.detach(model) is model
-    with pytest.raises(errors.ModelError, match="no plan"):
-        repshift_cli.detach(model)
     second = repshift_cli.compress(model, recipe)
     with pytest.raises(errors.UsageError, match="the plan of this model was detached"):
         first(images())
-    first.detach()
+    third = repshift_cli.compress(second, recipe)
     with torch.no_grad():
-        assert torch.equal(second(images()), second.trace(images()).output)
-        assert torch.equal(second.detach()(images()), tiny_vit()(images()))
+        assert torch.equal(third(images()), third.trace(images()).output)
+        assert repshift_cli.detach(model) is model
+        assert torch.equal(model(images()), tiny_vit()(images()))
+    with pytest.raises(errors.ModelError, match="no plan"):
+        repshift_cli.detach(model)
+    first.detach()
 
 
 def test_errors_have_one_base() -> None:
@@ -128,3 +126,62 @@ def test_each_kind_of_error_has_its_exit_code(name: str) -> None:
     codes = {"UsageError": 2, "RecipeError": 2, "ModelError": 3, "CheckpointError": 3, "DataError": 4, "CheckFailed": 5}
     assert kind.exit_code == codes.get(name, 1)
     assert str(kind("what is wrong", "what to do")) == "what is wrong\nwhat to do"
+
+
+class TestSave:
+    def test_a_fine_tuned_model_of_timm_is_saved_and_loaded(self, tmp_path: Path) -> None:
+        cut = timm.create_model("vit_tiny_patch16_224", num_classes=5, depth=4).eval()
+        model = repshift_cli.compress(timm.create_model("deit_tiny_patch16_224", num_classes=5).eval(), make_recipe())
+        with torch.no_grad():
+            next(model.parameters()).add_(0.1)
+        path = model.save(tmp_path / "tuned.safetensors")
+        again = repshift_cli.load(path)
+        x = torch.randn(2, 3, 224, 224)
+        with torch.no_grad():
+            assert torch.equal(again(x), model(x))
+        assert again.plan == model.plan
+        with pytest.raises(errors.UsageError, match="exists"):
+            model.save(path)
+        changed = repshift_cli.compress(cut, make_recipe())
+        with pytest.raises(errors.ModelError, match="does not compute the same"):
+            changed.save(tmp_path / "changed.safetensors")
+
+    @pytest.mark.parametrize("reducer", ["prune", "merge"])
+    def test_a_loaded_model_is_saved_again(self, reducer: str, tmp_path: Path) -> None:
+        recipe = repshift_cli.Recipe.parse(make_recipe().text.replace("prune", reducer))
+        model = repshift_cli.compress("builtin:vit-digits-small", recipe)
+        first = repshift_cli.load(model.save(tmp_path / "a.safetensors"))
+        second = repshift_cli.load(first.save(tmp_path / "b.safetensors"))
+        x = torch.randn(2, *model.preprocessing.shape)
+        assert torch.equal(second(x), model(x))
+
+    def test_a_model_that_changed_is_refused(self, tmp_path: Path) -> None:
+        dense = timm.create_model("deit_tiny_patch16_224", num_classes=5).eval()
+        dense.blocks[0].attn.scale = 1.0
+        with pytest.raises(errors.ModelError, match="does not compute the same") as caught:
+            repshift_cli.compress(dense, make_recipe()).save(tmp_path / "x.safetensors")
+        assert "--model-args" in str(caught.value)
+        assert not list(tmp_path.iterdir())
+
+
+def test_the_text_of_a_model_shows_its_plan() -> None:
+    model = repshift_cli.compress(tiny_vit(), make_recipe())
+    lines = repr(model).splitlines()
+    assert lines[0].startswith("CompressedModel(VisionTransformer, ")
+    assert len(lines) == 2 + len(model.plan.sites)
+    assert f"blocks.{model.plan.sites[0].layer}: 17 -> " in lines[1]
+    model.detach()
+    assert repr(model) == "CompressedModel(VisionTransformer, detached)"
+
+
+def test_features_and_classes() -> None:
+    model = repshift_cli.compress(tiny_vit(), make_recipe())
+    assert model.num_classes == tiny_vit().num_classes
+    assert model.forward_features(images()).shape[1] == model.plan.sites[-1].tokens_out
+
+
+def test_search_finds_a_recipe(tmp_path: Path) -> None:
+    name = "builtin:vit-digits-small"
+    recipe = repshift_cli.search_recipe(name, "macs=0.8", "builtin:digits", images=32, evaluations=2)
+    model = repshift_cli.compress(name, recipe)
+    assert 0.7 < model.macs() / model.dense_macs() <= 0.8

@@ -17,13 +17,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from repshift_cli.checkpoints.describe import describe_module
 from repshift_cli.checkpoints.folders import check_folder
+from repshift_cli.checkpoints.identify.computation import computation
 from repshift_cli.checkpoints.libraries.base import library_of
 from repshift_cli.checkpoints.load import load_checkpoint
-from repshift_cli.checkpoints.loaded import LoadedModel
+from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.schema import ArtifactDocument, RecipePart, SourcePart, creation
-from repshift_cli.checkpoints.weights import METADATA_KEY
+from repshift_cli.checkpoints.weights import METADATA_KEY, Source
 from repshift_cli.errors import CheckpointError, OutputError, RecipeError
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
@@ -90,11 +92,48 @@ def open_model(name: str | Path, options: LoadOptions | None = None) -> Opened:
         raise CheckpointError(f"{loaded.source.path}: its plan is damaged: {error.message}") from error
 
 
-def attach_loaded(loaded: LoadedModel, plan: Plan) -> CompressedModel:
-    """Attach a plan to a loaded model and give the result its preprocessing; errors as `attach`."""
+def attach_loaded(
+    loaded: LoadedModel, plan: Plan, recipe: Recipe | None = None, calibration: dict[str, Any] | None = None
+) -> CompressedModel:
+    """Attach a plan to a loaded model, and give the result its preprocessing and a writer; errors as `attach`.
+
+    Args:
+        recipe, calibration: where the plan comes from; by default from the checkpoint.
+    """
+    described = loaded.description.architecture is not None or loaded.description.args
+    computed = "" if described else computation(loaded.model)  # before attention modules are replaced
     compressed = attach(loaded.model, plan)
     compressed.preprocessing = loaded.description.preprocessing
+    stored = loaded.document or {}
+    part = _recipe_part(recipe) if recipe is not None else RecipePart(**stored["recipe"])
+    found = calibration if recipe is not None else stored.get("calibration")
+    compressed.writer = Writer(loaded.description, computed, loaded.source, part, found)
     return compressed
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes a compressed model with the weights that it has at that time; see `CompressedModel.save`.
+
+    Attributes:
+        computed: `computation` of a dense model in memory, which has no complete description.
+    """
+
+    description: ModelDescription
+    computed: str
+    source: Source
+    recipe: RecipePart
+    calibration: dict[str, Any] | None
+
+    def __call__(self, compressed: CompressedModel, path: Path, force: bool) -> Path:
+        tensors = {key: value.detach().cpu() for key, value in compressed.state_dict().items()}
+        loaded = LoadedModel(compressed.model, self._describe(compressed.model), self.source, tensors)
+        document = make_document(loaded, compressed.plan, self.recipe, self.calibration, {})
+        save(path, loaded, document, force)
+        return path
+
+    def _describe(self, model: nn.Module) -> ModelDescription:
+        return describe_module(self.description, model, self.computed) if self.computed else self.description
 
 
 def load(path: str | Path) -> CompressedModel:
@@ -112,7 +151,7 @@ def load(path: str | Path) -> CompressedModel:
 def make_document(  # noqa: PLR0917
     loaded: LoadedModel,
     plan: Plan,
-    recipe: Recipe,
+    recipe: Recipe | RecipePart,
     calibration: dict[str, Any] | None,
     measured: dict[str, Any],
     search: dict[str, Any] | None = None,
@@ -123,13 +162,17 @@ def make_document(  # noqa: PLR0917
         **creation(),
         model=loaded.description,
         plan=plan,
-        recipe=RecipePart(name=recipe.place.name, text=recipe.text),
+        recipe=_recipe_part(recipe) if isinstance(recipe, Recipe) else recipe,
         source=SourcePart(**loaded.source.to_dict()),
         calibration=calibration,
         measured=measured,
         search=search,
     )
     return document.model_dump(mode="json", exclude=None if search else {"search"})
+
+
+def _recipe_part(recipe: Recipe) -> RecipePart:
+    return RecipePart(name=recipe.place.name, text=recipe.text)
 
 
 def _version_of(plan: Plan) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -15,10 +16,14 @@ from repshift_cli.compression.inputs import load_job_inputs
 from repshift_cli.compression.job import CompressionJob, load_dense, wrap_module
 from repshift_cli.compression.notes import Notes, not_calibrated
 from repshift_cli.compression.recipe import checked_recipe, require_layers
+from repshift_cli.compression.run import search_loaded
+from repshift_cli.compression.settings import Settings
 from repshift_cli.errors import UsageError
 from repshift_cli.planning.recipe import Recipe
-from repshift_cli.reduction.compressed_model import CompressedModel
+from repshift_cli.reduction.compressed_model import CompressedModel, detach, is_attached
 from repshift_cli.reduction.metrics.base import build_metric
+from repshift_cli.search.job import SearchRequest
+from repshift_cli.search.target import SearchTarget
 from repshift_cli.utils.progress import Progress, Silent
 
 
@@ -31,6 +36,9 @@ def compress(
     progress: Progress | None = None,
 ) -> CompressedModel:
     """Attach a recipe to a model, without measuring or writing anything.
+
+    A model in memory is hooked in place: it drops tokens from then on, until `detach`. A second call replaces the plan
+    of the first.
 
     Args:
         model: a supported model in eval mode, or a checkpoint as for `load_checkpoint`.
@@ -48,11 +56,11 @@ def compress(
     recipe = require_layers(checked_recipe(recipe))
     notes = Notes(progress or Silent())
     if isinstance(model, nn.Module):
-        loaded = wrap_module(model.model if isinstance(model, CompressedModel) else model, img_size)
+        loaded = wrap_module(_dense(model), img_size)
     else:
         loaded = load_dense(model, LoadOptions(img_size=img_size), recipe, notes)
     job = CompressionJob(loaded, recipe, notes)
-    plan = job.default_plan()
+    plan, calibrated = job.default_plan(), None
     if calibration is None and job.has_open_fields:
         if any(unfitted(build_metric(site.metric)) for site in job.plan.sites):
             raise UsageError(
@@ -69,8 +77,57 @@ def compress(
             found = job.calibrate(batch.tensor, batch.identity, batch_size=16)
         if not (found.clear or found.mild):
             raise found.unclear_error()
-        plan = job.plan.with_metrics(found.specs)
-    return artifact.attach_loaded(loaded, plan)
+        plan, calibrated = job.plan.with_metrics(found.specs), found.to_dict()
+    return artifact.attach_loaded(loaded, plan, job.recipe, calibrated)
+
+
+def search_recipe(
+    model: nn.Module | str | Path,
+    target: str,
+    data: str | Path,
+    *,
+    recipe: Recipe | str | Path | None = None,
+    reducers: Sequence[str] = (),
+    images: int | None = None,
+    evaluations: int = 40,
+    class_order: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Recipe:
+    """Find layers and token counts for a target; `compress` attaches the result.
+
+    Args:
+        model: as for `compress`; a model in memory is dense again afterwards.
+        target: `macs=0.65`, `latency=0.6`, `agreement=0.99` or `max-drop=0.5`.
+        data: a folder or dataset of images, labelled for `max-drop`. Half of them are held out.
+        recipe: metric and reducer to start from.
+        reducers: kinds to try, such as `("merge", "prune")`.
+        images: how many images are drawn.
+        class_order: `natural` or `text`, see `docs/evaluation.md`.
+
+    Raises:
+        CheckFailed: the target is missed, or random dropping is better on held-out images.
+        RepshiftError: as `compress`; or the target is invalid or needs labels.
+    """
+    settings = Settings(
+        data=str(data), class_order=class_order, calibration_images=images, seed=seed, recipe=None, seconds=1.0
+    )
+    request = SearchRequest(SearchTarget.parse(target), evaluations, tuple(reducers), seconds=1.0)
+    notes, start = Notes(progress or Silent()), checked_recipe(recipe)
+    loaded = (
+        wrap_module(_dense(model), None)
+        if isinstance(model, nn.Module)
+        else load_dense(model, settings.load, start, notes)
+    )
+    found = search_loaded(loaded, start, request, settings, notes)
+    found.result.check_met(False, warnings.warn)
+    return found.recipe
+
+
+def _dense(model: nn.Module) -> nn.Module:
+    """The model without an earlier plan."""
+    model = model.model if isinstance(model, CompressedModel) else model
+    return detach(model) if is_attached(model) else model
 
 
 def compress_dense(
@@ -94,4 +151,4 @@ def compress_dense(
     if job.has_open_fields:
         notes.warn(not_calibrated("there are no images", "`repshift compress --calibration DIR` calibrates"))
     plan = job.default_plan()
-    return Opened(loaded, artifact.attach_loaded(loaded, plan))
+    return Opened(loaded, artifact.attach_loaded(loaded, plan, job.recipe))

@@ -94,6 +94,13 @@ def search_checkpoint(name: str, settings: Settings, request: SearchRequest, pro
     notes = Notes(progress)
     loaded = load_dense(name, settings.load, recipe, notes, settings.force)
     loaded.model.to(device=device, dtype=dtype)
+    return search_loaded(loaded, recipe, request, settings, notes)
+
+
+def search_loaded(
+    loaded: LoadedModel, recipe: Recipe | None, request: SearchRequest, settings: Settings, notes: Notes
+) -> FinishedSearch:
+    """As `search_checkpoint` for a model that is loaded, on its device and in its dtype."""
     count = _search_images(settings, loaded, request.target, _MORE_IMAGES * Amounts.of(settings, loaded).calibration)
     return _search(loaded, recipe, request, settings, count, notes)
 

@@ -76,8 +76,11 @@ class Preprocessing:
         config = resolve_model_data_config(model)
         # timm's configuration has the size of the pretrained weights, not the one that the model was built with
         if size := fixed_size(model):
-            projection = getattr(getattr(model, "patch_embed", None), "proj", None)
-            config["input_size"] = (getattr(projection, "in_channels", config["input_size"][0]), *size)
+            # the first convolution; `proj` of a hybrid reads the maps of another network
+            embedding: Any = getattr(model, "patch_embed", None)
+            parts = embedding.modules() if embedding is not None else ()
+            counts = (part.in_channels for part in parts if hasattr(part, "in_channels"))
+            config["input_size"] = (next(counts, config["input_size"][0]), *size)
         frames = (getattr(model, "pretrained_cfg", None) or {}).get("frames")  # timm has no clips
         return cls.from_dict({**config, "frames": frames})
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import ModelError, UsageError
+from repshift_cli.planning.layout import shape_text
 from repshift_cli.planning.plan import Plan
 from repshift_cli.reduction.checks import check_plan
 from repshift_cli.reduction.families.base import Site, match
@@ -71,6 +73,11 @@ class Trace:
     kept: dict[int, Tensor]
 
 
+def is_attached(model: nn.Module) -> bool:
+    """Whether a plan is attached to the model."""
+    return _ATTACHMENT in model.__dict__
+
+
 def detach(model: nn.Module) -> nn.Module:
     """Remove the plan of a hooked model, and return the dense model; raises ModelError if it has no plan."""
     model = model.model if isinstance(model, CompressedModel) else model
@@ -92,9 +99,11 @@ class CompressedModel(nn.Module):
     Attributes:
         layout: the tokens and sites of the dense model.
         preprocessing: the evaluation transform of the model if it is known (`load` and `compress` set it).
+        writer: writes the model to a path for `save` (set as `preprocessing`).
     """
 
     preprocessing: Preprocessing | None = None
+    writer: Callable[[CompressedModel, Path, bool], Path] | None = None
 
     def __init__(self, model: nn.Module, plan: Plan, metrics: Sequence[tuple[Metric, ...]]) -> None:
         """Check the plan and hook the model; `metrics` has one tuple per site of the plan."""
@@ -158,19 +167,20 @@ class CompressedModel(nn.Module):
                 self.model.__dict__.update(refusing)
 
     @torch.no_grad()
-    def trace(self, images: Tensor) -> Trace:
-        """Run the model on preprocessed images `[B, C, H, W]` and return which patches it kept."""
+    def trace(self, *args: Any, **kwargs: Any) -> Trace:
+        """Run the model, such as on preprocessed images `[B, C, H, W]`, and return which patches it kept."""
         for hook in self._hooks:
             hook.recorded = []
         try:
-            output = self.model(images)
+            output = self.model(*args, **kwargs)
             recorded = {hook.planned.layer: (hook.recorded or [])[-1] for hook in self._hooks}
         finally:
             for hook in self._hooks:
                 hook.recorded = None
         planned = {site.layer: site for site in self.plan.sites}
         merged = isinstance(build_reducer(self.plan.reducer), Merger)
-        state = MapState.start(images.shape[0], self.layout.map_size or (1, self.layout.patch_tokens), images.device)
+        first = next(iter(recorded.values()))
+        state = MapState.start(first.shape[0], self.layout.map_size or (1, self.layout.patch_tokens), first.device)
         kept = {}
         for site in self.layout.sites:
             state = state.through(site.windows)
@@ -178,6 +188,36 @@ class CompressedModel(nn.Module):
                 state = state.keep(recorded[site.layer], planned[site.layer].grid_out)
                 kept[site.layer] = state.index.sort(dim=1).values if merged else state.index  # merges may reorder
         return Trace(output, kept)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the head, 0 without a head."""
+        config = getattr(self.model, "config", None)  # of transformers
+        return int(getattr(self.model, "num_classes", getattr(config, "num_labels", 0)) or 0)
+
+    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `forward_features`: the tokens that remain, or the feature map."""
+        features: Any = self.model.forward_features
+        return features(*args, **kwargs)
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write the weights as they are now, such as after fine-tuning, with the plan.
+
+        Args:
+            path: a `.safetensors` file, or a folder for a model of transformers or open_clip.
+            force: replace an existing file.
+
+        Raises:
+            ModelError: the model was attached without a description, or its description is not known.
+            UsageError: the file exists, or the name does not fit.
+            OutputError: it cannot be written.
+        """
+        if self.writer is None:
+            raise ModelError(
+                "the model has no description, so a reader could not build it",
+                "Use `repshift_cli.compress` or `repshift_cli.load`, which keep one.",
+            )
+        return self.writer(self, Path(path), force)
 
     def macs(self, counted: bool = False) -> int:
         """Multiply-accumulates of one image, from the shapes alone, those of metric and reducer included.
@@ -222,6 +262,18 @@ class CompressedModel(nn.Module):
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """Not supported: dense feature maps need all tokens."""
         _refuse_maps()
+
+    def __repr__(self) -> str:
+        name = type(getattr(self.model, "inner", self.model)).__name__
+        if not self._attached:
+            return f"CompressedModel({name}, detached)"
+        lines = [
+            f"  {site.site}: {shape_text(site.shape_in)} -> {shape_text(site.grid_out or (site.tokens_out,))} tokens, "
+            f"{self.plan.reducer.kind} by {site.metric.kind}"
+            for site in self.plan.sites
+        ]
+        share = self.macs() / self.dense_macs()
+        return "\n".join((f"CompressedModel({name}, {share:.1%} of the MACs", *lines, ")"))
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompressedModel:
         # torch calls this to move a module; placing the metrics now keeps copies out of a model compiled next

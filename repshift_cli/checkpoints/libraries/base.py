@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from repshift_cli.checkpoints.identify.identity import Identity
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import LoadOptions
+from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError
 from repshift_cli.planning.registry import members
 
@@ -73,6 +74,10 @@ class Library(ABC):
     def identify(self, tensors: Mapping[str, Tensor], where: str, options: LoadOptions) -> Identity:
         """The model of a file that `recognises` accepts; errors as `identify.match.identify`."""
         raise NotImplementedError(self.name)
+
+    def describe(self, model: nn.Module, preprocessing: Preprocessing) -> ModelDescription | None:
+        """The description of a model in memory; None if it is not of this library, or could not be built from one."""
+        return None
 
     def write(self, folder: Path, loaded: LoadedModel, document: Mapping[str, Any]) -> None:
         """Write a compressed model into an empty folder, in the form of the library: for one that has a `config`.

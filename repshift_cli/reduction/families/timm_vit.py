@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 from timm.models.vision_transformer import (
     Block,
@@ -19,6 +20,7 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
+from repshift_cli.measure.macs import count_macs
 from repshift_cli.models import timm_attention
 from repshift_cli.ops.attention import size_bias
 from repshift_cli.ops.tokens import Sized, mean_by_size
@@ -138,7 +140,7 @@ class TimmViT(Family):
 
     def macs(self, model: Any, plan: Plan | None) -> int:
         tokens = self.tokens_entering(model, plan)
-        embedding = int(model.patch_embed.num_patches) * weight_count(model.patch_embed)
+        embedding = _embedding_macs(model.patch_embed)
         body = sum(_block_macs(block, count) for block, count in zip(model.blocks, tokens, strict=False))
         heads = (getattr(model, "head", None), getattr(model, "head_dist", None))
         classifiers = sum(weight_count(head) for head in heads if isinstance(head, nn.Linear))
@@ -260,6 +262,21 @@ def _attention_channels(attention: Any) -> int:
     width = int(attention.num_heads * attention.head_dim)
     # Differential attention runs two maps, each on half-size queries and full-size values: 2 * (1 + 2) of its width.
     return 6 * width if hasattr(attention, "lambda_init") else 2 * width
+
+
+_STEM_MACS: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], int]] = WeakKeyDictionary()
+"""Image size and multiply-accumulates of patch embeddings with a network in them, which take long to count."""
+
+
+def _embedding_macs(embedding: Any) -> int:
+    """Of the patch embedding; a hybrid has a convolutional network there, with a map size for each layer."""
+    if not hasattr(embedding, "backbone"):
+        return int(embedding.num_patches) * weight_count(embedding)
+    size = tuple(embedding.img_size)
+    if _STEM_MACS.get(embedding, ((), 0))[0] != size:
+        channels = next(part.in_channels for part in embedding.modules() if isinstance(part, nn.Conv2d))
+        _STEM_MACS[embedding] = size, count_macs(embedding, (channels, *size))
+    return _STEM_MACS[embedding][1]
 
 
 def _pool_macs(model: Any, tokens: int) -> int:
