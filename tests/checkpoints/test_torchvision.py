@@ -71,7 +71,7 @@ def test_a_training_checkpoint_with_old_names(tmp_path: Path) -> None:
 
 def test_a_compressed_file(file: Path, tmp_path: Path) -> None:
     loaded, recipe = load_checkpoint(file, HEADS), Recipe.parse(RECIPE)
-    model = artifact.attach_loaded(loaded, resolve_for(loaded.model, recipe))
+    model = artifact.attach_loaded(loaded, resolve_for(loaded.model, recipe), recipe)
     output = tmp_path / "out.safetensors"
     artifact.save(output, loaded, artifact.make_document(loaded, model.plan, recipe, None, {}))
     again = artifact.load(output)

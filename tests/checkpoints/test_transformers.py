@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from outcome import Command, explained
-from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import repshift_cli
 from repshift_cli.checkpoints import artifact
-from repshift_cli.checkpoints.libraries.transformers import Transformers
 from repshift_cli.checkpoints.load import load_checkpoint
-from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.weights import read_weights
-from repshift_cli.errors import CheckpointError, RepshiftError, UsageError
 from repshift_cli.planning.recipe import Recipe
 
 transformers = pytest.importorskip("transformers")
