@@ -91,8 +91,8 @@ def _by_tensors(
 
 def _recognised(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The tensors without names that all keys start with (`module.`, `backbone.`), until they are recognised."""
-    known = (*(library.recognises for library in libraries()), umt.recognises, vim.recognises)
-    known += (cnn.kind_of, vit.recognises, is_unsupported)
+    own = [library.recognises for library in libraries()]
+    known = (*own, umt.recognises, vim.recognises, cnn.kind_of, vit.recognises, is_unsupported)
     while not any(recognises(tensors) for recognises in known):
         outer = {key.partition(".")[::2] for key in tensors}
         if len({first for first, _ in outer}) != 1 or not all(rest for _, rest in outer):
