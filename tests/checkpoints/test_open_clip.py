@@ -217,6 +217,13 @@ def test_a_file_of_another_model(registered: Any, tmp_path: Path) -> None:
         load_checkpoint(path, LoadOptions(model_name="tiny-16"))
 
 
+def test_a_file_without_the_text_tower(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({key: value for key, value in made(PLAIN).state_dict().items() if key.startswith("visual.")}, path)
+    with pytest.raises(CheckpointError, match="a CLIP without a text tower of open_clip"):
+        load_checkpoint(path)
+
+
 def test_heads_that_the_configuration_does_not_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="2 attention heads, not 4"):
         load_checkpoint(saved(tmp_path / "m", PLAIN), LoadOptions(heads=4))

@@ -22,6 +22,7 @@ _KINDS = {
     "trunk_output.block1.block1-0.f.a.0.weight": "a RegNet of torchvision",
     "backbone.layers.0.mixer.A_log": "a Mamba language model",
     "vision_encoder.patch_embed.proj.weight": "a video-text model (UMT)",
+    "visual.transformer.resblocks.0.ln_1.weight": "a CLIP without a text tower of open_clip",
     "visual.attnpool.positional_embedding": "a CLIP with a ResNet, whose attention pooling needs the whole grid",
 }
 """By the name of a tensor that no supported model has."""

@@ -40,7 +40,7 @@ from repshift_cli.utils.suggest import first_names
 _CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _WEIGHT_FILES = (_WEIGHTS, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
-_KEYS = ("visual.transformer.resblocks.0.ln_1.weight", "visual.head.proj.weight", "visual.head.mlp.fc1.weight")
+_FIRST = "visual.transformer.resblocks.0.ln_1.weight"
 _TRUNK = "visual.trunk."
 
 _SETTINGS = frozenset(
@@ -117,7 +117,8 @@ class OpenClip(Library):
         return model.float().eval().requires_grad_(False)
 
     def recognises(self, tensors: Mapping[str, Tensor]) -> bool:
-        return any(key in tensors for key in _KEYS) or ("logit_scale" in tensors and _has_trunk(tensors))
+        # timm reads the image tower alone
+        return _table(tensors) is not None and (_FIRST in tensors or _has_trunk(tensors))
 
     def identify(self, tensors: Mapping[str, Tensor], where: str, options: LoadOptions) -> Identity:
         self.require(where)
@@ -269,6 +270,11 @@ def _own_keys(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return own
 
 
+def _table(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """The word embeddings of a text tower of open_clip."""
+    return tensors.get("token_embedding.weight", tensors.get("text.token_embedding.weight"))
+
+
 def _has_trunk(tensors: Mapping[str, Tensor]) -> bool:
     return any(key.startswith(_TRUNK) for key in tensors)
 
@@ -276,7 +282,7 @@ def _has_trunk(tensors: Mapping[str, Tensor]) -> bool:
 def _fits(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], where: str) -> bool:
     """Whether the model of a configuration has exactly these tensors."""
     vision, text = config["vision_cfg"], config["text_cfg"]
-    table = tensors.get("token_embedding.weight", tensors.get("text.token_embedding.weight"))
+    table = _table(tensors)
     patches = tensors.get("visual.conv1.weight")
     if "hf_model_name" in text or table is None or table.shape != (text["vocab_size"], text["width"]):
         return False
