@@ -120,7 +120,7 @@ def tiny_transformer(name: str, build: Callable[[], nn.Module] | None = None) ->
                 nn.init.normal_(parameter, std=0.3)
             elif "lambda" not in key:
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return model.eval().requires_grad_(False)
+    return model.eval()
 
 
 def as_function(model: nn.Module) -> TensorModel:

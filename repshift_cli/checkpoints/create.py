@@ -23,7 +23,7 @@ UMT = "umt"
 _DEPTHS = ("depth", "layers", "blocks")
 """Arguments with these words are numbers of blocks, in all or per stage."""
 
-_NOT_FOR_FILES = frozenset(
+REFUSED_ARGS = frozenset(
     {
         "cache_dir",
         "checkpoint_path",
@@ -60,7 +60,7 @@ def create(name: str | None, args: Mapping[str, Any], where: str) -> nn.Module:
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
-    if refused := sorted(_NOT_FOR_FILES & args.keys()):
+    if refused := sorted(REFUSED_ARGS & args.keys()):
         raise CheckpointError(
             f"{where}: unsupported model arguments {', '.join(refused)}",
             "Only arguments that shape the model are allowed, such as img_size or num_heads.",

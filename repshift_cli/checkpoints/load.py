@@ -18,7 +18,7 @@ from torch import Tensor
 from repshift_cli.checkpoints.build import build, configure, set_image_size, set_preprocessing
 from repshift_cli.checkpoints.builtin import BUILTIN
 from repshift_cli.checkpoints.containers import check_kind, extreme
-from repshift_cli.checkpoints.create import build_on_meta, create
+from repshift_cli.checkpoints.create import REFUSED_ARGS, build_on_meta, create
 from repshift_cli.checkpoints.folders import read_config
 from repshift_cli.checkpoints.identify.identity import Identity
 from repshift_cli.checkpoints.identify.match import identify
@@ -49,6 +49,10 @@ def load_checkpoint(name: str | Path, options: LoadOptions | None = None) -> Loa
     """
     options = options or LoadOptions()
     _check_model_name(options.model_name)
+    if refused := sorted(REFUSED_ARGS & (options.model_args or {}).keys()):
+        raise UsageError(
+            f"--model-args: unsupported {', '.join(refused)}", "Allowed are arguments that shape the model."
+        )
     try:
         loaded = _load(str(name), options)
     except OSError as error:
@@ -90,6 +94,8 @@ def _from_weights(weights: Weights, options: LoadOptions, hint: str) -> LoadedMo
     names = (description.name, description.architecture)
     if options.model_name and canonical_name(options.model_name) not in names:
         raise UsageError(f"{where} is a {description.name}, not a {options.model_name}", "Leave --model out.")
+    if options.model_args and not options.model_args.items() <= description.args.items():
+        raise UsageError(f"--model-args: {where} states its model: {description.args}", "Leave --model-args out.")
     loaded = _assemble(description, weights, weights.tensors, [])
     _check_metadata(loaded, where)
     check_heads(loaded.model, description.name, options.heads, where)
@@ -270,7 +276,7 @@ def _load_name(name: str, options: LoadOptions) -> LoadedModel:
 
 def _with_random_weights(name: str, options: LoadOptions) -> LoadedModel:
     model = build_on_meta(name, {}, name, {})
-    args = {}  # random weights fit any size
+    args = dict(options.model_args or {})  # random weights fit any
     if options.size and fixed_size(model):
         args["img_size"] = options.size.square(name) if hasattr(model, "frames") else options.size.argument
     if hasattr(model, "frames"):
@@ -291,7 +297,11 @@ def _check_buildable(name: str, args: dict[str, Any]) -> None:
         build_on_meta(name, args, name, {})
     except CheckpointError as error:
         reason = error.message.rpartition("cannot be built: ")[2]
-        given = ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in args.items())
+        options = ("img_size", "frames", "checkpoint_frames")
+        given = ", ".join(
+            f"--{key.replace('_', '-')} {value}" if key in options else f"--model-args {key}={value}"
+            for key, value in args.items()
+        )
         raise UsageError(f"{given} does not fit {name}: {reason}") from error
 
 

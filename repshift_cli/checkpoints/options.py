@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +15,8 @@ from repshift_cli.utils.ranges import RANGES, check_ranges
 
 PREPROCESSING = ("mean", "std", "crop_pct", "interpolation")
 """The fields that describe the preprocessing."""
+
+_WORDS = {"true": True, "false": False, "null": None}
 
 WeightsKind = Literal["raw", "ema"]
 """The weights of a training checkpoint: as trained, or averaged over the training steps."""
@@ -54,6 +60,29 @@ class ImageSize(NamedTuple):
         return "x".join(map(str, self[: 1 + (self.height != self.width)]))
 
 
+def parse_model_args(pairs: Iterable[str]) -> dict[str, Any] | None:
+    """Arguments of a builder from texts `key=value`: numbers, true, false, null, lists, other texts as they are.
+
+    Raises:
+        UsageError: a text has another form.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.isidentifier() or key in found:
+            raise UsageError(
+                f"invalid --model-args {pair}: must be key=value, once per key", "Such as global_pool=avg."
+            )
+        value: Any = text
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            value = _WORDS[text] if text in _WORDS else ast.literal_eval(text)
+        try:
+            found[key] = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"invalid --model-args {pair}: {error}", "Allowed are JSON values and texts.") from error
+    return found or None
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """What the user says about a model; None if the checkpoint decides.
@@ -69,6 +98,7 @@ class LoadOptions:
         weights: which weights of a file that holds both; the averaged ones by default.
         mean, std: of pixels in 0..1, one value per channel or one for all.
         crop_pct, interpolation: as in `Preprocessing`; these four are for files that do not state their preprocessing.
+        model_args: arguments of the builder of the model, in place of those of the file.
     """
 
     model_name: str | None = None
@@ -82,6 +112,7 @@ class LoadOptions:
     std: tuple[float, ...] | None = None
     crop_pct: float | None = None
     interpolation: str | None = None
+    model_args: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_ranges(heads=self.heads, frames=self.frames, checkpoint_frames=self.checkpoint_frames)

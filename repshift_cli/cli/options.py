@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast, get_args
 
 import typer
 
-from repshift_cli.checkpoints.options import ImageSize, LoadOptions, WeightsKind
+from repshift_cli.checkpoints.options import ImageSize, LoadOptions, WeightsKind, parse_model_args
 from repshift_cli.errors import UsageError
 from repshift_cli.utils.ranges import RANGES
 
@@ -178,6 +178,15 @@ Trust = Annotated[
     typer.Option("--trust", help="Open .pt2 files, which can run code of their author. ONNX files need no trust."),
 ]
 
+ModelArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-args",
+        metavar="KEY=VALUE",
+        help="Argument of the model's builder that the file does not contain, such as global_pool=avg; repeatable.",
+    ),
+]
+
 _MODEL_OPTIONS = {
     "model_name": ModelName,
     "heads": Heads,
@@ -189,6 +198,7 @@ _MODEL_OPTIONS = {
     "std": Std,
     "crop_pct": CropPct,
     "interpolation": Interpolation,
+    "model_args": ModelArgs,
 }
 """By field of `LoadOptions`."""
 
@@ -206,6 +216,7 @@ def takes_model(command: Callable[..., None]) -> Callable[..., None]:
         values = {name: given.pop(name) for name in names}
         for name in ("mean", "std"):
             values[name] = _numbers(f"--{name}", values[name])
+        values["model_args"] = parse_model_args(values["model_args"] or ())
         command(load=LoadOptions(**values), **given)
 
     parameters = []

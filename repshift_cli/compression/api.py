@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ def compress(
     *,
     calibration: Tensor | str | Path | None = None,
     img_size: int | None = None,
+    options: LoadOptions | None = None,
     progress: Progress | None = None,
 ) -> CompressedModel:
     """Attach a recipe to a model, without measuring or writing anything.
@@ -46,6 +48,7 @@ def compress(
         calibration: images for open fields of the metric: `[n, C, H, W]` preprocessed, or a folder or dataset. Without
             them open fields get the values of the paper, with a warning; the metric `fitted` needs them.
         img_size: image size of a convolutional network, for which the plan is valid. Other models have a fixed size.
+        options: what a checkpoint does not say about its model; not for modules.
 
     Raises:
         CheckFailed: no candidate of the calibration is clearly better than random dropping.
@@ -58,7 +61,9 @@ def compress(
     if isinstance(model, nn.Module):
         loaded = wrap_module(_dense(model), img_size)
     else:
-        loaded = load_dense(model, LoadOptions(img_size=img_size), recipe, notes)
+        options = options or LoadOptions()
+        options = options if img_size is None else replace(options, img_size=img_size)
+        loaded = load_dense(model, options, recipe, notes)
     job = CompressionJob(loaded, recipe, notes)
     plan, calibrated = job.default_plan(), None
     if calibration is None and job.has_open_fields:

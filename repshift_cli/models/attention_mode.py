@@ -48,7 +48,8 @@ def attention_mode(module: nn.Module, mode: AttentionMode) -> Iterator[None]:
 
     Parameters, keys and hooks stay. Contexts nest. The device and dtype on entering decide whether flash-attn can run.
     The choice of torch's kernel is global: inside the context it also applies to other models. timm's own attention and
-    that of UMT can run on flash-attn, modules with timm's option `fused_attn` on the other backends.
+    that of UMT can run on flash-attn, modules with timm's option `fused_attn` and those of transformers on the other
+    backends, `nn.MultiheadAttention` on `sdpa`.
 
     Raises:
         UsageError: the model has no attention that can be switched, flash-attn is requested and cannot run, or, inside
@@ -56,12 +57,23 @@ def attention_mode(module: nn.Module, mode: AttentionMode) -> Iterator[None]:
     """
     flashing = {id(part) for part in _on_flash(module, mode)}
     switches = _switches(module)
+    configs, multihead = (
+        _configs(module, mode),
+        any(isinstance(part, nn.MultiheadAttention) for part in module.modules()),
+    )
     before = [(part, bool(part.fused_attn), bool(getattr(part, "flash_attn", False))) for part in switches]
-    if mode != "auto" and not switches:
+    if mode != "auto" and not (switches or configs or (multihead and mode == "sdpa")):
+        allowed = "auto or sdpa" if multihead else "auto"
         raise UsageError(
-            f"no attention in {type(module).__name__} can be switched to {mode!r}", "Use --attention auto for it."
+            f"no attention in {_kind_of(module)} can be switched to {mode!r}", f"Use --attention {allowed} for it."
         )
+    implementations = [(config, config._attn_implementation) for config in configs]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
+        for config in configs:
+            _implement(config, "eager" if mode == "explicit" else "sdpa")
+        if multihead and mode == "sdpa":
+            torch.backends.mha.set_fastpath_enabled(False)  # it has kernels of its own
         for part in switches:
             _switch(part, part.fused_attn if mode == "auto" else mode != "explicit", id(part) in flashing)
         with _explained(mode), sdpa_kernel(_KERNELS[mode]) if mode in _KERNELS else nullcontext():
@@ -69,6 +81,9 @@ def attention_mode(module: nn.Module, mode: AttentionMode) -> Iterator[None]:
     finally:
         for part, fused, flash in before:
             _switch(part, fused, flash)
+        for config, implementation in implementations:
+            config._attn_implementation_internal = implementation
+        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def check_attention(module: nn.Module, mode: AttentionMode) -> None:
@@ -137,6 +152,37 @@ def _on_flash(module: nn.Module, mode: AttentionMode) -> list[Any]:
         f"It takes {_INSTALL}, --device cuda and --dtype float16 or bfloat16. --attention sdpa stays on torch's fused "
         "kernels, auto takes flash-attn if it can run.",
     )
+
+
+def _configs(module: nn.Module, mode: AttentionMode) -> list[Any]:
+    """The configurations of transformers that select the attention of a model; none for `auto`.
+
+    Raises:
+        UsageError: a class in the model does not read its configuration, or does not support the mode.
+    """
+    if mode in ("auto", "flash"):
+        return []
+    models = [part for part in module.modules() if hasattr(part, "_can_set_attn_implementation")]
+    for part in models:
+        kind: Any = type(part)
+        if not kind._can_set_attn_implementation() or (mode != "explicit" and not kind._supports_sdpa):
+            raise UsageError(
+                f"the attention of {kind.__name__} cannot be switched to {mode!r}", "Use --attention auto for it."
+            )
+    found = [getattr(part, "config", None) for part in module.modules()] if models else []
+    return list({id(part): part for part in found if hasattr(part, "_attn_implementation")}.values())
+
+
+def _implement(config: Any, implementation: str) -> None:
+    config._attn_implementation_internal = implementation  # the public name also sets configurations inside this one
+    if config._attn_implementation != implementation:
+        raise UsageError(
+            f"{type(config).__name__} does not change its attention implementation", "Use --attention auto for it."
+        )
+
+
+def _kind_of(module: nn.Module) -> str:
+    return type(getattr(module, "inner", module)).__name__
 
 
 def _switches(module: nn.Module) -> list[Any]:

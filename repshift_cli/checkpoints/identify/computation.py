@@ -16,14 +16,17 @@ _NO_EFFECT = frozenset(
     {
         "default_cfg",
         "drop_rate",
+        "feature_size",
         "fused_attn",
         "grad_checkpointing",
         "grid_size",
         "img_size",
+        "init_values",
         "inplace",
         "momentum",
         "num_patches",
         "pretrained_cfg",
+        "pretrained_model_args",
         "training",
     }
 )

@@ -20,7 +20,7 @@ from repshift_cli.checkpoints.identify.unsupported import is_unsupported, known_
 from repshift_cli.checkpoints.libraries.base import libraries, library_for
 from repshift_cli.checkpoints.options import ImageSize, LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
-from repshift_cli.errors import CheckpointError, RepshiftError
+from repshift_cli.errors import CheckpointError, RepshiftError, UsageError
 from repshift_cli.reduction.families.base import find
 
 _CHANNELS = 3
@@ -60,33 +60,45 @@ def identify(
         CheckpointError: no known model fits, or several do; or it does not have the given number of heads.
         UsageError: the model does not take the given image size.
     """
-    tensors, size = _recognised(tensors), options.size or size
+    given = {**(args or {}), **(options.model_args or {})}
+    size = options.size or (None if "img_size" in given else size)
+    tensors = _recognised(tensors)
     _check_channels(tensors, where)
     if library := library_for(tensors, options.model_name):
+        if options.model_args:
+            raise UsageError(f"--model-args: models of {library.name} take no arguments", "Leave --model-args out.")
         return library.identify(tensors, where, options)
     if options.model_name:
-        if any(options.model_name in library.names() for library in libraries()):
+        if not is_model_name(options.model_name) and any(options.model_name in each.names() for each in libraries()):
             raise CheckpointError(f"{where} does not hold the tensors of a {options.model_name}", "Leave --model out.")
-        return _named(canonical_name(options.model_name), tensors, where, args or {}, options, size)[0]
+        return _named(canonical_name(options.model_name), tensors, where, given, options, size)[0]
     fallback = options.fallback_name
-    if fallback and is_model_name(fallback) and (found := _fallback(fallback, tensors, where, options, size)):
+    if fallback and is_model_name(fallback) and (found := _fallback(fallback, tensors, where, given, options, size)):
         return found
-    return _by_tensors(tensors, where, options, hint, size)
+    return _by_tensors(tensors, where, options, hint, size, given)
 
 
-def _by_tensors(
-    tensors: Mapping[str, Tensor], where: str, options: LoadOptions, hint: str, size: ImageSize | None
+def _by_tensors(  # noqa: PLR0917
+    tensors: Mapping[str, Tensor],
+    where: str,
+    options: LoadOptions,
+    hint: str,
+    size: ImageSize | None,
+    given: Mapping[str, Any],
 ) -> Identity:
     """The model of tensors that nothing names."""
+    kind = cnn.kind_of(tensors)
+    if given and (umt.recognises(tensors) or vim.recognises(tensors) or kind):
+        raise UsageError("--model-args: the name of the model is not known", "Give --model.")
     if umt.recognises(tensors):
         return umt.identify(tensors, where, options)
     if vim.recognises(tensors):
         return vim.identify(tensors, where, options)
     if error := known_kind(tensors, where):
         raise error
-    if kind := cnn.kind_of(tensors):
+    if kind:
         return cnn.identify(kind, tensors, where, options.heads, hint)
-    return vit.identify(tensors, where, options.heads, hint, size)
+    return vit.identify(tensors, where, options, hint, size, given)
 
 
 def _recognised(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -111,6 +123,8 @@ def _named(  # noqa: PLR0917
 ) -> tuple[Identity, nn.Module]:
     """The named model; only image size and number of classes are read from the weights."""
     if name in umt.MODELS:
+        if given:
+            raise UsageError(f"--model-args: {name} takes none", "Use --heads, --img-size, --frames.")
         identity = umt.identify(tensors, where, options, name)
         model = build_on_meta(UMT, identity.args, where, tensors)
     elif name in vim.MODELS:
@@ -120,24 +134,31 @@ def _named(  # noqa: PLR0917
         model = build_on_meta(name, given, where, tensors)
         if find(model) is None:
             raise CheckpointError(f"{where}: {name} is a {type(model).__name__}, which is not supported", supported())
-        read = size_args(model, tensors, where, size)
+        read = size_args(model, tensors, where, size, given)
         args = {**given, **read}
         if read:
             model = build_on_meta(name, args, where, tensors)
-        notes = [f"{key} {value} is read from the weights" for key, value in read.items()]
+        notes = [f"{key} {value} is read from the weights" for key, value in read.items() if key != "global_pool"]
+        if "global_pool" in read:
+            notes.append("the weights pool over all tokens: assumed the mean. Another: --model-args global_pool=max")
         native = cnn.native_keys(vit.native_keys(tensors, model), model)
         identity = Identity(name, name, args, Preprocessing.of_model(model), native, notes)
     check_heads(model, name, options.heads, where)
     return identity, model
 
 
-def _fallback(
-    name: str, tensors: Mapping[str, Tensor], where: str, options: LoadOptions, size: ImageSize | None
+def _fallback(  # noqa: PLR0917
+    name: str,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    given: Mapping[str, Any],
+    options: LoadOptions,
+    size: ImageSize | None,
 ) -> Identity | None:
     """The model that a recipe names, if names and shapes of all its tensors agree."""
     name = canonical_name(name)
     try:
-        identity, model = _named(name, tensors, where, {}, options, size)
+        identity, model = _named(name, tensors, where, given, options, size)
     except RepshiftError:
         return None
     if shapes(model.state_dict()) != shapes(identity.tensors):
@@ -147,8 +168,9 @@ def _fallback(
 
 
 def _check_channels(tensors: Mapping[str, Tensor], where: str) -> None:
+    hybrid = any(key.startswith("patch_embed.backbone.") for key in tensors)
     for key in _FIRST_CONVOLUTIONS:
-        weight = tensors.get(key)
+        weight = None if hybrid else tensors.get(key)
         if weight is not None and weight.ndim == 4 and weight.shape[1] != _CHANNELS:  # noqa: PLR2004 (a convolution's)
             raise CheckpointError(
                 f"{where}: {_CHANNELS} input channels are supported, these weights take {weight.shape[1]}"

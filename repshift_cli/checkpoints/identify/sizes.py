@@ -27,17 +27,22 @@ def class_count(tensors: Mapping[str, Tensor]) -> int:
 
 
 def size_args(
-    model: Any, tensors: Mapping[str, Tensor], where: str, size: tuple[int, int] | None = None
+    model: Any,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    size: tuple[int, int] | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Builder arguments for the image size and number of classes of the weights, if they differ from the model's.
+    """Builder arguments for image size, classes and pooling of the weights, if they differ from the model's.
 
     Args:
         size: of the images, where the file or the user gives it. Without one, images are square.
+        given: arguments that the model was built with, which stay.
 
     Raises:
         CheckpointError: the position table fits no square images, nor the given size.
     """
-    args: dict[str, Any] = {}
+    args = _pooling_args(model, tensors, given or {})
     if (count := class_count(tensors)) != getattr(model, "num_classes", count):
         args["num_classes"] = count
     position, own = tensors.get("pos_embed"), getattr(model, "pos_embed", None)
@@ -52,6 +57,18 @@ def size_args(
             found = size if size and (rows, columns) == wanted else (rows * height, columns * width)
             args["img_size"] = ImageSize(*found).argument
     return args
+
+
+def _pooling_args(model: Any, tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for the norm of the weights: a ViT that pools over all tokens has it behind the pooling, or not."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    behind = "fc_norm.weight" in tensors
+    if not isinstance(model, VisionTransformer) or behind == ("fc_norm.weight" in model.state_dict()):
+        return {}
+    if "global_pool" in given:
+        return {"fc_norm": given.get("fc_norm", behind)}
+    return {"global_pool": "avg"} if behind else {}
 
 
 def grid(

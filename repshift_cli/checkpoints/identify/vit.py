@@ -1,23 +1,39 @@
 """timm's Vision Transformers.
 
-Shapes give width, depth, patch, image size, classes, prefix tokens, layer scale and pooling. A registered model with
-the same tensors gives heads, activation and preprocessing.
+Shapes give width, depth, patch, classes, prefix tokens, layer scale, and the image size if it is square. Registered
+models with the same tensors give heads, activation, pooling and preprocessing, if all of them compute the same. A note
+lists what is assumed.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
-from repshift_cli.checkpoints.create import quickly_on_meta
+from repshift_cli.checkpoints.create import build_on_meta, quickly_on_meta
+from repshift_cli.checkpoints.identify.computation import computation
 from repshift_cli.checkpoints.identify.identity import Fitting, Identity, best_fit, shapes, supported
 from repshift_cli.checkpoints.identify.sizes import HEAD_SIZE, check_divides, grid, head_count, size_args
+from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError
+from repshift_cli.reduction.families.base import find
+from repshift_cli.utils.suggest import first_names
+
+_MODULES = ("vision_transformer", "deit", "eva")
+"""timm's files of models with such tensors. Those of `eva.py` add rotary positions, which have no tensors."""
+
+_HYBRIDS = ("vision_transformer_hybrid", "vitamin")
+"""Those of models with a convolutional network in the patch embedding."""
+
+_OTHER_HEADS = {192: (6, 12)}
+"""By width: heads of models outside of timm. ViT-Tiny has 3, 6 or 12."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,7 @@ class _Shape:
     no_embed_class: bool
     pre_norm: bool
     global_pool: str
+    fc_norm: bool
     distilled: bool
     head_size: int
 
@@ -58,20 +75,59 @@ def recognises(tensors: Mapping[str, Tensor]) -> bool:
     return "patch_embed.proj.weight" in tensors and _count_blocks(tensors) > 0
 
 
-def identify(
-    tensors: Mapping[str, Tensor], where: str, heads: int | None, hint: str, size: tuple[int, int] | None = None
+@dataclass(frozen=True)
+class _Registered:
+    """A model of timm, built with one block.
+
+    Attributes:
+        block, others: shapes of the tensors of the block, and names of all others, see `_parts`.
+        plain: whether it is a `VisionTransformer`.
+        supported: whether a family accepts it.
+        heads: of its attention.
+        computes: what the block computes besides its tensors.
+    """
+
+    name: str
+    block: dict[str, tuple[int, ...]]
+    others: frozenset[str]
+    plain: bool
+    supported: bool
+    heads: int | None
+    computes: str
+
+
+def identify(  # noqa: PLR0917
+    tensors: Mapping[str, Tensor],
+    where: str,
+    options: LoadOptions,
+    hint: str,
+    size: tuple[int, int] | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> Identity:
-    """Find the ViT that the weights belong to, for images of a `size` if it is known; errors as `match.identify`."""
-    try:
-        shape = _read_shape(tensors, where, size)
-    except IndexError:
-        raise CheckpointError(f"{where}: a tensor has too few dimensions for a Vision Transformer") from None
-    fitting = _registered(shape, tensors, where)
+    """Find the ViT that the weights belong to; errors as `match.identify`.
+
+    Args:
+        size: of the images, if it is known.
+        given: builder arguments, which take precedence over what the tensors show.
+    """
+    given, heads, alike = given or {}, options.heads, _alike(tensors)
+    if alike and not any(model.supported for model in alike):
+        names = first_names([model.name for model in alike])
+        raise CheckpointError(f"{where}: these tensors are those of {names}, which is not supported", supported())
+    fitting = _fitting(alike, tensors, where, size, given)
     if heads is not None:
         fitting = {name: found for name, found in fitting.items() if head_count(found[0]) == heads}
     if fitting:
-        return _choose(fitting, tensors, where, hint)
-    return _unregistered(shape, tensors, where, heads)
+        identity, model = _choose(fitting, tensors, where, hint)
+    else:
+        try:
+            shape = _read_shape(tensors, where, size)
+        except IndexError:
+            raise CheckpointError(f"{where}: a tensor has too few dimensions for a Vision Transformer") from None
+        identity, model = _unregistered(shape, tensors, where, heads, given, alike)
+    known = {**given, **({"num_heads": heads} if heads else {}), **({"img_size": size} if size else {})}
+    identity.notes.append(_assumptions(model, known))
+    return identity
 
 
 def native_keys(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -112,6 +168,7 @@ def _read_shape(tensors: Mapping[str, Tensor], where: str, size: tuple[int, int]
         no_embed_class=no_embed_class,
         pre_norm="norm_pre.weight" in tensors,
         global_pool=_pooling(tensors, class_token),
+        fc_norm="fc_norm.weight" in tensors,
         distilled=distilled,
         head_size=norm.shape[0] if norm is not None else HEAD_SIZE,
     )
@@ -142,82 +199,152 @@ def _pooling(tensors: Mapping[str, Tensor], class_token: bool) -> str:
     return "token"
 
 
-def _registered(shape: _Shape, tensors: Mapping[str, Tensor], where: str) -> Fitting:
-    """timm's models with these tensors. Models for another image size are tried last."""
-    import timm
+def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
+    """Shapes of the first block, and names of the tensors outside of blocks, without what a user changes.
 
-    known = (name for module in ("vision_transformer", "deit") for name in timm.list_models(module=module))
-    names = [name for name in known if _may_fit(name.split("_"), shape)]
-    sized = [name for name in names if str(shape.img_size[0]) in name.split("_")]
-    others = [name for name in names if name not in sized]
-    return _agreeing(sized, shape, tensors, where) or _agreeing(others, shape, tensors, where)
-
-
-def _may_fit(parts: list[str], shape: _Shape) -> bool:
-    """Whether the parts of a timm name agree with the shape. Only such models are built and compared."""
-    registers = next((int(part[3:]) for part in parts if re.fullmatch(r"reg\d+", part)), 0)
-    attention_pooled = ("siglip" in parts or "map" in parts) and "gap" not in parts
-    return (
-        f"patch{shape.patch_size[0]}" in parts
-        and ("distilled" in parts) == shape.distilled
-        and registers == shape.reg_tokens
-        and attention_pooled == (shape.global_pool == "map")
-        and ("gap" not in parts or shape.global_pool == "avg")
-        and ("clip" in parts) == shape.pre_norm
+    These are the classifier, and the pooling over the mean, before which the norm has another name.
+    """
+    block = {key: tuple(value.shape) for key, value in tensors.items() if key.startswith("blocks.0.")}
+    names = (key for key in tensors if not key.startswith(("blocks.", "head", "mask_token")))
+    return block, frozenset(
+        key.replace("fc_norm.", "norm.", 1).replace("register_tokens", "reg_token") for key in names
     )
 
 
-def _agreeing(names: list[str], shape: _Shape, tensors: Mapping[str, Tensor], where: str) -> Fitting:
-    fitting = {}
-    skip = {"weight_init": "skip"}
-    for name in names:
-        model: Any = quickly_on_meta(name, skip)
-        if len(getattr(model, "blocks", ())) != shape.depth or getattr(model, "embed_dim", 0) != shape.embed_dim:
-            continue
-        try:
-            args = size_args(model, tensors, where, (shape.img_size[0], shape.img_size[1]))
-        except CheckpointError:  # it has another number of prefix tokens
-            continue
-        if args:
-            model = quickly_on_meta(name, args | skip)
-        if shapes(model.state_dict()) == shapes(native_keys(tensors, model)):
-            fitting[name] = (model, args)
+@cache
+def _registered(modules: tuple[str, ...]) -> list[_Registered]:
+    """The models of some of timm's files."""
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    found = []
+    for name in (name for module in modules for name in timm.list_models(module=module)):
+        # a few models have arguments for each block
+        with suppress(Exception):
+            model: Any = quickly_on_meta(name, {"depth": 1})
+            parts = _parts(model.state_dict())
+            computes = computation(model.blocks[0])
+            plain, heads = isinstance(model, VisionTransformer), head_count(model)
+            found.append(_Registered(name, *parts, plain, find(model) is not None, heads, computes))
+    return found
+
+
+def _alike(tensors: Mapping[str, Tensor]) -> list[_Registered]:
+    """The registered models with this block and these other names; else with these names, if none is plain."""
+    block, others = _parts(tensors)
+    models = _registered(_HYBRIDS if _is_hybrid(tensors) else _MODULES)
+    named = [model for model in models if model.others == others and model.block.keys() == block.keys()]
+    alike = [model for model in named if model.block == block]
+    return alike if alike or any(model.plain for model in named) else named
+
+
+def _is_hybrid(tensors: Mapping[str, Tensor]) -> bool:
+    return any(key.startswith("patch_embed.backbone.") for key in tensors)
+
+
+def _fitting(
+    alike: list[_Registered],
+    tensors: Mapping[str, Tensor],
+    where: str,
+    size: tuple[int, int] | None,
+    given: Mapping[str, Any],
+) -> Fitting:
+    """The models with exactly these tensors, at the image size, classes and pooling of the weights."""
+    fitting: Fitting = {}
+    for name in (model.name for model in alike):
+        # it does not take the arguments, or has another number of prefix tokens
+        with suppress(Exception):
+            model: Any = quickly_on_meta(name, given)
+            if len(model.blocks) != _count_blocks(tensors):
+                continue
+            args = size_args(model, tensors, where, size, given)
+            if args:
+                model = quickly_on_meta(name, {**given, **args})
+            if shapes(model.state_dict()) == shapes(native_keys(tensors, model)):
+                fitting[name] = (model, {**given, **args})
     return fitting
 
 
-def _choose(fitting: Fitting, tensors: Mapping[str, Tensor], where: str, hint: str) -> Identity:
+def _choose(fitting: Fitting, tensors: Mapping[str, Tensor], where: str, hint: str) -> tuple[Identity, nn.Module]:
     """The model in the name of the file, else the one with the shortest name, if all compute the same."""
     name = best_fit(fitting, where, hint, plain="vit_")
     model, args = fitting[name]
     preprocessing = Preprocessing.of_model(model)
-    notes = [f"detected {name} from tensor names and shapes ({head_count(model) or 'unknown'} heads by convention)"]
+    notes = [f"detected {name} from tensor names and shapes"]
     others = [other for other in fitting if Preprocessing.of_model(fitting[other][0]) != preprocessing]
     if others and name not in hint:
         notes.append(
             f"other models have the same tensors and another preprocessing, such as {', '.join(others[:3])}: "
             "choose with --model"
         )
-    return Identity(name, name, args, preprocessing, native_keys(tensors, model), notes)
+    return Identity(name, name, args, preprocessing, native_keys(tensors, model), notes), model
 
 
-def _unregistered(shape: _Shape, tensors: Mapping[str, Tensor], where: str, heads: int | None) -> Identity:
-    """A ViT whose shape no timm model has."""
-    if shape.distilled:
-        raise CheckpointError(f"{where}: a distilled ViT of unknown shape", "Name the model with --model.")
+def _unregistered(  # noqa: PLR0917
+    shape: _Shape,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    heads: int | None,
+    given: Mapping[str, Any],
+    alike: list[_Registered],
+) -> tuple[Identity, nn.Module]:
+    """A ViT whose shape no timm model has; its block computes what those of all models with such blocks compute."""
+    if shape.distilled or _is_hybrid(tensors):
+        kind = "distilled" if shape.distilled else "hybrid"
+        raise CheckpointError(f"{where}: a {kind} ViT of unknown shape", "Name the model with --model.")
     kept = {key: value for key, value in tensors.items() if key != "mask_token"}
-    count = check_divides(heads or _heads(shape, where), shape.embed_dim, where)
+    count = given.get("num_heads") or heads or _heads(shape, where, alike)
+    args = {**shape.args(check_divides(count, shape.embed_dim, where)), **given}
+    model: Any = build_on_meta(None, args, where, tensors)
+    computes = computation(model.blocks[0])
+    others = {
+        other.computes: other.name
+        for other in reversed(alike)
+        if not other.plain or (other.heads == count and other.computes != computes)
+    }
+    if others and not given.keys() & {"act_layer", "norm_layer"}:
+        raise CheckpointError(
+            f"{where}: no timm model has these shapes, and those with such blocks compute something else than a plain "
+            f"ViT: {first_names(list(others.values()))}",
+            "Name one with --model, and what differs with --model-args, such as depth=8 or global_pool=avg.",
+        )
     name = f"ViT of width {shape.embed_dim}, depth {shape.depth}, patch {shape.patch_size[0]}"
     notes = [f"no timm model has these shapes: built as a {name} with {count} heads"]
-    return Identity(name, None, shape.args(count), _imagenet_preprocessing(shape), kept, notes)
+    return Identity(name, None, args, _imagenet_preprocessing(shape), kept, notes), model
 
 
-def _heads(shape: _Shape, where: str) -> int:
-    if shape.embed_dim % shape.head_size == 0:
-        return shape.embed_dim // shape.head_size
-    possible = [count for count in range(1, 33) if shape.embed_dim % count == 0 and shape.embed_dim // count >= 16]  # noqa: PLR2004
+def _heads(shape: _Shape, where: str, alike: list[_Registered]) -> int:
+    """The number by convention, if registered models with such blocks, or else of this width, have no other."""
+    width, count = shape.embed_dim, shape.embed_dim // shape.head_size
+    alike = alike or [model for model in _registered(_MODULES) if model.block.get("blocks.0.norm1.weight") == (width,)]
+    common = {model.heads for model in alike if model.heads} | set(_OTHER_HEADS.get(width, ()))
+    if width % shape.head_size == 0 and (shape.qk_norm or common <= {count}):
+        return count
+    possible = [count for count in range(1, 33) if width % count == 0 and width // count >= 16]  # noqa: PLR2004
+    usual = f" Common: {', '.join(map(str, sorted(common)))}." if common else ""
     raise CheckpointError(
-        f"{where}: unknown number of attention heads for width {shape.embed_dim}",
-        f"Give --heads. Allowed: {', '.join(map(str, possible))}.",
+        f"{where}: unknown number of attention heads for width {width}",
+        f"Give --heads. Allowed: {', '.join(map(str, possible))}.{usual}",
+    )
+
+
+def _assumptions(model: Any, known: Mapping[str, Any]) -> str:
+    """A note on what the tensors do not show and nothing else says."""
+    height, width = model.patch_embed.img_size
+    activation = next((type(part.act).__name__ for part in model.modules() if hasattr(part, "act")), "unknown")
+    pooling = model.global_pool or "no"
+    parts = {
+        "num_heads": f"{head_count(model) or 'unknown'} heads",
+        "act_layer": f"activation {activation}",
+        "global_pool": f"{pooling} pooling",
+        "img_size": f"images of {height}x{width}",
+    }
+    if not hasattr(model, "rope"):
+        parts["rope"] = "no rotary positions"
+    assumed = ", ".join(text for key, text in parts.items() if key not in known)
+    return (
+        f"assumed, since tensors do not show it: {assumed}. If the model has others, its results "
+        "are wrong: name it with --model, or give --heads, --img-size HxW, --model-args (such as global_pool=avg)"
     )
 
 

@@ -246,7 +246,9 @@ class Transformer(Family):
         if isinstance(attention, nn.MultiheadAttention):
             return f"the nn.MultiheadAttention of {spec.tower} cannot weight tokens by size"
         found = {
-            f"the attention of {spec.tower} reads positions, and a merged token has several": bool(spec.follows),
+            f"the attention of {spec.tower} reads positions, and a merged token has several": any(
+                part.name != spec.block.mask for part in spec.follows
+            ),
             f"the attention of {spec.tower} cannot weight tokens by size": not spec.block.mask,
             f"{kind} pools by a mean over tokens, which is not weighted by size": tower.pooling == "mean",
             f"a part of {kind} reads all tokens, which it does not weight by size": tower.pooling == "tokens",
@@ -449,13 +451,16 @@ def _size_mask(
     sizes = stream.sizes.get(tokens.shape[1])
     if sizes is None:
         return args, kwargs
-    if kwargs.get(name) is not None or any(part is not None for part in args[1:]):
-        raise UsageError(
-            "the attention was called with a mask, which does not fit merged tokens", "Run without a mask."
-        )
+    bias = size_bias(sizes, tokens.dtype)[:, None, None, :]
     if (implementation := _implementation(attention)) not in _WEIGHTED:
         raise UsageError(_UNWEIGHTED.format(implementation), _EAGER_OR_SDPA)
-    return args[:1], {**kwargs, name: size_bias(sizes, tokens.dtype)[:, None, None, :]}
+    if (mask := next((part for part in (*args[1:2], kwargs.get(name)) if part is not None), None)) is not None:
+        if not torch.compiler.is_exporting():  # then transformers makes a mask that hides nothing
+            raise UsageError(
+                "the attention was called with a mask, which does not fit merged tokens", "Run without a mask."
+            )
+        bias = torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias
+    return args[:1], {**kwargs, name: bias}
 
 
 def _probe_mask(

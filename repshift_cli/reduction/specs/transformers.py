@@ -20,6 +20,8 @@ _ENCODER = {
     "VisionEncoderDecoderModel": replace(_MEAN, call="encoder", unused=("decoder", "enc_to_dec_proj"), pooling="tokens")
 }
 
+_MASK = PerToken("attention_mask", position=1, pairs=True, prefix=True)
+
 _VIT_BLOCK = BlockSpec(
     attention="attention",
     attention_update="attention",
@@ -54,6 +56,7 @@ _VIT = Spec(
     patches="embeddings.patch_embeddings.projection",
     heads="config.num_attention_heads",
     size="config.image_size",
+    follows=(_MASK,),
     outputs={"ViTModel": _CLASS, "ViTForImageClassification": LOGITS, **_ENCODER},
 )
 _DINO = replace(
@@ -140,7 +143,7 @@ SPECS = (
         blocks="model.layer",
         patches="embeddings.patch_embeddings",
         prefix=(1, "config.num_register_tokens"),
-        follows=(PerToken("position_embeddings"),),
+        follows=(_MASK, PerToken("position_embeddings")),
         outputs={"DINOv3ViTModel": _POOLED},
     ),
     _CLIP,
@@ -163,6 +166,7 @@ SPECS = (
         block=_VIDEOMAE_BLOCK,
         size=("config.num_frames", "config.image_size"),
         axes="TCHW",
+        follows=(),
         prefix=(),
         pooling="mean",
         outputs={
@@ -193,7 +197,7 @@ SPECS = (
         tower="BeitModel",
         block=replace(_VIT_BLOCK, attention_scale="lambda_1", mlp_scale="lambda_2"),
         follows=(
-            PerToken("attention_mask", position=1, pairs=True, prefix=True),
+            _MASK,  # with the bias that the blocks share
             PerToken("relative_position_bias", pairs=True, prefix=True, source="output"),
         ),
         pooling="mean",

@@ -20,6 +20,8 @@ import torch
 from open_clip.timm_model import TimmModel
 from tiny import save_weights, tiny_vit
 from tiny_cnn import CNNS, photos, tiny_cnn
+from tiny_transformers import MODELS as TRANSFORMERS
+from tiny_transformers import as_function, tiny_inputs, tiny_transformer
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints import artifact
@@ -92,6 +94,13 @@ def open_clip_timm(**options: Any) -> Model:
     return Model(build, lambda _, count: tiny.images(count))
 
 
+def transformer(name: str) -> Model:
+    def inputs(model: Any, count: int) -> Tensor:
+        return tiny_inputs(model.model if isinstance(model, CompressedModel) else model, count)
+
+    return Model(lambda: as_function(tiny_transformer(name)), inputs)
+
+
 MODELS: dict[str, dict[str, Model]] = {
     "timm_vit": {name: vit(**options) for name, options in tiny.VARIANTS.items()},
     "resnet": {name: cnn(name) for name in CNNS},
@@ -101,6 +110,7 @@ MODELS: dict[str, dict[str, Model]] = {
         "map_pooling": open_clip_timm(global_pool="map", class_token=False),
         "plain": open_clip_timm(),
     },
+    "transformer": {name: transformer(name) for name in TRANSFORMERS},
 }
 """By family and by what differs from its plain model."""
 
@@ -110,6 +120,7 @@ FORMS = {
     "umt": ["plain"],
     "vim": ["odd", "double"],
     "open_clip_timm": ["map_pooling"],
+    "transformer": ["ViTForImageClassification", "DINOv3ViTModel", "BeitModel", "SiglipVisionModel"],
 }
 """Models in which every metric and reducer is run once; the first of each family also passes all other checks."""
 
