@@ -32,7 +32,7 @@ def build(description: ModelDescription, tensors: Mapping[str, Tensor], where: s
     if not is_architecture(architecture):
         raise CheckpointError(f"{where}: unknown model {architecture!r}")
     model = build_on_meta(architecture, description.args, where, tensors, description.name)
-    _check_fit(model, tensors, description.name, where)
+    check_fit(model, tensors, description.name, where)
     if description.args:
         given, frames = description.preprocessing.input_size, getattr(model, "frames", None)
         image = (given[0], *(fixed_size(model) or given[1:]))
@@ -109,7 +109,8 @@ def _option(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
-def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], name: str, where: str) -> None:
+def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], name: str, where: str) -> None:
+    """Raise CheckpointError with the keys that differ unless names, shapes and kinds of the tensors are the model's."""
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     given = {key: tuple(value.shape) for key, value in tensors.items()}
     problems = []

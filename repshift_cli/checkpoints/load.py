@@ -339,7 +339,10 @@ def _check_model_name(model_name: str | None) -> None:
     if model_name is None:
         return
     if not is_model_name(model_name):
-        raise UsageError(f"--model: unknown model {model_name!r}", nearest(model_name, model_names()))
+        others = [name for library in libraries() for name in library.names()]
+        if model_name not in others:
+            hint = nearest(model_name, [*model_names(), *others])
+            raise UsageError(f"--model: unknown model {model_name!r}", hint)
     _check_tag(model_name)
 
 

@@ -17,7 +17,7 @@ from repshift_cli.checkpoints.identify.identity import Identity, shapes, support
 from repshift_cli.checkpoints.identify.names import canonical_name, is_model_name
 from repshift_cli.checkpoints.identify.sizes import check_heads, size_args
 from repshift_cli.checkpoints.identify.unsupported import is_unsupported, known_kind
-from repshift_cli.checkpoints.libraries.base import libraries
+from repshift_cli.checkpoints.libraries.base import libraries, library_for
 from repshift_cli.checkpoints.options import ImageSize, LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, RepshiftError, UsageError
@@ -64,7 +64,13 @@ def identify(
     size = options.size or (None if "img_size" in given else size)
     tensors = _recognised(tensors)
     _check_channels(tensors, where)
+    if library := library_for(tensors, options.model_name):
+        if options.model_args:
+            raise UsageError(f"--model-args: models of {library.name} take no arguments", "Leave --model-args out.")
+        return library.identify(tensors, where, options)
     if options.model_name:
+        if not is_model_name(options.model_name) and any(options.model_name in each.names() for each in libraries()):
+            raise CheckpointError(f"{where} does not hold the tensors of a {options.model_name}", "Leave --model out.")
         return _named(canonical_name(options.model_name), tensors, where, given, options, size)[0]
     fallback = options.fallback_name
     if fallback and is_model_name(fallback) and (found := _fallback(fallback, tensors, where, given, options, size)):
@@ -81,12 +87,9 @@ def _by_tensors(  # noqa: PLR0917
     given: Mapping[str, Any],
 ) -> Identity:
     """The model of tensors that nothing names."""
-    library = next((library for library in libraries() if library.recognises(tensors)), None)
     kind = cnn.kind_of(tensors)
-    if given and (library or umt.recognises(tensors) or vim.recognises(tensors) or kind):
+    if given and (umt.recognises(tensors) or vim.recognises(tensors) or kind):
         raise UsageError("--model-args: the name of the model is not known", "Give --model.")
-    if library is not None:
-        return library.identify(tensors, where, options)
     if umt.recognises(tensors):
         return umt.identify(tensors, where, options)
     if vim.recognises(tensors):
@@ -100,7 +103,8 @@ def _by_tensors(  # noqa: PLR0917
 
 def _recognised(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The tensors without names that all keys start with (`module.`, `backbone.`), until they are recognised."""
-    known = (umt.recognises, vim.recognises, cnn.kind_of, vit.recognises, is_unsupported)
+    own = [library.recognises for library in libraries()]
+    known = (*own, umt.recognises, vim.recognises, cnn.kind_of, vit.recognises, is_unsupported)
     while not any(recognises(tensors) for recognises in known):
         outer = {key.partition(".")[::2] for key in tensors}
         if len({first for first, _ in outer}) != 1 or not all(rest for _, rest in outer):

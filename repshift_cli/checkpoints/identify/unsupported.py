@@ -18,12 +18,12 @@ _KINDS = {
     "blocks.0.attn.q_bias": "an EVA-02, BEiT or VideoMAE model",
     "conv_stem.weight": "an EfficientNet, a MobileNet or a similar network",
     "resnet.embedder.embedder.convolution.weight": "a ResNet of the transformers library",
-    "encoder.layers.encoder_layer_0.self_attention.in_proj_weight": "a ViT of torchvision",
     "features.1.0.block.0.weight": "a ConvNeXt or another model of torchvision",
     "trunk_output.block1.block1-0.f.a.0.weight": "a RegNet of torchvision",
     "backbone.layers.0.mixer.A_log": "a Mamba language model",
     "vision_encoder.patch_embed.proj.weight": "a video-text model (UMT)",
-    "visual.proj": "an OpenAI CLIP model",
+    "visual.transformer.resblocks.0.ln_1.weight": "a CLIP without a text tower of open_clip",
+    "visual.attnpool.positional_embedding": "a CLIP with a ResNet, whose attention pooling needs the whole grid",
 }
 """By the name of a tensor that no supported model has."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,6 +51,10 @@ class Library(ABC):
             CheckpointError: the weights do not fit, or the library is not installed.
         """
 
+    def names(self) -> Collection[str]:
+        """The models that `--model` can name for the tensors of a single file; empty if it is not installed."""
+        return ()
+
     def opens(self, folder: Path) -> bool:
         """Whether a folder is in the form of this library."""
         return False
@@ -91,6 +95,12 @@ def libraries() -> Iterator[Library]:
     """One instance of each library."""
     # mypy rejects an abstract class as argument, but `members` only compares with it
     yield from (found() for found in members("repshift_cli.checkpoints.libraries", Library))  # type: ignore[type-abstract]
+
+
+def library_for(tensors: Mapping[str, Tensor], name: str | None) -> Library | None:
+    """The library of the tensors of a single file, if `name` is None or one of its models."""
+    found = next((library for library in libraries() if library.recognises(tensors)), None)
+    return found if found is not None and (name is None or name in found.names()) else None
 
 
 def library_of(architecture: str | None) -> Library | None:

@@ -1,4 +1,4 @@
-"""timm's convolutional networks of residual blocks: ResNet, ConvNeXt and RegNet.
+"""Convolutional networks of residual blocks: timm's ResNet, ConvNeXt and RegNet, and torchvision's ResNet.
 
 A convolution needs a grid, so whole rows and columns of the feature map are dropped, after blocks whose input and
 output have the same shape: there each position has a shift. The result is a smaller dense map in the same memory
@@ -33,6 +33,7 @@ from timm.models.regnet import Bottleneck as RegNetBottleneck
 from timm.models.regnet import PreBottleneck, RegNet
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
+from torchvision.models import resnet as torchvision_resnet
 
 from repshift_cli.errors import UsageError
 from repshift_cli.ops.tokens import keep_lines
@@ -44,11 +45,15 @@ from repshift_cli.reduction.stream import Reduce, Stream
 _SHORTCUTS: dict[type[nn.Module], str] = {
     BasicBlock: "downsample",
     Bottleneck: "downsample",
+    torchvision_resnet.BasicBlock: "downsample",
+    torchvision_resnet.Bottleneck: "downsample",
     RegNetBottleneck: "downsample",
     PreBottleneck: "downsample",
     ConvNeXtBlock: "shortcut",
 }
 """The supported blocks, and the name of the module on the shortcut of each."""
+
+_RESNETS = (ResNet, torchvision_resnet.ResNet)
 
 _SEQUENCES = (nn.Sequential, ConvNormAct, Mlp, GlobalResponseNormMlp)
 """Modules that run their children in order."""
@@ -110,12 +115,12 @@ class ResidualCNN(Family):
     """ResNet (basic and bottleneck blocks), ConvNeXt and RegNet."""
 
     name: ClassVar[str] = "resnet"
-    covers: ClassVar[str] = "timm's ResNet, ResNeXt, Wide ResNet, ConvNeXt and RegNet"
+    covers: ClassVar[str] = "timm's ResNet, ResNeXt, Wide ResNet, ConvNeXt and RegNet, and torchvision's ResNet"
     shows: ClassVar[frozenset[str]] = frozenset()
     format_version: ClassVar[int] = 2
 
     def accepts(self, model: nn.Module) -> bool:
-        return isinstance(model, ResNet | ConvNeXt | RegNet)
+        return isinstance(model, (*_RESNETS, ConvNeXt, RegNet))
 
     def refusal(self, model: Any) -> str | None:
         try:
@@ -126,7 +131,7 @@ class ResidualCNN(Family):
             return f"path and shortcut of {odd} have outputs of different sizes for maps with an odd number of lines"
         if not any(piece.barred is None for piece in pieces):
             return "none of its blocks has an input and an output of the same shape"
-        pooling = getattr(model, "global_pool", None) or getattr(model.head, "global_pool", None)
+        pooling = getattr(model, "global_pool", None) or getattr(getattr(model, "head", None), "global_pool", None)
         if getattr(pooling, "pool_type", "avg") == "":
             return "it was built without global pooling, and the size of the map that it returns would change"
         return None
@@ -175,7 +180,7 @@ class ResidualCNN(Family):
         for piece in _pieces(model):
             total += piece.macs(grid)
             grid = kept.get(piece.layer, _output(piece.path, grid))
-        return total + weight_count(model.fc if isinstance(model, ResNet) else model.head)  # on one pooled position
+        return total + weight_count(model.fc if isinstance(model, _RESNETS) else model.head)  # on one pooled position
 
 
 _Steps = list[tuple[Window | None, nn.Module]]
@@ -266,9 +271,9 @@ def _names(model: Any) -> list[str]:
     def children(name: str) -> list[str]:
         return [f"{name}.{child}" for child, _ in model.get_submodule(name).named_children()]
 
-    if isinstance(model, ResNet):
+    if isinstance(model, _RESNETS):
         blocks = [name for stage in ("layer1", "layer2", "layer3", "layer4") for name in children(stage)]
-        return ["conv1", "bn1", "act1", "maxpool", *blocks]
+        return ["conv1", "bn1", "act1" if isinstance(model, ResNet) else "relu", "maxpool", *blocks]
     if isinstance(model, ConvNeXt):
         stages = [f"stages.{index}" for index in range(len(model.stages))]
         blocks = [name for stage in stages for name in (f"{stage}.downsample", *children(f"{stage}.blocks"))]

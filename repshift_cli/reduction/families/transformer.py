@@ -121,8 +121,8 @@ class Tower:
 
     @property
     def output(self) -> Output | None:
-        """How the model is run; None if the spec does not list its class."""
-        return self.spec.outputs.get(type(self.inner).__name__)
+        """How the model is run; None if no spec of its library lists its class."""
+        return output_of(self.inner)
 
     @property
     def pooling(self) -> str:
@@ -135,6 +135,11 @@ class Tower:
         block, query = self.blocks[0], self.spec.block.query
         fused = not query or query == self.spec.block.key
         return self.width if fused else int(at(block, query).out_features)
+
+    @property
+    def batch_first(self) -> bool:
+        """Blocks pass `[B, T, C]` on, not `[T, B, C]`."""
+        return not self.spec.batch_first or bool(at(self.module, self.spec.batch_first))
 
     @property
     def heads(self) -> int:
@@ -166,7 +171,8 @@ def _check_paths(tower: Tower) -> None:
         path = spec.blocks
         block = tower.blocks[0]
         sizes = (spec.size,) if isinstance(spec.size, str) else spec.size
-        for path in (spec.patches, spec.heads, *sizes, *(p for p in spec.prefix if isinstance(p, str))):
+        prefix = (part for part in spec.prefix if isinstance(part, str))
+        for path in (spec.patches, spec.heads, *sizes, spec.batch_first, *prefix):
             at(tower.module, path)
         for path in spec.block.paths:
             at(block, path)
@@ -195,7 +201,8 @@ class Transformer(Family):
             return _not_described(model)
         output = tower.output
         for path, value, reason in (*tower.spec.requires, *(output.requires if output else ())):
-            if found_at(tower.module, path) != value:
+            found = found_at(tower.module, path)
+            if found not in value if isinstance(value, frozenset) else found != value:
                 return reason
         if output is not None and tower.spec not in registered.SPECS:
             return (not isinstance(model, TensorModel) and output.wrapped) or None
@@ -208,12 +215,13 @@ class Transformer(Family):
     def layout(self, model: nn.Module) -> Layout:
         tower = _tower(model)
         path = f"{tower.name}.{tower.spec.blocks}".removeprefix(".")
+        names = [name for name, _ in at(tower.module, tower.spec.blocks).named_children()]
         return Layout(
             family=self.name,
             prefix_tokens=tower.prefix,
             patch_tokens=math.prod(tower.grid),
             class_token=tower.prefix > 0,
-            sites=tuple(SiteInfo(f"{path}.{index}", index) for index in range(len(tower.blocks))),
+            sites=tuple(SiteInfo(f"{path}.{name}", index) for index, name in enumerate(names)),
         )
 
     def sites(self, model: nn.Module) -> list[Site]:
@@ -223,7 +231,7 @@ class Transformer(Family):
 
     def stream(self, model: nn.Module) -> Stream:
         tower = _tower(model)
-        return TokenStream(tower.prefix, tower.spec.sequence_first, bool(tower.spec.follows))
+        return TokenStream(tower.prefix, not tower.batch_first, bool(tower.spec.follows))
 
     def edits(self, model: nn.Module, stream: Stream) -> tuple[list[TensorEdit], Callable[[], None]]:
         assert isinstance(stream, TokenStream)
@@ -240,6 +248,8 @@ class Transformer(Family):
         tower = _tower(model)
         spec, kind = tower.spec, type(tower.inner).__name__
         attention = at(tower.blocks[0], spec.block.attention)
+        if isinstance(attention, nn.MultiheadAttention):
+            return f"the nn.MultiheadAttention of {spec.tower} cannot weight tokens by size"
         found = {
             f"the attention of {spec.tower} reads positions, and a merged token has several": any(
                 part.name != spec.block.mask for part in spec.follows
@@ -343,27 +353,29 @@ def _site(tower: Tower, info: SiteInfo, block: nn.Module) -> Site:
         "attention_update": (spec.attention_update, spec.attention_scale),
         "mlp_update": (spec.mlp_update, spec.mlp_scale),
     }
+    first = _first if tower.batch_first else _first_swapped
     probes = {
-        name: Probe(at(block, path), "output", partial(_scaled, block=block, scale=scale) if scale else _first)
+        name: Probe(at(block, path), "output", partial(_scaled, block=block, scale=scale) if scale else first)
         for name, (path, scale) in updates.items()
         if path
     }
     if spec.mlp_stream:
-        probes["mlp_stream"] = Probe(
-            at(block, spec.mlp_stream), "input", _batch_first if tower.spec.sequence_first else None
-        )
+        probes["mlp_stream"] = Probe(at(block, spec.mlp_stream), "input", None if tower.batch_first else _swapped)
     if spec.query and spec.query == spec.key:
         probes |= query_and_key(at(block, spec.query), tower.heads, head)
     elif spec.query:
         split = partial(_split_heads, size=head)
         probes["attention_query"] = Probe(at(block, spec.query), "output", split)
         probes["attention_key"] = Probe(at(block, spec.key), "output", split)
+    missing = f"the blocks of {tower.spec.tower} have no module that returns it"
+    if isinstance(at(block, spec.attention), nn.MultiheadAttention):
+        missing = f"the nn.MultiheadAttention of {tower.spec.tower} computes queries and keys without a module"
     return Site(
         name=info.name,
         layer=info.layer,
         block=block,
         probes=probes,
-        missing={"*": f"the blocks of {tower.spec.tower} have no module that returns it"},
+        missing={"*": missing},
         attention_channels=tower.attention_width,
         width=tower.width,
         head=head,
@@ -376,11 +388,16 @@ def _first(output: Any) -> Tensor:
     return tensor
 
 
+def _first_swapped(output: Any) -> Tensor:
+    return _swapped(_first(output))
+
+
 def _scaled(output: Any, block: nn.Module, scale: str) -> Tensor:
     return _first(output) * at(block, scale)
 
 
-def _batch_first(tokens: Tensor) -> Tensor:
+def _swapped(tokens: Tensor) -> Tensor:
+    """`[T, B, C]` as `[B, T, C]`."""
     return tokens.transpose(0, 1)
 
 
@@ -463,19 +480,33 @@ def _probe_mask(
 
 
 def _head_macs(tower: Tower, embedding: nn.Module, tokens: int) -> int:
-    """Layers behind the blocks: once per image, but for an attention that pools `tokens` tokens by one query."""
+    """Layers behind the blocks: once per image, but for an attention that pools `tokens` tokens by a few queries."""
+    probe = found_at(tower.module, tower.spec.probe)
     unused = [found_at(tower.inner, path) for path in (tower.output.unused if tower.output else ())]
-    parts = [embedding, *tower.blocks, *(part for part in unused if part is not None)]
-    total = _weights(tower.inner) - sum(_weights(part) for part in parts)
-    total += sum(at(tower.module, path).numel() for path in tower.spec.projections)
-    if found_at(tower.module, tower.spec.probe) is not None:
-        width = tower.width
-        total += (tokens - 1) * 2 * width * width + 2 * tokens * width
+    parts = [embedding, *tower.blocks, probe, *unused]
+    total = _weights(tower.inner) - sum(_weights(part) for part in parts if isinstance(part, nn.Module))
+    matrices = [at(tower.module, path) for path in tower.spec.projections]
+    total += sum(matrix.numel() for matrix in matrices if matrix is not None)
+    if probe is not None:
+        queries = len(at(tower.module, tower.spec.queries)) if tower.spec.queries else 1
+        total += _probe_macs(probe, queries, tokens)
     return total
 
 
+def output_of(model: nn.Module) -> Output | None:
+    """How a model of a library is run on images, None if its class is in no spec."""
+    library, name = _library(model), type(model).__name__
+    return next((spec.outputs[name] for spec in all_specs() if spec.library == library and name in spec.outputs), None)
+
+
+def _probe_macs(probe: nn.MultiheadAttention, queries: int, tokens: int) -> int:
+    """Projections of `queries` queries, of `tokens` keys and values, and of the result; the products of attention."""
+    width, of_tokens = int(probe.embed_dim), int(probe.embed_dim) * (int(probe.kdim) + int(probe.vdim))
+    return queries * 2 * width * width + tokens * of_tokens + 2 * queries * tokens * width
+
+
 def _weights(module: nn.Module) -> int:
-    """Weights of linear layers, convolutions and the projection of `nn.MultiheadAttention`, without biases."""
-    fused = [part.in_proj_weight for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
+    """Weights of linear layers, convolutions and the fused projections of attention, without biases."""
+    fused = [getattr(part, "in_proj_weight", None) for part in module.modules()]
     linear = weight_count(module, nn.Linear, nn.Conv2d, nn.Conv3d)
-    return linear + sum(weight.numel() for weight in fused if weight is not None)
+    return linear + sum(weight.numel() for weight in fused if isinstance(weight, nn.Parameter))

@@ -116,10 +116,12 @@ class Spec:
             rows.
         any_size: positions are computed for the size of each image.
         prefix: tokens in front of the patch tokens: numbers, and paths of numbers.
-        sequence_first: blocks pass `[T, B, C]` on instead of `[B, T, C]`.
+        batch_first: path of the flag that says that blocks pass `[B, T, C]` on instead of `[T, B, C]`; empty if they
+            always do.
         follows: tensors with entries per token.
         pooling: what reads the tokens behind the blocks.
         probe: path in the tower of the `nn.MultiheadAttention` that pools, if the model has one.
+        queries: path of its queries `[Q, C]`; empty for one.
         projections: paths in the tower of matrices that are not modules, applied once per image.
         outputs: the classes of the library that the tool runs, by name, with their output.
         requires: as in `Output`, for all of them.
@@ -136,10 +138,11 @@ class Spec:
     axes: Literal["CHW", "TCHW", "WH"] = "CHW"
     any_size: bool = False
     prefix: tuple[int | str, ...] = (1,)
-    sequence_first: bool = False
+    batch_first: str = ""
     follows: tuple[PerToken, ...] = ()
     pooling: Pooling = "class"
     probe: str = ""
+    queries: str = ""
     projections: tuple[str, ...] = ()
     requires: tuple[tuple[str, Any, str], ...] = ()
 

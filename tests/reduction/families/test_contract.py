@@ -17,6 +17,7 @@ import tiny
 import tiny_umt
 import tiny_vim
 import torch
+from open_clip.timm_model import TimmModel
 from tiny import save_weights, tiny_vit
 from tiny_cnn import CNNS, photos, tiny_cnn
 from tiny_transformers import MODELS as TRANSFORMERS
@@ -79,6 +80,20 @@ def vim(**options: Any) -> Model:
     return Model(partial(tiny_vim.tiny_vim, **options), inputs, {})
 
 
+def open_clip_timm(**options: Any) -> Model:
+    def build() -> nn.Module:
+        model: Any = TimmModel("test_vit", 24, image_size=32, pool="token")
+        model.trunk, model.head = tiny_vit(num_classes=0, **options), nn.Sequential(nn.Linear(32, 24))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            nn.init.normal_(model.head[0].weight)
+            nn.init.zeros_(model.head[0].bias)
+        built: nn.Module = model.eval()
+        return built
+
+    return Model(build, lambda _, count: tiny.images(count))
+
+
 def transformer(name: str) -> Model:
     def inputs(model: Any, count: int) -> Tensor:
         return tiny_inputs(model.model if isinstance(model, CompressedModel) else model, count)
@@ -91,6 +106,10 @@ MODELS: dict[str, dict[str, Model]] = {
     "resnet": {name: cnn(name) for name in CNNS},
     "umt": {name: umt(**options) for name, options in tiny_umt.VARIANTS.items()},
     "vim": {name: vim(**options) for name, options in tiny_vim.VARIANTS.items()},
+    "open_clip_timm": {
+        "map_pooling": open_clip_timm(global_pool="map", class_token=False),
+        "plain": open_clip_timm(),
+    },
     "transformer": {name: transformer(name) for name in TRANSFORMERS},
 }
 """By family and by what differs from its plain model."""
@@ -100,6 +119,7 @@ FORMS = {
     "resnet": ["basic", "convnext_v2"],
     "umt": ["plain"],
     "vim": ["odd", "double"],
+    "open_clip_timm": ["map_pooling"],
     "transformer": ["ViTForImageClassification", "DINOv3ViTModel", "BeitModel", "SiglipVisionModel"],
 }
 """Models in which every metric and reducer is run once; the first of each family also passes all other checks."""
