@@ -121,7 +121,9 @@ class Tower:
         *frames, rows, columns = self.size
         if self.spec.axes == "WH":
             return columns, rows
-        return (*frames, int(self.projection.in_channels), rows, columns)
+        weight = self.projection.weight
+        channels = weight.shape[1] // math.prod(self.stride) if self.spec.patch else weight.shape[1]
+        return (*frames, int(channels), rows, columns)
 
     @property
     def inner(self) -> nn.Module:

@@ -21,6 +21,7 @@ from repshift_cli.models.attention_mode import attention_mode
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.compressed_model import CompressedModel, attach, detach
 from repshift_cli.reduction.families.base import match
+from repshift_cli.reduction.families.transformer import tower_of
 from repshift_cli.reduction.hooks import register_edit
 from repshift_cli.reduction.permute import TOLERANCE, permute_difference
 from repshift_cli.reduction.plans import resolve_for
@@ -200,6 +201,9 @@ def test_the_image_size_of_a_naflexvit_must_be_known() -> None:
     model: Any = tiny_timm("naflex", img_size=None, pos_embed_grid_size=(4, 4))
     model.pretrained_cfg = {"input_size": (3, 32, 24)}
     assert match(model).layout(model).patch_tokens == 12
+    tower = tower_of(model)
+    assert tower is not None
+    assert tower.input_size == (3, 32, 24)
 
 
 class TestAnySize:
