@@ -262,7 +262,8 @@ def _small_timm(name: str, full: Any) -> Any:
     import timm
 
     embedding = getattr(full, "patch_embed", None)
-    side = 64 if hasattr(embedding, "backbone") else 4 * getattr(embedding, "patch_size", (40,))[0]
+    smallest = 40 if "convnext" in name else 24  # the last map must hold its 7x7 kernel
+    side = 64 if hasattr(embedding, "backbone") else 4 * getattr(embedding, "patch_size", (smallest,))[0]
     image = {"img_size": side} if embedding is not None else {}
     tries: list[dict[str, Any]] = [{"layers": (2, 2, 2, 2)}, {"depths": (2, 2, 2, 2)}, {}]
     if sequence := hasattr(full, "blocks"):

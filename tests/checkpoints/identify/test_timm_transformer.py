@@ -71,7 +71,7 @@ def test_no_model_is_taken_for_one_that_computes_something_else(name: str) -> No
 def test_several_models_have_the_tensors() -> None:
     with pytest.raises(CheckpointError, match="several models have exactly these tensors") as caught:
         identify(weights_of("vit_small_patch16_lingbot"), "weights.pth", LoadOptions(), "weights")
-    assert "vit_small_patch16_dinov3_qkvb, vit_small_patch16_lingbot" in str(caught.value)
+    assert "vit_small_patch16_lingbot, vit_small_patch16_dinov3_qkvb" in str(caught.value)
 
 
 def test_the_name_of_the_file_chooses() -> None:
