@@ -52,6 +52,8 @@ def configure(model: nn.Module, preprocessing: Preprocessing) -> None:
     """Write the preprocessing to the model's own configuration, where timm keeps it."""
     config = dict(getattr(model, "pretrained_cfg", None) or {})
     model.pretrained_cfg = {**config, **preprocessing.to_dict()}  # type: ignore[assignment]
+    if getattr(model, "dynamic_img_size", False):
+        model.patch_embed.img_size = preprocessing.input_size[1:]  # type: ignore[union-attr]
 
 
 def set_image_size(loaded: LoadedModel, img_size: int | tuple[int, int] | None) -> None:

@@ -29,7 +29,7 @@ from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import PREPROCESSING, ImageSize, LoadOptions
 from repshift_cli.checkpoints.schema import describe
 from repshift_cli.checkpoints.weights import INDEX_SUFFIX, Source, Weights, read_weights
-from repshift_cli.data.preprocessing import LARGEST_SIDE, Preprocessing, fixed_size
+from repshift_cli.data.preprocessing import LARGEST_SIDE, Preprocessing, built_size, fixed_size
 from repshift_cli.errors import CheckpointError, UsageError
 from repshift_cli.utils.files import WEIGHT_SUFFIXES
 from repshift_cli.utils.suggest import first_names, nearest
@@ -149,8 +149,8 @@ def _training_size(value: Any) -> ImageSize | None:
 
 
 def _set_preprocessing(loaded: LoadedModel, known: dict[str, Any]) -> None:
-    """Replace what a file says about the preprocessing, except the size of a model with a fixed one."""
-    if fixed_size(loaded.model):
+    """Replace what a file says about the preprocessing, except the size of a model with a fixed or stated one."""
+    if fixed_size(loaded.model) or "img_size" in loaded.description.args:
         known["input_size"] = loaded.description.preprocessing.input_size
     where = f"{loaded.source.path}: the preprocessing of the model"
     preprocessing = Preprocessing.from_dict({**loaded.description.preprocessing.to_dict(), **known}, where)
@@ -277,7 +277,7 @@ def _load_name(name: str, options: LoadOptions) -> LoadedModel:
 def _with_random_weights(name: str, options: LoadOptions) -> LoadedModel:
     model = build_on_meta(name, {}, name, {})
     args = dict(options.model_args or {})  # random weights fit any
-    if options.size and fixed_size(model):
+    if options.size and built_size(model):
         args["img_size"] = options.size.square(name) if hasattr(model, "frames") else options.size.argument
     if hasattr(model, "frames"):
         clip = {"frames": options.frames, "checkpoint_frames": options.checkpoint_frames}

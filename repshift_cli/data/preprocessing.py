@@ -75,7 +75,7 @@ class Preprocessing:
 
         config = resolve_model_data_config(model)
         # timm's configuration has the size of the pretrained weights, not the one that the model was built with
-        if size := fixed_size(model):
+        if size := built_size(model):
             # the first convolution; `proj` of a hybrid reads the maps of another network
             embedding: Any = getattr(model, "patch_embed", None)
             parts = embedding.modules() if embedding is not None else ()
@@ -111,5 +111,10 @@ class Preprocessing:
 
 def fixed_size(model: nn.Module) -> tuple[int, int] | None:
     """Height and width of the images that the model takes; None if it takes any size."""
+    return None if getattr(model, "dynamic_img_size", False) else built_size(model)
+
+
+def built_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width that the model was built for; None if it does not state them."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", getattr(model, "img_size", None))
     return None if size is None else (int(size[0]), int(size[1]))

@@ -420,9 +420,6 @@ class TestImageSize:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("vit_small_patch16_dinov3", "DINOv3"),
-        ("eva02_tiny_patch14_224", "EVA-02"),
-        ("eva02_base_patch14_224", "EVA-02"),
         ("efficientnet_b0", "EfficientNet"),
         ("swin_tiny_patch4_window7_224", "Swin Transformer"),
         ("swinv2_tiny_window8_256", "Swin Transformer V2"),

@@ -281,10 +281,6 @@ class TestUnsupported:
         with pytest.raises(ModelError, match="Changed, which is not supported"):
             match(tiny_vit(block_fn=Changed))
 
-    def test_dynamic_image_size(self) -> None:
-        with pytest.raises(ModelError, match="dynamic_img_size"):
-            match(tiny_vit(dynamic_img_size=True))
-
     def test_pooling_over_a_grid(self) -> None:
         with pytest.raises(ModelError, match="prr"):
             match(tiny_vit(global_pool="prr", num_classes=0))

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints.create import UMT, build_on_meta
-from repshift_cli.checkpoints.identify import cnn, umt, vim, vit
+from repshift_cli.checkpoints.identify import cnn, timm_transformer, umt, vim, vit
 from repshift_cli.checkpoints.identify.identity import Identity, shapes, supported
 from repshift_cli.checkpoints.identify.names import canonical_name, is_model_name
 from repshift_cli.checkpoints.identify.sizes import check_heads, size_args
@@ -98,13 +98,15 @@ def _by_tensors(  # noqa: PLR0917
         raise error
     if kind:
         return cnn.identify(kind, tensors, where, options.heads, hint)
-    return vit.identify(tensors, where, options, hint, size, given)
+    module = timm_transformer if timm_transformer.recognises(tensors) else vit
+    return module.identify(tensors, where, options, hint, size, given)
 
 
 def _recognised(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The tensors without names that all keys start with (`module.`, `backbone.`), until they are recognised."""
     own = [library.recognises for library in libraries()]
-    known = (*own, umt.recognises, vim.recognises, cnn.kind_of, vit.recognises, is_unsupported)
+    kinds = (umt.recognises, vim.recognises, cnn.kind_of, vit.recognises, timm_transformer.recognises)
+    known = (*own, *kinds, is_unsupported)
     while not any(recognises(tensors) for recognises in known):
         outer = {key.partition(".")[::2] for key in tensors}
         if len({first for first, _ in outer}) != 1 or not all(rest for _, rest in outer):

@@ -110,21 +110,22 @@ def identify(  # noqa: PLR0917
         size: of the images, if it is known.
         given: builder arguments, which take precedence over what the tensors show.
     """
-    given, heads, alike = given or {}, options.heads, _alike(tensors)
-    if alike and not any(model.supported for model in alike):
-        names = first_names([model.name for model in alike])
+    given, heads = given or {}, options.heads
+    models = alike(tensors, _HYBRIDS if _is_hybrid(tensors) else _MODULES)
+    if models and not any(model.supported for model in models):
+        names = first_names([model.name for model in models])
         raise CheckpointError(f"{where}: these tensors are those of {names}, which is not supported", supported())
-    fitting = _fitting(alike, tensors, where, size, given)
+    fits = fitting(models, tensors, where, size, given)
     if heads is not None:
-        fitting = {name: found for name, found in fitting.items() if head_count(found[0]) == heads}
-    if fitting:
-        identity, model = _choose(fitting, tensors, where, hint)
+        fits = {name: found for name, found in fits.items() if head_count(found[0]) == heads}
+    if fits:
+        identity, model = choose(fits, tensors, where, hint)
     else:
         try:
             shape = _read_shape(tensors, where, size)
         except IndexError:
             raise CheckpointError(f"{where}: a tensor has too few dimensions for a Vision Transformer") from None
-        identity, model = _unregistered(shape, tensors, where, heads, given, alike)
+        identity, model = _unregistered(shape, tensors, where, heads, given, models)
     known = {**given, **({"num_heads": heads} if heads else {}), **({"img_size": size} if size else {})}
     identity.notes.append(_assumptions(model, known))
     return identity
@@ -219,39 +220,40 @@ def _registered(modules: tuple[str, ...]) -> list[_Registered]:
 
     found = []
     for name in (name for module in modules for name in timm.list_models(module=module)):
-        # a few models have arguments for each block
-        with suppress(Exception):
-            model: Any = quickly_on_meta(name, {"depth": 1})
-            parts = _parts(model.state_dict())
-            computes = computation(model.blocks[0])
-            plain, heads = isinstance(model, VisionTransformer), head_count(model)
-            found.append(_Registered(name, *parts, plain, find(model) is not None, heads, computes))
+        for args in ({"depth": 1}, {}):  # a few models have arguments for each block
+            with suppress(Exception):
+                model: Any = quickly_on_meta(name, args)
+                parts = _parts(model.state_dict())
+                computes = computation(model.blocks[0])
+                plain, heads = isinstance(model, VisionTransformer), head_count(model)
+                found.append(_Registered(name, *parts, plain, find(model) is not None, heads, computes))
+                break
     return found
 
 
-def _alike(tensors: Mapping[str, Tensor]) -> list[_Registered]:
-    """The registered models with this block and these other names; else with these names, if none is plain."""
+def alike(tensors: Mapping[str, Tensor], modules: tuple[str, ...]) -> list[_Registered]:
+    """Models of timm's files with this block and these other names; else with these names, if none is plain."""
     block, others = _parts(tensors)
-    models = _registered(_HYBRIDS if _is_hybrid(tensors) else _MODULES)
+    models = _registered(modules)
     named = [model for model in models if model.others == others and model.block.keys() == block.keys()]
-    alike = [model for model in named if model.block == block]
-    return alike if alike or any(model.plain for model in named) else named
+    same = [model for model in named if model.block == block]
+    return same if same or any(model.plain for model in named) else named
 
 
 def _is_hybrid(tensors: Mapping[str, Tensor]) -> bool:
     return any(key.startswith("patch_embed.backbone.") for key in tensors)
 
 
-def _fitting(
-    alike: list[_Registered],
+def fitting(
+    models: list[_Registered],
     tensors: Mapping[str, Tensor],
     where: str,
     size: tuple[int, int] | None,
     given: Mapping[str, Any],
 ) -> Fitting:
     """The models with exactly these tensors, at the image size, classes and pooling of the weights."""
-    fitting: Fitting = {}
-    for name in (model.name for model in alike):
+    fits: Fitting = {}
+    for name in (model.name for model in models):
         # it does not take the arguments, or has another number of prefix tokens
         with suppress(Exception):
             model: Any = quickly_on_meta(name, given)
@@ -261,17 +263,17 @@ def _fitting(
             if args:
                 model = quickly_on_meta(name, {**given, **args})
             if shapes(model.state_dict()) == shapes(native_keys(tensors, model)):
-                fitting[name] = (model, {**given, **args})
-    return fitting
+                fits[name] = (model, {**given, **args})
+    return fits
 
 
-def _choose(fitting: Fitting, tensors: Mapping[str, Tensor], where: str, hint: str) -> tuple[Identity, nn.Module]:
+def choose(fits: Fitting, tensors: Mapping[str, Tensor], where: str, hint: str) -> tuple[Identity, nn.Module]:
     """The model in the name of the file, else the one with the shortest name, if all compute the same."""
-    name = best_fit(fitting, where, hint, plain="vit_")
-    model, args = fitting[name]
+    name = best_fit(fits, where, hint, plain="vit_")
+    model, args = fits[name]
     preprocessing = Preprocessing.of_model(model)
     notes = [f"detected {name} from tensor names and shapes"]
-    others = [other for other in fitting if Preprocessing.of_model(fitting[other][0]) != preprocessing]
+    others = [other for other in fits if Preprocessing.of_model(fits[other][0]) != preprocessing]
     if others and name not in hint:
         notes.append(
             f"other models have the same tensors and another preprocessing, such as {', '.join(others[:3])}: "

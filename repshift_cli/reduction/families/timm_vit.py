@@ -6,7 +6,9 @@ probes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -24,7 +26,7 @@ from repshift_cli.measure.macs import count_macs
 from repshift_cli.models import timm_attention
 from repshift_cli.ops.attention import size_bias
 from repshift_cli.ops.tokens import Sized, mean_by_size
-from repshift_cli.planning.layout import Layout, SiteInfo
+from repshift_cli.planning.layout import Layout, PatchGrid, SiteInfo
 from repshift_cli.planning.plan import Plan
 from repshift_cli.reduction.families.base import (
     ATTENTION_TENSORS,
@@ -91,15 +93,13 @@ class TimmViT(Family):
                 return f"blocks.{index} is a {type(block).__name__}, which is not supported (supported: {known})"
         if model.global_pool == "prr":
             return "its pooling (prr) arranges all patch tokens in a fixed grid"
-        if getattr(model, "dynamic_img_size", False):
-            return "it was built with dynamic_img_size, and token counts are planned for one input size"
         return None
 
     def layout(self, model: Any) -> Layout:
         return Layout(
             family=self.name,
             prefix_tokens=int(model.num_prefix_tokens),
-            patch_tokens=int(model.patch_embed.num_patches),
+            patch_tokens=math.prod(_grid(model)),
             class_token=bool(model.has_class_token),
             sites=tuple(SiteInfo(f"blocks.{index}", index) for index in range(len(model.blocks))),
         )
@@ -140,11 +140,23 @@ class TimmViT(Family):
 
     def macs(self, model: Any, plan: Plan | None) -> int:
         tokens = self.tokens_entering(model, plan)
-        embedding = _embedding_macs(model.patch_embed)
+        embedding = _embedding_macs(model)
         body = sum(_block_macs(block, count) for block, count in zip(model.blocks, tokens, strict=False))
         heads = (getattr(model, "head", None), getattr(model, "head_dist", None))
         classifiers = sum(weight_count(head) for head in heads if isinstance(head, nn.Linear))
         return embedding + body + _pool_macs(model, tokens[-1]) + classifiers
+
+    def patch_grid(self, model: Any) -> PatchGrid:
+        rows, columns = _grid(model)
+        return replace(super().patch_grid(model), rows=rows, columns=columns)
+
+
+def _grid(model: Any) -> tuple[int, int]:
+    """Rows and columns of the patches, also where the image size is not the one of the position table."""
+    embedding = model.patch_embed
+    dynamic = getattr(model, "dynamic_img_size", False)
+    rows, columns = embedding.dynamic_feat_size(embedding.img_size) if dynamic else embedding.grid_size
+    return int(rows), int(columns)
 
 
 def _pre_norm_probes(block: Any) -> dict[str, Probe]:
@@ -268,10 +280,11 @@ _STEM_MACS: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], int]] = WeakKeyD
 """Image size and multiply-accumulates of patch embeddings with a network in them, which take long to count."""
 
 
-def _embedding_macs(embedding: Any) -> int:
+def _embedding_macs(model: Any) -> int:
     """Of the patch embedding; a hybrid has a convolutional network there, with a map size for each layer."""
+    embedding = model.patch_embed
     if not hasattr(embedding, "backbone"):
-        return int(embedding.num_patches) * weight_count(embedding)
+        return math.prod(_grid(model)) * weight_count(embedding)
     size = tuple(embedding.img_size)
     if _STEM_MACS.get(embedding, ((), 0))[0] != size:
         channels = next(part.in_channels for part in embedding.modules() if isinstance(part, nn.Conv2d))

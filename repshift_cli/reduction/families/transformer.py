@@ -33,7 +33,7 @@ from repshift_cli.reduction.families.base import (
 )
 from repshift_cli.reduction.permute import permutation_problem
 from repshift_cli.reduction.specs import registered
-from repshift_cli.reduction.specs.spec import Output, PerToken, Spec, at, found_at
+from repshift_cli.reduction.specs.spec import BlockSpec, Output, PerToken, Spec, at, found_at
 from repshift_cli.reduction.stream import Stream
 from repshift_cli.reduction.token_stream import TokenStream
 
@@ -83,26 +83,38 @@ class Tower:
     @cached_property
     def grid(self) -> tuple[int, ...]:
         """Patches along each axis of the input that the embedding reads: `(frames,) rows, columns`."""
-        layer = self.projection
-        padding = (0,) * len(self.size) if layer.padding == "valid" else layer.padding
-        sides = zip(self.size, layer.kernel_size, layer.stride, padding, strict=True)
-        return tuple((side + 2 * padding - kernel) // stride + 1 for side, kernel, stride, padding in sides)
+        steps, padding = self.stride, (0,) * len(self.size)
+        kernel = steps if self.spec.patch else self.projection.kernel_size
+        if not self.spec.patch and self.projection.padding != "valid":
+            padding = self.projection.padding
+        sides = zip(self.size, kernel, steps, padding, strict=True)
+        return tuple((side + 2 * pad - width) // step + 1 for side, width, step, pad in sides)
 
     @cached_property
     def projection(self) -> Any:
-        """The convolution of the patch embedding."""
+        """The convolution of the patch embedding, or its linear layer."""
         parts = at(self.module, self.spec.patches).modules()
-        return next(part for part in parts if isinstance(part, nn.Conv2d | nn.Conv3d))
+        kinds = nn.Conv2d | nn.Conv3d | nn.Linear if self.spec.patch else nn.Conv2d | nn.Conv3d
+        return next(part for part in parts if isinstance(part, kinds))
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Pixels from one patch to the next along each axis."""
+        return tuple(at(self.module, self.spec.patch)) if self.spec.patch else self.projection.stride
 
     @cached_property
     def size(self) -> tuple[int, ...]:
         """The size of an input along each axis of the convolution."""
-        axes = len(self.projection.kernel_size)
+        axes = len(self.stride)
         stated = (getattr(self.model, "pretrained_cfg", None) or {}).get("input_size")
         if self.spec.any_size and stated:
             return tuple(stated[-axes:])
         paths = (self.spec.size,) if isinstance(self.spec.size, str) else self.spec.size
         sizes = [at(self.module, path) for path in paths]
+        if None in sizes:
+            raise ModelError(
+                f"the image size of this {self.spec.tower} is unknown", "Set it: model.pretrained_cfg['input_size']."
+            )
         numbers = [number for size in sizes for number in ((size,) if isinstance(size, int) else size)][-axes:]
         return (*numbers, *numbers[-1:] * (axes - len(numbers)))
 
@@ -112,7 +124,9 @@ class Tower:
         *frames, rows, columns = self.size
         if self.spec.axes == "WH":
             return columns, rows
-        return (*frames, int(self.projection.in_channels), rows, columns)
+        weight = self.projection.weight
+        channels = weight.shape[1] // math.prod(self.stride) if self.spec.patch else weight.shape[1]
+        return (*frames, int(channels), rows, columns)
 
     @property
     def inner(self) -> nn.Module:
@@ -127,14 +141,18 @@ class Tower:
     @property
     def pooling(self) -> str:
         """What reads the tokens behind the blocks."""
-        return (self.output and self.output.pooling) or self.spec.pooling
+        pooling = (self.output and self.output.pooling) or self.spec.pooling
+        if pooling != "global_pool":
+            return pooling
+        # without pooling the model returns the tokens, and a maximum needs no sizes
+        return {"avg": "mean", "avgmax": "mean", "map": "map"}.get(self.module.global_pool, "class")
 
     @cached_property
     def attention_width(self) -> int:
         """Channels of the queries of all heads."""
-        block, query = self.blocks[0], self.spec.block.query
-        fused = not query or query == self.spec.block.key
-        return self.width if fused else int(at(block, query).out_features)
+        parts = self.block_spec(self.blocks[0]) or BlockSpec()
+        fused = not parts.query or parts.query == parts.key
+        return self.width if fused else int(getattr(at(self.blocks[0], parts.query), "out_features", self.width))
 
     @property
     def batch_first(self) -> bool:
@@ -149,7 +167,18 @@ class Tower:
     @property
     def width(self) -> int:
         """Channels of a token."""
-        return int(self.projection.out_channels)
+        return int(self.projection.weight.shape[0])
+
+    @property
+    def class_token(self) -> bool:
+        """Whether the first prefix token is a class token."""
+        token = at(self.module, self.spec.has_class) if self.spec.has_class else self.prefix > 0
+        return token is not None and token is not False
+
+    def block_spec(self, block: nn.Module) -> BlockSpec | None:
+        """The parts of a block; None for a class of blocks that the spec does not name."""
+        parts = self.spec.block
+        return parts if isinstance(parts, BlockSpec) else parts.get(type(block).__name__)
 
 
 def tower_of(model: nn.Module) -> Tower | None:
@@ -174,7 +203,7 @@ def _check_paths(tower: Tower) -> None:
         prefix = (part for part in spec.prefix if isinstance(part, str))
         for path in (spec.patches, spec.heads, *sizes, spec.batch_first, *prefix):
             at(tower.module, path)
-        for path in spec.block.paths:
+        for path in parts.paths if (parts := tower.block_spec(block)) else ():
             at(block, path)
     except (AttributeError, IndexError) as error:
         raise ModelError(
@@ -200,6 +229,9 @@ class Transformer(Family):
         if tower is None:
             return _not_described(model)
         output = tower.output
+        for index, block in enumerate(tower.blocks):
+            if tower.block_spec(block) is None:
+                return f"{tower.spec.blocks}.{index} is a {type(block).__name__}, which is not supported"
         for path, value, reason in (*tower.spec.requires, *(output.requires if output else ())):
             found = found_at(tower.module, path)
             if found not in value if isinstance(value, frozenset) else found != value:
@@ -220,7 +252,7 @@ class Transformer(Family):
             family=self.name,
             prefix_tokens=tower.prefix,
             patch_tokens=math.prod(tower.grid),
-            class_token=tower.prefix > 0,
+            class_token=tower.class_token,
             sites=tuple(SiteInfo(f"{path}.{name}", index) for index, name in enumerate(names)),
         )
 
@@ -247,15 +279,17 @@ class Transformer(Family):
     def merge_refusal(self, model: nn.Module) -> str | None:
         tower = _tower(model)
         spec, kind = tower.spec, type(tower.inner).__name__
-        attention = at(tower.blocks[0], spec.block.attention)
+        parts = tower.block_spec(tower.blocks[0]) or BlockSpec()
+        attention = at(tower.blocks[0], parts.attention)
         if isinstance(attention, nn.MultiheadAttention):
             return f"the nn.MultiheadAttention of {spec.tower} cannot weight tokens by size"
+        # with rotary positions of timm a token merges into the position of another
+        follows = any(part.name != parts.mask for part in spec.follows) and not spec.rotary
         found = {
-            f"the attention of {spec.tower} reads positions, and a merged token has several": any(
-                part.name != spec.block.mask for part in spec.follows
-            ),
-            f"the attention of {spec.tower} cannot weight tokens by size": not spec.block.mask,
+            f"the attention of {spec.tower} reads positions, and a merged token has several": follows,
+            f"the attention of {spec.tower} cannot weight tokens by size": not parts.mask,
             f"{kind} pools by a mean over tokens, which is not weighted by size": tower.pooling == "mean",
+            f"{kind} pools by attention, whose keys are not weighted by size": tower.pooling == "map",
             f"a part of {kind} reads all tokens, which it does not weight by size": tower.pooling == "tokens",
             f"it is not known what reads the tokens in {kind}": tower.output is None,
             _UNWEIGHTED.format(_implementation(attention)): _implementation(attention) not in _WEIGHTED,
@@ -269,8 +303,10 @@ class Transformer(Family):
         tower = _tower(model)
         spec = tower.spec
         edits = []
-        for attention in (at(block, spec.block.attention) for block in tower.blocks):
-            mask = partial(_size_mask, stream=stream, name=spec.block.mask, attention=attention)
+        for block in tower.blocks:
+            parts = tower.block_spec(block) or BlockSpec()
+            attention = at(block, parts.attention)
+            mask = partial(_size_mask, stream=stream, name=parts.mask, attention=attention)
             edits.append(TensorEdit(attention, "arguments", mask))
         if (probe := found_at(tower.module, spec.probe)) is not None:
             heads = int(probe.num_heads)
@@ -281,16 +317,14 @@ class Transformer(Family):
         tower, tokens = _tower(model), self.tokens_entering(model, plan)
         embedding = at(tower.module, tower.spec.patches)
         total = math.prod(tower.grid) * _weights(embedding) + _head_macs(tower, embedding, tokens[-1])
-        for block, count in zip(tower.blocks, tokens, strict=False):
-            total += count * _weights(block) + 2 * count * count * tower.attention_width
-        return total
+        return total + sum(_block_macs(tower, *each) for each in zip(tower.blocks, tokens, strict=False))
 
     def patch_grid(self, model: nn.Module) -> PatchGrid:
         tower = _tower(model)
         if tower.spec.axes == "WH":
             raise ModelError(f"{tower.spec.tower} reads spectrograms, whose patches cannot be shown")
         *frames, rows, columns = tower.grid
-        height, width = tower.projection.stride[-2:]
+        height, width = tower.stride[-2:]
         return PatchGrid(rows, columns, height, width, *frames)
 
 
@@ -348,7 +382,7 @@ def _permutation_refusal(family: Family, tower: Tower) -> str | None:
 
 
 def _site(tower: Tower, info: SiteInfo, block: nn.Module) -> Site:
-    spec, head = tower.spec.block, tower.attention_width // tower.heads
+    spec, head = tower.block_spec(block) or BlockSpec(), tower.attention_width // tower.heads
     updates = {
         "attention_update": (spec.attention_update, spec.attention_scale),
         "mlp_update": (spec.mlp_update, spec.mlp_scale),
@@ -359,23 +393,27 @@ def _site(tower: Tower, info: SiteInfo, block: nn.Module) -> Site:
         for name, (path, scale) in updates.items()
         if path
     }
+    missing: dict[str, str] = {}
     if spec.mlp_stream:
         probes["mlp_stream"] = Probe(at(block, spec.mlp_stream), "input", None if tower.batch_first else _swapped)
     if spec.query and spec.query == spec.key:
         probes |= query_and_key(at(block, spec.query), tower.heads, head)
     elif spec.query:
         split = partial(_split_heads, size=head)
-        probes["attention_query"] = Probe(at(block, spec.query), "output", split)
         probes["attention_key"] = Probe(at(block, spec.key), "output", split)
-    missing = f"the blocks of {tower.spec.tower} have no module that returns it"
+        if tower.spec.rotary and at(tower.module, tower.spec.rotary) is not None:
+            missing["attention_query"] = "positions turn its queries and keys inside the attention"
+        else:
+            probes["attention_query"] = Probe(at(block, spec.query), "output", split)
+    missing["*"] = f"the blocks of {tower.spec.tower} have no module that returns it"
     if isinstance(at(block, spec.attention), nn.MultiheadAttention):
-        missing = f"the nn.MultiheadAttention of {tower.spec.tower} computes queries and keys without a module"
+        missing["*"] = f"the nn.MultiheadAttention of {tower.spec.tower} computes queries and keys without a module"
     return Site(
         name=info.name,
         layer=info.layer,
         block=block,
         probes=probes,
-        missing={"*": missing},
+        missing=missing,
         attention_channels=tower.attention_width,
         width=tower.width,
         head=head,
@@ -402,8 +440,8 @@ def _swapped(tokens: Tensor) -> Tensor:
 
 
 def _split_heads(projected: Tensor, size: int) -> Tensor:
-    """`[B, T, heads * size]` as `[B, heads, T, size]`."""
-    return projected.unflatten(-1, (-1, size)).transpose(1, 2)
+    """`[B, T, heads * size]` as `[B, heads, T, size]`, which can be given too."""
+    return projected if projected.ndim == 4 else projected.unflatten(-1, (-1, size)).transpose(1, 2)  # noqa: PLR2004 ([B, heads, T, size])
 
 
 def _follow_arguments(
@@ -428,7 +466,8 @@ def _follow_methods(tower: Tower, stream: TokenStream) -> Callable[[], None]:
     for part in (part for part in tower.spec.follows if part.source == "method"):
         path, _, name = part.name.rpartition(".")
         for block in tower.blocks:
-            owner = at(block, path)
+            if (owner := at(block, path)) is None:
+                continue
             method = getattr(type(owner), name)
             owner.__dict__[name] = partial(_gathered, part=part, method=method, owner=owner, stream=stream)
             replaced.append((owner, name))
@@ -479,6 +518,20 @@ def _probe_mask(
     return args, {**kwargs, "attn_mask": bias}
 
 
+def _block_macs(tower: Tower, block: nn.Module, tokens: int) -> int:
+    parts = tower.block_spec(block) or BlockSpec()
+    maps = sum(_weights(at(block, path)) for path in parts.maps)
+    positions = at(block, parts.positions) if parts.positions else None
+    per_token = _weights(block) - maps - (_weights(positions) if positions is not None else 0)
+    return tokens * per_token + tokens * tokens * (2 * tower.attention_width + maps) + _position_macs(positions)
+
+
+def _position_macs(positions: Any) -> int:
+    """The MLP of relative positions, if it is one."""
+    weights = _weights(positions) if positions is not None else 0
+    return weights * positions.rel_coords_log[..., 0].numel() if weights else 0
+
+
 def _head_macs(tower: Tower, embedding: nn.Module, tokens: int) -> int:
     """Layers behind the blocks: once per image, but for an attention that pools `tokens` tokens by a few queries."""
     probe = found_at(tower.module, tower.spec.probe)
@@ -490,6 +543,14 @@ def _head_macs(tower: Tower, embedding: nn.Module, tokens: int) -> int:
     if probe is not None:
         queries = len(at(tower.module, tower.spec.queries)) if tower.spec.queries else 1
         total += _probe_macs(probe, queries, tokens)
+    for pool in tower.spec.pools:
+        with_prefix = pool.prefix if isinstance(pool.prefix, bool) else at(tower.module, pool.prefix)
+        seen = tokens + pool.extra - (0 if with_prefix else tower.prefix)
+        found = at(tower.module, pool.path)
+        for part in found if isinstance(found, nn.ModuleList) else [] if found is None else [found]:
+            total += (seen - 1) * sum(_weights(at(part, path)) for path in pool.keys) + 2 * seen * tower.width
+    if tower.spec.positions and (positions := at(tower.module, tower.spec.positions)) is not None:
+        total += _position_macs(positions) - _weights(positions)
     return total
 
 

@@ -71,6 +71,23 @@ LOGITS = Output("logits", logits=True)
 
 
 @dataclass(frozen=True)
+class Pool:
+    """Attention with one query per image over the tokens behind the blocks.
+
+    Attributes:
+        path: of the module in the tower, or of a list of modules that run one after the other; None there for none.
+        keys: paths in the module of the layers that run on each token.
+        extra: tokens that it reads besides those of the blocks.
+        prefix: whether it reads prefix tokens, or the path of this setting in the tower.
+    """
+
+    path: str
+    keys: tuple[str, ...]
+    extra: int = 0
+    prefix: bool | str = True
+
+
+@dataclass(frozen=True)
 class BlockSpec:
     """The parts of a block, as paths in it. Empty where the block has no such module.
 
@@ -78,7 +95,9 @@ class BlockSpec:
         attention: the attention.
         attention_update, mlp_update: modules whose outputs are added to the stream.
         mlp_stream: the module whose input is the stream between attention and MLP.
-        query, key: the projections to queries and keys, both the same for a fused one.
+        query, key: the projections to queries and keys, both the same for a fused one; or what returns them by head.
+        maps: linear layers that run on each entry of the attention maps.
+        positions: the MLP of relative positions, see `Spec.positions`.
         mask: argument of the attention that is added to its logits, `[B, 1, 1, T]`.
         attention_scale, mlp_scale: parameters or numbers by which the block multiplies the updates.
     """
@@ -90,6 +109,8 @@ class BlockSpec:
     query: str = ""
     key: str = ""
     mask: str = ""
+    maps: tuple[str, ...] = ()
+    positions: str = ""
     attention_scale: str = ""
     mlp_scale: str = ""
 
@@ -97,7 +118,7 @@ class BlockSpec:
     def paths(self) -> tuple[str, ...]:
         """All paths."""
         updates = (self.attention_update, self.mlp_update, self.attention_scale, self.mlp_scale)
-        return (self.attention, *updates, self.mlp_stream, self.query, self.key)
+        return (self.attention, *updates, self.mlp_stream, self.query, self.key, *self.maps)
 
 
 @dataclass(frozen=True)
@@ -107,8 +128,9 @@ class Spec:
     Attributes:
         library, tower: package and name of the class that holds the blocks. Subclasses are not covered.
         blocks: path of the list of blocks in the tower.
-        block: the parts of a block.
+        block: the parts of a block, or those of each class of blocks by its name; other classes are refused.
         patches: path of the module that turns an image into patch tokens; its convolution gives the patch grid.
+        patch: path of the height and width of a patch, for patches that a linear layer embeds.
         heads: path of the number of attention heads.
         size: paths of the size of an input along the axes of the convolution: a number or several numbers each. The
             last number stands for all axes that are left.
@@ -118,8 +140,13 @@ class Spec:
         prefix: tokens in front of the patch tokens: numbers, and paths of numbers.
         batch_first: path of the flag that says that blocks pass `[B, T, C]` on instead of `[T, B, C]`; empty if they
             always do.
+        has_class: path of the class token, or of whether there is one; empty if any prefix token stands for it.
+        rotary: path of rotary positions. If they are not None, queries are turned inside the attention, and those in
+            front of it are not given to metrics.
         follows: tensors with entries per token.
-        pooling: what reads the tokens behind the blocks.
+        pooling: what reads the tokens behind the blocks; "global_pool" if timm's setting of this name says it.
+        pools: the attentions that pool, for their cost, except `probe`.
+        positions: path of an MLP of relative positions, which runs once on each of its `rel_coords_log`.
         probe: path in the tower of the `nn.MultiheadAttention` that pools, if the model has one.
         queries: path of its queries `[Q, C]`; empty for one.
         projections: paths in the tower of matrices that are not modules, applied once per image.
@@ -130,17 +157,22 @@ class Spec:
     library: str
     tower: str
     blocks: str
-    block: BlockSpec
+    block: BlockSpec | Mapping[str, BlockSpec]
     patches: str
     heads: str
     size: str | tuple[str, ...]
     outputs: Mapping[str, Output]
+    patch: str = ""
     axes: Literal["CHW", "TCHW", "WH"] = "CHW"
     any_size: bool = False
     prefix: tuple[int | str, ...] = (1,)
     batch_first: str = ""
+    has_class: str = ""
+    rotary: str = ""
     follows: tuple[PerToken, ...] = ()
-    pooling: Pooling = "class"
+    pooling: Pooling | Literal["global_pool"] = "class"
+    pools: tuple[Pool, ...] = ()
+    positions: str = ""
     probe: str = ""
     queries: str = ""
     projections: tuple[str, ...] = ()

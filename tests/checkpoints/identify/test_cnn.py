@@ -360,7 +360,7 @@ class TestImageSize:
         import json
 
         preprocessing = Preprocessing((3, 64, 64), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
-        description = ModelDescription("a ViT", "test_vit", {}, preprocessing)
+        description = ModelDescription("a ViT", "test_vit", {"dynamic_img_size": False}, preprocessing)
         metadata = {"repshift": json.dumps({"model": description.to_dict()})}
         save_file(dict(timm.create_model("test_vit").state_dict()), tmp_path / "v.safetensors", metadata)
         with pytest.raises(CheckpointError, match="names images of 64x64, but the model takes 160x160"):

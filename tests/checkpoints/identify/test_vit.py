@@ -107,8 +107,8 @@ class TestFallbackName:
         assert found(weights_of("vit_base_patch32_clip_224"), fallback_name=name).name == name
 
     def test_it_does_not_make_a_model_supported(self) -> None:
-        tensors = weights_of("beit_base_patch16_224")
-        assert "is not supported" in refusal(tensors, fallback_name="beit_base_patch16_224").message
+        tensors = weights_of("swin_tiny_patch4_window7_224")
+        assert "is not supported" in refusal(tensors, fallback_name="swin_tiny_patch4_window7_224").message
 
     @pytest.mark.parametrize("fallback", ["deit_tiny_patch16_224", "resnet18", "deit_small_patch16_224.no_such_tag"])
     def test_it_is_ignored_if_it_does_not_fit(self, fallback: str) -> None:
@@ -228,7 +228,6 @@ class TestUnregisteredShapes:
         ("swin_tiny_patch4_window7_224", "looks like a Swin Transformer, whose windows need the whole grid"),
         ("resnest14d", "it looks like a ResNet with stages of 1, 1, 1, 1 blocks, but no timm model has these tensors"),
         ("efficientnet_b0", "looks like an EfficientNet, a MobileNet or a similar network, which is not supported"),
-        ("beit_base_patch16_224", "looks like a DINOv3, EVA, BEiT or CaiT model, which is not supported"),
     ],
 )
 def test_other_kinds_of_models_are_refused_with_the_reason(name: str, message: str) -> None:
