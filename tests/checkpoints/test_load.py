@@ -177,11 +177,11 @@ class TestFolder:
         [
             (None, "is not a model folder"),
             ("{", "is not readable JSON"),
-            ("[]", "has no key 'architecture'"),
+            ("[]", "is not a JSON object"),
             ("{}", "has no key 'architecture'"),
             ('{"architecture": 3}', "has no key 'architecture'"),
             ('{"architecture": "nothing_like_it"}', "unknown model 'nothing_like_it'"),
-            ('{"architectures": ["ViTForImageClassification"]}', "transformers library (ViTForImageClassification)"),
+            ('{"architectures": ["ViTForImageClassification"]}', "the weights do not fit ViTForImageClassification"),
             ('{"architecture": "vit_tiny_patch16_224", "model_args": {"no_such": 1}}', "cannot be built"),
             ('{"architecture": "vit_tiny_patch16_224", "model_args": [1]}', "model_args"),
             ('{"architecture": "vit_tiny_patch16_224", "pretrained_cfg": 4}', "pretrained_cfg"),

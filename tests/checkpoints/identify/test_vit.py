@@ -239,7 +239,6 @@ def test_other_kinds_of_models_are_refused_with_the_reason(name: str, message: s
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
-        ("vit.embeddings.cls_token", "a ViT of the transformers library"),
         ("trunk_output.block1.block1-0.f.a.0.weight", "a RegNet of torchvision"),
         ("backbone.layers.0.mixer.A_log", "a Mamba language model"),
     ],
