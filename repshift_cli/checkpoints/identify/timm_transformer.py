@@ -17,7 +17,7 @@ from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.errors import CheckpointError
 from repshift_cli.utils.suggest import first_names
 
-_MODULES = ("eva", "beit", "cait", "vision_transformer_relpos", "naflexvit")
+MODULES = ("eva", "beit", "cait", "vision_transformer_relpos", "naflexvit")
 
 _FIRST_BLOCK = (
     "gamma_1",
@@ -48,7 +48,7 @@ def identify(  # noqa: PLR0917
     given: Mapping[str, Any],
 ) -> Identity:
     """Find the registered model that the weights belong to; arguments and errors as `vit.identify`."""
-    alike = vit.alike(tensors, _MODULES)
+    alike = vit.alike(tensors, MODULES)
     fitting = vit.fitting(alike, tensors, where, size, given)
     if options.heads is not None:
         fitting = {name: found for name, found in fitting.items() if head_count(found[0]) == options.heads}

@@ -7,11 +7,13 @@ lists what is assumed.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.resources import files
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,10 +28,10 @@ from repshift_cli.errors import CheckpointError
 from repshift_cli.reduction.families.base import find
 from repshift_cli.utils.suggest import first_names
 
-_MODULES = ("vision_transformer", "deit", "eva")
+MODULES = ("vision_transformer", "deit", "eva")
 """timm's files of models with such tensors. Those of `eva.py` add rotary positions, which have no tensors."""
 
-_HYBRIDS = ("vision_transformer_hybrid", "vitamin")
+HYBRIDS = ("vision_transformer_hybrid", "vitamin")
 """Those of models with a convolutional network in the patch embedding."""
 
 _OTHER_HEADS = {192: (6, 12)}
@@ -111,7 +113,7 @@ def identify(  # noqa: PLR0917
         given: builder arguments, which take precedence over what the tensors show.
     """
     given, heads = given or {}, options.heads
-    models = alike(tensors, _HYBRIDS if _is_hybrid(tensors) else _MODULES)
+    models = alike(tensors, HYBRIDS if _is_hybrid(tensors) else MODULES)
     if models and not any(model.supported for model in models):
         names = first_names([model.name for model in models])
         raise CheckpointError(f"{where}: these tensors are those of {names}, which is not supported", supported())
@@ -213,13 +215,15 @@ def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[int, ...]], f
 
 
 @cache
-def _registered(modules: tuple[str, ...]) -> list[_Registered]:
-    """The models of some of timm's files."""
+def _registered(modules: tuple[str, ...], width: int | None = None) -> list[_Registered]:
+    """The models of some of timm's files, of one width or of all."""
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
-    found = []
+    found, widths = [], _widths()
     for name in (name for module in modules for name in timm.list_models(module=module)):
+        if width is not None and widths.get(name, width) != width:
+            continue
         for args in ({"depth": 1}, {}):  # a few models have arguments for each block
             with suppress(Exception):
                 model: Any = quickly_on_meta(name, args)
@@ -231,13 +235,22 @@ def _registered(modules: tuple[str, ...]) -> list[_Registered]:
     return found
 
 
+@cache
+def _widths() -> dict[str, int]:
+    """Widths of models by name, so that others need not be built (`scripts/timm_widths.py`)."""
+    found: dict[str, int] = json.loads(files("repshift_cli").joinpath("assets/timm_widths.json").read_text("utf-8"))
+    return found
+
+
 def alike(tensors: Mapping[str, Tensor], modules: tuple[str, ...]) -> list[_Registered]:
     """Models of timm's files with this block and these other names; else with these names, if none is plain."""
     block, others = _parts(tensors)
+    width = block.get("blocks.0.norm1.weight", (None,))[0]
+    if same := [model for model in _registered(modules, width) if (model.block, model.others) == (block, others)]:
+        return same
     models = _registered(modules)
     named = [model for model in models if model.others == others and model.block.keys() == block.keys()]
-    same = [model for model in named if model.block == block]
-    return same if same or any(model.plain for model in named) else named
+    return [] if any(model.plain for model in named) else named
 
 
 def _is_hybrid(tensors: Mapping[str, Tensor]) -> bool:
@@ -318,7 +331,8 @@ def _unregistered(  # noqa: PLR0917
 def _heads(shape: _Shape, where: str, alike: list[_Registered]) -> int:
     """The number by convention, if registered models with such blocks, or else of this width, have no other."""
     width, count = shape.embed_dim, shape.embed_dim // shape.head_size
-    alike = alike or [model for model in _registered(_MODULES) if model.block.get("blocks.0.norm1.weight") == (width,)]
+    models = _registered(MODULES, width)
+    alike = alike or [model for model in models if model.block.get("blocks.0.norm1.weight") == (width,)]
     common = {model.heads for model in alike if model.heads} | set(_OTHER_HEADS.get(width, ()))
     if width % shape.head_size == 0 and (shape.qk_norm or common <= {count}):
         return count

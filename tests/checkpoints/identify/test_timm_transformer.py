@@ -13,7 +13,7 @@ from tiny import images
 from torch import Tensor
 
 from repshift_cli.checkpoints.create import quickly_on_meta
-from repshift_cli.checkpoints.identify import timm_transformer
+from repshift_cli.checkpoints.identify import timm_transformer, vit
 from repshift_cli.checkpoints.identify.computation import computation
 from repshift_cli.checkpoints.identify.match import identify
 from repshift_cli.checkpoints.load import load_checkpoint
@@ -54,7 +54,7 @@ def test_by_name(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [name for module in timm_transformer._MODULES for name in timm.list_models(module=module)]
+    "name", [name for module in timm_transformer.MODULES for name in timm.list_models(module=module)]
 )
 def test_no_model_is_taken_for_one_that_computes_something_else(name: str) -> None:
     weights = weights_of(name)
@@ -106,3 +106,12 @@ def test_load(name: str, tmp_path: Path) -> None:
     assert loaded.description.preprocessing.input_size == (3, size, size)
     with torch.no_grad():
         assert torch.equal(loaded.model(images(2, size)), model(images(2, size)))
+
+
+@pytest.mark.slow
+def test_the_stored_widths_are_those_of_the_models() -> None:
+    stored = {name: width for name, width in vit._widths().items() if timm.is_model(name)}
+    assert len(stored) > 300
+    for name, width in stored.items():
+        weight = quickly_on_meta(name, {}).state_dict()["blocks.0.norm1.weight"]
+        assert len(weight) == width, name
