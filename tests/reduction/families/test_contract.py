@@ -435,7 +435,11 @@ GRAPHS = [
     Case("vim", "odd"),
     Case("vim", "double"),
 ]
-one_of_each_form = pytest.mark.parametrize("case", GRAPHS, ids=str)
+QUICK = list({case.family: case for case in reversed(GRAPHS)}.values())
+"""The first graph of each family; the others are slow tests."""
+one_of_each_form = pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in GRAPHS], ids=str
+)
 
 
 @one_of_each_form
