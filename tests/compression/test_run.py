@@ -174,12 +174,13 @@ class TestRefusals:
     def nothing_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("repshift_cli.compression.measured.measure_latency", None)
 
-    def test_an_output_that_exists(self, dense: Path, tmp_path: Path) -> None:
-        (tmp_path / "old").write_text("precious")
-        with pytest.raises(UsageError, match="already exists") as caught:
-            run(dense, output=tmp_path / "old")
+    @pytest.mark.parametrize(("name", "reason"), [("old.safetensors", "already exists"), ("old", "is not a folder")])
+    def test_an_output_that_exists(self, name: str, reason: str, dense: Path, tmp_path: Path) -> None:
+        (tmp_path / name).write_text("precious")
+        with pytest.raises(UsageError, match=reason) as caught:
+            run(dense, output=tmp_path / name)
         assert caught.value.exit_code == 2
-        assert (tmp_path / "old").read_text() == "precious"
+        assert (tmp_path / name).read_text() == "precious"
 
     def test_an_output_folder_that_is_missing(self, dense: Path, tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="does not exist"):
