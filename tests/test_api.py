@@ -180,7 +180,8 @@ def test_features_and_classes() -> None:
     assert model.forward_features(images()).shape[1] == model.plan.sites[-1].tokens_out
 
 
-def test_search_finds_a_recipe(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_search_finds_a_recipe() -> None:
     name = "builtin:vit-digits-small"
     recipe = repshift_cli.search_recipe(name, "macs=0.8", "builtin:digits", images=32, evaluations=2)
     model = repshift_cli.compress(name, recipe)

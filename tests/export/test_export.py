@@ -167,6 +167,7 @@ class TestOnnx:
         assert document.macs < document.dense_macs
         assert document.plan == artifact.load(stored(1)).plan
 
+    @pytest.mark.slow
     def test_a_long_graph_skips_the_rewriting_rules(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(onnx_graph, "_MOST_TO_REWRITE", 10)
         exported = export_to(open_family("vim"), "onnx", tmp_path / "vim.onnx")
@@ -188,7 +189,13 @@ class TestOnnx:
             wanted = artifact.load(stored(1))(inputs)
         torch.testing.assert_close(runtime.flexible(inputs), wanted, rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("options", ["merge, similarity: keys", "fuse, carry: true", "bipartite"])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            "merge, similarity: keys",
+            *(pytest.param(each, marks=pytest.mark.slow) for each in ("fuse, carry: true", "bipartite")),
+        ],
+    )
     def test_merging_reducers(self, options: str, tmp_path: Path) -> None:
         exported = export_to(reduced_vit(f"{{kind: {options}}}"), "onnx", tmp_path / "vit.onnx")
         assert exported.document.verified is not None
@@ -197,9 +204,9 @@ class TestOnnx:
         "metric",
         [
             "{kind: representation_shift, operation: block, distance: cosine, polarity: smallest}",
-            "{kind: class_attention}",
-            "{kind: attention_entropy}",
-            "{kind: random}",
+            pytest.param("{kind: class_attention}", marks=pytest.mark.slow),
+            pytest.param("{kind: attention_entropy}", marks=pytest.mark.slow),
+            pytest.param("{kind: random}", marks=pytest.mark.slow),
             f"{{kind: fitted, weights: {Fitted.of([0.5, -1.0] * 8).weights}}}",
         ],
     )
@@ -434,6 +441,7 @@ class _Zeros:
 
 
 class TestProgram:
+    @pytest.mark.slow
     def test_operations_are_of_torch_and_without_scatter(self) -> None:
         for family in FAMILIES:
             opened = open_family(family)

@@ -509,6 +509,7 @@ class TestArtifact:
         with torch.no_grad():
             assert torch.equal(opened.model.encode_video(umt_clips(opened)), wanted)
 
+    @pytest.mark.slow
     def test_in_another_process(self, tmp_path: Path) -> None:
         written = {}
         for reducer, metric in (("prune", "mlp"), ("vid_tldr", "entropy")):

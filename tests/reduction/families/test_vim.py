@@ -409,6 +409,7 @@ class TestModule:
 
 
 class TestArtifact:
+    @pytest.mark.slow
     def test_in_another_process(self, tmp_path: Path) -> None:
         wanted, path = self.written("middle", tmp_path)
         torch.save(vim_images(tiny_vim(), 3), tmp_path / "images.pt")
