@@ -154,7 +154,7 @@ def test_an_unknown_builtin_model(command: str, cli: Command) -> None:
         (["--calibration-images", "3"], ["--calibration-images"]),
         (["--model", "vit_bas_patch16_224"], ["unknown model 'vit_bas_patch16_224'", "Did you mean"]),
         (["--no-such-option"], ["--no-such-option"]),
-        (["-o", "."], ["is not a regular file"]),
+        (["-o", "."], [". already exists"]),
     ],
 )
 def test_options_of_compress(arguments: list[str], words: list[str], cli: Command, dense: Path) -> None:

@@ -202,7 +202,7 @@ class TestInspect:
         save_weights(model, tmp_path / "parallel.safetensors")
         outcome = cli("inspect", tmp_path / "parallel.safetensors")
         assert outcome.rc == 3
-        assert "unknown: blocks.0.attns" in " ".join(outcome.stderr.split())
+        assert "compute something else than a plain ViT: vit_" in " ".join(outcome.stderr.split())
 
 
 class TestRecipes:

@@ -29,7 +29,8 @@ from repshift_cli.data.sources.class_labels import imagenet_wnids
 from repshift_cli.errors import CheckFailed, DataError, ModelError, UsageError
 from repshift_cli.planning.layout import PatchGrid
 from repshift_cli.reduction.compressed_model import CompressedModel
-from repshift_cli.reduction.families.base import families, match
+from repshift_cli.reduction.families.base import match
+from repshift_cli.reduction.families.timm_vit import TimmViT
 from repshift_cli.visualize.draw import kept_clips_figure, kept_tokens_figure, save_figure
 from repshift_cli.visualize.patches import (
     fade_dropped,
@@ -72,7 +73,7 @@ class TestPatches:
 
     def test_a_model_without_a_grid(self) -> None:
         with pytest.raises(ModelError, match="Linear has no grid of patches"):
-            families()[0].patch_grid(nn.Linear(2, 2))
+            TimmViT().patch_grid(nn.Linear(2, 2))
 
     def test_masks_cover_exactly_the_patches(self) -> None:
         patches = PatchGrid(rows=2, columns=3, height=4, width=5)
