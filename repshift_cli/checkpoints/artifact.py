@@ -126,7 +126,12 @@ class Writer:
     calibration: dict[str, Any] | None
 
     def __call__(self, compressed: CompressedModel, path: Path, force: bool) -> Path:
-        tensors = {key: value.detach().cpu() for key, value in compressed.state_dict().items()}
+        absent = getattr(compressed.model, "missing", ())
+        tensors = {
+            key: value.detach().cpu()
+            for key, value in compressed.state_dict().items()
+            if not (key in absent and value.isnan().all())
+        }
         loaded = LoadedModel(compressed.model, self._describe(compressed.model), self.source, tensors)
         document = make_document(loaded, compressed.plan, self.recipe, self.calibration, {})
         save(path, loaded, document, force)

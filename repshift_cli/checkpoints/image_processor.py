@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
 from repshift_cli.checkpoints.folders import read_config
 from repshift_cli.errors import CheckpointError, first_line
+from repshift_cli.reduction.families.transformer import Tower
 
 _FILES = (
     ("processor_config.json", "image_processor"),
@@ -55,6 +58,21 @@ def default_processor(model_type: str) -> dict[str, Any]:
         return _fields({}, model_type, model_type)
     except CheckpointError:
         return {}
+
+
+def usual_preprocessing(tower: Tower) -> dict[str, Any]:
+    """Fields of `Preprocessing` of a model without processor files: the size that it takes, and usual statistics.
+
+    The columns and rows of a spectrogram stand for height and width.
+    """
+    *frames, channels, height, width = tower.input_size if len(tower.input_size) > len("WH") else (1, *tower.input_size)
+    rgb = channels == len(IMAGENET_DEFAULT_MEAN)
+    usual: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": 1.0, "mean": (0.5,) * channels}
+    usual |= {"std": usual["mean"]} | ({"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD} if rgb else {})
+    model_type = getattr(getattr(tower.module, "config", None), "model_type", None)
+    if rgb and model_type:
+        usual |= default_processor(model_type)
+    return usual | {"input_size": (channels, height, width), "frames": frames[0] if frames else None}
 
 
 def _fields(values: Any, model_type: str, where: str) -> dict[str, Any]:

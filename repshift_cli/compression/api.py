@@ -22,6 +22,7 @@ from repshift_cli.compression.settings import Settings
 from repshift_cli.errors import UsageError
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.compressed_model import CompressedModel, detach, is_attached
+from repshift_cli.reduction.families.transformer import as_function
 from repshift_cli.reduction.metrics.base import build_metric
 from repshift_cli.search.job import SearchRequest
 from repshift_cli.search.target import SearchTarget
@@ -119,11 +120,11 @@ def search_recipe(
     )
     request = SearchRequest(SearchTarget.parse(target), evaluations, tuple(reducers), seconds=1.0)
     notes, start = Notes(progress or Silent()), checked_recipe(recipe)
-    loaded = (
-        wrap_module(_dense(model), None)
-        if isinstance(model, nn.Module)
-        else load_dense(model, settings.load, start, notes)
-    )
+    if isinstance(model, nn.Module):
+        loaded = wrap_module(_dense(model), None)
+        loaded.model = as_function(loaded.model)
+    else:
+        loaded = load_dense(model, settings.load, start, notes)
     found = search_loaded(loaded, start, request, settings, notes)
     found.result.check_met(False, warnings.warn)
     return found.recipe

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from repshift_cli.calibration.calibrate import Calibration, calibrate
 from repshift_cli.checkpoints.build import set_image_size
+from repshift_cli.checkpoints.image_processor import usual_preprocessing
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import LoadOptions
@@ -18,11 +19,12 @@ from repshift_cli.checkpoints.weights import Source
 from repshift_cli.compression.notes import Notes
 from repshift_cli.compression.recipe import check_recipe_model
 from repshift_cli.data.preprocessing import Preprocessing
-from repshift_cli.errors import CheckpointError
+from repshift_cli.errors import CheckpointError, UsageError
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe, default_recipe
 from repshift_cli.reduction.checks import check_feeds
 from repshift_cli.reduction.families.base import match
+from repshift_cli.reduction.families.transformer import as_function, tower_of
 from repshift_cli.reduction.metrics.base import build_metric
 from repshift_cli.reduction.plans import has_open_fields, resolve_for, with_defaults
 
@@ -55,7 +57,7 @@ class CompressionJob:
     def calibrate(self, images: Tensor, identity: dict[str, Any], *, batch_size: int) -> Calibration:
         """Choose the open fields on preprocessed images `[n, ...]`."""
         return calibrate(
-            self.loaded.model,
+            as_function(self.loaded.model),
             self.family,
             self.plan,
             images=images,
@@ -112,11 +114,21 @@ def load_dense(
 
 
 def wrap_module(model: nn.Module, img_size: int | None) -> LoadedModel:
-    """Describe a model in memory. Without an image size of its own 224 is assumed, as in timm."""
+    """Describe a model in memory. Without an image size of its own 224 is assumed, as in timm.
+
+    Raises:
+        ModelError: it is not supported.
+        UsageError: it does not take this image size.
+    """
     match(model)
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     name = str(config.get("architecture") or type(model).__name__)
-    description = ModelDescription(name, None, {}, Preprocessing.of_model(model))
+    tower = None if config else tower_of(model)
+    preprocessing = Preprocessing.from_dict(usual_preprocessing(tower)) if tower else Preprocessing.of_model(model)
+    if tower and not tower.spec.any_size and img_size not in (None, *preprocessing.input_size[1:]):
+        height, width = preprocessing.input_size[1:]
+        raise UsageError(f"img_size={img_size}: this {name} takes inputs of {height}x{width}", "Leave it out.")
+    description = ModelDescription(name, None, {}, preprocessing)
     loaded = LoadedModel(model, description, Source("object", None, None), dict(model.state_dict()))
     set_image_size(loaded, img_size)
     return loaded

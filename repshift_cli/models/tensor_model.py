@@ -20,6 +20,7 @@ class TensorModel(nn.Module):
         pretrained_cfg: preprocessing, where timm's models have it.
         img_size: height and width of the images, None if it takes any.
         frames: frames of a clip, None for a model of single images.
+        missing: keys of weights that its file lacks. They are NaN, and the tensor does not depend on them.
     """
 
     def __init__(  # noqa: PLR0917
@@ -33,6 +34,7 @@ class TensorModel(nn.Module):
         self.pretrained_cfg: dict[str, Any] = {}
         self.img_size: tuple[int, int] | None = None
         self.frames: int | None = None
+        self.missing: tuple[str, ...] = ()
 
     def forward(self, images: Tensor) -> Tensor:
         """The tensor of a batch of images."""

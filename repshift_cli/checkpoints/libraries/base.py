@@ -76,7 +76,11 @@ class Library(ABC):
         raise NotImplementedError(self.name)
 
     def describe(self, model: nn.Module, preprocessing: Preprocessing) -> ModelDescription | None:
-        """The description of a model in memory; None if it is not of this library, or could not be built from one."""
+        """The description of a dense or hooked model in memory; None if it is not a model of this library.
+
+        Raises:
+            CheckpointError: what is built from the description would not compute the same.
+        """
         return None
 
     def write(self, folder: Path, loaded: LoadedModel, document: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from repshift_cli.checkpoints.build import check_fit
 from repshift_cli.checkpoints.create import check_depth, check_runs
+from repshift_cli.checkpoints.identify.computation import computation
 from repshift_cli.checkpoints.identify.identity import Identity
 from repshift_cli.checkpoints.identify.sizes import check_divides, check_heads
 from repshift_cli.checkpoints.libraries.base import Library
@@ -75,6 +76,19 @@ class Torchvision(Library):
         notes = [f"detected {name} of torchvision from tensor names and shapes"]
         notes += [f"assumed the preprocessing of {weights}"] if weights else []
         return Identity(name, f"{self.name}:{name}", args, preprocessing, dict(tensors), notes)
+
+    def describe(self, model: nn.Module, preprocessing: Preprocessing) -> ModelDescription | None:
+        inner: Any = model.inner if isinstance(model, TensorModel) else model
+        if type(inner).__module__.partition(".")[0] != self.name or type(inner).__name__ != _KIND:
+            return None
+        where = f"the {_KIND}"
+        sizes, args = _sizes(inner.state_dict(), where)
+        args |= {**sizes, "num_heads": inner.encoder.layers[0].num_heads}
+        rebuilt = _on_meta(_KIND, args, where)
+        check_fit(rebuilt, inner.state_dict(), _KIND, where)
+        if computation(rebuilt) != computation(inner):
+            raise CheckpointError(f"{where} was built with arguments that are not sizes, or changed")
+        return ModelDescription(_KIND, f"{self.name}:{_KIND}", args, preprocessing)
 
 
 def _sizes(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, int], dict[str, int]]:

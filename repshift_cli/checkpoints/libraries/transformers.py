@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints.artifact import write_tensors
 from repshift_cli.checkpoints.build import configure
 from repshift_cli.checkpoints.create import check_depth, check_runs
 from repshift_cli.checkpoints.folders import OWNER, copy_small_files, read_config
+from repshift_cli.checkpoints.identify.computation import computation
 from repshift_cli.checkpoints.identify.identity import Identity
 from repshift_cli.checkpoints.identify.sizes import check_heads
-from repshift_cli.checkpoints.image_processor import default_processor, read_processor
+from repshift_cli.checkpoints.image_processor import read_processor, usual_preprocessing
 from repshift_cli.checkpoints.libraries.base import Library
 from repshift_cli.checkpoints.load import note_assumed, read_folder_weights
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
@@ -31,7 +31,7 @@ from repshift_cli.checkpoints.weights import FORMAT_VERSION
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, OutputError, UsageError, first_line
 from repshift_cli.models.tensor_model import TensorModel
-from repshift_cli.reduction.families.transformer import Tower, all_specs, tower_of
+from repshift_cli.reduction.families.transformer import Tower, all_specs, as_function, tower_of
 from repshift_cli.reduction.specs.spec import Output
 from repshift_cli.utils.documents import parse_document
 from repshift_cli.utils.suggest import first_names, nearest
@@ -90,7 +90,7 @@ class Transformers(Library):
             document = parse_document(json.dumps(stored), str(path), "format_version", FORMAT_VERSION)
         fitted = _Fitted(name, config, weights.tensors, where)
         if document is None:
-            preprocessing, stated = _preprocessing(fitted, config, folder, options)
+            preprocessing, stated = _preprocessing(fitted, folder, options)
         else:
             preprocessing, stated = _described(document, f"{self.name}:{name}", where), PREPROCESSING
         model = fitted.model(preprocessing)
@@ -119,6 +119,20 @@ class Transformers(Library):
             f"Give the folder that holds the file and its {_CONFIG}.",
         )
 
+    def describe(self, model: nn.Module, preprocessing: Preprocessing) -> ModelDescription | None:
+        inner: Any = model.inner if isinstance(model, TensorModel) else model
+        name, where = type(inner).__name__, "the model"
+        if type(inner).__module__.partition(".")[0] != self.name or name not in _outputs():
+            return None
+        config = {**json.loads(inner.config.to_json_string(use_diff=False)), "architectures": [name]}
+        rebuilt = _Fitted(name, config, inner.state_dict(), where)
+        rebuilt.model(preprocessing)
+        if computation(rebuilt.inner) != computation(inner):
+            raise CheckpointError(
+                f"the {name} does not compute what its configuration describes", "It was changed after it was built."
+            )
+        return ModelDescription(name, f"{self.name}:{name}", {"config": config}, preprocessing)
+
     def write(self, folder: Path, loaded: LoadedModel, document: Mapping[str, Any]) -> None:
         write_tensors(folder / _WEIGHTS, loaded.tensors, document)
         description = loaded.description
@@ -137,7 +151,8 @@ class _Fitted:
     """A model of transformers with its weights, and what is known about it.
 
     Attributes:
-        tower: the part of the model that a spec describes.
+        inner: the model of transformers.
+        tower: the part of it that a spec describes.
         frames: frames of a clip, None for a model of single images.
         notes: for the user.
     """
@@ -146,13 +161,15 @@ class _Fitted:
         """Raises CheckpointError if the class is not known, or configuration and tensors contradict each other."""
         self.name, self.where, self.notes = name, where, list[str]()
         kind = _class(name)
-        self._output = _outputs()[name]
         if config.get("quantization_config"):
             raise CheckpointError(f"{where}: quantized weights are not supported", "Give the model that was quantized.")
         _check_types(tensors, where)
         check_depth(config, tensors, name, where)
         try:
             settings = kind.config_class.from_dict(_harmless(config))
+            if getattr(settings, "mask_ratio", 0):
+                settings.mask_ratio = 0
+                self.notes.append("mask_ratio is set to 0, since its features are those of all patches")
             with _quiet(), torch.device("meta"):
                 self._shapes = kind(settings).eval()
         except Exception as error:  # it raises errors of every kind for invalid values
@@ -160,13 +177,17 @@ class _Fitted:
         needed, given = (sum(map(Tensor.numel, each)) for each in (self._shapes.parameters(), tensors.values()))
         if needed > 2 * given + _SPARE:
             raise CheckpointError(f"{where}: {_CONFIG} describes {needed} weights, but the file holds {given}")
-        self._inner, self._missing = self._load(kind, settings, tensors)
-        tower = tower_of(self._inner)
+        self.inner, self._missing = self._load(kind, settings, tensors)
+        tower = tower_of(self.inner)
         assert tower is not None, f"no spec describes the tower of {name}"
         self.tower: Tower = tower
-        self.num_classes = int(settings.num_labels) if self._output.logits else 0
         frames = getattr(tower.module.config, "num_frames", None)
         self.frames = None if frames is None else int(frames)
+        if tower.spec.axes == "WH":
+            raise CheckpointError(
+                f"{where}: {name} reads spectrograms, and files are supported for models of images and clips",
+                "In Python, `repshift_cli.compress(model)` reduces it.",
+            )
         if (channels := tower.projection.in_channels) != _CHANNELS:
             raise CheckpointError(f"{where}: {_CHANNELS} input channels are supported, these weights take {channels}")
 
@@ -203,8 +224,8 @@ class _Fitted:
         Raises:
             CheckpointError: it does not run, or its output needs weights that are missing.
         """
-        model, shape = self._wrapped(self._inner, preprocessing), preprocessing.shape
-        weights = self._inner.state_dict()
+        model, shape = self._wrapped(self.inner, preprocessing), preprocessing.shape
+        weights = self.inner.state_dict()
         for key in self._missing:
             weights[key].fill_(torch.nan)  # never a random number
         try:
@@ -223,13 +244,12 @@ class _Fitted:
         if self._missing:
             text = f"{len(self._missing)} weights that the output does not need are missing"
             self.notes.append(f"{text}: {first_names(self._missing)}")
+            model.missing = tuple(self._missing)
         return model
 
     def _wrapped(self, inner: nn.Module, preprocessing: Preprocessing) -> TensorModel:
-        output = self._output
-        model = TensorModel(
-            inner, output.tensor, output.call, output.arguments, self.tower.prefix, num_classes=self.num_classes
-        )
+        model = as_function(inner)
+        assert isinstance(model, TensorModel)
         model.img_size, model.frames = self.size if self.fixed else None, self.frames
         configure(model, preprocessing)
         return model
@@ -249,15 +269,11 @@ class _Fitted:
         return CheckpointError(f"{self.where}: the weights do not fit {self.name} as in {_CONFIG}: {problems}")
 
 
-def _preprocessing(
-    fitted: _Fitted, config: Mapping[str, Any], folder: Path, options: LoadOptions
-) -> tuple[Preprocessing, tuple[str, ...]]:
+def _preprocessing(fitted: _Fitted, folder: Path, options: LoadOptions) -> tuple[Preprocessing, tuple[str, ...]]:
     """The preprocessing of the processor files, and the fields that they state."""
-    model_type = str(config.get("model_type"))
-    usual = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "interpolation": "bicubic", "crop_pct": 1.0}
-    usual |= default_processor(model_type) | {"frames": fitted.frames, "input_size": (_CHANNELS, *fitted.size)}
+    usual = usual_preprocessing(fitted.tower)
     try:
-        found = read_processor(folder, model_type)
+        found = read_processor(folder, str(fitted.tower.module.config.model_type))
     except CheckpointError as error:
         if options.preprocessing.keys() != set(PREPROCESSING):
             raise

@@ -194,6 +194,16 @@ def tower_of(model: nn.Module) -> Tower | None:
     return None
 
 
+def as_function(model: nn.Module) -> nn.Module:
+    """The model as a function from inputs to one tensor: itself, or a `TensorModel` for a class that needs one."""
+    output, tower = output_of(model), tower_of(model)
+    if output is None or tower is None or (output.call == "forward" and not output.tensor):
+        return model
+    classes = int(tower.model.config.num_labels) if output.logits else 0  # type: ignore[union-attr, arg-type]
+    made = TensorModel(model, output.tensor, output.call, output.arguments, tower.prefix, classes)
+    return made.train(model.training)
+
+
 def _check_paths(tower: Tower) -> None:
     spec, block = tower.spec, None
     try:
