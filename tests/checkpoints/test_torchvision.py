@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.models import VisionTransformer
 
+import repshift_cli
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.libraries.torchvision import Torchvision
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import ModelDescription
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.errors import CheckpointError
+from repshift_cli.errors import CheckpointError, ModelError
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.plans import resolve_for
 
@@ -67,6 +69,18 @@ def test_a_training_checkpoint_with_old_names(tmp_path: Path) -> None:
     loaded = load_checkpoint(path, HEADS)
     with torch.no_grad():
         assert torch.equal(loaded.model(images()), tiny()(images()))
+
+
+def test_a_model_in_memory(tmp_path: Path) -> None:
+    compressed = repshift_cli.compress(tiny(representation_size=20), Recipe.parse(RECIPE))
+    assert compressed.preprocessing is not None
+    assert compressed.preprocessing.input_size == (3, 32, 32)
+    loaded = repshift_cli.load(compressed.save(tmp_path / "x.safetensors"))
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), compressed(images()))
+    changed = tiny(norm_layer=partial(torch.nn.LayerNorm, eps=0.1))
+    with pytest.raises(ModelError, match="was built with arguments that are not sizes"):
+        repshift_cli.compress(changed, Recipe.parse(RECIPE)).save(tmp_path / "y.safetensors")
 
 
 def test_a_compressed_file(file: Path, tmp_path: Path) -> None:

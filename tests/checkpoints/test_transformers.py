@@ -16,6 +16,7 @@ import torch
 from outcome import Command, explained
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_transformers import MODELS, tiny_inputs, tiny_transformer
 from torch import Tensor, nn
 
 import repshift_cli
@@ -23,8 +24,13 @@ from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.weights import read_weights
-from repshift_cli.errors import CheckpointError, UsageError
+from repshift_cli.compression.job import CompressionJob, wrap_module
+from repshift_cli.compression.notes import Notes
+from repshift_cli.errors import CheckpointError, ModelError, UsageError
 from repshift_cli.planning.recipe import Recipe
+from repshift_cli.reduction.compressed_model import is_attached
+from repshift_cli.reduction.families.transformer import tower_of
+from repshift_cli.utils.progress import Silent
 
 transformers = pytest.importorskip("transformers")
 
@@ -133,6 +139,165 @@ class TestClasses:
         assert not torch.equal(run(output), output_of(made(name), name))
 
 
+FILES = [name for name in MODELS if not name.startswith("AST")]
+"""The classes whose folders are read."""
+
+IN_MEMORY = ("ViTModel", "DINOv3ViTModel", "CLIPModel", "VideoMAEModel", "BeitModel", "VisionEncoderDecoderModel")
+"""The classes of the quick tests of models in memory."""
+
+FIRST = ("ViTModel", "DeiTModel", "ViTMSNModel", "VivitModel")
+PROCESSOR_OF = {"videomae": "VideoMAE", "vivit": "Vivit", "dinov2": "Bit", "dinov2_with_registers": "Bit"}
+PROCESSOR_OF |= {"clip_vision_model": "CLIP", "siglip_vision_model": "Siglip", "dinov3_vit": "DINOv3ViT"}
+PROCESSOR_OF |= {"beit": "Beit", "deit": "DeiT"}
+"""By the model type of the tower; others have that of ViT."""
+
+
+COUNT = 4
+"""Images. The rounding of products of fewer rows depends on where their matrices are in memory."""
+
+
+def library_output(model: Any, inputs: Tensor) -> Tensor:
+    """The output of a model, by the code of the library alone."""
+    name = type(model).__name__
+    with torch.no_grad():
+        if name in ("CLIPModel", "SiglipModel"):
+            return model.get_image_features(pixel_values=inputs).pooler_output
+        if name == "VisionEncoderDecoderModel":
+            return model.encoder(inputs).last_hidden_state[:, 1:].mean(dim=1)
+        if "MAEModel" in name or "MAEForPre" in name:
+            order = {} if name.startswith("Video") else {"noise": torch.arange(16).expand(len(inputs), -1)}
+            encoder = getattr(model, "vit", model)
+            return encoder(inputs, **order).last_hidden_state[:, len(order) :].mean(dim=1)
+        result = model(inputs)
+    if name in FIRST:
+        return result.last_hidden_state[:, 0]
+    if name == "IJepaModel":
+        return result.last_hidden_state.mean(dim=1)
+    return next(
+        found
+        for key in ("logits", "image_embeds", "pooler_output")
+        if (found := getattr(result, key, None)) is not None
+    )
+
+
+def save_processor(model: nn.Module, size: int, folder: Path) -> None:
+    tower = tower_of(model)
+    assert tower is not None
+    kind = f"{PROCESSOR_OF.get(tower.module.config.model_type, 'ViT')}ImageProcessor"
+    side = {"height": size, "width": size}
+    shortest = kind.startswith(("CLIP", "Bit", "Video", "Vivit"))
+    values = {"size": {"shortest_edge": size} if shortest else side}
+    crop = {"crop_size": side} if shortest or kind.startswith("DeiT") else {}
+    getattr(transformers, kind)(**values, **crop).save_pretrained(folder)
+
+
+class TestEveryClass:
+    @pytest.mark.parametrize("name", FILES)
+    def test_folders(self, name: str, tmp_path: Path) -> None:
+        model = tiny_transformer(name)
+        inputs = tiny_inputs(model, COUNT)
+        dense = library_output(model, inputs)
+        model.save_pretrained(tmp_path / "m")
+        save_processor(model, inputs.shape[-1], tmp_path / "m")
+        loaded = load_checkpoint(tmp_path / "m")
+        assert torch.equal(loaded.model(inputs), dense)
+        assert loaded.description.preprocessing.shape == inputs.shape[1:]
+        assert not any("assumed" in note for note in loaded.notes)
+        compressed = repshift_cli.compress(tmp_path / "m", Recipe.parse(RECIPE))
+        output = compressed.save(tmp_path / "out")
+        assert (output / "preprocessor_config.json").exists()
+        with torch.no_grad():
+            reduced = compressed(inputs)
+            assert torch.equal(repshift_cli.load(output)(inputs), reduced)
+            with compressed.dense():
+                assert torch.equal(compressed(inputs), dense)
+        assert not torch.equal(reduced, dense)
+        opened = type(model).from_pretrained(output).eval()
+        assert torch.equal(library_output(opened, inputs), dense)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(name, marks=[] if name in IN_MEMORY else [pytest.mark.slow])
+            for name in FILES
+            if not name.startswith("ViTMAE")
+        ],
+    )
+    def test_models_in_memory(self, name: str, tmp_path: Path) -> None:
+        model = tiny_transformer(name)
+        inputs = tiny_inputs(model, COUNT)
+        dense = library_output(model, inputs)
+        compressed = repshift_cli.compress(model, Recipe.parse(RECIPE))
+        assert compressed.preprocessing is not None
+        assert compressed.preprocessing.shape == inputs.shape[1:]
+        reduced = library_output(model, inputs)
+        assert not torch.equal(reduced, dense)
+        for output in (tmp_path / "x.safetensors", tmp_path / "out"):
+            loaded = repshift_cli.load(compressed.save(output))
+            assert loaded.preprocessing == compressed.preprocessing
+            with torch.no_grad():
+                assert torch.equal(loaded(inputs), reduced)
+        opened = type(model).from_pretrained(tmp_path / "out").eval()
+        assert torch.equal(library_output(opened, inputs), dense)
+
+
+class TestModelsInMemory:
+    @pytest.mark.parametrize("name", ["ViTForImageClassification", "CLIPModel", "VideoMAEModel", "ASTModel"])
+    def test_calibration_and_search_run_on_one_tensor(self, name: str) -> None:
+        model = tiny_transformer(name)
+        recipe = Recipe.parse(
+            "version: 1\nmetric: {kind: representation_shift}\nlayers: [{layer: 0, keep_tokens: 5}]\n"
+        )
+        job = CompressionJob(wrap_module(model, None), recipe, Notes(Silent()))
+        found = job.calibrate(tiny_inputs(model, 16), {"where": "tensor", "count": 16}, batch_size=8)
+        assert len(found.specs) == 1
+        assert not is_attached(model)
+
+    def test_a_changed_model_is_not_saved(self, tmp_path: Path) -> None:
+        model = tiny_transformer("ViTForImageClassification")
+        model.vit.layers[1].mlp.activation_fn = nn.ReLU()
+        compressed = repshift_cli.compress(model, Recipe.parse(RECIPE))
+        with pytest.raises(ModelError, match="does not compute what its configuration describes"):
+            compressed.save(tmp_path / "x.safetensors")
+        model.classifier = nn.Linear(32, 3)
+        with pytest.raises(ModelError, match=r"classifier\.bias is \[3\], not \[7\]"):
+            compressed.save(tmp_path / "x.safetensors")
+
+    def test_image_sizes(self) -> None:
+        with pytest.raises(UsageError, match="takes inputs of 32x32"):
+            repshift_cli.compress(tiny_transformer("ViTModel"), Recipe.parse(RECIPE), img_size=48)
+        compressed = repshift_cli.compress(tiny_transformer("Dinov2Model"), Recipe.parse(RECIPE), img_size=48)
+        assert (compressed.plan.patch_tokens, compressed.preprocessing.input_size) == (36, (3, 48, 48))
+
+    def test_the_model_of_a_folder(self, vit: Path, tmp_path: Path) -> None:
+        loaded = load_checkpoint(vit)
+        model = repshift_cli.compress(loaded.model, Recipe.parse(RECIPE))
+        assert torch.equal(run(model.save(tmp_path / "out")), run(compressed(vit, tmp_path / "wanted")))
+
+    def test_spectrograms(self, tmp_path: Path) -> None:
+        model = tiny_transformer("ASTModel")
+        model.save_pretrained(tmp_path / "m")
+        with pytest.raises(CheckpointError, match="reads spectrograms") as caught:
+            load_checkpoint(tmp_path / "m")
+        assert "In Python" in str(caught.value)
+        compressed = repshift_cli.compress(model, Recipe.parse(RECIPE))
+        assert compressed(tiny_inputs(model)).pooler_output.shape == (3, 32)
+        with pytest.raises(CheckpointError, match="reads spectrograms"):
+            compressed.save(tmp_path / "x.safetensors")
+
+
+def test_a_masked_autoencoder_sees_all_patches(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    model = tiny_transformer("ViTMAEModel")
+    model.save_pretrained(folder)
+    edit(folder, mask_ratio=0.75)
+    loaded = load_checkpoint(folder)
+    assert torch.equal(loaded.model(images()), library_output(model, images()))
+    assert any("mask_ratio is set to 0" in note for note in loaded.notes)
+    output = repshift_cli.compress(folder, Recipe.parse(RECIPE)).save(tmp_path / "out")
+    assert json.loads((output / "config.json").read_text())["mask_ratio"] == 0.75
+
+
 class TestFolders:
     def test_shards(self, tmp_path: Path) -> None:
         folder = saved("ViTForImageClassification", tmp_path / "m", max_shard_size="60KB")
@@ -212,6 +377,7 @@ class TestFolders:
         explained(cli("inspect", vit, "--heads", 4), 3, "has 2 attention heads, not 4")
         explained(cli("compress", "vit_tiny_patch16_224", "-o", tmp_path / "x"), 2, "is a safetensors file")
 
+    @pytest.mark.slow
     def test_in_a_new_process(self, vit: Path, tmp_path: Path) -> None:
         output = compressed(vit, tmp_path / "out")
         code = (
@@ -243,6 +409,12 @@ class TestWeights:
         assert any("2 weights that the output does not need are missing: pooler" in note for note in loaded.notes)
         assert any("2 tensors are kept but not used by ViTModel: classifier" in note for note in loaded.notes)
         assert loaded.model.get_parameter("inner.pooler.dense.bias").isnan().all()
+        # they are not written
+        model = repshift_cli.compress(vit, Recipe.parse(RECIPE))
+        for output, weights in ((vit.parent / "x.safetensors", ""), (vit.parent / "out", "model.safetensors")):
+            assert torch.equal(run(model.save(output)), model(images()))
+            tensors = load_file(output / weights)
+            assert not any("pooler" in key or value.isnan().any() for key, value in tensors.items())
 
     @pytest.mark.parametrize(
         ("config", "error"),

@@ -168,7 +168,7 @@ class _Fitted:
         try:
             settings = kind.config_class.from_dict(_harmless(config))
             if getattr(settings, "mask_ratio", 0):
-                settings.mask_ratio = 0
+                settings.mask_ratio = 0.0
                 self.notes.append("mask_ratio is set to 0, since its features are those of all patches")
             with _quiet(), torch.device("meta"):
                 self._shapes = kind(settings).eval()

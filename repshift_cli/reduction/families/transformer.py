@@ -201,7 +201,8 @@ def as_function(model: nn.Module) -> nn.Module:
         return model
     classes = int(tower.model.config.num_labels) if output.logits else 0  # type: ignore[union-attr, arg-type]
     made = TensorModel(model, output.tensor, output.call, output.arguments, tower.prefix, classes)
-    return made.train(model.training)
+    made.training = model.training
+    return made
 
 
 def _check_paths(tower: Tower) -> None:
