@@ -286,6 +286,63 @@ class TestModelsInMemory:
             compressed.save(tmp_path / "x.safetensors")
 
 
+def photos(folder: Path, count: int = 40) -> Path:
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(count):
+        noise = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        noise.resize((40, 36), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
+    return folder
+
+
+RELOAD = """
+import sys, torch, transformers, repshift_cli
+from safetensors.torch import load_file, save_file
+name, folder, given, output = sys.argv[1:]
+x = load_file(given)["x"]
+model = getattr(transformers, name).from_pretrained(folder).eval()
+with torch.no_grad():
+    dense = model.get_image_features(pixel_values=x) if name == "CLIPModel" else model(x)
+    save_file({"reduced": repshift_cli.load(folder)(x), "dense": dense.pooler_output.contiguous()}, output)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Dinov2Model", "CLIPModel"])
+def test_all_commands_in_new_processes(name: str, shell: Command, tmp_path: Path) -> None:
+    model = tiny_transformer(name)
+    inputs = tiny_inputs(model, COUNT)
+    folder, output = tmp_path / "m", tmp_path / "out"
+    model.save_pretrained(folder)
+    save_processor(model, 32, folder)
+    given = photos(tmp_path / "photos")
+    for command in (
+        ("inspect", folder),
+        ("compress", folder, "--calibration", given, "-o", output, "--seconds", 0, "--force"),
+        ("inspect", output),
+        ("bench", output, "--seconds", 0),
+        ("export", output, "--to", "onnx", "-o", tmp_path / "x.onnx"),
+        ("visualize", output, "--data", given, "-o", tmp_path / "x.png"),
+    ):
+        outcome = shell(*command)
+        assert outcome.rc == 0, (command, outcome.stderr)
+    explained(shell("export", output, "--to", "hub"), 2, "-o FOLDER` writes the form of transformers")
+    save_file({"x": inputs}, tmp_path / "x.safetensors")
+    paths = [str(path) for path in (output, tmp_path / "x.safetensors", tmp_path / "y.safetensors")]
+    subprocess.run([sys.executable, "-c", RELOAD, name, *paths], check=True, timeout=120)
+    found = load_file(tmp_path / "y.safetensors")
+    assert torch.equal(found["dense"], library_output(model, inputs))
+    with torch.no_grad():
+        assert torch.equal(found["reduced"], repshift_cli.load(output)(inputs))
+    assert not torch.equal(found["reduced"], found["dense"])
+
+
+def test_the_hub_is_for_models_of_timm(vit: Path, recipe: Path, cli: Command, tmp_path: Path) -> None:
+    outcome = cli("export", vit, "-r", recipe, "--to", "hub", "-o", tmp_path / "hub")
+    explained(outcome, 2, "this is a model of transformers", "-o FOLDER` writes the form of transformers")
+    assert not (tmp_path / "hub").exists()
+
+
 def test_a_masked_autoencoder_sees_all_patches(tmp_path: Path) -> None:
     folder = tmp_path / "m"
     model = tiny_transformer("ViTMAEModel")

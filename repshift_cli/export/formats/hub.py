@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repshift_cli.errors import CheckFailed
+from repshift_cli.errors import CheckFailed, UsageError
 from repshift_cli.export.format import Draft, Format
 from repshift_cli.utils.files import LARGEST_DOCUMENT, open_file
 
@@ -31,9 +31,16 @@ def _write(subject: Subject, request: Request, path: Path, progress: Progress) -
     import timm
 
     from repshift_cli.checkpoints import artifact
+    from repshift_cli.checkpoints.libraries.base import library_of
 
-    document = subject.document(request, subject.run(subject.examples(request)).output)
     architecture = subject.opened.loaded.description.architecture or _UNNAMED
+    library = library_of(architecture)
+    if library and library.config:
+        raise UsageError(
+            f"--to hub writes the form of timm, and this is a model of {library.name}",
+            f"`repshift compress MODEL -o FOLDER` writes the form of {library.name}.",
+        )
+    document = subject.document(request, subject.run(subject.examples(request)).output)
     in_timm = bool(timm.is_model(architecture))
     kept = _users_card(request.output / _CARD)
     if kept:
