@@ -127,11 +127,8 @@ class Writer:
 
     def __call__(self, compressed: CompressedModel, path: Path, force: bool) -> Path:
         absent = getattr(compressed.model, "missing", ())
-        tensors = {
-            key: value.detach().cpu()
-            for key, value in compressed.state_dict().items()
-            if not (key in absent and value.isnan().all())
-        }
+        weights = {key: value.detach().cpu() for key, value in compressed.state_dict().items()}
+        tensors = {key: value for key, value in weights.items() if key not in absent or not value.isnan().all()}
         loaded = LoadedModel(compressed.model, self._describe(compressed.model), self.source, tensors)
         document = make_document(loaded, compressed.plan, self.recipe, self.calibration, {})
         save(path, loaded, document, force)

@@ -116,9 +116,7 @@ def load_dense(
 def wrap_module(model: nn.Module, img_size: int | None) -> LoadedModel:
     """Describe a model in memory. Without an image size of its own 224 is assumed, as in timm.
 
-    Raises:
-        ModelError: it is not supported.
-        UsageError: it does not take this image size.
+    Raises a ModelError if it is not supported, a UsageError if it does not take this image size.
     """
     match(model)
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}

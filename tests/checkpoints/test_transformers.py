@@ -303,7 +303,8 @@ x = load_file(given)["x"]
 model = getattr(transformers, name).from_pretrained(folder).eval()
 with torch.no_grad():
     dense = model.get_image_features(pixel_values=x) if name == "CLIPModel" else model(x)
-    save_file({"reduced": repshift_cli.load(folder)(x), "dense": dense.pooler_output.contiguous()}, output)
+    found = {"reduced": repshift_cli.load(folder)(x), "dense": dense.pooler_output}
+save_file({key: value.contiguous() for key, value in found.items()}, output)
 """
 
 

@@ -121,16 +121,14 @@ class Transformers(Library):
 
     def describe(self, model: nn.Module, preprocessing: Preprocessing) -> ModelDescription | None:
         inner: Any = model.inner if isinstance(model, TensorModel) else model
-        name, where = type(inner).__name__, "the model"
+        name = type(inner).__name__
         if type(inner).__module__.partition(".")[0] != self.name or name not in _outputs():
             return None
         config = {**json.loads(inner.config.to_json_string(use_diff=False)), "architectures": [name]}
-        rebuilt = _Fitted(name, config, inner.state_dict(), where)
+        rebuilt = _Fitted(name, config, inner.state_dict(), "the model")
         rebuilt.model(preprocessing)
         if computation(rebuilt.inner) != computation(inner):
-            raise CheckpointError(
-                f"the {name} does not compute what its configuration describes", "It was changed after it was built."
-            )
+            raise CheckpointError(f"the {name} does not compute what its configuration describes: it was changed")
         return ModelDescription(name, f"{self.name}:{name}", {"config": config}, preprocessing)
 
     def write(self, folder: Path, loaded: LoadedModel, document: Mapping[str, Any]) -> None:
@@ -153,7 +151,6 @@ class _Fitted:
     Attributes:
         inner: the model of transformers.
         tower: the part of it that a spec describes.
-        frames: frames of a clip, None for a model of single images.
         notes: for the user.
     """
 
@@ -181,8 +178,6 @@ class _Fitted:
         tower = tower_of(self.inner)
         assert tower is not None, f"no spec describes the tower of {name}"
         self.tower: Tower = tower
-        frames = getattr(tower.module.config, "num_frames", None)
-        self.frames = None if frames is None else int(frames)
         if tower.spec.axes == "WH":
             raise CheckpointError(
                 f"{where}: {name} reads spectrograms, and files are supported for models of images and clips",
@@ -250,7 +245,7 @@ class _Fitted:
     def _wrapped(self, inner: nn.Module, preprocessing: Preprocessing) -> TensorModel:
         model = as_function(inner)
         assert isinstance(model, TensorModel)
-        model.img_size, model.frames = self.size if self.fixed else None, self.frames
+        model.img_size, model.frames = self.size if self.fixed else None, next(iter(self.tower.size[:-2]), None)
         configure(model, preprocessing)
         return model
 
