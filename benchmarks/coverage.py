@@ -1,6 +1,6 @@
 """Which architectures are accepted, and whether those that are accepted are computed correctly.
 
-    python benchmarks/coverage.py [--only PATTERN] [--dry-run]
+    python benchmarks/coverage.py [--only PATTERN] [--state FILE] [--dry-run]
 
 All architectures of timm, the image towers of open_clip, the classifiers of torchvision and a list of classes of
 transformers are built with random weights, with two blocks per stage and small images where their arguments allow it.
@@ -28,6 +28,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,22 +88,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="PATTERN", default="*", help="names to check, such as 'timm/vit_*'")
     parser.add_argument("--dry-run", action="store_true", help="write no page")
+    parser.add_argument("--state", type=Path, help="keep results in this file, and go on with those that it has")
     parser.add_argument("--worker", nargs="+", metavar="NAME", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.worker:
         _work(args.worker)
         return
-    names = [name for name in all_names() if fnmatch.fnmatch(name, args.only)]
-    started, found = time.monotonic(), []
+    found = _read(args.state)
+    done = {each.name for each in found}
+    names = [name for name in all_names() if fnmatch.fnmatch(name, args.only) and name not in done]
+    started = time.monotonic()
     for result in _in_processes(names):
         found.append(result)
+        if args.state:
+            with args.state.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(result)) + "\n")
         if result.state in ("wrong", "not checked"):
             print(f"{result.name}: {result.state}: {result.reason}", flush=True)
         if len(found) % 25 == 0:
             counts = Counter(each.state for each in found)
-            print(f"{len(found)}/{len(names)} in {time.monotonic() - started:.0f} s: {dict(counts)}", flush=True)
-    dry = args.dry_run or args.only != "*"
+            print(
+                f"{len(found)} of {len(done) + len(names)} in {time.monotonic() - started:.0f} s: {dict(counts)}",
+                flush=True,
+            )
+    dry = args.dry_run or {each.name for each in found} != set(all_names())
     publish(
         "coverage",
         "Coverage of architectures",
@@ -110,6 +120,13 @@ def main() -> None:
         _page(found),
         dry_run=dry,
     )
+
+
+def _read(state: Path | None) -> list[Found]:
+    """The results of earlier runs."""
+    if state is None or not state.exists():
+        return []
+    return [Found(**json.loads(line)) for line in state.read_text(encoding="utf-8").splitlines()]
 
 
 def all_names() -> list[str]:
@@ -211,7 +228,10 @@ def _open_clip(name: str, small: bool) -> Any:
     if small and isinstance(vision.get("layers"), int):
         vision |= {"layers": 2, "image_size": 4 * vision["patch_size"]}
     with torch.device("cpu" if small else "meta"):
-        return _build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False)).eval()
+        tower: Any = _build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False)).eval()
+    if small and hasattr(getattr(tower, "trunk", None), "blocks"):
+        tower.trunk.blocks = tower.trunk.blocks[:2]
+    return tower
 
 
 def _torchvision(name: str, small: bool) -> Any:
@@ -325,7 +345,7 @@ def _input_shape(model: Any, family: Family) -> tuple[int, ...]:
 
         if (tower := tower_of(model)) is not None:
             return tower.input_size
-    return (3, *model.patch_embed.img_size)
+    return (3, *getattr(model, "trunk", model).patch_embed.img_size)
 
 
 def _recipe(site: str, drop: str) -> Recipe:
