@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Container
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from repshift_cli.errors import CheckpointError, UsageError
-from repshift_cli.utils.documents import parse_json
+from repshift_cli.checkpoints.loaded import LoadedModel
+from repshift_cli.checkpoints.weights import FORMAT_VERSION, Weights
+from repshift_cli.errors import CheckpointError, OutputError, UsageError
+from repshift_cli.utils.documents import parse_document, parse_json
 from repshift_cli.utils.files import EXPORT_SUFFIXES, WEIGHT_SUFFIXES, InvalidFile, check_output, open_file, read_text
 
 OWNER = "repshift"
@@ -60,18 +63,42 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def copy_small_files(source: Path, folder: Path, without: Container[str]) -> None:
-    """Copy the files of a model folder that are not weights, exports, code or hidden, such as those of a tokenizer.
+def stored_document(weights: Weights, config: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
+    """Our document in the metadata of the weights, else in the configuration at `path`, else None.
 
-    Args:
-        without: names that are not copied.
+    Other tools keep the configuration when they write the weights again without metadata. Raises CheckpointError if
+    the document is damaged or of a newer version.
     """
+    if weights.document is not None or config.get(OWNER) is None:
+        return weights.document
+    return parse_document(json.dumps(config[OWNER]), str(path), "format_version", FORMAT_VERSION)
+
+
+def write_config(path: Path, config: Mapping[str, Any], loaded: LoadedModel, document: Mapping[str, Any]) -> None:
+    """Write a configuration with our document, and copy the other small files of the folder that was read.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    # the arguments of the model are in the configuration and not repeated in the document
+    stored = {**document, "model": {**loaded.description.to_dict(), "args": {}}}
+    content = json.dumps({**config, OWNER: stored}, indent=2, allow_nan=False)
+    try:
+        path.write_text(f"{content}\n", encoding="utf-8")
+        if loaded.source.origin == "folder" and loaded.source.path:
+            _copy_small_files(Path(loaded.source.path), path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path.parent}: {error.strerror or error}") from error
+
+
+def _copy_small_files(source: Path, config: Path) -> None:
+    """Copy the files that are not weights, exports, code or hidden, such as those of a tokenizer, beside `config`."""
     for path in sorted(source.iterdir()):
         name = path.name.lower()
-        if path.name in without or name.startswith(".") or name.endswith((*_NOT_COPIED, ".index.json")):
+        if path.name == config.name or name.startswith(".") or name.endswith((*_NOT_COPIED, ".index.json")):
             continue
         try:
-            with open_file(path, _LARGEST_COPY) as file, (folder / path.name).open("wb") as copy:
+            with open_file(path, _LARGEST_COPY) as file, (config.parent / path.name).open("wb") as copy:
                 shutil.copyfileobj(file, copy)
         except InvalidFile:  # a folder, or a large file
             continue

@@ -48,7 +48,7 @@ def trace_program(subject: Subject, request: Request, *, watched: bool) -> Expor
 def _without_masks() -> Iterator[None]:
     """Let transformers leave out the mask of an input without padding, as outside of a trace.
 
-    While it is traced it makes a mask for all tokens, which does not fit after some were dropped.
+    While it is traced it makes a mask that hides nothing, which would stay in the graph and be gathered at each site.
     """
     masks = sys.modules.get("transformers.masking_utils")
     name = "is_torchdynamo_exporting"

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from repshift_cli.errors import UsageError
 from repshift_cli.models import timm_attention
+from repshift_cli.models.tensor_model import library_model
 from repshift_cli.ops.attention import WIDEST
 
 AttentionMode = Literal["auto", "flash", "sdpa", "sdpa:flash", "sdpa:efficient", "sdpa:cudnn", "sdpa:math", "explicit"]
@@ -57,16 +58,13 @@ def attention_mode(module: nn.Module, mode: AttentionMode) -> Iterator[None]:
     """
     flashing = {id(part) for part in _on_flash(module, mode)}
     switches = _switches(module)
-    configs, multihead = (
-        _configs(module, mode),
-        any(isinstance(part, nn.MultiheadAttention) for part in module.modules()),
-    )
+    configs = _configs(module, mode)
+    multihead = any(isinstance(part, nn.MultiheadAttention) for part in module.modules())
     before = [(part, bool(part.fused_attn), bool(getattr(part, "flash_attn", False))) for part in switches]
     if mode != "auto" and not (switches or configs or (multihead and mode == "sdpa")):
         allowed = "auto or sdpa" if multihead else "auto"
-        raise UsageError(
-            f"no attention in {_kind_of(module)} can be switched to {mode!r}", f"Use --attention {allowed} for it."
-        )
+        kind = type(library_model(module)).__name__
+        raise UsageError(f"no attention in {kind} can be switched to {mode!r}", f"Use --attention {allowed} for it.")
     implementations = [(config, config._attn_implementation) for config in configs]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -179,10 +177,6 @@ def _implement(config: Any, implementation: str) -> None:
         raise UsageError(
             f"{type(config).__name__} does not change its attention implementation", "Use --attention auto for it."
         )
-
-
-def _kind_of(module: nn.Module) -> str:
-    return type(getattr(module, "inner", module)).__name__
 
 
 def _switches(module: nn.Module) -> list[Any]:

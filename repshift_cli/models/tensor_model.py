@@ -57,3 +57,13 @@ class TensorModel(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """With the keys of the model of the library."""
         return self.inner.load_state_dict(*args, **kwargs)
+
+
+def library_model(model: nn.Module) -> Any:
+    """The model of the library: the one inside a `TensorModel`, or the model itself."""
+    return model.inner if isinstance(model, TensorModel) else model
+
+
+def library_of_class(module: nn.Module) -> str:
+    """The top-level package that defines the class of a module."""
+    return type(module).__module__.partition(".")[0]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import ModelError, UsageError
+from repshift_cli.models.tensor_model import library_model
 from repshift_cli.planning.layout import shape_text
 from repshift_cli.planning.plan import Plan
 from repshift_cli.reduction.checks import check_plan
@@ -264,7 +265,7 @@ class CompressedModel(nn.Module):
         _refuse_maps()
 
     def __repr__(self) -> str:
-        name = type(getattr(self.model, "inner", self.model)).__name__
+        name = type(library_model(self.model)).__name__
         if not self._attached:
             return f"CompressedModel({name}, detached)"
         lines = [

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli.errors import ModelError, first_line
+from repshift_cli.models.tensor_model import library_model
 from repshift_cli.ops.tokens import gather_tokens, with_prefix
 from repshift_cli.planning.plan import PlanSite
 from repshift_cli.reduction.families.base import Family, Site
@@ -86,7 +87,7 @@ def check_permutation(model: nn.Module, family: Family, images: Tensor) -> None:
     """Raise a ModelError if `permutation_problem` finds one."""
     if problem := permutation_problem(model, family, images):
         raise ModelError(
-            f"{type(getattr(model, 'inner', model)).__name__} cannot be reduced: it {problem}",
+            f"{type(library_model(model)).__name__} cannot be reduced: it {problem}",
             "Something behind this block depends on the order of the tokens, and the spec does not name it.",
         )
 

@@ -89,6 +89,10 @@ class TokenStream(SizedStream):
         )
         return Tokens(torch.cat([output.tokens for output in outputs]), sizes, places)
 
+    def sizes_of(self, count: int) -> Tensor | None:
+        """The sizes `[B, count]` of `count` tokens, None if they stand for themselves."""
+        return self.sizes.get(count)
+
     def last(self) -> Tensor | None:
         """The sizes after all blocks."""
         return self.sizes[min(self.sizes)] if self.sizes else None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from repshift_cli.checkpoints.artifact import write_tensors
 from repshift_cli.checkpoints.build import build, check_fit
 from repshift_cli.checkpoints.create import check_depth, check_runs
-from repshift_cli.checkpoints.folders import OWNER, copy_small_files, read_config
+from repshift_cli.checkpoints.folders import read_config, stored_document, write_config
 from repshift_cli.checkpoints.identify.identity import Identity, shapes
 from repshift_cli.checkpoints.identify.sizes import check_heads
 from repshift_cli.checkpoints.libraries.base import Library
@@ -28,13 +28,12 @@ from repshift_cli.checkpoints.load import note_assumed
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import PREPROCESSING, LoadOptions
 from repshift_cli.checkpoints.schema import describe
-from repshift_cli.checkpoints.weights import FORMAT_VERSION, Source, Weights, read_weights
+from repshift_cli.checkpoints.weights import Source, Weights, read_weights
 from repshift_cli.data.preprocessing import Preprocessing
-from repshift_cli.errors import CheckpointError, OutputError, UsageError, first_line
+from repshift_cli.errors import CheckpointError, UsageError, first_line
 from repshift_cli.models.tensor_model import TensorModel
 from repshift_cli.reduction.families.base import find
 from repshift_cli.reduction.families.transformer import output_of
-from repshift_cli.utils.documents import parse_document
 from repshift_cli.utils.suggest import first_names
 
 _CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
@@ -79,9 +78,7 @@ class OpenClip(Library):
         name = next((name for name, known in _configs().items() if known == config), "custom")
         if options.model_name not in (None, name):
             raise UsageError(f"{path} describes the model, not {options.model_name}", "Leave --model out.")
-        document, stored = weights.document, content.get(OWNER)
-        if document is None and stored is not None:
-            document = parse_document(json.dumps(stored), str(path), "format_version", FORMAT_VERSION)
+        document = stored_document(weights, content, path)
         notes, stated = list(weights.notes), {*PREPROCESSING}
         if document is None:
             given = content.get("preprocess_cfg") or {}
@@ -142,7 +139,7 @@ class OpenClip(Library):
             )
         name = min(fitting, key=lambda name: (len(name), name))
         if not options.model_name:
-            same = f"; the same images give the same in {first_names(fitting)}" if len(fitting) > 1 else ""
+            same = f"; these compute the same: {first_names(fitting)}" if len(fitting) > 1 else ""
             notes.append(f"detected {name} of open_clip from tensor names and shapes{same}")
         config = configs[name]
         check_heads(_on_meta(config, name, where), name, options.heads, where)
@@ -151,24 +148,17 @@ class OpenClip(Library):
 
     def write(self, folder: Path, loaded: LoadedModel, document: Mapping[str, Any]) -> None:
         write_tensors(folder / _WEIGHTS, loaded.tensors, document)
-        description = loaded.description
-        preprocessing = description.preprocessing
+        preprocessing = loaded.description.preprocessing
         content = {
-            **description.args,
+            **loaded.description.args,
             "preprocess_cfg": {
                 "mean": list(preprocessing.mean),
                 "std": list(preprocessing.std),
                 "interpolation": "bilinear" if preprocessing.interpolation == "bilinear" else "bicubic",
                 "resize_mode": next(key for key, crop in _CROPS.items() if crop == preprocessing.crop_mode),
             },
-            OWNER: {**document, "model": {**description.to_dict(), "args": {}}},
         }
-        try:
-            (folder / _CONFIG).write_text(f"{json.dumps(content, indent=2, allow_nan=False)}\n", encoding="utf-8")
-            if loaded.source.origin == "folder" and loaded.source.path:
-                copy_small_files(Path(loaded.source.path), folder, (_CONFIG, _WEIGHTS))
-        except OSError as error:
-            raise OutputError(f"cannot write {folder}: {error.strerror or error}") from error
+        write_config(folder / _CONFIG, content, loaded, document)
 
 
 def _configs() -> dict[str, dict[str, Any]]:

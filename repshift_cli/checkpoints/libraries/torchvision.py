@@ -20,7 +20,7 @@ from repshift_cli.checkpoints.loaded import ModelDescription
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, first_line
-from repshift_cli.models.tensor_model import TensorModel
+from repshift_cli.models.tensor_model import TensorModel, library_model, library_of_class
 
 _KIND = "VisionTransformer"
 """Stands for the class itself, whose arguments are all sizes."""
@@ -78,8 +78,8 @@ class Torchvision(Library):
         return Identity(name, f"{self.name}:{name}", args, preprocessing, dict(tensors), notes)
 
     def describe(self, model: nn.Module, preprocessing: Preprocessing) -> ModelDescription | None:
-        inner: Any = model.inner if isinstance(model, TensorModel) else model
-        if type(inner).__module__.partition(".")[0] != self.name or type(inner).__name__ != _KIND:
+        inner = library_model(model)
+        if library_of_class(inner) != self.name or type(inner).__name__ != _KIND:
             return None
         where = f"the {_KIND}"
         sizes, args = _sizes(inner.state_dict(), where)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from repshift_cli.checkpoints.artifact import write_tensors
 from repshift_cli.checkpoints.build import configure
 from repshift_cli.checkpoints.create import check_depth, check_runs
-from repshift_cli.checkpoints.folders import OWNER, copy_small_files, read_config
+from repshift_cli.checkpoints.folders import OWNER, read_config, stored_document, write_config
 from repshift_cli.checkpoints.identify.computation import computation
 from repshift_cli.checkpoints.identify.identity import Identity
 from repshift_cli.checkpoints.identify.sizes import check_heads
@@ -27,13 +27,11 @@ from repshift_cli.checkpoints.load import note_assumed, read_folder_weights
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import PREPROCESSING, LoadOptions
 from repshift_cli.checkpoints.schema import describe
-from repshift_cli.checkpoints.weights import FORMAT_VERSION
 from repshift_cli.data.preprocessing import Preprocessing
-from repshift_cli.errors import CheckpointError, OutputError, UsageError, first_line
-from repshift_cli.models.tensor_model import TensorModel
+from repshift_cli.errors import CheckpointError, UsageError, first_line
+from repshift_cli.models.tensor_model import TensorModel, library_model, library_of_class
 from repshift_cli.reduction.families.transformer import Tower, all_specs, as_function, tower_of
 from repshift_cli.reduction.specs.spec import Output
-from repshift_cli.utils.documents import parse_document
 from repshift_cli.utils.suggest import first_names, nearest
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
@@ -80,14 +78,12 @@ class Transformers(Library):
         where, path = str(folder), folder / _CONFIG
         self.require(where)
         config = read_config(path)
-        stored = config.pop(OWNER, None)
         name = _class_name(config, str(path))
         if options.model_name:
             raise UsageError(f"{where} is a {name}, not a {options.model_name}", "Leave --model out.")
         weights = read_folder_weights(folder, options)
-        document = weights.document
-        if document is None and stored is not None:
-            document = parse_document(json.dumps(stored), str(path), "format_version", FORMAT_VERSION)
+        document = stored_document(weights, config, path)
+        config.pop(OWNER, None)
         fitted = _Fitted(name, config, weights.tensors, where)
         if document is None:
             preprocessing, stated = _preprocessing(fitted, folder, options)
@@ -115,14 +111,14 @@ class Transformers(Library):
 
     def identify(self, tensors: Mapping[str, Tensor], where: str, options: LoadOptions) -> Identity:
         raise CheckpointError(
-            f"{where} holds tensors of the transformers library, which do not say heads, activation and output",
+            f"{where} holds tensors of the transformers library, which do not show heads, activation and output",
             f"Give the folder that holds the file and its {_CONFIG}.",
         )
 
     def describe(self, model: nn.Module, preprocessing: Preprocessing) -> ModelDescription | None:
-        inner: Any = model.inner if isinstance(model, TensorModel) else model
+        inner = library_model(model)
         name = type(inner).__name__
-        if type(inner).__module__.partition(".")[0] != self.name or name not in _outputs():
+        if library_of_class(inner) != self.name or name not in _outputs():
             return None
         config = {**json.loads(inner.config.to_json_string(use_diff=False)), "architectures": [name]}
         rebuilt = _Fitted(name, config, inner.state_dict(), "the model")
@@ -133,16 +129,7 @@ class Transformers(Library):
 
     def write(self, folder: Path, loaded: LoadedModel, document: Mapping[str, Any]) -> None:
         write_tensors(folder / _WEIGHTS, loaded.tensors, document)
-        description = loaded.description
-        # the configuration is not repeated inside itself
-        stored = {**document, "model": {**description.to_dict(), "args": {}}}
-        config = json.dumps({**description.args["config"], OWNER: stored}, indent=2, allow_nan=False)
-        try:
-            (folder / _CONFIG).write_text(f"{config}\n", encoding="utf-8")
-            if loaded.source.origin == "folder" and loaded.source.path:
-                copy_small_files(Path(loaded.source.path), folder, (_CONFIG, _WEIGHTS))
-        except OSError as error:
-            raise OutputError(f"cannot write {folder}: {error.strerror or error}") from error
+        write_config(folder / _CONFIG, loaded.description.args["config"], loaded, document)
 
 
 class _Fitted:
@@ -166,7 +153,7 @@ class _Fitted:
             settings = kind.config_class.from_dict(_harmless(config))
             if getattr(settings, "mask_ratio", 0):
                 settings.mask_ratio = 0.0
-                self.notes.append("mask_ratio is set to 0, since its features are those of all patches")
+                self.notes.append("mask_ratio is set to 0, so that the features are computed from all patches")
             with _quiet(), torch.device("meta"):
                 self._shapes = kind(settings).eval()
         except Exception as error:  # it raises errors of every kind for invalid values

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from repshift_cli.errors import ModelError
+from repshift_cli.models.tensor_model import library_model
 from repshift_cli.planning.layout import Layout, PatchGrid
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.registry import members
@@ -181,7 +182,7 @@ def find(model: nn.Module) -> Family | None:
 def match(model: nn.Module) -> Family:
     """The family of a model; raises a ModelError if it is of none, or its family does not support it."""
     family = find(model)
-    kind = type(getattr(model, "inner", model)).__name__
+    kind = type(library_model(model)).__name__
     if family is None:
         supported = "; ".join(f"{family.name} ({family.covers})" for family in families())
         raise ModelError(f"models of the kind {kind} are not supported", f"Supported: {supported}.")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from repshift_cli.models.tensor_model import TensorModel
+from repshift_cli.models.tensor_model import library_model, library_of_class
 from repshift_cli.planning.layout import Layout, PatchGrid
 from repshift_cli.planning.plan import Plan
 from repshift_cli.reduction.families.base import ATTENTION_TENSORS, Family, Site, TensorEdit, weight_count
@@ -76,8 +76,8 @@ class OpenClipTimm(Family):
 
 def _tower(model: nn.Module) -> tuple[str, Any] | None:
     """The `TimmModel` in a model, with its path."""
-    inner = model.inner if isinstance(model, TensorModel) else model
-    if not type(inner).__module__.startswith("open_clip."):
+    inner = library_model(model)
+    if library_of_class(inner) != "open_clip":
         return None
     return next(((name, part) for name, part in inner.named_modules() if type(part).__name__ == "TimmModel"), None)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.models import timm_attention
 from repshift_cli.ops.attention import size_bias
-from repshift_cli.ops.tokens import Sized, mean_by_size
+from repshift_cli.ops.tokens import mean_by_size
 from repshift_cli.planning.layout import Layout, PatchGrid, SiteInfo
 from repshift_cli.planning.plan import Plan
 from repshift_cli.reduction.families.base import (
@@ -37,42 +37,8 @@ from repshift_cli.reduction.families.base import (
     query_and_key,
     weight_count,
 )
-from repshift_cli.reduction.stream import SizedStream, Stream
-
-
-class _TimmStream(SizedStream):
-    """Tokens `[B, prefix + N, C]` that the blocks pass on; their sizes are stored here during a pass.
-
-    The key is the number of tokens, which is unique to each merging site. A checkpointed block runs again in the
-    backward pass, when the sizes of later sites are stored too.
-    """
-
-    def __init__(self, prefix: int) -> None:
-        super().__init__(prefix)
-        self.sizes: dict[int, Tensor] = {}
-
-    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.sizes, self.normed = {}, None
-
-    def enter(self, output: Tensor) -> Sized:
-        return Sized(output, self.sizes_of(output.shape[1]))
-
-    def leave(self, value: Sized) -> Tensor:
-        if value.sizes is not None:
-            self.sizes[value.tokens.shape[1]] = value.sizes
-        return value.tokens
-
-    def sizes_of(self, count: int) -> Tensor | None:
-        """The sizes `[B, count]` of `count` tokens."""
-        return self.sizes.get(count)
-
-    def last(self) -> Tensor | None:
-        """The sizes after all blocks."""
-        return self.sizes[min(self.sizes)] if self.sizes else None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a copy does not take over the tensors of a running pass
-        return {**self.__dict__, "sizes": {}, "normed": None}
+from repshift_cli.reduction.stream import Stream
+from repshift_cli.reduction.token_stream import TokenStream
 
 
 class TimmViT(Family):
@@ -121,7 +87,7 @@ class TimmViT(Family):
         )
 
     def stream(self, model: Any) -> Stream:
-        return _TimmStream(int(model.num_prefix_tokens))
+        return TokenStream(int(model.num_prefix_tokens))
 
     def merge_refusal(self, model: Any) -> str | None:
         for index, block in enumerate(model.blocks):
@@ -133,7 +99,7 @@ class TimmViT(Family):
         return None
 
     def use_proportional_attention(self, model: Any, stream: Stream) -> tuple[list[TensorEdit], Callable[[], None]]:
-        assert isinstance(stream, _TimmStream)
+        assert isinstance(stream, TokenStream)
         attentions = [part for block in model.blocks for part in _attentions(block)]
         timm_attention.use_proportional_attention(attentions, stream)
         return _pooling_edits(model, stream), partial(timm_attention.use_proportional_attention, attentions, None)
@@ -222,7 +188,7 @@ def _attention_probes(attention: Any) -> dict[str, Probe]:
     return query_and_key(projection, attention.num_heads, attention.head_dim, 0, *norms)
 
 
-def _pooling_edits(model: Any, stream: _TimmStream) -> list[TensorEdit]:
+def _pooling_edits(model: Any, stream: TokenStream) -> list[TensorEdit]:
     """A mean over patches weights each by its size, attention pooling its keys.
 
     Pooling by class token or by maximum needs no edit.
@@ -239,7 +205,7 @@ def _pooling_edits(model: Any, stream: _TimmStream) -> list[TensorEdit]:
     ]
 
 
-def _pool_sized(pooled: Tensor, stream: _TimmStream, first: int, with_max: bool) -> Tensor:
+def _pool_sized(pooled: Tensor, stream: TokenStream, first: int, with_max: bool) -> Tensor:
     """`[B, C]`, the mean weighted by size in place of the plain mean over the tokens from `first` on."""
     sizes, normed = stream.last(), stream.normed
     stream.normed = None  # a head that is called alone must not use the tokens of this pass
@@ -249,7 +215,7 @@ def _pool_sized(pooled: Tensor, stream: _TimmStream, first: int, with_max: bool)
     return 0.5 * (normed[:, first:].amax(dim=1) + mean) if with_max else mean
 
 
-def _pool_bias(tokens: Tensor, stream: _TimmStream) -> Tensor | None:
+def _pool_bias(tokens: Tensor, stream: TokenStream) -> Tensor | None:
     """The mask for attention pooling over the last of the tokens, `[B, 1, 1, T]`."""
     sizes, count = stream.last(), tokens.shape[1]
     # a head that is called alone may get tokens of another pass

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli.errors import ModelError, UsageError
-from repshift_cli.models.tensor_model import TensorModel
+from repshift_cli.models.tensor_model import TensorModel, library_model, library_of_class
 from repshift_cli.ops.attention import size_bias
 from repshift_cli.planning.layout import Layout, PatchGrid, SiteInfo
 from repshift_cli.planning.plan import Plan
@@ -131,7 +131,8 @@ class Tower:
     @property
     def inner(self) -> nn.Module:
         """The model of the library."""
-        return self.model.inner if isinstance(self.model, TensorModel) else self.model
+        inner: nn.Module = library_model(self.model)
+        return inner
 
     @property
     def output(self) -> Output | None:
@@ -183,11 +184,10 @@ class Tower:
 
 def tower_of(model: nn.Module) -> Tower | None:
     """The part of a model that a spec describes, None if there is none; raises ModelError if a path is wrong."""
-    inner = model.inner if isinstance(model, TensorModel) else model
+    inner = library_model(model)
     known = {(spec.library, spec.tower): spec for spec in all_specs()}
     for name, module in inner.named_modules():
-        kind = type(module)
-        if spec := known.get((kind.__module__.partition(".")[0], kind.__name__)):
+        if spec := known.get((library_of_class(module), type(module).__name__)):
             tower = Tower(model, name, module, spec)
             _check_paths(tower)
             return tower
@@ -232,8 +232,7 @@ class Transformer(Family):
     format_version: ClassVar[int] = 5
 
     def accepts(self, model: nn.Module) -> bool:
-        inner = model.inner if isinstance(model, TensorModel) else model
-        return tower_of(model) is not None or _library(inner) == "transformers"
+        return tower_of(model) is not None or library_of_class(library_model(model)) == "transformers"
 
     def refusal(self, model: nn.Module) -> str | None:
         tower = tower_of(model)
@@ -356,18 +355,14 @@ def _implementation(attention: nn.Module) -> str | None:
     return found
 
 
-def _library(module: nn.Module) -> str:
-    return type(module).__module__.partition(".")[0]
-
-
 def _not_described(model: nn.Module) -> str:
     """Why a model without a tower is not supported, with the classes of similar names."""
-    inner = model.inner if isinstance(model, TensorModel) else model
+    inner = library_model(model)
     refused = {key: reason for library in _libraries() for key, reason in getattr(library, "REFUSED", {}).items()}
     for module in inner.modules():
         if reason := refused.get(type(module).__name__):
             return f"{type(module).__name__} {reason}"
-    known = [name for spec in all_specs() if spec.library == _library(inner) for name in spec.outputs]
+    known = [name for spec in all_specs() if spec.library == library_of_class(inner) for name in spec.outputs]
     nearest = get_close_matches(type(inner).__name__, known, 3, 0)
     return f"no spec describes it. Supported classes with similar names: {', '.join(nearest)}"
 
@@ -503,7 +498,7 @@ def _size_mask(
         UsageError: the attention has a mask already, or its implementation takes none.
     """
     tokens = args[0] if args else kwargs["hidden_states"]
-    sizes = stream.sizes.get(tokens.shape[1])
+    sizes = stream.sizes_of(tokens.shape[1])
     if sizes is None:
         return args, kwargs
     bias = size_bias(sizes, tokens.dtype)[:, None, None, :]
@@ -567,7 +562,7 @@ def _head_macs(tower: Tower, embedding: nn.Module, tokens: int) -> int:
 
 def output_of(model: nn.Module) -> Output | None:
     """How a model of a library is run on images, None if its class is in no spec."""
-    library, name = _library(model), type(model).__name__
+    library, name = library_of_class(model), type(model).__name__
     return next((spec.outputs[name] for spec in all_specs() if spec.library == library and name in spec.outputs), None)
 
 

@@ -12,91 +12,70 @@ _HEADS = replace(_PRE_NORM, query="attn.q_norm", key="attn.k_norm", mask="attn_m
 _RELATIVE = replace(_PRE_NORM, positions="attn.rel_pos")
 _POOL = Pool("attn_pool", ("kv",))
 
+_EVA = Spec(
+    library="timm",
+    tower="Eva",
+    blocks="blocks",
+    block={"EvaBlock": _HEADS, "EvaBlockPostNorm": replace(_HEADS, mlp_stream="mlp")},
+    patches="patch_embed",
+    heads="blocks.0.attn.num_heads",
+    size="patch_embed.img_size",
+    prefix=("num_prefix_tokens",),
+    has_class="cls_token",
+    rotary="rope",
+    follows=(PerToken("rope"),),
+    pooling="global_pool",
+    pools=(_POOL,),
+    outputs={"Eva": Output()},
+)
+_UNROTATED = replace(_EVA, has_class="", rotary="", follows=(), pools=())
+
 SPECS = (
-    Spec(
-        library="timm",
-        tower="Eva",
-        blocks="blocks",
-        block={"EvaBlock": _HEADS, "EvaBlockPostNorm": replace(_HEADS, mlp_stream="mlp")},
-        patches="patch_embed",
-        heads="blocks.0.attn.num_heads",
-        size="patch_embed.img_size",
-        prefix=("num_prefix_tokens",),
-        has_class="cls_token",
-        rotary="rope",
-        follows=(PerToken("rope"),),
-        pooling="global_pool",
-        pools=(_POOL,),
-        outputs={"Eva": Output()},
-    ),
-    Spec(
-        library="timm",
+    _EVA,
+    replace(
+        _UNROTATED,
         tower="Beit",
-        blocks="blocks",
         block={"Block": _PRE_NORM},
-        patches="patch_embed",
-        heads="blocks.0.attn.num_heads",
-        size="patch_embed.img_size",
+        prefix=(1,),
         follows=(
             PerToken("shared_rel_pos_bias", pairs=True, prefix=True),
             PerToken("attn._get_rel_pos_bias", pairs=True, prefix=True, source="method"),
         ),
-        pooling="global_pool",
         outputs={"Beit": Output()},
     ),
-    Spec(
-        library="timm",
+    replace(
+        _UNROTATED,
         tower="VisionTransformerRelPos",
-        blocks="blocks",
-        block={
-            "RelPosBlock": _RELATIVE,
-            "ResPostRelPosBlock": replace(_RELATIVE, mlp_stream="mlp"),
-        },
-        patches="patch_embed",
-        heads="blocks.0.attn.num_heads",
-        size="patch_embed.img_size",
-        prefix=("num_prefix_tokens",),
+        block={"RelPosBlock": _RELATIVE, "ResPostRelPosBlock": replace(_RELATIVE, mlp_stream="mlp")},
         follows=(
             PerToken("shared_rel_pos", pairs=True, prefix=True),
             PerToken("attn.rel_pos.get_bias", pairs=True, prefix=True, source="method"),
         ),
-        pooling="global_pool",
         positions="shared_rel_pos",
         outputs={"VisionTransformerRelPos": Output()},
     ),
-    Spec(
-        library="timm",
+    replace(
+        _UNROTATED,
         tower="Cait",
-        blocks="blocks",
         # one `drop_path` returns both updates, the one of the MLP last
         block={
             "LayerScaleBlock": replace(
                 _PRE_NORM, attention_update="", mlp_update="drop_path", maps=("attn.proj_l", "attn.proj_w")
             )
         },
-        patches="patch_embed",
-        heads="blocks.0.attn.num_heads",
-        size="patch_embed.img_size",
         prefix=(),
-        pooling="global_pool",
         pools=(Pool("blocks_token_only", ("attn.k", "attn.v"), extra=1),),
         outputs={"Cait": Output()},
     ),
-    Spec(
-        library="timm",
+    replace(
+        _EVA,
         tower="NaFlexVit",
-        blocks="blocks",
         block={"Block": _HEADS, "EvaBlock": _HEADS},
         patches="embeds",
         patch="embeds.patch_size",
-        heads="blocks.0.attn.num_heads",
         size="embeds.default_img_size",
         any_size=True,
-        prefix=("num_prefix_tokens",),
         has_class="has_class_token",
-        rotary="rope",
-        follows=(PerToken("rope"),),
-        pooling="global_pool",
         pools=(replace(_POOL, prefix="pool_include_prefix"),),
         outputs={"NaFlexVit": Output()},
     ),

@@ -94,7 +94,7 @@ _ORDERED = replace(
     _MEAN,
     arguments={"noise": _in_order},
     unused=("decoder",),
-    wrapped="it puts the patches into a random order on each call. `repshift_cli.load` returns it without that",
+    wrapped="it puts the patches into a random order on each call. A model that `repshift_cli.load` returns does not",
 )
 
 SPECS = (
@@ -210,7 +210,7 @@ REFUSED: Mapping[str, str] = {
     "Data2VecVisionModel": "passes its tokens on in tuples",
     "SwinModel": "attends in windows, which need all tokens",
     "Swinv2Model": "attends in windows, which need all tokens",
-    "HieraModel": "merges tokens by their place, which needs all of them",
+    "HieraModel": "merges tokens by position, which needs all of them",
     "TimesformerModel": "attends over time and space in turn, which needs all tokens",
     "Dinov2Backbone": "returns feature maps, which need all tokens",
     "DINOv3ViTBackbone": "returns feature maps, which need all tokens",
