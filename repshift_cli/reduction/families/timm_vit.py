@@ -113,8 +113,9 @@ class TimmViT(Family):
         return embedding + body + _pool_macs(model, tokens[-1]) + classifiers
 
     def patch_grid(self, model: Any) -> PatchGrid:
+        patches = super().patch_grid(model)
         rows, columns = _grid(model)
-        return replace(super().patch_grid(model), rows=rows, columns=columns)
+        return replace(patches, rows=rows, columns=columns)
 
 
 def _grid(model: Any) -> tuple[int, int]:
