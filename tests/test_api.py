@@ -13,6 +13,7 @@ from tiny import images, make_recipe, save_weights, tiny_vit
 
 import repshift_cli
 from repshift_cli import errors
+from repshift_cli.checkpoints.options import LoadOptions
 
 
 def run_python(program: str) -> str:
@@ -107,6 +108,11 @@ def test_a_second_call_replaces_the_first() -> None:
     with pytest.raises(errors.ModelError, match="no plan"):
         repshift_cli.detach(model)
     first.detach()
+
+
+def test_options_are_for_checkpoints() -> None:
+    with pytest.raises(errors.UsageError, match="the model is a module"):
+        repshift_cli.compress(tiny_vit(), make_recipe(), options=LoadOptions())
 
 
 def test_errors_have_one_base() -> None:

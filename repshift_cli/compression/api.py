@@ -60,6 +60,8 @@ def compress(
     recipe = require_layers(checked_recipe(recipe))
     notes = Notes(progress or Silent())
     if isinstance(model, nn.Module):
+        if options is not None:
+            raise UsageError("options say how to read a checkpoint, and the model is a module", "Leave options out.")
         loaded = wrap_module(_dense(model), img_size)
     else:
         options = options or LoadOptions()
