@@ -135,6 +135,7 @@ def test_each_kind_of_error_has_its_exit_code(name: str) -> None:
 
 
 class TestSave:
+    @pytest.mark.slow
     def test_a_fine_tuned_model_of_timm_is_saved_and_loaded(self, tmp_path: Path) -> None:
         cut = timm.create_model("vit_tiny_patch16_224", num_classes=5, depth=4).eval()
         model = repshift_cli.compress(timm.create_model("deit_tiny_patch16_224", num_classes=5).eval(), make_recipe())

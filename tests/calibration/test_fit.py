@@ -160,6 +160,7 @@ class TestPlacing:
         assert torch.equal(other(images()), wanted)
         assert torch.equal(model(images()), wanted)
 
+    @pytest.mark.slow
     def test_tracing_does_not_change_the_model(self) -> None:
         model = self.hooked()
         with torch.no_grad():
@@ -249,6 +250,7 @@ class TestFit:
         with pytest.raises(CheckFailed, match="not finite"):
             fit_scores(model, [0], images(2), 2, 0, Counted())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "layers", "least"),
         [

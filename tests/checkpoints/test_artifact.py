@@ -93,6 +93,7 @@ class TestRoundTrip:
     def test_in_another_process(self, small: Path, tmp_path: Path) -> None:
         self.run_elsewhere(small, tmp_path)
 
+    @pytest.mark.slow
     def test_merging_in_another_process(self, tmp_path: Path) -> None:
         recipe = make_recipe(reducer="merge, similarity: keys")
         model = tiny_vit(**OPTIONS, **VARIANTS["mean_pooling_with_class_token"])
@@ -356,6 +357,7 @@ class TestWriting:
         assert names == {"dense.safetensors", *(["small.safetensors"] if existing else [])}
         assert not existing or small.read_bytes() == before
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("existing", [True, False])
     def test_a_file_size_limit_of_the_system(self, existing: bool, small: Path) -> None:
         """Write errors of the kernel, in a separate process."""

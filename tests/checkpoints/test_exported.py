@@ -81,6 +81,7 @@ class TestKinds:
         with pytest.raises(CheckpointError, match="holds neither a program"):
             kind_of(archive(tmp_path / "x.pt2", "m/other.txt"))
 
+    @pytest.mark.slow
     def test_names_of_exported_files(self, folder: Path) -> None:
         assert is_exported(folder / "vit.onnx")
         assert is_exported(str(folder / "vit.pt2"))

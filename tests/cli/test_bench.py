@@ -75,6 +75,7 @@ class TestTable:
 
 
 class TestJson:
+    @pytest.mark.slow
     def test_every_combination(self, run: Callable[..., Outcome]) -> None:
         outcome = run(
             "-b", "1,2", "--dtype", "float32,bfloat16", "--attention", "sdpa", "--attention", "explicit", "--json"
@@ -193,6 +194,7 @@ class TestBudget:
         assert "batch 2: macs<=0.1 missed: 0." in said
         assert "above" in said
 
+    @pytest.mark.slow
     def test_exit_code_of_the_process(self, shell: Command, dense: Path, recipe: Path) -> None:
         outcome = shell("bench", dense, "--recipe", recipe, *QUICK, "-b", "1", "--budget", "speedup>=1e6")
         assert outcome.rc == 5
@@ -263,6 +265,7 @@ class TestParsing:
 
 
 class TestCompile:
+    @pytest.mark.slow
     @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
     def test_both_sides(self, run: Callable[..., Outcome]) -> None:
         outcome = run("-b", "1", "--compile", "default", "--json")
@@ -272,6 +275,7 @@ class TestCompile:
             assert (row["compile"], row["recompiles"], row["peak_memory_mb"]) == ("default", 0, None)
             assert row["compile_s"] > 0
 
+    @pytest.mark.slow
     def test_no_compiler(
         self, shell: Command, dense: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:

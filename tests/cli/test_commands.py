@@ -166,6 +166,7 @@ class TestCompress:
         assert all(len(site["candidates"]) == 30 for site in found["sites"])
         assert found["images"] == 16
 
+    @pytest.mark.slow
     def test_the_builtin_model_is_calibrated_on_builtin_scenes(self, shell: Command, tmp_path: Path) -> None:
         outcome = shell("compress", "builtin:vit-digits", *QUICK, "-o", "small.safetensors", "--json")
         assert outcome.rc == 0, outcome.stderr
@@ -243,6 +244,7 @@ class TestAttention:
         assert done.rc == 0, done.stderr
         assert json.loads(done.stdout)["attention"] == ran
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("asked", "ran"), [("sdpa:math", "sdpa:math"), ("explicit", "explicit")])
     def test_observed_attention_in_eval(self, asked: str, ran: str, cli: Command, recipe: Path, tmp_path: Path) -> None:
         done = cli("compress", "builtin:vit-digits-small", *QUICK, "--no-calibrate", "-o", "small.safetensors")
@@ -258,6 +260,7 @@ class TestAttention:
         assert json.loads(cli("eval", *options, "--json").stdout)["attention"] == "explicit"
         assert "attention: explicit, in the video encoder\n" in cli("eval", *options).stdout
 
+    @pytest.mark.slow
     def test_several_kernels_are_joined_per_model(self, cli: Command) -> None:
         """vid-TLDR's own score computes the attention map, in the compressed model only."""
         path = Path("r.yaml")
@@ -320,6 +323,7 @@ class TestAttention:
 
 
 class TestBench:
+    @pytest.mark.slow
     def test_compressed_against_dense(self, cli: Command, dense: Path, recipe: Path) -> None:
         cli("compress", dense, "--recipe", recipe, *QUICK, "-o", "small.safetensors")
         outcome = cli("bench", "small.safetensors", "--seconds", "0", "-b", "1,2", "--json")

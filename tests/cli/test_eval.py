@@ -50,6 +50,7 @@ def digits(tmp_path: Path) -> Path:
     return tmp_path / "digits"
 
 
+@pytest.mark.slow
 def test_without_arguments_the_builtin_model_is_evaluated_on_its_scenes() -> None:
     result = document("--limit", "200")
     assert set(result) >= KEYS
@@ -70,12 +71,14 @@ def test_table_fits_80_columns(cli: Command) -> None:
     assert len(row.split()) == 7
 
 
+@pytest.mark.slow
 def test_same_numbers_from_files_and_from_scenes(digits: Path) -> None:
     scenes = document("--limit", "30")
     files = document("builtin:vit-digits", "--dataset", str(digits), "--workers", "1")
     assert (files["images"], files["top1"], files["top5"]) == (30, scenes["top1"], scenes["top5"])
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_listed_on_stderr(digits: Path) -> None:
     (digits / "0" / "broken.png").write_bytes(b"")
     done = call("builtin:vit-digits", "--dataset", str(digits), "--json")

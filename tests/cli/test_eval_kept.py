@@ -77,6 +77,7 @@ def test_a_killed_run_is_resumed(cli: Command, tmp_path: Path) -> None:
     assert not (tmp_path / "state").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_prints_the_partial_result(cli: Command, tmp_path: Path) -> None:
     with running(tmp_path, *FEW, "--resume", "state") as process:
         wait_for_shards(tmp_path / "state", 3)
@@ -204,6 +205,7 @@ def test_names_with_markup_and_bytes_that_are_not_utf8(cli: Command, tmp_path: P
         assert cli("compare", "a.npz", "[b].npz", *form).rc == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", ["60", "20"])
 def test_labels_in_another_order(cli: Command, tmp_path: Path, limit: str) -> None:
     from repshift_cli.data.builtin.digits import DigitScenes

@@ -110,6 +110,7 @@ class TestRetrieval:
         assert "the best 3 of each query" in text
         assert "same first place as dense, by matching:" in text
 
+    @pytest.mark.slow
     def test_json(self, shell: Command, folder: Path) -> None:
         model = folder / "umt-shapes.compressed.safetensors"
         found = parsed(shell("eval", model, *own(folder), "--compare-dense", "--json", "--workers", 1))
@@ -146,6 +147,7 @@ class TestRetrieval:
         assert "matching  " not in text
         assert "pooling:       over each frame" in text
 
+    @pytest.mark.slow
     def test_unreadable_missing_and_short_videos(
         self, shell: Command, cli: Command, folder: Path, tmp_path: Path
     ) -> None:

@@ -81,6 +81,7 @@ class TestExport:
         assert [each["output"] for each in document["exports"]] == ["fast.pt2", "fast_hub"]
         assert all(each["verified"]["passed"] for each in document["exports"])
 
+    @pytest.mark.slow
     def test_eval_of_a_program(self, cli: Command) -> None:
         arguments = (
             "export",
@@ -143,6 +144,7 @@ class TestRefused:
         more = ("--dataset", "builtin:digits") if command == "eval" else ()
         explained(cli(command, name, *more), 3, name, words)
 
+    @pytest.mark.slow
     def test_unsupported_options_of_exported_files(self, cli: Command, small: Path) -> None:
         assert cli("export", small, "--to", "pt2", "--no-verify").rc == 0
         explained(
@@ -165,6 +167,7 @@ class TestRefused:
             "unsupported for an exported file",
         )
 
+    @pytest.mark.slow
     def test_an_exported_file_needs_the_dense_one_to_be_compared_with(self, cli: Command, small: Path) -> None:
         assert cli("export", small, "--to", "pt2", "--no-verify").rc == 0
         words = ("same format and weights", "the dense model too, with --dense, and give both")
@@ -175,6 +178,7 @@ class TestRefused:
         assert cli("export", small, "--to", "pt2", "--dense", "-o", "dense.pt2", "--no-verify").rc == 0
         explained(cli("bench", "dense.pt2", "--trust", "--budget", "macs<=0.9"), 2, "--budget", *words)
 
+    @pytest.mark.slow
     def test_a_budget_of_exported_files(self, cli: Command, small: Path) -> None:
         for options in ((), ("--dense", "-o", "dense.onnx")):
             assert cli("export", small, "--to", "onnx", "--no-verify", *options).rc == 0
@@ -186,6 +190,7 @@ class TestRefused:
         assert "macs<=0.1 missed" in missed.stderr
         assert "cannot be measured inside a compiled graph or another runtime" in " ".join(missed.stderr.split())
 
+    @pytest.mark.slow
     def test_a_video_model_without_its_text_encoder(self, cli: Command, tmp_path: Path) -> None:
         assert cli("export", stored(3), "--to", "pt2", "-o", "clip.pt2", "--no-verify").rc == 0
         explained(cli("eval", "clip.pt2", "--trust", "--dataset", "builtin:shapes"), 3, "holds the vision encoder only")

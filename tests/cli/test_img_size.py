@@ -35,6 +35,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_plan_fits_another_image_size(network: Path, recipe: Path, cli: Command, tmp_path: Path) -> None:
     outcome = cli("compress", network, "-r", recipe, *QUICK, "--img-size", "64", "-o", "small.safetensors")
     assert outcome.rc == 0, outcome.stderr
@@ -54,6 +55,7 @@ def test_the_plan_fits_another_image_size(network: Path, recipe: Path, cli: Comm
         assert "compress the dense checkpoint again with it" in said
 
 
+@pytest.mark.slow
 def test_of_a_dense_network(network: Path, recipe: Path, cli: Command) -> None:
     at_64, at_128 = (
         json.loads(cli("inspect", network, "--json", "--img-size", size).stdout)["dense_gmacs"] for size in (64, 128)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from outcome import Command
 
 
+@pytest.mark.slow
 def test_the_calibrated_recipe_gives_the_same_plan(cli: Command, tmp_path: Path) -> None:
     first = cli("compress", "builtin:vit-digits-small", "--seconds", "0", "-o", "one.safetensors", "--json")
     assert first.rc == 0, first.stderr

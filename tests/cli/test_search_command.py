@@ -84,6 +84,7 @@ def test_the_help_lists_every_option(command: tuple[str, ...], options: set[str]
 
 
 class TestSearch:
+    @pytest.mark.slow
     def test_everything_that_it_writes(self, shell: Command, tmp_path: Path) -> None:
         (tmp_path / "start.yaml").write_text(
             "version: 1\nmetric: {kind: representation_shift, operation: mlp, distance: l2}\nbudget: {macs: 0.65}\n"
@@ -184,6 +185,7 @@ class TestSearch:
         assert outcome.rc == 2
         assert "unknown reducer 'prunne'" in outcome.stderr
 
+    @pytest.mark.slow
     def test_another_seed_draws_other_images(self, cli: Command, dense: Path, photos: Path, tmp_path: Path) -> None:
         (tmp_path / "start.yaml").write_text("version: 1\nmetric: {kind: token_norm}\nbudget: {macs: 0.7}\n")
         found = [
@@ -199,6 +201,7 @@ class TestSearch:
         assert found[0]["data"]["sha256"] == found[1]["data"]["sha256"] != found[2]["data"]["sha256"]
         assert found[2]["seed"] == 1
 
+    @pytest.mark.slow
     def test_latency(self, cli: Command, dense: Path, photos: Path) -> None:
         outcome = cli(
             *("search", dense, "-t", "latency=0.9", "--data", photos, "--images", "16", "--evaluations", "1"),
@@ -312,6 +315,7 @@ class TestRefused:
         assert outcome.rc == rc
         assert message in outcome.stderr
 
+    @pytest.mark.slow
     def test_a_missed_target_writes_nothing_without_force(self, cli: Command, dense: Path, tmp_path: Path) -> None:
         arguments = ("search", dense, "-t", "macs=0.2", *QUICK, "-o", "r.yaml", "--save", "s.safetensors")
         outcome = cli(*arguments)
@@ -352,6 +356,7 @@ class TestInterrupted:
             text=True,
         )
 
+    @pytest.mark.slow
     def test_the_best_schedule_is_written_and_the_search_continues(
         self, started: subprocess.Popen[str], cli: Command, dense: Path, tmp_path: Path
     ) -> None:
@@ -426,6 +431,7 @@ class TestInterrupted:
         assert "interrupted; no partial output was left" in outcome.stderr
         assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.safetensors"]
 
+    @pytest.mark.slow
     def test_the_state_of_another_search_is_refused(self, cli: Command, dense: Path, tmp_path: Path) -> None:
         cli("search", dense, "-t", "macs=0.2", *QUICK, "--state", "where.json")
         before = (tmp_path / "where.json").read_text()
@@ -467,6 +473,7 @@ class TestCompress:
         assert document["measured"]["images"]["count"] == 8  # the held-out images
         assert Recipe.parse(cli("recipes", "show", "s.safetensors").stdout).text == document["recipe"]["text"]
 
+    @pytest.mark.slow
     def test_a_recipe_with_a_budget(self, cli: Command, tmp_path: Path, dense: Path, photos: Path) -> None:
         (tmp_path / "r.yaml").write_text("version: 1\nmetric: {kind: token_norm}\nbudget: {macs: 0.7}\n")
         few = ("--calibration", photos, "--calibration-images", "16", "--seconds", "0", "-b", "4")
@@ -477,6 +484,7 @@ class TestCompress:
         assert found["compressed"]["gmacs"] <= 0.7 * found["dense"]["gmacs"]
         assert {site["metric"]["kind"] for site in found["plan"]} == {"token_norm"}
 
+    @pytest.mark.slow
     def test_a_missed_target(self, cli: Command, tmp_path: Path, dense: Path, photos: Path) -> None:
         few = ("--calibration", photos, "--calibration-images", "16", "--seconds", "0", "-b", "4")
         outcome = cli("compress", dense, "--target", "macs=0.2", *few, "-o", "s.safetensors")
@@ -517,6 +525,7 @@ def test_a_reducer_that_does_not_fit_the_model_is_refused(model: str, reducer: s
     assert "unexpected" not in outcome.stderr
 
 
+@pytest.mark.slow
 def test_one_process_prints_its_result_whatever_its_rank(
     cli: Command, dense: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -528,6 +537,7 @@ def test_one_process_prints_its_result_whatever_its_rank(
     assert "wrote   dense_macs0.7.yaml" in outcome.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "named"),
     [("builtin:vit-digits-small", True), pytest.param("timm", True, marks=pytest.mark.slow), ("dense", False)],
@@ -580,6 +590,7 @@ def test_the_second_half_is_held_out() -> None:
     assert batch.identity["count"] == 7
 
 
+@pytest.mark.slow
 def test_a_folder_name_cannot_end_a_comment(cli: Command, dense: Path, photos: Path, tmp_path: Path) -> None:
     odd = photos.rename(tmp_path / "a\nversion: 2\x1b")
     (tmp_path / "start.yaml").write_text("version: 1\nmetric: {kind: token_norm}\nbudget: {macs: 0.7}\n")
@@ -588,6 +599,7 @@ def test_a_folder_name_cannot_end_a_comment(cli: Command, dense: Path, photos: P
     assert "a?version: 2?" in Recipe.load(tmp_path / "r.yaml").text
 
 
+@pytest.mark.slow
 def test_a_model_without_a_head_compares_features(cli: Command, photos: Path, tmp_path: Path) -> None:
     save_weights(tiny_vit(embed_dim=128, num_classes=0), tmp_path / "bare.safetensors")
     outcome = cli("search", "bare.safetensors", "-t", "macs=0.7", "--data", photos, *QUICK, "--plot", "p.png")
@@ -597,6 +609,7 @@ def test_a_model_without_a_head_compares_features(cli: Command, photos: Path, tm
     assert narrow(outcome.stdout)
 
 
+@pytest.mark.slow
 def test_a_failed_check_is_printed_as_json(cli: Command, dense: Path, photos: Path) -> None:
     outcome = cli("search", dense, "-t", "macs=0.2", "--data", photos, *QUICK, "--json")
     assert outcome.rc == 5

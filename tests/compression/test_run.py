@@ -65,6 +65,7 @@ def run(dense: Path, dry_run: bool = False, **changes: Any) -> CompressReport:
 
 
 class TestFile:
+    @pytest.mark.slow
     def test_the_report_equals_the_file(self, dense: Path, tmp_path: Path) -> None:
         output = tmp_path / "small.safetensors"
         report = run(dense, recipe=recipe_file(tmp_path), output=output)
@@ -78,6 +79,7 @@ class TestFile:
         assert opened.loaded.document["measured"]["ratio"]["macs"] == report.to_dict()["ratio"]["macs"]
         assert opened.loaded.document["calibration"] is None
 
+    @pytest.mark.slow
     def test_the_json_document(self, dense: Path, tmp_path: Path) -> None:
         report = run(dense, recipe=recipe_file(tmp_path), output=tmp_path / "small.safetensors")
         document = json.loads(json.dumps(report.to_dict(), allow_nan=False))
@@ -97,6 +99,7 @@ class TestFile:
         assert document["agreement"] is None  # built-in scenes are not images of this model's kind
         assert document["divergence"] >= 0
 
+    @pytest.mark.slow
     def test_counts_equal_those_of_a_real_run(self, dense: Path, tmp_path: Path) -> None:
         report = run(dense, recipe=recipe_file(tmp_path), output=tmp_path / "small.safetensors")
         opened = artifact.open_model(tmp_path / "small.safetensors")
@@ -123,6 +126,7 @@ class TestFile:
         assert [site.layer for site in report.plan.sites] == [0, 1, 2]
         assert any("no recipe was given" in note and "default --blocks 4" in note for note in report.notes)
 
+    @pytest.mark.slow
     def test_a_model_without_a_head(self, tmp_path: Path) -> None:
         dense = save_weights(tiny_vit(embed_dim=64, num_classes=0), tmp_path / "dense.safetensors")
         report = run(dense, recipe=recipe_file(tmp_path), output=tmp_path / "small.safetensors")
@@ -130,6 +134,7 @@ class TestFile:
         assert report.measured.agreement is None
         assert 0 <= report.measured.divergence <= 2
 
+    @pytest.mark.slow
     def test_bfloat16_runs_leave_the_file_in_float32(self, dense: Path, tmp_path: Path) -> None:
         run(dense, recipe=recipe_file(tmp_path), output=tmp_path / "small.safetensors", dtype="bfloat16")
         model = artifact.load(tmp_path / "small.safetensors")
@@ -200,6 +205,7 @@ class TestRefusals:
         settings = replace(QUICK, recipe="deit_tiny_paper", load=NO_HEADS)
         assert compress_checkpoint(name, settings, Silent(), dry_run=True).plan.sites[0].tokens_out == 158
 
+    @pytest.mark.slow
     def test_a_recipe_chooses_among_two_equal_shapes(self, tmp_path: Path) -> None:
         weights = save_weights(timm.create_model("deit_tiny_patch16_224"), tmp_path / "weights.safetensors")
         settings = replace(QUICK, load=NO_HEADS)
@@ -256,17 +262,20 @@ class TestChecks:
 class TestCalibration:
     OPEN = "{kind: representation_shift, operation: block, distance: l2}"
 
+    @pytest.mark.slow
     def test_a_warning_without_images(self, dense: Path, tmp_path: Path) -> None:
         report = run(dense, recipe=recipe_file(tmp_path, self.OPEN))
         assert report.calibration is None
         assert any("NOT CALIBRATED: there are no images of the model's own kind" in note for note in report.notes)
         assert report.plan.sites[0].metric.options["polarity"] == "largest"
 
+    @pytest.mark.slow
     def test_a_warning_with_no_calibrate(self, dense: Path, image_folder: Path, tmp_path: Path) -> None:
         recipe = recipe_file(tmp_path, self.OPEN)
         report = run(dense, recipe=recipe, calibration=str(image_folder), calibrate=False)
         assert any("NOT CALIBRATED: --no-calibrate was given" in note for note in report.notes)
 
+    @pytest.mark.slow
     def test_not_clear_is_an_error(self, dense: Path, image_folder: Path, tmp_path: Path) -> None:
         recipe, output = recipe_file(tmp_path, self.OPEN), tmp_path / "small.safetensors"
         with pytest.raises(CheckFailed, match="no score is clearly better than random dropping") as caught:
@@ -386,6 +395,7 @@ class TestImages:
             run(dense, recipe=recipe_file(tmp_path), calibration=str(tmp_path / "none"))
 
 
+@pytest.mark.slow
 def test_parallel_blocks_work_without_a_recipe_and_without_images() -> None:
     settings = replace(QUICK, load=NO_HEADS)
     report = compress_checkpoint("vit_small_patch16_18x2_224", settings, Silent(), dry_run=True)

@@ -111,6 +111,7 @@ def test_tuned_packages_run_without_repshift(family: str, tmp_path: Path) -> Non
     round_trip([(family, "aoti", torch.float32)], tmp_path, tune=True)
 
 
+@pytest.mark.slow
 def test_a_file_that_does_not_run_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(*args: Any) -> Tensor:
         raise RuntimeError("index out of bounds\nframe #0")
@@ -134,6 +135,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestOnnx:
+    @pytest.mark.slow
     def test_the_graph_is_of_standard_operators_with_constant_counts(self, folder: Path) -> None:
         model = onnx.load(folder / "vit.onnx")
         onnx.checker.check_model(model, full_check=True)
@@ -173,6 +175,7 @@ class TestOnnx:
         exported = export_to(open_family("vim"), "onnx", tmp_path / "vim.onnx")
         assert exported.document.verified is not None
 
+    @pytest.mark.slow
     def test_attention_is_one_operator_where_the_opset_has_it(self, tmp_path: Path) -> None:
         exported = export_to(open_family("timm_vit"), "onnx", tmp_path / "vit.onnx", opset=23)
         assert exported.operators is not None
@@ -189,6 +192,7 @@ class TestOnnx:
             wanted = artifact.load(stored(1))(inputs)
         torch.testing.assert_close(runtime.flexible(inputs), wanted, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options",
         [
@@ -200,6 +204,7 @@ class TestOnnx:
         exported = export_to(reduced_vit(f"{{kind: {options}}}"), "onnx", tmp_path / "vit.onnx")
         assert exported.document.verified is not None
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "metric",
         [
@@ -214,6 +219,7 @@ class TestOnnx:
         exported = export_to(reduced_vit(metric=metric), "onnx", tmp_path / "vit.onnx")
         assert exported.document.verified is not None
 
+    @pytest.mark.slow
     def test_the_lower_position_is_kept_among_equal_scores(self, tmp_path: Path) -> None:
         class Ties(torch.nn.Module):
             def forward(self, scores: Tensor) -> tuple[Tensor, ...]:
@@ -333,6 +339,7 @@ class TestHub:
 
 
 class TestFailures:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("target", "problem"),
         [("pt2", KeyboardInterrupt()), ("hub", SystemExit(143)), ("hub", OSError(errno.ENOSPC, "No space left"))],
@@ -349,6 +356,7 @@ class TestFailures:
             export_to(open_family("timm_vit"), target, output)
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.slow
     def test_a_program_on_a_full_disk(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """torch's writer would abort the process."""
         opened = DeferredErrors.__init__
@@ -383,6 +391,7 @@ class TestVerify:
 
         assert "outputs differ from those of torch by" in self.wrong(change, monkeypatch, tmp_path)
 
+    @pytest.mark.slow
     def test_tokens_that_differ(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         def change(model: ModelProto) -> None:
             for node in model.graph.node:
@@ -393,6 +402,7 @@ class TestVerify:
 
         assert "of the kept positions are those of torch" in self.wrong(change, monkeypatch, tmp_path)
 
+    @pytest.mark.slow
     def test_nan_outputs(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         def change(model: ModelProto) -> None:
             weight = next(each for each in model.graph.initializer if each.name.endswith("head.bias"))
@@ -419,6 +429,7 @@ class TestVerify:
         with pytest.raises(CheckFailed, match="outputs differ from those of torch"):
             verify.compare(subject, request, partial(run, wrong=1), Silent())
 
+    @pytest.mark.slow
     def test_an_existing_file_stays_where_the_check_fails(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
@@ -461,6 +472,7 @@ class TestProgram:
 
 
 class TestRuns:
+    @pytest.mark.slow
     def test_a_hundred_runs_at_different_batch_sizes_agree(self, folder: Path) -> None:
         for name in ("vit.onnx", "vit.pt2"):
             opened = open_exported(folder / name, trust=True)
@@ -524,6 +536,7 @@ class TestRefused:
         with pytest.raises(RepshiftError, match="does not exist"):
             check(Request(target, tmp_path / "no" / FORMATS[target].default_output("model").name))
 
+    @pytest.mark.slow
     def test_weights_too_large_for_onnx(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(onnx_graph, "_MOST_BYTES", 1000)
         with pytest.raises(RepshiftError, match="do not fit into one ONNX file"):

@@ -28,6 +28,7 @@ def _without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_dense_and_compressed_have_their_own_graphs() -> None:
     model = compressed()
     inputs = images()

@@ -345,6 +345,7 @@ class TestCompile:
                 program = torch.compile(model, fullgraph=True, backend="aot_eager")
                 torch.testing.assert_close(program(sample), wanted, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.slow
     def test_a_compiled_model_follows_the_mode(self, flash: FlashStandIn) -> None:
         model = tiny_vit()
         torch._dynamo.reset()

@@ -187,6 +187,7 @@ class TestBatch:
 
 
 class TestGradient:
+    @pytest.mark.slow
     @BOTH
     @pytest.mark.parametrize("length", [1, 2, 11])
     def test_gradcheck(self, function: Scan, length: int, small_blocks: None) -> None:
@@ -273,6 +274,7 @@ class TestGraphs:
             inputs = inputs_of(Shape(2, batch, length, 4, 3))
             assert error(module(*inputs), inputs) < TOLERANCE
 
+    @pytest.mark.slow
     def test_the_graph_grows_with_the_root_of_the_length(self) -> None:
         short, long = (len(exported(length).graph.nodes) for length in (64, 256))
         assert long < 2.2 * short
@@ -299,6 +301,7 @@ class TestGraphs:
 
 
 class TestMemory:
+    @pytest.mark.slow
     @BOTH
     def test_it_is_linear_in_the_length(self, function: Scan) -> None:
         short, long = (self.peak(function, length) for length in (4096, 8192))

@@ -108,6 +108,7 @@ class TestSolve:
         assert [(found.cost, found.damage) for found in solved.pareto()] == sorted(points - beaten, reverse=True)
         assert solved.pareto()[-1].cost == min(cost for cost, _ in points)
 
+    @pytest.mark.slow
     @settings(max_examples=12)
     @given(st.floats(0.3, 0.95))
     def test_never_exceeds_the_budget_on_a_coarse_grid(self, budget: float) -> None:
@@ -158,6 +159,7 @@ class TestFit:
 
 
 class TestNeighbours:
+    @pytest.mark.slow
     @settings(max_examples=20)
     @given(st.data(), st.sampled_from((1, 4, 24)))
     def test_are_other_schedules_on_the_budget(self, data: st.DataObject, step: int) -> None:

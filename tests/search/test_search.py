@@ -118,6 +118,7 @@ class Counting(Silent):
 
 
 class TestCost:
+    @pytest.mark.slow
     def test_the_result_describes_the_found_schedule(self) -> None:
         model, result = tiny_vit(), run("macs=0.65")
         assert result.met
@@ -138,6 +139,7 @@ class TestCost:
         assert result.found.agreement == pytest.approx(float(agreement(reference, given).mean()), abs=1e-6)
         assert result.found.images == HELD
 
+    @pytest.mark.slow
     def test_does_not_change_the_model(self) -> None:
         model = tiny_vit()
         with torch.inference_mode():
@@ -154,6 +156,7 @@ class TestCost:
         # one of so few tokens is a few percent of the MACs
         assert abs(result.paper.macs - result.found.macs) < 0.05
 
+    @pytest.mark.slow
     def test_is_the_best_that_was_tried(self) -> None:
         result = run("macs=0.6", evaluations=16)
         fitting = [point for point in result.tried if point.macs <= 0.6]
@@ -163,6 +166,7 @@ class TestCost:
         assert result.evaluations == len(result.tried) > 8
         assert len({point.name for point in result.tried} & {"additive model", "paper", "neighbour"}) == 3
 
+    @pytest.mark.slow
     def test_drops_tokens_where_they_do_not_matter(self) -> None:
         """Block 1 reads all tokens and the other blocks are the identity, so dropping after block 1 changes little."""
         model = tiny_vit()
@@ -178,12 +182,14 @@ class TestCost:
         assert result.paper is not None
         assert result.paper.distance > 1e-4
 
+    @pytest.mark.slow
     def test_compares_with_the_given_schedule(self) -> None:
         result = run("macs=0.65")
         assert result.given is not None
         assert result.given.tokens == ((1, 1 + PATCHES // 2),)
         assert run("macs=0.65", start=Recipe.parse(FIXED + "budget: {macs: 0.65}\n")).given is None
 
+    @pytest.mark.slow
     def test_warns_if_the_target_is_out_of_reach(self) -> None:
         listener = Counting()
         result = run("macs=0.05", progress=listener)
@@ -194,6 +200,7 @@ class TestCost:
             result.check_met(False, Silent().warn)
         run("macs=0.65").check_met(False, Silent().warn)
 
+    @pytest.mark.slow
     def test_progress_makes_the_announced_steps(self) -> None:
         listener = Counting()
         run("macs=0.65", progress=listener)
@@ -202,6 +209,7 @@ class TestCost:
         }
         assert all(total == made for _, total, made in listener.tasks)
 
+    @pytest.mark.slow
     def test_a_layer_keeps_the_metric_that_the_recipe_gives_it(self) -> None:
         layers = "layers: [{layer: 0, drop_ratio: 0.2, metric: {kind: token_norm}}]\n"
         result = run("macs=0.5", start=Recipe.parse(FIXED + layers))
@@ -209,6 +217,7 @@ class TestCost:
         assert kinds.pop(0) == "token_norm"
         assert set(kinds.values()) == {"representation_shift"}
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("parts", ["metric: {kind: class_attention}", "reducer: {kind: bipartite}"])
     def test_the_budget_includes_metrics_and_reducers(self, parts: str) -> None:
         start = Recipe.parse(f"version: 1\n{parts}\nbudget: {{macs: 0.7}}\n")
@@ -222,12 +231,14 @@ class TestCost:
         with pytest.raises(RecipeError, match="class_attention"):
             run("macs=0.65", tiny_vit(attn_layer="diff"), start=start)
 
+    @pytest.mark.slow
     def test_other_reducers_are_tried(self) -> None:
         result = run("macs=0.65", reducers=(ComponentSpec(kind="prune"), ComponentSpec(kind="bipartite")))
         assert "reducer bipartite" in {point.name for point in result.tried}
         assert "reducer prune" not in {point.name for point in result.tried}
         assert all(point.macs <= 0.65 + 1e-9 for point in result.tried if point.name != "other cost")
 
+    @pytest.mark.slow
     def test_a_reducer_stays_within_its_limit(self) -> None:
         start = Recipe.parse(FIXED + "reducer: {kind: bipartite}\nbudget: {macs: 0.6}\n")
         result = run("macs=0.6", start=start)
@@ -247,11 +258,13 @@ class TestQuality:
         holding = [point for point in result.tried if lower_agreement(point.agreement or 0.0, HELD) >= 0.8]
         assert result.found.macs <= min(point.macs for point in holding) * 1.01
 
+    @pytest.mark.slow
     def test_more_agreement_costs_more(self) -> None:
         strict, loose = run("agreement=0.95"), run("agreement=0.6")
         assert strict.met and loose.met
         assert loose.found.macs < strict.found.macs < 1
 
+    @pytest.mark.slow
     def test_top1_of_labelled_images(self) -> None:
         model = tiny_vit()
         with torch.inference_mode():
@@ -263,6 +276,7 @@ class TestQuality:
         # the labels are the dense predictions, so lost points are changed predictions
         assert result.found.top1 == pytest.approx(100 * (result.found.agreement or 0.0), abs=1e-4)
 
+    @pytest.mark.slow
     def test_reports_whether_it_is_met_on_heldout_images(self) -> None:
         result = run("agreement=0.8", evaluations=4)
         assert result.held_back_met == ((result.found.agreement or 0.0) >= 0.8)
@@ -272,6 +286,7 @@ class TestQuality:
         assert lost.held_back_met is False
         assert replace(lost, target=SearchTarget("max-drop", 1.0)).held_back_met is None
 
+    @pytest.mark.slow
     def test_warns_if_the_images_are_too_few(self) -> None:
         listener = Counting()
         run("agreement=0.99", progress=listener, evaluations=4)
@@ -322,6 +337,7 @@ class TestQuality:
 
 
 class TestLatency:
+    @pytest.mark.slow
     @pytest.mark.parametrize("target", [0.6, 0.75])
     def test_is_met_within_three_percent(self, monkeypatch: pytest.MonkeyPatch, target: float) -> None:
         """With a time that depends on a part of the MACs and on the number of sites."""
@@ -340,6 +356,7 @@ class TestLatency:
         assert result.plan in asked
         assert len(asked) < 20
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("seed", range(4))
     def test_is_met_with_noisy_times(self, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
         """And with times that the cost model predicts badly: the last step lies between a slow and a fast size."""
@@ -357,6 +374,7 @@ class TestLatency:
         assert 0.97 * 0.5 <= result.nearest <= 0.5
         assert len(asked) < 24
 
+    @pytest.mark.slow
     def test_is_measured_in_turn_with_the_dense_model(self) -> None:
         model = tiny_vit(img_size=96, embed_dim=64)
         family = match(model)
@@ -365,6 +383,7 @@ class TestLatency:
         few = evaluator.latency(resolve_for(model, Recipe.parse(FIXED + layers)))
         assert 0.1 < few < 0.9
 
+    @pytest.mark.slow
     def test_is_reported_if_seconds_are_given(self) -> None:
         result = run("macs=0.65", seconds=0.05, evaluations=4)
         assert result.found.latency is not None and result.found.latency > 0
@@ -372,6 +391,7 @@ class TestLatency:
 
 
 class TestRepeating:
+    @pytest.mark.slow
     def test_results_are_repeatable(self) -> None:
         assert document(run("macs=0.6")) == document(run("macs=0.6"))
 
@@ -444,6 +464,7 @@ class TestRepeating:
         with pytest.raises(UsageError, match="differs in repshift"):
             run("macs=0.6", state=state)
 
+    @pytest.mark.slow
     def test_a_latency_holds_where_it_was_measured(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         state, asked = tmp_path / "state.json", []
         monkeypatch.setattr(Evaluator, "latency", lambda self, plan, *_: asked.append(plan) or 0.5)
@@ -488,6 +509,7 @@ class TestRepeating:
         with pytest.raises(UsageError, match="is not the state of a search"):
             run("macs=0.6", state=tmp_path / "state.json")
 
+    @pytest.mark.slow
     def test_more_evaluations_continue_a_search(self, tmp_path: Path) -> None:
         state = tmp_path / "state.json"
         first = run("macs=0.6", state=state, evaluations=4)
@@ -561,6 +583,7 @@ class TestFamilies:
         assert result.met
         assert result.found.macs > 0.6
 
+    @pytest.mark.slow
     def test_a_feature_map_loses_whole_lines(self) -> None:
         model = tiny_cnn("basic")
         result = run("macs=0.96", model, images=photos(16), evaluations=4)

@@ -284,6 +284,7 @@ class TestFigure:
         for text in ("original", "9 patches", "after block 1", "4 of 9 kept", "after block 5", "1 of 9 kept"):
             assert text in written
 
+    @pytest.mark.slow
     def test_pixels_are_sharp(self) -> None:
         figure = kept_tokens_figure(
             self.images, self.kept, self.patches, [SampleResult("a.png"), SampleResult("b.png")]
@@ -592,6 +593,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_writes_an_image_and_the_indices(self, shell: Command, checkpoints: Path, tmp_path: Path) -> None:
         model = str(checkpoints / "compressed.safetensors")
         save_images(tmp_path / "photos", 3, size=(60, 40))
@@ -604,6 +606,7 @@ class TestCommand:
         for entry in document["images"]:
             assert {layer: len(kept) for layer, kept in entry["kept"].items()} == {"0": 12, "2": 5}
 
+    @pytest.mark.slow
     def test_json_and_nothing_else(self, shell: Command, checkpoints: Path, tmp_path: Path) -> None:
         model = str(checkpoints / "compressed.safetensors")
         done = shell("visualize", model, "--data", "builtin:digits", "--count", "2", "-o", "a.svg", "--json")
@@ -654,6 +657,7 @@ def clip_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class TestCommandOnClips:
+    @pytest.mark.slow
     def test_built_in_scenes_of_a_built_in_model(self, shell: Command, clip_model: str, tmp_path: Path) -> None:
         done = shell("visualize", clip_model, "--indices", "kept.json")
         assert done.rc == 0, done.stderr
@@ -664,6 +668,7 @@ class TestCommandOnClips:
         document = json.loads((tmp_path / "kept.json").read_text())
         assert [list(map(len, clip["kept"].values())) for clip in document["clips"]] == [[36, 18]] * 3
 
+    @pytest.mark.slow
     def test_a_folder_as_json(self, shell: Command, clip_model: str, tmp_path: Path) -> None:
         save_images(tmp_path / "videos" / "walk", 5)
         done = shell("visualize", clip_model, "--data", "videos", "--json")

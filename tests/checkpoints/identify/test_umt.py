@@ -308,6 +308,7 @@ class TestRefused:
         assert "the weights do not fit UMT of width 64, depth 4: " in caught.value.message
         assert reason in caught.value.message
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "shapes",
         [

@@ -66,6 +66,7 @@ def test_captions_are_distinct_in_either_order(thousand: list[Scene]) -> None:
     assert len({frozenset(caption(one).split(" and ")) for one in thousand}) == len(thousand)
 
 
+@pytest.mark.slow
 def test_a_repeated_caption_is_drawn_anew() -> None:
     drawn = [frozenset(caption(scene(index, 0)).split(" and ")) for index in range(2000)]
     assert len(set(drawn)) < len(drawn)

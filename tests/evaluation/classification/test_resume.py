@@ -170,6 +170,7 @@ class TestResume:
         with pytest.raises(UnreadableSample, match="colour-6 cannot be read: made to fail"):
             run(Colours(), tmp_path / "s", strict=True)
 
+    @pytest.mark.slow
     def test_the_number_of_files_is_limited(self, tmp_path: Path) -> None:
         run(Colours(2100), tmp_path / "s", {"one": tiny_vit(depth=1)}, batch_size=4, keep_rows=False)
         assert len(list((tmp_path / "s").glob("0*.json"))) == 175  # 525 batches, three to a shard

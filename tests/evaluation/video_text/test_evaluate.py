@@ -108,6 +108,7 @@ class TestRunning:
         assert videos.loaded == Counter(range(5))
         assert (result.questions, result.scores["dense"].videos, padded) == (9, 5, ("noise-3",))
 
+    @pytest.mark.slow
     def test_answers_do_not_depend_on_the_batch(self) -> None:
         model, about = tiny_umt(embed_dim=0), [0, 1, 1, 1, 4, 0, 2, 3, 1, 2, 2]
         data = questions(Noise(), about)

@@ -361,6 +361,12 @@ def test_macs_equal_the_counter(case: Case) -> None:
     model = case.compressed()
     size = tuple(case.inputs(model, 1).shape[1:])
     assert count_macs(model, size, batch=2) == model.macs(counted=True) < model.dense_macs(counted=True)
+
+
+@one_model
+def test_dense_macs_equal_the_counter(case: Case) -> None:
+    model = case.compressed()
+    size = tuple(case.inputs(model, 1).shape[1:])
     with model.dense():
         assert count_macs(model, size) == model.dense_macs(counted=True)
     dense = dense_model(case)
@@ -392,17 +398,17 @@ def test_copies_are_independent(case: Case) -> None:
         pickle.loads(pickle.dumps(model)),
         torch.load(stored, weights_only=False),
     ]
-    inputs = case.inputs(model)
+    inputs, built = case.inputs(model), case.model.build()
     with torch.no_grad():
-        wanted = model(inputs)
+        wanted, wanted_dense = model(inputs), built(inputs)
         for parameter in model.model.parameters():
             parameter.zero_()
         model(inputs[:1])
         for other in copies:
             assert torch.equal(other(inputs), wanted)
             dense = other.detach()
-            assert torch.equal(dense(inputs), case.model.build()(inputs))
-            assert [type(part) for part in dense.modules()] == [type(part) for part in case.model.build().modules()]
+            assert torch.equal(dense(inputs), wanted_dense)
+            assert [type(part) for part in dense.modules()] == [type(part) for part in built.modules()]
     with pytest.raises(ModelError, match="compressed already"):
         attach(model.model, model.plan)
 
@@ -442,6 +448,7 @@ one_of_each_form = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @one_of_each_form
 def test_export_with_a_dynamic_batch(case: Case) -> None:
     model = case.compressed()
@@ -453,6 +460,7 @@ def test_export_with_a_dynamic_batch(case: Case) -> None:
             torch.testing.assert_close(program(inputs), model(inputs), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @one_of_each_form
 def test_compiles_to_one_graph(case: Case) -> None:
     torch._dynamo.reset()

@@ -324,6 +324,7 @@ class TestModule:
         plain = compressed_cnn(kind).trace(photos())
         assert all(torch.equal(plain.kept[layer], trace.kept[layer]) for layer in plain.kept)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("kind", "layout"),
         [("basic", "nchw"), ("basic", "channels_last"), ("convnext_v2", "nchw")],
@@ -336,6 +337,7 @@ class TestModule:
         with torch.no_grad():
             torch.testing.assert_close(program.module()(batch), wrapped(batch), rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("kind", "layout"), [("basic", "nchw"), ("convnext", "channels_last")])
     def test_compile_as_one_graph(self, kind: str, layout: str) -> None:
         torch._dynamo.reset()
@@ -516,6 +518,7 @@ def test_other_norms_of_convnext(norm: str) -> None:
     assert match(model).macs(model, None) == count_macs(model, (3, 224, 224))
 
 
+@pytest.mark.slow
 def test_an_older_repshift_gets_a_hint_to_upgrade(tmp_path: Path) -> None:
     """Version 1 supports sequences of vision transformers only, so a plan for maps has version 2."""
     path = tmp_path / "fast.safetensors"

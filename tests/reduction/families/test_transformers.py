@@ -129,6 +129,7 @@ class TestReduced:
         assert compressed.macs(counted=True) == count_macs(compressed, size)
         assert compressed.macs() < compressed.dense_macs()
 
+    @pytest.mark.slow
     @bare
     def test_macs_of_the_bare_model(self, name: str) -> None:
         model = tiny_transformer(name)
@@ -426,6 +427,7 @@ class TestAttentionMode:
 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "DINOv3ViTModel"])
 class TestPrograms:
+    @pytest.mark.slow
     def test_compile(self, name: str) -> None:
         model = reduced(as_function(tiny_transformer(name)))
         inputs = tiny_inputs(model.model)
@@ -441,6 +443,7 @@ class TestPrograms:
             other = tiny_inputs(model.model).flip(0) * 2
             torch.testing.assert_close(program(other), model(other))
 
+    @pytest.mark.slow
     def test_export_of_merged_tokens(self, name: str) -> None:
         if name not in MERGING:
             pytest.skip("its tokens cannot be merged")

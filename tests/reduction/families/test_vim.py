@@ -209,6 +209,7 @@ class TestCounts:
 
 
 class TestMacs:
+    @pytest.mark.slow
     def test_vim_tiny_by_hand(self) -> None:
         with torch.device("meta"):
             model = create("vim_tiny_patch16_224")
