@@ -25,7 +25,7 @@ from repshift_cli.reduction.checks import check_plan
 from repshift_cli.reduction.families.base import Site, match
 from repshift_cli.reduction.hooks import SiteHook, register_edit, register_tap
 from repshift_cli.reduction.metrics.base import Metric, build_metric
-from repshift_cli.reduction.reducers.base import Dims, Merger, build_reducer
+from repshift_cli.reduction.reducers.base import Dims, Merger, Pruner, build_reducer
 from repshift_cli.reduction.restore import register_restore
 from repshift_cli.reduction.token_stream import TokenStream
 from repshift_cli.reduction.token_trace import MapState
@@ -240,6 +240,8 @@ class CompressedModel(nn.Module):
             if dropped := planned.tokens_in - planned.tokens_out:
                 patches = planned.tokens_in - hook.stream.prefix
                 total += hook.reducer.macs(patches, dropped, Dims(site.width, site.head))
+                if self.plan.restore and isinstance(hook.reducer, Pruner):  # the most similar token of each dropped one
+                    total += dropped * (patches - dropped) * site.width
         return total
 
     def dense_macs(self, counted: bool = False) -> int:

@@ -1,15 +1,15 @@
 """Blocks run on the tokens that are left, and what is around them gets all tokens.
 
 In front of each block behind the first site the tokens that are left are gathered, and the output of the block is put
-back to full length. A dropped token keeps the state that it had last. A merged one gets the state of the token that it
-went into. So whatever reads the stream between or behind the blocks (norms, heads, hidden states, feature maps) sees
-the shapes of the dense model, and each token at its place.
+back to full length. A token that was dropped or merged moves along: each block adds to it what it adds to the token
+that it was merged into, or to the most similar one that was kept. So whatever reads the stream between or behind the
+blocks (norms, heads, hidden states, feature maps) sees the shapes of the dense model, and each token at its place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,52 +20,69 @@ from repshift_cli.reduction.families.base import Site
 from repshift_cli.reduction.token_stream import TokenStream
 
 
+class _Route(NamedTuple):
+    """Indices behind a site, int64: of the tokens that are left among all, `[B, K]`; of the one that each of all
+    follows among those that are left, `[B, T]`; and of each of all among both, those that are left first, `[B, T]`."""
+
+    left: Tensor
+    followed: Tensor
+    both: Tensor
+
+
 class Restorer:
     """The hooks of one block; methods, so that a hooked model can be copied and pickled.
 
     Attributes:
         entering: tokens with which the block runs.
-        full: all tokens in front of the block, while it runs; None if none was dropped yet.
+        before: all tokens in front of the block, and those with which it runs; None if no token was dropped yet.
     """
 
     def __init__(self, stream: TokenStream, entering: int) -> None:
         self.stream, self.entering = stream, entering
-        self.full: Tensor | None = None
+        self.before: tuple[Tensor, Tensor] | None = None
 
     def gather(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Forward pre-hook: the tokens that are left."""
-        self.full, places = None, self.stream.places.get(self.entering)
-        if places is None:
+        self.before, route = None, self.stream.routes.get(self.entering)
+        if route is None:
             return None
-        self.full = self.stream.batch_first(args[0])
-        left = gather_tokens(self.full, with_prefix(places, self.stream.prefix))
+        full = self.stream.batch_first(args[0])
+        left = gather_tokens(full, route.left)
+        self.before = full, left
         return (self.stream.batch_first(left), *args[1:])
 
     def restore(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook behind that of the site, if there is one: all tokens."""
-        stream, full = self.stream, self.full
-        arrived, self.full, stream.arrived = stream.arrived, None, None
+        stream, before = self.stream, self.before
+        arrived, self.before, stream.arrived = stream.arrived, None, None
         left = stream.batch_first(output)
-        if left.shape[1] not in stream.places:
+        ran, count = left if arrived is None else arrived, left.shape[1]
+        if count not in stream.places:
             return None
-        if (owners := stream.owners.get(left.shape[1])) is not None:
-            return stream.batch_first(gather_tokens(left, with_prefix(owners, stream.prefix)))
-        if arrived is not None:  # at a site, where dropped tokens have run through this block
-            full = arrived if full is None else self._put(arrived, full)
-        assert full is not None
-        return stream.batch_first(self._put(left, full))
+        full = ran
+        if before is not None:
+            route = stream.routes[ran.shape[1]]
+            full = _put(ran, before[0] + gather_tokens(ran - before[1], route.followed), route)
+        if arrived is not None:
+            route = stream.routes[count] = self._route(count, full.shape[1])
+            full = _put(left, full, route)
+        return stream.batch_first(full)
 
-    def _put(self, left: Tensor, full: Tensor) -> Tensor:
-        """All tokens `[B, T, C]`, with the ones that are left, `[B, K, C]`, at their places."""
-        places, (batch, kept) = with_prefix(self.stream.places[left.shape[1]], self.stream.prefix), left.shape[:2]
-        if len(full) != batch:  # several metrics choose at one site
-            full = full.repeat(batch // len(full), 1, 1)
-        index = torch.arange(kept, kept + full.shape[1], device=places.device).expand(batch, -1)
-        index = index.scatter(1, places, torch.arange(kept, device=places.device).expand(batch, -1))
-        return gather_tokens(torch.cat((left, full), dim=1), index)
+    def _route(self, count: int, total: int) -> _Route:
+        stream = self.stream
+        left, followed = (with_prefix(each[count], stream.prefix) for each in (stream.places, stream.owners))
+        both = torch.arange(count, count + total, device=left.device).expand(len(left), -1)
+        return _Route(left, followed, both.scatter(1, left, torch.arange(count, device=left.device).expand_as(left)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "full": None}
+        return {**self.__dict__, "before": None}
+
+
+def _put(left: Tensor, full: Tensor, route: _Route) -> Tensor:
+    """All tokens `[B, T, C]`, with those that are left, `[B, K, C]`, at their places."""
+    if len(full) != len(left):  # several metrics choose at one site
+        full = full.repeat(len(left) // len(full), 1, 1)
+    return gather_tokens(torch.cat((left, full), dim=1), route.both)
 
 
 def register_restore(

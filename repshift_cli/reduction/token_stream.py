@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from repshift_cli.ops.tokens import with_prefix
+from repshift_cli.ops.merging import nearest
+from repshift_cli.ops.tokens import gather_tokens, with_prefix
 from repshift_cli.planning.plan import PlanSite
-from repshift_cli.reduction.reducers.base import Merged
 from repshift_cli.reduction.stream import Merge, Reduce, SizedStream
 
 
 class Tokens(NamedTuple):
     """Tokens `[B, T, C]`, their sizes (float32 `[B, T]`, None for 1), and the original positions of the patch tokens
-    (int64 `[B, K]`, None if all are there). `owners`, int64 `[B, N]`, are the indices of the patch tokens that all
-    original ones were merged into (None if nothing was merged, or they are not needed)."""
+    (int64 `[B, K]`, None if all are there). `owners`, int64 `[B, N]`, are for all original patch tokens the indices of
+    those that they went into (None if not needed)."""
 
     tokens: Tensor
     sizes: Tensor | None = None
@@ -35,7 +35,7 @@ class TokenStream(SizedStream):
         count: tokens that entered the current block.
         restores: whether all tokens are put back behind each block (`reduction/restore.py`).
         arrived: then the tokens `[B, T, C]` that left the current block, before its site reduced them.
-        owners: then `Tokens.owners`, by the number of tokens.
+        owners, routes: then `Tokens.owners`, and what `Restorer` computes once per site, by the number of tokens.
     """
 
     restores = False
@@ -49,6 +49,7 @@ class TokenStream(SizedStream):
         self.sizes: dict[int, Tensor] = {}
         self.places: dict[int, Tensor] = {}
         self.owners: dict[int, Tensor] = {}
+        self.routes: dict[int, Any] = {}
         self.arrived: Tensor | None = None
         self._gathered: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.normed, self.count = None, 0
@@ -89,18 +90,20 @@ class TokenStream(SizedStream):
 
     def reduce(self, output: Any, keep: Tensor, planned: PlanSite, reduce: Reduce) -> Any:
         sizes = None if output.sizes is None else output.sizes.gather(1, keep)
-        return Tokens(reduce(output.tokens, keep), sizes, self._follow(output.places, self.patches(keep)))
+        tokens, kept, owners = reduce(output.tokens, keep), self.patches(keep), None
+        if self.restores:
+            owners = self._owners(output.owners, kept, *_most_similar(output.tokens[:, self.prefix :], kept))
+        return Tokens(tokens, sizes, self._follow(output.places, kept), owners)
 
     def merge(self, output: Any, scores: Tensor, planned: PlanSite, merge: Merge) -> tuple[Any, Tensor]:
         merged = self.merged(output[:2], scores, planned, merge)
-        owners = self._owners(output.owners, merged) if self.restores else None
+        owners = self._owners(output.owners, *merged[2:]) if self.restores else None
         return Tokens(*merged[:2], self._follow(output.places, merged.places), owners), merged.places
 
     @staticmethod
-    def _owners(owners: Tensor | None, merged: Merged) -> Tensor:
-        kept, before = merged.places, torch.cat((merged.places, merged.sources), dim=1)
-        after = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-        after = torch.empty_like(before).scatter(1, before, torch.cat((after, merged.targets), dim=1))
+    def _owners(owners: Tensor | None, kept: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+        before, own = torch.cat((kept, sources), dim=1), torch.arange(kept.shape[1], device=kept.device)
+        after = before.scatter(1, before, torch.cat((own.expand_as(kept), targets), dim=1))
         return after if owners is None else after.gather(1, owners)
 
     def _follow(self, places: Tensor | None, kept: Tensor) -> Tensor | None:
@@ -142,8 +145,16 @@ class TokenStream(SizedStream):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy does not take over the tensors of a running pass
-        empty: dict[str, Any] = {"sizes": {}, "places": {}, "owners": {}, "_gathered": {}}
+        empty: dict[str, Any] = {"sizes": {}, "places": {}, "owners": {}, "routes": {}, "_gathered": {}}
         return {**self.__dict__, **empty, "arrived": None, "normed": None}
+
+
+def _most_similar(patches: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions `[B, D]` of the tokens that are not kept, and the index of the most similar kept one of each."""
+    count = patches.shape[1] - kept.shape[1]
+    is_dropped = torch.ones(patches.shape[:2], device=kept.device).scatter(1, kept, 0.0)
+    dropped = is_dropped.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return dropped, nearest(gather_tokens(patches, dropped), gather_tokens(patches, kept))
 
 
 def _gather(value: Tensor, index: Tensor, pairs: bool) -> Tensor:
