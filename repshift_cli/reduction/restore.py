@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from repshift_cli.ops.tokens import gather_tokens, with_prefix
+from repshift_cli.ops.tokens import at_places, complement, gather_tokens, with_prefix
 from repshift_cli.reduction.families.base import Site
 from repshift_cli.reduction.token_stream import TokenStream
 
@@ -71,8 +71,10 @@ class Restorer:
     def _route(self, count: int, total: int) -> _Route:
         stream = self.stream
         left, followed = (with_prefix(each[count], stream.prefix) for each in (stream.places, stream.owners))
-        both = torch.arange(count, count + total, device=left.device).expand(len(left), -1)
-        return _Route(left, followed, both.scatter(1, left, torch.arange(count, device=left.device).expand_as(left)))
+        others = complement(left, total)
+        first = torch.arange(count, device=left.device).expand_as(left)
+        both = at_places(torch.cat((left, others), dim=1), torch.cat((first, others + count), dim=1))
+        return _Route(left, followed, both)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "before": None}
@@ -80,8 +82,8 @@ class Restorer:
 
 def _put(left: Tensor, full: Tensor, route: _Route) -> Tensor:
     """All tokens `[B, T, C]`, with those that are left, `[B, K, C]`, at their places."""
-    if len(full) != len(left):  # several metrics choose at one site
-        full = full.repeat(len(left) // len(full), 1, 1)
+    if full.shape[0] != left.shape[0]:  # several metrics choose at one site
+        full = full.repeat(left.shape[0] // full.shape[0], 1, 1)
     return gather_tokens(torch.cat((left, full), dim=1), route.both)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli.ops.merging import nearest
-from repshift_cli.ops.tokens import gather_tokens, with_prefix
+from repshift_cli.ops.tokens import at_places, complement, gather_tokens, with_prefix
 from repshift_cli.planning.plan import PlanSite
 from repshift_cli.reduction.stream import Merge, Reduce, SizedStream
 
@@ -102,8 +102,8 @@ class TokenStream(SizedStream):
 
     @staticmethod
     def _owners(owners: Tensor | None, kept: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
-        before, own = torch.cat((kept, sources), dim=1), torch.arange(kept.shape[1], device=kept.device)
-        after = before.scatter(1, before, torch.cat((own.expand_as(kept), targets), dim=1))
+        own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        after = at_places(torch.cat((kept, sources), dim=1), torch.cat((own, targets), dim=1))
         return after if owners is None else after.gather(1, owners)
 
     def _follow(self, places: Tensor | None, kept: Tensor) -> Tensor | None:
@@ -151,9 +151,7 @@ class TokenStream(SizedStream):
 
 def _most_similar(patches: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """The positions `[B, D]` of the tokens that are not kept, and the index of the most similar kept one of each."""
-    count = patches.shape[1] - kept.shape[1]
-    is_dropped = torch.ones(patches.shape[:2], device=kept.device).scatter(1, kept, 0.0)
-    dropped = is_dropped.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    dropped = complement(kept, patches.shape[1])
     return dropped, nearest(gather_tokens(patches, dropped), gather_tokens(patches, kept))
 
 

@@ -306,7 +306,8 @@ class Transformer(Family):
         found = {
             f"the attention of {spec.tower} reads positions, and a merged token has several": follows,
             f"the attention of {spec.tower} cannot weight tokens by size": not parts.mask,
-            f"{kind} pools by a mean over tokens, which is not weighted by size": not restore and tower.pooling == "mean",
+            f"{kind} pools by a mean over tokens, which is not weighted by size": not restore
+            and tower.pooling == "mean",
             f"{kind} pools by attention, whose keys are not weighted by size": not restore and tower.pooling == "map",
             f"a part of {kind} reads all tokens, which it does not weight by size": not restore
             and tower.pooling == "tokens",
