@@ -39,7 +39,11 @@ VERSIONS: dict[int, tuple[str | None, dict[str, Any], str, str]] = {
     2: ("vim", VIM, "token_norm", "prune"),
     3: ("umt", UMT, "token_norm", "vid_tldr"),
     4: (None, VIT, "token_norm", "merge"),
+    6: (None, {**VIT, "global_pool": "avg"}, "token_norm", "prune"),  # 5 is of a library, written by `compress`
 }
+
+
+_RESTORES = 6
 
 
 def main() -> None:
@@ -52,7 +56,8 @@ def main() -> None:
             path,
             architecture,
             args,
-            f"version: 1\nmetric: {{kind: {score}}}\nreducer: {{kind: {reducer}}}\nlayers: {LAYERS}\n",
+            f"version: 1\nmetric: {{kind: {score}}}\nreducer: {{kind: {reducer}}}\nlayers: {LAYERS}\n"
+            + ("restore: true\n" if version == _RESTORES else ""),
         )
         expected |= {f"v{version}/input": inputs, f"v{version}/output": output}
         sys.stdout.write(f"{path}: {path.stat().st_size} bytes\n")

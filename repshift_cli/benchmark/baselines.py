@@ -132,6 +132,7 @@ def _every_block(compressed: CompressedModel, count: int) -> Plan:
         patch_tokens=layout.patch_tokens,
         sites=tuple(sites),
         reducer=_MATCHING,
+        restore=compressed.plan.restore,
     )
 
 
@@ -153,7 +154,7 @@ def _same_counts(compressed: CompressedModel, part: ComponentSpec, metric: Compo
 
 def _checked_reducer(part: ComponentSpec, compressed: CompressedModel) -> Reducer:
     reducer = build_reducer(part)
-    check_reducer(reducer, compressed.family, compressed.model)
+    check_reducer(reducer, compressed.family, compressed.model, restore=compressed.plan.restore)
     return reducer
 
 

@@ -49,12 +49,13 @@ def _centred(embeddings: Tensor) -> Tensor:
 
 
 def divergence(reference: Tensor, output: Tensor, has_head: bool) -> Tensor:
-    """Divergence of outputs from the dense model's per image, in float32: `[B, classes]` or `[B, channels]` to `[B]`.
+    """Divergence from the dense model's outputs per image, float32: `[B, classes]` or `[B, ..., channels]` to `[B]`.
 
-    KL(reference || output) in nats for logits, `1 - cosine` for features (without `has_head`).
+    KL(reference || output) in nats for logits, `1 - cosine` for features (without `has_head`), the mean over tokens.
     """
     if not has_head:
-        return 1.0 - torch.nn.functional.cosine_similarity(reference.float(), output.float(), dim=-1)
+        alike = torch.nn.functional.cosine_similarity(reference.float(), output.float(), dim=-1)
+        return 1.0 - alike.reshape(len(alike), -1).mean(dim=1)
     wanted, given = reference.float().log_softmax(-1), output.float().log_softmax(-1)
     return (wanted.exp() * (wanted - given)).sum(-1).clamp_min(0.0)
 

@@ -77,7 +77,8 @@ def _calibrated(name: str) -> str:
         else LayerDrop(layer=site.layer, keep_tokens=site.tokens_out - plan.prefix_tokens, metric=site.metric)
         for site in plan.sites
     )
-    return Recipe(version=1, metric=plan.sites[0].metric, reducer=plan.reducer, layers=layers).to_yaml()
+    metric = plan.sites[0].metric
+    return Recipe(version=1, metric=metric, reducer=plan.reducer, restore=plan.restore, layers=layers).to_yaml()
 
 
 def _text(name: str, blocks: int) -> str:

@@ -23,7 +23,7 @@ from repshift_cli.errors import CheckpointError, UsageError
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe, default_recipe
 from repshift_cli.reduction.checks import check_feeds
-from repshift_cli.reduction.families.base import match
+from repshift_cli.reduction.families.base import Family, match
 from repshift_cli.reduction.families.transformer import as_function, tower_of
 from repshift_cli.reduction.metrics.base import build_metric
 from repshift_cli.reduction.plans import has_open_fields, resolve_for, with_defaults
@@ -44,6 +44,8 @@ class CompressionJob:
         self.plan = resolve_for(loaded.model, self.recipe)
         self._sites = {site.name: site for site in self.family.sites(loaded.model)}
         self._check_feeds()
+        if self.plan.restore:
+            self.notes.note(_restore_note(loaded, self.family))
 
     @property
     def has_open_fields(self) -> bool:
@@ -86,6 +88,16 @@ class CompressionJob:
             path = ("layers", own[0], "metric") if own else ("metric",)
             metric = build_metric(planned.metric)
             check_feeds(metric, self._sites[planned.site], planned.after, self.recipe.place, path)
+
+
+def _restore_note(loaded: LoadedModel, family: Family) -> str:
+    name = loaded.description.name
+    if family.reads_class_token(loaded.model):
+        return (
+            f"restore: the output of {name} is computed from its class token and does not change. Only those gain who "
+            "read its tokens or feature maps"
+        )
+    return f"restore: what reads the tokens of {name} gets all of them, dropped ones with the state that they had last"
 
 
 def load_dense(

@@ -79,6 +79,11 @@ def complement(index: Tensor, count: int) -> Tensor:
     return left + (before.unsqueeze(1) <= left.unsqueeze(1)).sum(dim=2)
 
 
+def at_places(places: Tensor, values: Tensor) -> Tensor:
+    """Each value at its place: int64 `[B, N]` twice; the places of a row are all of `0..N-1`."""
+    return values.gather(1, places.argsort(dim=1))  # graphs have no scatter
+
+
 def add_at(tokens: Tensor, places: Tensor, values: Tensor) -> Tensor:
     """Tokens `[B, K, C]` with values `[B, D, C]` added at `places`, int64 `[B, D]`, which may repeat.
 

@@ -55,13 +55,17 @@ class PlanSite(StrictModel):
 
 
 class Plan(StrictModel):
-    """A resolved recipe: `attach` carries it out, and an artifact stores it."""
+    """A resolved recipe: `attach` carries it out, and an artifact stores it.
+
+    With `restore` the output of each block is put back to full length, see `reduction/restore.py`.
+    """
 
     family: Name
     prefix_tokens: NonNegativeInt
     patch_tokens: Count
     sites: Annotated[tuple[PlanSite, ...], Field(min_length=1)]
     reducer: ComponentSpec
+    restore: bool = False
 
     @model_validator(mode="after")
     def _check_counts(self) -> Plan:
@@ -77,6 +81,11 @@ class Plan(StrictModel):
             tokens, layer = site.tokens_out, site.layer
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_restore(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # earlier versions do not have this key
+        return {key: value for key, value in handler(self).items() if key != "restore" or value}
+
     @property
     def grids_kept(self) -> dict[int, Grid]:
         """Rows and columns after each layer with a site of the plan; empty for sequences."""
@@ -88,7 +97,7 @@ class Plan(StrictModel):
         counts = [self.prefix_tokens + self.patch_tokens]
         for layer in range(blocks):
             counts.append(drops.get(layer, counts[-1]))
-        return tuple(counts)
+        return (*counts[:-1], counts[0] if self.restore else counts[-1])
 
     def with_metric(self, metric: ComponentSpec) -> Plan:
         """The plan with this metric at every site."""

@@ -20,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    StrictBool,
     StrictFloat,
     StrictInt,
     StrictStr,
@@ -142,7 +143,7 @@ class Recipe(StrictModel):
 
     Exactly one of `layers` and `budget` is given; with a budget `layers` is empty, and a search finds them. The tokens
     that `drop_ratio` or a search keeps, prefix included, are rounded to a multiple of `round_tokens`, since matrix
-    kernels work in tiles.
+    kernels work in tiles. With `restore` the blocks run on fewer tokens, and what is around them gets all of them.
 
     Two short forms of `layers`: `drop_ratio` is that of all entries without an amount, which may be plain indices, and
     `drop_ratios` has one number per block, 0 for none.
@@ -154,6 +155,7 @@ class Recipe(StrictModel):
     metric: ComponentSpec = ComponentSpec(kind="representation_shift")
     reducer: ComponentSpec = ComponentSpec(kind="prune")
     round_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    restore: StrictBool = False
     drop_ratio: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = Field(default=None, exclude=True)
     drop_ratios: tuple[Annotated[StrictFloat, Field(ge=0, lt=1)], ...] | None = Field(default=None, exclude=True)
     layers: Annotated[tuple[LayerDrop, ...], Field(min_length=1)] = ()
@@ -236,6 +238,8 @@ class Recipe(StrictModel):
         data = self.model_dump(mode="json", exclude_none=True)
         if not self.layers:
             del data["layers"]
+        if not self.restore:
+            del data["restore"]
         return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
 
 

@@ -65,6 +65,7 @@ def resolve(recipe: Recipe, layout: Layout, after: After = "block", most: Callab
         patch_tokens=layout.patch_tokens,
         sites=tuple(planned.model_copy(update={"after": after}) for planned in sites),
         reducer=recipe.reducer,
+        restore=recipe.restore,
     )
 
 

@@ -30,7 +30,8 @@ def check_plan(
 ) -> None:
     """Raise `RecipeError` unless the plan, with these metrics at its sites, fits the model."""
     _check_counts(plan, family.layout(model))
-    check_reducer(reducer, family, model)
+    check_restore(plan.restore, family, model)
+    check_reducer(reducer, family, model, restore=plan.restore)
     sites = {site.name: site for site in family.sites(model)}
     for planned, site_metrics in zip(plan.sites, metrics, strict=True):
         site = sites[planned.site]
@@ -75,10 +76,18 @@ def _check_counts(plan: Plan, layout: Layout) -> None:
         check_windows(layout, plan.grids_kept, last, "the plan")
 
 
-def check_reducer(reducer: Reducer, family: Family, model: nn.Module, place: Place | None = None) -> None:
+def check_restore(restore: bool, family: Family, model: nn.Module, place: Place | None = None) -> None:
+    """Raise `RecipeError`, with the place in the recipe, if tokens of the model cannot be put back."""
+    if restore and (reason := family.restore_refusal(model)) is not None:
+        raise RecipeError(f"{_where(place, ('restore',))}restore: {reason}", "Leave restore out.")
+
+
+def check_reducer(
+    reducer: Reducer, family: Family, model: nn.Module, place: Place | None = None, *, restore: bool = False
+) -> None:
     """Raise `RecipeError`, with the place in the recipe, if models of the family do not support the reducer."""
     where = _where(place, ("reducer",))
-    if isinstance(reducer, Merger) and (reason := family.merge_refusal(model)) is not None:
+    if isinstance(reducer, Merger) and (reason := family.merge_refusal(model, restore)) is not None:
         raise RecipeError(f"{where}{reducer.kind} merges tokens, and {reason}", "Use reducer: {kind: prune}.")
     if reducer.after == "attention" and any(site.attended is None for site in family.sites(model)):
         raise RecipeError(f"{where}{reducer.kind} acts after attention, where {family.name} models cannot be reduced")

@@ -25,7 +25,9 @@ from repshift_cli.reduction.checks import check_plan
 from repshift_cli.reduction.families.base import Site, match
 from repshift_cli.reduction.hooks import SiteHook, register_edit, register_tap
 from repshift_cli.reduction.metrics.base import Metric, build_metric
-from repshift_cli.reduction.reducers.base import Dims, Merger, build_reducer
+from repshift_cli.reduction.reducers.base import Dims, Merger, Pruner, build_reducer
+from repshift_cli.reduction.restore import register_restore
+from repshift_cli.reduction.token_stream import TokenStream
 from repshift_cli.reduction.token_trace import MapState
 
 _ATTACHMENT = "_repshift_attachment"
@@ -124,11 +126,16 @@ class CompressedModel(nn.Module):
         handles: list[Any] = []
         self._hooks: list[SiteHook] = []
         stream, sites = self.family.stream(model), self.family.sites(model)
+        restoring: list[Any] = []
+        if plan.restore:  # its hooks gather tokens before those of `edits` see them
+            assert isinstance(stream, TokenStream)
+            restoring = register_restore(stream, sites, plan.tokens_at(len(sites)), plan.sites[0].layer)
         changes = [self.family.edits(model, stream)]
         if isinstance(reducer, Merger) and reducer.pooled_by_size:
             changes.append(self.family.use_proportional_attention(model, stream))
-        if any(edits for edits, _ in changes):
+        if restoring or any(edits for edits, _ in changes):
             handles.append(sites[0].block.register_forward_pre_hook(stream.begin))
+        handles.extend(restoring)
         for edits, undo_edits in changes:
             undo.append(undo_edits)
             handles.extend(map(register_edit, edits))
@@ -143,7 +150,8 @@ class CompressedModel(nn.Module):
             self._hooks.append(hook)
         self._attachment = _Attachment([*undo, *(handle.remove for handle in handles)])
         model.__dict__[_ATTACHMENT] = self._attachment
-        model.__dict__.update({name: _refuse_maps for name in _MAP_METHODS if hasattr(model, name)})
+        if not plan.restore:
+            model.__dict__.update({name: _refuse_maps for name in _MAP_METHODS if hasattr(model, name)})
         self._place_metrics()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -197,7 +205,7 @@ class CompressedModel(nn.Module):
         return int(getattr(self.model, "num_classes", getattr(config, "num_labels", 0)) or 0)
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `forward_features`: the tokens that remain, or the feature map."""
+        """The model's own `forward_features`: the tokens that remain (all with `restore`), or the feature map."""
         features: Any = self.model.forward_features
         return features(*args, **kwargs)
 
@@ -232,6 +240,8 @@ class CompressedModel(nn.Module):
             if dropped := planned.tokens_in - planned.tokens_out:
                 patches = planned.tokens_in - hook.stream.prefix
                 total += hook.reducer.macs(patches, dropped, Dims(site.width, site.head))
+                if self.plan.restore and isinstance(hook.reducer, Pruner):  # the most similar token of each dropped one
+                    total += dropped * (patches - dropped) * site.width
         return total
 
     def dense_macs(self, counted: bool = False) -> int:
@@ -261,8 +271,15 @@ class CompressedModel(nn.Module):
         return self.model.load_state_dict(*args, **kwargs)
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """Not supported: dense feature maps need all tokens."""
-        _refuse_maps()
+        """timm's feature maps of several blocks; raises UsageError without `restore`, since they need all tokens."""
+        return self._dense_maps("forward_intermediates")(*args, **kwargs)
+
+    def get_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
+        """As `forward_intermediates`."""
+        return self._dense_maps("get_intermediate_layers")(*args, **kwargs)
+
+    def _dense_maps(self, name: str) -> Any:
+        return getattr(self.model, name) if self.plan.restore else _refuse_maps
 
     def __repr__(self) -> str:
         name = type(library_model(self.model)).__name__
@@ -292,7 +309,7 @@ class CompressedModel(nn.Module):
 def _refuse_maps(*_: Any, **__: Any) -> None:
     raise UsageError(
         "a compressed model has no dense feature maps: their tokens were dropped",
-        "Use `with model.dense() as dense: dense.forward_intermediates(...)`.",
+        "Put `restore: true` into the recipe, or use `with model.dense() as dense: dense.forward_intermediates(...)`.",
     )
 
 

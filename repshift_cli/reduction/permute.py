@@ -20,7 +20,9 @@ from repshift_cli.ops.tokens import gather_tokens, with_prefix
 from repshift_cli.planning.plan import PlanSite
 from repshift_cli.reduction.families.base import Family, Site
 from repshift_cli.reduction.hooks import register_edit
+from repshift_cli.reduction.restore import register_restore
 from repshift_cli.reduction.stream import Stream
+from repshift_cli.reduction.token_stream import TokenStream
 
 TOLERANCE = 1e-5
 """Of differences in float32, relative to the largest value of the output."""
@@ -39,13 +41,21 @@ class _Permute:
 
 
 @torch.no_grad()
-def permute_difference(model: nn.Module, family: Family, images: Tensor, site: Site, planned: PlanSite | None) -> float:
+def permute_difference(  # noqa: PLR0917
+    model: nn.Module,
+    family: Family,
+    images: Tensor,
+    site: Site,
+    planned: PlanSite | None,
+    restore: bool = False,
+) -> float:
     """The largest difference of the outputs, relative to their largest value, with tokens permuted after a site.
 
     Args:
         model: dense, in eval mode.
         images: `[B, ...]`, at least three.
         planned: only for families whose stream reads it.
+        restore: put the tokens back in place behind each block.
     """
     layout = family.layout(model)
     generator = torch.Generator().manual_seed(site.layer)
@@ -53,9 +63,13 @@ def permute_difference(model: nn.Module, family: Family, images: Tensor, site: S
     order = torch.stack(orders).to(images.device)
     expected = list(_tensors(model(images)))
     stream = family.stream(model)
+    sites, handles = family.sites(model), list[Any]()
+    if restore:
+        assert isinstance(stream, TokenStream)
+        total = layout.prefix_tokens + layout.patch_tokens
+        handles += register_restore(stream, sites, [total] * len(sites), site.layer)
     edits, undo = family.edits(model, stream)
-    first = family.sites(model)[0].block
-    handles = [first.register_forward_pre_hook(stream.begin), *map(register_edit, edits)]
+    handles += [sites[0].block.register_forward_pre_hook(stream.begin), *map(register_edit, edits)]
     handles.append(site.block.register_forward_hook(_Permute(stream, order, planned), prepend=True))
     try:
         found = list(_tensors(model(images)))

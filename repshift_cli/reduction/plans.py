@@ -10,7 +10,7 @@ from repshift_cli.planning.layout import After
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import ComponentSpec, Recipe
 from repshift_cli.planning.resolve import resolve
-from repshift_cli.reduction.checks import check_reducer, check_reducer_taps, feeds
+from repshift_cli.reduction.checks import check_reducer, check_reducer_taps, check_restore, feeds
 from repshift_cli.reduction.families.base import Site, match
 from repshift_cli.reduction.metrics.base import build_metric
 from repshift_cli.reduction.reducers.base import Merger, build_reducer
@@ -22,7 +22,8 @@ def resolve_for(model: nn.Module, recipe: Recipe) -> Plan:
     Raises ModelError if the model is not supported, RecipeError if the recipe does not fit it.
     """
     family, reducer = match(model), build_reducer(recipe.reducer, recipe.place)
-    check_reducer(reducer, family, model, recipe.place)
+    check_restore(recipe.restore, family, model, recipe.place)
+    check_reducer(reducer, family, model, recipe.place, restore=recipe.restore)
     plan = resolve(recipe, family.layout(model), reducer.after, reducer.most if isinstance(reducer, Merger) else None)
     sites = {site.name: site for site in family.sites(model)}
     for planned in plan.sites:

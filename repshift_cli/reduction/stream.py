@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from repshift_cli.ops.tokens import Sized, keep_top_behind
 from repshift_cli.planning.plan import PlanSite
+from repshift_cli.reduction.reducers.base import Merged
 
 Reduce = Callable[[Tensor, Tensor], Tensor]
 """`Pruner.reduce`: tokens `[B, T, C]` and all kept positions, int64 `[B, K]`, to `[B, K, C]`."""
 
-Merge = Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]]
+Merge = Callable[[Tensor, Tensor, Tensor, int, int], Merged]
 """`Merger.merge`: tokens `[B, prefix + N, C]`, sizes `[B, prefix + N]`, scores `[B, N]`, how many patch tokens to
-remove, and prefix; to tokens, sizes and the positions of the remaining patch tokens."""
+remove, and prefix."""
 
 
 class Stream:
@@ -119,11 +120,15 @@ class SizedStream(Stream):
         return Sized(reduce(output.tokens, keep), sizes)
 
     def merge(self, output: Sized, scores: Tensor, planned: PlanSite, merge: Merge) -> tuple[Sized, Tensor]:
+        merged = self.merged(output, scores, planned, merge)
+        return Sized(merged.tokens, merged.sizes), merged.places
+
+    def merged(self, output: Sized, scores: Tensor, planned: PlanSite, merge: Merge) -> Merged:
+        """The result of the merger."""
         tokens, sizes = output
         if sizes is None:
             sizes = torch.ones(tokens.shape[:2], dtype=torch.float32, device=tokens.device)
-        tokens, sizes, places = merge(tokens, sizes, scores, planned.tokens_in - planned.tokens_out, self.prefix)
-        return Sized(tokens, sizes), places
+        return merge(tokens, sizes, scores, planned.tokens_in - planned.tokens_out, self.prefix)
 
     def join(self, outputs: Sequence[Sized]) -> Sized:
         sizes = [output.sizes for output in outputs if output.sizes is not None]

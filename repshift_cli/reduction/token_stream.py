@@ -8,18 +8,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from repshift_cli.ops.tokens import with_prefix
+from repshift_cli.ops.merging import nearest
+from repshift_cli.ops.tokens import at_places, complement, gather_tokens, with_prefix
 from repshift_cli.planning.plan import PlanSite
 from repshift_cli.reduction.stream import Merge, Reduce, SizedStream
 
 
 class Tokens(NamedTuple):
     """Tokens `[B, T, C]`, their sizes (float32 `[B, T]`, None for 1), and the original positions of the patch tokens
-    (int64 `[B, K]`, None if all are there)."""
+    (int64 `[B, K]`, None if all are there). `owners`, int64 `[B, N]`, are for all original patch tokens the indices of
+    those that they went into (None if not needed)."""
 
     tokens: Tensor
     sizes: Tensor | None = None
     places: Tensor | None = None
+    owners: Tensor | None = None
 
 
 class TokenStream(SizedStream):
@@ -30,7 +33,12 @@ class TokenStream(SizedStream):
 
     Attributes:
         count: tokens that entered the current block.
+        restores: whether all tokens are put back behind each block (`reduction/restore.py`).
+        arrived: then the tokens `[B, T, C]` that left the current block, before its site reduced them.
+        owners, routes: then `Tokens.owners`, and what `Restorer` computes once per site, by the number of tokens.
     """
+
+    restores = False
 
     def __init__(self, prefix: int, sequence_first: bool = False, keeps_places: bool = False) -> None:
         super().__init__(prefix)
@@ -40,6 +48,9 @@ class TokenStream(SizedStream):
     def _clear(self) -> None:
         self.sizes: dict[int, Tensor] = {}
         self.places: dict[int, Tensor] = {}
+        self.owners: dict[int, Tensor] = {}
+        self.routes: dict[int, Any] = {}
+        self.arrived: Tensor | None = None
         self._gathered: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.normed, self.count = None, 0
 
@@ -51,8 +62,11 @@ class TokenStream(SizedStream):
         self.count = tokens.shape[0 if self.sequence_first else 1]
 
     def enter(self, output: Tensor) -> Tokens:
-        tokens = output.transpose(0, 1) if self.sequence_first else output
-        return Tokens(tokens, self.sizes.get(tokens.shape[1]), self.places.get(tokens.shape[1]))
+        tokens = self.batch_first(output)
+        if self.restores:
+            self.arrived = tokens
+        count = tokens.shape[1]
+        return Tokens(tokens, self.sizes.get(count), self.places.get(count), self.owners.get(count))
 
     def leave(self, value: Tokens) -> Tensor:
         count = value.tokens.shape[1]
@@ -60,34 +74,46 @@ class TokenStream(SizedStream):
             self.sizes[count] = value.sizes
         if value.places is not None:
             self.places[count] = value.places
-        return value.tokens.transpose(0, 1) if self.sequence_first else value.tokens
+        if value.owners is not None:
+            self.owners[count] = value.owners
+        return self.batch_first(value.tokens)
+
+    def batch_first(self, tokens: Tensor) -> Tensor:
+        """`[B, T, C]` from the form in which blocks pass tokens on, or back."""
+        return tokens.transpose(0, 1) if self.sequence_first else tokens
 
     def shape(self, value: Any) -> tuple[int, ...]:
         return (value.tokens.shape[1],)
 
     def block_input(self, args: tuple[Any, ...], output: Any) -> Tensor:
-        entered: Tensor = args[0]
-        return entered.transpose(0, 1) if self.sequence_first else entered
+        return self.batch_first(args[0])
 
     def reduce(self, output: Any, keep: Tensor, planned: PlanSite, reduce: Reduce) -> Any:
         sizes = None if output.sizes is None else output.sizes.gather(1, keep)
-        return Tokens(reduce(output.tokens, keep), sizes, self._follow(output.places, self.patches(keep)))
+        tokens, kept, owners = reduce(output.tokens, keep), self.patches(keep), None
+        if self.restores:
+            owners = self._owners(output.owners, kept, *_most_similar(output.tokens[:, self.prefix :], kept))
+        return Tokens(tokens, sizes, self._follow(output.places, kept), owners)
 
     def merge(self, output: Any, scores: Tensor, planned: PlanSite, merge: Merge) -> tuple[Any, Tensor]:
-        merged, places = super().merge(output[:2], scores, planned, merge)
-        return Tokens(*merged, self._follow(output.places, places)), places
+        merged = self.merged(output[:2], scores, planned, merge)
+        owners = self._owners(output.owners, *merged[2:]) if self.restores else None
+        return Tokens(*merged[:2], self._follow(output.places, merged.places), owners), merged.places
+
+    @staticmethod
+    def _owners(owners: Tensor | None, kept: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+        own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        after = at_places(torch.cat((kept, sources), dim=1), torch.cat((own, targets), dim=1))
+        return after if owners is None else after.gather(1, owners)
 
     def _follow(self, places: Tensor | None, kept: Tensor) -> Tensor | None:
-        if not self.keeps_places:
+        if not (self.keeps_places or self.restores):
             return None
         return kept if places is None else places.gather(1, kept)
 
     def join(self, outputs: Sequence[Any]) -> Any:
-        sizes, places = (
-            torch.cat(parts) if (parts := [part for part in column if part is not None]) else None
-            for column in (tuple(output.sizes for output in outputs), tuple(output.places for output in outputs))
-        )
-        return Tokens(torch.cat([output.tokens for output in outputs]), sizes, places)
+        columns = ([part for part in column if part is not None] for column in zip(*outputs, strict=True))
+        return Tokens(*(torch.cat(parts) if parts else None for parts in columns))  # type: ignore[arg-type]
 
     def sizes_of(self, count: int) -> Tensor | None:
         """The sizes `[B, count]` of `count` tokens, None if they stand for themselves."""
@@ -119,7 +145,14 @@ class TokenStream(SizedStream):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy does not take over the tensors of a running pass
-        return {**self.__dict__, "sizes": {}, "places": {}, "_gathered": {}, "normed": None}
+        empty: dict[str, Any] = {"sizes": {}, "places": {}, "owners": {}, "routes": {}, "_gathered": {}}
+        return {**self.__dict__, **empty, "arrived": None, "normed": None}
+
+
+def _most_similar(patches: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions `[B, D]` of the tokens that are not kept, and the index of the most similar kept one of each."""
+    dropped = complement(kept, patches.shape[1])
+    return dropped, nearest(gather_tokens(patches, dropped), gather_tokens(patches, kept))
 
 
 def _gather(value: Tensor, index: Tensor, pairs: bool) -> Tensor:

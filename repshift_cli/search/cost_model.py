@@ -99,7 +99,9 @@ class Planner:
         """As `single_site` for MACs: without the limit of a reducer, which several sites can exceed together."""
         prune = ComponentSpec(kind="prune")
         try:
-            recipe = to_recipe((kept,), self.layout, [layer], metrics=self.open_metrics, reducer=prune)
+            recipe = to_recipe(
+                (kept,), self.layout, [layer], metrics=self.open_metrics, reducer=prune, restore=self.start.restore
+            )
             return resolve(recipe, self.layout, acts_after(self.start.reducer))
         except UsageError:
             return None
@@ -114,7 +116,14 @@ class Planner:
 
     def _plan(self, kept: Kept, layers: Sequence[int], method: Method) -> Plan | None:
         try:
-            recipe = to_recipe(kept, self.layout, layers, metrics=method.metrics, reducer=method.reducer)
+            recipe = to_recipe(
+                kept,
+                self.layout,
+                layers,
+                metrics=method.metrics,
+                reducer=method.reducer,
+                restore=self.start.restore,
+            )
             return resolve_for(self.evaluator.model, recipe)
         except UsageError:
             return None

@@ -141,7 +141,7 @@ def start_recipe(
         kinds = ("merge", "prune") if family.merge_refusal(loaded.model) is None else ("prune",)
     reducers = tuple(ComponentSpec(kind=kind) for kind in kinds)
     for reducer in reducers:
-        check_reducer(build_reducer(reducer), family, loaded.model)
+        check_reducer(build_reducer(reducer), family, loaded.model, restore=recipe is not None and recipe.restore)
     if recipe is None:
         target = request.target
         budget = Budget.model_validate({target.kind.replace("-", "_"): target.value})
@@ -149,7 +149,8 @@ def start_recipe(
         metric = ComponentSpec(kind="fitted" if fitted else "representation_shift")
         return Recipe(version=1, budget=budget, metric=metric, reducer=reducers[0]), reducers
     if not reducers:
-        check_reducer(build_reducer(recipe.reducer, recipe.place), family, loaded.model, recipe.place)
+        reducer = build_reducer(recipe.reducer, recipe.place)
+        check_reducer(reducer, family, loaded.model, recipe.place, restore=recipe.restore)
     elif reducers[0].kind != recipe.reducer.kind:
         recipe = recipe.model_copy(update={"reducer": reducers[0]})
     return recipe, reducers

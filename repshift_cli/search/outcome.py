@@ -231,6 +231,7 @@ def _recipe(state: SearchState, candidate: Candidate) -> Recipe:
         metrics=state.method.along(candidate.plan).metrics,
         reducer=candidate.plan.reducer,
         model=state.settings.start.model,
+        restore=state.settings.start.restore,
         description=f"Found by a search for {state.target}: {candidate.macs:.3f} of the dense MACs, {rounded}"
         f"seed {state.settings.seed}",
     )

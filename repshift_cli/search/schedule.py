@@ -277,6 +277,7 @@ def to_recipe(
     reducer: ComponentSpec,
     model: str | None = None,
     description: str | None = None,
+    restore: bool = False,
 ) -> Recipe:
     """The recipe of a schedule; raises UsageError if it drops no token.
 
@@ -292,4 +293,12 @@ def to_recipe(
         drop if metrics[layer] == common else drop.model_copy(update={"metric": metrics[layer]})
         for layer, drop in chosen.items()
     ]
-    return Recipe(version=1, description=description, model=model, metric=common, reducer=reducer, layers=tuple(rows))
+    return Recipe(
+        version=1,
+        description=description,
+        model=model,
+        metric=common,
+        reducer=reducer,
+        restore=restore,
+        layers=tuple(rows),
+    )

@@ -132,14 +132,27 @@ class Family(ABC):
         """
         return [], do_nothing
 
-    def merge_refusal(self, model: nn.Module) -> str | None:
-        """Why tokens of this model cannot be merged, or None if they can; then its stream is a `SizedStream`."""
+    def restore_refusal(self, model: nn.Module) -> str | None:
+        """Why dropped tokens cannot be put back behind the blocks, or None; then its stream is a `TokenStream`."""
+        return f"models of the family {self.name} do not pass on a tensor with one row per token"
+
+    def reads_class_token(self, model: nn.Module) -> bool:
+        """Whether the class token is all that the output is computed from."""
+        return False
+
+    def merge_refusal(self, model: nn.Module, restore: bool = False) -> str | None:
+        """Why tokens of this model cannot be merged, or None if they can; then its stream is a `SizedStream`.
+
+        With `restore` all tokens are there behind the blocks, where nothing must be weighted by size.
+        """
         return f"models of the family {self.name} do not carry how many tokens each stands for"
 
     def use_proportional_attention(
         self, model: nn.Module, stream: Stream
     ) -> tuple[list[TensorEdit], Callable[[], None]]:
         """Weight tokens by size in attention and pooling; the sizes are those of the stream.
+
+        A stream that restores has all tokens behind the blocks, so pooling there is plain.
 
         Returns the edits to hook, and a function that undoes all other changes.
         """

@@ -55,9 +55,17 @@ class OpenClipTimm(Family):
         _, tower, family = _parts(model)
         return family.stream(tower.trunk)
 
-    def merge_refusal(self, model: nn.Module) -> str | None:
+    def restore_refusal(self, model: nn.Module) -> str | None:
         _, tower, family = _parts(model)
-        return family.merge_refusal(tower.trunk)
+        return family.restore_refusal(tower.trunk)
+
+    def reads_class_token(self, model: nn.Module) -> bool:
+        _, tower, family = _parts(model)
+        return family.reads_class_token(tower.trunk)
+
+    def merge_refusal(self, model: nn.Module, restore: bool = False) -> str | None:
+        _, tower, family = _parts(model)
+        return family.merge_refusal(tower.trunk, restore)
 
     def use_proportional_attention(
         self, model: nn.Module, stream: Stream

@@ -89,7 +89,13 @@ class TimmViT(Family):
     def stream(self, model: Any) -> Stream:
         return TokenStream(int(model.num_prefix_tokens))
 
-    def merge_refusal(self, model: Any) -> str | None:
+    def restore_refusal(self, model: Any) -> str | None:
+        return None
+
+    def reads_class_token(self, model: Any) -> bool:
+        return bool(model.global_pool == "token")
+
+    def merge_refusal(self, model: Any, restore: bool = False) -> str | None:
         for index, block in enumerate(model.blocks):
             attentions = _attentions(block)
             unknown = [part for part in attentions if not timm_attention.is_attention(part)]
@@ -102,7 +108,8 @@ class TimmViT(Family):
         assert isinstance(stream, TokenStream)
         attentions = [part for block in model.blocks for part in _attentions(block)]
         timm_attention.use_proportional_attention(attentions, stream)
-        return _pooling_edits(model, stream), partial(timm_attention.use_proportional_attention, attentions, None)
+        edits = [] if stream.restores else _pooling_edits(model, stream)
+        return edits, partial(timm_attention.use_proportional_attention, attentions, None)
 
     def macs(self, model: Any, plan: Plan | None) -> int:
         tokens = self.tokens_entering(model, plan)

@@ -286,7 +286,15 @@ class Transformer(Family):
                     edits.append(TensorEdit(at(block, part.name), "output", gather))
         return edits, _follow_methods(tower, stream)
 
-    def merge_refusal(self, model: nn.Module) -> str | None:
+    def restore_refusal(self, model: nn.Module) -> str | None:
+        return None
+
+    def reads_class_token(self, model: nn.Module) -> bool:
+        tower = _tower(model)
+        plain = tower.spec.pooling == "global_pool" and tower.module.global_pool != "token"
+        return tower.pooling == "class" and not plain
+
+    def merge_refusal(self, model: nn.Module, restore: bool = False) -> str | None:
         tower = _tower(model)
         spec, kind = tower.spec, type(tower.inner).__name__
         parts = tower.block_spec(tower.blocks[0]) or BlockSpec()
@@ -298,10 +306,12 @@ class Transformer(Family):
         found = {
             f"the attention of {spec.tower} reads positions, and a merged token has several": follows,
             f"the attention of {spec.tower} cannot weight tokens by size": not parts.mask,
-            f"{kind} pools by a mean over tokens, which is not weighted by size": tower.pooling == "mean",
-            f"{kind} pools by attention, whose keys are not weighted by size": tower.pooling == "map",
-            f"a part of {kind} reads all tokens, which it does not weight by size": tower.pooling == "tokens",
-            f"it is not known what reads the tokens in {kind}": tower.output is None,
+            f"{kind} pools by a mean over tokens, which is not weighted by size": not restore
+            and tower.pooling == "mean",
+            f"{kind} pools by attention, whose keys are not weighted by size": not restore and tower.pooling == "map",
+            f"a part of {kind} reads all tokens, which it does not weight by size": not restore
+            and tower.pooling == "tokens",
+            f"it is not known what reads the tokens in {kind}": not restore and tower.output is None,
             _UNWEIGHTED.format(_implementation(attention)): _implementation(attention) not in _WEIGHTED,
         }
         return next((reason for reason, holds in found.items() if holds), None)
@@ -318,7 +328,7 @@ class Transformer(Family):
             attention = at(block, parts.attention)
             mask = partial(_size_mask, stream=stream, name=parts.mask, attention=attention)
             edits.append(TensorEdit(attention, "arguments", mask))
-        if (probe := found_at(tower.module, spec.probe)) is not None:
+        if not stream.restores and (probe := found_at(tower.module, spec.probe)) is not None:
             heads = int(probe.num_heads)
             edits.append(TensorEdit(probe, "arguments", partial(_probe_mask, stream=stream, heads=heads)))
         return edits, do_nothing

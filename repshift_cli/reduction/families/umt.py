@@ -97,7 +97,7 @@ class Umt(Family):
             total += (shape.frames if model.pooling == "frames" else 1) * model.vision_proj.weight.numel()
         return int(total)
 
-    def merge_refusal(self, model: Any) -> str | None:
+    def merge_refusal(self, model: Any, restore: bool = False) -> str | None:
         return None
 
     def stream(self, model: Any) -> Stream:

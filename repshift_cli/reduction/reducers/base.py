@@ -23,12 +23,15 @@ class Dims(NamedTuple):
 class Merged(NamedTuple):
     """The result of a merge: tokens `[B, prefix + K, C]` and sizes `[B, prefix + K]`, not always integers.
 
-    `places`, int64 `[B, K]`, is the position of each remaining patch token among the patch tokens before the merge.
+    Of patch tokens: `places`, int64 `[B, K]`, is the position of each remaining one before the merge; `sources`, int64
+    `[B, D]`, are those of the others, and `targets` the indices in `places` of the tokens that they went into.
     """
 
     tokens: Tensor
     sizes: Tensor
     places: Tensor
+    sources: Tensor
+    targets: Tensor
 
 
 class Reducer(StrictModel, ABC):

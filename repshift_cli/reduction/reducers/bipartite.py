@@ -54,13 +54,13 @@ def match(tokens: Tensor, sizes: Tensor, features: Tensor, count: int, prefix: i
     kept = pairs.kept.sort(dim=-1).values if prefix else pairs.kept
     goals = torch.arange(1 - first, total - prefix, 2, device=tokens.device).expand(batch, -1)
     places = torch.cat((2 * kept + first, goals), dim=1)
-    sources, targets = 2 * pairs.sources + first + prefix, pairs.targets + prefix + kept.shape[1]
+    sources, targets = 2 * pairs.sources + first, pairs.targets + kept.shape[1]
     index = with_prefix(places, prefix)
     merged, new_sizes = merge_into(
         gather_tokens(tokens, index),
         sizes.gather(1, index),
-        gather_tokens(tokens, sources),
-        sizes.gather(1, sources),
-        targets,
+        gather_tokens(tokens, sources + prefix),
+        sizes.gather(1, sources + prefix),
+        targets + prefix,
     )
-    return Merged(merged, new_sizes, places)
+    return Merged(merged, new_sizes, places, sources, targets)

@@ -44,7 +44,7 @@ class Fuse(Merger):
         kept = put_at(gather_tokens(tokens, index), at, fused.to(tokens.dtype))
         total = patch_sizes.gather(1, together).sum(dim=1, keepdim=True)
         new_sizes = put_at(sizes.gather(1, index).unsqueeze(2), at, total).squeeze(2)
-        return Merged(kept, new_sizes, keep)
+        return Merged(kept, new_sizes, keep, drop, (at - prefix).expand_as(drop))
 
 
 def _weights(scores: Tensor, sizes: Tensor) -> Tensor:

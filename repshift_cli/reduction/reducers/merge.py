@@ -38,7 +38,7 @@ class Merge(Merger):
         else:
             targets = nearest(sources, kept[:, prefix:])
         merged, new_sizes = merge_into(kept, sizes.gather(1, index), sources, sizes.gather(1, others), targets + prefix)
-        return Merged(merged, new_sizes, keep)
+        return Merged(merged, new_sizes, keep, drop, targets)
 
     def macs(self, patches: int, dropped: int, dims: Dims) -> int:
         return dropped * (patches - dropped) * (dims.head if self.similarity == "keys" else dims.width)

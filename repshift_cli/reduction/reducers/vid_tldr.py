@@ -28,7 +28,7 @@ class VidTLDR(Merger):
         if not prefix:
             return patches
         front = (tokens[:, :prefix], sizes[:, :prefix])
-        return Merged(torch.cat((front[0], patches[0]), 1), torch.cat((front[1], patches[1]), 1), patches.places)
+        return Merged(torch.cat((front[0], patches[0]), 1), torch.cat((front[1], patches[1]), 1), *patches[2:])
 
     def most(self, patches: int) -> int:
         return patches // 2
@@ -70,17 +70,19 @@ def merge_weighted(tokens: Tensor, sizes: Tensor, weights: Tensor, count: int) -
     if not 0 <= count <= total // 2:
         raise ValueError(f"of {total} tokens 0 to {total // 2} can merge, not {count}")
     if count == 0:
-        return Merged(tokens, sizes, torch.arange(total, device=tokens.device).expand(batch, -1))
+        places = torch.arange(total, device=tokens.device).expand(batch, -1)
+        return Merged(tokens, sizes, places, places[:, :0], places[:, :0])
     pairs = pair(tokens[:, ::2], tokens[:, 1::2], count)
     kept = pairs.kept.sort(dim=-1).values
     odd = torch.arange(1, total, 2, device=tokens.device).expand(batch, -1)
     index = torch.cat((2 * kept, odd), dim=1)
     shares = (sizes * weights.to(sizes.dtype)).gather(1, 2 * pairs.sources)
+    targets = pairs.targets + kept.shape[1]
     merged, merged_sizes = merge_into(
         gather_tokens(tokens, index),
         sizes.gather(1, index),
         gather_tokens(tokens, 2 * pairs.sources),
         shares,
-        pairs.targets + kept.shape[1],
+        targets,
     )
-    return Merged(merged, merged_sizes, index)
+    return Merged(merged, merged_sizes, index, 2 * pairs.sources, targets)

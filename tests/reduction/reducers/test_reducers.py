@@ -411,7 +411,7 @@ class TestAgainstLoops:
             fused[carry] = []
             for site, count in enumerate((5, 7, 1, 10)):
                 scores = torch.randn(3, tokens.shape[1] - prefix, generator=generator)
-                tokens, sizes, _ = Fuse(carry=carry).merge(tokens, sizes, scores, count, prefix, {})
+                tokens, sizes, *_ = Fuse(carry=carry).merge(tokens, sizes, scores, count, prefix, {})
                 assert torch.equal(sizes.sum(1), torch.full((3,), prefix + 30.0))
                 fused[carry].append(int((sizes > 1).sum(1).max()))
                 if carry:

@@ -106,7 +106,7 @@ class TestParity:
         tokens, sizes = UNIT["in/x"], torch.ones(2, 32)
         for call, count in (("1", 10), ("2", 6)):
             scores = sharpness(UNIT[f"in/attn{call}"].mean(dim=1))
-            tokens, sizes, _ = VidTLDR().merge(tokens, sizes, scores, count, 0, {})
+            tokens, sizes, *_ = VidTLDR().merge(tokens, sizes, scores, count, 0, {})
             torch.testing.assert_close(tokens, UNIT[f"unit/x{call}"], rtol=0, atol=1e-5)
             torch.testing.assert_close(sizes, UNIT[f"unit/size{call}"].squeeze(2), rtol=0, atol=1e-5)
 
