@@ -20,7 +20,10 @@ _VALUES = (
     *("/proc/self/mem", "/root/x/y", "missing.x", "folder", "file.txt", "file.png", "none", "auto", "cuda", "cuda:99"),
 )
 _CHOSEN = {
-    "--target": ("macs=0", "macs=1.5", "macs=nan", "latency=", "agreement=1", "max-drop=-1", "macs=0.5=x", "x=1"),
+    "--target": (
+        *("macs=0", "macs=1.5", "macs=nan", "latency=", "agreement=1", "max-drop=-1", "macs=0.5=x", "x=1"),
+        *("recall@0=1", "recall@10=2", "recall@=1"),
+    ),
     "--budget": ("latency<=0", "macs<=nan", "speedup>=1e400", "latency_ms<=", "x<=1", "throughput<=1"),
     "--attention": ("flash", "sdpa:flash", "sdpa:cudnn", "sdpa:", "explicit"),
     "--dtype": ("float16", "bfloat16", "float64", "int8", "complex64"),
@@ -42,6 +45,9 @@ _CHOSEN = {
         "a/b.png",
     ),
     "--save-predictions": ("o.npz", "o.parquet", "o.txt", ".npz", "o"),
+    "--save-embeddings": ("o.npy", "o.parquet", "o.txt", ".npy", "o"),
+    "--index": ("missing.npy", "file.txt", "folder"),
+    "--recall-at": ("1,10", "0", "1,", "1e3"),
     "--plot": ("o.png", "o.pdf", "o.jpg", ".svg", "o"),
     "--export": ("onnx", "hub", "x"),
 }

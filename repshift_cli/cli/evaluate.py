@@ -12,7 +12,15 @@ import typer
 from repshift_cli.checkpoints.builtin import BUILTIN
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.cli import options, ui
-from repshift_cli.cli.evaluate_video import VIDEO_BATCH, EvalOptions, VideoOptions, evaluate_videos, refuse_videos
+from repshift_cli.cli.evaluate_embeddings import EmbeddingOptions, evaluate_embeddings
+from repshift_cli.cli.evaluate_video import (
+    IMAGE_BATCH,
+    VIDEO_BATCH,
+    EvalOptions,
+    VideoOptions,
+    evaluate_videos,
+    refuse_videos,
+)
 from repshift_cli.cli.options import Pooling
 from repshift_cli.cli.show.evaluate import (
     announce_dataset,
@@ -41,7 +49,6 @@ if TYPE_CHECKING:
 _DEFAULT_MODEL = "builtin:vit-digits"
 _DEFAULT_DATASET = "builtin:digits"
 _BUILTIN = "builtin:"
-_IMAGE_BATCH = 64
 
 
 @options.takes_model
@@ -78,7 +85,7 @@ def command(
             "batch_size",
             "--batch-size",
             "-b",
-            help=f"Batch size (default: {_IMAGE_BATCH} images, {VIDEO_BATCH} videos).",
+            help=f"Batch size (default: {IMAGE_BATCH} images, {VIDEO_BATCH} videos).",
             show_default=False,
         ),
     ] = None,
@@ -156,15 +163,47 @@ def command(
             show_default=False,
         ),
     ] = None,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IMAGES",
+            help="Encoders without a head: compare the embeddings of these unlabelled images (a folder at any depth, "
+            "or a dataset) with the dense ones: cosine, and recall on an index of dense embeddings.",
+        ),
+    ] = None,
+    index: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IMAGES",
+            help="Images of the index, or a .npy file of dense embeddings (default: the images of --embeddings; each "
+            "query's own entry is left out).",
+            show_default=False,
+        ),
+    ] = None,
+    recall_at: Annotated[
+        str | None,
+        typer.Option(metavar="K,...", help="Numbers of neighbours of the recall (default: 1,10).", show_default=False),
+    ] = None,
+    save_embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the embeddings of --embeddings (.npy, float32, one row per image). With --compare-dense, those "
+            "of the dense model go to FILE_dense.",
+        ),
+    ] = None,
     json: options.AsJson = False,
 ) -> None:
     """Measure accuracy on a labelled dataset.
 
-    For video-text models: retrieval in both directions, or question answering.
+    For video-text models: retrieval in both directions, or question answering. For encoders without a head: how near
+    the embeddings are to the dense ones (--embeddings).
     """
     with rank_zero_errors():
+        of_embeddings = EmbeddingOptions.of(embeddings, index, recall_at, save_embeddings, compare_dense, force)
         predictions = _prediction_paths(save_predictions, compare_dense, force)
-        dataset = _dataset_of(model, dataset, annotations)
+        if of_embeddings is None:
+            dataset = _dataset_of(model, dataset, annotations)
 
         from repshift_cli.checkpoints.exported import open_any
         from repshift_cli.measure.device import num_threads, resolve_device, resolve_dtype
@@ -188,7 +227,9 @@ def command(
             opened = group.agreed(lambda: open_any(model, load, trust))
             for note in opened.loaded.notes:
                 screen.note(note)
-            if opened.loaded.description.preprocessing.frames is None:
+            if of_embeddings is not None:
+                evaluate_embeddings(opened, given, video, of_embeddings, screen)
+            elif opened.loaded.description.preprocessing.frames is None:
                 _evaluate_images(opened, given, video, screen, group)
             else:
                 evaluate_videos(opened, given, video, screen)
@@ -200,7 +241,7 @@ def _evaluate_images(
     from repshift_cli.evaluation.classification.evaluate import evaluate, finish
     from repshift_cli.evaluation.models import head_size
 
-    settings = given.settings | {"batch_size": given.settings["batch_size"] or _IMAGE_BATCH}
+    settings = given.settings | {"batch_size": given.settings["batch_size"] or IMAGE_BATCH}
     models, data, labelled = group.agreed(lambda: _open_images(opened, given, video))
     labelled.info.report(screen)
     if not given.json and group.is_first:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 _DEFAULT_RERANK_K = 128
-VIDEO_BATCH = 8
+IMAGE_BATCH, VIDEO_BATCH = 64, 8
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,8 @@ Target = Annotated[
         "-t",
         metavar="KIND=VALUE",
         help="Search for the layers and ratios that meet macs=0.65, latency=0.6 (fractions of dense), agreement=0.99 "
-        "(lowest share of unchanged predictions) or max-drop=0.5 (points of top-1). Default: the budget of --recipe.",
+        "(lowest share of unchanged predictions) or max-drop=0.5 (points of top-1); for encoders without a head "
+        "recall@10=0.99 (share of the 10 nearest neighbours) or cosine=0.98. Default: the budget of --recipe.",
         show_default=False,
     ),
 ]

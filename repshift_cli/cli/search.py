@@ -105,7 +105,7 @@ def command(
     with rank_zero_errors():
         refuse_torchrun("repshift search")
     goal = _target(target, recipe)
-    output = output or default_output(checkpoint, f"_{goal.kind}{goal.value:g}.yaml")
+    output = output or default_output(checkpoint, f"_{goal.kind}{'-' if goal.k else ''}{goal.value:g}.yaml")
     files = _Files(output, save, plot, state or output.with_name(f"{output.name}.state.json"))
     files.check(force)
 
@@ -243,6 +243,7 @@ def _target(text: str | None, recipe: str | None) -> SearchTarget:
     if text is None:
         raise UsageError(
             "no target is given",
-            "Add --target macs=0.65, latency=0.6, agreement=0.99 or max-drop=0.5, or a recipe with a budget.",
+            "Add --target macs=0.65, latency=0.6, agreement=0.99, max-drop=0.5, recall@10=0.99 or cosine=0.98, or a "
+            "recipe with a budget.",
         )
     return SearchTarget.parse(text)

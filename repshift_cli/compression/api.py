@@ -106,7 +106,8 @@ def search_recipe(
 
     Args:
         model: as for `compress`; a model in memory is dense again afterwards.
-        target: `macs=0.65`, `latency=0.6`, `agreement=0.99` or `max-drop=0.5`.
+        target: `macs=0.65`, `latency=0.6`, `agreement=0.99` or `max-drop=0.5`; for an encoder without a head also
+            `recall@10=0.99` or `cosine=0.98`.
         data: a folder or dataset of images, labelled for `max-drop`. Half of them are held out.
         recipe: metric and reducer to start from.
         reducers: kinds to try, such as `("merge", "prune")`.

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,3 +68,21 @@ def explain_out_of_memory(what: str) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise UsageError(f"the device has not enough memory for {what} at a time", "Lower --batch-size.") from error
+
+
+def check_table_suffix(option: str, path: Path, allowed: Sequence[str]) -> None:
+    """Raise UsageError for a suffix that is not allowed, or if pyarrow is missing."""
+    if path.suffix not in allowed:
+        raise UsageError(f"{option} {path}: unknown suffix", f"Allowed are {' and '.join(allowed)}.")
+    if path.suffix == ".parquet":
+        import_pyarrow(str(path), allowed[0])
+
+
+def import_pyarrow(what: str, other: str = ".npz") -> tuple[Any, Any]:
+    """`pyarrow` and `pyarrow.parquet`; raises UsageError if they are missing."""
+    if find_spec("pyarrow") is None:
+        raise UsageError(
+            f"{what}: parquet needs pyarrow, which is not installed",
+            f"Run `pip install 'repshift-cli[parquet]'`, or use the suffix {other}.",
+        )
+    return import_module("pyarrow"), import_module("pyarrow.parquet")

@@ -104,6 +104,8 @@ class Budget(StrictModel):
         macs, latency: as a fraction of the dense model's; latency is measured where the search runs.
         agreement: minimum share of predictions equal to the dense model's.
         max_drop: maximum loss of top-1 accuracy in percentage points, on labelled images.
+        recall: minimum share of the `k` (default 10) nearest neighbours on an index of dense embeddings.
+        cosine: minimum mean cosine to the dense embeddings.
     """
 
     macs: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
@@ -111,15 +113,24 @@ class Budget(StrictModel):
     agreement: Annotated[StrictFloat, Field(gt=0, le=1)] | None = None
     max_drop: Annotated[StrictFloat, Field(ge=0, lt=100)] | None = None
 
+    recall: Annotated[StrictFloat, Field(gt=0, le=1)] | None = None
+    cosine: Annotated[StrictFloat, Field(gt=0, le=1)] | None = None
+    k: Annotated[StrictInt, Field(ge=1, le=9999)] | None = None
+
     @model_validator(mode="after")
     def _check_target(self) -> Budget:
-        if len(self.model_dump(exclude_none=True)) != 1:
-            raise ValueError(f"give exactly one of {', '.join(Budget.model_fields)}, such as {{macs: 0.65}}")
+        kinds = ", ".join(key for key in Budget.model_fields if key != "k")
+        if len(self.model_dump(exclude_none=True, exclude={"k"})) != 1:
+            raise ValueError(f"give exactly one of {kinds}, such as {{macs: 0.65}}")
+        if self.k is not None and self.recall is None:
+            raise ValueError("k is the number of neighbours of recall, such as {recall: 0.99, k: 10}")
         return self
 
     def __str__(self) -> str:
-        """As `--target` takes it: `max-drop=0.5`."""
-        ((key, value),) = self.model_dump(exclude_none=True).items()
+        """As `--target` takes it: `max-drop=0.5`, `recall@10=0.99`."""
+        ((key, value),) = self.model_dump(exclude_none=True, exclude={"k"}).items()
+        if key == "recall":
+            key = f"recall@{self.k or 10}"
         return f"{key.replace('_', '-')}={value:.12g}"
 
 

@@ -25,6 +25,7 @@ from repshift_cli.reduction.checks import check_plan
 from repshift_cli.reduction.families.base import Site, match
 from repshift_cli.reduction.hooks import SiteHook, register_edit, register_tap
 from repshift_cli.reduction.metrics.base import Metric, build_metric
+from repshift_cli.reduction.metrics.random import Random
 from repshift_cli.reduction.reducers.base import Dims, Merger, Pruner, build_reducer
 from repshift_cli.reduction.restore import register_restore
 from repshift_cli.reduction.token_stream import TokenStream
@@ -174,6 +175,19 @@ class CompressedModel(nn.Module):
                 hook.enabled = enabled
             if self._hooks:
                 self.model.__dict__.update(refusing)
+
+    @contextmanager
+    def at_random(self, seed: int = 0) -> Iterator[None]:
+        """Drop tokens at random inside the context, with the token counts of the plan."""
+        before = [(hook, hook.metrics, hook.wanted) for hook in self._hooks]
+        metric = Random(seed=seed)
+        for hook in self._hooks:
+            hook.score_by((metric,), hook.wanted | metric.taps())
+        try:
+            yield
+        finally:
+            for hook, metrics, wanted in before:
+                hook.score_by(metrics, wanted)
 
     @torch.no_grad()
     def trace(self, *args: Any, **kwargs: Any) -> Trace:

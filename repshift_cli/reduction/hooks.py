@@ -55,6 +55,11 @@ class SiteHook:
             self.placed = tuple(metric.on(device) for metric in self.metrics)
             self.device = device
 
+    def score_by(self, metrics: tuple[Metric, ...], wanted: frozenset[Any]) -> None:
+        """Use other metrics, which read `wanted`."""
+        self.metrics = self.placed = metrics
+        self.wanted, self.device = wanted, None
+
     def on_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: replace the output of the block by the reduced stream."""
         if not self.enabled:

@@ -25,6 +25,7 @@ from repshift_cli.calibration.outputs import (
 from repshift_cli.errors import CheckFailed, RecipeError
 from repshift_cli.measure.device import device_name
 from repshift_cli.measure.latency import Speedup, Subject, Timing, compute_speedup, full_batch, measure_latency
+from repshift_cli.ops.neighbours import recall_at
 from repshift_cli.planning.layout import After
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import ComponentSpec
@@ -114,6 +115,7 @@ class Evaluator:
         self.progress = progress
         self.batch_size = settings.batch_size
         self.seconds = settings.seconds
+        self.neighbours = settings.target.neighbours
         self.layout = family.layout(model)
         self.tried: dict[str, Evaluated] = {}
         sample = next(model.parameters())
@@ -169,7 +171,7 @@ class Evaluator:
         if not bool(outputs.isfinite().all()):
             return None
         given = chosen.dense.of(outputs)
-        found = _compare(chosen, given)
+        found = _compare(chosen, given, self.neighbours)
         if found is not None and subset == "heldout":  # for a comparison image by image
             far = distance(chosen.dense.reference, given, chosen.dense.are_logits)
             found["distances"] = [round(value, _DIGITS) for value in far.double().tolist()]
@@ -177,7 +179,7 @@ class Evaluator:
 
     def dense_quality(self, subset: str) -> dict[str, Any]:
         """The quality of the dense model itself."""
-        values = _compare(self.subsets[subset], self.subsets[subset].dense.reference)
+        values = _compare(self.subsets[subset], self.subsets[subset].dense.reference, self.neighbours)
         assert values is not None
         return {**values, "distance": 0.0, "kl": 0.0}
 
@@ -270,17 +272,20 @@ def _relative_error(speedup: Speedup, rounds: int) -> float:
     return (speedup.p90 - speedup.p10) / (_DECILES_APART * speedup.ratio * math.sqrt(rounds))
 
 
-def _compare(subset: ImageSubset, outputs: Tensor) -> dict[str, Any] | None:
+def _compare(subset: ImageSubset, outputs: Tensor, neighbours: int) -> dict[str, Any] | None:
     """The quality of outputs, rounded so that the number of threads does not decide between two candidates."""
     dense, head = subset.dense.reference, subset.dense.are_logits
     mean_distance = _mean(distance(dense, outputs, head))
     if not math.isfinite(mean_distance):
         return None
-    found: dict[str, Any] = {
-        "images": len(outputs),
-        "distance": mean_distance,
-        "kl": _mean(divergence(dense, outputs, head)),
-    }
+    far = divergence(dense, outputs, head)
+    found: dict[str, Any] = {"images": len(outputs), "distance": mean_distance, "kl": _mean(far)}
+    recall = None
+    if not head and len(outputs) >= 2 * neighbours:  # with fewer entries it would be high by chance
+        own = torch.arange(len(dense), device=dense.device)
+        recall = recall_at(dense, {"": outputs}, dense, [neighbours], own)[""][neighbours]
+    found["cosine_error"] = None if head else _error(far)
+    found["recall"], found["recall_error"] = (None, None) if recall is None else (_mean(recall), _error(recall))
     same = agreement(dense, outputs) if head else None
     found["agreement"], found["agreement_error"] = (None, None) if same is None else (_mean(same), _error(same))
     if subset.labels is None or not head:

@@ -104,6 +104,8 @@ class FinishedSearch:
             label, quality = "top-1, %", lambda point: point.top1 or 0.0
         elif result.dense.agreement is not None:
             label, quality = "predictions unchanged, %", lambda point: 100 * (point.agreement or 0.0)
+        elif target.k:
+            label, quality = f"{target.kind}, %", lambda point: 100 * (point.recall or 0.0)
         else:
             label, quality = "cosine of features to dense", lambda point: 1 - point.kl
 
@@ -111,6 +113,8 @@ class FinishedSearch:
             "macs": ("macs", target.value),
             "latency": ("latency", target.value),
             "agreement": ("quality", 100 * target.value),
+            "cosine": ("quality", target.value),
+            f"recall@{target.k}": ("quality", 100 * target.value),
             "max-drop": ("quality", (result.selection["dense"].top1 or 0.0) - target.value),
         }
         return Chart(
@@ -144,7 +148,8 @@ def start_recipe(
         check_reducer(build_reducer(reducer), family, loaded.model, restore=recipe is not None and recipe.restore)
     if recipe is None:
         target = request.target
-        budget = Budget.model_validate({target.kind.replace("-", "_"): target.value})
+        wanted = {"recall": target.value, "k": target.k} if target.k else {target.kind.replace("-", "_"): target.value}
+        budget = Budget.model_validate(wanted)
         fitted = isinstance(build_reducer(reducers[0]), Merger) or is_classifier(loaded.model)
         metric = ComponentSpec(kind="fitted" if fitted else "representation_shift")
         return Recipe(version=1, budget=budget, metric=metric, reducer=reducers[0]), reducers
@@ -236,18 +241,21 @@ def _comments(loaded: LoadedModel, result: SearchResult, inputs: ImageBatch, mea
         f"on     {', '.join(f'{key} {value}' for key, value in measured_on.items())}",
         f"Measured on {result.found.images} held-out inputs; MACs and latency are fractions of dense:",
     ]
-    lines += [f"  {name:6} {_numbers(point)}" for name, point in result.points.items() if name != "given"]
+    at = result.target.neighbours
+    lines += [f"  {name:6} {_numbers(point, at)}" for name, point in result.points.items() if name != "given"]
     # the name of a folder may hold line breaks, or characters that YAML does not allow
     return "".join(f"# {''.join(letter if letter.isprintable() else '?' for letter in line)}\n" for line in lines)
 
 
-def _numbers(point: MeasuredSchedule) -> str:
+def _numbers(point: MeasuredSchedule, neighbours: int) -> str:
     values = [f"MACs {point.macs:.4f}"]
     if point.latency is not None:
         values.append(f"latency {point.latency:.3f}")
     if point.agreement is not None:
         values.append(f"unchanged {point.agreement:.2%}")
     values.append(f"{'KL' if point.agreement is not None else '1 - cosine'} {point.kl:.5f}")
+    if point.recall is not None:
+        values.append(f"recall@{neighbours} {point.recall:.2%}")
     if point.top1 is not None:
         values.append(f"top-1 {point.top1:.2f}%")
     return ", ".join(values)

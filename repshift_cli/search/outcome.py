@@ -202,7 +202,7 @@ def _met(target: SearchTarget, result: Evaluated, latency: float | None) -> tupl
         assert latency is not None
         return latency <= target.value, latency
     quality = target.quality(result.values)
-    return target.holds(result.values), quality if target.kind == "agreement" else -quality
+    return target.holds(result.values), -quality if target.kind == "max-drop" else quality
 
 
 def _given(state: SearchState) -> MeasuredSchedule | None:

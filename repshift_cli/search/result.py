@@ -63,6 +63,8 @@ class MeasuredSchedule:
         agreement: share of unchanged predictions; None without a head.
         top1: percent; None without labels.
         images: number of images it was evaluated on.
+        recall: share of the nearest neighbours that are found, at the number of the target, else at 10; None with a
+            head, or with too few images.
     """
 
     name: str
@@ -74,6 +76,7 @@ class MeasuredSchedule:
     agreement: float | None
     top1: float | None
     images: int
+    recall: float | None = None
 
     @classmethod
     def of(
@@ -81,7 +84,7 @@ class MeasuredSchedule:
     ) -> MeasuredSchedule:
         """A plan (None: the dense model) with its measured values."""
         tokens = () if plan is None else tuple((site.layer, site.tokens_out) for site in plan.sites)
-        quality = {key: values[key] for key in ("distance", "kl", "agreement", "top1", "images")}
+        quality = {key: values[key] for key in ("distance", "kl", "agreement", "top1", "images", "recall")}
         return cls(name=name, tokens=tokens, macs=macs, latency=latency, **quality)
 
     @property
@@ -190,6 +193,10 @@ class SearchResult:
         dense, found, value = self.dense, self.found, self.target.value
         if self.target.kind == "agreement" and found.agreement is not None:
             return found.agreement >= value
+        if self.target.k and found.recall is not None:
+            return found.recall >= value - QUALITY_SLACK
+        if self.target.kind == "cosine":
+            return 1.0 - found.kl >= value - QUALITY_SLACK
         if self.target.kind == "max-drop" and dense.top1 is not None and found.top1 is not None:
             return dense.top1 - found.top1 <= value + QUALITY_SLACK
         return None

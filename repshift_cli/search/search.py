@@ -31,7 +31,7 @@ from repshift_cli.search.latency_target import corrected_by_latency, meet_latenc
 from repshift_cli.search.outcome import SearchState, make_result, paper_at_best, paper_candidate
 from repshift_cli.search.result import SearchResult, SearchSettings
 from repshift_cli.search.schedule import fit, neighbours, solve
-from repshift_cli.search.target import COST_TOLERANCE
+from repshift_cli.search.target import COST_TOLERANCE, SearchTarget
 from repshift_cli.utils.progress import Progress
 
 _MIN_IMAGES = 16
@@ -71,8 +71,7 @@ def search(model: nn.Module, family: Family, settings: SearchSettings, progress:
     with ExitStack() as stack:
         stack.callback(family.adapt(model))  # the dense model is compared under the same conditions as a reduced one
         evaluator = Evaluator(model, family, settings, progress)
-        if not evaluator.subsets["selection"].dense.are_logits and settings.target.kind in ("agreement", "max-drop"):
-            raise UsageError(f"the model has no head, so {settings.target.kind} is undefined", "Ask for macs=0.65.")
+        _check_head(settings.target, evaluator.subsets["selection"].dense.are_logits)
         planner, method = choose_layer_metrics(settings.start, evaluator)
         costs = measure_cost_model(planner, method, latency=settings.target.kind == "latency")
         state = SearchState(settings, costs, method)
@@ -103,8 +102,26 @@ def _check(settings: SearchSettings) -> None:
             f"{100 / (count // 2):.2g} points",
             f"Give at least {2 * target.images_needed} images (--images), or allow a larger loss.",
         )
+    if target.k and count // 2 < target.images_needed:
+        raise DataError(
+            f"{count} images cannot decide {target}: each half needs {target.images_needed} images, two per neighbour",
+            f"Give at least {2 * target.images_needed} images (--images), or fewer neighbours.",
+        )
     if target.kind == "latency" and settings.seconds <= 0:
         raise UsageError("the target latency needs time to measure", "Set seconds above 0.")
+
+
+def _check_head(target: SearchTarget, has_head: bool) -> None:
+    if target.is_of_classes is True and not has_head:
+        raise UsageError(
+            f"the model has no head, so {target.kind} is undefined",
+            "Ask for recall@10=0.99 or cosine=0.98 (of the embeddings), macs=0.65 or latency=0.6.",
+        )
+    if target.is_of_classes is False and has_head:
+        raise UsageError(
+            f"the outputs of the model are not embeddings, so {target.kind} is undefined",
+            "Ask for agreement=0.99, macs=0.65 or latency=0.6, or give an encoder without a head.",
+        )
 
 
 def _start_at_cost(state: SearchState) -> None:

@@ -20,7 +20,7 @@ from repshift_cli.utils.hashing import digest_of_document, digest_of_tensors
 from repshift_cli.utils.progress import Task
 from repshift_cli.version import __version__
 
-_FORMAT = 3
+_FORMAT = 4
 _LARGEST = 1 << 26
 _OUTPUTS, _DIGEST = "outputs", "digest"
 
@@ -36,6 +36,9 @@ class _Quality(BaseModel):
     top1: FiniteFloat | None
     lost: FiniteFloat | None
     lost_error: FiniteFloat | None
+    recall: FiniteFloat | None
+    recall_error: FiniteFloat | None
+    cosine_error: FiniteFloat | None
     distances: list[FiniteFloat] | None = None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,23 @@ COST_TOLERANCE = 1e-9
 QUALITY_SLACK = 1e-6
 """Tolerances for rounding: of a fraction of the dense cost, and of points of top-1."""
 
-_RANGES = {"macs": "in (0, 1)", "latency": "in (0, 1)", "agreement": "in (0, 1]", "max-drop": "in [0, 100)"}
+_RANGES = {
+    "macs": "in (0, 1)",
+    "latency": "in (0, 1)",
+    "agreement": "in (0, 1]",
+    "max-drop": "in [0, 100)",
+    "recall@K": "in (0, 1]",
+    "cosine": "in (0, 1]",
+}
 """The kinds of target, with their valid values."""
+
+_RECALL = re.compile(r"recall@([1-9][0-9]{0,3})")
+_USUAL_NEIGHBOURS = 10
 
 _EXAMPLES = (
     "Possible are macs=0.65 and latency=0.6 (fractions of the dense model's MACs and batch time), agreement=0.99 "
-    "(lowest share of unchanged predictions) and max-drop=0.5 (points of top-1; needs labels)."
+    "(lowest share of unchanged predictions) and max-drop=0.5 (points of top-1; needs labels). For models without a "
+    "head: recall@10=0.99 (share of the 10 nearest neighbours) and cosine=0.98 (mean cosine to the dense embedding)."
 )
 _AGREEMENT_ERRORS, _DROP_ERRORS = 1.0, 0.5
 """One-sided margins in standard errors. The schedule is selected on the images that it is tested on."""
@@ -34,20 +46,21 @@ class SearchTarget:
     """The limit that a schedule has to meet.
 
     Attributes:
-        kind: `macs`, `latency`, `agreement` or `max-drop`.
-        value: fraction of the dense model, share of predictions, or points of top-1.
+        kind: `macs`, `latency`, `agreement`, `max-drop`, `recall@10` (or another number of neighbours) or `cosine`.
+        value: fraction of the dense model, share of predictions or neighbours, points of top-1, or mean cosine.
     """
 
     kind: str
     value: float
 
     def __post_init__(self) -> None:
-        if self.kind not in _RANGES:
+        general = "recall@K" if self.k else self.kind
+        if general not in _RANGES or self.kind == "recall@K":
             raise UsageError(f"unknown target {self.kind!r}", nearest(self.kind, _RANGES) + _EXAMPLES)
         high = 100.0 if self.kind == "max-drop" else 1.0
-        bound = {"agreement": high, "max-drop": 0.0}.get(self.kind)
+        bound = {"max-drop": 0.0, "macs": None, "latency": None}.get(self.kind, high)
         if not (0 < self.value < high or self.value == bound):
-            raise UsageError(f"invalid target {self}: must be {_RANGES[self.kind]}")
+            raise UsageError(f"invalid target {self}: must be {_RANGES[general]}")
 
     @classmethod
     def parse(cls, text: str) -> SearchTarget:
@@ -66,6 +79,24 @@ class SearchTarget:
         return cls(kind, number)
 
     @property
+    def k(self) -> int | None:
+        """The number of neighbours of a target of recall, None for others."""
+        found = _RECALL.fullmatch(self.kind)
+        return int(found[1]) if found else None
+
+    @property
+    def neighbours(self) -> int:
+        """The number of neighbours at which recall is reported."""
+        return self.k or _USUAL_NEIGHBOURS
+
+    @property
+    def is_of_classes(self) -> bool | None:
+        """Whether the target is defined for models with classes only (True), without (False), or for all (None)."""
+        if self.limits_cost:
+            return None
+        return self.kind in ("agreement", "max-drop")
+
+    @property
     def limits_cost(self) -> bool:
         """True if the cost is given and quality is maximized; False if quality is given and cost minimized."""
         return self.kind in ("macs", "latency")
@@ -79,15 +110,21 @@ class SearchTarget:
     def images_needed(self) -> int:
         """The fewest images on which a target of quality can be decided; 0 for other targets.
 
-        One image must be at most the allowed loss, or all images must give an interval above the agreement.
+        One image must be at most the allowed loss, or all images must give an interval above the agreement. There must
+        be two images per neighbour.
         """
+        if self.k:
+            return 2 * self.k
         if self.kind == "agreement" and self.value < 1:
             return math.ceil(self.value / (1 - self.value) * _AGREEMENT_ERRORS**2 - COST_TOLERANCE)
         return math.ceil(100 / self.value) if self.kind == "max-drop" and self.value else 0
 
     def quality(self, values: Mapping[str, Any]) -> float:
         """The measured quality in the unit of the target; larger is better."""
-        value: float = values["agreement"] if self.kind == "agreement" else -values["lost"]
+        if self.kind == "cosine":
+            return 1.0 - float(values["kl"])
+        key = "recall" if self.k else "agreement"
+        value: float = -values["lost"] if self.kind == "max-drop" else values[key]
         return value
 
     def holds(self, values: Mapping[str, Any]) -> bool:
@@ -95,6 +132,9 @@ class SearchTarget:
         if self.kind == "agreement":
             agreement, count = values["agreement"], values["images"]
             return agreement == 1.0 or lower_agreement(agreement, count) >= self.value
+        if self.is_of_classes is False:
+            quality, error = self.quality(values), values["recall_error" if self.k else "cosine_error"]
+            return quality - _AGREEMENT_ERRORS * error >= self.value - QUALITY_SLACK
         worst: float = values["lost"] + _DROP_ERRORS * values["lost_error"]
         return worst <= self.value + QUALITY_SLACK
 

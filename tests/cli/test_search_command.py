@@ -221,6 +221,26 @@ class TestSearch:
         assert found["nearest"] >= 0.3
         assert found["points"]["found"]["macs"] < 0.9
 
+    def test_recall_of_an_encoder(self, cli: Command, photos: Path, tmp_path: Path) -> None:
+        """Each half of the 20 images has 10, enough for the 3 nearest neighbours."""
+        encoder = save_weights(tiny_vit(embed_dim=128, num_classes=0), tmp_path / "encoder.safetensors")
+        few = ("--data", photos, "--images", "20", "--evaluations", "1", "--seconds", "0")
+        shown = cli("search", encoder, "-t", "recall@3=0.3", *few, "--plot", "p.svg")
+        assert shown.rc == 0, shown.stderr
+        assert "recall@3" in shown.stdout
+        assert narrow(shown.stdout)
+        recipe = (tmp_path / "encoder_recall@3-0.3.yaml").read_text()
+        assert "recall@3 100.00%" in recipe
+        (tmp_path / "b.yaml").write_text("version: 1\nreducer: {kind: prune}\nbudget: {recall: 0.3, k: 3}\n")
+        done = cli("search", encoder, "-r", "b.yaml", *few, "-o", "c.yaml", "--json")
+        found = json.loads(done.stdout)
+        assert found["target"] == "recall@3=0.3"
+        assert found["nearest"] >= 0.3
+        assert found["points"]["dense"]["recall"] == 1.0
+        refused = cli("search", encoder, "-t", "agreement=0.9", *few, "-o", "x.yaml")
+        assert refused.rc == 2
+        assert "recall@10=0.99" in refused.stderr
+
     def test_max_drop_with_class_folders(self, cli: Command, dense: Path, classes: Path) -> None:
         outcome = cli(
             *("search", dense, "-t", "max-drop=40", "--data", classes, "--images", "20", "--evaluations", "1"),

@@ -184,6 +184,9 @@ class TestBudget:
             ("latency: 0.6", "latency=0.6"),
             ("agreement: 0.99", "agreement=0.99"),
             ("agreement: 1", "agreement=1"),
+            ("recall: 0.99", "recall@10=0.99"),
+            ("recall: 0.99, k: 5", "recall@5=0.99"),
+            ("cosine: 0.98", "cosine=0.98"),
             ("max_drop: 0", "max-drop=0"),
             ("max_drop: 0.123456789", "max-drop=0.123456789"),
         ],
@@ -213,6 +216,7 @@ class TestBudget:
             ("macs: 0.65", "latency: 1.5", "r.yaml:3:10: budget.latency: should be less than 1", None),
             ("macs: 0.65", "agreement: 1.1", "budget.agreement: should be less than or equal to 1", None),
             ("macs: 0.65", "agreement: 0", "budget.agreement: should be greater than 0", None),
+            ("macs: 0.65", "macs: 0.65, k: 3", "budget: k is the number of neighbours of recall", None),
             ("macs: 0.65", "max_drop: 100", "budget.max_drop: should be less than 100", None),
             ("macs: 0.65", "max_drop: -1", "budget.max_drop: should be greater than or equal to 0", None),
             (

@@ -23,6 +23,7 @@ from repshift_cli.calibration.outputs import agreement, distance, divergence
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.data.inputs import load_inputs
 from repshift_cli.errors import CheckFailed, DataError, RecipeError, UsageError
+from repshift_cli.ops.neighbours import recall_at
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import ComponentSpec, Recipe, default_recipe
 from repshift_cli.reduction.compressed_model import attach
@@ -550,8 +551,19 @@ class TestRefusals:
             run("max-drop=0.5")
 
     def test_agreement_without_a_head(self) -> None:
-        with pytest.raises(UsageError, match="no head"):
+        with pytest.raises(UsageError, match="no head") as caught:
             run("agreement=0.9", tiny_vit(num_classes=0))
+        assert "recall@10=0.99 or cosine=0.98" in str(caught.value)
+
+    def test_recall_with_a_head(self) -> None:
+        with pytest.raises(UsageError, match="not embeddings") as caught:
+            run("recall@3=0.9")
+        assert "agreement=0.99" in str(caught.value)
+
+    def test_fewer_images_than_neighbours(self) -> None:
+        with pytest.raises(DataError, match=f"{COUNT} images cannot decide recall@{COUNT}=0.9") as caught:
+            run(f"recall@{COUNT}=0.9", tiny_vit(num_classes=0))
+        assert f"at least {4 * COUNT} images" in str(caught.value)
 
     def test_latency_without_time(self) -> None:
         with pytest.raises(UsageError, match="time"):
@@ -563,6 +575,27 @@ class TestRefusals:
             model.head.bias[0] = float("nan")
         with pytest.raises(CheckFailed, match="not finite"):
             run("macs=0.6", model)
+
+
+class TestEmbeddings:
+    def test_recall_is_that_of_the_held_out_embeddings(self) -> None:
+        model = tiny_vit(num_classes=0)
+        result = run("recall@3=0.6", model, evaluations=4)
+        assert result.met
+        assert result.dense.recall == 1.0
+        heldout = images(COUNT)[COUNT // 2 :]
+        dense, given = model(heldout), attach(model, result.plan)(heldout)
+        own = torch.arange(len(heldout))
+        wanted = recall_at(dense, {"": given}, dense, [3], own)[""][3]
+        assert result.found.recall == pytest.approx(float(wanted.mean()), abs=1e-6)
+        assert result.held_back_met == (float(wanted.mean()) >= 0.6)
+        assert min(one.macs for one in result.tried if (one.recall or 0.0) > 0.9) >= result.found.macs
+
+    def test_cosine(self) -> None:
+        result = run("cosine=0.9", tiny_vit(num_classes=0), evaluations=4)
+        assert result.met
+        assert result.nearest == pytest.approx(1 - result.selection["found"].kl)
+        assert result.held_back_met == (result.found.kl <= 0.1)
 
 
 class TestFamilies:

@@ -10,7 +10,12 @@ from repshift_cli.search.target import SearchTarget, lower_agreement
 
 @pytest.mark.parametrize(
     ("text", "kind", "value"),
-    [("macs=0.65", "macs", 0.65), (" latency = 0.6", "latency", 0.6), ("max-drop=0", "max-drop", 0.0)],
+    [
+        ("macs=0.65", "macs", 0.65),
+        (" latency = 0.6", "latency", 0.6),
+        ("max-drop=0", "max-drop", 0.0),
+        ("recall@10=1", "recall@10", 1.0),
+    ],
 )
 def test_parses(text: str, kind: str, value: float) -> None:
     assert SearchTarget.parse(text) == SearchTarget(kind, value)
@@ -32,6 +37,11 @@ def test_str_can_be_parsed() -> None:
         ("agreement=1.01", "in (0, 1]"),
         ("max-drop=-0.1", "in [0, 100)"),
         ("max-drop=inf", "in [0, 100)"),
+        ("recall@10=0", "recall@10=0: must be in (0, 1]"),
+        ("cosine=1.1", "in (0, 1]"),
+        ("recall@0=0.5", "unknown target 'recall@0'"),
+        ("recall@K=0.5", "unknown target 'recall@K'"),
+        ("recall=0.5", "recall@10=0.99"),
     ],
 )
 def test_an_invalid_target_is_refused(text: str, message: str) -> None:
@@ -42,7 +52,14 @@ def test_an_invalid_target_is_refused(text: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "needed"),
-    [("max-drop=1", 100), ("max-drop=0.5", 200), ("max-drop=3", 34), ("agreement=0.99", 99), ("agreement=0.75", 3)],
+    [
+        ("max-drop=1", 100),
+        ("max-drop=0.5", 200),
+        ("max-drop=3", 34),
+        ("agreement=0.99", 99),
+        ("agreement=0.75", 3),
+        ("recall@10=0.9", 20),
+    ],
 )
 def test_the_images_that_a_target_needs(text: str, needed: int) -> None:
     target = SearchTarget.parse(text)

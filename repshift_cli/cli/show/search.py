@@ -32,6 +32,8 @@ def show_found(found: FinishedSearch) -> None:
     labels = {"paper": "the paper's schedule", "random": "found, dropped at random"}
     points = {labels.get(name, name): point for name, point in result.points.items() if name != "given"}
     quality = ["unchanged", "KL"] if result.dense.agreement is not None else ["1 - cosine"]
+    if result.dense.recall is not None:
+        quality.append(f"recall@{result.target.neighbours}")
     columns = ["", "MACs", "latency", *quality, *(["top-1 %"] if result.dense.top1 is not None else [])]
     title = f"Search for {result.target} (schedules tried: {result.evaluations}; {result.seconds:.0f} s)"
     ui.print_table(title, columns, [_cells(name, point) for name, point in points.items()])
@@ -70,4 +72,5 @@ def _cells(name: str, point: MeasuredSchedule) -> list[str]:
     latency = "-" if point.latency is None else f"{point.latency:.3f}"
     same = [] if point.agreement is None else [f"{point.agreement:.2%}"]
     top1 = [] if point.top1 is None else [f"{point.top1:.2f}"]
-    return [name, f"{point.macs:.3f}", latency, *same, f"{point.kl:.4f}", *top1]
+    recall = [] if point.recall is None else [f"{point.recall:.2%}"]
+    return [name, f"{point.macs:.3f}", latency, *same, f"{point.kl:.4f}", *recall, *top1]

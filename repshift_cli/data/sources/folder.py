@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from repshift_cli.data.decode import IMAGE_SUFFIXES, decode_file
 from repshift_cli.data.sources.class_labels import NamedClasses, class_list, class_root, named_classes
 from repshift_cli.errors import DataError
 from repshift_cli.utils.documents import readable
+from repshift_cli.utils.files import sha256_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -208,6 +210,19 @@ def file_fingerprint(path: Path, root: Path, with_time: bool = False) -> str:
     except OSError:
         size = time = -1
     return f"{path.relative_to(root).as_posix()}:{size}" + (f":{time}" if with_time else "")
+
+
+def identical_files(paths: Sequence[Path]) -> int:
+    """Number of files whose bytes are those of another one of them; only files of one size are read."""
+    by_size: dict[int, list[Path]] = {}
+    for path in paths:
+        with suppress(OSError):
+            by_size.setdefault(path.stat().st_size, []).append(path)
+    digests: Counter[str] = Counter()
+    for path in (path for group in by_size.values() if len(group) > 1 for path in group):
+        with suppress(OSError):
+            digests[sha256_of(path)] += 1
+    return sum(count for count in digests.values() if count > 1)
 
 
 def readable_name(path: PurePath | str) -> str:

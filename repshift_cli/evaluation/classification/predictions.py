@@ -7,16 +7,15 @@ import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from repshift_cli.errors import DataError, UsageError
+from repshift_cli.errors import DataError
 from repshift_cli.evaluation.classification.counts import correct_at
+from repshift_cli.evaluation.common import check_table_suffix, import_pyarrow
 from repshift_cli.utils.files import atomic_output, open_file
 
 SUFFIXES = (".npz", ".parquet")
@@ -83,10 +82,7 @@ class Predictions:
 
 def check_suffix(option: str, path: Path) -> None:
     """Raise UsageError for an unknown suffix, or if pyarrow is missing."""
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"{option} {path}: unknown suffix", f"Allowed are {' and '.join(SUFFIXES)}.")
-    if path.suffix == ".parquet":
-        _pyarrow(str(path))
+    check_table_suffix(option, path, SUFFIXES)
 
 
 def save_predictions(path: Path, predictions: Predictions, force: bool) -> None:
@@ -155,7 +151,7 @@ def _check_size(stream: BinaryIO, size: int) -> None:
 
 
 def _write_parquet(stream: IO[bytes], predictions: Predictions, meta: str) -> None:
-    arrow, parquet = _pyarrow("the file")
+    arrow, parquet = import_pyarrow("the file")
     matrix, probabilities = arrow.list_(arrow.int32()), arrow.list_(arrow.float32())
     types = {"id": arrow.string(), "answers": matrix, "top": matrix, "probabilities": probabilities}
     columns = {name: arrow.array(array.tolist(), types[name]) for name, array in predictions.arrays.items()}
@@ -163,7 +159,7 @@ def _write_parquet(stream: IO[bytes], predictions: Predictions, meta: str) -> No
 
 
 def _read_parquet(stream: BinaryIO) -> tuple[dict[str, NDArray[Any]], str]:
-    arrow, parquet = _pyarrow("the file")
+    arrow, parquet = import_pyarrow("the file")
     try:
         with parquet.ParquetFile(stream) as file:
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
@@ -203,12 +199,3 @@ def _checked(arrays: Mapping[str, NDArray[Any]], text: str) -> Predictions:
     if len(np.unique(arrays["id"])) != len(arrays["id"]):
         raise _Damaged("an image occurs twice")
     return Predictions.of(arrays, meta)
-
-
-def _pyarrow(what: str) -> tuple[Any, Any]:
-    if find_spec("pyarrow") is None:
-        raise UsageError(
-            f"{what}: parquet needs pyarrow, which is not installed",
-            "Run `pip install 'repshift-cli[parquet]'`, or use the suffix .npz.",
-        )
-    return import_module("pyarrow"), import_module("pyarrow.parquet")

@@ -82,7 +82,7 @@ def test_unknown_suffixes(tmp_path: Path, name: str, message: str) -> None:
 
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("repshift_cli.evaluation.classification.predictions.find_spec", lambda name: None)
+    monkeypatch.setattr("repshift_cli.evaluation.common.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="parquet needs pyarrow") as caught:
         save_predictions(tmp_path / "p.parquet", predictions(), force=False)
     assert "npz" in str(caught.value)

@@ -1,0 +1,294 @@
+"""Quality of the embeddings of a compressed encoder: cosine to the dense ones, and recall on a dense index.
+
+An index of dense embeddings stays as it is, and only the queries come from the compressed model. The k nearest entries
+of the dense query are the correct ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from repshift_cli.data.dataset import ImageDataset
+from repshift_cli.data.loader import cut_batches, default_workers, image_loader
+from repshift_cli.data.preprocessing import Preprocessing
+from repshift_cli.data.sources.folder import FileDataset, identical_files
+from repshift_cli.errors import DataError, ModelError, UsageError
+from repshift_cli.evaluation.common import Skipped, check_finite, explain_out_of_memory, import_pyarrow
+from repshift_cli.evaluation.models import COMPRESSED, DENSE, DenseView
+from repshift_cli.models.attention_mode import AttentionMode, attention_mode
+from repshift_cli.ops.neighbours import recall_at, unit
+from repshift_cli.reduction.compressed_model import CompressedModel
+from repshift_cli.reduction.reducers.base import build_reducer
+from repshift_cli.utils.files import atomic_output, open_file
+from repshift_cli.utils.progress import Progress
+
+RANDOM = "random"
+SUFFIXES = (".npy", ".parquet")
+_EMBEDDING_RANK = 2
+_SAME = 1e-3
+"""Largest difference of unit vectors that are the same embedding, in any dtype."""
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """How images are encoded; see `evaluate` of `evaluation/classification`."""
+
+    batch_size: int
+    device: torch.device
+    dtype: torch.dtype
+    workers: int | None
+    strict: bool
+    attention: AttentionMode = "auto"
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings of images.
+
+    Attributes:
+        by_model: float32 `[N, C]` on the CPU, by name of the model.
+        images: the number of each encoded image in its dataset.
+    """
+
+    by_model: Mapping[str, Tensor]
+    images: tuple[int, ...]
+    skipped: tuple[Skipped, ...]
+
+
+@dataclass(frozen=True)
+class EmbeddingScore:
+    """Embeddings of a model against the dense ones.
+
+    Attributes:
+        cosine: its mean, 5th percentile and minimum over the images.
+        recall: by k, the mean share and its standard error.
+    """
+
+    cosine: Mapping[str, float]
+    recall: Mapping[int, tuple[float, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        recall = [{"k": k, "share": share, "error": error} for k, (share, error) in self.recall.items()]
+        return {"cosine": dict(self.cosine), "recall": recall}
+
+
+@dataclass(frozen=True)
+class EmbeddingIndex:
+    """The dense embeddings to search.
+
+    Attributes:
+        entries: `[M, C]`.
+        own: int64 `[N]`, the entry of each query itself, -1 for none.
+        name: where the entries come from.
+    """
+
+    entries: Tensor
+    own: Tensor
+    name: str
+
+    @property
+    def with_queries(self) -> bool:
+        """Whether queries have entries of their own, which are left out."""
+        return bool((self.own >= 0).any())
+
+
+def check_index_size(count: int, ks: Sequence[int], name: str) -> None:
+    """Raise a DataError if a recall would be high by chance: there must be two entries per neighbour."""
+    if count < 2 * max(ks):
+        raise DataError(
+            f"recall@{max(ks)} needs an index of at least {2 * max(ks)} images besides the query, {name} has {count}",
+            "Give more images, or fewer neighbours with --recall-at.",
+        )
+
+
+def encoders(model: nn.Module, seed: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What to evaluate: a compressed model, its dense self, and the same plan with tokens dropped at random.
+
+    A dense model is alone. A plan whose reducer uses no score has no random row.
+    """
+    if not isinstance(model, CompressedModel):
+        return {DENSE: model}
+
+    def at_random(images: Tensor) -> Tensor:
+        with model.at_random(seed):
+            found: Tensor = model(images)
+            return found
+
+    scored = build_reducer(model.plan.reducer).scored
+    return {COMPRESSED: model, DENSE: DenseView(model)} | ({RANDOM: at_random} if scored else {})
+
+
+@torch.inference_mode()
+def encode(  # noqa: PLR0917
+    model: nn.Module,
+    functions: Mapping[str, Callable[[Tensor], Tensor]],
+    data: ImageDataset,
+    preprocessing: Preprocessing,
+    settings: EncodeSettings,
+    progress: Progress,
+) -> Embeddings:
+    """Encode all images of a dataset by functions of one model.
+
+    Args:
+        model: moved to the device and dtype of the settings in place.
+        functions: by name, each from `[B, C, H, W]` to `[B, C]`.
+
+    Raises:
+        DataError: no image can be read, or (`strict`) one cannot.
+        ModelError: the model does not return one vector per image.
+        CheckFailed: an embedding is not finite.
+        UsageError: not enough memory for a batch; unsupported attention.
+    """
+    device = settings.device
+    model.to(device=device, dtype=settings.dtype).eval()
+    workers = default_workers(device, 1) if settings.workers is None else settings.workers
+    loader = image_loader(
+        data,
+        preprocessing,
+        cut_batches(len(data), settings.batch_size),
+        workers=workers,
+        pinned=device.type == "cuda",
+        strict=settings.strict,
+        warn=progress.warn,
+    )
+    found: dict[str, list[Tensor]] = {name: [] for name in functions}
+    images: list[int] = []
+    skipped: list[Skipped] = []
+    with ExitStack() as stack:
+        stack.enter_context(attention_mode(model, settings.attention))
+        stack.enter_context(explain_out_of_memory(f"{settings.batch_size} images"))
+        task = stack.enter_context(progress.task("encoding", len(data)))
+        for batch in loader:
+            skipped += [Skipped(data.sample_id(index), reason) for index, reason in batch.broken]
+            if batch.pixels is not None:
+                pixels = batch.pixels.to(device=device, dtype=settings.dtype)
+                for name, function in functions.items():
+                    found[name].append(_checked(name, function(pixels), len(pixels)))
+                images += batch.indices
+            task.advance(batch.count)
+    if not images:
+        raise DataError(f"none of the {len(skipped)} images in {data.name} can be read; {skipped[0].reason}")
+    return Embeddings({name: torch.cat(parts) for name, parts in found.items()}, tuple(images), tuple(skipped))
+
+
+def _checked(name: str, output: Any, count: int) -> Tensor:
+    if not isinstance(output, Tensor) or output.dim() != _EMBEDDING_RANK or len(output) != count:
+        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ModelError(
+            f"{name}: the model returns {shape} for {count} images, not one vector per image",
+            "Give an encoder that pools its tokens.",
+        )
+    return check_finite(name, output).float().cpu()
+
+
+def index_of_images(
+    queries: ImageDataset, found: Embeddings, data: ImageDataset, entries: Embeddings
+) -> EmbeddingIndex:
+    """The dense embeddings of a dataset as the index; a file that is also a query is the query's own entry."""
+    place = {_identity(data, index): row for row, index in enumerate(entries.images)}
+    own = [place.get(_identity(queries, index), -1) for index in found.images]
+    return EmbeddingIndex(entries.by_model[DENSE], torch.tensor(own), data.name)
+
+
+def _identity(data: ImageDataset, index: int) -> str:
+    name = data.sample_id(index)
+    return os.path.realpath(name) if isinstance(data, FileDataset) else f"{data.name}:{name}"
+
+
+def load_index(path: Path) -> Tensor:
+    """The embeddings in a `.npy` file, float32 `[M, C]`.
+
+    Raises:
+        DataError: it cannot be read, or is no matrix of finite floating-point numbers.
+    """
+    try:
+        open_file(path).close()
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} is not a .npy file of embeddings: {error}") from error
+    if not isinstance(array, np.ndarray) or array.ndim != _EMBEDDING_RANK or array.dtype.kind != "f":
+        shape = f"{list(array.shape)} of {array.dtype}" if isinstance(array, np.ndarray) else "several arrays"
+        raise DataError(f"{path} has {shape}: an index has floating-point numbers [images, channels]")
+    entries = torch.from_numpy(np.array(array, dtype=np.float32))
+    if not bool(entries.isfinite().all()):
+        raise DataError(f"{path} has values that are not finite")
+    return entries
+
+
+def index_of_file(path: Path, entries: Tensor, queries: Tensor) -> EmbeddingIndex:
+    """The index of a file, `[M, C]`.
+
+    If its rows are the dense embeddings of the queries `[N, C]`, in their order, each query has its own entry.
+
+    Raises:
+        DataError: it has another width.
+    """
+    if entries.shape[1] != queries.shape[1]:
+        raise DataError(
+            f"{path} has embeddings of width {entries.shape[1]}, the model of width {queries.shape[1]}",
+            "Give an index of the dense model: `repshift eval DENSE --embeddings IMAGES --save-embeddings FILE.npy`.",
+        )
+    same = len(entries) == len(queries) and bool(((unit(entries) - unit(queries)).abs() < _SAME).all())
+    own = torch.arange(len(queries)) if same else torch.full((len(queries),), -1)
+    return EmbeddingIndex(entries, own, str(path))
+
+
+def compare(found: Embeddings, index: EmbeddingIndex, ks: Sequence[int]) -> dict[str, EmbeddingScore]:
+    """The score of each model but the dense one; raises a DataError if the index is too small."""
+    check_index_size(len(index.entries) - index.with_queries, ks, index.name)
+    dense = found.by_model[DENSE]
+    others = {name: given for name, given in found.by_model.items() if name != DENSE}
+    recall = recall_at(dense, others, index.entries, ks, index.own)
+    return {
+        name: EmbeddingScore(
+            cosine=_spread((unit(given) * unit(dense)).sum(-1)),
+            recall={k: _mean_and_error(shares) for k, shares in recall[name].items()},
+        )
+        for name, given in others.items()
+    }
+
+
+def _spread(cosine: Tensor) -> dict[str, float]:
+    values = cosine.double()
+    found = {"mean": values.mean(), "p5": values.quantile(0.05), "min": values.min()}
+    return {name: round(float(value), 6) for name, value in found.items()}
+
+
+def _mean_and_error(shares: Tensor) -> tuple[float, float]:
+    values = shares.double()
+    error = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return round(float(values.mean()), 6), round(error, 6)
+
+
+def duplicates(data: ImageDataset) -> int:
+    """Number of image files that are identical to another one; 0 if the images are no files."""
+    return identical_files([path for path, _ in data.samples]) if isinstance(data, FileDataset) else 0
+
+
+def save_embeddings(path: Path, embeddings: Tensor, names: Sequence[str], force: bool) -> None:
+    """Write float32 `[N, C]`: `.npy`, or `.parquet` with the names of the images; errors as `atomic_output`."""
+    with atomic_output(path, force) as temporary, temporary.open("wb") as stream:
+        if path.suffix == SUFFIXES[0]:
+            np.save(stream, embeddings.numpy())
+            return
+        arrow, parquet = import_pyarrow(str(path), SUFFIXES[0])
+        rows = arrow.FixedSizeListArray.from_arrays(embeddings.flatten().numpy(), embeddings.shape[1])
+        parquet.write_table(arrow.table({"file": arrow.array(names), "embedding": rows}), stream)
+
+
+def check_encoder(model: nn.Module, name: str) -> None:
+    """Raise a UsageError for a model with classes: its outputs are no embeddings."""
+    if classes := int(getattr(model, "num_classes", 0) or 0):
+        raise UsageError(
+            f"--embeddings: {name} has a head of {classes} classes, its outputs are not embeddings",
+            "Give an encoder without a head (timm: num_classes=0), or evaluate its classes with --dataset.",
+        )
