@@ -79,7 +79,8 @@ def _fields(values: Any, model_type: str, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{where} is not the configuration of a processor")
     steps = _with_defaults(values, model_type, where)
-    if refused := [key for key in ("do_pad", "do_image_splitting", "do_thumbnail") if steps.get(key)]:
+    refused = [key for key in ("do_pad", "do_image_splitting", "do_thumbnail") if steps.get(key)]
+    if refused := refused + ["fps"] * bool(steps.get("do_sample_frames") and steps.get("fps")):
         raise CheckpointError(f"{where}: {', '.join(refused)} is not supported", _ASK)
     try:
         return {**_sizes(steps), **_pixels(steps), "interpolation": _INTERPOLATIONS[_index(steps["resample"])]}
@@ -111,7 +112,7 @@ def _sizes(steps: Mapping[str, Any]) -> dict[str, Any]:
     """Size, crop and how the image is resized."""
     if not steps.get("do_resize"):
         raise ValueError("images are not resized (do_resize false)")
-    size = {key: value for key, value in dict(steps["size"]).items() if value is not None}
+    size = {key: value for key, value in dict(steps["size"] or {}).items() if value is not None}
     crop = dict(steps["crop_size"]) if steps.get("do_center_crop") else None
     if size.keys() == {"height", "width"}:
         resized = (_side(size["height"]), _side(size["width"]))

@@ -58,8 +58,8 @@ def load_checkpoint(name: str | Path, options: LoadOptions | None = None) -> Loa
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename or name}: {error.strerror or error}") from error
     set_image_size(loaded, options.img_size)
-    set_preprocessing(loaded, options.preprocessing)
     _check_clips(loaded, options)
+    set_preprocessing(loaded, options.preprocessing)
     return loaded
 
 
@@ -161,8 +161,9 @@ def _set_preprocessing(loaded: LoadedModel, known: dict[str, Any]) -> None:
 def _check_clips(loaded: LoadedModel, options: LoadOptions) -> None:
     """Raise UsageError if the model does not take clips as the user describes them."""
     what, frames = loaded.source.path or loaded.description.name, loaded.description.preprocessing.frames
-    if frames is None and (options.frames, options.checkpoint_frames) != (None, None):
-        raise UsageError(f"{what} takes single images, not clips", "Leave --frames and --checkpoint-frames out.")
+    if frames is None and {options.frames, options.checkpoint_frames, options.frame_step} != {None}:
+        hint = "Leave --frames, --checkpoint-frames and --frame-step out."
+        raise UsageError(f"{what} takes single images, not clips", hint)
     if options.checkpoint_frames not in (None, getattr(loaded.model, "checkpoint_frames", None)):
         raise UsageError(
             f"--checkpoint-frames {options.checkpoint_frames}: the positions of {what} are already interpolated",

@@ -93,6 +93,7 @@ class LoadOptions:
         img_size: side, or height and width, of the images: any for a convolutional network, else that of the weights.
         frames: frames per clip of a video model.
         checkpoint_frames: frames that the weights were trained on; positions are interpolated in time from these.
+        frame_step: as in `Preprocessing`, for models of clips.
         fallback_name: the model that a recipe names. It is used if nothing else identifies the model and the weights
             fit it.
         weights: which weights of a file that holds both; the averaged ones by default.
@@ -106,6 +107,7 @@ class LoadOptions:
     img_size: int | tuple[int, int] | None = None
     frames: int | None = None
     checkpoint_frames: int | None = None
+    frame_step: int | None = None
     fallback_name: str | None = None
     weights: WeightsKind | None = None
     mean: tuple[float, ...] | None = None
@@ -115,7 +117,8 @@ class LoadOptions:
     model_args: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        check_ranges(heads=self.heads, frames=self.frames, checkpoint_frames=self.checkpoint_frames)
+        clip = {"frames": self.frames, "checkpoint_frames": self.checkpoint_frames, "frame_step": self.frame_step}
+        check_ranges(heads=self.heads, **clip)
 
     @property
     def size(self) -> ImageSize | None:
@@ -125,4 +128,5 @@ class LoadOptions:
     @property
     def preprocessing(self) -> dict[str, Any]:
         """The given parts of the preprocessing."""
-        return {key: value for key in PREPROCESSING if (value := getattr(self, key)) is not None}
+        keys = (*PREPROCESSING, "frame_step")
+        return {key: value for key in keys if (value := getattr(self, key)) is not None}

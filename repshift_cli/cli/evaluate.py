@@ -1,4 +1,4 @@
-"""`repshift eval`: accuracy on labelled images; retrieval and question answering of video-text models."""
+"""`repshift eval`: accuracy on labelled images or videos; retrieval and question answering of video-text models."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def command(
         typer.Option(
             metavar="NAME",
             help="Images: imagenet-val, imagenet-real, imagenet-v2, imagenet-a, imagenet-r, builtin:digits, a folder "
-            "of class folders, a tar file, or a dataset that timm can read (torch/cifar10). Videos: msrvtt, msvd, "
-            "activitynet, didemo, lsmdc, ssv2-label, ssv2-template, msrvtt-qa, msvd-qa, builtin:shapes, "
-            "builtin:shapes-qa.",
+            "of class folders, a tar file, or a dataset that timm can read (torch/cifar10). Labelled videos: a folder "
+            "of class folders. Videos with texts: msrvtt, msvd, activitynet, didemo, lsmdc, ssv2-label, ssv2-template, "
+            "msrvtt-qa, msvd-qa, builtin:shapes, builtin:shapes-qa.",
             show_default=False,
         ),
     ] = None,
@@ -227,9 +227,10 @@ def command(
             opened = group.agreed(lambda: open_any(model, load, trust))
             for note in opened.loaded.notes:
                 screen.note(note)
+            of_images = opened.loaded.description.preprocessing.frames is None
             if of_embeddings is not None:
                 evaluate_embeddings(opened, given, video, of_embeddings, screen)
-            elif opened.loaded.description.preprocessing.frames is None:
+            elif of_images or getattr(opened.loaded.model, "num_classes", 0):
                 _evaluate_images(opened, given, video, screen, group)
             else:
                 evaluate_videos(opened, given, video, screen)
@@ -241,7 +242,8 @@ def _evaluate_images(
     from repshift_cli.evaluation.classification.evaluate import evaluate, finish
     from repshift_cli.evaluation.models import head_size
 
-    settings = given.settings | {"batch_size": given.settings["batch_size"] or IMAGE_BATCH}
+    usual = IMAGE_BATCH if opened.loaded.description.preprocessing.frames is None else VIDEO_BATCH
+    settings = given.settings | {"batch_size": given.settings["batch_size"] or usual}
     models, data, labelled = group.agreed(lambda: _open_images(opened, given, video))
     labelled.info.report(screen)
     if not given.json and group.is_first:
@@ -279,9 +281,10 @@ def _open_images(
     from repshift_cli.data.catalog import open_dataset
     from repshift_cli.evaluation.models import head_size, models_of
 
-    refuse_videos(given.name, given.dataset, video)
+    clips = opened.loaded.description.preprocessing.frames is not None
+    refuse_videos(given.name, given.dataset, video, "labelled videos" if clips else "images")
     assert given.dataset is not None
-    data = open_dataset(given.dataset, given.data_dir, given.limit, given.seed, given.order)
+    data = open_dataset(given.dataset, given.data_dir, given.limit, given.seed, given.order, clips=clips)
     labelled = data.for_head(head_size(opened.loaded.model))
     return models_of(opened, given.compare_dense, given.name), data, labelled
 
@@ -299,7 +302,7 @@ def _report(result: Evaluation, data: ImageDataset, opened: Opened, given: EvalO
     warn_of_guessing(result)
     if result.interrupted:
         resume = f"; run the same command to continue from {given.resume}" if given.resume else ""
-        ui.warn(f"interrupted: this is the result of {result.images} of {result.total} images{resume}")
+        ui.warn(f"interrupted: this is the result of {result.images} of {result.total} {result.unit}{resume}")
 
 
 def _prediction_paths(path: Path | None, compare_dense: bool, force: bool) -> tuple[Path, ...]:

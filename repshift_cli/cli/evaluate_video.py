@@ -73,15 +73,15 @@ class VideoOptions:
         return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value is not None]
 
 
-def refuse_videos(model: str, dataset: str | None, options: VideoOptions) -> None:
-    """Raise a UsageError for a dataset of videos or an option of video-text models, for a model of images."""
+def refuse_videos(model: str, dataset: str | None, options: VideoOptions, takes: str) -> None:
+    """Raise a UsageError for a dataset or an option of video-text models, for a model that takes something else."""
     from repshift_cli.evaluation.video_text.data import is_video_dataset
 
-    hint = "Give a video-text model, or a dataset of labelled images."
+    hint = f"Give a video-text model, or a dataset of labelled {takes.removeprefix('labelled ')}."
     if dataset is not None and is_video_dataset(dataset):
-        raise UsageError(f"{model} takes images, but {dataset} is a dataset of videos", hint)
+        raise UsageError(f"{model} takes {takes}, but {dataset} is a dataset of videos with texts", hint)
     if options.given:
-        raise UsageError(f"{options.given[0]} is not used by {model}, which takes images", hint)
+        raise UsageError(f"{options.given[0]} is not used by {model}, which takes {takes}", hint)
 
 
 def _rerank_k(options: VideoOptions, task: Task, model: str) -> int | None:

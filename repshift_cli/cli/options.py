@@ -151,6 +151,15 @@ CheckpointFrames = Annotated[
     ),
 ]
 
+FrameStep = Annotated[
+    int | None,
+    number(
+        "frame_step",
+        "--frame-step",
+        help="Frames of a video from one frame of a clip to the next, around its middle (default: spread over it).",
+    ),
+]
+
 
 Mean = Annotated[
     str | None,
@@ -194,6 +203,7 @@ _MODEL_OPTIONS = {
     "img_size": ImgSize,
     "frames": Frames,
     "checkpoint_frames": CheckpointFrames,
+    "frame_step": FrameStep,
     "weights": Weights,
     "mean": Mean,
     "std": Std,

@@ -65,7 +65,8 @@ def is_same_folder(one: str, other: str | None) -> bool:
 def _report(batch: ImageBatch, notes: Notes) -> None:
     batch.info.report(notes)
     if batch.skipped:
-        notes.warn(f"{len(batch.skipped)} images could not be read: {'; '.join(batch.skipped[:3])}")
+        unit = "videos" if batch.tensor.ndim > _IMAGE_DIMS else "images"
+        notes.warn(f"{len(batch.skipped)} {unit} could not be read: {'; '.join(batch.skipped[:3])}")
 
 
 def _split(batch: ImageBatch, count: int) -> tuple[ImageBatch, ImageBatch]:

@@ -40,7 +40,13 @@ def is_dataset_name(name: str) -> bool:
 
 
 def open_dataset(
-    name: str, data_dir: Path | None, limit: int | None = None, seed: int = 0, class_order: str | None = None
+    name: str,
+    data_dir: Path | None,
+    limit: int | None = None,
+    seed: int = 0,
+    class_order: str | None = None,
+    *,
+    clips: bool = False,
 ) -> ImageDataset:
     """Open a dataset.
 
@@ -53,6 +59,7 @@ def open_dataset(
         limit: maximum number of images, evenly spaced over the sorted set (for built-in scenes: the number).
         seed: which built-in scenes are drawn; other datasets do not depend on it.
         class_order: as for `named_classes`.
+        clips: open a folder with class folders of videos.
 
     Raises:
         DataError: the dataset is unknown, missing, empty or damaged.
@@ -61,7 +68,10 @@ def open_dataset(
     """
     check_ranges(limit=limit)
     dataset: ImageDataset
-    if name == "builtin:digits":
+    if clips:
+        with data_errors():
+            dataset = limited(_open_videos(name, data_dir, class_order), limit)
+    elif name == "builtin:digits":
         from repshift_cli.data.builtin.digits import DigitDataset
 
         _refuse_data_dir(name, data_dir)
@@ -86,6 +96,26 @@ def data_errors() -> Iterator[None]:
         raise DataError(f"cannot read {error.filename or 'the data'}: {error.strerror or error}") from error
 
 
+def _open_videos(name: str, data_dir: Path | None, class_order: str | None) -> ImageDataset:
+    from repshift_cli.data.sources.folder import VIDEOS, open_folder
+
+    if name == "folder":
+        return open_folder(name, _given_folder(name, data_dir), class_order, VIDEOS)
+    folder = Path(name).expanduser()
+    if is_dataset_name(name) and not folder.is_dir():
+        hint = "Give the path of a folder with one folder of videos per class."
+        raise DataError(f"the model takes clips, but {name} is a dataset of images", hint)
+    _refuse_data_dir(name, data_dir)
+    return open_folder(name, folder, class_order, VIDEOS)
+
+
+def _given_folder(name: str, data_dir: Path | None) -> Path:
+    folder = _data_folder(data_dir, (name,))
+    if folder is None:
+        raise DataError(f"the dataset {name} needs a folder", "Give it with --data-dir PATH.")
+    return folder
+
+
 def _open_whole(name: str, data_dir: Path | None, class_order: str | None) -> ImageDataset:
     from repshift_cli.data.sources.folder import open_folder
     from repshift_cli.data.sources.imagenet_variants import TEST_SETS, open_imagenet
@@ -95,9 +125,7 @@ def _open_whole(name: str, data_dir: Path | None, class_order: str | None) -> Im
     if name in TEST_SETS:
         return open_imagenet(name, _data_folder(data_dir, TEST_SETS[name]))
     if name in {"folder", "shards"}:
-        folder = _data_folder(data_dir, (name,))
-        if folder is None:
-            raise DataError(f"the dataset {name} needs a folder", "Give it with --data-dir PATH.")
+        folder = _given_folder(name, data_dir)
         if name == "folder":
             return open_folder(name, folder, class_order)
         return open_shards(name, shard_paths(str(folder)), class_order)

@@ -5,13 +5,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from repshift_cli.utils.progress import Messages
 from repshift_cli.utils.ranges import check_ranges
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+@dataclass(frozen=True)
+class ClipFile:
+    """A video, or a folder of frames, that is decoded when the number of frames is known."""
+
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -41,10 +49,11 @@ class DatasetInfo:
 
 
 class ImageDataset(ABC):
-    """Images with labels, by number, in a fixed order.
+    """Images or videos with labels, by number, in a fixed order.
 
     Attributes:
         name: the name that the user gave.
+        unit: what they are.
         info: how it was read.
         random_access: whether `load` may be called in any order and from several processes. If False, read in
             ascending order from one process.
@@ -52,6 +61,7 @@ class ImageDataset(ABC):
     """
 
     name: str
+    unit: Literal["images", "videos"] = "images"
     info: DatasetInfo = DatasetInfo()
     random_access: bool = True
     outputs: tuple[int, ...] | None = None
@@ -74,8 +84,8 @@ class ImageDataset(ABC):
         """The path or name of one image."""
 
     @abstractmethod
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """One RGB image and its label.
+    def load(self, index: int) -> tuple[Image.Image | ClipFile, int]:
+        """One RGB image, or the file of a clip, and its label.
 
         Raises:
             UnreadableSample: the file is truncated, empty, too large to decode safely, or not an image.
@@ -110,6 +120,7 @@ class Subset(ImageDataset):
     def __init__(self, dataset: ImageDataset, indices: Sequence[int]) -> None:
         self.dataset = dataset
         self.name = dataset.name
+        self.unit = dataset.unit
         self.info = dataset.info
         self.random_access = dataset.random_access
         self.outputs = dataset.outputs
@@ -117,7 +128,7 @@ class Subset(ImageDataset):
 
     @property
     def description(self) -> str:
-        return f"{self.dataset.description}; {len(self)} of {len(self.dataset)} images"
+        return f"{self.dataset.description}; {len(self)} of {len(self.dataset)} {self.unit}"
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -129,7 +140,7 @@ class Subset(ImageDataset):
     def sample_id(self, index: int) -> str:
         return self.dataset.sample_id(self.indices[index])
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
+    def load(self, index: int) -> tuple[Image.Image | ClipFile, int]:
         return self.dataset.load(self.indices[index])
 
     def answers(self, index: int, label: int) -> tuple[int, ...]:
@@ -146,7 +157,7 @@ class Subset(ImageDataset):
 
 
 class EvenSubset(Subset):
-    """`count` images, evenly spaced over another dataset."""
+    """`count` images or videos, evenly spaced over another dataset."""
 
     def __init__(self, dataset: ImageDataset, count: int) -> None:
         super().__init__(dataset, even_indices(len(dataset), count))

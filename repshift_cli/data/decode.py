@@ -21,6 +21,15 @@ IMAGE_SUFFIXES = frozenset(
 )
 """Lower-case suffixes of image files in all readers: those of `_FORMATS`."""
 
+VIDEO_SUFFIXES = (
+    *(".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg"),
+    *(".wmv", ".flv", ".3gp", ".ts", ".gif"),
+)
+"""Lower-case suffixes of video files, in the order in which they are tried for names in annotations."""
+
+FRAME_SUFFIXES = IMAGE_SUFFIXES - set(VIDEO_SUFFIXES)
+"""Suffixes of frames in a folder; a GIF is a clip of its own."""
+
 _MAX_PIXELS = 89_478_485
 """At most 0.7 GB while an image is converted to RGB. Pillow warns above this number."""
 

@@ -89,10 +89,12 @@ def load_inputs(
 
     check_ranges(images=count)
     with data_errors():
-        if preprocessing.frames is None:
-            source = _image_source(where, count, preprocessing, seed, num_classes, test_scenes, class_order)
+        if preprocessing.frames is not None and (where is None or where in {_SHAPES, _SHAPES_QA}):
+            source = _clip_source(count, preprocessing, seed, test_scenes)
         else:
-            source = _clip_source(where, count, preprocessing, seed, test_scenes)
+            clips = preprocessing.frames is not None
+            files = _open_images(where, count, seed, num_classes, test_scenes, class_order, clips)
+            source = _file_source(*files, preprocessing)
     places, tensors, labels, skipped = _draw(source, count, seed)
     if not test_scenes:
         _check_distinct(tensors, source, preprocessing)
@@ -130,7 +132,7 @@ def open_images(where: str | Path | None, count: int, seed: int = 0) -> ImageDat
         DataError: there is no image.
     """
     with data_errors():
-        return _open_images(where, count, seed, None, False, None)[0]
+        return _open_images(where, count, seed, None, False, None, False)[0]
 
 
 @dataclass(frozen=True)
@@ -189,25 +191,18 @@ def _draw(source: _Source, count: int, seed: int) -> tuple[list[int], list[Tenso
     return places, tensors, labels, skipped
 
 
-def _image_source(  # noqa: PLR0917
-    where: str | Path | None,
-    count: int,
-    preprocessing: Preprocessing,
-    seed: int,
-    num_classes: int | None,
-    test_scenes: bool,
-    class_order: str | None,
-) -> _Source:
-    images, unlabelled = _open_images(where, count, seed, num_classes, test_scenes, class_order)
+def _file_source(images: ImageDataset, unlabelled: str | None, preprocessing: Preprocessing) -> _Source:
+    from repshift_cli.data.loader import decoded
+
     transform = preprocessing.transform()
 
     def load(index: int) -> tuple[Tensor, int]:
-        image, label = images.load(index)
-        return transform(image), label
+        raw, label = images.load(index)
+        return decoded(raw, preprocessing, transform)[0], label
 
     return _Source(
         name=images.name,
-        kind="scenes" if images.name == _DIGITS else "images",
+        kind="scenes" if images.name == _DIGITS else images.unit,
         total=len(images),
         in_order=images.name == _DIGITS or not images.random_access,
         load=load,
@@ -226,27 +221,31 @@ def _open_images(  # noqa: PLR0917
     num_classes: int | None,
     test_scenes: bool,
     class_order: str | None,
+    clips: bool,
 ) -> tuple[ImageDataset, str | None]:
-    """The images, and why their labels cannot be used with a head of `num_classes` outputs."""
+    """The images or videos, and why their labels cannot be used with a head of `num_classes` outputs."""
     from repshift_cli.data.builtin.digits import DigitDataset
     from repshift_cli.data.catalog import is_dataset_name, open_dataset
-    from repshift_cli.data.sources.folder import open_folder, open_image_tree
+    from repshift_cli.data.sources.folder import IMAGES, VIDEOS, open_folder, open_image_tree, open_videos
 
     images: ImageDataset
     labelled: ImageDataset | None = None
+    if clips and str(where).startswith("builtin:"):
+        raise UsageError(f"there are no clips named {where}", f"Give a folder of videos, or {_SHAPES} for scenes.")
     if where is None or where == _DIGITS:
         images = (
             DigitDataset("test", count, seed)
             if test_scenes
             else DigitDataset("train", count, _FIRST_TRAINING_SEED + seed)
         )
-    elif (isinstance(where, str) and is_dataset_name(where)) or not Path(where).expanduser().is_dir():
+    elif not clips and ((isinstance(where, str) and is_dataset_name(where)) or not Path(where).expanduser().is_dir()):
         images = open_dataset(str(where), None, class_order=class_order)
     else:
-        images = open_image_tree(Path(where).expanduser())
+        path = Path(where).expanduser()
+        images = open_videos(path) if clips else open_image_tree(path)
         if num_classes:
             try:
-                labelled = open_folder(str(where), Path(where).expanduser(), class_order).for_head(num_classes)
+                labelled = open_folder(str(where), path, class_order, VIDEOS if clips else IMAGES).for_head(num_classes)
             except DataError as error:
                 if class_order is not None:
                     raise
@@ -260,67 +259,23 @@ def _open_images(  # noqa: PLR0917
     return labelled, None
 
 
-def _clip_source(
-    where: str | Path | None, count: int, preprocessing: Preprocessing, seed: int, test_scenes: bool
-) -> _Source:
+def _clip_source(count: int, preprocessing: Preprocessing, seed: int, test_scenes: bool) -> _Source:
     from repshift_cli.data.builtin import moving_shapes as shapes
-    from repshift_cli.data.video.dataset import VideoFiles, Videos, VideoScenes
+    from repshift_cli.data.video.dataset import VideoScenes
 
-    videos: Videos
-    if where is None or where in {_SHAPES, _SHAPES_QA}:
-        if test_scenes:
-            scenes = shapes.scenes(count, shapes.TEST_SEED + seed)
-        else:
-            first = _FIRST_TRAINING_CLIP * (1 + seed)
-            scenes = [shapes.scene(number, shapes.TRAIN_SEED) for number in range(first, first + count)]
-        videos, name, builtin = VideoScenes(tuple(scenes)), _SHAPES, True
-        fingerprint = videos.sample_id
-    elif str(where).startswith("builtin:"):
-        raise UsageError(f"there are no clips named {where}", f"Give a folder of videos, or {_SHAPES} for scenes.")
+    if test_scenes:
+        scenes = shapes.scenes(count, shapes.TEST_SEED + seed)
     else:
-        root = Path(where).expanduser()
-        paths = _find_clips(root)
-        videos, name, builtin = VideoFiles(tuple(paths)), str(root), False
-
-        def fingerprint(index: int) -> str:
-            return _clip_fingerprint(paths[index], root)
-
-    transform = preprocessing.transform()
+        first = _FIRST_TRAINING_CLIP * (1 + seed)
+        scenes = [shapes.scene(number, shapes.TRAIN_SEED) for number in range(first, first + count)]
+    videos, transform = VideoScenes(tuple(scenes)), preprocessing.transform()
     return _Source(
-        name=name,
-        kind="clips" if builtin else "videos",
+        name=_SHAPES,
+        kind="clips",
         total=len(videos),
-        in_order=builtin,
+        in_order=True,
         load=lambda index: (videos.load(preprocessing, transform, index).pixels, -1),
         sample_id=videos.sample_id,
-        fingerprint=fingerprint,
-        unlabelled="clips have no labels",
+        fingerprint=videos.sample_id,
+        unlabelled="the built-in clips have no labels",
     )
-
-
-def _clip_fingerprint(path: Path, root: Path) -> str:
-    """Names and sizes of a video file, or of all frames of a clip."""
-    from repshift_cli.data.sources.folder import file_fingerprint, find_files
-    from repshift_cli.data.video.decode import FRAME_SUFFIXES
-
-    if path.is_dir():
-        return "\n".join(file_fingerprint(frame, root) for frame in find_files(path, FRAME_SUFFIXES))
-    return file_fingerprint(path, root if root.is_dir() else root.parent)
-
-
-def _find_clips(root: Path) -> list[Path]:
-    """Video files, and folders that hold images, at any depth, sorted by name; a file itself."""
-    from repshift_cli.data.sources.folder import find_files
-    from repshift_cli.data.video.decode import FRAME_SUFFIXES, VIDEO_SUFFIXES
-
-    videos = ", ".join(suffix[1:] for suffix in VIDEO_SUFFIXES)
-    images = ", ".join(sorted(suffix[1:] for suffix in FRAME_SUFFIXES))
-    hint = f"Give a folder with videos ({videos}) or with folders of frames ({images})."
-    if not root.exists():
-        raise DataError(f"the folder {root} does not exist", hint)
-    if root.is_file():
-        return [root]
-    found = sorted([*find_files(root, VIDEO_SUFFIXES), *{path.parent for path in find_files(root, FRAME_SUFFIXES)}])
-    if not found:
-        raise DataError(f"there are no videos in {root}", hint)
-    return found

@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
-from repshift_cli.data.dataset import ImageDataset
+from repshift_cli.data.dataset import ClipFile, ImageDataset
 from repshift_cli.data.decode import UnreadableSample
 from repshift_cli.data.preprocessing import Preprocessing
+from repshift_cli.data.video.decode import read_clip
 from repshift_cli.errors import DataError, RepshiftError
 from repshift_cli.utils.interrupts import held_interrupts
 
@@ -53,7 +54,7 @@ class Sample(NamedTuple):
     Attributes:
         pixels: float32 `[C, H, W]`, or `[T, C, H, W]` for a clip.
         answers: the correct outputs of the head; empty if there are no labels.
-        padded: whether the last frame of a clip was repeated.
+        padded: whether the video is shorter than the clip, see `video.decode.Clip`.
     """
 
     pixels: Tensor
@@ -71,7 +72,7 @@ class Batch:
         answers: int64 `[B, A]`, the correct outputs; -1 where there are fewer than A.
         indices: dataset indices of the inputs in `pixels`.
         broken: dataset index and reason of each input that could not be read.
-        padded: dataset indices of clips whose last frame was repeated.
+        padded: dataset indices of videos that are shorter than the clip.
         decoding: processor seconds spent on decoding and preprocessing.
         problem: an error that concerns more than one input.
     """
@@ -223,15 +224,32 @@ def image_loader(
     strict: bool = False,
     persistent: bool = False,
 ) -> BatchLoader:
-    """Load images with their labels; a dataset without random access is read in this process."""
-    load = partial(_load_image, dataset, preprocessing.transform())
+    """Load images or clips with their labels; a dataset without random access is read in this process."""
+    load = partial(_load_sample, dataset, preprocessing, preprocessing.transform())
     workers = workers if dataset.random_access else 0
     return BatchLoader(load, dataset.sample_id, batches, workers, pinned, warn, strict, persistent)
 
 
-def _load_image(dataset: ImageDataset, transform: Callable[[Image.Image], Tensor], index: int) -> Sample:
-    image, label = dataset.load(index)
-    return Sample(transform(image), dataset.answers(index, label))
+def _load_sample(
+    dataset: ImageDataset, preprocessing: Preprocessing, transform: Callable[[Image.Image], Tensor], index: int
+) -> Sample:
+    raw, label = dataset.load(index)
+    pixels, padded = decoded(raw, preprocessing, transform)
+    return Sample(pixels, dataset.answers(index, label), padded)
+
+
+def decoded(
+    raw: Image.Image | ClipFile, preprocessing: Preprocessing, transform: Callable[[Image.Image], Tensor]
+) -> tuple[Tensor, bool]:
+    """An image `[C, H, W]`, or a clip `[T, C, H, W]` and whether its video is shorter.
+
+    Raises:
+        UnreadableVideo: the video cannot be decoded.
+    """
+    if not isinstance(raw, ClipFile):
+        return transform(raw), False
+    clip = read_clip(raw.path, preprocessing.frames or 1, convert=transform, step=preprocessing.frame_step)
+    return torch.stack(clip.frames), clip.padded
 
 
 def cut_batches(count: int, size: int) -> dict[int, range]:

@@ -40,6 +40,8 @@ class Preprocessing:
         crop_pct: share of the resized side that the crop takes.
         crop_mode: `center`, `squash` or `border`.
         frames: frames of one clip; None for models of single images.
+        frame_step: every frame of a clip is so many frames of the video after the one before; None if they are spread
+            over the whole video.
     """
 
     input_size: tuple[Annotated[int, Field(ge=1, le=1024)], _Side, _Side]
@@ -49,6 +51,7 @@ class Preprocessing:
     crop_pct: Annotated[float, Field(ge=0.1, le=4)]
     crop_mode: Literal["center", "squash", "border"] = "center"
     frames: Annotated[int, Field(ge=1, le=4096)] | None = None
+    frame_step: Annotated[int, Field(ge=1, le=1024)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Preprocessing:
@@ -90,19 +93,20 @@ class Preprocessing:
         return validated(cls, dict(values), where)
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of a timm data configuration; `frames` only for clips."""
-        return {key: value for key, value in asdict(self).items() if key != "frames" or value is not None}
+        """The keys of a timm data configuration; `frames` and `frame_step` only if they are set."""
+        return {key: value for key, value in asdict(self).items() if not key.startswith("frame") or value is not None}
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """The transform of one RGB image, or one frame of a clip, to a float32 tensor `[C, H, W]`."""
         from timm.data import create_transform
 
-        return create_transform(**replace(self, frames=None).to_dict(), is_training=False)
+        return create_transform(**replace(self, frames=None, frame_step=None).to_dict(), is_training=False)
 
     def __str__(self) -> str:
         channels, height, width = self.input_size
         mean, std = (", ".join(f"{value:.3f}" for value in values) for values in (self.mean, self.std))
-        clip = "" if self.frames is None else f"{self.frames} frames of "
+        step = "" if self.frame_step is None else f" ({self.frame_step} apart)"
+        clip = "" if self.frames is None else f"{self.frames} frames{step} of "
         return (
             f"{clip}{height}x{width}x{channels}, {self.interpolation}, crop {self.crop_pct:g} ({self.crop_mode}), "
             f"mean {mean}, std {std}"

@@ -14,6 +14,7 @@ RANGES: Mapping[str, tuple[int, int]] = MappingProxyType(
         "calibration_images": (8, 10_000),
         "checkpoint_frames": (1, 1024),
         "evaluations": (1, 100_000),
+        "frame_step": (1, 1024),
         "frames": (1, 1024),
         "heads": (1, 1024),
         "images": (1, 1_000_000),

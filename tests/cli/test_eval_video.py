@@ -174,7 +174,7 @@ class TestRetrieval:
         assert Path(found["padded_files"][0]).name == "00004.mp4"
         for part in ("00001.mp4: no video", "00002.mp4: it has no video", "1 videos of the annotations are missing"):
             assert part in done.stderr
-        assert "fewer frames than a clip" in done.stderr
+        assert "shorter than a clip" in done.stderr
         stopped = cli(*arguments, "--strict")
         assert (stopped.rc, stopped.stdout) == (4, "")
         assert "00003.mp4" in stopped.stderr

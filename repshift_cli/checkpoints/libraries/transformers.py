@@ -97,6 +97,11 @@ class Transformers(Library):
         description = ModelDescription(name, f"{self.name}:{name}", {"config": config}, preprocessing)
         loaded = LoadedModel(model, description, weights.source, weights.tensors, notes, document)
         note_assumed(loaded, {*stated, *options.preprocessing})
+        if preprocessing.frames and document is None and options.frame_step is None:
+            notes.append(
+                f"assumed that the {preprocessing.frames} frames of a clip are spread over its whole video, which the "
+                "folder does not state: give --frame-step N if the model was trained on every N-th frame"
+            )
         return loaded
 
     def build(self, description: ModelDescription, tensors: Mapping[str, Tensor], where: str) -> nn.Module:
@@ -257,7 +262,7 @@ def _preprocessing(fitted: _Fitted, folder: Path, options: LoadOptions) -> tuple
     try:
         found = read_processor(folder, str(fitted.tower.module.config.model_type))
     except CheckpointError as error:
-        if options.preprocessing.keys() != set(PREPROCESSING):
+        if not options.preprocessing.keys() >= set(PREPROCESSING):
             raise
         fitted.notes.append(f"{error.message}; the given preprocessing is used")
         found = None

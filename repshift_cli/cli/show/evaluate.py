@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from repshift_cli.cli import ui
-from repshift_cli.cli.show.video_text import attention_words, list_names
+from repshift_cli.cli.show.video_text import PADDED, attention_words, list_names
 
 if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import Opened
@@ -27,9 +27,10 @@ def announce_dataset(opened: Opened, data: ImageDataset) -> None:
 
 
 def warn_of_skipped(result: Evaluation) -> None:
-    """List the images that could not be read."""
+    """List what could not be read, and videos that are shorter than a clip."""
     names = [f"{entry.sample}: {entry.reason}" for entry in result.skipped]
-    list_names("images could not be read and were skipped (--strict stops at the first)", names)
+    list_names(f"{result.unit} could not be read and were skipped (--strict stops at the first)", names)
+    list_names(PADDED, result.padded)
 
 
 def warn_of_guessing(result: Evaluation) -> None:
@@ -55,11 +56,11 @@ def show_evaluation(result: Evaluation, macs: Mapping[str, int]) -> None:
     from repshift_cli.evaluation.models import COMPRESSED, DENSE
     from repshift_cli.utils.stats import percent_interval
 
-    columns = ("model", "top-1 %", "95%", "top-5 %", "95%", "GMACs", "images/s")
+    columns = ("model", "top-1 %", "95%", "top-5 %", "95%", "GMACs", f"{result.unit}/s")
     rows = [_row(name, score, macs[name]) for name, score in result.scores.items()]
     part = f" of {result.total}" if result.images < result.total else ""
     unreadable = f", {len(result.skipped)} could not be read" if result.skipped else ""
-    ui.print_table(f"{result.dataset}, {result.images}{part} images{unreadable}", columns, rows)
+    ui.print_table(f"{result.dataset}, {result.images}{part} {result.unit}{unreadable}", columns, rows)
     if result.same_top1 is not None:
         low, high = percent_interval(result.same_top1, result.images)
         change = result.scores[COMPRESSED].top1 - result.scores[DENSE].top1
@@ -67,7 +68,7 @@ def show_evaluation(result: Evaluation, macs: Mapping[str, int]) -> None:
             f"top-1 {change:+.2f} points against dense; {result.same_top1} of {result.images} predictions are the same "
             f"({100 * result.same_top1 / result.images:.2f}%, 95%: {low:.2f}-{high:.2f})"
         )
-    ui.print_text(f"images/s is model time only; end to end: {result.images_per_s:.1f} images/s")
+    ui.print_text(f"{result.unit}/s is model time only; end to end: {result.images_per_s:.1f} {result.unit}/s")
     ui.print_text(_pace_words(result.pace))
     observed = {name: score.attention for name, score in result.scores.items() if score.attention is not None}
     if observed:
@@ -128,6 +129,8 @@ def evaluation_document(
         "skipped_files": [{"file": entry.sample, "reason": entry.reason} for entry in result.skipped],
         "preprocessing": preprocessing.to_dict(),
     }
+    if result.unit == "videos":
+        found |= {"padded": len(result.padded), "padded_files": list(result.padded)}
     if data is not None:
         order = found["class_order"] = data.info.class_order
         found["classes"] = None if order is None else list(data.classes or ())

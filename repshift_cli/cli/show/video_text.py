@@ -61,6 +61,10 @@ def _pooling_words(pooling: str, opened: Opened) -> str:
     return "over each frame" if pooling == Pooling.FRAMES.value else "over all tokens, as compressed models do"
 
 
+PADDED = "videos are shorter than a clip, so their frames are closer, or the last one is repeated"
+"""Heading of a list."""
+
+
 def list_names(what: str, names: Sequence[str]) -> None:
     """Log how many there are, with the first names."""
     if not names:
@@ -78,7 +82,7 @@ def report_left_out(data: VideoTextSet, skipped: Sequence[Skipped], padded: Sequ
         "videos could not be read and were left out (--strict stops at the first)",
         [f"{name}: {reason}" for name, reason in broken.items()],
     )
-    list_names("videos have fewer frames than a clip, so their last frame is repeated", padded)
+    list_names(PADDED, padded)
     return {
         "skipped": len(broken),
         "skipped_files": [{"file": name, "reason": reason} for name, reason in broken.items()],

@@ -1,4 +1,4 @@
-"""Images in folders: one folder per class, or any tree of images without labels."""
+"""Images or videos in folders: one folder per class, or any tree without labels."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from repshift_cli.data.dataset import DatasetInfo, ImageDataset
-from repshift_cli.data.decode import IMAGE_SUFFIXES, decode_file
+from repshift_cli.data.dataset import ClipFile, DatasetInfo, ImageDataset
+from repshift_cli.data.decode import FRAME_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, decode_file
 from repshift_cli.data.sources.class_labels import NamedClasses, class_list, class_root, named_classes
 from repshift_cli.errors import DataError
 from repshift_cli.utils.documents import readable
@@ -20,19 +20,59 @@ from repshift_cli.utils.files import sha256_of
 if TYPE_CHECKING:
     from PIL import Image
 
-_SUFFIXES = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
-_LAYOUT = f"Lay it out with one folder per class: FOLDER/cat/1.jpg, FOLDER/dog/2.png, ... ({_SUFFIXES})."
-_FOLDER_HINT = f"Give the path of a folder with images ({_SUFFIXES})."
+
+@dataclass(frozen=True)
+class Media:
+    """What the files of a dataset are.
+
+    Attributes:
+        unit: what they are called.
+        suffixes: of the files.
+        taken: what a model for them takes.
+        example: of class folders.
+        instead: what can stand for a file, for hints.
+    """
+
+    unit: Literal["images", "videos"]
+    suffixes: Collection[str]
+    taken: str
+    example: str
+    instead: str = ""
+
+    @property
+    def named(self) -> str:
+        """The suffixes, for hints."""
+        return ", ".join(suffix[1:] for suffix in self.suffixes) + self.instead
+
+    @property
+    def layout(self) -> str:
+        """How class folders are laid out."""
+        return f"Lay it out with one folder per class: {self.example}, ... ({self.named})."
+
+    def nothing(self, where: str, others: Mapping[str, int]) -> str:
+        """That there are none of them, only `others`: counts by suffix."""
+        other = VIDEOS if self is IMAGES else IMAGES
+        count = sum(others.get(suffix, 0) for suffix in other.suffixes)
+        found = f", but {count} {other.unit}; the model takes {self.taken}" if count else ""
+        return f"there are no {self.unit} in {where}{found}"
+
+
+IMAGES = Media("images", sorted(IMAGE_SUFFIXES), "images", "FOLDER/cat/1.jpg, FOLDER/dog/2.png")
+VIDEOS = Media(
+    *("videos", VIDEO_SUFFIXES, "clips", "FOLDER/run/1.mp4, FOLDER/swim/2.avi"),
+    f"; or a folder of frames each: {', '.join(sorted(suffix[1:] for suffix in FRAME_SUFFIXES))}",
+)
 
 
 class FileDataset(ImageDataset):
-    """Image files with labels.
+    """Files with labels: images, or videos, each of which is a file or a folder of frames.
 
     Args:
         name: the name that the user gave.
         root: the folder of all files.
-        samples: file and label of each image.
+        samples: file and label of each of them.
         classes: the class names; empty if there are no labels.
+        media: what the files are.
     """
 
     def __init__(
@@ -42,8 +82,11 @@ class FileDataset(ImageDataset):
         samples: Sequence[tuple[Path, int]],
         classes: tuple[str, ...],
         info: DatasetInfo = DatasetInfo(),  # noqa: B008
+        *,
+        media: Media = IMAGES,
     ) -> None:
         self.name = name
+        self.unit = media.unit
         self.info = info
         self.root = root
         self.samples = samples
@@ -53,7 +96,7 @@ class FileDataset(ImageDataset):
     def description(self) -> str:
         present = len({label for _, label in self.samples})
         of_classes = f" of {present} classes" if self._classes else ""
-        return f"{len(self)} images{of_classes} in {self.root}"
+        return f"{len(self)} {self.unit}{of_classes} in {self.root}"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -65,46 +108,52 @@ class FileDataset(ImageDataset):
     def sample_id(self, index: int) -> str:
         return str(self.samples[index][0])
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
+    def load(self, index: int) -> tuple[Image.Image | ClipFile, int]:
         path, label = self.samples[index]
-        return decode_file(path), label
+        return decode_file(path) if self.unit == "images" else ClipFile(path), label
 
     def fingerprint(self, index: int) -> str:
-        return file_fingerprint(self.samples[index][0], self.root)
+        return self._fingerprint(index, with_time=False)
 
     def key(self, index: int) -> str:
         return readable_name(self.samples[index][0].relative_to(self.root))
 
     def stamp(self, index: int) -> str:
-        path, label = self.samples[index]
-        return f"{file_fingerprint(path, self.root, with_time=True)}:{label}"
+        return f"{self._fingerprint(index, with_time=True)}:{self.samples[index][1]}"
+
+    def _fingerprint(self, index: int, with_time: bool) -> str:
+        """`file_fingerprint` of a file, or of all frames of a video."""
+        path = self.samples[index][0]
+        files = find_files(path, FRAME_SUFFIXES) if self.unit == "videos" and path.is_dir() else [path]
+        return "\n".join(file_fingerprint(file, self.root, with_time) for file in files)
 
 
-def open_folder(name: str, root: Path, class_order: str | None = None) -> NamedClasses:
+def open_folder(name: str, root: Path, class_order: str | None = None, media: Media = IMAGES) -> NamedClasses:
     """Open a folder of class folders; an empty class folder counts as a class.
 
     Args:
         class_order: as for `named_classes`.
 
     Raises:
-        DataError: the folder is missing, has no class folders, or they have no images; or as `named_classes`.
+        DataError: the folder is missing, has no class folders, or they have no such files; or as `named_classes`.
     """
-    top = check_folder(root)
+    top = check_folder(root, media)
 
     def listing(parts: tuple[str, ...]) -> tuple[list[str], bool]:
         folder = top.joinpath(*parts)
-        return [each.name for each in class_folders(folder)], _images_in(folder) > 0
+        return [each.name for each in class_folders(folder)], _files_in(folder, media) > 0
 
     parts, notes = class_root(str(root), listing, class_list(class_order))
     root = top.joinpath(*parts)
     folders = class_folders(root)
     if not folders:
-        raise DataError(f"there are no class folders in {root}", _LAYOUT)
-    images = class_images(name, root, {folder: place for place, folder in enumerate(folders)}, ())
+        raise DataError(f"there are no class folders in {root}", media.layout)
+    images = class_images(name, root, {folder: place for place, folder in enumerate(folders)}, (), media)
     if not len(images):
-        raise DataError(f"there are no images in the {len(folders)} class folders of {root}", _LAYOUT)
-    if outside := _images_in(root):
-        notes = (*notes, f"{outside} images in {root} are in no class folder and were left out")
+        where = f"the {len(folders)} class folders of {root}"
+        raise DataError(media.nothing(where, images.info.left_out), media.layout)
+    if outside := _files_in(root, media):
+        notes = (*notes, f"{outside} {media.unit} in {root} are in no class folder and were left out")
     found = [folder.name for folder in folders]
     info = replace(images.info, notes=(*notes, *images.info.notes))
     return named_classes(images, [found[place] for _, place in images.samples], found, class_order, info)
@@ -119,15 +168,36 @@ def open_image_tree(root: Path) -> FileDataset:
     left_out: Counter[str] = Counter()
     paths = find_files(root, IMAGE_SUFFIXES, left_out)
     if not paths:
-        raise DataError(f"there are no images in {root}", f"Give a folder with images ({_SUFFIXES}).")
+        raise DataError(IMAGES.nothing(str(root), left_out), f"Give a folder with images ({IMAGES.named}).")
     return FileDataset(str(root), root, [(path, -1) for path in paths], (), DatasetInfo(left_out=left_out))
 
 
-def class_images(name: str, root: Path, folders: Mapping[Path, int], classes: tuple[str, ...]) -> FileDataset:
-    """The images in class folders with the label of each folder; other arguments as for `FileDataset`.
+def open_videos(root: Path) -> FileDataset:
+    """Video files and folders of frames at any depth, or one file, without labels.
 
     Raises:
-        DataError: by a link, an image is in two class folders.
+        DataError: there are none.
+    """
+    hint = f"Give a folder with videos ({VIDEOS.named})."
+    if not root.exists():
+        raise DataError(f"the folder {root} does not exist", hint)
+    if root.is_file():
+        return FileDataset(str(root), root.parent, [(root, -1)], (), media=VIDEOS)
+    folders = {path.parent for path in find_files(root, FRAME_SUFFIXES)}
+    paths = sorted([*find_files(root, VIDEO_SUFFIXES), *folders])
+    if not paths:
+        raise DataError(f"there are no videos in {root}", hint)
+    info = DatasetInfo(notes=_note_frames(len(folders), root))
+    return FileDataset(str(root), root, [(path, -1) for path in paths], (), info, media=VIDEOS)
+
+
+def class_images(
+    name: str, root: Path, folders: Mapping[Path, int], classes: tuple[str, ...], media: Media = IMAGES
+) -> FileDataset:
+    """The files in class folders with the label of each folder; other arguments as for `FileDataset`.
+
+    Raises:
+        DataError: by a link, a file is in two class folders.
     """
     left_out: Counter[str] = Counter()
     owner: dict[str, Path] = {}  # class folder by real folder
@@ -135,14 +205,14 @@ def class_images(name: str, root: Path, folders: Mapping[Path, int], classes: tu
     found: list[tuple[Path, Path]] = []
     samples: list[tuple[Path, int]] = []
     for folder in folders:
-        for path, real in _walk(folder, IMAGE_SUFFIXES, left_out):
+        for path, real in _members(folder, media, left_out):
             if (other := owner.setdefault(real, folder)) != folder:
                 raise _linked(other, folder)
             found.append((path, folder))
     for path, folder in found:
         if path.is_symlink():
             file = Path(os.path.realpath(path))
-            target = owner.get(str(file.parent)) if has_suffix(file.name, IMAGE_SUFFIXES) and file.exists() else None
+            target = owner.get(str(file.parent)) if has_suffix(file.name, media.suffixes) and file.exists() else None
             first = linked.setdefault(file, (path, folder) if target is None else (file, target))
             if first[1] != folder:
                 raise _linked(first[0], path)
@@ -150,24 +220,39 @@ def class_images(name: str, root: Path, folders: Mapping[Path, int], classes: tu
                 continue
         samples.append((path, folders[folder]))
     links = len(found) - len(samples)
-    notes = (f"{links} links to images of the same class left out",) if links else ()
-    return FileDataset(name, root, samples, classes, DatasetInfo(left_out=left_out, notes=notes))
+    notes = _note_frames(sum(not has_suffix(path.name, media.suffixes) for path, _ in samples), root)
+    notes += (f"{links} links to {media.unit} of the same class left out",) if links else ()
+    return FileDataset(name, root, samples, classes, DatasetInfo(left_out=left_out, notes=notes), media=media)
 
 
-def _images_in(folder: Path) -> int:
-    return sum(has_suffix(entry.name, IMAGE_SUFFIXES) for entry in folder.iterdir())
+def _members(folder: Path, media: Media, left_out: Counter[str]) -> list[tuple[Path, str]]:
+    """The files of a class, or folders of frames below its folder, each with the real path of a folder of its own."""
+    found = _walk(folder, media.suffixes, left_out)
+    frames = [] if media is IMAGES else _walk(folder, FRAME_SUFFIXES, None)
+    frames = [(path, real) for path, real in frames if path.parent != folder]
+    left_out -= Counter(ending(path.name) for path, _ in frames)
+    return found + list({path.parent: real for path, real in frames}.items())
+
+
+def _note_frames(count: int, root: Path) -> tuple[str, ...]:
+    return (f"{count} folders of images in {root} are each taken as the frames of one clip",) if count else ()
+
+
+def _files_in(folder: Path, media: Media) -> int:
+    return sum(has_suffix(entry.name, media.suffixes) for entry in folder.iterdir())
 
 
 def _linked(one: Path, other: Path) -> DataError:
     return DataError(f"{one} and {other} are the same by a link, but they belong to two classes", "Remove one of them.")
 
 
-def check_folder(path: Path) -> Path:
+def check_folder(path: Path, media: Media = IMAGES) -> Path:
     """Return the folder; raises DataError if it does not exist or is a file."""
+    hint = f"Give the path of a folder with {media.unit} ({media.named})."
     if not path.exists():
-        raise DataError(f"the folder {path} does not exist", _FOLDER_HINT)
+        raise DataError(f"the folder {path} does not exist", hint)
     if not path.is_dir():
-        raise DataError(f"{path} is a file, not a folder", _FOLDER_HINT)
+        raise DataError(f"{path} is a file, not a folder", hint)
     return path
 
 

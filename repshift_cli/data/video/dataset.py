@@ -53,7 +53,8 @@ class VideoFiles(Videos):
         return str(self.paths[index])
 
     def load(self, preprocessing: Preprocessing, transform: Transform, index: int) -> Sample:
-        clip = read_clip(self.paths[index], preprocessing.frames or 1, self.first_seconds, transform)
+        frames, step = preprocessing.frames or 1, preprocessing.frame_step
+        clip = read_clip(self.paths[index], frames, self.first_seconds, transform, step)
         return Sample(torch.stack(clip.frames), padded=clip.padded)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from repshift_cli.data.decode import IMAGE_SUFFIXES, UnreadableSample, decode_file
+from repshift_cli.data.decode import FRAME_SUFFIXES, VIDEO_SUFFIXES, UnreadableSample, decode_file
 from repshift_cli.data.sources.class_labels import natural_key
 from repshift_cli.data.sources.folder import has_suffix
 from repshift_cli.errors import DataError, UsageError
@@ -21,15 +21,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Convert = Callable[["Image.Image"], Any]
-
-VIDEO_SUFFIXES = (
-    *(".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg"),
-    *(".wmv", ".flv", ".3gp", ".ts", ".gif"),
-)
-"""Lower-case suffixes of video files, in the order in which they are tried for names in annotations."""
-
-FRAME_SUFFIXES = IMAGE_SUFFIXES - set(VIDEO_SUFFIXES)
-"""Suffixes of frames in a folder; a GIF is a clip of its own."""
 
 _DEMUXERS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,m4v,h264,hevc,ivf"
 """The supported containers. Playlists (HLS, concat, DASH) are not among them, because they open other files."""
@@ -54,7 +45,7 @@ class Clip:
     Attributes:
         frames: RGB images, or what `convert` made of them, as many as requested.
         available: number of frames that can be decoded.
-        padded: whether the video has fewer frames than requested, so that the last one is repeated.
+        padded: whether the video is shorter than the clip: frames are closer than requested, or the last is repeated.
         declared: number of frames in the header of the file; 0 if it has none.
     """
 
@@ -64,13 +55,17 @@ class Clip:
     declared: int = 0
 
 
-def frame_indices(available: int, frames: int) -> list[int]:
-    """The middles of `frames` equal parts of `0 .. available - 1`, ascending: the `middle` sampling of UMT and VindLU.
+def frame_indices(available: int, frames: int, step: int | None = None) -> list[int]:
+    """The numbers of the frames of a clip, ascending, of a video with the frames `0 .. available - 1`.
 
-    If there are fewer frames than parts, all frames are used and the last one is repeated.
+    With a `step` every step-th frame, from the middle of the video. Without one, or if the video is too short for it,
+    the middles of `frames` equal parts: the `middle` sampling of UMT and VindLU. If there are fewer frames than parts,
+    all frames are used and the last one is repeated.
     """
     import numpy as np
 
+    if step is not None and (first := available - _span(frames, step)) >= 0:
+        return [first // 2 + number * step for number in range(frames)]
     parts = min(frames, available)
     # numpy's rounding as in UMT; exact fractions give other frames for some lengths
     edges: list[int] = np.linspace(0, available, parts + 1).astype(int).tolist()
@@ -78,8 +73,17 @@ def frame_indices(available: int, frames: int) -> list[int]:
     return middles + middles[-1:] * (frames - parts)
 
 
+def _span(frames: int, step: int | None) -> int:
+    """Frames of a video that a clip reaches over."""
+    return (frames - 1) * (step or 1) + 1
+
+
 def read_clip(
-    path: Path, frames: int, first_seconds: float | None = None, convert: Convert = lambda image: image
+    path: Path,
+    frames: int,
+    first_seconds: float | None = None,
+    convert: Convert = lambda image: image,
+    step: int | None = None,
 ) -> Clip:
     """Decode `frames` frames, evenly spaced.
 
@@ -88,9 +92,11 @@ def read_clip(
         frames: how many.
         first_seconds: use only this part of a video, as UMT does for DiDeMo; ignored for a folder.
         convert: applied to each frame as it is decoded, so that only one is kept at its full size.
+        step: as for `frame_indices`.
 
     Raises:
-        UnreadableVideo: missing, empty, truncated, not a video, without a frame, or too large to decode safely.
+        UnreadableVideo: missing, empty, truncated, not a video, without a frame, too large to decode safely, or a
+            folder of images of different sizes.
         UsageError: the number of frames is invalid, or PyAV is not installed.
     """
     check_ranges(frames=frames)
@@ -99,8 +105,8 @@ def read_clip(
     except OSError as error:
         raise UnreadableVideo(str(path), error.strerror or str(error)) from error
     if is_folder:
-        return _clip_of_images(path, frames, convert)
-    return _clip_of_video(path, frames, first_seconds, convert)
+        return _clip_of_images(path, frames, convert, step)
+    return _clip_of_video(path, frames, first_seconds, convert, step)
 
 
 def find_video(folder: Path, name: str) -> Path | None:
@@ -141,16 +147,25 @@ def _without_suffix(name: str) -> str:
     return name[: -len(suffix)] if suffix.lower() in VIDEO_SUFFIXES else name
 
 
-def _clip_of_images(folder: Path, frames: int, convert: Convert) -> Clip:
+def _clip_of_images(folder: Path, frames: int, convert: Convert, step: int | None) -> Clip:
     paths = _frame_images(folder)
     if not paths:
         raise UnreadableVideo(str(folder), "there are no images in the folder")
-    indices = frame_indices(len(paths), frames)
+    indices = frame_indices(len(paths), frames, step)
+    sizes: set[tuple[int, int]] = set()
+
+    def decoded(path: Path) -> Any:
+        image = decode_file(path)
+        sizes.add(image.size)
+        return convert(image)
+
     try:
-        images = {index: convert(decode_file(paths[index])) for index in sorted(set(indices))}
+        images = {index: decoded(paths[index]) for index in sorted(set(indices))}
     except UnreadableSample as problem:
         raise UnreadableVideo(str(folder), f"its frame {Path(problem.sample).name}: {problem.reason}") from problem
-    return Clip([images[index] for index in indices], len(paths), frames > len(paths), len(paths))
+    if len(sizes) > 1:
+        raise UnreadableVideo(str(folder), "its images have different sizes, so they are not the frames of one video")
+    return Clip([images[index] for index in indices], len(paths), _span(frames, step) > len(paths), len(paths))
 
 
 def _frame_images(folder: Path) -> list[Path]:
@@ -182,7 +197,7 @@ class _Survey:
         return max(1, int(seconds * self.rate))
 
 
-def _clip_of_video(path: Path, frames: int, first_seconds: float | None, convert: Convert) -> Clip:
+def _clip_of_video(path: Path, frames: int, first_seconds: float | None, convert: Convert, step: int | None) -> Clip:
     _check_file(path)
     _check_pyav()
     survey = _survey(path)
@@ -191,10 +206,10 @@ def _clip_of_video(path: Path, frames: int, first_seconds: float | None, convert
     for _ in range(2):
         _check_enough(path, available, survey.declared)
         usable = survey.within(available, first_seconds)
-        indices = frame_indices(usable, frames)
+        indices = frame_indices(usable, frames, step)
         images, available = _take(path, indices, convert)
         if indices[-1] in images:
-            return Clip([images[index] for index in indices], usable, frames > usable, survey.declared)
+            return Clip([images[index] for index in indices], usable, _span(frames, step) > usable, survey.declared)
     raise UnreadableVideo(str(path), "decoding its frames twice gives different results")
 
 

@@ -137,6 +137,7 @@ class Counts:
     Attributes:
         same: images with the same top-1 class of both models; 0 unless there are two.
         skipped: index and reason of each image that could not be read.
+        padded: indices of videos that are shorter than the clip.
         rows: prediction of each image, if requested.
     """
 
@@ -147,6 +148,7 @@ class Counts:
     same: Natural
     skipped: tuple[tuple[Natural, str], ...]
     rows: tuple[PredictionRows, ...] = ()
+    padded: tuple[Natural, ...] = ()
 
     @staticmethod
     def joined(parts: Iterable[Counts], models: Iterable[str]) -> Counts:
@@ -158,6 +160,7 @@ class Counts:
             same=sum(part.same for part in parts),
             skipped=tuple(entry for part in parts for entry in part.skipped),
             rows=tuple(rows for part in parts for rows in part.rows),
+            padded=tuple(index for part in parts for index in part.padded),
         )
 
 

@@ -52,14 +52,14 @@ def evaluate(
     resume: Path | None = None,
     keep_rows: bool = False,
 ) -> Evaluation:
-    """Classify every image with every model.
+    """Classify every image, or every video, with every model.
 
     Every process of a group calls this with the same arguments and gets the same result. A KeyboardInterrupt stops
     the work and the result of the images until then is returned.
 
     Args:
-        models: by name; each maps `[B, C, H, W]` to logits `[B, num_classes]`. They are set to eval mode and moved
-            to `device` and `dtype` in place.
+        models: by name; each maps `[B, C, H, W]` or `[B, T, C, H, W]` to logits `[B, num_classes]`. They are set to
+            eval mode and moved to `device` and `dtype` in place.
         batch_size: images at a time; halved if memory runs out.
         workers: processes that decode; 0 decodes in this one, None chooses by device and cores.
         strict: raise at the first image that cannot be read, instead of skipping it.
@@ -68,7 +68,8 @@ def evaluate(
         resume: folder for the state of the run; an interrupted run continues from there. None keeps no state.
 
     Raises:
-        DataError: no image, labels that do not fit the head, or (`strict`) an image that cannot be read.
+        DataError: no image, videos for a model of images or the reverse, labels that do not fit the head, or (`strict`)
+            an image that cannot be read.
         ModelError: a model does not return logits of that form.
         CheckFailed: a model returns values that are not finite.
         UsageError: not enough memory for one image; unsupported attention; `resume` is the state of another run; or
@@ -102,7 +103,9 @@ def _prepare(job: EvaluationJob, group: Processes, progress: Progress) -> Evalua
     dataset = job.dataset.for_head(job.num_classes)
     _check_classes(dataset, job.num_classes)
     if len(dataset) == 0:
-        raise DataError(f"the dataset {dataset.name} has no images")
+        raise DataError(f"the dataset {dataset.name} has no {dataset.unit}")
+    if (dataset.unit == "videos") != (job.preprocessing.frames is not None):
+        raise DataError(f"the model takes {job.preprocessing.unit}s, but {dataset.name} holds {dataset.unit}")
     if group.count > 1 and not dataset.random_access:
         raise UsageError(
             f"the dataset {dataset.name} can only be read from its start, so processes cannot share it",
@@ -261,6 +264,8 @@ def _combine(job: EvaluationJob, results: Sequence[_ProcessResult]) -> Evaluatio
         interrupted=bool(problems),
         pace=Pace.joined([each.pace for each in results]),
         batch_size=min(each.batch_size for each in results),
+        unit=job.dataset.unit,
+        padded=tuple(job.dataset.sample_id(index) for index in sorted(counts.padded)),
         rows=PredictionRows.joined(counts.rows) if counts.rows else None,
     )
 
@@ -270,11 +275,11 @@ def _check_total(dataset: ImageDataset, images: int, skipped: Sequence[Skipped],
         raise KeyboardInterrupt
     if images == 0:
         raise DataError(
-            f"none of the {len(skipped)} images of {dataset.name} can be read",
+            f"none of the {len(skipped)} {dataset.unit} of {dataset.name} can be read",
             f"The first: {skipped[0].sample}: {skipped[0].reason}",
         )
     if not interrupted and images + len(skipped) != len(dataset):
-        raise CheckFailed(f"{images} images were classified and {len(skipped)} skipped, of {len(dataset)}")
+        raise CheckFailed(f"{images} {dataset.unit} were classified and {len(skipped)} skipped, of {len(dataset)}")
 
 
 def _check_classes(dataset: ImageDataset, num_classes: int) -> None:

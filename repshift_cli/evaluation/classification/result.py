@@ -85,6 +85,7 @@ class Evaluation:
     """Result for all models of a run.
 
     Attributes:
+        unit: what the dataset holds: images or videos. Below, an image can be a video.
         total: images of the dataset.
         outputs: number of outputs among which a model chooses.
         images: images classified by every model.
@@ -93,6 +94,7 @@ class Evaluation:
         fresh: images classified in this run, not in an earlier one that was resumed.
         interrupted: whether it was, so that images are missing.
         batch_size: final number of images at a time; lower than requested if memory ran out.
+        padded: videos that are shorter than the clip.
         rows: prediction of each image, if requested.
     """
 
@@ -108,6 +110,8 @@ class Evaluation:
     interrupted: bool
     pace: Pace
     batch_size: int
+    unit: Literal["images", "videos"] = "images"
+    padded: tuple[str, ...] = ()
     rows: PredictionRows | None = None
 
     @property

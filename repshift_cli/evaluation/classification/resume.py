@@ -168,7 +168,9 @@ class _Shard(Counts):
         kept = sorted(index for rows in self.rows for index in rows.indices)
         if self.images + len(skipped) != len(images) or len(set(skipped)) != len(skipped):
             raise ValueError("another number of images")
-        if not set(skipped) <= set(images) or (kept != sorted({*images} - {*skipped}) if with_rows else kept):
+        if not {*skipped, *self.padded} <= set(images) or (
+            kept != sorted({*images} - {*skipped}) if with_rows else kept
+        ):
             raise ValueError("other images")
         for name, counts in self.models.items() if with_rows else ():
             found = [ModelCounts.of(rows.top_k[name].top, rows.answers, 0.0) for rows in self.rows]

@@ -58,6 +58,7 @@ class Runner:
             same=_same_top1(top_k),
             skipped=skipped,
             rows=(PredictionRows(tuple(batch.indices), answers, top_k),) if job.keep_rows else (),
+            padded=tuple(batch.padded),
         )
 
     def _try_piece(self, pixels: Tensor, turn: int) -> dict[str, tuple[TopK, float]] | None:
@@ -69,7 +70,8 @@ class Runner:
                 raise
             if len(pixels) == 1:
                 raise UsageError(
-                    "the device has not enough memory for one image at a time", "Use another --device or --dtype."
+                    f"the device has not enough memory for one {self.job.preprocessing.unit} at a time",
+                    "Use another --device or --dtype.",
                 ) from error
         return None
 
@@ -91,7 +93,8 @@ class Runner:
     def _halve(self, size: int) -> None:
         if self.limit == self.job.batch_size:
             self.progress.note(
-                f"the device has not enough memory for {size} images at a time: the batch is halved until it fits"
+                f"the device has not enough memory for {size} {self.job.dataset.unit} at a time: the batch is halved "
+                "until it fits"
             )
         self.limit = (size + 1) // 2
         if self.job.device.type == "cuda":

@@ -53,7 +53,7 @@ def task_of(model: nn.Module) -> Task:
         return "retrieval"
     if isinstance(model, UmtAnswering):
         return "qa"
-    raise ModelError("the model takes clips, but is neither for retrieval nor for question answering")
+    raise ModelError("the model takes clips, but not for classification, retrieval or question answering")
 
 
 def choose_pooling(opened: Opened, pooling: Pooling | None) -> Pooling:
