@@ -162,7 +162,7 @@ def _check(opened: Opened, given: EvalOptions, video: VideoOptions, options: Emb
         raise UsageError(f"{unused[0]} is not used with --embeddings", "Leave it out.")
     if opened.loaded.description.preprocessing.frames is not None:
         raise UsageError(f"--embeddings: {given.name} takes videos", "Give an encoder of images.")
-    refuse_videos(given.name, None, video)
+    refuse_videos(given.name, None, video, "images")
     if isinstance(opened, OpenedExport):
         raise UsageError(
             f"--embeddings: {given.name} is an exported file without its dense model", "Give the checkpoint."

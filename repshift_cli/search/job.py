@@ -154,8 +154,8 @@ def start_recipe(
         metric = ComponentSpec(kind="fitted" if fitted else "representation_shift")
         return Recipe(version=1, budget=budget, metric=metric, reducer=reducers[0]), reducers
     if not reducers:
-        reducer = build_reducer(recipe.reducer, recipe.place)
-        check_reducer(reducer, family, loaded.model, recipe.place, restore=recipe.restore)
+        own = build_reducer(recipe.reducer, recipe.place)
+        check_reducer(own, family, loaded.model, recipe.place, restore=recipe.restore)
     elif reducers[0].kind != recipe.reducer.kind:
         recipe = recipe.model_copy(update={"reducer": reducers[0]})
     return recipe, reducers
