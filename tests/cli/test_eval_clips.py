@@ -108,6 +108,7 @@ class TestClassification:
         assert found["images"] == found["of"] == 12
         assert found["dense"]["top1_correct"] == int((dense == torch.tensor(labels)).sum())
         assert found["top1_correct"] == int((reduced == torch.tensor(labels)).sum())
+        assert len(dense.unique()) > 1 and not torch.equal(dense, reduced)
         assert found["agreement"] == pytest.approx(float((dense == reduced).float().mean()))
         assert load_predictions(tmp_path / "p_dense.npz").top[:, 0].tolist() == dense.tolist()
         saved = load_predictions(tmp_path / "p.npz")
@@ -277,6 +278,9 @@ class TestRefused:
 
     def test_a_step_for_an_image_model(self, cli: Command) -> None:
         explained(cli("eval", "--frame-step", 2), 2, "takes single images, not clips", "--frame-step")
+
+    def test_bench_from_files(self, models: Path, videos: Path, cli: Command) -> None:
+        explained(cli("bench", models / f"{MAE}-fast", "--data", videos), 2, "--data is for images")
 
     def test_no_readable_video(self, models: Path, tmp_path: Path, cli: Command) -> None:
         for name in CLASSES:

@@ -70,6 +70,7 @@ def classes(tmp_path: Path) -> Path:
             {
                 *("--target", "--recipe", "--data", "--images", "--evaluations", "--reducer", "--output", "--save"),
                 *("--plot", "--state", "--model", "--heads", "--img-size", "--frames", "--checkpoint-frames"),
+                *("--frame-step", "--mean", "--std"),
                 *("--device", "--dtype", "--batch-size", "--threads", "--seconds", "--seed", "--json", "--force"),
             },
         ),

@@ -255,7 +255,7 @@ class TestData:
         seen: list[float | None] = []
         monkeypatch.setattr(
             "repshift_cli.data.video.dataset.read_clip",
-            lambda path, frames, first, convert: seen.append(first) or 1 / 0,
+            lambda path, frames, first, convert, step: seen.append(first) or 1 / 0,
         )
         with pytest.raises(ZeroDivisionError):
             data.videos.load(Preprocessing.of_model(tiny_umt()), lambda image: image, 0)
