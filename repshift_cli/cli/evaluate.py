@@ -109,7 +109,7 @@ def command(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Images: save progress in this folder. After an interruption, the same command continues from "
+            help="With labels: save progress in this folder. After an interruption, the same command continues from "
             "there. A finished run deletes the folder.",
         ),
     ] = None,
@@ -117,7 +117,7 @@ def command(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Images: write the predictions (.npz, or .parquet with pyarrow) for `repshift compare`. With "
+            help="With labels: write the predictions (.npz, or .parquet with pyarrow) for `repshift compare`. With "
             "--compare-dense, those of the dense model go to FILE_dense.",
         ),
     ] = None,
