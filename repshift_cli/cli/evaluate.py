@@ -230,7 +230,7 @@ def command(
             of_images = opened.loaded.description.preprocessing.frames is None
             if of_embeddings is not None:
                 evaluate_embeddings(opened, given, video, of_embeddings, screen)
-            elif of_images or getattr(opened.loaded.model, "num_classes", 0):
+            elif of_images or getattr(opened.loaded.model, "num_classes", None):
                 _evaluate_images(opened, given, video, screen, group)
             else:
                 evaluate_videos(opened, given, video, screen)

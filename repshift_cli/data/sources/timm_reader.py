@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from hashlib import sha256
@@ -126,6 +127,9 @@ class _TimmDataset(ImageDataset):
 
     def sample_id(self, index: int) -> str:
         return f"{self.name}[{index}]"
+
+    @abstractmethod
+    def load(self, index: int) -> tuple[Image.Image, int]: ...
 
     def stamp(self, index: int) -> str:
         """With the size, time and label of the file of an image, else a digest of its pixels."""
