@@ -311,16 +311,20 @@ class TestRefused:
             )
 
 
-@pytest.mark.parametrize("name", BUILD)
 @pytest.mark.parametrize(
-    ("values", "error"),
+    ("name", "values", "error"),
     [
-        ({"image_mean": "imagenet"}, "imagenet"),
-        ({"image_mean": [0.5]}, "mean and std should have 3 values"),
-        ({"size": {}}, "preprocessor_config.json"),
-        ({"size": None}, "size {}|crop_pct: should be"),
-        ({"crop_size": {"height": 20, "width": 20}}, "makes images of 20x20, but .* takes 16x16"),
-        ({"video_processor_type": "VivitVideoProcessor", "do_sample_frames": True, "fps": 2}, "fps is not supported"),
+        (MAE, {"image_mean": None}, "preprocessor_config.json"),
+        (VIVIT, {"image_mean": "imagenet"}, "imagenet"),
+        (MAE, {"image_mean": [0.5]}, "mean and std should have 3 values"),
+        (MAE, {"size": {}}, "preprocessor_config.json"),
+        (
+            VIVIT,
+            {"size": {"shortest_edge": 16}, "crop_size": {"height": 20, "width": 20}},
+            "of 20x20, but .* takes 16x16",
+        ),
+        (MAE, {"size": None}, "size {}"),
+        (VIVIT, {"video_processor_type": "VivitVideoProcessor", "do_sample_frames": True, "fps": 2}, "fps is not"),
     ],
 )
 def test_processors_that_are_refused(name: str, values: dict[str, Any], error: str, tmp_path: Path) -> None:
