@@ -127,9 +127,10 @@ def test_files_are_kept_without_force(fast: Path, folder: Path, cli: Command, tm
 def test_identical_images_are_counted(fast: Path, folder: Path, cli: Command, tmp_path: Path) -> None:
     shutil.copytree(folder / "photos", tmp_path / "twice")
     shutil.copy(tmp_path / "twice" / "0" / "0.png", tmp_path / "twice" / "copy.png")
+    (tmp_path / "twice" / "a.png").symlink_to("nowhere.png")
     done = cli("eval", fast, "--embeddings", "twice", "--json", *QUIET)
     assert json.loads(done.stdout)["identical_files"] == 2
-    assert "2 of 31 files are identical to another one: recall@1 is ambiguous" in " ".join(done.stderr.split())
+    assert "2 of 32 files are identical to another one: recall@1 is ambiguous" in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize(
