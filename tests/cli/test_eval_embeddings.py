@@ -87,8 +87,11 @@ def test_random_dropping_is_that_of_a_random_plan(fast: Path, folder: Path) -> N
 def test_the_table(fast: Path, folder: Path, cli: Command) -> None:
     done = cli("eval", fast, "--embeddings", folder / "photos", *QUIET)
     assert done.rc == 0, done.stderr
-    for words in ("30 dense embeddings of", "own entry is left out", "recall@10 %", "at random"):
+    for words in ("30 dense embeddings of", "own entry is left out", "recall@10", "at random"):
         assert words in " ".join(done.stdout.split())
+    assert all(len(line.rstrip()) <= 80 for line in done.stdout.splitlines() if "/" not in line)
+    row = next(line for line in done.stdout.splitlines() if line.startswith("at random"))
+    assert len(row.split()) == 10  # on one line
 
 
 def test_an_index_of_other_images_or_of_a_file(fast: Path, folder: Path, cli: Command, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import Opened
     from repshift_cli.evaluation.embeddings import EmbeddingIndex, Embeddings
 
-_LABELS = {"compressed": "compressed", "random": "the same counts at random"}
+_LABELS = {"compressed": "compressed", "random": "at random"}
 
 
 def embedding_document(
@@ -38,20 +38,18 @@ def show_embeddings(document: Mapping[str, Any], images: str) -> None:
     ui.print_text(f"model:      {document['model']}")
     ui.print_text(f"images:     {images}")
     ui.print_text(f"embeddings: {document['images']} of width {document['width']}")
-    index, compressed = document["index"], document["compressed"]
-    if index is not None:
+    if index := document["index"]:
         left_out = "; the query's own entry is left out" if index["own_left_out"] else ""
         ui.print_text(f"index:      {index['entries']} dense embeddings of {index['name']}{left_out}", "")
-        recalls = [f"recall@{entry['k']} %" for entry in compressed["recall"]]
-        columns = ("", "cosine, mean", "p5", "min", *recalls, "GMACs")
+        recalls = [f"recall@{entry['k']}" for entry in document["compressed"]["recall"]]
+        columns = ("", "cosine", "p5", "min", *recalls, "GMACs")
         rows = [_row(label, document[name]) for name, label in _LABELS.items() if document[name]]
-        ui.print_table("Embeddings against those of the dense model", columns, rows)
+        ui.print_table("Embeddings against the dense ones: cosine, recall in %", columns, rows)
         ui.print_text(f"dense: {document['dense']['gmacs']:.3g} GMACs")
-    for path in document["saved"]:
-        ui.print_text(f"wrote {path}")
+    ui.print_text(*(f"wrote {path}" for path in document["saved"]))
 
 
 def _row(label: str, score: Mapping[str, Any]) -> tuple[str, ...]:
     cosine = score["cosine"]
-    recalls = [f"{100 * entry['share']:.2f} ± {100 * entry['error']:.2f}" for entry in score["recall"]]
+    recalls = [f"{100 * entry['share']:.2f} ±{100 * entry['error']:.2f}" for entry in score["recall"]]
     return (label, *(f"{cosine[key]:.4f}" for key in ("mean", "p5", "min")), *recalls, f"{score['gmacs']:.3g}")
