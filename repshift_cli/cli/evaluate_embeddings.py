@@ -141,7 +141,7 @@ def _check(opened: Opened, given: EvalOptions, video: VideoOptions, options: Emb
     from repshift_cli.evaluation.models import check_comparison
 
     refuse_torchrun("repshift eval --embeddings")
-    others = {"--dataset": given.dataset, "--data-dir": given.data_dir, "--class-order": given.order}
+    others: dict[str, Any] = {"--dataset": given.dataset, "--data-dir": given.data_dir, "--class-order": given.order}
     others |= {"--resume": given.resume, "--save-predictions": given.predictions}
     if unused := [option for option, value in others.items() if value]:
         raise UsageError(f"{unused[0]} is not used with --embeddings", "Leave it out.")
