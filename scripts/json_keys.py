@@ -42,6 +42,11 @@ COMMANDS = {
         "p.npz",
     ),
     "eval dense": ("eval", "builtin:vit-digits", "--limit", "20"),
+    "compress encoder": (
+        *("compress", "vit_tiny_patch16_224", "--model-args", "num_classes=0", "-o", "encoder.safetensors"),
+        *("--no-calibrate", *QUICK),
+    ),
+    "eval embeddings": ("eval", "encoder.safetensors", "--embeddings", "builtin:digits", "--limit", "24"),
     "eval retrieval": ("eval", "builtin:umt-shapes", "--limit", "8", "--threads", "1"),
     "eval answers": ("eval", "builtin:umt-shapes-qa", "--limit", "8", "--threads", "1"),
     "compare": ("compare", "p_dense.npz", "p.npz"),

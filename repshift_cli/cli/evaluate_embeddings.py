@@ -47,13 +47,7 @@ class EmbeddingOptions:
 
     @classmethod
     def of(  # noqa: PLR0917
-        cls,
-        images: str | None,
-        index: str | None,
-        recall_at: str | None,
-        save: Path | None,
-        compare_dense: bool,
-        force: bool,
+        cls, images: str | None, index: str | None, recall_at: str | None, save: Path | None, dense: bool, force: bool
     ) -> EmbeddingOptions | None:
         """The checked options; None without `--embeddings`.
 
@@ -71,9 +65,8 @@ class EmbeddingOptions:
             from repshift_cli.evaluation.common import check_table_suffix
 
             check_table_suffix("--save-embeddings", save, _SUFFIXES)
-            files = {"": save}
-            if compare_dense:
-                files[_DENSE] = save.with_name(f"{save.stem}_{_DENSE}{save.suffix}")
+            beside = {_DENSE: save.with_name(f"{save.stem}_{_DENSE}{save.suffix}")}
+            files = {"": save} | (beside if dense else {})
         for path in files.values():
             check_output(path, force)
         return cls(images, index, _USUAL_KS if recall_at is None else _parse_ks(recall_at), files)
@@ -91,21 +84,21 @@ def evaluate_embeddings(
     opened: Opened, given: EvalOptions, video: VideoOptions, options: EmbeddingOptions, screen: Progress
 ) -> None:
     """Encode the images by the compressed and the dense model, compare the embeddings and print the result."""
+    from repshift_cli.data.sources.folder import identical_files
     from repshift_cli.evaluation import embeddings as work
 
     _check(opened, given, video, options)
-    settings = work.EncodeSettings(**given.settings | {"batch_size": given.settings["batch_size"] or IMAGE_BATCH})
+    settings = given.settings | {"batch_size": given.settings["batch_size"] or IMAGE_BATCH, "progress": screen}
     functions = work.encoders(opened.module, given.seed)
     queries = _open(options.images, given.limit, given, screen)
     file = Path(options.index) if options.index and options.index.endswith(_NPY) else None
     stored = None if file is None else work.load_index(file)
-    data = queries if options.index is None else None if file else _open(options.index, None, given, screen)
+    data = queries if options.index is None or file else _open(options.index, None, given, screen)
     if opened.compressed is not None:
         work.check_index_size(len(data if stored is None else stored), options.ks, options.index or queries.name)
 
     def encode(images: ImageDataset, by: Mapping[str, Any]) -> Embeddings:
-        preprocessing = opened.loaded.description.preprocessing
-        found = work.encode(opened.module, by, images, preprocessing, settings, screen)
+        found = work.encode(opened.module, by, images, opened.loaded.description.preprocessing, **settings)
         names = [f"{entry.sample}: {entry.reason}" for entry in found.skipped]
         list_names("images could not be read and were skipped (--strict stops at the first)", names)
         return found
@@ -114,20 +107,18 @@ def evaluate_embeddings(
     for name, path in options.files.items():
         names = [queries.key(index) for index in found.images]
         work.save_embeddings(path, found.by_model[name or next(iter(functions))], names, given.force)
-    index, scores = None, {}
-    if opened.compressed is not None:
-        if file and stored is not None:
-            index = work.index_of_file(file, stored, found.by_model[_DENSE])
-        else:
-            entries = found if data is queries else encode(data, {_DENSE: functions[_DENSE]})
-            index = work.index_of_images(queries, found, data, entries)
-        scores = work.compare(found, index, options.ks)
-    identical = work.duplicates(queries)
-    if identical:
+    index = None
+    if opened.compressed is not None and file and stored is not None:
+        index = work.index_of_file(file, stored, found.by_model[_DENSE])
+    elif opened.compressed is not None:
+        entries = found if data is queries else encode(data, {_DENSE: functions[_DENSE]})
+        index = work.index_of_images(queries, found, data, entries)
+    scores = {} if index is None else work.compare(found, index, options.ks)
+    if identical := identical_files(queries):
         screen.note(f"{identical} of {len(queries)} files are identical to another one: recall@1 is ambiguous there")
     document = embedding_document(opened, given.name, found, index, scores)
-    document |= {"of": len(queries), "identical_files": identical}
-    document |= {"saved": [str(path) for path in options.files.values()]}
+    saved = [str(path) for path in options.files.values()]
+    document |= {"of": len(queries), "identical_files": identical, "saved": saved}
     if given.json:
         ui.print_json(document)
     else:
@@ -147,30 +138,27 @@ def _open(where: str, limit: int | None, given: EvalOptions, screen: Progress) -
 def _check(opened: Opened, given: EvalOptions, video: VideoOptions, options: EmbeddingOptions) -> None:
     """Raise a UsageError for a model or an option that does not go with `--embeddings`."""
     from repshift_cli.checkpoints.exported import OpenedExport
-    from repshift_cli.evaluation.embeddings import check_encoder
     from repshift_cli.evaluation.models import check_comparison
 
     refuse_torchrun("repshift eval --embeddings")
-    others = {
-        "--dataset": given.dataset,
-        "--data-dir": given.data_dir,
-        "--class-order": given.order,
-        "--resume": given.resume,
-        "--save-predictions": given.predictions,
-    }
+    others: dict[str, Any] = {"--dataset": given.dataset, "--data-dir": given.data_dir, "--class-order": given.order}
+    others |= {"--resume": given.resume, "--save-predictions": given.predictions}
     if unused := [option for option, value in others.items() if value]:
         raise UsageError(f"{unused[0]} is not used with --embeddings", "Leave it out.")
+    who = f"--embeddings: {given.name}"
     if opened.loaded.description.preprocessing.frames is not None:
-        raise UsageError(f"--embeddings: {given.name} takes videos", "Give an encoder of images.")
+        raise UsageError(f"{who} takes videos", "Give an encoder of images.")
     refuse_videos(given.name, None, video, "images")
     if isinstance(opened, OpenedExport):
+        raise UsageError(f"{who} is an exported file without its dense model", "Give the checkpoint.")
+    if classes := int(getattr(opened.loaded.model, "num_classes", 0) or 0):
         raise UsageError(
-            f"--embeddings: {given.name} is an exported file without its dense model", "Give the checkpoint."
+            f"{who} has a head of {classes} classes, so its outputs are not embeddings",
+            "Give an encoder without a head (timm: num_classes=0), or evaluate its classes with --dataset.",
         )
-    check_encoder(opened.loaded.model, given.name)
     check_comparison(opened, given.compare_dense, given.name)
     if opened.compressed is None and not options.files:
         raise UsageError(
-            f"--embeddings: {given.name} is a dense model, so there is nothing to compare",
+            f"{who} is a dense model, so there is nothing to compare",
             "Give a checkpoint from `repshift compress`, or add --save-embeddings FILE.npy to write an index.",
         )

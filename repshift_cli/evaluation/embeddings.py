@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 from repshift_cli.data.dataset import ImageDataset
 from repshift_cli.data.loader import cut_batches, default_workers, image_loader
 from repshift_cli.data.preprocessing import Preprocessing
-from repshift_cli.data.sources.folder import FileDataset, identical_files
-from repshift_cli.errors import DataError, ModelError, UsageError
+from repshift_cli.data.sources.folder import FileDataset
+from repshift_cli.errors import DataError, ModelError
 from repshift_cli.evaluation.common import Skipped, check_finite, explain_out_of_memory, import_pyarrow
 from repshift_cli.evaluation.models import COMPRESSED, DENSE, DenseView
 from repshift_cli.models.attention_mode import AttentionMode, attention_mode
@@ -39,18 +38,6 @@ _SAME = 1e-3
 
 
 @dataclass(frozen=True)
-class EncodeSettings:
-    """How images are encoded; see `evaluate` of `evaluation/classification`."""
-
-    batch_size: int
-    device: torch.device
-    dtype: torch.dtype
-    workers: int | None
-    strict: bool
-    attention: AttentionMode = "auto"
-
-
-@dataclass(frozen=True)
 class Embeddings:
     """Embeddings of images.
 
@@ -62,23 +49,6 @@ class Embeddings:
     by_model: Mapping[str, Tensor]
     images: tuple[int, ...]
     skipped: tuple[Skipped, ...]
-
-
-@dataclass(frozen=True)
-class EmbeddingScore:
-    """Embeddings of a model against the dense ones.
-
-    Attributes:
-        cosine: its mean, 5th percentile and minimum over the images.
-        recall: by k, the mean share and its standard error.
-    """
-
-    cosine: Mapping[str, float]
-    recall: Mapping[int, tuple[float, float]]
-
-    def to_dict(self) -> dict[str, Any]:
-        recall = [{"k": k, "share": share, "error": error} for k, (share, error) in self.recall.items()]
-        return {"cosine": dict(self.cosine), "recall": recall}
 
 
 @dataclass(frozen=True)
@@ -128,19 +98,26 @@ def encoders(model: nn.Module, seed: int) -> dict[str, Callable[[Tensor], Tensor
 
 
 @torch.inference_mode()
-def encode(  # noqa: PLR0917
+def encode(
     model: nn.Module,
     functions: Mapping[str, Callable[[Tensor], Tensor]],
     data: ImageDataset,
     preprocessing: Preprocessing,
-    settings: EncodeSettings,
+    *,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    workers: int | None,
+    strict: bool,
     progress: Progress,
+    attention: AttentionMode = "auto",
 ) -> Embeddings:
     """Encode all images of a dataset by functions of one model.
 
     Args:
-        model: moved to the device and dtype of the settings in place.
+        model: moved to `device` and `dtype` in place.
         functions: by name, each from `[B, C, H, W]` to `[B, C]`.
+        workers, strict: as for `classification.evaluate`.
 
     Raises:
         DataError: no image can be read, or (`strict`) one cannot.
@@ -148,29 +125,21 @@ def encode(  # noqa: PLR0917
         CheckFailed: an embedding is not finite.
         UsageError: not enough memory for a batch; unsupported attention.
     """
-    device = settings.device
-    model.to(device=device, dtype=settings.dtype).eval()
-    workers = default_workers(device, 1) if settings.workers is None else settings.workers
+    model.to(device=device, dtype=dtype).eval()
+    workers = default_workers(device, 1) if workers is None else workers
+    batches, pinned = cut_batches(len(data), batch_size), device.type == "cuda"
     loader = image_loader(
-        data,
-        preprocessing,
-        cut_batches(len(data), settings.batch_size),
-        workers=workers,
-        pinned=device.type == "cuda",
-        strict=settings.strict,
-        warn=progress.warn,
+        data, preprocessing, batches, workers=workers, pinned=pinned, strict=strict, warn=progress.warn
     )
     found: dict[str, list[Tensor]] = {name: [] for name in functions}
     images: list[int] = []
     skipped: list[Skipped] = []
-    with ExitStack() as stack:
-        stack.enter_context(attention_mode(model, settings.attention))
-        stack.enter_context(explain_out_of_memory(f"{settings.batch_size} images"))
-        task = stack.enter_context(progress.task("encoding", len(data)))
+    memory = explain_out_of_memory(f"{batch_size} images")
+    with attention_mode(model, attention), memory, progress.task("encoding", len(data)) as task:
         for batch in loader:
             skipped += [Skipped(data.sample_id(index), reason) for index, reason in batch.broken]
             if batch.pixels is not None:
-                pixels = batch.pixels.to(device=device, dtype=settings.dtype)
+                pixels = batch.pixels.to(device=device, dtype=dtype)
                 for name, function in functions.items():
                     found[name].append(_checked(name, function(pixels), len(pixels)))
                 images += batch.indices
@@ -194,8 +163,11 @@ def index_of_images(
     queries: ImageDataset, found: Embeddings, data: ImageDataset, entries: Embeddings
 ) -> EmbeddingIndex:
     """The dense embeddings of a dataset as the index; a file that is also a query is the query's own entry."""
-    place = {_identity(data, index): row for row, index in enumerate(entries.images)}
-    own = [place.get(_identity(queries, index), -1) for index in found.images]
+    if data is queries:
+        own = list(range(len(found.images)))
+    else:
+        place = {_identity(data, index): row for row, index in enumerate(entries.images)}
+        own = [place.get(_identity(queries, index), -1) for index in found.images]
     return EmbeddingIndex(entries.by_model[DENSE], torch.tensor(own), data.name)
 
 
@@ -242,36 +214,34 @@ def index_of_file(path: Path, entries: Tensor, queries: Tensor) -> EmbeddingInde
     return EmbeddingIndex(entries, own, str(path))
 
 
-def compare(found: Embeddings, index: EmbeddingIndex, ks: Sequence[int]) -> dict[str, EmbeddingScore]:
-    """The score of each model but the dense one; raises a DataError if the index is too small."""
+def compare(found: Embeddings, index: EmbeddingIndex, ks: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Each model but the dense one against it, by name.
+
+    Returns:
+        `cosine` with `mean`, `p5` and `min` over the images, and `recall`: for each k the mean `share` with its
+        standard `error`.
+
+    Raises:
+        DataError: the index is too small.
+    """
     check_index_size(len(index.entries) - index.with_queries, ks, index.name)
     dense = found.by_model[DENSE]
     others = {name: given for name, given in found.by_model.items() if name != DENSE}
     recall = recall_at(dense, others, index.entries, ks, index.own)
-    return {
-        name: EmbeddingScore(
-            cosine=_spread((unit(given) * unit(dense)).sum(-1)),
-            recall={k: _mean_and_error(shares) for k, shares in recall[name].items()},
-        )
-        for name, given in others.items()
-    }
-
-
-def _spread(cosine: Tensor) -> dict[str, float]:
-    values = cosine.double()
-    found = {"mean": values.mean(), "p5": values.quantile(0.05), "min": values.min()}
-    return {name: round(float(value), 6) for name, value in found.items()}
-
-
-def _mean_and_error(shares: Tensor) -> tuple[float, float]:
-    values = shares.double()
-    error = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return round(float(values.mean()), 6), round(error, 6)
-
-
-def duplicates(data: ImageDataset) -> int:
-    """Number of image files that are identical to another one; 0 if the images are no files."""
-    return identical_files([path for path, _ in data.samples]) if isinstance(data, FileDataset) else 0
+    scores = {}
+    for name, given in others.items():
+        cosine = (unit(given) * unit(dense)).sum(-1).double()
+        spread = {"mean": cosine.mean(), "p5": cosine.quantile(0.05), "min": cosine.min()}
+        shares = {k: values.double() for k, values in recall[name].items()}
+        errors = {k: float(values.std(correction=0)) / len(values) ** 0.5 for k, values in shares.items()}
+        scores[name] = {
+            "cosine": {key: round(float(value), 6) for key, value in spread.items()},
+            "recall": [
+                {"k": k, "share": round(float(values.mean()), 6), "error": round(errors[k], 6)}
+                for k, values in shares.items()
+            ],
+        }
+    return scores
 
 
 def save_embeddings(path: Path, embeddings: Tensor, names: Sequence[str], force: bool) -> None:
@@ -283,12 +253,3 @@ def save_embeddings(path: Path, embeddings: Tensor, names: Sequence[str], force:
         arrow, parquet = import_pyarrow(str(path), SUFFIXES[0])
         rows = arrow.FixedSizeListArray.from_arrays(embeddings.flatten().numpy(), embeddings.shape[1])
         parquet.write_table(arrow.table({"file": arrow.array(names), "embedding": rows}), stream)
-
-
-def check_encoder(model: nn.Module, name: str) -> None:
-    """Raise a UsageError for a model with classes: its outputs are no embeddings."""
-    if classes := int(getattr(model, "num_classes", 0) or 0):
-        raise UsageError(
-            f"--embeddings: {name} has a head of {classes} classes, its outputs are not embeddings",
-            "Give an encoder without a head (timm: num_classes=0), or evaluate its classes with --dataset.",
-        )

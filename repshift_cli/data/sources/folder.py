@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Literal
@@ -297,16 +296,13 @@ def file_fingerprint(path: Path, root: Path, with_time: bool = False) -> str:
     return f"{path.relative_to(root).as_posix()}:{size}" + (f":{time}" if with_time else "")
 
 
-def identical_files(paths: Sequence[Path]) -> int:
-    """Number of files whose bytes are those of another one of them; only files of one size are read."""
+def identical_files(data: ImageDataset) -> int:
+    """Number of image files whose bytes are those of another one; only files of one size are read."""
     by_size: dict[int, list[Path]] = {}
-    for path in paths:
-        with suppress(OSError):
+    for path, _ in data.samples if isinstance(data, FileDataset) else ():
+        if path.is_file() and os.access(path, os.R_OK):
             by_size.setdefault(path.stat().st_size, []).append(path)
-    digests: Counter[str] = Counter()
-    for path in (path for group in by_size.values() if len(group) > 1 for path in group):
-        with suppress(OSError):
-            digests[sha256_of(path)] += 1
+    digests = Counter(sha256_of(path) for group in by_size.values() if len(group) > 1 for path in group)
     return sum(count for count in digests.values() if count > 1)
 
 
