@@ -30,6 +30,10 @@ TEXT: dict[str, Any] = {
     "bos_token_id": 0,
     "pad_token_id": 0,
 }
+LANGUAGE: dict[str, Any] = {
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
+    **{"intermediate_size": 48, "vocab_size": 64, "max_position_embeddings": 64},
+}
 DINO: dict[str, Any] = {**SMALL, "layerscale_value": 0.4, "drop_path_rate": 0.1}
 VIDEO: dict[str, Any] = {**SMALL, "num_frames": 4, "image_size": 16}
 AUDIO: dict[str, Any] = {**SMALL, "num_mel_bins": 16, "max_length": 40, "frequency_stride": 4, "time_stride": 6}
@@ -49,6 +53,18 @@ def _trocr() -> nn.Module:
 
 def _siglip(**options: Any) -> Any:
     return hf.SiglipVisionConfig(**{**SMALL, **options})
+
+
+def _internvl() -> Any:
+    sides = {"image_size": [32, 32], "patch_size": [8, 8], "layer_scale_init_value": 0.4}
+    return hf.InternVLVisionConfig(**{**SMALL, **sides, "use_qk_norm": True})
+
+
+def _depth() -> nn.Module:
+    backbone = hf.Dinov2Config(**DINO, out_indices=[1, 2, 3], reshape_hidden_states=False)
+    sizes = {"reassemble_hidden_size": 32, "neck_hidden_sizes": [8, 8, 8], "reassemble_factors": [2, 1, 0.5]}
+    small = {"patch_size": 8, "fusion_hidden_size": 8, "head_hidden_size": 8}
+    return hf.DepthAnythingForDepthEstimation(hf.DepthAnythingConfig(backbone_config=backbone, **sizes, **small))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -103,11 +119,34 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         hf.BeitConfig(**BEIT, use_shared_relative_position_bias=True)
     ),
     "VisionEncoderDecoderModel": _trocr,
+    "Dinov2Backbone": lambda: hf.Dinov2Backbone(hf.Dinov2Config(**DINO, out_indices=[1, 3])),
+    "DepthAnythingForDepthEstimation": _depth,
+    "InternVLVisionModel": lambda: hf.InternVLVisionModel(_internvl()),
+    "InternVLForConditionalGeneration": lambda: hf.InternVLForConditionalGeneration(
+        hf.InternVLConfig(vision_config=_internvl(), text_config=hf.Qwen2Config(**LANGUAGE), image_token_id=63)
+    ),
+    "LlavaForConditionalGeneration": lambda: hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(
+            vision_config=hf.CLIPVisionConfig(**CLIP), text_config=hf.LlamaConfig(**LANGUAGE), image_token_id=63
+        )
+    ),
+    "Gemma3ForConditionalGeneration": lambda: hf.Gemma3ForConditionalGeneration(
+        hf.Gemma3Config(
+            vision_config=_siglip(vision_use_head=False),
+            text_config=hf.Gemma3TextConfig(**LANGUAGE, head_dim=16),
+            mm_tokens_per_image=4,
+            image_token_id=63,
+        )
+    ),
 }
 """One of every class that a spec lists."""
 
-WITHOUT_PIXELS = ("CLIPModel", "SiglipModel", "VisionEncoderDecoderModel", "ViTMAEModel", "ViTMAEForPreTraining")
-"""The classes that do not run on images alone, or not twice the same."""
+WITHOUT_PIXELS = (
+    *("CLIPModel", "SiglipModel", "VisionEncoderDecoderModel", "ViTMAEModel", "ViTMAEForPreTraining"),
+    *("LlavaForConditionalGeneration", "Gemma3ForConditionalGeneration", "InternVLForConditionalGeneration"),
+    "DepthAnythingForDepthEstimation",
+)
+"""The classes that do not run on images alone, or not twice the same, or of which a part is reduced and counted."""
 
 
 def tiny_transformer(name: str, build: Callable[[], nn.Module] | None = None) -> nn.Module:

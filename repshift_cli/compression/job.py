@@ -71,7 +71,7 @@ class CompressionJob:
     def _default_recipe(self) -> Recipe:
         layers = [site.layer for site in self.family.layout(self.loaded.model).sites]
         blocks = len(layers)
-        recipe = default_recipe(blocks, layers)
+        recipe = default_recipe(blocks, layers, self.family.needs_restore(self.loaded.model) is not None)
         schedule = ", ".join(f"{{layer: {drop.layer}, drop_ratio: {drop.drop_ratio}}}" for drop in recipe.layers)
         if layers == list(range(blocks)):
             schedule = f"to see or change it: repshift recipes show default --blocks {blocks}"

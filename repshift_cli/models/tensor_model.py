@@ -6,11 +6,16 @@ from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
+_TOKENS = 3
+"""Dimensions of tokens `[B, N, C]`, which some models return as feature maps."""
+
+
 class TensorModel(nn.Module):
-    """Runs a model and returns one tensor of its result, `[B, C]`.
+    """Runs a model and returns one tensor of its result, `[B, C]`, or `[B, T, C]` of a tower.
 
     `state_dict` has the keys of the model itself.
 
@@ -44,6 +49,10 @@ class TensorModel(nn.Module):
             found: Tensor = result
         elif self.tensor == "class":
             found = result.last_hidden_state[:, 0]
+        elif self.tensor == "feature_maps":
+            found = torch.cat(
+                [part if part.ndim == _TOKENS else part.flatten(2).mT for part in result.feature_maps], dim=1
+            )
         elif self.tensor == "mean":
             found = result.last_hidden_state[:, self.prefix :].mean(dim=1)
         else:

@@ -262,7 +262,7 @@ def _with_ratio(entry: Any, ratio: Any) -> Any:
     return {**entry, "drop_ratio": ratio}
 
 
-def default_recipe(blocks: int, layers: Sequence[int] | None = None) -> Recipe:
+def default_recipe(blocks: int, layers: Sequence[int] | None = None, restore: bool = False) -> Recipe:
     """The paper's schedule scaled to a model: 0.2 after the first block, at a quarter and at half of them.
 
     The metric's options are open, so that calibration chooses them. `blocks` are sites; `layers` has the index of each
@@ -271,11 +271,12 @@ def default_recipe(blocks: int, layers: Sequence[int] | None = None) -> Recipe:
     places = sorted({0, blocks // 4, blocks // 2})
     chosen = [layers[place] for place in places] if layers else places
     drops = "\n".join(f"  - {{layer: {layer}, drop_ratio: {PAPER_DROP_RATIO}}}" for layer in chosen)
+    restored = "restore: true\n" if restore else ""
     text = (
         f"# The schedule of the Representation Shift paper, scaled to {blocks} blocks.\n"
         "# Operation, distance, reading and polarity are left to calibration.\n"
         "version: 1\nmetric: {kind: representation_shift}\nreducer: {kind: prune}\n"
-        f"layers:\n{drops}\n"
+        f"{restored}layers:\n{drops}\n"
     )
     return Recipe.parse(text, f"default recipe for {blocks} blocks")
 

@@ -77,7 +77,9 @@ def _check_counts(plan: Plan, layout: Layout) -> None:
 
 
 def check_restore(restore: bool, family: Family, model: nn.Module, place: Place | None = None) -> None:
-    """Raise `RecipeError`, with the place in the recipe, if tokens of the model cannot be put back."""
+    """Raise `RecipeError`, with the place in the recipe, if tokens of the model cannot be put back, or must be."""
+    if not restore and (reason := family.needs_restore(model)) is not None:
+        raise RecipeError(f"{_where(place, ())}{reason}", "Put `restore: true` into the recipe.")
     if restore and (reason := family.restore_refusal(model)) is not None:
         raise RecipeError(f"{_where(place, ('restore',))}restore: {reason}", "Leave restore out.")
 

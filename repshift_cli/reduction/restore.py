@@ -62,11 +62,15 @@ class Restorer:
         full = ran
         if before is not None:
             route = stream.routes[ran.shape[1]]
-            full = _put(ran, before[0] + gather_tokens(ran - before[1], route.followed), route)
+            full = _put(ran, self._moved(*before, ran, route), route)
         if arrived is not None:
             route = stream.routes[count] = self._route(count, full.shape[1])
             full = _put(left, full, route)
         return stream.batch_first(full)
+
+    def _moved(self, full: Tensor, entered: Tensor, ran: Tensor, route: _Route) -> Tensor:
+        """All tokens, with the update of the token that each follows."""
+        return full + gather_tokens(ran - entered, route.followed)
 
     def _route(self, count: int, total: int) -> _Route:
         stream = self.stream

@@ -18,7 +18,7 @@ from repshift_cli.data.inputs import ImageBatch
 from repshift_cli.errors import UsageError
 from repshift_cli.measure.device import device_name
 from repshift_cli.planning.recipe import Budget, ComponentSpec, Recipe
-from repshift_cli.reduction.checks import check_reducer
+from repshift_cli.reduction.checks import check_reducer, check_restore
 from repshift_cli.reduction.families.base import Family
 from repshift_cli.reduction.reducers.base import Merger, build_reducer
 from repshift_cli.search.plot import MARKS, Chart
@@ -141,21 +141,23 @@ def start_recipe(
         RecipeError: a reducer is unknown, or does not fit the model.
     """
     kinds = request.reducers
+    restore = recipe.restore if recipe else family.needs_restore(loaded.model) is not None
+    check_restore(restore, family, loaded.model, recipe.place if recipe else None)
     if recipe is None and not kinds:
-        kinds = ("merge", "prune") if family.merge_refusal(loaded.model) is None else ("prune",)
+        kinds = ("merge", "prune") if family.merge_refusal(loaded.model, restore) is None else ("prune",)
     reducers = tuple(ComponentSpec(kind=kind) for kind in kinds)
     for reducer in reducers:
-        check_reducer(build_reducer(reducer), family, loaded.model, restore=recipe is not None and recipe.restore)
+        check_reducer(build_reducer(reducer), family, loaded.model, restore=restore)
     if recipe is None:
         target = request.target
         wanted = {"recall": target.value, "k": target.k} if target.k else {target.kind.replace("-", "_"): target.value}
         budget = Budget.model_validate(wanted)
         fitted = isinstance(build_reducer(reducers[0]), Merger) or is_classifier(loaded.model)
         metric = ComponentSpec(kind="fitted" if fitted else "representation_shift")
-        return Recipe(version=1, budget=budget, metric=metric, reducer=reducers[0]), reducers
+        return Recipe(version=1, budget=budget, metric=metric, reducer=reducers[0], restore=restore), reducers
     if not reducers:
         own = build_reducer(recipe.reducer, recipe.place)
-        check_reducer(own, family, loaded.model, recipe.place, restore=recipe.restore)
+        check_reducer(own, family, loaded.model, recipe.place, restore=restore)
     elif reducers[0].kind != recipe.reducer.kind:
         recipe = recipe.model_copy(update={"reducer": reducers[0]})
     return recipe, reducers

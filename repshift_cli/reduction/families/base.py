@@ -136,6 +136,10 @@ class Family(ABC):
         """Why dropped tokens cannot be put back behind the blocks, or None; then its stream is a `TokenStream`."""
         return f"models of the family {self.name} do not pass on a tensor with one row per token"
 
+    def needs_restore(self, model: nn.Module) -> str | None:
+        """Why dropped tokens must be put back behind the blocks, or None."""
+        return None
+
     def reads_class_token(self, model: nn.Module) -> bool:
         """Whether the class token is all that the output is computed from."""
         return False

@@ -33,7 +33,7 @@ from repshift_cli.reduction.families.base import (
 )
 from repshift_cli.reduction.permute import permutation_problem
 from repshift_cli.reduction.specs import registered
-from repshift_cli.reduction.specs.spec import BlockSpec, Output, PerToken, Spec, at, found_at
+from repshift_cli.reduction.specs.spec import TOWER, BlockSpec, Output, PerToken, Spec, at, found_at
 from repshift_cli.reduction.stream import Stream
 from repshift_cli.reduction.token_stream import TokenStream
 
@@ -137,7 +137,11 @@ class Tower:
     @property
     def output(self) -> Output | None:
         """How the model is run; None if no spec of its library lists its class."""
-        return output_of(self.inner)
+        alone = isinstance(self.model, TensorModel) and (self.model.tensor, self.model.call) == (
+            TOWER.tensor,
+            TOWER.call,
+        )
+        return TOWER if alone else output_of(self.inner)
 
     @property
     def pooling(self) -> str:
@@ -194,9 +198,12 @@ def tower_of(model: nn.Module) -> Tower | None:
     return None
 
 
-def as_function(model: nn.Module) -> nn.Module:
-    """The model as a function from inputs to one tensor: itself, or a `TensorModel` for a class that needs one."""
-    output, tower = output_of(model), tower_of(model)
+def as_function(model: nn.Module, output: Output | None = None) -> nn.Module:
+    """The model as a function from inputs to one tensor: itself, or a `TensorModel` for a class that needs one.
+
+    `output` is by default that of the class.
+    """
+    output, tower = output or output_of(model), tower_of(model)
     if output is None or tower is None or (output.call == "forward" and not output.tensor):
         return model
     classes = int(tower.model.config.num_labels) if output.logits else 0  # type: ignore[union-attr, arg-type]
@@ -288,6 +295,11 @@ class Transformer(Family):
 
     def restore_refusal(self, model: nn.Module) -> str | None:
         return None
+
+    def needs_restore(self, model: nn.Module) -> str | None:
+        output = _tower(model).output
+        needed = output is not None and output.after == "restored"
+        return f"what reads the tokens of {type(library_model(model)).__name__} needs all of them" if needed else None
 
     def reads_class_token(self, model: nn.Module) -> bool:
         tower = _tower(model)

@@ -46,13 +46,16 @@ class Output:
 
     Attributes:
         tensor: `logits`, `pooler_output` or another attribute of the result; `class` and `mean` are the first token and
-            the mean over patch tokens of `last_hidden_state`. Empty if the model returns the tensor itself.
+            the mean over patch tokens of `last_hidden_state`, and `feature_maps` are the positions of all maps,
+            `[B, maps * N, C]`. Empty if the model returns the tensor itself.
         logits: whether the tensor has one value per class.
         call: the path of the method or the module that takes images.
         arguments: constant keyword arguments of the call.
             A callable gets the model and the images, and returns the value.
         unused: paths of the parts of the model that do not run for images, such as a text tower. They can be absent.
         pooling: what reads the tokens behind the blocks, where it is not that of the spec.
+        after: whether dropped tokens can be gone behind the blocks, or something there needs all of them, so that a
+            plan must restore them.
         wrapped: why the model itself cannot be used, only a `TensorModel` that gives the arguments.
         requires: paths of values in the tower, the value without which the model cannot be reduced, and why.
     """
@@ -63,11 +66,14 @@ class Output:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     pooling: Pooling | None = None
+    after: Literal["gone", "restored"] = "gone"
     wrapped: str = ""
     requires: tuple[tuple[str, Any, str], ...] = ()
 
 
 LOGITS = Output("logits", logits=True)
+TOWER = Output("last_hidden_state", pooling="tokens", after="restored")
+"""The tower of a larger model, by itself."""
 
 
 @dataclass(frozen=True)

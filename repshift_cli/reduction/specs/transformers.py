@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repshift_cli.reduction.specs.spec import LOGITS, BlockSpec, Output, PerToken, Spec
+from repshift_cli.reduction.specs.spec import LOGITS, TOWER, BlockSpec, Output, PerToken, Spec
 
 _POOLED = Output("pooler_output")
 _CLASS = Output("class")
@@ -19,6 +19,14 @@ _IMAGE_FEATURES = replace(_POOLED, call="get_image_features", unused=("text_mode
 _ENCODER = {
     "VisionEncoderDecoderModel": replace(_MEAN, call="encoder", unused=("decoder", "enc_to_dec_proj"), pooling="tokens")
 }
+
+_MAPS = Output("feature_maps", pooling="tokens", after="restored")
+_LANGUAGE = replace(
+    TOWER,
+    call="model.vision_tower",
+    unused=("model.language_model", "model.multi_modal_projector", "lm_head"),
+)
+"""A model of images and texts, of which only the vision tower is run and counted."""
 
 _MASK = PerToken("attention_mask", position=1, pairs=True, prefix=True)
 
@@ -78,6 +86,7 @@ _CLIP = replace(
         "CLIPVisionModelWithProjection": Output("image_embeds"),
         "CLIPModel": _IMAGE_FEATURES,
         "CLIPForImageClassification": _MEAN_LOGITS,
+        "LlavaForConditionalGeneration": _LANGUAGE,
     },
 )
 
@@ -146,6 +155,30 @@ SPECS = (
         follows=(_MASK, PerToken("position_embeddings")),
         outputs={"DINOv3ViTModel": _POOLED},
     ),
+    replace(
+        _DINO,
+        tower="Dinov2Backbone",
+        pooling="tokens",
+        outputs={
+            "Dinov2Backbone": _MAPS,
+            "DepthAnythingForDepthEstimation": replace(_MAPS, call="backbone", unused=("neck", "head")),
+        },
+    ),
+    replace(
+        _VIT,
+        tower="InternVLVisionModel",
+        blocks="encoder.layer",
+        block=replace(
+            _VIT_BLOCK,
+            attention_scale="lambda_1",
+            mlp_scale="lambda_2",
+            query="attention.q_norm",
+            key="attention.k_norm",
+        ),
+        follows=(),
+        pooling="tokens",
+        outputs={"InternVLVisionModel": TOWER, "InternVLForConditionalGeneration": _LANGUAGE},
+    ),
     _CLIP,
     replace(
         _CLIP,
@@ -157,6 +190,7 @@ SPECS = (
             "SiglipVisionModel": replace(_POOLED, requires=_PROBE),
             "SiglipModel": replace(_IMAGE_FEATURES, requires=_PROBE),
             "SiglipForImageClassification": _MEAN_LOGITS,
+            "Gemma3ForConditionalGeneration": _LANGUAGE,
         },
     ),
     replace(
@@ -212,7 +246,7 @@ REFUSED: Mapping[str, str] = {
     "Swinv2Model": "attends in windows, which need all tokens",
     "HieraModel": "merges tokens by position, which needs all of them",
     "TimesformerModel": "attends over time and space in turn, which needs all tokens",
-    "Dinov2Backbone": "returns feature maps, which need all tokens",
+    "Qwen2_5_VisionTransformerPretrainedModel": "attends in windows and merges 2x2 tokens, which need all of them",
     "DINOv3ViTBackbone": "returns feature maps, which need all tokens",
     "BeitBackbone": "returns feature maps, which need all tokens",
 }

@@ -63,20 +63,28 @@ NOT_MERGING = {
 
 
 def recipe(
-    layers: str = "[{layer: 0, drop_ratio: 0.25}, {layer: 1, keep_tokens: 4}]", reducer: str = "prune"
+    layers: str = "[{layer: 0, drop_ratio: 0.25}, {layer: 1, keep_tokens: 4}]",
+    reducer: str = "prune",
+    restore: bool = False,
 ) -> Recipe:
-    metric = "{kind: representation_shift, operation: block}"
-    return Recipe.parse(f"version: 1\nmetric: {metric}\nreducer: {{kind: {reducer}}}\nlayers: {layers}\n")
+    metric, flag = "{kind: representation_shift, operation: block}", str(restore).lower()
+    text = f"version: 1\nmetric: {metric}\nreducer: {{kind: {reducer}}}\nrestore: {flag}\nlayers: {layers}\n"
+    return Recipe.parse(text)
+
+
+def needs_restore(model: nn.Module) -> bool:
+    return match(model).needs_restore(model) is not None
 
 
 def reduced(model: nn.Module, reducer: str = "prune") -> CompressedModel:
-    return attach(model, resolve_for(model, recipe(reducer=reducer)))
+    return attach(model, resolve_for(model, recipe(reducer=reducer, restore=needs_restore(model))))
 
 
 def worst(model: nn.Module) -> float:
     """The largest difference of the permute test over all blocks."""
     family, inputs = match(model), tiny_inputs(model)
-    return max(permute_difference(model, family, inputs, site, None) for site in family.sites(model))
+    restore = needs_restore(model)
+    return max(permute_difference(model, family, inputs, site, None, restore) for site in family.sites(model))
 
 
 def test_every_listed_class_is_tested() -> None:
@@ -113,7 +121,8 @@ class TestReduced:
         with torch.no_grad():
             wanted = model(inputs)
             layers = f"[{{layer: 0, keep_tokens: {patches}}}, {{layer: 1, keep_tokens: {patches}}}]"
-            assert torch.equal(attach(model, resolve_for(model, recipe(layers)))(inputs), wanted)
+            plan = resolve_for(model, recipe(layers, restore=needs_restore(model)))
+            assert torch.equal(attach(model, plan)(inputs), wanted)
 
     @every
     def test_counts_and_macs(self, name: str) -> None:
