@@ -28,7 +28,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...], batch: int = 1) ->
         ModelError: the model cannot run on `meta`, because its shapes depend on values.
         CheckFailed: the count is not a whole number per image.
     """
-    weightless = _meta_copy(model)
+    weightless = meta_copy(model)
     dtypes = (parameter.dtype for parameter in weightless.parameters() if parameter.is_floating_point())
     inputs = torch.empty(batch, *input_size, device="meta", dtype=next(dtypes, torch.float32))
     kernel = nullcontext() if _fused_attention_is_counted() else sdpa_kernel(SDPBackend.MATH)
@@ -49,7 +49,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...], batch: int = 1) ->
     return macs
 
 
-def _meta_copy(model: nn.Module) -> nn.Module:
+def meta_copy(model: nn.Module) -> nn.Module:
     """A deep copy in eval mode with empty parameters and buffers on `meta`."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():

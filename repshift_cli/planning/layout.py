@@ -16,7 +16,10 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Window:
-    """A convolution or a pooling, by axis; with `ceil` a last, incomplete window counts."""
+    """A convolution or a pooling, by axis; with `ceil` a last, incomplete window counts.
+
+    With `same` the padding depends on the size of the map, so that the output has `ceil(side / stride)` lines.
+    """
 
     name: str
     kernel: Grid
@@ -24,6 +27,7 @@ class Window:
     padding: Grid = (0, 0)
     dilation: Grid = (1, 1)
     ceil: bool = False
+    same: bool = False
 
     def output(self, grid: Grid) -> Grid:
         """Rows and columns of the output; below 1 if the window does not fit."""
@@ -31,10 +35,20 @@ class Window:
 
     def least(self) -> Grid:
         """The smallest map on which, at stride 1, every tap of the kernel reads more than padding."""
-        reach = ((d * (k - 1) - p + 1) for k, d, p in zip(self.kernel, self.dilation, self.padding, strict=True))
+        axes = zip(self.kernel, self.dilation, self.padding, strict=True)
+        reach = (d * (k - 1) - (d * (k - 1) // 2 if self.same else p) + 1 for k, d, p in axes)
         return cast(Grid, tuple(max(1, side) for side in reach))
 
+    def before(self, axis: int, side: int) -> int:
+        """Lines of padding before the first line of a map with `side` lines."""
+        if not self.same:
+            return self.padding[axis]
+        reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+        return max((-(-side // self.stride[axis]) - 1) * self.stride[axis] + reach - side, 0) // 2
+
     def _side(self, axis: int, side: int) -> int:
+        if self.same:
+            return -(-side // self.stride[axis])
         room = side + 2 * self.padding[axis] - self.dilation[axis] * (self.kernel[axis] - 1) - 1
         if room < 0:
             return 0

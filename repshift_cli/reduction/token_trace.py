@@ -54,7 +54,7 @@ class MapState:
 def _middle_lines(lines: Tensor, window: Window, axis: int) -> Tensor:
     """The lines `[B, side]` of one axis before the window to those after it, int64 `[B, n]`, on the dense map there."""
     side, stride = lines.shape[1], window.stride[axis]
-    middle = window.dilation[axis] * (window.kernel[axis] - 1) // 2 - window.padding[axis]
+    middle = window.dilation[axis] * (window.kernel[axis] - 1) // 2 - window.before(axis, side)
     count = window.output((side, side))[axis]
     taken = (torch.arange(count, device=lines.device) * stride + middle).clamp(0, side - 1)
     # with little padding the middle of the first window lies inside the map, and is line 0 of the output
