@@ -244,7 +244,7 @@ def _evaluate_images(
 
     usual = IMAGE_BATCH if opened.loaded.description.preprocessing.frames is None else VIDEO_BATCH
     settings = given.settings | {"batch_size": given.settings["batch_size"] or usual}
-    models, data, labelled = group.agreed(lambda: _open_images(opened, given, video))
+    models, labelled = group.agreed(lambda: _open_images(opened, given, video))
     labelled.info.report(screen)
     if not given.json and group.is_first:
         # with predictions to save, the run continues although nothing can be printed
@@ -252,7 +252,7 @@ def _evaluate_images(
             announce_dataset(opened, labelled)
     result = evaluate(
         models,
-        data,
+        labelled,
         opened.loaded.description.preprocessing,
         num_classes=head_size(opened.loaded.model),
         progress=screen,
@@ -276,17 +276,18 @@ def _evaluate_images(
 
 def _open_images(
     opened: Opened, given: EvalOptions, video: VideoOptions
-) -> tuple[Mapping[str, nn.Module], ImageDataset, ImageDataset]:
-    """The models, the dataset, and the dataset with the labels of the head."""
+) -> tuple[Mapping[str, nn.Module], ImageDataset]:
+    """The models, and the dataset with the labels of the head."""
     from repshift_cli.data.catalog import open_dataset
     from repshift_cli.evaluation.models import head_size, models_of
+    from repshift_cli.models.tensor_model import class_names
 
     clips = opened.loaded.description.preprocessing.frames is not None
     refuse_videos(given.name, given.dataset, video, "labelled videos" if clips else "images")
     assert given.dataset is not None
     data = open_dataset(given.dataset, given.data_dir, given.limit, given.seed, given.order, clips=clips)
-    labelled = data.for_head(head_size(opened.loaded.model))
-    return models_of(opened, given.compare_dense, given.name), data, labelled
+    labelled = data.for_head(head_size(opened.loaded.model), class_names(opened.loaded.model))
+    return models_of(opened, given.compare_dense, given.name), labelled
 
 
 def _report(result: Evaluation, data: ImageDataset, opened: Opened, given: EvalOptions) -> None:

@@ -12,6 +12,7 @@ from repshift_cli.compression.notes import Notes
 from repshift_cli.compression.settings import Amounts, Settings
 from repshift_cli.data.inputs import ImageBatch, load_inputs
 from repshift_cli.errors import DataError
+from repshift_cli.models.tensor_model import class_names
 
 _IMAGE_DIMS = 4
 
@@ -51,7 +52,13 @@ def load_search_inputs(loaded: LoadedModel, settings: Settings, count: int, note
         return replace(scenes, unlabelled="the built-in scenes have other classes than this model")
     num_classes = getattr(loaded.model, "num_classes", None)
     inputs = load_inputs(
-        where, count, preprocessing, settings.seed, num_classes=num_classes, class_order=settings.class_order
+        where,
+        count,
+        preprocessing,
+        settings.seed,
+        num_classes=num_classes,
+        class_names=class_names(loaded.model),
+        class_order=settings.class_order,
     )
     _report(inputs, notes)
     return inputs

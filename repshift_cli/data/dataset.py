@@ -27,7 +27,7 @@ class DatasetInfo:
     """How a dataset was read.
 
     Attributes:
-        class_order: of labels by name: natural, text, imagenet, or the file of the list; None for other labels.
+        class_order: of labels by name: natural, text, imagenet, model, or the file of the list; None for other labels.
         left_out: number of other files, by suffix.
         warning: why the labels may be wrong.
     """
@@ -108,9 +108,9 @@ class ImageDataset(ABC):
         """`fingerprint` with the time of the last write and the label, for runs that are resumed."""
         return self.fingerprint(index)
 
-    def for_head(self, num_classes: int) -> ImageDataset:
-        """The same images, with labels for a head of `num_classes` outputs."""
-        del num_classes
+    def for_head(self, num_classes: int, names: Sequence[str] = ()) -> ImageDataset:
+        """The same images, with labels for a head of `num_classes` outputs, whose classes have `names` if known."""
+        del num_classes, names
         return self
 
 
@@ -166,8 +166,8 @@ class EvenSubset(Subset):
     def description(self) -> str:
         return f"{super().description}, evenly spaced"
 
-    def for_head(self, num_classes: int) -> ImageDataset:
-        return EvenSubset(self.dataset.for_head(num_classes), len(self))
+    def for_head(self, num_classes: int, names: Sequence[str] = ()) -> ImageDataset:
+        return EvenSubset(self.dataset.for_head(num_classes, names), len(self))
 
 
 def shuffled(count: int, seed: int) -> list[int]:

@@ -66,6 +66,7 @@ def load_inputs(
     seed: int,
     *,
     num_classes: int | None = None,
+    class_names: Sequence[str] = (),
     test_scenes: bool = False,
     class_order: str | None = None,
 ) -> ImageBatch:
@@ -78,6 +79,7 @@ def load_inputs(
         preprocessing: the model's own transform.
         seed: seed of the random order; built-in scenes depend on it too.
         num_classes: outputs of the model's head; without it, no labels are loaded.
+        class_names: names of the outputs, if the model states them.
         test_scenes: draw built-in scenes of the test split instead of the training split, which no evaluation uses.
         class_order: as for `open_dataset`.
 
@@ -93,7 +95,7 @@ def load_inputs(
             source = _clip_source(count, preprocessing, seed, test_scenes)
         else:
             clips = preprocessing.frames is not None
-            files = _open_images(where, count, seed, num_classes, test_scenes, class_order, clips)
+            files = _open_images(where, count, seed, num_classes, class_names, test_scenes, class_order, clips)
             source = _file_source(*files, preprocessing)
     places, tensors, labels, skipped = _draw(source, count, seed)
     if not test_scenes:
@@ -132,7 +134,7 @@ def open_images(where: str | Path | None, count: int, seed: int = 0) -> ImageDat
         DataError: there is no image.
     """
     with data_errors():
-        return _open_images(where, count, seed, None, False, None, False)[0]
+        return _open_images(where, count, seed, None, (), False, None, False)[0]
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,7 @@ def _open_images(  # noqa: PLR0917
     count: int,
     seed: int,
     num_classes: int | None,
+    class_names: Sequence[str],
     test_scenes: bool,
     class_order: str | None,
     clips: bool,
@@ -245,14 +248,15 @@ def _open_images(  # noqa: PLR0917
         images = open_videos(path) if clips else open_image_tree(path)
         if num_classes:
             try:
-                labelled = open_folder(str(where), path, class_order, VIDEOS if clips else IMAGES).for_head(num_classes)
+                found = open_folder(str(where), path, class_order, VIDEOS if clips else IMAGES)
+                labelled = found.for_head(num_classes, class_names)
             except DataError as error:
                 if class_order is not None:
                     raise
                 return images, error.message
     if not num_classes:
         return images, "the model has no classification head"
-    labelled = labelled or images.for_head(num_classes)
+    labelled = labelled or images.for_head(num_classes, class_names)
     classes = labelled.classes
     if classes is not None and len(classes) != num_classes:
         return images, f"{labelled.name} has {len(classes)} classes, the head of the model {num_classes}"

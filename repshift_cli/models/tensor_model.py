@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 _TOKENS = 3
 """Dimensions of tokens `[B, N, C]`, which some models return as feature maps."""
 
@@ -71,6 +70,15 @@ class TensorModel(nn.Module):
 def library_model(model: nn.Module) -> Any:
     """The model of the library: the one inside a `TensorModel`, or the model itself."""
     return model.inner if isinstance(model, TensorModel) else model
+
+
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of the classes of the head, by output: `id2label` of transformers, `label_names` of timm; else none."""
+    config, stated = getattr(library_model(model), "config", None), getattr(model, "pretrained_cfg", None) or {}
+    names = dict(getattr(config, "id2label", None) or enumerate(stated.get("label_names") or ()))
+    if sorted(names) != list(range(getattr(model, "num_classes", 0))) or names.get(0) == "LABEL_0":
+        return ()
+    return tuple(str(names[output]) for output in range(len(names)))
 
 
 def library_of_class(module: nn.Module) -> str:

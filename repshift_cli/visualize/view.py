@@ -14,6 +14,7 @@ from torch import Tensor
 from repshift_cli.data.inputs import ImageBatch, load_inputs
 from repshift_cli.data.sources.class_labels import imagenet_wnids
 from repshift_cli.errors import CheckFailed, UsageError
+from repshift_cli.models.tensor_model import class_names
 from repshift_cli.planning.layout import PatchGrid
 from repshift_cli.reduction.compressed_model import CompressedModel
 from repshift_cli.reduction.reducers.base import Merger, build_reducer
@@ -166,7 +167,14 @@ def visualize(opened: Opened, where: str, count: int, seed: int = 0, class_order
     patches = patch_grids(opened.compressed)
     classes = int(getattr(opened.loaded.model, "num_classes", 0))
     samples = load_inputs(
-        where, count, preprocessing, seed, num_classes=classes, test_scenes=True, class_order=class_order
+        where,
+        count,
+        preprocessing,
+        seed,
+        num_classes=classes,
+        class_names=class_names(opened.loaded.model),
+        test_scenes=True,
+        class_order=class_order,
     )
     if preprocessing.frames is not None:
         check_page(len(samples.tensor), len(plan.sites), preprocessing)

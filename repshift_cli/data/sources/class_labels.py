@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 WNID_PATTERN = re.compile(r"n\d{8}")
 
-NATURAL, TEXT, IMAGENET = "natural", "text", "imagenet"
+NATURAL, TEXT, IMAGENET, MODEL = "natural", "text", "imagenet", "model"
 
 _TRAINING = ("train", "training")
 _SPLITS = ("val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing", *_TRAINING)
@@ -38,10 +38,19 @@ class NamedClasses(Subset):
         names: the class of each image.
         classes: all classes, in the order of their labels.
         info: with that order.
+        ordered: whether the user gave the order.
     """
 
-    def __init__(self, images: ImageDataset, names: Sequence[str], classes: tuple[str, ...], info: DatasetInfo) -> None:
+    def __init__(
+        self,
+        images: ImageDataset,
+        names: Sequence[str],
+        classes: tuple[str, ...],
+        info: DatasetInfo,
+        ordered: bool = False,
+    ) -> None:
         super().__init__(images, range(len(images)))
+        self.ordered = ordered
         self.info = info
         self.names = names
         self._classes = classes
@@ -61,8 +70,11 @@ class NamedClasses(Subset):
     def stamp(self, index: int) -> str:
         return f"{self.dataset.stamp(index)}:{self._labels[self.names[index]]}"
 
-    def for_head(self, num_classes: int) -> NamedClasses:
+    def for_head(self, num_classes: int, names: Sequence[str] = ()) -> NamedClasses:
         """The same images; with ImageNet's labels, if the classes are ImageNet ids and the head has 1000 outputs.
+
+        If the model names its classes, and all folders are among them, labels follow the model, unless the user gave an
+        order. Case, spaces, `_` and `-` do not matter in names.
 
         Raises:
             DataError: the names are WordNet ids but not ImageNet-1k's, for a head of 1000; or numbers in an unclear
@@ -70,6 +82,13 @@ class NamedClasses(Subset):
         """
         wnids = imagenet_wnids()
         by_name = self.info.class_order in {NATURAL, TEXT}
+        outputs = {_plain(name): output for output, name in enumerate(names)}
+        if by_name and not self.ordered and len(outputs) == num_classes and {*map(_plain, self._classes)} <= {*outputs}:
+            own = {outputs[_plain(name)]: name for name in self._classes}
+            classes = tuple(own.get(output, name) for output, name in enumerate(names))
+            return NamedClasses(
+                self.dataset, self.names, classes, replace(self.info, class_order=MODEL, warning=None), ordered=True
+            )
         if by_name and num_classes == len(wnids) and all(map(WNID_PATTERN.fullmatch, self._classes)):
             if unknown := sorted(set(self._classes) - set(wnids)):
                 raise DataError(
@@ -113,7 +132,13 @@ def named_classes(
             f"label {other} is {natural[other]} in the natural order of timm, which is used, and {text[other]} in text "
             f"order (torchvision). Give the order of the training with --class-order {NATURAL}, {TEXT} or FILE"
         )
-    return NamedClasses(images, names, classes, replace(info, class_order=order or NATURAL, warning=warning))
+    info = replace(info, class_order=order or NATURAL, warning=warning)
+    return NamedClasses(images, names, classes, info, ordered=order is not None)
+
+
+def _plain(name: str) -> str:
+    """A name of a class without case, spaces, `_` and `-`."""
+    return re.sub(r"[\s_-]+", "", name.casefold())
 
 
 def natural_key(name: str) -> list[Any]:

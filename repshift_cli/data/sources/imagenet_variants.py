@@ -6,7 +6,7 @@ The classes of the last two and the reassessed labels are read from timm.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -84,7 +84,7 @@ def open_imagenet_subset(subset: Literal["a", "r"], data_dir: Path | None) -> Im
 class _SubsetFolders(FileDataset):
     """Images of some classes of ImageNet, labelled by the index of the class among them."""
 
-    def for_head(self, num_classes: int) -> FileDataset:
+    def for_head(self, num_classes: int, names: Sequence[str] = ()) -> FileDataset:
         if num_classes != _CLASSES:
             return self
         all_wnids = imagenet_wnids()
@@ -125,8 +125,8 @@ class _Reassessed(Subset):
     def stamp(self, index: int) -> str:
         return f"{super().stamp(index)}:{self.labels[index]}"
 
-    def for_head(self, num_classes: int) -> ImageDataset:
-        del num_classes
+    def for_head(self, num_classes: int, names: Sequence[str] = ()) -> ImageDataset:
+        del num_classes, names
         return self
 
 

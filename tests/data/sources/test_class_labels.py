@@ -7,14 +7,17 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from torch import nn
 
 from repshift_cli.data.catalog import open_dataset
 from repshift_cli.data.dataset import ImageDataset
 from repshift_cli.data.sources.class_labels import imagenet_wnids, natural_key
 from repshift_cli.errors import DataError, UsageError
+from repshift_cli.models.tensor_model import class_names
 
 WNIDS = imagenet_wnids()
 NAMES = ("Zebra", "air", "type10", "type2")
@@ -47,6 +50,36 @@ def as_tar(root: Path, names: Iterator[str] | tuple[str, ...] | list[str]) -> Pa
                 info.size = len(image_bytes(number))
                 archive.addfile(info, io.BytesIO(image_bytes(number)))
     return root / "data.tar"
+
+
+class TestNamesOfTheModel:
+    def test_labels_follow_them(self, tmp_path: Path) -> None:
+        path = str(as_folder(tmp_path, [f"{name}/1.png" for name in NAMES]))
+        names = ("Type 2", "Type 10", "cat", "air", "zebra")
+        found = open_dataset(path, None).for_head(5, names)
+        assert sorted(labels(found).values()) == [0, 1, 3, 4]
+        assert (found.info.class_order, found.info.warning) == ("model", None)
+        assert found.classes == ("type2", "type10", "cat", "air", "Zebra")
+        assert found.for_head(5) is found
+
+    def test_the_order_of_the_user_wins(self, tmp_path: Path) -> None:
+        path = str(as_folder(tmp_path, [f"{name}/1.png" for name in NAMES]))
+        found = open_dataset(path, None, class_order="natural").for_head(4, ("type2", "type10", "air", "zebra"))
+        assert found.classes == NATURAL
+
+    def test_other_names_are_ignored(self, tmp_path: Path) -> None:
+        path = str(as_folder(tmp_path, [f"{name}/1.png" for name in NAMES]))
+        for names in [("type2", "type10", "air", "horse"), ("type2", "Type2", "air", "zebra"), ()]:
+            assert open_dataset(path, None).for_head(4, names).classes == NATURAL
+
+    def test_where_they_are_stated(self) -> None:
+        model = nn.Linear(1, 2)
+        model.num_classes, model.config = 2, SimpleNamespace(id2label={0: "cat", 1: "dog"})
+        assert class_names(model) == ("cat", "dog")
+        model.config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
+        assert class_names(model) == ()
+        model.config, model.pretrained_cfg = None, {"label_names": ["dog", "cat"]}
+        assert class_names(model) == ("dog", "cat")
 
 
 def labels(dataset: ImageDataset) -> dict[str, int]:
