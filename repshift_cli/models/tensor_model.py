@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 _TOKENS = 3
 """Dimensions of tokens `[B, N, C]`, which some models return as feature maps."""
 

@@ -289,6 +289,19 @@ class TestRecipeAndPlan:
         assert [note for note in notes if note.startswith("restore: ") and text in note]
 
 
+@torch.no_grad()
+def test_depth_from_permuted_tokens() -> None:
+    model = tiny_transformer("DepthAnythingForDepthEstimation")
+    assert worst(model, tiny_inputs(model)) < TOLERANCE
+    family, inputs = match(model), tiny_inputs(model)
+    site = family.sites(model)[0]
+    assert permute_difference(model, family, inputs, site, None) > TOLERANCE  # what it needs to be restored for
+    with pytest.raises(RecipeError, match="needs all of them") as caught:
+        restored(model, "[{layer: 0, keep_tokens: 5}]", restore=False)
+    assert "`restore: true`" in caught.value.hint
+    assert restored(model, "[{layer: 0, keep_tokens: 5}]")(inputs).predicted_depth.shape == (3, 32, 32)
+
+
 def test_mergers_say_where_each_token_went() -> None:
     tokens, sizes, scores = torch.randn(2, 11, 8), torch.ones(2, 11), torch.rand(2, 10)
     keys = torch.randn(2, 2, 11, 4)
