@@ -139,7 +139,7 @@ class Writer:
 
 
 def load(path: str | Path) -> CompressedModel:
-    """Load a compressed checkpoint as a model that is ready to run.
+    """Load a compressed checkpoint as a model that is ready to run; the whole one, if only its tower was compressed.
 
     Raises:
         CheckpointError: it cannot be read, or is a dense checkpoint.
@@ -147,7 +147,21 @@ def load(path: str | Path) -> CompressedModel:
     opened = open_model(path)
     if opened.compressed is None:
         raise CheckpointError(f"{path} is a dense checkpoint", "Compress it first, or load it with timm.")
+    if "tower" in opened.loaded.description.args and Path(path).is_dir():
+        return _whole(Path(path), opened.loaded, opened.compressed.plan)
     return opened.compressed
+
+
+def _whole(folder: Path, loaded: LoadedModel, plan: Plan) -> CompressedModel:
+    """The whole model of a folder, with the plan of its tower."""
+    library = library_of(loaded.description.architecture)
+    assert library is not None
+    model = library.whole(folder)
+    names = {site.layer: site.name for site in match(model).layout(model).sites}
+    sites = (site.model_copy(update={"site": names[site.layer]}) for site in plan.sites)
+    compressed = attach(model, plan.model_copy(update={"sites": tuple(sites)}))
+    compressed.preprocessing = loaded.description.preprocessing
+    return compressed
 
 
 def make_document(  # noqa: PLR0917

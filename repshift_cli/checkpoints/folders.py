@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from repshift_cli.checkpoints.loaded import LoadedModel
-from repshift_cli.checkpoints.weights import FORMAT_VERSION, Weights
+from repshift_cli.checkpoints.weights import FORMAT_VERSION, INDEX_SUFFIX, Weights
 from repshift_cli.errors import CheckpointError, OutputError, UsageError
 from repshift_cli.utils.documents import parse_document, parse_json
 from repshift_cli.utils.files import EXPORT_SUFFIXES, WEIGHT_SUFFIXES, InvalidFile, check_output, open_file, read_text
@@ -81,7 +81,8 @@ def write_config(path: Path, config: Mapping[str, Any], loaded: LoadedModel, doc
         OutputError: a file cannot be written.
     """
     # the arguments of the model are in the configuration and not repeated in the document
-    stored = {**document, "model": {**loaded.description.to_dict(), "args": {}}}
+    args = {key: value for key, value in loaded.description.args.items() if key == "tower"}
+    stored = {**document, "model": {**loaded.description.to_dict(), "args": args}}
     content = json.dumps({**config, OWNER: stored}, indent=2, allow_nan=False)
     try:
         path.write_text(f"{content}\n", encoding="utf-8")
@@ -89,6 +90,16 @@ def write_config(path: Path, config: Mapping[str, Any], loaded: LoadedModel, doc
             _copy_small_files(Path(loaded.source.path), path)
     except OSError as error:
         raise OutputError(f"cannot write {path.parent}: {error.strerror or error}") from error
+
+
+def copy_weights(source: Path, folder: Path) -> None:
+    """Copy the safetensors of a model folder as they are; raises OutputError if that fails."""
+    try:
+        for path in sorted(source.iterdir()):
+            if path.name.endswith((".safetensors", INDEX_SUFFIX)) and path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    except OSError as error:
+        raise OutputError(f"cannot copy the weights of {source}: {error.strerror or error}") from error
 
 
 def _copy_small_files(source: Path, config: Path) -> None:

@@ -67,8 +67,10 @@ def _load(name: str, options: LoadOptions) -> LoadedModel:
     if name.startswith("builtin:"):
         return _load_builtin(name, options)
     path = Path(name)
+    library = next((library for library in libraries() if library.opens(path)), None) if path.is_dir() else None
+    if options.tower is not None and not (library and library.towers):
+        raise UsageError(f"--tower {options.tower}: {name} is not a folder of transformers", "Leave --tower out.")
     if path.is_dir():
-        library = next((library for library in libraries() if library.opens(path)), None)
         if library is not None:
             loaded = library.read(path, options)
             _note_extreme(loaded)

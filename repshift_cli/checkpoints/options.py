@@ -100,6 +100,7 @@ class LoadOptions:
         mean, std: of pixels in 0..1, one value per channel or one for all.
         crop_pct, interpolation: as in `Preprocessing`; these four are for files that do not state their preprocessing.
         model_args: arguments of the builder of the model, in place of those of the file.
+        tower: the part of a larger model to load, such as `vision` for `vision_config`.
     """
 
     model_name: str | None = None
@@ -115,6 +116,7 @@ class LoadOptions:
     crop_pct: float | None = None
     interpolation: str | None = None
     model_args: Mapping[str, Any] | None = None
+    tower: str | None = None
 
     def __post_init__(self) -> None:
         clip = {"frames": self.frames, "checkpoint_frames": self.checkpoint_frames, "frame_step": self.frame_step}

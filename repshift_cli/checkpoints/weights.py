@@ -93,39 +93,54 @@ class Weights:
     training: dict[str, Any] = field(default_factory=dict)
 
 
-def read_weights(path: Path, which: WeightsKind | None = None) -> Weights:
+def read_weights(path: Path, which: WeightsKind | None = None, prefix: str = "") -> Weights:
     """Read the tensors of a `.safetensors` or a PyTorch file, without the mappings of training scripts around them.
 
     Args:
         path: the file, or the index of a checkpoint in several files.
         which: the weights to take from a file that holds both; the averaged ones by default.
+        prefix: of the keys of the tensors to read, of safetensors.
 
     Raises:
         CheckpointError: the file is missing, empty, damaged, exported, of an unknown kind, or a pickle with code.
     """
     try:
-        return _read_shards(path, which) if path.name.endswith(INDEX_SUFFIX) else _read_file(path, which)
+        return (_read_shards if path.name.endswith(INDEX_SUFFIX) else _read_file)(path, which, prefix)
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
 
 
-def _read_file(path: Path, which: WeightsKind | None) -> Weights:
+def read_names(path: Path) -> list[str]:
+    """The keys of a safetensors file, or of all that an index names; raises CheckpointError if it is damaged."""
+    if path.name.endswith(INDEX_SUFFIX):
+        return list(_read_index(path))
+    try:
+        with safe_open(path, framework="pt", device="cpu") as archive:
+            return list(archive.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a safetensors file, or is damaged: {first_line(error)}", _AGAIN
+        ) from error
+
+
+def _read_file(path: Path, which: WeightsKind | None, prefix: str = "") -> Weights:
     with open_file(path) as file:
         before = os.fstat(file.fileno())
         if before.st_size == 0:
             raise CheckpointError(f"{path} is empty")
-        weights = _read(file, path, which)
+        weights = _read(file, path, which, prefix)
         after = os.fstat(file.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise CheckpointError(f"{path} changed while it was read", "Wait until it is complete.")
-    weights.tensors = plain(weights.tensors, str(path), after.st_size)
+    if weights.tensors or not prefix:
+        weights.tensors = plain(weights.tensors, str(path), after.st_size)
     return weights
 
 
-def _read(file: BinaryIO, path: Path, which: WeightsKind | None) -> Weights:
+def _read(file: BinaryIO, path: Path, which: WeightsKind | None, prefix: str) -> Weights:
     if _is_safetensors(file, path):
         check_kind(which, str(path))
-        return _read_safetensors(file, path)
+        return _read_safetensors(file, path, prefix)
     content, digest = _read_torch(file, path)
     tensors, notes = unwrap(content, str(path), which)
     return Weights(tensors, None, Source("file", str(path), digest), notes, training_options(content))
@@ -148,8 +163,8 @@ def _is_safetensors(file: BinaryIO, path: Path) -> bool:
     return start[_HEADER_LENGTH:] == b"{"
 
 
-def _read_safetensors(file: BinaryIO, path: Path) -> Weights:
-    """Read a file into one buffer, which the tensors share."""
+def _read_safetensors(file: BinaryIO, path: Path, prefix: str) -> Weights:
+    """Read a file into one buffer, which the tensors share; with a prefix, each tensor into its own."""
     size = os.fstat(file.fileno()).st_size
     try:
         length = int.from_bytes(file.read(_HEADER_LENGTH), "little")
@@ -158,19 +173,33 @@ def _read_safetensors(file: BinaryIO, path: Path) -> Weights:
         header = parse_json(file.read(length).decode())
         with safe_open(path, framework="pt", device="cpu"):  # checks types, shapes and places
             pass
-        content = bytearray(size)
-        file.seek(0)
-        file.readinto(content)  # type: ignore[attr-defined]
         start = _HEADER_LENGTH + length
         metadata = header.pop("__metadata__", None) or {}
-        tensors = {key: _tensor(content, start, entry) for key, entry in header.items()}
+        file.seek(0)
+        if prefix:
+            digest = sha256_of_file(file)
+            named = {key: entry for key, entry in header.items() if key.startswith(prefix)}
+            tensors = {key: _tensor_alone(file, start, entry) for key, entry in named.items()}
+        else:
+            content = bytearray(size)
+            file.readinto(content)  # type: ignore[attr-defined]
+            tensors = {key: _tensor(content, start, entry) for key, entry in header.items()}
+            digest = sha256(content).hexdigest()
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} is not a safetensors file, or is damaged: {first_line(error)}", _AGAIN
         ) from error
     text = metadata.get(METADATA_KEY)
     document = None if text is None else parse_document(text, str(path), "format_version", FORMAT_VERSION)
-    return Weights(tensors, document, Source("file", str(path), sha256(content).hexdigest()))
+    return Weights(tensors, document, Source("file", str(path), digest))
+
+
+def _tensor_alone(file: BinaryIO, start: int, entry: Mapping[str, Any]) -> Tensor:
+    begin, end = entry["data_offsets"]
+    content = bytearray(end - begin)
+    file.seek(start + begin)
+    file.readinto(content)  # type: ignore[attr-defined]
+    return _tensor(content, 0, {**entry, "data_offsets": [0, end - begin]})
 
 
 def _tensor(content: bytearray, start: int, entry: Mapping[str, Any]) -> Tensor:
@@ -243,21 +272,27 @@ def check_members(archive: zipfile.ZipFile) -> None:
                     pass
 
 
-def _read_shards(path: Path, which: WeightsKind | None) -> Weights:
-    """The tensors of all files that an index names. The hash is that of the hashes of the files."""
+def _read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor."""
     try:
-        index = parse_json(read_text(path))["weight_map"]
+        index: dict[str, str] = parse_json(read_text(path))["weight_map"]
         names = sorted(set(index.values()))
         foreign = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not the index of a checkpoint: {first_line(error)}") from error
     if foreign or not names:
         raise CheckpointError(f"{path} must name .safetensors files in its own folder: {first_names(foreign)}")
+    return index
+
+
+def _read_shards(path: Path, which: WeightsKind | None, prefix: str) -> Weights:
+    """The tensors of all files that an index names. The hash is that of the hashes of the files."""
+    index = _read_index(path)
     tensors: dict[str, Tensor] = {}
     digest = sha256()
-    for name in names:
-        shard = _read_file(path.with_name(name), which)
-        named = {key for key, file in index.items() if file == name}
+    for name in sorted(set(index.values())):
+        shard = _read_file(path.with_name(name), which, prefix)
+        named = {key for key, file in index.items() if file == name and key.startswith(prefix)}
         if named != shard.tensors.keys():
             keys = sorted(named ^ shard.tensors.keys())
             raise CheckpointError(f"{path}: the index and {name} do not agree on {first_names(keys)}", _AGAIN)

@@ -197,6 +197,15 @@ ModelArgs = Annotated[
     ),
 ]
 
+Tower = Annotated[
+    str | None,
+    typer.Option(
+        "--tower",
+        metavar="NAME",
+        help="Part of a larger model of transformers, such as vision: only this part is loaded.",
+    ),
+]
+
 _MODEL_OPTIONS = {
     "model_name": ModelName,
     "heads": Heads,
@@ -210,6 +219,7 @@ _MODEL_OPTIONS = {
     "crop_pct": CropPct,
     "interpolation": Interpolation,
     "model_args": ModelArgs,
+    "tower": Tower,
 }
 """By field of `LoadOptions`."""
 

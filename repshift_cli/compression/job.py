@@ -97,7 +97,9 @@ def _restore_note(loaded: LoadedModel, family: Family) -> str:
             f"restore: the output of {name} is computed from its class token and does not change. Only those gain who "
             "read its tokens or feature maps"
         )
-    return f"restore: what reads the tokens of {name} gets all of them, dropped ones with the state that they had last"
+    return (
+        f"restore: what reads the tokens of {name} gets all of them. Dropped ones move with the token that they follow"
+    )
 
 
 def load_dense(

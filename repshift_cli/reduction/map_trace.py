@@ -361,9 +361,7 @@ class _Recorder(TorchFunctionMode):
         found = window.output(size)
         if found != tuple(output.shape[2:]):
             raise UnsupportedError(f"{self.described} makes a map of {tuple(output.shape[2:])}, not of {found}")
-        if any(
-            self.at.get(id(tensor)) is not None and tensor is not given["input"] for tensor in tensors
-        ):
+        if any(self.at.get(id(tensor)) is not None and tensor is not given["input"] for tensor in tensors):
             raise UnsupportedError(f"{self.described} has a kernel that depends on the image")
         index = len(self.sizes)
         cost = given["weight"].numel() if convolution else 0

@@ -86,10 +86,10 @@ def permute_difference(  # noqa: PLR0917
 
 def permutation_problem(model: nn.Module, family: Family, images: Tensor) -> str | None:
     """Run the permute test behind the first and a middle block: how a model fails it, or None."""
-    sites = family.sites(model)
+    sites, restore = family.sites(model), family.needs_restore(model) is not None
     for site in {site.layer: site for site in (sites[0], sites[(len(sites) - 1) // 2])}.values():
         try:
-            difference = permute_difference(model, family, images, site, None)
+            difference = permute_difference(model, family, images, site, None, restore)
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
             return f"fails the permute test behind {site.name}, on inputs of {tuple(images.shape)}: {first_line(error)}"
         if not difference < TOLERANCE:

@@ -283,7 +283,8 @@ def _compare(subset: ImageSubset, outputs: Tensor, neighbours: int) -> dict[str,
     recall = None
     if not head and len(outputs) >= 2 * neighbours:  # with fewer entries it would be high by chance
         own = torch.arange(len(dense), device=dense.device)
-        recall = recall_at(dense, {"": outputs}, dense, [neighbours], own)[""][neighbours]
+        vectors, given = dense.flatten(1), {"": outputs.flatten(1)}  # of a tower all tokens
+        recall = recall_at(vectors, given, vectors, [neighbours], own)[""][neighbours]
     found["cosine_error"] = None if head else _error(far)
     found["recall"], found["recall_error"] = (None, None) if recall is None else (_mean(recall), _error(recall))
     same = agreement(dense, outputs) if head else None

@@ -30,7 +30,7 @@ from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.compressed_model import CompressedModel, attach, branch
 from repshift_cli.reduction.families.base import match
 from repshift_cli.reduction.metrics.base import build_metric
-from repshift_cli.reduction.permute import TOLERANCE, permute_difference
+from repshift_cli.reduction.permute import TOLERANCE, check_permutation, permute_difference
 from repshift_cli.reduction.plans import resolve_for
 from repshift_cli.reduction.reducers.base import build_reducer
 from repshift_cli.search.schedule import to_recipe
@@ -287,6 +287,20 @@ class TestRecipeAndPlan:
 
         repshift_cli.compress(tiny_vit(global_pool=pooling), recipe(), progress=Screen())
         assert [note for note in notes if note.startswith("restore: ") and text in note]
+
+
+@torch.no_grad()
+def test_depth_from_permuted_tokens() -> None:
+    model = tiny_transformer("DepthAnythingForDepthEstimation")
+    assert worst(model, tiny_inputs(model)) < TOLERANCE
+    family, inputs = match(model), tiny_inputs(model)
+    check_permutation(model, family, inputs)  # with restored tokens, since it needs them
+    site = family.sites(model)[0]
+    assert permute_difference(model, family, inputs, site, None) > TOLERANCE  # what it needs to be restored for
+    with pytest.raises(RecipeError, match="needs all of them") as caught:
+        restored(model, "[{layer: 0, keep_tokens: 5}]", restore=False)
+    assert "`restore: true`" in caught.value.hint
+    assert restored(model, "[{layer: 0, keep_tokens: 5}]")(inputs).predicted_depth.shape == (3, 32, 32)
 
 
 def test_mergers_say_where_each_token_went() -> None:

@@ -29,11 +29,13 @@ class Library(ABC):
         name: of the package, as in specs.
         extra: of this package, which installs the library; empty if it is always there.
         config: the configuration in a folder of this library; empty if the library has no folders.
+        towers: whether a part of a model can be loaded (`LoadOptions.tower`).
     """
 
     name: ClassVar[str]
     extra: ClassVar[str] = ""
     config: ClassVar[str] = ""
+    towers: ClassVar[bool] = False
 
     def require(self, where: str) -> None:
         """Raise CheckpointError if the library is not installed."""
@@ -64,6 +66,14 @@ class Library(ABC):
 
         Raises:
             CheckpointError: a file is missing or damaged, or the class of the model is not known.
+        """
+        raise NotImplementedError(self.name)
+
+    def whole(self, folder: Path) -> nn.Module:
+        """The whole model of a folder, in the dtype of its weights, for a library with `towers`.
+
+        Raises:
+            CheckpointError: it does not load.
         """
         raise NotImplementedError(self.name)
 

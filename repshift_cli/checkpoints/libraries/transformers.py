@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from repshift_cli.checkpoints.artifact import write_tensors
 from repshift_cli.checkpoints.build import configure
 from repshift_cli.checkpoints.create import check_depth, check_runs
-from repshift_cli.checkpoints.folders import OWNER, read_config, stored_document, write_config
+from repshift_cli.checkpoints.folders import OWNER, copy_weights, read_config, stored_document, write_config
 from repshift_cli.checkpoints.identify.computation import computation
 from repshift_cli.checkpoints.identify.identity import Identity
 from repshift_cli.checkpoints.identify.sizes import check_heads
@@ -27,11 +27,12 @@ from repshift_cli.checkpoints.load import note_assumed, read_folder_weights
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import PREPROCESSING, LoadOptions
 from repshift_cli.checkpoints.schema import describe
+from repshift_cli.checkpoints.towers import ALONE, check_tower, read_tower, tower_config, tower_of_folder
 from repshift_cli.data.preprocessing import Preprocessing
-from repshift_cli.errors import CheckpointError, UsageError, first_line
+from repshift_cli.errors import CheckpointError, OutputError, UsageError, first_line
 from repshift_cli.models.tensor_model import TensorModel, library_model, library_of_class
 from repshift_cli.reduction.families.transformer import Tower, all_specs, as_function, tower_of
-from repshift_cli.reduction.specs.spec import Output
+from repshift_cli.reduction.specs.spec import TOWER, Output
 from repshift_cli.utils.suggest import first_names, nearest
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
@@ -66,6 +67,7 @@ class Transformers(Library):
     name: ClassVar[str] = "transformers"
     extra: ClassVar[str] = "hf"
     config: ClassVar[str] = _CONFIG
+    towers: ClassVar[bool] = True
 
     def opens(self, folder: Path) -> bool:
         try:
@@ -77,14 +79,19 @@ class Transformers(Library):
     def read(self, folder: Path, options: LoadOptions) -> LoadedModel:
         where, path = str(folder), folder / _CONFIG
         self.require(where)
-        config = read_config(path)
+        config = whole = read_config(path)
         name = _class_name(config, str(path))
         if options.model_name:
             raise UsageError(f"{where} is a {name}, not a {options.model_name}", "Leave --model out.")
-        weights = read_folder_weights(folder, options)
-        document = stored_document(weights, config, path)
-        config.pop(OWNER, None)
-        fitted = _Fitted(name, config, weights.tensors, where)
+        if tower := tower_of_folder(config, options, where):
+            config = tower_config(config, tower, where)
+            name = _class_name(config, f"{path}: {tower}_config")
+        elif _outputs()[name].call.endswith("vision_tower"):
+            raise CheckpointError(f"{where} is a {name}, a model of images and texts", "Give --tower vision.")
+        weights = read_tower(folder, tower, options) if tower else read_folder_weights(folder, options)
+        document = stored_document(weights, whole, path)
+        config = {key: value for key, value in config.items() if key != OWNER}
+        fitted = _Fitted(name, config, weights.tensors, where, TOWER if tower else None)
         if document is None:
             preprocessing, stated = _preprocessing(fitted, folder, options)
         else:
@@ -94,7 +101,8 @@ class Transformers(Library):
         if isinstance(auto_map := config.get("auto_map"), dict):
             notes.append(f"{path} names code ({first_names(sorted(auto_map))}), which is not run")
         check_heads(model, name, options.heads, where)
-        description = ModelDescription(name, f"{self.name}:{name}", {"config": config}, preprocessing)
+        args = {"config": config} | ({"tower": tower} if tower else {})
+        description = ModelDescription(name, f"{self.name}:{name}", args, preprocessing)
         loaded = LoadedModel(model, description, weights.source, weights.tensors, notes, document)
         note_assumed(loaded, {*stated, *options.preprocessing})
         if preprocessing.frames and document is None and options.frame_step is None:
@@ -109,7 +117,8 @@ class Transformers(Library):
         name, config = str(description.architecture).partition(":")[2], description.args.get("config")
         if not isinstance(config, dict):
             raise CheckpointError(f"{where}: its repshift metadata is damaged: model.args has no config")
-        return _Fitted(name, config, tensors, where).model(description.preprocessing)
+        output = TOWER if "tower" in description.args else None
+        return _Fitted(name, config, tensors, where, output).model(description.preprocessing)
 
     def recognises(self, tensors: Mapping[str, Tensor]) -> bool:
         return any(key.endswith(_KEYS) for key in tensors)
@@ -133,8 +142,27 @@ class Transformers(Library):
         return ModelDescription(name, f"{self.name}:{name}", {"config": config}, preprocessing)
 
     def write(self, folder: Path, loaded: LoadedModel, document: Mapping[str, Any]) -> None:
-        write_tensors(folder / _WEIGHTS, loaded.tensors, document)
-        write_config(folder / _CONFIG, loaded.description.args["config"], loaded, document)
+        config, source = loaded.description.args["config"], loaded.source
+        if "tower" not in loaded.description.args:
+            write_tensors(folder / _WEIGHTS, loaded.tensors, document)
+        elif source.origin == "folder" and source.path:
+            config = read_config(Path(source.path) / _CONFIG)
+            check_tower(Path(source.path), loaded)
+            copy_weights(Path(source.path), folder)
+        else:
+            raise OutputError("the folder of the whole model is not known", ALONE)
+        write_config(folder / _CONFIG, config, loaded, document)
+
+    def whole(self, folder: Path) -> nn.Module:
+        kind = _class(_class_name(read_config(folder / _CONFIG), str(folder)))
+        try:
+            with _quiet():
+                model: nn.Module = kind.from_pretrained(
+                    folder, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
+                )
+        except Exception as error:  # it raises errors of every kind for invalid files
+            raise CheckpointError(f"{folder}: the whole model does not load: {first_line(error)}") from error
+        return model.eval().requires_grad_(False)
 
 
 class _Fitted:
@@ -146,9 +174,19 @@ class _Fitted:
         notes: for the user.
     """
 
-    def __init__(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
-        """Raises CheckpointError if the class is not known, or configuration and tensors contradict each other."""
-        self.name, self.where, self.notes = name, where, list[str]()
+    def __init__(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        where: str,
+        output: Output | None = None,
+    ) -> None:
+        """Raises CheckpointError if the class is not known, or configuration and tensors contradict each other.
+
+        `output` is by default that of the class.
+        """
+        self.name, self.where, self.notes, self._output = name, where, list[str](), output
         kind = _class(name)
         if config.get("quantization_config"):
             raise CheckpointError(f"{where}: quantized weights are not supported", "Give the model that was quantized.")
@@ -235,7 +273,7 @@ class _Fitted:
         return model
 
     def _wrapped(self, inner: nn.Module, preprocessing: Preprocessing) -> TensorModel:
-        model = as_function(inner)
+        model = as_function(inner, self._output)
         assert isinstance(model, TensorModel)
         model.img_size, model.frames = self.size if self.fixed else None, next(iter(self.tower.size[:-2]), None)
         configure(model, preprocessing)

@@ -157,7 +157,9 @@ class MapNetwork(MapFamily):
     """Other networks of timm, by the name of the class."""
 
     name: ClassVar[str] = "maps"
-    covers: ClassVar[str] = "timm's EfficientNet, MobileNet, ByobNet, NFNet, ResNetV2, MetaFormer, FastViT and other CNNs"
+    covers: ClassVar[str] = (
+        "timm's EfficientNet, MobileNet, ByobNet, NFNet, ResNetV2, MetaFormer, FastViT and other CNNs"
+    )
     format_version: ClassVar[int] = 5
 
     def blocks(self, model: Any) -> str | None:
@@ -191,7 +193,9 @@ class _Network(NamedTuple):
         reasons = list(self.barred.values())
         if not reasons:
             return "it has no blocks"
-        return f"nothing can be dropped after any of its blocks, for most of them since {max(reasons, key=reasons.count)}"
+        return (
+            f"nothing can be dropped after any of its blocks, for most of them since {max(reasons, key=reasons.count)}"
+        )
 
 
 _TRACED: WeakKeyDictionary[nn.Module, _Network] = WeakKeyDictionary()

@@ -315,14 +315,13 @@ class Transformer(Family):
             return f"the nn.MultiheadAttention of {spec.tower} cannot weight tokens by size"
         # with rotary positions of timm a token merges into the position of another
         follows = any(part.name != parts.mask for part in spec.follows) and not spec.rotary
+        pooling = None if restore else tower.pooling
         found = {
             f"the attention of {spec.tower} reads positions, and a merged token has several": follows,
             f"the attention of {spec.tower} cannot weight tokens by size": not parts.mask,
-            f"{kind} pools by a mean over tokens, which is not weighted by size": not restore
-            and tower.pooling == "mean",
-            f"{kind} pools by attention, whose keys are not weighted by size": not restore and tower.pooling == "map",
-            f"a part of {kind} reads all tokens, which it does not weight by size": not restore
-            and tower.pooling == "tokens",
+            f"{kind} pools by a mean over tokens, which is not weighted by size": pooling == "mean",
+            f"{kind} pools by attention, whose keys are not weighted by size": pooling == "map",
+            f"a part of {kind} reads all tokens, which it does not weight by size": pooling == "tokens",
             f"it is not known what reads the tokens in {kind}": not restore and tower.output is None,
             _UNWEIGHTED.format(_implementation(attention)): _implementation(attention) not in _WEIGHTED,
         }

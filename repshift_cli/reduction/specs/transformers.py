@@ -246,6 +246,7 @@ REFUSED: Mapping[str, str] = {
     "Swinv2Model": "attends in windows, which need all tokens",
     "HieraModel": "merges tokens by position, which needs all of them",
     "TimesformerModel": "attends over time and space in turn, which needs all tokens",
+    "YolosModel": "has detection tokens behind its patch tokens, where a spec expects none",
     "Qwen2_5_VisionTransformerPretrainedModel": "attends in windows and merges 2x2 tokens, which need all of them",
     "DINOv3ViTBackbone": "returns feature maps, which need all tokens",
     "BeitBackbone": "returns feature maps, which need all tokens",

@@ -34,7 +34,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "StarNet": ("starnet_s050", {"base_dim": 8}),
     "LCNetV2": ("lcnetv2_base", {"scale": 0.1}),
     "EdgeNeXt": ("edgenext_xx_small", {"dims": (8, 16, 24, 32), "depths": (2, 2, 3, 2)}),
-    "EfficientVit": ("efficientvit_b0", {"widths": (8, 8, 16, 16, 32), "depths": (1, 1, 1, 1, 1), "head_widths": (32, 32)}),
+    "EfficientVit": (
+        "efficientvit_b0",
+        {"widths": (8, 8, 16, 16, 32), "depths": (1, 1, 1, 1, 1), "head_widths": (32, 32)},
+    ),
     "FasterNet": ("fasternet_t0", {"embed_dim": 16, "depths": (1, 1, 2, 1), "feature_dim": 32}),
     "FastVit": ("fastvit_sa12", {"layers": (1, 1, 2, 2), "embed_dims": (8, 16, 24, 32)}),
     "HighPerfGpuNet": ("hgnet_tiny", {}),

@@ -353,15 +353,16 @@ class TestRefusals:
             vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
         )
         vision = hf.CLIPVisionConfig(**SMALL, projection_dim=8)
-        model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=vision, text_config=text))
-        with pytest.raises(ModelError, match="LlavaForConditionalGeneration cannot be reduced: no spec"):
+        model = hf.LlavaModel(hf.LlavaConfig(vision_config=vision, text_config=text))
+        with pytest.raises(ModelError, match="LlavaModel cannot be reduced: no spec"):
             reduced(model.eval())
 
     @pytest.mark.parametrize(
         ("build", "reason"),
         [
             (lambda: hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**SMALL, num_patches=16)), "a mask for each image"),
-            (lambda: hf.Dinov2Backbone(hf.Dinov2Config(**SMALL)), "Dinov2Backbone returns feature maps"),
+            (lambda: hf.BeitBackbone(hf.BeitConfig(**SMALL)), "BeitBackbone returns feature maps"),
+            (lambda: hf.YolosModel(hf.YolosConfig(**{**SMALL, "image_size": [32, 32]})), "detection tokens behind"),
             (lambda: hf.SwinModel(hf.SwinConfig(embed_dim=8, depths=[1], num_heads=[2])), "windows"),
             (
                 lambda: hf.BertModel(hf.BertConfig(**TEXT)),
