@@ -27,21 +27,21 @@ _SIZE = (608, 736)
 """Of the images: multiples of 32 that give no usual numbers of channels, nor equal numbers of rows and columns."""
 
 _BY_POSITION = frozenset(
-    """add sub rsub mul div truediv rtruediv pow rpow neg abs sqrt rsqrt exp square clamp clamp_min maximum minimum where
-    addcmul addcdiv lerp relu relu6 gelu silu mish hardswish hardsigmoid hardtanh leaky_relu elu selu celu prelu softplus sigmoid logsigmoid
-    tanh sin cos log identity batch_norm layer_norm rms_norm group_norm instance_norm dropout dropout2d feature_dropout
-    alpha_dropout normalize softmax log_softmax to type type_as float contiguous clone detach expand expand_as
-    broadcast_to requires_grad_ zeros_like ones_like empty_like full_like cat stack chunk split tensor_split unbind
-    getitem narrow select view reshape flatten unflatten permute transpose t mt squeeze unsqueeze swapaxes movedim
-    channel_shuffle""".split()
+    """add sub rsub mul div truediv rtruediv pow rpow neg abs sqrt rsqrt exp square clamp clamp_min maximum minimum
+    where addcmul addcdiv lerp relu relu6 gelu silu mish hardswish hardsigmoid hardtanh leaky_relu elu selu celu
+    prelu softplus sigmoid logsigmoid tanh sin cos log identity batch_norm layer_norm rms_norm group_norm
+    instance_norm dropout dropout2d feature_dropout alpha_dropout normalize softmax log_softmax to type type_as
+    float contiguous clone detach expand expand_as broadcast_to requires_grad_ zeros_like ones_like empty_like
+    full_like cat stack chunk split tensor_split unbind getitem narrow select view reshape flatten unflatten
+    permute transpose t mt squeeze unsqueeze swapaxes movedim channel_shuffle""".split()  # noqa: SIM905
 )
 """Functions that compute each position from itself and from values of the whole map."""
 
-_REDUCTIONS = frozenset("mean sum amax amin max min var var_mean std norm vector_norm logsumexp prod".split())
-_PRODUCTS = frozenset("matmul bmm rmatmul".split())
+_REDUCTIONS = frozenset("mean sum amax amin max min var var_mean std norm vector_norm logsumexp prod".split())  # noqa: SIM905
+_PRODUCTS = frozenset("matmul bmm rmatmul".split())  # noqa: SIM905
 _IGNORED = frozenset(
     """get set size dim numel stride is_contiguous element_size data_ptr is_floating_point is_complex len iter repr
-    storage_offset get_device is_cuda is_meta shape ndim dtype device register_hook is_nonzero""".split()
+    storage_offset get_device is_cuda is_meta shape ndim dtype device register_hook is_nonzero""".split()  # noqa: SIM905
 )
 
 
@@ -303,18 +303,18 @@ class _Recorder(TorchFunctionMode):
         elif name in _PRODUCTS or name == "scaled_dot_product_attention":
             self._product(name, tensors, nodes, output)
         elif name in _BY_POSITION or name in _REDUCTIONS:
-            self._by_position(name, tensors, nodes, output)
+            self._by_position(name, tensors, nodes, output, kwargs.get("dim", args[1] if len(args) > 1 else None))
         else:
             raise UnsupportedError(f"{self.described} calls {name}, whose effect on a map of another size is not known")
 
-    def _by_position(self, name: str, tensors: Sequence[Tensor], nodes: Sequence[int], output: Tensor) -> None:
+    def _by_position(
+        self, name: str, tensors: Sequence[Tensor], nodes: Sequence[int], output: Tensor, dim: Any
+    ) -> None:
         known = tuple(node for node in nodes if node >= 0)
         maps = tuple(node for node in known if self.sizes[node])
-        sizes = {self.sizes[node] for node in maps}
         like = next((node for node in maps if _place(output.shape, self.sizes[node])), None)
         if like is None:
-            lines = {side for size in sizes if size for side in size}
-            if name not in _REDUCTIONS or lines & set(output.shape[1:]):
+            if name not in _REDUCTIONS or not self._over_all(tensors[0], maps[0], dim):
                 raise UnsupportedError(f"{self.described} takes maps apart: {name} to {list(output.shape[1:])}")
             self.put(output, Node(self.place, known), None)
             return
@@ -329,6 +329,12 @@ class _Recorder(TorchFunctionMode):
                 self.trace.fixed[index] = f"{self.described} adds or multiplies a value for each position"
         if len(same) != len(maps):
             raise UnsupportedError(f"{self.described} combines maps of different sizes")
+
+    def _over_all(self, tensor: Tensor, node: int, dim: Any) -> bool:
+        """Whether a reduction over `dim` is over all positions of a map."""
+        place = _place(tensor.shape, self.sizes[node])
+        dims = range(tensor.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
+        return bool(place) and set(range(place[0], sum(place))) <= {each % tensor.ndim for each in dims}
 
     def _window(  # noqa: PLR0917
         self, name: str, tensors: Sequence[Tensor], node: int, output: Tensor, args: Any, kwargs: Any
@@ -361,9 +367,7 @@ class _Recorder(TorchFunctionMode):
         found = window.output(size)
         if found != tuple(output.shape[2:]):
             raise UnsupportedError(f"{self.described} makes a map of {tuple(output.shape[2:])}, not of {found}")
-        if any(
-            self.at.get(id(tensor)) is not None and tensor is not given["input"] for tensor in tensors
-        ):
+        if any(self.at.get(id(tensor)) is not None and tensor is not given["input"] for tensor in tensors):
             raise UnsupportedError(f"{self.described} has a kernel that depends on the image")
         index = len(self.sizes)
         cost = given["weight"].numel() if convolution else 0
@@ -383,8 +387,12 @@ class _Recorder(TorchFunctionMode):
         where = _place(output.shape, size)
         if where and where == _place(given["input"].shape, size):  # channels are added
             self.put(output, Node(self.place, (node,), (node,)), size)
-        elif len(amounts) == 4 and amounts[0] == amounts[1] >= 0 and amounts[2] == amounts[3] >= 0:  # noqa: PLR2004
-            window = Window(self._block_name, (1, 1), padding=(amounts[2], amounts[0]))
+        elif len(amounts) == 4 and min(amounts) >= 0:  # noqa: PLR2004
+            rows, columns = sum(amounts[2:]), sum(amounts[:2])
+            # an odd number of lines as a kernel of 2 with one more line
+            window = Window(
+                self._block_name, (1 + rows % 2, 1 + columns % 2), padding=((rows + 1) // 2, (columns + 1) // 2)
+            )
             self.put(output, Node(self.place, (node,), (node,), window), window.output(size))
         else:
             raise UnsupportedError(f"{self.described} pads by {amounts}")
@@ -416,7 +424,7 @@ class _Recorder(TorchFunctionMode):
         size = self.sizes[found.like[0]] if found.like else None
         self.put(output, found, size)
 
-    def _product_node(  # noqa: PLR0917
+    def _product_node(
         self, left: tuple[int, ...], first: int, columns: int, second: int, shape: tuple[int, ...]
     ) -> Node:
         cost = math.prod(left[:-2]) // _BATCH

@@ -421,7 +421,11 @@ class TestRefusals:
             ("resnest14d", {}, "its output differs in size or width from its input"),
             ("resnetaa50", CNNS["bottleneck"][1], "path and shortcut of layer2.0 have outputs of different sizes"),
             ("resnetaa50d", CNNS["bottleneck_d"][1], "path and shortcut of layer2.0 have outputs of different sizes"),
-            ("basic", {"layers": (1, 1, 1, 1), "channels": (8, 16, 16, 24)}, "nothing can be dropped after any of its blocks"),
+            (
+                "basic",
+                {"layers": (1, 1, 1, 1), "channels": (8, 16, 16, 24)},
+                "nothing can be dropped after any of its blocks",
+            ),
             *(
                 (kind, {"global_pool": "", "num_classes": 0}, "without global pooling")
                 for kind in ("basic", "convnext")
@@ -442,10 +446,13 @@ class TestRefusals:
         ("part", "reason"),
         [
             (BlurPool2d(64, pad_mode="circular"), "pads with lines of the other side of the map"),
-            (nn.LPPool2d(2, 2), "maxpool (LPPool2d) calls lp_pool2d, whose effect on a map of another size is not known"),
+            (
+                nn.LPPool2d(2, 2),
+                "maxpool (LPPool2d) calls lp_pool2d, whose effect on a map of another size is not known",
+            ),
             (nn.Upsample(scale_factor=2), "maxpool (Upsample) calls interpolate, whose effect"),
             (nn.AdaptiveAvgPool2d(7), "maxpool (AdaptiveAvgPool2d) pools to a map of fixed size"),
-            (nn.ZeroPad2d((1, 0, 0, 0)), "maxpool (ZeroPad2d) pads by [1, 0, 0, 0]"),
+            (nn.ZeroPad2d((-1, 0, 0, 0)), "maxpool (ZeroPad2d) pads by [-1, 0, 0, 0]"),
             (nn.Flatten(), "maxpool (Flatten) takes maps apart"),
             (Flipped(), "calls flip, whose effect"),
         ],
