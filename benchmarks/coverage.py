@@ -319,9 +319,8 @@ def _problem(model: Any) -> str:
         if not difference < TOLERANCE:
             return f"the permute test after {site.name} differs by {difference:.1e}"
     first = layout.sites[0].name
-    if layout.map_size:
-        if problem := _map_problem(model, family, images):
-            return problem
+    if layout.map_size and (problem := _map_problem(model, family, images)):
+        return problem
     plan = resolve_for(model, _recipe(first, "drop_ratio: 0.2" if layout.map_size else "drop_ratio: 0.4"))
     compressed = attach(model, plan)
     trace = compressed.trace(images)
