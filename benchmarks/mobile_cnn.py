@@ -86,8 +86,8 @@ def set_side(model: nn.Module, side: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--count", type=int, default=1024, help="test scenes of each of three seeds")
+    parser.add_argument("--steps", type=int, default=420)
+    parser.add_argument("--count", type=int, default=512, help="test scenes of each of three seeds")
     parser.add_argument("--dry-run", action="store_true", help="write no page")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -318,13 +318,13 @@ class _Recorder(TorchFunctionMode):
                 raise UnsupportedError(f"{self.described} takes maps apart: {name} to {list(output.shape[1:])}")
             self.put(output, Node(self.place, known), None)
             return
-        size = self.sizes[like]
-        assert size is not None
+        size, place = self.sizes[like], _place(output.shape, self.sizes[like])
+        assert place is not None
         same = tuple(node for node in maps if self.sizes[node] == size)
         index = self.put(output, Node(self.place, known, same, passes=name in _BY_POSITION), size)
-        behind = output.ndim - _place(output.shape, size)[0]
+        behind = output.ndim - place[0]
         for tensor, node in zip(tensors, nodes, strict=True):
-            lines = tensor.shape[-behind : tensor.ndim + _place(output.shape, size)[1] - behind]
+            lines = tensor.shape[-behind : tensor.ndim + place[1] - behind]
             if node < 0 and name not in ("cat", "stack") and tensor.ndim >= behind and math.prod(lines) != 1:
                 self.trace.fixed[index] = f"{self.described} adds or multiplies a value for each position"
         if len(same) != len(maps):
@@ -334,7 +334,7 @@ class _Recorder(TorchFunctionMode):
         """Whether a reduction over `dim` is over all positions of a map."""
         place = _place(tensor.shape, self.sizes[node])
         dims = range(tensor.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
-        return bool(place) and set(range(place[0], sum(place))) <= {each % tensor.ndim for each in dims}
+        return place is not None and set(range(place[0], sum(place))) <= {each % tensor.ndim for each in dims}
 
     def _window(  # noqa: PLR0917
         self, name: str, tensors: Sequence[Tensor], node: int, output: Tensor, args: Any, kwargs: Any
@@ -453,7 +453,7 @@ class _Recorder(TorchFunctionMode):
         """Record the cost of an operation that does not depend on the image, such as positions by a convolution."""
         if name not in ("conv2d", "linear", *_PRODUCTS):
             return
-        shape = tuple(outputs[0].shape[2:])
+        shape = cast(Grid, tuple(outputs[0].shape[2:]))
         node = next((index for index in range(len(self.sizes) - 1, -1, -1) if self.sizes[index] == shape), None)
         if name != "conv2d" or node is None:
             raise UnsupportedError(f"{self.described} calls {name} on values that do not depend on the image")
@@ -479,16 +479,16 @@ class _Recorder(TorchFunctionMode):
         return next((name for name in names if self.is_block(name)), names[0] if names else "the model")
 
 
-def _place(shape: Sequence[int], size: Grid | None) -> tuple[int, int] | tuple[()]:
-    """Where in a shape the positions of a map are: the first dimension and the number of dimensions; or nothing."""
+def _place(shape: Sequence[int], size: Grid | None) -> tuple[int, int] | None:
+    """Where in a shape the positions of a map are: the first dimension and the number of dimensions."""
     if size is None:
-        return ()
+        return None
     for index in range(1, len(shape)):
         if tuple(shape[index : index + 2]) == size:
             return index, 2
         if shape[index] == math.prod(size):
             return index, 1
-    return ()
+    return None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
