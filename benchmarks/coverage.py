@@ -7,7 +7,8 @@ transformers are built with random weights, with two blocks per stage and small 
 Whether one is accepted is asked of timm's full model. Each accepted one is run:
 
 - a sequence of tokens: the permute test after each block, on 3 images (repshift_cli/reduction/permute.py);
-- a map: a plan that keeps all rows and columns must change no bit;
+- a map: the shift test after the first and the middle block (repshift_cli/reduction/shift.py; models of up to 150
+  million parameters); a plan that keeps all rows and columns must change no bit;
 - both: a plan that drops tokens after the first site; the number of kept tokens, the multiply-accumulates against those
   that torch counts, and finite outputs.
 
@@ -42,8 +43,10 @@ from repshift_cli.measure.macs import count_macs
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.compressed_model import attach, detach
 from repshift_cli.reduction.families.base import Family, find, match
+from repshift_cli.reduction.families.cnn import MapFamily
 from repshift_cli.reduction.permute import TOLERANCE, permute_difference
 from repshift_cli.reduction.plans import resolve_for
+from repshift_cli.reduction.shift import shift_difference
 
 CHUNK = 40
 MEMORY = 10 * 2**30
@@ -52,6 +55,9 @@ DRAWN = 1_000_003
 
 LARGEST = 1_000_000_000
 """Parameters of the full model, where it cannot be cut."""
+
+SHIFTED = 150_000_000
+"""Parameters of a model whose copy in float64 is run."""
 
 SECONDS = 120
 """For one architecture."""
@@ -282,7 +288,7 @@ def _small_timm(name: str, full: Any) -> Any:
     import timm
 
     embedding = getattr(full, "patch_embed", None)
-    smallest = 40 if "convnext" in name else 24  # the last map must hold its 7x7 kernel
+    smallest = 48 if isinstance(find(full), MapFamily) else 24  # the last map must hold a 7x7 kernel
     side = 64 if hasattr(embedding, "backbone") else 4 * getattr(embedding, "patch_size", (smallest,))[0]
     image = {"img_size": side} if embedding is not None else {}
     tries: list[dict[str, Any]] = [{"layers": (2, 2, 2, 2)}, {"depths": (2, 2, 2, 2)}, {}]
@@ -313,13 +319,8 @@ def _problem(model: Any) -> str:
         if not difference < TOLERANCE:
             return f"the permute test after {site.name} differs by {difference:.1e}"
     first = layout.sites[0].name
-    if layout.map_size:
-        grid = dict(layout.grids())[layout.sites[0]]
-        plan = resolve_for(model, _recipe(first, f"keep_grid: [{grid[0]}, {grid[1]}]"))
-        dense, kept = model(images), attach(model, plan)(images)
-        detach(model)
-        if not torch.equal(_tensor(dense), _tensor(kept)):
-            return "a plan that keeps all changes the output"
+    if layout.map_size and (problem := _map_problem(model, family, images)):
+        return problem
     plan = resolve_for(model, _recipe(first, "drop_ratio: 0.2" if layout.map_size else "drop_ratio: 0.4"))
     compressed = attach(model, plan)
     trace = compressed.trace(images)
@@ -333,6 +334,23 @@ def _problem(model: Any) -> str:
             detach(model)
         if (counted := count_macs(given, shape)) != planned:
             return f"{planned} multiply-accumulates expected, {counted} counted"
+    return ""
+
+
+def _map_problem(model: Any, family: Family, images: Tensor) -> str:
+    """How a network of maps fails the shift test or a plan that keeps all, or nothing."""
+    layout = family.layout(model)
+    grid = dict(layout.grids())[layout.sites[0]]
+    plan = resolve_for(model, _recipe(layout.sites[0].name, f"keep_grid: [{grid[0]}, {grid[1]}]"))
+    dense, kept = model(images), attach(model, plan)(images)
+    detach(model)
+    if not torch.equal(_tensor(dense), _tensor(kept)):
+        return "a plan that keeps all changes the output"
+    sites = family.sites(model)
+    if sum(parameter.numel() for parameter in model.parameters()) <= SHIFTED:
+        for site in (sites[0], sites[len(sites) // 2]):
+            if not (difference := shift_difference(model, site)) < TOLERANCE:
+                return f"the shift test after {site.name} differs by {difference:.1e}"
     return ""
 
 

@@ -17,7 +17,18 @@ from repshift_cli.planning.resolve import resolve
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.families.base import match
 
-__all__ = ["CNNS", "SHIFT", "SIZE", "compressed_cnn", "every_site", "line_plan", "photos", "shrink", "tiny_cnn"]
+__all__ = [
+    "CNNS",
+    "SHIFT",
+    "SIZE",
+    "compressed_cnn",
+    "drawn",
+    "every_site",
+    "line_plan",
+    "photos",
+    "shrink",
+    "tiny_cnn",
+]
 
 SIZE = (97, 130)
 """Odd and not square; 25x33 positions after a stem of stride 4."""
@@ -71,8 +82,13 @@ CNNS: dict[str, tuple[str, dict[str, Any]]] = {
 def tiny_cnn(kind: str = "basic", size: Grid = SIZE, seed: int = 0, **options: Any) -> nn.Module:
     """A network of the kind (or by timm's name) in eval mode, with weights large enough that its outputs differ."""
     name, smaller = CNNS.get(kind, (kind, {}))
-    model: nn.Module = timm.create_model(name, **{"num_classes": 10, **smaller, **options})
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, *size)}
+    return drawn(timm.create_model(name, **{"num_classes": 10, **smaller, **options}), size, seed)
+
+
+def drawn(model: nn.Module, size: Grid = SIZE, seed: int = 0) -> nn.Module:
+    """The model in eval mode, with weights as in `tiny_cnn`."""
+    config: Any = getattr(model, "pretrained_cfg", {})
+    model.pretrained_cfg = {**config, "input_size": (3, *size)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for key, parameter in model.named_parameters():

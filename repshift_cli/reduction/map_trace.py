@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,21 +27,21 @@ _SIZE = (608, 736)
 """Of the images: multiples of 32 that give no usual numbers of channels, nor equal numbers of rows and columns."""
 
 _BY_POSITION = frozenset(
-    """add sub rsub mul div truediv rtruediv pow rpow neg abs sqrt rsqrt exp square clamp clamp_min maximum minimum where
-    addcmul addcdiv lerp relu relu6 gelu silu mish hardswish hardsigmoid hardtanh leaky_relu elu selu celu prelu softplus sigmoid logsigmoid
-    tanh sin cos log identity batch_norm layer_norm rms_norm group_norm instance_norm dropout dropout2d feature_dropout
-    alpha_dropout normalize softmax log_softmax to type type_as float contiguous clone detach expand expand_as
-    broadcast_to requires_grad_ zeros_like ones_like empty_like full_like cat stack chunk split tensor_split unbind
-    getitem narrow select view reshape flatten unflatten permute transpose t mt squeeze unsqueeze swapaxes movedim
-    channel_shuffle""".split()
+    """add sub rsub mul div truediv rtruediv pow rpow neg abs sqrt rsqrt exp square clamp clamp_min maximum minimum
+    where addcmul addcdiv lerp relu relu6 gelu silu mish hardswish hardsigmoid hardtanh leaky_relu elu selu celu
+    prelu softplus sigmoid logsigmoid tanh sin cos log identity batch_norm layer_norm rms_norm group_norm
+    instance_norm dropout dropout2d feature_dropout alpha_dropout normalize softmax log_softmax to type type_as
+    float contiguous clone detach expand expand_as broadcast_to requires_grad_ zeros_like ones_like empty_like
+    full_like cat stack chunk split tensor_split unbind getitem narrow select view reshape flatten unflatten
+    permute transpose t mt squeeze unsqueeze swapaxes movedim channel_shuffle""".split()  # noqa: SIM905
 )
 """Functions that compute each position from itself and from values of the whole map."""
 
-_REDUCTIONS = frozenset("mean sum amax amin max min var var_mean std norm vector_norm logsumexp prod".split())
-_PRODUCTS = frozenset("matmul bmm rmatmul".split())
+_REDUCTIONS = frozenset("mean sum amax amin max min var var_mean std norm vector_norm logsumexp prod".split())  # noqa: SIM905
+_PRODUCTS = frozenset("matmul bmm rmatmul".split())  # noqa: SIM905
 _IGNORED = frozenset(
     """get set size dim numel stride is_contiguous element_size data_ptr is_floating_point is_complex len iter repr
-    storage_offset get_device is_cuda is_meta shape ndim dtype device register_hook is_nonzero""".split()
+    storage_offset get_device is_cuda is_meta shape ndim dtype device register_hook is_nonzero""".split()  # noqa: SIM905
 )
 
 
@@ -303,32 +303,38 @@ class _Recorder(TorchFunctionMode):
         elif name in _PRODUCTS or name == "scaled_dot_product_attention":
             self._product(name, tensors, nodes, output)
         elif name in _BY_POSITION or name in _REDUCTIONS:
-            self._by_position(name, tensors, nodes, output)
+            self._by_position(name, tensors, nodes, output, kwargs.get("dim", args[1] if len(args) > 1 else None))
         else:
             raise UnsupportedError(f"{self.described} calls {name}, whose effect on a map of another size is not known")
 
-    def _by_position(self, name: str, tensors: Sequence[Tensor], nodes: Sequence[int], output: Tensor) -> None:
+    def _by_position(
+        self, name: str, tensors: Sequence[Tensor], nodes: Sequence[int], output: Tensor, dim: Any
+    ) -> None:
         known = tuple(node for node in nodes if node >= 0)
         maps = tuple(node for node in known if self.sizes[node])
-        sizes = {self.sizes[node] for node in maps}
         like = next((node for node in maps if _place(output.shape, self.sizes[node])), None)
         if like is None:
-            lines = {side for size in sizes if size for side in size}
-            if name not in _REDUCTIONS or lines & set(output.shape[1:]):
+            if name not in _REDUCTIONS or not self._over_all(tensors[0], maps[0], dim):
                 raise UnsupportedError(f"{self.described} takes maps apart: {name} to {list(output.shape[1:])}")
             self.put(output, Node(self.place, known), None)
             return
-        size = self.sizes[like]
-        assert size is not None
+        size, place = self.sizes[like], _place(output.shape, self.sizes[like])
+        assert place is not None
         same = tuple(node for node in maps if self.sizes[node] == size)
         index = self.put(output, Node(self.place, known, same, passes=name in _BY_POSITION), size)
-        behind = output.ndim - _place(output.shape, size)[0]
+        behind = output.ndim - place[0]
         for tensor, node in zip(tensors, nodes, strict=True):
-            lines = tensor.shape[-behind : tensor.ndim + _place(output.shape, size)[1] - behind]
+            lines = tensor.shape[-behind : tensor.ndim + place[1] - behind]
             if node < 0 and name not in ("cat", "stack") and tensor.ndim >= behind and math.prod(lines) != 1:
                 self.trace.fixed[index] = f"{self.described} adds or multiplies a value for each position"
         if len(same) != len(maps):
             raise UnsupportedError(f"{self.described} combines maps of different sizes")
+
+    def _over_all(self, tensor: Tensor, node: int, dim: Any) -> bool:
+        """Whether a reduction over `dim` is over all positions of a map."""
+        place = _place(tensor.shape, self.sizes[node])
+        dims = range(tensor.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
+        return place is not None and set(range(place[0], sum(place))) <= {each % tensor.ndim for each in dims}
 
     def _window(  # noqa: PLR0917
         self, name: str, tensors: Sequence[Tensor], node: int, output: Tensor, args: Any, kwargs: Any
@@ -381,8 +387,12 @@ class _Recorder(TorchFunctionMode):
         where = _place(output.shape, size)
         if where and where == _place(given["input"].shape, size):  # channels are added
             self.put(output, Node(self.place, (node,), (node,)), size)
-        elif len(amounts) == 4 and amounts[0] == amounts[1] >= 0 and amounts[2] == amounts[3] >= 0:  # noqa: PLR2004
-            window = Window(self._block_name, (1, 1), padding=(amounts[2], amounts[0]))
+        elif len(amounts) == 4 and min(amounts) >= 0:  # noqa: PLR2004
+            rows, columns = sum(amounts[2:]), sum(amounts[:2])
+            # an odd number of lines as a kernel of 2 with one more line
+            window = Window(
+                self._block_name, (1 + rows % 2, 1 + columns % 2), padding=((rows + 1) // 2, (columns + 1) // 2)
+            )
             self.put(output, Node(self.place, (node,), (node,), window), window.output(size))
         else:
             raise UnsupportedError(f"{self.described} pads by {amounts}")
@@ -414,7 +424,7 @@ class _Recorder(TorchFunctionMode):
         size = self.sizes[found.like[0]] if found.like else None
         self.put(output, found, size)
 
-    def _product_node(  # noqa: PLR0917
+    def _product_node(
         self, left: tuple[int, ...], first: int, columns: int, second: int, shape: tuple[int, ...]
     ) -> Node:
         cost = math.prod(left[:-2]) // _BATCH
@@ -443,7 +453,7 @@ class _Recorder(TorchFunctionMode):
         """Record the cost of an operation that does not depend on the image, such as positions by a convolution."""
         if name not in ("conv2d", "linear", *_PRODUCTS):
             return
-        shape = tuple(outputs[0].shape[2:])
+        shape = cast(Grid, tuple(outputs[0].shape[2:]))
         node = next((index for index in range(len(self.sizes) - 1, -1, -1) if self.sizes[index] == shape), None)
         if name != "conv2d" or node is None:
             raise UnsupportedError(f"{self.described} calls {name} on values that do not depend on the image")
@@ -469,16 +479,16 @@ class _Recorder(TorchFunctionMode):
         return next((name for name in names if self.is_block(name)), names[0] if names else "the model")
 
 
-def _place(shape: Sequence[int], size: Grid | None) -> tuple[int, int] | tuple[()]:
-    """Where in a shape the positions of a map are: the first dimension and the number of dimensions; or nothing."""
+def _place(shape: Sequence[int], size: Grid | None) -> tuple[int, int] | None:
+    """Where in a shape the positions of a map are: the first dimension and the number of dimensions."""
     if size is None:
-        return ()
+        return None
     for index in range(1, len(shape)):
         if tuple(shape[index : index + 2]) == size:
             return index, 2
         if shape[index] == math.prod(size):
             return index, 1
-    return ()
+    return None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -1,9 +1,10 @@
 """The shift test: whether anything behind a block depends on the place of its lines in the map.
 
-It is the permute test of networks of feature maps. A convolution needs its neighbours, so lines are not permuted: behind
-a block the map is rolled by some rows and columns, and every convolution and pooling pads with the lines of the other
-side of the map. Then the outputs must equal those of the map that is not rolled. If they do not, the model has a table
-of positions, windows or a layer of fixed size, and would run with fewer lines and be wrong. Random weights are enough.
+It is the permute test of networks of feature maps. A convolution needs its neighbours, so lines are not permuted:
+behind a block the map is rolled by some rows and columns, and every convolution and pooling pads with the lines of the
+other side of the map. Then the outputs must equal those of the map that is not rolled. If they do not, the model has a
+table of positions, windows or a layer of fixed size, and would run with fewer lines and be wrong. Random weights are
+enough.
 """
 
 from __future__ import annotations

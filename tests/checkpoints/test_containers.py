@@ -420,7 +420,6 @@ class TestImageSize:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("efficientnet_b0", "EfficientNet"),
         ("swin_tiny_patch4_window7_224", "Swin Transformer"),
         ("swinv2_tiny_window8_256", "Swin Transformer V2"),
     ],

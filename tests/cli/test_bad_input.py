@@ -79,7 +79,7 @@ def damaged(path: Path, kind: str) -> Path:
     elif kind == "pickle":
         torch.save({"model": state, "args": Payload(path.parent / "marker")}, path)
     elif kind == "other":
-        save_weights(timm.create_model("test_efficientnet"), path)
+        save_file({"trunk_output.block1.block1-0.f.a.0.weight": torch.zeros(8, 4)}, path)
     elif kind == "several":
         save_weights(timm.create_model("resnet18"), path)
     elif kind == "no_name":
@@ -111,7 +111,7 @@ CHECKPOINTS = [
     ("truncated_torch", ["is not a PyTorch weights file, or is damaged"]),
     ("text", ["is not a safetensors file, or is damaged"]),
     ("pickle", ["which could run code when loaded"]),
-    ("other", ["looks like an EfficientNet, a MobileNet or a similar network, which is not", "Supported are"]),
+    ("other", ["looks like a RegNet of torchvision, which is not supported", "Supported are"]),
     ("several", ["several models have exactly these tensors", "resnet18, resnetblur18", "--model"]),
     ("no_name", ["it looks like a ResNet with stages of 1, 1, 2, 1 blocks, but no timm model has these", "--model"]),
     ("vim", ["looks like a Vision Mamba that is not supported: it reads the tokens in one direction only"]),

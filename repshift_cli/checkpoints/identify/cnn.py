@@ -1,4 +1,4 @@
-"""timm's ResNet, ConvNeXt and RegNet.
+"""timm's ResNet, ConvNeXt and RegNet, and by the names of their tensors all other networks of maps.
 
 A model has up to a hundred blocks, and timm has dozens of models of each kind. Cheap comparisons come first: a model
 with one block per stage, or timm's table of depths. Only the models that are left are built in full.
@@ -6,10 +6,14 @@ with one block per stage, or timm's table of depths. Only the models that are le
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +60,45 @@ class Kind:
             if match:
                 found.setdefault(match["stage"], set()).add(match["block"])
         return {stage: len(blocks) for stage, blocks in sorted(found.items())}
+
+
+def names_digest(names: Iterable[str]) -> str:
+    """A number for the names of all tensors, without counters."""
+    text = "\n".join(sorted(name for name in names if not name.endswith(_COUNTER)))
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+@cache
+def _digests() -> dict[str, list[str]]:
+    """Models of timm by `names_digest` (`scripts/timm_maps.py`), likely ones first."""
+    found: dict[str, list[str]] = json.loads(files("repshift_cli").joinpath("assets/timm_maps.json").read_text("utf-8"))
+    return found
+
+
+def registered(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of other networks of maps whose tensors have these names."""
+    return _digests().get(names_digest(tensors), [])
+
+
+def identify_registered(tensors: Mapping[str, Tensor], where: str, heads: int | None, hint: str) -> Identity:
+    """Find one of the `registered` models; errors as `match.identify`."""
+    if heads is not None:
+        raise CheckpointError(f"{where}: --heads is for transformers", "Leave --heads out.")
+    names = [name for name in registered(tensors) if _is_known(name)]
+    fitting = _agreeing(names, tensors)
+    if not fitting:
+        raise CheckpointError(
+            f"{where}: its tensors have the names of {', '.join(names[:_SHOWN_TAGS]) or 'no installed model'}, but "
+            "other shapes",
+            "Name the model with --model, and what differs with --model-args.",
+        )
+    return _chosen(fitting, tensors, where, hint)
+
+
+def _is_known(name: str) -> bool:
+    import timm
+
+    return bool(timm.is_model(name))
 
 
 def kind_of(tensors: Mapping[str, Tensor]) -> Kind | None:

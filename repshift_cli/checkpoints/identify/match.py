@@ -33,6 +33,7 @@ _FIRST_CONVOLUTIONS = (
     "stem.weight",
     "stem.0.weight",
     "stem.conv.weight",
+    "conv_stem.weight",
     "downsample_layers.0.0.weight",
 )
 
@@ -87,13 +88,15 @@ def _by_tensors(  # noqa: PLR0917
     given: Mapping[str, Any],
 ) -> Identity:
     """The model of tensors that nothing names."""
-    kind = cnn.kind_of(tensors)
-    if given and (umt.recognises(tensors) or vim.recognises(tensors) or kind):
+    kind, named = cnn.kind_of(tensors), cnn.registered(tensors)
+    if given and (umt.recognises(tensors) or vim.recognises(tensors) or kind or named):
         raise UsageError("--model-args: the name of the model is not known", "Give --model.")
     if umt.recognises(tensors):
         return umt.identify(tensors, where, options)
     if vim.recognises(tensors):
         return vim.identify(tensors, where, options)
+    if named:
+        return cnn.identify_registered(tensors, where, options.heads, hint)
     if error := known_kind(tensors, where):
         raise error
     if kind:
@@ -105,7 +108,7 @@ def _by_tensors(  # noqa: PLR0917
 def _recognised(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The tensors without names that all keys start with (`module.`, `backbone.`), until they are recognised."""
     own = [library.recognises for library in libraries()]
-    kinds = (umt.recognises, vim.recognises, cnn.kind_of, vit.recognises, timm_transformer.recognises)
+    kinds = (umt.recognises, vim.recognises, cnn.kind_of, cnn.registered, vit.recognises, timm_transformer.recognises)
     known = (*own, *kinds, is_unsupported)
     while not any(recognises(tensors) for recognises in known):
         outer = {key.partition(".")[::2] for key in tensors}

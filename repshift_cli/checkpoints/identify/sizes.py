@@ -16,7 +16,11 @@ from repshift_cli.reduction.families.transformer import tower_of
 HEAD_SIZE = 64
 """Channels per head in nearly every ViT (Dosovitskiy et al. 2021, table 1)."""
 
-_HEADS = ("head.weight", "fc.weight", "head.fc.weight", "visual.head.proj.weight", "visual.head.mlp.fc2.weight")
+_HEADS = (
+    *("head.weight", "fc.weight", "head.fc.weight", "visual.head.proj.weight", "visual.head.mlp.fc2.weight"),
+    *("classifier.weight", "head.fc.fc2.weight", "head.l.weight", "last_linear.weight", "head.head.l.weight"),
+    *("head.conv.weight",),
+)
 """Keys of the classifier."""
 
 

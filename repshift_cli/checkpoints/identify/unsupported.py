@@ -13,7 +13,7 @@ _KINDS = {
     "layers.0.blocks.0.attn.relative_position_bias_table": "a Swin Transformer, whose windows need the whole grid",
     "layers.0.blocks.0.attn.logit_scale": "a Swin Transformer V2, whose windows need the whole grid",
     "rope_embed.periods": "a DINOv3 model, whose rotary positions need the whole grid",
-    "conv_stem.weight": "an EfficientNet, a MobileNet or a similar network",
+    "conv_stem.weight": "an EfficientNet, a MobileNet or a similar network of a shape that timm does not have",
     "resnet.embedder.embedder.convolution.weight": "a ResNet of the transformers library",
     "features.1.0.block.0.weight": "a ConvNeXt or another model of torchvision",
     "trunk_output.block1.block1-0.f.a.0.weight": "a RegNet of torchvision",

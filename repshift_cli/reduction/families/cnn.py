@@ -131,9 +131,9 @@ class MapFamily(Family):
     def _network(self, model: Any) -> _Network:
         pattern = self.blocks(model)
         assert pattern is not None
-        parts = tuple(map(id, model.modules()))
+        parts = list(model.modules())[1:]
         found = _TRACED.get(model)
-        if found is None or found.parts != parts:
+        if found is None or not _same(found.parts, parts):
             found = _TRACED[model] = _Network.of(trace(model, block_names(pattern)), parts)
         return found
 
@@ -169,15 +169,15 @@ class MapNetwork(MapFamily):
 
 
 class _Network(NamedTuple):
-    """What the trace of a model gives, and the ids of the modules that it was made of."""
+    """What the trace of a model gives, and the modules that it was made of."""
 
     trace: MapTrace
     sites: list[Block]
     barred: dict[str, str]
-    parts: tuple[int, ...]
+    parts: list[nn.Module]
 
     @classmethod
-    def of(cls, traced: MapTrace, parts: tuple[int, ...]) -> _Network:
+    def of(cls, traced: MapTrace, parts: list[nn.Module]) -> _Network:
         sites: list[Block] = []
         barred: dict[str, str] = {}
         for block in traced.blocks:
@@ -196,6 +196,10 @@ class _Network(NamedTuple):
         return (
             f"nothing can be dropped after any of its blocks, for most of them since {max(reasons, key=reasons.count)}"
         )
+
+
+def _same(before: list[nn.Module], now: list[nn.Module]) -> bool:
+    return len(before) == len(now) and all(one is other for one, other in zip(before, now, strict=True))
 
 
 _TRACED: WeakKeyDictionary[nn.Module, _Network] = WeakKeyDictionary()

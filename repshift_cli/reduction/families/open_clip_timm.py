@@ -12,11 +12,11 @@ from repshift_cli.models.tensor_model import library_model, library_of_class
 from repshift_cli.planning.layout import Layout, PatchGrid
 from repshift_cli.planning.plan import Plan
 from repshift_cli.reduction.families.base import ATTENTION_TENSORS, Family, Site, TensorEdit, weight_count
-from repshift_cli.reduction.families.cnn import ResidualCNN
+from repshift_cli.reduction.families.cnn import MapFamily, MapNetwork, ResidualCNN
 from repshift_cli.reduction.families.timm_vit import TimmViT
 from repshift_cli.reduction.stream import Stream
 
-_FAMILIES: tuple[Family, ...] = (TimmViT(), ResidualCNN())
+_FAMILIES: tuple[Family, ...] = (TimmViT(), ResidualCNN(), MapNetwork())
 
 
 class OpenClipTimm(Family):
@@ -36,7 +36,7 @@ class OpenClipTimm(Family):
         if hasattr(tower.head, "pool"):
             return "its head pools all positions of the map by attention"
         size = (getattr(tower.trunk, "pretrained_cfg", None) or {}).get("input_size", (0, 0, 0))[1:]
-        if isinstance(family, ResidualCNN) and tuple(size) != tuple(tower.image_size):
+        if isinstance(family, MapFamily) and tuple(size) != tuple(tower.image_size):
             return f"its trunk is described for images of {size} and the model for {tuple(tower.image_size)}"
         return family.refusal(tower.trunk)
 

@@ -365,3 +365,27 @@ class TestImageSize:
         save_file(dict(timm.create_model("test_vit").state_dict()), tmp_path / "v.safetensors", metadata)
         with pytest.raises(CheckpointError, match="names images of 64x64, but the model takes 160x160"):
             load_checkpoint(tmp_path / "v.safetensors")
+
+
+class TestOtherNetworksOfMaps:
+    @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_byobnet", "ghostnet_050", "resnest14d"])
+    def test_they_are_detected_by_the_names_of_their_tensors(self, name: str) -> None:
+        identity = found(weights_of(name, num_classes=5))
+        assert (identity.name, identity.args) == (name, {"num_classes": 5})
+
+    def test_several_that_fit_are_listed(self) -> None:
+        error = refusal(weights_of("efficientnet_b0"))
+        assert "compute different things: efficientnet_b0, " in error.message
+        assert "tf_efficientnet_b0" in error.message
+        assert found(weights_of("efficientnet_b0"), "tf_efficientnet_b0-0af12548").name == "tf_efficientnet_b0"
+
+    def test_other_shapes_and_heads(self) -> None:
+        tensors = weights_of("test_byobnet") | {"stem.conv.weight": torch.zeros(7, 3, 3, 3)}
+        assert "its tensors have the names of test_byobnet, but other shapes" in refusal(tensors).message
+        with pytest.raises(CheckpointError, match="--heads is for transformers"):
+            identify(weights_of("test_byobnet"), "w.pth", LoadOptions(heads=3), "w")
+
+    def test_saved_and_loaded(self, tmp_path: Path) -> None:
+        model = trained("mobilenetv3_small_050")
+        loaded = load_checkpoint(save_weights(model, tmp_path / "mobilenetv3_small_050.safetensors"))
+        assert same(loaded, model)

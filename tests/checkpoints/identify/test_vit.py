@@ -226,8 +226,6 @@ class TestUnregisteredShapes:
     ("name", "message"),
     [
         ("swin_tiny_patch4_window7_224", "looks like a Swin Transformer, whose windows need the whole grid"),
-        ("resnest14d", "it looks like a ResNet with stages of 1, 1, 1, 1 blocks, but no timm model has these tensors"),
-        ("efficientnet_b0", "looks like an EfficientNet, a MobileNet or a similar network, which is not supported"),
     ],
 )
 def test_other_kinds_of_models_are_refused_with_the_reason(name: str, message: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_maps
 import tiny_umt
 import tiny_vim
 import torch
@@ -57,6 +58,10 @@ def vit(**options: Any) -> Model:
 
 def cnn(kind: str) -> Model:
     return Model(partial(tiny_cnn, kind), lambda _, count: photos(count))
+
+
+def network_of_maps(name: str) -> Model:
+    return Model(partial(tiny_maps.tiny_map, name), lambda _, count: photos(count, tiny_maps.SIZE))
 
 
 def umt(**options: Any) -> Model:
@@ -104,6 +109,7 @@ def transformer(name: str) -> Model:
 MODELS: dict[str, dict[str, Model]] = {
     "timm_vit": {name: vit(**options) for name, options in tiny.VARIANTS.items()},
     "resnet": {name: cnn(name) for name in CNNS},
+    "maps": {name: network_of_maps(name) for name in ("EfficientNet SAME", "EfficientVit")},
     "umt": {name: umt(**options) for name, options in tiny_umt.VARIANTS.items()},
     "vim": {name: vim(**options) for name, options in tiny_vim.VARIANTS.items()},
     "open_clip_timm": {
@@ -117,6 +123,7 @@ MODELS: dict[str, dict[str, Model]] = {
 FORMS = {
     "timm_vit": ["registers", "plain", "map_pooling", "qk_norm", "post_norm_block", "parallel_scaling_block"],
     "resnet": ["basic", "convnext_v2"],
+    "maps": ["EfficientNet SAME"],
     "umt": ["plain"],
     "vim": ["odd", "double"],
     "open_clip_timm": ["map_pooling"],

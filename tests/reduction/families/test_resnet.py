@@ -452,7 +452,7 @@ class TestRefusals:
             ),
             (nn.Upsample(scale_factor=2), "maxpool (Upsample) calls interpolate, whose effect"),
             (nn.AdaptiveAvgPool2d(7), "maxpool (AdaptiveAvgPool2d) pools to a map of fixed size"),
-            (nn.ZeroPad2d((1, 0, 0, 0)), "maxpool (ZeroPad2d) pads by [1, 0, 0, 0]"),
+            (nn.ZeroPad2d((-1, 0, 0, 0)), "maxpool (ZeroPad2d) pads by [-1, 0, 0, 0]"),
             (nn.Flatten(), "maxpool (Flatten) takes maps apart"),
             (Flipped(), "calls flip, whose effect"),
         ],
