@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from repshift_cli.evaluation.embeddings import Embeddings
     from repshift_cli.utils.progress import Progress
 
-_USUAL_KS = (1, 10)
 _KS = re.compile(r"[1-9][0-9]{0,3}(,[1-9][0-9]{0,3})*")
 _NPY = ".npy"
 _SUFFIXES = (_NPY, ".parquet")
@@ -69,14 +68,12 @@ class EmbeddingOptions:
             files = {"": save} | (beside if dense else {})
         for path in files.values():
             check_output(path, force)
-        return cls(images, index, _USUAL_KS if recall_at is None else _parse_ks(recall_at), files)
+        return cls(images, index, _parse_ks("1,10" if recall_at is None else recall_at), files)
 
 
 def _parse_ks(text: str) -> tuple[int, ...]:
     if not _KS.fullmatch(text):
-        raise UsageError(
-            f"invalid --recall-at {text!r}: must be numbers from 1 to 9999", "For example: --recall-at 1,10."
-        )
+        raise UsageError(f"invalid --recall-at {text!r}: must be numbers from 1 to 9999", "Such as --recall-at 1,10.")
     return tuple(sorted({int(part) for part in text.split(",")}))
 
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from repshift_cli.data.dataset import ImageDataset
 from repshift_cli.data.loader import cut_batches, default_workers, image_loader
 from repshift_cli.data.preprocessing import Preprocessing
-from repshift_cli.data.sources.folder import FileDataset
 from repshift_cli.errors import DataError, ModelError
 from repshift_cli.evaluation.common import Skipped, check_finite, explain_out_of_memory, import_pyarrow
 from repshift_cli.evaluation.models import COMPRESSED, DENSE, DenseView
@@ -31,7 +30,6 @@ from repshift_cli.utils.files import atomic_output, open_file
 from repshift_cli.utils.progress import Progress
 
 RANDOM = "random"
-SUFFIXES = (".npy", ".parquet")
 _EMBEDDING_RANK = 2
 _SAME = 1e-3
 """Largest difference of unit vectors that are the same embedding, in any dtype."""
@@ -163,7 +161,7 @@ def index_of_images(
     queries: ImageDataset, found: Embeddings, data: ImageDataset, entries: Embeddings
 ) -> EmbeddingIndex:
     """The dense embeddings of a dataset as the index; a file that is also a query is the query's own entry."""
-    if data is queries:
+    if data is queries:  # names can occur twice
         own = list(range(len(found.images)))
     else:
         place = {_identity(data, index): row for row, index in enumerate(entries.images)}
@@ -173,7 +171,7 @@ def index_of_images(
 
 def _identity(data: ImageDataset, index: int) -> str:
     name = data.sample_id(index)
-    return os.path.realpath(name) if isinstance(data, FileDataset) else f"{data.name}:{name}"
+    return os.path.realpath(name) if Path(name).exists() else f"{data.name}:{name}"
 
 
 def load_index(path: Path) -> Tensor:
@@ -188,8 +186,7 @@ def load_index(path: Path) -> Tensor:
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} is not a .npy file of embeddings: {error}") from error
     if not isinstance(array, np.ndarray) or array.ndim != _EMBEDDING_RANK or array.dtype.kind != "f":
-        shape = f"{list(array.shape)} of {array.dtype}" if isinstance(array, np.ndarray) else "several arrays"
-        raise DataError(f"{path} has {shape}: an index has floating-point numbers [images, channels]")
+        raise DataError(f"{path} is not a matrix of floating-point numbers [images, channels]")
     entries = torch.from_numpy(np.array(array, dtype=np.float32))
     if not bool(entries.isfinite().all()):
         raise DataError(f"{path} has values that are not finite")
@@ -247,9 +244,9 @@ def compare(found: Embeddings, index: EmbeddingIndex, ks: Sequence[int]) -> dict
 def save_embeddings(path: Path, embeddings: Tensor, names: Sequence[str], force: bool) -> None:
     """Write float32 `[N, C]`: `.npy`, or `.parquet` with the names of the images; errors as `atomic_output`."""
     with atomic_output(path, force) as temporary, temporary.open("wb") as stream:
-        if path.suffix == SUFFIXES[0]:
+        if path.suffix == ".npy":
             np.save(stream, embeddings.numpy())
             return
-        arrow, parquet = import_pyarrow(str(path), SUFFIXES[0])
+        arrow, parquet = import_pyarrow(str(path), ".npy")
         rows = arrow.FixedSizeListArray.from_arrays(embeddings.flatten().numpy(), embeddings.shape[1])
         parquet.write_table(arrow.table({"file": arrow.array(names), "embedding": rows}), stream)

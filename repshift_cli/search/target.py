@@ -92,9 +92,7 @@ class SearchTarget:
     @property
     def is_of_classes(self) -> bool | None:
         """Whether the target is defined for models with classes only (True), without (False), or for all (None)."""
-        if self.limits_cost:
-            return None
-        return self.kind in ("agreement", "max-drop")
+        return None if self.limits_cost else self.kind in ("agreement", "max-drop")
 
     @property
     def limits_cost(self) -> bool:

@@ -100,6 +100,10 @@ def test_an_index_of_other_images_or_of_a_file(fast: Path, folder: Path, cli: Co
     document = json.loads(cli("eval", fast, *options, "--index", folder / "photos").stdout)
     assert document["index"]["entries"] == 30
     assert document["index"]["own_left_out"]
+    limited = ("--embeddings", folder / "photos", "--limit", "7", "--json", *QUIET)
+    document = json.loads(cli("eval", fast, *limited, "--index", folder / "photos").stdout)
+    assert (document["images"], document["index"]["entries"]) == (7, 30)
+    assert document["index"]["own_left_out"]
     dense = ("eval", folder / "dense.safetensors", "--heads", "2", "--save-embeddings", tmp_path / "i.npy", *QUIET)
     saved = cli(*dense, "--embeddings", folder / "photos", "--json")
     assert saved.rc == 0, saved.stderr
@@ -143,7 +147,7 @@ def test_identical_images_are_counted(fast: Path, folder: Path, cli: Command, tm
         (["--embeddings", "PHOTOS", "--recall-at", "0"], 2, ["invalid --recall-at '0'", "--recall-at 1,10"]),
         (["--embeddings", "PHOTOS", "--index", "wide.npy"], 4, ["width 8, the model of width 64"]),
         (["--embeddings", "PHOTOS", "--index", "no.npy"], 4, ["no.npy is not a .npy file of embeddings"]),
-        (["--embeddings", "PHOTOS", "--index", "whole.npy"], 4, ["[4] of int64", "floating-point"]),
+        (["--embeddings", "PHOTOS", "--index", "whole.npy"], 4, ["is not a matrix of floating-point numbers"]),
         (["--embeddings", "PHOTOS", "--dataset", "PHOTOS"], 2, ["--dataset is not used with --embeddings"]),
         (["--embeddings", "PHOTOS", "--vocab", "v.txt"], 2, ["--vocab is not used"]),
         (["--embeddings", "PHOTOS", "--save-embeddings", "e.txt"], 2, ["unknown suffix", ".npy and .parquet"]),

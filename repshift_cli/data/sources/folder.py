@@ -299,7 +299,7 @@ def file_fingerprint(path: Path, root: Path, with_time: bool = False) -> str:
 def identical_files(data: ImageDataset) -> int:
     """Number of image files whose bytes are those of another one; only files of one size are read."""
     by_size: dict[int, list[Path]] = {}
-    for path, _ in data.samples if isinstance(data, FileDataset) else ():
+    for path in (Path(data.sample_id(index)) for index in range(len(data))):
         if path.is_file() and os.access(path, os.R_OK):
             by_size.setdefault(path.stat().st_size, []).append(path)
     digests = Counter(sha256_of(path) for group in by_size.values() if len(group) > 1 for path in group)
