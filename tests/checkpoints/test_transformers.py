@@ -178,12 +178,9 @@ def library_output(model: Any, inputs: Tensor) -> Tensor:
         result = getattr(model, "backbone", model)(inputs)
     if "feature_maps" in result:
         return torch.cat([part if part.ndim == 3 else part.flatten(2).mT for part in result.feature_maps], dim=1)
-    if name == "InternVLVisionModel":
-        return result.last_hidden_state
-    if name in FIRST:
-        return result.last_hidden_state[:, 0]
-    if name == "IJepaModel":
-        return result.last_hidden_state.mean(dim=1)
+    if name in (*FIRST, "IJepaModel", "InternVLVisionModel"):
+        tokens = result.last_hidden_state
+        return tokens[:, 0] if name in FIRST else tokens.mean(dim=1) if name == "IJepaModel" else tokens
     return next(
         found
         for key in ("logits", "image_embeds", "pooler_output")
