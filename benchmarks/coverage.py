@@ -43,7 +43,7 @@ from repshift_cli.measure.macs import count_macs
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.compressed_model import attach, detach
 from repshift_cli.reduction.families.base import Family, find, match
-from repshift_cli.reduction.families.cnn import MapFamily
+from repshift_cli.reduction.families.maps import MapFamily
 from repshift_cli.reduction.permute import TOLERANCE, permute_difference
 from repshift_cli.reduction.plans import resolve_for
 from repshift_cli.reduction.shift import shift_difference

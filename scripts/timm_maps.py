@@ -14,7 +14,7 @@ import timm
 
 from repshift_cli.checkpoints.create import quickly_on_meta
 from repshift_cli.checkpoints.identify.cnn import names_digest
-from repshift_cli.reduction.families.cnn import MapNetwork
+from repshift_cli.reduction.families.maps import MapNetwork
 
 PATH = Path(__file__).resolve().parent.parent / "repshift_cli" / "assets" / "timm_maps.json"
 

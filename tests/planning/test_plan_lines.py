@@ -146,7 +146,7 @@ class TestErrors:
             (
                 "regnet_z",
                 LAYERS % "s2.b1",
-                "nothing can be dropped after s2.b1: it has no shortcut",
+                "nothing can be dropped after s2.b1: its output differs in size",
                 "Possible are s2.b2",
             ),
             ("basic", LAYERS % "layer1.3", "the model has no layer layer1.3", "Did you mean layer1.1?"),

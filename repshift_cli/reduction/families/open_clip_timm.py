@@ -12,7 +12,8 @@ from repshift_cli.models.tensor_model import library_model, library_of_class
 from repshift_cli.planning.layout import Layout, PatchGrid
 from repshift_cli.planning.plan import Plan
 from repshift_cli.reduction.families.base import ATTENTION_TENSORS, Family, Site, TensorEdit, weight_count
-from repshift_cli.reduction.families.cnn import MapFamily, MapNetwork, ResidualCNN
+from repshift_cli.reduction.families.maps import MapFamily, MapNetwork
+from repshift_cli.reduction.families.resnet import ResidualCNN
 from repshift_cli.reduction.families.timm_vit import TimmViT
 from repshift_cli.reduction.stream import Stream
 

@@ -1,4 +1,4 @@
-"""Specs of torchvision; its ResNet is in `families/cnn.py`."""
+"""Specs of torchvision; its ResNet is in `families/resnet.py`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from repshift_cli.checkpoints.create import quickly_on_meta
 from repshift_cli.errors import ModelError, RecipeError
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
-from repshift_cli.reduction.families import cnn
+from repshift_cli.reduction.families import maps
 from repshift_cli.reduction.families.base import Site, match
 from repshift_cli.reduction.permute import TOLERANCE
 from repshift_cli.reduction.shift import shift_difference
@@ -93,7 +93,7 @@ def check_cut_by_hand(model: nn.Module) -> None:
 
 
 def test_every_class_has_a_model_here() -> None:
-    classes = {name for names in cnn._BLOCKS.values() for name in names.split()}
+    classes = {name for names in maps._BLOCKS.values() for name in names.split()}
     assert {kind for _, kind, _ in MODELS.values()} == classes
 
 

@@ -14,11 +14,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
-from timm.models.convnext import ConvNeXt
-from timm.models.regnet import RegNet
-from timm.models.resnet import ResNet
 from torch import Tensor, nn
-from torchvision.models import resnet as torchvision_resnet
 
 from repshift_cli.errors import UsageError
 from repshift_cli.ops.tokens import keep_lines
@@ -136,21 +132,6 @@ class MapFamily(Family):
         if found is None or not _same(found.parts, parts):
             found = _TRACED[model] = _Network.of(trace(model, block_names(pattern)), parts)
         return found
-
-
-class ResidualCNN(MapFamily):
-    """ResNet, ConvNeXt and RegNet."""
-
-    name: ClassVar[str] = "resnet"
-    covers: ClassVar[str] = "timm's ResNet, ResNeXt, Res2Net, ResNeSt, ConvNeXt and RegNet, and torchvision's ResNet"
-    format_version: ClassVar[int] = 2
-
-    def blocks(self, model: Any) -> str | None:
-        if isinstance(model, ResNet | torchvision_resnet.ResNet):
-            return "layer*.*"
-        if isinstance(model, ConvNeXt):
-            return "stages.*.blocks.*"
-        return "s1.* s2.* s3.* s4.*" if isinstance(model, RegNet) else None
 
 
 class MapNetwork(MapFamily):
