@@ -249,6 +249,5 @@ REFUSED: Mapping[str, str] = {
     "YolosModel": "has detection tokens behind its patch tokens, where a spec expects none",
     "Qwen2_5_VisionTransformerPretrainedModel": "attends in windows and merges 2x2 tokens, which need all of them",
     "DINOv3ViTBackbone": "returns feature maps, which need all tokens",
-    "BeitBackbone": "returns feature maps, which need all tokens",
 }
 """Why modules of these classes are not supported."""
