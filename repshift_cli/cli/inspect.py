@@ -105,7 +105,7 @@ def _tokens(layout: Layout, plan: Plan | None) -> dict[int, int]:
 
 def _show(document: dict[str, Any], preprocessing: Any) -> None:
     model = document["model"]
-    head = "no head" if model["classes"] is None else f"{model['classes']} classes"
+    head = f"{model['classes']} classes" if model["classes"] else "no head"
     ui.print_text(f"model    {model['name']} ({model['family']}), {model['params']:,} parameters, {head}")
     ui.print_text(f"input    {preprocessing}")
     prefix, patches = document["prefix_tokens"], document["patch_tokens"]
