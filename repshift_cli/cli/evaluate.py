@@ -21,6 +21,7 @@ from repshift_cli.cli.evaluate_video import (
     evaluate_videos,
     refuse_videos,
 )
+from repshift_cli.cli.evaluate_zero_shot import ZeroShotOptions
 from repshift_cli.cli.options import Pooling
 from repshift_cli.cli.show.evaluate import (
     announce_dataset,
@@ -192,15 +193,31 @@ def command(
             "of the dense model go to FILE_dense.",
         ),
     ] = None,
+    class_names: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Models with a text tower (CLIP, SigLIP): classify zero-shot. The file has one class name per line.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Text of a class, with {} for its name (default: a photo of a {}.). Repeated: their mean.",
+            show_default=False,
+        ),
+    ] = None,
     json: options.AsJson = False,
 ) -> None:
     """Measure accuracy on a labelled dataset.
 
     For video-text models: retrieval in both directions, or question answering. For encoders without a head: how near
-    the embeddings are to the dense ones (--embeddings).
+    the embeddings are to the dense ones (--embeddings). For models with a text tower: zero-shot (--class-names).
     """
     with rank_zero_errors():
         of_embeddings = EmbeddingOptions.of(embeddings, index, recall_at, save_embeddings, compare_dense, force)
+        zero_shot = ZeroShotOptions.of(class_names, prompt, embeddings)
         predictions = _prediction_paths(save_predictions, compare_dense, force)
         if of_embeddings is None:
             dataset = _dataset_of(model, dataset, annotations)
@@ -219,7 +236,19 @@ def command(
             "attention": attention.value,
         }
         given = EvalOptions(
-            model, dataset, data_dir, order, limit, seed, compare_dense, resume, predictions, force, json, settings
+            model,
+            dataset,
+            data_dir,
+            order,
+            limit,
+            seed,
+            compare_dense,
+            resume,
+            predictions,
+            force,
+            json,
+            settings,
+            zero_shot,
         )
         video = VideoOptions(annotations, videos, answers, vocab, rerank, rerank_k, paragraph, pooling)
         screen = screen_of_first()
@@ -230,7 +259,7 @@ def command(
             of_images = opened.loaded.description.preprocessing.frames is None
             if of_embeddings is not None:
                 evaluate_embeddings(opened, given, video, of_embeddings, screen)
-            elif of_images or getattr(opened.loaded.model, "num_classes", None):
+            elif of_images or zero_shot or getattr(opened.loaded.model, "num_classes", None):
                 _evaluate_images(opened, given, video, screen, group)
             else:
                 evaluate_videos(opened, given, video, screen)
@@ -246,6 +275,8 @@ def _evaluate_images(
     settings = given.settings | {"batch_size": given.settings["batch_size"] or usual}
     models, labelled = group.agreed(lambda: _open_images(opened, given, video))
     labelled.info.report(screen)
+    if given.zero_shot:
+        given.zero_shot.note_order(labelled, screen)
     if not given.json and group.is_first:
         # with predictions to save, the run continues although nothing can be printed
         with suppress(*(OSError, OutputError) if given.predictions else ()):
@@ -254,7 +285,7 @@ def _evaluate_images(
         models,
         labelled,
         opened.loaded.description.preprocessing,
-        num_classes=head_size(opened.loaded.model),
+        num_classes=head_size(next(iter(models.values())) if given.zero_shot else opened.loaded.model),
         progress=screen,
         group=group,
         resume=given.resume,
@@ -282,10 +313,15 @@ def _open_images(
     from repshift_cli.evaluation.models import head_size, models_of
     from repshift_cli.models.tensor_model import class_names
 
+    if given.zero_shot:
+        encoders = models_of(opened, given.compare_dense, given.name)
+        models = given.zero_shot.classifiers(encoders, opened, given.name, given.settings["device"])
     clips = opened.loaded.description.preprocessing.frames is not None
     refuse_videos(given.name, given.dataset, video, "labelled videos" if clips else "images")
     assert given.dataset is not None
     data = open_dataset(given.dataset, given.data_dir, given.limit, given.seed, given.order, clips=clips)
+    if given.zero_shot:
+        return models, data.for_head(len(given.zero_shot.names), given.zero_shot.names)
     labelled = data.for_head(head_size(opened.loaded.model), class_names(opened.loaded.model))
     return models_of(opened, given.compare_dense, given.name), labelled
 

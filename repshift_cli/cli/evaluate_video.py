@@ -25,6 +25,7 @@ from repshift_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import Opened
+    from repshift_cli.cli.evaluate_zero_shot import ZeroShotOptions
     from repshift_cli.data.video.annotations import Task
     from repshift_cli.utils.progress import Progress
 
@@ -52,6 +53,7 @@ class EvalOptions:
     force: bool
     json: bool
     settings: dict[str, Any]
+    zero_shot: ZeroShotOptions | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from repshift_cli.checkpoints.identify.identity import Identity
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import LoadOptions
+from repshift_cli.checkpoints.texts import TextTower, embed_texts
 from repshift_cli.data.preprocessing import Preprocessing
-from repshift_cli.errors import CheckpointError
+from repshift_cli.errors import CheckpointError, ModelError
 from repshift_cli.planning.registry import members
 
 
@@ -93,6 +94,14 @@ class Library(ABC):
         """
         return None
 
+    def text_tower(self, loaded: LoadedModel) -> TextTower | None:
+        """The text tower of a model, with the tokenizer of its folder; None if it has none.
+
+        Raises:
+            CheckpointError: the tokenizer is missing or damaged.
+        """
+        return None
+
     def write(self, folder: Path, loaded: LoadedModel, document: Mapping[str, Any]) -> None:
         """Write a compressed model into an empty folder, in the form of the library: for one that has a `config`.
 
@@ -121,3 +130,20 @@ def library_of(architecture: str | None) -> Library | None:
     """The library that builds an architecture, None for those of `checkpoints.create`."""
     name = (architecture or "").partition(":")[0] if ":" in (architecture or "") else ""
     return next((library for library in libraries() if library.name == name), None)
+
+
+def encode_texts(loaded: LoadedModel, texts: Sequence[str]) -> Tensor:
+    """The embeddings of different texts by the text tower of a model, `[K, C]` in its dtype.
+
+    Raises:
+        ModelError: it has no text tower.
+        CheckpointError: tokenizer files are missing in its folder, or as `texts.embed_texts`.
+    """
+    library, where = library_of(loaded.description.architecture), loaded.source.path or loaded.description.name
+    tower = None if library is None else library.text_tower(loaded)
+    if tower is None:
+        raise ModelError(
+            f"{where} has no text tower of CLIP or SigLIP",
+            "Supported: folders of CLIPModel and SiglipModel (transformers), folders and files of open_clip.",
+        )
+    return embed_texts(tower, texts, next(loaded.model.parameters()).device, where)

@@ -28,10 +28,11 @@ from repshift_cli.checkpoints.load import note_assumed
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import PREPROCESSING, LoadOptions
 from repshift_cli.checkpoints.schema import describe
+from repshift_cli.checkpoints.texts import TextTower, tokenizer_folder
 from repshift_cli.checkpoints.weights import Source, Weights, read_weights
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, UsageError, first_line
-from repshift_cli.models.tensor_model import TensorModel
+from repshift_cli.models.tensor_model import TensorModel, library_model
 from repshift_cli.reduction.families.base import find
 from repshift_cli.reduction.families.transformer import output_of
 from repshift_cli.utils.suggest import first_names
@@ -53,8 +54,13 @@ _SETTINGS = frozenset(
 _WITHOUT_EFFECT = ("patch_dropout", "output_tokens", "timm_drop", "timm_drop_path", "timm_model_pretrained")
 """Settings of the image tower that change no output in eval mode."""
 
+_CLEANING = frozenset({"clean", "strip_sep_token"})
+"""Settings of a tokenizer that name no file and no code."""
+
 _CROPS = {"shortest": "center", "squash": "squash", "longest": "border"}
 _MOST_CONTEXT = 4096
+_CONTEXT, _WORDS = 77, 49408
+"""The defaults of a text tower."""
 
 
 class OpenClip(Library):
@@ -145,6 +151,28 @@ class OpenClip(Library):
         check_heads(_on_meta(config, name, where), name, options.heads, where)
         preprocessing = _preprocessing(_image_size(config), _preprocessing_of(name), where, notes)
         return Identity(name, f"{self.name}:{name}", {"model_cfg": config}, preprocessing, dict(tensors), notes)
+
+    def text_tower(self, loaded: LoadedModel) -> TextTower | None:
+        inner, text = library_model(loaded.model), loaded.description.args["model_cfg"]["text_cfg"]
+        hub = text.get("hf_tokenizer_name")
+        folder = tokenizer_folder(loaded) if hub else None
+        settings = dict(text.get("tokenizer_kwargs") or {})
+        if unknown := sorted(settings.keys() - _CLEANING):
+            raise CheckpointError(f"{loaded.source.path}: unknown keys in tokenizer_kwargs: {first_names(unknown)}")
+
+        def tokenize(texts: list[str]) -> Tensor:
+            from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+            length = text.get("context_length", _CONTEXT)
+            if folder is None:
+                tokens: Tensor = SimpleTokenizer(context_length=length, **settings)(texts)
+            else:
+                local: Any = {"local_files_only": True, "trust_remote_code": False, **settings}
+                mode = text.get("tokenizer_mode")
+                tokens = HFTokenizer(str(folder), context_length=length, tokenizer_mode=mode, **local)(texts)
+            return tokens
+
+        return TextTower(tokenize, inner.encode_text, text.get("vocab_size", _WORDS))
 
     def write(self, folder: Path, loaded: LoadedModel, document: Mapping[str, Any]) -> None:
         write_tensors(folder / _WEIGHTS, loaded.tensors, document)

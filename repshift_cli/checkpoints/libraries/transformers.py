@@ -27,6 +27,7 @@ from repshift_cli.checkpoints.load import note_assumed, read_folder_weights
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import PREPROCESSING, LoadOptions
 from repshift_cli.checkpoints.schema import describe
+from repshift_cli.checkpoints.texts import TextTower, tokenizer_folder
 from repshift_cli.checkpoints.towers import ALONE, check_tower, read_tower, tower_config, tower_of_folder
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, OutputError, UsageError, first_line
@@ -140,6 +141,30 @@ class Transformers(Library):
         if computation(rebuilt.inner) != computation(inner):
             raise CheckpointError(f"the {name} does not compute what its configuration describes: it was changed")
         return ModelDescription(name, f"{self.name}:{name}", {"config": config}, preprocessing)
+
+    def text_tower(self, loaded: LoadedModel) -> TextTower | None:
+        inner = library_model(loaded.model)
+        if not hasattr(inner, "get_text_features"):
+            return None
+        folder, config = tokenizer_folder(loaded), inner.config.text_config
+        # SigLIP is trained on texts of one length, without a mask
+        padding = "max_length" if config.model_type.startswith("siglip") else "longest"
+
+        def tokenize(texts: list[str]) -> Tensor:
+            from transformers import AutoTokenizer
+
+            with _quiet():
+                made = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+                length = config.max_position_embeddings
+                found = made(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt")
+            tokens: Tensor = found["input_ids"]
+            return tokens
+
+        def encode(tokens: Tensor) -> Tensor:
+            embeddings: Tensor = inner.get_text_features(input_ids=tokens).pooler_output
+            return embeddings
+
+        return TextTower(tokenize, encode, config.vocab_size)
 
     def write(self, folder: Path, loaded: LoadedModel, document: Mapping[str, Any]) -> None:
         config, source = loaded.description.args["config"], loaded.source

@@ -155,11 +155,19 @@ def class_list(order: str | None) -> tuple[str, ...]:
     """
     if order in {None, NATURAL, TEXT}:
         return ()
-    path = Path(str(order)).expanduser()
+    return names_of_file(Path(str(order)).expanduser(), "--class-order", f"{NATURAL}, {TEXT}, or ")
+
+
+def names_of_file(path: Path, option: str, others: str = "") -> tuple[str, ...]:
+    """The names in a file of classes, one per line; `option` and its `others` values are for messages.
+
+    Raises:
+        DataError: it cannot be read, or has an empty line or a name twice.
+    """
     try:
         names = tuple(line.strip() for line in read_text(path, encoding="utf-8-sig").rstrip().split("\n"))
     except (OSError, UnicodeDecodeError) as error:
-        hint = f"Give {NATURAL}, {TEXT}, or a file with one class name per line to --class-order."
+        hint = f"Give {others}a file with one class name per line to {option}."
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"the list of classes {path} cannot be read: {reason}", hint) from error
     if twice := [name for name, count in Counter(names).items() if count > 1 or not name]:

@@ -1,0 +1,65 @@
+"""`repshift eval --class-names`: the classes of a model of images and texts are the names in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from repshift_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from repshift_cli.checkpoints.artifact import Opened
+    from repshift_cli.data.dataset import ImageDataset
+    from repshift_cli.utils.progress import Progress
+
+_PROMPT = "a photo of a {}."
+
+
+@dataclass(frozen=True)
+class ZeroShotOptions:
+    """The names of the classes, in the order of the outputs, and the prompts, each with `{}` for the name."""
+
+    file: Path
+    names: tuple[str, ...]
+    prompts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, file: Path | None, prompts: list[str] | None, embeddings: str | None) -> ZeroShotOptions | None:
+        """The checked options, None without `--class-names`; raises UsageError, and DataError for an invalid file."""
+        from repshift_cli.data.sources.class_labels import names_of_file
+
+        if file is None:
+            if prompts:
+                raise UsageError("--prompt needs --class-names", "Add --class-names FILE.")
+            return None
+        if embeddings is not None:
+            raise UsageError("--class-names is not used with --embeddings", "Leave one of them out.")
+        if wrong := [prompt for prompt in prompts or () if "{}" not in prompt]:
+            raise UsageError(f"invalid --prompt {wrong[0]!r}: it has no {{}}", f'Such as --prompt "{_PROMPT}".')
+        return cls(file, names_of_file(file, "--class-names"), tuple(dict.fromkeys(prompts or (_PROMPT,))))
+
+    def classifiers(
+        self, models: Mapping[str, nn.Module], opened: Opened, name: str, device: torch.device
+    ) -> dict[str, nn.Module]:
+        """The models with the same embeddings of the classes; raises UsageError for a model with classes."""
+        from repshift_cli.evaluation.zero_shot import ZeroShotClassifier, class_embeddings
+
+        if classes := int(getattr(opened.loaded.model, "num_classes", 0) or 0):
+            raise UsageError(f"--class-names: {name} has a head of {classes} classes", "Leave --class-names out.")
+        opened.loaded.model.to(device)
+        found = class_embeddings(opened.loaded, self.names, self.prompts)
+        texts = (*self.names, "", *self.prompts)
+        return {key: ZeroShotClassifier(model, found, texts) for key, model in models.items()}
+
+    def note_order(self, data: ImageDataset, screen: Progress) -> None:
+        """Print which class is which name, where they are matched by their order."""
+        from repshift_cli.data.sources.class_labels import MODEL
+
+        if data.info.class_order != MODEL and data.classes and len(data.classes) == len(self.names):
+            pairs = [f"{label} is {name!r}" for label, name in zip(data.classes, self.names, strict=True)]
+            screen.note(f"classes of {data.name} and lines of {self.file} are matched by order: {', '.join(pairs[:3])}")
