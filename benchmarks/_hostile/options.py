@@ -47,6 +47,8 @@ _CHOSEN = {
     "--save-predictions": ("o.npz", "o.parquet", "o.txt", ".npz", "o"),
     "--save-embeddings": ("o.npy", "o.parquet", "o.txt", ".npy", "o"),
     "--index": ("missing.npy", "file.txt", "folder"),
+    "--prompt": ("{}", "a {}.", "{0.__class__}"),
+    "--class-names": ("missing.txt", "folder"),
     "--recall-at": ("1,10", "0", "1,", "1e3"),
     "--plot": ("o.png", "o.pdf", "o.jpg", ".svg", "o"),
     "--export": ("onnx", "hub", "x"),

@@ -321,7 +321,7 @@ def _open_images(
     assert given.dataset is not None
     data = open_dataset(given.dataset, given.data_dir, given.limit, given.seed, given.order, clips=clips)
     if given.zero_shot:
-        return models, data.for_head(len(given.zero_shot.names), given.zero_shot.names)
+        return models, given.zero_shot.labelled(data)
     labelled = data.for_head(head_size(opened.loaded.model), class_names(opened.loaded.model))
     return models_of(opened, given.compare_dense, given.name), labelled
 

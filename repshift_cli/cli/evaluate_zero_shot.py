@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from repshift_cli.errors import UsageError
+from repshift_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -56,10 +56,20 @@ class ZeroShotOptions:
         texts = (*self.names, "", *self.prompts)
         return {key: ZeroShotClassifier(model, found, texts) for key, model in models.items()}
 
+    def labelled(self, data: ImageDataset) -> ImageDataset:
+        """The images with labels by the names; raises DataError for another number of classes."""
+        found = data.for_head(len(self.names), self.names)
+        if found.classes is not None and len(found.classes) != len(self.names):
+            raise DataError(
+                f"{data.name} has {len(found.classes)} classes, but {self.file} has {len(self.names)} class names",
+                "Give one name per class folder, in the order of the labels, or the names of the folders.",
+            )
+        return found
+
     def note_order(self, data: ImageDataset, screen: Progress) -> None:
         """Print which class is which name, where they are matched by their order."""
         from repshift_cli.data.sources.class_labels import MODEL
 
-        if data.info.class_order != MODEL and data.classes and len(data.classes) == len(self.names):
+        if data.info.class_order != MODEL and data.classes:
             pairs = [f"{label} is {name!r}" for label, name in zip(data.classes, self.names, strict=True)]
             screen.note(f"classes of {data.name} and lines of {self.file} are matched by order: {', '.join(pairs[:3])}")
