@@ -96,20 +96,26 @@ def test_logits_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
 
 
 def test_of_several_prompts_the_mean_is_that_of_open_clip(tmp_path: Path) -> None:
-    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    """With the tokenizer of open_clip, and with one of transformers in the folder."""
+    sizes = {"context_length": 32, "width": 16, "heads": 2, "layers": 1}
+    other = {"vocab_size": 64, "pool_type": "last", "hf_tokenizer_name": "nobody/nothing"}
     vision = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
-    config: dict[str, Any] = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**config).eval()
-    (tmp_path / "m").mkdir()
-    save_file(model.state_dict(), tmp_path / "m" / "open_clip_model.safetensors")
-    (tmp_path / "m" / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    loaded = load_checkpoint(tmp_path / "m")
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'm'}")
-    wanted = open_clip.build_zero_shot_classifier(model, tokenizer, NAMES, PROMPTS).mT
-    found = class_embeddings(loaded, NAMES, PROMPTS)
-    torch.testing.assert_close(normalize(found, dim=-1), wanted, atol=1e-5, rtol=1e-4)
-    assert float(found.norm(dim=-1).mean()) == pytest.approx(float(model.logit_scale.detach().exp()), rel=1e-5)
+    for folder, text in (tmp_path / "own", {"vocab_size": 49408}), (tmp_path / "other", other):
+        config: dict[str, Any] = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": {**sizes, **text}}
+        torch.manual_seed(0)
+        model: Any = open_clip.CLIP(**config).eval().requires_grad_(False)
+        folder.mkdir()
+        save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+        if "hf_tokenizer_name" in text:
+            with pytest.raises(CheckpointError, match="it has no tokenizer files"):
+                class_embeddings(load_checkpoint(folder), NAMES, PROMPTS)
+            write_tokenizer(folder)
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        wanted = open_clip.build_zero_shot_classifier(model, tokenizer, NAMES, PROMPTS).mT
+        found = class_embeddings(load_checkpoint(folder), NAMES, PROMPTS)
+        torch.testing.assert_close(normalize(found, dim=-1), wanted, atol=1e-5, rtol=1e-4)
+        assert float(found.norm(dim=-1).mean()) == pytest.approx(float(model.logit_scale.exp()), rel=1e-5)
 
 
 def test_accuracy_of_the_compressed_and_the_dense_model(root: Path, cli: Command, tmp_path: Path) -> None:
