@@ -38,7 +38,10 @@ _BY_POSITION = frozenset(
 )
 """Functions that compute each position from itself and from values of the whole map."""
 
-_REDUCTIONS = frozenset("mean sum amax amin max min var var_mean std norm vector_norm linalg_vector_norm logsumexp prod".split())  # noqa: SIM905
+_REDUCTIONS = frozenset(
+    """mean sum amax amin max min var var_mean std norm vector_norm linalg_vector_norm logsumexp
+    prod""".split()  # noqa: SIM905
+)
 _PRODUCTS = frozenset("matmul bmm rmatmul".split())  # noqa: SIM905
 _IGNORED = frozenset(
     """get set size dim numel stride is_contiguous element_size data_ptr is_floating_point is_complex len iter repr

@@ -18,8 +18,8 @@ class ResidualCNN(MapFamily):
 
     name: ClassVar[str] = "resnet"
     covers: ClassVar[str] = (
-        "timm's ResNet, ResNeXt, Res2Net, ResNeSt, ConvNeXt and RegNet, torchvision's ResNet, and ResNet and ConvNeXt of "
-        "transformers"
+        "timm's ResNet, ResNeXt, Res2Net, ResNeSt, ConvNeXt and RegNet, torchvision's ResNet, "
+        "and ResNet and ConvNeXt of transformers"
     )
     format_version: ClassVar[int] = 2
 

@@ -387,7 +387,7 @@ def _not_described(model: nn.Module) -> str:
         if reason := refused.get(type(module).__name__):
             return f"{type(module).__name__} {reason}"
     known = [name for spec in all_specs() if spec.library == library_of_class(inner) for name in spec.outputs]
-    nearest = get_close_matches(type(inner).__name__, [*known, *MAPS], 3, 0)
+    nearest = get_close_matches(type(inner).__name__, known, 3, 0)
     return f"no spec describes it. Supported classes with similar names: {', '.join(nearest)}"
 
 
