@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import repshift_cli
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.options import LoadOptions
+from repshift_cli.compression.job import CompressionJob, wrap_module
+from repshift_cli.compression.notes import Notes
 from repshift_cli.errors import ModelError
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.planning.recipe import Recipe
@@ -27,6 +29,7 @@ from repshift_cli.reduction.families.transformer import as_function
 from repshift_cli.reduction.permute import TOLERANCE
 from repshift_cli.reduction.shift import shift_difference
 from repshift_cli.reduction.specs.maps import MAPS
+from repshift_cli.utils.progress import Silent
 
 SIZE = (193, 193)
 STEPS = {"size": {"shortest_edge": 193}, "crop_pct": 0.9}
@@ -130,6 +133,14 @@ def test_models_in_memory(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(repshift_cli.load(output)(photos(4, SIZE)), reduced)
     assert torch.equal(output_of(type(model).from_pretrained(output).eval()), dense)
+
+
+def test_calibration_in_memory() -> None:
+    """It runs a function of the model, for images of the size of the plan."""
+    recipe = Recipe.parse("version: 1\nmetric: {kind: representation_shift}\nlayers: [{layer: 0, drop_ratio: 0.2}]\n")
+    model = tiny_network("ConvNextForImageClassification")
+    job = CompressionJob(wrap_module(model, SIZE[0]), recipe, Notes(Silent()))
+    assert len(job.calibrate(photos(8, SIZE), {"where": "tensor", "count": 8}, batch_size=4).specs) == 1
 
 
 def test_an_assumed_image_size(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def as_function(model: nn.Module, output: Output | None = None) -> nn.Module:
         return model
     classes = int(model.config.num_labels) if output.logits else 0  # type: ignore[union-attr, arg-type]
     made = TensorModel(model, output.tensor, output.call, output.arguments, tower.prefix if tower else 0, classes)
-    made.training = model.training
+    made.training, made.pretrained_cfg = model.training, dict(getattr(model, "pretrained_cfg", None) or {})
     return made
 
 
