@@ -70,6 +70,7 @@ TRANSFORMERS = (
     *("IJepaForImageClassification", "VideoMAEModel", "VideoMAEForVideoClassification", "VivitModel", "ASTModel"),
     *("TimesformerModel", "VJEPA2Model", "ViTMAEModel", "BlipVisionModel", "InternVLVisionModel", "YolosModel"),
     *("SwinModel", "Swinv2Model", "PvtV2Model", "LevitModel", "ResNetModel", "ResNetForImageClassification"),
+    *("ConvNextForImageClassification", "ConvNextV2ForImageClassification"),
     *("ConvNextModel", "ConvNextV2Model", "RegNetModel", "SegformerModel", "HieraModel", "MobileViTModel"),
 )
 """Image and video encoders of transformers."""

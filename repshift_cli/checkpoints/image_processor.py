@@ -24,11 +24,16 @@ _FILES = (
 
 _KINDS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
 
-_STEPS = ("Beit", "Bit", "Blip", "CLIP", "DINOv3ViT", "DeiT", "Siglip", "VideoMAE", "ViT", "Vivit")
+_STEPS = ("Beit", "Bit", "Blip", "CLIP", "ConvNext", "DINOv3ViT", "DeiT", "Siglip", "VideoMAE", "ViT", "Vivit")
 """Processors that resize, crop, rescale and normalise each image, and do nothing else."""
 
 _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """By the number of a filter in PIL."""
+
+_WARPED = 384
+"""From this size on the processor of ConvNeXt does not crop."""
+
+_USUAL = 224
 
 _STATISTICS = (("image_mean", 0.0), ("image_std", 1.0))
 """Keys with their values for pixels that are not normalised."""
@@ -58,6 +63,12 @@ def default_processor(model_type: str) -> dict[str, Any]:
         return _fields({}, model_type, model_type)
     except CheckpointError:
         return {}
+
+
+def usual_of_maps(model_type: str) -> dict[str, Any]:
+    """As `usual_preprocessing`, of a network of feature maps, which takes any size."""
+    found = _fields({"size": {"shortest_edge": _USUAL}}, model_type, model_type)
+    return found | {"input_size": (3, *found["input_size"]), "frames": None}
 
 
 def usual_preprocessing(tower: Tower) -> dict[str, Any]:
@@ -105,7 +116,8 @@ def _with_defaults(values: Mapping[str, Any], model_type: str, where: str) -> di
         found: dict[str, Any] = getattr(transformers, name).from_dict(known).to_dict()
     except Exception as error:  # it raises errors of every kind for invalid values
         raise CheckpointError(f"{where}: {name} does not take its values: {first_line(error)}", _ASK) from error
-    return {"offset": name == "VivitVideoProcessor", **found}  # which always subtracts 1
+    special = {"offset": name == "VivitVideoProcessor", "warps": name == "ConvNextImageProcessor"}
+    return {**special, **found}  # the first always subtracts 1
 
 
 def _sizes(steps: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,6 +126,12 @@ def _sizes(steps: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("images are not resized (do_resize false)")
     size = {key: value for key, value in dict(steps["size"] or {}).items() if value is not None}
     crop = dict(steps["crop_size"]) if steps.get("do_center_crop") else None
+    if steps["warps"] and size.keys() == {"shortest_edge"} and crop is None:
+        side = _side(size["shortest_edge"])
+        if side >= _WARPED:
+            return {"input_size": (side, side), "crop_pct": 1.0, "crop_mode": "squash"}
+        share = _share(side, _side(int(side / steps["crop_pct"])))
+        return {"input_size": (side, side), "crop_pct": share, "crop_mode": "center"}
     if size.keys() == {"height", "width"}:
         resized = (_side(size["height"]), _side(size["width"]))
         cropped = (_side(crop["height"]), _side(crop["width"])) if crop else resized

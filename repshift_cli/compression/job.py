@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from repshift_cli.calibration.calibrate import Calibration, calibrate
 from repshift_cli.checkpoints.build import set_image_size
-from repshift_cli.checkpoints.image_processor import usual_preprocessing
+from repshift_cli.checkpoints.image_processor import usual_of_maps, usual_preprocessing
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import LoadOptions
@@ -20,6 +20,7 @@ from repshift_cli.compression.notes import Notes
 from repshift_cli.compression.recipe import check_recipe_model
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, UsageError
+from repshift_cli.models.tensor_model import library_model
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe, default_recipe
 from repshift_cli.reduction.checks import check_feeds
@@ -27,6 +28,7 @@ from repshift_cli.reduction.families.base import Family, match
 from repshift_cli.reduction.families.transformer import as_function, tower_of
 from repshift_cli.reduction.metrics.base import build_metric
 from repshift_cli.reduction.plans import has_open_fields, resolve_for, with_defaults
+from repshift_cli.reduction.specs.maps import map_blocks
 
 
 class CompressionJob:
@@ -136,7 +138,11 @@ def wrap_module(model: nn.Module, img_size: int | None) -> LoadedModel:
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     name = str(config.get("architecture") or type(model).__name__)
     tower = None if config else tower_of(model)
-    preprocessing = Preprocessing.from_dict(usual_preprocessing(tower)) if tower else Preprocessing.of_model(model)
+    if tower or (not config and map_blocks(model)):
+        usual = usual_preprocessing(tower) if tower else usual_of_maps(library_model(model).config.model_type)
+        preprocessing = Preprocessing.from_dict(usual)
+    else:
+        preprocessing = Preprocessing.of_model(model)
     if tower and not tower.spec.any_size and img_size not in (None, *preprocessing.input_size[1:]):
         height, width = preprocessing.input_size[1:]
         raise UsageError(f"img_size={img_size}: this {name} takes inputs of {height}x{width}", "Leave it out.")

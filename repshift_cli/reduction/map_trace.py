@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from repshift_cli.errors import first_line
 from repshift_cli.measure.macs import meta_copy
+from repshift_cli.models.tensor_model import library_model
 from repshift_cli.planning.layout import Grid, Window
 
 _BATCH = 3
@@ -37,7 +38,10 @@ _BY_POSITION = frozenset(
 )
 """Functions that compute each position from itself and from values of the whole map."""
 
-_REDUCTIONS = frozenset("mean sum amax amin max min var var_mean std norm vector_norm logsumexp prod".split())  # noqa: SIM905
+_REDUCTIONS = frozenset(
+    """mean sum amax amin max min var var_mean std norm vector_norm linalg_vector_norm logsumexp
+    prod""".split()  # noqa: SIM905
+)
 _PRODUCTS = frozenset("matmul bmm rmatmul".split())  # noqa: SIM905
 _IGNORED = frozenset(
     """get set size dim numel stride is_contiguous element_size data_ptr is_floating_point is_complex len iter repr
@@ -173,7 +177,7 @@ def trace(model: nn.Module, is_block: Callable[[str], bool]) -> MapTrace:
     """
     copied = meta_copy(model)
     recorder = _Recorder(copied, is_block)
-    for name, module in copied.named_modules():
+    for name, module in library_model(copied).named_modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
         module.register_forward_pre_hook(partial(recorder.enter, name))

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from repshift_cli.models.tensor_model import library_model
 from repshift_cli.reduction.families.base import Site
+from repshift_cli.reduction.families.transformer import as_function
 
 _STRIDE = 64
 """In pixels, of the last map or a multiple of it; the map is rolled by as much."""
@@ -63,9 +65,9 @@ def shift_difference(model: nn.Module, site: Site, channels: int = 3) -> float:
     found: list[Tensor] = []
     images = torch.randn(2, channels, _SIDE, _SIDE, generator=torch.Generator().manual_seed(site.layer))
     for rolled in (False, True):
-        copied = copy.deepcopy(model).double().eval()
+        copied = as_function(copy.deepcopy(model)).double().eval()
         if rolled:
-            copied.get_submodule(site.name).register_forward_hook(_roll)
+            library_model(copied).get_submodule(site.name).register_forward_hook(_roll)
         with _Around():
             found.append(copied(images.double()))
     expected, output = found

@@ -559,6 +559,8 @@ PROCESSORS: list[tuple[str, dict[str, Any]]] = [
     ("BitImageProcessor", {"size": {"shortest_edge": 38}, "crop_size": 32, "do_rescale": False}),
     ("DeiTImageProcessor", {"size": {"height": 36, "width": 36}, "crop_size": {"height": 32, "width": 32}}),
     ("DINOv3ViTImageProcessor", {"size": {"height": 32, "width": 32}}),
+    ("ConvNextImageProcessor", {"size": {"shortest_edge": 32}, "crop_pct": 0.8}),
+    ("ConvNextFeatureExtractor", {"size": 32, "crop_pct": 0.875}),
     ("ViTImageProcessor", {"size": 32, "do_normalize": False}),
     ("ViTImageProcessor", {"size": 32, "rescale_factor": 1 / 127.5, "resample": 0}),
     ("VivitImageProcessor", {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}),

@@ -21,7 +21,7 @@ from repshift_cli.checkpoints.folders import OWNER, copy_weights, read_config, s
 from repshift_cli.checkpoints.identify.computation import computation
 from repshift_cli.checkpoints.identify.identity import Identity
 from repshift_cli.checkpoints.identify.sizes import check_heads
-from repshift_cli.checkpoints.image_processor import read_processor, usual_preprocessing
+from repshift_cli.checkpoints.image_processor import read_processor, usual_of_maps, usual_preprocessing
 from repshift_cli.checkpoints.libraries.base import Library
 from repshift_cli.checkpoints.load import note_assumed, read_folder_weights
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
@@ -33,7 +33,8 @@ from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, OutputError, UsageError, first_line
 from repshift_cli.models.tensor_model import TensorModel, library_model, library_of_class
 from repshift_cli.reduction.families.transformer import Tower, all_specs, as_function, tower_of
-from repshift_cli.reduction.specs.spec import TOWER, Output
+from repshift_cli.reduction.specs.maps import MAPS
+from repshift_cli.reduction.specs.spec import LOGITS, TOWER, Output
 from repshift_cli.utils.suggest import first_names, nearest
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
@@ -55,6 +56,9 @@ _KEYS = (
 
 _UNUSED = "embeddings.position_ids"
 """A table of whole numbers that older versions wrote."""
+
+_COUNT = "num_batches_tracked"
+"""A whole number of batch normalisation, for training only."""
 
 _CHANNELS = 3
 
@@ -195,7 +199,7 @@ class _Fitted:
 
     Attributes:
         inner: the model of transformers.
-        tower: the part of it that a spec describes.
+        tower: the part of it that a spec describes; None for a network of feature maps.
         notes: for the user.
     """
 
@@ -230,15 +234,15 @@ class _Fitted:
         if needed > 2 * given + _SPARE:
             raise CheckpointError(f"{where}: {_CONFIG} describes {needed} weights, but the file holds {given}")
         self.inner, self._missing = self._load(kind, settings, tensors)
-        tower = tower_of(self.inner)
-        assert tower is not None, f"no spec describes the tower of {name}"
-        self.tower: Tower = tower
-        if tower.spec.axes == "WH":
+        self.tower: Tower | None = tower_of(self.inner)
+        tower = self.tower
+        assert tower or name in MAPS, f"no spec describes the tower of {name}"
+        if tower and tower.spec.axes == "WH":
             raise CheckpointError(
                 f"{where}: {name} reads spectrograms, and files are supported for models of images and clips",
                 "In Python, `repshift_cli.compress(model)` reduces it.",
             )
-        if (channels := tower.projection.in_channels) != _CHANNELS:
+        if (channels := tower.projection.in_channels if tower else settings.num_channels) != _CHANNELS:
             raise CheckpointError(f"{where}: {_CHANNELS} input channels are supported, these weights take {channels}")
 
     def _load(self, kind: Any, settings: Any, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, list[str]]:
@@ -266,7 +270,9 @@ class _Fitted:
             raise self._misfit("; ".join(problems))
         if outside := [key for key in unknown if key not in inside and not key.endswith(_UNUSED)]:
             self.notes.append(f"{len(outside)} tensors are kept but not used by {self.name}: {first_names(outside)}")
-        return inner.float().eval().requires_grad_(False), sorted(found["missing_keys"])
+        return inner.float().eval().requires_grad_(False), sorted(
+            key for key in found["missing_keys"] if not key.endswith(_COUNT)
+        )
 
     def model(self, preprocessing: Preprocessing) -> TensorModel:
         """The model as a function of images.
@@ -300,18 +306,20 @@ class _Fitted:
     def _wrapped(self, inner: nn.Module, preprocessing: Preprocessing) -> TensorModel:
         model = as_function(inner, self._output)
         assert isinstance(model, TensorModel)
-        model.img_size, model.frames = self.size if self.fixed else None, next(iter(self.tower.size[:-2]), None)
+        if self.tower:
+            model.img_size, model.frames = self.size if self.fixed else None, next(iter(self.tower.size[:-2]), None)
         configure(model, preprocessing)
         return model
 
     @property
     def fixed(self) -> bool:
         """Whether the model takes images of one size only."""
-        return not self.tower.spec.any_size
+        return self.tower is not None and not self.tower.spec.any_size
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images that the configuration names."""
+        assert self.tower is not None
         height, width = self.tower.size[-2:]
         return height, width
 
@@ -321,9 +329,10 @@ class _Fitted:
 
 def _preprocessing(fitted: _Fitted, folder: Path, options: LoadOptions) -> tuple[Preprocessing, tuple[str, ...]]:
     """The preprocessing of the processor files, and the fields that they state."""
-    usual = usual_preprocessing(fitted.tower)
+    model_type = str((fitted.tower.module if fitted.tower else fitted.inner).config.model_type)
+    usual = usual_preprocessing(fitted.tower) if fitted.tower else usual_of_maps(model_type)
     try:
-        found = read_processor(folder, str(fitted.tower.module.config.model_type))
+        found = read_processor(folder, model_type)
     except CheckpointError as error:
         if not options.preprocessing.keys() >= set(PREPROCESSING):
             raise
@@ -360,7 +369,7 @@ def _outputs() -> dict[str, Output]:
         for spec in all_specs()
         if spec.library == Transformers.name
         for name, output in spec.outputs.items()
-    }
+    } | dict.fromkeys(MAPS, LOGITS)
 
 
 def _class_name(config: Mapping[str, Any], where: str) -> str:
@@ -399,7 +408,7 @@ def _check_types(tensors: Mapping[str, Tensor], where: str) -> None:
     integers = [
         f"{key} is {value.dtype}"
         for key, value in tensors.items()
-        if not value.is_floating_point() and not key.endswith(_UNUSED)
+        if not value.is_floating_point() and not key.endswith((_UNUSED, _COUNT))
     ]
     if integers:
         raise CheckpointError(f"{where}: the weights are not floating point: {first_names(integers)}")

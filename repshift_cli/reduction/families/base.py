@@ -240,5 +240,10 @@ def _heads(projected: Tensor, start: int, heads: int, size: int, norm: nn.Module
     return norm(part) if norm is not None else part
 
 
+def split_heads(projected: Tensor, size: int) -> Tensor:
+    """`[B, T, heads * size]` as `[B, heads, T, size]`, which can be given too."""
+    return projected if projected.ndim == 4 else projected.unflatten(-1, (-1, size)).transpose(1, 2)  # noqa: PLR2004 ([B, heads, T, size])
+
+
 def do_nothing() -> None:
     """Undoes no change. A named function, since hooked models are pickled."""

@@ -17,10 +17,12 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from repshift_cli.errors import UsageError
+from repshift_cli.models.tensor_model import library_model
 from repshift_cli.ops.tokens import keep_lines
 from repshift_cli.planning.layout import Grid, Layout, SiteInfo, Window
 from repshift_cli.planning.plan import Plan, PlanSite
 from repshift_cli.reduction.families.base import Family, Site
+from repshift_cli.reduction.families.transformer import as_function
 from repshift_cli.reduction.map_trace import Block, MapTrace, UnsupportedError, block_names, trace
 from repshift_cli.reduction.stream import Reduce, Stream
 
@@ -113,8 +115,9 @@ class MapFamily(Family):
 
     def sites(self, model: Any) -> list[Site]:
         missing = {"*": "a residual block of convolutions has neither attention nor an MLP"}
+        inner = library_model(model)
         return [
-            Site(block.name, block.layer, model.get_submodule(block.name), {}, missing, width=block.channels)
+            Site(block.name, block.layer, inner.get_submodule(block.name), {}, missing, width=block.channels)
             for block in self._network(model).sites
         ]
 
@@ -130,7 +133,7 @@ class MapFamily(Family):
         parts = list(model.modules())[1:]
         found = _TRACED.get(model)
         if found is None or not _same(found.parts, parts):
-            found = _TRACED[model] = _Network.of(trace(model, block_names(pattern)), parts)
+            found = _TRACED[model] = _Network.of(trace(as_function(model), block_names(pattern)), parts)
         return found
 
 

@@ -29,11 +29,13 @@ from repshift_cli.reduction.families.base import (
     TensorEdit,
     do_nothing,
     query_and_key,
+    split_heads,
     weight_count,
 )
 from repshift_cli.reduction.permute import permutation_problem
 from repshift_cli.reduction.specs import registered
-from repshift_cli.reduction.specs.spec import TOWER, BlockSpec, Output, PerToken, Spec, at, found_at
+from repshift_cli.reduction.specs.maps import MAPS, map_blocks
+from repshift_cli.reduction.specs.spec import LOGITS, TOWER, BlockSpec, Output, PerToken, Spec, at, found_at
 from repshift_cli.reduction.stream import Stream
 from repshift_cli.reduction.token_stream import TokenStream
 
@@ -204,11 +206,11 @@ def as_function(model: nn.Module, output: Output | None = None) -> nn.Module:
     `output` is by default that of the class.
     """
     output, tower = output or output_of(model), tower_of(model)
-    if output is None or tower is None or (output.call == "forward" and not output.tensor):
+    if output is None or not (tower or map_blocks(model)) or (output.call == "forward" and not output.tensor):
         return model
-    classes = int(tower.model.config.num_labels) if output.logits else 0  # type: ignore[union-attr, arg-type]
-    made = TensorModel(model, output.tensor, output.call, output.arguments, tower.prefix, classes)
-    made.training = model.training
+    classes = int(model.config.num_labels) if output.logits else 0  # type: ignore[union-attr, arg-type]
+    made = TensorModel(model, output.tensor, output.call, output.arguments, tower.prefix if tower else 0, classes)
+    made.training, made.pretrained_cfg = model.training, dict(getattr(model, "pretrained_cfg", None) or {})
     return made
 
 
@@ -239,7 +241,8 @@ class Transformer(Family):
     format_version: ClassVar[int] = 5
 
     def accepts(self, model: nn.Module) -> bool:
-        return tower_of(model) is not None or library_of_class(library_model(model)) == "transformers"
+        listed = tower_of(model) is not None or library_of_class(library_model(model)) == "transformers"
+        return listed and not map_blocks(model)
 
     def refusal(self, model: nn.Module) -> str | None:
         tower = tower_of(model)
@@ -426,7 +429,7 @@ def _site(tower: Tower, info: SiteInfo, block: nn.Module) -> Site:
     if spec.query and spec.query == spec.key:
         probes |= query_and_key(at(block, spec.query), tower.heads, head)
     elif spec.query:
-        split = partial(_split_heads, size=head)
+        split = partial(split_heads, size=head)
         probes["attention_key"] = Probe(at(block, spec.key), "output", split)
         if tower.spec.rotary and at(tower.module, tower.spec.rotary) is not None:
             missing["attention_query"] = "positions turn its queries and keys inside the attention"
@@ -464,11 +467,6 @@ def _scaled(output: Any, block: nn.Module, scale: str) -> Tensor:
 def _swapped(tokens: Tensor) -> Tensor:
     """`[T, B, C]` as `[B, T, C]`."""
     return tokens.transpose(0, 1)
-
-
-def _split_heads(projected: Tensor, size: int) -> Tensor:
-    """`[B, T, heads * size]` as `[B, heads, T, size]`, which can be given too."""
-    return projected if projected.ndim == 4 else projected.unflatten(-1, (-1, size)).transpose(1, 2)  # noqa: PLR2004 ([B, heads, T, size])
 
 
 def _follow_arguments(
@@ -584,6 +582,8 @@ def _head_macs(tower: Tower, embedding: nn.Module, tokens: int) -> int:
 def output_of(model: nn.Module) -> Output | None:
     """How a model of a library is run on images, None if its class is in no spec."""
     library, name = library_of_class(model), type(model).__name__
+    if library == "transformers" and name in MAPS:
+        return LOGITS
     return next((spec.outputs[name] for spec in all_specs() if spec.library == library and name in spec.outputs), None)
 
 

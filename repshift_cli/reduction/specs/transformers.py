@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repshift_cli.reduction.specs.maps import MAPS
 from repshift_cli.reduction.specs.spec import LOGITS, TOWER, BlockSpec, Output, PerToken, Spec
 
 _POOLED = Output("pooler_output")
@@ -249,5 +250,6 @@ REFUSED: Mapping[str, str] = {
     "YolosModel": "has detection tokens behind its patch tokens, where a spec expects none",
     "Qwen2_5_VisionTransformerPretrainedModel": "attends in windows and merges 2x2 tokens, which need all of them",
     "DINOv3ViTBackbone": "returns feature maps, which need all tokens",
+    **{name.replace("ForImageClassification", "Model"): f"is supported with its head: {name}" for name in MAPS},
 }
 """Why modules of these classes are not supported."""
