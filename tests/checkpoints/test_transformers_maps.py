@@ -128,6 +128,7 @@ def test_models_in_memory(tmp_path: Path) -> None:
     compressed = repshift_cli.compress(model, RECIPE, img_size=193)
     reduced = output_of(model)
     assert not torch.equal(reduced, dense)
+    assert compressed.preprocessing is not None
     assert compressed.preprocessing.crop_pct == pytest.approx(0.875, abs=0.01)
     output = compressed.save(tmp_path / "out")
     with torch.no_grad():

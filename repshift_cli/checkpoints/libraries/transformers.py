@@ -329,7 +329,8 @@ class _Fitted:
 
 def _preprocessing(fitted: _Fitted, folder: Path, options: LoadOptions) -> tuple[Preprocessing, tuple[str, ...]]:
     """The preprocessing of the processor files, and the fields that they state."""
-    model_type = str((fitted.tower.module if fitted.tower else fitted.inner).config.model_type)
+    part: Any = fitted.tower.module if fitted.tower else fitted.inner
+    model_type = str(part.config.model_type)
     usual = usual_preprocessing(fitted.tower) if fitted.tower else usual_of_maps(model_type)
     try:
         found = read_processor(folder, model_type)
