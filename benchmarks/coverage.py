@@ -253,7 +253,10 @@ def _transformers(name: str, small: bool) -> Any:
 
     kind = getattr(transformers, name)
     defaults = kind.config_class()
-    config = kind.config_class(**{key: value for key, value in _SMALL.items() if hasattr(defaults, key)})
+    values = {key: value for key, value in _SMALL.items() if hasattr(defaults, key)}
+    if "depths" in values:
+        values.pop("num_hidden_layers", None)  # in some classes the number of stages
+    config = kind.config_class(**values)
     return kind(config).eval()
 
 
