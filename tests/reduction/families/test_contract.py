@@ -31,6 +31,7 @@ from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.errors import ModelError, RecipeError
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.models.vim import VimStream
+from repshift_cli.ops.tokens import gather_tokens
 from repshift_cli.planning.layout import Layout
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
@@ -177,8 +178,10 @@ class Case:
         else:
             layers = ["drop_ratio: 0.25", "drop_ratio: 0.4"]
         drops = ", ".join(f"{{layer: {site.name}, {drop}}}" for site, drop in zip((first, later), layers, strict=True))
+        restore = "true" if match(model).needs_restore(model) else "false"
         return Recipe.parse(
-            f"version: 1\nmetric: {self.metric}\nreducer: {{kind: {self.reducer}}}\nlayers: [{drops}]\n"
+            f"version: 1\nmetric: {self.metric}\nreducer: {{kind: {self.reducer}}}\nrestore: {restore}\n"
+            f"layers: [{drops}]\n"
         )
 
     def compressed(self, keep_all: bool = False) -> CompressedModel:
@@ -282,7 +285,9 @@ def test_token_counts_at_every_layer(case: Case) -> None:
     _, after = block_outputs(model, case.inputs(model, 2))
     planned = {site.layer: site for site in model.plan.sites}
     if is_sequence(model.layout):
-        expected = {layer: (tokens,) for layer, tokens in enumerate(model.plan.tokens_at(len(model.layout.sites))[1:])}
+        counts = model.plan.tokens_at(len(model.layout.sites))
+        # with restore, what is around the blocks gets all tokens
+        expected = {layer: (counts[0] if model.plan.restore else count,) for layer, count in enumerate(counts[1:])}
     else:
         arriving = {site.layer: grid for site, grid in model.layout.grids(model.plan.grids_kept)}
         expected = {**arriving, **model.plan.grids_kept}
@@ -303,9 +308,9 @@ def test_prefix_and_kept_tokens_are_unchanged(case: Case) -> None:
     assert prefix_after.shape[1] == prefix
     assert torch.equal(prefix_after, prefix_before)
     kept = model.trace(inputs).kept[first]
-    assert torch.equal(
-        patches_after, torch.stack([row[index] for row, index in zip(patches_before, kept, strict=True)])
-    )
+    if model.plan.restore:
+        patches_after = gather_tokens(patches_after, kept)
+    assert torch.equal(patches_after, gather_tokens(patches_before, kept))
 
 
 @some_cases
@@ -322,6 +327,7 @@ def test_dense_and_detach_restore_the_model(case: Case) -> None:
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():
         original, pooled = model(inputs), dense_model(case)(inputs)
+        hooked = hook_counts(model)  # transformers records hidden states by hooks of its own
         wrapped = attach(model, resolve_for(model, case.recipe(model)))
         reduced = wrapped(inputs)
         with wrapped.dense() as dense:
@@ -336,7 +342,11 @@ def test_dense_and_detach_restore_the_model(case: Case) -> None:
     assert {name: id(part) for name, part in model.named_modules()} == {
         name: id(part) for name, part in modules.items()
     }
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    assert hook_counts(model) == hooked
+
+
+def hook_counts(model: nn.Module) -> list[tuple[int, int]]:
+    return [(len(part._forward_hooks), len(part._forward_pre_hooks)) for part in model.modules()]
 
 
 @pytest.mark.parametrize("case", EACH_WAY, ids=str)
