@@ -96,6 +96,7 @@ class TestOpen:
     @pytest.mark.parametrize(
         "given", [{"model_name": "deit_tiny_patch16_224"}, {"heads": 2}, {"img_size": 24}, {"frames": 4}]
     )
+    @pytest.mark.slow
     def test_an_exported_file_allows_no_options(self, given: dict[str, Any], folder: Path) -> None:
         with pytest.raises(UsageError, match="is an exported file"):
             open_any(folder / "vit.onnx", LoadOptions(**given))

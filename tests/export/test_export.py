@@ -145,6 +145,7 @@ class TestOnnx:
         assert not {"Loop", "If", "Scan", "NonZero"} & operators.keys()
         assert not any(name.startswith("Scatter") for name in operators)
 
+    @pytest.mark.slow
     def test_names_and_dynamic_batch(self, folder: Path) -> None:
         graph = onnx.load(folder / "vit.onnx").graph
         (given,), (returned,) = graph.input, graph.output

@@ -334,6 +334,7 @@ class TestState:
 
 
 class TestCompile:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["dense_qk_norm", "merged_attention_pooling", "merged_umt"])
     @pytest.mark.parametrize("mode", ["flash", "sdpa", "explicit"])
     def test_in_one_graph(self, mode: AttentionMode, name: str, flash: FlashStandIn) -> None:
