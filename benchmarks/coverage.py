@@ -325,7 +325,8 @@ def _problem(model: Any) -> str:
     first = layout.sites[0].name
     if layout.map_size and (problem := _map_problem(model, family, images)):
         return problem
-    plan = resolve_for(model, _recipe(first, "drop_ratio: 0.2" if layout.map_size else "drop_ratio: 0.4"))
+    restore = family.needs_restore(model) is not None
+    plan = resolve_for(model, _recipe(first, "drop_ratio: 0.2" if layout.map_size else "drop_ratio: 0.4", restore))
     compressed = attach(model, plan)
     trace = compressed.trace(images)
     site = plan.sites[0]
@@ -370,9 +371,10 @@ def _input_shape(model: Any, family: Family) -> tuple[int, ...]:
     return (3, *getattr(model, "trunk", model).patch_embed.img_size)
 
 
-def _recipe(site: str, drop: str) -> Recipe:
+def _recipe(site: str, drop: str, restore: bool = False) -> Recipe:
     metric = "{kind: representation_shift, operation: block, distance: l2, polarity: largest}"
-    return Recipe.parse(f"version: 1\nmetric: {metric}\nlayers: [{{layer: {site}, {drop}}}]\n")
+    ending = "restore: true\n" if restore else ""
+    return Recipe.parse(f"version: 1\nmetric: {metric}\nlayers: [{{layer: {site}, {drop}}}]\n{ending}")
 
 
 def _tensor(output: Any) -> Tensor:
