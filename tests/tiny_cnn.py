@@ -10,11 +10,12 @@ import torch
 from timm.layers import GroupNorm
 from torch import Tensor, nn
 
+from repshift_cli.models.tensor_model import library_model
 from repshift_cli.planning.layout import Grid
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.planning.resolve import resolve
-from repshift_cli.reduction.compressed_model import CompressedModel, attach
+from repshift_cli.reduction.compressed_model import CompressedModel, Trace, attach
 from repshift_cli.reduction.families.base import match
 
 __all__ = [
@@ -136,6 +137,24 @@ def every_site(model: nn.Module) -> Plan:
     count = len(match(model).layout(model).sites)
     turns: tuple[Grid, ...] = ((1, 0), (0, 1), (1, 2))
     return shrink(model, {index: turns[index % 3] if index < count - 2 else (0, 0) for index in range(count)})
+
+
+def traced_grids(wrapped: CompressedModel, images: Tensor) -> tuple[Trace, dict[str, tuple[int, ...]]]:
+    """A trace, and the size of the map that arrives at each site."""
+    seen: dict[str, tuple[int, ...]] = {}
+
+    def note(module: nn.Module, args: Any, output: Tensor, *, at: str) -> None:
+        seen[at] = tuple(output.shape[2:])
+
+    library = library_model(wrapped.model)
+    handles = [
+        library.get_submodule(site.name).register_forward_hook(partial(note, at=site.name), prepend=True)
+        for site in wrapped.layout.sites
+    ]
+    trace = wrapped.trace(images)
+    for handle in handles:
+        handle.remove()
+    return trace, seen
 
 
 def compressed_cnn(kind: str = "basic", lines: dict[int, Grid] | None = None, metric: str = SHIFT) -> CompressedModel:

@@ -96,11 +96,12 @@ def _restore_note(loaded: LoadedModel, family: Family) -> str:
     name = loaded.description.name
     if family.reads_class_token(loaded.model):
         return (
-            f"restore: the output of {name} is computed from its class token and does not change. Only those gain who "
-            "read its tokens or feature maps"
+            f"restore: the output of {name} is computed from its class token and does not change. Use it for its "
+            "tokens or feature maps"
         )
     return (
-        f"restore: what reads the tokens of {name} gets all of them. Dropped ones move with the token that they follow"
+        f"restore: what reads the tokens of {name} gets all of them. A dropped token gets the updates of a similar one "
+        "that was kept"
     )
 
 

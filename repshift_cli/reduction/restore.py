@@ -1,8 +1,8 @@
 """Blocks run on the tokens that are left, and what is around them gets all tokens.
 
 In front of each block behind the first site the tokens that are left are gathered, and the output of the block is put
-back to full length. A token that was dropped or merged moves along: each block adds to it what it adds to the token
-that it was merged into, or to the most similar one that was kept. So whatever reads the stream between or behind the
+back to full length. A dropped or merged token is updated too: each block adds to it what it adds to the token that it
+was merged into, or to the most similar one that was kept. So whatever reads the stream between or behind the
 blocks (norms, heads, hidden states, feature maps) sees the shapes of the dense model, and each token at its place.
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_cnn import photos, shrink
+from tiny_cnn import photos, shrink, traced_grids
 from tiny_transformers_maps import CONFIGS, tiny_network
-from torch import Tensor, nn
+from torch import Tensor
 
 import repshift_cli
 from repshift_cli.checkpoints.load import load_checkpoint
@@ -69,19 +68,8 @@ def test_sizes_and_macs(name: str) -> None:
     for site in (sites[0], sites[len(sites) // 2]):
         assert shift_difference(model, site) < TOLERANCE
     assert match(model).macs(model, None) == count_macs(model, (3, *SIZE))
-    seen: dict[str, tuple[int, ...]] = {}
-
-    def note(module: nn.Module, args: Any, output: Tensor, *, at: str) -> None:
-        seen[at] = tuple(output.shape[2:])
-
     wrapped = attach(model, shrink(model, {0: (1, 2), len(sites) // 2: (1, 1)}))
-    handles = [
-        library.get_submodule(site.name).register_forward_hook(partial(note, at=site.name), prepend=True)
-        for site in layout.sites
-    ]
-    trace = wrapped.trace(photos(2, SIZE))
-    for handle in handles:
-        handle.remove()
+    trace, seen = traced_grids(wrapped, photos(2, SIZE))
     wrapped.detach()
     assert seen == {site.name: grid for site, grid in layout.grids(wrapped.plan.grids_kept)}
     assert trace.output.shape == (2, 7)

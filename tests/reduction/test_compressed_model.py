@@ -470,6 +470,8 @@ class TestMerging:
     def test_macs_equal_the_counter(self, variant: str, merge: str) -> None:
         model = merged(variant, merge)
         assert count_macs(model.model, (3, 32, 32)) == model.macs()
+        with model.dense():
+            assert count_macs(model.model, (3, 32, 32)) == model.dense_macs()
 
     @pytest.mark.parametrize("merge", MERGES)
     @pytest.mark.parametrize("variant", ["plain", "map_pooling"])

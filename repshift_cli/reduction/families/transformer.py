@@ -301,7 +301,7 @@ class Transformer(Family):
 
     def needs_restore(self, model: nn.Module) -> str | None:
         output = _tower(model).output
-        needed = output is not None and output.after == "restored"
+        needed = output is not None and output.needs_all
         return f"what reads the tokens of {type(library_model(model)).__name__} needs all of them" if needed else None
 
     def reads_class_token(self, model: nn.Module) -> bool:

@@ -54,8 +54,7 @@ class Output:
             A callable gets the model and the images, and returns the value.
         unused: paths of the parts of the model that do not run for images, such as a text tower. They can be absent.
         pooling: what reads the tokens behind the blocks, where it is not that of the spec.
-        after: whether dropped tokens can be gone behind the blocks, or something there needs all of them, so that a
-            plan must restore them.
+        needs_all: whether something behind the blocks reads all tokens, so that a plan must restore them.
         wrapped: why the model itself cannot be used, only a `TensorModel` that gives the arguments.
         requires: paths of values in the tower, the value without which the model cannot be reduced, and why.
     """
@@ -66,13 +65,13 @@ class Output:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     pooling: Pooling | None = None
-    after: Literal["gone", "restored"] = "gone"
+    needs_all: bool = False
     wrapped: str = ""
     requires: tuple[tuple[str, Any, str], ...] = ()
 
 
 LOGITS = Output("logits", logits=True)
-TOWER = Output("last_hidden_state", pooling="tokens", after="restored")
+TOWER = Output("last_hidden_state", pooling="tokens", needs_all=True)
 """The tower of a larger model, by itself."""
 
 

@@ -21,7 +21,7 @@ _ENCODER = {
     "VisionEncoderDecoderModel": replace(_MEAN, call="encoder", unused=("decoder", "enc_to_dec_proj"), pooling="tokens")
 }
 
-_MAPS = Output("feature_maps", pooling="tokens", after="restored")
+_MAPS = Output("feature_maps", pooling="tokens", needs_all=True)
 _LANGUAGE = replace(
     TOWER,
     call="model.vision_tower",

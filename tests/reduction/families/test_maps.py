@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from tiny_cnn import line_plan, photos, shrink
+from tiny_cnn import line_plan, photos, shrink, traced_grids
 from tiny_maps import MODELS, SIZE, tiny_map
 from torch import Tensor, nn
 
@@ -48,19 +47,8 @@ def check_sizes_and_macs(model: nn.Module) -> None:
     """They are those of the plan."""
     layout = match(model).layout(model)
     assert match(model).macs(model, None) == count_macs(model, (3, *SIZE))
-    seen: dict[str, tuple[int, int]] = {}
     wrapped = dropping(model)
-
-    def note(module: nn.Module, args: Any, output: Tensor, *, at: str) -> None:
-        seen[at] = (output.shape[2], output.shape[3])
-
-    handles = [
-        model.get_submodule(site.name).register_forward_hook(partial(note, at=site.name), prepend=True)
-        for site in layout.sites
-    ]
-    trace = wrapped.trace(photos(2, SIZE))
-    for handle in handles:
-        handle.remove()
+    trace, seen = traced_grids(wrapped, photos(2, SIZE))
     wrapped.detach()
     assert seen == {site.name: grid for site, grid in layout.grids(wrapped.plan.grids_kept)}
     assert trace.output.isfinite().all()
