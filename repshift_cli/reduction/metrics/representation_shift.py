@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from repshift_cli.reduction.metrics.base import Metric, Polarity, SiteContext, Tap, norms
 
@@ -86,7 +87,10 @@ class RepresentationShift(Metric):
 def _distance(distance: Distance, after: Tensor, before: Tensor) -> Tensor:
     """Distance of each token, in float32: `[B, N, C]` twice to `[B, N]`."""
     if distance == "cosine":
-        return 1.0 - torch.nn.functional.cosine_similarity(after.float(), before.float(), dim=-1)
+        # half the squared distance of the unit vectors: the same number, but exact where the two are nearly equal,
+        # where one minus the cosine in float32 is all rounding
+        after, before = normalize(after.float(), dim=-1), normalize(before.float(), dim=-1)
+        return (after - before).square().sum(-1) / 2
     after, before = after.float(), before.float()
     if distance == "l2" and after.stride(-1) != 1:
         # channel-major in memory, as feature maps are: one pass for difference and square

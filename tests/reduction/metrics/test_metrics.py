@@ -11,7 +11,8 @@ from tiny import PATCHES, VARIANTS, compressed, images, make_recipe, tiny_vit
 from torch import Tensor, nn
 
 from repshift_cli.reduction.compressed_model import CompressedModel
-from repshift_cli.reduction.metrics.representation_shift import Distance, Operation, Reading
+from repshift_cli.reduction.metrics.base import SiteContext, Tap
+from repshift_cli.reduction.metrics.representation_shift import Distance, Operation, Reading, RepresentationShift
 
 LAYER = 2
 WITH_PARTS = sorted(set(VARIANTS) - {"parallel_things_block"})
@@ -103,6 +104,17 @@ def test_representation_shift_is_its_formula(
     assert found.dtype == torch.float32
     assert found.shape == (3, PATCHES)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cosine_distance_of_small_changes_is_not_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(2, 16, 384, generator=generator)
+    after = before + 1e-4 * torch.randn(2, 16, 384, generator=generator)
+    seen: dict[Tap, Tensor] = {"block_input": before, "block_output": after}
+    metric = RepresentationShift(operation="block", distance="cosine", reading="update")
+    found = metric.score(seen, SiteContext(layer=0, prefix=0, class_token=False))
+    wanted = 1 - torch.nn.functional.cosine_similarity(after.double(), before.double(), dim=-1)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("fused", [True, False])
