@@ -139,8 +139,8 @@ def main() -> None:
         [
             f"Top-1 in percent, mean and standard deviation of 3 sets of {options.count} test scenes of "
             f"{SCENE_SIZE}x{SCENE_SIZE}; {dense / 1e6:.1f} MMACs dense.",
-            "The model is trained on none of the reduced inputs. A scene has one digit among clutter, so most lines hold "
-            "no part of the answer; where an object fills the image, fewer lines can go.",
+            "The model is trained on none of the reduced inputs. A scene has one digit among clutter, so most lines "
+            "hold no part of the answer; where an object fills the image, fewer lines can go.",
             table(["", "MACs", "top-1"], rows),
         ],
         dry_run=options.dry_run,
