@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -93,7 +95,7 @@ def build_on_meta(
     label = label or str(name)
     check_depth(args, tensors, label, where)
     try:
-        with torch.device("meta"):
+        with on_meta():
             return create(name, args, where)
     except CheckpointError:
         raise
@@ -142,7 +144,24 @@ class _WithoutValues(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def quickly_on_meta(name: str, args: Mapping[str, Any]) -> nn.Module:
-    """As `build_on_meta`, for a registered model and trusted arguments."""
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Build modules on the meta device, without memory and without computing values."""
     with torch.device("meta"), _WithoutValues():
-        return create(name, args, name)
+        yield
+
+
+@lru_cache(maxsize=256)
+def _built(name: str, args: tuple[tuple[str, Any], ...]) -> nn.Module:
+    with on_meta():
+        return create(name, dict(args), name)
+
+
+def quickly_on_meta(name: str, args: Mapping[str, Any]) -> nn.Module:
+    """As `build_on_meta`, for a registered model and trusted arguments. Models are shared: do not change them."""
+    given = tuple(args.items())
+    try:
+        hash(given)
+    except TypeError:  # a list
+        return _built.__wrapped__(name, given)
+    return _built(name, given)

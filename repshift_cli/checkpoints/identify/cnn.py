@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from repshift_cli.checkpoints.create import quickly_on_meta
 from repshift_cli.checkpoints.identify.identity import Fitting, Identity, best_fit, shapes, supported
-from repshift_cli.checkpoints.identify.sizes import class_count, size_args
+from repshift_cli.checkpoints.identify.sizes import size_args
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError
 
@@ -31,6 +31,7 @@ _DEPTH_OF_A_NAME = re.compile(r"\d+")
 _NEAR = 2
 """Some names count layers of the stem, or leave out the classifier."""
 
+_CLASSIFIER = ("fc.weight", "fc.bias", "head.fc.weight", "head.fc.bias")
 _STAGES = 4
 _SHOWN_TAGS = 3
 
@@ -145,8 +146,9 @@ def _agreeing(names: list[str], tensors: Mapping[str, Tensor]) -> Fitting:
     return fitting
 
 
-def _same(tensors: Mapping[str, Tensor], model: nn.Module) -> bool:
-    return shapes(native_keys(tensors, model)) == shapes(model.state_dict())
+def _same(tensors: Mapping[str, Tensor], model: nn.Module, besides: tuple[str, ...] = ()) -> bool:
+    found = shapes(native_keys(tensors, model))
+    return {key: shape for key, shape in found.items() if key not in besides} == shapes(model.state_dict())
 
 
 def _chosen(fitting: Fitting, tensors: Mapping[str, Tensor], where: str, hint: str) -> Identity:
@@ -195,11 +197,11 @@ def _names(kind: Kind) -> list[str]:
 
 
 def _by_first_blocks(kind: Kind, tensors: Mapping[str, Tensor], names: list[str], depths: str) -> list[str]:
-    """The models with these tensors in the first block of each stage and outside of blocks."""
+    """The models with these tensors in the first block of each stage and outside of blocks and classifier."""
     matches = {key: kind.block.match(key) for key in tensors}
     first = {key: tensors[key] for key, match in matches.items() if match is None or int(match["block"]) == 0}
-    short = {depths: (1,) * _STAGES, "num_classes": class_count(tensors)}
-    return [name for name in names if _same(first, quickly_on_meta(name, short))]
+    short = {depths: (1,) * _STAGES, "num_classes": 0}
+    return [name for name in names if _same(first, quickly_on_meta(name, short), _CLASSIFIER)]
 
 
 def _resnets(kind: Kind, tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from repshift_cli.checkpoints.artifact import write_tensors
 from repshift_cli.checkpoints.build import build, check_fit
-from repshift_cli.checkpoints.create import check_depth, check_runs
+from repshift_cli.checkpoints.create import check_depth, check_runs, on_meta
 from repshift_cli.checkpoints.folders import read_config, stored_document, write_config
 from repshift_cli.checkpoints.identify.identity import Identity, shapes
 from repshift_cli.checkpoints.identify.sizes import check_heads
@@ -251,7 +251,7 @@ def _create(config: Mapping[str, Any]) -> nn.Module:
 
 def _on_meta(config: Mapping[str, Any], name: str, where: str) -> TensorModel:
     try:
-        with torch.device("meta"):
+        with on_meta():
             model = _wrapped(_create(config))
     except Exception as error:  # as `_create`
         raise CheckpointError(f"{where}: {name} cannot be built: {first_line(error)}") from error

@@ -6,12 +6,11 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
-import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints.build import check_fit
-from repshift_cli.checkpoints.create import check_depth, check_runs
+from repshift_cli.checkpoints.create import check_depth, check_runs, on_meta
 from repshift_cli.checkpoints.identify.computation import computation
 from repshift_cli.checkpoints.identify.identity import Identity
 from repshift_cli.checkpoints.identify.sizes import check_divides, check_heads
@@ -123,7 +122,7 @@ def _on_meta(name: str, args: Mapping[str, Any], where: str) -> Any:
     if wrong := [key for key, value in args.items() if not isinstance(value, int) or key == "weights"]:
         raise CheckpointError(f"{where}: unsupported model arguments {', '.join(wrong)}", "Sizes are whole numbers.")
     try:
-        with torch.device("meta"):
+        with on_meta():
             model: nn.Module = models.VisionTransformer(**args) if name == _KIND else models.get_model(name, **args)
     except Exception as error:  # it raises errors of every kind for invalid values
         raise CheckpointError(f"{where}: {name} cannot be built: {first_line(error)}") from error

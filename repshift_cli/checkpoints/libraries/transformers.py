@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from repshift_cli.checkpoints.artifact import write_tensors
 from repshift_cli.checkpoints.build import configure
-from repshift_cli.checkpoints.create import check_depth, check_runs
+from repshift_cli.checkpoints.create import check_depth, check_runs, on_meta
 from repshift_cli.checkpoints.folders import OWNER, copy_weights, read_config, stored_document, write_config
 from repshift_cli.checkpoints.identify.computation import computation
 from repshift_cli.checkpoints.identify.identity import Identity
@@ -226,7 +226,7 @@ class _Fitted:
             if getattr(settings, "mask_ratio", 0):
                 settings.mask_ratio = 0.0
                 self.notes.append("mask_ratio is set to 0, so that the features are computed from all patches")
-            with _quiet(), torch.device("meta"):
+            with _quiet(), on_meta():
                 self._shapes = kind(settings).eval()
         except Exception as error:  # it raises errors of every kind for invalid values
             raise CheckpointError(f"{where}: {name} cannot be built from {_CONFIG}: {first_line(error)}") from error

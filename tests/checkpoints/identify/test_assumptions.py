@@ -15,6 +15,7 @@ from tiny import images, save_weights, tiny_vit
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints import artifact
+from repshift_cli.checkpoints.create import quickly_on_meta
 from repshift_cli.checkpoints.identify.computation import computation
 from repshift_cli.checkpoints.identify.identity import Identity
 from repshift_cli.checkpoints.identify.match import identify
@@ -26,8 +27,7 @@ from repshift_cli.errors import CheckpointError, UsageError
 
 def weights_of(name: str, **options: Any) -> dict[str, Tensor]:
     """Names and shapes of a timm model's tensors, without values."""
-    with torch.device("meta"):
-        return dict(timm.create_model(name, **options).state_dict())
+    return dict(quickly_on_meta(name, options).state_dict())
 
 
 def found(tensors: dict[str, Tensor], hint: str = "model", **options: Any) -> Identity:

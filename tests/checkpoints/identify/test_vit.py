@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tiny import images, save_weights, tiny_vit
 from torch import Tensor, nn
 
+from repshift_cli.checkpoints.create import quickly_on_meta
 from repshift_cli.checkpoints.identify.identity import Identity
 from repshift_cli.checkpoints.identify.match import identify
 from repshift_cli.checkpoints.load import load_checkpoint
@@ -21,8 +22,7 @@ from repshift_cli.errors import CheckpointError
 
 def weights_of(name: str, **options: Any) -> dict[str, Tensor]:
     """Names and shapes of a timm model's tensors, without values."""
-    with torch.device("meta"):
-        return dict(timm.create_model(name, **options).state_dict())
+    return dict(quickly_on_meta(name, options).state_dict())
 
 
 def found(tensors: dict[str, Tensor], hint: str = "weights", **options: Any) -> Identity:
