@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints.create import build_on_meta, quickly_on_meta
+from repshift_cli.checkpoints.identify.cnn import names_digest
 from repshift_cli.checkpoints.identify.computation import computation
 from repshift_cli.checkpoints.identify.identity import Fitting, Identity, best_fit, shapes, supported
 from repshift_cli.checkpoints.identify.sizes import HEAD_SIZE, check_divides, grid, head_count, size_args
@@ -215,14 +216,15 @@ def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[int, ...]], f
 
 
 @cache
-def _registered(modules: tuple[str, ...], width: int | None = None) -> list[_Registered]:
-    """The models of some of timm's files, of one width or of all."""
+def registered(modules: tuple[str, ...], width: int | None = None, digest: str | None = None) -> list[_Registered]:
+    """The models of some of timm's files, of one width or with one `names_digest` of `_parts`."""
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
-    found, widths = [], _widths()
+    found, known = [], stored()
     for name in (name for module in modules for name in timm.list_models(module=module)):
-        if width is not None and widths.get(name, width) != width:
+        its_width, its_digest = known.get(name, (width, digest))
+        if (width is not None and its_width != width) or (digest is not None and its_digest != digest):
             continue
         for args in ({"depth": 1}, {}):  # a few models have arguments for each block
             with suppress(Exception):
@@ -236,9 +238,10 @@ def _registered(modules: tuple[str, ...], width: int | None = None) -> list[_Reg
 
 
 @cache
-def _widths() -> dict[str, int]:
-    """Widths of models by name, so that others need not be built (`scripts/timm_widths.py`)."""
-    found: dict[str, int] = json.loads(files("repshift_cli").joinpath("assets/timm_widths.json").read_text("utf-8"))
+def stored() -> dict[str, tuple[int, str]]:
+    """Width and `names_digest` of models by name, so that others need not be built (`scripts/timm_widths.py`)."""
+    text = files("repshift_cli").joinpath("assets/timm_widths.json").read_text("utf-8")
+    found: dict[str, tuple[int, str]] = json.loads(text)
     return found
 
 
@@ -246,9 +249,9 @@ def alike(tensors: Mapping[str, Tensor], modules: tuple[str, ...]) -> list[_Regi
     """Models of timm's files with this block and these other names; else with these names, if none is plain."""
     block, others = _parts(tensors)
     width = block.get("blocks.0.norm1.weight", (None,))[0]
-    if same := [model for model in _registered(modules, width) if (model.block, model.others) == (block, others)]:
+    if same := [model for model in registered(modules, width) if (model.block, model.others) == (block, others)]:
         return same
-    models = _registered(modules)
+    models = registered(modules, digest=names_digest([*block, *others]))
     named = [model for model in models if model.others == others and model.block.keys() == block.keys()]
     return [] if any(model.plain for model in named) else named
 
@@ -331,7 +334,7 @@ def _unregistered(  # noqa: PLR0917
 def _heads(shape: _Shape, where: str, alike: list[_Registered]) -> int:
     """The number by convention, if registered models with such blocks, or else of this width, have no other."""
     width, count = shape.embed_dim, shape.embed_dim // shape.head_size
-    models = _registered(MODULES, width)
+    models = registered(MODULES, width)
     alike = alike or [model for model in models if model.block.get("blocks.0.norm1.weight") == (width,)]
     common = {model.heads for model in alike if model.heads} | set(_OTHER_HEADS.get(width, ()))
     if width % shape.head_size == 0 and (shape.qk_norm or common <= {count}):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from repshift_cli.checkpoints.create import quickly_on_meta
 from repshift_cli.checkpoints.identify import timm_transformer, vit
+from repshift_cli.checkpoints.identify.cnn import names_digest
 from repshift_cli.checkpoints.identify.computation import computation
 from repshift_cli.checkpoints.identify.match import identify
 from repshift_cli.checkpoints.load import load_checkpoint
@@ -109,9 +110,12 @@ def test_load(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_stored_widths_are_those_of_the_models() -> None:
-    stored = {name: width for name, width in vit._widths().items() if timm.is_model(name)}
-    assert len(stored) > 300
-    for name, width in stored.items():
-        weight = quickly_on_meta(name, {}).state_dict()["blocks.0.norm1.weight"]
-        assert len(weight) == width, name
+def test_the_stored_widths_and_names_are_those_of_the_models() -> None:
+    known = {name: values for name, values in vit.stored().items() if timm.is_model(name)}
+    assert len(known) > 300
+    modules = (*vit.MODULES, *vit.HYBRIDS, *timm_transformer.MODULES)
+    for model in vit.registered(tuple(dict.fromkeys(modules))):
+        if model.name in known:
+            width = model.block["blocks.0.norm1.weight"][0]
+            assert tuple(known.pop(model.name)) == (width, names_digest([*model.block, *model.others]))
+    assert not known
