@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,6 +34,13 @@ from repshift_cli.reduction.metrics.base import metric_kinds
 from repshift_cli.reduction.metrics.fitted import Fitted
 
 OPTIONS = {"embed_dim": 64}
+PAIRS = [
+    pytest.param(variant, metric, marks=() if variant == "plain" or metric == "token_norm" else pytest.mark.slow)
+    for variant in ("plain", "registers", "mean_pooling", "map_pooling", "layer_scale", "qk_norm")
+    for metric in metric_kinds()
+]
+"""Models and metrics. They are stored apart: each is run once, and all pairs by slow tests."""
+
 DOCUMENT_KEYS = {
     "format_version",
     "repshift_version",
@@ -71,14 +79,20 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt", METADATA_KEY: text})
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense and a compressed checkpoint, which tests copy."""
+    return write(tiny_vit(**OPTIONS), tmp_path_factory.mktemp("written"))[0].parent
+
+
 @pytest.fixture
-def small(tmp_path: Path) -> Path:
-    return write(tiny_vit(**OPTIONS), tmp_path)[0]
+def small(written: Path, tmp_path: Path) -> Path:
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "small.safetensors"
 
 
 class TestRoundTrip:
-    @pytest.mark.parametrize("metric", metric_kinds())
-    @pytest.mark.parametrize("variant", ["plain", "registers", "mean_pooling", "map_pooling", "layer_scale", "qk_norm"])
+    @pytest.mark.parametrize(("variant", "metric"), PAIRS)
     def test_outputs_are_the_same_bit_for_bit(self, variant: str, metric: str, tmp_path: Path) -> None:
         recipe = make_recipe(metric=f"{{kind: {metric}}}")
         path, loaded = write(tiny_vit(**OPTIONS, **VARIANTS[variant]), tmp_path, recipe)
