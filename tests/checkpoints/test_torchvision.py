@@ -15,6 +15,7 @@ from torchvision.models import VisionTransformer
 
 import repshift_cli
 from repshift_cli.checkpoints import artifact
+from repshift_cli.checkpoints.create import on_meta
 from repshift_cli.checkpoints.libraries.torchvision import Torchvision
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import ModelDescription
@@ -104,7 +105,7 @@ def test_a_compressed_file(file: Path, tmp_path: Path) -> None:
     [("vit_b_16", 224, "bilinear", 0.875), ("vit_b_16", 384, "bicubic", 1.0), ("vit_l_32", 224, "bilinear", 0.875)],
 )
 def test_published_sizes_are_identified(name: str, size: int, interpolation: str, crop: float) -> None:
-    with torch.device("meta"):
+    with on_meta():
         tensors = torchvision.models.get_model(name, image_size=size, num_classes=7).state_dict()
     identity = Torchvision().identify(tensors, "file", LoadOptions())
     assert identity.architecture == f"torchvision:{name}"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from repshift_cli.checkpoints.create import on_meta as meta_device
 from repshift_cli.errors import CheckFailed, ModelError, UsageError
 from repshift_cli.measure.attention_kernel import observed_attention
 from repshift_cli.measure.device import device_name, num_threads, out_of_memory, resolve_device, resolve_dtype
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def on_meta(name: str, **kwargs: object) -> nn.Module:
-    with torch.device("meta"):
+    with meta_device():
         return timm.create_model(name, **kwargs)
 
 

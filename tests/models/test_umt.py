@@ -31,6 +31,7 @@ from tiny_umt import (
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repshift_cli.checkpoints.create import on_meta as meta_device
 from repshift_cli.checkpoints.identify.match import identify
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.evaluation.video_text.answering import rank_answers
@@ -583,7 +584,7 @@ class TestForm:
 
 
 def on_meta(name: str, **changes: Any) -> UmtModel:
-    with torch.device("meta"):
+    with meta_device():
         return umt.create(name, **changes)
 
 

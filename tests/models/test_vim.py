@@ -16,6 +16,7 @@ from tiny_vim import DEPTH, VARIANTS, Naive, naive_vim, tiny_vim, vim_images
 from torch import Tensor
 from torch.nn import functional
 
+from repshift_cli.checkpoints.create import on_meta as meta_device
 from repshift_cli.errors import UsageError
 from repshift_cli.models.vim import MODELS, VimStream, VisionMamba, create
 from repshift_cli.ops import mamba_kernels
@@ -38,7 +39,7 @@ def official(name: str) -> tuple[VisionMamba, dict[str, Tensor], dict[str, Any]]
 
 
 def on_meta(name: str, **args: Any) -> VisionMamba:
-    with torch.device("meta"):
+    with meta_device():
         return create(name, **args)
 
 

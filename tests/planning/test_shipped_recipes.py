@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch import nn
 
 from repshift_cli.checkpoints.create import create
+from repshift_cli.checkpoints.create import on_meta as meta_device
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe, shipped_recipes
@@ -19,7 +19,7 @@ from repshift_cli.reduction.reducers.base import build_reducer
 
 
 def on_meta(name: str) -> nn.Module:
-    with torch.device("meta"):
+    with meta_device():
         return create(name, {}, name).eval()
 
 

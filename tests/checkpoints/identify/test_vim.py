@@ -15,6 +15,7 @@ from tiny_vim import tiny_vim
 from torch import Tensor
 
 from repshift_cli.checkpoints.build import build
+from repshift_cli.checkpoints.create import on_meta
 from repshift_cli.checkpoints.identify.identity import Identity
 from repshift_cli.checkpoints.identify.match import identify
 from repshift_cli.checkpoints.identify.names import canonical_name
@@ -39,7 +40,7 @@ def small(**options: Any) -> VisionMamba:
 
 def named(name: str = "vim_tiny_patch16_224", **options: Any) -> State:
     """Names and shapes of the tensors of one of the authors' models, without values."""
-    with torch.device("meta"):
+    with on_meta():
         return dict(vim.create(name, **options).state_dict())
 
 

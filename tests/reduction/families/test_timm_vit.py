@@ -7,6 +7,7 @@ import timm
 import torch
 
 from repshift_cli import Recipe, compress
+from repshift_cli.checkpoints.create import on_meta
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.reduction.families.base import match
@@ -19,7 +20,7 @@ RECIPE = "version: 1\nmetric: {kind: token_norm}\nreducer: {kind: prune}\nlayers
     ["vit_tiny_r_s16_p8_224", "vit_small_resnet26d_224", "vit_base_mci_224", "vitamin_small_224", "vitamin_xlarge_256"],
 )
 def test_macs_are_those_of_the_counter(name: str) -> None:
-    with torch.device("meta"):
+    with on_meta():
         model = timm.create_model(name, depth=2).eval()
     size = Preprocessing.of_model(model).input_size
     assert size[0] == 3

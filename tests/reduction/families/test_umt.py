@@ -29,6 +29,7 @@ from torch import Tensor
 
 from repshift_cli.calibration.calibrate import calibrate
 from repshift_cli.checkpoints import artifact
+from repshift_cli.checkpoints.create import on_meta
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.errors import ModelError, RecipeError, UsageError
@@ -279,7 +280,7 @@ class TestMacs:
 
     @pytest.mark.parametrize("name", ["umt_base", "umt_base_qa"])
     def test_the_authors_model(self, name: str) -> None:
-        with torch.device("meta"):
+        with on_meta():
             model = umt.create(name)
         tokens = 12 * 14 * 14
         blocks = 12 * (tokens * (4 * 768**2 + 2 * 768 * 3072) + 2 * tokens**2 * 768)
