@@ -12,9 +12,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from repshift_cli.errors import CheckFailed, ModelError
+
+NORMS = frozenset({"batch_norm", "group_norm", "layer_norm"})
+_UNCOUNTED = NORMS | {"gelu", "hardsigmoid", "hardswish", "relu", "relu6", "silu"}
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, ...], batch: int = 1) -> int:
@@ -63,8 +67,17 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return weightless
 
 
+class _Uncounted(TorchFunctionMode):
+    """Skip functions that keep the shape and are not counted; torch computes their shapes slowly."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and getattr(func, "__name__", "") in _UNCOUNTED:
+            return torch.empty_like(args[0])
+        return func(*args, **(kwargs or {}))
+
+
 def _count_flops(run: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, _Uncounted():
         run()
     return int(counter.get_total_flops())
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from repshift_cli.errors import first_line
-from repshift_cli.measure.macs import meta_copy
+from repshift_cli.measure.macs import NORMS, meta_copy
 from repshift_cli.models.tensor_model import library_model
 from repshift_cli.planning.layout import Grid, Window
 
@@ -263,7 +263,8 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", str(func)).strip("_").removesuffix("_")
         tensors = list(_tensors([*args, *kwargs.values()]))
         nodes = [self.at.get(id(tensor)) for tensor in tensors]  # before an operation in place
-        result = func(*args, **kwargs)
+        # a norm keeps the shape, which torch computes slowly
+        result = torch.empty_like(args[0]) if args and name in NORMS else func(*args, **kwargs)
         if name in _IGNORED:
             return result
         outputs = list(_tensors(result))
