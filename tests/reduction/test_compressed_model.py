@@ -37,22 +37,22 @@ from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.compressed_model import CompressedModel, attach, detach
 from repshift_cli.reduction.families.base import match
-from repshift_cli.reduction.metrics.base import Metric, metric_kinds
+from repshift_cli.reduction.metrics.base import metric_kinds
 from repshift_cli.reduction.plans import has_open_fields, resolve_for
 from repshift_cli.reduction.reducers.base import Merged
 
 
-def possible(metric: Metric, variant: str) -> bool:
-    """Whether the blocks of this model provide the tensors of the metric."""
-    site = match(tiny_vit(**VARIANTS[variant])).sites(tiny_vit(**VARIANTS[variant]))[0]
-    return metric.taps() <= {"block_input", "block_output", *site.probes}
+def tensors_of(model: nn.Module) -> set[str]:
+    """The tensors that a block of this model provides to metrics."""
+    return {"block_input", "block_output", *match(model).sites(model)[0].probes}
 
 
 REFUSED = [
     (variant, metric)
-    for variant in VARIANTS
+    for variant, options in VARIANTS.items()
+    for tensors in [tensors_of(tiny_vit(**options))]
     for metric in metric_kinds()
-    if not possible(metric_kinds()[metric]().with_defaults(), variant)
+    if not metric_kinds()[metric]().with_defaults().taps() <= tensors
 ]
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -365,7 +365,8 @@ if "gated" not in inspect.signature(Attention).parameters:  # older timm
 MERGE_VARIANTS = {
     name: options
     for name, options in {**VARIANTS, **MORE_VARIANTS}.items()
-    if match(tiny_vit(**options)).merge_refusal(tiny_vit(**options)) is None
+    for model in [tiny_vit(**options)]
+    if match(model).merge_refusal(model) is None
 }
 WITH_KEYS = ("merge_by_keys", "bipartite")
 MERGING = [

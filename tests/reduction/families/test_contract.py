@@ -7,7 +7,7 @@ import io
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,13 @@ METRICS = [
 REDUCERS = ["prune", "merge", "merge, similarity: keys", "fuse", "fuse, carry: true", "bipartite", "vid_tldr"]
 
 
+@cache
+def built(family: str, variant: str) -> nn.Module:
+    """One dense model of each variant, which tests may not change."""
+    model: nn.Module = MODELS[family][variant].build()
+    return model
+
+
 @dataclass(frozen=True)
 class Case:
     """A model with a metric and a reducer."""
@@ -158,8 +165,9 @@ class Case:
 
     def supported(self) -> bool:
         """Whether the family has the tensors for the metric, and supports the reducer."""
+        model = built(self.family, self.variant)
         try:
-            self.compressed()
+            attach(model, resolve_for(model, self.recipe(model))).detach()
         except RecipeError as error:
             assert any(reason in str(error) for reason in ("needs", "merges tokens", "acts after attention"))
             return False
@@ -219,10 +227,21 @@ MERGING = [Case("timm_vit", variant, BLOCK, "merge") for variant in tiny.VARIANT
 ALL = list(dict.fromkeys([*EACH_MODEL, *WAYS, *(case for case in MERGING if case.supported())]))
 SOME = [case for case in ALL if case.family != "resnet" or case.variant in SOME_CNNS]
 
-every_case = pytest.mark.parametrize("case", ALL, ids=str)
-some_cases = pytest.mark.parametrize("case", SOME, ids=str)
-one_model = pytest.mark.parametrize("case", WAYS, ids=str)
-pruning = pytest.mark.parametrize("case", [case for case in SOME if case.reducer == "prune"], ids=str)
+
+def quick(case: Case) -> bool:
+    """Whether a case is no slow test: a metric does not depend on the family, so one family runs all of them."""
+    return case.family == "timm_vit" or case.metric == BLOCK
+
+
+def quick_first(cases: list[Case]) -> Any:
+    marked = [case if quick(case) else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+    return pytest.mark.parametrize("case", marked, ids=str)
+
+
+every_case = quick_first(ALL)
+some_cases = quick_first(SOME)
+one_model = quick_first(WAYS)
+pruning = quick_first([case for case in SOME if case.reducer == "prune"])
 
 
 def dense_model(case: Case) -> nn.Module:
@@ -431,7 +450,12 @@ def test_copies_are_independent(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"), list(zip(WAYS, cycle((torch.bfloat16, torch.float64)), strict=False)), ids=str
+    ("case", "dtype"),
+    [
+        pytest.param(case, dtype, marks=() if quick(case) else pytest.mark.slow)
+        for case, dtype in zip(WAYS, cycle((torch.bfloat16, torch.float64)), strict=False)
+    ],
+    ids=str,
 )
 def test_other_dtypes_and_autocast(case: Case, dtype: torch.dtype) -> None:
     model = case.compressed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any, get_args
 
 import pytest
@@ -17,6 +18,13 @@ from repshift_cli.reduction.metrics.representation_shift import Distance, Operat
 LAYER = 2
 WITH_PARTS = sorted(set(VARIANTS) - {"parallel_things_block"})
 """Models whose blocks have separate attention and MLP updates."""
+
+OPERATIONS = [operation for operation in get_args(Operation) if operation != "mixer"]
+SHIFTS = [
+    pytest.param(*shift, marks=() if "plain" in shift or "l2" in shift else pytest.mark.slow)
+    for shift in product(WITH_PARTS, OPERATIONS, get_args(Distance), get_args(Reading))
+]
+"""Models and options. A distance does not depend on the model: quick tests run all of them on one model."""
 
 
 def parts_of(block: Any, stream: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -87,10 +95,7 @@ def one_site(metric: str) -> Any:
     return make_recipe(f"[{{layer: {LAYER}, drop_ratio: 0.5}}]", metric)
 
 
-@pytest.mark.parametrize("variant", WITH_PARTS)
-@pytest.mark.parametrize("operation", [operation for operation in get_args(Operation) if operation != "mixer"])
-@pytest.mark.parametrize("distance", get_args(Distance))
-@pytest.mark.parametrize("reading", get_args(Reading))
+@pytest.mark.parametrize(("variant", "operation", "distance", "reading"), SHIFTS)
 def test_representation_shift_is_its_formula(
     variant: str, operation: str, distance: str, reading: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
