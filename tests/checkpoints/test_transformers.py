@@ -143,7 +143,7 @@ FILES = [name for name in MODELS if not name.startswith("AST") and not name.ends
 """The classes whose folders are read."""
 
 IN_MEMORY = ("ViTModel", "DINOv3ViTModel", "CLIPModel", "VideoMAEModel", "BeitModel", "VisionEncoderDecoderModel")
-"""The classes of the quick tests of models in memory."""
+"""The classes of the quick tests of models in memory and of compressed folders."""
 
 RESTORED = ("Dinov2Backbone", "DepthAnythingForDepthEstimation", "InternVLVisionModel")
 """The classes of which all tokens are needed."""
@@ -199,19 +199,32 @@ def save_processor(model: nn.Module, size: int, folder: Path) -> None:
     getattr(transformers, kind)(**values, **crop).save_pretrained(folder)
 
 
+def written(name: str, folder: Path) -> tuple[nn.Module, Tensor, Tensor]:
+    """A folder with a model and its processor; the model, inputs and the output of the library."""
+    model = tiny_transformer(name)
+    inputs = tiny_inputs(model, COUNT)
+    dense = library_output(model, inputs)
+    model.save_pretrained(folder)
+    save_processor(model, inputs.shape[-1], folder)
+    return model, inputs, dense
+
+
 class TestEveryClass:
     @pytest.mark.parametrize("name", FILES)
-    def test_folders(self, name: str, tmp_path: Path) -> None:
-        model = tiny_transformer(name)
-        inputs = tiny_inputs(model, COUNT)
-        dense = library_output(model, inputs)
-        model.save_pretrained(tmp_path / "m")
-        save_processor(model, inputs.shape[-1], tmp_path / "m")
+    def test_folders_are_read(self, name: str, tmp_path: Path) -> None:
+        _, inputs, dense = written(name, tmp_path / "m")
         loaded = load_checkpoint(tmp_path / "m")
         assert torch.equal(loaded.model(inputs), dense)
         assert loaded.description.preprocessing.shape == inputs.shape[1:]
         # a folder never states which frames of a video its clips have
         assert any("assumed" in note for note in loaded.notes) == (loaded.description.preprocessing.frames is not None)
+
+    @pytest.mark.parametrize(
+        "name",
+        [pytest.param(name, marks=() if name in (*IN_MEMORY, *RESTORED) else pytest.mark.slow) for name in FILES],
+    )
+    def test_folders_are_compressed(self, name: str, tmp_path: Path) -> None:
+        model, inputs, dense = written(name, tmp_path / "m")
         compressed = repshift_cli.compress(tmp_path / "m", recipe_of(name))
         output = compressed.save(tmp_path / "out")
         assert (output / "preprocessor_config.json").exists()

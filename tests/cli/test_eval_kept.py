@@ -58,16 +58,17 @@ def counted(text: str) -> dict[str, Any]:
     return {key: document[key] for key in keys}
 
 
-def test_a_killed_run_is_resumed(cli: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [(5,), pytest.param((2, 9), marks=pytest.mark.slow)], ids=str)
+def test_a_killed_run_is_resumed(kills: tuple[int, ...], cli: Command, tmp_path: Path) -> None:
     fresh = cli("eval", *FEW)
     assert fresh.rc == 0, fresh.stderr
-    for shards in (2, 9):
+    for shards in kills:
         with running(tmp_path, *FEW, "--resume", "state") as process:
             wait_for_shards(tmp_path / "state", shards)
             process.send_signal(signal.SIGKILL)
             process.wait(60)
     kept = len(list((tmp_path / "state").glob("0*.json")))
-    assert 9 <= kept < 30
+    assert kills[-1] <= kept < 30
     other = cli("eval", *FEW, "--resume", "state", "--seed", "1")
     assert other.rc == 2
     assert "is the state of another evaluation: it differs in data" in other.stderr

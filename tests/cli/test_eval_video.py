@@ -95,9 +95,9 @@ def lines_of(outcome: Outcome) -> list[str]:
 
 
 class TestRetrieval:
-    def test_table(self, shell: Command, folder: Path) -> None:
+    def test_table(self, cli: Command, folder: Path) -> None:
         model = folder / "umt-shapes.compressed.safetensors"
-        lines = lines_of(shell("eval", model, *own(folder), "--compare-dense", "--rerank-k", 3))
+        lines = lines_of(cli("eval", model, *own(folder), "--compare-dense", "--rerank-k", 3))
         text = "\n".join(lines)
         rows = [line.split()[:2] for line in lines if line.startswith(("compressed  ", "dense  "))]
         rankings = [[name, way] for name in ("compressed", "dense") for way in ("matching", "similarity")]
@@ -185,10 +185,10 @@ class TestRetrieval:
 
 
 class TestAnswering:
-    def test_table(self, shell: Command, folder: Path) -> None:
+    def test_table(self, cli: Command, folder: Path) -> None:
         model = folder / "umt-shapes-qa.compressed.safetensors"
         answers = ("--answers", folder / "answers.json")
-        lines = lines_of(shell("eval", model, *own(folder, "qa.json"), *answers, "--compare-dense"))
+        lines = lines_of(cli("eval", model, *own(folder, "qa.json"), *answers, "--compare-dense"))
         text = "\n".join(lines)
         assert [line.split()[0] for line in lines if " - " in line] == ["compressed", "dense"]
         for part in ("accuracy %", "95% interval", "questions/s", f"qa, {2 * COUNT} questions", "21 answers"):
