@@ -361,7 +361,10 @@ class TestRefusals:
         ("build", "reason"),
         [
             (lambda: hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**SMALL, num_patches=16)), "a mask for each image"),
-            (lambda: hf.YolosModel(hf.YolosConfig(**{**SMALL, "image_size": [32, 32]})), "detection tokens behind"),
+            (
+                lambda: hf.BeitBackbone(hf.BeitConfig(**BEIT, out_indices=[0, 1, 2, 3], add_fpn=True)),
+                "feature pyramid",
+            ),
             (lambda: hf.SwinModel(hf.SwinConfig(embed_dim=8, depths=[1], num_heads=[2])), "windows"),
             (
                 lambda: hf.BertModel(hf.BertConfig(**TEXT)),
