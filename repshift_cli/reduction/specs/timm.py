@@ -32,6 +32,7 @@ _EVA = Spec(
 _LANGUAGE = replace(
     _EVA,
     block={"EvaBlock": _HEADS, "DeepseekVitBlock": _HEADS},
+    any_size=True,
     prefix=(),
     has_class="",
     pooling="tokens",

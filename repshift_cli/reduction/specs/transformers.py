@@ -76,6 +76,15 @@ _DINO = replace(
     any_size=True,
     outputs={"Dinov2Model": _POOLED, "Dinov2ForImageClassification": _MEAN_LOGITS, **_ENCODER},
 )
+_DINOV3 = replace(
+    _DINO,
+    tower="DINOv3ViTModel",
+    blocks="model.layer",
+    patches="embeddings.patch_embeddings",
+    prefix=(1, "config.num_register_tokens"),
+    follows=(_MASK, PerToken("position_embeddings")),
+    outputs={"DINOv3ViTModel": _POOLED},
+)
 _CLIP = replace(
     _VIT,
     tower="CLIPVisionModel",
@@ -147,25 +156,8 @@ SPECS = (
             **_ENCODER,
         },
     ),
-    replace(
-        _DINO,
-        tower="DINOv3ViTModel",
-        blocks="model.layer",
-        patches="embeddings.patch_embeddings",
-        prefix=(1, "config.num_register_tokens"),
-        follows=(_MASK, PerToken("position_embeddings")),
-        outputs={"DINOv3ViTModel": _POOLED},
-    ),
-    replace(
-        _DINO,
-        tower="DINOv3ViTBackbone",
-        blocks="model.layer",
-        patches="embeddings.patch_embeddings",
-        prefix=(1, "config.num_register_tokens"),
-        follows=(_MASK, PerToken("position_embeddings")),
-        pooling="tokens",
-        outputs={"DINOv3ViTBackbone": _MAPS},
-    ),
+    _DINOV3,
+    replace(_DINOV3, tower="DINOv3ViTBackbone", pooling="tokens", outputs={"DINOv3ViTBackbone": _MAPS}),
     replace(
         _DINO,
         tower="Dinov2Backbone",

@@ -246,7 +246,10 @@ def test_the_image_size_of_a_naflexvit_must_be_known() -> None:
 class TestAnySize:
     """Models with `dynamic_img_size`: a plan holds for one size."""
 
-    @pytest.mark.parametrize("build", [lambda: tiny_vit(dynamic_img_size=True), lambda: tiny_timm("dinov3")])
+    @pytest.mark.parametrize(
+        "build",
+        [lambda: tiny_vit(dynamic_img_size=True), lambda: tiny_timm("dinov3"), lambda: tiny_timm("qwen_classes")],
+    )
     def test_of_the_preprocessing(self, build: Any) -> None:
         model = build()
         assert fixed_size(model) is None
@@ -255,7 +258,7 @@ class TestAnySize:
         assert Preprocessing.of_model(model).input_size == (3, 48, 24)
         grid = match(model).patch_grid(model)
         assert (grid.rows, grid.columns) == (6, 3)
-        wrapped = attach(model, plan_for(model))
+        wrapped = attach(model, plan_for(model, restore=match(model).needs_restore(model) is not None))
         assert wrapped.macs() == count_macs(wrapped, (3, 48, 24))
         assert wrapped(torch.randn(2, 3, 48, 24)).isfinite().all()
         with pytest.raises(UsageError, match="compress the model again for this one"):

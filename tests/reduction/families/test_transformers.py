@@ -285,10 +285,17 @@ class TestMerging:
         with pytest.raises(RecipeError, match=NOT_MERGING[name]):
             attach(model, resolve_for(model, recipe(reducer="merge")))
 
-    def test_every_class_merges_or_is_refused(self) -> None:
+    def test_every_class_is_refused_or_has_a_tower_that_is_tested(self) -> None:
+        tested, merges = set(), set()
         for name in MODELS:
             model = as_function(tiny_transformer(name))
-            assert (match(model).merge_refusal(model) is None) or name not in MERGING
+            tower = tower_of(model)
+            assert tower is not None
+            if match(model).merge_refusal(model) is None:
+                merges.add(tower.spec.tower)
+            if name in MERGING:
+                tested.add(tower.spec.tower)
+        assert merges == tested
 
     def test_an_implementation_without_masks(self) -> None:
         model: Any = tiny_transformer("ViTModel")
