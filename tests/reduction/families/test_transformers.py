@@ -286,7 +286,8 @@ class TestMerging:
             attach(model, resolve_for(model, recipe(reducer="merge")))
 
     def test_every_class_is_refused_or_has_a_tower_that_is_tested(self) -> None:
-        tested, merges = set(), set()
+        tested: set[str] = set()
+        merges: set[str] = set()
         for name in MODELS:
             model = as_function(tiny_transformer(name))
             tower = tower_of(model)
