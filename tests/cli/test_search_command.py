@@ -656,11 +656,11 @@ def test_a_model_that_needs_all_tokens_is_searched_with_restored_ones(cli: Comma
     done = cli("search", "model", "--target", "macs=0.85", "-o", "found.yaml", "--save", "fast.safetensors", *quick)
     assert done.rc == 0, done.stderr
     document = json.loads(done.stdout)
-    assert document["found"]["macs"] <= 0.85
+    assert document["points"]["found"]["macs"] <= 0.85
     assert "restore: true" in (tmp_path / "found.yaml").read_text()
     loaded = repshift_cli.load(tmp_path / "fast.safetensors")
     assert loaded.plan.restore
-    assert loaded.macs() / loaded.dense_macs() == pytest.approx(document["found"]["macs"])
+    assert loaded.macs() / loaded.dense_macs() == pytest.approx(document["points"]["found"]["macs"])
     inputs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     found = loaded(inputs)
     with torch.no_grad(), loaded.dense() as dense:
