@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from timm.models.beit import Beit
 from timm.models.cait import Cait
+from timm.models.deepseek_vit import DeepseekVitClassifier, DeepseekVitEncoder
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
+from timm.models.qwen3_vit import Qwen3VitClassifier, Qwen3VitEncoder
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
 
@@ -62,13 +64,26 @@ TIMM: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 }
 """By name: the class, and what differs from the small model."""
 
+_TOWER = {key: value for key, value in _SMALL.items() if key != "num_classes"}
+_QWEN = {"pos_embed_grid_size": 4}
+
+TOWERS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "qwen": (Qwen3VitEncoder, {**_TOWER, **_QWEN, "out_features": 24}),
+    "qwen_classes": (Qwen3VitClassifier, {**_SMALL, **_QWEN}),
+    "qwen_merged": (Qwen3VitClassifier, {**_SMALL, **_QWEN, "encoder_pool": "merge"}),
+    "deepseek": (DeepseekVitEncoder, {**_TOWER, "out_features": 24}),
+    "deepseek_classes": (DeepseekVitClassifier, _SMALL),
+}
+"""Towers of language models, which need all tokens: the class and its arguments."""
+
 
 def tiny_timm(name: str, **options: Any) -> nn.Module:
     """A model of 3 blocks and 16 patches in eval mode, with weights large enough that its tokens differ."""
-    kind, differs = TIMM[name]
+    kind, differs = TOWERS.get(name) or TIMM[name]
+    small = {} if name in TOWERS else _FLEX if kind is NaFlexVit else _SMALL
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = kind(**{**(_FLEX if kind is NaFlexVit else _SMALL), **differs, **options})
+        model = kind(**{**small, **differs, **options})
         for key, parameter in model.named_parameters():
             if "freqs" not in key:
                 nn.init.normal_(parameter, mean=float(parameter.ndim == 1 and "weight" in key), std=0.2)

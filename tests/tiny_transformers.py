@@ -37,6 +37,7 @@ LANGUAGE: dict[str, Any] = {
 DINO: dict[str, Any] = {**SMALL, "layerscale_value": 0.4, "drop_path_rate": 0.1}
 VIDEO: dict[str, Any] = {**SMALL, "num_frames": 4, "image_size": 16}
 AUDIO: dict[str, Any] = {**SMALL, "num_mel_bins": 16, "max_length": 40, "frequency_stride": 4, "time_stride": 6}
+YOLOS: dict[str, Any] = {**SMALL, "image_size": [32, 32], "num_detection_tokens": 5}
 BEIT: dict[str, Any] = {**SMALL, "layer_scale_init_value": 0.3}
 
 
@@ -121,6 +122,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "VisionEncoderDecoderModel": _trocr,
     "Dinov2Backbone": lambda: hf.Dinov2Backbone(hf.Dinov2Config(**DINO, out_indices=[1, 3])),
     "DepthAnythingForDepthEstimation": _depth,
+    "DINOv3ViTBackbone": lambda: hf.DINOv3ViTBackbone(
+        hf.DINOv3ViTConfig(**DINO, num_register_tokens=4, out_indices=[1, 3])
+    ),
+    "BeitBackbone": lambda: hf.BeitBackbone(
+        hf.BeitConfig(**BEIT, use_relative_position_bias=True, out_indices=[1, 3], add_fpn=False)
+    ),
+    "YolosModel": lambda: hf.YolosModel(hf.YolosConfig(**YOLOS, use_mid_position_embeddings=False)),
+    "YolosForObjectDetection": lambda: hf.YolosForObjectDetection(hf.YolosConfig(**YOLOS)),
     "InternVLVisionModel": lambda: hf.InternVLVisionModel(_internvl()),
     "InternVLForConditionalGeneration": lambda: hf.InternVLForConditionalGeneration(
         hf.InternVLConfig(vision_config=_internvl(), text_config=hf.Qwen2Config(**LANGUAGE), image_token_id=63)

@@ -26,7 +26,7 @@ from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.schema import ArtifactDocument, RecipePart, SourcePart, creation
 from repshift_cli.checkpoints.weights import METADATA_KEY, Source
-from repshift_cli.errors import CheckpointError, OutputError, RecipeError
+from repshift_cli.errors import CheckpointError, ModelError, OutputError, RecipeError
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
@@ -161,7 +161,15 @@ def _whole(folder: Path, loaded: LoadedModel, plan: Plan) -> CompressedModel:
     sites = (site.model_copy(update={"site": names[site.layer]}) for site in plan.sites)
     compressed = attach(model, plan.model_copy(update={"sites": tuple(sites)}))
     compressed.preprocessing = loaded.description.preprocessing
+    compressed.writer = _refuse_whole
     return compressed
+
+
+def _refuse_whole(compressed: CompressedModel, path: Path, force: bool) -> Path:
+    raise ModelError(
+        f"{type(compressed.model).__name__} was loaded whole, and `save` writes the part that was compressed",
+        f"Use `model.model.save_pretrained({str(path)!r})`, which keeps the plan in its config.json.",
+    )
 
 
 def make_document(  # noqa: PLR0917

@@ -88,7 +88,7 @@ def set_preprocessing(loaded: LoadedModel, given: Mapping[str, Any]) -> None:
     }
     names = ", ".join(map(_option, given))
     try:
-        changed = Preprocessing.from_dict(now.to_dict() | values, names)
+        changed = Preprocessing.from_dict(now.to_dict() | {"unstated": now.unstated} | values, names)
     except CheckpointError as error:
         raise UsageError(error.message) from error
     if changed != now:

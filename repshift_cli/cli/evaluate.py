@@ -333,7 +333,8 @@ def _report(result: Evaluation, data: ImageDataset, opened: Opened, given: EvalO
     macs = {COMPRESSED: opened.macs, DENSE: opened.dense_macs}
     if given.json:
         preprocessing = opened.loaded.description.preprocessing
-        ui.print_json(evaluation_document(result, macs, given.name, preprocessing, data))
+        document = evaluation_document(result, macs, given.name, preprocessing, data)
+        ui.print_json(document | {"zero_shot": given.zero_shot and given.zero_shot.document()})
     else:
         show_evaluation(result, macs)
     warn_of_guessing(result)

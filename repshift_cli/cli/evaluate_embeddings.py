@@ -68,6 +68,10 @@ class EmbeddingOptions:
             files = {"": save} | (beside if dense else {})
         for path in files.values():
             check_output(path, force)
+            if path.suffix == _NPY:
+                from repshift_cli.evaluation.embeddings import origin_file
+
+                check_output(origin_file(path), force)
         return cls(images, index, _parse_ks("1,10" if recall_at is None else recall_at), files)
 
 
@@ -90,6 +94,9 @@ def evaluate_embeddings(
     queries = _open(options.images, given.limit, given, screen)
     file = Path(options.index) if options.index and options.index.endswith(_NPY) else None
     stored = None if file is None else work.load_index(file)
+    origin = work.origin_of(opened.loaded) if file or options.files else {}
+    if file and opened.compressed is not None and (note := work.check_origin(file, origin)):
+        screen.note(note)
     data = queries if options.index is None or file else _open(options.index, None, given, screen)
     if opened.compressed is not None:
         work.check_index_size(len(data if stored is None else stored), options.ks, options.index or queries.name)
@@ -103,7 +110,8 @@ def evaluate_embeddings(
     found = encode(queries, functions)
     for name, path in options.files.items():
         names = [queries.key(index) for index in found.images]
-        work.save_embeddings(path, found.by_model[name or next(iter(functions))], names, given.force)
+        name = name or next(iter(functions))  # noqa: PLW2901
+        work.save_embeddings(path, found.by_model[name], names, {"model": name, **origin}, given.force)
     index = None
     if opened.compressed is not None and file and stored is not None:
         index = work.index_of_file(file, stored, found.by_model[_DENSE])

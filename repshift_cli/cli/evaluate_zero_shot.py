@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from repshift_cli.errors import DataError, UsageError
+from repshift_cli.utils.files import sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,11 @@ class ZeroShotOptions:
         if wrong := [prompt for prompt in prompts or () if "{}" not in prompt]:
             raise UsageError(f"invalid --prompt {wrong[0]!r}: it has no {{}}", f'Such as --prompt "{_PROMPT}".')
         return cls(file, names_of_file(file, "--class-names"), tuple(dict.fromkeys(prompts or (_PROMPT,))))
+
+    def document(self) -> dict[str, Any]:
+        """What the classes are made of, for the JSON document."""
+        listed = {"path": str(self.file), "sha256": sha256_of(self.file), "classes": len(self.names)}
+        return {"class_names": listed, "prompts": list(self.prompts)}
 
     def classifiers(
         self, models: Mapping[str, nn.Module], opened: Opened, name: str, device: torch.device

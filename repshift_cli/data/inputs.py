@@ -196,6 +196,8 @@ def _draw(source: _Source, count: int, seed: int) -> tuple[list[int], list[Tenso
 def _file_source(images: ImageDataset, unlabelled: str | None, preprocessing: Preprocessing) -> _Source:
     from repshift_cli.data.loader import decoded
 
+    if images.name != _DIGITS:
+        preprocessing.require_stated()
     transform = preprocessing.transform()
 
     def load(index: int) -> tuple[Tensor, int]:

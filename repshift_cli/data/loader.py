@@ -225,6 +225,7 @@ def image_loader(
     persistent: bool = False,
 ) -> BatchLoader:
     """Load images or clips with their labels; a dataset without random access is read in this process."""
+    preprocessing.require_stated()
     load = partial(_load_sample, dataset, preprocessing, preprocessing.transform())
     workers = workers if dataset.random_access else 0
     return BatchLoader(load, dataset.sample_id, batches, workers, pinned, warn, strict, persistent)

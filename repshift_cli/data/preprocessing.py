@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from repshift_cli.errors import CheckpointError
 from repshift_cli.utils.documents import validated
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Preprocessing:
         frames: frames of one clip; None for models of single images.
         frame_step: every frame of a clip is so many frames of the video after the one before; None if they are spread
             over the whole video.
+        unstated: why mean and std are not known, empty if they are; not a part of documents.
     """
 
     input_size: tuple[Annotated[int, Field(ge=1, le=1024)], _Side, _Side]
@@ -52,6 +54,7 @@ class Preprocessing:
     crop_mode: Literal["center", "squash", "border"] = "center"
     frames: Annotated[int, Field(ge=1, le=4096)] | None = None
     frame_step: Annotated[int, Field(ge=1, le=1024)] | None = None
+    unstated: str = field(default="", compare=False)
 
     @model_validator(mode="after")
     def _check(self) -> Preprocessing:
@@ -94,7 +97,14 @@ class Preprocessing:
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of a timm data configuration; `frames` and `frame_step` only if they are set."""
-        return {key: value for key, value in asdict(self).items() if not key.startswith("frame") or value is not None}
+        values = asdict(self)
+        del values["unstated"]
+        return {key: value for key, value in values.items() if not key.startswith("frame") or value is not None}
+
+    def require_stated(self) -> None:
+        """Raise a CheckpointError if the statistics that images of the user need are not known."""
+        if self.unstated:
+            raise CheckpointError(self.unstated, "Add the file of its processor, or give --mean and --std.")
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """The transform of one RGB image, or one frame of a clip, to a float32 tensor `[C, H, W]`."""

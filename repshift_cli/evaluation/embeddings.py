@@ -6,6 +6,7 @@ of the dense query are the correct ones.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.data.dataset import ImageDataset
 from repshift_cli.data.loader import cut_batches, default_workers, image_loader
 from repshift_cli.data.preprocessing import Preprocessing
@@ -26,11 +28,14 @@ from repshift_cli.models.attention_mode import AttentionMode, attention_mode
 from repshift_cli.ops.neighbours import recall_at, unit
 from repshift_cli.reduction.compressed_model import CompressedModel
 from repshift_cli.reduction.reducers.base import build_reducer
-from repshift_cli.utils.files import atomic_output, open_file
+from repshift_cli.utils.documents import parse_json
+from repshift_cli.utils.files import atomic_output, open_file, read_text, write_text
+from repshift_cli.utils.hashing import digest_of_tensors
 from repshift_cli.utils.progress import Progress
 
 RANDOM = "random"
 _EMBEDDING_RANK = 2
+_DENSE_INDEX = "Give an index of the dense model: `repshift eval DENSE --embeddings IMAGES --save-embeddings FILE.npy`."
 _SAME = 1e-3
 """Largest difference of unit vectors that are the same embedding, in any dtype."""
 
@@ -193,6 +198,44 @@ def load_index(path: Path) -> Tensor:
     return entries
 
 
+def origin_of(loaded: LoadedModel) -> dict[str, Any]:
+    """What dense embeddings depend on: the weights, the same in a compressed checkpoint, and the preprocessing."""
+    weights = digest_of_tensors(sorted(loaded.tensors.items()))
+    return {"weights_sha256": weights, "preprocessing": loaded.description.preprocessing.to_dict()}
+
+
+def origin_file(path: Path) -> Path:
+    """The file beside a `.npy` file that says which model its embeddings are of."""
+    return path.with_name(f"{path.name}.json")
+
+
+def check_origin(path: Path, origin: Mapping[str, Any]) -> str | None:
+    """Compare the index in a `.npy` file with the dense model, `origin_of`.
+
+    Returns:
+        A note if there is no file beside it that says what it is of.
+
+    Raises:
+        DataError: it is of another model, of another preprocessing or of a compressed model, or that file is damaged.
+    """
+    beside = origin_file(path)
+    if not beside.is_file():
+        return f"{beside} does not exist, so only the width of {path} shows whether it is of this dense model"
+    try:
+        stored = parse_json(read_text(beside))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{beside} is not readable JSON: {error}") from error
+    stated = stored if isinstance(stored, dict) else {}
+    reasons = {
+        "of a compressed model": stated.get("model") != DENSE,
+        "of a model with other weights": stated.get("weights_sha256") != origin["weights_sha256"],
+        "of another preprocessing": stated.get("preprocessing") != json.loads(json.dumps(origin["preprocessing"])),
+    }
+    if reason := next((reason for reason, holds in reasons.items() if holds), None):
+        raise DataError(f"the embeddings in {path} are {reason}, as {beside} says", _DENSE_INDEX)
+    return None
+
+
 def index_of_file(path: Path, entries: Tensor, queries: Tensor) -> EmbeddingIndex:
     """The index of a file, `[M, C]`.
 
@@ -204,7 +247,7 @@ def index_of_file(path: Path, entries: Tensor, queries: Tensor) -> EmbeddingInde
     if entries.shape[1] != queries.shape[1]:
         raise DataError(
             f"{path} has embeddings of width {entries.shape[1]}, the model of width {queries.shape[1]}",
-            "Give an index of the dense model: `repshift eval DENSE --embeddings IMAGES --save-embeddings FILE.npy`.",
+            _DENSE_INDEX,
         )
     same = len(entries) == len(queries) and bool(((unit(entries) - unit(queries)).abs() < _SAME).all())
     own = torch.arange(len(queries)) if same else torch.full((len(queries),), -1)
@@ -241,12 +284,21 @@ def compare(found: Embeddings, index: EmbeddingIndex, ks: Sequence[int]) -> dict
     return scores
 
 
-def save_embeddings(path: Path, embeddings: Tensor, names: Sequence[str], force: bool) -> None:
-    """Write float32 `[N, C]`: `.npy`, or `.parquet` with the names of the images; errors as `atomic_output`."""
+def save_embeddings(
+    path: Path, embeddings: Tensor, names: Sequence[str], origin: Mapping[str, Any], force: bool
+) -> None:
+    """Write float32 `[N, C]`: `.npy`, or `.parquet` with the names of the images; errors as `atomic_output`.
+
+    `origin` goes into the metadata of the table, or into the file beside the array.
+    """
+    stated = json.dumps(dict(origin), indent=2)
+    if path.suffix == ".npy":
+        write_text(origin_file(path), stated + "\n", force)
     with atomic_output(path, force) as temporary, temporary.open("wb") as stream:
         if path.suffix == ".npy":
             np.save(stream, embeddings.numpy())
             return
         arrow, parquet = import_pyarrow(str(path), ".npy")
         rows = arrow.FixedSizeListArray.from_arrays(embeddings.flatten().numpy(), embeddings.shape[1])
-        parquet.write_table(arrow.table({"file": arrow.array(names), "embedding": rows}), stream)
+        table = arrow.table({"file": arrow.array(names), "embedding": rows})
+        parquet.write_table(table.replace_schema_metadata({"repshift": stated}), stream)

@@ -42,6 +42,18 @@ def with_prefix(index: Tensor, prefix: int) -> Tensor:
     return torch.cat((front, index + prefix), dim=1)
 
 
+def suffix_first(tokens: Tensor, front: int, suffix: int) -> Tensor:
+    """The last `suffix` tokens moved behind the first `front` ones: `[..., T, C]`."""
+    parts = tokens[..., :front, :], tokens[..., -suffix:, :], tokens[..., front:-suffix, :]
+    return torch.cat(parts, dim=-2)
+
+
+def suffix_last(tokens: Tensor, front: int, suffix: int) -> Tensor:
+    """Undoes `suffix_first`."""
+    behind = front + suffix
+    return torch.cat((tokens[..., :front, :], tokens[..., behind:, :], tokens[..., front:behind, :]), dim=-2)
+
+
 def keep_lines(scores: Tensor, kept: tuple[int, int]) -> Tensor:
     """The positions of a map in its best rows and best columns: float `[B, H, W]` to int64 `[B, rows * columns]`.
 

@@ -46,16 +46,16 @@ class Restorer:
         self.before, route = None, self.stream.routes.get(self.entering)
         if route is None:
             return None
-        full = self.stream.batch_first(args[0])
+        full = self.stream.inward(args[0])
         left = gather_tokens(full, route.left)
         self.before = full, left
-        return (self.stream.batch_first(left), *args[1:])
+        return (self.stream.outward(left), *args[1:])
 
     def restore(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook behind that of the site, if there is one: all tokens."""
         stream, before = self.stream, self.before
         arrived, self.before, stream.arrived = stream.arrived, None, None
-        left = stream.batch_first(output)
+        left = stream.inward(output)
         ran, count = left if arrived is None else arrived, left.shape[1]
         if count not in stream.places:
             return None
@@ -66,7 +66,7 @@ class Restorer:
         if arrived is not None:
             route = stream.routes[count] = self._route(count, full.shape[1])
             full = _put(left, full, route)
-        return stream.batch_first(full)
+        return stream.outward(full)
 
     def _moved(self, full: Tensor, entered: Tensor, ran: Tensor, route: _Route) -> Tensor:
         """All tokens, with the update of the token that each follows."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli.ops.merging import nearest
-from repshift_cli.ops.tokens import at_places, complement, gather_tokens, with_prefix
+from repshift_cli.ops.tokens import at_places, complement, gather_tokens, suffix_first, suffix_last, with_prefix
 from repshift_cli.planning.plan import PlanSite
 from repshift_cli.reduction.stream import Merge, Reduce, SizedStream
 
@@ -28,6 +28,8 @@ class Tokens(NamedTuple):
 class TokenStream(SizedStream):
     """Blocks pass on a tensor `[B, T, C]`, or `[T, B, C]`; sizes and positions are stored here during a pass.
 
+    Tokens behind the patch tokens count as prefix. `inward` moves them there, `outward` back.
+
     The key is the number of tokens, which is unique to each site that removes tokens. A checkpointed block runs again
     in the backward pass, when the state of later sites is stored too.
 
@@ -40,8 +42,9 @@ class TokenStream(SizedStream):
 
     restores = False
 
-    def __init__(self, prefix: int, sequence_first: bool = False, keeps_places: bool = False) -> None:
-        super().__init__(prefix)
+    def __init__(self, prefix: int, sequence_first: bool = False, keeps_places: bool = False, suffix: int = 0) -> None:
+        super().__init__(prefix + suffix)
+        self.front, self.suffix = prefix, suffix
         self.sequence_first, self.keeps_places = sequence_first, keeps_places
         self._clear()
 
@@ -62,7 +65,7 @@ class TokenStream(SizedStream):
         self.count = tokens.shape[0 if self.sequence_first else 1]
 
     def enter(self, output: Tensor) -> Tokens:
-        tokens = self.batch_first(output)
+        tokens = self.inward(output)
         if self.restores:
             self.arrived = tokens
         count = tokens.shape[1]
@@ -76,17 +79,23 @@ class TokenStream(SizedStream):
             self.places[count] = value.places
         if value.owners is not None:
             self.owners[count] = value.owners
-        return self.batch_first(value.tokens)
+        return self.outward(value.tokens)
 
-    def batch_first(self, tokens: Tensor) -> Tensor:
-        """`[B, T, C]` from the form in which blocks pass tokens on, or back."""
+    def inward(self, tokens: Tensor) -> Tensor:
+        """`[B, T, C]` from the form in which blocks pass tokens on."""
+        tokens = tokens.transpose(0, 1) if self.sequence_first else tokens
+        return suffix_first(tokens, self.front, self.suffix) if self.suffix else tokens
+
+    def outward(self, tokens: Tensor) -> Tensor:
+        """Undoes `inward`."""
+        tokens = suffix_last(tokens, self.front, self.suffix) if self.suffix else tokens
         return tokens.transpose(0, 1) if self.sequence_first else tokens
 
     def shape(self, value: Any) -> tuple[int, ...]:
         return (value.tokens.shape[1],)
 
     def block_input(self, args: tuple[Any, ...], output: Any) -> Tensor:
-        return self.batch_first(args[0])
+        return self.inward(args[0])
 
     def reduce(self, output: Any, keep: Tensor, planned: PlanSite, reduce: Reduce) -> Any:
         sizes = None if output.sizes is None else output.sizes.gather(1, keep)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from PIL import Image
 from tiny import images, save_weights, tiny_vit
 from tiny_transformers import tiny_transformer
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.compression.job import CompressionJob, load_dense
 from repshift_cli.compression.notes import Notes
-from repshift_cli.errors import CheckpointError, OutputError, RecipeError, UsageError
+from repshift_cli.data.inputs import load_inputs
+from repshift_cli.errors import CheckpointError, ModelError, OutputError, RecipeError, UsageError
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.utils.progress import Silent
 
@@ -70,11 +72,29 @@ def test_the_whole_folder_is_written_back(llava: Any, folder: Path, tmp_path: Pa
     torch.testing.assert_close(logits(hooked), logits(whole))
     hooked.detach()
 
+    with pytest.raises(ModelError, match="LlavaForConditionalGeneration was loaded whole") as caught:
+        whole.save(tmp_path / "again")
+    assert f"model.model.save_pretrained('{tmp_path / 'again'}')" in caught.value.hint
+    whole.model.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logits(repshift_cli.load(tmp_path / "again")), logits(whole))
+
     opened = open_model(saved)  # the tower, as other commands get it
     assert opened.compressed is not None
     assert opened.compressed(images()).shape == (2, 17, 32)
     with pytest.raises(UsageError, match=r"the compressed tower of .* is vision"):
         open_model(saved, LoadOptions(tower="text"))
+
+
+def test_a_whole_model_in_memory_is_saved(llava: Any, tmp_path: Path) -> None:
+    hooked: Any = repshift_cli.compress(llava, RECIPE)
+    wanted = hooked.model.model.vision_tower(images()).last_hidden_state
+    for name in "whole.safetensors", "folder":
+        loaded = repshift_cli.load(hooked.save(tmp_path / name))
+        torch.testing.assert_close(loaded(images()), wanted)
+    hooked.detach()
+    torch.testing.assert_close(
+        logits(hf.LlavaForConditionalGeneration.from_pretrained(tmp_path / "folder")), logits(llava)
+    )
 
 
 def test_only_the_tower_is_read(folder: Path) -> None:
@@ -134,3 +154,15 @@ class TestRefused:
             (tmp_path / path.name).write_bytes(path.read_bytes())
         notes = load_checkpoint(tmp_path, VISION).notes  # without a processor
         assert any(note.startswith("assumed mean, std, crop_pct, interpolation") for note in notes)
+        photos = tmp_path / "photos"
+        photos.mkdir()
+        for index in range(3):
+            Image.new("RGB", (40, 40), (index, 9, 9)).save(photos / f"{index}.png")
+        for given in VISION, LoadOptions(tower="vision", crop_pct=1.0):
+            unstated = load_checkpoint(tmp_path, given).description.preprocessing
+            load_inputs(None, 2, unstated, 0)  # built-in scenes, to compare the speed
+            with pytest.raises(CheckpointError, match=r"has no preprocessor_config\.json, which states") as caught:
+                load_inputs(str(photos), 2, unstated, 0)
+            assert "--mean and --std" in caught.value.hint
+        stated = load_checkpoint(tmp_path, LoadOptions(tower="vision", mean=(0.5,), std=(0.5,)))
+        assert len(load_inputs(str(photos), 2, stated.description.preprocessing, 0).tensor) == 2

@@ -145,7 +145,10 @@ FILES = [name for name in MODELS if not name.startswith("AST") and not name.ends
 IN_MEMORY = ("ViTModel", "DINOv3ViTModel", "CLIPModel", "VideoMAEModel", "BeitModel", "VisionEncoderDecoderModel")
 """The classes of the quick tests of models in memory and of compressed folders."""
 
-RESTORED = ("Dinov2Backbone", "DepthAnythingForDepthEstimation", "InternVLVisionModel")
+RESTORED = (
+    *("Dinov2Backbone", "DINOv3ViTBackbone", "BeitBackbone", "DepthAnythingForDepthEstimation", "InternVLVisionModel"),
+    *("YolosModel", "YolosForObjectDetection"),
+)
 """The classes of which all tokens are needed."""
 
 FIRST = ("ViTModel", "DeiTModel", "ViTMSNModel", "VivitModel")
@@ -178,7 +181,7 @@ def library_output(model: Any, inputs: Tensor) -> Tensor:
         result = getattr(model, "backbone", model)(inputs)
     if "feature_maps" in result:
         return torch.cat([part if part.ndim == 3 else part.flatten(2).mT for part in result.feature_maps], dim=1)
-    if name in (*FIRST, "IJepaModel", "InternVLVisionModel"):
+    if name in (*FIRST, "IJepaModel", "InternVLVisionModel", "YolosModel"):
         tokens = result.last_hidden_state
         return tokens[:, 0] if name in FIRST else tokens.mean(dim=1) if name == "IJepaModel" else tokens
     return next(

@@ -13,6 +13,10 @@ from outcome import Command, explained
 from PIL import Image
 from tiny import make_recipe, save_weights, tiny_vit
 
+from repshift_cli.checkpoints.load import load_checkpoint
+from repshift_cli.errors import DataError
+from repshift_cli.evaluation.embeddings import check_origin, origin_of
+
 QUIET = ("--workers", "0", "--threads", "1", "-b", "16")
 
 
@@ -113,6 +117,22 @@ def test_an_index_of_other_images_or_of_a_file(fast: Path, folder: Path, cli: Co
     one, other = json.loads(outcome.stdout), json.loads(same.stdout)
     assert one["index"]["own_left_out"]
     assert one["compressed"] == other["compressed"]
+    beside = tmp_path / "i.npy.json"
+    stated = json.loads(beside.read_text())
+    assert stated["model"] == "dense"
+    assert stated["preprocessing"]["input_size"] == [3, 32, 32]
+    for wrong, words in (
+        (stated | {"weights_sha256": "0" * 64}, "i.npy are of a model with other weights"),
+        (stated | {"model": "compressed"}, "i.npy are of a compressed model"),
+        (stated | {"preprocessing": {}}, "i.npy are of another preprocessing"),
+    ):
+        beside.write_text(json.dumps(wrong))
+        with pytest.raises(DataError, match=words):
+            check_origin(tmp_path / "i.npy", origin_of(load_checkpoint(fast)))
+    beside.unlink()
+    note = check_origin(tmp_path / "i.npy", origin_of(load_checkpoint(fast)))
+    assert note is not None
+    assert "only the width" in note
 
 
 def test_parquet_has_the_names(fast: Path, folder: Path, cli: Command, tmp_path: Path) -> None:
@@ -122,6 +142,8 @@ def test_parquet_has_the_names(fast: Path, folder: Path, cli: Command, tmp_path:
     table = parquet.read_table(tmp_path / "e.parquet").to_pydict()
     assert table["file"][0] == "0/0.png"
     assert len(table["embedding"][0]) == 64
+    stated = json.loads(parquet.read_schema(tmp_path / "e.parquet").metadata[b"repshift"])
+    assert stated["model"] == "compressed"
 
 
 def test_files_are_kept_without_force(fast: Path, folder: Path, cli: Command, tmp_path: Path) -> None:

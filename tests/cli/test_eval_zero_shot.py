@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import string
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,11 @@ def test_accuracy_of_the_compressed_and_the_dense_model(root: Path, cli: Command
     assert done.rc == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["class_order"] == "model"  # labels follow the file
+    names = root / "names.txt"
+    assert document["zero_shot"] == {
+        "class_names": {"path": str(names), "sha256": sha256(names.read_bytes()).hexdigest(), "classes": 3},
+        "prompts": ["a photo of a {}."],
+    }
     with np.load(tmp_path / "p_dense.npz") as saved:
         rows = {str(key): int(top[0]) for key, top in zip(saved["id"], saved["top"], strict=True)}
         answers = dict(zip(map(str, saved["id"]), saved["answers"][:, 0].tolist(), strict=True))

@@ -23,7 +23,9 @@ from outcome import Command
 from paths import ROOT
 from PIL import Image
 from tiny import save_weights, tiny_vit
+from tiny_transformers import tiny_transformer
 
+import repshift_cli
 from repshift_cli import compress
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.weights import read_weights
@@ -645,3 +647,22 @@ def test_a_failed_check_is_printed_as_json(cli: Command, dense: Path, photos: Pa
     assert document["failed"]["message"].startswith("the target macs=0.2 cannot be met")
     assert document["search"]["met"] is False
     assert document["plan"]
+
+
+@pytest.mark.slow
+def test_a_model_that_needs_all_tokens_is_searched_with_restored_ones(cli: Command, tmp_path: Path) -> None:
+    tiny_transformer("InternVLVisionModel").save_pretrained(tmp_path / "model")
+    quick = ("--images", "32", "--evaluations", "6", "--seconds", "0", "-b", "8", "--threads", "1", "--json")
+    done = cli("search", "model", "--target", "macs=0.85", "-o", "found.yaml", "--save", "fast.safetensors", *quick)
+    assert done.rc == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["points"]["found"]["macs"] <= 0.85
+    assert "restore: true" in (tmp_path / "found.yaml").read_text()
+    loaded = repshift_cli.load(tmp_path / "fast.safetensors")
+    assert loaded.plan.restore
+    assert loaded.macs() / loaded.dense_macs() == pytest.approx(document["points"]["found"]["macs"])
+    inputs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = loaded(inputs)
+    with torch.no_grad(), loaded.dense() as dense:
+        assert found.shape == dense(inputs).shape == (2, 17, 32)
+        assert not torch.allclose(found, dense(inputs))

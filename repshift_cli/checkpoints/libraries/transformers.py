@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -91,7 +92,7 @@ class Transformers(Library):
         if tower := tower_of_folder(config, options, where):
             config = tower_config(config, tower, where)
             name = _class_name(config, f"{path}: {tower}_config")
-        elif _outputs()[name].call.endswith("vision_tower"):
+        elif _outputs()[name].call.endswith("vision_tower") and OWNER not in config:
             raise CheckpointError(f"{where} is a {name}, a model of images and texts", "Give --tower vision.")
         weights = read_tower(folder, tower, options) if tower else read_folder_weights(folder, options)
         document = stored_document(weights, whole, path)
@@ -99,6 +100,9 @@ class Transformers(Library):
         fitted = _Fitted(name, config, weights.tensors, where, TOWER if tower else None)
         if document is None:
             preprocessing, stated = _preprocessing(fitted, folder, options)
+            if tower and not {*stated, *options.preprocessing} >= {"mean", "std"}:
+                unstated = f"{folder} has no preprocessor_config.json, which states mean and std of its images"
+                preprocessing = replace(preprocessing, unstated=unstated)
         else:
             preprocessing, stated = _described(document, f"{self.name}:{name}", where), PREPROCESSING
         model = fitted.model(preprocessing)

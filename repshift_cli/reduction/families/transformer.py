@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache, cached_property, partial
 from importlib import import_module
@@ -15,9 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from repshift_cli.errors import ModelError, UsageError
+from repshift_cli.errors import ModelError
 from repshift_cli.models.tensor_model import TensorModel, library_model, library_of_class
-from repshift_cli.ops.attention import size_bias
+from repshift_cli.ops.tokens import suffix_first
 from repshift_cli.planning.layout import Layout, PatchGrid, SiteInfo
 from repshift_cli.planning.plan import Plan
 from repshift_cli.reduction import specs
@@ -33,14 +33,12 @@ from repshift_cli.reduction.families.base import (
     weight_count,
 )
 from repshift_cli.reduction.permute import permutation_problem
+from repshift_cli.reduction.size_masks import UNWEIGHTED, WEIGHTED, implementation_of, probe_mask, size_mask
 from repshift_cli.reduction.specs import registered
 from repshift_cli.reduction.specs.maps import MAPS, map_blocks
 from repshift_cli.reduction.specs.spec import LOGITS, TOWER, BlockSpec, Output, PerToken, Spec, at, found_at
 from repshift_cli.reduction.stream import Stream
 from repshift_cli.reduction.token_stream import TokenStream
-
-_WEIGHTED = ("eager", "sdpa", None)
-"""Attention implementations of transformers that add a mask to the logits."""
 
 _permutations: WeakKeyDictionary[nn.Module, tuple[Spec, str | None]] = WeakKeyDictionary()
 """Specs and results of the permute test, of models whose class no spec lists or whose spec is the user's."""
@@ -80,7 +78,15 @@ class Tower:
     @cached_property
     def prefix(self) -> int:
         """Tokens in front of the patch tokens."""
-        return sum(part if isinstance(part, int) else int(at(self.module, part)) for part in self.spec.prefix)
+        return self._count(self.spec.prefix)
+
+    @cached_property
+    def suffix(self) -> int:
+        """Tokens behind the patch tokens."""
+        return self._count(self.spec.suffix)
+
+    def _count(self, parts: tuple[int | str, ...]) -> int:
+        return sum(part if isinstance(part, int) else int(at(self.module, part)) for part in parts)
 
     @cached_property
     def grid(self) -> tuple[int, ...]:
@@ -220,7 +226,7 @@ def _check_paths(tower: Tower) -> None:
         path = spec.blocks
         block = tower.blocks[0]
         sizes = (spec.size,) if isinstance(spec.size, str) else spec.size
-        prefix = (part for part in spec.prefix if isinstance(part, str))
+        prefix = (part for part in spec.prefix + spec.suffix if isinstance(part, str))
         for path in (spec.patches, spec.heads, *sizes, spec.batch_first, *prefix):
             at(tower.module, path)
         for path in parts.paths if (parts := tower.block_spec(block)) else ():
@@ -241,8 +247,9 @@ class Transformer(Family):
     format_version: ClassVar[int] = 5
 
     def accepts(self, model: nn.Module) -> bool:
-        listed = tower_of(model) is not None or library_of_class(library_model(model)) == "transformers"
-        return listed and not map_blocks(model)
+        inner = library_model(model)
+        named = library_of_class(inner) == "transformers" or type(inner).__name__ in _refused()
+        return (named or tower_of(model) is not None) and not map_blocks(model)
 
     def refusal(self, model: nn.Module) -> str | None:
         tower = tower_of(model)
@@ -270,7 +277,7 @@ class Transformer(Family):
         names = [name for name, _ in at(tower.module, tower.spec.blocks).named_children()]
         return Layout(
             family=self.name,
-            prefix_tokens=tower.prefix,
+            prefix_tokens=tower.prefix + tower.suffix,
             patch_tokens=math.prod(tower.grid),
             class_token=tower.class_token,
             sites=tuple(SiteInfo(f"{path}.{name}", index) for index, name in enumerate(names)),
@@ -283,7 +290,7 @@ class Transformer(Family):
 
     def stream(self, model: nn.Module) -> Stream:
         tower = _tower(model)
-        return TokenStream(tower.prefix, not tower.batch_first, bool(tower.spec.follows))
+        return TokenStream(tower.prefix, not tower.batch_first, bool(tower.spec.follows), tower.suffix)
 
     def edits(self, model: nn.Module, stream: Stream) -> tuple[list[TensorEdit], Callable[[], None]]:
         assert isinstance(stream, TokenStream)
@@ -326,7 +333,7 @@ class Transformer(Family):
             f"{kind} pools by attention, whose keys are not weighted by size": pooling == "map",
             f"a part of {kind} reads all tokens, which it does not weight by size": pooling == "tokens",
             f"it is not known what reads the tokens in {kind}": not restore and tower.output is None,
-            _UNWEIGHTED.format(_implementation(attention)): _implementation(attention) not in _WEIGHTED,
+            UNWEIGHTED.format(implementation_of(attention)): implementation_of(attention) not in WEIGHTED,
         }
         return next((reason for reason, holds in found.items() if holds), None)
 
@@ -340,11 +347,11 @@ class Transformer(Family):
         for block in tower.blocks:
             parts = tower.block_spec(block) or BlockSpec()
             attention = at(block, parts.attention)
-            mask = partial(_size_mask, stream=stream, name=parts.mask, attention=attention)
+            mask = partial(size_mask, stream=stream, name=parts.mask, attention=attention)
             edits.append(TensorEdit(attention, "arguments", mask))
         if not stream.restores and (probe := found_at(tower.module, spec.probe)) is not None:
             heads = int(probe.num_heads)
-            edits.append(TensorEdit(probe, "arguments", partial(_probe_mask, stream=stream, heads=heads)))
+            edits.append(TensorEdit(probe, "arguments", partial(probe_mask, stream=stream, heads=heads)))
         return edits, do_nothing
 
     def macs(self, model: nn.Module, plan: Plan | None) -> int:
@@ -369,20 +376,15 @@ def _tower(model: nn.Module) -> Tower:
     return tower
 
 
-_UNWEIGHTED = "the attention implementation {} does not weight tokens by size"
-_EAGER_OR_SDPA = 'Use attn_implementation="sdpa" or "eager".'
-
-
-def _implementation(attention: nn.Module) -> str | None:
-    """The attention implementation of a module of transformers."""
-    found: str | None = getattr(getattr(attention, "config", None), "_attn_implementation", None)
-    return found
+def _refused() -> dict[str, str]:
+    """Why classes of modules are not supported, by name."""
+    return {key: reason for library in _libraries() for key, reason in getattr(library, "REFUSED", {}).items()}
 
 
 def _not_described(model: nn.Module) -> str:
     """Why a model without a tower is not supported, with the classes of similar names."""
     inner = library_model(model)
-    refused = {key: reason for library in _libraries() for key, reason in getattr(library, "REFUSED", {}).items()}
+    refused = _refused()
     for module in inner.modules():
         if reason := refused.get(type(module).__name__):
             return f"{type(module).__name__} {reason}"
@@ -435,6 +437,9 @@ def _site(tower: Tower, info: SiteInfo, block: nn.Module) -> Site:
             missing["attention_query"] = "positions turn its queries and keys inside the attention"
         else:
             probes["attention_query"] = Probe(at(block, spec.query), "output", split)
+    if tower.suffix:
+        moved = partial(_suffix_first, front=tower.prefix, suffix=tower.suffix)
+        probes = {name: replace(probe, view=partial(moved, view=probe.view)) for name, probe in probes.items()}
     missing["*"] = f"the blocks of {tower.spec.tower} have no module that returns it"
     if isinstance(at(block, spec.attention), nn.MultiheadAttention):
         missing["*"] = f"the nn.MultiheadAttention of {tower.spec.tower} computes queries and keys without a module"
@@ -448,6 +453,10 @@ def _site(tower: Tower, info: SiteInfo, block: nn.Module) -> Site:
         width=tower.width,
         head=head,
     )
+
+
+def _suffix_first(found: Any, *, front: int, suffix: int, view: Callable[[Any], Tensor] | None) -> Tensor:
+    return suffix_first(view(found) if view else found, front, suffix)
 
 
 def _first(output: Any) -> Tensor:
@@ -508,41 +517,6 @@ def _restore_methods(replaced: list[tuple[Any, str]]) -> None:
         owner.__dict__.pop(name, None)
 
 
-def _size_mask(
-    args: tuple[Any, ...], kwargs: dict[str, Any], *, stream: TokenStream, name: str, attention: nn.Module
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Add `log(size)` of each key to the attention.
-
-    Raises:
-        UsageError: the attention has a mask already, or its implementation takes none.
-    """
-    tokens = args[0] if args else kwargs["hidden_states"]
-    sizes = stream.sizes_of(tokens.shape[1])
-    if sizes is None:
-        return args, kwargs
-    bias = size_bias(sizes, tokens.dtype)[:, None, None, :]
-    if (implementation := _implementation(attention)) not in _WEIGHTED:
-        raise UsageError(_UNWEIGHTED.format(implementation), _EAGER_OR_SDPA)
-    if (mask := next((part for part in (*args[1:2], kwargs.get(name)) if part is not None), None)) is not None:
-        if not torch.compiler.is_exporting():  # then transformers makes a mask that hides nothing
-            raise UsageError(
-                "the attention was called with a mask, which does not fit merged tokens", "Run without a mask."
-            )
-        bias = torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias
-    return args[:1], {**kwargs, name: bias}
-
-
-def _probe_mask(
-    args: tuple[Any, ...], kwargs: dict[str, Any], *, stream: TokenStream, heads: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """As `_size_mask` for `nn.MultiheadAttention` with one query per image, whose mask is `[B * heads, 1, T]`."""
-    sizes = stream.last()
-    if sizes is None:
-        return args, kwargs
-    bias = size_bias(sizes, args[0].dtype)[:, None, :].repeat_interleave(heads, dim=0)
-    return args, {**kwargs, "attn_mask": bias}
-
-
 def _block_macs(tower: Tower, block: nn.Module, tokens: int) -> int:
     parts = tower.block_spec(block) or BlockSpec()
     maps = sum(_weights(at(block, path)) for path in parts.maps)
@@ -565,6 +539,10 @@ def _head_macs(tower: Tower, embedding: nn.Module, tokens: int) -> int:
     total = _weights(tower.inner) - sum(_weights(part) for part in parts if isinstance(part, nn.Module))
     matrices = [at(tower.module, path) for path in tower.spec.projections]
     total += sum(matrix.numel() for matrix in matrices if matrix is not None)
+    for path, side in (tower.output.repeated if tower.output else {}).items():
+        if (part := found_at(tower.inner, path)) is not None:
+            cells = math.prod(math.ceil(patches / at(part, side)) for patches in tower.grid) if side else tower.suffix
+            total += (cells - 1) * _weights(part)
     if probe is not None:
         queries = len(at(tower.module, tower.spec.queries)) if tower.spec.queries else 1
         total += _probe_macs(probe, queries, tokens)

@@ -55,6 +55,8 @@ class Output:
         unused: paths of the parts of the model that do not run for images, such as a text tower. They can be absent.
         pooling: what reads the tokens behind the blocks, where it is not that of the spec.
         needs_all: whether something behind the blocks reads all tokens, so that a plan must restore them.
+        repeated: parts behind the blocks that run more than once per image, by path: the path in the part of the side
+            of a square, for each of which it runs, or an empty path, for each suffix token.
         wrapped: why the model itself cannot be used, only a `TensorModel` that gives the arguments.
         requires: paths of values in the tower, the value without which the model cannot be reduced, and why.
     """
@@ -66,6 +68,7 @@ class Output:
     unused: tuple[str, ...] = ()
     pooling: Pooling | None = None
     needs_all: bool = False
+    repeated: Mapping[str, str] = field(default_factory=dict)
     wrapped: str = ""
     requires: tuple[tuple[str, Any, str], ...] = ()
 
@@ -143,6 +146,7 @@ class Spec:
             rows.
         any_size: positions are computed for the size of each image.
         prefix: tokens in front of the patch tokens: numbers, and paths of numbers.
+        suffix: tokens behind the patch tokens, as `prefix`. They are kept too.
         batch_first: path of the flag that says that blocks pass `[B, T, C]` on instead of `[T, B, C]`; empty if they
             always do.
         has_class: path of the class token, or of whether there is one; empty if any prefix token stands for it.
@@ -171,6 +175,7 @@ class Spec:
     axes: Literal["CHW", "TCHW", "WH"] = "CHW"
     any_size: bool = False
     prefix: tuple[int | str, ...] = (1,)
+    suffix: tuple[int | str, ...] = ()
     batch_first: str = ""
     has_class: str = ""
     rotary: str = ""

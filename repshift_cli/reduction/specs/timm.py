@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from repshift_cli.reduction.specs.spec import BlockSpec, Output, PerToken, Pool, Spec
@@ -27,6 +28,15 @@ _EVA = Spec(
     pooling="global_pool",
     pools=(_POOL,),
     outputs={"Eva": Output()},
+)
+_LANGUAGE = replace(
+    _EVA,
+    block={"EvaBlock": _HEADS, "DeepseekVitBlock": _HEADS},
+    any_size=True,
+    prefix=(),
+    has_class="",
+    pooling="tokens",
+    pools=(),
 )
 _UNROTATED = replace(_EVA, has_class="", rotary="", follows=(), pools=())
 
@@ -79,4 +89,25 @@ SPECS = (
         pools=(replace(_POOL, prefix="pool_include_prefix"),),
         outputs={"NaFlexVit": Output()},
     ),
+    replace(
+        _LANGUAGE,
+        tower="Qwen3VitEncoder",
+        outputs={
+            "Qwen3VitEncoder": Output(needs_all=True, repeated={"merger": "merge_size"}),
+            "Qwen3VitClassifier": Output(needs_all=True, repeated={"encoder.merger": "merge_size"}),
+        },
+    ),
+    replace(
+        _LANGUAGE,
+        tower="DeepseekVitEncoder",
+        outputs={
+            "DeepseekVitEncoder": Output(needs_all=True, repeated={"aligner": "downsample_ratio"}),
+            "DeepseekVitClassifier": Output(needs_all=True, repeated={"encoder.aligner": "downsample_ratio"}),
+        },
+    ),
 )
+
+REFUSED: Mapping[str, str] = dict.fromkeys(
+    ("Gemma4VitEncoder", "Gemma4VitClassifier"), "makes rotary positions for each image, which no spec describes"
+)
+"""Why modules of these classes are not supported."""

@@ -76,6 +76,15 @@ _DINO = replace(
     any_size=True,
     outputs={"Dinov2Model": _POOLED, "Dinov2ForImageClassification": _MEAN_LOGITS, **_ENCODER},
 )
+_DINOV3 = replace(
+    _DINO,
+    tower="DINOv3ViTModel",
+    blocks="model.layer",
+    patches="embeddings.patch_embeddings",
+    prefix=(1, "config.num_register_tokens"),
+    follows=(_MASK, PerToken("position_embeddings")),
+    outputs={"DINOv3ViTModel": _POOLED},
+)
 _CLIP = replace(
     _VIT,
     tower="CLIPVisionModel",
@@ -147,15 +156,8 @@ SPECS = (
             **_ENCODER,
         },
     ),
-    replace(
-        _DINO,
-        tower="DINOv3ViTModel",
-        blocks="model.layer",
-        patches="embeddings.patch_embeddings",
-        prefix=(1, "config.num_register_tokens"),
-        follows=(_MASK, PerToken("position_embeddings")),
-        outputs={"DINOv3ViTModel": _POOLED},
-    ),
+    _DINOV3,
+    replace(_DINOV3, tower="DINOv3ViTBackbone", pooling="tokens", outputs={"DINOv3ViTBackbone": _MAPS}),
     replace(
         _DINO,
         tower="Dinov2Backbone",
@@ -214,6 +216,22 @@ SPECS = (
     ),
     replace(
         _VIT,
+        tower="YolosModel",
+        blocks="encoder.layer",
+        block=_VIDEOMAE_BLOCK,
+        any_size=True,
+        suffix=("config.num_detection_tokens",),
+        follows=(),
+        pooling="tokens",
+        outputs={
+            "YolosModel": TOWER,
+            "YolosForObjectDetection": replace(
+                TOWER, tensor="logits", repeated={"class_labels_classifier": "", "bbox_predictor": ""}
+            ),
+        },
+    ),
+    replace(
+        _VIT,
         tower="VivitModel",
         size=("config.num_frames", "config.image_size"),
         axes="TCHW",
@@ -236,7 +254,14 @@ SPECS = (
             PerToken("relative_position_bias", pairs=True, prefix=True, source="output"),
         ),
         pooling="mean",
-        outputs={"BeitModel": _POOLED, "BeitForImageClassification": LOGITS, **_ENCODER},
+        outputs={
+            "BeitModel": _POOLED,
+            "BeitForImageClassification": LOGITS,
+            "BeitBackbone": replace(
+                _MAPS, requires=(("config.add_fpn", False, "the cost of its feature pyramid (add_fpn) is not known"),)
+            ),
+            **_ENCODER,
+        },
     ),
 )
 
@@ -247,9 +272,7 @@ REFUSED: Mapping[str, str] = {
     "Swinv2Model": "attends in windows, which need all tokens",
     "HieraModel": "merges tokens by position, which needs all of them",
     "TimesformerModel": "attends over time and space in turn, which needs all tokens",
-    "YolosModel": "has detection tokens behind its patch tokens, where a spec expects none",
     "Qwen2_5_VisionTransformerPretrainedModel": "attends in windows and merges 2x2 tokens, which need all of them",
-    "DINOv3ViTBackbone": "returns feature maps, which need all tokens",
     **{name.replace("ForImageClassification", "Model"): f"is supported with its head: {name}" for name in MAPS},
 }
 """Why modules of these classes are not supported."""

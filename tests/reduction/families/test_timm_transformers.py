@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 import pytest
+import timm
 import torch
 from tiny import images, tiny_vit
-from tiny_timm import TIMM, tiny_timm
+from tiny_timm import TIMM, TOWERS, tiny_timm
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints.build import configure
@@ -32,11 +33,18 @@ MERGING = ["eva_token", "eva_post_norm", "eva02_token", "dinov3", "rope_mixed", 
 BLOCK = "{kind: representation_shift, operation: block, distance: l2, polarity: largest}"
 
 
-def plan_for(model: nn.Module, drops: str = "0: 12, 1: 5", metric: str = BLOCK, reducer: str = "prune") -> Any:
+def plan_for(
+    model: nn.Module,
+    drops: str = "0: 12, 1: 5",
+    metric: str = BLOCK,
+    reducer: str = "prune",
+    restore: bool = False,
+) -> Any:
     layers = ", ".join(
         f"{{layer: {drop.split(':')[0]}, keep_tokens: {drop.split(':')[1]}}}" for drop in drops.split(",")
     )
     text = f"version: 1\nmetric: {metric}\nreducer: {{kind: {reducer}}}\nlayers: [{layers}]\n"
+    text += "restore: true\n" if restore else ""
     return resolve_for(model, Recipe.parse(text))
 
 
@@ -188,6 +196,35 @@ def test_updates_are_those_of_the_blocks(name: str) -> None:
         torch.testing.assert_close(seen["before"] + seen["attention_update"], seen["stream"])
 
 
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_of_language_models(name: str) -> None:
+    model = tiny_timm(name)
+    family, dense = match(model), run(model)
+    for site in family.sites(model):
+        assert permute_difference(model, family, images(3), site, None, restore=True) < TOLERANCE
+    with pytest.raises(RecipeError, match="needs all of them"):
+        plan_for(model)
+    kept = attach(model, plan_for(model, "0: 16, 1: 16", restore=True))
+    assert torch.equal(run(kept), dense)
+    detach(model)
+    reduced = attach(model, plan_for(model, restore=True))
+    assert run(reduced).shape == dense.shape
+    assert not torch.allclose(run(reduced), dense, atol=1e-3)
+    assert reduced.macs() == count_macs(reduced, (3, 32, 32))
+    assert reduced.dense_macs() == count_macs(tiny_timm(name), (3, 32, 32))
+    detach(model)
+    merged = attach(model, plan_for(model, "0: 12, 1: 8", reducer="merge", restore=True))
+    assert merged.macs() == count_macs(merged, (3, 32, 32))
+    assert run(merged).isfinite().all()
+
+
+def test_a_class_of_timm_is_refused_by_name() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("gemma4_vit_167m")
+    with pytest.raises(ModelError, match="Gemma4VitClassifier makes rotary positions for each image"):
+        match(model)
+
+
 def test_an_unknown_block_is_refused() -> None:
     model: Any = tiny_timm("eva")
     model.blocks[1] = nn.Identity()
@@ -209,7 +246,10 @@ def test_the_image_size_of_a_naflexvit_must_be_known() -> None:
 class TestAnySize:
     """Models with `dynamic_img_size`: a plan holds for one size."""
 
-    @pytest.mark.parametrize("build", [lambda: tiny_vit(dynamic_img_size=True), lambda: tiny_timm("dinov3")])
+    @pytest.mark.parametrize(
+        "build",
+        [lambda: tiny_vit(dynamic_img_size=True), lambda: tiny_timm("dinov3"), lambda: tiny_timm("qwen_classes")],
+    )
     def test_of_the_preprocessing(self, build: Any) -> None:
         model = build()
         assert fixed_size(model) is None
@@ -218,7 +258,7 @@ class TestAnySize:
         assert Preprocessing.of_model(model).input_size == (3, 48, 24)
         grid = match(model).patch_grid(model)
         assert (grid.rows, grid.columns) == (6, 3)
-        wrapped = attach(model, plan_for(model))
+        wrapped = attach(model, plan_for(model, restore=match(model).needs_restore(model) is not None))
         assert wrapped.macs() == count_macs(wrapped, (3, 48, 24))
         assert wrapped(torch.randn(2, 3, 48, 24)).isfinite().all()
         with pytest.raises(UsageError, match="compress the model again for this one"):

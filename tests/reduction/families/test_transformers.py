@@ -285,10 +285,18 @@ class TestMerging:
         with pytest.raises(RecipeError, match=NOT_MERGING[name]):
             attach(model, resolve_for(model, recipe(reducer="merge")))
 
-    def test_every_class_merges_or_is_refused(self) -> None:
+    def test_every_class_is_refused_or_has_a_tower_that_is_tested(self) -> None:
+        tested: set[str] = set()
+        merges: set[str] = set()
         for name in MODELS:
             model = as_function(tiny_transformer(name))
-            assert (match(model).merge_refusal(model) is None) or name not in MERGING
+            tower = tower_of(model)
+            assert tower is not None
+            if match(model).merge_refusal(model) is None:
+                merges.add(tower.spec.tower)
+            if name in MERGING:
+                tested.add(tower.spec.tower)
+        assert merges == tested
 
     def test_an_implementation_without_masks(self) -> None:
         model: Any = tiny_transformer("ViTModel")
@@ -361,7 +369,10 @@ class TestRefusals:
         ("build", "reason"),
         [
             (lambda: hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**SMALL, num_patches=16)), "a mask for each image"),
-            (lambda: hf.YolosModel(hf.YolosConfig(**{**SMALL, "image_size": [32, 32]})), "detection tokens behind"),
+            (
+                lambda: hf.BeitBackbone(hf.BeitConfig(**BEIT, out_indices=[0, 1, 2, 3], add_fpn=True)),
+                "feature pyramid",
+            ),
             (lambda: hf.SwinModel(hf.SwinConfig(embed_dim=8, depths=[1], num_heads=[2])), "windows"),
             (
                 lambda: hf.BertModel(hf.BertConfig(**TEXT)),
