@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,12 +26,14 @@ class Draft:
         reopen: opens the export. The returned function maps inputs to the output of the export, followed by the output
             and the kept positions of each site, of the same graph.
         operators: of an ONNX graph, how often each operator occurs.
+        inputs: batches to verify it on; None for those of `verify.inputs_for`.
     """
 
     document: ExportDocument
     save: Callable[[ExportDocument], None]
     reopen: Callable[[], Callable[[Tensor], tuple[Tensor, ...]]]
     operators: dict[str, int] | None = None
+    inputs: Sequence[Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Format:
         suffix: what the default output name adds to the name of the model.
         files: names in the folder that it writes; empty if it writes one file.
         packages: what the format needs of the extra `onnx`.
-        options: which of `--batch`, `--opset` and `--tune` are supported.
+        options: which of `--batch`, `--opset`, `--tune` and `--quantize` are supported.
         check: raises UsageError for an invalid request; runs before a model is loaded.
     """
 
