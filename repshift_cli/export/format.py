@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from repshift_cli.checkpoints.schema import ExportDocument
     from repshift_cli.export.request import Request, Subject
+    from repshift_cli.reduction.compressed_model import Trace
     from repshift_cli.utils.progress import Progress
 
 
@@ -26,14 +27,14 @@ class Draft:
         reopen: opens the export. The returned function maps inputs to the output of the export, followed by the output
             and the kept positions of each site, of the same graph.
         operators: of an ONNX graph, how often each operator occurs.
-        inputs: batches to verify it on; None for those of `verify.inputs_for`.
+        known: inputs to verify it on, each with the trace of the model in torch; empty for `verify.inputs_for`.
     """
 
     document: ExportDocument
     save: Callable[[ExportDocument], None]
     reopen: Callable[[], Callable[[Tensor], tuple[Tensor, ...]]]
     operators: dict[str, int] | None = None
-    inputs: Sequence[Tensor] | None = None
+    known: Sequence[tuple[Tensor, Trace]] = ()
 
 
 @dataclass(frozen=True)

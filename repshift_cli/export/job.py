@@ -107,8 +107,7 @@ def export(opened: Opened, request: Request, progress: Progress) -> Exported:
         draft = wanted.write(subject, request, path, progress)
         document = draft.document
         if request.verify:
-            inputs = draft.inputs or verify.inputs_for(subject, request)
-            verdict = verify.compare(subject, request, inputs, draft.reopen(), progress)
+            verdict = verify.compare(subject, request, draft.reopen(), progress, draft.known)
             document = document.model_copy(update={"verified": verdict})
         draft.save(document)
     written = [output / name for name in wanted.files] or [output]

@@ -51,7 +51,7 @@ def inputs_for(subject: Subject, request: Request) -> list[Tensor]:
 
 
 @dataclass
-class _Counts:
+class Counts:
     """Comparison so far; `difference` over the inputs with the same kept tokens, `any_difference` over all."""
 
     difference: float = 0.0
@@ -87,19 +87,19 @@ class _Counts:
 def compare(
     subject: Subject,
     request: Request,
-    inputs: Sequence[Tensor],
     run: Callable[[Tensor], Sequence[Tensor]],
     progress: Progress,
+    known: Sequence[tuple[Tensor, Trace]] = (),
 ) -> Verdict:
-    """Compare an export with the model in torch; `run` is what `Draft.reopen` returns.
+    """Compare an export with the model in torch; `run` is what `Draft.reopen` returns, `known` its `known`.
 
     Raises:
         CheckFailed: it does not run, or it computes something else; with the numbers.
     """
-    counts = _Counts()
+    inputs, counts = known or [(images, None) for images in inputs_for(subject, request)], Counts()
     with progress.task("comparing with torch", len(inputs)) as task, torch.no_grad():
-        for images in inputs:
-            wanted = subject.run(images)
+        for images, trace in inputs:
+            wanted = trace or subject.run(images)
             try:
                 found = run(images)
             except (CheckpointError, RuntimeError) as error:
@@ -117,11 +117,9 @@ def compare(
     return verdict
 
 
-def judge(
-    subject: Subject, request: Request, wanted: Sequence[Trace], found: Sequence[Sequence[Tensor]]
-) -> Verdict:
+def judge(subject: Subject, request: Request, wanted: Sequence[Trace], found: Sequence[Sequence[Tensor]]) -> Verdict:
     """The verdict on outputs of an export: the output, the output again, and the kept positions of each site."""
-    counts = _Counts()
+    counts = Counts()
     for pair in zip(wanted, found, strict=True):
         counts.add(*pair)
     return _verdict(counts, subject, request)
@@ -139,7 +137,7 @@ def failed(request: Request, verdict: Verdict) -> CheckFailed:
     )
 
 
-def _verdict(counts: _Counts, subject: Subject, request: Request) -> Verdict:
+def _verdict(counts: Counts, subject: Subject, request: Request) -> Verdict:
     dtype = request.dtype or torch.float32
     kept = counts.same_places / counts.places if counts.places else None
     most, tolerance, kept_required = _MOST_SWAPPED[dtype], _TOLERANCES[dtype], _KEPT[dtype]
