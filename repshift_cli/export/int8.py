@@ -163,9 +163,8 @@ def _traces(job: Job, inputs: ImageBatch) -> list[Pair]:
         parts = list(images[places].split(batch))
     else:
         first = sum(_BATCHES)
-        parts = [part for part in images[:first].split(1)] if len(images) <= first else []
-        if not parts:
-            parts = [*images[:first].split(list(_BATCHES)), *images[first:].split(_LARGE_BATCH)]
+        small = list(_BATCHES) if len(images) > first else 1
+        parts = [*images[:first].split(small), *images[first:].split(_LARGE_BATCH)]
     found = []
     with job.progress.task("running the model in torch", len(parts)) as task:
         for part in parts:
