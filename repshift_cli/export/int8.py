@@ -281,7 +281,7 @@ class _Maker:
                     per_channel=True,
                     reduce_range=True,
                     weight_type=QuantType.QInt8,
-                    nodes_to_quantize=chosen,
+                    nodes_to_quantize=[*chosen, *(f"{name}_MatMul" for name in chosen)],  # a Gemm is replaced
                 )
             return onnx.load(str(path))
         quantizer = QDQQuantizer(
