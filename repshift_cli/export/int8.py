@@ -166,7 +166,7 @@ def _traces(job: Job, inputs: ImageBatch) -> list[Pair]:
         small = list(_BATCHES) if len(images) > first else 1
         parts = [*images[:first].split(small), *images[first:].split(_LARGE_BATCH)]
     found = []
-    with job.progress.task("running the model in torch", len(parts)) as task:
+    with job.progress.task("running the model in torch", len(parts)) as task, torch.no_grad():
         for part in parts:
             found.append((part, job.subject.run(part)))
             task.advance()

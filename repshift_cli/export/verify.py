@@ -77,8 +77,9 @@ class Counts:
             self.difference = max(self.difference, _difference(wanted.output[same], output[same]))
             self.any_difference = max(self.any_difference, _difference(wanted.output, output))
         self.inputs += count
-        pair = [output.double().flatten(1) for output in (wanted.output, found[0])]
-        self.cosine += float(torch.cosine_similarity(pair[0], pair[1]).sum())
+        if wanted.output.shape == found[0].shape:
+            pair = [output.double().flatten(1) for output in (wanted.output, found[0])]
+            self.cosine += float(torch.cosine_similarity(*pair).sum())
         self.swapped += count - int(same.sum())
         self.batches.add(count)
         self.same_top += int((wanted.output.argmax(dim=-1) == found[0].argmax(dim=-1)).sum())
@@ -96,9 +97,10 @@ def compare(
     Raises:
         CheckFailed: it does not run, or it computes something else; with the numbers.
     """
-    inputs, counts = known or [(images, None) for images in inputs_for(subject, request)], Counts()
-    with progress.task("comparing with torch", len(inputs)) as task, torch.no_grad():
-        for images, trace in inputs:
+    counts = Counts()
+    pairs: Sequence[tuple[Tensor, Trace | None]] = known or [(each, None) for each in inputs_for(subject, request)]
+    with progress.task("comparing with torch", len(pairs)) as task, torch.no_grad():
+        for images, trace in pairs:
             wanted = trace or subject.run(images)
             try:
                 found = run(images)
