@@ -226,6 +226,10 @@ class _Maker:
         with _quiet():
             quant_pre_process(str(source), str(self._path), skip_symbolic_shape=True)
         self._model = onnx.load(str(self._path))
+        standard = [entry for entry in self._model.opset_import if not entry.domain]
+        del self._model.opset_import[:]  # the optimiser names all domains that it knows
+        self._model.opset_import.extend(standard)
+        onnx.save(self._model, str(self._path))
         self._calibrater: Any = None
         self._ranges: Any = None
         nodes = _find_layers(self._model.graph, static=self._static)

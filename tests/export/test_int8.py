@@ -180,6 +180,7 @@ def test_quantised_files_run(family: str, kind: str, tmp_path: Path) -> None:
     assert found.document.verified is not None
     assert found.document.verified.agreement is not None
     model = onnx.load(path)
+    assert [entry.domain for entry in model.opset_import] == [""]
     arrays = [numpy_helper.to_array(weight) for weight in model.graph.initializer]
     weights = [array for array in arrays if array.dtype == np.int8 and array.ndim > 1]
     assert weights
