@@ -56,6 +56,9 @@ _IMAGE_DIMS = 4
 _FLOAT_OUTPUT = ("MatMul", "Gemm")
 """Products that return float32, which their kernels do without a second rounding."""
 
+Images = tuple[ImageBatch | None, ImageBatch]
+"""Inputs for the ranges of activations (None if the graph computes them), and others for the agreement."""
+
 Pair = tuple[Tensor, Trace]
 """Inputs, and the trace of the model in torch."""
 
@@ -69,16 +72,15 @@ class Quantized:
     known: list[Pair]
 
 
-def quantize(watched: ModelProto, job: Job) -> Quantized:
-    """Quantise a graph that returns the kept positions too.
+def quantize(watched: ModelProto, job: Job, images: Images) -> Quantized:
+    """Quantise a graph that returns the kept positions too; `images` are those of `draw_images`.
 
     Raises:
         CheckFailed: no mix of layers in int8 and float32 meets the agreement.
-        DataError: there are no images, too few, or ones that are nearly equal.
         ModelError: most of the weights have no int8 kernel.
     """
     request, kind = job.request, job.request.quantize
-    calibration, held_out = _draw(job)
+    calibration, held_out = images
     job.progress.note(f"quantising to {kind}")
     if note := int8_note():
         job.progress.warn(note)
@@ -136,11 +138,15 @@ class Job:
         return (wrong / max(total, 1e-12)) ** 0.5 + moved
 
 
-def _draw(job: Job) -> tuple[ImageBatch | None, ImageBatch]:
-    """Inputs for the ranges of activations (None if the graph computes them), and others for the agreement."""
-    loaded, request = job.subject.opened.loaded, job.request
+def draw_images(subject: Subject, request: Request, progress: Progress) -> Images:
+    """Draw the inputs to quantise with.
+
+    Raises:
+        DataError: there are none, too few, or ones that are nearly equal.
+    """
+    loaded = subject.opened.loaded
     count = Amounts.of(Settings(calibration_images=request.calibration_images), loaded).calibration
-    held_out, notes = min(count, _HELD_OUT), Notes(job.progress)
+    held_out, notes = min(count, _HELD_OUT), Notes(progress)
     if request.quantize == "int8-dynamic":
         return None, load_job_inputs(loaded, request.calibration, held_out, 0, notes)
     if request.calibration is None and not loaded.is_builtin:

@@ -77,6 +77,10 @@ def job_of(folder: Path, **options: Any) -> int8.Job:
     return int8.Job(Subject(open_family("timm_vit"), False), request, SimpleNamespace(), folder, Silent())  # type: ignore[arg-type]
 
 
+def draw(job: int8.Job) -> int8.Images:
+    return int8.draw_images(job.subject, job.request, Silent())
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
@@ -94,15 +98,15 @@ def test_images_that_cannot_calibrate_are_refused(tmp_path: Path, kind: str, wor
             pixels[:] = 99 if kind == "equal" else random.integers(0, 255, 3, dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     with pytest.raises(DataError, match=words):
-        int8._draw(job_of(tmp_path))
+        draw(job_of(tmp_path))
 
 
 def test_static_needs_images_unless_the_model_is_built_in(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="needs images") as caught:
-        int8._draw(job_of(tmp_path, calibration=None))
+        draw(job_of(tmp_path, calibration=None))
     assert caught.value.hint is not None
     assert "int8-dynamic" in caught.value.hint
-    calibration, held_out = int8._draw(job_of(tmp_path, calibration=None, quantize="int8-dynamic"))
+    calibration, held_out = draw(job_of(tmp_path, calibration=None, quantize="int8-dynamic"))
     assert calibration is None
     assert len(held_out.tensor) == 100
 

@@ -47,9 +47,11 @@ def _write(subject: Subject, request: Request, path: Path, progress: Progress) -
 
     from repshift_cli.checkpoints import exported
     from repshift_cli.checkpoints.weights import METADATA_KEY
+    from repshift_cli.export import int8
     from repshift_cli.export.trace import trace_program
 
     opset = request.opset or DEFAULT_OPSET
+    drawn = int8.draw_images(subject, request, progress) if request.quantize else None
     progress.note("tracing")
     program = trace_program(subject, request, watched=True)
     example = subject.run(subject.examples(request))
@@ -58,10 +60,8 @@ def _write(subject: Subject, request: Request, path: Path, progress: Progress) -
     progress.note(f"writing ONNX of opset {opset}")
     watched = build_graph(program, opset, (subject.input_name, [subject.output_name, *places]))
     known: Sequence[tuple[Tensor, Trace]] = ()
-    if request.quantize:
-        from repshift_cli.export.int8 import Job, quantize
-
-        made = quantize(watched, Job(subject, request, document, path.parent, progress))
+    if drawn:
+        made = int8.quantize(watched, int8.Job(subject, request, document, path.parent, progress), drawn)
         watched, known = made.graph, made.known
         document = document.model_copy(update={"quantized": made.part})
     model = _without_outputs(watched, places)
