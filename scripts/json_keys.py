@@ -59,6 +59,7 @@ COMMANDS = {
         *("32", "--data", "builtin:digits", *QUICK),
     ),
     "export onnx": ("export", "vit.safetensors", "--to", "onnx"),
+    "export int8": ("export", "vit.safetensors", "--to", "onnx", "--quantize", "int8", "--calibration-images", "16"),
     "export hub": ("export", "vit.safetensors", "--to", "hub"),
     "eval exported": ("eval", "vit.onnx", "--dataset", "builtin:digits", "--limit", "20"),
     "bench exported": ("bench", "vit.onnx", *QUICK),

@@ -18,6 +18,7 @@ from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckFailed, UsageError
 from repshift_cli.measure.attention_kernel import observed_attention
 from repshift_cli.measure.compiled import Compiled, CompileMode, fresh_graphs
+from repshift_cli.measure.cpu import int8_note
 from repshift_cli.measure.device import device_name, num_threads, out_of_memory, tiles_note, waking_note
 from repshift_cli.measure.latency import Subject, compute_speedup, measure_latency
 from repshift_cli.measure.memory import peak_memory
@@ -128,17 +129,18 @@ def contenders_of(opened: Mapping[str, Opened]) -> list[Contender]:
 
 
 def _exported_contenders(exported: Mapping[str, OpenedExport]) -> Iterator[Contender]:
-    """Exported files, dense ones first; compressed ones are compared with a dense one of the same kind and weights."""
+    """Exported files, dense ones first; others are compared with a dense float file of the same kind and weights."""
     keys = {
         label: (each.runtime.document.kind, each.weights, each.loaded.description.preprocessing.shape)
         for label, each in exported.items()
     }
-    labels = sorted(exported, key=lambda label: exported[label].reduced)
-    dense = {keys[label]: label for label in reversed(labels) if not exported[label].reduced}
+    plain = {label for label, each in exported.items() if not (each.reduced or each.runtime.document.quantized)}
+    labels = sorted(exported, key=lambda label: (exported[label].reduced, label not in plain))
+    dense = {keys[label]: label for label in reversed(labels) if label in plain}
     for label in labels:
         each = exported[label]
         preprocessing = each.loaded.description.preprocessing
-        against = dense.get(keys[label]) if each.reduced else None
+        against = None if label in plain else dense.get(keys[label])
         yield Contender(label, each.module, each.macs, preprocessing.shape, against, preprocessing=preprocessing)
 
 
@@ -193,6 +195,8 @@ def run_sweep(
     with num_threads(sweep[0].threads) as threads:
         notes = [waking_note(sweep[0].device, threads)]
         notes += [note for settings in sweep for note in _tiles_notes(contenders, settings)]
+        if any(isinstance(each.module, Runtime) and each.module.document.quantized for each in contenders):
+            notes.append(int8_note())
         for note in dict.fromkeys(note for note in notes if note):
             progress.note(note)
         for settings in sweep:

@@ -113,6 +113,8 @@ class Verdict(_Part):
         swapped: inputs with another kept token at some site, whose outputs are not compared.
         most_swapped: upper limit of `swapped`; null for none.
         top1: share of the inputs with the same largest output; null for outputs that are not class scores.
+        agreement: of a quantised model, `top1`, or the mean cosine of the outputs if they are not class scores.
+        agreement_required: lower limit of `agreement`.
     """
 
     passed: bool
@@ -125,6 +127,27 @@ class Verdict(_Part):
     swapped: NonNegativeInt
     most_swapped: NonNegativeInt | None
     top1: float | None
+    agreement: float | None = None
+    agreement_required: float | None = None
+
+
+class Quantization(_Part):
+    """How a graph was quantised.
+
+    Attributes:
+        layers: number of quantised matrix products and convolutions.
+        float_layers: those that stay in float32 because they cost the most agreement, worst first.
+        weight_bits: 7, so that sums of 16 bits do not saturate on CPUs without VNNI.
+        calibration: the inputs that the ranges of activations are from; null if the graph computes them.
+        percentile: share of the values inside of these ranges, in percent; null likewise.
+    """
+
+    kind: Literal["int8", "int8-dynamic"]
+    layers: PositiveInt
+    float_layers: list[str]
+    weight_bits: Literal[7]
+    calibration: dict[str, Any] | None
+    percentile: float | None
 
 
 class ExportDocument(_Part):
@@ -136,6 +159,7 @@ class ExportDocument(_Part):
         num_classes: outputs of the head; null without a head.
         opset: of ONNX; null for other files.
         tuned: whether the fastest kernels were chosen by timing.
+        quantized: null for a model in floating point.
         verified: null if nothing was compared.
     """
 
@@ -156,6 +180,7 @@ class ExportDocument(_Part):
     output: Port
     opset: int | None
     tuned: bool = False
+    quantized: Quantization | None = None
     device: str = Field(pattern=r"^(cpu|cuda(:\d{1,3})?)$")
     verified: Verdict | None
 

@@ -10,7 +10,7 @@ import typer
 
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.cli import guard, options, ui
-from repshift_cli.cli.export import Target, check_all, export_all
+from repshift_cli.cli.export import Target, export_all, requests_for
 from repshift_cli.cli.export import show as show_export
 from repshift_cli.cli.show.compress import show_compression
 
@@ -73,6 +73,7 @@ def command(
         list[Target] | None,
         typer.Option(metavar="FORMAT", help="Also export to onnx, pt2, aoti or hub; may be repeated."),
     ] = None,
+    quantize: options.Quantize = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan only: do not run, measure or write.")
     ] = False,
@@ -105,7 +106,10 @@ def command(
         force=force,
     )
     targets = [] if dry_run else (export or [])
-    check_all(output, targets, force)
+    quantize = None if dry_run else quantize
+    requests = requests_for(
+        output, targets, force, quantize=quantize, calibration=calibration or data, images=calibration_images
+    )
     with using_threads(threads):
         with guard.failure_as_json(json):
             report = compress_checkpoint(checkpoint, settings, ui.Screen(), dry_run)
@@ -113,7 +117,7 @@ def command(
 
         def export_now() -> None:
             if report.output:
-                exported.extend(export_all(report.output, targets, force))
+                exported.extend(export_all(report.output, requests))
 
         def print_last() -> None:
             if json:

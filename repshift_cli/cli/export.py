@@ -16,6 +16,7 @@ from repshift_cli.export.formats import FORMATS
 
 if TYPE_CHECKING:
     from repshift_cli.export.job import Exported
+    from repshift_cli.export.request import Request
 
 Target = Enum("Target", {name: name for name in FORMATS}, type=str)  # type: ignore[misc]
 """Values of an option that names a format."""
@@ -58,6 +59,25 @@ def command(
         bool,
         typer.Option("--tune", help="aoti: time several kernels for each product on this machine and use the fastest."),
     ] = False,
+    quantize: options.Quantize = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Unlabelled images or videos to quantise with: a folder or a dataset."),
+    ] = None,
+    calibration_images: Annotated[
+        int | None,
+        options.number(
+            "calibration_images", help="Number of calibration images (default: 128; 32 clips for large video models)."
+        ),
+    ] = None,
+    agreement: Annotated[
+        float | None,
+        options.number(
+            "agreement",
+            metavar="X",
+            help="Least share of unchanged predictions of a quantised model (default: 0.99).",
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare the export with the model in torch.")
     ] = True,
@@ -74,7 +94,7 @@ def command(
 
     request = Request(
         target=to.value,
-        output=output or FORMATS[to.value].default_output(model),
+        output=output or _default_output(to, model, quantize),
         dense=dense,
         batch=size,
         dtype=None if dtype is None else resolve_dtype(dtype),
@@ -82,6 +102,7 @@ def command(
         opset=opset,
         tune=tune,
         verify=verify,
+        **_quantization(quantize, calibration, calibration_images, agreement),
         force=force,
     )
     check(request)
@@ -98,32 +119,57 @@ def command(
         show(exported)
 
 
-def check_all(checkpoint: Path, targets: Sequence[Target], force: bool) -> None:
-    """Check the exports of a checkpoint before it is written; errors as `job.check`."""
+def _default_output(target: Target, model: str, quantize: options.QuantizeKind | None) -> Path:
+    output = FORMATS[target.value].default_output(model)
+    return output.with_stem(f"{output.stem}_int8") if quantize else output
+
+
+def _quantization(
+    quantize: options.QuantizeKind | None, calibration: str | None, images: int | None, agreement: float | None
+) -> dict[str, Any]:
+    """The fields of a request; raises UsageError for options of a quantised model without `--quantize`."""
+    given = {"calibration": calibration, "calibration_images": images, "agreement": agreement}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and quantize is None:
+        raise UsageError(f"--{next(iter(given)).replace('_', '-')} is for a quantised model", "Add --quantize int8.")
+    return {"quantize": quantize and quantize.value, **given}
+
+
+def requests_for(
+    checkpoint: Path,
+    targets: Sequence[Target],
+    force: bool,
+    *,
+    quantize: options.QuantizeKind | None,
+    calibration: str | None,
+    images: int | None,
+) -> list[Request]:
+    """Exports of a checkpoint into its own folder, checked before it is written; errors as `job.check`.
+
+    What cannot be quantised stays in floating point.
+    """
     from repshift_cli.export.job import check
+    from repshift_cli.export.request import Request
 
-    for request in _requests(checkpoint, targets, force):
+    found = []
+    for target in dict.fromkeys(targets):
+        kind = quantize if "quantize" in FORMATS[target.value].options else None
+        fields = _quantization(kind, calibration, images, None) if kind else {}
+        output = checkpoint.parent / _default_output(target, checkpoint.name, kind)
+        found.append(Request(target.value, output, force=force, **fields))
+    if quantize and not any(request.quantize for request in found):
+        raise UsageError("--quantize is for an export to onnx", "Add --export onnx.")
+    for request in found:
         check(request)
+    return found
 
 
-def export_all(checkpoint: Path, targets: Sequence[Target], force: bool) -> list[Exported]:
-    """Export a checkpoint into its own folder; errors as `job.export`."""
+def export_all(checkpoint: Path, requests: Sequence[Request]) -> list[Exported]:
+    """Export a checkpoint; errors as `job.export`."""
     from repshift_cli.export.job import export, open_for_export
 
     screen = ui.Screen()
-    return [
-        export(open_for_export(str(checkpoint), None, progress=screen), request, screen)
-        for request in _requests(checkpoint, targets, force)
-    ]
-
-
-def _requests(checkpoint: Path, targets: Sequence[Target], force: bool) -> list[Any]:
-    from repshift_cli.export.request import Request
-
-    return [
-        Request(target.value, checkpoint.parent / FORMATS[target.value].default_output(checkpoint.name), force=force)
-        for target in dict.fromkeys(targets)
-    ]
+    return [export(open_for_export(str(checkpoint), None, progress=screen), request, screen) for request in requests]
 
 
 def _parse_batch(text: str) -> int | None:
@@ -148,6 +194,10 @@ def show(exported: Exported) -> None:
     if exported.operators is not None:
         most = sorted(exported.operators.items(), key=lambda item: -item[1])
         ui.print_text(f"graph    opset {document.opset}: {', '.join(f'{count} {name}' for name, count in most)}")
+    if document.quantized is not None:
+        made = document.quantized
+        ranges = "" if made.percentile is None else f", ranges of activations at percentile {made.percentile:g}"
+        ui.print_text(f"layers   {made.layers} in int8, {len(made.float_layers)} in float32{ranges}")
     if document.verified is None:
         ui.print_text("verified no: --no-verify was given")
     else:
@@ -157,6 +207,8 @@ def show(exported: Exported) -> None:
             parts.append(f"kept positions equal {verdict.kept_equal:.2%}")
         if verdict.top1 is not None:
             parts.append(f"same class {verdict.top1:.1%}")
+        elif verdict.agreement is not None:
+            parts.append(f"mean cosine {verdict.agreement:.4f}")
         batches = ", ".join(map(str, verdict.batches))
         ui.print_text(f"verified {', '.join(parts)}; {verdict.inputs} inputs in batches of {batches}")
     ui.print_text(f"wrote    {exported.output} ({exported.bytes / 1e6:.1f} MB)")

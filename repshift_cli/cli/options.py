@@ -22,6 +22,13 @@ def number(name: str, *flags: str, help: str, metavar: str = "N", show_default: 
     return typer.Option(*flags, min=low, max=high, metavar=metavar, help=help, show_default=show_default)
 
 
+class QuantizeKind(str, Enum):
+    """Values of `--quantize`."""
+
+    INT8 = "int8"
+    INT8_DYNAMIC = "int8-dynamic"
+
+
 class AttentionKind(str, Enum):
     """Values of `--attention`; see `models/attention_mode.py`."""
 
@@ -134,6 +141,16 @@ MeasureDtype = Annotated[
     str,
     typer.Option(
         "--dtype", metavar="DTYPE", help="float32, bfloat16 or float16 while running; the file keeps its own."
+    ),
+]
+
+Quantize = Annotated[
+    QuantizeKind | None,
+    typer.Option(
+        "--quantize",
+        metavar="KIND",
+        help="onnx: int8 (calibrated on images, faster) or int8-dynamic (needs no images).",
+        show_default=False,
     ),
 ]
 

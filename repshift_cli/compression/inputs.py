@@ -29,7 +29,7 @@ def draw_images(job: CompressionJob, settings: Settings, amounts: Amounts) -> tu
             job.notes.note("nothing is calibrated, so the images of --calibration only serve the comparison")
         return None, load(settings.data or where, amounts.agreement)
     if settings.data is None or is_same_folder(settings.data, where):
-        return _split(load(where, amounts.calibration + amounts.agreement), amounts.calibration)
+        return split_inputs(load(where, amounts.calibration + amounts.agreement), amounts.calibration)
     return load(where, amounts.calibration), load(settings.data, amounts.agreement)
 
 
@@ -76,8 +76,8 @@ def _report(batch: ImageBatch, notes: Notes) -> None:
         notes.warn(f"{len(batch.skipped)} {unit} could not be read: {'; '.join(batch.skipped[:3])}")
 
 
-def _split(batch: ImageBatch, count: int) -> tuple[ImageBatch, ImageBatch]:
-    """The first `count` images and the rest, which is at least a fifth of all."""
+def split_inputs(batch: ImageBatch, count: int) -> tuple[ImageBatch, ImageBatch]:
+    """The first `count` images and the rest, which is at least a fifth of all; raises DataError for too few."""
     total = len(batch.tensor)
     border = min(count, max(total - max(total // 5, 1), 1))
     if border >= total:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from repshift_cli.checkpoints.schema import ExportDocument
     from repshift_cli.export.request import Request, Subject
+    from repshift_cli.reduction.compressed_model import Trace
     from repshift_cli.utils.progress import Progress
 
 
@@ -26,12 +27,14 @@ class Draft:
         reopen: opens the export. The returned function maps inputs to the output of the export, followed by the output
             and the kept positions of each site, of the same graph.
         operators: of an ONNX graph, how often each operator occurs.
+        known: inputs to verify it on, each with the trace of the model in torch; empty for `verify.inputs_for`.
     """
 
     document: ExportDocument
     save: Callable[[ExportDocument], None]
     reopen: Callable[[], Callable[[Tensor], tuple[Tensor, ...]]]
     operators: dict[str, int] | None = None
+    known: Sequence[tuple[Tensor, Trace]] = ()
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Format:
         suffix: what the default output name adds to the name of the model.
         files: names in the folder that it writes; empty if it writes one file.
         packages: what the format needs of the extra `onnx`.
-        options: which of `--batch`, `--opset` and `--tune` are supported.
+        options: which of `--batch`, `--opset`, `--tune` and `--quantize` are supported.
         check: raises UsageError for an invalid request; runs before a model is loaded.
     """
 

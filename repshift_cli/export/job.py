@@ -22,7 +22,7 @@ from repshift_cli.planning.recipe import Recipe
 from repshift_cli.utils.files import atomic_folder, atomic_output, check_output, temporary_folder
 from repshift_cli.utils.progress import Progress
 
-_OPTIONS = ("batch", "opset", "tune")
+_OPTIONS = ("batch", "opset", "tune", "quantize")
 """Options that only some formats support."""
 
 
@@ -41,7 +41,7 @@ class Exported:
         return {
             "output": str(self.output),
             "bytes": self.bytes,
-            **{key: document[key] for key in ("kind", "opset", "tuned", "device", "verified")},
+            **{key: document[key] for key in ("kind", "opset", "tuned", "quantized", "device", "verified")},
             "ports": {key: document[key] for key in ("input", "output")},
             "compressed": self.document.plan is not None,
             "gmacs": self.document.macs / 1e9,
@@ -107,7 +107,7 @@ def export(opened: Opened, request: Request, progress: Progress) -> Exported:
         draft = wanted.write(subject, request, path, progress)
         document = draft.document
         if request.verify:
-            verdict = verify.compare(subject, request, draft.reopen(), progress)
+            verdict = verify.compare(subject, request, draft.reopen(), progress, draft.known)
             document = document.model_copy(update={"verified": verdict})
         draft.save(document)
     written = [output / name for name in wanted.files] or [output]

@@ -31,6 +31,10 @@ class Request:
         batch: batch size; None for any.
         dtype: of weights and inputs; None for float32, for a hub folder for the dtype of the checkpoint.
         tune: whether AOTInductor times several kernels for each product.
+        quantize: `int8` or `int8-dynamic`; None for floating point.
+        calibration: folder or dataset of unlabelled images to quantise with; None for the built-in scenes.
+        calibration_images: how many to calibrate on; None for the usual number.
+        agreement: least share of unchanged predictions of a quantised model.
     """
 
     target: str
@@ -41,6 +45,10 @@ class Request:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     opset: int | None = None
     tune: bool = False
+    quantize: str | None = None
+    calibration: str | None = None
+    calibration_images: int | None = None
+    agreement: float = 0.99
     verify: bool = True
     force: bool = False
 

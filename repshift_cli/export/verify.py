@@ -28,6 +28,9 @@ _KEPT = {torch.float32: 0.99, torch.float16: 0.95, torch.bfloat16: 0.9}
 _MOST_SWAPPED = {torch.float32: 1, torch.float16: None, torch.bfloat16: None}
 """Largest number of inputs with other kept tokens; None for no limit."""
 
+_QUANTIZED_KEPT, _QUANTIZED_TOLERANCE = 0.98, 1.0
+"""Limits of a quantised model. What it computes is judged by the share of unchanged predictions."""
+
 _BATCHES, _HEAVY_BATCHES = (1, 2, 5), (1, 2)
 _HEAVY_MACS = 40_000_000_000  # of large video models, which take seconds per clip
 _SCENES, _SEED = 4, 0
@@ -48,7 +51,7 @@ def inputs_for(subject: Subject, request: Request) -> list[Tensor]:
 
 
 @dataclass
-class _Counts:
+class Counts:
     """Comparison so far; `difference` over the inputs with the same kept tokens, `any_difference` over all."""
 
     difference: float = 0.0
@@ -58,6 +61,7 @@ class _Counts:
     places: int = 0
     same_places: int = 0
     swapped: int = 0
+    cosine: float = 0.0
     batches: set[int] = field(default_factory=set)
 
     def add(self, wanted: Trace, found: Sequence[Tensor]) -> None:
@@ -73,23 +77,31 @@ class _Counts:
             self.difference = max(self.difference, _difference(wanted.output[same], output[same]))
             self.any_difference = max(self.any_difference, _difference(wanted.output, output))
         self.inputs += count
+        if wanted.output.shape == found[0].shape:
+            pair = [output.double().flatten(1) for output in (wanted.output, found[0])]
+            self.cosine += float(torch.cosine_similarity(*pair).sum())
         self.swapped += count - int(same.sum())
         self.batches.add(count)
         self.same_top += int((wanted.output.argmax(dim=-1) == found[0].argmax(dim=-1)).sum())
 
 
 def compare(
-    subject: Subject, request: Request, run: Callable[[Tensor], Sequence[Tensor]], progress: Progress
+    subject: Subject,
+    request: Request,
+    run: Callable[[Tensor], Sequence[Tensor]],
+    progress: Progress,
+    known: Sequence[tuple[Tensor, Trace]] = (),
 ) -> Verdict:
-    """Compare an export with the model in torch; `run` is what `Draft.reopen` returns.
+    """Compare an export with the model in torch; `run` is what `Draft.reopen` returns, `known` its `known`.
 
     Raises:
         CheckFailed: it does not run, or it computes something else; with the numbers.
     """
-    inputs, counts = inputs_for(subject, request), _Counts()
-    with progress.task("comparing with torch", len(inputs)) as task, torch.no_grad():
-        for images in inputs:
-            wanted = subject.run(images)
+    counts = Counts()
+    pairs: Sequence[tuple[Tensor, Trace | None]] = known or [(each, None) for each in inputs_for(subject, request)]
+    with progress.task("comparing with torch", len(pairs)) as task, torch.no_grad():
+        for images, trace in pairs:
+            wanted = trace or subject.run(images)
             try:
                 found = run(images)
             except (CheckpointError, RuntimeError) as error:
@@ -101,34 +113,59 @@ def compare(
                 ) from error
             counts.add(wanted, found)
             task.advance()
-    verdict = _verdict(counts, subject, request.dtype or torch.float32)
+    verdict = _verdict(counts, subject, request)
     if not verdict.passed:
-        raise CheckFailed(
-            f"{request.output} does not compute what the model does: {_problem(verdict)}, on {verdict.inputs} inputs",
-            "No output was written. Export to float32, or write it unverified with --no-verify.",
-            {"output": None, "verified": verdict.model_dump(mode="json")},
-        )
+        raise failed(request, verdict)
     return verdict
 
 
-def _verdict(counts: _Counts, subject: Subject, dtype: torch.dtype) -> Verdict:
+def judge(subject: Subject, request: Request, wanted: Sequence[Trace], found: Sequence[Sequence[Tensor]]) -> Verdict:
+    """The verdict on outputs of an export: the output, the output again, and the kept positions of each site."""
+    counts = Counts()
+    for pair in zip(wanted, found, strict=True):
+        counts.add(*pair)
+    return _verdict(counts, subject, request)
+
+
+def failed(request: Request, verdict: Verdict) -> CheckFailed:
+    """The error for a verdict that is not passed."""
+    advice = "Export to float32, or write it unverified with --no-verify."
+    if request.quantize:
+        advice = "Give images of the model's own kind, a lower --agreement, or leave --quantize out."
+    return CheckFailed(
+        f"{request.output} does not compute what the model does: {_problem(verdict)}, on {verdict.inputs} inputs",
+        f"No output was written. {advice}",
+        {"output": None, "verified": verdict.model_dump(mode="json")},
+    )
+
+
+def _verdict(counts: Counts, subject: Subject, request: Request) -> Verdict:
+    dtype = request.dtype or torch.float32
     kept = counts.same_places / counts.places if counts.places else None
-    most, tolerance = _MOST_SWAPPED[dtype], _TOLERANCES[dtype]
+    most, tolerance, kept_required = _MOST_SWAPPED[dtype], _TOLERANCES[dtype], _KEPT[dtype]
     if subject.plan is not None and subject.plan.reducer.kind != "prune" and dtype != torch.float32:
         tolerance *= _MERGE_FACTOR
-    same_tokens = kept is None or (kept >= _KEPT[dtype] and (most is None or counts.swapped <= most))
+    top1 = counts.same_top / counts.inputs if getattr(subject.opened.loaded.model, "num_classes", 0) else None
+    agreement = required = None
+    if request.quantize:
+        most, tolerance, kept_required = None, _QUANTIZED_TOLERANCE, min(_QUANTIZED_KEPT, request.agreement)
+        agreement, required = counts.cosine / counts.inputs if top1 is None else top1, request.agreement
+    same_tokens = kept is None or (kept >= kept_required and (most is None or counts.swapped <= most))
+    agrees = agreement is None or agreement >= request.agreement
     difference = counts.difference if counts.swapped < counts.inputs else counts.any_difference
     return Verdict(
-        passed=same_tokens and difference <= tolerance,
+        passed=same_tokens and agrees and difference <= tolerance,
         batches=sorted(counts.batches),
         inputs=counts.inputs,
         max_difference=float(f"{difference:.3g}"),
         tolerance=tolerance,
         kept_equal=None if kept is None else round(kept, 6),
-        kept_required=_KEPT[dtype],
+        kept_required=kept_required,
         swapped=counts.swapped,
         most_swapped=most,
-        top1=counts.same_top / counts.inputs if getattr(subject.opened.loaded.model, "num_classes", 0) else None,
+        top1=top1,
+        agreement=agreement,
+        agreement_required=required,
     )
 
 
@@ -138,6 +175,9 @@ def _problem(verdict: Verdict) -> str:
         return f"only {kept:.2%} of the kept positions are those of torch (at least {required:.0%})"
     if verdict.most_swapped is not None and verdict.swapped > verdict.most_swapped:
         return f"it keeps other tokens than torch for {verdict.swapped} inputs (at most {verdict.most_swapped})"
+    if verdict.agreement is not None and verdict.agreement < (verdict.agreement_required or 0):
+        unit = "mean cosine of the outputs" if verdict.top1 is None else "share of unchanged predictions"
+        return f"{unit} {verdict.agreement:.2%} (at least {verdict.agreement_required:.2%})"
     return f"its outputs differ from those of torch by {verdict.max_difference:.2g} (at most {verdict.tolerance:g})"
 
 

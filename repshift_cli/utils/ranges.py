@@ -9,6 +9,7 @@ from repshift_cli.errors import UsageError
 
 RANGES: Mapping[str, tuple[int, int]] = MappingProxyType(
     {
+        "agreement": (0, 1),
         "batch_size": (1, 65_536),
         "blocks": (1, 1000),
         "calibration_images": (8, 10_000),

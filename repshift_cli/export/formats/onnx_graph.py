@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from repshift_cli.checkpoints.schema import ExportDocument
     from repshift_cli.export.request import Request, Subject
+    from repshift_cli.reduction.compressed_model import Trace
     from repshift_cli.utils.progress import Progress
 
 OLDEST_OPSET, NEWEST_OPSET = 18, 23
@@ -46,9 +47,11 @@ def _write(subject: Subject, request: Request, path: Path, progress: Progress) -
 
     from repshift_cli.checkpoints import exported
     from repshift_cli.checkpoints.weights import METADATA_KEY
+    from repshift_cli.export import int8
     from repshift_cli.export.trace import trace_program
 
     opset = request.opset or DEFAULT_OPSET
+    drawn = int8.draw_images(subject, request, progress) if request.quantize else None
     progress.note("tracing")
     program = trace_program(subject, request, watched=True)
     example = subject.run(subject.examples(request))
@@ -56,6 +59,11 @@ def _write(subject: Subject, request: Request, path: Path, progress: Progress) -
     document = subject.document(request, example.output, opset)
     progress.note(f"writing ONNX of opset {opset}")
     watched = build_graph(program, opset, (subject.input_name, [subject.output_name, *places]))
+    known: Sequence[tuple[Tensor, Trace]] = ()
+    if drawn:
+        made = int8.quantize(watched, int8.Job(subject, request, document, path.parent, progress), drawn)
+        watched, known = made.graph, made.known
+        document = document.model_copy(update={"quantized": made.part})
     model = _without_outputs(watched, places)
 
     def save(document: ExportDocument) -> None:
@@ -69,10 +77,12 @@ def _write(subject: Subject, request: Request, path: Path, progress: Progress) -
         run, watch = (exported.run_file(file, "onnx", document) for file in (path, watched_path))
         return lambda images: (run(images), *watch.outputs(images))
 
-    return Draft(document, save, reopen, check_graph(model))
+    return Draft(document, save, reopen, check_graph(model), known)
 
 
-def _check_opset(request: Request) -> None:
+def _check(request: Request) -> None:
+    if request.quantize and request.dtype is not None and str(request.dtype) != "torch.float32":
+        raise UsageError("--quantize takes a model in float32", "Leave --dtype out.")
     opset = request.opset
     if opset is not None and not OLDEST_OPSET <= opset <= NEWEST_OPSET:
         raise UsageError(
@@ -214,6 +224,6 @@ FORMAT = Format(
     packages=("onnx", "onnxscript", "onnxruntime"),
     dtypes=("float32", "float16"),  # ONNX Runtime has no bfloat16 kernels for the CPU
     devices=("cpu",),
-    options=("batch", "opset"),
-    check=_check_opset,
+    options=("batch", "opset", "quantize"),
+    check=_check,
 )

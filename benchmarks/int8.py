@@ -1,0 +1,180 @@
+"""DeiT in ONNX Runtime on this CPU, with fewer tokens, in int8 and both; and what int8 changes in the built-in models.
+
+    GOMP_SPINCOUNT=10000 python benchmarks/int8.py --threads 2 --seconds 20
+
+The six graphs of a model run in turn. Weights of DeiT are random, which does not change the speed; agreement and top-1
+are those of the built-in models, compressed with the default recipe. Time and memory are those of one command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from _results import latency, publish, table, words
+from _timing import cpu_settings
+from PIL import Image
+
+from repshift_cli.benchmark.report import BenchReport
+from repshift_cli.benchmark.run import Contender, run_bench
+from repshift_cli.checkpoints.exported import open_exported
+from repshift_cli.cli.ui import Screen
+from repshift_cli.measure.cpu import int8_note
+
+TITLES = {"tiny": "DeiT-Ti", "small": "DeiT-S", "base": "DeiT-B"}
+KINDS = ("int8", "int8-dynamic")
+BUILT_IN = ("vit-digits", "vit-digits-small", "cnn-digits", "vim-digits")
+MIB = 1024
+"""KiB, the unit of Linux."""
+
+NOTE = (
+    "`tokens` uses the paper's recipe with 158, 127 and 102 tokens, `int8` is static, `int8-dynamic` computes ranges "
+    "of activations in each run. Latency per batch in ms: median [p10-p90], and below it the speed-up over dense "
+    "float32; the graphs of a model are interleaved."
+)
+AGREEMENT_NOTE = (
+    "Quantised with the defaults, on 128 training scenes. `layers` are in int8, others stay in float32. `class` and "
+    "`tokens` are the shares of unchanged predictions and equal kept positions on 100 other training scenes. `top-1` "
+    "is on {scenes} test scenes, of the graph with fewer tokens in float32 and in int8."
+)
+HELD_OUT = 100
+"""Images that an export measures the agreement on, besides those for calibration."""
+
+
+def main() -> None:
+    options = parse_options()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.exports or Path(temporary)
+        draw_images(folder / "images", options.images)
+        costs = [row for model in options.models for row in write_all(model, options, folder)]
+        agreement = [row for model in options.built_in for row in agreement_rows(model, folder, options.scenes)]
+        if options.no_measure:
+            return
+        reports = {model: measure(model, options, folder) for model in options.models}
+    body = [render(model, reports[model], options.batch_sizes) for model in options.models] + [NOTE]
+    columns = ["model", "", "layers", "float32", "class", "tokens", "top-1 float32", "top-1 int8"]
+    body += ["## Agreement", table(columns, agreement), AGREEMENT_NOTE.format(scenes=options.scenes)]
+    columns = ["graph", "file, MB", "seconds", "peak memory, MiB"]
+    body += ["## Cost of an export", table(columns, costs), f"With {options.images} images; the check is included."]
+    name = next(iter(reports.values())).machine if reports else ""
+    machine = f"{name}; onnxruntime {version('onnxruntime')}; {int8_note() or 'with instructions for 8-bit products'}"
+    publish("int8", "int8 and fewer tokens on a CPU", machine, body, dry_run=options.dry_run)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="*", choices=sorted(TITLES), default=["small", "base"])
+    parser.add_argument("--built-in", nargs="*", choices=BUILT_IN, default=list(BUILT_IN))
+    parser.add_argument("--images", type=int, default=128, help="calibration images")
+    parser.add_argument("--scenes", type=int, default=1000, help="test scenes for top-1")
+    parser.add_argument("--exports", type=Path, help="folder for exports; existing ones are used again")
+    parser.add_argument("--no-measure", action="store_true", help="only export")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each graph at each batch size")
+    parser.add_argument("--min-runs", type=int, default=10)
+    parser.add_argument("--dry-run", action="store_true", help="print the page, write no file")
+    return parser.parse_args()
+
+
+def draw_images(folder: Path, count: int) -> None:
+    """Random images of coarse blocks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(count + HELD_OUT):
+        pixels = torch.randint(0, 256, (14, 14, 3), dtype=torch.uint8, generator=generator).numpy()
+        Image.fromarray(pixels).resize((256, 256), Image.Resampling.BICUBIC).save(folder / f"{number:04d}.png")
+
+
+def run_command(*arguments: str) -> tuple[dict[str, Any], float, float]:
+    """The JSON document of a command, its seconds and its peak memory in MiB."""
+    begin = time.perf_counter()
+    command = [sys.executable, "-m", "repshift_cli", *arguments, "--json"]
+    with tempfile.TemporaryFile() as out:
+        process = subprocess.Popen(command, stdout=out)  # noqa: S603
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(arguments)} ended with {process.returncode}")
+        out.seek(0)
+        return json.load(out), time.perf_counter() - begin, usage.ru_maxrss / MIB
+
+
+def write_all(model: str, options: argparse.Namespace, folder: Path) -> list[list[str]]:
+    """Export the six graphs of a model; returns a row of the table of costs for each."""
+    rows = []
+    for side in ("dense", "tokens"):
+        for kind in ("float32", *KINDS):
+            output = folder / f"{model} {side} {kind}.onnx"
+            if output.exists():
+                continue
+            arguments = ["export", f"deit_{model}_patch16_224", "--to", "onnx", "-o", str(output)]
+            arguments += ["--threads", str(options.threads)]
+            if side == "tokens":
+                arguments += ["--recipe", f"deit_{model}_paper"]
+            if kind != "float32":  # predictions with random weights are arbitrary, so no agreement is required
+                arguments += ["--quantize", kind, "--calibration", str(folder / "images"), "--agreement", "0"]
+                arguments += ["--calibration-images", str(options.images)]
+            _, seconds, memory = run_command(*arguments)
+            size = output.stat().st_size / 1e6
+            rows.append([f"{TITLES[model]}, {side}, {kind}", f"{size:.0f}", f"{seconds:.0f}", f"{memory:.0f}"])
+    return rows
+
+
+def agreement_rows(model: str, folder: Path, scenes: int) -> list[list[str]]:
+    """What int8 changes in a built-in model, for each kind that is supported."""
+    checkpoint, graph = folder / f"{model}.safetensors", folder / f"{model}.onnx"
+    if not checkpoint.exists():
+        run_command("compress", f"builtin:{model}", "-o", str(checkpoint), "--seconds", "0.5")
+        run_command("export", str(checkpoint), "--to", "onnx", "-o", str(graph))
+    rows = []
+    for kind in KINDS if not model.startswith("cnn") else KINDS[:1]:
+        output = folder / f"{model} {kind}.onnx"
+        document, _, _ = run_command(
+            "export", str(checkpoint), "--to", "onnx", "--quantize", kind, "-o", str(output), "--force"
+        )
+        top1 = []
+        for path in (graph, output):
+            found, _, _ = run_command("eval", str(path), "--dataset", "builtin:digits", "--limit", str(scenes))
+            top1.append(f"{found['top1']:.2f}")
+        made, verdict = document["quantized"], document["verified"]
+        counts = [str(made["layers"]), str(len(made["float_layers"]))]
+        rows.append([model, kind, *counts, f"{verdict['top1']:.1%}", f"{verdict['kept_equal']:.2%}", *top1])
+    return rows
+
+
+def measure(model: str, options: argparse.Namespace, folder: Path) -> BenchReport:
+    contenders = []
+    for side in ("dense", "tokens"):
+        for kind in ("float32", *KINDS):
+            name = f"{side} {kind}"
+            opened = open_exported(folder / f"{model} {name}.onnx")
+            size = opened.loaded.description.preprocessing.shape
+            against = None if name == "dense float32" else "dense float32"
+            contenders.append(Contender(name, opened.module, opened.macs, size, against))
+    return run_bench(contenders, options.batch_sizes, cpu_settings(options), Screen())
+
+
+def render(model: str, report: BenchReport, batches: Sequence[int]) -> str:
+    rows = []
+    for batch in batches:
+        runs = {run.name: run for run in report.runs if run.batch == batch}
+        gains: Mapping[str, Any] = {ratio.name: ratio for ratio in report.ratios if ratio.batch == batch}
+        rows.append([f"batch {batch}", *(latency(run.latency) for run in runs.values())])
+        rows.append(["", *(words(gains[name].speedup) if name in gains else "" for name in runs)])
+    columns = ["", "dense", "int8", "int8-dynamic", "tokens", "tokens x int8", "tokens x int8-dynamic"]
+    return f"## {TITLES[model]}\n\n{table(columns, rows)}"
+
+
+if __name__ == "__main__":
+    main()
