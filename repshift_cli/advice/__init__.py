@@ -1,0 +1,1 @@
+"""What to do with a model on this machine: fewer tokens beside what a user would pick instead."""
