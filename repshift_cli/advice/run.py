@@ -21,6 +21,7 @@ from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import UsageError
 from repshift_cli.measure.device import device_name
 from repshift_cli.measure.latency import Speedup, Spread, Subject, Timing, compute_speedup, measure_latency
+from repshift_cli.models.tensor_model import class_names
 from repshift_cli.utils.progress import Progress
 from repshift_cli.utils.stats import significant
 
@@ -191,7 +192,7 @@ def _draw(opened: Opened, question: Question, preprocessing: Preprocessing) -> I
         preprocessing,
         question.seed,
         num_classes=getattr(loaded.model, "num_classes", None) or None,
-        class_names=loaded.description.classes,
+        class_names=class_names(loaded.model),
     )
 
 

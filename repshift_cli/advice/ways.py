@@ -19,7 +19,8 @@ from repshift_cli.checkpoints.exported import open_exported
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import ModelError, RepshiftError, UsageError
-from repshift_cli.export.job import check, export
+from repshift_cli.export.formats import FORMATS
+from repshift_cli.export.job import export
 from repshift_cli.export.request import Request
 from repshift_cli.measure.compiled import Compiled
 from repshift_cli.measure.cpu import cpu_features
@@ -33,13 +34,8 @@ _STEP = 32
 
 _BFLOAT16 = {"avx512_bf16", "amx_bf16"}
 
-EXPORTS: tuple[tuple[str, str, str | None], ...] = (
-    ("ONNX Runtime", "onnx", None),
-    ("ONNX Runtime int8", "onnx", "int8"),
-    ("OpenVINO", "openvino", None),
-    ("OpenVINO int8", "openvino", "int8"),
-)
-"""Name, format and quantization of the exported files."""
+_RUNTIMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
+"""Formats whose runtimes are timed."""
 
 
 @dataclass(frozen=True)
@@ -121,23 +117,20 @@ def compiled(opened: Opened, batch: int) -> Iterator[Way | Missing]:
 
 
 def exported(opened: Opened, folder: Path, calibration: str | None, progress: Progress) -> Iterator[Way | Missing]:
-    """Both models in the runtimes that are installed, in float32 and int8."""
-    for label, target, quantize in EXPORTS:
-        for way in both(opened):
-            request = Request(
-                target=target,
-                output=folder / f"{way.name}-{quantize or 'float32'}-{target}",
-                dense=not way.reduced,
-                verify=False,
-            )
+    """Both models in the runtimes that are installed, in float32 and in int8; static int8 with images to calibrate."""
+    for target, label in _RUNTIMES.items():
+        for quantize in (None, "int8" if calibration else "int8-dynamic"):
+            name = label if quantize is None else f"{quantize}, {label}"
             try:
-                check(request)
-                done = export(opened, request, progress)
-                found = open_exported(done.output)
+                for way in both(opened):
+                    path = folder / f"{way.name}-{quantize}{FORMATS[target].suffix}"
+                    asked = {"quantize": quantize, "calibration": calibration if quantize else None}
+                    request = Request(target, path, dense=not way.reduced, verify=False, **asked)
+                    written = export(opened, request, progress)
+                    module = open_exported(path).module
+                    yield replace(way, name=f"{way.name}, {name}", run=module, bytes=written.bytes, context=nullcontext)
             except RepshiftError as error:
-                yield Missing(label, error.message)
-                break
-            yield replace(way, name=f"{way.name}, {label}", run=found.module, bytes=done.bytes, context=nullcontext)
+                yield Missing(name, error.message)
 
 
 def smaller_input(opened: Opened) -> Way | Missing:
