@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,15 @@ def _all_ways(opened: Opened, question: Question, folder: Path, progress: Progre
         yield ways.smaller_model(name, LoadOptions(), classes)
     yield from ways.in_bfloat16(opened)
     yield from ways.compiled(opened, question.batch)
-    yield from ways.exported(opened, folder, question.calibration, progress)
+    yield from ways.exported(opened, folder, question.calibration, _Once(progress))
+
+
+class _Once:
+    """Progress that shows each message once, though several files are written."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.task = progress.task
+        self.note, self.warn = cache(progress.note), cache(progress.warn)
 
 
 def _time(rows: Sequence[Way], question: Question, progress: Progress) -> dict[str, Timing]:

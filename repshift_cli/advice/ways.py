@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from repshift_cli.benchmark.baselines import dense_copy, shared_copy
 from repshift_cli.checkpoints.artifact import Opened, open_model
-from repshift_cli.checkpoints.exported import open_exported
+from repshift_cli.checkpoints.exported import open_exported, quiet_logs
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import ModelError, RepshiftError, UsageError
@@ -104,11 +105,11 @@ def compiled(opened: Opened, batch: int) -> Iterator[Way | Missing]:
         return
     compressed = _compressed(opened)
     shape = opened.loaded.description.preprocessing.shape
-    dense, twin = dense_copy(compressed), shared_copy(compressed)
-    for way, module in zip(both(opened), (dense, twin), strict=True):
+    modules = dense_copy(compressed), shared_copy(compressed)
+    for way, module in zip(both(opened), modules, strict=True):
         function = Compiled(way.name, module, "default")
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), quiet_logs(logging.WARNING):
                 function.first(torch.zeros(batch, *shape))
         except UsageError as error:
             yield Missing("torch.compile", error.message)
@@ -118,7 +119,7 @@ def compiled(opened: Opened, batch: int) -> Iterator[Way | Missing]:
 
 def exported(opened: Opened, folder: Path, calibration: str | None, progress: Progress) -> Iterator[Way | Missing]:
     """Both models in the runtimes that are installed, in float32 and in int8; static int8 with images to calibrate."""
-    for target, label in _RUNTIMES.items():
+    for target, label in ((target, label) for target, label in _RUNTIMES.items() if target in FORMATS):
         for quantize in (None, "int8" if calibration else "int8-dynamic"):
             name = label if quantize is None else f"{quantize}, {label}"
             try:
