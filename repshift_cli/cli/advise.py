@@ -46,9 +46,10 @@ def command(
     json: options.AsJson = False,
 ) -> None:
     """Time fewer tokens beside int8, other runtimes, smaller images and smaller models, and name the fastest way."""
-    from repshift_cli.advice.run import Question, advise
+    from repshift_cli.benchmark.advice import Question, advise
     from repshift_cli.checkpoints.artifact import open_model
     from repshift_cli.compression.api import compress_dense
+    from repshift_cli.export.ways import exported_ways
     from repshift_cli.measure.device import num_threads
 
     question = Question(
@@ -69,7 +70,7 @@ def command(
         elif recipe is not None:
             screen.note(f"{model} is compressed already: --recipe is not used")
         with guard.failure_as_json(json):
-            found = advise(opened, question, screen)
+            found = advise(opened, question, exported_ways, screen)
     if json:
         ui.print_json(found.to_dict())
     else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from repshift_cli.cli import ui
 
 if TYPE_CHECKING:
-    from repshift_cli.advice.run import Advice, Row
+    from repshift_cli.benchmark.advice import Advice, Row
 
 
 def show(found: Advice) -> None:

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,27 +15,20 @@ from torch import Tensor, nn
 
 from repshift_cli.benchmark.baselines import dense_copy, shared_copy
 from repshift_cli.checkpoints.artifact import Opened, open_model
-from repshift_cli.checkpoints.exported import open_exported, quiet_logs
+from repshift_cli.checkpoints.exported import quiet_logs
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import ModelError, RepshiftError, UsageError
-from repshift_cli.export.formats import FORMATS
-from repshift_cli.export.job import export
-from repshift_cli.export.request import Request
 from repshift_cli.measure.compiled import Compiled
 from repshift_cli.measure.cpu import cpu_features
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.measure.memory import parameter_bytes
 from repshift_cli.reduction.compressed_model import CompressedModel
-from repshift_cli.utils.progress import Progress
 
 _STEP = 32
 """Sizes of images of a network of maps are multiples of this."""
 
 _BFLOAT16 = {"avx512_bf16", "amx_bf16"}
-
-_RUNTIMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
-"""Formats whose runtimes are timed."""
 
 
 @dataclass(frozen=True)
@@ -115,23 +107,6 @@ def compiled(opened: Opened, batch: int) -> Iterator[Way | Missing]:
             yield Missing("torch.compile", error.message)
             return
         yield replace(way, name=f"{way.name}, torch.compile", run=function, context=nullcontext)
-
-
-def exported(opened: Opened, folder: Path, calibration: str | None, progress: Progress) -> Iterator[Way | Missing]:
-    """Both models in the runtimes that are installed, in float32 and in int8; static int8 with images to calibrate."""
-    for target, label in ((target, label) for target, label in _RUNTIMES.items() if target in FORMATS):
-        for quantize in (None, "int8" if calibration else "int8-dynamic"):
-            name = label if quantize is None else f"{quantize}, {label}"
-            try:
-                for way in both(opened):
-                    path = folder / f"{way.name}-{quantize}{FORMATS[target].suffix}"
-                    asked = {"quantize": quantize, "calibration": calibration if quantize else None}
-                    request = Request(target, path, dense=not way.reduced, verify=False, **asked)
-                    written = export(opened, request, progress)
-                    module = open_exported(path).module
-                    yield replace(way, name=f"{way.name}, {name}", run=module, bytes=written.bytes, context=nullcontext)
-            except RepshiftError as error:
-                yield Missing(name, error.message)
 
 
 def smaller_input(opened: Opened) -> Way | Missing:

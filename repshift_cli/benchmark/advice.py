@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repshift_cli.advice import ways
-from repshift_cli.advice.ways import Missing, Way
+from repshift_cli.benchmark import ways
+from repshift_cli.benchmark.ways import Missing, Way
 from repshift_cli.calibration.outputs import agreement, divergence, reference_outputs
 from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.checkpoints.options import LoadOptions
@@ -123,7 +123,11 @@ class Advice:
         }
 
 
-def advise(opened: Opened, question: Question, progress: Progress) -> Advice:
+Exported = Callable[[Opened, Path, str | None, Progress], Iterator[Way | Missing]]
+"""Writes files of a model to a folder, int8 with images to calibrate on: the ways of other runtimes."""
+
+
+def advise(opened: Opened, question: Question, exported: Exported, progress: Progress) -> Advice:
     """Measure every way to run a compressed model that exists on this machine.
 
     Raises:
@@ -134,7 +138,8 @@ def advise(opened: Opened, question: Question, progress: Progress) -> Advice:
         raise UsageError("advise is for models of images, and the model takes clips", "Use repshift bench.")
     batch = _draw(opened, question, opened.loaded.description.preprocessing)
     with tempfile.TemporaryDirectory(prefix="repshift-") as folder:
-        found = list(_all_ways(opened, question, Path(folder), progress))
+        found = list(_all_ways(opened, question))
+        found += exported(opened, Path(folder), question.calibration, _Once(progress))
         rows = [each for each in found if isinstance(each, Way)]
         timings = _time(rows, question, progress)
         quality, measure = _compare(opened, rows, question, batch, progress)
@@ -153,7 +158,7 @@ def advise(opened: Opened, question: Question, progress: Progress) -> Advice:
     )
 
 
-def _all_ways(opened: Opened, question: Question, folder: Path, progress: Progress) -> Iterator[Way | Missing]:
+def _all_ways(opened: Opened, question: Question) -> Iterator[Way | Missing]:
     yield from ways.both(opened)
     yield ways.smaller_input(opened)
     classes = int(getattr(opened.loaded.model, "num_classes", 0) or 0)
@@ -161,7 +166,6 @@ def _all_ways(opened: Opened, question: Question, folder: Path, progress: Progre
         yield ways.smaller_model(name, LoadOptions(), classes)
     yield from ways.in_bfloat16(opened)
     yield from ways.compiled(opened, question.batch)
-    yield from ways.exported(opened, folder, question.calibration, _Once(progress))
 
 
 class _Once:
