@@ -12,7 +12,20 @@ from typing import Annotated
 
 import typer
 
-from repshift_cli.cli import bench, compare, compress, demo, evaluate, export, inspect, recipes, search, ui, visualize
+from repshift_cli.cli import (
+    advise,
+    bench,
+    compare,
+    compress,
+    demo,
+    evaluate,
+    export,
+    inspect,
+    recipes,
+    search,
+    ui,
+    visualize,
+)
 from repshift_cli.cli.guard import Command
 from repshift_cli.cli.torchrun import Interrupted
 from repshift_cli.errors import INTERRUPTED, TERMINATED, RepshiftError, first_line
@@ -32,6 +45,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "search": search.command,
     "export": export.command,
     "bench": bench.command,
+    "advise": advise.command,
     "eval": evaluate.command,
     "compare": compare.command,
     "inspect": inspect.command,

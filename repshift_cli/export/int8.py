@@ -85,7 +85,7 @@ def quantize(watched: ModelProto, job: Job, images: Images) -> Quantized:
     if note := int8_note():
         job.progress.warn(note)
     maker = _Maker(watched, job)
-    known = _traces(job, held_out)
+    known = _traces(job, held_out) if request.verify or calibration is not None else []
     percentile = None
     if calibration is not None:
         maker.calibrate(calibration.tensor, job)

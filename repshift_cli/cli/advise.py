@@ -1,0 +1,77 @@
+"""`repshift advise`: which way to run a model is fastest on this machine, at equal answers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from repshift_cli.checkpoints.options import LoadOptions
+from repshift_cli.cli import guard, options, ui
+from repshift_cli.cli.show.advise import show
+
+
+@options.takes_model
+def command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A compressed checkpoint, or a dense one (see --recipe).")
+    ],
+    *,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", "-r", metavar="RECIPE", help="Compress a dense model by this recipe (default: three sites)."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Images to compare outputs on: a folder or a dataset."),
+    ] = None,
+    images: Annotated[int, options.number("images", help="Images of --data to compare.")] = 64,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Images for static int8; without them int8 is dynamic.")
+    ] = None,
+    smaller_model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Also time this model: a checkpoint or a timm name; may be repeated."),
+    ] = None,
+    agreement: Annotated[
+        float, typer.Option(min=0.0, max=1.0, metavar="X", help="Least share of unchanged predictions to be advised.")
+    ] = 0.98,
+    batch_size: Annotated[int, options.number("batch_size", "--batch-size", "-b", help="Batch size to time.")] = 1,
+    seconds: Annotated[float, options.number("seconds", metavar="S", help="Duration of the timing per row.")] = 3.0,
+    threads: options.Threads = None,
+    load: LoadOptions,
+    seed: options.Seed = 0,
+    json: options.AsJson = False,
+) -> None:
+    """Time fewer tokens beside int8, other runtimes, smaller images and smaller models, and name the fastest way."""
+    from repshift_cli.benchmark.advice import Question, advise
+    from repshift_cli.checkpoints.artifact import open_model
+    from repshift_cli.compression.api import compress_dense
+    from repshift_cli.export.ways import exported_ways
+    from repshift_cli.measure.device import num_threads
+
+    question = Question(
+        data=data,
+        images=images,
+        calibration=calibration,
+        smaller_models=tuple(smaller_model or ()),
+        batch=batch_size,
+        agreement=agreement,
+        seconds=seconds,
+        seed=seed,
+    )
+    screen = ui.Screen()
+    with num_threads(threads):
+        opened = open_model(model, load)
+        if opened.compressed is None:
+            opened = compress_dense(model, recipe, load, progress=screen)
+        elif recipe is not None:
+            screen.note(f"{model} is compressed already: --recipe is not used")
+        with guard.failure_as_json(json):
+            found = advise(opened, question, exported_ways, screen)
+    if json:
+        ui.print_json(found.to_dict())
+    else:
+        show(found)
