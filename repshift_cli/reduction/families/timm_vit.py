@@ -265,7 +265,7 @@ def _saved_macs(block: Any, tokens: int, prefix: int) -> int:
 
 def _prefix_suffices(model: Any) -> bool:
     """A checkpointed block runs again in the backward pass, when the forward pass of the model is over."""
-    return model.global_pool == "token" and not model.grad_checkpointing
+    return bool(model.global_pool == "token" and not model.grad_checkpointing)
 
 
 def _attentions(block: nn.Module) -> list[Any]:
