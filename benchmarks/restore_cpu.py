@@ -26,6 +26,7 @@ version: 1
 metric: {{kind: representation_shift, operation: mlp, distance: l2, reading: update, polarity: largest}}
 reducer: {{kind: {reducer}}}
 restore: {restore}
+last_block: full
 drop_ratio: 0.2
 layers: [0, 3, 6]
 """

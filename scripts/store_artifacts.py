@@ -40,10 +40,12 @@ VERSIONS: dict[int, tuple[str | None, dict[str, Any], str, str]] = {
     3: ("umt", UMT, "token_norm", "vid_tldr"),
     4: (None, VIT, "token_norm", "merge"),
     6: (None, {**VIT, "global_pool": "avg"}, "token_norm", "prune"),  # 5 is of a library, written by `compress`
+    7: (None, VIT, "token_norm", "prune"),
 }
 
 
-_RESTORES = 6
+EXTRA = {6: "restore: true\n", 7: "last_block: exact\n"}
+"""Of the recipes; before 7 the last block was full."""
 
 
 def main() -> None:
@@ -57,7 +59,7 @@ def main() -> None:
             architecture,
             args,
             f"version: 1\nmetric: {{kind: {score}}}\nreducer: {{kind: {reducer}}}\nlayers: {LAYERS}\n"
-            + ("restore: true\n" if version == _RESTORES else ""),
+            + EXTRA.get(version, "last_block: full\n"),
         )
         expected |= {f"v{version}/input": inputs, f"v{version}/output": output}
         sys.stdout.write(f"{path}: {path.stat().st_size} bytes\n")

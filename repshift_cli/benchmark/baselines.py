@@ -114,11 +114,11 @@ def uniform_plan(compressed: CompressedModel) -> Plan:
 
 
 def _every_block(compressed: CompressedModel, count: int) -> Plan:
-    """Bipartite matching after each block, of `count` tokens or half of the patches."""
-    layout = compressed.layout
+    """Bipartite matching after each block, of `count` tokens or half of the patches; not after an `exact` last one."""
+    layout, last_block = compressed.layout, compressed.plan.last_block
     prefix, patches = layout.prefix_tokens, layout.patch_tokens
     sites = []
-    for info in layout.sites:
+    for info in layout.sites[:-1] if last_block == "exact" else layout.sites:
         left = patches - min(count, patches // 2)
         if left < patches:
             before, after = prefix + patches, prefix + left
@@ -133,6 +133,7 @@ def _every_block(compressed: CompressedModel, count: int) -> Plan:
         sites=tuple(sites),
         reducer=_MATCHING,
         restore=compressed.plan.restore,
+        last_block=last_block,
     )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.cli import options, ui
-from repshift_cli.cli.show.plan import describe_metric, describe_tokens
+from repshift_cli.cli.show.plan import EXACT, describe_metric, describe_tokens
 from repshift_cli.utils.garbage import without_collection
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def _describe(opened: Opened) -> dict[str, Any]:
         "dense_gmacs": opened.dense_macs / 1e9,
         "compressed": plan is not None,
         "plan": plan.summary() if plan else None,
+        "last_block": plan.last_block if plan else None,
         "sites": _sites(opened, family, layout, plan),
         "barred": {name: why for name, why in layout.barred.items() if not name.isdigit()},
     }
@@ -119,6 +120,8 @@ def _show(document: dict[str, Any], preprocessing: Any) -> None:
     plan = {row["site"]: row for row in document["plan"] or ()}
     for site, row in plan.items():
         ui.print_text(f"metric   after {site}: {describe_metric(row['metric'])}")
+    if document["last_block"] == "exact":
+        ui.print_text(EXACT)
     ui.print_text("")
     rows = []
     for site in document["sites"]:

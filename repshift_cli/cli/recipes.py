@@ -66,6 +66,7 @@ def _calibrated(name: str) -> str:
     from repshift_cli.checkpoints.artifact import open_model
     from repshift_cli.errors import CheckpointError
     from repshift_cli.planning.recipe import LayerDrop, Recipe
+    from repshift_cli.reduction.plans import with_last_block
 
     compressed = open_model(name).compressed
     if compressed is None:
@@ -77,8 +78,10 @@ def _calibrated(name: str) -> str:
         else LayerDrop(layer=site.layer, keep_tokens=site.tokens_out - plan.prefix_tokens, metric=site.metric)
         for site in plan.sites
     )
-    metric = plan.sites[0].metric
-    return Recipe(version=1, metric=metric, reducer=plan.reducer, restore=plan.restore, layers=layers).to_yaml()
+    recipe = Recipe(version=1, metric=plan.sites[0].metric, reducer=plan.reducer, restore=plan.restore, layers=layers)
+    if plan.last_block != with_last_block(plan, recipe, compressed.family, compressed.model).last_block:
+        recipe = recipe.model_copy(update={"last_block": plan.last_block})
+    return recipe.to_yaml()
 
 
 def _text(name: str, blocks: int) -> str:

@@ -123,6 +123,7 @@ class CompressReport:
             },
             "recipe": self.recipe.place.name,
             "plan": self.plan.summary(),
+            "last_block": self.plan.last_block,
             "dense": {"gmacs": self.dense_macs / 1e9},
             "compressed": {"gmacs": self.macs / 1e9},
             "ratio": {"macs": float(f"{self.dense_macs / self.macs:.4g}")},

@@ -1,4 +1,4 @@
-"""timm's `Attention` with proportional attention (ToMe) and flash-attn.
+"""timm's `Attention` with proportional attention (ToMe), flash-attn, and queries of the first tokens only.
 
 Only the class of the object changes, to `FlexibleAttention` and back. So its parameters, keys, hooks and all references
 to it stay valid.
@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 from timm.layers import Attention
 from torch import Tensor, nn
+from torch.nn import functional
 
-from repshift_cli.ops.attention import attend_projected, backend_of
+from repshift_cli.ops.attention import attend_split, backend_of
 
 
 class TokenSizes(Protocol):
@@ -23,27 +24,38 @@ class TokenSizes(Protocol):
         ...
 
 
-class FlexibleAttention(Attention):
-    """A timm `Attention` with two options; without effect of either, timm's own code runs.
+class QueryCount(Protocol):
+    """How many tokens need queries in the running pass."""
 
-    `sizes` has the number of tokens that each key stands for; with `flash_attn`, flash-attn runs if `fused_attn` is on.
+    @property
+    def queries(self) -> int | None:
+        """Only the first so many; None if all do."""
+        ...
+
+
+class FlexibleAttention(Attention):
+    """A timm `Attention` with three options; without effect of any, timm's own code runs.
+
+    `sizes` has the number of tokens that each key stands for; with `flash_attn`, flash-attn runs if `fused_attn` is on;
+    with `asked`, the output has only the first tokens.
     """
 
     sizes: TokenSizes | None = None
     flash_attn: bool = False
+    asked: QueryCount | None = None
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """`[B, T, C]` to the same shape. Sites reject masks, so a mask and sizes never come together."""
+        """`[B, T, C]` to `[B, T, C]`, or `[B, Q, C]` for Q queries. Masks never come together with sizes or queries."""
         sizes = None if self.sizes is None else self.sizes.sizes_of(x.shape[1])
+        queries = None if self.asked is None else self.asked.queries
         backend = backend_of(self.fused_attn, self.flash_attn)
-        if sizes is None and (backend != "flash" or attn_mask is not None or is_causal):
+        if sizes is None and queries is None and (backend != "flash" or attn_mask is not None or is_causal):
             causal = {"is_causal": True} if is_causal else {}  # older versions of timm lack it
             dense: Tensor = super().forward(x, attn_mask=attn_mask, **causal)
             return dense
-        projected = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
         plain = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
-        mixed = attend_projected(
-            projected,
+        mixed = attend_split(
+            *self._project(x, queries),
             sizes,
             backend=backend,
             norms=None if plain else (self.q_norm, self.k_norm),
@@ -53,9 +65,23 @@ class FlexibleAttention(Attention):
         if (norm := getattr(self, "norm", None)) is not None:
             mixed = norm(mixed)
         if (gate := getattr(self, "gate", None)) is not None:
-            mixed = mixed * gate(x).sigmoid()
+            mixed = mixed * gate(x if queries is None else x[:, :queries]).sigmoid()
         output: Tensor = self.proj_drop(self.proj(mixed))
         return output
+
+    def _project(self, x: Tensor, queries: int | None) -> tuple[Tensor, ...]:
+        """Queries, keys and values, `[B, T, heads, d]`."""
+        layer, heads = self.qkv, (self.num_heads, self.head_dim)
+        if queries is None:
+            return layer(x).unflatten(2, (3, *heads)).unbind(2)
+        if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+            # such as a quantized layer, which does more than multiply by its weight
+            query, key, value = layer(x).unflatten(2, (3, *heads)).unbind(2)
+            return query[:, :queries], key, value
+        width = self.num_heads * self.head_dim
+        first, rest = (None, None) if layer.bias is None else (layer.bias[:width], layer.bias[width:])
+        query = functional.linear(x[:, :queries], layer.weight[:width], first).unflatten(2, heads)
+        return query, *functional.linear(x, layer.weight[width:], rest).unflatten(2, (2, *heads)).unbind(2)
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -69,6 +95,11 @@ def use_proportional_attention(attentions: Iterable[Attention], sizes: TokenSize
         _set_option(attention, "sizes", sizes)
 
 
+def ask_first_tokens(attention: Attention, asked: QueryCount | None) -> None:
+    """Compute the output of the first tokens only; None undoes it."""
+    _set_option(attention, "asked", asked)
+
+
 def run_on_flash(attention: Attention, on: bool) -> None:
     """Run on flash-attn if `fused_attn` is on; False undoes it."""
     _set_option(attention, "flash_attn", on or None)
@@ -80,4 +111,4 @@ def _set_option(attention: Attention, name: str, value: Any) -> None:
     options.pop(name, None)
     if value is not None:
         options[name] = value
-    attention.__class__ = FlexibleAttention if options.keys() & {"sizes", "flash_attn"} else Attention
+    attention.__class__ = FlexibleAttention if options.keys() & {"sizes", "flash_attn", "asked"} else Attention

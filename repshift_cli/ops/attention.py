@@ -64,8 +64,21 @@ def attend_projected(
     Returns:
         `[B, T, heads * d]`.
     """
-    width = projected.shape[-1]
-    query, key, value = projected.unbind(2)
+    return attend_split(*projected.unbind(2), sizes, backend=backend, norms=norms, dropout=dropout)
+
+
+def attend_split(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sizes: Tensor | None = None,
+    *,
+    backend: Backend,
+    norms: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """As `attend_projected`, of queries `[B, Q, heads, d]`, keys and values `[B, T, heads, d]`: `[B, Q, heads * d]`."""
+    width = query.shape[-1]
     if norms is not None:
         query, key = norms[0](query), norms[1](key)
     if backend == "flash" and (sizes is None or _foldable(width)):
@@ -75,7 +88,7 @@ def attend_projected(
             query, key, value = fold(query, key, value, sizes, heads_at=2)
         mixed = flash_attend(query, key, value, dropout=dropout, scale=scale)[..., :width]
     else:
-        form = "explicit" if backend == "explicit" else cheapest_form(projected.device, width)
+        form = "explicit" if backend == "explicit" else cheapest_form(query.device, width)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         mixed = attend(query, key, value, sizes, form=form, dropout=dropout).transpose(1, 2)
     return mixed.flatten(2)
@@ -84,7 +97,7 @@ def attend_projected(
 def attend(
     query: Tensor, key: Tensor, value: Tensor, sizes: Tensor | None = None, *, form: Form, dropout: float = 0.0
 ) -> Tensor:
-    """`softmax(q k^T / sqrt(d) + log s) v` by torch alone, `[B, heads, T, d]` as q, k and v.
+    """`softmax(q k^T / sqrt(d) + log s) v` by torch alone, `[B, heads, T, d]` as k and v, and q with T or fewer.
 
     `sizes` is as for `attend_projected`; `explicit` uses no fused kernel.
     """

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, NonNegativeInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from repshift_cli.planning.layout import After, Grid
-from repshift_cli.planning.recipe import ComponentSpec, StrictModel
+from repshift_cli.planning.recipe import ComponentSpec, LastBlock, StrictModel
 from repshift_cli.utils.documents import Count, Name
 
 
@@ -57,7 +57,8 @@ class PlanSite(StrictModel):
 class Plan(StrictModel):
     """A resolved recipe: `attach` carries it out, and an artifact stores it.
 
-    With `restore` the output of each block is put back to full length, see `reduction/restore.py`.
+    With `restore` the output of each block is put back to full length, see `reduction/restore.py`. With an `exact` last
+    block it is computed for the prefix tokens only, see `reduction/last_block.py`.
     """
 
     family: Name
@@ -66,6 +67,7 @@ class Plan(StrictModel):
     sites: Annotated[tuple[PlanSite, ...], Field(min_length=1)]
     reducer: ComponentSpec
     restore: bool = False
+    last_block: LastBlock = "full"
 
     @model_validator(mode="after")
     def _check_counts(self) -> Plan:
@@ -82,9 +84,10 @@ class Plan(StrictModel):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_restore(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # earlier versions do not have this key
-        return {key: value for key, value in handler(self).items() if key != "restore" or value}
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # earlier versions do not have these keys
+        usual = {"restore": False, "last_block": "full"}
+        return {key: value for key, value in handler(self).items() if key not in usual or value != usual[key]}
 
     @property
     def grids_kept(self) -> dict[int, Grid]:
@@ -97,6 +100,8 @@ class Plan(StrictModel):
         counts = [self.prefix_tokens + self.patch_tokens]
         for layer in range(blocks):
             counts.append(drops.get(layer, counts[-1]))
+        if self.last_block == "exact":
+            return (*counts[:-1], self.prefix_tokens)
         return (*counts[:-1], counts[0] if self.restore else counts[-1])
 
     def with_metric(self, metric: ComponentSpec) -> Plan:

@@ -37,6 +37,8 @@ from repshift_cli.utils.suggest import nearest
 _Model = TypeVar("_Model", bound=BaseModel)
 _Path = tuple[str | int, ...]
 
+LastBlock = Literal["exact", "full"]
+
 _INDEX, _SITE_NAME = re.compile(r"0|[1-9][0-9]{0,8}"), re.compile(r"\w+(\.\w+)+")
 
 PAPER_DROP_RATIO = 0.2
@@ -154,7 +156,8 @@ class Recipe(StrictModel):
 
     Exactly one of `layers` and `budget` is given; with a budget `layers` is empty, and a search finds them. The tokens
     that `drop_ratio` or a search keeps, prefix included, are rounded to a multiple of `round_tokens`, since matrix
-    kernels work in tiles. With `restore` the blocks run on fewer tokens, and what is around them gets all of them.
+    kernels work in tiles. With `restore` the blocks run on fewer tokens, and what is around them gets all of them. An
+    `exact` last block computes only the prefix tokens, which are all that the head reads; None where that is possible.
 
     Two short forms of `layers`: `drop_ratio` is that of all entries without an amount, which may be plain indices, and
     `drop_ratios` has one number per block, 0 for none.
@@ -167,6 +170,7 @@ class Recipe(StrictModel):
     reducer: ComponentSpec = ComponentSpec(kind="prune")
     round_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     restore: StrictBool = False
+    last_block: LastBlock | None = None
     drop_ratio: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = Field(default=None, exclude=True)
     drop_ratios: tuple[Annotated[StrictFloat, Field(ge=0, lt=1)], ...] | None = Field(default=None, exclude=True)
     layers: Annotated[tuple[LayerDrop, ...], Field(min_length=1)] = ()

@@ -66,6 +66,7 @@ def resolve(recipe: Recipe, layout: Layout, after: After = "block", most: Callab
         sites=tuple(planned.model_copy(update={"after": after}) for planned in sites),
         reducer=recipe.reducer,
         restore=recipe.restore,
+        last_block=recipe.last_block or "full",
     )
 
 

@@ -31,6 +31,8 @@ def check_plan(
     """Raise `RecipeError` unless the plan, with these metrics at its sites, fits the model."""
     _check_counts(plan, family.layout(model))
     check_restore(plan.restore, family, model)
+    if plan.last_block == "exact":
+        check_exact(family, model, plan=plan)
     check_reducer(reducer, family, model, restore=plan.restore)
     sites = {site.name: site for site in family.sites(model)}
     for planned, site_metrics in zip(plan.sites, metrics, strict=True):
@@ -82,6 +84,25 @@ def check_restore(restore: bool, family: Family, model: nn.Module, place: Place 
         raise RecipeError(f"{_where(place, ())}{reason}", "Put `restore: true` into the recipe.")
     if restore and (reason := family.restore_refusal(model)) is not None:
         raise RecipeError(f"{_where(place, ('restore',))}restore: {reason}", "Leave restore out.")
+
+
+def check_exact(family: Family, model: nn.Module, place: Place | None = None, plan: Plan | None = None) -> None:
+    """Raise `RecipeError`, with the place in the recipe, unless the last block, of a plan or of any, can be `exact`."""
+    if (reason := exact_refusal(family, model, plan)) is not None:
+        where = _where(place, ("last_block",))
+        raise RecipeError(f"{where}last_block: exact is not possible: {reason}", "Use full, or leave last_block out.")
+
+
+def exact_refusal(family: Family, model: nn.Module, plan: Plan | None = None) -> str | None:
+    """Why the last block cannot be computed for the prefix tokens only, or None if it can."""
+    found = family.last_block(model)
+    if isinstance(found, str):
+        return found
+    if plan is not None and plan.restore:
+        return "restore puts tokens back behind it"
+    if plan is not None and plan.sites[-1].layer == family.layout(model).sites[-1].layer:
+        return f"tokens are dropped after it, at {plan.sites[-1].site}"
+    return None
 
 
 def check_reducer(

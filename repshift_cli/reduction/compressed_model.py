@@ -22,8 +22,9 @@ from repshift_cli.models.tensor_model import library_model
 from repshift_cli.planning.layout import shape_text
 from repshift_cli.planning.plan import Plan
 from repshift_cli.reduction.checks import check_plan
-from repshift_cli.reduction.families.base import Site, match
+from repshift_cli.reduction.families.base import LastBlockParts, Site, match
 from repshift_cli.reduction.hooks import SiteHook, register_edit, register_tap
+from repshift_cli.reduction.last_block import ExactLastBlock, register_last_block
 from repshift_cli.reduction.metrics.base import Metric, build_metric
 from repshift_cli.reduction.metrics.random import Random
 from repshift_cli.reduction.reducers.base import Dims, Merger, Pruner, build_reducer
@@ -149,6 +150,12 @@ class CompressedModel(nn.Module):
             # first, so that hooks of the library record the tokens that the next block gets
             handles.append(place.register_forward_hook(hook.on_block, with_kwargs=True, prepend=True))
             self._hooks.append(hook)
+        self._last_block: list[ExactLastBlock] = []
+        if plan.last_block == "exact":
+            parts = self.family.last_block(model)
+            assert isinstance(parts, LastBlockParts)
+            last_block, undo_last_block = register_last_block(parts, plan.prefix_tokens)
+            self._last_block, undo = [last_block], [*undo, *undo_last_block]
         self._attachment = _Attachment([*undo, *(handle.remove for handle in handles)])
         model.__dict__[_ATTACHMENT] = self._attachment
         if not plan.restore:
@@ -164,9 +171,10 @@ class CompressedModel(nn.Module):
     @contextmanager
     def dense(self) -> Iterator[nn.Module]:
         """Run as the dense model, on the same weights, inside the context."""
-        before = [(hook, hook.enabled) for hook in self._hooks]
+        hooks: list[SiteHook | ExactLastBlock] = [*self._hooks, *self._last_block]
+        before = [(hook, hook.enabled) for hook in hooks]
         refusing = {name: self.model.__dict__.pop(name) for name in _MAP_METHODS if name in self.model.__dict__}
-        for hook in self._hooks:
+        for hook in hooks:
             hook.enabled = False
         try:
             yield self.model
@@ -304,6 +312,7 @@ class CompressedModel(nn.Module):
             f"{self.plan.reducer.kind} by {site.metric.kind}"
             for site in self.plan.sites
         ]
+        lines += ["  last block: prefix tokens only"] if self._last_block else []
         share = self.macs() / self.dense_macs()
         return "\n".join((f"CompressedModel({name}, {share:.1%} of the MACs", *lines, ")"))
 

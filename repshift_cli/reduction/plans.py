@@ -10,8 +10,15 @@ from repshift_cli.planning.layout import After
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import ComponentSpec, Recipe
 from repshift_cli.planning.resolve import resolve
-from repshift_cli.reduction.checks import check_reducer, check_reducer_taps, check_restore, feeds
-from repshift_cli.reduction.families.base import Site, match
+from repshift_cli.reduction.checks import (
+    check_exact,
+    check_reducer,
+    check_reducer_taps,
+    check_restore,
+    exact_refusal,
+    feeds,
+)
+from repshift_cli.reduction.families.base import Family, Site, match
 from repshift_cli.reduction.metrics.base import build_metric
 from repshift_cli.reduction.reducers.base import Merger, build_reducer
 
@@ -28,7 +35,21 @@ def resolve_for(model: nn.Module, recipe: Recipe) -> Plan:
     sites = {site.name: site for site in family.sites(model)}
     for planned in plan.sites:
         check_reducer_taps(reducer, sites[planned.site], recipe.place)
-    return plan
+    return with_last_block(plan, recipe, family, model)
+
+
+def with_last_block(plan: Plan, recipe: Recipe, family: Family, model: nn.Module) -> Plan:
+    """The plan with an `exact` last block if the recipe asks for it, or leaves it open where tokens are dropped.
+
+    Raises a RecipeError if the recipe asks for it and it is not possible.
+    """
+    if recipe.last_block == "exact":
+        check_exact(family, model, recipe.place, plan)
+    if recipe.last_block is not None:
+        return plan
+    drops = any(planned.tokens_out < planned.tokens_in for planned in plan.sites)
+    exact = drops and exact_refusal(family, model, plan) is None
+    return plan.model_copy(update={"last_block": "exact" if exact else "full"})
 
 
 def acts_after(reducer: ComponentSpec) -> After:

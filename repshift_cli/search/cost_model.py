@@ -15,7 +15,7 @@ from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import ComponentSpec, Recipe
 from repshift_cli.planning.resolve import resolve
 from repshift_cli.reduction.metrics.base import build_metric
-from repshift_cli.reduction.plans import acts_after, resolve_for
+from repshift_cli.reduction.plans import acts_after, resolve_for, with_last_block
 from repshift_cli.reduction.reducers.base import Merger, build_reducer
 from repshift_cli.search.additive import Additive, Curve, Kept
 from repshift_cli.search.evaluator import Candidate, Evaluator
@@ -100,9 +100,16 @@ class Planner:
         prune = ComponentSpec(kind="prune")
         try:
             recipe = to_recipe(
-                (kept,), self.layout, [layer], metrics=self.open_metrics, reducer=prune, restore=self.start.restore
+                (kept,),
+                self.layout,
+                [layer],
+                metrics=self.open_metrics,
+                reducer=prune,
+                restore=self.start.restore,
+                last_block=self.start.last_block,
             )
-            return resolve(recipe, self.layout, acts_after(self.start.reducer))
+            plan = resolve(recipe, self.layout, acts_after(self.start.reducer))
+            return with_last_block(plan, recipe, self.evaluator.family, self.evaluator.model)
         except UsageError:
             return None
 
@@ -123,6 +130,7 @@ class Planner:
                 metrics=method.metrics,
                 reducer=method.reducer,
                 restore=self.start.restore,
+                last_block=self.start.last_block,
             )
             return resolve_for(self.evaluator.model, recipe)
         except UsageError:

@@ -18,7 +18,7 @@ from repshift_cli.data.inputs import ImageBatch
 from repshift_cli.errors import UsageError
 from repshift_cli.measure.device import device_name
 from repshift_cli.planning.recipe import Budget, ComponentSpec, Recipe
-from repshift_cli.reduction.checks import check_reducer, check_restore
+from repshift_cli.reduction.checks import check_exact, check_reducer, check_restore
 from repshift_cli.reduction.families.base import Family
 from repshift_cli.reduction.reducers.base import Merger, build_reducer
 from repshift_cli.search.plot import MARKS, Chart
@@ -155,6 +155,8 @@ def start_recipe(
         fitted = isinstance(build_reducer(reducers[0]), Merger) or is_classifier(loaded.model)
         metric = ComponentSpec(kind="fitted" if fitted else "representation_shift")
         return Recipe(version=1, budget=budget, metric=metric, reducer=reducers[0], restore=restore), reducers
+    if recipe.last_block == "exact":
+        check_exact(family, loaded.model, recipe.place)
     if not reducers:
         own = build_reducer(recipe.reducer, recipe.place)
         check_reducer(own, family, loaded.model, recipe.place, restore=restore)

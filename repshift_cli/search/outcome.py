@@ -232,6 +232,7 @@ def _recipe(state: SearchState, candidate: Candidate) -> Recipe:
         reducer=candidate.plan.reducer,
         model=state.settings.start.model,
         restore=state.settings.start.restore,
+        last_block=state.settings.start.last_block,
         description=f"Found by a search for {state.target}: {candidate.macs:.3f} of the dense MACs, {rounded}"
         f"seed {state.settings.seed}",
     )

@@ -217,6 +217,7 @@ class SearchResult:
             "nearest": round(self.nearest, 6),
             "recipe": self.recipe.to_yaml(),
             "plan": self.plan.summary(),
+            "last_block": self.plan.last_block,
             "points": {**dict.fromkeys(_POINTS), **{name: point.to_dict() for name, point in self.points.items()}},
             "tried": [point.to_dict() for point in self.tried],
             "front": [point.to_dict() for point in self.front],

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from repshift_cli.errors import UsageError
 from repshift_cli.planning.layout import Grid, Layout
-from repshift_cli.planning.recipe import ComponentSpec, LayerDrop, Recipe
+from repshift_cli.planning.recipe import ComponentSpec, LastBlock, LayerDrop, Recipe
 from repshift_cli.search.additive import TINY, Additive, Kept, drops, levels
 
 _Floats = npt.NDArray[np.float64]
@@ -278,6 +278,7 @@ def to_recipe(
     model: str | None = None,
     description: str | None = None,
     restore: bool = False,
+    last_block: LastBlock | None = None,
 ) -> Recipe:
     """The recipe of a schedule; raises UsageError if it drops no token.
 
@@ -300,5 +301,6 @@ def to_recipe(
         metric=common,
         reducer=reducer,
         restore=restore,
+        last_block=last_block,
         layers=tuple(rows),
     )

@@ -31,8 +31,8 @@ ALL = tuple(BASELINES)
 LAYERS = "[{layer: 1, drop_ratio: 0.25}, {layer: 3, drop_ratio: 0.5}]"
 
 
-def opened(model: nn.Module, recipe: Recipe | None = None) -> Opened:
-    plan = resolve_for(model, recipe or make_recipe(LAYERS))
+def opened(model: nn.Module, recipe: Recipe | None = None, last_block: str = "full") -> Opened:
+    plan = resolve_for(model, recipe or make_recipe(LAYERS)).model_copy(update={"last_block": last_block})
     how = Preprocessing((3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 0.9)
     loaded = LoadedModel(model, ModelDescription("tiny", None, {}, how), Source("random", None, None), {})
     return Opened(loaded, attach(model, plan))
@@ -75,6 +75,13 @@ class TestCounts:
         left = tokens(found["tome"])
         assert {before - after for before, after in pairwise(left)} == {2}
         assert found["tome"].module.plan.tokens_at(DEPTH) == (17, 15, 13, 11, 9)
+
+    def test_tome_does_not_merge_after_an_exact_last_block(self) -> None:
+        compressed = opened(tiny_vit(), make_recipe("[{layer: 0, drop_ratio: 0.2}]"), "exact")
+        found: Any = {each.name: each.module for each in contenders_against({"tiny": compressed}, ("tome",))}
+        plan = found["tome"].plan
+        assert plan.last_block == "exact"
+        assert [site.layer for site in plan.sites] == [0, 1, 2]
 
     def test_tome_merges_no_more_than_half(self) -> None:
         found = contenders(tiny_vit(), ("tome",), make_recipe("[{layer: 0, keep_tokens: 1}]"))

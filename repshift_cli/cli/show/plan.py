@@ -10,6 +10,8 @@ from repshift_cli.cli import ui
 if TYPE_CHECKING:
     from repshift_cli.planning.plan import Plan
 
+EXACT = "last block: exact (prefix tokens only; outputs are those of the full block)"
+
 _LONGEST_OPTION = 24
 """Longer options are fitted weights and are not printed."""
 
@@ -26,6 +28,8 @@ def show_sites(plan: Plan, title: str) -> None:
         for site in plan.sites
     ]
     ui.print_table(title, ["after", "metric", "tokens in", "tokens out"], rows, left=2)
+    if plan.last_block == "exact":
+        ui.print_text(EXACT)
 
 
 def describe_tokens(tokens: int, grid: Sequence[int] | None) -> str:

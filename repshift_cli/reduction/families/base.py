@@ -73,6 +73,25 @@ class Site:
     early: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class LastBlockParts:
+    """The last block of a model whose output is computed from the prefix tokens alone.
+
+    Attributes:
+        model: the module that runs the blocks and the head.
+        block: the last block.
+        reader: the module in it that reads all tokens first, a norm or the attention.
+        attention: timm's `Attention` in it.
+        suffices: whether prefix tokens are still all that `model` reads in its next pass.
+    """
+
+    model: nn.Module
+    block: nn.Module
+    reader: nn.Module
+    attention: Any
+    suffices: Callable[[Any], bool]
+
+
 class Family(ABC):
     """One kind of model.
 
@@ -143,6 +162,10 @@ class Family(ABC):
     def reads_class_token(self, model: nn.Module) -> bool:
         """Whether the class token is all that the output is computed from."""
         return False
+
+    def last_block(self, model: nn.Module) -> LastBlockParts | str:
+        """The last block, which can be computed for the prefix tokens only, or why it cannot."""
+        return f"it is not supported for models of the family {self.name}"
 
     def merge_refusal(self, model: nn.Module, restore: bool = False) -> str | None:
         """Why tokens of this model cannot be merged, or None if they can; then its stream is a `SizedStream`.

@@ -11,7 +11,14 @@ from torch import nn
 from repshift_cli.models.tensor_model import library_model, library_of_class
 from repshift_cli.planning.layout import Layout, PatchGrid
 from repshift_cli.planning.plan import Plan
-from repshift_cli.reduction.families.base import ATTENTION_TENSORS, Family, Site, TensorEdit, weight_count
+from repshift_cli.reduction.families.base import (
+    ATTENTION_TENSORS,
+    Family,
+    LastBlockParts,
+    Site,
+    TensorEdit,
+    weight_count,
+)
 from repshift_cli.reduction.families.maps import MapFamily, MapNetwork
 from repshift_cli.reduction.families.resnet import ResidualCNN
 from repshift_cli.reduction.families.timm_vit import TimmViT
@@ -63,6 +70,10 @@ class OpenClipTimm(Family):
     def reads_class_token(self, model: nn.Module) -> bool:
         _, tower, family = _parts(model)
         return family.reads_class_token(tower.trunk)
+
+    def last_block(self, model: nn.Module) -> LastBlockParts | str:
+        _, tower, family = _parts(model)
+        return family.last_block(tower.trunk)
 
     def merge_refusal(self, model: nn.Module, restore: bool = False) -> str | None:
         _, tower, family = _parts(model)

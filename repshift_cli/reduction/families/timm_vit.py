@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import (
     Block,
     ParallelScalingBlock,
@@ -31,6 +32,7 @@ from repshift_cli.planning.plan import Plan
 from repshift_cli.reduction.families.base import (
     ATTENTION_TENSORS,
     Family,
+    LastBlockParts,
     Probe,
     Site,
     TensorEdit,
@@ -95,6 +97,19 @@ class TimmViT(Family):
     def reads_class_token(self, model: Any) -> bool:
         return bool(model.global_pool == "token")
 
+    def last_block(self, model: Any) -> LastBlockParts | str:
+        if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+            return f"what the forward pass of {type(model).__name__} reads is not known"
+        if not self.reads_class_token(model):
+            return "the output is not computed from the class token alone"
+        block = model.blocks[-1]
+        if type(block) not in (Block, ResPostBlock):
+            return f"a {type(block).__name__} computes all its tokens in one product"
+        if not timm_attention.is_attention(block.attn) or type(block.attn.qkv) is not nn.Linear:
+            return f"the {type(block.attn).__name__} of the last block is not supported"
+        reader = block.norm1 if type(block) is Block else block.attn
+        return LastBlockParts(model, block, reader, block.attn, _prefix_suffices)
+
     def merge_refusal(self, model: Any, restore: bool = False) -> str | None:
         for index, block in enumerate(model.blocks):
             attentions = _attentions(block)
@@ -115,6 +130,8 @@ class TimmViT(Family):
         tokens = self.tokens_entering(model, plan)
         embedding = _embedding_macs(model)
         body = sum(_block_macs(block, count) for block, count in zip(model.blocks, tokens, strict=False))
+        if plan is not None and plan.last_block == "exact":
+            body -= _saved_macs(model.blocks[-1], tokens[-2], plan.prefix_tokens)
         heads = (getattr(model, "head", None), getattr(model, "head_dist", None))
         classifiers = sum(weight_count(head) for head in heads if isinstance(head, nn.Linear))
         return embedding + body + _pool_macs(model, tokens[-1]) + classifiers
@@ -236,6 +253,19 @@ def _block_macs(block: nn.Module, tokens: int) -> int:
     """Every linear layer on every token, and the products `q k^T` and `attention v` of T x T x channels."""
     attention = sum(_attention_channels(part) for part in _attentions(block))
     return tokens * weight_count(block, nn.Linear) + tokens * tokens * attention
+
+
+def _saved_macs(block: Any, tokens: int, prefix: int) -> int:
+    """Of a block that computes only the prefix tokens: all but the keys and values of the others."""
+    attention = block.attn
+    keys_and_values = 2 * attention.num_heads * attention.head_dim * attention.qkv.in_features
+    per_token = weight_count(block, nn.Linear) - keys_and_values + tokens * _attention_channels(attention)
+    return (tokens - prefix) * int(per_token)
+
+
+def _prefix_suffices(model: Any) -> bool:
+    """A checkpointed block runs again in the backward pass, when the forward pass of the model is over."""
+    return bool(model.global_pool == "token" and not model.grad_checkpointing)
 
 
 def _attentions(block: nn.Module) -> list[Any]:
