@@ -223,7 +223,9 @@ class TestCompressedAlready:
     @pytest.mark.parametrize("command", ["inspect", "bench", "compress"])
     def test_a_newer_format(self, command: str, small: Path, cli: Command) -> None:
         self.change(small, lambda document: document.update(format_version=99))
-        explained(cli(command, small), 3, "written by a newer repshift (format 99", "pip install --upgrade repshift-cli")
+        explained(
+            cli(command, small), 3, "written by a newer repshift (format 99", "pip install --upgrade repshift-cli"
+        )
 
     @pytest.mark.parametrize("command", ["inspect", "bench"])
     def test_a_damaged_plan(self, command: str, small: Path, cli: Command) -> None:
