@@ -15,6 +15,7 @@ from repshift_cli.checkpoints.schema import EXPORT_VERSION, ExportDocument, crea
 from repshift_cli.planning.plan import Plan
 from repshift_cli.reduction.compressed_model import Trace
 from repshift_cli.reduction.families.base import match
+from repshift_cli.utils.ranges import check_ranges
 
 _EXAMPLES = 2
 """Number of inputs to trace a dynamic batch size with: with one input torch fixes the size to one."""
@@ -51,6 +52,9 @@ class Request:
     agreement: float = 0.99
     verify: bool = True
     force: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranges(agreement=self.agreement, calibration_images=self.calibration_images)
 
 
 @dataclass(frozen=True)
