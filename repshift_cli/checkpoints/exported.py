@@ -46,7 +46,7 @@ _ELF_HEADER = struct.Struct("<5s35xQ10xHH2x")
 
 _ONNX_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)"}
 
-_IR_TYPES: Mapping[str, Any] = {"f32": "float32", "f16": "float16"}
+_IR_TYPES = {"float32": "f32", "float16": "f16"}
 
 _AGAIN = "Copy it again, or export the model again."
 
@@ -157,9 +157,13 @@ class _OpenVino(_CpuRuntime):
         return self._session(images).to_tuple()
 
     def _open(self) -> Any:
-        session = compile_ir(_read_ir(self.path), self.document)
-        ports = [self.document.input, self.document.output]
-        if [_ir_port(each) for each in (*session.inputs, *session.outputs)] != ports:
+        model = _read_ir(self.path)
+        try:
+            session = compile_ir(model, self.document)
+        except RuntimeError as error:
+            raise CheckpointError(f"OpenVINO cannot run {self.path}: {last_line(error)}", _AGAIN) from error
+        ports, known = (*session.inputs, *session.outputs), (self.document.input, self.document.output)
+        if len(session.inputs) != 1 or len(ports) != len(known) or not all(map(_is_ir_port, ports, known)):
             raise CheckpointError(f"{self.path}: input and output of its graph are not those that its metadata names")
         return session
 
@@ -177,10 +181,10 @@ def compile_ir(model: Any, document: ExportDocument) -> Any:
     return openvino.Core().compile_model(model, "CPU", config)
 
 
-def _ir_port(found: Any) -> Port | None:
+def _is_ir_port(found: Any, port: Port) -> bool:
     shape = [None if size.is_dynamic else size.get_length() for size in found.partial_shape]
-    name, dtype = min(found.names, default=""), _IR_TYPES.get(found.element_type.get_type_name())
-    return Port(name=name, shape=shape, dtype=dtype) if name and dtype else None
+    dtype = found.element_type.get_type_name()
+    return port.name in found.names and (dtype, shape) == (_IR_TYPES.get(port.dtype), port.shape)
 
 
 class _Program(Runtime):
