@@ -46,7 +46,8 @@ def show(found: dict[str, Any]) -> None:
     attention = backends["attention"]
     for device, kernels in attention["kernels"].items():
         ui.print_text(f"attention  {device}: {', '.join(kernels)}")
-    ui.print_text(f"flash-attn {attention['flash_attn_problem'] or attention['flash_attn']}")
+    if attention["flash_attn"]:
+        ui.print_text(f"flash-attn {attention['flash_attn_problem'] or attention['flash_attn']}")
     for label, name in (("ONNX", "onnxruntime"), ("OpenVINO", "openvino")):
         runtime = backends[name]
         usable = f"{name} {runtime['version']}: {', '.join(runtime['devices'])}"
