@@ -87,8 +87,7 @@ def complement(index: Tensor, count: int) -> Tensor:
     """
     left_out, left = (torch.arange(size, device=index.device) for size in (index.shape[1], count - index.shape[1]))
     # before the i-th number of `index` there are `index_i - i` others
-    ordered = index if index.shape[1] == 1 else index.sort(dim=-1).values  # OpenVINO sorts a single integer wrongly
-    before = ordered - left_out
+    before = index.sort(dim=-1).values - left_out
     return left + (before.unsqueeze(1) <= left.unsqueeze(1)).sum(dim=2)
 
 

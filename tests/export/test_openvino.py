@@ -20,7 +20,7 @@ from repshift_cli.benchmark.run import BenchSettings, contenders_of, run_bench
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.exported import compile_ir, is_exported, open_any, open_exported
 from repshift_cli.checkpoints.schema import ExportDocument
-from repshift_cli.errors import CheckpointError, UsageError
+from repshift_cli.errors import CheckFailed, CheckpointError, UsageError
 from repshift_cli.export.job import check
 from repshift_cli.export.request import Request
 from repshift_cli.utils.progress import Silent
@@ -160,7 +160,7 @@ def test_another_model_in_the_folder_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "vim"])
 def test_every_family(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     exported = export_to(open_family(family), "openvino", tmp_path / "x", dtype=dtype)
     assert exported.document.verified is not None
@@ -170,6 +170,14 @@ def test_every_family(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
         wanted = open_family(family).module.to(dtype)(images)
     limit = 1e-4 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(opened.module(images), wanted, rtol=limit, atol=limit)
+
+
+@pytest.mark.slow
+def test_other_kept_tokens_are_refused(tmp_path: Path) -> None:
+    """OpenVINO 2026.4 computes Vim wrongly; a version that does not makes this test fail, and the docs change."""
+    with pytest.raises(CheckFailed, match="of the kept positions are those of torch"):
+        export_to(open_family("vim"), "openvino", tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
