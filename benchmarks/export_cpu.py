@@ -1,4 +1,4 @@
-"""DeiT, dense and compressed, in ONNX Runtime, as a program of torch.export and compiled by AOTInductor, on this CPU.
+"""DeiT, dense and compressed, in each format of `repshift export` that runs on its own, on this CPU.
 
 Each model is exported first (without the check of `repshift export`): dense, with the schedule of the paper, and with a
 similar one with multiples of 16 tokens. Then for each format these three run in turn. The formats run one after the
@@ -36,6 +36,8 @@ from repshift_cli.utils.progress import Progress
 
 TITLES = {"small": "DeiT-S", "base": "DeiT-B"}
 EAGER = "torch, eager"
+SUFFIXES = {"onnx": ".onnx", "openvino": ""}
+"""Endings of the outputs by format; others end with `.pt2`."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Way:
     tune: bool = False
 
 
+IR = Way("OpenVINO", "openvino")
 PROGRAMS = (Way("torch.export", "pt2"), Way("AOTInductor", "aoti"), Way("AOTInductor, tuned", "aoti", tune=True))
 
 
@@ -65,7 +68,7 @@ def main() -> None:
         if options.no_measure:
             return
         reports = {way: measure(models, way, folder, options, progress) for way in ways}
-    machine = f"{reports[EAGER].machine}; onnxruntime {version('onnxruntime')}"
+    machine = f"{reports[EAGER].machine}; onnxruntime {version('onnxruntime')}, openvino {version('openvino')}"
     title = f"Exported files on a CPU, {TITLES[options.model]}, {options.dtype}"
     page = page_name("export_cpu", (options.model, "small"), (options.dtype, "float32"))
     publish(page, title, machine, [render(reports, options.batch_sizes), NOTE], dry_run=options.dry_run)
@@ -86,7 +89,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--opsets", type=int, nargs="*", default=None, help="default: 18 20 23, if ONNX supports the dtype"
     )
-    parser.add_argument("--skip", nargs="*", default=[], choices=["pt2", "aoti"], help="formats to leave out")
+    parser.add_argument(
+        "--skip", nargs="*", default=[], choices=["openvino", "pt2", "aoti"], help="formats to leave out"
+    )
     parser.add_argument("--exports", type=Path, help="folder for exports; existing ones are used again")
     parser.add_argument("--no-measure", action="store_true", help="only export")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
@@ -103,11 +108,12 @@ def write_all(models: Mapping[str, Opened], options: argparse.Namespace, folder:
     if opsets is None:
         opsets = [] if options.dtype == "bfloat16" else [18, 20, 23]
     wanted = [Way(f"ONNX, opset {each}", "onnx", each) for each in opsets]
-    wanted += [way for way in PROGRAMS if way.target not in options.skip]
+    ways = PROGRAMS if options.dtype == "bfloat16" else (IR, *PROGRAMS)
+    wanted += [way for way in ways if way.target not in options.skip]
     for way in wanted:
         (folder / way.name).mkdir(parents=True, exist_ok=True)
         for side, opened in {"dense": models["compressed"], **models}.items():
-            output = folder / way.name / f"{side}{'.onnx' if way.target == 'onnx' else '.pt2'}"
+            output = folder / way.name / f"{side}{SUFFIXES.get(way.target, '.pt2')}"
             if not output.exists():
                 request = Request(way.target, output, dense=side == "dense", opset=way.opset, tune=way.tune)
                 export(opened, replace(request, dtype=DTYPES[options.dtype], verify=False), progress)
@@ -131,7 +137,7 @@ def eager(models: Mapping[str, Opened]) -> Iterator[Contender]:
 
 def exported(way: str, sides: Iterable[str], folder: Path) -> Iterator[Contender]:
     for side in ("dense", *sides):
-        (path,) = (folder / way).glob(f"{side}.*")
+        (path,) = (folder / way).glob(f"{side}*")
         opened = open_exported(path)
         size = opened.loaded.description.preprocessing.shape
         against = None if side == "dense" else f"{way}, dense"

@@ -65,6 +65,7 @@ COMMANDS = {
     "bench exported": ("bench", "vit.onnx", *QUICK),
     "visualize": ("visualize", "vit.safetensors", "--count", "2"),
     "demo": ("demo", "-o", "demo"),
+    "doctor": ("doctor",),
 }
 """Commands in the order in which they run; later ones read files of earlier ones."""
 

@@ -1,4 +1,4 @@
-"""Open and run exported files: ONNX graphs, `torch.export` programs and AOTInductor packages.
+"""Open and run exported files: ONNX graphs, OpenVINO IRs, `torch.export` programs and AOTInductor packages.
 
 Each file holds our JSON document. A `.pt2` is a zip archive with a program or a package; both can run code of their
 author, so they are opened only on request (docs/security.md).
@@ -10,7 +10,7 @@ import logging
 import struct
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -25,13 +25,16 @@ from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.schema import EXPORT_VERSION, ExportDocument, Port
 from repshift_cli.checkpoints.weights import METADATA_KEY, Source, check_members
-from repshift_cli.errors import CheckpointError, RepshiftError, UsageError, first_line
+from repshift_cli.errors import CheckpointError, RepshiftError, UsageError, first_line, last_line
 from repshift_cli.measure.device import out_of_memory
 from repshift_cli.utils.documents import parse_document, validated
-from repshift_cli.utils.files import EXPORT_SUFFIXES, LARGEST_DOCUMENT
+from repshift_cli.utils.files import EXPORT_SUFFIXES, LARGEST_DOCUMENT, export_file, sha256_of
 
-Kind = Literal["onnx", "pt2", "aoti"]
-"""The runtime of an exported file: ONNX Runtime, torch's interpreter, or compiled code."""
+Kind = Literal["onnx", "openvino", "pt2", "aoti"]
+"""The runtime of an exported file: ONNX Runtime, OpenVINO, torch's interpreter, or compiled code."""
+
+IR_WEIGHTS_KEY = f"{METADATA_KEY}_weights"
+"""Key of the SHA-256 of the weights in an IR, which are a file of their own."""
 
 DOCUMENT_FILE = f"{METADATA_KEY}.json"
 """Name of our JSON document in a `.pt2`."""
@@ -42,6 +45,8 @@ _ELF_HEADER = struct.Struct("<5s35xQ10xHH2x")
 """Magic bytes with the class of 64 bits; offset of the section table, size and number of its entries."""
 
 _ONNX_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)"}
+
+_IR_TYPES = {"float32": "f32", "float16": "f16"}
 
 _AGAIN = "Copy it again, or export the model again."
 
@@ -100,7 +105,7 @@ class Runtime(nn.Module, ABC):
             )
 
 
-class _OnnxRuntime(Runtime):
+class _CpuRuntime(Runtime):
     """On the CPU, with as many threads as torch."""
 
     def __init__(self, path: Path, document: ExportDocument) -> None:
@@ -110,12 +115,22 @@ class _OnnxRuntime(Runtime):
 
     def outputs(self, images: Tensor) -> tuple[Tensor, ...]:
         if images.device.type != "cpu":
-            raise UsageError(f"{self.path}: ONNX files run on the CPU only", "Use --device cpu.")
+            raise UsageError(f"{self.path} runs on the CPU only", "Use --device cpu.")
         if torch.get_num_threads() != self._threads:
             self._threads = torch.get_num_threads()
             self._session = self._open()
-        given = {self.document.input.name: images.contiguous().numpy()}
-        return tuple(torch.from_numpy(found) for found in self._session.run(None, given))
+        return tuple(map(torch.from_numpy, self._run(images.contiguous().numpy())))
+
+    @abstractmethod
+    def _open(self) -> Any: ...
+
+    @abstractmethod
+    def _run(self, images: Any) -> Iterable[Any]: ...
+
+
+class _OnnxRuntime(_CpuRuntime):
+    def _run(self, images: Any) -> Iterable[Any]:
+        return self._session.run(None, {self.document.input.name: images})
 
     def _open(self) -> Any:
         import onnxruntime
@@ -135,6 +150,41 @@ class _OnnxRuntime(Runtime):
         ):
             raise CheckpointError(f"{self.path}: input and output of its graph are not those that its metadata names")
         return session
+
+
+class _OpenVino(_CpuRuntime):
+    def _run(self, images: Any) -> Iterable[Any]:
+        return self._session(images).to_tuple()
+
+    def _open(self) -> Any:
+        model = _read_ir(self.path)
+        try:
+            session = compile_ir(model, self.document)
+        except RuntimeError as error:
+            raise CheckpointError(f"OpenVINO cannot run {self.path}: {last_line(error)}", _AGAIN) from error
+        ports, known = (*session.inputs, *session.outputs), (self.document.input, self.document.output)
+        if len(session.inputs) != 1 or len(ports) != len(known) or not all(map(_is_ir_port, ports, known)):
+            raise CheckpointError(f"{self.path}: input and output of its graph are not those that its metadata names")
+        return session
+
+
+def compile_ir(model: Any, document: ExportDocument) -> Any:
+    """Compile a model of OpenVINO for the CPU, with as many threads as torch.
+
+    By default OpenVINO computes float32 in bfloat16 where the CPU has instructions for it.
+    """
+    import openvino
+
+    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    if document.input.dtype == "float32":
+        config["INFERENCE_PRECISION_HINT"] = "f32"
+    return openvino.Core().compile_model(model, "CPU", config)
+
+
+def _is_ir_port(found: Any, port: Port) -> bool:
+    shape = [None if size.is_dynamic else size.get_length() for size in found.partial_shape]
+    dtype = found.element_type.get_type_name()
+    return port.name in found.names and (dtype, shape) == (_IR_TYPES.get(port.dtype), port.shape)
 
 
 class _Program(Runtime):
@@ -188,7 +238,12 @@ class _Package(Runtime):
         return _as_tuple(self._package[0](images))
 
 
-RUNTIMES: Mapping[Kind, type[Runtime]] = {"onnx": _OnnxRuntime, "pt2": _Program, "aoti": _Package}
+RUNTIMES: Mapping[Kind, type[Runtime]] = {
+    "onnx": _OnnxRuntime,
+    "openvino": _OpenVino,
+    "pt2": _Program,
+    "aoti": _Package,
+}
 
 
 class InChunks(nn.Module):
@@ -241,8 +296,8 @@ class OpenedExport(Opened):
 
 
 def is_exported(name: str | Path) -> bool:
-    """Whether this is an existing file with the suffix of an exported one."""
-    path = Path(name)
+    """Whether this is an existing file with the suffix of an exported one, or the folder of an IR."""
+    path = export_file(Path(name))
     return path.suffix.lower() in EXPORT_SUFFIXES and path.is_file()
 
 
@@ -265,16 +320,17 @@ def open_exported(path: Path, trust: bool = False) -> OpenedExport:
     """Open a file of `repshift export`.
 
     Args:
-        path: the file.
-        trust: whether to open programs and packages, which can run code of their author. ONNX files need no trust.
+        path: the file, or the folder of an IR.
+        trust: whether to open programs and packages, which can run code of their author. ONNX files and IRs need none.
 
     Raises:
         CheckpointError: it is damaged, of a newer version, or not written by repshift.
         UsageError: its runtime or device is missing, or it needs trust.
     """
+    path = export_file(path)
     kind = kind_of(path)
     document = read_document(path, kind)
-    if kind != "onnx":
+    if kind in ("pt2", "aoti"):
         if not trust:
             raise UsageError(
                 f"{path} is a {'program of torch.export' if kind == 'pt2' else 'compiled package'}: opening it can run "
@@ -291,14 +347,14 @@ def open_exported(path: Path, trust: bool = False) -> OpenedExport:
 def run_file(path: Path, kind: Kind, document: ExportDocument) -> Runtime:
     """A file of a known kind, ready to run; errors as `open_exported`."""
     if kind == "onnx":
-        require("onnxruntime")
+        require("onnxruntime", "onnx")
     return RUNTIMES[kind](path, document)
 
 
 def kind_of(path: Path) -> Kind:
     """The kind of an exported file, by its content; raises CheckpointError for other files."""
-    if path.suffix.lower() == ".onnx":
-        return "onnx"
+    if path.suffix.lower() in (".onnx", ".xml"):
+        return "onnx" if path.suffix.lower() == ".onnx" else "openvino"
     names = [name.partition("/")[2] for name in _in_archive(path, zipfile.ZipFile.namelist)]
     if any(name.startswith("data/aotinductor/") for name in names):
         return "aoti"
@@ -315,7 +371,7 @@ def read_document(path: Path, kind: Kind) -> ExportDocument:
             newer version.
         UsageError: the package that reads it is not installed.
     """
-    text = _onnx_document(path) if kind == "onnx" else _archived_document(path)
+    text = {"onnx": _onnx_document, "openvino": _ir_document}.get(kind, _archived_document)(path)
     if text is None:
         raise CheckpointError(
             f"{path} was not written by `repshift export`: it has no document",
@@ -329,18 +385,19 @@ def read_document(path: Path, kind: Kind) -> ExportDocument:
     return document
 
 
-def require(package: str) -> None:
-    """Raise UsageError if a package for ONNX files is not installed."""
+def require(package: str, extra: str) -> None:
+    """Raise UsageError if a package of an extra, `onnx` or `openvino`, is not installed."""
     from importlib.util import find_spec
 
     if find_spec(package) is None:
         raise UsageError(
-            f"ONNX files need {package}, which is not installed", "Install it with: pip install 'repshift-cli[onnx]'"
+            f"{'ONNX' if extra == 'onnx' else 'OpenVINO'} files need {package}, which is not installed",
+            f"Install it with: pip install 'repshift-cli[{extra}]'",
         )
 
 
 def _onnx_document(path: Path) -> str | None:
-    require("onnx")
+    require("onnx", "onnx")
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -351,6 +408,32 @@ def _onnx_document(path: Path) -> str | None:
     if not model.graph.node:
         raise CheckpointError(f"{path} is not an ONNX file, or is damaged: it has no graph", _AGAIN)
     return next((str(entry.value) for entry in model.metadata_props if entry.key == METADATA_KEY), None)
+
+
+def _read_ir(path: Path) -> Any:
+    require("openvino", "openvino")
+    import openvino
+
+    weights = path.with_suffix(".bin")
+    for file in (path, weights):
+        if not file.is_file():
+            raise CheckpointError(f"{path.parent} has no {file.name}", f"An IR is two files. {_AGAIN}")
+    try:
+        return openvino.Core().read_model(path, weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} is not an OpenVINO IR, or is damaged: {last_line(error)}", _AGAIN) from error
+
+
+def _ir_document(path: Path) -> str | None:
+    """The document in an IR, whose weights must be those that were written with it."""
+    model = _read_ir(path)
+    document, digest = (
+        str(model.get_rt_info([key]).value) if model.has_rt_info([key]) else None
+        for key in (METADATA_KEY, IR_WEIGHTS_KEY)
+    )
+    if document is not None and digest != sha256_of(path.with_suffix(".bin")):
+        raise CheckpointError(f"{path.with_suffix('.bin')} does not belong to {path.name}, or is damaged", _AGAIN)
+    return document
 
 
 def _archived_document(path: Path) -> str | None:

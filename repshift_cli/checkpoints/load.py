@@ -31,7 +31,7 @@ from repshift_cli.checkpoints.schema import describe
 from repshift_cli.checkpoints.weights import INDEX_SUFFIX, Source, Weights, read_weights
 from repshift_cli.data.preprocessing import LARGEST_SIDE, Preprocessing, built_size, fixed_size
 from repshift_cli.errors import CheckpointError, UsageError
-from repshift_cli.utils.files import WEIGHT_SUFFIXES
+from repshift_cli.utils.files import WEIGHT_SUFFIXES, export_file
 from repshift_cli.utils.suggest import first_names, nearest
 
 _FOLDER_WEIGHTS = ("model.safetensors", f"model{INDEX_SUFFIX}", "pytorch_model.bin")
@@ -66,7 +66,7 @@ def load_checkpoint(name: str | Path, options: LoadOptions | None = None) -> Loa
 def _load(name: str, options: LoadOptions) -> LoadedModel:
     if name.startswith("builtin:"):
         return _load_builtin(name, options)
-    path = Path(name)
+    path = export_file(Path(name))
     library = next((library for library in libraries() if library.opens(path)), None) if path.is_dir() else None
     if options.tower is not None and not (library and library.towers):
         raise UsageError(f"--tower {options.tower}: {name} is not a folder of transformers", "Leave --tower out.")

@@ -164,7 +164,7 @@ class ExportDocument(_Part):
     """
 
     export_version: PositiveInt
-    kind: Literal["onnx", "pt2", "aoti", "hub"]
+    kind: Literal["onnx", "openvino", "pt2", "aoti", "hub"]
     repshift_version: str
     created: str
     versions: dict[str, str]

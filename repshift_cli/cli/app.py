@@ -18,6 +18,7 @@ from repshift_cli.cli import (
     compare,
     compress,
     demo,
+    doctor,
     evaluate,
     export,
     inspect,
@@ -51,6 +52,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect.command,
     "visualize": visualize.command,
     "demo": demo.command,
+    "doctor": doctor.command,
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name, cls=Command)(_command)

@@ -45,7 +45,7 @@ class Format:
         name: value of `--to`.
         suffix: what the default output name adds to the name of the model.
         files: names in the folder that it writes; empty if it writes one file.
-        packages: what the format needs of the extra `onnx`.
+        packages: what the format needs of the extra of its name.
         options: which of `--batch`, `--opset`, `--tune` and `--quantize` are supported.
         check: raises UsageError for an invalid request; runs before a model is loaded.
     """

@@ -66,7 +66,7 @@ def check(request: Request) -> None:
         if value not in supported:
             raise UsageError(f"--to {wanted.name}: unsupported --{option} {value}: allowed: {', '.join(supported)}")
     for package in wanted.packages:
-        require(package)
+        require(package, wanted.name)
     wanted.check(request)
     if wanted.files:
         return

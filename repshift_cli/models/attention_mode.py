@@ -11,8 +11,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Literal
 
 import torch
@@ -106,6 +107,17 @@ def flash_missing() -> str | None:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "flash_attn"
         return "it is not installed" if missing else f"it does not load ({error})"
     return None
+
+
+def available_kernels(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The modes of torch's own kernels that can run here, such as `sdpa:flash`, without a mask."""
+    query, found = torch.zeros(1, 1, _CHECKED_TOKENS, 64, device=device, dtype=dtype), []
+    for mode, kernels in _KERNELS.items():
+        with suppress(RuntimeError), warnings.catch_warnings(), sdpa_kernel(kernels):
+            warnings.simplefilter("ignore")  # torch says why a kernel cannot run
+            functional.scaled_dot_product_attention(query, query, query)
+            found.append(mode)
+    return [mode for mode in found if ":" in mode]
 
 
 def auto_note(module: nn.Module, mode: AttentionMode) -> str | None:

@@ -23,8 +23,11 @@ TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 """Extensions of weight files."""
 
-EXPORT_SUFFIXES = (".onnx", ".pt2")
+EXPORT_SUFFIXES = (".onnx", ".pt2", ".xml")
 """Extensions of exported models."""
+
+IR_FILES = ("openvino_model.bin", "openvino_model.xml")
+"""Weights and graph of an OpenVINO IR in its folder, as optimum names them."""
 
 LARGEST_DOCUMENT = 1 << 24
 """Maximum bytes of a document: a recipe, a configuration, the metadata of a file."""
@@ -159,6 +162,12 @@ def check_weights_name(path: Path) -> None:
         raise UsageError(
             f"invalid output {path}: a compressed checkpoint is a safetensors file", "Give a name.safetensors."
         )
+
+
+def export_file(path: Path) -> Path:
+    """The file of an exported model: the graph in the folder of an OpenVINO IR, else the path itself."""
+    graph = path / IR_FILES[1]
+    return graph if graph.is_file() and not (path / "config.json").exists() else path
 
 
 def size_of(path: Path) -> int:

@@ -111,7 +111,7 @@ class TestRefused:
             (["--to", "onnx", "--dtype", "bfloat16"], ["unsupported --dtype bfloat16", "allowed: float32, float16"]),
             (["--to", "onnx", "--batch", "0"], ["invalid --batch 0: must be dynamic or a number of at least 1"]),
             (["--to", "onnx", "--batch", "many"], ["invalid --batch many: must be dynamic or a number"]),
-            (["--to", "hub", "--batch", "4"], ["--batch is for --to aoti, onnx, pt2, not for --to hub"]),
+            (["--to", "hub", "--batch", "4"], ["--batch is for --to aoti, onnx, openvino, pt2, not for --to hub"]),
             (["--to", "pt2", "-o", "small.onnx"], ["a name that ends with .pt2"]),
             (["--to", "pt2", "--opset", "20"], ["--opset is for --to onnx"]),
             (["--to", "onnx", "--tune"], ["--tune is for --to aoti, not for --to onnx"]),

@@ -510,8 +510,9 @@ class TestRefused:
             ({"target": "pt2", "opset": 20}, "--opset is for --to onnx"),
             ({"target": "pt2", "tune": True}, "--tune is for --to aoti"),
             ({"target": "onnx", "tune": True}, "--tune is for --to aoti"),
+            ({"target": "openvino", "quantize": "int8"}, "--quantize is for --to onnx, not for --to openvino"),
             ({"target": "hub", "tune": True}, "--tune is for --to aoti"),
-            ({"target": "hub", "batch": 2}, "--batch is for --to aoti, onnx, pt2"),
+            ({"target": "hub", "batch": 2}, "--batch is for --to aoti, onnx, openvino, pt2"),
             ({"target": "hub", "device": torch.device("cuda")}, "unsupported --device cuda: allowed: cpu"),
         ],
     )
@@ -528,7 +529,7 @@ class TestRefused:
     @pytest.mark.parametrize("target", FORMATS)
     def test_an_output_that_exists(self, target: str, tmp_path: Path) -> None:
         output = tmp_path / FORMATS[target].default_output("model").name
-        output.mkdir() if target == "hub" else output.touch()
+        output.mkdir() if FORMATS[target].files else output.touch()
         with pytest.raises(UsageError, match="already exists"):
             check(Request(target, output))
 

@@ -13,7 +13,7 @@ from repshift_cli.export.formats import FORMATS
 def test_one_file_is_one_format() -> None:
     files = {path.stem for path in Path(registry.__path__[0]).glob("*.py")} - {"__init__"}
     assert {found.write.__module__.rsplit(".", 1)[1] for found in FORMATS.values()} == files
-    assert sorted(FORMATS) == ["aoti", "hub", "onnx", "pt2"]
+    assert sorted(FORMATS) == ["aoti", "hub", "onnx", "openvino", "pt2"]
     assert len({found.suffix for found in FORMATS.values()}) == len(FORMATS)
 
 
