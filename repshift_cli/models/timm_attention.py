@@ -54,8 +54,11 @@ class FlexibleAttention(Attention):
             dense: Tensor = super().forward(x, attn_mask=attn_mask, **causal)
             return dense
         plain = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
+        query, key, value = self._project(x, queries)
         mixed = attend_split(
-            *self._project(x, queries),
+            query,
+            key,
+            value,
             sizes,
             backend=backend,
             norms=None if plain else (self.q_norm, self.k_norm),
@@ -69,19 +72,19 @@ class FlexibleAttention(Attention):
         output: Tensor = self.proj_drop(self.proj(mixed))
         return output
 
-    def _project(self, x: Tensor, queries: int | None) -> tuple[Tensor, ...]:
+    def _project(self, x: Tensor, queries: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, `[B, T, heads, d]`."""
         layer, heads = self.qkv, (self.num_heads, self.head_dim)
-        if queries is None:
-            return layer(x).unflatten(2, (3, *heads)).unbind(2)
-        if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
-            # such as a quantized layer, which does more than multiply by its weight
+        # a layer of another kind, such as a quantized one, does more than multiply by its weight
+        plain = type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+        if queries is None or not plain:
             query, key, value = layer(x).unflatten(2, (3, *heads)).unbind(2)
-            return query[:, :queries], key, value
+            return query if queries is None else query[:, :queries], key, value
         width = self.num_heads * self.head_dim
         first, rest = (None, None) if layer.bias is None else (layer.bias[:width], layer.bias[width:])
         query = functional.linear(x[:, :queries], layer.weight[:width], first).unflatten(2, heads)
-        return query, *functional.linear(x, layer.weight[width:], rest).unflatten(2, (2, *heads)).unbind(2)
+        key, value = functional.linear(x, layer.weight[width:], rest).unflatten(2, (2, *heads)).unbind(2)
+        return query, key, value
 
 
 def is_attention(module: nn.Module) -> bool:

@@ -64,7 +64,8 @@ def attend_projected(
     Returns:
         `[B, T, heads * d]`.
     """
-    return attend_split(*projected.unbind(2), sizes, backend=backend, norms=norms, dropout=dropout)
+    query, key, value = projected.unbind(2)
+    return attend_split(query, key, value, sizes, backend=backend, norms=norms, dropout=dropout)
 
 
 def attend_split(
