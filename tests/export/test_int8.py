@@ -128,11 +128,12 @@ def test_compress_quantises_only_what_can_be(tmp_path: Path) -> None:
     from repshift_cli.cli.export import Target
     from repshift_cli.cli.options import QuantizeKind
 
-    given = {"quantize": QuantizeKind.INT8, "calibration": "images", "images": 16}
-    found = requests_for(tmp_path / "m.safetensors", [Target.onnx, Target.hub], False, **given)
+    given: dict[str, Any] = {"quantize": QuantizeKind.INT8, "calibration": "images", "images": 16}
+    onnx_too, hub = [Target("onnx"), Target("hub")], [Target("hub")]
+    found = requests_for(tmp_path / "m.safetensors", onnx_too, False, **given)
     assert [(each.output.name, each.quantize) for each in found] == [("m_int8.onnx", "int8"), ("m_hub", None)]
     with pytest.raises(UsageError, match="--quantize is for an export to onnx"):
-        requests_for(tmp_path / "m.safetensors", [Target.hub], False, **given)
+        requests_for(tmp_path / "m.safetensors", hub, False, **given)
 
 
 class Layers:
@@ -195,7 +196,7 @@ def test_quantised_files_run(family: str, kind: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_target_that_is_missed_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("repshift_cli.export.verify._QUANTIZED_TOLERANCE", -1.0)
-    options = {"quantize": "int8", "calibration": "builtin:digits", "calibration_images": 16}
+    options: dict[str, Any] = {"quantize": "int8", "calibration": "builtin:digits", "calibration_images": 16}
     with pytest.raises(CheckFailed, match="No output was written"):
         export_to(open_family("timm_vit"), "onnx", tmp_path / "model.onnx", **options)
     assert list(tmp_path.iterdir()) == []
