@@ -141,12 +141,12 @@ def _dense(model: nn.Module) -> nn.Module:
 
 def compress_dense(
     name: str | Path,
-    recipe_name: str | Path,
+    recipe_name: str | Path | None,
     options: LoadOptions | None = None,
     *,
     progress: Progress | None = None,
 ) -> Opened:
-    """Load a dense model and attach a recipe; open fields of its metrics get the values of the paper.
+    """Load a dense model and attach a recipe (None: the default schedule); open fields get the values of the paper.
 
     Raises:
         CheckpointError: the checkpoint cannot be loaded or is already compressed.

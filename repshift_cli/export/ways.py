@@ -28,8 +28,10 @@ def exported_ways(opened: Opened, folder: Path, calibration: str | None, progres
             try:
                 for way in both(opened):
                     path = folder / f"{way.name}-{quantize}{FORMATS[target].suffix}"
-                    asked = {"quantize": quantize, "calibration": calibration if quantize else None}
-                    request = Request(target, path, dense=not way.reduced, verify=False, **asked)
+                    images = calibration if quantize else None
+                    request = Request(
+                        target, path, dense=not way.reduced, quantize=quantize, calibration=images, verify=False
+                    )
                     written = export(opened, request, progress)
                     module = open_exported(path).module
                     yield replace(way, name=f"{way.name}, {name}", run=module, bytes=written.bytes, context=nullcontext)
