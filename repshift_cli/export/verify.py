@@ -78,8 +78,8 @@ class Counts:
             self.any_difference = max(self.any_difference, _difference(wanted.output, output))
         self.inputs += count
         if wanted.output.shape == found[0].shape:
-            pair = [output.double().flatten(1) for output in (wanted.output, found[0])]
-            self.cosine += float(torch.cosine_similarity(*pair).sum())
+            one, other = (output.double().flatten(1) for output in (wanted.output, found[0]))
+            self.cosine += float(torch.cosine_similarity(one, other).sum())
         self.swapped += count - int(same.sum())
         self.batches.add(count)
         self.same_top += int((wanted.output.argmax(dim=-1) == found[0].argmax(dim=-1)).sum())
