@@ -295,7 +295,8 @@ def _small_timm(name: str, full: Any) -> Any:
     smallest = 48 if isinstance(find(full), MapFamily) else 24  # the last map must hold a 7x7 kernel
     side = 64 if hasattr(embedding, "backbone") else 4 * getattr(embedding, "patch_size", (smallest,))[0]
     image = {"img_size": side} if embedding is not None else {}
-    tries: list[dict[str, Any]] = [{"layers": (2, 2, 2, 2)}, {"depths": (2, 2, 2, 2)}, {}]
+    two = (2,) * len(getattr(full, "stages", range(4)))
+    tries: list[dict[str, Any]] = [{"layers": two}, {"depths": two}, {}]
     if sequence := hasattr(full, "blocks"):
         shared = tuple(getattr(getattr(block, "attn", None), "num_kv_heads", None) for block in full.blocks[:2])
         tries = [{"depth": 2, **image}, {"depth": 2, **image, "num_kv_heads": shared}, image]

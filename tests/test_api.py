@@ -175,7 +175,8 @@ def test_the_text_of_a_model_shows_its_plan() -> None:
     model = repshift_cli.compress(tiny_vit(), make_recipe())
     lines = repr(model).splitlines()
     assert lines[0].startswith("CompressedModel(VisionTransformer, ")
-    assert len(lines) == 2 + len(model.plan.sites)
+    assert len(lines) == 3 + len(model.plan.sites)
+    assert lines[-2] == "  last block: prefix tokens only"
     assert f"blocks.{model.plan.sites[0].layer}: 17 -> " in lines[1]
     model.detach()
     assert repr(model) == "CompressedModel(VisionTransformer, detached)"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic.json_schema import SkipJsonSchema
 
 from repshift_cli.errors import CheckpointError
 from repshift_cli.utils.documents import validated
@@ -54,7 +55,7 @@ class Preprocessing:
     crop_mode: Literal["center", "squash", "border"] = "center"
     frames: Annotated[int, Field(ge=1, le=4096)] | None = None
     frame_step: Annotated[int, Field(ge=1, le=1024)] | None = None
-    unstated: str = field(default="", compare=False)
+    unstated: Annotated[SkipJsonSchema[str], Field(exclude=True)] = field(default="", compare=False)
 
     @model_validator(mode="after")
     def _check(self) -> Preprocessing:

@@ -39,7 +39,7 @@ _Path = tuple[str | int, ...]
 
 LastBlock = Literal["exact", "full"]
 
-_INDEX, _SITE_NAME = re.compile(r"0|[1-9][0-9]{0,8}"), re.compile(r"\w+(\.\w+)+")
+_INDEX, _SITE_NAME = re.compile(r"0|[1-9][0-9]{0,8}"), re.compile(r"\w+(\.\w+)+|[a-z]\w*\d")
 
 PAPER_DROP_RATIO = 0.2
 """What the paper drops at each of its three sites (arXiv 2508.00367)."""
@@ -84,7 +84,7 @@ class LayerDrop(StrictModel):
     @field_validator("layer")
     @classmethod
     def _check_name(cls, layer: int | str) -> int | str:
-        """An index in quotes is the index. Names of sites have at least two parts, such as `blocks.3`."""
+        """An index in quotes is the index. Names have two or more parts, or a number: `blocks.3`, `block4`."""
         if isinstance(layer, str) and _INDEX.fullmatch(layer):
             return int(layer)
         if isinstance(layer, str) and not _SITE_NAME.fullmatch(layer):

@@ -411,6 +411,13 @@ class TestLoad:
     def test_shipped_name_with_and_without_suffix(self) -> None:
         assert Recipe.load("deit_small_paper").text == Recipe.load("deit_small_paper.yaml").text
 
+    @pytest.mark.parametrize("name", ["blocks.3", "layer1.0", "block4"])
+    def test_a_layer_has_the_name_of_its_module(self, name: str) -> None:
+        recipe = Recipe.parse(
+            f"version: 1\nmetric: {{kind: token_norm}}\nlayers: [{{layer: {name}, drop_ratio: 0.2}}]\n"
+        )
+        assert recipe.layers[0].layer == name
+
     def test_unknown_name_has_a_nearest_match(self) -> None:
         with pytest.raises(RecipeError, match="no recipe deit_smal_paper") as caught:
             Recipe.load("deit_smal_paper")
