@@ -86,7 +86,7 @@ def commands() -> dict[str, list[Any]]:
     return {
         name: [each for each in command.params if each.param_type_name == "option" and each.name != "help"]
         for name, command in found.items()
-        if name not in ("recipes", "demo", "doctor")
+        if name not in ("recipes", "demo", "doctor", "advise")  # a group, and what has no options or takes too long
     }
 
 
