@@ -291,14 +291,15 @@ def _reduced(library: str, name: str, full: Any) -> Any:
 def _small_timm(name: str, full: Any) -> Any:
     import timm
 
-    embedding = getattr(full, "patch_embed", None)
+    inner = getattr(full, "encoder", full)
+    embedding = getattr(inner, "patch_embed", None)
     smallest = 48 if isinstance(find(full), MapFamily) else 24  # the last map must hold a 7x7 kernel
     side = 64 if hasattr(embedding, "backbone") else 4 * getattr(embedding, "patch_size", (smallest,))[0]
     image = {"img_size": side} if embedding is not None else {}
     two = (2,) * len(getattr(full, "stages", range(4)))
     tries: list[dict[str, Any]] = [{"layers": two}, {"depths": two}, {}]
-    if sequence := hasattr(full, "blocks"):
-        shared = tuple(getattr(getattr(block, "attn", None), "num_kv_heads", None) for block in full.blocks[:2])
+    if sequence := hasattr(inner, "blocks"):
+        shared = tuple(getattr(getattr(block, "attn", None), "num_kv_heads", None) for block in inner.blocks[:2])
         tries = [{"depth": 2, **image}, {"depth": 2, **image, "num_kv_heads": shared}, image]
     for arguments in tries:
         with suppress(TypeError, AssertionError):
@@ -319,14 +320,14 @@ def _problem(model: Any) -> str:
     layout = family.layout(model)
     shape = _input_shape(model, family)
     images = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
+    restore = family.needs_restore(model) is not None
     for site in family.sites(model) if layout.map_size is None else ():
-        difference = permute_difference(model, family, images, site, None)
+        difference = permute_difference(model, family, images, site, None, restore)
         if not difference < TOLERANCE:
             return f"the permute test after {site.name} differs by {difference:.1e}"
     first = layout.sites[0].name
     if layout.map_size and (problem := _map_problem(model, family, images)):
         return problem
-    restore = family.needs_restore(model) is not None
     plan = resolve_for(model, _recipe(first, "drop_ratio: 0.2" if layout.map_size else "drop_ratio: 0.4", restore))
     compressed = attach(model, plan)
     trace = compressed.trace(images)

@@ -45,6 +45,7 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_compiler")
 def test_every_row_is_there_or_has_a_reason() -> None:
     model = opened(tiny_vit())
@@ -130,6 +131,7 @@ def test_a_model_without_a_plan_is_refused() -> None:
         ways.both(model)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_compiler")
 def test_the_command_prints_a_table_and_a_sentence(tmp_path: Path) -> None:
     arguments = ["advise", "builtin:vit-digits-small", "--data", "builtin:digits", "--images", "8", "--seconds", "0"]

@@ -162,14 +162,14 @@ class TestCompressedAgain:
         report = run(small, recipe=recipe, output=output, force=True)
         assert any("compressed again" in note for note in report.notes)
         again = artifact.load(output)
-        assert again.plan.tokens_at(4) == (17, 17, 5, 5, 5)
+        assert again.plan.tokens_at(4) == (17, 17, 5, 5, 1)
         with torch.no_grad(), again.dense():
             assert torch.equal(again(images()), tiny_vit(embed_dim=64)(images()))
 
     def test_over_itself(self, small: Path, tmp_path: Path) -> None:
         recipe = recipe_file(tmp_path, layers="[{layer: 1, keep_tokens: 4}]")
         run(small, recipe=recipe, output=small, force=True)
-        assert artifact.load(small).plan.tokens_at(4) == (17, 17, 5, 5, 5)
+        assert artifact.load(small).plan.tokens_at(4) == (17, 17, 5, 5, 1)
 
 
 class TestRefusals:
@@ -336,7 +336,7 @@ def test_settings_out_of_range(options: dict[str, Any]) -> None:
 class TestModelInMemory:
     def test_a_module_and_a_recipe(self) -> None:
         model = compress(tiny_vit(), make_recipe())
-        assert model.plan.tokens_at(4) == (17, 13, 13, 6, 6)
+        assert model.plan.tokens_at(4) == (17, 13, 13, 6, 1)
         assert str(model._hooks[0].metrics[0]) == "representation_shift (mlp, l2, update, largest)"
 
     def test_the_default_recipe(self) -> None:

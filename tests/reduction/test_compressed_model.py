@@ -386,7 +386,8 @@ merging = pytest.mark.parametrize(
 
 
 def merged_recipe(merge: str = "merge", layers: str = MERGE_DROPS, metric: str = SHIFT) -> Recipe:
-    return make_recipe(layers, metric, MERGES.get(merge, merge))
+    recipe = make_recipe(layers, metric, MERGES.get(merge, merge))
+    return recipe.model_copy(update={"last_block": "full"})  # which computes all tokens
 
 
 def merged(variant: str = "plain", merge: str = "merge", layers: str = MERGE_DROPS) -> CompressedModel:

@@ -49,7 +49,8 @@ def recipe(layers: str = LAYERS, reducer: str = "prune", restore: bool = True) -
 
 
 def restored(model: nn.Module, layers: str = LAYERS, reducer: str = "prune", restore: bool = True) -> CompressedModel:
-    return attach(model, resolve_for(model, recipe(layers, reducer, restore)))
+    wanted = recipe(layers, reducer, restore).model_copy(update={"last_block": "full"})
+    return attach(model, resolve_for(model, wanted))
 
 
 def worst(model: nn.Module, inputs: Tensor) -> float:
