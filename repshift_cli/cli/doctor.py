@@ -34,7 +34,7 @@ def show(found: dict[str, Any]) -> None:
     cpu, backends, extras = found["cpu"], found["backends"], found["extras"]
     named = [f"{name} {found['versions'][name] or 'not installed'}" for name in ("repshift", "python", "torch", "timm")]
     ui.print_text(f"versions   {', '.join(named)}")
-    ui.print_text(f"cpu        {cpu['name']}, {cpu['threads']} threads")
+    ui.print_text(f"cpu        {cpu['name']}, {cpu['threads']} thread{'s' if cpu['threads'] > 1 else ''}")
     for use in ("vector", "int8", "bfloat16"):
         names = cpu[use]
         none = "none" if use == "vector" else f"no instructions: {use} may gain little here"
