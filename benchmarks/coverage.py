@@ -245,7 +245,10 @@ def _torchvision(name: str, small: bool) -> Any:
     from torchvision import models
 
     with torch.device("cpu" if small else "meta"):
-        return models.get_model(name, weights=None).eval()
+        model: Any = models.get_model(name, weights=None).eval()
+    if small and name.startswith("vit_"):
+        model.encoder.layers = model.encoder.layers[:2]
+    return model
 
 
 def _transformers(name: str, small: bool) -> Any:
@@ -254,6 +257,10 @@ def _transformers(name: str, small: bool) -> Any:
     kind = getattr(transformers, name)
     defaults = kind.config_class()
     values = {key: value for key, value in _SMALL.items() if hasattr(defaults, key)}
+    for key, value in values.items():
+        usual = getattr(defaults, key)
+        if isinstance(usual, list | tuple) and not isinstance(value, list):
+            values[key] = [value] * len(usual)
     if "depths" in values:
         values.pop("num_hidden_layers", None)  # in some classes the number of stages
     config = kind.config_class(**values)
