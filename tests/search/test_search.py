@@ -39,7 +39,10 @@ from repshift_cli.utils.progress import Progress, Silent
 COUNT = 48
 HELD = COUNT // 2
 
-FIXED = "version: 1\nmetric: {kind: representation_shift, operation: block, distance: l2, reading: update}\n"
+FIXED = (
+    "version: 1\nmetric: {kind: representation_shift, operation: block, distance: l2, reading: update}\n"
+    "last_block: full\n"
+)
 """A start recipe whose only open field is the polarity, for fast searches."""
 
 
@@ -221,7 +224,7 @@ class TestCost:
     @pytest.mark.slow
     @pytest.mark.parametrize("parts", ["metric: {kind: class_attention}", "reducer: {kind: bipartite}"])
     def test_the_budget_includes_metrics_and_reducers(self, parts: str) -> None:
-        start = Recipe.parse(f"version: 1\n{parts}\nbudget: {{macs: 0.7}}\n")
+        start = Recipe.parse(f"version: 1\nlast_block: full\n{parts}\nbudget: {{macs: 0.7}}\n")
         result = run("macs=0.7", tiny_vit(img_size=96), images=images(16, 96), start=start)
         assert result.met
         assert sum(point.name == "neighbour" for point in result.tried) == 8
