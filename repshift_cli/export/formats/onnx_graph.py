@@ -48,17 +48,11 @@ def _write(subject: Subject, request: Request, path: Path, progress: Progress) -
     from repshift_cli.checkpoints import exported
     from repshift_cli.checkpoints.weights import METADATA_KEY
     from repshift_cli.export import int8
-    from repshift_cli.export.trace import trace_program
 
     opset = request.opset or DEFAULT_OPSET
     drawn = int8.draw_images(subject, request, progress) if request.quantize else None
-    progress.note("tracing")
-    program = trace_program(subject, request, watched=True)
-    example = subject.run(subject.examples(request))
-    places = [f"kept_{layer}" for layer in example.kept]
-    document = subject.document(request, example.output, opset)
-    progress.note(f"writing ONNX of opset {opset}")
-    watched = build_graph(program, opset, (subject.input_name, [subject.output_name, *places]))
+    watched, places, output = watched_graph(subject, request, opset, progress)
+    document = subject.document(request, output, opset)
     known: Sequence[tuple[Tensor, Trace]] = ()
     if drawn:
         made = int8.quantize(watched, int8.Job(subject, request, document, path.parent, progress), drawn)
@@ -78,6 +72,23 @@ def _write(subject: Subject, request: Request, path: Path, progress: Progress) -
         return lambda images: (run(images), *watch.outputs(images))
 
     return Draft(document, save, reopen, check_graph(model), known)
+
+
+def watched_graph(
+    subject: Subject, request: Request, opset: int, progress: Progress
+) -> tuple[ModelProto, list[str], Tensor]:
+    """The graph that returns the kept positions of each site too, the names of these outputs, and an output in torch.
+
+    Raises a ModelError as `build_graph` and `trace_program`.
+    """
+    from repshift_cli.export.trace import trace_program
+
+    progress.note("tracing")
+    program = trace_program(subject, request, watched=True)
+    example = subject.run(subject.examples(request))
+    places = [f"kept_{layer}" for layer in example.kept]
+    progress.note(f"writing ONNX of opset {opset}")
+    return build_graph(program, opset, (subject.input_name, [subject.output_name, *places])), places, example.output
 
 
 def _check(request: Request) -> None:

@@ -27,16 +27,11 @@ def _write(subject: Subject, request: Request, path: Path, progress: Progress) -
 
     from repshift_cli.checkpoints import exported
     from repshift_cli.checkpoints.weights import METADATA_KEY
-    from repshift_cli.export.formats.onnx_graph import DEFAULT_OPSET, build_graph
-    from repshift_cli.export.trace import trace_program
+    from repshift_cli.export.formats.onnx_graph import DEFAULT_OPSET, watched_graph
 
-    progress.note("tracing")
-    program = trace_program(subject, request, watched=True)
-    example = subject.run(subject.examples(request))
-    names = [subject.output_name, *(f"kept_{layer}" for layer in example.kept)]
-    document = subject.document(request, example.output)
+    graph, _, output = watched_graph(subject, request, DEFAULT_OPSET, progress)
+    document = subject.document(request, output)
     progress.note("converting to OpenVINO")
-    graph = build_graph(program, DEFAULT_OPSET, (subject.input_name, names))
     watched = openvino.Core().read_model(graph.SerializeToString())
     model = watched.clone()
     for result in model.get_results()[1:]:
