@@ -13,6 +13,7 @@ from repshift_cli.cli import guard, options, ui
 from repshift_cli.cli.export import Target, export_all, requests_for
 from repshift_cli.cli.export import show as show_export
 from repshift_cli.cli.show.compress import show_compression
+from repshift_cli.export.formats import FORMATS
 
 if TYPE_CHECKING:
     from repshift_cli.export.job import Exported
@@ -71,7 +72,7 @@ def command(
     seed: options.Seed = 0,
     export: Annotated[
         list[Target] | None,
-        typer.Option(metavar="FORMAT", help="Also export to onnx, pt2, aoti or hub; may be repeated."),
+        typer.Option(metavar="FORMAT", help=f"Also export to {', '.join(FORMATS)}; may be repeated."),
     ] = None,
     quantize: options.Quantize = None,
     dry_run: Annotated[
