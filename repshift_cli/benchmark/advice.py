@@ -16,7 +16,6 @@ from repshift_cli.benchmark import ways
 from repshift_cli.benchmark.ways import Missing, Way
 from repshift_cli.calibration.outputs import agreement, divergence, reference_outputs
 from repshift_cli.checkpoints.artifact import Opened
-from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.data.inputs import ImageBatch, load_inputs
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import UsageError
@@ -26,7 +25,6 @@ from repshift_cli.models.tensor_model import class_names
 from repshift_cli.utils.progress import Progress
 from repshift_cli.utils.stats import significant
 
-_CHUNK = 8
 _MIN_RUNS = 5
 
 
@@ -100,7 +98,7 @@ class Advice:
 
     @property
     def best(self) -> Row | None:
-        """The fastest row that is clearly faster than the dense model; without images of all, else of near ones."""
+        """The fastest row that is clearly faster than the dense model and, if measured, has outputs near enough."""
         near = [
             row
             for row in self.rows
@@ -163,7 +161,7 @@ def _all_ways(opened: Opened, question: Question) -> Iterator[Way | Missing]:
     yield ways.smaller_input(opened)
     classes = int(getattr(opened.loaded.model, "num_classes", 0) or 0)
     for name in question.smaller_models:
-        yield ways.smaller_model(name, LoadOptions(), classes)
+        yield ways.smaller_model(name, classes)
     yield from ways.in_bfloat16(opened)
     yield from ways.compiled(opened, question.batch)
 
@@ -217,12 +215,12 @@ def _compare(
         return {way.name: (None, None) for way in rows}, "none"
     found: dict[str, tuple[float | None, float | None]] = {}
     with progress.task("comparing outputs", len(rows)) as task, torch.inference_mode():
-        wanted = reference_outputs(opened.loaded.model, _outputs(rows[0], batch.tensor))
+        wanted = reference_outputs(opened.loaded.model, _outputs(rows[0], batch.tensor, question.batch))
         for way in rows:
             same_size = way.preprocessing == opened.loaded.description.preprocessing
             own = batch if same_size else _draw(opened, question, way.preprocessing)
             assert own is not None
-            outputs = _outputs(way, own.tensor)
+            outputs = _outputs(way, own.tensor, question.batch)
             unchanged = None
             if way.comparable and outputs.shape == wanted.reference.shape:
                 near = agreement if wanted.are_logits else _cosine
@@ -235,9 +233,10 @@ def _compare(
     return found, "predictions" if wanted.are_logits else "cosine"
 
 
-def _outputs(way: Way, images: Tensor) -> Tensor:
+def _outputs(way: Way, images: Tensor, batch: int) -> Tensor:
+    """In batches of the size that is timed, for which a model may be compiled."""
     outputs = []
-    for part in images.split(_CHUNK):
+    for part in images.split(batch):
         with way.context():
             outputs.append(way.run(part).float())
     return torch.cat(outputs)

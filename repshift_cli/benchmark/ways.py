@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,19 +15,17 @@ from torch import Tensor, nn
 from repshift_cli.benchmark.baselines import dense_copy, shared_copy
 from repshift_cli.checkpoints.artifact import Opened, open_model
 from repshift_cli.checkpoints.exported import quiet_logs
-from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import ModelError, RepshiftError, UsageError
 from repshift_cli.measure.compiled import Compiled
-from repshift_cli.measure.cpu import cpu_features
+from repshift_cli.measure.cpu import INSTRUCTIONS, cpu_features
+from repshift_cli.measure.environment import cxx_compiler
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.measure.memory import parameter_bytes
 from repshift_cli.reduction.compressed_model import CompressedModel
 
 _STEP = 32
 """Sizes of images of a network of maps are multiples of this."""
-
-_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
 
 
 @dataclass(frozen=True)
@@ -75,9 +72,9 @@ def both(opened: Opened) -> list[Way]:
 
 
 def in_bfloat16(opened: Opened) -> Iterator[Way | Missing]:
-    """Both models in bfloat16, where the processor has instructions for it."""
-    if not cpu_features() & _BFLOAT16:
-        yield Missing("bfloat16", "this processor has no bfloat16 instructions, so it is slower than float32")
+    """Both models in bfloat16, where the CPU has instructions for it."""
+    if cpu_features().isdisjoint(INSTRUCTIONS["bfloat16"]):
+        yield Missing("bfloat16", "this CPU has no bfloat16 instructions, so it is slower than float32")
         return
     half = copy.deepcopy(_compressed(opened)).to(torch.bfloat16)
     for way in both(opened):
@@ -92,7 +89,7 @@ def in_bfloat16(opened: Opened) -> Iterator[Way | Missing]:
 
 def compiled(opened: Opened, batch: int) -> Iterator[Way | Missing]:
     """Both models compiled by torch for one batch size."""
-    if shutil.which("c++") is None and shutil.which("g++") is None:
+    if cxx_compiler() is None:
         yield Missing("torch.compile", "there is no C++ compiler: install g++")
         return
     compressed = _compressed(opened)
@@ -129,9 +126,9 @@ def smaller_input(opened: Opened) -> Way | Missing:
     return Missing("smaller input", "no size has as few multiply-accumulates")
 
 
-def smaller_model(name: str, options: LoadOptions, classes: int) -> Way:
+def smaller_model(name: str, classes: int) -> Way:
     """Another model; comparable if its head has as many outputs and its weights are not random."""
-    opened = open_model(name, options)
+    opened = open_model(name)
     loaded = opened.loaded
     comparable = loaded.source.origin != "random" and getattr(loaded.model, "num_classes", 0) == classes > 0
     size = parameter_bytes(loaded.model)

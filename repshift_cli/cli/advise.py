@@ -36,7 +36,7 @@ def command(
         typer.Option(metavar="NAME", help="Also time this model: a checkpoint or a timm name; may be repeated."),
     ] = None,
     agreement: Annotated[
-        float, typer.Option(min=0.0, max=1.0, metavar="X", help="Least share of unchanged predictions to be advised.")
+        float, options.number("agreement", metavar="X", help="Least share of unchanged predictions of the advised row.")
     ] = 0.98,
     batch_size: Annotated[int, options.number("batch_size", "--batch-size", "-b", help="Batch size to time.")] = 1,
     seconds: Annotated[float, options.number("seconds", metavar="S", help="Duration of the timing per row.")] = 3.0,
@@ -64,11 +64,9 @@ def command(
     )
     screen = ui.Screen()
     with num_threads(threads):
-        opened = open_model(model, load)
+        opened = compress_dense(model, recipe, load, progress=screen) if recipe else open_model(model, load)
         if opened.compressed is None:
-            opened = compress_dense(model, recipe, load, progress=screen)
-        elif recipe is not None:
-            screen.note(f"{model} is compressed already: --recipe is not used")
+            opened = compress_dense(model, None, load, progress=screen)
         with guard.failure_as_json(json):
             found = advise(opened, question, exported_ways, screen)
     if json:

@@ -7,8 +7,12 @@ from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
 
-_INT8_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
-"""Instructions that multiply 8-bit integers and add the products into 32 bits: VNNI, AMX, and those of Arm."""
+INSTRUCTIONS = {
+    "vector": ("avx2", "avx512f", "asimd", "sve"),
+    "int8": ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"),
+    "bfloat16": ("avx512_bf16", "amx_bf16", "bf16"),
+}
+"""Instruction sets of x86 and Arm by what they speed up. Those of `int8` add 8-bit products into 32 bits."""
 
 
 @cache
@@ -25,6 +29,6 @@ def cpu_features() -> frozenset[str]:
 def int8_note() -> str | None:
     """A note if this CPU has no instruction for 8-bit products, None if it has one or the system lists none."""
     features = cpu_features()
-    if not features or features & _INT8_PRODUCTS:
+    if not features or not features.isdisjoint(INSTRUCTIONS["int8"]):
         return None
     return "this CPU has no VNNI or similar instructions for 8-bit products: int8 may gain little here"

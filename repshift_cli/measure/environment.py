@@ -14,20 +14,13 @@ import torch
 from packaging.requirements import Requirement
 
 from repshift_cli.errors import first_line
-from repshift_cli.measure.cpu import cpu_features
+from repshift_cli.measure.cpu import INSTRUCTIONS, cpu_features
 from repshift_cli.measure.device import device_name
 from repshift_cli.models.attention_mode import available_kernels, flash_missing
 from repshift_cli.version import __version__
 
 PACKAGE = "repshift-cli"
 """Name of our distribution, whose metadata list the dependencies and extras."""
-
-_FEATURES = {
-    "vector": ("avx2", "avx512f", "asimd", "sve"),
-    "int8": ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"),
-    "bfloat16": ("avx512_bf16", "amx_bf16", "bf16"),
-}
-"""Instruction sets by what they speed up, named as in /proc/cpuinfo."""
 
 _NOT_FOR_USERS = "dev"
 
@@ -43,7 +36,7 @@ def environment() -> dict[str, Any]:
             "attention": _attention(),
             "onnxruntime": _runtime("onnxruntime", _providers),
             "openvino": _runtime("openvino", _openvino_devices),
-            "cxx_compiler": _compiler(),
+            "cxx_compiler": cxx_compiler(),
         },
         "extras": extras(),
     }
@@ -91,8 +84,8 @@ def _version(name: str) -> str | None:
 
 def _cpu() -> dict[str, Any]:
     features = cpu_features()
-    groups = {use: [name for name in names if name in features] for use, names in _FEATURES.items()}
-    known = groups if features else dict.fromkeys(_FEATURES)
+    groups = {use: [name for name in names if name in features] for use, names in INSTRUCTIONS.items()}
+    known = groups if features else dict.fromkeys(INSTRUCTIONS)
     return {"name": device_name(torch.device("cpu")), "threads": torch.get_num_threads(), **known}
 
 
@@ -134,6 +127,6 @@ def _openvino_devices() -> list[str]:
     return list(openvino.Core().available_devices)
 
 
-def _compiler() -> str | None:
-    """Path of the C++ compiler that torch's compilers call."""
+def cxx_compiler() -> str | None:
+    """Path of the C++ compiler that torch's compilers call; None if there is none."""
     return shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
