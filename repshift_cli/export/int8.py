@@ -51,7 +51,7 @@ _FLAT, _MOST_FLAT = 1e-2, 0.5
 """Least deviation within a row of an image with content, and the largest share of images without content."""
 
 _PRODUCTS, _BETWEEN = ("MatMul", "Gemm", "Conv"), ("Relu", "Clip", "MaxPool", "Add")
-_IMAGE_DIMS = 4
+_MATRIX_DIMS, _IMAGE_DIMS = 2, 4
 
 _FLOAT_OUTPUT = ("MatMul", "Gemm")
 """Products that return float32, which their kernels do without a second rounding."""
@@ -337,7 +337,11 @@ def _find_layers(graph: GraphProto, *, static: bool) -> list[Any]:
     weights = {
         node.output[0]: sizes[node.input[1]]
         for node in graph.node
-        if node.op_type in _PRODUCTS and node.output[0] in used and sizes.get(node.input[1])
+        if node.op_type in _PRODUCTS
+        and node.output[0] in used
+        # there is no kernel for a stack of matrices
+        and (node.op_type == "Conv" or len(sizes.get(node.input[1], ())) == _MATRIX_DIMS)
+        and sizes.get(node.input[1])
     }
     convolutions = {
         node.output[0]

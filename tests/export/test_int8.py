@@ -55,6 +55,12 @@ def test_scores_and_the_patch_embedding_stay_in_float32() -> None:
     assert names(graph_of(nodes, weights)) == ["update", "output"]
 
 
+def test_a_stack_of_matrices_stays_in_float32() -> None:
+    nodes = [("MatMul", "input one", "a"), ("MatMul", "a stack", "b"), ("MatMul", "b two", "output")]
+    graph = graph_of(nodes, {"one": (32, 32), "stack": (2, 32, 32), "two": (32, 8)})
+    assert names(graph) == ["a", "output"]
+
+
 def test_what_lies_between_convolutions_is_quantised() -> None:
     nodes = [
         ("Conv", "input one", "a"),
@@ -168,7 +174,9 @@ def test_the_worst_layers_stay_in_float32(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "kind"), [("timm_vit", "int8"), ("timm_vit", "int8-dynamic"), ("resnet", "int8")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("timm_vit", "int8"), ("timm_vit", "int8-dynamic"), ("resnet", "int8"), ("vim", "int8")]
+)
 def test_quantised_files_run(family: str, kind: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     found = export_to(
