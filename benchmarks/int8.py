@@ -1,8 +1,8 @@
-"""DeiT in ONNX Runtime on this CPU, with fewer tokens, in int8 and both; and what int8 changes in the built-in models.
+"""DeiT in ONNX Runtime on this CPU: fewer tokens, int8, both, smaller images, a smaller model; and what int8 changes.
 
     GOMP_SPINCOUNT=10000 python benchmarks/int8.py --threads 2 --seconds 20
 
-The six graphs of a model run in turn. Weights of DeiT are random, which does not change the speed; agreement and top-1
+All graphs of a model run in turn. Weights of DeiT are random, which does not change the speed; agreement and top-1
 are those of the built-in models, compressed with the default recipe. Time and memory are those of one command.
 """
 
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,22 @@ from repshift_cli.cli.ui import Screen
 from repshift_cli.measure.cpu import int8_note
 
 TITLES = {"tiny": "DeiT-Ti", "small": "DeiT-S", "base": "DeiT-B"}
+SMALLER = {"tiny": "tiny", "small": "tiny", "base": "small"}
 KINDS = ("int8", "int8-dynamic")
+SIDES = ("dense", "tokens", "smaller images", "smaller model")
+IMAGE = 176
+"""Side of the smaller images: the largest multiple of the patch at which a DeiT costs no more than `tokens`."""
+
 BUILT_IN = ("vit-digits", "vit-digits-small", "cnn-digits", "vim-digits")
 MIB = 1024
 """KiB, the unit of Linux."""
 
 NOTE = (
-    "`tokens` uses the paper's recipe with 158, 127 and 102 tokens, `int8` is static, `int8-dynamic` computes ranges "
-    "of activations in each run. Latency per batch in ms: median [p10-p90], and below it the speed-up over dense "
-    "float32; the graphs of a model are interleaved."
+    "`tokens` uses the paper's recipe with 158, 127 and 102 tokens; `smaller images` is the dense model on images of "
+    f"{IMAGE} pixels, the most whose MACs are not above those of `tokens`; `smaller model` is DeiT-Ti beside DeiT-S, "
+    "and DeiT-S beside DeiT-B. `int8` is static, `int8-dynamic` computes ranges of activations in each run. "
+    "Milliseconds per batch: median [p10-p90], then the speed-up over dense float32. The graphs of a model are "
+    "interleaved."
 )
 AGREEMENT_NOTE = (
     "Quantised with the defaults, on 128 training scenes. `layers` are in int8, others stay in float32. `class` and "
@@ -110,25 +117,37 @@ def run_command(*arguments: str) -> tuple[dict[str, Any], float, float]:
         return json.load(out), time.perf_counter() - begin, usage.ru_maxrss / MIB
 
 
+def graphs(model: str) -> list[tuple[str, str]]:
+    """Side and kind of each graph of a model."""
+    kinds = ("float32", *KINDS)
+    return [(side, kind) for side in SIDES for kind in (kinds if side in ("dense", "tokens") else kinds[:2])]
+
+
 def write_all(model: str, options: argparse.Namespace, folder: Path) -> list[list[str]]:
-    """Export the six graphs of a model; returns a row of the table of costs for each."""
+    """Export the graphs of a model; returns a row of the table of costs for each that is not there."""
     rows = []
-    for side in ("dense", "tokens"):
-        for kind in ("float32", *KINDS):
-            output = folder / f"{model} {side} {kind}.onnx"
-            if output.exists():
-                continue
-            arguments = ["export", f"deit_{model}_patch16_224", "--to", "onnx", "-o", str(output)]
-            arguments += ["--threads", str(options.threads)]
-            if side == "tokens":
-                arguments += ["--recipe", f"deit_{model}_paper"]
-            if kind != "float32":  # predictions with random weights are arbitrary, so no agreement is required
-                arguments += ["--quantize", kind, "--calibration", str(folder / "images"), "--agreement", "0"]
-                arguments += ["--calibration-images", str(options.images)]
-            _, seconds, memory = run_command(*arguments)
-            size = output.stat().st_size / 1e6
-            rows.append([f"{TITLES[model]}, {side}, {kind}", f"{size:.0f}", f"{seconds:.0f}", f"{memory:.0f}"])
+    for side, kind in graphs(model):
+        output = graph_path(folder, model, side, kind)
+        if output.exists():
+            continue
+        name = SMALLER[model] if side == "smaller model" else model
+        arguments = ["export", f"deit_{name}_patch16_224", "--to", "onnx", "-o", str(output)]
+        arguments += ["--threads", str(options.threads)]
+        if side == "tokens":
+            arguments += ["--recipe", f"deit_{model}_paper"]
+        if side == "smaller images":
+            arguments += ["--model-args", f"img_size={IMAGE}"]
+        if kind != "float32":  # predictions with random weights are arbitrary, so no agreement is required
+            arguments += ["--quantize", kind, "--calibration", str(folder / "images"), "--agreement", "0"]
+            arguments += ["--calibration-images", str(options.images)]
+        _, seconds, memory = run_command(*arguments)
+        size = output.stat().st_size / 1e6
+        rows.append([f"{TITLES[model]}, {side}, {kind}", f"{size:.0f}", f"{seconds:.0f}", f"{memory:.0f}"])
     return rows
+
+
+def graph_path(folder: Path, model: str, side: str, kind: str) -> Path:
+    return folder / f"{model} {side} {kind}.onnx"
 
 
 def agreement_rows(model: str, folder: Path, scenes: int) -> list[list[str]]:
@@ -155,24 +174,24 @@ def agreement_rows(model: str, folder: Path, scenes: int) -> list[list[str]]:
 
 def measure(model: str, options: argparse.Namespace, folder: Path) -> BenchReport:
     contenders = []
-    for side in ("dense", "tokens"):
-        for kind in ("float32", *KINDS):
-            name = f"{side} {kind}"
-            opened = open_exported(folder / f"{model} {name}.onnx")
-            size = opened.loaded.description.preprocessing.shape
-            against = None if name == "dense float32" else "dense float32"
-            contenders.append(Contender(name, opened.module, opened.macs, size, against))
+    for side, kind in graphs(model):
+        opened = open_exported(graph_path(folder, model, side, kind))
+        size = opened.loaded.description.preprocessing.shape
+        against = None if (side, kind) == ("dense", "float32") else "dense, float32"
+        contenders.append(Contender(f"{side}, {kind}", opened.module, opened.macs, size, against))
     return run_bench(contenders, options.batch_sizes, cpu_settings(options), Screen())
 
 
 def render(model: str, report: BenchReport, batches: Sequence[int]) -> str:
     rows = []
-    for batch in batches:
-        runs = {run.name: run for run in report.runs if run.batch == batch}
-        gains: Mapping[str, Any] = {ratio.name: ratio for ratio in report.ratios if ratio.batch == batch}
-        rows.append([f"batch {batch}", *(latency(run.latency) for run in runs.values())])
-        rows.append(["", *(words(gains[name].speedup) if name in gains else "" for name in runs)])
-    columns = ["", "dense", "int8", "int8-dynamic", "tokens", "tokens x int8", "tokens x int8-dynamic"]
+    for side, kind in graphs(model):
+        cells = [f"{side}, {kind}"]
+        for batch in batches:
+            (run,) = (run for run in report.runs if run.batch == batch and run.name == cells[0])
+            gain = [ratio.speedup for ratio in report.ratios if ratio.batch == batch and ratio.name == cells[0]]
+            cells += [latency(run.latency), words(gain[0]) if gain else ""]
+        rows.append(cells)
+    columns = ["", *(title for batch in batches for title in (f"batch {batch}, ms", "speed-up"))]
     return f"## {TITLES[model]}\n\n{table(columns, rows)}"
 
 

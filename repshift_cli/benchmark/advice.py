@@ -121,8 +121,8 @@ class Advice:
         }
 
 
-Exported = Callable[[Opened, Path, str | None, Progress], Iterator[Way | Missing]]
-"""Writes files of a model to a folder, int8 with images to calibrate on: the ways of other runtimes."""
+Exported = Callable[[Sequence[Way], Path, str | None, Progress], Iterator[Way | Missing]]
+"""Writes files of models to a folder, int8 with images to calibrate on: the ways of other runtimes."""
 
 
 def advise(opened: Opened, question: Question, exported: Exported, progress: Progress) -> Advice:
@@ -136,8 +136,10 @@ def advise(opened: Opened, question: Question, exported: Exported, progress: Pro
         raise UsageError("advise is for models of images, and the model takes clips", "Use repshift bench.")
     batch = _draw(opened, question, opened.loaded.description.preprocessing)
     with tempfile.TemporaryDirectory(prefix="repshift-") as folder:
-        found = list(_all_ways(opened, question))
-        found += exported(opened, Path(folder), question.calibration, _Once(progress))
+        found = list(_models(opened, question))
+        models = [each for each in found if isinstance(each, Way)]
+        found += [*ways.in_bfloat16(opened), *ways.compiled(opened, question.batch)]
+        found += exported(models, Path(folder), question.calibration, _Once(progress))
         rows = [each for each in found if isinstance(each, Way)]
         timings = _time(rows, question, progress)
         quality, measure = _compare(opened, rows, question, batch, progress)
@@ -156,14 +158,13 @@ def advise(opened: Opened, question: Question, exported: Exported, progress: Pro
     )
 
 
-def _all_ways(opened: Opened, question: Question) -> Iterator[Way | Missing]:
+def _models(opened: Opened, question: Question) -> Iterator[Way | Missing]:
+    """The model and what can be taken instead, in torch."""
     yield from ways.both(opened)
     yield ways.smaller_input(opened)
     classes = int(getattr(opened.loaded.model, "num_classes", 0) or 0)
     for name in question.smaller_models:
         yield ways.smaller_model(name, classes)
-    yield from ways.in_bfloat16(opened)
-    yield from ways.compiled(opened, question.batch)
 
 
 class _Once:

@@ -31,6 +31,9 @@ _NO_SCORE = ComponentSpec(kind="random")
 """For reducers that need no score: it reads no token and costs the least."""
 
 _MATCHING = ComponentSpec(kind="bipartite")
+_BY_ADVISE = ("int8", "bfloat16", "smaller-input", "smaller-model", "compile")
+"""Other ways to run the model. They have other weights, inputs or runtimes, so they are not baselines of a plan."""
+
 _UNSUPPORTED = (ModelError, RecipeError, UsageError)
 
 
@@ -71,6 +74,8 @@ def contenders_against(opened: Mapping[str, Opened], names: Sequence[str]) -> li
 def check_names(names: Sequence[str]) -> None:
     """Raise a UsageError for an unknown baseline."""
     for name in names:
+        if name in _BY_ADVISE:
+            raise UsageError(f"--against: {name} is not a baseline", "`repshift advise` times it beside the model.")
         if name not in BASELINES:
             raise UsageError(
                 f"--against: unknown baseline {name!r}",

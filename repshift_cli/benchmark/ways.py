@@ -40,6 +40,7 @@ class Way:
         bytes: of the file, or of the weights.
         comparable: whether its outputs mean the same as those of the dense model.
         context: to be entered for each run.
+        opened: the model, if it can be exported; its reduction is exported if `reduced`.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Way:
     preprocessing: Preprocessing
     comparable: bool = True
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    opened: Opened | None = None
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ def both(opened: Opened) -> list[Way]:
     size = parameter_bytes(compressed.model)
     shape = opened.loaded.description.preprocessing
     return [
-        Way("dense", False, compressed, opened.dense_macs, size, shape, context=compressed.dense),
-        Way("tokens", True, compressed, opened.macs, size, shape),
+        Way("dense", False, compressed, opened.dense_macs, size, shape, context=compressed.dense, opened=opened),
+        Way("tokens", True, compressed, opened.macs, size, shape, opened=opened),
     ]
 
 
@@ -84,6 +86,7 @@ def in_bfloat16(opened: Opened) -> Iterator[Way | Missing]:
             run=lambda images: half(images.to(torch.bfloat16)).float(),
             bytes=parameter_bytes(half.model),
             context=nullcontext if way.reduced else half.dense,
+            opened=None,
         )
 
 
@@ -103,7 +106,7 @@ def compiled(opened: Opened, batch: int) -> Iterator[Way | Missing]:
         except UsageError as error:
             yield Missing("torch.compile", error.message)
             return
-        yield replace(way, name=f"{way.name}, torch.compile", run=function, context=nullcontext)
+        yield replace(way, name=f"{way.name}, torch.compile", run=function, context=nullcontext, opened=None)
 
 
 def smaller_input(opened: Opened) -> Way | Missing:
@@ -121,8 +124,10 @@ def smaller_input(opened: Opened) -> Way | Missing:
             return Missing("smaller input", error.message)
         if macs <= opened.macs:
             own = replace(preprocessing, input_size=(channels, *size))
-            name = f"dense, images {size[0]}x{size[1]}"
-            return Way(name, False, module, macs, parameter_bytes(module), own)
+            described = replace(opened.loaded.description, preprocessing=own)
+            small = Opened(replace(opened.loaded, model=module, description=described, document=None), None)
+            name = f"images {size[0]}x{size[1]}"
+            return Way(name, False, module, macs, parameter_bytes(module), own, opened=small)
     return Missing("smaller input", "no size has as few multiply-accumulates")
 
 
@@ -133,7 +138,9 @@ def smaller_model(name: str, classes: int) -> Way:
     comparable = loaded.source.origin != "random" and getattr(loaded.model, "num_classes", 0) == classes > 0
     size = parameter_bytes(loaded.model)
     shape = loaded.description.preprocessing
-    return Way(loaded.description.name, False, opened.module, opened.macs, size, shape, comparable)
+    return Way(
+        loaded.description.name, opened.reduced, opened.module, opened.macs, size, shape, comparable, opened=opened
+    )
 
 
 def _at_size(model: nn.Module, size: tuple[int, int]) -> nn.Module:

@@ -83,11 +83,13 @@ def plain(tensors: Mapping[str, Tensor], where: str, size: int) -> dict[str, Ten
         size: of the file.
 
     Raises:
-        CheckpointError: there are none, one is not dense, or they are far larger than the file.
+        CheckpointError: there are none, one is not dense or has no valid name, or they are far larger than the file.
     """
     if not tensors:
         raise CheckpointError(f"{where} holds no tensors")
     for key, value in tensors.items():
+        if any("\ud800" <= character <= "\udfff" for character in key):
+            raise CheckpointError(f"{where}: the name {key!r} of a tensor has half of a surrogate pair", "Rename it.")
         if kind := _unsupported(value):
             raise CheckpointError(f"{where}: {kind[0]}: {key} is {kind[1]}", "Save dense tensors with values.")
     total = sum(value.numel() * value.element_size() for value in tensors.values())

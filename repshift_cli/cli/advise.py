@@ -47,8 +47,7 @@ def command(
 ) -> None:
     """Time fewer tokens beside int8, other runtimes, smaller images and smaller models, and name the fastest way."""
     from repshift_cli.benchmark.advice import Question, advise
-    from repshift_cli.checkpoints.artifact import open_model
-    from repshift_cli.compression.api import compress_dense
+    from repshift_cli.compression.api import compress_dense, open_compressed
     from repshift_cli.export.ways import exported_ways
     from repshift_cli.measure.device import num_threads
 
@@ -64,9 +63,10 @@ def command(
     )
     screen = ui.Screen()
     with num_threads(threads):
-        opened = compress_dense(model, recipe, load, progress=screen) if recipe else open_model(model, load)
-        if opened.compressed is None:
-            opened = compress_dense(model, None, load, progress=screen)
+        if recipe:
+            opened = compress_dense(model, recipe, load, progress=screen)
+        else:
+            opened = open_compressed(model, load, progress=screen)
         with guard.failure_as_json(json):
             found = advise(opened, question, exported_ways, screen)
     if json:

@@ -171,10 +171,14 @@ class _Files:
         return written is not None and written == sha256_of(path)
 
     def keep(self, path: Path) -> None:
-        """Record a written file in the state, so that a continued search may replace it."""
+        """Record a written file in the state, so that a continued search may replace it; without that it is removed."""
         from repshift_cli.search.state import keep_outputs
 
-        keep_outputs(self.state, {str(path.resolve()): sha256_of(path)})
+        try:
+            keep_outputs(self.state, {str(path.resolve()): sha256_of(path)})
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
     def outputs(self) -> dict[str, str | None]:
         """The names of the output files by kind."""

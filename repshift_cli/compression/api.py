@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from repshift_cli.calibration.calibrate import unfitted
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.artifact import Opened
+from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.compression.inputs import load_job_inputs
-from repshift_cli.compression.job import CompressionJob, load_dense, wrap_module
+from repshift_cli.compression.job import CompressionJob, load_dense, tell_assumed, wrap_module
 from repshift_cli.compression.notes import Notes, not_calibrated
 from repshift_cli.compression.recipe import checked_recipe, require_layers
 from repshift_cli.compression.run import search_loaded
@@ -155,9 +156,22 @@ def compress_dense(
     """
     recipe = require_layers(checked_recipe(recipe_name))
     notes = Notes(progress or Silent())
-    loaded = load_dense(name, options or LoadOptions(), recipe, notes)
+    return _attach(load_dense(name, options or LoadOptions(), recipe, notes), recipe, notes)
+
+
+def open_compressed(name: str | Path, options: LoadOptions | None = None, *, progress: Progress) -> Opened:
+    """Open a compressed checkpoint, or a dense one with the default schedule; it is read once. Errors as both."""
+    opened = artifact.open_model(name, options)
+    if opened.compressed is not None:
+        return opened
+    notes = Notes(progress)
+    tell_assumed(opened.loaded, notes)
+    return _attach(opened.loaded, None, notes)
+
+
+def _attach(loaded: LoadedModel, recipe: Recipe | None, notes: Notes) -> Opened:
+    """The model with a recipe, not calibrated."""
     job = CompressionJob(loaded, recipe, notes)
     if job.has_open_fields:
         notes.warn(not_calibrated("there are no images", "`repshift compress --calibration DIR` calibrates"))
-    plan = job.default_plan()
-    return Opened(loaded, artifact.attach_loaded(loaded, plan, job.recipe))
+    return Opened(loaded, artifact.attach_loaded(loaded, job.default_plan(), job.recipe))

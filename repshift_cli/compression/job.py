@@ -117,8 +117,7 @@ def load_dense(
         CheckpointError, UsageError: as `load_checkpoint`; or the checkpoint is compressed.
     """
     loaded = load_checkpoint(name, replace(options, fallback_name=recipe.model if recipe else None))
-    for text in loaded.notes:
-        (notes.warn if loaded.source.origin == "random" else notes.note)(text)
+    tell_assumed(loaded, notes)
     if loaded.plan is not None:
         where = loaded.source.path or "the model"
         if not force:
@@ -128,6 +127,12 @@ def load_dense(
             )
         notes.note(f"{where} was already compressed; its dense weights are compressed again")
     return loaded
+
+
+def tell_assumed(loaded: LoadedModel, notes: Notes) -> None:
+    """Tell what was assumed because the file does not confirm it."""
+    for text in loaded.notes:
+        (notes.warn if loaded.source.origin == "random" else notes.note)(text)
 
 
 def wrap_module(model: nn.Module, img_size: int | None) -> LoadedModel:

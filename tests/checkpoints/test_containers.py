@@ -192,6 +192,11 @@ class TestTensors:
         error = refusal({**state, "head.weight": state["head.weight"][:1].expand(10**9, -1)}, tmp_path)
         assert "but the file only" in error.message
 
+    def test_a_name_that_is_no_text_is_refused(self, state: State, tmp_path: Path) -> None:
+        for key in ("\ud800", "blocks.0.\udfff"):
+            error = refusal({**state, key: torch.zeros(2)}, tmp_path, heads=2)
+            assert "surrogate" in error.message
+
     @pytest.mark.parametrize("view", [torch._neg_view, lambda value: torch.complex(value, value).conj().imag])
     def test_negative_views(self, view: Callable[[Tensor], Tensor], state: State, tmp_path: Path) -> None:
         found = load({**state, "head.weight": view(state["head.weight"])}, tmp_path, heads=2)

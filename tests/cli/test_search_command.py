@@ -30,7 +30,7 @@ from repshift_cli import compress
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.weights import read_weights
 from repshift_cli.data.inputs import ImageBatch
-from repshift_cli.errors import RecipeError
+from repshift_cli.errors import OutputError, RecipeError
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.plans import resolve_for
 from repshift_cli.search.job import FinishedSearch
@@ -415,6 +415,16 @@ class TestInterrupted:
         assert "p.png already exists" in cli(*arguments, "--plot", "p.png").stderr
         recipe.write_text("mine, and changed")
         assert "r.yaml already exists" in cli(*arguments).stderr
+
+    def test_an_output_that_cannot_be_recorded_is_removed(
+        self, cli: Command, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*arguments: Any) -> None:
+            raise OutputError("cannot write: the disk is full")
+
+        monkeypatch.setattr("repshift_cli.search.state.keep_outputs", full)
+        assert cli("search", dense, "-t", "macs=0.7", *QUICK, "-o", "r.yaml").rc == 1
+        assert not (tmp_path / "r.yaml").exists()
 
     def test_the_best_so_far_may_miss_the_target(
         self, cli: Command, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
