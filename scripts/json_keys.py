@@ -27,6 +27,8 @@ COMMANDS = {
     "compress": ("compress", "builtin:vit-digits", "-o", "vit.safetensors", "--calibration-images", "64", *QUICK),
     "compress cnn": ("compress", "builtin:cnn-digits", "-o", "cnn.safetensors", "--calibration-images", "32", *QUICK),
     "inspect compressed": ("inspect", "vit.safetensors"),
+    "dense": ("dense", "vit.safetensors"),
+    "diff": ("diff", "vit.safetensors", "vit_dense.safetensors"),
     "bench": ("bench", "vit.safetensors", "--against", "bipartite,class-attention", *QUICK),
     "bench data": ("bench", "vit.safetensors", "--data", "builtin:digits", "--images", "8", *QUICK),
     "bench limits": ("bench", "vit.safetensors", "--budget", "macs<=0.99", "--compile", "off", *QUICK),

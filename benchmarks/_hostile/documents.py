@@ -29,7 +29,7 @@ def changed_text(rng: random.Random, document: Any) -> str:
 
 def model_commands(rng: random.Random, good: Good, model: str) -> tuple[list[list[str]], tuple[str, ...]]:
     """One or two commands that read a compressed model, and the files that they write."""
-    choice = rng.randrange(7)
+    choice = rng.randrange(9)
     if choice == 0:
         return [["visualize", model, "--data", str(good.data), "--count", "1", "-o", "k.png"]], ("k.png",)
     if choice == 1:
@@ -38,6 +38,10 @@ def model_commands(rng: random.Random, good: Good, model: str) -> tuple[list[lis
         return [["bench", model, "--seconds", "0", "--min-runs", "1", "-b", "1"]], ()
     if choice == 3:
         return [["recipes", "show", model, *rng.choice([[], ["--calibrated"]])]], ()
+    if choice == 4:
+        return [["inspect", model], ["diff", model, str(good.artifact)]], ()
+    if choice == 5:
+        return [["dense", model, "-o", "d.safetensors"]], ("d.safetensors",)
     return [["inspect", model, "--json"], good.evaluate(model)], ()
 
 

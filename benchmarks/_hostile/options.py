@@ -108,6 +108,8 @@ def _base(name: str, rng: random.Random, good: Good) -> list[str]:
         ],
         "compare": [["compare", str(good.predictions), str(good.predictions)]],
         "inspect": [["inspect", BUILTIN], ["inspect", str(good.tiny), *good.heads]],
+        "diff": [["diff", str(good.artifact), str(good.artifact)]],
+        "dense": [["dense", str(good.artifact), "-o", "o.safetensors"]],
         "visualize": [["visualize", str(good.artifact), "--data", data, "--count", "1", "-o", "o.png"]],
         "recipes list": [["recipes", "list"]],
         "recipes show": [["recipes", "show", "default"]],

@@ -248,6 +248,19 @@ def save(path: Path, loaded: LoadedModel, document: Mapping[str, Any], force: bo
         write_tensors(temporary, loaded.tensors, document)
 
 
+def save_dense(path: Path, loaded: LoadedModel, force: bool = False) -> None:
+    """Write the dense weights of a compressed checkpoint with the description of their model.
+
+    Raises:
+        CheckpointError: it is not compressed.
+        UsageError, OutputError: as `check_save`.
+    """
+    if loaded.plan is None:
+        where = loaded.source.path or loaded.description.name
+        raise CheckpointError(f"{where} is already a dense checkpoint", "Give a compressed checkpoint.")
+    save(path, loaded, {"model": loaded.description.to_dict()}, force)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any] | None) -> None:
     """Write a safetensors file with a document in its metadata; raises OutputError if that fails."""
     metadata = {"format": "pt", METADATA_KEY: json.dumps(document, allow_nan=False)}

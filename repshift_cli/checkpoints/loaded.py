@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor, nn
@@ -72,3 +73,15 @@ class LoadedModel:
     def is_builtin(self) -> bool:
         """Whether it is one of the built-in models, which the built-in datasets are for."""
         return self.source.origin == "builtin" or f"builtin:{self.description.name}" in BUILTIN
+
+
+def differing_tensors(first: LoadedModel, second: LoadedModel) -> list[str]:
+    """Names of the tensors that only one has, or that differ in dtype, shape or bits."""
+    a, b = first.tensors, second.tensors
+
+    def equal(name: str) -> bool:
+        if name not in a or name not in b or a[name].dtype != b[name].dtype or a[name].shape != b[name].shape:
+            return False
+        return torch.equal(*(each[name].reshape(-1).contiguous().view(torch.uint8) for each in (a, b)))
+
+    return [name for name in dict.fromkeys((*a, *b)) if not equal(name)]

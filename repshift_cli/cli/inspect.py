@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.cli import options, ui
 from repshift_cli.cli.show.plan import EXACT, describe_metric, describe_tokens
+from repshift_cli.cli.show.provenance import describe, provenance
 from repshift_cli.utils.garbage import without_collection
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def _describe(opened: Opened) -> dict[str, Any]:
         "compressed": plan is not None,
         "plan": plan.summary() if plan else None,
         "last_block": plan.last_block if plan else None,
+        "provenance": provenance(loaded.document) if plan and loaded.document else None,
         "sites": _sites(opened, family, layout, plan),
         "barred": {name: why for name, why in layout.barred.items() if not name.isdigit()},
     }
@@ -122,6 +124,8 @@ def _show(document: dict[str, Any], preprocessing: Any) -> None:
         ui.print_text(f"metric   after {site}: {describe_metric(row['metric'])}")
     if document["last_block"] == "exact":
         ui.print_text(EXACT)
+    for title, text in (describe(document["provenance"]) if document["provenance"] else {}).items():
+        ui.print_text(f"{title:<8} {text}")
     ui.print_text("")
     rows = []
     for site in document["sites"]:

@@ -1,0 +1,64 @@
+"""`repshift diff`: how two checkpoints differ, in weights, plan and origin."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from repshift_cli.cli import options, ui
+from repshift_cli.cli.show.plan import describe_metric, describe_tokens
+from repshift_cli.cli.show.provenance import describe
+
+if TYPE_CHECKING:
+    from repshift_cli.checkpoints.artifact import Opened
+
+_SHOWN = 5
+"""Names of tensors that are listed."""
+
+
+def command(
+    first: Annotated[str, typer.Argument(metavar="A", help="A checkpoint, compressed or dense.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another checkpoint.")],
+    *,
+    json: options.AsJson = False,
+) -> None:
+    """Show how two checkpoints differ: weights, tokens, metrics, recipe, calibration, measurement."""
+    from repshift_cli.checkpoints.artifact import open_model
+    from repshift_cli.checkpoints.loaded import differing_tensors
+
+    sides = [open_model(first), open_model(second)]
+    tensors = differing_tensors(*(side.loaded for side in sides))
+    facts = [_facts(side) for side in sides]
+    names = dict.fromkeys(chain(*facts))
+    rows = [(name, *(side.get(name) for side in facts)) for name in names]
+    differing = [row for row in rows if row[1] != row[2]]
+    if json:
+        found = {name: {"a": a, "b": b} for name, a, b in differing}
+        ui.print_json({"a": first, "b": second, "weights_differ": tensors, "differing": found})
+        return
+    total = len(sides[0].loaded.tensors.keys() | sides[1].loaded.tensors.keys())
+    listed = f": {', '.join(tensors[:_SHOWN])}{', ...' if len(tensors) > _SHOWN else ''}" if tensors else ""
+    ui.print_text(f"weights  {f'{len(tensors)} of {total} tensors differ{listed}' if tensors else 'equal'}")
+    if differing:
+        ui.print_table(None, ["", "A", "B"], [[name, a or "-", b or "-"] for name, a, b in differing], left=3)
+    else:
+        ui.print_text("Everything else is equal.")
+
+
+def _facts(opened: Opened) -> dict[str, Any]:
+    """What the two sides are compared in, as text by title."""
+    description = opened.loaded.description
+    found = {"model": description.name, "input": str(description.preprocessing), "GMACs": f"{opened.macs / 1e9:.3f}"}
+    if opened.compressed is None:
+        return {**found, "reducer": "none (dense)"}
+    plan = opened.compressed.plan
+    found |= {"reducer": plan.reducer.kind, "restore": str(plan.restore), "last block": plan.last_block}
+    for site in plan.sites:
+        before, after = (
+            describe_tokens(*each) for each in ((site.tokens_in, site.grid_in), (site.tokens_out, site.grid_out))
+        )
+        found[f"after {site.site}"] = f"{before} -> {after}, {describe_metric(site.metric.model_dump())}"
+    assert opened.loaded.document is not None
+    return found | describe(opened.loaded.document)
