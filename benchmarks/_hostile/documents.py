@@ -29,20 +29,19 @@ def changed_text(rng: random.Random, document: Any) -> str:
 
 def model_commands(rng: random.Random, good: Good, model: str) -> tuple[list[list[str]], tuple[str, ...]]:
     """One or two commands that read a compressed model, and the files that they write."""
-    choice = rng.randrange(9)
-    if choice == 0:
-        return [["visualize", model, "--data", str(good.data), "--count", "1", "-o", "k.png"]], ("k.png",)
-    if choice == 1:
-        return [["export", model, "--to", "hub", "-o", "out"]], ("out", "out/*")
-    if choice == 2:
-        return [["bench", model, "--seconds", "0", "--min-runs", "1", "-b", "1"]], ()
-    if choice == 3:
-        return [["recipes", "show", model, *rng.choice([[], ["--calibrated"]])]], ()
-    if choice == 4:
-        return [["inspect", model], ["diff", model, str(good.artifact)]], ()
-    if choice == 5:
-        return [["dense", model, "-o", "d.safetensors"]], ("d.safetensors",)
-    return [["inspect", model, "--json"], good.evaluate(model)], ()
+    read = [["inspect", model, "--json"], good.evaluate(model)]
+    commands, outputs = rng.choice(
+        [
+            ([["visualize", model, "--data", str(good.data), "--count", "1", "-o", "k.png"]], ("k.png",)),
+            ([["export", model, "--to", "hub", "-o", "out"]], ("out", "out/*")),
+            ([["bench", model, "--seconds", "0", "--min-runs", "1", "-b", "1"]], ()),
+            ([["recipes", "show", model, *rng.choice([[], ["--calibrated"]])]], ()),
+            ([["inspect", model], ["diff", model, str(good.artifact)]], ()),
+            ([["dense", model, "-o", "d.safetensors"]], ("d.safetensors",)),
+            *[(read, ())] * 3,
+        ]
+    )
+    return commands, outputs
 
 
 def consistent(results: Sequence[Result]) -> str | None:
