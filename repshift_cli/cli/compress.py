@@ -29,7 +29,31 @@ def command(
             "--recipe", "-r", metavar="RECIPE", help="A YAML file or a shipped recipe (repshift recipes list)."
         ),
     ] = None,
-    target: options.Target = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            "-t",
+            metavar="KIND=VALUE",
+            help="Search for the layers and ratios that meet macs=0.65, latency=0.6 (fractions of dense), speedup=1.5, "
+            "agreement=0.99 (lowest share of unchanged predictions) or max-drop=0.5 (points of top-1); for encoders "
+            "without a head recall@10=0.99 (share of the 10 nearest neighbours) or cosine=0.98. With one of cost and "
+            "one of quality, the quality is checked at that cost. Default: the budget of --recipe.",
+            show_default=False,
+        ),
+    ] = None,
+    speedup: Annotated[
+        str | None,
+        typer.Option(metavar="X", help="How many times as fast the model must be, such as 1.5: --target speedup=X."),
+    ] = None,
+    max_drop: Annotated[
+        str | None,
+        typer.Option(
+            metavar="POINTS",
+            help="Largest loss of top-1 in points on held-out images, such as 1: --target max-drop=POINTS. Without "
+            "labels, the largest share of changed predictions in percent.",
+        ),
+    ] = None,
     load: LoadOptions,
     output: Annotated[
         Path | None,
@@ -85,12 +109,16 @@ def command(
     from repshift_cli.compression.run import compress_checkpoint
     from repshift_cli.compression.settings import Settings
     from repshift_cli.measure.device import num_threads as using_threads
+    from repshift_cli.search.target import split_goals
     from repshift_cli.utils.files import default_output
 
+    goals = [*(target or []), *([f"speedup={speedup}"] if speedup else [])]
+    search_target, limit = split_goals([*goals, *([f"max-drop={max_drop}"] if max_drop else [])])
     output = output or default_output(checkpoint, "_repshift.safetensors")
     settings = Settings(
         recipe=recipe,
-        target=target,
+        target=search_target,
+        limit=limit,
         load=load,
         output=output,
         data=data,

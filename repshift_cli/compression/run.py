@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from repshift_cli.calibration.calibrate import Calibration
+from repshift_cli.calibration.fit import is_classifier
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.compression.inputs import draw_images, is_same_folder, load_job_inputs, load_search_inputs
@@ -23,6 +24,7 @@ from repshift_cli.reduction.checks import check_components
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.families.base import match
 from repshift_cli.search.job import FinishedSearch, SearchRequest, find, start_recipe
+from repshift_cli.search.search import check_head
 from repshift_cli.search.target import SearchTarget
 from repshift_cli.utils.progress import Progress
 
@@ -102,7 +104,8 @@ def search_loaded(
 ) -> FinishedSearch:
     """As `search_checkpoint` for a model that is loaded, on its device and in its dtype."""
     count = _search_images(settings, loaded, request.target, _MORE_IMAGES * Amounts.of(settings, loaded).calibration)
-    return _search(loaded, recipe, request, settings, count, notes)
+    inputs = load_search_inputs(loaded, settings, count, notes)
+    return _search(loaded, recipe, request, settings, inputs, notes)
 
 
 def save_found(found: FinishedSearch, settings: Settings, progress: Progress) -> CompressReport:
@@ -114,19 +117,27 @@ def save_found(found: FinishedSearch, settings: Settings, progress: Progress) ->
 def _compress_to_target(
     loaded: LoadedModel, recipe: Recipe | None, target: SearchTarget, settings: Settings, notes: Notes
 ) -> CompressReport:
+    goals = [target, *([settings.limit] if settings.limit else [])]
+    for goal in goals:
+        check_head(goal, is_classifier(loaded.model))
     if not settings.calibrate:
         raise UsageError(f"--no-calibrate: the search for {target} needs images", "Leave it out.")
     if recipe is not None and recipe.layers:
         notes.note(f"the layers of {recipe.place.name} are not used: a search finds those for {target}")
     amounts = Amounts.of(settings, loaded)
+    count = max(_search_images(settings, loaded, goal, amounts.calibration) for goal in goals)
+    inputs = load_search_inputs(loaded, settings, count, notes)
+    target, *limits = (_without_labels(goal, inputs, notes) for goal in goals)
     request = SearchRequest(target, _QUICK_EVALUATIONS, seconds=settings.seconds)
-    count = _search_images(settings, loaded, target, amounts.calibration)
-    found = _search(loaded, recipe, request, settings, count, notes)
+    found = _search(loaded, recipe, request, settings, inputs, notes)
     if found.result.interrupted:
         raise KeyboardInterrupt
+    found = replace(found, limit=limits[0] if limits else None)
     job = CompressionJob(loaded, found.recipe, notes)
     try:
         found.result.check_met(settings.force, notes.warn)
+        for limit in limits:
+            found.result.check_limit(limit, settings.force, notes.warn)
     except CheckFailed as failed:
         failed.document = _report(job, attach(loaded.model, job.default_plan()), found=found).to_dict()
         raise
@@ -134,6 +145,15 @@ def _compress_to_target(
     if settings.data and settings.calibration and not is_same_folder(settings.data, settings.calibration):
         images = load_job_inputs(loaded, settings.data, amounts.agreement, settings.seed, notes)
     return _finish(job, job.default_plan(), images, settings, found=found)
+
+
+def _without_labels(goal: SearchTarget, inputs: ImageBatch, notes: Notes) -> SearchTarget:
+    """Without labels, instead of a loss of top-1 the share of changed predictions, which is at least as large."""
+    if goal.kind != "max-drop" or inputs.labels is not None:
+        return goal
+    changed = SearchTarget("agreement", 1 - goal.value / 100)
+    notes.note(f"there are no labels ({inputs.unlabelled}): {goal} is taken as {changed}, which is stricter")
+    return changed
 
 
 def _search_images(settings: Settings, loaded: LoadedModel, target: SearchTarget, usual: int) -> int:
@@ -144,13 +164,17 @@ def _search_images(settings: Settings, loaded: LoadedModel, target: SearchTarget
 
 
 def _search(  # noqa: PLR0917
-    loaded: LoadedModel, recipe: Recipe | None, request: SearchRequest, settings: Settings, count: int, notes: Notes
+    loaded: LoadedModel,
+    recipe: Recipe | None,
+    request: SearchRequest,
+    settings: Settings,
+    inputs: ImageBatch,
+    notes: Notes,
 ) -> FinishedSearch:
     family = match(loaded.model)
     start, reducers = start_recipe(recipe, request, loaded, family)
     check_components(start)
     check_recipe_model(start, loaded.description)
-    inputs = load_search_inputs(loaded, settings, count, notes)
     notes.note(f"searching for {request.target} on {inputs.description}")
     with attention_mode(loaded.model, settings.attention):
         return find(
@@ -253,5 +277,5 @@ def _report(
 def _target(settings: Settings, recipe: Recipe | None) -> SearchTarget | None:
     """The target of the user, else the budget of the recipe; None for a recipe with layers."""
     if settings.target is not None:
-        return SearchTarget.parse(settings.target)
+        return settings.target
     return SearchTarget.parse(str(recipe.budget)) if recipe is not None and recipe.budget is not None else None

@@ -9,6 +9,7 @@ from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.models.attention_mode import AttentionMode
 from repshift_cli.reduction.families.base import match
+from repshift_cli.search.target import SearchTarget
 from repshift_cli.utils.ranges import check_ranges
 
 _HEAVY_MACS = 20_000_000_000
@@ -22,6 +23,7 @@ class Settings:
         recipe: file or shipped name; None for the default schedule.
         target: target of a search (`macs=0.65`) that replaces the layers of the recipe; None for the recipe's own
             budget or layers.
+        limit: limit of quality (`max-drop=1`) for the schedule that a search for a cost finds.
         load: what the user says about the model.
         output: path of the checkpoint; None to write none.
         data: images for the comparison of predictions (folder or dataset); None for built-in scenes.
@@ -33,7 +35,8 @@ class Settings:
     """
 
     recipe: str | None = None
-    target: str | None = None
+    target: SearchTarget | None = None
+    limit: SearchTarget | None = None
     load: LoadOptions = field(default_factory=LoadOptions)
     output: Path | None = None
     data: str | None = None

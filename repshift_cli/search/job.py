@@ -30,7 +30,7 @@ from repshift_cli.utils.ranges import check_ranges
 
 _PROVENANCE = (
     *("target", "met", "nearest", "points", "paper_is_found", "held_back_decided", "held_back_met", "evaluations"),
-    *("interrupted", "data", "seed", "labelled", "measured_on"),
+    *("interrupted", "data", "seed", "labelled", "measured_on", "limit"),
 )
 """The keys of `FinishedSearch.to_dict` that an artifact keeps."""
 
@@ -61,6 +61,7 @@ class FinishedSearch:
         recipe: the found recipe; comments at its top describe the search.
         inputs: the first half was used for selection, the second half is held out.
         measured_on: device, dtype, batch and threads of the measurements.
+        limit: of quality, checked on the held-out inputs; None if a quality was searched for, or none was asked for.
     """
 
     loaded: LoadedModel
@@ -69,6 +70,7 @@ class FinishedSearch:
     result: SearchResult
     inputs: ImageBatch
     measured_on: Mapping[str, Any]
+    limit: SearchTarget | None = None
 
     @property
     def heldout(self) -> ImageBatch:
@@ -89,7 +91,14 @@ class FinishedSearch:
             "labelled": self.inputs.labels is not None,
             "description": self.inputs.description,
             "measured_on": dict(self.measured_on),
+            "limit": self._limit(),
         }
+
+    def _limit(self) -> dict[str, Any] | None:
+        if self.limit is None:
+            return None
+        quality = self.result.heldout_quality(self.limit)
+        return {"target": str(self.limit), "reached": None if quality is None else round(quality, 6)}
 
     def provenance(self) -> dict[str, Any]:
         """The entry `search` of an artifact."""

@@ -162,7 +162,7 @@ class SearchResult:
             CheckFailed: it is missed, or random dropping is better, and `force` is off; with `force` it is a warning.
         """
         self._check_random(force, warn)
-        target, nearest = self.target, f"the nearest is {self.target.kind}={self.nearest:.4g}"
+        target, nearest = self.target, f"the nearest is {self.target.reached(self.nearest)}"
         if not self.met and not force:
             hint = "Ask for that value, or allow other reducers and metrics."
             raise CheckFailed(f"the target {target} cannot be met: {nearest}", hint)
@@ -187,19 +187,46 @@ class SearchResult:
             raise CheckFailed(problem, "Use more images (--images), a milder target or another metric, or add --force.")
         warn(problem)
 
+    def check_limit(self, limit: SearchTarget, force: bool, warn: Callable[[str], None]) -> None:
+        """Check a limit of quality on the held-out images.
+
+        Raises:
+            CheckFailed: it is missed, or cannot be measured, and `force` is off; with `force` it is a warning.
+        """
+        value, images = self.heldout_quality(limit), self.found.images
+        if images < limit.images_needed:
+            warn(
+                f"{images} held-out images are too few to decide {limit}: give {2 * limit.images_needed} images "
+                "(--calibration-images)"
+            )
+        if value is not None and self._holds(limit, value):
+            return
+        reached = "it cannot be measured" if value is None else f"it is {limit.reached(value)}"
+        problem = f"at {self.target} the limit {limit} is missed: {reached} on {images} held-out images"
+        if not force:
+            raise CheckFailed(problem, "Allow a larger loss or a higher cost, or add --force.")
+        warn(problem)
+
+    def heldout_quality(self, target: SearchTarget) -> float | None:
+        """The quality of the found schedule on the held-out images, in the unit of the target; None if not measured."""
+        dense, found = self.dense, self.found
+        if target.kind == "max-drop":
+            return None if dense.top1 is None or found.top1 is None else dense.top1 - found.top1
+        if target.kind == "cosine":
+            return 1.0 - found.kl
+        return found.recall if target.k else found.agreement
+
+    @staticmethod
+    def _holds(target: SearchTarget, quality: float) -> bool:
+        if target.kind == "max-drop":
+            return quality <= target.value + QUALITY_SLACK
+        return quality >= target.value - QUALITY_SLACK
+
     @property
     def held_back_met(self) -> bool | None:
         """Whether a target of quality is met on the held-out images, without a margin; None for a target of cost."""
-        dense, found, value = self.dense, self.found, self.target.value
-        if self.target.kind == "agreement" and found.agreement is not None:
-            return found.agreement >= value
-        if self.target.k and found.recall is not None:
-            return found.recall >= value - QUALITY_SLACK
-        if self.target.kind == "cosine":
-            return 1.0 - found.kl >= value - QUALITY_SLACK
-        if self.target.kind == "max-drop" and dense.top1 is not None and found.top1 is not None:
-            return dense.top1 - found.top1 <= value + QUALITY_SLACK
-        return None
+        quality = None if self.target.limits_cost else self.heldout_quality(self.target)
+        return None if quality is None else self._holds(self.target, quality)
 
     @property
     def points(self) -> dict[str, MeasuredSchedule]:

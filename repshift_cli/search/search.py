@@ -71,7 +71,7 @@ def search(model: nn.Module, family: Family, settings: SearchSettings, progress:
     with ExitStack() as stack:
         stack.callback(family.adapt(model))  # the dense model is compared under the same conditions as a reduced one
         evaluator = Evaluator(model, family, settings, progress)
-        _check_head(settings.target, evaluator.subsets["selection"].dense.are_logits)
+        check_head(settings.target, evaluator.subsets["selection"].dense.are_logits)
         planner, method = choose_layer_metrics(settings.start, evaluator)
         costs = measure_cost_model(planner, method, latency=settings.target.kind == "latency")
         state = SearchState(settings, costs, method)
@@ -111,7 +111,8 @@ def _check(settings: SearchSettings) -> None:
         raise UsageError("the target latency needs time to measure", "Set seconds above 0.")
 
 
-def _check_head(target: SearchTarget, has_head: bool) -> None:
+def check_head(target: SearchTarget, has_head: bool) -> None:
+    """Raise UsageError if a target is not defined for a model with, or without, a head of classes."""
     if target.is_of_classes is True and not has_head:
         raise UsageError(
             f"the model has no head, so {target.kind} is undefined",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,12 @@ COST_TOLERANCE = 1e-9
 QUALITY_SLACK = 1e-6
 """Tolerances for rounding: of a fraction of the dense cost, and of points of top-1."""
 
+_MOST_SPEEDUP = 20.0
+
 _RANGES = {
     "macs": "in (0, 1)",
     "latency": "in (0, 1)",
+    "speedup": f"in (1, {_MOST_SPEEDUP:g}]",
     "agreement": "in (0, 1]",
     "max-drop": "in [0, 100)",
     "recall@K": "in (0, 1]",
@@ -30,9 +33,10 @@ _RECALL = re.compile(r"recall@([1-9][0-9]{0,3})")
 _USUAL_NEIGHBOURS = 10
 
 _EXAMPLES = (
-    "Possible are macs=0.65 and latency=0.6 (fractions of the dense model's MACs and batch time), agreement=0.99 "
-    "(lowest share of unchanged predictions) and max-drop=0.5 (points of top-1; needs labels). For models without a "
-    "head: recall@10=0.99 (share of the 10 nearest neighbours) and cosine=0.98 (mean cosine to the dense embedding)."
+    "Possible are macs=0.65 and latency=0.6 (fractions of the dense model's MACs and batch time), speedup=1.5 (the "
+    "inverse of latency), agreement=0.99 (lowest share of unchanged predictions) and max-drop=0.5 (points of top-1; "
+    "needs labels). For models without a head: recall@10=0.99 (share of the 10 nearest neighbours) and cosine=0.98 "
+    "(mean cosine to the dense embedding)."
 )
 _AGREEMENT_ERRORS, _DROP_ERRORS = 1.0, 0.5
 """One-sided margins in standard errors. The schedule is selected on the images that it is tested on."""
@@ -48,14 +52,16 @@ class SearchTarget:
     Attributes:
         kind: `macs`, `latency`, `agreement`, `max-drop`, `recall@10` (or another number of neighbours) or `cosine`.
         value: fraction of the dense model, share of predictions or neighbours, points of top-1, or mean cosine.
+        as_speedup: whether a latency is shown as a speed-up.
     """
 
     kind: str
     value: float
+    as_speedup: bool = False
 
     def __post_init__(self) -> None:
         general = "recall@K" if self.k else self.kind
-        if general not in _RANGES or self.kind == "recall@K":
+        if general not in _RANGES or self.kind in ("recall@K", "speedup"):
             raise UsageError(f"unknown target {self.kind!r}", nearest(self.kind, _RANGES) + _EXAMPLES)
         high = 100.0 if self.kind == "max-drop" else 1.0
         bound = {"max-drop": 0.0, "macs": None, "latency": None}.get(self.kind, high)
@@ -76,7 +82,11 @@ class SearchTarget:
             number = float(value)
         except ValueError:
             raise UsageError(f"invalid target {text!r}: no number after the =", _EXAMPLES) from None
-        return cls(kind, number)
+        if kind != "speedup":
+            return cls(kind, number)
+        if not 1 < number <= _MOST_SPEEDUP:
+            raise UsageError(f"invalid target {text}: must be {_RANGES[kind]}")
+        return cls("latency", 1 / number, as_speedup=True)
 
     @property
     def k(self) -> int | None:
@@ -136,8 +146,36 @@ class SearchTarget:
         worst: float = values["lost"] + _DROP_ERRORS * values["lost_error"]
         return worst <= self.value + QUALITY_SLACK
 
+    def reached(self, value: float) -> str:
+        """A measured value in the form of the target."""
+        return f"speedup={1 / value:.4g}" if self.as_speedup else f"{self.kind}={value:.4g}"
+
     def __str__(self) -> str:
-        return f"{self.kind}={self.value:.12g}"
+        return f"speedup={1 / self.value:.6g}" if self.as_speedup else f"{self.kind}={self.value:.12g}"
+
+
+def split_goals(goals: Sequence[str]) -> tuple[SearchTarget | None, SearchTarget | None]:
+    """The target of a search, and a limit of quality that its schedule must keep.
+
+    With a goal of cost and one of quality, the search is for the cost, and the quality is checked.
+
+    Raises:
+        UsageError: a goal is invalid, or two are of the same kind.
+    """
+    targets = [SearchTarget.parse(goal) for goal in goals]
+    costs = [target for target in targets if target.limits_cost]
+    qualities = [target for target in targets if not target.limits_cost]
+    if len(costs) > 1 or len(qualities) > 1:
+        both = " and ".join(map(str, costs if len(costs) > 1 else qualities))
+        raise UsageError(f"{both} are goals of the same kind", "Give one for the cost and one for the quality.")
+    if costs and qualities and qualities[0].k not in (None, _USUAL_NEIGHBOURS):
+        raise UsageError(
+            f"{qualities[0]}: with a goal of cost, recall is measured at {_USUAL_NEIGHBOURS}",
+            f"Give recall@{_USUAL_NEIGHBOURS}={qualities[0].value:g}, or leave {costs[0]} out.",
+        )
+    if not costs:
+        return (qualities[0] if qualities else None), None
+    return costs[0], (qualities[0] if qualities else None)
 
 
 def lower_agreement(share: float, count: int) -> float:

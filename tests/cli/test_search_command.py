@@ -527,6 +527,44 @@ class TestCompress:
         assert cli("compress", dense, "--target", "macs=0.2", *few, "-o", "s.safetensors", "--force").rc == 0
         assert (tmp_path / "s.safetensors").exists()
 
+    def test_a_cost_and_a_quality(self, cli: Command, tmp_path: Path, dense: Path, classes: Path) -> None:
+        """Labels are used if there are any; else changed predictions are counted."""
+        few = ("-t", "macs=0.9", "--calibration-images", "16", "--seconds", "0", "-b", "4", "--json")
+        outcome = cli("compress", dense, "--data", classes, "--max-drop", "99", *few, "-o", "s.safetensors")
+        assert outcome.rc == 0, outcome.stderr
+        found = json.loads(outcome.stdout)["search"]
+        assert (found["target"], found["limit"]["target"]) == ("macs=0.9", "max-drop=99")
+        points = found["points"]
+        assert found["limit"]["reached"] == pytest.approx(points["dense"]["top1"] - points["found"]["top1"], abs=1e-6)
+        outcome = cli("compress", dense, "--data", classes, "--max-drop", "99", *few[:-1], "-o", "t.safetensors")
+        assert "limit   max-drop=99: reached max-drop=" in outcome.stdout
+        assert narrow(outcome.stdout)
+
+    def test_a_quality_that_is_missed(self, cli: Command, tmp_path: Path, dense: Path, photos: Path) -> None:
+        few = ("-t", "macs=0.4", "--calibration-images", "16", "--seconds", "0", "-b", "4", "--json")
+        outcome = cli("compress", dense, "--data", photos, "--max-drop", "0", *few, "-o", "s.safetensors")
+        assert outcome.rc == 5, outcome.stderr
+        assert "max-drop=0 is taken as agreement=1, which is stricter" in words(outcome.stderr)
+        assert "at macs=0.4 the limit agreement=1 is missed: it is agreement=" in words(outcome.stderr)
+        assert json.loads(outcome.stdout)["search"]["limit"]["reached"] < 1
+        assert not (tmp_path / "s.safetensors").exists()
+
+    @pytest.mark.parametrize(
+        ("goals", "message"),
+        [
+            (("--speedup", "1.5", "-t", "macs=0.6"), "speedup=1.5 and macs=0.6 are goals of the same kind"),
+            (("--max-drop", "1", "-t", "agreement=0.99"), "agreement=0.99 and max-drop=1 are goals of the same kind"),
+            (("--speedup", "0.9"), "invalid target speedup=0.9: must be in (1, 20]"),
+            (("--speedup", "fast"), "invalid target 'speedup=fast'"),
+            (("-t", "macs=0.6", "-t", "recall@5=0.9"), "with a goal of cost, recall is measured at 10"),
+            (("-t", "macs=0.6", "-t", "cosine=0.9"), "the outputs of the model are not embeddings"),
+        ],
+    )
+    def test_goals_that_are_refused(self, goals: tuple[str, ...], message: str, cli: Command, dense: Path) -> None:
+        outcome = cli("compress", dense, *goals)
+        assert outcome.rc == 2
+        assert message in words(outcome.stderr).replace("macs=0.6 and speedup=1.5", "speedup=1.5 and macs=0.6")
+
     @pytest.mark.parametrize(
         ("extra", "message"),
         [

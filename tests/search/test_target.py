@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from repshift_cli.errors import UsageError
-from repshift_cli.search.target import SearchTarget, lower_agreement
+from repshift_cli.search.target import SearchTarget, lower_agreement, split_goals
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,20 @@ from repshift_cli.search.target import SearchTarget, lower_agreement
 )
 def test_parses(text: str, kind: str, value: float) -> None:
     assert SearchTarget.parse(text) == SearchTarget(kind, value)
+
+
+def test_a_speedup_is_an_inverse_latency() -> None:
+    target = SearchTarget.parse("speedup=1.5")
+    assert (target.kind, target.value, str(target)) == ("latency", 1 / 1.5, "speedup=1.5")
+    assert target.reached(0.8) == "speedup=1.25"
+    assert SearchTarget.parse(str(target)) == target
+
+
+def test_goals_are_split_into_a_target_and_a_limit() -> None:
+    macs, drop = SearchTarget("macs", 0.6), SearchTarget("max-drop", 1.0)
+    assert split_goals([]) == (None, None)
+    assert split_goals(["max-drop=1"]) == (drop, None)
+    assert split_goals(["max-drop=1", "macs=0.6"]) == (macs, drop)
 
 
 def test_str_can_be_parsed() -> None:
@@ -42,6 +56,8 @@ def test_str_can_be_parsed() -> None:
         ("recall@0=0.5", "unknown target 'recall@0'"),
         ("recall@K=0.5", "unknown target 'recall@K'"),
         ("recall=0.5", "recall@10=0.99"),
+        ("speedup=1", "in (1, 20]"),
+        ("speedup=nan", "in (1, 20]"),
     ],
 )
 def test_an_invalid_target_is_refused(text: str, message: str) -> None:

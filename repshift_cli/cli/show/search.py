@@ -39,6 +39,8 @@ def show_found(found: FinishedSearch) -> None:
     ui.print_table(title, columns, [_cells(name, point) for name, point in points.items()])
     ui.print_text("MACs and latency as fractions of the dense model's;")
     ui.print_text(f"quality on {result.found.images} held-out {unit}s")
+    if found.limit is not None and (quality_found := result.heldout_quality(found.limit)) is not None:
+        ui.print_text(f"limit   {found.limit}: reached {found.limit.reached(quality_found)}")
     intervals = [
         "{} {:.1f}-{:.1f}".format(name, *interval)
         for name, point in points.items()
