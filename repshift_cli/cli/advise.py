@@ -45,7 +45,10 @@ def command(
     seed: options.Seed = 0,
     json: options.AsJson = False,
 ) -> None:
-    """Time fewer tokens beside int8, other runtimes, smaller images and smaller models, and name the fastest way."""
+    """Time fewer tokens beside int8, other runtimes and models.
+
+    The fastest way whose answers are near enough is named.
+    """
     from repshift_cli.benchmark.advice import Question, advise
     from repshift_cli.compression.api import compress_dense, open_compressed
     from repshift_cli.export.ways import exported_ways

@@ -36,7 +36,8 @@ from repshift_cli.errors import INTERRUPTED, TERMINATED, RepshiftError, first_li
 app = typer.Typer(
     name="repshift",
     help="Speed up trained vision models by dropping unimportant tokens.\n\n"
-    "Tokens are dropped or merged between layers. No training needed.",
+    "Tokens are dropped or merged between layers. No training needed.\n\n"
+    "Start with: repshift compress MODEL --data IMAGES --speedup 1.5 --max-drop 1",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

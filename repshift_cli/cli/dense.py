@@ -22,7 +22,10 @@ def command(
     force: options.Overwrite = False,
     json: options.AsJson = False,
 ) -> None:
-    """Write the dense checkpoint back: the same tensors, keys and dtypes, without the plan."""
+    """Write the dense checkpoint back, without the plan.
+
+    It has the same tensors, keys and dtypes.
+    """
     from repshift_cli.checkpoints.artifact import check_save, save_dense
     from repshift_cli.checkpoints.load import load_checkpoint
     from repshift_cli.utils.files import size_of

@@ -24,7 +24,10 @@ def command(
     *,
     json: options.AsJson = False,
 ) -> None:
-    """Show how two checkpoints differ: weights, tokens, metrics, recipe, calibration, measurement."""
+    """Show how two checkpoints differ.
+
+    Compared are weights, tokens, metrics, recipe, calibration and measurements.
+    """
     from repshift_cli.checkpoints.artifact import open_model
     from repshift_cli.checkpoints.loaded import differing_tensors
 

@@ -19,7 +19,7 @@ _USES = {
 
 
 def command(json: options.AsJson = False) -> None:
-    """Show versions, CPU features, GPUs, backends and extras, and what to install for what is missing."""
+    """Show what this machine has, and what to install for what."""
     from repshift_cli.measure.environment import environment
 
     found = environment()

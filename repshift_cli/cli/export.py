@@ -86,7 +86,10 @@ def command(
     json: options.AsJson = False,
     force: options.Overwrite = False,
 ) -> None:
-    """Export a model to ONNX, torch.export, a compiled package or a hub folder, to run without repshift."""
+    """Write a model as ONNX, OpenVINO, a program or a hub folder.
+
+    These run without repshift.
+    """
     size = _parse_batch(batch)
     from repshift_cli.export.job import check, export, open_for_export
     from repshift_cli.export.request import Request

@@ -50,7 +50,7 @@ def command(
     force: options.Overwrite = False,
     json: options.AsJson = False,
 ) -> None:
-    """Show which patches of some images or clips a compressed model keeps after each site."""
+    """Draw which patches a compressed model keeps after each site."""
     from repshift_cli.utils.files import check_outputs
 
     check_figure_path("--output", output)
