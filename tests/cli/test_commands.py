@@ -62,7 +62,7 @@ class TestHelp:
     def test_no_command_is_described_in_part(self, cli: Command) -> None:
         shown = cli("--help").stdout
         assert "--speedup 1.5 --max-drop 1" in shown
-        assert "..." not in shown
+        assert "..." not in shown.partition("Commands")[2]
 
     @pytest.mark.parametrize(
         ("command", "options"),
