@@ -1,4 +1,4 @@
-"""The commands of the README are valid, and its Python runs."""
+"""The commands of the README and of the guides are valid, and the README's Python runs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,29 @@ from repshift_cli.cli.app import app
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-COMMANDS = [
-    line.removeprefix("$ ").partition("#")[0].strip()
-    for _, text in BLOCKS
-    for line in text.splitlines()
-    if line.removeprefix("$ ").startswith("repshift ")
-]
+GUIDES = [ROOT / "docs" / "index.md", ROOT / "docs" / "quickstart.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+
+
+def commands_in(text: str) -> list[str]:
+    """The commands in the blocks of a document."""
+    return [
+        line.removeprefix("$ ").partition("#")[0].strip()
+        for block in re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        for line in block.splitlines()
+        if line.removeprefix("$ ").startswith("repshift ")
+    ]
+
+
+COMMANDS = commands_in(README)
+OF_GUIDES = [line for guide in GUIDES for line in commands_in(guide.read_text(encoding="utf-8"))]
 
 
 def test_the_readme_shows_each_command() -> None:
     assert {shlex.split(line)[1] for line in COMMANDS} >= {"compress", "bench", "eval", "visualize"}
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_of_the_readme_is_valid(line: str) -> None:
+@pytest.mark.parametrize("line", dict.fromkeys([*COMMANDS, *OF_GUIDES]))
+def test_a_command_is_valid(line: str) -> None:
     command: Any = typer.main.get_command(app)
     name, *arguments = shlex.split(line)[1:]
     found = command.commands[name]
