@@ -213,7 +213,10 @@ def written(name: str, folder: Path) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 class TestEveryClass:
-    @pytest.mark.parametrize("name", FILES)
+    @pytest.mark.parametrize(
+        "name",
+        [pytest.param(name, marks=() if name in (*IN_MEMORY, *RESTORED) else pytest.mark.slow) for name in FILES],
+    )
     def test_folders_are_read(self, name: str, tmp_path: Path) -> None:
         _, inputs, dense = written(name, tmp_path / "m")
         loaded = load_checkpoint(tmp_path / "m")

@@ -122,8 +122,14 @@ CHECKPOINTS = [
 ]
 
 
-@pytest.mark.parametrize("command", ["compress", "inspect", "bench"])
-@pytest.mark.parametrize(("kind", "words"), CHECKPOINTS)
+@pytest.mark.parametrize(
+    ("kind", "words", "command"),
+    [
+        pytest.param(*found, command, marks=() if command == "inspect" or found[0] == "several" else pytest.mark.slow)
+        for found in CHECKPOINTS
+        for command in ("compress", "inspect", "bench")
+    ],
+)
 def test_checkpoints(kind: str, words: list[str], command: str, cli: Command, tmp_path: Path) -> None:
     path = damaged(tmp_path, kind)
     before = sorted(tmp_path.iterdir())

@@ -238,7 +238,12 @@ class TestAttention:
     """`--attention` of the commands that measure: each reports the kernel that ran."""
 
     @pytest.mark.parametrize(
-        ("asked", "ran"), [("sdpa", "sdpa:flash"), ("explicit", "explicit"), ("auto", "sdpa:flash")]
+        ("asked", "ran"),
+        [
+            pytest.param("sdpa", "sdpa:flash", marks=pytest.mark.slow),
+            ("explicit", "explicit"),
+            pytest.param("auto", "sdpa:flash", marks=pytest.mark.slow),  # the default, which other tests run
+        ],
     )
     def test_observed_attention_in_json(self, asked: str, ran: str, cli: Command, recipe: Path, dense: Path) -> None:
         chosen = ("--attention", asked, "--json")

@@ -271,7 +271,7 @@ class TestUnregisteredShapes:
         {"bn1.running_mean": torch.zeros(5)},
     ],
 )
-@pytest.mark.parametrize("model_name", [None, "test_resnet"])
+@pytest.mark.parametrize("model_name", [None, pytest.param("test_resnet", marks=pytest.mark.slow)])
 def test_tensors_of_odd_shapes_are_refused(changes: dict[str, Tensor], model_name: str | None, tmp_path: Path) -> None:
     state = {key: torch.zeros(value.shape) for key, value in weights_of("test_resnet").items()} | changes
     save_file(state, tmp_path / "test_resnet.safetensors")

@@ -274,7 +274,7 @@ def test_a_block_that_is_missing() -> None:
         {"cls_token": torch.zeros(())},
     ],
 )
-@pytest.mark.parametrize("model_name", [None, "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("model_name", [None, pytest.param("vit_tiny_patch16_224", marks=pytest.mark.slow)])
 def test_tensors_of_odd_shapes_are_refused(changes: dict[str, Tensor], model_name: str | None, tmp_path: Path) -> None:
     tensors = {key: torch.zeros(value.shape) for key, value in weights_of("vit_tiny_patch16_224").items()} | changes
     save_file(tensors, tmp_path / "weights.safetensors")

@@ -233,9 +233,19 @@ def quick(case: Case) -> bool:
     return case.family == "timm_vit" or case.metric == BLOCK
 
 
-def quick_first(cases: list[Case]) -> Any:
-    marked = [case if quick(case) else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+def quick_first(cases: list[Case], is_quick: Callable[[Case], bool] = quick) -> Any:
+    marked = [case if is_quick(case) else pytest.param(case, marks=pytest.mark.slow) for case in cases]
     return pytest.mark.parametrize("case", marked, ids=str)
+
+
+def in_each_form(case: Case) -> bool:
+    """For checks that take long and depend on the form of the blocks: others are slow tests."""
+    return quick(case) and case.variant in FORMS[case.family]
+
+
+def plain(case: Case) -> bool:
+    """For checks that do not depend on the metric and the reducer: others are slow tests."""
+    return case.metric == BLOCK and case.reducer in ("prune", "merge")
 
 
 every_case = quick_first(ALL)
@@ -339,7 +349,7 @@ def test_keep_all_is_bit_identical_to_dense(case: Case) -> None:
         assert torch.equal(model(case.inputs(model)), dense(case.inputs(dense)))
 
 
-@some_cases
+@quick_first(SOME, in_each_form)
 def test_dense_and_detach_restore_the_model(case: Case) -> None:
     model = case.model.build()
     inputs, modules = case.inputs(model), dict(model.named_modules())
@@ -392,14 +402,14 @@ def test_kept_indices_are_ascending_nested_and_independent_of_the_batch(case: Ca
         assert any(len(kept.unique(dim=0)) > 1 for kept in together.kept.values())
 
 
-@every_case
+@quick_first(ALL, in_each_form)
 def test_macs_equal_the_counter(case: Case) -> None:
     model = case.compressed()
     size = tuple(case.inputs(model, 1).shape[1:])
     assert count_macs(model, size, batch=2) == model.macs(counted=True) < model.dense_macs(counted=True)
 
 
-@one_model
+@quick_first(WAYS, plain)
 def test_dense_macs_equal_the_counter(case: Case) -> None:
     model = case.compressed()
     size = tuple(case.inputs(model, 1).shape[1:])
@@ -422,7 +432,7 @@ def test_gradients_reach_every_weight_that_the_dense_model_uses(case: Case) -> N
     assert any(gradient.any() for gradient in gradients.values())
 
 
-@one_model
+@quick_first(WAYS, plain)
 def test_copies_are_independent(case: Case) -> None:
     model = case.compressed()
     model(case.inputs(model))  # leaves no tensor with gradients, which could not be copied
