@@ -26,7 +26,8 @@ _MODEL = "builtin:vit-digits"
 _DATA = "builtin:digits"
 _SCENES = 1000
 _IMAGES = 6
-_BATCHES = (1, 32)
+_BATCHES = (1, 8, 32)
+_GOALS = ("macs=0.4", "max-drop=1")
 _COMPRESS_SECONDS = 2.0
 _BENCH_SECONDS = 3.0
 _EVAL_BATCH = 64
@@ -105,13 +106,26 @@ class _Demo:
     def compress(self) -> CompressReport:
         from repshift_cli.compression.run import compress_checkpoint
         from repshift_cli.compression.settings import Settings
+        from repshift_cli.search.target import split_goals
 
+        goals = [part for goal in _GOALS for part in ("--target", goal)]
         self._announce(
             1,
-            "Compress: choose the metric on unlabelled scenes, then drop tokens",
-            ("compress", _MODEL, "--output", self.files.model, "--seconds", f"{_COMPRESS_SECONDS:g}"),
+            "Compress: find which tokens can go at 0.4 of the cost, and check it",
+            (
+                *("compress", _MODEL, "--data", _DATA, *goals),
+                *("--output", self.files.model, "--seconds", f"{_COMPRESS_SECONDS:g}"),
+            ),
         )
-        settings = Settings(output=self.files.model, seconds=_COMPRESS_SECONDS, force=self.force)
+        target, limit = split_goals(_GOALS)
+        settings = Settings(
+            target=target,
+            limit=limit,
+            data=_DATA,
+            output=self.files.model,
+            seconds=_COMPRESS_SECONDS,
+            force=self.force,
+        )
         report = compress_checkpoint(_MODEL, settings, self.progress)
         if not self.quiet:
             show_compression(report)
@@ -232,7 +246,8 @@ def _show_summary(
         f"{'':12}{files.figure.name:34}the patches that it keeps",
         f"{'':12}{files.report.name:34}all results as JSON",
         f"\nDone in {seconds:.0f} s. With your own model and images:",
-        "$ repshift compress MODEL.safetensors --calibration FOLDER",
+        "$ repshift compress MODEL.safetensors --data FOLDER --speedup 1.5 --max-drop 1",
+        "$ repshift export MODEL_repshift.safetensors --to onnx",
     ]
     typer.echo("\n".join(lines))
 
