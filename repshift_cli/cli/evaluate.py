@@ -62,8 +62,8 @@ def command(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Images: imagenet-val, imagenet-real, imagenet-v2, imagenet-a, imagenet-r, builtin:digits, a folder "
-            "of class folders, a tar file, or a dataset that timm can read (torch/cifar10). Labelled videos: a folder "
+            help="Images: imagenet-val, imagenet-real, imagenet-v2, imagenet-a, imagenet-r, fashion-mnist, "
+            "builtin:digits, a folder of class folders, a tar file, or a dataset that timm can read (torch/cifar10). Labelled videos: a folder "
             "of class folders. Videos with texts: msrvtt, msvd, activitynet, didemo, lsmdc, ssv2-label, ssv2-template, "
             "msrvtt-qa, msvd-qa, builtin:shapes, builtin:shapes-qa.",
             show_default=False,

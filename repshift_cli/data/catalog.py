@@ -27,6 +27,7 @@ DATASET_NAMES = (
     "imagenet-v2",
     "imagenet-a",
     "imagenet-r",
+    "fashion-mnist",
     "shards",
 )
 """The named datasets of `open_dataset`, without paths and timm's names (`torch/cifar10`)."""
@@ -47,6 +48,7 @@ def open_dataset(
     class_order: str | None = None,
     *,
     clips: bool = False,
+    train: bool = False,
 ) -> ImageDataset:
     """Open a dataset.
 
@@ -60,6 +62,7 @@ def open_dataset(
         seed: which built-in scenes are drawn; other datasets do not depend on it.
         class_order: as for `named_classes`.
         clips: open a folder with class folders of videos.
+        train: open the training split of `fashion-mnist`; other datasets do not depend on it.
 
     Raises:
         DataError: the dataset is unknown, missing, empty or damaged.
@@ -78,7 +81,7 @@ def open_dataset(
         dataset = DigitDataset("test", limit or DEFAULT_SCENES, seed)
     else:
         with data_errors():
-            dataset = limited(_open_whole(name, data_dir, class_order), limit)
+            dataset = limited(_open_whole(name, data_dir, class_order, train), limit)
     if class_order is not None and dataset.info.class_order is None:
         raise UsageError(
             f"--class-order cannot be used with the dataset {name}: its labels do not depend on names of folders",
@@ -116,14 +119,17 @@ def _given_folder(name: str, data_dir: Path | None) -> Path:
     return folder
 
 
-def _open_whole(name: str, data_dir: Path | None, class_order: str | None) -> ImageDataset:
+def _open_whole(name: str, data_dir: Path | None, class_order: str | None, train: bool) -> ImageDataset:
     from repshift_cli.data.sources.folder import open_folder
+    from repshift_cli.data.sources.idx import FASHION, FASHION_FOLDERS, open_fashion
     from repshift_cli.data.sources.imagenet_variants import TEST_SETS, open_imagenet
     from repshift_cli.data.sources.shards import is_shards, open_shards, shard_paths
     from repshift_cli.data.sources.timm_reader import TIMM_PREFIXES, is_timm_name, open_timm
 
     if name in TEST_SETS:
         return open_imagenet(name, _data_folder(data_dir, TEST_SETS[name]))
+    if name == FASHION:
+        return open_fashion(_data_folder(data_dir, FASHION_FOLDERS), train)
     if name in {"folder", "shards"}:
         folder = _given_folder(name, data_dir)
         if name == "folder":

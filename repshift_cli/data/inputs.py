@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repshift_cli.data.catalog import data_errors
+from repshift_cli.data.catalog import data_errors, is_dataset_name, open_dataset
 from repshift_cli.data.dataset import DatasetInfo, ImageDataset, shuffled
 from repshift_cli.data.decode import UnreadableSample
 from repshift_cli.data.preprocessing import Preprocessing
@@ -80,7 +80,8 @@ def load_inputs(
         seed: seed of the random order; built-in scenes depend on it too.
         num_classes: outputs of the model's head; without it, no labels are loaded.
         class_names: names of the outputs, if the model states them.
-        test_scenes: draw built-in scenes of the test split instead of the training split, which no evaluation uses.
+        test_scenes: draw built-in scenes, or images of `fashion-mnist`, of the test split instead of the training
+            split, which no evaluation uses.
         class_order: as for `open_dataset`.
 
     Raises:
@@ -134,6 +135,8 @@ def open_images(where: str | Path | None, count: int, seed: int = 0) -> ImageDat
         DataError: there is no image.
     """
     with data_errors():
+        if isinstance(where, str) and where != _DIGITS and is_dataset_name(where):
+            return open_dataset(where, None)
         return _open_images(where, count, seed, None, (), False, None, False)[0]
 
 
@@ -230,7 +233,6 @@ def _open_images(  # noqa: PLR0917
 ) -> tuple[ImageDataset, str | None]:
     """The images or videos, and why their labels cannot be used with a head of `num_classes` outputs."""
     from repshift_cli.data.builtin.digits import DigitDataset
-    from repshift_cli.data.catalog import is_dataset_name, open_dataset
     from repshift_cli.data.sources.folder import IMAGES, VIDEOS, open_folder, open_image_tree, open_videos
 
     images: ImageDataset
@@ -244,7 +246,7 @@ def _open_images(  # noqa: PLR0917
             else DigitDataset("train", count, _FIRST_TRAINING_SEED + seed)
         )
     elif not clips and ((isinstance(where, str) and is_dataset_name(where)) or not Path(where).expanduser().is_dir()):
-        images = open_dataset(str(where), None, class_order=class_order)
+        images = open_dataset(str(where), None, class_order=class_order, train=not test_scenes)
     else:
         path = Path(where).expanduser()
         images = open_videos(path) if clips else open_image_tree(path)
