@@ -278,7 +278,9 @@ def _with_schedule(data: dict[str, Any], name: Any, schedules: Any) -> dict[str,
     if name not in names:
         allowed = f"allowed are {', '.join(map(str, names))}" if names else "the recipe has no schedules"
         raise ValueError(f"unknown schedule {_shortened(name)}: {allowed}")
-    counts = schedules[name] if isinstance(schedules[name], list) else ()
+    counts = schedules[name] if isinstance(schedules[name], list) else []
+    if counts and not any(counts):
+        raise ValueError(f"the schedule {name} drops nothing")
     return {**data, "layers": [{"layer": index, "drop_tokens": count} for index, count in enumerate(counts) if count]}
 
 

@@ -32,13 +32,13 @@ DIFFRATE = json.dumps(
     ("text", "options", "kinds", "tokens", "gmacs"),
     [
         (PAPER, {}, ("representation_shift", "prune"), [158, 127, 102], "2.83"),
-        ("r=13", {"blocks": 12, "tokens": 196}, ("random", "bipartite"), [197 - 13 * i for i in range(1, 12)], "?"),
+        ("r=13", {"blocks": 12, "tokens": 196}, ("random", "bipartite"), [197 - 13 * i for i in range(1, 12)], "2.81"),
         (
             DIFFRATE,
             {"tokens": 196},
             ("class_attention", "merge"),
             [194, 176, 156, 141, 133, 121, 107, 88, 64, 56],
-            "?",
+            "3.06",
         ),
     ],
 )

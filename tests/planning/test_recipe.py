@@ -342,8 +342,8 @@ class TestShortForms:
                 "r.yaml:2:20: schedules.a[1]: should be greater than or equal to 0",
             ),
             ("schedules: {a: 3}\nschedule: a", "r.yaml:2:13: schedules.a: should be a list of numbers (it is 3)"),
-            ("schedules: {a: [0]}\nschedule: a", "r.yaml:2:13: layers: is empty"),
-            ("schedules: {a: [1]}", "the key layers is missing"),
+            ("schedules: {a: [0]}\nschedule: a", "the schedule a drops nothing"),
+            ("schedules: {a: []}", "the key layers is missing"),
             ("schedules: {a: [1]}\nschedule: a\ndrop_ratio: 0.2", "drop_ratio is for entries of layers without"),
         ]
         for text, message in errors:
