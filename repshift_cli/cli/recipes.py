@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -107,10 +107,11 @@ def import_(
     force: options.Overwrite = False,
 ) -> None:
     """Write a recipe from a schedule of a paper: ratios or token counts per block."""
-    from repshift_cli.planning.import_schedule import import_schedule
+    from repshift_cli.planning.import_schedule import Kind, import_schedule
     from repshift_cli.utils.files import write_text
 
-    text = import_schedule(schedule, kind and kind.value, blocks=blocks, tokens=tokens, prefix=prefix)
+    known = cast("Kind | None", kind and kind.value)
+    text = import_schedule(schedule, known, blocks=blocks, tokens=tokens, prefix=prefix)
     if output is None:
         typer.echo(text, nl=False)
     else:
