@@ -26,7 +26,8 @@ _NAMES: dict[str, Kind] = {
     "drop_r": "ratios",
     "drop_ratios": "ratios",
     "r": "counts",
-    **dict.fromkeys(_DIFFRATE, "kept"),
+    "merge_kept_num": "kept",
+    "prune_kept_num": "kept",
 }
 
 _ENTRY = re.compile(
