@@ -32,6 +32,7 @@ _CHOSEN = {
     "--recipe": ("deit_base_paper", "default", "vim_tiny_paper", "file.txt", "/dev/stdin"),
     "--model": ("vit_base_patch16_224", "resnet50", "hf-hub:x/y", "vim_tiny", "local-dir:x", "\ud800"),
     "--compile": ("off", "x"),
+    "--kind": ("ratios", "kept", "x"),
     "--output": (
         "o.pth",
         "o.safetensors",
@@ -114,6 +115,7 @@ def _base(name: str, rng: random.Random, good: Good) -> list[str]:
         "recipes list": [["recipes", "list"]],
         "recipes show": [["recipes", "show", "default"]],
         "recipes check": [["recipes", "check", str(good.recipe)]],
+        "recipes import": [["recipes", "import", "r=13", "--blocks", "12", "--tokens", "196", "-o", "o.yaml"]],
     }
     return list(rng.choice(bases[name]))
 

@@ -1,15 +1,24 @@
-"""`repshift recipes`: list, print and check recipes."""
+"""`repshift recipes`: list, print, check and import recipes."""
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 from repshift_cli.cli import guard, options, ui
 
-app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="List, show, check and import recipes.", no_args_is_help=True, rich_markup_mode=None)
+
+
+class ScheduleKind(str, Enum):
+    """Values of `--kind`; see `planning/import_schedule.py`."""
+
+    RATIOS = "ratios"
+    COUNTS = "counts"
+    KEPT = "kept"
 
 
 @app.command("list", cls=guard.Command)
@@ -18,7 +27,10 @@ def list_shipped() -> None:
     from repshift_cli.planning.recipe import Recipe, shipped_recipes
 
     recipes = {name: Recipe.parse(text, f"{name}.yaml") for name, text in shipped_recipes().items()}
-    rows = [[name, recipe.description or ""] for name, recipe in recipes.items()]
+    rows = [
+        [name, "; schedules: ".join(filter(None, (recipe.description, ", ".join(recipe.schedules))))]
+        for name, recipe in recipes.items()
+    ]
     ui.print_table(None, ["name", "description"], rows, left=2)
 
 
@@ -59,6 +71,52 @@ def check(
         show_sites(opened.compressed.plan, f"Sites in {model}")
     content = f"{len(recipe.layers)} sites" if recipe.budget is None else f"a search for {recipe.budget}"
     ui.print_text(f"{file}: valid ({content})")
+
+
+@app.command("import", cls=guard.Command)
+def import_(
+    schedule: Annotated[
+        str,
+        typer.Argument(
+            metavar="SCHEDULE",
+            help="Ratios to drop per block (drop_r=[0.2,0,0,0.2]), ToMe's r=13, or DiffRate's merge_kept_num=[...].",
+        ),
+    ],
+    *,
+    kind: Annotated[
+        ScheduleKind | None,
+        typer.Option(
+            metavar="KIND",
+            help="What the numbers are, if no name says it: ratios to drop, counts to merge, or tokens kept.",
+        ),
+    ] = None,
+    blocks: Annotated[
+        int | None, options.number("blocks", "--blocks", help="Blocks of the model, if one number is for all.")
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        options.number("patch_tokens", "--tokens", help="Patch tokens of the model, for counts and tokens kept."),
+    ] = None,
+    prefix: Annotated[
+        int | None,
+        options.number("prefix_tokens", "--prefix", help="Prefix tokens (class token) among the tokens kept."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The recipe file (default: print the recipe).")
+    ] = None,
+    force: options.Overwrite = False,
+) -> None:
+    """Write a recipe from a schedule of a paper: ratios or token counts per block."""
+    from repshift_cli.planning.import_schedule import Kind, import_schedule
+    from repshift_cli.utils.files import write_text
+
+    known = cast("Kind | None", kind and kind.value)
+    text = import_schedule(schedule, known, blocks=blocks, tokens=tokens, prefix=prefix)
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        write_text(output, text, force)
+        ui.print_text(f"wrote {output}")
 
 
 def _calibrated(name: str) -> str:

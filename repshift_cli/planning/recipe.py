@@ -6,6 +6,7 @@ Of a metric or a reducer only `kind` is read here. Its own file checks the optio
 
 from __future__ import annotations
 
+import json
 import re
 import stat
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,9 @@ PAPER_DROP_RATIO = 0.2
 """What the paper drops at each of its three sites (arXiv 2508.00367)."""
 
 
+_AMOUNTS = ("drop_ratio", "drop_tokens", "keep_tokens", "keep_grid")
+
+
 class StrictModel(BaseModel):
     """A frozen model without other keys."""
 
@@ -65,18 +69,20 @@ class ComponentSpec(BaseModel):
 
 
 class LayerDrop(StrictModel):
-    """One entry of `layers`. Exactly one of `drop_ratio`, `keep_tokens` and `keep_grid` is given.
+    """One entry of `layers`. Exactly one of `drop_ratio`, `drop_tokens`, `keep_tokens` and `keep_grid` is given.
 
     Attributes:
         layer: index of the block from 0, or the name of the site (`blocks.3`).
         drop_ratio: share of the patch tokens at this layer; `floor(ratio * tokens)` are dropped. Of a feature map,
             share of its positions: at most that share is dropped, as whole rows and columns.
+        drop_tokens: number of patch tokens to drop.
         keep_tokens, keep_grid: number of patch tokens, or rows and columns of a feature map, to keep.
         metric: the metric at this site; None for that of the recipe.
     """
 
     layer: Annotated[StrictInt, Field(ge=0)] | StrictStr
     drop_ratio: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
+    drop_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     keep_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     keep_grid: tuple[Annotated[StrictInt, Field(ge=1)], Annotated[StrictInt, Field(ge=1)]] | None = None
     metric: ComponentSpec | None = None
@@ -93,9 +99,8 @@ class LayerDrop(StrictModel):
 
     @model_validator(mode="after")
     def _check_amount(self) -> LayerDrop:
-        given = [amount for amount in (self.drop_ratio, self.keep_tokens, self.keep_grid) if amount is not None]
-        if len(given) != 1:
-            raise ValueError("give exactly one of drop_ratio, keep_tokens and keep_grid")
+        if sum(getattr(self, amount) is not None for amount in _AMOUNTS) != 1:
+            raise ValueError("give exactly one of drop_ratio, drop_tokens, keep_tokens and keep_grid")
         return self
 
 
@@ -160,7 +165,8 @@ class Recipe(StrictModel):
     `exact` last block computes only the prefix tokens, which are all that the head reads; None where that is possible.
 
     Two short forms of `layers`: `drop_ratio` is that of all entries without an amount, which may be plain indices, and
-    `drop_ratios` has one number per block, 0 for none.
+    `drop_ratios` has one number per block, 0 for none. `schedules` has lists of `drop_tokens`, one per block from the
+    first, by name; `schedule` names the one that replaces `layers`.
     """
 
     version: Literal[1]
@@ -173,6 +179,8 @@ class Recipe(StrictModel):
     last_block: LastBlock | None = None
     drop_ratio: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = Field(default=None, exclude=True)
     drop_ratios: tuple[Annotated[StrictFloat, Field(ge=0, lt=1)], ...] | None = Field(default=None, exclude=True)
+    schedules: dict[StrictStr, tuple[Annotated[StrictInt, Field(ge=0)], ...]] = Field(default={}, exclude=True)
+    schedule: StrictStr | None = Field(default=None, exclude=True)
     layers: Annotated[tuple[LayerDrop, ...], Field(min_length=1)] = ()
     budget: Budget | None = None
 
@@ -182,6 +190,8 @@ class Recipe(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, data: Any) -> Any:
+        if data.get("schedule") is not None:
+            data = _with_schedule(data, data["schedule"], data.get("schedules"))
         ratio, ratios, layers = (data.get(key) for key in ("drop_ratio", "drop_ratios", "layers"))
         if ratios is not None:
             if {"layers", "drop_ratio", "budget"} & data.keys():
@@ -224,6 +234,8 @@ class Recipe(StrictModel):
     def load(cls, source: str | Path) -> Recipe:
         """Read a recipe from a YAML file, or by the name of a shipped one (`deit_small_paper`).
 
+        `umt_base_vidtldr:msvd` is a shipped recipe with one of its `schedules`.
+
         Raises a RecipeError if there is none or it is invalid; the message has file, line and key.
         """
         path = Path(source)
@@ -231,8 +243,10 @@ class Recipe(StrictModel):
         if kind and not stat.S_ISDIR(kind):
             return cls.parse(_read(path, is_file=stat.S_ISREG(kind)), str(source))
         shipped = shipped_recipes()
-        if (found := shipped.get(path.name.removesuffix(".yaml"))) is not None and path.parent == Path():
-            return cls.parse(found, f"{path.name.removesuffix('.yaml')}.yaml")
+        name, colon, schedule = path.name.partition(":")
+        if (found := shipped.get(name.removesuffix(".yaml"))) is not None and path.parent == Path():
+            chosen = f"schedule: {json.dumps(schedule)}\n" if colon else ""
+            return cls.parse(found + chosen, f"{path.name.removesuffix('.yaml')}.yaml")
         if kind:
             raise RecipeError(f"{source} is a folder, not a recipe", "Give a YAML file.")
         hint = nearest(path.name.removesuffix(".yaml"), shipped) + "`repshift recipes list` shows the shipped ones."
@@ -258,10 +272,22 @@ class Recipe(StrictModel):
         return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
 
 
+def _with_schedule(data: dict[str, Any], name: Any, schedules: Any) -> dict[str, Any]:
+    """A recipe with the `layers` of one of its `schedules`."""
+    names = list(schedules) if isinstance(schedules, dict) else []
+    if name not in names:
+        allowed = f"allowed are {', '.join(map(str, names))}" if names else "the recipe has no schedules"
+        raise ValueError(f"unknown schedule {_shortened(name)}: {allowed}")
+    counts = schedules[name] if isinstance(schedules[name], list) else []
+    if counts and not any(counts):
+        raise ValueError(f"the schedule {name} drops nothing")
+    return {**data, "layers": [{"layer": index, "drop_tokens": count} for index, count in enumerate(counts) if count]}
+
+
 def _with_ratio(entry: Any, ratio: Any) -> Any:
     """An entry of `layers` with this `drop_ratio`, unless it has an amount."""
     entry = {"layer": entry} if isinstance(entry, int | str) else entry
-    if not isinstance(entry, dict) or {"drop_ratio", "keep_tokens", "keep_grid"} & entry.keys():
+    if not isinstance(entry, dict) or entry.keys() & set(_AMOUNTS):
         return entry
     return {**entry, "drop_ratio": ratio}
 
@@ -448,6 +474,9 @@ def _read_yaml(text: str, name: str) -> tuple[Any, Place]:
     _collect_marks(node, (), marks, name, set())
     if ("drop_ratios",) in marks:
         marks.setdefault(("layers",), marks["drop_ratios",])
+    if (chosen := ("schedules", str(data.get("schedule")))) in marks:
+        marks = {path: mark for path, mark in marks.items() if path[0] != "layers"}
+        marks["layers",] = marks[chosen]
     return data, Place(name, marks)
 
 

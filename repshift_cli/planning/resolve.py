@@ -127,7 +127,7 @@ def tokens_dropped(drop: LayerDrop, patch_tokens: int) -> int:
         return int(Fraction(str(drop.drop_ratio)) * patch_tokens)
     if drop.keep_tokens is not None:
         return patch_tokens - drop.keep_tokens
-    return 0
+    return drop.drop_tokens or 0
 
 
 def rounded(kept: int, multiple: int, least: int, most: int) -> int:
@@ -149,9 +149,10 @@ def _map_sites(recipe: Recipe, layout: Layout, steps: Sequence[_Step]) -> list[P
     kept: dict[int, Grid] = {}
     for where, drop, site in steps:
         grid = next(grid for found, grid in layout.grids(kept) if found.layer == site.layer)
-        if drop.keep_tokens is not None:
+        if drop.keep_tokens is not None or drop.drop_tokens is not None:
+            given = "keep_tokens" if drop.keep_tokens is not None else "drop_tokens"
             raise RecipeError(
-                f"{where}: keep_tokens is for sequences; of a feature map whole rows and columns are dropped",
+                f"{where}: {given} is for sequences; of a feature map whole rows and columns are dropped",
                 f"Give drop_ratio, or keep_grid: [rows, columns] of the {shape_text(grid)} that reach {site.name}.",
             )
         left = lines_kept(drop, grid)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 from flash_stand_in import allow_flash
-from outcome import Command
+from outcome import Command, explained
 from tiny import images, save_weights
 
 import repshift_cli
@@ -96,10 +96,11 @@ class TestHelp:
             (["inspect"], ["--model", "--heads", "--json"]),
             (["visualize"], ["--json", "--output"]),
             (["demo"], ["--json"]),
-            (["recipes"], ["list", "show", "check"]),
+            (["recipes"], ["list", "show", "check", "import"]),
             (["recipes", "list"], []),
             (["recipes", "show"], ["--blocks"]),
             (["recipes", "check"], []),
+            (["recipes", "import"], ["--kind", "--blocks", "--tokens", "--prefix", "--output", "--force"]),
         ],
     )
     @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -221,6 +222,17 @@ class TestRecipes:
     def test_show_and_check(self, name: str, cli: Command) -> None:
         assert cli("recipes", "show", name).stdout == shipped_recipes()[name]
         assert "valid" in cli("recipes", "check", name).stdout
+
+    def test_import(self, cli: Command, dense: Path, tmp_path: Path) -> None:
+        text = cli("recipes", "import", "r=3", "--blocks", 4, "--tokens", 16).stdout
+        assert cli("recipes", "import", "r=3", "--blocks", 4, "--tokens", 16, "-o", "r.yaml").stdout == "wrote r.yaml\n"
+        assert (tmp_path / "r.yaml").read_text() == text
+        document = json.loads(cli("compress", dense, "-r", "r.yaml", "--dry-run", "--json").stdout)
+        assert [row["tokens_out"] for row in document["plan"]] == [14, 11, 8]
+        explained(cli("recipes", "import", "[1, 2]"), 2, "Add --kind ratios")
+        explained(cli("recipes", "import", "drop_r=[0.5]", "-o", "r.yaml"), 2, "r.yaml already exists", "--force")
+        assert cli("recipes", "import", "drop_r=[0.5]", "-o", "r.yaml", "--force").rc == 0
+        assert "drop_ratios: [0.5]" in (tmp_path / "r.yaml").read_text()
 
     def test_the_default_recipe_can_be_saved_and_used(self, cli: Command, dense: Path, tmp_path: Path) -> None:
         (tmp_path / "mine.yaml").write_text(cli("recipes", "show", "default", "--blocks", 4).stdout)

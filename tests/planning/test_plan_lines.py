@@ -210,7 +210,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("other", ["drop_ratio: 0.2", "keep_tokens: 3"])
     def test_two_amounts(self, other: str) -> None:
-        with pytest.raises(RecipeError, match="exactly one of drop_ratio, keep_tokens and keep_grid"):
+        with pytest.raises(RecipeError, match="exactly one of drop_ratio, drop_tokens, keep_tokens and keep_grid"):
             Recipe.parse(f"version: 1\nlayers: [{{layer: 0, keep_grid: [2, 2], {other}}}]")
 
     def test_a_map_may_be_as_small_as_the_dense_one(self) -> None:

@@ -121,10 +121,10 @@ def test_a_recipe_cannot_be_changed() -> None:
         (
             "drop_ratio: 0.2",
             "drop_ratio: 0.2, keep_tokens: 3",
-            "layers[0]: give exactly one of drop_ratio, keep_tokens and keep_grid",
+            "layers[0]: give exactly one of drop_ratio, drop_tokens, keep_tokens and keep_grid",
             None,
         ),
-        (", drop_ratio: 0.2", "", "layers[0]: give exactly one of drop_ratio, keep_tokens", None),
+        (", drop_ratio: 0.2", "", "layers[0]: give exactly one of drop_ratio, drop_tokens", None),
         ("{layer: 0, drop_ratio: 0.2}", "{drop_ratio: 0.2}", "r.yaml:7:5: the key layers[0].layer is missing", None),
         ("{layer: 0, drop_ratio: 0.2}", "0", "r.yaml:7:5: layers[0]: should be a", None),
     ],
@@ -323,6 +323,40 @@ class TestShortForms:
     )
     def test_errors(self, text: str, message: str) -> None:
         assert message in failure(f"version: 1\n{text}\n").message
+
+    def test_a_schedule_replaces_the_layers(self) -> None:
+        text = f"version: 1\n{LAYER}schedules:\n  a: [3, 0, 2]\n  b: [15, 1]\n"
+        assert Recipe.parse(text).layers[0].drop_ratio == 0.2
+        layout = match(tiny_vit()).layout(tiny_vit())
+        plan = resolve(Recipe.parse(f"{text}schedule: a\n"), layout)
+        assert [(site.layer, site.tokens_in, site.tokens_out) for site in plan.sites] == [(0, 17, 14), (2, 14, 12)]
+        with pytest.raises(RecipeError, match=r"r:5:3: layers\[1\]: nothing is left after blocks\.1"):
+            resolve(Recipe.parse(f"{text}schedule: b\n", "r"), layout)
+
+    def test_errors_of_schedules(self) -> None:
+        errors = [
+            ("schedules: {a: [1]}\nschedule: b", "unknown schedule 'b': allowed are a"),
+            (f"{LAYER}schedule: [a]", "unknown schedule ['a']: the recipe has no schedules"),
+            (
+                "schedules: {a: [1, -2]}\nschedule: a",
+                "r.yaml:2:20: schedules.a[1]: should be greater than or equal to 0",
+            ),
+            ("schedules: {a: 3}\nschedule: a", "r.yaml:2:13: schedules.a: should be a list of numbers (it is 3)"),
+            ("schedules: {a: [0]}\nschedule: a", "the schedule a drops nothing"),
+            ("schedules: {a: []}", "the key layers is missing"),
+            ("schedules: {a: [1]}\nschedule: a\ndrop_ratio: 0.2", "drop_ratio is for entries of layers without"),
+        ]
+        for text, message in errors:
+            assert message in failure(f"version: 1\n{text}\n").message
+
+    def test_a_schedule_of_a_shipped_recipe_is_part_of_its_name(self) -> None:
+        recipe = Recipe.load("umt_base_vidtldr:activitynet")
+        assert [(drop.layer, drop.drop_tokens) for drop in recipe.layers] == [(0, 500)]
+        assert Recipe.parse(recipe.text).layers == recipe.layers
+        assert Recipe.parse(recipe.to_yaml()).layers == recipe.layers
+        for name in ("umt_base_vidtldr:", "umt_base_vidtldr:x\ny", "umt_base_paper:msvd"):
+            with pytest.raises(RecipeError, match="unknown schedule"):
+                Recipe.load(name)
 
     def test_there_is_one_ratio_per_block(self) -> None:
         layout = match(tiny_vit()).layout(tiny_vit())
