@@ -105,7 +105,8 @@ class Preprocessing:
     def require_stated(self) -> None:
         """Raise a CheckpointError if the statistics that images of the user need are not known."""
         if self.unstated:
-            raise CheckpointError(self.unstated, "Add the file of its processor, or give --mean and --std.")
+            hint = "Add the file of its processor, give --mean and --std, or set them on the model in memory."
+            raise CheckpointError(self.unstated, hint)
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """The transform of one RGB image, or one frame of a clip, to a float32 tensor `[C, H, W]`."""

@@ -138,7 +138,7 @@ class Transformers(Library):
             f"Give the folder that holds the file and its {_CONFIG}.",
         )
 
-    def describe(self, model: nn.Module, preprocessing: Preprocessing) -> ModelDescription | None:
+    def describe(self, model: nn.Module, preprocessing: Preprocessing, computed: str) -> ModelDescription | None:
         inner = library_model(model)
         name = type(inner).__name__
         if library_of_class(inner) != self.name or name not in _outputs():
