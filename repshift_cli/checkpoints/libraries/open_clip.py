@@ -335,7 +335,9 @@ def _has_trunk(tensors: Mapping[str, Tensor]) -> bool:
 def _fits(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], where: str) -> bool:
     """Whether the model of a configuration has exactly these tensors."""
     text, table = config["text_cfg"], _table(tensors)
-    if table is None or table.shape != (text["vocab_size"], text["width"]) or not _can_fit(config, tensors, "visual."):
+    if not _can_fit(config, tensors, "visual."):
+        return False
+    if table is None or table.shape != (text["vocab_size"], text["width"]):
         return False
     try:
         inner = _on_meta(config, name, where).inner
