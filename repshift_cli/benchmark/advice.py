@@ -129,11 +129,11 @@ def advise(opened: Opened, question: Question, exported: Exported, progress: Pro
     """Measure every way to run a compressed model that exists on this machine.
 
     Raises:
-        UsageError: the model is not compressed, or takes clips.
+        UsageError: the model is not compressed, or takes no images.
         DataError: the images cannot be read.
     """
-    if opened.loaded.description.preprocessing.frames is not None:
-        raise UsageError("advise is for models of images, and the model takes clips", "Use repshift bench.")
+    if (unit := opened.loaded.description.preprocessing.unit) != "image":
+        raise UsageError(f"advise is for models of images, and the model takes {unit}s", "Use repshift bench.")
     batch = _draw(opened, question, opened.loaded.description.preprocessing)
     with tempfile.TemporaryDirectory(prefix="repshift-") as folder:
         found = list(_models(opened, question))

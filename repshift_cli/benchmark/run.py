@@ -30,7 +30,7 @@ from repshift_cli.utils.ranges import check_ranges
 if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import Opened
 
-_IMAGE_DIMS = 3
+_IMAGE_DIMS, _CLIP_DIMS = 3, 4
 # Enough for caches and allocators on the CPU; a GPU also raises its clock during the first runs.
 _WARMUP_ROUNDS = {"cpu": 3, "cuda": 50}
 
@@ -42,7 +42,7 @@ class Contender:
     Attributes:
         name: unique among those of its input size.
         macs: multiply-accumulates per image.
-        input_size: of one input: `(C, H, W)`, or `(T, C, H, W)` for a clip.
+        input_size: of one input: `(C, H, W)`, `(T, C, H, W)` for a clip, `(time, frequency)` for a spectrogram.
         against: name of the dense contender that it is compared with, if any.
         context: to be entered for each run of `module`, such as the switch to the dense model.
         baselines: names of the baselines that it is compared with.
@@ -231,11 +231,12 @@ def _check(
             raise UsageError(
                 f"--attention: {path} is an exported file, whose attention cannot be switched", "Use --attention auto."
             )
-    clips = any(len(each.input_size) > _IMAGE_DIMS for each in contenders)
-    if clips and any(settings.memory_format == "channels_last" for settings in sweep):
-        raise UsageError("--memory-format channels_last is for images, and the model takes clips", "Leave it out.")
-    if clips and source is not None:
-        raise UsageError("--data is for images, and the model takes clips", "Leave --data out.")
+    others = {len(each.input_size) for each in contenders} - {_IMAGE_DIMS}
+    taken = "clips" if _CLIP_DIMS in others else "spectrograms"
+    if others and any(settings.memory_format == "channels_last" for settings in sweep):
+        raise UsageError(f"--memory-format channels_last is for images, and the model takes {taken}", "Leave it out.")
+    if others and source is not None:
+        raise UsageError(f"--data is for images, and the model takes {taken}", "Leave --data out.")
     if source is not None and any(contender.preprocessing is None for contender in contenders):
         raise ValueError("contenders without preprocessing cannot read images")
     # flash-attn needs the model on the device, so it is checked later

@@ -27,6 +27,7 @@ from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.schema import ArtifactDocument, RecipePart, SourcePart, creation
 from repshift_cli.checkpoints.weights import METADATA_KEY, Source
 from repshift_cli.errors import CheckpointError, ModelError, OutputError, RecipeError
+from repshift_cli.models.tensor_model import library_model
 from repshift_cli.planning.plan import Plan
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
@@ -101,7 +102,7 @@ def attach_loaded(
         recipe, calibration: where the plan comes from; by default from the checkpoint.
     """
     described = loaded.description.architecture is not None or loaded.description.args
-    computed = "" if described else computation(loaded.model)  # before attention modules are replaced
+    computed = "" if described else computation(library_model(loaded.model))  # before attention modules are replaced
     compressed = attach(loaded.model, plan)
     compressed.preprocessing = loaded.description.preprocessing
     stored = loaded.document or {}
@@ -116,7 +117,7 @@ class Writer:
     """Writes a compressed model with the weights that it has at that time; see `CompressedModel.save`.
 
     Attributes:
-        computed: `computation` of a dense model in memory, which has no complete description.
+        computed: `computation` of a dense model of a library in memory, which has no complete description.
     """
 
     description: ModelDescription

@@ -87,6 +87,8 @@ def set_preprocessing(loaded: LoadedModel, given: Mapping[str, Any]) -> None:
         for key, value in given.items()
     }
     names = ", ".join(map(_option, given))
+    if given and now.spectrogram:
+        raise UsageError(f"{names}: the model takes spectrograms, whose values are used as they are", "Leave it out.")
     try:
         changed = Preprocessing.from_dict(now.to_dict() | {"unstated": now.unstated} | values, names)
     except CheckpointError as error:

@@ -22,13 +22,13 @@ def describe_module(known: ModelDescription, model: nn.Module, computed: str) ->
 
     Args:
         known: name and preprocessing.
-        computed: `computation` of the dense model.
+        computed: `computation` of the dense model of the library.
 
     Raises:
-        ModelError: no registered model computes the same.
+        CheckpointError, ModelError: no known model computes the same, or as `Library.describe`.
     """
     for library in libraries():
-        if found := library.describe(model, known.preprocessing):
+        if found := library.describe(model, known.preprocessing, computed):
             return found
     return _registered(known, model, computed)
 

@@ -57,6 +57,17 @@ def read_processor(folder: Path, model_type: str) -> dict[str, Any] | None:
     return None
 
 
+def check_spectrograms(folder: Path, shape: tuple[int, ...]) -> None:
+    """Raise CheckpointError if the feature extractor in a folder makes spectrograms of another `(time, frequency)`."""
+    path = folder / "preprocessor_config.json"
+    values = read_config(path) if path.is_file() else {}
+    for key, wanted in zip(("max_length", "num_mel_bins"), shape, strict=True):
+        if values.get(key, wanted) != wanted:
+            raise CheckpointError(
+                f"{path}: {key} is {values[key]!r}, but the model takes {wanted}", "Correct the size in the file."
+            )
+
+
 def default_processor(model_type: str) -> dict[str, Any]:
     """As `read_processor`, of the processor that transformers uses for a kind of model; empty if it is not known."""
     try:
@@ -74,11 +85,14 @@ def usual_of_maps(model_type: str) -> dict[str, Any]:
 def usual_preprocessing(tower: Tower) -> dict[str, Any]:
     """Fields of `Preprocessing` of a model without processor files: the size that it takes, and usual statistics.
 
-    The columns and rows of a spectrogram stand for height and width.
+    The columns and rows of a spectrogram stand for height and width. Its values are not normalised again.
     """
-    *frames, channels, height, width = tower.input_size if len(tower.input_size) > len("WH") else (1, *tower.input_size)
+    spectrogram = tower.spec.axes == "WH"
+    *frames, channels, height, width = (1, *tower.input_size) if spectrogram else tower.input_size
     rgb = channels == len(IMAGENET_DEFAULT_MEAN)
     usual: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": 1.0, "mean": (0.5,) * channels}
+    if spectrogram:
+        return usual | {"mean": (0.0,), "std": (1.0,), "input_size": (1, height, width), "spectrogram": True}
     usual |= {"std": usual["mean"]} | ({"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD} if rgb else {})
     model_type = getattr(getattr(tower.module, "config", None), "model_type", None)
     if rgb and model_type:

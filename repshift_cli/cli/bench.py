@@ -176,9 +176,9 @@ def command(
     if limits and not any(contender.role == "compressed" for contender in contenders):
         reason, hint = why_nothing(opened)
         raise UsageError(f"--budget: {reason}", hint)
-    clips = any(model.loaded.description.preprocessing.frames for each in opened for model in each.values())
-    if data is not None and clips:
-        raise UsageError("--data is for images, and the model takes clips", "Leave --data out.")
+    units = {model.loaded.description.preprocessing.unit for each in opened for model in each.values()} - {"image"}
+    if data is not None and units:
+        raise UsageError(f"--data is for images, and the model takes {min(units)}s", "Leave --data out.")
     source = Source(open_images(data, images), images, workers) if data is not None else None
     with guard.failure_as_json(json):
         report = run_sweep(contenders, batches, sweep, screen, source)

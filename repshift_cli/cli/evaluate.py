@@ -63,8 +63,8 @@ def command(
         typer.Option(
             metavar="NAME",
             help="Images: imagenet-val, imagenet-real, imagenet-v2, imagenet-a, imagenet-r, fashion-mnist, "
-            "builtin:digits, a folder of class folders, a tar file, or a dataset that timm can read (torch/cifar10). Labelled videos: a folder "
-            "of class folders. Videos with texts: msrvtt, msvd, activitynet, didemo, lsmdc, ssv2-label, ssv2-template, "
+            "builtin:digits, a folder of class folders, a tar file, or a dataset that timm can read (torch/cifar10). "
+            "Labelled videos: a folder of class folders. Videos with texts: msrvtt, msvd, activitynet, didemo, lsmdc, ssv2-label, ssv2-template, "
             "msrvtt-qa, msvd-qa, builtin:shapes, builtin:shapes-qa.",
             show_default=False,
         ),
@@ -310,16 +310,17 @@ def _open_images(
 ) -> tuple[Mapping[str, nn.Module], ImageDataset]:
     """The models, and the dataset with the labels of the head."""
     from repshift_cli.data.catalog import open_dataset
+    from repshift_cli.data.sources.folder import MEDIA
     from repshift_cli.evaluation.models import head_size, models_of
     from repshift_cli.models.tensor_model import class_names
 
     if given.zero_shot:
         encoders = models_of(opened, given.compare_dense, given.name)
         models = given.zero_shot.classifiers(encoders, opened, given.name, given.settings["device"])
-    clips = opened.loaded.description.preprocessing.frames is not None
-    refuse_videos(given.name, given.dataset, video, "labelled videos" if clips else "images")
+    unit = opened.loaded.description.preprocessing.unit
+    refuse_videos(given.name, given.dataset, video, "images" if unit == "image" else f"labelled {MEDIA[unit].unit}")
     assert given.dataset is not None
-    data = open_dataset(given.dataset, given.data_dir, given.limit, given.seed, given.order, clips=clips)
+    data = open_dataset(given.dataset, given.data_dir, given.limit, given.seed, given.order, unit=unit)
     if given.zero_shot:
         return models, given.zero_shot.labelled(data)
     labelled = data.for_head(head_size(opened.loaded.model), class_names(opened.loaded.model))

@@ -151,8 +151,8 @@ def _check(opened: Opened, given: EvalOptions, video: VideoOptions, options: Emb
     if unused := [option for option, value in others.items() if value]:
         raise UsageError(f"{unused[0]} is not used with --embeddings", "Leave it out.")
     who = f"--embeddings: {given.name}"
-    if opened.loaded.description.preprocessing.frames is not None:
-        raise UsageError(f"{who} takes videos", "Give an encoder of images.")
+    if (unit := opened.loaded.description.preprocessing.unit) != "image":
+        raise UsageError(f"{who} takes {unit}s", "Give an encoder of images.")
     refuse_videos(given.name, None, video, "images")
     if isinstance(opened, OpenedExport):
         raise UsageError(f"{who} is an exported file without its dense model", "Give the checkpoint.")

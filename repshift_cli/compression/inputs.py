@@ -14,7 +14,12 @@ from repshift_cli.data.inputs import ImageBatch, load_inputs
 from repshift_cli.errors import DataError
 from repshift_cli.models.tensor_model import class_names
 
-_IMAGE_DIMS = 4
+_KINDS = {
+    3: ("spectrograms", "random spectrograms", "spectrograms"),
+    4: ("images", "built-in scenes", "images"),
+    5: ("videos", "built-in clips", "clips"),
+}
+"""By the dimensions of a batch: what files are called, built-in inputs, and inputs of the user."""
 
 
 def draw_images(job: CompressionJob, settings: Settings, amounts: Amounts) -> tuple[ImageBatch | None, ImageBatch]:
@@ -43,6 +48,8 @@ def load_job_inputs(loaded: LoadedModel, where: str | None, count: int, seed: in
 def load_search_inputs(loaded: LoadedModel, settings: Settings, count: int, notes: Notes) -> ImageBatch:
     """Load images for a search, with labels if they have any for the head of the model."""
     where, preprocessing = settings.calibration or settings.data, loaded.description.preprocessing
+    if where is None and preprocessing.spectrogram:
+        raise DataError("a search needs spectrograms of the model's own kind", "Give a folder of .npy files.")
     if where is None and not loaded.is_builtin:
         notes.warn(
             "no images were given, so the search uses built-in scenes, which are not of the model's own kind, and its "
@@ -72,8 +79,8 @@ def is_same_folder(one: str, other: str | None) -> bool:
 def _report(batch: ImageBatch, notes: Notes) -> None:
     batch.info.report(notes)
     if batch.skipped:
-        unit = "videos" if batch.tensor.ndim > _IMAGE_DIMS else "images"
-        notes.warn(f"{len(batch.skipped)} {unit} could not be read: {'; '.join(batch.skipped[:3])}")
+        files = _KINDS[batch.tensor.ndim][0]
+        notes.warn(f"{len(batch.skipped)} {files} could not be read: {'; '.join(batch.skipped[:3])}")
 
 
 def split_inputs(batch: ImageBatch, count: int) -> tuple[ImageBatch, ImageBatch]:
@@ -91,7 +98,7 @@ def split_inputs(batch: ImageBatch, count: int) -> tuple[ImageBatch, ImageBatch]
     parts = []
     for name, part in (("calibration", batch.tensor[:border]), ("agreement", batch.tensor[border:])):
         identity = {**batch.identity, "count": len(part), "part": name}
-        own, others = ("built-in clips", "clips") if batch.tensor.ndim > _IMAGE_DIMS else ("built-in scenes", "images")
+        _, own, others = _KINDS[batch.tensor.ndim]
         kind = own if batch.builtin else f"{others} of {batch.identity['where']}"
         parts.append(ImageBatch(part, identity, f"{len(part)} {kind}, seed {batch.identity['seed']}", batch.builtin))
     return parts[0], parts[1]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from repshift_cli.calibration.calibrate import Calibration, calibrate
 from repshift_cli.checkpoints.build import set_image_size
 from repshift_cli.checkpoints.image_processor import usual_of_maps, usual_preprocessing
+from repshift_cli.checkpoints.libraries.base import libraries
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import LoadOptions
@@ -144,12 +145,15 @@ def wrap_module(model: nn.Module, img_size: int | None) -> LoadedModel:
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     name = str(config.get("architecture") or type(model).__name__)
     tower = None if config else tower_of(model)
-    if tower or (not config and map_blocks(model)):
+    stated = None if config else next(filter(None, (each.preprocessing_of(model) for each in libraries())), None)
+    if stated:
+        preprocessing = stated
+    elif tower or (not config and map_blocks(model)):
         usual = usual_preprocessing(tower) if tower else usual_of_maps(library_model(model).config.model_type)
         preprocessing = Preprocessing.from_dict(usual)
     else:
         preprocessing = Preprocessing.of_model(model)
-    if tower and not tower.spec.any_size and img_size not in (None, *preprocessing.input_size[1:]):
+    if (stated or (tower and not tower.spec.any_size)) and img_size not in (None, *preprocessing.input_size[1:]):
         height, width = preprocessing.input_size[1:]
         raise UsageError(f"img_size={img_size}: this {name} takes inputs of {height}x{width}", "Leave it out.")
     description = ModelDescription(name, None, {}, preprocessing)

@@ -47,7 +47,7 @@ def open_dataset(
     seed: int = 0,
     class_order: str | None = None,
     *,
-    clips: bool = False,
+    unit: str = "image",
     train: bool = False,
 ) -> ImageDataset:
     """Open a dataset.
@@ -61,7 +61,7 @@ def open_dataset(
         limit: maximum number of images, evenly spaced over the sorted set (for built-in scenes: the number).
         seed: which built-in scenes are drawn; other datasets do not depend on it.
         class_order: as for `named_classes`.
-        clips: open a folder with class folders of videos.
+        unit: of `Preprocessing`: for `clip` and `spectrogram` a folder with class folders of such files is opened.
         train: open the training split of `fashion-mnist`; other datasets do not depend on it.
 
     Raises:
@@ -71,9 +71,9 @@ def open_dataset(
     """
     check_ranges(limit=limit)
     dataset: ImageDataset
-    if clips:
+    if unit != "image":
         with data_errors():
-            dataset = limited(_open_videos(name, data_dir, class_order), limit)
+            dataset = limited(_open_files(name, data_dir, class_order, unit), limit)
     elif name == "builtin:digits":
         from repshift_cli.data.builtin.digits import DigitDataset
 
@@ -99,17 +99,18 @@ def data_errors() -> Iterator[None]:
         raise DataError(f"cannot read {error.filename or 'the data'}: {error.strerror or error}") from error
 
 
-def _open_videos(name: str, data_dir: Path | None, class_order: str | None) -> ImageDataset:
-    from repshift_cli.data.sources.folder import VIDEOS, open_folder
+def _open_files(name: str, data_dir: Path | None, class_order: str | None, unit: str) -> ImageDataset:
+    from repshift_cli.data.sources.folder import MEDIA, open_folder
 
+    media = MEDIA[unit]
     if name == "folder":
-        return open_folder(name, _given_folder(name, data_dir), class_order, VIDEOS)
+        return open_folder(name, _given_folder(name, data_dir), class_order, media)
     folder = Path(name).expanduser()
     if is_dataset_name(name) and not folder.is_dir():
-        hint = "Give the path of a folder with one folder of videos per class."
-        raise DataError(f"the model takes clips, but {name} is a dataset of images", hint)
+        hint = f"Give the path of a folder with one folder of {media.unit} per class."
+        raise DataError(f"the model takes {media.taken}, but {name} is a dataset of images", hint)
     _refuse_data_dir(name, data_dir)
-    return open_folder(name, folder, class_order, VIDEOS)
+    return open_folder(name, folder, class_order, media)
 
 
 def _given_folder(name: str, data_dir: Path | None) -> Path:

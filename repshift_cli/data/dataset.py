@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ClipFile:
-    """A video, or a folder of frames, that is decoded when the number of frames is known."""
+class EncodedFile:
+    """A video, a folder of frames or a spectrogram, which is read when the input of the model is known."""
 
     path: Path
 
@@ -49,7 +49,7 @@ class DatasetInfo:
 
 
 class ImageDataset(ABC):
-    """Images or videos with labels, by number, in a fixed order.
+    """Images, videos or spectrograms with labels, by number, in a fixed order.
 
     Attributes:
         name: the name that the user gave.
@@ -61,7 +61,7 @@ class ImageDataset(ABC):
     """
 
     name: str
-    unit: Literal["images", "videos"] = "images"
+    unit: Literal["images", "videos", "spectrograms"] = "images"
     info: DatasetInfo = DatasetInfo()
     random_access: bool = True
     outputs: tuple[int, ...] | None = None
@@ -84,8 +84,8 @@ class ImageDataset(ABC):
         """The path or name of one image."""
 
     @abstractmethod
-    def load(self, index: int) -> tuple[Image.Image | ClipFile, int]:
-        """One RGB image, or the file of a clip, and its label.
+    def load(self, index: int) -> tuple[Image.Image | EncodedFile, int]:
+        """One RGB image, or the file of a clip or spectrogram, and its label.
 
         Raises:
             UnreadableSample: the file is truncated, empty, too large to decode safely, or not an image.
@@ -140,7 +140,7 @@ class Subset(ImageDataset):
     def sample_id(self, index: int) -> str:
         return self.dataset.sample_id(self.indices[index])
 
-    def load(self, index: int) -> tuple[Image.Image | ClipFile, int]:
+    def load(self, index: int) -> tuple[Image.Image | EncodedFile, int]:
         return self.dataset.load(self.indices[index])
 
     def answers(self, index: int, label: int) -> tuple[int, ...]:

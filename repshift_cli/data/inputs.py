@@ -1,4 +1,4 @@
-"""Images or clips drawn from a folder, a dataset or the built-in scenes, preprocessed for a model."""
+"""Images, clips or spectrograms drawn from a folder, a dataset or the built-in scenes, preprocessed for a model."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DIGITS, _SHAPES, _SHAPES_QA = "builtin:digits", "builtin:shapes", "builtin:shapes-qa"
+_NOISE = "builtin:noise"
 
 _FIRST_TRAINING_SEED = 20_000
 """Added to the seed of training scenes of digits: the built-in models were trained on other seeds."""
@@ -33,10 +34,10 @@ _FIRST_TRAINING_CLIP = 1_000_000
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Preprocessed images or clips.
+    """Preprocessed images, clips or spectrograms.
 
     Attributes:
-        tensor: float32 `[n, C, H, W]`, of clips `[n, T, C, H, W]`.
+        tensor: float32 `[n, C, H, W]`, of clips `[n, T, C, H, W]`, of spectrograms `[n, time, frequency]`.
         identity: `where`, `count`, `seed`, and `sha256` of names and sizes, or of the parameters of scenes.
         description: one line for the user.
         builtin: whether these are built-in scenes.
@@ -70,11 +71,12 @@ def load_inputs(
     test_scenes: bool = False,
     class_order: str | None = None,
 ) -> ImageBatch:
-    """Draw images, or clips if the model takes clips. The same arguments and files give the same inputs.
+    """Draw images, clips or spectrograms, as the model takes. The same arguments and files give the same inputs.
 
     Args:
         where: for images a folder, searched at any depth, or the name of a dataset; for clips a folder of videos and
-            of folders of frames, or one video; None for built-in scenes.
+            of folders of frames, or one video; for spectrograms a folder of `.npy` files; None for built-in scenes, or
+            random spectrograms.
         count: maximum number of inputs.
         preprocessing: the model's own transform.
         seed: seed of the random order; built-in scenes depend on it too.
@@ -92,11 +94,13 @@ def load_inputs(
 
     check_ranges(images=count)
     with data_errors():
-        if preprocessing.frames is not None and (where is None or where in {_SHAPES, _SHAPES_QA}):
+        unit = preprocessing.unit
+        if unit == "clip" and (where is None or where in {_SHAPES, _SHAPES_QA}):
             source = _clip_source(count, preprocessing, seed, test_scenes)
+        elif unit == "spectrogram" and where is None:
+            source = _noise_source(count, preprocessing, seed)
         else:
-            clips = preprocessing.frames is not None
-            files = _open_images(where, count, seed, num_classes, class_names, test_scenes, class_order, clips)
+            files = _open_images(where, count, seed, num_classes, class_names, test_scenes, class_order, unit)
             source = _file_source(*files, preprocessing)
     places, tensors, labels, skipped = _draw(source, count, seed)
     if not test_scenes:
@@ -105,8 +109,10 @@ def load_inputs(
     for place, label in zip(places, labels, strict=True):
         if not unlabelled and not 0 <= label < (num_classes or 0):
             unlabelled = f"{source.sample_id(place)} has label {label}, the head of the model has {num_classes} outputs"
-    builtin = source.name in {_DIGITS, _SHAPES}
-    if builtin:
+    builtin = source.name in {_DIGITS, _SHAPES, _NOISE}
+    if source.name == _NOISE:
+        kind = source.kind
+    elif builtin:
         kind = f"built-in {'test' if test_scenes else 'training'} {source.kind}"
     else:
         kind = f"of {source.total} {source.kind} in {source.name}"
@@ -137,7 +143,7 @@ def open_images(where: str | Path | None, count: int, seed: int = 0) -> ImageDat
     with data_errors():
         if isinstance(where, str) and where != _DIGITS and is_dataset_name(where):
             return open_dataset(where, None)
-        return _open_images(where, count, seed, None, (), False, None, False)[0]
+        return _open_images(where, count, seed, None, (), False, None, "image")[0]
 
 
 @dataclass(frozen=True)
@@ -229,30 +235,34 @@ def _open_images(  # noqa: PLR0917
     class_names: Sequence[str],
     test_scenes: bool,
     class_order: str | None,
-    clips: bool,
+    unit: str,
 ) -> tuple[ImageDataset, str | None]:
-    """The images or videos, and why their labels cannot be used with a head of `num_classes` outputs."""
+    """The files of inputs of this unit, and why their labels cannot be used with a head of `num_classes` outputs."""
     from repshift_cli.data.builtin.digits import DigitDataset
-    from repshift_cli.data.sources.folder import IMAGES, VIDEOS, open_folder, open_image_tree, open_videos
+    from repshift_cli.data.sources.folder import IMAGES, MEDIA, VIDEOS, open_folder, open_tree, open_videos
 
     images: ImageDataset
     labelled: ImageDataset | None = None
-    if clips and str(where).startswith("builtin:"):
-        raise UsageError(f"there are no clips named {where}", f"Give a folder of videos, or {_SHAPES} for scenes.")
+    media = MEDIA[unit]
+    if media is not IMAGES and str(where).startswith("builtin:"):
+        scenes = f", or {_SHAPES} for scenes" if media is VIDEOS else ""
+        raise UsageError(f"there are no {media.taken} named {where}", f"Give a folder of {media.unit}{scenes}.")
     if where is None or where == _DIGITS:
         images = (
             DigitDataset("test", count, seed)
             if test_scenes
             else DigitDataset("train", count, _FIRST_TRAINING_SEED + seed)
         )
-    elif not clips and ((isinstance(where, str) and is_dataset_name(where)) or not Path(where).expanduser().is_dir()):
+    elif media is IMAGES and (
+        (isinstance(where, str) and is_dataset_name(where)) or not Path(where).expanduser().is_dir()
+    ):
         images = open_dataset(str(where), None, class_order=class_order, train=not test_scenes)
     else:
         path = Path(where).expanduser()
-        images = open_videos(path) if clips else open_image_tree(path)
+        images = open_videos(path) if media is VIDEOS else open_tree(path, media)
         if num_classes:
             try:
-                found = open_folder(str(where), path, class_order, VIDEOS if clips else IMAGES)
+                found = open_folder(str(where), path, class_order, media)
                 labelled = found.for_head(num_classes, class_names)
             except DataError as error:
                 if class_order is not None:
@@ -286,4 +296,23 @@ def _clip_source(count: int, preprocessing: Preprocessing, seed: int, test_scene
         sample_id=videos.sample_id,
         fingerprint=videos.sample_id,
         unlabelled="the built-in clips have no labels",
+    )
+
+
+def _noise_source(count: int, preprocessing: Preprocessing, seed: int) -> _Source:
+    import torch
+
+    def load(index: int) -> tuple[Tensor, int]:
+        generator = torch.Generator().manual_seed(seed * _FIRST_TRAINING_CLIP + index)
+        return torch.randn(*preprocessing.shape, generator=generator), -1
+
+    return _Source(
+        name=_NOISE,
+        kind="random spectrograms",
+        total=count,
+        in_order=True,
+        load=load,
+        sample_id=str,
+        fingerprint=str,
+        unlabelled="random spectrograms have no labels",
     )

@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
-from repshift_cli.data.dataset import ClipFile, ImageDataset
+from repshift_cli.data.dataset import EncodedFile, ImageDataset
 from repshift_cli.data.decode import UnreadableSample
 from repshift_cli.data.preprocessing import Preprocessing
+from repshift_cli.data.spectrogram import read_spectrogram
 from repshift_cli.data.video.decode import read_clip
 from repshift_cli.errors import DataError, RepshiftError
 from repshift_cli.utils.interrupts import held_interrupts
@@ -52,7 +53,7 @@ class Sample(NamedTuple):
     """One preprocessed input.
 
     Attributes:
-        pixels: float32 `[C, H, W]`, or `[T, C, H, W]` for a clip.
+        pixels: float32 `[C, H, W]`, `[T, C, H, W]` for a clip, or `[time, frequency]` for a spectrogram.
         answers: the correct outputs of the head; empty if there are no labels.
         padded: whether the video is shorter than the clip, see `video.decode.Clip`.
     """
@@ -240,15 +241,17 @@ def _load_sample(
 
 
 def decoded(
-    raw: Image.Image | ClipFile, preprocessing: Preprocessing, transform: Callable[[Image.Image], Tensor]
+    raw: Image.Image | EncodedFile, preprocessing: Preprocessing, transform: Callable[[Image.Image], Tensor]
 ) -> tuple[Tensor, bool]:
-    """An image `[C, H, W]`, or a clip `[T, C, H, W]` and whether its video is shorter.
+    """An image `[C, H, W]`, a spectrogram, or a clip `[T, C, H, W]` and whether its video is shorter.
 
     Raises:
-        UnreadableVideo: the video cannot be decoded.
+        UnreadableSample: the video or spectrogram cannot be read.
     """
-    if not isinstance(raw, ClipFile):
+    if not isinstance(raw, EncodedFile):
         return transform(raw), False
+    if preprocessing.spectrogram:
+        return read_spectrogram(raw.path, preprocessing.shape), False
     clip = read_clip(raw.path, preprocessing.frames or 1, convert=transform, step=preprocessing.frame_step)
     return torch.stack(clip.frames), clip.padded
 

@@ -36,7 +36,7 @@ class Preprocessing:
     """The evaluation transform of a model, as timm describes it.
 
     Attributes:
-        input_size: channels, height and width.
+        input_size: channels, height and width; of a spectrogram 1, time and frequency.
         mean, std: one value per channel, of pixels in 0..1.
         interpolation: `bicubic`, `bilinear`, ...
         crop_pct: share of the resized side that the crop takes.
@@ -44,6 +44,8 @@ class Preprocessing:
         frames: frames of one clip; None for models of single images.
         frame_step: every frame of a clip is so many frames of the video after the one before; None if they are spread
             over the whole video.
+        spectrogram: an input is a spectrogram, made by the feature extractor of the model; its values are used as they
+            are.
         unstated: why mean and std are not known, empty if they are; not a part of documents.
     """
 
@@ -55,6 +57,7 @@ class Preprocessing:
     crop_mode: Literal["center", "squash", "border"] = "center"
     frames: Annotated[int, Field(ge=1, le=4096)] | None = None
     frame_step: Annotated[int, Field(ge=1, le=1024)] | None = None
+    spectrogram: bool = False
     unstated: Annotated[SkipJsonSchema[str], Field(exclude=True)] = field(default="", compare=False)
 
     @model_validator(mode="after")
@@ -63,16 +66,20 @@ class Preprocessing:
             raise ValueError(f"mean and std should have {self.input_size[0]} values, one per channel")
         if max(self.input_size[1:]) / self.crop_pct > _LARGEST_RESIZED:
             raise ValueError(f"input_size / crop_pct should be at most {_LARGEST_RESIZED}")
+        if self.spectrogram and (self.input_size[0] != 1 or self.frames is not None):
+            raise ValueError("a spectrogram should have one channel and no frames")
         return self
 
     @property
     def unit(self) -> str:
-        """Name of one input: `image` or `clip`."""
-        return "image" if self.frames is None else "clip"
+        """Name of one input: `image`, `clip` or `spectrogram`."""
+        return "spectrogram" if self.spectrogram else "image" if self.frames is None else "clip"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one input: `(C, H, W)`, or `(T, C, H, W)` for a clip."""
+        """Shape of one input: `(C, H, W)`, `(T, C, H, W)` for a clip, `(time, frequency)` for a spectrogram."""
+        if self.spectrogram:
+            return self.input_size[1:]
         return self.input_size if self.frames is None else (self.frames, *self.input_size)
 
     @classmethod
@@ -88,8 +95,9 @@ class Preprocessing:
             parts = embedding.modules() if embedding is not None else ()
             counts = (part.in_channels for part in parts if hasattr(part, "in_channels"))
             config["input_size"] = (next(counts, config["input_size"][0]), *size)
-        frames = (getattr(model, "pretrained_cfg", None) or {}).get("frames")  # timm has no clips
-        return cls.from_dict({**config, "frames": frames})
+        stated = getattr(model, "pretrained_cfg", None) or {}  # timm has no clips and no spectrograms
+        own = {"frames": stated.get("frames"), "spectrogram": stated.get("spectrogram", False)}
+        return cls.from_dict({**config, **own})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "the preprocessing of the model") -> Preprocessing:
@@ -97,24 +105,28 @@ class Preprocessing:
         return validated(cls, dict(values), where)
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of a timm data configuration; `frames` and `frame_step` only if they are set."""
+        """The keys of a timm data configuration; `frames`, `frame_step` and `spectrogram` only if they are set."""
         values = asdict(self)
         del values["unstated"]
-        return {key: value for key, value in values.items() if not key.startswith("frame") or value is not None}
+        return {key: value for key, value in values.items() if value is not None and value is not False}
 
     def require_stated(self) -> None:
         """Raise a CheckpointError if the statistics that images of the user need are not known."""
         if self.unstated:
-            raise CheckpointError(self.unstated, "Add the file of its processor, or give --mean and --std.")
+            hint = "Add the file of its processor, give --mean and --std, or set them on the model in memory."
+            raise CheckpointError(self.unstated, hint)
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """The transform of one RGB image, or one frame of a clip, to a float32 tensor `[C, H, W]`."""
         from timm.data import create_transform
 
-        return create_transform(**replace(self, frames=None, frame_step=None).to_dict(), is_training=False)
+        plain = replace(self, frames=None, frame_step=None, spectrogram=False)
+        return create_transform(**plain.to_dict(), is_training=False)
 
     def __str__(self) -> str:
         channels, height, width = self.input_size
+        if self.spectrogram:
+            return f"spectrogram of {height} x {width} (time, frequency)"
         mean, std = (", ".join(f"{value:.3f}" for value in values) for values in (self.mean, self.std))
         step = "" if self.frame_step is None else f" ({self.frame_step} apart)"
         clip = "" if self.frames is None else f"{self.frames} frames{step} of "

@@ -89,7 +89,8 @@ class Subject:
 
     @property
     def input_name(self) -> str:
-        return "images" if self.opened.loaded.description.preprocessing.frames is None else "video"
+        names = {"image": "images", "clip": "video", "spectrogram": "spectrograms"}
+        return names[self.opened.loaded.description.preprocessing.unit]
 
     @property
     def output_name(self) -> str:

@@ -18,11 +18,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import repshift_cli
 from repshift_cli.checkpoints import artifact
+from repshift_cli.checkpoints.artifact import open_model
 from repshift_cli.checkpoints.libraries.open_clip import OpenClip
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.errors import CheckpointError, UsageError
+from repshift_cli.errors import CheckpointError, ModelError, OutputError, UsageError
 from repshift_cli.planning.recipe import Recipe
 from repshift_cli.reduction.plans import resolve_for
 
@@ -46,6 +48,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "custom_text": True,
         "vision_cfg": {"timm_model_name": "test_convnext", "timm_pool": "", "image_size": 64},
     },
+}
+TRUNK = {
+    **PLAIN,
+    "custom_text": True,
+    "vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "", "image_size": 160},
 }
 RECIPE = "version: 1\nmetric: {kind: token_norm}\nlayers: [{layer: 0, drop_ratio: 0.25}, {layer: 1, keep_tokens: 5}]\n"
 PREPROCESS = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2], "interpolation": "bicubic", "resize_mode": "squash"}
@@ -285,6 +292,66 @@ def test_a_missing_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="needs open_clip") as error:
         load_checkpoint(folder)
     assert "repshift-cli[openclip]" in str(error.value.hint)
+
+
+def in_memory(config: dict[str, Any]) -> Any:
+    """As `create_model_and_transforms` returns it."""
+    model = made(config)
+    open_clip.set_model_preprocess_cfg(model, {"size": 32, "mode": "RGB", **PREPROCESS})
+    return model
+
+
+@pytest.mark.parametrize("name", ["plain", "average", "coca"])
+def test_a_model_in_memory(name: str, registered: Any, tmp_path: Path) -> None:
+    registered("tiny-16", CONFIGS[name])
+    # create_model can change the activation and the class of the text tower
+    config = {**CONFIGS[name], "quick_gelu": True, "custom_text": True} if name == "average" else CONFIGS[name]
+    model, expected = in_memory(config), encoded(made(config))
+    if isinstance(model, CLIP):
+        model.output_dict = True
+    with pytest.raises(UsageError, match="takes inputs of 32x32"):
+        repshift_cli.compress(model, Recipe.parse(RECIPE), img_size=48)
+    compressed = repshift_cli.compress(model, Recipe.parse(RECIPE))
+    reduced = encoded(model)
+    assert not torch.allclose(reduced, expected)
+    for output in (tmp_path / "x.safetensors", tmp_path / "out"):
+        loaded = repshift_cli.load(compressed.save(output))
+        assert loaded.preprocessing == compressed.preprocessing
+        with torch.no_grad():
+            assert torch.equal(loaded(images()), reduced)
+    dense, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    assert torch.equal(encoded(dense.eval().requires_grad_(False)), expected)
+    photo = Image.effect_noise((70, 50), 60).convert("RGB")
+    assert compressed.preprocessing is not None
+    assert torch.equal(transform(photo), compressed.preprocessing.transform()(photo))
+    described = open_model(tmp_path / "out").loaded.description
+    assert described.architecture == ("open_clip:custom" if name == "average" else "open_clip:tiny-16")
+
+
+@pytest.mark.parametrize("config", [PLAIN, TRUNK])
+def test_an_image_tower_in_memory(config: dict[str, Any], registered: Any, tmp_path: Path) -> None:
+    registered("tiny-16", config)
+    size, tower = config["vision_cfg"]["image_size"], in_memory(config).visual
+    with torch.no_grad():
+        dense, compressed = tower(images(size)), repshift_cli.compress(tower, Recipe.parse(RECIPE))
+        loaded = repshift_cli.load(compressed.save(tmp_path / "x.safetensors"))
+        assert torch.equal(loaded(images(size)), tower(images(size)))
+    other = made(config).visual
+    other.load_state_dict(load_file(tmp_path / "x.safetensors"))
+    assert torch.equal(other(images(size)), dense)
+    with pytest.raises(OutputError, match="holds a whole model"):
+        compressed.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_in_memory_that_are_not_known(registered: Any, tmp_path: Path) -> None:
+    compressed = repshift_cli.compress(made(PLAIN), Recipe.parse(RECIPE))
+    with pytest.raises(ModelError, match="no image_mean and image_std") as error:
+        compressed.save(tmp_path / "out")
+    assert "set_model_preprocess_cfg" in str(error.value.hint)
+    registered("tiny-16", {**PLAIN, "vision_cfg": {**VISION, "head_width": 8}})  # the same tensors
+    with pytest.raises(ModelError, match="no configuration of open_clip computes the same as this CLIP"):
+        repshift_cli.compress(in_memory(PLAIN), Recipe.parse(RECIPE)).save(tmp_path / "out")
 
 
 def test_every_configuration_of_open_clip_is_compared() -> None:

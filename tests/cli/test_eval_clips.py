@@ -81,7 +81,7 @@ def by_the_library(name: str, videos: Path) -> tuple[torch.Tensor, list[int]]:
 class TestClassification:
     def test_clips_are_those_of_the_processor(self, name: str, models: Path, videos: Path) -> None:
         preprocessing = load_checkpoint(models / name).description.preprocessing
-        data = open_dataset(str(videos), None, clips=True)
+        data = open_dataset(str(videos), None, unit="clip")
         assert (data.unit, data.classes, len(data)) == ("videos", CLASSES, 3 * PER_CLASS)
         loader = image_loader(data, preprocessing, cut_batches(12, 5), workers=0, pinned=False, warn=print)
         batches = list(loader)
@@ -170,7 +170,7 @@ def test_a_run_continues(models: Path, changed: Path, tmp_path: Path) -> None:
     def run(resume: Path | None) -> Any:
         return evaluate(
             {"dense": opened.module},
-            open_dataset(str(changed), None, clips=True),
+            open_dataset(str(changed), None, unit="clip"),
             opened.loaded.description.preprocessing,
             batch_size=5,
             device="cpu",
@@ -214,7 +214,7 @@ def test_folders_of_frames_are_videos(models: Path, tmp_path: Path) -> None:
         for index in range(11):
             Image.new("RGB", (SIDE, SIDE), (20 * index,) * 3).save(tmp_path / name / "one" / f"{index}.png")
     (tmp_path / "ant" / "notes.txt").touch()
-    data = open_dataset(str(tmp_path), None, clips=True)
+    data = open_dataset(str(tmp_path), None, unit="clip")
     assert [data.key(index) for index in range(len(data))] == ["ant/one", "bee/one"]
     assert data.info.left_out == {".txt": 1}
     assert any("2 folders of images" in note for note in data.info.notes)

@@ -86,11 +86,19 @@ class Library(ABC):
         """The model of a file that `recognises` accepts; errors as `identify.match.identify`."""
         raise NotImplementedError(self.name)
 
-    def describe(self, model: nn.Module, preprocessing: Preprocessing) -> ModelDescription | None:
+    def preprocessing_of(self, model: nn.Module) -> Preprocessing | None:
+        """What a model in memory states about its inputs; None if it is not of this library, or states nothing."""
+        return None
+
+    def describe(self, model: nn.Module, preprocessing: Preprocessing, computed: str) -> ModelDescription | None:
         """The description of a dense or hooked model in memory; None if it is not a model of this library.
+
+        Args:
+            computed: `computation` of the dense model of the library.
 
         Raises:
             CheckpointError: what is built from the description would not compute the same.
+            ModelError: the model does not state all that a reader needs.
         """
         return None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from repshift_cli.checkpoints.artifact import write_tensors
 from repshift_cli.checkpoints.build import build, check_fit
 from repshift_cli.checkpoints.create import check_depth, check_runs, on_meta
 from repshift_cli.checkpoints.folders import read_config, stored_document, write_config
+from repshift_cli.checkpoints.identify.computation import computation
 from repshift_cli.checkpoints.identify.identity import Identity, shapes
 from repshift_cli.checkpoints.identify.sizes import check_heads
 from repshift_cli.checkpoints.libraries.base import Library
@@ -29,12 +30,14 @@ from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import PREPROCESSING, LoadOptions
 from repshift_cli.checkpoints.schema import describe
 from repshift_cli.checkpoints.texts import TextTower, tokenizer_folder
+from repshift_cli.checkpoints.towers import ALONE
 from repshift_cli.checkpoints.weights import Source, Weights, read_weights
 from repshift_cli.data.preprocessing import Preprocessing
-from repshift_cli.errors import CheckpointError, UsageError, first_line
-from repshift_cli.models.tensor_model import TensorModel, library_model
+from repshift_cli.errors import CheckpointError, ModelError, OutputError, UsageError, first_line
+from repshift_cli.models.tensor_model import TensorModel, library_model, library_of_class
 from repshift_cli.reduction.families.base import find
 from repshift_cli.reduction.families.transformer import output_of
+from repshift_cli.reduction.specs.spec import Output
 from repshift_cli.utils.suggest import first_names
 
 _CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
@@ -64,7 +67,10 @@ _CONTEXT, _WORDS = 77, 49408
 
 
 class OpenClip(Library):
-    """The open_clip library. The arguments in a description are `{"model_cfg": ...}`, as in a configuration."""
+    """The open_clip library. The arguments in a description are `{"model_cfg": ...}`, as in a configuration.
+
+    Those of an image tower alone also have the key `tower`.
+    """
 
     name: ClassVar[str] = "open_clip"
     extra: ClassVar[str] = "openclip"
@@ -106,7 +112,8 @@ class OpenClip(Library):
         self.require(where)
         config, name = _checked(description.args.get("model_cfg"), where), description.name
         check_depth(config, tensors, name, where)
-        model = _on_meta(config, name, where)
+        alone = "tower" in description.args
+        model = _on_meta(config, name, where, alone)
         inner, own = model.inner, _own_keys(model.inner, tensors)
         check_fit(inner, own, name, where)
         check_runs(model, (3, *_image_size(config)), name, where)
@@ -115,7 +122,7 @@ class OpenClip(Library):
             if (mask := part._buffers.get("attn_mask")) is not None:  # causal, and not stored
                 part._buffers["attn_mask"] = torch.full(mask.shape, float("-inf")).triu_(1)
         if any(buffer.is_meta for buffer in inner.buffers()):  # computed, which needs a real device
-            model = _wrapped(_create(config))
+            model = _wrapped(_create(config), alone)
             model.load_state_dict(own, strict=True, assign=True)
         return model.float().eval().requires_grad_(False)
 
@@ -152,7 +159,32 @@ class OpenClip(Library):
         preprocessing = _preprocessing(_image_size(config), _preprocessing_of(name), where, notes)
         return Identity(name, f"{self.name}:{name}", {"model_cfg": config}, preprocessing, dict(tensors), notes)
 
+    def preprocessing_of(self, model: nn.Module) -> Preprocessing | None:
+        from open_clip import get_model_preprocess_cfg
+
+        inner = library_model(model)
+        tower = getattr(inner, "visual", inner)
+        if library_of_class(inner) != self.name or not hasattr(tower, "image_size"):
+            return None
+        given = get_model_preprocess_cfg(inner)
+        found = _preprocessing(_image_size({"vision_cfg": {"image_size": tower.image_size}}), given, "the model", [])
+        unstated = f"the image tower of this {type(inner).__name__} has no image_mean and image_std"
+        return replace(found, unstated="" if given.get("mean") and given.get("std") else unstated)
+
+    def describe(self, model: nn.Module, preprocessing: Preprocessing, computed: str) -> ModelDescription | None:
+        inner = library_model(model)
+        if library_of_class(inner) != self.name:
+            return None
+        if preprocessing.unstated:
+            advice = "Before `compress`, give them to open_clip.set_model_preprocess_cfg, or set these attributes."
+            raise ModelError(preprocessing.unstated, advice)
+        name, config = _config_of(inner, computed)
+        args = {"model_cfg": config} | ({} if hasattr(inner, "visual") else {"tower": "visual"})
+        return ModelDescription(name, f"{self.name}:{name}", args, preprocessing)
+
     def text_tower(self, loaded: LoadedModel) -> TextTower | None:
+        if "tower" in loaded.description.args:
+            return None
         inner, text = library_model(loaded.model), loaded.description.args["model_cfg"]["text_cfg"]
         hub = text.get("hf_tokenizer_name")
         folder = tokenizer_folder(loaded) if hub else None
@@ -175,6 +207,8 @@ class OpenClip(Library):
         return TextTower(tokenize, inner.encode_text, text.get("vocab_size", _WORDS))
 
     def write(self, folder: Path, loaded: LoadedModel, document: Mapping[str, Any]) -> None:
+        if "tower" in loaded.description.args:
+            raise OutputError("a folder of open_clip holds a whole model, and this is an image tower", ALONE)
         write_tensors(folder / _WEIGHTS, loaded.tensors, document)
         preprocessing = loaded.description.preprocessing
         content = {
@@ -249,26 +283,27 @@ def _create(config: Mapping[str, Any]) -> nn.Module:
     return model.eval()
 
 
-def _on_meta(config: Mapping[str, Any], name: str, where: str) -> TensorModel:
+def _on_meta(config: Mapping[str, Any], name: str, where: str, alone: bool = False) -> TensorModel:
+    """The model of a configuration, or its image tower alone, on the meta device."""
     try:
         with on_meta():
-            model = _wrapped(_create(config))
+            model = _wrapped(_create(config), alone)
     except Exception as error:  # as `_create`
         raise CheckpointError(f"{where}: {name} cannot be built: {first_line(error)}") from error
     if find(model) is None:
-        tower: Any = model.inner.visual
+        tower: Any = getattr(model.inner, "visual", model.inner)
         kind = type(getattr(tower, "trunk", tower)).__name__
         raise CheckpointError(f"{where}: the image tower of {name} is a {kind}, which is not supported")
     return model
 
 
-def _wrapped(inner: Any) -> TensorModel:
-    output = output_of(inner)
-    assert output is not None
+def _wrapped(whole: Any, alone: bool = False) -> TensorModel:
+    tower, inner = whole.visual, whole.visual if alone else whole
+    output = output_of(inner) or Output()
     model = TensorModel(inner, output.tensor, output.call, output.arguments, prefix=1, num_classes=0)
-    size = inner.visual.image_size
+    size = tower.image_size
     model.img_size = (size, size) if isinstance(size, int) else (size[0], size[1])
-    if trunk := getattr(inner.visual, "trunk", None):
+    if trunk := getattr(tower, "trunk", None):
         trunk.pretrained_cfg = {**(trunk.pretrained_cfg or {}), "input_size": (3, *model.img_size)}
     return model
 
@@ -299,20 +334,61 @@ def _has_trunk(tensors: Mapping[str, Tensor]) -> bool:
 
 def _fits(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], where: str) -> bool:
     """Whether the model of a configuration has exactly these tensors."""
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    table = _table(tensors)
-    patches = tensors.get("visual.conv1.weight")
-    if "hf_model_name" in text or table is None or table.shape != (text["vocab_size"], text["width"]):
+    text, table = config["text_cfg"], _table(tensors)
+    if not _can_fit(config, tensors, "visual."):
         return False
-    if ("timm_model_name" in vision) != _has_trunk(tensors):
-        return False
-    if patches is not None and patches.shape[::3] != (vision["width"], vision["patch_size"]):
+    if table is None or table.shape != (text["vocab_size"], text["width"]):
         return False
     try:
         inner = _on_meta(config, name, where).inner
     except CheckpointError:
         return False
     return shapes(inner.state_dict()) == shapes(_own_keys(inner, tensors))
+
+
+def _can_fit(config: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> bool:
+    """Whether the image tower under a prefix can be that of a configuration; built models are compared after this."""
+    vision, patches = config["vision_cfg"], tensors.get(f"{prefix}conv1.weight")
+    if "hf_model_name" in config["text_cfg"] or ("timm_model_name" in vision) != (
+        any(key.startswith(f"{prefix}trunk.") for key in tensors)
+    ):
+        return False
+    return patches is None or patches.shape[::3] == (vision["width"], vision["patch_size"])
+
+
+def _config_of(model: Any, computed: str) -> tuple[str, dict[str, Any]]:
+    """Name and configuration of a whole model in memory, or of one with this image tower; "custom" for changed ones.
+
+    Compared are open_clip's configurations, also with the activation, image size and text tower of the model, which
+    open_clip's `create_model` can change.
+
+    Raises:
+        ModelError: none computes the same.
+    """
+    tensors, kind, whole = model.state_dict(), type(model).__name__, hasattr(model, "visual")
+    tower, configs = getattr(model, "visual", model), _configs()
+    size, trunk = list(tower.image_size), (getattr(getattr(tower, "trunk", None), "pretrained_cfg", None) or {})
+    names = [name for name, each in configs.items() if _can_fit(each, tensors, "visual." if whole else "")]
+    # those with a trunk of this name first: building the others takes seconds
+    names.sort(key=lambda name: configs[name]["vision_cfg"].get("timm_model_name") != trunk.get("architecture"))
+    known = {name: configs[name] for name in names}
+    changed = [
+        {**each, "vision_cfg": {**each["vision_cfg"], "image_size": size}, "quick_gelu": quick}
+        | ({"custom_text": kind != "CLIP"} if whole else {})
+        for each in known.values()
+        for quick in (False, True)
+    ]
+    for name, config in (*known.items(), *(("custom", each) for each in changed)):
+        try:
+            built = _on_meta(_checked(config, name), name, name, not whole).inner
+        except CheckpointError:
+            continue
+        if shapes(built.state_dict()) == shapes(tensors) and computation(built) == computed:
+            return name, config
+    raise ModelError(
+        f"no configuration of open_clip computes the same as this {kind}, so a reader could not build it",
+        "Add its configuration with `open_clip.add_model_config(FILE)`, and build the model in float32.",
+    )
 
 
 def _computation(config: Mapping[str, Any]) -> str:

@@ -76,7 +76,7 @@ class Torchvision(Library):
         notes += [f"assumed the preprocessing of {weights}"] if weights else []
         return Identity(name, f"{self.name}:{name}", args, preprocessing, dict(tensors), notes)
 
-    def describe(self, model: nn.Module, preprocessing: Preprocessing) -> ModelDescription | None:
+    def describe(self, model: nn.Module, preprocessing: Preprocessing, computed: str) -> ModelDescription | None:
         inner = library_model(model)
         if library_of_class(inner) != self.name or type(inner).__name__ != _KIND:
             return None

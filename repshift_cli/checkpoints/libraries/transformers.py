@@ -22,7 +22,12 @@ from repshift_cli.checkpoints.folders import OWNER, copy_weights, read_config, s
 from repshift_cli.checkpoints.identify.computation import computation
 from repshift_cli.checkpoints.identify.identity import Identity
 from repshift_cli.checkpoints.identify.sizes import check_heads
-from repshift_cli.checkpoints.image_processor import read_processor, usual_of_maps, usual_preprocessing
+from repshift_cli.checkpoints.image_processor import (
+    check_spectrograms,
+    read_processor,
+    usual_of_maps,
+    usual_preprocessing,
+)
 from repshift_cli.checkpoints.libraries.base import Library
 from repshift_cli.checkpoints.load import note_assumed, read_folder_weights
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
@@ -138,7 +143,7 @@ class Transformers(Library):
             f"Give the folder that holds the file and its {_CONFIG}.",
         )
 
-    def describe(self, model: nn.Module, preprocessing: Preprocessing) -> ModelDescription | None:
+    def describe(self, model: nn.Module, preprocessing: Preprocessing, computed: str) -> ModelDescription | None:
         inner = library_model(model)
         name = type(inner).__name__
         if library_of_class(inner) != self.name or name not in _outputs():
@@ -241,12 +246,8 @@ class _Fitted:
         self.tower: Tower | None = tower_of(self.inner)
         tower = self.tower
         assert tower or name in MAPS, f"no spec describes the tower of {name}"
-        if tower and tower.spec.axes == "WH":
-            raise CheckpointError(
-                f"{where}: {name} reads spectrograms, and files are supported for models of images and clips",
-                "In Python, `repshift_cli.compress(model)` reduces it.",
-            )
-        if (channels := tower.projection.in_channels if tower else settings.num_channels) != _CHANNELS:
+        channels = tower.projection.in_channels if tower else settings.num_channels
+        if channels != (1 if self.spectrogram else _CHANNELS):
             raise CheckpointError(f"{where}: {_CHANNELS} input channels are supported, these weights take {channels}")
 
     def _load(self, kind: Any, settings: Any, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, list[str]]:
@@ -321,10 +322,15 @@ class _Fitted:
         return self.tower is not None and not self.tower.spec.any_size
 
     @property
+    def spectrogram(self) -> bool:
+        """Whether the model takes spectrograms."""
+        return self.tower is not None and self.tower.spec.axes == "WH"
+
+    @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the images that the configuration names."""
+        """Height and width of the images that the configuration names; time and frequency of a spectrogram."""
         assert self.tower is not None
-        height, width = self.tower.size[-2:]
+        height, width = self.tower.input_size[-2:]
         return height, width
 
     def _misfit(self, problems: str) -> CheckpointError:
@@ -336,6 +342,9 @@ def _preprocessing(fitted: _Fitted, folder: Path, options: LoadOptions) -> tuple
     part: Any = fitted.tower.module if fitted.tower else fitted.inner
     model_type = str(part.config.model_type)
     usual = usual_preprocessing(fitted.tower) if fitted.tower else usual_of_maps(model_type)
+    if fitted.spectrogram:
+        check_spectrograms(folder, fitted.size)
+        return Preprocessing.from_dict(usual, fitted.where), PREPROCESSING
     try:
         found = read_processor(folder, model_type)
     except CheckpointError as error:

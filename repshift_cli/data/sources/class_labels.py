@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repshift_cli.data.dataset import ClipFile, DatasetInfo, ImageDataset, Subset
+from repshift_cli.data.dataset import DatasetInfo, EncodedFile, ImageDataset, Subset
 from repshift_cli.errors import DataError
 from repshift_cli.utils.files import read_text
 from repshift_cli.utils.suggest import first_names
@@ -64,7 +64,7 @@ class NamedClasses(Subset):
     def classes(self) -> tuple[str, ...]:
         return self._classes
 
-    def load(self, index: int) -> tuple[Image.Image | ClipFile, int]:
+    def load(self, index: int) -> tuple[Image.Image | EncodedFile, int]:
         return self.dataset.load(index)[0], self._labels[self.names[index]]
 
     def stamp(self, index: int) -> str:

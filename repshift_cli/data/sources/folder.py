@@ -1,4 +1,4 @@
-"""Images or videos in folders: one folder per class, or any tree without labels."""
+"""Images, videos or spectrograms in folders: one folder per class, or any tree without labels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Literal
 
-from repshift_cli.data.dataset import ClipFile, DatasetInfo, ImageDataset
+from repshift_cli.data.dataset import DatasetInfo, EncodedFile, ImageDataset
 from repshift_cli.data.decode import FRAME_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, decode_file
 from repshift_cli.data.sources.class_labels import NamedClasses, class_list, class_root, named_classes
 from repshift_cli.errors import DataError
@@ -32,7 +32,7 @@ class Media:
         instead: what can stand for a file, for hints.
     """
 
-    unit: Literal["images", "videos"]
+    unit: Literal["images", "videos", "spectrograms"]
     suffixes: Collection[str]
     taken: str
     example: str
@@ -50,10 +50,10 @@ class Media:
 
     def nothing(self, where: str, others: Mapping[str, int]) -> str:
         """That there are none of them, only `others`: counts by suffix."""
-        other = VIDEOS if self is IMAGES else IMAGES
-        count = sum(others.get(suffix, 0) for suffix in other.suffixes)
-        found = f", but {count} {other.unit}; the model takes {self.taken}" if count else ""
-        return f"there are no {self.unit} in {where}{found}"
+        for other in MEDIA.values():
+            if other is not self and (count := sum(others.get(suffix, 0) for suffix in other.suffixes)):
+                return f"there are no {self.unit} in {where}, but {count} {other.unit}; the model takes {self.taken}"
+        return f"there are no {self.unit} in {where}"
 
 
 IMAGES = Media("images", sorted(IMAGE_SUFFIXES), "images", "FOLDER/cat/1.jpg, FOLDER/dog/2.png")
@@ -61,10 +61,13 @@ VIDEOS = Media(
     *("videos", VIDEO_SUFFIXES, "clips", "FOLDER/run/1.mp4, FOLDER/swim/2.avi"),
     f"; or a folder of frames each: {', '.join(sorted(suffix[1:] for suffix in FRAME_SUFFIXES))}",
 )
+SPECTROGRAMS = Media("spectrograms", (".npy",), "spectrograms", "FOLDER/rain/1.npy, FOLDER/dog/2.npy")
+MEDIA = {"image": IMAGES, "clip": VIDEOS, "spectrogram": SPECTROGRAMS}
+"""By the unit of `Preprocessing`."""
 
 
 class FileDataset(ImageDataset):
-    """Files with labels: images, or videos, each of which is a file or a folder of frames.
+    """Files with labels: images, spectrograms, or videos, each of which is a file or a folder of frames.
 
     Args:
         name: the name that the user gave.
@@ -107,9 +110,9 @@ class FileDataset(ImageDataset):
     def sample_id(self, index: int) -> str:
         return str(self.samples[index][0])
 
-    def load(self, index: int) -> tuple[Image.Image | ClipFile, int]:
+    def load(self, index: int) -> tuple[Image.Image | EncodedFile, int]:
         path, label = self.samples[index]
-        return decode_file(path) if self.unit == "images" else ClipFile(path), label
+        return decode_file(path) if self.unit == "images" else EncodedFile(path), label
 
     def fingerprint(self, index: int) -> str:
         return self._fingerprint(index, with_time=False)
@@ -158,17 +161,18 @@ def open_folder(name: str, root: Path, class_order: str | None = None, media: Me
     return named_classes(images, [found[place] for _, place in images.samples], found, class_order, info)
 
 
-def open_image_tree(root: Path) -> FileDataset:
-    """All images below a folder, without labels.
+def open_tree(root: Path, media: Media = IMAGES) -> FileDataset:
+    """All images or spectrograms below a folder, without labels.
 
     Raises:
         DataError: there are none.
     """
     left_out: Counter[str] = Counter()
-    paths = find_files(root, IMAGE_SUFFIXES, left_out)
+    paths = find_files(root, media.suffixes, left_out)
     if not paths:
-        raise DataError(IMAGES.nothing(str(root), left_out), f"Give a folder with images ({IMAGES.named}).")
-    return FileDataset(str(root), root, [(path, -1) for path in paths], (), DatasetInfo(left_out=left_out))
+        raise DataError(media.nothing(str(root), left_out), f"Give a folder with {media.unit} ({media.named}).")
+    info = DatasetInfo(left_out=left_out)
+    return FileDataset(str(root), root, [(path, -1) for path in paths], (), info, media=media)
 
 
 def open_videos(root: Path) -> FileDataset:
@@ -227,7 +231,7 @@ def class_images(
 def _members(folder: Path, media: Media, left_out: Counter[str]) -> list[tuple[Path, str]]:
     """The files of a class, or folders of frames below its folder, each with the real path of a folder of its own."""
     found = _walk(folder, media.suffixes, left_out)
-    frames = [] if media is IMAGES else _walk(folder, FRAME_SUFFIXES, None)
+    frames = [] if media is not VIDEOS else _walk(folder, FRAME_SUFFIXES, None)
     frames = [(path, real) for path, real in frames if path.parent != folder]
     left_out -= Counter(ending(path.name) for path, _ in frames)
     return found + list({path.parent: real for path, real in frames}.items())

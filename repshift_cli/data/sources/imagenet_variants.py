@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from repshift_cli.data.dataset import ClipFile, ImageDataset, Subset
+from repshift_cli.data.dataset import EncodedFile, ImageDataset, Subset
 from repshift_cli.data.sources.class_labels import imagenet_wnids
 from repshift_cli.data.sources.folder import FileDataset, check_folder
 from repshift_cli.data.sources.imagenet import known_class_folders, open_imagenet_val, validation_number
@@ -114,7 +114,7 @@ class _Reassessed(Subset):
     def description(self) -> str:
         return f"{self.dataset.description}; {len(self.dataset) - len(self)} without a reassessed label are skipped"
 
-    def load(self, index: int) -> tuple[Image.Image | ClipFile, int]:
+    def load(self, index: int) -> tuple[Image.Image | EncodedFile, int]:
         image, _ = super().load(index)
         return image, self.labels[index][0]
 

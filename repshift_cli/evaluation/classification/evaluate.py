@@ -22,6 +22,7 @@ from repshift_cli.data.dataset import ImageDataset
 from repshift_cli.data.decode import UnreadableSample
 from repshift_cli.data.loader import BatchLoader, default_workers, image_loader
 from repshift_cli.data.preprocessing import Preprocessing
+from repshift_cli.data.sources.folder import MEDIA
 from repshift_cli.errors import CheckFailed, DataError, ModelError, RepshiftError, UsageError
 from repshift_cli.evaluation.classification.counts import Counts, PredictionRows
 from repshift_cli.evaluation.classification.job import EvaluationJob
@@ -104,7 +105,7 @@ def _prepare(job: EvaluationJob, group: Processes, progress: Progress) -> Evalua
     _check_classes(dataset, job.num_classes)
     if len(dataset) == 0:
         raise DataError(f"the dataset {dataset.name} has no {dataset.unit}")
-    if (dataset.unit == "videos") != (job.preprocessing.frames is not None):
+    if dataset.unit != MEDIA[job.preprocessing.unit].unit:
         raise DataError(f"the model takes {job.preprocessing.unit}s, but {dataset.name} holds {dataset.unit}")
     if group.count > 1 and not dataset.random_access:
         raise UsageError(

@@ -85,7 +85,7 @@ class Evaluation:
     """Result for all models of a run.
 
     Attributes:
-        unit: what the dataset holds: images or videos. Below, an image can be a video.
+        unit: what the dataset holds: images, videos or spectrograms. Below, an image can be one of these.
         total: images of the dataset.
         outputs: number of outputs among which a model chooses.
         images: images classified by every model.
@@ -110,7 +110,7 @@ class Evaluation:
     interrupted: bool
     pace: Pace
     batch_size: int
-    unit: Literal["images", "videos"] = "images"
+    unit: Literal["images", "videos", "spectrograms"] = "images"
     padded: tuple[str, ...] = ()
     rows: PredictionRows | None = None
 
