@@ -89,6 +89,8 @@ class OnnxMaker(Maker):
         from onnxruntime.quantization import QDQQuantizer, QuantType, quantize_dynamic
 
         chosen = [name for name in self.layers if name not in excluded]
+        if not chosen and not self._between:  # no names mean all nodes
+            return self._model
         if not self._static:
             path = self._job.folder / "dynamic.onnx"
             with quiet():

@@ -10,7 +10,7 @@ import io
 import logging
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -103,8 +103,8 @@ class Maker(ABC):
         titles: the module in torch of each, or its own name.
     """
 
-    layers: Sequence[str]
-    titles: Mapping[str, str]
+    layers: list[str]
+    titles: dict[str, str]
 
     @abstractmethod
     def __init__(self, watched: ModelProto, job: Job) -> None: ...

@@ -36,7 +36,7 @@ def graph() -> Any:
     """A product, scores, a choice of tokens, a product of two activations, and a product: `output` and `kept`."""
     random = np.random.default_rng(0)
     weights = {
-        "model.first.weight": random.standard_normal((CHANNELS, CHANNELS), np.float32),
+        "model.first.weight": random.standard_normal((CHANNELS, CHANNELS), np.float32) / 20,
         "model.score.weight": random.standard_normal((CHANNELS, 1), np.float32),
         "model.last.weight": random.standard_normal((TOKENS // 2, CHANNELS), np.float32),
         "count": np.array([TOKENS // 2]),
