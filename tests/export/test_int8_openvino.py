@@ -17,7 +17,7 @@ from exported import export_to, inputs_for, open_family
 from onnx import TensorProto, helper, numpy_helper
 from outcome import Command
 
-from repshift_cli.benchmark.ways import Missing, Way
+from repshift_cli.benchmark.ways import Missing, Way, both
 from repshift_cli.checkpoints.artifact import open_model
 from repshift_cli.checkpoints.exported import open_exported
 from repshift_cli.errors import CheckFailed, UsageError
@@ -164,11 +164,13 @@ def test_built_in_models_keep_their_predictions_and_tokens(name: str, tmp_path: 
 @pytest.mark.slow
 def test_advise_has_a_row_with_images_to_calibrate(tmp_path: Path) -> None:
     for calibration in ("builtin:digits", None):
-        found = {each.name: each for each in exported_ways(open_family("timm_vit"), tmp_path, calibration, Silent())}
+        found = {
+            each.name: each for each in exported_ways(both(open_family("timm_vit")), tmp_path, calibration, Silent())
+        }
         if calibration:
             assert isinstance(found["tokens, int8, OpenVINO"], Way)
             assert found["tokens, int8, OpenVINO"].bytes < found["tokens, OpenVINO"].bytes  # type: ignore[union-attr]
         else:
-            missing = found["int8-dynamic, OpenVINO"]
+            missing = found["tokens, int8-dynamic, OpenVINO"]
             assert isinstance(missing, Missing)
             assert "needs images" in missing.reason
