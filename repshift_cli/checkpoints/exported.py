@@ -29,6 +29,7 @@ from repshift_cli.errors import CheckpointError, RepshiftError, UsageError, firs
 from repshift_cli.measure.device import out_of_memory
 from repshift_cli.utils.documents import parse_document, validated
 from repshift_cli.utils.files import EXPORT_SUFFIXES, LARGEST_DOCUMENT, export_file, sha256_of
+from repshift_cli.utils.intel import import_without_telemetry
 
 Kind = Literal["onnx", "openvino", "pt2", "aoti"]
 """The runtime of an exported file: ONNX Runtime, OpenVINO, torch's interpreter, or compiled code."""
@@ -173,12 +174,10 @@ def compile_ir(model: Any, document: ExportDocument) -> Any:
 
     By default OpenVINO computes float32 in bfloat16 where the CPU has instructions for it.
     """
-    import openvino
-
     config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     if document.input.dtype == "float32":
         config["INFERENCE_PRECISION_HINT"] = "f32"
-    return openvino.Core().compile_model(model, "CPU", config)
+    return import_without_telemetry("openvino").Core().compile_model(model, "CPU", config)
 
 
 def _is_ir_port(found: Any, port: Port) -> bool:
@@ -363,6 +362,12 @@ def kind_of(path: Path) -> Kind:
     raise CheckpointError(f"{path} holds neither a program of torch.export nor a compiled package")
 
 
+def document_of(path: Path) -> ExportDocument:
+    """The document of an exported file or the folder of an IR, without running it; errors as `read_document`."""
+    path = export_file(path)
+    return read_document(path, kind_of(path))
+
+
 def read_document(path: Path, kind: Kind) -> ExportDocument:
     """The document in an exported file.
 
@@ -385,13 +390,14 @@ def read_document(path: Path, kind: Kind) -> ExportDocument:
     return document
 
 
-def require(package: str, extra: str) -> None:
-    """Raise UsageError if a package of an extra, `onnx` or `openvino`, is not installed."""
+def require(package: str, extra: str, kind: str = "") -> None:
+    """Raise UsageError if a package of an extra, `onnx` or `openvino`, that `kind` of files need is not installed."""
     from importlib.util import find_spec
 
     if find_spec(package) is None:
+        runtime = "ONNX" if extra == "onnx" else "OpenVINO"
         raise UsageError(
-            f"{'ONNX' if extra == 'onnx' else 'OpenVINO'} files need {package}, which is not installed",
+            f"{kind}{runtime} files need {package}, which is not installed",
             f"Install it with: pip install 'repshift-cli[{extra}]'",
         )
 
@@ -412,14 +418,12 @@ def _onnx_document(path: Path) -> str | None:
 
 def _read_ir(path: Path) -> Any:
     require("openvino", "openvino")
-    import openvino
-
     weights = path.with_suffix(".bin")
     for file in (path, weights):
         if not file.is_file():
             raise CheckpointError(f"{path.parent} has no {file.name}", f"An IR is two files. {_AGAIN}")
     try:
-        return openvino.Core().read_model(path, weights)
+        return import_without_telemetry("openvino").Core().read_model(path, weights)
     except RuntimeError as error:
         raise CheckpointError(f"{path} is not an OpenVINO IR, or is damaged: {last_line(error)}", _AGAIN) from error
 

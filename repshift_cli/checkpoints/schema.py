@@ -139,7 +139,7 @@ class Quantization(_Part):
         float_layers: those that stay in float32 because they cost the most agreement, worst first.
         weight_bits: 7, so that sums of 16 bits do not saturate on CPUs without VNNI.
         calibration: the inputs that the ranges of activations are from; null if the graph computes them.
-        percentile: share of the values inside of these ranges, in percent; null likewise.
+        percentile: share of the values inside of these ranges, in percent; null likewise, and for OpenVINO.
     """
 
     kind: Literal["int8", "int8-dynamic"]

@@ -153,7 +153,7 @@ def _is_safetensors(file: BinaryIO, path: Path) -> bool:
     for suffix in (path.suffix.lower(), path.resolve().suffix.lower()):
         if suffix in EXPORT_SUFFIXES:
             raise CheckpointError(
-                f"{path} is an exported file, which only bench and eval can run",
+                f"{path} is an exported file, which only bench, eval and inspect can open",
                 "Give the checkpoint that it was exported from.",
             )
         if suffix in WEIGHT_SUFFIXES:

@@ -161,7 +161,7 @@ def requests_for(
         output = checkpoint.parent / _default_output(target, checkpoint.name, kind)
         found.append(Request(target.value, output, force=force, **fields))
     if quantize and not any(request.quantize for request in found):
-        raise UsageError("--quantize is for an export to onnx", "Add --export onnx.")
+        raise UsageError("--quantize is for an export to onnx or openvino", "Add --export onnx.")
     for request in found:
         check(request)
     return found
@@ -186,8 +186,8 @@ def _parse_batch(text: str) -> int | None:
     return int(text)
 
 
-def show(exported: Exported) -> None:
-    """Print the result as text."""
+def show(exported: Exported, verb: str = "wrote") -> None:
+    """Print the result as text; `verb` is the label of the file."""
     document = exported.document
     ui.print_text(f"model    {document.model.name}, {'with fewer tokens' if document.plan else 'dense'}")
     ui.print_text(f"cost     {document.dense_macs / 1e9:.3f} -> {document.macs / 1e9:.3f} GMACs per input")
@@ -202,7 +202,7 @@ def show(exported: Exported) -> None:
         ranges = "" if made.percentile is None else f", ranges of activations at percentile {made.percentile:g}"
         ui.print_text(f"layers   {made.layers} in int8, {len(made.float_layers)} in float32{ranges}")
     if document.verified is None:
-        ui.print_text("verified no: --no-verify was given")
+        ui.print_text("verified no: it was written with --no-verify")
     else:
         verdict = document.verified
         parts = [f"largest difference {verdict.max_difference:.2g} (allowed {verdict.tolerance:g})"]
@@ -214,4 +214,4 @@ def show(exported: Exported) -> None:
             parts.append(f"mean cosine {verdict.agreement:.4f}")
         batches = ", ".join(map(str, verdict.batches))
         ui.print_text(f"verified {', '.join(parts)}; {verdict.inputs} inputs in batches of {batches}")
-    ui.print_text(f"wrote    {exported.output} ({exported.bytes / 1e6:.1f} MB)")
+    ui.print_text(f"{verb:<8} {exported.output} ({exported.bytes / 1e6:.1f} MB)")

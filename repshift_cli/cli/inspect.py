@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repshift_cli.checkpoints.options import LoadOptions
@@ -24,9 +25,14 @@ def command(
     load: LoadOptions,
     json: options.AsJson = False,
 ) -> None:
-    """Show the blocks, tokens and reduction sites of a model."""
+    """Show the blocks, tokens and reduction sites of a model, or what an exported file holds."""
     with without_collection():  # saves a tenth of the time, most of which is importing torch and timm
         from repshift_cli.checkpoints.artifact import open_model
+        from repshift_cli.checkpoints.exported import is_exported
+
+        if is_exported(checkpoint):
+            _show_exported(checkpoint, json)
+            return
 
         opened = open_model(checkpoint, load)
         document = _describe(opened)
@@ -36,6 +42,19 @@ def command(
         ui.print_json(document)
     else:
         _show(document, opened.loaded.description.preprocessing)
+
+
+def _show_exported(name: str, json: bool) -> None:
+    from repshift_cli.checkpoints.exported import document_of
+    from repshift_cli.cli.export import show
+    from repshift_cli.export.job import Exported
+    from repshift_cli.utils.files import size_of
+
+    found = Exported(Path(name), document_of(Path(name)), size_of(Path(name)))
+    if json:
+        ui.print_json(found.to_dict())
+    else:
+        show(found, "file")
 
 
 def _describe(opened: Opened) -> dict[str, Any]:

@@ -149,7 +149,7 @@ Quantize = Annotated[
     typer.Option(
         "--quantize",
         metavar="KIND",
-        help="onnx: int8 (calibrated on images, faster) or int8-dynamic (needs no images).",
+        help="onnx, openvino: int8 (calibrated on images, faster); onnx: int8-dynamic (needs no images).",
         show_default=False,
     ),
 ]

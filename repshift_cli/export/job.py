@@ -65,6 +65,8 @@ def check(request: Request) -> None:
     for option, value, supported in (("dtype", dtype, wanted.dtypes), ("device", request.device.type, wanted.devices)):
         if value not in supported:
             raise UsageError(f"--to {wanted.name}: unsupported --{option} {value}: allowed: {', '.join(supported)}")
+    if request.quantize and dtype != "float32":
+        raise UsageError("--quantize takes a model in float32", "Leave --dtype out.")
     for package in wanted.packages:
         require(package, wanted.name)
     wanted.check(request)

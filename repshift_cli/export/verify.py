@@ -127,10 +127,12 @@ def judge(subject: Subject, request: Request, wanted: Sequence[Trace], found: Se
     return _verdict(counts, subject, request)
 
 
-def failed(request: Request, verdict: Verdict) -> CheckFailed:
-    """The error for a verdict that is not passed."""
+def failed(request: Request, verdict: Verdict, *, wrong_in_float: bool = False) -> CheckFailed:
+    """The error for a verdict that is not passed; `wrong_in_float` if a quantised graph without int8 does not pass."""
     advice = "Export to float32, or write it unverified with --no-verify."
-    if request.quantize:
+    if wrong_in_float:
+        advice = "With all layers in float32 it does not either, so int8 is not the cause. Use another format."
+    elif request.quantize:
         advice = "Give images of the model's own kind, a lower --agreement, or leave --quantize out."
     return CheckFailed(
         f"{request.output} does not compute what the model does: {_problem(verdict)}, on {verdict.inputs} inputs",

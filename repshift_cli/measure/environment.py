@@ -17,6 +17,7 @@ from repshift_cli.errors import first_line
 from repshift_cli.measure.cpu import INSTRUCTIONS, cpu_features
 from repshift_cli.measure.device import device_name
 from repshift_cli.models.attention_mode import available_kernels, flash_missing
+from repshift_cli.utils.intel import import_without_telemetry
 from repshift_cli.version import __version__
 
 PACKAGE = "repshift-cli"
@@ -122,9 +123,7 @@ def _providers() -> list[str]:
 
 
 def _openvino_devices() -> list[str]:
-    import openvino
-
-    return list(openvino.Core().available_devices)
+    return list(import_without_telemetry("openvino").Core().available_devices)
 
 
 def cxx_compiler() -> str | None:

@@ -510,7 +510,7 @@ class TestRefused:
             ({"target": "pt2", "opset": 20}, "--opset is for --to onnx"),
             ({"target": "pt2", "tune": True}, "--tune is for --to aoti"),
             ({"target": "onnx", "tune": True}, "--tune is for --to aoti"),
-            ({"target": "openvino", "quantize": "int8"}, "--quantize is for --to onnx, not for --to openvino"),
+            ({"target": "pt2", "quantize": "int8"}, "--quantize is for --to onnx, openvino, not for --to pt2"),
             ({"target": "hub", "tune": True}, "--tune is for --to aoti"),
             ({"target": "hub", "batch": 2}, "--batch is for --to aoti, onnx, openvino, pt2"),
             ({"target": "hub", "device": torch.device("cuda")}, "unsupported --device cuda: allowed: cpu"),

@@ -19,7 +19,7 @@ from torch import Tensor
 from repshift_cli.checkpoints.exported import open_exported
 from repshift_cli.cli.export import requests_for
 from repshift_cli.errors import CheckFailed, DataError, ModelError, UsageError
-from repshift_cli.export import int8
+from repshift_cli.export import int8_onnx, quantize
 from repshift_cli.export.job import check
 from repshift_cli.export.request import Request, Subject
 from repshift_cli.reduction.compressed_model import Trace
@@ -38,7 +38,7 @@ def graph_of(nodes: Sequence[tuple[str, str, str]], weights: dict[str, tuple[int
 
 
 def names(graph: Any, *, static: bool = True) -> list[str]:
-    return [node.name.removeprefix("node ") for node in int8._find_layers(graph, static=static)]
+    return [node.name.removeprefix("node ") for node in int8_onnx._find_layers(graph, static=static)]
 
 
 def test_scores_and_the_patch_embedding_stay_in_float32() -> None:
@@ -77,14 +77,16 @@ def test_what_lies_between_convolutions_is_quantised() -> None:
     assert caught.value.hint == "Use --quantize int8, which needs images."
 
 
-def job_of(folder: Path, **options: Any) -> int8.Job:
+def job_of(folder: Path, **options: Any) -> quantize.Job:
     options = {"quantize": "int8", "calibration": str(folder), **options}
     request = Request("onnx", folder / "out.onnx", **options)
-    return int8.Job(Subject(open_family("timm_vit"), False), request, SimpleNamespace(), folder, Silent())  # type: ignore[arg-type]
+    subject: Any = Subject(open_family("timm_vit"), False)
+    nothing: Any = SimpleNamespace()
+    return quantize.Job(subject, request, nothing, folder, (None, nothing), Silent())
 
 
-def draw(job: int8.Job) -> int8.Images:
-    return int8.draw_images(job.subject, job.request, Silent())
+def draw(job: quantize.Job) -> quantize.Images:
+    return quantize.draw_images(job.subject, job.request, Silent())
 
 
 @pytest.mark.parametrize(
@@ -122,6 +124,8 @@ def test_static_needs_images_unless_the_model_is_built_in(tmp_path: Path) -> Non
     [
         ({"target": "pt2", "quantize": "int8"}, "--quantize is for --to onnx"),
         ({"target": "onnx", "quantize": "int8", "dtype": torch.float16}, "takes a model in float32"),
+        ({"target": "openvino", "quantize": "int8", "dtype": torch.float16}, "takes a model in float32"),
+        ({"target": "openvino", "quantize": "int8-dynamic"}, "has no int8-dynamic, only int8"),
         ({"target": "onnx", "quantize": "int8", "opset": 12}, "invalid --opset 12"),
     ],
 )
@@ -147,9 +151,16 @@ class Layers:
 
     layers = ("a", "b", "c", "d")
 
+    def __init__(self, allowed: float, wanted: Tensor) -> None:
+        self.allowed, self.wanted = allowed, wanted
+
     def build(self, excluded: Collection[str]) -> float:
         costs = {"a": 0.0, "b": 3.0, "c": 0.1, "d": 1.0}
         return sum(cost for name, cost in costs.items() if name not in excluded)
+
+    def run(self, graph: float, known: Any) -> list[tuple[Tensor, ...]]:
+        output = self.wanted if graph <= self.allowed else self.wanted.flip(-1)
+        return [(output, output)]
 
 
 @pytest.mark.parametrize(("allowed", "stay"), [(9.0, []), (2.0, ["b"]), (0.5, ["b", "d"]), (-1.0, None)])
@@ -158,19 +169,16 @@ def test_the_worst_layers_stay_in_float32(
 ) -> None:
     trace = Trace(torch.tensor([[1.0, 0.0]]), {})
 
-    def run(self: Any, graph: float, known: Any) -> list[tuple[Tensor, ...]]:
-        output = trace.output if graph <= allowed else trace.output.flip(-1)
-        return [(output, output)]
-
-    monkeypatch.setattr(int8.Job, "run", run)
-    monkeypatch.setattr(int8.Job, "error", lambda self, graph, known: graph)
+    monkeypatch.setattr(quantize, "error", lambda maker, graph, known: graph)
+    layers: Any = Layers(allowed, trace.output)
     job = job_of(tmp_path)
     known = [(torch.zeros(1), trace)]
     if stay is None:
-        with pytest.raises(CheckFailed, match=r"unchanged predictions 0.00% \(at least 99.00%\)"):
-            int8._fit(Layers(), job, known)  # type: ignore[arg-type]
+        with pytest.raises(CheckFailed, match=r"unchanged predictions 0.00% \(at least 99.00%\)") as caught:
+            quantize._fit(layers, job, known)
+        assert "in float32 it does not either" in (caught.value.hint or "")
     else:
-        assert int8._fit(Layers(), job, known) == stay  # type: ignore[arg-type]
+        assert quantize._fit(layers, job, known) == stay
 
 
 @pytest.mark.slow

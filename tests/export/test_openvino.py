@@ -83,9 +83,9 @@ def test_float32_stays_float32_and_threads_are_those_of_torch(made: Path) -> Non
 
 def test_other_commands_refuse_it(made: Path, cli: Command) -> None:
     assert is_exported(made / "vit")
-    outcome = cli("inspect", made / "vit")
+    outcome = cli("visualize", made / "vit")
     assert outcome.rc == 3
-    assert "is an exported file, which only bench and eval can run" in outcome.stderr
+    assert "is an exported file, which only bench, eval and inspect can open" in outcome.stderr
 
 
 def flip(raw: bytes) -> bytes:

@@ -47,15 +47,17 @@ def _write(subject: Subject, request: Request, path: Path, progress: Progress) -
 
     from repshift_cli.checkpoints import exported
     from repshift_cli.checkpoints.weights import METADATA_KEY
-    from repshift_cli.export import int8
+    from repshift_cli.export import quantize
+    from repshift_cli.export.int8_onnx import OnnxMaker
 
     opset = request.opset or DEFAULT_OPSET
-    drawn = int8.draw_images(subject, request, progress) if request.quantize else None
+    drawn = quantize.draw_images(subject, request, progress) if request.quantize else None
     watched, places, output = watched_graph(subject, request, opset, progress)
     document = subject.document(request, output, opset)
     known: Sequence[tuple[Tensor, Trace]] = ()
     if drawn:
-        made = int8.quantize(watched, int8.Job(subject, request, document, path.parent, progress), drawn)
+        job = quantize.Job(subject, request, document, path.parent, drawn, progress)
+        made = quantize.quantize(OnnxMaker, watched, job)
         watched, known = made.graph, made.known
         document = document.model_copy(update={"quantized": made.part})
     model = _without_outputs(watched, places)
@@ -92,8 +94,6 @@ def watched_graph(
 
 
 def _check(request: Request) -> None:
-    if request.quantize and request.dtype is not None and str(request.dtype) != "torch.float32":
-        raise UsageError("--quantize takes a model in float32", "Leave --dtype out.")
     opset = request.opset
     if opset is not None and not OLDEST_OPSET <= opset <= NEWEST_OPSET:
         raise UsageError(
