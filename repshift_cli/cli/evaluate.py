@@ -64,8 +64,8 @@ def command(
             metavar="NAME",
             help="Images: imagenet-val, imagenet-real, imagenet-v2, imagenet-a, imagenet-r, fashion-mnist, "
             "builtin:digits, a folder of class folders, a tar file, or a dataset that timm can read (torch/cifar10). "
-            "Labelled videos: a folder of class folders. Videos with texts: msrvtt, msvd, activitynet, didemo, lsmdc, ssv2-label, ssv2-template, "
-            "msrvtt-qa, msvd-qa, builtin:shapes, builtin:shapes-qa.",
+            "Labelled videos: a folder of class folders. Videos with texts: msrvtt, msvd, activitynet, didemo, lsmdc, "
+            "ssv2-label, ssv2-template, msrvtt-qa, msvd-qa, builtin:shapes, builtin:shapes-qa.",
             show_default=False,
         ),
     ] = None,
