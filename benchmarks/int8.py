@@ -1,4 +1,4 @@
-"""DeiT in ONNX Runtime on this CPU: fewer tokens, int8, both, smaller images, a smaller model; and what int8 changes.
+"""DeiT in ONNX Runtime and OpenVINO on this CPU: fewer tokens, int8, both, smaller images, a smaller model; and what int8 changes.
 
     GOMP_SPINCOUNT=10000 python benchmarks/int8.py --threads 2 --seconds 20
 
@@ -30,6 +30,7 @@ from repshift_cli.benchmark.run import Contender, run_bench
 from repshift_cli.checkpoints.exported import open_exported
 from repshift_cli.cli.ui import Screen
 from repshift_cli.measure.cpu import int8_note
+from repshift_cli.utils.files import size_of
 
 TITLES = {"tiny": "DeiT-Ti", "small": "DeiT-S", "base": "DeiT-B"}
 SMALLER = {"tiny": "tiny", "small": "tiny", "base": "small"}
@@ -74,7 +75,7 @@ def main() -> None:
     columns = ["graph", "file, MB", "seconds", "peak memory, MiB"]
     body += ["## Cost of an export", table(columns, costs), f"With {options.images} images; the check is included."]
     name = next(iter(reports.values())).machine if reports else ""
-    machine = f"{name}; onnxruntime {version('onnxruntime')}; {int8_note() or 'with instructions for 8-bit products'}"
+    machine = f"{name}; onnxruntime {version('onnxruntime')}, openvino {version('openvino')}; {int8_note() or 'with instructions for 8-bit products'}"
     publish("int8", "int8 and fewer tokens on a CPU", machine, body, dry_run=options.dry_run)
 
 
@@ -119,8 +120,13 @@ def run_command(*arguments: str) -> tuple[dict[str, Any], float, float]:
 
 def graphs(model: str) -> list[tuple[str, str]]:
     """Side and kind of each graph of a model."""
-    kinds = ("float32", *KINDS)
-    return [(side, kind) for side in SIDES for kind in (kinds if side in ("dense", "tokens") else kinds[:2])]
+    always, more = ("float32", "int8"), ("int8-dynamic", "OpenVINO float32", "OpenVINO int8")
+    sides = SIDES if model != "base" else SIDES[:2]
+    return [
+        (side, kind)
+        for side in sides
+        for kind in (*always, *(more if side in ("dense", "tokens") and model != "base" else ()))
+    ]
 
 
 def write_all(model: str, options: argparse.Namespace, folder: Path) -> list[list[str]]:
@@ -131,23 +137,31 @@ def write_all(model: str, options: argparse.Namespace, folder: Path) -> list[lis
         if output.exists():
             continue
         name = SMALLER[model] if side == "smaller model" else model
-        arguments = ["export", f"deit_{name}_patch16_224", "--to", "onnx", "-o", str(output)]
+        target = "openvino" if kind.startswith("OpenVINO") else "onnx"
+        arguments = ["export", f"deit_{name}_patch16_224", "--to", target, "-o", str(output)]
         arguments += ["--threads", str(options.threads)]
         if side == "tokens":
             arguments += ["--recipe", f"deit_{model}_paper"]
         if side == "smaller images":
             arguments += ["--model-args", f"img_size={IMAGE}"]
-        if kind != "float32":  # predictions with random weights are arbitrary, so no agreement is required
-            arguments += ["--quantize", kind, "--calibration", str(folder / "images"), "--agreement", "0"]
+        if "int8" in kind:  # predictions with random weights are arbitrary, so no agreement is required
+            arguments += [
+                "--quantize",
+                kind.removeprefix("OpenVINO "),
+                "--calibration",
+                str(folder / "images"),
+                "--agreement",
+                "0",
+            ]
             arguments += ["--calibration-images", str(options.images)]
         _, seconds, memory = run_command(*arguments)
-        size = output.stat().st_size / 1e6
+        size = size_of(output) / 1e6
         rows.append([f"{TITLES[model]}, {side}, {kind}", f"{size:.0f}", f"{seconds:.0f}", f"{memory:.0f}"])
     return rows
 
 
 def graph_path(folder: Path, model: str, side: str, kind: str) -> Path:
-    return folder / f"{model} {side} {kind}.onnx"
+    return folder / f"{model} {side} {kind}{'' if kind.startswith('OpenVINO') else '.onnx'}"
 
 
 def agreement_rows(model: str, folder: Path, scenes: int) -> list[list[str]]:

@@ -36,7 +36,9 @@ def exported_ways(
                 try:
                     written = export(way.opened, request, progress)
                 except RepshiftError as error:
-                    yield Missing(f"{way.name}, {name}", error.message)
-                    continue
+                    yield Missing(f"{way.name}, {name}" if number else name, error.message)
+                    if number:
+                        continue
+                    break  # most likely none of the models can be exported so
                 module = open_exported(path).module
                 yield replace(way, name=f"{way.name}, {name}", run=module, bytes=written.bytes, context=nullcontext)
