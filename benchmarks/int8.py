@@ -1,4 +1,4 @@
-"""DeiT in ONNX Runtime and OpenVINO on this CPU: fewer tokens, int8, both, smaller images, a smaller model; and what int8 changes.
+"""DeiT on this CPU with fewer tokens, in int8, both, with smaller images, and a smaller model; and what int8 changes.
 
     GOMP_SPINCOUNT=10000 python benchmarks/int8.py --threads 2 --seconds 20
 
@@ -75,7 +75,8 @@ def main() -> None:
     columns = ["graph", "file, MB", "seconds", "peak memory, MiB"]
     body += ["## Cost of an export", table(columns, costs), f"With {options.images} images; the check is included."]
     name = next(iter(reports.values())).machine if reports else ""
-    machine = f"{name}; onnxruntime {version('onnxruntime')}, openvino {version('openvino')}; {int8_note() or 'with instructions for 8-bit products'}"
+    runtimes = ", ".join(f"{package} {version(package)}" for package in ("onnxruntime", "openvino"))
+    machine = f"{name}; {runtimes}; {int8_note() or 'with instructions for 8-bit products'}"
     publish("int8", "int8 and fewer tokens on a CPU", machine, body, dry_run=options.dry_run)
 
 
