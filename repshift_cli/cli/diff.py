@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,24 +32,24 @@ def command(
 
     sides = [open_model(first), open_model(second)]
     tensors = differing_tensors(*(side.loaded for side in sides))
-    facts = [_facts(side) for side in sides]
-    names = dict.fromkeys(chain(*facts))
-    rows = [(name, *(side.get(name) for side in facts)) for name in names]
-    differing = [row for row in rows if row[1] != row[2]]
+    a, b = (_facts(side) for side in sides)
+    differing = [(name, a.get(name), b.get(name)) for name in dict.fromkeys((*a, *b)) if a.get(name) != b.get(name)]
     if json:
-        found = {name: {"a": a, "b": b} for name, a, b in differing}
+        found = {name: {"a": one, "b": other} for name, one, other in differing}
         ui.print_json({"a": first, "b": second, "weights_differ": tensors, "differing": found})
         return
     total = len(sides[0].loaded.tensors.keys() | sides[1].loaded.tensors.keys())
     listed = f": {', '.join(tensors[:_SHOWN])}{', ...' if len(tensors) > _SHOWN else ''}" if tensors else ""
     ui.print_text(f"weights  {f'{len(tensors)} of {total} tensors differ{listed}' if tensors else 'equal'}")
     if differing:
-        ui.print_table(None, ["", "A", "B"], [[name, a or "-", b or "-"] for name, a, b in differing], left=3)
+        ui.print_table(
+            None, ["", "A", "B"], [[name, one or "-", other or "-"] for name, one, other in differing], left=3
+        )
     else:
         ui.print_text("Everything else is equal.")
 
 
-def _facts(opened: Opened) -> dict[str, Any]:
+def _facts(opened: Opened) -> dict[str, str]:
     """What the two sides are compared in, as text by title."""
     description = opened.loaded.description
     found = {"model": description.name, "input": str(description.preprocessing), "GMACs": f"{opened.macs / 1e9:.3f}"}
