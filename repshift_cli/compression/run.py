@@ -28,8 +28,8 @@ from repshift_cli.search.search import check_head
 from repshift_cli.search.target import SearchTarget
 from repshift_cli.utils.progress import Progress
 
-_QUICK_EVALUATIONS = 12
-"""Schedules that the search within `compress` tries."""
+_QUICK_EVALUATIONS, _QUICK_SECONDS = 12, 3.0
+"""Schedules that the search within `compress` tries, and the most seconds of each of its latency measurements."""
 
 _MOST_IMAGES = 1024
 """The most images that a search takes by itself."""
@@ -128,7 +128,7 @@ def _compress_to_target(
     count = max(_search_images(settings, loaded, goal, amounts.calibration) for goal in goals)
     inputs = load_search_inputs(loaded, settings, count, notes)
     target, *limits = (_without_labels(goal, inputs, notes) for goal in goals)
-    request = SearchRequest(target, _QUICK_EVALUATIONS, seconds=settings.seconds)
+    request = SearchRequest(target, _QUICK_EVALUATIONS, seconds=min(settings.seconds, _QUICK_SECONDS))
     found = _search(loaded, recipe, request, settings, inputs, notes)
     if found.result.interrupted:
         raise KeyboardInterrupt
