@@ -24,6 +24,7 @@ import torch
 from _results import latency, publish, table, words
 from _timing import cpu_settings
 from PIL import Image
+from torch import Tensor, nn
 
 from repshift_cli.benchmark.report import BenchReport
 from repshift_cli.benchmark.run import Contender, run_bench
@@ -36,8 +37,8 @@ TITLES = {"tiny": "DeiT-Ti", "small": "DeiT-S", "base": "DeiT-B"}
 SMALLER = {"tiny": "tiny", "small": "tiny", "base": "small"}
 KINDS = ("int8", "int8-dynamic")
 SIDES = ("dense", "tokens", "smaller images", "smaller model")
-IMAGE = 176
-"""Side of the smaller images: the largest multiple of the patch at which a DeiT costs no more than `tokens`."""
+SIDE, IMAGE = 224, 176
+"""Sides of images and smaller images: the largest multiple of the patch at which a DeiT costs at most `tokens`."""
 
 BUILT_IN = ("vit-digits", "vit-digits-small", "cnn-digits", "vim-digits")
 MIB = 1024
@@ -187,13 +188,25 @@ def agreement_rows(model: str, folder: Path, scenes: int) -> list[list[str]]:
     return rows
 
 
+class Part(nn.Module):
+    """A model of smaller images, which takes a part of each image; so all models take the same images."""
+
+    def __init__(self, inner: nn.Module, height: int, width: int) -> None:
+        super().__init__()
+        self.inner, self.height, self.width = inner, height, width
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(images[..., : self.height, : self.width].contiguous())
+
+
 def measure(model: str, options: argparse.Namespace, folder: Path) -> BenchReport:
     contenders = []
     for side, kind in graphs(model):
         opened = open_exported(graph_path(folder, model, side, kind))
         size = opened.loaded.description.preprocessing.shape
         against = None if (side, kind) == ("dense", "float32") else "dense, float32"
-        contenders.append(Contender(f"{side}, {kind}", opened.module, opened.macs, size, against))
+        module = Part(opened.module, *size[1:]) if side == "smaller images" else opened.module
+        contenders.append(Contender(f"{side}, {kind}", module, opened.macs, (3, SIDE, SIDE), against))
     return run_bench(contenders, options.batch_sizes, cpu_settings(options), Screen())
 
 
