@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from repshift_cli.report.parts import Point, Search, Spread
 
-WIDTH = 480.0
+WIDTH = 400.0
 _LEFT, _RIGHT = 46.0, 12.0
 _TOP, _HEIGHT = 22.0, 130.0
-_LABEL = 30.0
+_LABEL = 27.0
 """Least distance of two labels."""
 
 _TICKS = 4
@@ -58,7 +58,7 @@ def bar_plot(tokens: Mapping[int, int], dense: Mapping[int, int]) -> Bars:
         middle = _LEFT + (place + 0.5) * step
         new = count != before and middle - labelled >= _LABEL
         labelled = middle if new else labelled
-        shown = middle - ticked >= _LABEL * 0.75
+        shown = middle - ticked >= _LABEL * 0.8
         ticked = middle if shown else ticked
         height = _HEIGHT * min(1.0, count / dense[block])
         texts = str(count) if new else "", str(block) if shown else ""
