@@ -34,6 +34,13 @@ def command(
     ] = None,
     class_order: options.ClassOrder = None,
     count: Annotated[int, typer.Option(min=1, max=16, help="Number of images.")] = _IMAGES,
+    bench: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Add a result of `repshift bench FILE --json`.")
+    ] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option("--eval", metavar="FILE", help="Add a result of `repshift eval FILE --compare-dense --json`."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="PAGE", help="Output file. [default: (<checkpoint>_report.html)]"),
@@ -51,8 +58,13 @@ def command(
     check_output(output, force)
 
     from repshift_cli.checkpoints.artifact import open_model
-    from repshift_cli.report.page import render
+    from repshift_cli.report.page import Added, render
+    from repshift_cli.report.parts import BenchDocument, EvalDocument, check_same, read_document
 
+    timed = bench and read_document(BenchDocument, bench, "--bench", f"repshift bench {checkpoint} --json")
+    scored = evaluation and read_document(
+        EvalDocument, evaluation, "--eval", f"repshift eval {checkpoint} --dataset FOLDER --compare-dense --json"
+    )
     opened = open_model(checkpoint)
     if opened.compressed is None:
         raise UsageError(
@@ -60,10 +72,14 @@ def command(
         )
     for note in opened.loaded.notes:
         ui.remark(note)
+    if bench and timed:
+        check_same("--bench", bench, [run.gmacs for run in timed.runs], opened.macs / 1e9)
+    if evaluation and scored:
+        check_same("--eval", evaluation, [scored.gmacs], opened.macs / 1e9)
     shown, why = None, _no_images(opened, checkpoint, data)
     if not why:
         shown = _visualize(opened, data or _SCENES, count, seed, class_order)
-    text = render(opened, checkpoint, describe(opened.loaded.document or {}), shown, why)
+    text = render(opened, checkpoint, describe(opened.loaded.document or {}), Added(shown, why, timed, scored))
     write_text(output, text, force)
     size = size_of(output)
     if json:

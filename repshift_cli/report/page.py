@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from base64 import b64encode
 from collections.abc import Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
 from typing import Any
@@ -15,7 +16,7 @@ from markupsafe import Markup
 from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.reduction.compressed_model import CompressedModel
 from repshift_cli.reduction.reducers.base import Merger, build_reducer
-from repshift_cli.report.parts import Calibration, Measured, Point, Search, read_part
+from repshift_cli.report.parts import BenchDocument, Calibration, EvalDocument, Measured, Point, Search, read_part
 from repshift_cli.report.pictures import pictures, stages
 from repshift_cli.report.plots import NAMES, Bars, bar_plot, interval_plot, milliseconds, scatter_plot
 from repshift_cli.utils.stats import percent_interval
@@ -30,17 +31,25 @@ _CANDIDATES = 5
 """Candidates of a site that are listed."""
 
 
-def render(
-    opened: Opened, name: str, provenance: Mapping[str, str], shown: Visualization | None, no_images: str = ""
-) -> str:
+@dataclass(frozen=True)
+class Added:
+    """Documents of other commands, None where not given; `images` have their kept tokens, `no_images` says why not."""
+
+    images: Visualization | None = None
+    no_images: str = ""
+    bench: BenchDocument | None = None
+    evaluation: EvalDocument | None = None
+
+
+def render(opened: Opened, name: str, provenance: Mapping[str, str], added: Added) -> str:
     """The page of a compressed model.
 
     Args:
         opened: a compressed model.
         name: of the file, for the commands.
         provenance: lines of text by title, which say how the file was made.
-        shown: images with their kept tokens; None for a page without images, for the reason `no_images`.
     """
+    shown = added.images
     compressed, document = opened.compressed, opened.loaded.document or {}
     assert compressed is not None
     measured, bad_measured = read_part(Measured, document, "measured")
@@ -87,7 +96,9 @@ def render(
         stages=stages(shown) if shown else (),
         data=shown.samples.description if shown else "",
         unchanged=shown.unchanged if shown else None,
-        no_images=no_images,
+        no_images=added.no_images,
+        bench=added.bench,
+        evaluation=added.evaluation,
         commands=_commands(opened, name, measured),
     )
 

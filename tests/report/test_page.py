@@ -20,7 +20,7 @@ from PIL import Image
 from tiny import save_weights, tiny_vit
 
 from repshift_cli.checkpoints.artifact import Opened, open_model
-from repshift_cli.report.page import render
+from repshift_cli.report.page import Added, render
 from repshift_cli.report.parts import Search
 from repshift_cli.report.pictures import borders_path, cells_path
 from repshift_cli.report.plots import bar_plot, nice_values, scatter_plot
@@ -109,9 +109,9 @@ def opened(version: int, **parts: Any) -> Opened:
     return found
 
 
-def page_of(found: Opened, folder: Path | None = None, name: str = "fast.safetensors") -> Page:
+def page_of(found: Opened, folder: Path | None = None, name: str = "fast.safetensors", **added: Any) -> Page:
     shown = visualize(found, str(folder), 2) if folder else None
-    return Page(render(found, name, {"made": "2026 by repshift 1"}, shown, "No images were given."))
+    return Page(render(found, name, {"made": "2026 by repshift 1"}, Added(shown, "No images were given.", **added)))
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_colours_have_enough_contrast() -> None:
 def test_the_groups_of_merged_tokens_are_those_of_the_trace(folder: Path) -> None:
     found = opened(4)
     shown = visualize(found, str(folder), 2)
-    page = Page(render(found, "x", {}, shown))
+    page = Page(render(found, "x", {}, Added(shown)))
     embedded = [json.loads(text) for text in page.data["script"][:2]]
     (layer,) = shown.groups
     assert [each[1] for each in embedded] == shown.groups[layer].tolist()
@@ -280,6 +280,44 @@ def test_the_command(cli: Command, folder: Path, tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir() if each.is_file()] == ["r.html"]
     clips = cli("report", stored(3), "-o", "clips.html")
     assert "Clips are not shown" in clips.stdout
+
+
+def test_results_of_other_commands(cli: Command, tmp_path: Path) -> None:
+    made = stored(1)
+    macs = open_model(made).macs / 1e9
+    setting = {"batch": 8, "dtype": "float32", "compile": "off", "image_size": 24, "attention_mode": "auto"}
+    times = {"latency_ms": {"median": 33.3, "p10": 31.1, "p90": 35.5}, "throughput": 240.1}
+    runs = [
+        {"name": "dense", "role": "dense", "gmacs": 2 * macs, **setting, **times},
+        {"name": "fast", "role": "compressed", "gmacs": macs, **setting, **times},
+    ]
+    ratio = {
+        "name": "fast",
+        "against": "dense",
+        "latency": 1.445,
+        "latency_p10": 1.4,
+        "latency_p90": 1.5,
+        "clear": True,
+    }
+    bench = {"device": "A fast CPU", "threads": 2, "runs": runs, "ratios": [{**ratio, **setting}]}
+    score = {"top1": 81.25, "top1_interval": [79.5, 83.0], "gmacs": macs}
+    evaluation = {**score, "dataset": "val", "images": 900, "dense": {**score, "top1": 82.0}, "agreement": 0.955}
+    for name, document in (("bench.json", bench), ("eval.json", evaluation)):
+        (tmp_path / name).write_text(json.dumps(document))
+    assert cli("report", made, "--bench", "bench.json", "--eval", "eval.json", "-o", "r.html").rc == 0
+    text = Page((tmp_path / "r.html").read_text("utf-8")).text
+    for part in (
+        "33.3",
+        "31.1 - 35.5",
+        "1.45x faster (1.40 - 1.50)",
+        "-0.75 points of top-1",
+        "95.5%",
+        "79.50 - 83.00",
+    ):
+        assert part in text, part
+    explained(cli("report", made, "--eval", "bench.json", "-o", "x.html"), 2, "not a document", "repshift eval")
+    other = stored(4)
+    explained(cli("report", other, "--eval", "eval.json", "-o", "x.html"), 2, "no model in it has")
 
 
 def test_what_the_command_refuses(cli: Command, tmp_path: Path) -> None:
