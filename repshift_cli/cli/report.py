@@ -61,10 +61,9 @@ def command(
     from repshift_cli.report.page import Added, render
     from repshift_cli.report.parts import BenchDocument, EvalDocument, check_same, read_document
 
-    timed = bench and read_document(BenchDocument, bench, "--bench", f"repshift bench {checkpoint} --json")
-    scored = evaluation and read_document(
-        EvalDocument, evaluation, "--eval", f"repshift eval {checkpoint} --dataset FOLDER --compare-dense --json"
-    )
+    evaluating = f"repshift eval {checkpoint} --dataset FOLDER --compare-dense --json"
+    timed = read_document(BenchDocument, bench, "--bench", f"repshift bench {checkpoint} --json") if bench else None
+    scored = read_document(EvalDocument, evaluation, "--eval", evaluating) if evaluation else None
     opened = open_model(checkpoint)
     if opened.compressed is None:
         raise UsageError(

@@ -94,7 +94,7 @@ class SiteHook:
         return self.stream.reduce(output, keep, self.planned, self.reducer.reduce)
 
     def _merge(self, merger: Merger, *args: Any, seen: dict[str, Tensor]) -> Merged:
-        merged = merger.merge(*args, seen=seen)
+        merged = merger.merge(*args, seen)
         if self.recorded is not None:
             self.recorded.append(merged.places)
             self.merges.append(merged)

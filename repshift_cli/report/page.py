@@ -150,7 +150,7 @@ def _quality(opened: Opened, measured: Measured | None, unit: str) -> dict[str, 
 
 def _points(search: Search) -> list[tuple[str, str, Point, Point | None]]:
     """The named schedules: key, half, values, and the dense model on the same half."""
-    found = []
+    found: list[tuple[str, str, Point, Point | None]] = []
     for key, point in search.points.items():
         if point is not None:
             half = "selection" if key == "given" else "held-out"
