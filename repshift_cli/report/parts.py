@@ -146,6 +146,13 @@ class MeasuredOn(Part):
     threads: Count
 
 
+class Limit(Part):
+    """A limit of quality beside the target, in its own unit."""
+
+    target: str
+    reached: float | None
+
+
 class Search(Part):
     """`search`; files of earlier versions have no `front` and no `selection`."""
 
@@ -156,6 +163,7 @@ class Search(Part):
     interrupted: bool
     data: Inputs
     measured_on: MeasuredOn
+    limit: Limit | None = None
     front: Annotated[list[Point], Field(max_length=1000)] = []
     selection: dict[Literal["dense", "paper", "found"], Point] = {}
 

@@ -66,7 +66,8 @@ def pictures(shown: Visualization) -> tuple[Picture, ...]:
         if groups:
             groups.insert(0, tuple(range(len(groups[0]))))
         source, small = data_uri(image), max(height, width) <= _LOSSLESS
-        name, lines = PurePath(result.sample).name or result.sample, _lines(result)
+        name = f"scene {result.sample}" if shown.samples.builtin else PurePath(result.sample).name or result.sample
+        lines = _lines(result)
         found.append(Picture(name, source, height, width, small, lines, tuple(overlays), tuple(groups)))
     return tuple(found)
 

@@ -133,7 +133,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_numbers_are_those_of_the_document() -> None:
-    page = page_of(opened(1, measured=measured(), calibration=CALIBRATION, search=search()))
+    limit = {"target": "max-drop=2", "reached": 1.5}
+    page = page_of(opened(1, measured=measured(), calibration=CALIBRATION, search=search(limit=limit)))
+    assert "max-drop=2, reached 1.5" in page.text
     assert "1.33x faster, 96.9% of predictions unchanged" in page.text
     for text in ("A fast CPU", "2 threads", "batch 8", "27.1 → 20.4 ms", "26.1 - 29.1", "64 held-out images of photos"):
         assert text in page.text, text
