@@ -84,7 +84,8 @@ class SiteHook:
             scores = -scores
         keeps_all = self.planned.tokens_out == self.planned.tokens_in
         if isinstance(self.reducer, Merger) and not keeps_all:
-            return self.stream.merge(output, scores, self.planned, partial(self._merge, self.reducer, seen=self.seen))
+            merge = partial(self.reducer.merge, seen=self.seen)
+            return self.stream.merge(output, scores, self.planned, partial(self._merge, merge))
         keep = self.stream.choose(scores, output, self.planned)
         if self.recorded is not None:
             self.recorded.append(self.stream.patches(keep))
@@ -93,8 +94,8 @@ class SiteHook:
         assert isinstance(self.reducer, Pruner)
         return self.stream.reduce(output, keep, self.planned, self.reducer.reduce)
 
-    def _merge(self, merger: Merger, *args: Any, seen: dict[str, Tensor]) -> Merged:
-        merged = merger.merge(*args, seen)
+    def _merge(self, merge: Callable[..., Merged], *args: Any) -> Merged:
+        merged = merge(*args)
         if self.recorded is not None:
             self.recorded.append(merged.places)
             self.merges.append(merged)

@@ -96,6 +96,7 @@ def render(opened: Opened, name: str, provenance: Mapping[str, str], added: Adde
         stages=stages(shown) if shown else (),
         data=shown.samples.description if shown else "",
         unchanged=shown.unchanged if shown else None,
+        drawn=len(shown.results) if shown else 0,
         no_images=added.no_images,
         bench=added.bench,
         evaluation=added.evaluation,

@@ -18,8 +18,17 @@ from repshift_cli.visualize.view import Visualization
 _LARGEST = 384
 """Pixels of the longer side of an image in the page."""
 
+MOST_BYTES = 2_400_000
+"""Bytes of all images of a page with what is drawn over them."""
+
+_IMAGE_BYTES, _QUALITIES = 70_000, (88, 70, 50, 30)
+"""JPEG is compressed more until an image has this size."""
+
 _LOSSLESS = 128
 """Images up to this side are PNG: few bytes, and shown enlarged."""
+
+_MARKUP = 1000
+"""Bytes of the elements around an image or one of its overlays."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +58,16 @@ class Picture:
     overlays: tuple[Overlay, ...]
     groups: tuple[tuple[int, ...], ...]
 
+    @property
+    def size(self) -> int:
+        """Bytes in the page, roughly."""
+        drawn = sum(len(each.gone) + len(each.borders) + _MARKUP for each in self.overlays)
+        return len(self.source) + drawn + sum(len(str(each)) for each in self.groups) + 2 * _MARKUP
+
 
 def pictures(shown: Visualization) -> tuple[Picture, ...]:
-    """The images of a visualization, which are not clips."""
-    found = []
+    """The images of a visualization, which are not clips; fewer, if all would have more than `MOST_BYTES`."""
+    found: list[Picture] = []
     for index, (image, result) in enumerate(zip(shown.images, shown.results, strict=True)):
         height, width = image.shape[:2]
         overlays, groups = [], []
@@ -69,6 +84,8 @@ def pictures(shown: Visualization) -> tuple[Picture, ...]:
         name = f"scene {result.sample}" if shown.samples.builtin else PurePath(result.sample).name or result.sample
         lines = _lines(result)
         found.append(Picture(name, source, height, width, small, lines, tuple(overlays), tuple(groups)))
+        if sum(each.size for each in found) > MOST_BYTES:
+            return tuple(found[:-1])
     return tuple(found)
 
 
@@ -89,7 +106,11 @@ def data_uri(image: np.ndarray) -> str:
         picture.save(file, "PNG", optimize=True)
     else:
         picture.thumbnail((_LARGEST, _LARGEST))
-        picture.save(file, "JPEG", quality=88)
+        for quality in _QUALITIES:
+            file = BytesIO()
+            picture.save(file, "JPEG", quality=quality)
+            if file.tell() <= _IMAGE_BYTES:
+                break
     kind = "png" if max(image.shape[:2]) <= _LOSSLESS else "jpeg"
     return f"data:image/{kind};base64,{b64encode(file.getvalue()).decode()}"
 

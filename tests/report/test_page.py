@@ -24,7 +24,7 @@ from tiny import save_weights, tiny_vit
 from repshift_cli.checkpoints.artifact import Opened, open_model
 from repshift_cli.report.page import Added, render
 from repshift_cli.report.parts import Search
-from repshift_cli.report.pictures import borders_path, cells_path
+from repshift_cli.report.pictures import borders_path, cells_path, data_uri, pictures
 from repshift_cli.report.plots import bar_plot, nice_values, scatter_plot
 from repshift_cli.visualize.view import visualize
 
@@ -247,6 +247,17 @@ def test_the_groups_of_merged_tokens_are_those_of_the_trace(folder: Path) -> Non
     assert not page_of(opened(1), folder).data["script"][0].startswith("[[")
 
 
+def test_the_page_stays_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (1000, 800, 3), dtype=np.uint8)
+    assert len(data_uri(noise)) < 120_000
+    shown = visualize(stored_model(4), str(folder), 2)
+    first, second = pictures(shown)
+    monkeypatch.setattr("repshift_cli.report.pictures.MOST_BYTES", first.size + second.size - 1)
+    page = Page(render(stored_model(4), "x", {}, Added(shown)))
+    assert len(page.all("img")) == 1
+    assert "The first 1 are shown" in page.text
+
+
 def test_paths() -> None:
     cells = np.array([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=bool)
     assert cells_path(cells) == "M0 0H2V2H0zM2 2H3V3H2z"
@@ -283,7 +294,6 @@ def test_the_command(cli: Command, folder: Path, tmp_path: Path) -> None:
     document = json.loads(outcome.stdout)
     assert document["output"] == str(page)
     assert document["bytes"] == page.stat().st_size
-    assert document["images"] == 1
     explained(cli("report", made, "-o", page), 2, "already exists", "--force")
     assert cli("report", made, "-o", page, "--force").rc == 0
     assert "No images were given" in page.read_text("utf-8")
