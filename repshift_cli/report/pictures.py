@@ -81,7 +81,8 @@ def pictures(shown: Visualization) -> tuple[Picture, ...]:
         if groups:
             groups.insert(0, tuple(range(len(groups[0]))))
         source, small = data_uri(image), max(height, width) <= _LOSSLESS
-        name = f"scene {result.sample}" if shown.samples.builtin else PurePath(result.sample).name or result.sample
+        name = PurePath(result.sample).name or result.sample
+        name = f"scene {name}" if shown.samples.builtin else name
         lines = _lines(result)
         found.append(Picture(name, source, height, width, small, lines, tuple(overlays), tuple(groups)))
         if sum(each.size for each in found) > MOST_BYTES:
