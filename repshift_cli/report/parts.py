@@ -245,7 +245,7 @@ def read_document(kind: type[_Kind], path: Path, option: str, command: str) -> _
     try:
         return kind.model_validate(parse_json(read_text(path)))
     except OSError as error:
-        raise UsageError(f"{option} {path}: {error.strerror or error}") from error
+        raise UsageError(f"{option} {path}: {error.strerror or error}", f"Make it by: {command}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{option} {path}: not a document of this command", f"Make it by: {command}") from error
 
