@@ -66,6 +66,7 @@ COMMANDS = {
     "eval exported": ("eval", "vit.onnx", "--dataset", "builtin:digits", "--limit", "20"),
     "bench exported": ("bench", "vit.onnx", *QUICK),
     "visualize": ("visualize", "vit.safetensors", "--count", "2"),
+    "report": ("report", "vit.safetensors", "--count", "2"),
     "demo": ("demo", "-o", "demo"),
     "doctor": ("doctor",),
 }

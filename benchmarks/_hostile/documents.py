@@ -33,6 +33,7 @@ def model_commands(rng: random.Random, good: Good, model: str) -> tuple[list[lis
     commands, outputs = rng.choice(
         [
             ([["visualize", model, "--data", str(good.data), "--count", "1", "-o", "k.png"]], ("k.png",)),
+            ([["report", model, "-o", "k.html"]], ("k.html",)),
             ([["export", model, "--to", "hub", "-o", "out"]], ("out", "out/*")),
             ([["bench", model, "--seconds", "0", "--min-runs", "1", "-b", "1"]], ()),
             ([["recipes", "show", model, *rng.choice([[], ["--calibrated"]])]], ()),

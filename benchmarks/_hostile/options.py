@@ -74,6 +74,7 @@ _OUTPUTS = (
     "x/*",
     "*.json",
     "*.png",
+    "*.html",
 )
 
 
@@ -112,6 +113,10 @@ def _base(name: str, rng: random.Random, good: Good) -> list[str]:
         "diff": [["diff", str(good.artifact), str(good.artifact)]],
         "dense": [["dense", str(good.artifact), "-o", "o.safetensors"]],
         "visualize": [["visualize", str(good.artifact), "--data", data, "--count", "1", "-o", "o.png"]],
+        "report": [
+            ["report", str(good.artifact), "-o", "o.html"],
+            ["report", str(good.artifact), "--data", data, "--count", "1", "-o", "o.html"],
+        ],
         "recipes list": [["recipes", "list"]],
         "recipes show": [["recipes", "show", "default"]],
         "recipes check": [["recipes", "check", str(good.recipe)]],

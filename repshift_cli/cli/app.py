@@ -25,6 +25,7 @@ from repshift_cli.cli import (
     export,
     inspect,
     recipes,
+    report,
     search,
     ui,
     visualize,
@@ -56,6 +57,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "diff": diff.command,
     "dense": dense.command,
     "visualize": visualize.command,
+    "report": report.command,
     "demo": demo.command,
     "doctor": doctor.command,
 }

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from repshift_cli.cli import options, ui
-from repshift_cli.cli.show.plan import describe_metric, describe_tokens
 from repshift_cli.cli.show.provenance import describe
+from repshift_cli.utils.text import describe_metric, describe_tokens
 
 if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import Opened

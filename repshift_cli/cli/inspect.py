@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.cli import options, ui
-from repshift_cli.cli.show.plan import EXACT, describe_metric, describe_tokens
+from repshift_cli.cli.show.plan import EXACT
 from repshift_cli.cli.show.provenance import describe, provenance
 from repshift_cli.utils.garbage import without_collection
+from repshift_cli.utils.text import describe_metric, describe_tokens
 
 if TYPE_CHECKING:
     from repshift_cli.checkpoints.artifact import Opened

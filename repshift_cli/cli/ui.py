@@ -16,16 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from repshift_cli.errors import OutputError, RepshiftError
 from repshift_cli.utils.progress import Task
+from repshift_cli.utils.text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-def visible(text: str) -> str:
-    """The text with control characters, line breaks, surrogates and other invisible characters escaped."""
-    if text.isprintable():
-        return text
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def prepare_streams() -> None:

@@ -96,6 +96,19 @@ def at_places(places: Tensor, values: Tensor) -> Tensor:
     return values.gather(1, places.argsort(dim=1))  # graphs have no scatter
 
 
+def owners_after(owners: Tensor | None, kept: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+    """For all original tokens the indices of those that they went into, after one more merge: int64 `[B, N]`.
+
+    Args:
+        owners: before it; None if all tokens are there.
+        kept, sources: the positions before it of the remaining tokens, `[B, K]`, and of the others, `[B, D]`.
+        targets: the indices in `kept` that the others went into, `[B, D]`.
+    """
+    own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    after = at_places(torch.cat((kept, sources), dim=1), torch.cat((own, targets), dim=1))
+    return after if owners is None else after.gather(1, owners)
+
+
 def add_at(tokens: Tensor, places: Tensor, values: Tensor) -> Tensor:
     """Tokens `[B, K, C]` with values `[B, D, C]` added at `places`, int64 `[B, D]`, which may repeat.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import ModelError, UsageError
 from repshift_cli.models.tensor_model import library_model
+from repshift_cli.ops.tokens import owners_after
 from repshift_cli.planning.layout import shape_text
 from repshift_cli.planning.plan import Plan
 from repshift_cli.reduction.checks import check_plan
@@ -71,11 +72,13 @@ class Trace:
 
     `kept` is int64 `[B, K]` for each site's layer: original patch positions, ascending (row-major in the patch grid, or
     in the dense model's feature map there; frame by frame in a clip). Where tokens are merged, the positions of those
-    that were merged into.
+    that were merged into. `groups`, empty where tokens are dropped, is int64 `[B, N]` for each site's layer: for all N
+    original patches the position in `kept` of the token that each is part of.
     """
 
     output: Tensor
     kept: dict[int, Tensor]
+    groups: dict[int, Tensor] = field(default_factory=dict)
 
 
 def is_attached(model: nn.Module) -> bool:
@@ -201,24 +204,29 @@ class CompressedModel(nn.Module):
     def trace(self, *args: Any, **kwargs: Any) -> Trace:
         """Run the model, such as on preprocessed images `[B, C, H, W]`, and return which patches it kept."""
         for hook in self._hooks:
-            hook.recorded = []
+            hook.recorded, hook.merges = [], []
         try:
             output = self.model(*args, **kwargs)
             recorded = {hook.planned.layer: (hook.recorded or [])[-1] for hook in self._hooks}
+            merges = {hook.planned.layer: hook.merges[-1][2:] for hook in self._hooks if hook.merges}
         finally:
             for hook in self._hooks:
-                hook.recorded = None
+                hook.recorded, hook.merges = None, []
         planned = {site.layer: site for site in self.plan.sites}
         merged = isinstance(build_reducer(self.plan.reducer), Merger)
         first = next(iter(recorded.values()))
         state = MapState.start(first.shape[0], self.layout.map_size or (1, self.layout.patch_tokens), first.device)
-        kept = {}
+        kept, groups, owners = {}, {}, None
         for site in self.layout.sites:
             state = state.through(site.windows)
             if site.layer in recorded:
                 state = state.keep(recorded[site.layer], planned[site.layer].grid_out)
                 kept[site.layer] = state.index.sort(dim=1).values if merged else state.index  # merges may reorder
-        return Trace(output, kept)
+                if site.layer in merges:
+                    owners = owners_after(owners, *merges[site.layer])
+                if merged:
+                    groups[site.layer] = state.index if owners is None else state.index.gather(1, owners)
+        return Trace(output, kept, groups)
 
     @property
     def num_classes(self) -> int:

@@ -15,7 +15,7 @@ from repshift_cli.planning.layout import shape_text
 from repshift_cli.planning.plan import PlanSite
 from repshift_cli.reduction.families.base import Probe, TensorEdit
 from repshift_cli.reduction.metrics.base import Metric, SiteContext
-from repshift_cli.reduction.reducers.base import Merger, Pruner, Reducer
+from repshift_cli.reduction.reducers.base import Merged, Merger, Pruner, Reducer
 from repshift_cli.reduction.stream import Stream
 
 Change = Callable[[Tensor], Tensor | None]
@@ -31,6 +31,7 @@ class SiteHook:
         tapped: those of them that `register_tap` stores in `seen`. The hook itself reads the others.
         placed: the metrics with their tensors on `device`.
         recorded: while the model is traced, places of the kept patch tokens, one entry per metric.
+        merges: likewise, the merges.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class SiteHook:
         self.enabled = True
         self.seen: dict[str, Tensor] = {}
         self.recorded: list[Tensor] | None = None
+        self.merges: list[Merged] = []
 
     def place(self, device: torch.device) -> None:
         """Move the tensors of the metrics to a device, so that no forward pass has to."""
@@ -83,10 +85,7 @@ class SiteHook:
         keeps_all = self.planned.tokens_out == self.planned.tokens_in
         if isinstance(self.reducer, Merger) and not keeps_all:
             merge = partial(self.reducer.merge, seen=self.seen)
-            reduced, places = self.stream.merge(output, scores, self.planned, merge)
-            if self.recorded is not None:
-                self.recorded.append(places)
-            return reduced
+            return self.stream.merge(output, scores, self.planned, partial(self._merge, merge))
         keep = self.stream.choose(scores, output, self.planned)
         if self.recorded is not None:
             self.recorded.append(self.stream.patches(keep))
@@ -94,6 +93,13 @@ class SiteHook:
             return output  # a copy could differ in its strides, and then in the last bits of later layers
         assert isinstance(self.reducer, Pruner)
         return self.stream.reduce(output, keep, self.planned, self.reducer.reduce)
+
+    def _merge(self, merge: Callable[..., Merged], *args: Any) -> Merged:
+        merged = merge(*args)
+        if self.recorded is not None:
+            self.recorded.append(merged.places)
+            self.merges.append(merged)
+        return merged
 
     def _check(self, output: Any, kwargs: dict[str, Any]) -> None:
         shape, expected = self.stream.shape(output), self.planned.shape_in
@@ -115,7 +121,7 @@ class SiteHook:
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy does not take over the tensors of a running pass
-        return {**self.__dict__, "seen": {}, "recorded": None, "placed": self.metrics, "device": None}
+        return {**self.__dict__, "seen": {}, "recorded": None, "merges": [], "placed": self.metrics, "device": None}
 
 
 def register_tap(hook: SiteHook, name: str, probe: Probe) -> RemovableHandle:

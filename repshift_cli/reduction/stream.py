@@ -83,8 +83,8 @@ class Stream:
         """The output of the block with only the tokens at `keep`."""
         return reduce(output, keep)
 
-    def merge(self, output: Any, scores: Tensor, planned: PlanSite, merge: Merge) -> tuple[Any, Tensor]:
-        """The output of the block after a merge, and the positions `[B, K]` of the remaining patch tokens."""
+    def merge(self, output: Any, scores: Tensor, planned: PlanSite, merge: Merge) -> Any:
+        """The output of the block after a merge."""
         raise NotImplementedError(type(self).__name__)
 
     def join(self, outputs: Sequence[Any]) -> Any:
@@ -119,9 +119,9 @@ class SizedStream(Stream):
         sizes = None if output.sizes is None else output.sizes.gather(1, keep)
         return Sized(reduce(output.tokens, keep), sizes)
 
-    def merge(self, output: Sized, scores: Tensor, planned: PlanSite, merge: Merge) -> tuple[Sized, Tensor]:
+    def merge(self, output: Sized, scores: Tensor, planned: PlanSite, merge: Merge) -> Sized:
         merged = self.merged(output, scores, planned, merge)
-        return Sized(merged.tokens, merged.sizes), merged.places
+        return Sized(merged.tokens, merged.sizes)
 
     def merged(self, output: Sized, scores: Tensor, planned: PlanSite, merge: Merge) -> Merged:
         """The result of the merger."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli.ops.merging import nearest
-from repshift_cli.ops.tokens import at_places, complement, gather_tokens, suffix_first, suffix_last, with_prefix
+from repshift_cli.ops.tokens import complement, gather_tokens, owners_after, suffix_first, suffix_last, with_prefix
 from repshift_cli.planning.plan import PlanSite
 from repshift_cli.reduction.stream import Merge, Reduce, SizedStream
 
@@ -101,19 +101,13 @@ class TokenStream(SizedStream):
         sizes = None if output.sizes is None else output.sizes.gather(1, keep)
         tokens, kept, owners = reduce(output.tokens, keep), self.patches(keep), None
         if self.restores:
-            owners = self._owners(output.owners, kept, *_most_similar(output.tokens[:, self.prefix :], kept))
+            owners = owners_after(output.owners, kept, *_most_similar(output.tokens[:, self.prefix :], kept))
         return Tokens(tokens, sizes, self._follow(output.places, kept), owners)
 
-    def merge(self, output: Any, scores: Tensor, planned: PlanSite, merge: Merge) -> tuple[Any, Tensor]:
+    def merge(self, output: Any, scores: Tensor, planned: PlanSite, merge: Merge) -> Any:
         merged = self.merged(output[:2], scores, planned, merge)
-        owners = self._owners(output.owners, *merged[2:]) if self.restores else None
-        return Tokens(*merged[:2], self._follow(output.places, merged.places), owners), merged.places
-
-    @staticmethod
-    def _owners(owners: Tensor | None, kept: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
-        own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-        after = at_places(torch.cat((kept, sources), dim=1), torch.cat((own, targets), dim=1))
-        return after if owners is None else after.gather(1, owners)
+        owners = owners_after(output.owners, *merged[2:]) if self.restores else None
+        return Tokens(*merged[:2], self._follow(output.places, merged.places), owners)
 
     def _follow(self, places: Tensor | None, kept: Tensor) -> Tensor | None:
         if not (self.keeps_places or self.restores):

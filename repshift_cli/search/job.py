@@ -30,7 +30,7 @@ from repshift_cli.utils.ranges import check_ranges
 
 _PROVENANCE = (
     *("target", "met", "nearest", "points", "paper_is_found", "held_back_decided", "held_back_met", "evaluations"),
-    *("interrupted", "data", "seed", "labelled", "measured_on", "limit"),
+    *("interrupted", "data", "seed", "labelled", "measured_on", "limit", "front"),
 )
 """The keys of `FinishedSearch.to_dict` that an artifact keeps."""
 
@@ -103,7 +103,8 @@ class FinishedSearch:
     def provenance(self) -> dict[str, Any]:
         """The entry `search` of an artifact."""
         document = self.to_dict()
-        return {key: document[key] for key in _PROVENANCE}
+        selection = {name: point.to_dict() for name, point in self.result.selection.items()}
+        return {**{key: document[key] for key in _PROVENANCE}, "selection": selection}
 
     def chart(self) -> Chart:
         """Quality against cost, all on the selection inputs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,10 +38,12 @@ class TracedOutputs:
     Attributes:
         kept: int64 `[n, K]` by layer: ascending positions of the remaining tokens in the patch grid; for merged tokens,
             of those that the others were merged into.
+        groups: int64 `[n, N]` by layer, as in `Trace`; empty where tokens are dropped.
         dense, compressed: float32 `[n, K]`.
     """
 
     kept: dict[int, np.ndarray]
+    groups: dict[int, np.ndarray]
     dense: Tensor
     compressed: Tensor
 
@@ -61,7 +63,8 @@ def trace_samples(model: CompressedModel, images: Tensor) -> TracedOutputs:
         raise CheckFailed("the model returns values that are not finite", "Check its weights.")
     kept = {layer: torch.cat([trace.kept[layer].cpu() for trace in traces]) for layer in traces[0].kept}
     in_order = {layer: rows.sort(dim=1).values.numpy() for layer, rows in kept.items()}  # merging changes the order
-    return TracedOutputs(in_order, *outputs)
+    groups = {layer: torch.cat([trace.groups[layer].cpu() for trace in traces]).numpy() for layer in traces[0].groups}
+    return TracedOutputs(in_order, groups, *outputs)
 
 
 def _results(samples: ImageBatch, outputs: TracedOutputs, has_head: bool) -> tuple[SampleResult, ...]:
@@ -110,7 +113,7 @@ class Visualization:
 
     Attributes:
         images: uint8 `[n, H, W, 3]`, of clips `[n, T, H, W, 3]`: the input of the model.
-        kept: as in `TracedOutputs`.
+        kept, groups: as in `TracedOutputs`.
         merged: whether the other tokens were merged.
     """
 
@@ -122,6 +125,7 @@ class Visualization:
     kept: dict[int, np.ndarray]
     results: tuple[SampleResult, ...]
     merged: bool = False
+    groups: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     @property
     def of_clips(self) -> bool:
@@ -190,6 +194,7 @@ def visualize(opened: Opened, where: str, count: int, seed: int = 0, class_order
         kept=outputs.kept,
         results=_results(samples, outputs, classes > 0),
         merged=merged,
+        groups=outputs.groups,
     )
 
 

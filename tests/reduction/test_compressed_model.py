@@ -444,6 +444,19 @@ class TestMerging:
             head = dense.forward_head(dense.norm(stream))
             torch.testing.assert_close(output[row], head[0], rtol=0, atol=1e-7)  # sizes are float32
 
+    @pytest.mark.parametrize("merge", ["merge", "bipartite", "fuse"])
+    def test_the_trace_says_which_token_went_into_which(self, merge: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = merged("registers", merge)
+        found, prefix = merges_of(model, images(3), monkeypatch)[1], model.plan.prefix_tokens
+        trace = model.trace(images(3))
+        assert list(trace.groups) == list(trace.kept) == [0, 2]
+        places = found[0].places, found[0].places.gather(1, found[1].places)
+        for (layer, groups), site, at in zip(trace.groups.items(), found, places, strict=True):
+            assert torch.equal(groups.gather(1, trace.kept[layer]), trace.kept[layer])
+            counts = (groups.unsqueeze(1) == at.unsqueeze(2)).sum(dim=2)
+            assert torch.equal(counts.float(), site.sizes[:, prefix:])
+        assert not compressed().trace(images()).groups
+
     @pytest.mark.parametrize("variant", ["plain", "qk_norm", "map_pooling", "scaled_attention_norm"])
     def test_explicit_attention_gives_the_same_result(self, variant: str) -> None:
         model = merged(variant)

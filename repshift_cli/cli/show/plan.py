@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from repshift_cli.cli import ui
+from repshift_cli.utils.text import describe_metric, describe_tokens
 
 if TYPE_CHECKING:
     from repshift_cli.planning.plan import Plan
 
 EXACT = "last block: exact (prefix tokens only; outputs are those of the full block)"
-
-_LONGEST_OPTION = 24
-"""Longer options are fitted weights and are not printed."""
 
 
 def show_sites(plan: Plan, title: str) -> None:
@@ -30,15 +27,3 @@ def show_sites(plan: Plan, title: str) -> None:
     ui.print_table(title, ["after", "metric", "tokens in", "tokens out"], rows, left=2)
     if plan.last_block == "exact":
         ui.print_text(EXACT)
-
-
-def describe_tokens(tokens: int, grid: Sequence[int] | None) -> str:
-    """The number of tokens, and the size of a feature map: `3136 (56x56)`."""
-    return f"{tokens} ({grid[0]}x{grid[1]})" if grid else str(tokens)
-
-
-def describe_metric(metric: dict[str, object]) -> str:
-    """`mlp, l2, update, largest` for representation shift, kind and options for others."""
-    options = [str(value) for key, value in metric.items() if key != "kind"]
-    values = ", ".join(option for option in options if len(option) <= _LONGEST_OPTION)
-    return values if metric["kind"] == "representation_shift" else f"{metric['kind']} ({values})"

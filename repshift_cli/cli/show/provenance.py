@@ -57,7 +57,8 @@ def _speed(document: Mapping[str, Any]) -> str:
         return ""
     threads = f"{measured['threads']} thread{'s' if measured['threads'] > 1 else ''}"
     how = f"batch {measured['batch']}, {measured['dtype']}, {threads}, {measured['device']}"
-    return f"{measured['ratio']['latency']:.2f}x as fast as dense ({how})"
+    unclear = "" if measured["ratio"]["latency_clear"] else ", not clearly faster"
+    return f"{measured['ratio']['latency']:.2f}x as fast as dense{unclear} ({how})"
 
 
 def _quality(document: Mapping[str, Any]) -> str:
