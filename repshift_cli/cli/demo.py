@@ -12,6 +12,7 @@ import typer
 from repshift_cli.cli import bench, options, ui, visualize
 from repshift_cli.cli.show.compress import show_compression
 from repshift_cli.cli.show.evaluate import evaluation_document, show_evaluation
+from repshift_cli.cli.show.provenance import describe
 from repshift_cli.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _GOALS = ("macs=0.4", "max-drop=1")
 _COMPRESS_SECONDS = 2.0
 _BENCH_SECONDS = 3.0
 _EVAL_BATCH = 64
-_STEPS = 4
+_STEPS = 5
 _WIDTH = 79
 
 
@@ -55,11 +56,17 @@ def command(
     compressed = demo.compress()
     opened = open_model(files.model)
     evaluation, timing, view = demo.evaluate(opened), demo.bench(opened), demo.visualize(opened)
+    demo.report(opened, view)
     macs = {"dense": opened.dense_macs, "compressed": opened.macs}
     seconds = round(time.monotonic() - begin, 1)
     document = {
         "seconds": seconds,
-        "files": {"model": str(files.model), "picture": str(files.figure), "report": str(files.report)},
+        "files": {
+            "model": str(files.model),
+            "picture": str(files.figure),
+            "page": str(files.page),
+            "report": str(files.report),
+        },
         "summary": _summary(evaluation, timing, macs),
         "compress": compressed.to_dict(),
         "eval": evaluation_document(evaluation, macs, str(files.model), opened.loaded.description.preprocessing),
@@ -78,6 +85,7 @@ class _Files:
         self.folder = folder
         self.model = folder / "vit_digits_repshift.safetensors"
         self.figure = folder / "kept_tokens.png"
+        self.page = folder / "report.html"
         self.report = folder / "report.json"
 
     def check(self, force: bool) -> None:
@@ -90,7 +98,7 @@ class _Files:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot create the folder {self.folder}: {error.strerror or error}") from error
-        for path in (self.model, self.figure, self.report):
+        for path in (self.model, self.figure, self.page, self.report):
             check_output(path, force)
 
 
@@ -189,6 +197,16 @@ class _Demo:
             visualize.show(view, self.files.figure, None)
         return view
 
+    def report(self, opened: Opened, view: Visualization) -> None:
+        from repshift_cli.report.page import Added, render
+        from repshift_cli.utils.files import write_text
+
+        self._announce(5, "Report: one page to send", ("report", self.files.model, "--output", self.files.page))
+        origin = describe(opened.loaded.document or {})
+        write_text(self.files.page, render(opened, str(self.files.model), origin, Added(view)), self.force)
+        if not self.quiet:
+            ui.print_text(f"wrote   {self.files.page} (open it in a browser)")
+
     def _announce(self, number: int, title: str, arguments: tuple[object, ...]) -> None:
         """Print the title of a step and its command, which can be copied as it is."""
         if self.quiet:
@@ -244,6 +262,7 @@ def _show_summary(
         f"files     {files.folder}/",
         f"{'':12}{files.model.name:34}the compressed model",
         f"{'':12}{files.figure.name:34}the patches that it keeps",
+        f"{'':12}{files.page.name:34}a page with both, to open in a browser",
         f"{'':12}{files.report.name:34}all results as JSON",
         f"\nDone in {seconds:.0f} s. With your own model and images:",
         "$ repshift compress MODEL.safetensors --data FOLDER --speedup 1.5 --max-drop 1",

@@ -91,8 +91,11 @@ def command(
 
 def _no_images(opened: Opened, checkpoint: str, data: str | None) -> str:
     """Why the page has no images; empty if it has."""
-    if opened.loaded.description.preprocessing.frames is not None:
+    unit = opened.loaded.description.preprocessing.unit
+    if unit == "clip":
         return f"Clips are not shown on this page. To see their kept tokens, run: repshift visualize {checkpoint}"
+    if unit != "image":
+        return f"{unit.capitalize()}s are not shown on this page."
     if data is None and not opened.loaded.is_builtin:
         return f"No images were given. To see the kept tokens of yours, run: repshift report {checkpoint} --data FOLDER"
     return ""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-FILES = {"vit_digits_repshift.safetensors", "kept_tokens.png", "report.json"}
+FILES = {"vit_digits_repshift.safetensors", "kept_tokens.png", "report.html", "report.json"}
 
 
 def call(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -87,7 +87,7 @@ def test_the_printed_commands_work(run: tuple[Path, str]) -> None:
     folder, printed = run
     steps = commands(printed)
     assert [words[:2] for words in steps] == [
-        ["repshift", name] for name in ("compress", "eval", "bench", "visualize", "compress", "export")
+        ["repshift", name] for name in ("compress", "eval", "bench", "visualize", "report", "compress", "export")
     ]
     report = json.loads((folder / "repshift_demo" / "report.json").read_text())
     evaluated = call(*steps[1][1:], "--json", cwd=folder)
