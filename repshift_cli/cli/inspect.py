@@ -39,7 +39,7 @@ def command(
     for note in opened.loaded.notes:
         ui.remark(note)
     if json:
-        ui.print_json(document)
+        ui.result.keep(document)
     else:
         _show(document, opened.loaded.description.preprocessing)
 

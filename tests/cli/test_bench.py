@@ -181,7 +181,9 @@ class TestBudget:
     def test_missed_after_the_report(self, run: Callable[..., Outcome], tmp_path: Path) -> None:
         outcome = run("-b", "1,2", "--budget", "macs<=0.1", "--budget", "latency<=1000", "--json", "--csv", "a.csv")
         assert outcome.rc == 5
-        checks = json.loads(outcome.stdout)["budget"]
+        document = json.loads(outcome.stdout)
+        assert document["error"] == document["failed"]
+        checks = document["budget"]
         assert [(check["budget"], check["batch"], check["met"]) for check in checks] == [
             ("macs<=0.1", 1, False),
             ("latency<=1000", 1, True),
