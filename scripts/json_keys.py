@@ -65,6 +65,7 @@ COMMANDS = {
     "export onnx": ("export", "vit.safetensors", "--to", "onnx"),
     "export int8": ("export", "vit.safetensors", "--to", "onnx", "--quantize", "int8", "--calibration-images", "16"),
     "export hub": ("export", "vit.safetensors", "--to", "hub"),
+    "inspect exported": ("inspect", "vit.onnx"),
     "eval exported": ("eval", "vit.onnx", "--dataset", "builtin:digits", "--limit", "20"),
     "bench exported": ("bench", "vit.onnx", *QUICK),
     "visualize": ("visualize", "vit.safetensors", "--count", "2"),

@@ -52,7 +52,7 @@ def _show_exported(name: str, json: bool) -> None:
 
     found = Exported(Path(name), document_of(Path(name)), size_of(Path(name)))
     if json:
-        ui.print_json(found.to_dict())
+        ui.result.keep(found.to_dict())
     else:
         show(found, "file")
 
