@@ -142,7 +142,7 @@ def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequen
     shown = Text(visible(title)) if title else None
     table = Table(title=shown, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(Text(visible(column)), justify="left" if index < left else "right")
+        table.add_column(Text(visible(column)), justify="left" if index < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
     with _stdout() as console:
