@@ -33,11 +33,7 @@ class Command(TyperCommand):
         command = ctx.command_path.removeprefix("repshift ").replace(" ", "-")
         for param in self.params:
             if param.param_type_name == "option" and _OWN_VARIABLE not in param.opts:
-                option = _long(param)
-                param.show_envvar = False
-                param.envvar = [_variable(f"{command}{option[1:]}"), _variable(option[2:])]
-                if found := [name for name in param.envvar if os.environ.get(name)]:
-                    variables[option] = found[0]
+                _set_variables(param, command)
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for param in order:
             variables.pop(_long(param), None)
@@ -46,6 +42,15 @@ class Command(TyperCommand):
             if single and order.count(param) > 1 and not ctx.resilient_parsing:  # as when a shell completes
                 raise UsageError(f"{param.opts[0]} is given more than once", "Give it once.")
         return super().parse_args(ctx, args)
+
+
+def _set_variables(param: Any, command: str) -> None:
+    """Set the variables of an option."""
+    option = _long(param)
+    param.show_envvar = False
+    param.envvar = [_variable(f"{command}{option[1:]}"), _variable(option[2:])]
+    if found := [name for name in param.envvar if os.environ.get(name)]:
+        variables[option] = found[0]
 
 
 def _long(param: Any) -> str:
