@@ -25,7 +25,7 @@ def command(
     load: LoadOptions,
     json: options.AsJson = False,
 ) -> None:
-    """Show the blocks, tokens and sites of a model, or an exported file."""
+    """Show the blocks and sites of a model, or an exported file."""
     with without_collection():  # saves a tenth of the time, most of which is importing torch and timm
         from repshift_cli.checkpoints.artifact import open_model
         from repshift_cli.checkpoints.exported import is_exported
