@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,6 +95,19 @@ def test_what_is_known_of_the_result_is_in_the_json(
     if isinstance(problem, CheckFailed):
         assert document["numbers"] == [1]
         assert document["failed"] == document["error"] == {"message": "too bad", "hint": "try again"}
+
+
+def test_a_measurement_that_cannot_be_written_is_in_the_json(
+    cli: Command, dense: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr("repshift_cli.checkpoints.artifact.save", full)
+    quick = ("--seconds", "0", "-b", "2", "--threads", "1")
+    document = failed(cli("compress", dense, "-r", recipe, *quick, "-o", "a.safetensors", "--json"), 1)
+    assert document["output"] is None
+    assert document["ratio"]["macs"] > 1
 
 
 class TestVariables:
