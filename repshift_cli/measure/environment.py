@@ -23,7 +23,7 @@ from repshift_cli.version import __version__
 PACKAGE = "repshift-cli"
 """Name of our distribution, whose metadata list the dependencies and extras."""
 
-_NOT_FOR_USERS = "dev"
+_NOT_FOR_USERS = ("dev", "docs")
 
 
 def environment() -> dict[str, Any]:
