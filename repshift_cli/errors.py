@@ -15,14 +15,16 @@ class RepshiftError(Exception):
     Args:
         message: what is wrong, and where.
         hint: what is allowed, or what to do.
+        document: what is known of the result, for `--json`.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, hint: str | None = None) -> None:
+    def __init__(self, message: str, hint: str | None = None, document: dict[str, object] | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.document = document or {}
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
@@ -55,13 +57,9 @@ class DataError(RepshiftError):
 
 
 class CheckFailed(RepshiftError):
-    """A check of the command's own result failed; `document` has what is known of the result, for `--json`."""
+    """A check of the command's own result failed."""
 
     exit_code = 5
-
-    def __init__(self, message: str, hint: str | None = None, document: dict[str, object] | None = None) -> None:
-        super().__init__(message, hint)
-        self.document = document or {}
 
 
 class OutputError(RepshiftError):

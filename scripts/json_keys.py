@@ -3,7 +3,8 @@
     python scripts/json_keys.py            # write tests/vectors/json_keys.json
     python scripts/json_keys.py --check    # exit with 1 where keys went missing or were added
 
-Scripts of users rely on these keys. A list counts once (`plan[].site`), and values are not compared.
+Scripts of users rely on these keys. A list counts once (`plan[].site`), and values are not compared. Run
+`scripts/write_schemas.py` next: it makes the schemas in docs/json/ from the recorded keys.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ COMMANDS = {
     "eval retrieval": ("eval", "builtin:umt-shapes", "--limit", "8", "--threads", "1"),
     "eval answers": ("eval", "builtin:umt-shapes-qa", "--limit", "8", "--threads", "1"),
     "compare": ("compare", "p_dense.npz", "p.npz"),
+    "advise": ("advise", "vit.safetensors", "--data", "builtin:digits", "--images", "8", *QUICK),
     "search": (
         *("search", "builtin:vit-digits", "--target", "macs=0.6", "--images", "32", "--evaluations", "6"),
         *("-o", "found.yaml", "--save", "found.safetensors", "--state", "state.json", *QUICK),
@@ -63,6 +65,7 @@ COMMANDS = {
     "export onnx": ("export", "vit.safetensors", "--to", "onnx"),
     "export int8": ("export", "vit.safetensors", "--to", "onnx", "--quantize", "int8", "--calibration-images", "16"),
     "export hub": ("export", "vit.safetensors", "--to", "hub"),
+    "inspect exported": ("inspect", "vit.onnx"),
     "eval exported": ("eval", "vit.onnx", "--dataset", "builtin:digits", "--limit", "20"),
     "bench exported": ("bench", "vit.onnx", *QUICK),
     "visualize": ("visualize", "vit.safetensors", "--count", "2"),

@@ -15,7 +15,7 @@ from repshift_cli.benchmark.end_to_end import Placement, Source, measure_end_to_
 from repshift_cli.benchmark.report import BenchReport, Compilation, EndToEnd, MemoryFormat, Ratio, Role, Run, Setting
 from repshift_cli.checkpoints.exported import OpenedExport, Runtime
 from repshift_cli.data.preprocessing import Preprocessing
-from repshift_cli.errors import CheckFailed, UsageError
+from repshift_cli.errors import CheckFailed, RepshiftError, UsageError
 from repshift_cli.measure.attention_kernel import observed_attention
 from repshift_cli.measure.compiled import Compiled, CompileMode, fresh_graphs
 from repshift_cli.measure.cpu import int8_note
@@ -192,6 +192,17 @@ def run_sweep(
     runs: list[Run] = []
     ratios: list[Ratio] = []
     end_to_end: list[EndToEnd] = []
+
+    def report() -> BenchReport:
+        return BenchReport(
+            device=device_name(sweep[0].device),
+            threads=threads,
+            memory_format=sweep[0].memory_format,
+            runs=tuple(runs),
+            ratios=tuple(ratios),
+            end_to_end=tuple(end_to_end),
+        )
+
     with num_threads(sweep[0].threads) as threads:
         notes = [waking_note(sweep[0].device, threads)]
         notes += [note for settings in sweep for note in _tiles_notes(contenders, settings)]
@@ -204,18 +215,15 @@ def run_sweep(
                 for size in sizes:
                     group = [contender for contender in contenders if contender.input_size == size]
                     for batch in batches:
-                        measured, read = _bench_group(group, batch, settings, progress, source)
+                        try:
+                            measured, read = _bench_group(group, batch, settings, progress, source)
+                        except RepshiftError as error:
+                            error.document = report().to_dict() if runs else {}
+                            raise
                         runs += measured
                         ratios += _ratios(group, measured)
                         end_to_end += [read] if read else []
-    return BenchReport(
-        device=device_name(sweep[0].device),
-        threads=threads,
-        memory_format=sweep[0].memory_format,
-        runs=tuple(runs),
-        ratios=tuple(ratios),
-        end_to_end=tuple(end_to_end),
-    )
+    return report()
 
 
 def _check(

@@ -40,6 +40,10 @@ from repshift_cli.utils.files import (
     check_output,
     check_weights_name,
 )
+from repshift_cli.utils.reproducible import without_timings
+
+_SIZE_BYTES = 8
+"""Length of the number in front of the header of a safetensors file."""
 
 _PART_VERSIONS = {"fuse": 4, "merge": 4, "bipartite": 4, "fitted": 4, "vid_tldr": 3, "attention_entropy": 3}
 """The first format version with this metric or reducer; 1 for others."""
@@ -190,8 +194,8 @@ def make_document(  # noqa: PLR0917
         recipe=_recipe_part(recipe) if isinstance(recipe, Recipe) else recipe,
         source=SourcePart(**loaded.source.to_dict()),
         calibration=calibration,
-        measured=measured,
-        search=search,
+        measured=without_timings(measured),
+        search=without_timings(search),
     )
     return document.model_dump(mode="json", exclude=None if search else {"search"})
 
@@ -267,10 +271,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], document: Mapping[s
     metadata = {"format": "pt", METADATA_KEY: json.dumps(document, allow_nan=False)}
     try:
         save_file(separated(tensors), path, metadata=metadata)
+        _order_metadata(path, metadata)
         with safe_open(path, "pt"):
             pass  # raises if the file is incomplete, such as on a full disk
     except SafetensorError as error:
         raise OutputError(f"cannot write the weights: {error}", "No output was left.") from error
+
+
+def _order_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Write the metadata in the given order in place of the random order of safetensors."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(_SIZE_BYTES), "little")
+        header = json.loads(file.read(size)) | {"__metadata__": metadata}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(_SIZE_BYTES)
+            file.write(text.ljust(size))
 
 
 def separated(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ when it is read.
 from __future__ import annotations
 
 import platform
-from datetime import datetime, timezone
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from repshift_cli.checkpoints.loaded import ModelDescription
 from repshift_cli.planning.plan import Plan
 from repshift_cli.utils.documents import Count, Name, readable, validated
+from repshift_cli.utils.reproducible import now
 
 EXPORT_VERSION = 1
 """Version of the document of exported files. Readers refuse newer ones."""
@@ -45,7 +45,7 @@ class SourcePart(_Part):
 
 
 def creation() -> dict[str, Any]:
-    """The fields of a document that say when and by which versions it was made."""
+    """The fields of a document that say when and by which versions it was made; errors as `reproducible.now`."""
     import timm
     import torch
 
@@ -53,7 +53,7 @@ def creation() -> dict[str, Any]:
 
     return {
         "repshift_version": __version__,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": now().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
     }
 

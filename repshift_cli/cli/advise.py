@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.cli import guard, options, ui
+from repshift_cli.cli import options, ui
 from repshift_cli.cli.show.advise import show
 
 
@@ -70,9 +70,8 @@ def command(
             opened = compress_dense(model, recipe, load, progress=screen)
         else:
             opened = open_compressed(model, load, progress=screen)
-        with guard.failure_as_json(json):
-            found = advise(opened, question, exported_ways, screen)
+        found = advise(opened, question, exported_ways, screen)
     if json:
-        ui.print_json(found.to_dict())
+        ui.result.keep(found.to_dict())
     else:
         show(found)

@@ -7,8 +7,11 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
-from typing import Annotated
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +26,7 @@ from repshift_cli.cli import (
     doctor,
     evaluate,
     export,
+    guard,
     inspect,
     recipes,
     report,
@@ -31,16 +35,18 @@ from repshift_cli.cli import (
     visualize,
 )
 from repshift_cli.cli.guard import Command
-from repshift_cli.cli.torchrun import Interrupted
-from repshift_cli.errors import INTERRUPTED, TERMINATED, RepshiftError, first_line
+from repshift_cli.cli.torchrun import Interrupted, is_first
+from repshift_cli.errors import INTERRUPTED, TERMINATED, CheckFailed, RepshiftError, UsageError, first_line
+from repshift_cli.utils import reproducible
 
 app = typer.Typer(
     name="repshift",
     help="Speed up trained vision models by dropping unimportant tokens.\n\n"
     "Tokens are dropped or merged between layers. No training needed.\n\n"
-    "Start with: repshift compress MODEL --data IMAGES --speedup 1.5 --max-drop 1",
+    "Start with: repshift compress MODEL --data IMAGES --speedup 1.5 --max-drop 1\n\n"
+    "Variables of the environment give options a default: REPSHIFT_THREADS for --threads of all commands, "
+    "REPSHIFT_BENCH_THREADS for that of bench.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -74,6 +80,7 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
+_INTERRUPTED = "interrupted; no partial output was left"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _stopped: list[int] = []
 """Signals that came during the command."""
@@ -85,8 +92,19 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", envvar="REPSHIFT_QUIET", help="Print no notes and no progress, only warnings.")
+    ] = False,
+    log_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", envvar="REPSHIFT_LOG_FILE", help="Append notes, warnings and errors to FILE, with times."
+        ),
+    ] = None,
 ) -> None:
     """Options of every command; Typer handles `--version`, `main` handles `--debug`."""
+    ui.configure(quiet, log_file)
+    reproducible.now()  # an invalid SOURCE_DATE_EPOCH is an error before the work
 
 
 def main() -> None:
@@ -95,6 +113,9 @@ def main() -> None:
     ui.prepare_streams()
     os.environ["MPLBACKEND"] = "agg"  # figures are only written to files
     _stopped.clear()
+    ui.result.clear()
+    ui.configure()
+    guard.variables.clear()
     for number in _SIGNALS:
         signal.signal(number, _stop)
     sys.unraisablehook = _send_again
@@ -106,22 +127,23 @@ def main() -> None:
 def _run() -> int:
     """Run the command and return the exit code. Every exception ends here."""
     try:
-        app(prog_name="repshift")
-    except Interrupted:
-        return INTERRUPTED  # the command has printed its own message
-    except (KeyboardInterrupt, SystemExit) as stop:
-        code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else stop.code
-        if code in {INTERRUPTED, TERMINATED}:
-            ui.remark("interrupted; no partial output was left")
-        return code if isinstance(code, int) else int(code is not None)
-    except Exception as problem:
-        if _stopped:  # some libraries turn the exception of a signal into one of their own
-            ui.remark("interrupted; no partial output was left")
-            return INTERRUPTED if _stopped[0] == signal.SIGINT else TERMINATED
-        if "--debug" in sys.argv:
-            raise
-        return _explain(problem)
-    return 0
+        if code := app(prog_name="repshift", standalone_mode=False) or 0:  # of an end by Typer, as after Ctrl-C
+            raise SystemExit(code)  # noqa: TRY301
+        ui.result.print()
+    except (Exception, KeyboardInterrupt, SystemExit) as problem:
+        code, error = _explain(problem)
+        if error is not None and guard.wants_json() and is_first():
+            with suppress(OSError, ValueError, RepshiftError):  # of a stdout that cannot be written to
+                _print_error(error, code)
+    return code
+
+
+def _print_error(error: RepshiftError, code: int) -> None:
+    """Print the JSON document of a command that failed, with what is known of its result."""
+    reason = {"message": error.message, "hint": error.hint}
+    checked = {"failed": reason} if isinstance(error, CheckFailed) else {}
+    ui.result.keep({**error.document, **checked, "error": reason, "exit_code": code})
+    ui.result.print()
 
 
 def _stop(number: int, frame: object) -> None:
@@ -159,26 +181,66 @@ def _limit_thread_spinning() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def _explain(problem: Exception) -> int:
+def _explain(problem: BaseException) -> tuple[int, RepshiftError | None]:
+    """Print the message of an exception on stderr. Return the exit code and, if there is one, the error."""
+    if isinstance(problem, KeyboardInterrupt | SystemExit) or _stopped:
+        return _explain_end(problem)
+    if isinstance(problem, BrokenPipeError):
+        return 1, None  # the reader of stdout has closed the pipe
+    if hasattr(problem, "format_message"):
+        return _explain_usage(problem)
+    shown = _shown(problem)
+    if note := guard.origin(shown.message):
+        shown.hint = f"{shown.hint} {note}" if shown.hint else note
+    if "--debug" in sys.argv:
+        traceback.print_exception(problem)
+    else:
+        ui.error(shown)
+    return shown.exit_code, shown
+
+
+def _explain_usage(problem: Any) -> tuple[int, RepshiftError]:
+    """`_explain` for an error of Typer's parser, which has no public class."""
+    problem.show()
+    message = problem.format_message()
+    ui.log("error", message)
+    if hint := guard.origin(message):
+        ui.warn(hint)
+    elif problem.ctx:
+        hint = f"Run `{problem.ctx.command_path} --help` to see what is allowed."
+    return problem.exit_code, UsageError(message, hint)
+
+
+def _explain_end(problem: BaseException) -> tuple[int, RepshiftError | None]:
+    """`_explain` for an interruption or for the end of the process."""
+    code = problem.code if isinstance(problem, SystemExit) else INTERRUPTED
+    if not isinstance(problem, KeyboardInterrupt | SystemExit):  # of a library that caught the exception of a signal
+        code = INTERRUPTED if _stopped[0] == signal.SIGINT else TERMINATED
+    code = code if isinstance(code, int) else int(code is not None)
+    if code not in {INTERRUPTED, TERMINATED}:
+        return code, None
+    if isinstance(problem, Interrupted):
+        return code, RepshiftError("interrupted")  # the command has printed its own message
+    ui.remark(_INTERRUPTED)
+    return code, RepshiftError(_INTERRUPTED)
+
+
+def _shown(problem: BaseException) -> RepshiftError:
+    """The error that is shown for an exception."""
     if isinstance(problem, RepshiftError):
-        shown = problem
-    elif isinstance(problem, BrokenPipeError):
-        return 1  # the reader of stdout has closed the pipe
-    elif _is_out_of_memory(problem):
-        shown = RepshiftError(
+        return problem
+    if _is_out_of_memory(problem):
+        return RepshiftError(
             f"out of memory: {first_line(problem)}", "Use a smaller --batch-size, a smaller model or fewer inputs."
         )
-    elif isinstance(problem, OSError):
+    if isinstance(problem, OSError):
         where = f"cannot access {problem.filename}: " if problem.filename else ""
-        shown = RepshiftError(f"{where}{problem.strerror or problem}")
-    else:
-        message = f"unexpected: {type(problem).__name__}: {problem}"
-        shown = RepshiftError(message, "Run `repshift --debug ...` to see the traceback, and report it.")
-    ui.error(shown)
-    return shown.exit_code
+        return RepshiftError(f"{where}{problem.strerror or problem}")
+    message = f"unexpected: {type(problem).__name__}: {problem}"
+    return RepshiftError(message, "Run `repshift --debug ...` to see the traceback, and report it.")
 
 
-def _is_out_of_memory(problem: Exception) -> bool:
+def _is_out_of_memory(problem: BaseException) -> bool:
     if not isinstance(problem, RuntimeError):
         return isinstance(problem, MemoryError)
     from repshift_cli.measure.device import out_of_memory  # imports torch, which has then raised the error

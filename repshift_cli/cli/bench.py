@@ -180,13 +180,12 @@ def command(
     if data is not None and units:
         raise UsageError(f"--data is for images, and the model takes {min(units)}s", "Leave --data out.")
     source = Source(open_images(data, images), images, workers) if data is not None else None
-    with guard.failure_as_json(json):
-        report = run_sweep(contenders, batches, sweep, screen, source)
+    report = run_sweep(contenders, batches, sweep, screen, source)
     checks = check_limits(limits, report)
 
     def print_report() -> None:
         if json:
-            ui.print_json({**report.to_dict(), "budget": [verdict.to_dict() for verdict in checks]})
+            ui.result.keep({**report.to_dict(), "budget": [verdict.to_dict() for verdict in checks]})
         else:
             show(report, opened[0], checks)
 

@@ -31,7 +31,7 @@ def command(
 
     found = compare_predictions(load_predictions(first), load_predictions(second))
     if json:
-        ui.print_json({"a": str(first), "b": str(second), **found.to_dict()})
+        ui.result.keep({"a": str(first), "b": str(second), **found.to_dict()})
     else:
         _show(found, classes)
 

@@ -140,8 +140,7 @@ def command(
         output, targets, force, quantize=quantize, calibration=calibration or data, images=calibration_images
     )
     with using_threads(threads):
-        with guard.failure_as_json(json):
-            report = compress_checkpoint(checkpoint, settings, ui.Screen(), dry_run)
+        report = compress_checkpoint(checkpoint, settings, ui.Screen(), dry_run)
         exported: list[Exported] = []
 
         def export_now() -> None:
@@ -151,7 +150,7 @@ def command(
         def print_last() -> None:
             if json:
                 exports = {"exports": [each.to_dict() for each in exported]} if exported else {}
-                ui.print_json(report.to_dict() | exports)
+                ui.result.keep(report.to_dict() | exports)
             for each in [] if json else exported:
                 show_export(each)
 

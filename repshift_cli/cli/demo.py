@@ -75,7 +75,7 @@ def command(
     }
     write_text(files.report, ui.to_json(document), force)
     if json:
-        ui.print_json(document)
+        ui.result.keep(document)
     else:
         _show_summary(evaluation, timing, macs, files, seconds)
 

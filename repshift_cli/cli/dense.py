@@ -37,6 +37,6 @@ def command(
     save_dense(output, loaded, force)
     size = size_of(output)
     if json:
-        ui.print_json({"output": str(output), "bytes": size, "tensors": len(loaded.tensors)})
+        ui.result.keep({"output": str(output), "bytes": size, "tensors": len(loaded.tensors)})
     else:
         ui.print_text(f"wrote   {output} ({size / 1e6:.1f} MB, {len(loaded.tensors)} tensors, no plan)")

@@ -36,7 +36,7 @@ def command(
     differing = [(name, a.get(name), b.get(name)) for name in dict.fromkeys((*a, *b)) if a.get(name) != b.get(name)]
     if json:
         found = {name: {"a": one, "b": other} for name, one, other in differing}
-        ui.print_json({"a": first, "b": second, "weights_differ": tensors, "differing": found})
+        ui.result.keep({"a": first, "b": second, "weights_differ": tensors, "differing": found})
         return
     total = len(sides[0].loaded.tensors.keys() | sides[1].loaded.tensors.keys())
     listed = f": {', '.join(tensors[:_SHOWN])}{', ...' if len(tensors) > _SHOWN else ''}" if tensors else ""

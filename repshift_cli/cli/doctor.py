@@ -24,7 +24,7 @@ def command(json: options.AsJson = False) -> None:
 
     found = environment()
     if json:
-        ui.print_json(found)
+        ui.result.keep(found)
     else:
         show(found)
 

@@ -300,6 +300,7 @@ def _evaluate_images(
         if not given.json:
             ui.print_text(*(f"wrote {path}" for path in saved))
     if given.resume is not None and not result.interrupted:
+        ui.result.print()  # the state is deleted after the result is printed
         finish(given.resume, group)
     if result.interrupted:
         raise Interrupted(INTERRUPTED)
@@ -335,7 +336,7 @@ def _report(result: Evaluation, data: ImageDataset, opened: Opened, given: EvalO
     if given.json:
         preprocessing = opened.loaded.description.preprocessing
         document = evaluation_document(result, macs, given.name, preprocessing, data)
-        ui.print_json(document | {"zero_shot": given.zero_shot and given.zero_shot.document()})
+        ui.result.keep(document | {"zero_shot": given.zero_shot and given.zero_shot.document()})
     else:
         show_evaluation(result, macs)
     warn_of_guessing(result)

@@ -125,7 +125,7 @@ def evaluate_embeddings(
     saved = [str(path) for path in options.files.values()]
     document |= {"of": len(queries), "identical_files": identical, "saved": saved}
     if given.json:
-        ui.print_json(document)
+        ui.result.keep(document)
     else:
         show_embeddings(document, queries.description)
 

@@ -157,4 +157,4 @@ def evaluate_videos(opened: Opened, given: EvalOptions, video: VideoOptions, scr
     if given.json:
         inputs = inputs_document(evaluation.preprocessing, tokenizer)
         found = {**dataset_document(given.name, data, evaluation.task), **found, **inputs}
-        ui.print_json(found | ({} if pooling is None else {"pooling": pooling}))
+        ui.result.keep(found | ({} if pooling is None else {"pooling": pooling}))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.cli import guard, options, ui
+from repshift_cli.cli import options, ui
 from repshift_cli.errors import UsageError
 from repshift_cli.export.formats import FORMATS
 
@@ -114,10 +114,9 @@ def command(
         opened = open_for_export(model, recipe, load, progress=screen)
         for note in opened.loaded.notes if recipe is None else ():
             screen.note(note)
-        with guard.failure_as_json(json):
-            exported = export(opened, request, screen)
+        exported = export(opened, request, screen)
     if json:
-        ui.print_json(exported.to_dict())
+        ui.result.keep(exported.to_dict())
     else:
         show(exported)
 

@@ -26,7 +26,7 @@ def command(
     load: LoadOptions,
     json: options.AsJson = False,
 ) -> None:
-    """Show the blocks, tokens and reduction sites of a model, or what an exported file holds."""
+    """Show the blocks and sites of a model, or an exported file."""
     with without_collection():  # saves a tenth of the time, most of which is importing torch and timm
         from repshift_cli.checkpoints.artifact import open_model
         from repshift_cli.checkpoints.exported import is_exported
@@ -40,7 +40,7 @@ def command(
     for note in opened.loaded.notes:
         ui.remark(note)
     if json:
-        ui.print_json(document)
+        ui.result.keep(document)
     else:
         _show(document, opened.loaded.description.preprocessing)
 
@@ -53,7 +53,7 @@ def _show_exported(name: str, json: bool) -> None:
 
     found = Exported(Path(name), document_of(Path(name)), size_of(Path(name)))
     if json:
-        ui.print_json(found.to_dict())
+        ui.result.keep(found.to_dict())
     else:
         show(found, "file")
 

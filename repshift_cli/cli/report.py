@@ -83,7 +83,7 @@ def command(
     size = size_of(output)
     if json:
         skipped = list(shown.samples.skipped) if shown else []
-        ui.print_json({"model": checkpoint, "output": str(output), "bytes": size, "skipped": skipped})
+        ui.result.keep({"model": checkpoint, "output": str(output), "bytes": size, "skipped": skipped})
         return
     ui.print_text(f"images  {shown.samples.description if shown else why}")
     ui.print_text(f"wrote   {output} ({size / 1e3:.0f} kB; open it in a browser)")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.cli import guard, options, ui
+from repshift_cli.cli import options, ui
 from repshift_cli.cli.show.search import show_search
 from repshift_cli.cli.torchrun import Interrupted, rank_zero_errors, refuse_torchrun
 from repshift_cli.errors import INTERRUPTED, UsageError
@@ -132,8 +132,7 @@ def command(
     screen = ui.Screen()
     try:
         with using_threads(threads):
-            with guard.failure_as_json(json):
-                found = search_checkpoint(checkpoint, settings, request, screen)
+            found = search_checkpoint(checkpoint, settings, request, screen)
             _finish(found, files, settings, screen, json)
     except KeyboardInterrupt:
         # before the first schedule; later interruptions return the best one
@@ -188,8 +187,9 @@ class _Files:
 
 def _finish(found: FinishedSearch, files: _Files, settings: Settings, screen: Progress, json: bool) -> None:
     """Write all outputs and print the result."""
-
     result = found.result
+    if json:
+        ui.result.keep({**dict.fromkeys(_KINDS), **found.to_dict()})
     if not result.met and not settings.force:
         if result.interrupted:
             screen.warn(
@@ -198,14 +198,13 @@ def _finish(found: FinishedSearch, files: _Files, settings: Settings, screen: Pr
             )
             raise Interrupted(INTERRUPTED)
         screen.note(f"nothing was written; --force writes the nearest schedule, from the state in {files.state}")
-    with guard.failure_as_json(json, {**dict.fromkeys(_KINDS), **found.to_dict()}):
-        result.check_met(settings.force, screen.warn)
+    result.check_met(settings.force, screen.warn)
     _write(found, files, settings, screen)
     # before printing, since a closed pipe must not leave the state of a finished search
     if not result.interrupted:
         files.state.unlink(missing_ok=True)
     if json:
-        ui.print_json({**files.outputs(), **found.to_dict()})
+        ui.result.keep(files.outputs())
     else:
         show_search(found)
         for kind, name in files.outputs().items():

@@ -8,18 +8,32 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from repshift_cli.errors import OutputError, RepshiftError
-from repshift_cli.utils.progress import Task
+from repshift_cli.utils.progress import SilentTask, Task
 from repshift_cli.utils.text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+_LINE_SECONDS = 10.0
+"""Time between two lines of progress."""
+
+_MINUTES_FROM = 120
+"""Seconds from which the time that is left is given in minutes."""
+
+JSON_VERSION = 1
+"""Version of the JSON of all commands. It grows when a key is removed or changes its meaning, not with new keys."""
 
 
 def prepare_streams() -> None:
@@ -53,7 +67,9 @@ def _console(stderr: bool = False) -> Console:
         def on_broken_pipe(self) -> None:
             raise  # noqa: PLE0704
 
-    return Raising(stderr=stderr, highlight=False)
+    # rich takes COLUMNS=0 for a width of 0 and prints nothing; others take it for unset
+    width = shutil.get_terminal_size().columns if os.environ.get("COLUMNS", "80").strip("0") == "" else None
+    return Raising(stderr=stderr, highlight=False, width=width)
 
 
 @contextmanager
@@ -72,22 +88,44 @@ def _stdout() -> Iterator[Console]:
         raise OutputError(f"cannot write to stdout: {error.strerror or error}") from error
 
 
-def to_json(document: Any) -> str:
-    """A document as indented JSON with a final newline."""
-    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+def to_json(document: Mapping[str, Any]) -> str:
+    """A document and its version as indented JSON with a final newline."""
+    return json.dumps({"version": JSON_VERSION, **document}, indent=2, allow_nan=False) + "\n"
 
 
-def print_json(document: Any) -> None:
-    """Print one JSON document; errors as `_stdout`."""
-    with _stdout():
-        sys.stdout.write(to_json(document))
+class Result:
+    """The one JSON document of a command. `app` prints it at the end, also after an error."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Start again, for the next command in this process."""
+        self._document: dict[str, Any] = {}
+        self._printed = False
+
+    def keep(self, document: Mapping[str, Any]) -> None:
+        """Add these keys to the document."""
+        self._document.update(document)
+
+    def print(self) -> None:
+        """Print the document if there is one and it was not printed; errors as `_stdout`."""
+        if self._document and not self._printed:
+            text, self._printed = to_json(self._document), True
+            with _stdout():
+                sys.stdout.write(text)
+
+
+result = Result()
 
 
 def print_text(*lines: str) -> None:
     """Print lines of text without markup; errors as `_stdout`."""
     with _stdout() as console:
         for line in lines:
-            console.print(visible(line), markup=False)
+            # rich breaks words that are longer than a line, such as names of files, so that they cannot be copied
+            text = textwrap.fill(visible(line), console.width, break_long_words=False, break_on_hyphens=False)
+            console.print(text, markup=False, soft_wrap=True)
 
 
 def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
@@ -98,7 +136,7 @@ def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequen
     shown = Text(visible(title)) if title else None
     table = Table(title=shown, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(Text(visible(column)), justify="left" if index < left else "right")
+        table.add_column(Text(visible(column)), justify="left" if index < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
     with _stdout() as console:
@@ -106,18 +144,54 @@ def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequen
         console.print()
 
 
+class _Settings:
+    """What `--quiet` and `--log-file` set."""
+
+    quiet = False
+    log: TextIO | None = None
+
+
+def configure(quiet: bool = False, log_file: Path | None = None) -> None:
+    """Set whether notes and progress are printed, and the file to which notes, warnings and errors are appended.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    if _Settings.log is not None:
+        with suppress(OSError):
+            _Settings.log.close()
+    _Settings.quiet, _Settings.log = quiet, None
+    try:
+        if log_file is not None:
+            _Settings.log = log_file.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+    except (OSError, ValueError) as problem:
+        raise OutputError(f"cannot write the log {log_file}: {problem}", "Give another --log-file.") from problem
+
+
+def log(kind: str, text: str) -> None:
+    """Append a line to the file of `--log-file`, if there is one. A full disk must not end the work."""
+    if _Settings.log is not None:
+        when = datetime.now().astimezone().isoformat(timespec="seconds")
+        with suppress(OSError):
+            _Settings.log.write(f"{when} {kind}: {visible(text)}\n")
+
+
 def warn(text: str) -> None:
     """Print a warning."""
+    log("warning", text)
     _print_stderr(("warning:", "yellow"), f" {text}")
 
 
 def remark(text: str) -> None:
     """Print a note."""
-    _print_stderr(text)
+    log("note", text)
+    if not _Settings.quiet:
+        _print_stderr(text)
 
 
 def error(problem: RepshiftError) -> None:
     """Print an error and its hint."""
+    log("error", f"{problem.message} {problem.hint or ''}".rstrip())
     _print_stderr(("error:", "bold red"), f" {problem.message}")
     if problem.hint:
         _print_stderr(problem.hint)
@@ -140,19 +214,37 @@ class _BarTask:
         self._advance(steps)
 
 
+class _LineTask:
+    """A line of progress every `_LINE_SECONDS`, where there is no terminal."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self._label, self._total, self._done = label, total, 0
+        self._start = self._last = time.monotonic()
+
+    def advance(self, steps: int = 1) -> None:
+        self._done += steps
+        now = time.monotonic()
+        if now - self._last >= _LINE_SECONDS and 0 < self._done < self._total:
+            self._last = now
+            left = (now - self._start) / self._done * (self._total - self._done)
+            shown = f"{left:.0f} s" if left < _MINUTES_FROM else f"{left / 60:.0f} min"
+            _print_stderr(f"{self._label}: {self._done}/{self._total}, about {shown} left")
+
+
 class Screen:
-    """Notes, warnings and progress bars on stderr; bars only on a terminal."""
+    """Notes, warnings and progress on stderr: bars on a terminal, else lines."""
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Task]:
+        console = _console(stderr=True)
+        if _Settings.quiet or not console.is_terminal:
+            yield SilentTask() if _Settings.quiet else _LineTask(label, total)
+            return
         from rich import progress
 
-        console = _console(stderr=True)
         columns = (progress.SpinnerColumn(), progress.TextColumn("{task.description}", markup=False))
         counts = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
-        with progress.Progress(
-            *columns, *counts, console=console, transient=True, disable=not console.is_terminal
-        ) as bars:
+        with progress.Progress(*columns, *counts, console=console, transient=True) as bars:
             yield _BarTask(partial(bars.advance, bars.add_task(visible(label), total=total)))
 
     def warn(self, text: str) -> None:

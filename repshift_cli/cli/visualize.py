@@ -73,10 +73,10 @@ def command(
     shown.samples.info.report(ui.Screen())
     for reason in shown.samples.skipped:
         ui.warn(f"skipped: {reason}")
-    write(shown, output, indices, force)
     if json:
-        ui.print_json(document(shown, model, output, indices))
-    else:
+        ui.result.keep(document(shown, model, output, indices))
+    write(shown, output, indices, force)
+    if not json:
         show(shown, output, indices)
 
 

@@ -15,7 +15,7 @@ from repshift_cli.compression.notes import Notes, not_calibrated
 from repshift_cli.compression.recipe import check_recipe_model, checked_recipe
 from repshift_cli.compression.settings import Amounts, Settings
 from repshift_cli.data.inputs import ImageBatch
-from repshift_cli.errors import CheckFailed, UsageError
+from repshift_cli.errors import CheckFailed, RepshiftError, UsageError
 from repshift_cli.measure.device import resolve_device, resolve_dtype
 from repshift_cli.models.attention_mode import attention_mode, auto_note, check_attention
 from repshift_cli.planning.plan import Plan
@@ -248,7 +248,11 @@ def _finish(
         measured.to_dict(),
         found.provenance() if found else None,
     )
-    artifact.save(settings.output, loaded, document, settings.force)
+    try:
+        artifact.save(settings.output, loaded, document, settings.force)
+    except RepshiftError as error:
+        error.document = report.to_dict()
+        raise
     return replace(report, output=settings.output)
 
 

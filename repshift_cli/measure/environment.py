@@ -23,7 +23,7 @@ from repshift_cli.version import __version__
 PACKAGE = "repshift-cli"
 """Name of our distribution, whose metadata list the dependencies and extras."""
 
-_NOT_FOR_USERS = "dev"
+_NOT_FOR_USERS = ("dev", "docs")
 
 
 def environment() -> dict[str, Any]:
@@ -50,7 +50,7 @@ def extras() -> list[dict[str, Any]]:
     except metadata.PackageNotFoundError:  # a source tree that was not installed
         return []
     found = []
-    for name in sorted(set(names) - {_NOT_FOR_USERS}):
+    for name in sorted(set(names).difference(_NOT_FOR_USERS)):
         packages = [_package(each) for each in _requirements() if each.marker and each.marker.evaluate({"extra": name})]
         complete = all(each["suitable"] for each in packages)
         install = f"pip install '{PACKAGE}[{name}]'"

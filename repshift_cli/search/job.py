@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from repshift_cli.search.search import search
 from repshift_cli.search.target import SearchTarget
 from repshift_cli.utils.progress import Progress
 from repshift_cli.utils.ranges import check_ranges
+from repshift_cli.utils.reproducible import is_reproducible, now
 
 _PROVENANCE = (
     *("target", "met", "nearest", "points", "paper_is_found", "held_back_decided", "held_back_met", "evaluations"),
@@ -247,7 +247,7 @@ def _comments(loaded: LoadedModel, result: SearchResult, inputs: ImageBatch, mea
     state += "" if result.met else f"; NOT MET, nearest is {result.nearest:.4g}"
     batch, source = inputs, loaded.source.sha256
     lines = [
-        f"Found by repshift search {__version__} on {datetime.now(timezone.utc):%Y-%m-%d} for {result.target}{state}",
+        f"Found by repshift search {__version__} on {now():%Y-%m-%d} for {result.target}{state}",
         f"model  {loaded.description.name}" + (f", sha256 of its file {source}" if source else ""),
         f"data   {batch.description}{', labelled' if inputs.labels is not None else ', labels not used'}",
         f"       sha256 of names and sizes {batch.identity['sha256']}",
@@ -263,7 +263,7 @@ def _comments(loaded: LoadedModel, result: SearchResult, inputs: ImageBatch, mea
 
 def _numbers(point: MeasuredSchedule, neighbours: int) -> str:
     values = [f"MACs {point.macs:.4f}"]
-    if point.latency is not None:
+    if point.latency is not None and not is_reproducible():
         values.append(f"latency {point.latency:.3f}")
     if point.agreement is not None:
         values.append(f"unchanged {point.agreement:.2%}")

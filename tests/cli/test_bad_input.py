@@ -292,7 +292,7 @@ def test_an_unexpected_error_is_one_message(cli: Command, dense: Path, monkeypat
 
 def test_debug_shows_the_traceback(shell: Command) -> None:
     outcome = shell("--debug", "recipes", "show", "missing.yaml")
-    assert outcome.rc == 1
+    assert outcome.rc == 2
     assert "Traceback" in outcome.stderr
     assert "RecipeError" in outcome.stderr
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from outcome import Command, Outcome
@@ -178,10 +179,29 @@ class TestBudget:
         assert outcome.rc == 0, outcome.stderr
         assert "budget, batch 1: macs<=0.99 met: " in outcome.stdout
 
+    def test_an_error_leaves_the_runs_before_it(
+        self, run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = benchmark._bench_group
+
+        def failing(group: Any, batch: int, *others: Any) -> Any:
+            if batch > 1:
+                raise UsageError("batch 2 does not fit into memory")
+            return whole(group, batch, *others)
+
+        monkeypatch.setattr(benchmark, "_bench_group", failing)
+        outcome = run("-b", "1,2", "--json")
+        assert outcome.rc == 2
+        document = json.loads(outcome.stdout)
+        assert document["error"]["message"] == "batch 2 does not fit into memory"
+        assert {each["batch"] for each in document["runs"]} == {1}
+
     def test_missed_after_the_report(self, run: Callable[..., Outcome], tmp_path: Path) -> None:
         outcome = run("-b", "1,2", "--budget", "macs<=0.1", "--budget", "latency<=1000", "--json", "--csv", "a.csv")
         assert outcome.rc == 5
-        checks = json.loads(outcome.stdout)["budget"]
+        document = json.loads(outcome.stdout)
+        assert document["error"] == document["failed"]
+        checks = document["budget"]
         assert [(check["budget"], check["batch"], check["met"]) for check in checks] == [
             ("macs<=0.1", 1, False),
             ("latency<=1000", 1, True),

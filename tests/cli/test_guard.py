@@ -1,16 +1,18 @@
-"""Options given twice, failed checks in JSON, and several outputs of which one fails."""
+"""Options given twice, errors in JSON, and several outputs of which one fails."""
 
 from __future__ import annotations
 
 import json
 import signal
 import threading
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from outcome import Command
+from outcome import Command, Outcome
 
-from repshift_cli.cli import app, guard
+from repshift_cli.cli import app, guard, ui
 from repshift_cli.errors import CheckFailed, OutputError
 
 
@@ -43,16 +45,99 @@ def test_a_switch_or_a_list_may_be_repeated(cli: Command) -> None:
     assert outcome.rc == 3
 
 
-def test_a_failed_check_in_json(capsys: pytest.CaptureFixture[str]) -> None:
-    for json_wanted in (True, False):
-        with pytest.raises(CheckFailed), guard.failure_as_json(json_wanted, {"output": None}):
-            raise CheckFailed("too bad", "try again", {"numbers": [1]})
-        text = capsys.readouterr().out
-        if json_wanted:
-            failed = {"message": "too bad", "hint": "try again"}
-            assert json.loads(text) == {"output": None, "numbers": [1], "failed": failed}
-        else:
-            assert text == ""
+def failed(outcome: Outcome, rc: int) -> dict[str, Any]:
+    """The document of a command that failed; nothing of it may be missing."""
+    assert outcome.rc == rc, outcome.stderr
+    document: dict[str, Any] = json.loads(outcome.stdout)
+    assert (document["version"], document["exit_code"]) == (1, rc)
+    assert document["error"].keys() == {"message", "hint"}
+    assert document["error"]["message"] in " ".join(outcome.stderr.split())
+    return document
+
+
+def test_every_error_is_one_json_document(cli: Command) -> None:
+    cases: tuple[tuple[tuple[str, ...], int, str], ...] = (
+        (("inspect", "missing.safetensors"), 3, "there is no file missing.safetensors"),
+        (("eval", "missing.safetensors"), 2, "no dataset given for missing.safetensors"),
+        (("search", "missing.safetensors"), 2, "no target is given"),
+        (("compare", "a.npz", "b.npz"), 4, "there is no file a.npz"),
+        (("compress", "m", "--seconds", "-1"), 2, "Invalid value for '--seconds'"),
+        (("bench", "m", "--csv", "a", "--csv", "b"), 2, "--csv is given more than once"),
+        (("recipes", "show", "default"), 2, "No such option: --json"),
+        (("compres",), 2, "No such command 'compres'"),
+    )
+    for arguments, rc, message in cases:
+        assert failed(cli(*arguments, "--json"), rc)["error"]["message"].startswith(message)
+    assert cli("inspect", "missing.safetensors").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("problem", "rc"),
+    [
+        (CheckFailed("too bad", "try again", {"numbers": [1]}), 5),
+        (OutputError("the disk is full"), 1),
+        (ZeroDivisionError("by nothing"), 1),
+        (SystemExit(143), 143),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_what_is_known_of_the_result_is_in_the_json(
+    cli: Command, monkeypatch: pytest.MonkeyPatch, problem: BaseException, rc: int
+) -> None:
+    def fail() -> None:
+        ui.result.keep({"cpu": None})
+        raise problem
+
+    monkeypatch.setattr("repshift_cli.measure.environment.environment", fail)
+    document = failed(cli("doctor", "--json"), rc)
+    assert document["cpu"] is None
+    if isinstance(problem, CheckFailed):
+        assert document["numbers"] == [1]
+        assert document["failed"] == document["error"] == {"message": "too bad", "hint": "try again"}
+
+
+def test_a_measurement_that_cannot_be_written_is_in_the_json(
+    cli: Command, dense: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr("repshift_cli.checkpoints.artifact.save", full)
+    quick = ("--seconds", "0", "-b", "2", "--threads", "1")
+    document = failed(cli("compress", dense, "-r", recipe, *quick, "-o", "a.safetensors", "--json"), 1)
+    assert document["output"] is None
+    assert document["ratio"]["macs"] > 1
+
+
+class TestVariables:
+    def test_give_options_a_default(self, cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+        def blocks() -> int:
+            return cli("recipes", "show", "default").stdout.count("layer:")
+
+        usual = blocks()
+        monkeypatch.setenv("REPSHIFT_BLOCKS", "3")
+        assert (few := blocks()) < usual
+        monkeypatch.setenv("REPSHIFT_RECIPES_SHOW_BLOCKS", "12")
+        assert blocks() == usual
+        assert cli("recipes", "show", "default", "--blocks", "3").stdout.count("layer:") == few
+        assert "REPSHIFT_BLOCKS" not in cli("recipes", "show", "--help").stdout
+
+    def test_an_error_names_the_variable(self, cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+        cases: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+            ("REPSHIFT_THREADS", "many", ("eval", "m")),
+            ("REPSHIFT_BENCH_THREADS", "0", ("bench", "m")),
+            ("REPSHIFT_DEVICE", "tpu", ("eval",)),
+            ("REPSHIFT_FORCE", "perhaps", ("dense", "m")),
+        )
+        monkeypatch.setenv("REPSHIFT_JSON", "true")
+        for name, value, command in cases:
+            with monkeypatch.context() as patched:
+                patched.setenv(name, value)
+                outcome = cli(*command)
+            hint = failed(outcome, 2)["error"]["hint"]
+            assert f"The environment has {name}={value}." in hint
+            assert f"{name}={value}" in " ".join(outcome.stderr.split())
 
 
 def test_all_steps_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,7 @@ def _search(document: Mapping[str, Any]) -> str:
 
 def _speed(document: Mapping[str, Any]) -> str:
     measured = document.get("measured")
-    if not measured:
+    if not measured or measured["ratio"]["latency"] is None:
         return ""
     threads = f"{measured['threads']} thread{'s' if measured['threads'] > 1 else ''}"
     how = f"batch {measured['batch']}, {measured['dtype']}, {threads}, {measured['device']}"
