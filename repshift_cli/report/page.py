@@ -55,7 +55,7 @@ def render(opened: Opened, name: str, provenance: Mapping[str, str], added: Adde
     measured, bad_measured = read_part(Measured, document, "measured")
     calibration, bad_calibration = read_part(Calibration, document, "calibration")
     search, bad_search = read_part(Search, document, "search")
-    titles = {"measured": bad_measured, "calibration": bad_calibration, "search": bad_search}
+    titles = {"measured": bad_measured and not _untimed(document), "calibration": bad_calibration, "search": bad_search}
     unit = opened.loaded.description.preprocessing.unit
     quality = _quality(opened, measured, unit)
     latencies = {"dense": measured.dense.latency_ms, "compressed": measured.compressed.latency_ms} if measured else {}
@@ -124,6 +124,14 @@ def _speed(measured: Measured | None) -> str:
     if dense.p90 < compressed.p10:
         return f"{1 / ratio.latency:.2f}x slower"
     return "no clear speed-up"
+
+
+def _untimed(document: Mapping[str, Any]) -> bool:
+    """Whether times were left out of the file, for `SOURCE_DATE_EPOCH`."""
+    try:
+        return document["measured"]["ratio"]["latency"] is None
+    except (LookupError, TypeError):
+        return False
 
 
 def _quality(opened: Opened, measured: Measured | None, unit: str) -> dict[str, str]:
