@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ Command = Callable[..., Outcome]
 def explained(outcome: Outcome, rc: int, *words: str) -> None:
     """Assert the exit code and these words on stderr, no result and no traceback."""
     assert outcome.rc == rc, outcome.stderr
-    assert outcome.stdout == ""
+    assert outcome.stdout == "" or json.loads(outcome.stdout)["exit_code"] == rc
     assert "Traceback" not in outcome.stderr
     assert "unexpected" not in outcome.stderr
     said = " ".join(outcome.stderr.split())

@@ -49,7 +49,10 @@ def command(
     force: options.Overwrite = False,
     json: options.AsJson = False,
 ) -> None:
-    """Write one HTML page: speed, quality, kept tokens, calibration, search and origin of a checkpoint."""
+    """Write one HTML page about a compressed checkpoint.
+
+    It shows speed, quality, kept tokens, calibration, search and origin.
+    """
     from repshift_cli.utils.files import check_output, default_output, size_of, write_text
 
     output = output or default_output(checkpoint, f"_report{_SUFFIX}")

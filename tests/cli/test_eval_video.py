@@ -277,8 +277,9 @@ class TestRefused:
         done = cli(
             "eval", folder / "umt-shapes.safetensors", "--annotations", rows, "--videos", folder / "videos", "--json"
         )
-        assert (done.rc, done.stdout) == (4, "")
+        assert done.rc == 4
         assert message in done.stderr
+        assert message in json.loads(done.stdout)["error"]["message"]
 
     def test_a_vocabulary_that_does_not_fit(self, cli: Command, folder: Path, tmp_path: Path) -> None:
         model = folder / "umt-shapes.safetensors"
