@@ -262,7 +262,7 @@ def _show_summary(
         f"files     {files.folder}/",
         f"{'':12}{files.model.name:34}the compressed model",
         f"{'':12}{files.figure.name:34}the patches that it keeps",
-        f"{'':12}{files.page.name:34}a page with both, to open in a browser",
+        f"{'':12}{files.page.name:34}a page to open in a browser",
         f"{'':12}{files.report.name:34}all results as JSON",
         f"\nDone in {seconds:.0f} s. With your own model and images:",
         "$ repshift compress MODEL.safetensors --data FOLDER --speedup 1.5 --max-drop 1",
