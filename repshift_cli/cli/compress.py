@@ -29,19 +29,7 @@ def command(
             "--recipe", "-r", metavar="RECIPE", help="A YAML file or a shipped recipe (repshift recipes list)."
         ),
     ] = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--target",
-            "-t",
-            metavar="KIND=VALUE",
-            help="Search for the layers and ratios that meet macs=0.65, latency=0.6 (fractions of dense), speedup=1.5, "
-            "agreement=0.99 (lowest share of unchanged predictions) or max-drop=0.5 (points of top-1); for encoders "
-            "without a head recall@10=0.99 (share of the 10 nearest neighbours) or cosine=0.98. With one of cost and "
-            "one of quality, the quality is checked at that cost. Default: the budget of --recipe.",
-            show_default=False,
-        ),
-    ] = None,
+    target: options.Targets = None,
     speedup: Annotated[
         str | None,
         typer.Option(metavar="X", help="How many times as fast the model must be, such as 1.5: --target speedup=X."),
@@ -112,8 +100,9 @@ def command(
     from repshift_cli.search.target import split_goals
     from repshift_cli.utils.files import default_output
 
-    goals = [*(target or []), *([f"speedup={speedup}"] if speedup else [])]
-    search_target, limit = split_goals([*goals, *([f"max-drop={max_drop}"] if max_drop else [])])
+    named = {"speedup": speedup, "max-drop": max_drop}
+    goals = [*(target or []), *(f"{kind}={value}" for kind, value in named.items() if value is not None)]
+    search_target, limit = split_goals(goals)
     output = output or default_output(checkpoint, "_repshift.safetensors")
     settings = Settings(
         recipe=recipe,

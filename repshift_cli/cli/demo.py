@@ -119,7 +119,7 @@ class _Demo:
         goals = [part for goal in _GOALS for part in ("--target", goal)]
         self._announce(
             1,
-            "Compress: find which tokens can go at 0.4 of the cost, and check it",
+            "Compress: find which tokens to drop at 0.4 of the cost, and check it",
             (
                 *("compress", _MODEL, "--data", _DATA, *goals),
                 *("--output", self.files.model, "--seconds", f"{_COMPRESS_SECONDS:g}"),

@@ -88,15 +88,25 @@ BatchSize = Annotated[
 
 Threads = Annotated[int | None, number("threads", "--threads", help="CPU threads (default: all cores).")]
 
+_TARGETS = (
+    "Search for the layers and ratios that meet macs=0.65, latency=0.6 (fractions of dense), speedup=1.5, "
+    "agreement=0.99 (lowest share of unchanged predictions) or max-drop=0.5 (points of top-1); for encoders without a "
+    "head recall@10=0.99 (share of the 10 nearest neighbours) or cosine=0.98. "
+)
+_BUDGET = "Default: the budget of --recipe."
+
 Target = Annotated[
     str | None,
+    typer.Option("--target", "-t", metavar="KIND=VALUE", help=_TARGETS + _BUDGET, show_default=False),
+]
+
+Targets = Annotated[
+    list[str] | None,
     typer.Option(
         "--target",
         "-t",
         metavar="KIND=VALUE",
-        help="Search for the layers and ratios that meet macs=0.65, latency=0.6 (fractions of dense), agreement=0.99 "
-        "(lowest share of unchanged predictions) or max-drop=0.5 (points of top-1); for encoders without a head "
-        "recall@10=0.99 (share of the 10 nearest neighbours) or cosine=0.98. Default: the budget of --recipe.",
+        help=f"{_TARGETS}With one of cost and one of quality, the quality is checked at that cost. {_BUDGET}",
         show_default=False,
     ),
 ]

@@ -15,7 +15,7 @@ from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.compression.inputs import load_job_inputs
-from repshift_cli.compression.job import CompressionJob, load_dense, tell_assumed, wrap_module
+from repshift_cli.compression.job import CompressionJob, load_dense, show_assumptions, wrap_module
 from repshift_cli.compression.notes import Notes, not_calibrated
 from repshift_cli.compression.recipe import checked_recipe, require_layers
 from repshift_cli.compression.run import search_loaded
@@ -165,7 +165,7 @@ def open_compressed(name: str | Path, options: LoadOptions | None = None, *, pro
     if opened.compressed is not None:
         return opened
     notes = Notes(progress)
-    tell_assumed(opened.loaded, notes)
+    show_assumptions(opened.loaded, notes)
     return _attach(opened.loaded, None, notes)
 
 

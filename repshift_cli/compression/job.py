@@ -118,7 +118,7 @@ def load_dense(
         CheckpointError, UsageError: as `load_checkpoint`; or the checkpoint is compressed.
     """
     loaded = load_checkpoint(name, replace(options, fallback_name=recipe.model if recipe else None))
-    tell_assumed(loaded, notes)
+    show_assumptions(loaded, notes)
     if loaded.plan is not None:
         where = loaded.source.path or "the model"
         if not force:
@@ -130,8 +130,8 @@ def load_dense(
     return loaded
 
 
-def tell_assumed(loaded: LoadedModel, notes: Notes) -> None:
-    """Tell what was assumed because the file does not confirm it."""
+def show_assumptions(loaded: LoadedModel, notes: Notes) -> None:
+    """Note what was assumed because the file does not state it."""
     for text in loaded.notes:
         (notes.warn if loaded.source.origin == "random" else notes.note)(text)
 

@@ -151,7 +151,7 @@ def _without_labels(goal: SearchTarget, inputs: ImageBatch, notes: Notes) -> Sea
     """Without labels, instead of a loss of top-1 the share of changed predictions, which is at least as large."""
     if goal.kind != "max-drop" or inputs.labels is not None:
         return goal
-    changed = SearchTarget("agreement", 1 - goal.value / 100)
+    changed = SearchTarget("agreement", round(1 - goal.value / 100, 12))
     notes.note(f"there are no labels ({inputs.unlabelled}): {goal} is taken as {changed}, which is stricter")
     return changed
 

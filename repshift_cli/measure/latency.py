@@ -19,6 +19,9 @@ from repshift_cli.utils.progress import Progress
 from repshift_cli.utils.ranges import check_ranges
 from repshift_cli.utils.stats import significant
 
+_NAMED = 4
+"""The most models whose names are in the line of progress."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -157,7 +160,7 @@ def measure_latency(
         raise ValueError(f"subjects need different names, not {names}")
     check_ranges(min_runs=min_runs, seconds=max_seconds / len(names))
     samples: dict[str, list[float]] = {name: [] for name in names}
-    label = f"timing {', '.join(names)}"
+    label = f"timing {', '.join(names) if len(names) <= _NAMED else f'{len(names)} models'}"
     gc.collect()
     with torch.inference_mode(), without_collection(), progress.task(label, max(1, round(max_seconds))) as task:
         for turn in range(warmup):

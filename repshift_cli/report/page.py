@@ -16,8 +16,8 @@ from markupsafe import Markup
 from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.reduction.compressed_model import CompressedModel
 from repshift_cli.reduction.reducers.base import Merger, build_reducer
+from repshift_cli.report.images import shown_images, stages
 from repshift_cli.report.parts import BenchDocument, Calibration, EvalDocument, Measured, Point, Search, read_part
-from repshift_cli.report.pictures import pictures, stages
 from repshift_cli.report.plots import NAMES, Bars, bar_plot, interval_plot, milliseconds, scatter_plot
 from repshift_cli.utils.stats import percent_interval
 from repshift_cli.utils.text import describe_metric, describe_tokens, visible
@@ -92,7 +92,7 @@ def render(opened: Opened, name: str, provenance: Mapping[str, str], added: Adde
         points=_points(search) if search else [],
         provenance=provenance,
         sha256=document.get("source", {}).get("sha256"),
-        pictures=pictures(shown) if shown else (),
+        images=shown_images(shown) if shown else (),
         stages=stages(shown) if shown else (),
         data=shown.samples.description if shown else "",
         unchanged=shown.unchanged if shown else None,

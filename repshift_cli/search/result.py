@@ -220,7 +220,7 @@ class SearchResult:
     def _holds(target: SearchTarget, quality: float) -> bool:
         if target.kind == "max-drop":
             return quality <= target.value + QUALITY_SLACK
-        return quality >= target.value - QUALITY_SLACK
+        return quality >= target.value - (0.0 if target.kind == "agreement" else QUALITY_SLACK)
 
     @property
     def held_back_met(self) -> bool | None:

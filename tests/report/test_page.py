@@ -22,9 +22,9 @@ from PIL import Image
 from tiny import save_weights, tiny_vit
 
 from repshift_cli.checkpoints.artifact import Opened, open_model
+from repshift_cli.report.images import borders_path, cells_path, data_uri, shown_images
 from repshift_cli.report.page import Added, render
 from repshift_cli.report.parts import Search
-from repshift_cli.report.pictures import borders_path, cells_path, data_uri, pictures
 from repshift_cli.report.plots import bar_plot, nice_values, scatter_plot
 from repshift_cli.visualize.view import visualize
 
@@ -251,8 +251,8 @@ def test_the_page_stays_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     noise = np.random.default_rng(0).integers(0, 255, (1000, 800, 3), dtype=np.uint8)
     assert len(data_uri(noise)) < 120_000
     shown = visualize(stored_model(4), str(folder), 2)
-    first, second = pictures(shown)
-    monkeypatch.setattr("repshift_cli.report.pictures.MOST_BYTES", first.size + second.size - 1)
+    first, second = shown_images(shown)
+    monkeypatch.setattr("repshift_cli.report.images.MOST_BYTES", first.size + second.size - 1)
     page = Page(render(stored_model(4), "x", {}, Added(shown)))
     assert len(page.all("img")) == 1
     assert "The first 1 are shown" in page.text

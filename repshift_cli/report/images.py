@@ -36,12 +36,12 @@ class Overlay:
     """What is drawn over an image after one site; both paths have patches as unit."""
 
     grid: PatchGrid
-    gone: str
+    removed: str
     borders: str
 
 
 @dataclass(frozen=True)
-class Picture:
+class ShownImage:
     """One image.
 
     Attributes:
@@ -61,13 +61,13 @@ class Picture:
     @property
     def size(self) -> int:
         """Bytes in the page, roughly."""
-        drawn = sum(len(each.gone) + len(each.borders) + _MARKUP for each in self.overlays)
+        drawn = sum(len(each.removed) + len(each.borders) + _MARKUP for each in self.overlays)
         return len(self.source) + drawn + sum(len(str(each)) for each in self.groups) + 2 * _MARKUP
 
 
-def pictures(shown: Visualization) -> tuple[Picture, ...]:
+def shown_images(shown: Visualization) -> tuple[ShownImage, ...]:
     """The images of a visualization, which are not clips; fewer, if all would have more than `MOST_BYTES`."""
-    found: list[Picture] = []
+    found: list[ShownImage] = []
     for index, (image, result) in enumerate(zip(shown.images, shown.results, strict=True)):
         height, width = image.shape[:2]
         overlays, groups = [], []
@@ -84,7 +84,7 @@ def pictures(shown: Visualization) -> tuple[Picture, ...]:
         name = PurePath(result.sample).name or result.sample
         name = f"scene {name}" if shown.samples.builtin else name
         lines = _lines(result)
-        found.append(Picture(name, source, height, width, small, lines, tuple(overlays), tuple(groups)))
+        found.append(ShownImage(name, source, height, width, small, lines, tuple(overlays), tuple(groups)))
         if sum(each.size for each in found) > MOST_BYTES:
             return tuple(found[:-1])
     return tuple(found)
@@ -102,14 +102,14 @@ def stages(shown: Visualization) -> tuple[str, ...]:
 
 def data_uri(image: np.ndarray) -> str:
     """A uint8 image `[H, W, 3]` as PNG, or as JPEG of at most `_LARGEST` pixels."""
-    picture, file = Image.fromarray(image), BytesIO()
-    if max(picture.size) <= _LOSSLESS:
-        picture.save(file, "PNG", optimize=True)
+    drawn, file = Image.fromarray(image), BytesIO()
+    if max(drawn.size) <= _LOSSLESS:
+        drawn.save(file, "PNG", optimize=True)
     else:
-        picture.thumbnail((_LARGEST, _LARGEST))
+        drawn.thumbnail((_LARGEST, _LARGEST))
         for quality in _QUALITIES:
             file = BytesIO()
-            picture.save(file, "JPEG", quality=quality)
+            drawn.save(file, "JPEG", quality=quality)
             if file.tell() <= _IMAGE_BYTES:
                 break
     kind = "png" if max(image.shape[:2]) <= _LOSSLESS else "jpeg"
