@@ -1,0 +1,413 @@
+"""Quality of the methods to reduce tokens on real images, Fashion-MNIST, at equal cost.
+
+    python benchmarks/leaderboard.py run vit_196 vit_100 --threads 2
+    python benchmarks/leaderboard.py speed vit_196 vit_100 --threads 2
+    python benchmarks/leaderboard.py publish vit_196 vit_100
+
+`run` evaluates each method at each MAC ratio on the test images and writes each row to the state file at once; a second
+run adds what is missing. `speed` times rows in ONNX Runtime, the dense model and the rows in turn; run it alone.
+`publish` writes the page.
+
+At a ratio, the methods of the grid drop the same share after blocks 0, 3 and 6: the smallest at which the MACs, those
+of score and reducer included, are within the ratio. Scores are fitted, calibrated and searched on training images
+without labels. The models are those of `scripts/train_fashion.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import copy
+import json
+import os
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _results import publish, table
+from _timing import timed
+from torch import Tensor, nn
+
+from repshift_cli.calibration.calibrate import calibrate
+from repshift_cli.checkpoints.artifact import Opened
+from repshift_cli.checkpoints.load import load_checkpoint
+from repshift_cli.data.preprocessing import Preprocessing
+from repshift_cli.data.sources.idx import open_fashion
+from repshift_cli.errors import RepshiftError
+from repshift_cli.export.job import export
+from repshift_cli.export.request import Request
+from repshift_cli.measure.device import device_name
+from repshift_cli.measure.macs import count_macs
+from repshift_cli.planning.plan import Plan
+from repshift_cli.planning.recipe import Recipe
+from repshift_cli.reduction.compressed_model import attach
+from repshift_cli.reduction.families.base import match
+from repshift_cli.reduction.plans import has_open_fields, resolve_for
+from repshift_cli.search.result import SearchSettings
+from repshift_cli.search.search import search
+from repshift_cli.search.target import SearchTarget
+from repshift_cli.utils.progress import Silent
+from repshift_cli.utils.stats import mcnemar, paired_difference, percent_interval
+
+FOLDER = Path(os.environ.get("REPSHIFT_FASHION", Path(__file__).resolve().parent / "fashion"))
+RATIOS = (0.8, 0.65, 0.5, 0.35)
+LAYERS = (0, 3, 6)
+BATCH = 250
+CALIBRATION_IMAGES = 512
+HALVINGS = 12
+LARGEST_SHARE = 0.95
+SPEED_ROUNDS = 15
+CHANCE = 0.05
+
+Spec = Mapping[str, Any]
+RANDOM: Spec = {"kind": "random", "seed": 0}
+SCORES: dict[str, Spec] = {
+    "paper's choice": {"kind": "representation_shift", "operation": "mlp", "distance": "l2", "polarity": "largest"},
+    "shift": {"kind": "representation_shift"},
+    "fitted": {"kind": "fitted"},
+    "class row": {"kind": "class_attention"},
+    "random": RANDOM,
+}
+REDUCERS = ("prune", "fuse", "merge")
+
+
+@dataclass(frozen=True)
+class Way:
+    """What a method makes of the model: a plan, or another model with its preprocessing."""
+
+    plan: Plan | None
+    model: nn.Module
+    macs: int
+    preprocessing: Preprocessing
+
+
+class Study:
+    """The methods on one model.
+
+    Attributes:
+        calibration: training images `[n, 3, S, S]`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.loaded = load_checkpoint(str(FOLDER / f"{name}.safetensors"))
+        self.model = self.loaded.model
+        self.preprocessing = self.loaded.description.preprocessing
+        self.family = match(self.model)
+        self.layout = self.family.layout(self.model)
+        self.dense_macs = self.family.macs(self.model, None)
+        self.calibration = load_images(self.preprocessing, True, CALIBRATION_IMAGES)[0]
+
+    def methods(self, smaller: Sequence[str]) -> Iterator[tuple[str, Callable[[float], Way]]]:
+        """Name and function of each method; the function takes a MAC ratio."""
+        for name, score in SCORES.items():
+            for reducer in REDUCERS:
+                yield f"{name}, {reducer}", partial(self.at_sites, score, {"kind": reducer})
+        yield "bipartite", partial(self.at_sites, RANDOM, {"kind": "bipartite"})
+        yield "ToMe in every block", self.in_every_block
+        for reducer in ("merge", "prune"):
+            yield f"searched, {reducer}", partial(self.searched, {"kind": "fitted"}, {"kind": reducer})
+        yield "smaller images", self.smaller_images
+        for name in smaller:
+            yield f"model {name}", partial(self.other_model, name)
+
+    def at_sites(self, score: Spec, reducer: Spec, ratio: float, layers: Sequence[int] = LAYERS) -> Way:
+        """Equal shares at the sites."""
+
+        def plan(share: float) -> Plan | None:
+            drops = [{"layer": layer, "drop_ratio": round(share, 4)} for layer in layers]
+            return self.resolved({"metric": score, "reducer": reducer, "layers": drops})
+
+        low, high = 0.0, LARGEST_SHARE
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            found = plan(middle)
+            low, high = (
+                (low, middle) if found is not None and self.macs(found) <= ratio * self.dense_macs else (middle, high)
+            )
+        found = plan(high)
+        if found is None or self.macs(found) > ratio * self.dense_macs:
+            raise RepshiftError("no share is enough")
+        return self.way(found)
+
+    def in_every_block(self, ratio: float) -> Way:
+        """ToMe (arXiv 2210.09461): the same number of tokens merged in every block, the smallest within the ratio."""
+        last = self.layout.blocks - (1 if self.layout.prefix_tokens else 0)  # nothing is gained behind the last block
+        for count in range(1, self.layout.patch_tokens):
+            left, drops = self.layout.patch_tokens, []
+            for layer in range(last):
+                drops.append({"layer": layer, "drop_tokens": min(count, left // 2)})
+                left -= min(count, left // 2)
+            found = self.resolved({"metric": RANDOM, "reducer": {"kind": "bipartite"}, "layers": drops})
+            if found is not None and self.macs(found) <= ratio * self.dense_macs:
+                return self.way(found)
+        raise RepshiftError("no number is enough")
+
+    def searched(self, score: Spec, reducer: Spec, ratio: float) -> Way:
+        """`repshift search` with a target of MACs."""
+        start = Recipe.model_validate({"version": 1, "metric": score, "reducer": reducer, "budget": {"macs": ratio}})
+        settings = SearchSettings(
+            target=SearchTarget("macs", ratio),
+            images=self.calibration,
+            identity={},
+            start=start,
+            batch_size=64,
+            seconds=0,
+        )
+        return self.way(search(self.model, self.family, settings, Silent()).plan)
+
+    def smaller_images(self, ratio: float) -> Way:
+        """The dense model on the largest images within the ratio."""
+        patch: Any = self.model.patch_embed
+        step = patch.patch_size[0]
+        for side in range(self.preprocessing.input_size[1] - step, 0, -step):
+            model: Any = copy.deepcopy(self.model)
+            model.set_input_size(img_size=(side, side))
+            macs = count_macs(model, (3, side, side))
+            if macs <= ratio * self.dense_macs:
+                return Way(None, model.eval(), macs, replace(self.preprocessing, input_size=(3, side, side)))
+        raise RepshiftError("no size is small enough")
+
+    def other_model(self, name: str, ratio: float) -> Way:
+        """Another dense model, at the smallest ratio that it fits into."""
+        loaded = load_checkpoint(str(FOLDER / f"{name}.safetensors"))
+        macs = match(loaded.model).macs(loaded.model, None)
+        fitting = [one for one in RATIOS if macs <= one * self.dense_macs]
+        if not fitting or ratio != min(fitting):
+            raise RepshiftError("at another ratio")
+        return Way(None, loaded.model, macs, loaded.description.preprocessing)
+
+    def resolved(self, recipe: Mapping[str, Any]) -> Plan | None:
+        """The plan of a recipe; None if it does not fit."""
+        try:
+            return resolve_for(self.model, Recipe.model_validate({"version": 1, **recipe}))
+        except RepshiftError:
+            return None
+
+    def macs(self, plan: Plan) -> int:
+        compressed = attach(self.model, plan)
+        try:
+            return compressed.macs()
+        finally:
+            compressed.detach()
+
+    def way(self, plan: Plan) -> Way:
+        """The way of a plan, with its open fields filled."""
+        if has_open_fields(plan):
+            found = calibrate(
+                self.model,
+                self.family,
+                plan,
+                images=self.calibration,
+                identity={},
+                batch_size=64,
+                progress=Silent(),
+            )
+            plan = plan.with_metrics(found.specs)
+        return Way(plan, self.model, self.macs(plan), self.preprocessing)
+
+
+def load_images(preprocessing: Preprocessing, train: bool, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """The first images of a split, `[n, 3, S, S]`, and their labels."""
+    data, transform = open_fashion(None, train), preprocessing.transform()
+    chosen = range(min(count or len(data), len(data)))
+    pixels = torch.stack([transform(data.load(index)[0]) for index in chosen])
+    return pixels, torch.from_numpy(data.labels[: len(pixels)].astype(np.int64))
+
+
+class Board:
+    """The rows of one model: a file with a JSON document per line.
+
+    Attributes:
+        rows: by method and ratio. A row has `macs`, `classes` (the predicted class of each image), `plan`, `seconds`,
+            and `error` where a method has no model at that ratio.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.path = FOLDER / f"{name}.jsonl"
+        self.rows: dict[tuple[str, float], dict[str, Any]] = {}
+        if self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                self.rows[row["method"], row["ratio"]] = row
+
+    def add(self, method: str, ratio: float, **values: Any) -> None:
+        row = {"method": method, "ratio": ratio, **values}
+        self.rows[method, ratio] = row
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def classes(self, method: str, ratio: float) -> np.ndarray:
+        return np.frombuffer(zlib.decompress(base64.b64decode(self.rows[method, ratio]["classes"])), np.uint8)
+
+
+@torch.inference_mode()
+def predicted(model: nn.Module, pixels: Tensor) -> str:
+    """The predicted class of each image, packed."""
+    classes = torch.cat([model(batch).argmax(-1) for batch in pixels.split(BATCH)])
+    return base64.b64encode(zlib.compress(classes.to(torch.uint8).numpy().tobytes(), 9)).decode("ascii")
+
+
+def evaluate(way: Way, images: dict[tuple[int, ...], Tensor]) -> str:
+    shape = way.preprocessing.input_size
+    if shape not in images:
+        images[shape] = load_images(way.preprocessing, False)[0]
+    if way.plan is None:
+        return predicted(way.model, images[shape])
+    compressed = attach(way.model, way.plan)
+    try:
+        return predicted(compressed, images[shape])
+    finally:
+        compressed.detach()
+
+
+def run(name: str, smaller: Sequence[str], wanted: Sequence[str], ratios: Sequence[float]) -> None:
+    """Add the rows that are missing."""
+    study, board = Study(name), Board(name)
+    images: dict[tuple[int, ...], Tensor] = {}
+    if ("dense", 1.0) not in board.rows:
+        dense = Way(None, study.model, study.dense_macs, study.preprocessing)
+        board.add("dense", 1.0, macs=study.dense_macs, plan=None, classes=evaluate(dense, images))
+    for ratio in ratios:
+        for method, make in study.methods(smaller):
+            if (method, ratio) in board.rows or (wanted and not any(word in method for word in wanted)):
+                continue
+            begin = time.monotonic()
+            try:
+                way = make(ratio)
+            except RepshiftError as error:
+                board.add(method, ratio, error=error.message)
+                continue
+            prepared = time.monotonic() - begin
+            plan = None if way.plan is None else way.plan.model_dump(mode="json")
+            board.add(method, ratio, macs=way.macs, plan=plan, seconds=prepared, classes=evaluate(way, images))
+            right = board.classes(method, ratio) == open_fashion(None).labels
+            words = f"{name} {ratio} {method}: {right.mean():.2%} at {way.macs / study.dense_macs:.3f}"
+            print(f"{words}, {prepared:.0f} + {time.monotonic() - begin - prepared:.0f} s", flush=True)
+
+
+def speed(name: str, threads: int) -> None:
+    """Time the rows with a plan in ONNX Runtime: the dense model and all rows of a ratio in turn."""
+    import onnxruntime
+
+    study, board = Study(name), Board(name)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    with tempfile.TemporaryDirectory() as folder:
+        for ratio in RATIOS:
+            rows = {method: row for (method, at), row in board.rows.items() if at == ratio and row.get("plan")}
+            timing = {method: row for method, row in rows.items() if "speed" not in row}
+            if not timing:
+                continue
+            sessions = {}
+            for number, (method, row) in enumerate([("dense", None), *timing.items()]):
+                path = Path(folder) / f"{ratio}-{number}.onnx"
+                write_onnx(study, row, path)
+                sessions[method] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            seconds = {batch: time_sessions(sessions, study.preprocessing, batch) for batch in (1, 8)}
+            for method, row in timing.items():
+                gains = {str(batch): found["dense"] / found[method] for batch, found in seconds.items()}
+                values = {key: value for key, value in row.items() if key not in {"method", "ratio"}}
+                board.add(method, ratio, **values, speed=gains)
+                print(name, ratio, method, gains, flush=True)
+
+
+def write_onnx(study: Study, row: Mapping[str, Any] | None, path: Path) -> None:
+    compressed = None if row is None else attach(study.model, Plan.model_validate(row["plan"]))
+    try:
+        export(Opened(study.loaded, compressed), Request("onnx", path, verify=False), Silent())
+    finally:
+        if compressed is not None:
+            compressed.detach()
+
+
+def time_sessions(sessions: Mapping[str, Any], preprocessing: Preprocessing, batch: int) -> dict[str, float]:
+    pixels = np.random.default_rng(0).standard_normal((batch, *preprocessing.input_size), dtype=np.float32)
+
+    def runner(session: Any) -> Callable[[], object]:
+        feed = {session.get_inputs()[0].name: pixels}
+        return lambda: session.run(None, feed)
+
+    return timed({name: runner(session) for name, session in sessions.items()}, SPEED_ROUNDS)
+
+
+def page(names: Sequence[str], threads: int) -> None:
+    body = [NOTE]
+    for name in names:
+        study, board = Study(name), Board(name)
+        labels = open_fashion(None).labels
+        dense = board.classes("dense", 1.0)
+        right = int((dense == labels).sum())
+        low, high = percent_interval(right, len(labels))
+        tokens = f"{study.layout.patch_tokens} patches, {study.layout.blocks} blocks"
+        body.append(
+            f"## {name}: {tokens}, {study.dense_macs / 1e6:.0f} MMACs, "
+            f"top-1 {right / len(labels):.2%} [{low:.1f}, {high:.1f}]"
+        )
+        for ratio in sorted({at for _, at in board.rows if at < 1}, reverse=True):
+            body += [f"### {ratio} of the MACs", ratio_table(board, ratio, dense, labels, study.dense_macs)]
+    machine = f"{device_name(torch.device('cpu'))}, float32, {threads} threads; onnxruntime {version('onnxruntime')}"
+    publish("leaderboard", "Quality on real images at equal cost", machine, body, dry_run=False)
+
+
+NOTE = (
+    "Fashion-MNIST, 10,000 test images. *Against dense*: paired difference of top-1 in points, with its 95% interval. "
+    "*Unchanged*: predictions as the dense model's. Rows marked = do not differ from the first row beyond chance "
+    "(McNemar's exact test, p >= 0.05). Speed: ONNX Runtime, median over the median of the dense model, batch 1 and 8."
+)
+
+
+def ratio_table(board: Board, ratio: float, dense: np.ndarray, labels: np.ndarray, dense_macs: int) -> str:
+    """The rows of a ratio, the best first."""
+    rows = {method: row for (method, at), row in board.rows.items() if at == ratio and "classes" in row}
+    right = {method: board.classes(method, ratio) == labels for method in rows}
+    order = sorted(rows, key=lambda method: -right[method].sum())
+    cells = []
+    for method in order:
+        row, own, best, before = rows[method], right[method], right[order[0]], dense == labels
+        same = mcnemar(int((best & ~own).sum()), int((own & ~best).sum())) >= CHANCE
+        lost, won = int((before & ~own).sum()), int((own & ~before).sum())
+        low, high = paired_difference(lost, won, len(labels))
+        gains = row.get("speed")
+        cells.append(
+            [
+                f"{method}{' =' if same and method != order[0] else ''}",
+                f"{own.mean():.2%}",
+                f"{100 * (won - lost) / len(labels):+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]",
+                f"{(board.classes(method, ratio) == dense).mean():.1%}",
+                f"{row['macs'] / dense_macs:.3f}",
+                *(f"{gains[batch]:.2f}x" if gains else "" for batch in ("1", "8")),
+            ]
+        )
+    return table(["method", "top-1", "against dense", "unchanged", "MACs", "batch 1", "batch 8"], cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=["run", "speed", "publish"])
+    parser.add_argument("models", nargs="+", help="names of models in benchmarks/fashion")
+    parser.add_argument("--smaller", nargs="*", default=[], help="names of smaller models to compare with")
+    parser.add_argument("--methods", nargs="*", default=[], help="only methods whose name contains one of these words")
+    parser.add_argument("--ratios", nargs="*", type=float, default=RATIOS)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.step == "publish":
+        page(options.models, options.threads)
+        return
+    for name in options.models:
+        if options.step == "run":
+            run(name, [each for each in options.smaller if each != name], options.methods, options.ratios)
+        else:
+            speed(name, options.threads)
+
+
+if __name__ == "__main__":
+    main()
