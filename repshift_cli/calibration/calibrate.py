@@ -244,7 +244,7 @@ def fit_open(model: nn.Module, plan: Plan, images: Tensor, batch_size: int, prog
         found = fit_scores(model, layers, images, batch_size, _FIT_SEED, task, after=after)
     parts = [planned.metric for planned in plan.sites]
     for index, layer in zip(wanted, layers, strict=True):
-        parts[index] = found[layer].spec()
+        parts[index] = metrics[index].filled(found[layer].spec())
     return plan.with_metrics(parts)
 
 

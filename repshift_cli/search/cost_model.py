@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -151,7 +152,9 @@ def choose_layer_metrics(start: Recipe, evaluator: Evaluator) -> tuple[Planner, 
     open_metrics = {site.layer: given.get(site.layer) or given.get(site.name) or start.metric for site in sites}
     # metrics without weights are fitted, for all layers at once
     if layers := [layer for layer, metric in open_metrics.items() if unfitted(build_metric(metric))]:
-        open_metrics |= evaluator.fit_metrics(layers, acts_after(start.reducer))
+        for layer, weights in evaluator.fit_metrics(layers, acts_after(start.reducer)).items():
+            metric: Any = build_metric(open_metrics[layer])
+            open_metrics[layer] = metric.filled(weights)
     planner = Planner(evaluator, start, open_metrics, tuple(open_metrics))
     method = Method(open_metrics, start.reducer)
     counts = [max(1, round(share * planner.tokens)) for share in _METRIC_SHARES]
