@@ -28,7 +28,7 @@ from repshift_cli.data.inputs import load_inputs
 from repshift_cli.measure.device import device_name
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.planning.plan import Plan
-from repshift_cli.planning.recipe import ComponentSpec, default_recipe
+from repshift_cli.planning.recipe import ComponentSpec, scaled_recipe
 from repshift_cli.planning.resolve import resolve
 from repshift_cli.reduction.checks import feeds
 from repshift_cli.reduction.compressed_model import attach
@@ -101,7 +101,7 @@ def study(name: str, count: int, seeds: Sequence[int], calibrations: int) -> tup
     family = match(loaded.model)
     layout = family.layout(loaded.model)
     layers = [site.layer for site in layout.sites]
-    plan = resolve(default_recipe(len(layers), layers), layout)
+    plan = resolve(scaled_recipe("paper", len(layers), layers), layout)
     site = next(site for site in family.sites(loaded.model) if site.layer == plan.sites[0].layer)
     sets = [draw(loaded, seed, count) for seed in seeds]
     dense = Row("dense", tuple(top1(loaded.model, scenes) for scenes in sets))

@@ -30,7 +30,7 @@ from repshift_cli.data.inputs import load_inputs
 from repshift_cli.measure.device import device_name
 from repshift_cli.measure.latency import Subject, compute_speedup, measure_latency
 from repshift_cli.planning.plan import Plan
-from repshift_cli.planning.recipe import Recipe, default_recipe
+from repshift_cli.planning.recipe import Recipe, scaled_recipe
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.families.base import match
 from repshift_cli.reduction.plans import has_open_fields, resolve_for, with_defaults
@@ -147,7 +147,7 @@ def combinations(loaded: LoadedModel, ratio: float) -> Iterator[Side]:
 def plan_within(model: nn.Module, metric: str, reducer: str, ratio: float) -> Plan:
     """The schedule with the smallest drop ratio at the paper's sites and at most this share of the MACs."""
     layout = match(model).layout(model)
-    places = [drop.layer for drop in default_recipe(len(layout.sites)).layers]
+    places = [drop.layer for drop in scaled_recipe("paper", len(layout.sites)).layers]
     for thousandths in range(50, 700, 2):
         drops = ", ".join(f"{{layer: {layer}, drop_ratio: {thousandths / 1000}}}" for layer in places)
         recipe = Recipe.parse(f"version: 1\nmetric: {metric}\nreducer: {reducer}\nlayers: [{drops}]")

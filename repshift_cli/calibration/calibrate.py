@@ -121,7 +121,7 @@ class Calibration:
     Attributes:
         result: all choices together, on the held-out images.
         random: random dropping with the same token counts, mean of several draws, on the same images.
-        default: the metrics without calibration, on the same images.
+        default: the paper's choice, on the same images: its metrics, or `usual`.
         sigmas: by how many standard errors the result is better than random, over paired images.
         clear: whether that is a clear margin.
         images: number of images for choosing and checking together; `identity` is theirs, for the record.
@@ -184,6 +184,7 @@ def calibrate(
     family: Family,
     plan: Plan,
     *,
+    usual: Plan | None = None,
     images: Tensor,
     identity: Mapping[str, Any],
     batch_size: int,
@@ -193,6 +194,7 @@ def calibrate(
 
     Args:
         model: dense, in eval mode, on the device and in the dtype to calibrate in.
+        usual: the plan to compare with; None for this plan with the paper's choice for its open fields.
         images: `[n, C, H, W]`, preprocessed, unlabelled; at least 8.
         identity: of the images, for the record.
 
@@ -225,7 +227,7 @@ def calibrate(
         result = run.check(plan.with_metrics([choice.chosen.spec() for choice in choices]), border)
         specs = [ComponentSpec.model_validate({"kind": "random", "seed": seed}) for seed in _RANDOM_SEEDS]
         draws = [run.check(plan.with_metric(spec), border) for spec in specs]
-        default = run.check(with_defaults(unfitted_plan, sites), border)
+        default = run.check(with_defaults(usual or unfitted_plan, sites), border)
     random = _mean_of(draws)
     sigmas = paired_sigmas(random.distances, result.distances)
     clear = sigmas >= _CLEAR_SIGMAS and result.distance <= _CLEAR_SHARE * random.distance

@@ -144,10 +144,10 @@ def _calibrated(name: str) -> str:
 
 def _text(name: str, blocks: int) -> str:
     from repshift_cli.errors import CheckpointError
-    from repshift_cli.planning.recipe import Recipe, default_recipe
+    from repshift_cli.planning.recipe import SCALED, Recipe, scaled_recipe
 
-    if name == "default":
-        return default_recipe(blocks).text
+    if name in SCALED:
+        return scaled_recipe(name, blocks).text
     if Path(name).suffix != ".safetensors":
         return Recipe.load(name).text
     from repshift_cli.checkpoints.weights import read_weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,23 @@ from repshift_cli.checkpoints.weights import Source
 from repshift_cli.compression.notes import Notes
 from repshift_cli.compression.recipe import check_recipe_model
 from repshift_cli.data.preprocessing import Preprocessing
-from repshift_cli.errors import CheckpointError, UsageError
+from repshift_cli.errors import CheckpointError, RecipeError, UsageError
 from repshift_cli.models.tensor_model import library_model
 from repshift_cli.planning.plan import Plan
-from repshift_cli.planning.recipe import Recipe, default_recipe
+from repshift_cli.planning.recipe import Recipe, scaled_recipe
 from repshift_cli.reduction.checks import check_feeds
 from repshift_cli.reduction.families.base import Family, match
 from repshift_cli.reduction.families.transformer import as_function, tower_of
 from repshift_cli.reduction.metrics.base import build_metric
 from repshift_cli.reduction.plans import has_open_fields, resolve_for, with_defaults
 from repshift_cli.reduction.specs.maps import map_blocks
+
+_DEFAULTS = {
+    "default": "tokens are merged by a score that is fitted to the model, the best on real images",
+    "matching": "similar tokens are merged, the best without images; it is not checked on images of the model's kind",
+    "paper": "tokens are dropped by their shift, since those of this model cannot be merged",
+}
+"""Why a scaled recipe is used, by its name."""
 
 
 class CompressionJob:
@@ -39,10 +46,11 @@ class CompressionJob:
         plan: the resolved recipe. Its metrics can have open fields, see `open`.
     """
 
-    def __init__(self, loaded: LoadedModel, recipe: Recipe | None, notes: Notes) -> None:
+    def __init__(self, loaded: LoadedModel, recipe: Recipe | None, notes: Notes, images: bool = False) -> None:
         self.loaded, self.notes = loaded, notes
         self.family = match(loaded.model)
-        self.recipe = recipe or self._default_recipe()
+        self.recipe = recipe or self._default_recipe(images)
+        self._by_default = recipe is None
         check_recipe_model(self.recipe, loaded.description)
         self.plan = resolve_for(loaded.model, self.recipe)
         self._sites = {site.name: site for site in self.family.sites(loaded.model)}
@@ -65,21 +73,42 @@ class CompressionJob:
             as_function(self.loaded.model),
             self.family,
             self.plan,
+            usual=self._paper_plan(),
             images=images,
             identity=identity,
             batch_size=batch_size,
             progress=self.notes.progress,
         )
 
-    def _default_recipe(self) -> Recipe:
+    def _default_recipe(self, images: bool) -> Recipe:
+        """Without a recipe: the best one of docs/results/leaderboard.md that the model and the images allow."""
         layers = [site.layer for site in self.family.layout(self.loaded.model).sites]
+        kind = "default" if images else "matching"
+        try:
+            recipe = self._scaled(kind, layers)
+            resolve_for(self.loaded.model, recipe)
+        except RecipeError:  # tokens of the model cannot be merged
+            kind = "paper"
+            recipe = self._scaled(kind, layers)
         blocks = len(layers)
-        recipe = default_recipe(blocks, layers, self.family.needs_restore(self.loaded.model) is not None)
         schedule = ", ".join(f"{{layer: {drop.layer}, drop_ratio: {drop.drop_ratio}}}" for drop in recipe.layers)
         if layers == list(range(blocks)):
-            schedule = f"to see or change it: repshift recipes show default --blocks {blocks}"
-        self.notes.note(f"no recipe was given: the paper's schedule scaled to {blocks} blocks is used ({schedule})")
+            schedule = f"to see or change it: repshift recipes show {kind} --blocks {blocks}"
+        self.notes.note(
+            f"no recipe was given: {_DEFAULTS[kind]}, at the paper's schedule scaled to {blocks} blocks ({schedule})"
+        )
         return recipe
+
+    def _scaled(self, kind: str, layers: Sequence[int]) -> Recipe:
+        restore = self.family.needs_restore(self.loaded.model) is not None
+        return scaled_recipe(kind, len(layers), layers, restore)
+
+    def _paper_plan(self) -> Plan | None:
+        """Without a recipe, the plan of the paper's choice to compare with."""
+        if not self._by_default:
+            return None
+        layers = [site.layer for site in self.family.layout(self.loaded.model).sites]
+        return resolve_for(self.loaded.model, self._scaled("paper", layers))
 
     def _check_feeds(self) -> None:
         for planned in self.plan.sites:

@@ -68,7 +68,8 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
         loaded.model.to(device=device, dtype=dtype)
         check_attention(loaded.model, settings.attention)
         return _compress_to_target(loaded, recipe, target, settings, notes)
-    job = CompressionJob(loaded, recipe, notes)
+    where = settings.calibration or settings.data
+    job = CompressionJob(loaded, recipe, notes, settings.calibrate and (where is not None or loaded.is_builtin))
     if dry_run:
         if job.has_open_fields:
             notes.note("calibration chooses the score; shown is the score without images")

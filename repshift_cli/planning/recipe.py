@@ -292,23 +292,36 @@ def _with_ratio(entry: Any, ratio: Any) -> Any:
     return {**entry, "drop_ratio": ratio}
 
 
-def default_recipe(blocks: int, layers: Sequence[int] | None = None, restore: bool = False) -> Recipe:
+SCALED = {
+    "default": ("Tokens are merged; the score is fitted on images without labels.", "{kind: fitted}", "merge"),
+    "matching": ("Similar tokens are merged, which needs no score and no images.", None, "bipartite"),
+    "paper": (
+        "Operation, distance, reading and polarity are left to calibration.",
+        "{kind: representation_shift}",
+        "prune",
+    ),
+}
+"""Recipes for a model with any number of blocks: what they do, their metric and their reducer."""
+
+
+def scaled_recipe(kind: str, blocks: int, layers: Sequence[int] | None = None, restore: bool = False) -> Recipe:
     """The paper's schedule scaled to a model: 0.2 after the first block, at a quarter and at half of them.
 
-    The metric's options are open, so that calibration chooses them. `blocks` are sites; `layers` has the index of each
-    among all blocks, None for `0..blocks - 1`.
+    `kind` is one of `SCALED`. `blocks` are sites; `layers` has the index of each among all blocks, None for
+    `0..blocks - 1`.
     """
+    remark, metric, reducer = SCALED[kind]
     places = sorted({0, blocks // 4, blocks // 2})
     chosen = [layers[place] for place in places] if layers else places
     drops = "\n".join(f"  - {{layer: {layer}, drop_ratio: {PAPER_DROP_RATIO}}}" for layer in chosen)
-    restored = "restore: true\n" if restore else ""
     text = (
-        f"# The schedule of the Representation Shift paper, scaled to {blocks} blocks.\n"
-        "# Operation, distance, reading and polarity are left to calibration.\n"
-        "version: 1\nmetric: {kind: representation_shift}\nreducer: {kind: prune}\n"
-        f"{restored}layers:\n{drops}\n"
+        f"# The schedule of the Representation Shift paper, scaled to {blocks} blocks.\n# {remark}\nversion: 1\n"
+        + (f"metric: {metric}\n" if metric else "")
+        + f"reducer: {{kind: {reducer}}}\n"
+        + ("restore: true\n" if restore else "")
+        + f"layers:\n{drops}\n"
     )
-    return Recipe.parse(text, f"default recipe for {blocks} blocks")
+    return Recipe.parse(text, f"{kind} recipe for {blocks} blocks")
 
 
 def shipped_recipes() -> dict[str, str]:

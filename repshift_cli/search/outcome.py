@@ -10,7 +10,7 @@ from typing import Any
 from repshift_cli.calibration.calibrate import paired_sigmas
 from repshift_cli.errors import CheckFailed, RecipeError
 from repshift_cli.planning.plan import Plan
-from repshift_cli.planning.recipe import PAPER_DROP_RATIO, ComponentSpec, Recipe, default_recipe
+from repshift_cli.planning.recipe import PAPER_DROP_RATIO, ComponentSpec, Recipe, scaled_recipe
 from repshift_cli.reduction.plans import resolve_for
 from repshift_cli.reduction.reducers.base import build_reducer
 from repshift_cli.search.cost_model import CostModel, Method, Planner, choose_metrics
@@ -77,7 +77,7 @@ def paper_candidate(state: SearchState, budget: float, *, by_macs: bool) -> Cand
     """
     planner = state.planner
     layers = [site.layer for site in planner.layout.sites]
-    dropping = {drop.layer for drop in default_recipe(len(layers), layers).layers}
+    dropping = {drop.layer for drop in scaled_recipe("paper", len(layers), layers).layers}
     ratios = {index: PAPER_DROP_RATIO for index, layer in enumerate(planner.layers) if layer in dropping}
     if not ratios:
         return None

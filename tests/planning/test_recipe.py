@@ -13,7 +13,7 @@ from tiny import DEPTH, tiny_vit
 from tiny_cnn import tiny_cnn
 
 from repshift_cli.errors import RecipeError
-from repshift_cli.planning.recipe import LayerDrop, Recipe, default_recipe, shipped_recipes
+from repshift_cli.planning.recipe import LayerDrop, Recipe, scaled_recipe, shipped_recipes
 from repshift_cli.planning.resolve import resolve
 from repshift_cli.reduction.checks import check_components
 from repshift_cli.reduction.families.base import match
@@ -486,8 +486,8 @@ def test_to_yaml_reads_back_as_the_same_recipe() -> None:
 @pytest.mark.parametrize(
     ("blocks", "layers"), [(12, [0, 3, 6]), (24, [0, 6, 12]), (4, [0, 1, 2]), (1, [0]), (2, [0, 1])]
 )
-def test_the_default_recipe_is_the_papers_scaled(blocks: int, layers: list[int]) -> None:
-    recipe = default_recipe(blocks)
+def test_the_scaled_recipe_is_the_papers_scaled(blocks: int, layers: list[int]) -> None:
+    recipe = scaled_recipe("paper", blocks)
     assert [drop.layer for drop in recipe.layers] == layers
     assert {drop.drop_ratio for drop in recipe.layers} == {0.2}
     assert len(build_metric(recipe.metric).variants()) == 42

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from repshift_cli.errors import UsageError
 from repshift_cli.planning.layout import Layout, SiteInfo, Window
-from repshift_cli.planning.recipe import ComponentSpec, default_recipe
+from repshift_cli.planning.recipe import ComponentSpec, scaled_recipe
 from repshift_cli.planning.resolve import resolve
 from repshift_cli.search.additive import Additive, Kept, drops
 from repshift_cli.search.schedule import fit, layer_drops, neighbours, on_tiles, paper_schedule, solve, to_recipe
@@ -212,7 +212,7 @@ class TestRecipes:
     @pytest.mark.parametrize("tokens", [16, 49, 196])
     def test_the_papers_schedule_matches_its_recipe(self, tokens: int) -> None:
         layout = sequence(tokens)
-        plan = resolve(default_recipe(12), layout)
+        plan = resolve(scaled_recipe("paper", 12), layout)
         kept = paper_schedule(12, tokens, {0: 0.2, 3: 0.2, 6: 0.2})
         assert tuple(count - 1 for count in plan.tokens_at(12)[1:]) == kept
 

@@ -25,7 +25,7 @@ from repshift_cli.data.inputs import load_inputs
 from repshift_cli.errors import CheckFailed, DataError, RecipeError, UsageError
 from repshift_cli.ops.neighbours import recall_at
 from repshift_cli.planning.plan import Plan
-from repshift_cli.planning.recipe import ComponentSpec, Recipe, default_recipe
+from repshift_cli.planning.recipe import ComponentSpec, Recipe, scaled_recipe
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.families.base import match
 from repshift_cli.reduction.plans import resolve_for
@@ -632,7 +632,7 @@ class TestFamilies:
 def test_the_built_in_model_beats_chance_and_the_paper() -> None:
     loaded = load_checkpoint("builtin:vit-digits-small")
     batch = load_inputs(None, 48, loaded.description.preprocessing, 0)
-    start = replace_metric(default_recipe(12))
+    start = replace_metric(scaled_recipe("paper", 12))
     settings = replace(
         wanted("macs=0.55", start=start), images=batch.tensor, identity=batch.identity, evaluations=4, batch_size=24
     )

@@ -82,7 +82,7 @@ def _quality(measured: Measured, unit: str) -> str:
 def _show_calibration(calibration: Calibration, unit: str) -> None:
     outcomes = {
         "chosen per site": calibration.result,
-        "without calibration": calibration.default,
+        "the paper's choice": calibration.default,
         "random dropping": calibration.random,
     }
     rows = [[name, *_cells(outcome.numbers())] for name, outcome in outcomes.items()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field, StrictFloat
 from torch import Tensor
 from torch.nn import functional
