@@ -60,7 +60,7 @@ from repshift_cli.utils.stats import mcnemar, paired_difference, percent_interva
 FOLDER = Path(os.environ.get("REPSHIFT_FASHION", Path(__file__).resolve().parent / "fashion"))
 RATIOS = (0.8, 0.65, 0.5, 0.35)
 LAYERS = (0, 3, 6)
-BATCH = 250
+BATCH = 50
 CALIBRATION_IMAGES = 512
 HALVINGS = 12
 LARGEST_SHARE = 0.95
@@ -226,7 +226,7 @@ class Board:
     """The rows of one model: a file with a JSON document per line.
 
     Attributes:
-        rows: by method and ratio. A row has `macs`, `classes` (the predicted class of each image), `plan`, `seconds`,
+        rows: by method and ratio. A row has `macs`, `classes` and `margins` (see `predicted`), `plan`, `seconds`,
             and `error` where a method has no model at that ratio.
     """
 
@@ -244,18 +244,24 @@ class Board:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def classes(self, method: str, ratio: float) -> np.ndarray:
-        return np.frombuffer(zlib.decompress(base64.b64decode(self.rows[method, ratio]["classes"])), np.uint8)
+    def values(self, method: str, ratio: float, key: str = "classes") -> np.ndarray:
+        """`classes` or `margins` of a row, uint8 `[n]`."""
+        return np.frombuffer(zlib.decompress(base64.b64decode(self.rows[method, ratio][key])), np.uint8)
+
+
+def packed(values: Tensor) -> str:
+    return base64.b64encode(zlib.compress(values.to(torch.uint8).numpy().tobytes(), 9)).decode("ascii")
 
 
 @torch.inference_mode()
-def predicted(model: nn.Module, pixels: Tensor) -> str:
-    """The predicted class of each image, packed."""
-    classes = torch.cat([model(batch).argmax(-1) for batch in pixels.split(BATCH)])
-    return base64.b64encode(zlib.compress(classes.to(torch.uint8).numpy().tobytes(), 9)).decode("ascii")
+def predicted(model: nn.Module, pixels: Tensor) -> dict[str, str]:
+    """The predicted class of each image, and the margin of its probability over the second, in 255 steps."""
+    chances = torch.cat([model(batch).softmax(-1) for batch in pixels.split(BATCH)])
+    first, second = chances.topk(2).values.unbind(-1)
+    return {"classes": packed(chances.argmax(-1)), "margins": packed((255 * (first - second)).round())}
 
 
-def evaluate(way: Way, images: dict[tuple[int, ...], Tensor]) -> str:
+def evaluate(way: Way, images: dict[tuple[int, ...], Tensor]) -> dict[str, str]:
     shape = way.preprocessing.input_size
     if shape not in images:
         images[shape] = load_images(way.preprocessing, False)[0]
@@ -274,7 +280,7 @@ def run(name: str, smaller: Sequence[str], wanted: Sequence[str], ratios: Sequen
     images: dict[tuple[int, ...], Tensor] = {}
     if ("dense", 1.0) not in board.rows:
         dense = Way(None, study.model, study.dense_macs, study.preprocessing)
-        board.add("dense", 1.0, macs=study.dense_macs, plan=None, classes=evaluate(dense, images))
+        board.add("dense", 1.0, macs=study.dense_macs, plan=None, **evaluate(dense, images))
     for ratio in ratios:
         for method, make in study.methods(smaller):
             if (method, ratio) in board.rows or (wanted and not any(word in method for word in wanted)):
@@ -287,8 +293,8 @@ def run(name: str, smaller: Sequence[str], wanted: Sequence[str], ratios: Sequen
                 continue
             prepared = time.monotonic() - begin
             plan = None if way.plan is None else way.plan.model_dump(mode="json")
-            board.add(method, ratio, macs=way.macs, plan=plan, seconds=prepared, classes=evaluate(way, images))
-            right = board.classes(method, ratio) == open_fashion(None).labels
+            board.add(method, ratio, macs=way.macs, plan=plan, seconds=prepared, **evaluate(way, images))
+            right = board.values(method, ratio) == open_fashion(None).labels
             words = f"{name} {ratio} {method}: {right.mean():.2%} at {way.macs / study.dense_macs:.3f}"
             print(f"{words}, {prepared:.0f} + {time.monotonic() - begin - prepared:.0f} s", flush=True)
 
@@ -343,7 +349,7 @@ def page(names: Sequence[str], threads: int) -> None:
     for name in names:
         study, board = Study(name), Board(name)
         labels = open_fashion(None).labels
-        dense = board.classes("dense", 1.0)
+        dense = board.values("dense", 1.0)
         right = int((dense == labels).sum())
         low, high = percent_interval(right, len(labels))
         tokens = f"{study.layout.patch_tokens} patches, {study.layout.blocks} blocks"
@@ -367,7 +373,7 @@ NOTE = (
 def ratio_table(board: Board, ratio: float, dense: np.ndarray, labels: np.ndarray, dense_macs: int) -> str:
     """The rows of a ratio, the best first."""
     rows = {method: row for (method, at), row in board.rows.items() if at == ratio and "classes" in row}
-    right = {method: board.classes(method, ratio) == labels for method in rows}
+    right = {method: board.values(method, ratio) == labels for method in rows}
     order = sorted(rows, key=lambda method: -right[method].sum())
     cells = []
     for method in order:
@@ -381,7 +387,7 @@ def ratio_table(board: Board, ratio: float, dense: np.ndarray, labels: np.ndarra
                 f"{method}{' =' if same and method != order[0] else ''}",
                 f"{own.mean():.2%}",
                 f"{100 * (won - lost) / len(labels):+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]",
-                f"{(board.classes(method, ratio) == dense).mean():.1%}",
+                f"{(board.values(method, ratio) == dense).mean():.1%}",
                 f"{row['macs'] / dense_macs:.3f}",
                 *(f"{gains[batch]:.2f}x" if gains else "" for batch in ("1", "8")),
             ]
