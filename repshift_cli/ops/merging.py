@@ -27,7 +27,7 @@ def pair(sources: Tensor, targets: Tensor, count: int) -> Pairs:
 
     Similarity is the cosine of `[B, S, C]` and `[B, T, C]`; of equals the lower index comes first.
     """
-    alike, place = (_unit(sources) @ _unit(targets).mT).max(dim=-1)
+    alike, place = (unit_length(sources) @ unit_length(targets).mT).max(dim=-1)
     order = alike.sort(dim=-1, descending=True, stable=True).indices
     chosen = order[:, :count]
     return Pairs(chosen, place.gather(1, chosen), order[:, count:])
@@ -37,7 +37,7 @@ def nearest(sources: Tensor, targets: Tensor) -> Tensor:
     """The target with the largest cosine to each source: `[B, S, C]` and `[B, T, C]` to int64 `[B, S]`."""
     # the length of a source scales all its products, so only that of the targets matters
     if targets.dtype in (torch.float16, torch.bfloat16):  # products of long vectors might overflow
-        return (sources @ _unit(targets).mT).argmax(dim=-1)
+        return (sources @ unit_length(targets).mT).argmax(dim=-1)
     lengths = torch.linalg.vector_norm(targets, dim=-1).clamp_min(torch.finfo(targets.dtype).tiny)
     return ((sources @ targets.mT) / lengths.unsqueeze(1)).argmax(dim=-1)
 
@@ -73,7 +73,7 @@ def merge_into(kept: Tensor, sizes: Tensor, sources: Tensor, shares: Tensor, tar
     return add_at(tokens, targets, differences * steps).to(kept.dtype), new_sizes
 
 
-def _unit(tokens: Tensor) -> Tensor:
+def unit_length(tokens: Tensor) -> Tensor:
     """Each token normalised to length one; the norm is computed in float32 or wider, so that it does not overflow."""
     wide = torch.promote_types(tokens.dtype, torch.float32)
     return functional.normalize(tokens.to(wide), dim=-1).to(tokens.dtype)

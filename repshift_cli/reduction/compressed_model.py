@@ -26,7 +26,7 @@ from repshift_cli.reduction.checks import check_plan
 from repshift_cli.reduction.families.base import LastBlockParts, Site, match
 from repshift_cli.reduction.hooks import SiteHook, register_edit, register_tap
 from repshift_cli.reduction.last_block import ExactLastBlock, register_last_block
-from repshift_cli.reduction.metrics.base import Metric, build_metric
+from repshift_cli.reduction.metrics.base import Metric, SiteContext, build_metric
 from repshift_cli.reduction.metrics.random import Random
 from repshift_cli.reduction.reducers.base import Dims, Merger, Pruner, build_reducer
 from repshift_cli.reduction.restore import register_restore
@@ -146,7 +146,10 @@ class CompressedModel(nn.Module):
             handles.extend(map(register_edit, edits))
         for planned, site_metrics in zip(plan.sites, metrics, strict=True):
             site = _site(sites, planned.site)
-            hook = SiteHook(planned, stream, self.layout.class_token, metrics=site_metrics, reducer=reducer)
+            context = SiteContext(
+                planned.layer, stream.prefix, self.layout.class_token, site.attention_channels, site.width, site.head
+            )
+            hook = SiteHook(planned, stream, context, metrics=site_metrics, reducer=reducer)
             handles.extend(register_tap(hook, name, site.probes[name]) for name in sorted(hook.tapped))
             place = site.attended if planned.after == "attention" else site.block
             assert place is not None
@@ -266,7 +269,7 @@ class CompressedModel(nn.Module):
         sites, total = self.family.sites(self.model), self._model_macs(self.plan, counted)
         for hook in self._hooks:
             planned, site = hook.planned, _site(sites, hook.planned.site)
-            total += sum(metric.macs(planned.tokens_in, site.attention_channels) for metric in hook.metrics)
+            total += sum(metric.macs(planned.tokens_in, hook.context) for metric in hook.metrics)
             if dropped := planned.tokens_in - planned.tokens_out:
                 patches = planned.tokens_in - hook.stream.prefix
                 total += hook.reducer.macs(patches, dropped, Dims(site.width, site.head))

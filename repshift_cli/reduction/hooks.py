@@ -35,11 +35,11 @@ class SiteHook:
     """
 
     def __init__(
-        self, planned: PlanSite, stream: Stream, class_token: bool, *, metrics: tuple[Metric, ...], reducer: Reducer
+        self, planned: PlanSite, stream: Stream, context: SiteContext, *, metrics: tuple[Metric, ...], reducer: Reducer
     ) -> None:
         self.planned = planned
         self.stream = stream
-        self.context = SiteContext(planned.layer, stream.prefix, class_token)
+        self.context = context
         self.metrics = self.placed = metrics
         self.device: torch.device | None = None
         self.reducer = reducer

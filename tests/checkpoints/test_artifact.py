@@ -188,6 +188,7 @@ class TestDocument:
             ("{kind: token_norm}", "merge", 4),
             ("{kind: token_norm}", "fuse", 4),
             ("{kind: token_norm}", "bipartite", 4),
+            ("{kind: redundancy}", "prune", 8),
             (f"{{kind: fitted, weights: {Fitted.of([0.5] * 32).weights}}}", "prune", 4),
         ],
     )

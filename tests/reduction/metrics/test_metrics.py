@@ -12,6 +12,7 @@ from tiny import PATCHES, VARIANTS, compressed, images, make_recipe, tiny_vit
 from torch import Tensor, nn
 
 from repshift_cli.reduction.compressed_model import CompressedModel
+from repshift_cli.reduction.metrics import redundancy
 from repshift_cli.reduction.metrics.base import SiteContext, Tap
 from repshift_cli.reduction.metrics.representation_shift import Distance, Operation, Reading, RepresentationShift
 
@@ -177,6 +178,26 @@ def test_token_norm_is_the_norm_after_the_block(monkeypatch: pytest.MonkeyPatch)
     with torch.no_grad():
         after = exact.blocks[LAYER](stream_before(exact, LAYER, images(2).double()))
     torch.testing.assert_close(found.double(), (after[:, 3:] ** 2).sum(-1).sqrt(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("similarity", ["hidden", "keys"])
+def test_redundancy_is_the_mean_of_clipped_similarities(similarity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = f"{{kind: redundancy, similarity: {similarity}, margin: 0.2}}"
+    model = compressed(tiny_vit(reg_tokens=2), one_site(metric))
+    (found,) = scores_at(model, images(2), monkeypatch)
+    monkeypatch.setattr(redundancy, "_ROWS", 5)
+    (in_parts,) = scores_at(model, images(2), monkeypatch)
+    exact = tiny_vit(reg_tokens=2).double()
+    block: Any = exact.blocks[LAYER]
+    with torch.no_grad():
+        stream = stream_before(exact, LAYER, images(2).double())
+        keys = block.attn.qkv(block.norm1(stream)).unflatten(-1, (3, block.attn.num_heads, -1))[:, :, 1].mean(dim=2)
+        features = (block(stream) if similarity == "hidden" else keys)[:, 3:]
+        above = torch.nn.functional.cosine_similarity(features[:, :, None], features[:, None], dim=-1) - 0.2
+    wanted = torch.where(above > 0, above, above.exp() - 1).mean(dim=2)
+    assert (above < 0).any() and (above > 0).any()
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(in_parts, found)
 
 
 class TestRandom:
