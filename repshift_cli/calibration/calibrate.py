@@ -32,6 +32,7 @@ from repshift_cli.reduction.compressed_model import attach, branch
 from repshift_cli.reduction.families.base import Family, Site
 from repshift_cli.reduction.metrics.base import Metric, build_metric
 from repshift_cli.reduction.metrics.fitted import Fitted
+from repshift_cli.reduction.metrics.wrapper import Wrapper
 from repshift_cli.reduction.plans import with_defaults
 from repshift_cli.utils.progress import Progress, Task
 
@@ -244,13 +245,23 @@ def fit_open(model: nn.Module, plan: Plan, images: Tensor, batch_size: int, prog
         found = fit_scores(model, layers, images, batch_size, _FIT_SEED, task, after=after)
     parts = [planned.metric for planned in plan.sites]
     for index, layer in zip(wanted, layers, strict=True):
-        parts[index] = found[layer].spec()
+        parts[index] = with_weights(parts[index], found[layer].spec())
     return plan.with_metrics(parts)
 
 
 def unfitted(metric: Metric) -> bool:
-    """Whether the metric needs weights and has none yet."""
+    """Whether the metric, or the one that it changes, needs weights and has none yet."""
+    if isinstance(metric, Wrapper):
+        return unfitted(metric.inner)
     return isinstance(metric, Fitted) and metric.open
+
+
+def with_weights(spec: ComponentSpec, fitted: ComponentSpec) -> ComponentSpec:
+    """An unfitted metric with the fitted score in place of its own."""
+    metric = build_metric(spec)
+    if not isinstance(metric, Wrapper):
+        return fitted
+    return ComponentSpec.model_validate({**spec.model_dump(), "of": with_weights(metric.of, fitted).model_dump()})
 
 
 def choose_metric(run: CandidateRunner, plan: Plan, variants: Sequence[Metric], count: int) -> SiteChoice:

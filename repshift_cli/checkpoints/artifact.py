@@ -46,7 +46,7 @@ _SIZE_BYTES = 8
 """Length of the number in front of the header of a safetensors file."""
 
 _PART_VERSIONS = {"fuse": 4, "merge": 4, "bipartite": 4, "fitted": 4, "vid_tldr": 3, "attention_entropy": 3}
-_PART_VERSIONS |= {"redundancy": 8}
+_PART_VERSIONS |= dict.fromkeys(("redundancy", "grid", "mixed", "stratified"), 8)
 """The first format version with this metric or reducer; 1 for others."""
 
 

@@ -24,6 +24,7 @@ Tap = Literal[
     "mixer_stream",  # the stream that it reads and adds to
     "attention_query",  # queries as attention uses them, [B, heads, T, d]
     "attention_key",  # keys, likewise
+    "patch_place",  # the original positions of the patch tokens, int64 [B, N]
 ]
 """Tensors that may be available at a site. T counts prefix and patch tokens."""
 
@@ -36,6 +37,7 @@ class SiteContext:
 
     Attributes:
         attention_channels, width, head: channels of all heads together, of a token, and of one head; 0 if unknown.
+        grid: see `families.base.Site`.
     """
 
     layer: int
@@ -44,6 +46,7 @@ class SiteContext:
     attention_channels: int = 0
     width: int = 0
     head: int = 0
+    grid: tuple[int, ...] = ()
 
 
 class Metric(StrictModel, ABC):

@@ -16,7 +16,7 @@ from repshift_cli.reduction.metrics.base import Metric, Polarity, SiteContext, T
 _ROWS = 512
 """Rows of the similarity map at a time: 2352 tokens would have a map of 22 MB per image."""
 
-_MARGINS, _DEFAULT_MARGIN = (0.9, 0.6, 0.3, 0.0), 0.6
+_MARGINS = (0.6, 0.9, 0.3, 0.0)
 
 Margin = Annotated[StrictFloat, Field(ge=-1, le=1)]
 
@@ -59,7 +59,7 @@ class Redundancy(Metric):
 
     @property
     def _margin(self) -> float:
-        return _DEFAULT_MARGIN if self.margin is None else self.margin
+        return _MARGINS[0] if self.margin is None else self.margin
 
 
 def energy(rows: Tensor, others: Tensor, margin: float) -> Tensor:
