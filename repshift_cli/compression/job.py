@@ -37,11 +37,15 @@ class CompressionJob:
 
     Attributes:
         plan: the resolved recipe. Its metrics can have open fields, see `open`.
+        free: whether no metric was asked for, so that calibration can also drop tokens by their position.
     """
 
     def __init__(self, loaded: LoadedModel, recipe: Recipe | None, notes: Notes) -> None:
         self.loaded, self.notes = loaded, notes
         self.family = match(loaded.model)
+        self.free = recipe is None or not (
+            "metric" in recipe.model_fields_set or any(drop.metric is not None for drop in recipe.layers)
+        )
         self.recipe = recipe or self._default_recipe()
         check_recipe_model(self.recipe, loaded.description)
         self.plan = resolve_for(loaded.model, self.recipe)
@@ -69,6 +73,7 @@ class CompressionJob:
             identity=identity,
             batch_size=batch_size,
             progress=self.notes.progress,
+            cover=self.free,
         )
 
     def _default_recipe(self) -> Recipe:
