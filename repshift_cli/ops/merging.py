@@ -63,11 +63,13 @@ def mutual_first(scores: Tensor, features: Tensor, floor: float = -1.0) -> Tenso
 
     Returns float32 `[B, N]`; the other tokens are in the order of their scores.
     """
-    count, unit, found = scores.shape[1], unit_length(features), []
+    count, unit = scores.shape[1], unit_length(features)
+    found: list[tuple[Tensor, Tensor]] = []
     here = torch.arange(count, device=scores.device)
     for first, rows in zip(range(0, count, _ROWS), unit.split(_ROWS, dim=1), strict=True):
         itself = here[first : first + _ROWS].unsqueeze(1) == here
-        found.append((rows @ unit.mT).float().masked_fill(itself, -math.inf).max(dim=-1))
+        best = (rows @ unit.mT).float().masked_fill(itself, -math.inf).max(dim=-1)
+        found.append((best.values, best.indices))
     alike, partner = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     other = scores.gather(1, partner)
     lower = (scores < other) | ((scores == other) & (here > partner))

@@ -34,7 +34,7 @@ class Grid(Metric):
         total = torch.zeros_like(places, dtype=torch.float32)
         for axis, step in zip(reversed(coordinates(places, site.grid)), _STEPS, strict=False):
             total = total + axis * step
-        return total.frac()
+        return total - total.floor()
 
 
 def coordinates(places: Tensor, grid: tuple[int, ...]) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StrictFloat
@@ -31,21 +32,26 @@ class Mixed(Wrapper):
     similarity: Literal["hidden", "keys"] = "hidden"
     margin: Margin = 0.6
 
+    def model_post_init(self, context: Any, /) -> None:
+        super().model_post_init(context)
+        _ = self.redundancy
+
     def taps(self) -> frozenset[Tap]:
-        return self.inner.taps() | self._redundancy.taps()
+        return self.inner.taps() | self.redundancy.taps()
 
     def macs(self, tokens: int, site: SiteContext) -> int:
-        return self.inner.macs(tokens, site) + self._redundancy.macs(tokens, site)
+        return self.inner.macs(tokens, site) + self.redundancy.macs(tokens, site)
 
     def choices(self) -> tuple[dict[str, Any], ...]:
         return tuple({"weight": weight} for weight in (_WEIGHTS if self.weight is None else (self.weight,)))
 
     def rescore(self, scores: Tensor, seen: Mapping[str, Tensor], site: SiteContext) -> Tensor:
         weight = _WEIGHTS[0] if self.weight is None else self.weight
-        return _standardised(scores) - weight * _standardised(self._redundancy.score(seen, site))
+        return _standardised(scores) - weight * _standardised(self.redundancy.score(seen, site))
 
-    @property
-    def _redundancy(self) -> Redundancy:
+    @cached_property
+    def redundancy(self) -> Redundancy:
+        """The energy with the options of this score."""
         return Redundancy(similarity=self.similarity, margin=self.margin)
 
 
