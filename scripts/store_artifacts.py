@@ -41,7 +41,6 @@ VERSIONS: dict[int, tuple[str | None, dict[str, Any], str, str]] = {
     4: (None, VIT, "token_norm", "merge"),
     6: (None, {**VIT, "global_pool": "avg"}, "token_norm", "prune"),  # 5 is of a library, written by `compress`
     7: (None, VIT, "token_norm", "prune"),
-    8: (None, VIT, "redundancy", "prune"),
 }
 
 
