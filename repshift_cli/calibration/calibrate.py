@@ -156,8 +156,8 @@ class Calibration:
     def coverage_note(self) -> str:
         """What is used where no score is clearly better than random dropping, but the choice is accepted."""
         even = [choice.site for choice in self.sites if choice.chosen.kind in _COVERING]
-        used = f"; at {', '.join(even)} tokens are dropped by their position alone" if even else ""
-        return f"{self.unclear_error().message}. It is used since it is not worse{used}"
+        used = f". At {', '.join(even)} tokens are dropped by their position alone" if even else ""
+        return f"no score is clearly better than random dropping ({self.sigmas:.1f} standard errors), nor worse{used}"
 
     @property
     def mild(self) -> bool:

@@ -96,7 +96,7 @@ def run(
     model: nn.Module, batch: Tensor, metric: dict[str, object] | None = None, layers: str = LAYERS, **options: Any
 ) -> Calibration:
     plan = open_plan(model, metric or {}, layers)
-    settings = {"identity": {"where": "here"}, "batch_size": 16, "progress": Silent(), **options}
+    settings: dict[str, Any] = {"identity": {"where": "here"}, "batch_size": 16, "progress": Silent(), **options}
     return calibrate(model, match(model), plan, images=batch, **settings)
 
 
@@ -264,7 +264,7 @@ class TestCoverage:
         monkeypatch.setattr("repshift_cli.calibration.calibrate.paired_sigmas", lambda *_: 2.0)
         found = run(tiny_vit(), images(16), OPEN_POLARITY, cover=True)
         assert [spec.kind for spec in found.specs] == ["grid"]
-        assert "at blocks.0 tokens are dropped by their position alone" in found.coverage_note()
+        assert "At blocks.0 tokens are dropped by their position alone" in found.coverage_note()
 
     @pytest.mark.parametrize(
         ("sigmas", "covers", "accepted"), [(-0.9, True, True), (-1.1, True, False), (2, False, False)]

@@ -24,7 +24,6 @@ from repshift_cli.reduction.metrics.representation_shift import Distance, Operat
 from repshift_cli.reduction.metrics.token_norm import TokenNorm
 
 LAYER = 2
-SCORE = TokenNorm.score
 WITH_PARTS = sorted(set(VARIANTS) - {"parallel_things_block"})
 """Models whose blocks have separate attention and MLP updates."""
 
@@ -241,7 +240,13 @@ class TestCoverage:
         model = compressed(tiny_vit(), make_recipe(self.LAYERS, metric))
         kept = model.trace(images(2)).kept
         norms: list[Tensor] = []
-        monkeypatch.setattr(TokenNorm, "score", lambda *parts: norms.append(SCORE(*parts)) or norms[-1])
+        score = TokenNorm.score
+
+        def watch(*arguments: Any) -> Tensor:
+            norms.append(score(*arguments))
+            return norms[-1]
+
+        monkeypatch.setattr(TokenNorm, "score", watch)
         with torch.no_grad():
             model(images(2))
         for row in range(2):
