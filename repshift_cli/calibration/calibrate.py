@@ -8,6 +8,9 @@ model's is chosen; then the next site, given the earlier choices, and so on.
 At each site the candidates run in rounds: all on a few images, then fewer on more. The paper's choice runs to the end,
 and is kept unless another is better by more than chance. Candidates share the layers before the site (`branch`).
 Finally all choices together are compared on held-out images with random dropping and with the paper's choice.
+
+Where the user names no metric (`cover`), even coverage of the image and random dropping are candidates too, and replace
+the choice at all sites if they are better. So the result is not worse than random but for chance.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from repshift_cli.calibration.fit import fit_scores
 from repshift_cli.calibration.outputs import ReferenceOutputs, agreement, distance, reference_outputs, run_batches
 from repshift_cli.errors import CheckFailed, DataError, RecipeError
+from repshift_cli.planning.layout import After
 from repshift_cli.planning.plan import Plan, PlanSite
 from repshift_cli.planning.recipe import ComponentSpec
 from repshift_cli.reduction.checks import feeds
@@ -32,6 +36,10 @@ from repshift_cli.reduction.compressed_model import attach, branch
 from repshift_cli.reduction.families.base import Family, Site
 from repshift_cli.reduction.metrics.base import Metric, build_metric
 from repshift_cli.reduction.metrics.fitted import Fitted
+from repshift_cli.reduction.metrics.grid import Grid
+from repshift_cli.reduction.metrics.random import Random
+from repshift_cli.reduction.metrics.stratified import Stratified
+from repshift_cli.reduction.metrics.wrapper import Wrapper
 from repshift_cli.reduction.plans import with_defaults
 from repshift_cli.utils.progress import Progress, Task
 
@@ -45,6 +53,7 @@ _MARGIN_SIGMAS = 1.0
 """A candidate replaces the paper's choice if it is better by this many standard errors."""
 
 _RANDOM_SEEDS = (0, 1)
+_COVERING = {"grid", "random"}
 _FIT_SEED = 0
 _CLEAR_SIGMAS = 3.0
 _CLEAR_SHARE = 0.9
@@ -125,6 +134,7 @@ class Calibration:
         sigmas: by how many standard errors the result is better than random, over paired images.
         clear: whether that is a clear margin.
         images: number of images for choosing and checking together; `identity` is theirs, for the record.
+        covers: whether even coverage and random dropping were candidates.
     """
 
     sites: tuple[SiteChoice, ...]
@@ -136,6 +146,18 @@ class Calibration:
     images: int
     identity: Mapping[str, Any]
     seconds: float
+    covers: bool = False
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the choice can be used: it is clear or mild, or the tool was free to cover and it is not worse."""
+        return self.clear or self.mild or (self.covers and self.sigmas > -_MARGIN_SIGMAS)
+
+    def coverage_note(self) -> str:
+        """What is used where no score is clearly better than random dropping, but the choice is accepted."""
+        even = [choice.site for choice in self.sites if choice.chosen.kind in _COVERING]
+        used = f". At {', '.join(even)} tokens are dropped by their position alone" if even else ""
+        return f"no score is clearly better than random dropping ({self.sigmas:.1f} standard errors), nor worse{used}"
 
     @property
     def mild(self) -> bool:
@@ -189,6 +211,7 @@ def calibrate(
     identity: Mapping[str, Any],
     batch_size: int,
     progress: Progress,
+    cover: bool = False,
 ) -> Calibration:
     """Fill the open fields of the metrics of a plan, site by site.
 
@@ -197,6 +220,7 @@ def calibrate(
         usual: the plan to compare with; None for this plan with the paper's choice for its open fields.
         images: `[n, C, H, W]`, preprocessed, unlabelled; at least 8.
         identity: of the images, for the record.
+        cover: also try even coverage and random dropping, since the user names no metric.
 
     Raises:
         DataError: too few images.
@@ -214,7 +238,12 @@ def calibrate(
         stack.callback(family.adapt(model))  # compare with the dense model as adapted for reduction
         unfitted_plan, plan = plan, fit_open(model, plan, images[:border], batch_size, progress)
         variants = [runnable(planned, sites[planned.site]) for planned in plan.sites]
-        steps = _steps([len(found) for found in variants], len(images))
+        if cover:
+            variants = [
+                [*found, *covering(found[0], sites[planned.site], planned.after)]
+                for found, planned in zip(variants, plan.sites, strict=True)
+            ]
+        steps = _steps([len(found) for found in variants], len(images)) + cover * border
         task = stack.enter_context(progress.task("calibrating", steps))
         reference = run_batches(model, images, batch_size, task)
         if not bool(reference.isfinite().all()):
@@ -224,6 +253,8 @@ def calibrate(
         for planned, candidates in zip(plan.sites, variants, strict=True):
             before = [choice.chosen.spec() for choice in choices]
             choices.append(choose_metric(run, plan.with_metrics([*before, planned.metric]), candidates, border))
+        if cover:
+            choices = _covered(run, plan, choices, [found[-1] for found in variants], border)
         result = run.check(plan.with_metrics([choice.chosen.spec() for choice in choices]), border)
         specs = [ComponentSpec.model_validate({"kind": "random", "seed": seed}) for seed in _RANDOM_SEEDS]
         draws = [run.check(plan.with_metric(spec), border) for spec in specs]
@@ -232,7 +263,25 @@ def calibrate(
     sigmas = paired_sigmas(random.distances, result.distances)
     clear = sigmas >= _CLEAR_SIGMAS and result.distance <= _CLEAR_SHARE * random.distance
     seconds = time.monotonic() - begin
-    return Calibration(tuple(choices), result, random, default, sigmas, clear, len(images), identity, seconds)
+    return Calibration(tuple(choices), result, random, default, sigmas, clear, len(images), identity, seconds, cover)
+
+
+def covering(metric: Metric, site: Site, after: After) -> list[Metric]:
+    """Candidates that cover the image at the site: stratified by the metric, random, and last even where possible."""
+    found = [Stratified(of=metric.spec(), window=2), Random(seed=len(_RANDOM_SEEDS)), Grid()]
+    return [candidate for candidate in found if feeds(candidate, site, after)]
+
+
+def _covered(
+    run: CandidateRunner, plan: Plan, choices: list[SiteChoice], even: Sequence[Metric], border: int
+) -> list[SiteChoice]:
+    """The choices, or even coverage at every site if it is better by more than chance on the images for choosing."""
+    together = run.check(plan.with_metrics([metric.spec() for metric in even]), 0, border)
+    # the candidates at the last site ran with all earlier choices
+    if paired_sigmas(choices[-1].candidates[0].distances, together.distances) < _MARGIN_SIGMAS:
+        return choices
+    results = [CandidateResult(together.distances, together.agreeing, metric=metric) for metric in even]
+    return [SiteChoice(old.site, (new, *old.candidates)) for old, new in zip(choices, results, strict=True)]
 
 
 def fit_open(model: nn.Module, plan: Plan, images: Tensor, batch_size: int, progress: Progress) -> Plan:
@@ -246,13 +295,23 @@ def fit_open(model: nn.Module, plan: Plan, images: Tensor, batch_size: int, prog
         found = fit_scores(model, layers, images, batch_size, _FIT_SEED, task, after=after)
     parts = [planned.metric for planned in plan.sites]
     for index, layer in zip(wanted, layers, strict=True):
-        parts[index] = metrics[index].filled(found[layer].spec())
+        parts[index] = with_weights(parts[index], found[layer].spec())
     return plan.with_metrics(parts)
 
 
 def unfitted(metric: Metric) -> bool:
-    """Whether the metric needs weights and has none yet."""
+    """Whether the metric, or the one that it changes, needs weights and has none yet."""
+    if isinstance(metric, Wrapper):
+        return unfitted(metric.inner)
     return isinstance(metric, Fitted) and metric.open
+
+
+def with_weights(spec: ComponentSpec, fitted: ComponentSpec) -> ComponentSpec:
+    """An unfitted metric with the fitted score in place of its own."""
+    metric = build_metric(spec)
+    if not isinstance(metric, Wrapper):
+        return fitted
+    return ComponentSpec.model_validate({**spec.model_dump(), "of": with_weights(metric.of, fitted).model_dump()})
 
 
 def choose_metric(run: CandidateRunner, plan: Plan, variants: Sequence[Metric], count: int) -> SiteChoice:
@@ -305,11 +364,11 @@ class CandidateRunner:
         for candidate in candidates:
             self._judge(candidate, 0)
 
-    def check(self, plan: Plan, start: int) -> Deviation:
-        """The deviation of a plan on the images from `start` on."""
+    def check(self, plan: Plan, start: int, stop: int | None = None) -> Deviation:
+        """The deviation of a plan on the images from `start` on, up to `stop`."""
         compressed = attach(self.model, plan)
         try:
-            output = run_batches(compressed, self.images[start:], self.batch_size, self.task)
+            output = run_batches(compressed, self.images[start:stop], self.batch_size, self.task)
         finally:
             compressed.detach()
         result = Deviation(outputs=[output])

@@ -84,7 +84,7 @@ def compress(
         else:
             batch = load_job_inputs(loaded, str(calibration), 128, 0, notes)
             found = job.calibrate(batch.tensor, batch.identity, batch_size=16)
-        if not (found.clear or found.mild):
+        if not found.accepted:
             raise found.unclear_error()
         plan, calibrated = job.plan.with_metrics(found.specs), found.to_dict()
     return artifact.attach_loaded(loaded, plan, job.recipe, calibrated)

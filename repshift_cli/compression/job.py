@@ -44,11 +44,15 @@ class CompressionJob:
 
     Attributes:
         plan: the resolved recipe. Its metrics can have open fields, see `open`.
+        free: whether no metric was asked for, so that calibration can also drop tokens by their position.
     """
 
     def __init__(self, loaded: LoadedModel, recipe: Recipe | None, notes: Notes, images: bool = False) -> None:
         self.loaded, self.notes = loaded, notes
         self.family = match(loaded.model)
+        self.free = recipe is None or not (
+            "metric" in recipe.model_fields_set or any(drop.metric is not None for drop in recipe.layers)
+        )
         self.recipe = recipe or self._default_recipe(images)
         self._by_default = recipe is None
         check_recipe_model(self.recipe, loaded.description)
@@ -78,6 +82,7 @@ class CompressionJob:
             identity=identity,
             batch_size=batch_size,
             progress=self.notes.progress,
+            cover=self.free,
         )
 
     def _default_recipe(self, images: bool) -> Recipe:

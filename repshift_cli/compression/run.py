@@ -207,6 +207,8 @@ def _choose_metric(
             f"so few tokens are dropped that random dropping changes {1 - (found.random.agreement or 0):.1%} of the "
             "predictions: the choice of tokens hardly matters and was not checked"
         )
+    elif not found.clear and found.accepted:
+        job.notes.note(found.coverage_note())
     elif not found.clear:
         problem = found.unclear_error()
         if not settings.force:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from repshift_cli.ops.tokens import add_at, gather_tokens
+
+_ROWS = 512
+"""Rows of a similarity map at a time: that of 2352 tokens takes 22 MB per image."""
 
 
 class Pairs(NamedTuple):
@@ -27,7 +31,7 @@ def pair(sources: Tensor, targets: Tensor, count: int) -> Pairs:
 
     Similarity is the cosine of `[B, S, C]` and `[B, T, C]`; of equals the lower index comes first.
     """
-    alike, place = (_unit(sources) @ _unit(targets).mT).max(dim=-1)
+    alike, place = (unit_length(sources) @ unit_length(targets).mT).max(dim=-1)
     order = alike.sort(dim=-1, descending=True, stable=True).indices
     chosen = order[:, :count]
     return Pairs(chosen, place.gather(1, chosen), order[:, count:])
@@ -37,9 +41,40 @@ def nearest(sources: Tensor, targets: Tensor) -> Tensor:
     """The target with the largest cosine to each source: `[B, S, C]` and `[B, T, C]` to int64 `[B, S]`."""
     # the length of a source scales all its products, so only that of the targets matters
     if targets.dtype in (torch.float16, torch.bfloat16):  # products of long vectors might overflow
-        return (sources @ _unit(targets).mT).argmax(dim=-1)
+        return (sources @ unit_length(targets).mT).argmax(dim=-1)
     lengths = torch.linalg.vector_norm(targets, dim=-1).clamp_min(torch.finfo(targets.dtype).tiny)
     return ((sources @ targets.mT) / lengths.unsqueeze(1)).argmax(dim=-1)
+
+
+def nearest_with_cosine(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """As `nearest`, and the cosine of each source to its target, float32 `[B, S]`."""
+    alike, place = (unit_length(sources) @ unit_length(targets).mT).max(dim=-1)
+    return place, alike.float()
+
+
+def mutual_first(scores: Tensor, features: Tensor, floor: float = -1.0) -> Tensor:
+    """Scores with which the less important tokens of mutual nearest pairs are the lowest, the most similar first.
+
+    Two tokens are a pair if each is the one with the largest cosine to the other, and it is not below the floor.
+
+    Args:
+        scores: float32 `[B, N]`, large ones are important; of equal ones the lower index is.
+        features: `[B, N, C]`.
+
+    Returns float32 `[B, N]`; the other tokens are in the order of their scores.
+    """
+    count, unit = scores.shape[1], unit_length(features)
+    found: list[tuple[Tensor, Tensor]] = []
+    here = torch.arange(count, device=scores.device)
+    for first, rows in zip(range(0, count, _ROWS), unit.split(_ROWS, dim=1), strict=True):
+        itself = here[first : first + _ROWS].unsqueeze(1) == here
+        best = (rows @ unit.mT).float().masked_fill(itself, -math.inf).max(dim=-1)
+        found.append((best.values, best.indices))
+    alike, partner = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    other = scores.gather(1, partner)
+    lower = (scores < other) | ((scores == other) & (here > partner))
+    source = lower & (partner.gather(1, partner) == here) & (alike >= floor)
+    return torch.where(source, -2 - alike, unit_range(scores))
 
 
 def key_features(keys: Tensor) -> Tensor:
@@ -73,7 +108,7 @@ def merge_into(kept: Tensor, sizes: Tensor, sources: Tensor, shares: Tensor, tar
     return add_at(tokens, targets, differences * steps).to(kept.dtype), new_sizes
 
 
-def _unit(tokens: Tensor) -> Tensor:
+def unit_length(tokens: Tensor) -> Tensor:
     """Each token normalised to length one; the norm is computed in float32 or wider, so that it does not overflow."""
     wide = torch.promote_types(tokens.dtype, torch.float32)
     return functional.normalize(tokens.to(wide), dim=-1).to(tokens.dtype)

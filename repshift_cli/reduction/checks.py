@@ -156,7 +156,10 @@ def feeds(metric: Metric, site: Site, after: After = "block") -> bool:
 
 
 def _available(site: Site, after: After) -> frozenset[str]:
-    return site.early if after == "attention" else frozenset({"block_input", "block_output", *site.probes})
+    if after == "attention":
+        return site.early
+    places = ("patch_place",) if site.grid else ()
+    return frozenset({"block_input", "block_output", *site.probes, *places})
 
 
 def _reason(site: Site, tensor: str) -> str:

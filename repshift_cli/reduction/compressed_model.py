@@ -26,7 +26,7 @@ from repshift_cli.reduction.checks import check_plan
 from repshift_cli.reduction.families.base import LastBlockParts, Site, match
 from repshift_cli.reduction.hooks import SiteHook, register_edit, register_tap
 from repshift_cli.reduction.last_block import ExactLastBlock, register_last_block
-from repshift_cli.reduction.metrics.base import Metric, build_metric
+from repshift_cli.reduction.metrics.base import Metric, SiteContext, build_metric
 from repshift_cli.reduction.metrics.random import Random
 from repshift_cli.reduction.reducers.base import Dims, Merger, Pruner, build_reducer
 from repshift_cli.reduction.restore import register_restore
@@ -131,6 +131,10 @@ class CompressedModel(nn.Module):
         handles: list[Any] = []
         self._hooks: list[SiteHook] = []
         stream, sites = self.family.stream(model), self.family.sites(model)
+        placed = any("patch_place" in metric.taps() for site_metrics in metrics for metric in site_metrics)
+        if placed:
+            assert isinstance(stream, TokenStream)
+            stream.keeps_places = True
         restoring: list[Any] = []
         if plan.restore:  # its hooks gather tokens before those of `edits` see them
             assert isinstance(stream, TokenStream)
@@ -138,7 +142,7 @@ class CompressedModel(nn.Module):
         changes = [self.family.edits(model, stream)]
         if isinstance(reducer, Merger) and reducer.pooled_by_size:
             changes.append(self.family.use_proportional_attention(model, stream))
-        if restoring or any(edits for edits, _ in changes):
+        if placed or restoring or any(edits for edits, _ in changes):
             handles.append(sites[0].block.register_forward_pre_hook(stream.begin))
         handles.extend(restoring)
         for edits, undo_edits in changes:
@@ -146,7 +150,8 @@ class CompressedModel(nn.Module):
             handles.extend(map(register_edit, edits))
         for planned, site_metrics in zip(plan.sites, metrics, strict=True):
             site = _site(sites, planned.site)
-            hook = SiteHook(planned, stream, self.layout.class_token, metrics=site_metrics, reducer=reducer)
+            context = _context(site, stream.prefix, self.layout.class_token)
+            hook = SiteHook(planned, stream, context, metrics=site_metrics, reducer=reducer)
             handles.extend(register_tap(hook, name, site.probes[name]) for name in sorted(hook.tapped))
             place = site.attended if planned.after == "attention" else site.block
             assert place is not None
@@ -266,7 +271,7 @@ class CompressedModel(nn.Module):
         sites, total = self.family.sites(self.model), self._model_macs(self.plan, counted)
         for hook in self._hooks:
             planned, site = hook.planned, _site(sites, hook.planned.site)
-            total += sum(metric.macs(planned.tokens_in, site.attention_channels) for metric in hook.metrics)
+            total += sum(metric.macs(planned.tokens_in, hook.context) for metric in hook.metrics)
             if dropped := planned.tokens_in - planned.tokens_out:
                 patches = planned.tokens_in - hook.stream.prefix
                 total += hook.reducer.macs(patches, dropped, Dims(site.width, site.head))
@@ -342,6 +347,10 @@ def _refuse_maps(*_: Any, **__: Any) -> None:
         "a compressed model has no dense feature maps: their tokens were dropped",
         "Put `restore: true` into the recipe, or use `with model.dense() as dense: dense.forward_intermediates(...)`.",
     )
+
+
+def _context(site: Site, prefix: int, class_token: bool) -> SiteContext:
+    return SiteContext(site.layer, prefix, class_token, site.attention_channels, site.width, site.head, site.grid)
 
 
 def _site(sites: Sequence[Site], name: str) -> Site:

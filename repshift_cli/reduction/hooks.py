@@ -35,17 +35,17 @@ class SiteHook:
     """
 
     def __init__(
-        self, planned: PlanSite, stream: Stream, class_token: bool, *, metrics: tuple[Metric, ...], reducer: Reducer
+        self, planned: PlanSite, stream: Stream, context: SiteContext, *, metrics: tuple[Metric, ...], reducer: Reducer
     ) -> None:
         self.planned = planned
         self.stream = stream
-        self.context = SiteContext(planned.layer, stream.prefix, class_token)
+        self.context = context
         self.metrics = self.placed = metrics
         self.device: torch.device | None = None
         self.reducer = reducer
         self.wanted = reducer.taps().union(*(metric.taps() for metric in metrics))
         direct = {"block_output"} if planned.after == "attention" else {"block_input", "block_output"}
-        self.tapped = self.wanted - direct
+        self.tapped = self.wanted - direct - {"patch_place"}
         self.enabled = True
         self.seen: dict[str, Tensor] = {}
         self.recorded: list[Tensor] | None = None
@@ -72,6 +72,8 @@ class SiteHook:
             self.seen["block_input"] = self.stream.block_input(args, arrived)
         if "block_output" in self.wanted:
             self.seen["block_output"] = self.stream.block_output(arrived)
+        if "patch_place" in self.wanted:
+            self.seen["patch_place"] = self.stream.patch_place(arrived)
         if not torch.compiler.is_compiling():  # a traced pass must not change state
             self.place(self.stream.carrier(arrived).device)
         branches = [self._reduce(metric, arrived) for metric in self.placed]

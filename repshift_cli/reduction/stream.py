@@ -58,6 +58,10 @@ class Stream:
         left: Tensor = output
         return left
 
+    def patch_place(self, output: Any) -> Tensor:
+        """The original positions of the patch tokens, int64 `[B, N]`."""
+        raise NotImplementedError(type(self).__name__)
+
     def carrier(self, output: Any) -> Tensor:
         """The tensor that the later layers are computed from; its gradient is the influence of each token."""
         tokens: Tensor = output

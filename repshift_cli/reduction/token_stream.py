@@ -97,6 +97,11 @@ class TokenStream(SizedStream):
     def block_input(self, args: tuple[Any, ...], output: Any) -> Tensor:
         return self.inward(args[0])
 
+    def patch_place(self, output: Any) -> Tensor:
+        batch, total, _ = output.tokens.shape
+        here = torch.arange(total - self.prefix, device=output.tokens.device).expand(batch, -1)
+        return here if output.places is None else output.places
+
     def reduce(self, output: Any, keep: Tensor, planned: PlanSite, reduce: Reduce) -> Any:
         sizes = None if output.sizes is None else output.sizes.gather(1, keep)
         tokens, kept, owners = reduce(output.tokens, keep), self.patches(keep), None

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import numpy as np
 
-from repshift_cli.calibration.calibrate import unfitted
+from repshift_cli.calibration.calibrate import unfitted, with_weights
 from repshift_cli.errors import RecipeError, UsageError
 from repshift_cli.planning.layout import Layout
 from repshift_cli.planning.plan import Plan
@@ -152,9 +151,8 @@ def choose_layer_metrics(start: Recipe, evaluator: Evaluator) -> tuple[Planner, 
     open_metrics = {site.layer: given.get(site.layer) or given.get(site.name) or start.metric for site in sites}
     # metrics without weights are fitted, for all layers at once
     if layers := [layer for layer, metric in open_metrics.items() if unfitted(build_metric(metric))]:
-        for layer, weights in evaluator.fit_metrics(layers, acts_after(start.reducer)).items():
-            metric: Any = build_metric(open_metrics[layer])
-            open_metrics[layer] = metric.filled(weights)
+        fitted = evaluator.fit_metrics(layers, acts_after(start.reducer))
+        open_metrics |= {layer: with_weights(open_metrics[layer], found) for layer, found in fitted.items()}
     planner = Planner(evaluator, start, open_metrics, tuple(open_metrics))
     method = Method(open_metrics, start.reducer)
     counts = [max(1, round(share * planner.tokens)) for share in _METRIC_SHARES]

@@ -19,6 +19,7 @@ from repshift_cli.measure.device import device_name
 from repshift_cli.planning.recipe import Budget, ComponentSpec, Recipe
 from repshift_cli.reduction.checks import check_exact, check_reducer, check_restore
 from repshift_cli.reduction.families.base import Family
+from repshift_cli.reduction.metrics.base import build_metric
 from repshift_cli.reduction.reducers.base import Merger, build_reducer
 from repshift_cli.search.plot import MARKS, Chart
 from repshift_cli.search.result import MeasuredSchedule, SearchResult, SearchSettings
@@ -235,7 +236,7 @@ def _named(recipe: Recipe, loaded: LoadedModel) -> Recipe:
     parts = [recipe.metric, *(drop.metric for drop in recipe.layers if drop.metric is not None)]
     name = loaded.description.name
     known = is_model_name(name.partition(".")[0]) or f"builtin:{name}" in BUILTIN
-    if recipe.model is not None or not known or not any(part.kind == "fitted" for part in parts):
+    if recipe.model is not None or not known or not any(build_metric(part).channels for part in parts):
         return recipe
     return Recipe.parse(recipe.model_copy(update={"model": name}).to_yaml(), recipe.place.name)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -92,13 +93,11 @@ def planted(side: str) -> tuple[nn.Module, Tensor]:
 
 
 def run(
-    model: nn.Module, batch: Tensor, metric: dict[str, object] | None = None, layers: str = LAYERS, batch_size: int = 16
+    model: nn.Module, batch: Tensor, metric: dict[str, object] | None = None, layers: str = LAYERS, **options: Any
 ) -> Calibration:
     plan = open_plan(model, metric or {}, layers)
-    family, listener = match(model), Silent()
-    return calibrate(
-        model, family, plan, images=batch, identity={"where": "here"}, batch_size=batch_size, progress=listener
-    )
+    settings: dict[str, Any] = {"identity": {"where": "here"}, "batch_size": 16, "progress": Silent(), **options}
+    return calibrate(model, match(model), plan, images=batch, **settings)
 
 
 def open_plan(model: nn.Module, metric: dict[str, object], layers: str = LAYERS) -> Plan:
@@ -244,6 +243,35 @@ class TestRounds:
         assert {candidate.metric.spec().options["operation"] for candidate in choice.candidates} == {"block"}
         assert len(choice.candidates) == 6
         assert math.isfinite(found.default.distance)  # the paper's choice needs the MLP, so another is used
+
+
+class TestCoverage:
+    def test_coverage_is_tried_where_no_metric_is_named(self) -> None:
+        model, batch, progress = tiny_vit(), images(16), Counting()
+        plan = open_plan(model, OPEN_POLARITY, "[{layer: 0, keep_tokens: 8}, {layer: 2, keep_tokens: 4}]")
+        found = calibrate(
+            model, match(model), plan, images=batch, identity={}, batch_size=7, progress=progress, cover=True
+        )
+        assert progress.made == progress.announced
+        for choice in found.sites:
+            kinds = {candidate.metric.kind for candidate in choice.candidates}
+            assert kinds == {"representation_shift", "stratified", "random", "grid"}
+        compressed = attach(model, plan.with_metrics(found.specs))
+        with torch.no_grad():
+            assert compressed(batch).isfinite().all()
+
+    def test_better_coverage_replaces_the_choice_at_all_sites(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("repshift_cli.calibration.calibrate.paired_sigmas", lambda *_: 2.0)
+        found = run(tiny_vit(), images(16), OPEN_POLARITY, cover=True)
+        assert [spec.kind for spec in found.specs] == ["grid"]
+        assert "At blocks.0 tokens are dropped by their position alone" in found.coverage_note()
+
+    @pytest.mark.parametrize(
+        ("sigmas", "covers", "accepted"), [(-0.9, True, True), (-1.1, True, False), (2, False, False)]
+    )
+    def test_what_is_not_worse_is_accepted(self, sigmas: float, covers: bool, accepted: bool) -> None:
+        found = run(tiny_vit(), images(8), {**OPEN_POLARITY, "polarity": "largest"})
+        assert replace(found, clear=False, sigmas=sigmas, covers=covers).accepted == accepted
 
 
 class TestRefusals:

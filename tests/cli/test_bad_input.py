@@ -257,7 +257,11 @@ class TestCalibrationData:
         explained(outcome, 4, f"calibration needs at least 8 images: {said}")
 
     def test_no_metric_beats_random_dropping(self, cli: Command, dense: Path, photos: Path, tmp_path: Path) -> None:
-        outcome = cli("compress", dense, "--calibration", photos, *QUICK, "-o", "out.safetensors")
+        text = "version: 1\nmetric: {kind: representation_shift}\nlayers: [{layer: 0, drop_ratio: 0.5}]\n"
+        (tmp_path / "r.yaml").write_text(text)
+        outcome = cli(
+            "compress", dense, "--recipe", "./r.yaml", "--calibration", photos, *QUICK, "-o", "out.safetensors"
+        )
         explained(outcome, 5, "no score is clearly better than random dropping", "--force")
         assert not (tmp_path / "out.safetensors").exists()
 

@@ -94,6 +94,8 @@ def _show_calibration(calibration: Calibration, unit: str) -> None:
         verdict = "clearly better than random dropping"
     elif calibration.mild:
         verdict = "so few tokens are dropped that random dropping is hardly worse"
+    elif calibration.accepted:
+        verdict = "not clearly better than random dropping, and not worse"
     ui.print_text(f"        {verdict} ({calibration.sigmas:.1f} standard errors)")
     ui.print_text("")
 

@@ -59,6 +59,8 @@ class Site:
         attended: a module whose output is the stream between attention and MLP, where it can be reduced as well; None
             if the block has none.
         early: the tensors that are available there; `block_output` is then the stream so far.
+        grid: `(frames,) rows, columns` of the original patches, in whose order they are counted, where the stream is a
+            `TokenStream`, which knows the original positions; else empty.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Site:
     head: int = 0
     attended: nn.Module | None = None
     early: frozenset[str] = frozenset()
+    grid: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,7 @@ class TimmViT(Family):
             attention_channels=sum(part.num_heads * part.head_dim for part in attentions),
             width=int(model.embed_dim),
             head=int(attentions[0].head_dim) if attentions else 0,
+            grid=_grid(model),
         )
 
     def stream(self, model: Any) -> Stream:

@@ -452,6 +452,7 @@ def _site(tower: Tower, info: SiteInfo, block: nn.Module) -> Site:
         attention_channels=tower.attention_width,
         width=tower.width,
         head=head,
+        grid=tower.grid,
     )
 
 

@@ -28,8 +28,8 @@ class AttentionEntropy(Metric):
     def score(self, seen: Mapping[str, Tensor], site: SiteContext) -> Tensor:
         return sharpness(mean_attention(seen["attention_query"], seen["attention_key"]))[:, site.prefix :]
 
-    def macs(self, tokens: int, attention_channels: int) -> int:
-        return tokens * tokens * attention_channels
+    def macs(self, tokens: int, site: SiteContext) -> int:
+        return tokens * tokens * site.attention_channels
 
 
 def mean_attention(queries: Tensor, keys: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ Tap = Literal[
     "mixer_stream",  # the stream that it reads and adds to
     "attention_query",  # queries as attention uses them, [B, heads, T, d]
     "attention_key",  # keys, likewise
+    "patch_place",  # the original positions of the patch tokens, int64 [B, N]
 ]
 """Tensors that may be available at a site. T counts prefix and patch tokens."""
 
@@ -32,11 +33,20 @@ Polarity = Literal["largest", "smallest"]
 
 @dataclass(frozen=True)
 class SiteContext:
-    """The site at which a metric reads tensors; with a `class_token`, it is token 0."""
+    """The site at which a metric reads tensors; with a `class_token`, it is token 0.
+
+    Attributes:
+        attention_channels, width, head: channels of all heads together, of a token, and of one head; 0 if unknown.
+        grid: see `families.base.Site`.
+    """
 
     layer: int
     prefix: int
     class_token: bool
+    attention_channels: int = 0
+    width: int = 0
+    head: int = 0
+    grid: tuple[int, ...] = ()
 
 
 class Metric(StrictModel, ABC):
@@ -63,10 +73,10 @@ class Metric(StrictModel, ABC):
         """The metric with its tensors on a device; the metric itself if they are there."""
         return self
 
-    def macs(self, tokens: int, attention_channels: int) -> int:
+    def macs(self, tokens: int, site: SiteContext) -> int:
         """Multiply-accumulates of the score for one image, matrix products only.
 
-        `tokens` reach the site, prefix included; `attention_channels` is heads times channels per head.
+        `tokens` reach the site, prefix included.
         """
         return 0
 

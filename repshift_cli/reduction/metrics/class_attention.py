@@ -30,5 +30,5 @@ class ClassAttention(Metric):
         logits = (query @ keys.transpose(-2, -1)).float() * queries.shape[-1] ** -0.5
         return logits.softmax(dim=-1)[:, :, 0, site.prefix :].mean(dim=1)
 
-    def macs(self, tokens: int, attention_channels: int) -> int:
-        return tokens * attention_channels
+    def macs(self, tokens: int, site: SiteContext) -> int:
+        return tokens * site.attention_channels

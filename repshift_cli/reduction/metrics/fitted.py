@@ -13,7 +13,6 @@ import torch
 from pydantic import StrictStr, field_validator
 from torch import Tensor
 
-from repshift_cli.planning.recipe import ComponentSpec
 from repshift_cli.reduction.metrics.base import Metric, Polarity, SiteContext, Tap
 from repshift_cli.reduction.metrics.representation_shift import RepresentationShift
 
@@ -49,10 +48,6 @@ class Fitted(Metric):
     def of(cls, weights: Sequence[float]) -> Fitted:
         """The metric with these weights, one for each channel."""
         return cls(weights=base64.b64encode(np.asarray(weights, "<f4").tobytes()).decode("ascii"))
-
-    def filled(self, fitted: ComponentSpec) -> ComponentSpec:
-        """The metric with the weights of a fitted one."""
-        return ComponentSpec(kind=self.kind, **{**self._filled(), "weights": fitted.model_dump()["weights"]})
 
     @property
     def open(self) -> bool:

@@ -140,7 +140,16 @@ METRICS = [
     *(SHIFT.format(*options) for options in (("block", "l1", "smallest"), ("attention", "cosine", "smallest"))),
     *(SHIFT.format(*options) for options in (("mixer", "l2", "largest"), ("mlp", "cosine", "largest"))),
 ]
-REDUCERS = ["prune", "merge", "merge, similarity: keys", "fuse", "fuse, carry: true", "bipartite", "vid_tldr"]
+REDUCERS = [
+    "prune",
+    "merge",
+    "merge, similarity: keys",
+    "merge, match: mutual, floor: 0.3",
+    "fuse",
+    "fuse, carry: true",
+    "bipartite",
+    "vid_tldr",
+]
 
 
 @cache

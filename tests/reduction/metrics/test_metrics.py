@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import product
 from typing import Any, get_args
@@ -9,11 +10,18 @@ from typing import Any, get_args
 import pytest
 import torch
 from tiny import PATCHES, VARIANTS, compressed, images, make_recipe, tiny_vit
+from tiny_umt import tiny_umt
 from torch import Tensor, nn
 
+from repshift_cli.calibration.calibrate import unfitted, with_weights
+from repshift_cli.errors import RecipeError
+from repshift_cli.planning.recipe import ComponentSpec
 from repshift_cli.reduction.compressed_model import CompressedModel
-from repshift_cli.reduction.metrics.base import SiteContext, Tap
+from repshift_cli.reduction.metrics import redundancy, stratified
+from repshift_cli.reduction.metrics.base import SiteContext, Tap, build_metric
+from repshift_cli.reduction.metrics.fitted import Fitted
 from repshift_cli.reduction.metrics.representation_shift import Distance, Operation, Reading, RepresentationShift
+from repshift_cli.reduction.metrics.token_norm import TokenNorm
 
 LAYER = 2
 WITH_PARTS = sorted(set(VARIANTS) - {"parallel_things_block"})
@@ -177,6 +185,119 @@ def test_token_norm_is_the_norm_after_the_block(monkeypatch: pytest.MonkeyPatch)
     with torch.no_grad():
         after = exact.blocks[LAYER](stream_before(exact, LAYER, images(2).double()))
     torch.testing.assert_close(found.double(), (after[:, 3:] ** 2).sum(-1).sqrt(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("similarity", ["hidden", "keys"])
+def test_redundancy_is_the_mean_of_clipped_similarities(similarity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = f"{{kind: redundancy, similarity: {similarity}, margin: 0.2}}"
+    model = compressed(tiny_vit(reg_tokens=2), one_site(metric))
+    (found,) = scores_at(model, images(2), monkeypatch)
+    monkeypatch.setattr(redundancy, "_ROWS", 5)
+    (in_parts,) = scores_at(model, images(2), monkeypatch)
+    exact = tiny_vit(reg_tokens=2).double()
+    block: Any = exact.blocks[LAYER]
+    with torch.no_grad():
+        stream = stream_before(exact, LAYER, images(2).double())
+        keys = block.attn.qkv(block.norm1(stream)).unflatten(-1, (3, block.attn.num_heads, -1))[:, :, 1].mean(dim=2)
+        features = (block(stream) if similarity == "hidden" else keys)[:, 3:]
+        above = torch.nn.functional.cosine_similarity(features[:, :, None], features[:, None], dim=-1) - 0.2
+    wanted = torch.where(above > 0, above, above.exp() - 1).mean(dim=2)
+    assert (above < 0).any() and (above > 0).any()
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(in_parts, found)
+
+
+def test_mixed_is_the_difference_of_standardised_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = "{kind: mixed, of: {kind: token_norm, polarity: smallest}, weight: 2.0, margin: 0.2}"
+    (found,) = scores_at(compressed(tiny_vit(), one_site(metric)), images(2), monkeypatch)
+    parts = []
+    for part in ("{kind: token_norm}", "{kind: redundancy, margin: 0.2}"):
+        (score,) = scores_at(compressed(tiny_vit(), one_site(part)), images(2), monkeypatch)
+        parts.append((score - score.mean(1, keepdim=True)) / score.std(1, correction=0, keepdim=True))
+    torch.testing.assert_close(found, -parts[0] - 2 * parts[1], rtol=1e-4, atol=1e-4)
+
+
+class TestCoverage:
+    LAYERS = "[{layer: 0, keep_tokens: 11}, {layer: 2, keep_tokens: 6}]"
+
+    @staticmethod
+    def windows(places: Tensor) -> Tensor:
+        """The index of the 2x2 window of positions in a 4x4 grid."""
+        return places // 8 * 2 + places % 4 // 2
+
+    @pytest.mark.parametrize("reducer", ["prune", "merge"])
+    def test_grid_keeps_the_first_of_one_order_at_every_site(self, reducer: str) -> None:
+        recipe = make_recipe(self.LAYERS, "{kind: grid}", reducer)
+        kept = compressed(tiny_vit(reg_tokens=2), recipe).trace(images(2)).kept
+        places = torch.arange(PATCHES, dtype=torch.float64)
+        order = ((places % 4) * 0.7548776662 + (places // 4) * 0.5698402910).frac().argsort(descending=True)
+        for layer, count in ((0, 11), (2, 6)):
+            assert kept[layer].tolist() == [sorted(order[:count].tolist())] * 2
+            assert torch.bincount(self.windows(order[:count])).min() >= count // 4
+
+    def test_stratified_keeps_the_best_of_each_window(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        metric = "{kind: stratified, of: {kind: token_norm}, window: 2}"
+        model = compressed(tiny_vit(), make_recipe(self.LAYERS, metric))
+        kept = model.trace(images(2)).kept
+        norms: list[Tensor] = []
+        score = TokenNorm.score
+
+        def watch(*arguments: Any) -> Tensor:
+            norms.append(score(*arguments))
+            return norms[-1]
+
+        monkeypatch.setattr(TokenNorm, "score", watch)
+        with torch.no_grad():
+            model(images(2))
+        for row in range(2):
+            before = torch.arange(PATCHES)
+            for scores, after in zip((norms[0][row], norms[1][row]), (kept[0][row], kept[2][row]), strict=True):
+                rank = [
+                    int(((self.windows(before) == window) & (scores > score)).sum())
+                    for window, score in zip(self.windows(before), scores, strict=True)
+                ]
+                best = sorted(range(len(before)), key=lambda index: (rank[index], -float(scores[index])))
+                assert after.tolist() == sorted(before[best[: len(after)]].tolist())
+                before = after
+            assert len(self.windows(kept[2][row]).unique()) == 4
+
+    def test_frames_have_their_own_windows(self) -> None:
+        places = torch.arange(32).unsqueeze(0)
+        windows = stratified._windows(places, (2, 4, 4), 2)
+        assert torch.bincount(windows.flatten().unique(return_inverse=True)[1]).tolist() == [4] * 8
+
+    def test_a_family_without_positions_refuses(self) -> None:
+        model = tiny_umt()
+        with pytest.raises(RecipeError, match=r"grid needs patch_place, which blocks\.0 does not provide"):
+            compressed(model, make_recipe("[{layer: 0, drop_ratio: 0.2}]", "{kind: grid}"))
+
+
+class TestWrapper:
+    def test_weights_are_fitted_inside(self) -> None:
+        spec = ComponentSpec(kind="stratified", of={"kind": "mixed", "weight": 1.0})
+        assert unfitted(build_metric(spec))
+        found = build_metric(with_weights(spec, Fitted.of([0.5] * 32).spec()))
+        assert not unfitted(found)
+        assert (found.channels, found.open) == (32, False)
+        assert build_metric(found.spec()) == found
+        assert not unfitted(build_metric(ComponentSpec(kind="mixed", of={"kind": "token_norm"})))
+
+    def test_open_fields_of_both_are_tried(self) -> None:
+        spec = ComponentSpec(kind="mixed", of={"kind": "representation_shift", "operation": "block", "distance": "l2"})
+        assert len(build_metric(spec).variants()) == 6
+        assert str(build_metric(spec).with_defaults()).startswith("mixed (representation_shift (block, l2, update")
+
+    @pytest.mark.parametrize(
+        ("of", "message"),
+        [
+            ("{kind: fited}", "metric.of: metric.kind: unknown metric 'fited' Did you mean fitted?"),
+            ("{kind: token_norm, colour: red}", "metric.of: unknown key metric.colour"),
+            ("{kind: mixed, of: {kind: mixed, of: {kind: mixed}}}", "metric.of: is nested too deeply"),
+        ],
+    )
+    def test_a_wrong_inner_score_is_named(self, of: str, message: str) -> None:
+        with pytest.raises(RecipeError, match=re.escape(message)):
+            build_metric(make_recipe(metric=f"{{kind: stratified, of: {of}}}").metric)
 
 
 class TestRandom:
