@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repshift_cli.benchmark.baselines import dense_copy, shared_copy
 from repshift_cli.checkpoints.artifact import Opened, open_model
 from repshift_cli.checkpoints.exported import quiet_logs
 from repshift_cli.data.preprocessing import Preprocessing
@@ -22,6 +21,7 @@ from repshift_cli.measure.cpu import INSTRUCTIONS, cpu_features
 from repshift_cli.measure.environment import cxx_compiler
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.measure.memory import parameter_bytes
+from repshift_cli.reduction.baselines import dense_copy, shared_copy
 from repshift_cli.reduction.compressed_model import CompressedModel
 
 _STEP = 32

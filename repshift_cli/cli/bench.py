@@ -135,7 +135,7 @@ def command(
     from repshift_cli.utils.files import check_outputs
 
     batches = _batch_sizes(batch_size or DEFAULT_BATCHES)
-    sizes: list[ImageSize | None] = [ImageSize.parse(text) for text in _split(img_size or [])]
+    sizes: list[ImageSize | None] = [ImageSize.parse(text) for text in options.split_values(img_size or [])]
     limits = [BenchLimit.parse(text) for text in budget or []]
     if plot is not None:
         check_figure_path("--plot", plot)
@@ -149,7 +149,7 @@ def command(
     from repshift_cli.measure.device import resolve_device, resolve_dtype
     from repshift_cli.models.attention_mode import AttentionMode
 
-    baselines = _split(against or [])
+    baselines = options.split_values(against or [])
     check_names(baselines)
     sweep = [
         BenchSettings(
@@ -163,7 +163,7 @@ def command(
             compile=mode,
         )
         for kind, how, mode in product(
-            _split(dtype or ["float32"]),
+            options.split_values(dtype or ["float32"]),
             _choices("--attention", attention or ["auto"], get_args(AttentionMode)),
             _choices("--compile", compile or ["off"], get_args(CompileMode)),
         )
@@ -193,28 +193,24 @@ def command(
     require_met(checks)
 
 
-def _split(values: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(part.strip() for value in values for part in value.split(",")))
-
-
 def _choices(option: str, values: Sequence[str], allowed: Sequence[_Value]) -> list[_Value]:
     """The allowed values that are named in comma-separated lists."""
     by_name = {str(value): value for value in allowed}
-    for text in _split(values):
+    for text in options.split_values(values):
         if text not in by_name:
             raise UsageError(f"unknown {option} {text!r}: allowed: {', '.join(by_name)}", nearest(text, by_name))
-    return [by_name[text] for text in _split(values)]
+    return [by_name[text] for text in options.split_values(values)]
 
 
 def _batch_sizes(values: Sequence[str]) -> list[int]:
     """The batch sizes in comma-separated lists, without repetitions."""
     low, high = RANGES["batch_size"]
-    for text in _split(values):
+    for text in options.split_values(values):
         if not text.isascii() or not text.isdigit() or len(text) > len(str(high)) or not low <= int(text) <= high:
             raise UsageError(
                 f"invalid --batch-size {text!r}: must be an integer >= {low} and <= {high}, or several (1,8)"
             )
-    return list(dict.fromkeys(int(text) for text in _split(values)))
+    return list(dict.fromkeys(int(text) for text in options.split_values(values)))
 
 
 def _open_all(names: Sequence[str], recipe: str | None, load: LoadOptions, trust: bool) -> dict[str, Opened]:
@@ -226,19 +222,8 @@ def _open_all(names: Sequence[str], recipe: str | None, load: LoadOptions, trust
         opened = compress_dense(name, recipe or DEFAULT_RECIPE, replace(load, model_name=None))
         return {opened.loaded.description.name: opened}
     if recipe is None:
-        return {label: open_any(name, load, trust) for label, name in _labels(names).items()}
-    return {label: compress_dense(name, recipe, load) for label, name in _labels(names).items()}
-
-
-def _labels(names: Sequence[str]) -> dict[str, str]:
-    """Models by label: the stem of the file, or the whole name if two stems are the same."""
-    from repshift_cli.utils.files import weight_stem
-
-    stems = [weight_stem(name) for name in names]
-    labels = {name if stems.count(stem) > 1 else stem: name for name, stem in zip(names, stems, strict=True)}
-    if len(labels) < len(names):
-        raise UsageError(f"a model is given twice: {', '.join(names)}")
-    return labels
+        return {label: open_any(name, load, trust) for label, name in options.label_models(names).items()}
+    return {label: compress_dense(name, recipe, load) for label, name in options.label_models(names).items()}
 
 
 def _write_csv(report: BenchReport, path: Path | None, force: bool) -> None:

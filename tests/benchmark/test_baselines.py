@@ -14,7 +14,7 @@ from tiny_cnn import tiny_cnn
 from tiny_vim import tiny_vim
 from torch import nn
 
-from repshift_cli.benchmark.baselines import BASELINES, contenders_against, shared_copy
+from repshift_cli.benchmark.baselines import contenders_against
 from repshift_cli.benchmark.run import BenchSettings, Contender, run_bench
 from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
@@ -23,6 +23,7 @@ from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import UsageError
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.planning.recipe import ComponentSpec, Recipe
+from repshift_cli.reduction.baselines import BASELINES, shared_copy
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.plans import resolve_for
 from repshift_cli.utils.progress import Silent
