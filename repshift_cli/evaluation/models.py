@@ -1,18 +1,48 @@
-"""The models of an evaluation: a checkpoint or an exported file, and its dense model."""
+"""The models of an evaluation: checkpoints and exported files, their dense models and baselines."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from repshift_cli.checkpoints.artifact import Opened
 from repshift_cli.checkpoints.exported import OpenedExport
+from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import ModelError, UsageError
+from repshift_cli.reduction.baselines import BASELINES, SAME_OUTPUTS, attach_baseline
 from repshift_cli.reduction.compressed_model import CompressedModel
+from repshift_cli.utils.suggest import nearest
 
 DENSE = "dense"
 COMPRESSED = "compressed"
+
+
+_AGAINST = tuple(name for name in BASELINES if name not in SAME_OUTPUTS)
+"""The baselines that an evaluation takes."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model of an evaluation, one row of its table.
+
+    Attributes:
+        module: the model to run.
+        macs: multiply-accumulates per image.
+        opened: what it is made of.
+        given: whether it is the model of the user, not its dense model or a baseline.
+    """
+
+    module: nn.Module
+    macs: int
+    opened: Opened
+    given: bool
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.opened.loaded.description.preprocessing
 
 
 class DenseView(nn.Module):
@@ -55,6 +85,67 @@ def models_of(opened: Opened, compare_dense: bool, name: str) -> dict[str, nn.Mo
     if compressed is None:
         return {DENSE: opened.module}
     return {COMPRESSED: compressed} | ({DENSE: DenseView(compressed)} if compare_dense else {})
+
+
+def check_against(names: Sequence[str]) -> None:
+    """Raise a UsageError for an unknown baseline, and for one that differs from another in speed only."""
+    allowed = f"Allowed are {', '.join(_AGAINST)}."
+    for name in names:
+        if name in SAME_OUTPUTS:
+            raise UsageError(f"--against {name}: it predicts what {SAME_OUTPUTS[name]} predicts", allowed)
+        if name not in BASELINES:
+            raise UsageError(f"--against: unknown baseline {name!r}", f"{nearest(name, _AGAINST)}{allowed}")
+
+
+def candidates_of(
+    opened: Mapping[str, Opened], name: str, compare_dense: bool, baselines: Sequence[str] = ()
+) -> dict[str, Candidate]:
+    """The models to evaluate, by name.
+
+    Of several models, or with baselines: the dense model of the first one is before it, the baselines of each one are
+    behind it. Else the given model is first.
+
+    Args:
+        opened: by label; `name` is the first one, for messages.
+        baselines: as checked by `check_against`.
+
+    Raises:
+        UsageError: as `check_comparison`; baselines of an exported file, of dense models only, or that a model does not
+            support; or two models of one name.
+    """
+    first = next(iter(opened.values()))
+    if len(opened) == 1 and not baselines:
+        modules = models_of(first, compare_dense, name)
+        return {
+            kind: Candidate(module, first.macs if kind == COMPRESSED else first.dense_macs, first, given=True)
+            for kind, module in modules.items()
+        }
+    check_comparison(first, compare_dense, name)
+    if baselines and any(isinstance(model, OpenedExport) for model in opened.values()):
+        raise UsageError("--against: unsupported for an exported file", "Name its checkpoint instead.")
+    if baselines and not any(model.compressed for model in opened.values()):
+        raise UsageError("--against: no model is compressed", "Give a checkpoint from `repshift compress`.")
+    found: dict[str, Candidate] = {}
+    for label, model in opened.items():
+        for kind, candidate in _candidates(label, model, baselines, dense=not found):
+            shown = ", ".join(part for part in (label, kind) if part) if len(opened) > 1 else kind or COMPRESSED
+            if shown in found:
+                raise UsageError(f"two models have the name {shown}", "Rename a file.")
+            found[shown] = candidate
+    return found
+
+
+def _candidates(label: str, opened: Opened, baselines: Sequence[str], dense: bool) -> Iterator[tuple[str, Candidate]]:
+    """The models that are made of one, with the names of baselines; "" is the model itself."""
+    compressed = opened.compressed
+    own = opened.flexible if isinstance(opened, OpenedExport) else opened.module
+    if compressed is not None and (dense or DENSE in baselines):
+        yield DENSE, Candidate(DenseView(compressed), opened.dense_macs, opened, given=False)
+    yield "", Candidate(own, opened.macs, opened, given=True)
+    for name in baselines if compressed is not None else ():
+        attached = attach_baseline(name, compressed, label, _AGAINST)
+        if attached is not None:
+            yield name, Candidate(attached, attached.macs(), opened, given=False)
 
 
 def check_comparison(opened: Opened, compare_dense: bool, name: str) -> None:

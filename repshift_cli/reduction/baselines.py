@@ -118,7 +118,8 @@ def _checked_reducer(part: ComponentSpec, compressed: CompressedModel) -> Reduce
     return reducer
 
 
-_CLASS_ATTENTION = partial(_same_counts, part=ComponentSpec(kind="prune"), metric=ComponentSpec(kind="class_attention"))
+_PRUNE = ComponentSpec(kind="prune")
+_CLASS_ATTENTION = partial(_same_counts, part=_PRUNE, metric=ComponentSpec(kind="class_attention"))
 
 BASELINES: dict[str, Baseline] = {
     "dense": Baseline(),
@@ -130,8 +131,12 @@ BASELINES: dict[str, Baseline] = {
     ),  # ToMe's matching at the sites of the compressed model
     "tome": Baseline(uniform_plan),  # ToMe's matching in every block
     "fuse": Baseline(partial(_same_counts, part=ComponentSpec(kind="fuse"))),  # dropped tokens fused into one
+    "random": Baseline(partial(_same_counts, part=_PRUNE, metric=_NO_SCORE)),  # pruning of random tokens
 }
 """By the name that `--against` takes."""
+
+SAME_OUTPUTS = {"explicit": "dense", "class-attention-row": "class-attention"}
+"""Baselines that differ from another one in speed only."""
 
 
 def attach_baseline(
