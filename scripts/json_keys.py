@@ -44,6 +44,10 @@ COMMANDS = {
         "--save-predictions",
         "p.npz",
     ),
+    "eval several": (
+        *("eval", "vit.safetensors", "builtin:vit-digits", "--dataset", "builtin:digits", "--limit", "20"),
+        *("--against", "random"),
+    ),
     "eval dense": ("eval", "builtin:vit-digits", "--limit", "20"),
     "compress encoder": (
         *("compress", "vit_tiny_patch16_224", "--model-args", "num_classes=0", "-o", "encoder.safetensors"),

@@ -106,6 +106,7 @@ def _base(name: str, rng: random.Random, good: Good) -> list[str]:
         "eval": [
             good.evaluate(BUILTIN),
             good.evaluate(str(good.artifact), "--compare-dense"),
+            good.evaluate(str(good.artifact), BUILTIN, "--against", "random"),
             ["eval", VIDEO, "--limit", "2", "--dataset", "builtin:shapes"],
         ],
         "compare": [["compare", str(good.predictions), str(good.predictions)]],

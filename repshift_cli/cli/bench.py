@@ -63,7 +63,7 @@ def command(
         typer.Option(
             metavar="NAME[,NAME]",
             help="Also time these baselines, on the same weights and at the same cost: explicit, class-attention, "
-            "class-attention-row, bipartite, tome, fuse. The dense model is always timed.",
+            "class-attention-row, bipartite, tome, fuse, random. The dense model is always timed.",
         ),
     ] = None,
     load: LoadOptions,

@@ -67,7 +67,7 @@ class TestCounts:
         found = contenders(tiny_vit())
         assert list(found) == ["dense", "compressed", *(name for name in ALL if name != "dense")]
         assert tokens(found["dense"]) == tokens(found["explicit"]) == [17] * DEPTH
-        for name in ("compressed", "class-attention", "class-attention-row", "bipartite", "fuse"):
+        for name in ("compressed", "class-attention", "class-attention-row", "bipartite", "fuse", "random"):
             assert tokens(found[name]) == [17, 17, 13, 13], name
 
     def test_tome_merges_the_same_number_in_every_block(self) -> None:
@@ -122,7 +122,7 @@ class TestCost:
         plain = found["compressed"].macs  # its score has no matrix products
         row = 2 * 32 * (17 + 13) // 2  # one query and all keys, at both sites
         assert found["class-attention"].macs == found["class-attention-row"].macs == plain + row
-        assert found["fuse"].macs == plain
+        assert found["fuse"].macs == found["random"].macs == plain
         assert found["bipartite"].macs == plain + 16 * (8 * 8) + 16 * (6 * 6)
         assert found["explicit"].macs == found["dense"].macs
 
@@ -239,7 +239,7 @@ class TestUnsupported:
         model = opened(tiny_cnn(), make_recipe("[{layer: layer1.1, drop_ratio: 0.3}]", "{kind: token_norm}"))
         with pytest.raises(UsageError, match=f"--against {name}: unsupported for compressed \\(resnet\\)") as found:
             contenders_against({"tiny": model}, [name])
-        assert found.value.hint == "Supported for this model and its plan: dense."
+        assert found.value.hint == "Supported for this model and its plan: dense, random."
 
     def test_merging_on_vim(self) -> None:
         recipe = make_recipe("[{layer: 0, drop_ratio: 0.25}]", "{kind: token_norm}")
