@@ -143,18 +143,17 @@ class _Demo:
         import torch
 
         from repshift_cli.data.catalog import open_dataset
-        from repshift_cli.evaluation.classification.evaluate import evaluate as measure_accuracy
-        from repshift_cli.evaluation.models import head_size, models_of
+        from repshift_cli.evaluation.classification.several import evaluate_passes
+        from repshift_cli.evaluation.models import candidates_of, head_size
 
         self._announce(
             2,
             f"Evaluate: accuracy on {_SCENES} test scenes, dense and compressed",
             ("eval", self.files.model, "--dataset", _DATA, "--compare-dense"),
         )
-        result = measure_accuracy(
-            models_of(opened, True, str(self.files.model)),
+        result = evaluate_passes(
+            candidates_of({_MODEL: opened}, compare_dense=True),
             open_dataset(_DATA, None, _SCENES),
-            opened.loaded.description.preprocessing,
             batch_size=_EVAL_BATCH,
             device="cpu",
             dtype=torch.float32,

@@ -234,8 +234,9 @@ def command(
         names = options.label_models(models or [_DEFAULT_MODEL])
         baselines = options.split_values(against or [])
         first, several = next(iter(names.values())), len(names) > 1 or bool(baselines)
-        if several:
-            _refuse_several({"--embeddings": embeddings, "--save-predictions": save_predictions})
+        for option, value in (("--embeddings", embeddings), ("--save-predictions", save_predictions)):
+            if several and value is not None:
+                raise UsageError(f"{option} is for one model, without --against", _ALONE)
         of_embeddings = EmbeddingOptions.of(embeddings, index, recall_at, save_embeddings, compare_dense, force)
         zero_shot = ZeroShotOptions.of(class_names, prompt, embeddings)
         predictions = _prediction_paths(save_predictions, compare_dense, force)
@@ -297,13 +298,6 @@ def _takes_texts(opened: Opened) -> bool:
     return videos and not getattr(opened.loaded.model, "num_classes", None)
 
 
-def _refuse_several(given: Mapping[str, object]) -> None:
-    """Raise a UsageError for an option that several models and `--against` do not allow."""
-    for option, value in given.items():
-        if value is not None:
-            raise UsageError(f"{option} is for one model, without --against", _ALONE)
-
-
 def _evaluate_images(
     opened: Mapping[str, Opened], given: EvalOptions, video: VideoOptions, screen: Progress, group: Processes
 ) -> None:
@@ -353,13 +347,14 @@ def _open_images(
     from repshift_cli.data.catalog import open_dataset
     from repshift_cli.data.sources.folder import MEDIA
     from repshift_cli.evaluation.classification.several import label_for_all
-    from repshift_cli.evaluation.models import candidates_of
+    from repshift_cli.evaluation.models import candidates_of, check_comparison
 
     unit = next(iter(opened.values())).loaded.description.preprocessing.unit
     refuse_videos(given.name, given.dataset, video, "images" if unit == "image" else f"labelled {MEDIA[unit].unit}")
     assert given.dataset is not None
     data = open_dataset(given.dataset, given.data_dir, given.limit, given.seed, given.order, unit=unit)
-    models = candidates_of(opened, given.name, given.compare_dense, given.against)
+    check_comparison(next(iter(opened.values())), given.compare_dense, given.name)
+    models = candidates_of(opened, given.compare_dense, given.against)
     if given.zero_shot:
         return given.zero_shot.classifiers(models, opened, given.settings["device"]), given.zero_shot.labelled(data)
     return models, label_for_all(data, opened)

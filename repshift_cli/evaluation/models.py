@@ -76,17 +76,6 @@ class DenseVideoView:
         return getattr(self.compressed.model, name)
 
 
-def models_of(opened: Opened, compare_dense: bool, name: str) -> dict[str, nn.Module]:
-    """The models to evaluate, the given one first. Errors as `check_comparison`."""
-    check_comparison(opened, compare_dense, name)
-    compressed = opened.compressed
-    if isinstance(opened, OpenedExport):
-        return {COMPRESSED if opened.reduced else DENSE: opened.flexible}
-    if compressed is None:
-        return {DENSE: opened.module}
-    return {COMPRESSED: compressed} | ({DENSE: DenseView(compressed)} if compare_dense else {})
-
-
 def check_against(names: Sequence[str]) -> None:
     """Raise a UsageError for an unknown baseline, and for one that differs from another in speed only."""
     allowed = f"Allowed are {', '.join(_AGAINST)}."
@@ -98,51 +87,45 @@ def check_against(names: Sequence[str]) -> None:
 
 
 def candidates_of(
-    opened: Mapping[str, Opened], name: str, compare_dense: bool, baselines: Sequence[str] = ()
+    opened: Mapping[str, Opened], compare_dense: bool, baselines: Sequence[str] = ()
 ) -> dict[str, Candidate]:
-    """The models to evaluate, by name.
+    """The models to evaluate, by name: each opened one, its dense model and its baselines.
 
-    Of several models, or with baselines: the dense model of the first one is before it, the baselines of each one are
-    behind it. Else the given model is first.
+    The dense model of the first one is there with `compare_dense`, with several models and with baselines.
 
     Args:
-        opened: by label; `name` is the first one, for messages.
+        opened: by label.
         baselines: as checked by `check_against`.
 
     Raises:
-        UsageError: as `check_comparison`; baselines of an exported file, of dense models only, or that a model does not
-            support; or two models of one name.
+        UsageError: baselines of an exported file, of dense models only, or that a model does not support; or two models
+            of one name.
     """
-    first = next(iter(opened.values()))
-    if len(opened) == 1 and not baselines:
-        modules = models_of(first, compare_dense, name)
-        return {
-            kind: Candidate(module, first.macs if kind == COMPRESSED else first.dense_macs, first, given=True)
-            for kind, module in modules.items()
-        }
-    check_comparison(first, compare_dense, name)
     if baselines and any(isinstance(model, OpenedExport) for model in opened.values()):
         raise UsageError("--against: unsupported for an exported file", "Name its checkpoint instead.")
     if baselines and not any(model.compressed for model in opened.values()):
         raise UsageError("--against: no model is compressed", "Give a checkpoint from `repshift compress`.")
     found: dict[str, Candidate] = {}
     for label, model in opened.items():
-        for kind, candidate in _candidates(label, model, baselines, dense=not found):
-            shown = ", ".join(part for part in (label, kind) if part) if len(opened) > 1 else kind or COMPRESSED
-            if shown in found:
-                raise UsageError(f"two models have the name {shown}", "Rename a file.")
-            found[shown] = candidate
+        dense = DENSE in baselines or (not found and (compare_dense or len(opened) > 1 or bool(baselines)))
+        for kind, each in _candidates(label, model, dense, baselines):
+            name = kind if len(opened) == 1 else label if each.given else f"{label}, {kind}"
+            if name in found:
+                raise UsageError(f"two models have the name {name}", "Rename a file.")
+            found[name] = each
     return found
 
 
-def _candidates(label: str, opened: Opened, baselines: Sequence[str], dense: bool) -> Iterator[tuple[str, Candidate]]:
-    """The models that are made of one, with the names of baselines; "" is the model itself."""
+def _candidates(label: str, opened: Opened, dense: bool, baselines: Sequence[str]) -> Iterator[tuple[str, Candidate]]:
+    """The models that are made of an opened one, which is the first, and what they are."""
     compressed = opened.compressed
     own = opened.flexible if isinstance(opened, OpenedExport) else opened.module
-    if compressed is not None and (dense or DENSE in baselines):
+    yield COMPRESSED if opened.reduced else DENSE, Candidate(own, opened.macs, opened, given=True)
+    if compressed is None:
+        return
+    if dense:
         yield DENSE, Candidate(DenseView(compressed), opened.dense_macs, opened, given=False)
-    yield "", Candidate(own, opened.macs, opened, given=True)
-    for name in baselines if compressed is not None else ():
+    for name in baselines:
         attached = attach_baseline(name, compressed, label, _AGAINST)
         if attached is not None:
             yield name, Candidate(attached, attached.macs(), opened, given=False)

@@ -64,7 +64,7 @@ def test_rows_have_the_numbers_of_single_runs(
 ) -> None:
     a, b = make("a", "a.yaml"), make("b", "b.yaml")
     found = rows(run(a, b, "--json"))
-    assert list(found) == ["a, dense", "a", "b"]
+    assert list(found) == ["a", "a, dense", "b"]
     single = json.loads(run(a, "--compare-dense", "--json", "--save-predictions", "a.npz").stdout)
     for name, document in (("a", single), ("a, dense", single["dense"])):
         for key in ("top1_correct", "top5_correct", "top1_interval", "gmacs", "against_guessing"):
@@ -82,7 +82,7 @@ def test_baselines_have_the_macs_of_the_model(make: Callable[..., Path], run: Ca
     a = make("b", "b.yaml")
     done = run(a, "--against", ",".join(BASELINES), "--json")
     found = rows(done)
-    assert list(found) == ["dense", "compressed", *BASELINES]
+    assert list(found) == ["compressed", "dense", *BASELINES]
     assert {key: json.loads(done.stdout)[key] for key in ("model", "reference", "first")} == {
         "model": str(a),
         "reference": "dense",
@@ -97,7 +97,6 @@ def test_baselines_have_the_macs_of_the_model(make: Callable[..., Path], run: Ca
 def test_the_table_marks_what_is_beyond_chance(
     make: Callable[..., Path], run: Callable[..., Outcome], root: Path
 ) -> None:
-    """A dense model whose predictions are the labels is better than the compressed one."""
     a = make("a", "a.yaml")
     chosen = {row["name"]: row for row in rows(run(a, "--against", "random", "--json")).values()}
     done = run(a, "--against", "random")
@@ -114,7 +113,7 @@ def test_other_preprocessing_is_another_pass(make: Callable[..., Path], run: Cal
     a, c = make("a", "a.yaml"), make("c", "b.yaml", "--mean", "0.2")
     done = run(a, c, "--json")
     found = rows(done)
-    assert list(found) == ["a, dense", "a", "c"]
+    assert list(found) == ["a", "a, dense", "c"]
     assert found["c"]["preprocessing"]["mean"] != found["a"]["preprocessing"]["mean"]
     assert found["c"]["top1_correct"] == json.loads(run(c, "--json").stdout)["top1_correct"]
     assert found["c"]["mcnemar_p"] is not None
@@ -124,7 +123,7 @@ def test_other_preprocessing_is_another_pass(make: Callable[..., Path], run: Cal
 def test_a_run_can_be_resumed(make: Callable[..., Path], run: Callable[..., Outcome], tmp_path: Path) -> None:
     a = make("a", "a.yaml")
     done = run(a, "--against", "tome", "--resume", "state", "--json")
-    assert list(rows(done)) == ["dense", "compressed", "tome"]
+    assert list(rows(done)) == ["compressed", "dense", "tome"]
     assert not (tmp_path / "state").exists()
 
 
@@ -155,4 +154,4 @@ def test_models_of_other_classes(cli: Command, root: Path) -> None:
 @pytest.mark.slow
 def test_in_a_process_of_its_own(make: Callable[..., Path], shell: Command, root: Path) -> None:
     done = shell("eval", make("a", "a.yaml"), make("b", "b.yaml"), "--dataset", root / "val", *QUIET, "--json")
-    assert list(rows(done)) == ["a, dense", "a", "b"]
+    assert list(rows(done)) == ["a", "a, dense", "b"]

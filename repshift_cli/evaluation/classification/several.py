@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,13 +30,13 @@ class Paired:
     """Comparisons of the models of an evaluation on the same images.
 
     Attributes:
-        reference, first: the dense model of the first model that was given, if it has one, and this model.
+        first, reference: the first model that was given, and its dense model, or itself if it has none here.
         predictions: each other model after `reference`.
         accuracy: each other model after `first`.
     """
 
-    reference: str
     first: str
+    reference: str
     predictions: Mapping[str, Comparison]
     accuracy: Mapping[str, Comparison]
 
@@ -48,12 +48,12 @@ class Paired:
 def compare_models(result: Evaluation, dataset: ImageDataset, models: Mapping[str, Candidate]) -> Paired:
     """Compare the models of an evaluation with `keep_rows`; `models` as for `evaluate_passes`."""
     rows = {name: predictions_of(result, name, dataset, name) for name in result.scores}
-    reference = next(iter(rows))
-    first = next(name for name in rows if models[name].given)
-    predictions, accuracy = (
-        {name: compare_predictions(rows[one], rows[name]) for name in rows if name != one} for one in (reference, first)
+    first, *others = rows
+    reference = next((name for name in others[:1] if not models[name].given), first)
+    accuracy, predictions = (
+        {name: compare_predictions(rows[one], rows[name]) for name in rows if name != one} for one in (first, reference)
     )
-    return Paired(reference, first, predictions, accuracy)
+    return Paired(first, reference, predictions, accuracy)
 
 
 def label_for_all(dataset: ImageDataset, opened: Mapping[str, Opened]) -> ImageDataset:
@@ -65,7 +65,8 @@ def label_for_all(dataset: ImageDataset, opened: Mapping[str, Opened]) -> ImageD
         UsageError: the models have different inputs or classes.
     """
     first, *others = opened
-    units, heads = ({label: of(model) for label, model in opened.items()} for of in (_unit, _head))
+    units = {label: model.loaded.description.preprocessing.unit for label, model in opened.items()}
+    heads = {label: head_size(model.loaded.model) for label, model in opened.items()}
     for other in others:
         if units[first] != units[other]:
             raise UsageError(f"{first} takes {units[first]}s, and {other} takes {units[other]}s", _ALONE)
@@ -113,10 +114,10 @@ def evaluate_passes(models: Mapping[str, Candidate], dataset: ImageDataset, **se
         passes.append(found)
         if found.interrupted:
             break
-    return passes[0] if len(passes) == 1 else _joined(passes)
+    return passes[0] if len(passes) == 1 else _joined(passes, list(models))
 
 
-def _joined(passes: list[Evaluation]) -> Evaluation:
+def _joined(passes: Sequence[Evaluation], order: Sequence[str]) -> Evaluation:
     first = passes[0]
     rows = [each.rows for each in passes if each.rows is not None]
     if any(each.indices != rows[0].indices for each in rows):
@@ -127,7 +128,7 @@ def _joined(passes: list[Evaluation]) -> Evaluation:
     top_k = {name: top for each in rows for name, top in each.top_k.items()}
     return replace(
         first,
-        scores={name: score for each in passes for name, score in each.scores.items()},
+        scores={name: each.scores[name] for name in order for each in passes if name in each.scores},
         same_top1=None,
         seconds=sum(each.seconds for each in passes),
         fresh=sum(each.fresh for each in passes),
@@ -136,11 +137,3 @@ def _joined(passes: list[Evaluation]) -> Evaluation:
         batch_size=min(each.batch_size for each in passes),
         rows=PredictionRows(rows[0].indices, rows[0].answers, top_k),
     )
-
-
-def _unit(opened: Opened) -> str:
-    return opened.loaded.description.preprocessing.unit
-
-
-def _head(opened: Opened) -> int:
-    return head_size(opened.loaded.model)

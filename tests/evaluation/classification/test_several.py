@@ -36,7 +36,7 @@ def run(models: dict[str, Candidate], data: Shades = DATA, **changes: Any) -> Ev
 
 
 def test_differences_beyond_chance() -> None:
-    models = {"dense": candidate(given=False), "a": candidate(), "b": candidate(1)}
+    models = {"a": candidate(), "dense": candidate(given=False), "b": candidate(1)}
     paired = compare_models(run(models), DATA, models)
     assert (paired.reference, paired.first) == ("dense", "a")
     assert (paired.predictions["a"].same, paired.predictions["b"].same) == (40, 0)
