@@ -91,21 +91,19 @@ def test_baselines_have_the_macs_of_the_model(make: Callable[..., Path], run: Ca
     own = found["compressed"]["gmacs"]
     assert found["random"]["gmacs"] == found["fuse"]["gmacs"] == own < found["dense"]["gmacs"]
     assert all(found[name]["gmacs"] == pytest.approx(own, rel=0.1) for name in BASELINES)
-    assert all(0 < found[name]["agreement"] < 1 for name in BASELINES)
+    assert all(0 < found[name]["agreement"] <= 1 for name in BASELINES)
 
 
-def test_the_table_marks_what_is_beyond_chance(
-    make: Callable[..., Path], run: Callable[..., Outcome], root: Path
-) -> None:
+def test_the_table_marks_what_is_beyond_chance(make: Callable[..., Path], run: Callable[..., Outcome]) -> None:
     a = make("a", "a.yaml")
-    chosen = {row["name"]: row for row in rows(run(a, "--against", "random", "--json")).values()}
+    chosen = rows(run(a, "--against", "random", "--json"))
     done = run(a, "--against", "random")
     assert done.rc == 0, done.stderr
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
-    assert all(len(line) <= 80 for line in done.stdout.splitlines())
     for name in ("dense", "random"):
         assert ("*" in lines[name]) is chosen[name]["beyond_chance"]
-    assert len(lines["random"].split()) == 8
+        assert len(lines[name]) <= 80
+        assert len(lines[name].split()) == 8
     assert "beyond chance" in done.stdout
 
 
