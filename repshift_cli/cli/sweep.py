@@ -137,7 +137,7 @@ def command(
                 loaded,
                 batch,
                 combinations,
-                calibration=drawn_from(loaded, calibration, data, calibration_images, batch, notes),
+                calibration=drawn_from(loaded, calibration, data, calibration_images, images=batch, notes=notes),
                 folder=folder,
                 batch_size=batch_size,
                 progress=notes.progress,

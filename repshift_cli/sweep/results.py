@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, FiniteFloat, ValidationError
+from pydantic import Field, FiniteFloat, TypeAdapter
 
 from repshift_cli.errors import UsageError
 from repshift_cli.planning.recipe import StrictModel
 from repshift_cli.sweep.combinations import Combination
-from repshift_cli.utils.documents import Count
+from repshift_cli.utils.documents import parse_json
 from repshift_cli.utils.files import check_output, read_text, write_text
 
 RESULTS = "sweep.jsonl"
@@ -71,16 +71,11 @@ def from_bits(text: str, count: int) -> NDArray[np.float64]:
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(np.float64)
 
 
-class _Header(StrictModel):
-    sweep: dict[str, Any]
-    images: Count
-
-
 class ResultsFile:
     """`sweep.jsonl` in the folder of a sweep. Each further process writes a part, `sweep.RANK.jsonl`."""
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], images: int, rank: int) -> None:
-        self.folder, self.images = folder, images
+    def __init__(self, folder: Path, identity: Mapping[str, Any], rank: int) -> None:
+        self.folder = folder
         self.identity = json.loads(json.dumps(identity))
         self.path = folder / (f"sweep.{rank}.jsonl" if rank else RESULTS)
         self._known: dict[str, Result] = {}
@@ -111,26 +106,25 @@ class ResultsFile:
     def write(self, results: Iterable[Result]) -> None:
         """Write these results."""
         self._known = {result.key: result for result in results}
-        header = json.dumps({"sweep": self.identity, "images": self.images})
-        lines = [header, *(result.model_dump_json(exclude_none=True) for result in self._known.values())]
+        lines = [
+            json.dumps(self.identity),
+            *(result.model_dump_json(exclude_none=True) for result in self._known.values()),
+        ]
         write_text(self.path, "".join(f"{line}\n" for line in lines), force=True)
 
     def _read(self, path: Path) -> Sequence[Result]:
         try:
-            first, *lines = read_text(path, _LARGEST).splitlines()
-            header = _Header.model_validate_json(first)
-            results = [Result.model_validate_json(line) for line in lines]
-        except (OSError, ValueError, RecursionError) as error:
-            reason = "a line is invalid" if isinstance(error, ValidationError) else str(error)
+            header, *lines = map(parse_json, read_text(path, _LARGEST).splitlines())
+            results = [Result.model_validate(line) for line in lines]
+            found = TypeAdapter(dict[str, Any]).validate_python(header)
+        except (OSError, ValueError) as error:
+            reason = str(error) if isinstance(error, OSError) else "a line is invalid"
             raise UsageError(f"{path} is not the file of a sweep: {reason}", _HINT) from error
-        found = {**header.sweep, "images": header.images}
-        if differing := [
-            key for key, value in {**self.identity, "images": self.images}.items() if found.get(key) != value
-        ]:
+        if differing := [key for key, value in self.identity.items() if found.get(key) != value]:
             raise UsageError(f"{path} is of another sweep: it differs in {', '.join(differing)}", _HINT)
-        size = -(-self.images // 8)
-        if any(len(bytes.fromhex(bits)) != size for each in results for bits in (each.correct, each.same) if bits):
-            raise UsageError(f"{path} has results on another number of images", _HINT)
+        digits = 2 * -(-self.identity["images"] // 8)
+        if any(len(bits) != digits for each in results for bits in (each.correct, each.same) if bits is not None):
+            raise UsageError(f"{path} is not the file of a sweep: results on another number of images", _HINT)
         return results
 
 

@@ -51,7 +51,7 @@ def load_images(
 
 
 def calibration_images(
-    loaded: LoadedModel, where: str | None, data: str | None, count: int, images: ImageBatch, notes: Notes
+    loaded: LoadedModel, where: str | None, data: str | None, count: int, *, images: ImageBatch, notes: Notes
 ) -> Callable[[int], ImageBatch]:
     """A function from a seed to calibration images: from `where`, else from `data` without the evaluated `images`."""
     own = where is None or is_same_folder(where, data)
@@ -95,7 +95,7 @@ def sweep(
     run = _Run(replace(loaded, model=as_function(loaded.model)), images, drawn, batch_size)
     identity = run.identity()
     group.check_equal({**identity, "combinations": [each.model_dump_json() for each in combinations]})
-    file = None if folder is None else ResultsFile(folder, identity, len(images.tensor), group.rank)
+    file = None if folder is None else ResultsFile(folder, identity, group.rank)
     known = group.collect(group.agreed(lambda: file.open() if file and group.is_first else {}))[0]
     pending = [each for each in combinations if run.key(each) not in known]
     own = _Share([], [], None)
@@ -109,7 +109,8 @@ def sweep(
         own.problem = error
         group.stop()
     shares = group.collect(own)
-    _raise_first(shares)
+    if failed := [share.problem for share in shares if isinstance(share.problem, RepshiftError)]:
+        raise failed[0]
     found = known | {result.key: result for share in shares for result in share.results}
     if file and group.is_first:
         file.write(found.values())
@@ -166,12 +167,6 @@ def _run_share(  # noqa: PLR0917
             task.advance()
 
 
-def _raise_first(shares: Sequence[_Share]) -> None:
-    for share in shares:
-        if isinstance(share.problem, RepshiftError):
-            raise share.problem
-
-
 class _Run:
     """The dense model with the images, and its outputs after `measure_dense`."""
 
@@ -191,6 +186,7 @@ class _Run:
             "repshift": __version__,
             "torch": str(torch.__version__),
             "model": digest_of_tensors(self.model.state_dict().items()),
+            "images": len(self.images.tensor),
             "data": digest_of_tensors([("images", self.images.tensor), *labelled]),
             "batch size": self.batch_size,
             "device": sample.device.type,
