@@ -127,7 +127,7 @@ def command(
         place, kept = resolve_device(own_device(device)), resolve_dtype(dtype)
         notes = Notes(screen_of_first())
         with num_threads(threads), together(place) as group:
-            loaded = group.agreed(lambda: load_dense(checkpoint, load, None, notes))
+            loaded = group.agreed(lambda: load_dense(checkpoint, load, None, notes, force=True))
             if data is None and not loaded.is_builtin:
                 raise UsageError("no images are given", "Add --data FOLDER.")
             combinations = combinations_of(loaded, **grid)

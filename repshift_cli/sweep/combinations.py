@@ -37,9 +37,9 @@ class Combination(StrictModel):
     cost: Literal["ratio", "macs"]
     amount: Annotated[float, Field(gt=0, lt=1)]
     layers: tuple[int | str, ...]
-    metric: ComponentSpec | None
     reducer: ComponentSpec
-    seed: NonNegativeInt | None
+    metric: ComponentSpec | None = None
+    seed: NonNegativeInt | None = None
 
     @property
     def calibrated(self) -> bool:

@@ -118,8 +118,7 @@ class Unsupported:
         """Each metric, reducer and reason once."""
         found: dict[tuple[str | None, str, str], dict[float, None]] = {}
         for one, error in refused:
-            reason = re.sub(r"^\w+:1:1: ", "", error.message)
-            key = (one.metric and label(one.metric), label(one.reducer), reason)
+            key = (one.metric and label(one.metric), label(one.reducer), error.message)
             found.setdefault(key, {})[one.amount] = None
         return tuple(Unsupported(*key[:2], tuple(amounts), key[2]) for key, amounts in found.items())
 
@@ -293,7 +292,8 @@ class SweepReport:
             texts.append("Bold: the best at its cost, and what differs from it by no more than chance (95%, paired).")
         else:
             texts.append("Bold: the best at its cost, and what overlaps with its interval.")
-        unclear = {row.cells()[2] for row in self.rows if row.to_dict()["calibration_clear"] is False}
+        calibrated = (each.combination for each in self.results if each.clear is False)
+        unclear = {label(one.metric) for one in calibrated if one and one.metric}
         texts += [f"{name}: not clearly better than random dropping in calibration" for name in sorted(unclear)]
         texts += [
             f"not supported: {each.metric or '-'}, {each.reducer} at {', '.join(f'{x:g}' for x in each.amounts)}: "
@@ -309,9 +309,9 @@ def label(part: ComponentSpec) -> str:
     return f"{part.kind} ({options})" if options else part.kind
 
 
-def value_text(measure: Measure, value: Value) -> str:
-    """Mean and interval; shares in percent."""
-    scale, digits = (1, 4) if measure == "cosine" else (100, 2)
+def value_text(measure: Measure, value: Value, shorter: int = 0) -> str:
+    """Mean and interval, with fewer digits if it must be shorter; shares in percent."""
+    scale, digits = (1, 4 - shorter) if measure == "cosine" else (100, 2 - shorter)
     mean, low, high = (f"{scale * each:.{digits}f}" for each in value)
     return f"{mean} [{low}, {high}]"
 

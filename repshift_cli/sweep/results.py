@@ -88,24 +88,20 @@ class ResultsFile:
             OutputError: it cannot be written to.
         """
         check_folder(self.folder)
-        self.folder.mkdir(exist_ok=True)
         parts = sorted(path for path in self.folder.glob("sweep*.jsonl") if path != self.path)
         for path in [self.path, *parts]:
             if path.is_file():
                 self._known |= {result.key: result for result in self._read(path)}
-        self.write(self._known.values())
+        if parts:
+            self.add(())
         for path in parts:
             path.unlink()
         return dict(self._known)
 
-    def add(self, result: Result) -> None:
-        """Keep a result; the file is complete at any moment."""
-        self._known[result.key] = result
-        self.write(self._known.values())
-
-    def write(self, results: Iterable[Result]) -> None:
-        """Write these results."""
-        self._known = {result.key: result for result in results}
+    def add(self, results: Iterable[Result]) -> None:
+        """Write these and the earlier results; the file is complete at any moment."""
+        self._known |= {result.key: result for result in results}
+        self.folder.mkdir(exist_ok=True)
         lines = [
             json.dumps(self.identity),
             *(result.model_dump_json(exclude_none=True) for result in self._known.values()),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,7 @@ def sweep(
     seeds = sorted({each.seed for each in combinations if each.calibrated and each.seed is not None})
     if seeds and calibration is None:
         raise UsageError("a metric has open fields, and there are no images for calibration", "Give calibration.")
-    drawn = {seed: group.agreed(lambda seed=seed: calibration(seed)) for seed in seeds} if calibration else {}
+    drawn = {seed: group.agreed(partial(calibration, seed)) for seed in seeds} if calibration else {}
     run = _Run(replace(loaded, model=as_function(loaded.model)), images, drawn, batch_size)
     identity = run.identity()
     group.check_equal({**identity, "combinations": [each.model_dump_json() for each in combinations]})
@@ -112,11 +114,6 @@ def sweep(
     if failed := [share.problem for share in shares if isinstance(share.problem, RepshiftError)]:
         raise failed[0]
     found = known | {result.key: result for share in shares for result in share.results}
-    if file and group.is_first:
-        file.write(found.values())
-    group.collect(None)  # the first process has written all results
-    if file and not group.is_first:
-        file.path.unlink(missing_ok=True)
     refused = [each for share in shares for each in share.refused]
     results = tuple(found[run.key(each)] for each in combinations if run.key(each) in found)
     interrupted = any(share.problem is not None for share in shares)
@@ -124,6 +121,11 @@ def sweep(
         raise refused[0][1]
     if not results:
         raise KeyboardInterrupt
+    if file and group.is_first:
+        file.add(found.values())
+    group.collect(None)  # the first process has written all results
+    if file and not group.is_first:
+        file.path.unlink(missing_ok=True)
     return SweepReport(
         model=loaded.description.name,
         family=match(loaded.model).name,
@@ -149,21 +151,20 @@ class _Share:
 def _run_share(  # noqa: PLR0917
     run: _Run, own: Sequence[Combination], done: _Share, file: ResultsFile | None, progress: Progress, group: Processes
 ) -> None:
-    if file is not None:
-        for result in done.results:
-            file.add(result)
     with progress.task("sweep", len(own)) as task:
         for combination in own:
             if group.stopped():
                 return
             try:
-                result = run.measure(combination)
+                done.results.append(run.measure(combination))
             except (RecipeError, ModelError, CheckFailed) as error:
+                error.message = re.sub(
+                    r"^\w+:1:1: ", "", error.message
+                )  # a place in a recipe that the user does not have
                 done.refused.append((combination, error))
             else:
                 if file is not None:
-                    file.add(result)
-                done.results.append(result)
+                    file.add(done.results)
             task.advance()
 
 
@@ -255,7 +256,7 @@ class _Run:
     def _quality(self, outputs: Tensor) -> dict[str, Any]:
         given, labels = self.dense.of(outputs), self.images.labels
         if not self.dense.are_logits:
-            cosines = 1.0 - distance(self.dense.reference, given, has_head=False).double()
+            cosines = 1.0 - distance(self.dense.reference, given, has_head=False).double().clamp_min(0.0)
             error = float(cosines.std()) / math.sqrt(len(cosines)) if len(cosines) > 1 else 0.0
             return {"cosine": float(cosines.mean()), "cosine_error": error}
         correct = None if labels is None else to_bits((outputs.argmax(-1).cpu() == labels).numpy())

@@ -52,8 +52,8 @@ class TestBest:
         ]
 
     def test_images_are_paired(self) -> None:
-        """75 and 90 of 100: the intervals overlap, and no image is lost."""
-        (group,) = report(result("fitted", 90), result("token_norm", 75)).groups
+        """78 and 90 of 100: the intervals overlap, and no image is lost."""
+        (group,) = report(result("fitted", 90), result("token_norm", 78)).groups
         assert group[1].values["correct"].high > group[0].values["correct"].low
         assert [row.best for row in group] == [True, False]
 
@@ -83,7 +83,8 @@ def test_the_interval_of_a_mean_covers_the_seeds() -> None:
     alone = report(seeds[1]).groups[0][0].quality
     assert value.mean == pytest.approx(0.7)
     assert value.low < 0.7 - 4.303 * 0.1 / 3**0.5 < alone.low
-    assert report(*[seed.model_copy(update={"correct": seeds[0].correct}) for seed in seeds]).groups[0][0].quality.mean
+    equal = [seed.model_copy(update={"correct": seeds[0].correct}) for seed in seeds]
+    assert report(*equal).groups[0][0].quality == pytest.approx(report(seeds[0]).groups[0][0].quality)
 
 
 class TestTables:
@@ -95,12 +96,11 @@ class TestTables:
     def test_markdown(self) -> None:
         lines = self.found.to_markdown().splitlines()
         assert lines[2] == "| drop | MACs % | metric | reducer | seed | top-1 % | same % |"
-        assert lines[5].startswith("| 0.3 | 60.0 | token_norm | prune | - | **80.00 [71.11, 86.66]** | 80.00 [")
+        assert lines[5].startswith("| 0.3 | 60.0 | token_norm | prune | - | **80.00 [71.12, 86.66]** | 80.00 [")
         assert lines[6].startswith("| 0.3 | 60.0 | random | prune | mean of 2 | 50.50 [")
 
     def test_latex(self) -> None:
         lines = self.found.to_latex().splitlines()
-        assert r"\begin{tabular}{lrllrrr}" not in lines
         assert r"\begin{tabular}{lrlllrr}" in lines
         assert lines[-2:] == [r"\bottomrule", r"\end{tabular}"]
         assert any(line.startswith(r"0.3 & 60.0 & token\_norm & prune & - & \textbf{80.00 [") for line in lines)
@@ -113,6 +113,6 @@ class TestTables:
 
 
 def test_each_reason_is_listed_once() -> None:
-    error = RecipeError("recipe:1:1: prune is not possible")
+    error = RecipeError("prune is not possible")
     refused = [(combination("random", amount, seed), error) for amount in (0.2, 0.3) for seed in (0, 1)]
     assert Unsupported.of(refused) == (Unsupported("random", "prune", (0.2, 0.3), "prune is not possible"),)

@@ -83,13 +83,13 @@ class TestCombinations:
             grid(loaded, ratios=[ratio])
 
     def test_the_smallest_ratio_for_a_share_of_the_macs(self, loaded: LoadedModel) -> None:
-        (one,) = grid(loaded, ratios=[], macs=[0.7])
+        (one,) = grid(loaded, ratios=[], macs=[0.6])
         job, ratio = job_of(loaded, one)
-        assert 0.2 < ratio < 0.5
+        assert 0.25 < ratio < 0.6
         with_less = one.model_copy(update={"cost": "ratio", "amount": ratio - 1e-4})
         dense = job.family.macs(loaded.model, None)
-        assert job.family.macs(loaded.model, job.plan) <= 0.7 * dense
-        assert job.family.macs(loaded.model, job_of(loaded, with_less)[0].plan) > 0.7 * dense
+        assert job.family.macs(loaded.model, job.plan) <= 0.6 * dense
+        assert job.family.macs(loaded.model, job_of(loaded, with_less)[0].plan) > 0.6 * dense
 
     def test_a_share_that_is_out_of_reach(self, loaded: LoadedModel) -> None:
         (one,) = grid(loaded, ratios=[], macs=[0.1], layers=[2])
@@ -147,7 +147,7 @@ class TestSweep:
         assert listed.reason.startswith("vid_tldr acts after attention")
 
     def test_the_error_if_nothing_is_supported(self, loaded: LoadedModel) -> None:
-        with pytest.raises(RecipeError, match="vid_tldr acts after attention"):
+        with pytest.raises(RecipeError, match="^vid_tldr acts after attention"):
             run_sweep(loaded, grid(loaded, reducers=parts("vid_tldr")))
 
 
@@ -200,9 +200,9 @@ class TestFolder:
     def test_another_sweep_is_refused(self, loaded: LoadedModel, tmp_path: Path) -> None:
         run_sweep(loaded, grid(loaded), folder=tmp_path)
         before = (tmp_path / "sweep.jsonl").read_text()
-        with pytest.raises(UsageError, match=r"is of another sweep: it differs in images, data$"):
+        with pytest.raises(UsageError, match=r"is of another sweep: it differs in images, data\n"):
             run_sweep(loaded, grid(loaded), folder=tmp_path, images=batch(2, count=13))
-        with pytest.raises(UsageError, match=r"it differs in model$"):
+        with pytest.raises(UsageError, match=r"it differs in model\n"):
             run_sweep(wrap_module(tiny_vit(seed=1), None), grid(loaded), folder=tmp_path)
         assert (tmp_path / "sweep.jsonl").read_text() == before
 

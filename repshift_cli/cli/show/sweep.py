@@ -12,16 +12,17 @@ if TYPE_CHECKING:
 
 def show_sweep(report: SweepReport) -> None:
     """Print the means in 80 columns; the tables in files have the seeds, too."""
-    rows = [report.rows[0], *(row for group in report.groups for row in group)]
-    cells = [report.cells(row) for row in rows]
-    place = report.columns.index("seed")
-    for row, texts in zip(rows, cells, strict=True):
-        texts[place + 1] += " *" if row.best else "  "
-        texts[place + 2 :] = [text.partition(" ")[0] for text in texts[place + 2 :]]
-        del texts[place]
-    columns = [name for name in report.columns if name != "seed"]
-    columns[1] = "MACs"
-    ui.print_table(None, columns, cells, left=4)
+    from repshift_cli.sweep.report import LABELS, value_text
+
+    quality, *others = report.measures
+    cells = []
+    for row in [report.rows[0], *(row for group in report.groups for row in group)]:
+        cost, macs, *names, _ = row.cells()
+        values = [value_text(measure, row.values[measure], 1).partition(" ")[0] for measure in others]
+        shown = value_text(quality, row.quality, 1)
+        cells.append([*names, cost, macs, shown, "*" if row.best else "", *values])
+    columns = ("metric", "reducer", "drop", "MACs %", LABELS[quality], "", *(LABELS[measure] for measure in others))
+    ui.print_table(None, columns, cells, left=2)
     ui.print_text(report.title)
     for text in report.notes:
         ui.print_text(text.replace("Bold:", "*"))
