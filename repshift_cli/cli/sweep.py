@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -103,7 +103,7 @@ def command(
         def kind(text: str) -> ComponentSpec:
             return ComponentSpec(kind=_SHORT.get(text, text.replace("-", "_")))
 
-        grid = {
+        grid: dict[str, Any] = {
             "ratios": _values("--ratios", ratios, float),
             "macs": _values("--macs", macs, float),
             "metrics": _values("--metrics", metrics, kind),

@@ -30,17 +30,15 @@ def save(report: SweepReport, path: Path) -> None:
     for index, (name, rows) in enumerate(sorted(lines.items())):
         rows.sort(key=lambda row: row.macs)
         values = [row.quality for row in rows]
-        below, above = (
-            [scale * abs(each.mean - end) for each, end in zip(values, ends, strict=True)]
-            for ends in ([each.low for each in values], [each.high for each in values])
-        )
+        below = [scale * (each.mean - each.low) for each in values]
+        above = [scale * (each.high - each.mean) for each in values]
         axes.errorbar(
             [100 * row.macs for row in rows],
             [scale * each.mean for each in values],
             yerr=(below, above),
             label=name,
             color=_COLORS[index % len(_COLORS)],
-            marker=_MARKERS[index // len(_COLORS) % len(_MARKERS)] if len(lines) > len(_COLORS) else _MARKERS[index],
+            marker=_MARKERS[(index + index // len(_COLORS)) % len(_MARKERS)],
             markersize=4,
             linewidth=1.2,
             capsize=2,

@@ -147,7 +147,7 @@ class TestSweep:
         assert listed.reason.startswith("vid_tldr acts after attention")
 
     def test_the_error_if_nothing_is_supported(self, loaded: LoadedModel) -> None:
-        with pytest.raises(RecipeError, match="^vid_tldr acts after attention"):
+        with pytest.raises(RecipeError, match=r"^vid_tldr acts after attention"):
             run_sweep(loaded, grid(loaded, reducers=parts("vid_tldr")))
 
 
