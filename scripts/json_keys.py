@@ -62,6 +62,10 @@ COMMANDS = {
         *("search", "builtin:vit-digits", "--target", "macs=0.6", "--images", "32", "--evaluations", "6"),
         *("-o", "found.yaml", "--save", "found.safetensors", "--state", "state.json", *QUICK),
     ),
+    "sweep": (
+        *("sweep", "builtin:vit-digits-small", "--ratios", "0.3", "--metrics", "token_norm,random", "--images", "16"),
+        *("--reducers", "prune,vid_tldr", "-b", "2", "--threads", "1", "-o", "swept"),
+    ),
     "compress to a target": (
         *("compress", "builtin:vit-digits", "--target", "macs=0.6", "-o", "target.safetensors", "--calibration-images"),
         *("32", "--data", "builtin:digits", *QUICK),

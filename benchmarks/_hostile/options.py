@@ -51,6 +51,12 @@ _CHOSEN = {
     "--prompt": ("{}", "a {}.", "{0.__class__}"),
     "--class-names": ("missing.txt", "folder"),
     "--recall-at": ("1,10", "0", "1,", "1e3"),
+    "--ratios": ("0.2,0.3", "0.99", "1", "0.2,", "nan"),
+    "--macs": ("0.8,0.5", "0.01", "1", "0,1"),
+    "--metrics": ("shift,fitted", "token-norm", "x", "fitted,x"),
+    "--reducers": ("prune,merge", "vid_tldr", "bipartite", "x"),
+    "--layers": ("0,2", "blocks.1", "9", "-1", "0,0"),
+    "--seeds": ("0,1", "0,0", "-1", "2147483648"),
     "--plot": ("o.png", "o.pdf", "o.jpg", ".svg", "o"),
     "--export": ("onnx", "hub", "x"),
 }
@@ -101,6 +107,10 @@ def _base(name: str, rng: random.Random, good: Good) -> list[str]:
             ["compress", BUILTIN, "--dry-run"],
         ],
         "search": [[*good.search(), "-o", "o.yaml"]],
+        "sweep": [
+            [*("sweep", SMALL, "--ratios", "0.3", "--metrics", "token_norm", "--images", "4"), "-o", "o"],
+            [*("sweep", SMALL, "--macs", "0.7", "--data", data, "--metrics", "random", "--images", "4"), "-o", "o"],
+        ],
         "export": [["export", str(good.artifact), "--to", "hub", "-o", "o"]],
         "bench": [["bench", str(good.artifact), "--seconds", "0", "--min-runs", "1", "-b", "1"]],
         "eval": [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from repshift_cli.calibration.calibrate import MIN_IMAGES
 from repshift_cli.checkpoints.loaded import LoadedModel
@@ -38,9 +39,11 @@ def draw_images(job: CompressionJob, settings: Settings, amounts: Amounts) -> tu
     return load(where, amounts.calibration), load(settings.data, amounts.agreement)
 
 
-def load_job_inputs(loaded: LoadedModel, where: str | None, count: int, seed: int, notes: Notes) -> ImageBatch:
-    """Load images, or built-in scenes, with the preprocessing of the model."""
-    batch = load_inputs(where, count, loaded.description.preprocessing, seed)
+def load_job_inputs(
+    loaded: LoadedModel, where: str | None, count: int, seed: int, notes: Notes, **options: Any
+) -> ImageBatch:
+    """Load images, or built-in scenes, with the preprocessing of the model; `options` are those of `load_inputs`."""
+    batch = load_inputs(where, count, loaded.description.preprocessing, seed, **options)
     _report(batch, notes)
     return batch
 
