@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli.benchmark.end_to_end import Placement, Source, measure_end_to_end
-from repshift_cli.benchmark.report import BenchReport, Compilation, EndToEnd, MemoryFormat, Ratio, Role, Run, Setting
+from repshift_cli.benchmark.report import (
+    BenchReport,
+    Compilation,
+    EndToEnd,
+    MemoryFormat,
+    Missing,
+    Ratio,
+    Role,
+    Run,
+    Setting,
+)
 from repshift_cli.checkpoints.exported import OpenedExport, Runtime
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckFailed, RepshiftError, UsageError
@@ -47,6 +58,9 @@ class Contender:
         context: to be entered for each run of `module`, such as the switch to the dense model.
         baselines: names of the baselines that it is compared with.
         preprocessing: of images from files, if known.
+        takes: size of its inputs, if it is timed with contenders of another `input_size`.
+        compile: mode of torch.compile, if not that of the setting.
+        bytes: of the file or the weights, if they are to be compared.
     """
 
     name: str
@@ -58,6 +72,9 @@ class Contender:
     is_baseline: bool = False
     baselines: tuple[str, ...] = ()
     preprocessing: Preprocessing | None = None
+    takes: tuple[int, ...] | None = None
+    compile: CompileMode | None = None
+    bytes: int | None = None
 
     @property
     def role(self) -> Role:
@@ -114,7 +131,7 @@ def contenders_of(opened: Mapping[str, Opened]) -> list[Contender]:
         key = (_weights_identity(model), description.name, size)
         if key not in dense:
             taken = {contender.name for contender in dense.values()} | set(opened)
-            name = "dense" if single else _unused(f"{description.name} dense", taken)
+            name = "dense" if single else unused(f"{description.name} dense", taken)
             context = nullcontext if model.compressed is None else model.compressed.dense
             dense[key] = Contender(
                 name, model.module, model.dense_macs, size, context=context, preprocessing=preprocessing
@@ -151,7 +168,8 @@ def _weights_identity(opened: Opened) -> str | int:
     return source or loaded.source.sha256 or id(opened)
 
 
-def _unused(name: str, taken: set[str]) -> str:
+def unused(name: str, taken: set[str]) -> str:
+    """The name, with a number if it is taken."""
     if name not in taken:
         return name
     return next(each for number in count(2) if (each := f"{name} {number}") not in taken)
@@ -164,12 +182,13 @@ def run_bench(
     return run_sweep(contenders, batches, [settings], progress)
 
 
-def run_sweep(
+def run_sweep(  # noqa: PLR0917
     contenders: Sequence[Contender],
     batches: Sequence[int],
     sweep: Sequence[BenchSettings],
     progress: Progress,
     source: Source | None = None,
+    missing: Sequence[Missing] = (),
 ) -> BenchReport:
     """Measure all contenders at every batch size in every setting; those of one input size are timed in turn.
 
@@ -179,6 +198,7 @@ def run_sweep(
     Args:
         sweep: settings with the same device, memory format and number of threads.
         source: images to read for passes from files to results; None for none.
+        missing: what the report names as missing, besides contenders with `compile` that cannot be compiled.
 
     Raises:
         UsageError: a batch does not fit into memory; attention mode, compilation or the memory format is unsupported
@@ -192,6 +212,7 @@ def run_sweep(
     runs: list[Run] = []
     ratios: list[Ratio] = []
     end_to_end: list[EndToEnd] = []
+    lacking = list(missing)
 
     def report() -> BenchReport:
         return BenchReport(
@@ -201,6 +222,7 @@ def run_sweep(
             runs=tuple(runs),
             ratios=tuple(ratios),
             end_to_end=tuple(end_to_end),
+            missing=tuple(dict.fromkeys(lacking)),
         )
 
     with num_threads(sweep[0].threads) as threads:
@@ -216,7 +238,7 @@ def run_sweep(
                     group = [contender for contender in contenders if contender.input_size == size]
                     for batch in batches:
                         try:
-                            measured, read = _bench_group(group, batch, settings, progress, source)
+                            measured, read = _bench_group(group, batch, settings, progress, source, lacking)
                         except RepshiftError as error:
                             error.document = report().to_dict() if runs else {}
                             raise
@@ -274,26 +296,31 @@ def _prepared(modules: Sequence[nn.Module], settings: BenchSettings, progress: P
         yield
 
 
-def _bench_group(
-    group: Sequence[Contender], batch: int, settings: BenchSettings, progress: Progress, source: Source | None
+def _bench_group(  # noqa: PLR0917
+    group: Sequence[Contender],
+    batch: int,
+    settings: BenchSettings,
+    progress: Progress,
+    source: Source | None,
+    missing: list[Missing],
 ) -> tuple[list[Run], EndToEnd | None]:
     height, width = group[0].input_size[-2:]
     dtype = str(settings.dtype).removeprefix("torch.")
     setting = Setting(batch, (height, width), dtype, settings.attention, settings.compile)
     place = settings.placement
-    inputs = torch.randn(batch, *group[0].input_size, generator=torch.Generator().manual_seed(0))
-    inputs = inputs.to(place.device, place.dtype, memory_format=place.memory_format)
-    max_seconds = settings.seconds * len(group)
-    graphs = nullcontext() if settings.compile == "off" else fresh_graphs()
+    inputs = [_inputs(batch, contender, place) for contender in group]
+    graphs = fresh_graphs() if any(_mode(contender, settings) != "off" for contender in group) else nullcontext()
     with _explain_memory(batch, settings.device), graphs:
-        for contender in group:
-            _check_finite(contender, inputs)
-        attention = [_observed(contender, inputs) for contender in group]
-        subjects = [_subject(contender, inputs, settings.compile) for contender in group]
-        memory = [_peak(subject, inputs, settings) for subject in subjects]
+        for contender, own in zip(group, inputs, strict=True):
+            _check_finite(contender, own)
+        made = _subjects(group, inputs, settings, missing)
+        group, inputs, subjects = [each[0] for each in made], [each[1] for each in made], [each[2] for each in made]
+        attention = [_observed(contender, own) for contender, own in zip(group, inputs, strict=True)]
+        memory = [_peak(subject, own, settings.device) for subject, own in zip(subjects, inputs, strict=True)]
+        max_seconds = settings.seconds * len(group)
         timings = measure_latency(
-            subjects,
-            inputs,
+            [replace(subject, run=partial(_run, subject.run, own)) for _, own, subject in made],
+            inputs[0],
             max_seconds=max_seconds,
             warmup=_WARMUP_ROUNDS[settings.device.type],
             progress=progress,
@@ -309,6 +336,7 @@ def _bench_group(
                 role=contender.role,
                 attention=kernel,
                 compilation=_compilation(subject.run),
+                bytes=contender.bytes,
             )
             for contender, subject, peak, kernel in zip(group, subjects, memory, attention, strict=True)
         ]
@@ -328,6 +356,37 @@ def _bench_group(
     return runs, end_to_end
 
 
+def _inputs(batch: int, contender: Contender, place: Placement) -> Tensor:
+    size = contender.takes or contender.input_size
+    inputs = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
+    return inputs.to(place.device, place.dtype, memory_format=place.memory_format)
+
+
+def _mode(contender: Contender, settings: BenchSettings) -> CompileMode:
+    return contender.compile or settings.compile
+
+
+def _run(run: Callable[[Tensor], Any], own: Tensor, _: Tensor) -> Any:
+    """One run on the contender's own inputs, in place of those of all."""
+    return run(own)
+
+
+def _subjects(
+    group: Sequence[Contender], inputs: Sequence[Tensor], settings: BenchSettings, missing: list[Missing]
+) -> list[tuple[Contender, Tensor, Subject]]:
+    """Contenders with inputs and what is timed; a way that cannot be compiled is missing, unless it is the only one."""
+    found = []
+    for contender, own in zip(group, inputs, strict=True):
+        try:
+            found.append((contender, own, _subject(contender, own, _mode(contender, settings))))
+        except UsageError as error:
+            left = [each for each in group if each.is_baseline and each.name not in {way.name for way in missing}]
+            if contender.compile is None or left == [contender]:
+                raise
+            missing.append(Missing(contender.name, error.message))
+    return found
+
+
 def _subject(contender: Contender, inputs: Tensor, mode: CompileMode) -> Subject:
     if mode == "off":
         return Subject(contender.name, contender.module, contender.context)
@@ -341,9 +400,9 @@ def _compilation(run: Callable[[Tensor], Any]) -> Compilation | None:
     return Compilation(run.seconds, run.recompiles) if isinstance(run, Compiled) else None
 
 
-def _peak(subject: Subject, inputs: Tensor, settings: BenchSettings) -> int | None:
+def _peak(subject: Subject, inputs: Tensor, device: torch.device) -> int | None:
     # On the CPU tensors inside a graph are not visible, and CUDA graphs keep their memory between runs.
-    if settings.compile != "off" and (settings.device.type, settings.compile) != ("cuda", "default"):
+    if isinstance(subject.run, Compiled) and (device.type, subject.run.mode) != ("cuda", "default"):
         return None
     if isinstance(subject.run, Runtime) and subject.run.hides_memory:
         return None
@@ -371,7 +430,8 @@ def _ratios(group: Sequence[Contender], runs: Sequence[Run]) -> Iterator[Ratio]:
     for contender in group:
         run = measured[contender.name]
         for name in (*([contender.against] if contender.against else []), *contender.baselines):
-            other = measured[name]
+            if (other := measured.get(name)) is None:  # it could not be compiled
+                continue
             speedup = compute_speedup(other.timing, run.timing)
             yield Ratio(run.setting, run.name, name, other.macs / run.macs, speedup, contender.role)
 
