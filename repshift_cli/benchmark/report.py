@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Literal
 
@@ -73,14 +73,6 @@ class Compilation:
 
     seconds: float
     recompiles: int
-
-
-@dataclass(frozen=True)
-class Missing:
-    """A way to run the model that does not exist here."""
-
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -306,7 +298,7 @@ class BenchReport:
     Attributes:
         device: product name of the CPU or GPU.
         end_to_end: empty without images to read.
-        missing: ways to run the model that were asked for.
+        missing: reasons by the names of ways to run the model that do not exist here.
     """
 
     device: str
@@ -315,7 +307,7 @@ class BenchReport:
     ratios: tuple[Ratio, ...]
     memory_format: MemoryFormat = "contiguous"
     end_to_end: tuple[EndToEnd, ...] = ()
-    missing: tuple[Missing, ...] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:
@@ -350,7 +342,7 @@ class BenchReport:
             "ratios": [ratio.to_dict() for ratio in self.ratios],
             "break_even": [found.to_dict() for found in self.break_even],
             "end_to_end": [found.to_dict() for found in self.end_to_end],
-            "missing": [asdict(each) for each in self.missing],
+            "missing": [{"name": name, "reason": reason} for name, reason in self.missing.items()],
         }
 
     def to_csv(self) -> str:
@@ -371,8 +363,8 @@ class BenchReport:
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         over_dense = {(ratio.setting, ratio.name): ratio for ratio in self.ratios if self._is_dense(ratio)}
-        ours = [ratio for ratio in self.ratios if ratio.role == "compressed" and not self._is_dense(ratio)]
-        over_baseline = {(ratio.setting, ratio.against): ratio for ratio in ours}
+        ours = (ratio for ratio in self.ratios if ratio.role == "compressed")
+        over_baseline = {(ratio.setting, ratio.against): ratio for ratio in ours if not self._is_dense(ratio)}
         passes = {(found.setting, name): each for found in self.end_to_end for name, each in found.sides.items()}
         for run in self.runs:
             row, key = run.to_dict(), (run.setting, run.name)

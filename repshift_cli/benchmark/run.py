@@ -13,17 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli.benchmark.end_to_end import Placement, Source, measure_end_to_end
-from repshift_cli.benchmark.report import (
-    BenchReport,
-    Compilation,
-    EndToEnd,
-    MemoryFormat,
-    Missing,
-    Ratio,
-    Role,
-    Run,
-    Setting,
-)
+from repshift_cli.benchmark.report import BenchReport, Compilation, EndToEnd, MemoryFormat, Ratio, Role, Run, Setting
 from repshift_cli.checkpoints.exported import OpenedExport, Runtime
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckFailed, RepshiftError, UsageError
@@ -182,13 +172,12 @@ def run_bench(
     return run_sweep(contenders, batches, [settings], progress)
 
 
-def run_sweep(  # noqa: PLR0917
+def run_sweep(
     contenders: Sequence[Contender],
     batches: Sequence[int],
     sweep: Sequence[BenchSettings],
     progress: Progress,
     source: Source | None = None,
-    missing: Sequence[Missing] = (),
 ) -> BenchReport:
     """Measure all contenders at every batch size in every setting; those of one input size are timed in turn.
 
@@ -198,7 +187,6 @@ def run_sweep(  # noqa: PLR0917
     Args:
         sweep: settings with the same device, memory format and number of threads.
         source: images to read for passes from files to results; None for none.
-        missing: what the report names as missing, besides contenders with `compile` that cannot be compiled.
 
     Raises:
         UsageError: a batch does not fit into memory; attention mode, compilation or the memory format is unsupported
@@ -212,7 +200,7 @@ def run_sweep(  # noqa: PLR0917
     runs: list[Run] = []
     ratios: list[Ratio] = []
     end_to_end: list[EndToEnd] = []
-    lacking = list(missing)
+    missing: dict[str, str] = {}
 
     def report() -> BenchReport:
         return BenchReport(
@@ -222,7 +210,7 @@ def run_sweep(  # noqa: PLR0917
             runs=tuple(runs),
             ratios=tuple(ratios),
             end_to_end=tuple(end_to_end),
-            missing=tuple(dict.fromkeys(lacking)),
+            missing=missing,
         )
 
     with num_threads(sweep[0].threads) as threads:
@@ -238,10 +226,11 @@ def run_sweep(  # noqa: PLR0917
                     group = [contender for contender in contenders if contender.input_size == size]
                     for batch in batches:
                         try:
-                            measured, read = _bench_group(group, batch, settings, progress, source, lacking)
+                            measured, read, failed = _bench_group(group, batch, settings, progress, source)
                         except RepshiftError as error:
                             error.document = report().to_dict() if runs else {}
                             raise
+                        missing |= failed
                         runs += measured
                         ratios += _ratios(group, measured)
                         end_to_end += [read] if read else []
@@ -296,31 +285,34 @@ def _prepared(modules: Sequence[nn.Module], settings: BenchSettings, progress: P
         yield
 
 
-def _bench_group(  # noqa: PLR0917
-    group: Sequence[Contender],
-    batch: int,
-    settings: BenchSettings,
-    progress: Progress,
-    source: Source | None,
-    missing: list[Missing],
-) -> tuple[list[Run], EndToEnd | None]:
+def _bench_group(
+    group: Sequence[Contender], batch: int, settings: BenchSettings, progress: Progress, source: Source | None
+) -> tuple[list[Run], EndToEnd | None, dict[str, str]]:
+    """Runs, passes from files, and why contenders cannot be compiled."""
     height, width = group[0].input_size[-2:]
     dtype = str(settings.dtype).removeprefix("torch.")
     setting = Setting(batch, (height, width), dtype, settings.attention, settings.compile)
     place = settings.placement
-    inputs = [_inputs(batch, contender, place) for contender in group]
-    graphs = fresh_graphs() if any(_mode(contender, settings) != "off" for contender in group) else nullcontext()
+    sizes = {each.name: each.takes or each.input_size for each in group}
+    random = {size: torch.randn(batch, *size, generator=torch.Generator().manual_seed(0)) for size in sizes.values()}
+    placed = {
+        size: each.to(place.device, place.dtype, memory_format=place.memory_format) for size, each in random.items()
+    }
+    inputs = {name: placed[size] for name, size in sizes.items()}
+    compiling = settings.compile != "off" or any(each.compile for each in group)
+    graphs = fresh_graphs() if compiling else nullcontext()
     with _explain_memory(batch, settings.device), graphs:
-        for contender, own in zip(group, inputs, strict=True):
-            _check_finite(contender, own)
-        made = _subjects(group, inputs, settings, missing)
-        group, inputs, subjects = [each[0] for each in made], [each[1] for each in made], [each[2] for each in made]
-        attention = [_observed(contender, own) for contender, own in zip(group, inputs, strict=True)]
-        memory = [_peak(subject, own, settings.device) for subject, own in zip(subjects, inputs, strict=True)]
+        subjects, missing = _subjects(group, inputs, settings)
+        group = [each for each in group if each.name not in missing]
+        attention = [_observed(each, inputs[each.name]) for each in group]
+        memory = [_peak(each, inputs[each.name], settings.device) for each in subjects]
         max_seconds = settings.seconds * len(group)
         timings = measure_latency(
-            [replace(subject, run=partial(_run, subject.run, own)) for _, own, subject in made],
-            inputs[0],
+            [
+                replace(each, run=partial(lambda run, own, _: run(own), each.run, inputs[each.name]))
+                for each in subjects
+            ],
+            inputs[group[0].name],
             max_seconds=max_seconds,
             warmup=_WARMUP_ROUNDS[settings.device.type],
             progress=progress,
@@ -341,7 +333,7 @@ def _bench_group(  # noqa: PLR0917
             for contender, subject, peak, kernel in zip(group, subjects, memory, attention, strict=True)
         ]
         if source is None:
-            return runs, None
+            return runs, None, missing
         assert group[0].preprocessing is not None
         end_to_end = measure_end_to_end(
             subjects,
@@ -353,38 +345,24 @@ def _bench_group(  # noqa: PLR0917
             max_seconds=max_seconds,
             progress=progress,
         )
-    return runs, end_to_end
-
-
-def _inputs(batch: int, contender: Contender, place: Placement) -> Tensor:
-    size = contender.takes or contender.input_size
-    inputs = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
-    return inputs.to(place.device, place.dtype, memory_format=place.memory_format)
-
-
-def _mode(contender: Contender, settings: BenchSettings) -> CompileMode:
-    return contender.compile or settings.compile
-
-
-def _run(run: Callable[[Tensor], Any], own: Tensor, _: Tensor) -> Any:
-    """One run on the contender's own inputs, in place of those of all."""
-    return run(own)
+    return runs, end_to_end, missing
 
 
 def _subjects(
-    group: Sequence[Contender], inputs: Sequence[Tensor], settings: BenchSettings, missing: list[Missing]
-) -> list[tuple[Contender, Tensor, Subject]]:
-    """Contenders with inputs and what is timed; a way that cannot be compiled is missing, unless it is the only one."""
-    found = []
-    for contender, own in zip(group, inputs, strict=True):
+    group: Sequence[Contender], inputs: Mapping[str, Tensor], settings: BenchSettings
+) -> tuple[list[Subject], dict[str, str]]:
+    """What is timed, and why contenders cannot be compiled; an error if the others are no comparison."""
+    found, missing = [], {}
+    for contender in group:
+        own = inputs[contender.name]
+        _check_finite(contender, own)
         try:
-            found.append((contender, own, _subject(contender, own, _mode(contender, settings))))
+            found.append(_subject(contender, own, contender.compile or settings.compile))
         except UsageError as error:
-            left = [each for each in group if each.is_baseline and each.name not in {way.name for way in missing}]
-            if contender.compile is None or left == [contender]:
+            missing[contender.name] = error.message
+            if contender.compile is None or not any(each.is_baseline and each.name not in missing for each in group):
                 raise
-            missing.append(Missing(contender.name, error.message))
-    return found
+    return found, missing
 
 
 def _subject(contender: Contender, inputs: Tensor, mode: CompileMode) -> Subject:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from repshift_cli.benchmark.baselines import dense_copy, shared_copy
-from repshift_cli.benchmark.report import Missing
 from repshift_cli.checkpoints.artifact import Opened, open_model
 from repshift_cli.checkpoints.exported import quiet_logs
 from repshift_cli.data.preprocessing import Preprocessing
@@ -53,6 +52,14 @@ class Way:
     comparable: bool = True
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     opened: Opened | None = None
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A way that does not exist here."""
+
+    name: str
+    reason: str
 
 
 def both(opened: Opened) -> list[Way]:

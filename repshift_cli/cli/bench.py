@@ -23,7 +23,7 @@ from repshift_cli.utils.ranges import RANGES
 from repshift_cli.utils.suggest import nearest
 
 if TYPE_CHECKING:
-    from repshift_cli.benchmark.report import BenchReport, Missing
+    from repshift_cli.benchmark.report import BenchReport
     from repshift_cli.checkpoints.artifact import Opened
 
 DEFAULT_MODEL = "deit_small_patch16_224"
@@ -192,14 +192,15 @@ def command(
     if data is not None and units:
         raise UsageError(f"--data is for images, and the model takes {min(units)}s", "Leave --data out.")
     source = Source(open_images(data, images), images, workers) if data is not None else None
-    missing: list[Missing] = []
+    missing: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="repshift-") as folder:
         if ways:
             exported = partial(
                 exported_ways, folder=Path(folder), calibration=calibration, progress=Once(screen), targets=("onnx",)
             )
             contenders, missing = with_ways(contenders, opened, ways, exported)
-        report = run_sweep(contenders, batches, sweep, screen, source, missing)
+        report = run_sweep(contenders, batches, sweep, screen, source)
+        report = replace(report, missing={**missing, **report.missing})
     checks = check_limits(limits, report)
 
     def print_report() -> None:

@@ -30,8 +30,8 @@ def show(report: BenchReport, opened: Mapping[str, Opened], verdicts: Sequence[L
         _show_panel(report, panel, unit)
     if (fewest := min(run.latency.count for run in report.runs)) < _ENOUGH_RUNS:
         ui.print_text(f"Only {fewest} run{'s' if fewest > 1 else ''} of each: too few for reliable intervals.")
-    for each in report.missing:
-        ui.print_text(f"left out: {each.name}: {each.reason}")
+    for name, reason in report.missing.items():
+        ui.print_text(f"left out: {name}: {reason}")
     if any(run.bytes for run in report.runs):
         ui.print_text("Outputs were not compared: repshift advise does that.")
     if not report.ratios:
@@ -101,15 +101,15 @@ def _show_runs(runs: Sequence[Run], unit: str) -> None:
     for run in runs:
         row = [str(run.batch), run.name, _number(run.macs / 1e9), _spread(run.latency), _number(run.throughput)]
         row += ["-" if run.peak_bytes is None else _number(run.peak_bytes * 1e-6)] * with_memory
-        row += [_number((run.bytes or 0) * 1e-6)] * with_bytes
+        row += ["-" if run.bytes is None else _number(run.bytes * 1e-6)] * with_bytes
         rows.append(row)
     ui.print_table(None, columns, rows, left=2)
 
 
 def _show_baselines(runs: Sequence[Run], ratios: Sequence[Ratio], dense: set[str]) -> None:
     over_dense = {(ratio.batch, ratio.name): ratio for ratio in ratios if ratio.against in dense}
-    own_ratios = [ratio for ratio in ratios if ratio.role == "compressed" and ratio.against not in dense]
-    ours = {(ratio.batch, ratio.against): ratio for ratio in own_ratios}
+    own_ratios = (ratio for ratio in ratios if ratio.role == "compressed")
+    ours = {(ratio.batch, ratio.against): ratio for ratio in own_ratios if ratio.against not in dense}
     macs = {run.name: run.macs for run in runs}
     own_macs = {ratio.against: macs[ratio.name] for ratio in ours.values()}
     rows = []
