@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.weights import Source
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import UsageError
+from repshift_cli.export.ways import exported_ways
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.plans import resolve_for
 from repshift_cli.utils.progress import Silent
@@ -67,6 +71,15 @@ def test_int8_is_compared_in_the_same_runtime_and_with_the_compressed_model() ->
     assert report.runs[0].bytes == report.runs[1].bytes > 7
     with_ours = [row for row in report.to_csv().splitlines() if ",peer," in row]
     assert len(with_ours) == 5
+
+
+def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else found(name))
+    files = partial(exported_ways, folder=tmp_path, calibration=None, progress=Silent(), targets=("onnx",))
+    _, missing = made(opened(), ["int8", "smaller-input"], files)
+    assert list(missing) == ["ONNX Runtime", "int8-dynamic, ONNX Runtime"]
+    assert all("pip install 'repshift-cli[onnx]'" in reason for reason in missing.values())
 
 
 def test_a_smaller_input_is_timed_in_the_same_rounds_on_its_own_images(monkeypatch: pytest.MonkeyPatch) -> None:
