@@ -352,7 +352,8 @@ def _subjects(
     group: Sequence[Contender], inputs: Mapping[str, Tensor], settings: BenchSettings
 ) -> tuple[list[Subject], dict[str, str]]:
     """What is timed, and why contenders cannot be compiled; an error if the others are no comparison."""
-    found, missing = [], {}
+    found: list[Subject] = []
+    missing: dict[str, str] = {}
     for contender in group:
         own = inputs[contender.name]
         _check_finite(contender, own)

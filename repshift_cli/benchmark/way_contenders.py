@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -98,7 +99,7 @@ def _in_torch(opened: Opened, name: str) -> Iterator[Way | Missing]:
 def _contender(name: str, way: Way, dense: Contender) -> Contender:
     module = way.run if isinstance(way.run, nn.Module) else nn.Module()
     if module is not way.run:
-        module.forward = way.run  # type: ignore[method-assign]
+        module.forward = way.run
     mode = "default" if name.endswith(_COMPILED) else None
-    own = {"takes": way.preprocessing.shape, "compile": mode, "bytes": way.bytes}
+    own: dict[str, Any] = {"takes": way.preprocessing.shape, "compile": mode, "bytes": way.bytes}
     return Contender(name, module, way.macs, dense.input_size, dense.name, way.context, is_baseline=True, **own)
