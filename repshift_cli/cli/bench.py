@@ -160,8 +160,6 @@ def command(
 
     baselines, ways = split_ways(_split(against or []))
     check_names(baselines)
-    if calibration is not None and "int8" not in ways:
-        raise UsageError("--calibration is for --against int8", "Leave it out.")
     sweep = [
         BenchSettings(
             device=resolve_device(device),
