@@ -407,10 +407,10 @@ def _observed(contender: Contender, inputs: Tensor) -> str:
 def _ratios(group: Sequence[Contender], runs: Sequence[Run]) -> Iterator[Ratio]:
     measured = {run.name: run for run in runs}
     for contender in group:
-        run = measured[contender.name]
         for name in (*([contender.against] if contender.against else []), *contender.baselines):
-            if (other := measured.get(name)) is None:  # it could not be compiled
+            if not measured.keys() >= {contender.name, name}:  # one could not be compiled
                 continue
+            run, other = measured[contender.name], measured[name]
             speedup = compute_speedup(other.timing, run.timing)
             yield Ratio(run.setting, run.name, name, other.macs / run.macs, speedup, contender.role)
 
