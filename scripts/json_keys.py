@@ -32,6 +32,7 @@ COMMANDS = {
     "diff": ("diff", "vit.safetensors", "vit_dense.safetensors"),
     "bench": ("bench", "vit.safetensors", "--against", "bipartite,class-attention", *QUICK),
     "bench data": ("bench", "vit.safetensors", "--data", "builtin:digits", "--images", "8", *QUICK),
+    "bench ways": ("bench", "vit.safetensors", "--against", "smaller-input,bfloat16,compile", *QUICK),
     "bench limits": ("bench", "vit.safetensors", "--budget", "macs<=0.99", "--compile", "off", *QUICK),
     "eval": (
         "eval",

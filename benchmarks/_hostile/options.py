@@ -28,7 +28,10 @@ _CHOSEN = {
     "--attention": ("flash", "sdpa:flash", "sdpa:cudnn", "sdpa:", "explicit"),
     "--dtype": ("float16", "bfloat16", "float64", "int8", "complex64"),
     "--device": ("cpu:0", "cpu:9", "meta", "mps", "cuda:-1", "cuda:x"),
-    "--against": ("tome", "bipartite,bipartite", "class-attention", "x", ","),
+    "--against": (
+        *("tome", "bipartite,bipartite", "class-attention", "x", ","),
+        *("smaller-input", "bfloat16", "smaller-model", "smaller-model=", "smaller-model=x", "int8=x"),
+    ),
     "--recipe": ("deit_base_paper", "default", "vim_tiny_paper", "file.txt", "/dev/stdin"),
     "--model": ("vit_base_patch16_224", "resnet50", "hf-hub:x/y", "vim_tiny", "local-dir:x", "\ud800"),
     "--compile": ("off", "x"),

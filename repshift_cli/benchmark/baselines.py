@@ -18,8 +18,8 @@ from repshift_cli.reduction.baselines import BASELINES, attach_baseline
 from repshift_cli.reduction.compressed_model import CompressedModel
 from repshift_cli.utils.suggest import nearest
 
-_BY_ADVISE = ("int8", "bfloat16", "smaller-input", "smaller-model", "compile")
-"""Other ways to run the model. They have other weights, inputs or runtimes, so they are not baselines of a plan."""
+WAYS = ("int8", "bfloat16", "compile", "smaller-input", "smaller-model=NAME")
+"""Other ways to run the model, for `way_contenders.with_ways`. They are not plans on the same weights."""
 
 
 def contenders_against(opened: Mapping[str, Opened], names: Sequence[str]) -> list[Contender]:
@@ -33,11 +33,7 @@ def contenders_against(opened: Mapping[str, Opened], names: Sequence[str]) -> li
     found = contenders_of(opened)
     if not wanted:
         return found
-    if any(isinstance(model, OpenedExport) for model in opened.values()):
-        raise UsageError("--against: unsupported for an exported file", "Name its checkpoint instead.")
-    models = [model.compressed for model in opened.values() if model.compressed is not None]
-    if not models:
-        raise UsageError("--against: no model is compressed", "Add --recipe to compress it for the run.")
+    models = [model.compressed for model in compressed_of(opened) if model.compressed is not None]
     compressed: list[Contender] = []
     baselines: list[Contender] = []
     own = [contender for contender in found if contender.role == "compressed"]
@@ -51,13 +47,20 @@ def contenders_against(opened: Mapping[str, Opened], names: Sequence[str]) -> li
 def check_names(names: Sequence[str]) -> None:
     """Raise a UsageError for an unknown baseline."""
     for name in names:
-        if name in _BY_ADVISE:
-            raise UsageError(f"--against: {name} is not a baseline", "`repshift advise` times it beside the model.")
         if name not in BASELINES:
+            allowed = (*BASELINES, *WAYS)
             raise UsageError(
-                f"--against: unknown baseline {name!r}",
-                f"{nearest(name, BASELINES)}Allowed are {', '.join(BASELINES)}.",
+                f"--against: unknown baseline {name!r}", f"{nearest(name, allowed)}Allowed are {', '.join(allowed)}."
             )
+
+
+def compressed_of(opened: Mapping[str, Opened]) -> list[Opened]:
+    """The compressed ones of opened models; raises a UsageError for an exported file, or if there is none."""
+    if any(isinstance(model, OpenedExport) for model in opened.values()):
+        raise UsageError("--against: unsupported for an exported file", "Name its checkpoint instead.")
+    if found := [model for model in opened.values() if model.compressed is not None]:
+        return found
+    raise UsageError("--against: no model is compressed", "Add --recipe to compress it for the run.")
 
 
 def _build(name: str, contender: Contender, compressed: CompressedModel, single: bool) -> Contender:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum
@@ -63,8 +64,13 @@ def command(
         typer.Option(
             metavar="NAME[,NAME]",
             help="Also time these baselines, on the same weights and at the same cost: explicit, class-attention, "
-            "class-attention-row, bipartite, tome, fuse, random. The dense model is always timed.",
+            "class-attention-row, bipartite, tome, fuse, random; and other ways to run the model: int8, bfloat16, "
+            "compile, smaller-input, smaller-model=NAME. The dense model is always timed.",
         ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Images for static --against int8; without them int8 is dynamic."),
     ] = None,
     load: LoadOptions,
     trust: options.Trust = False,
@@ -141,15 +147,18 @@ def command(
         check_figure_path("--plot", plot)
     check_outputs({"--csv": csv, "--plot": plot}, force)
 
+    from repshift_cli.benchmark.advice import Once
     from repshift_cli.benchmark.baselines import check_names, contenders_against
     from repshift_cli.benchmark.end_to_end import Source
     from repshift_cli.benchmark.run import BenchSettings, run_sweep
+    from repshift_cli.benchmark.way_contenders import check_ways, split_ways, with_ways
     from repshift_cli.data.inputs import open_images
+    from repshift_cli.export.ways import exported_ways
     from repshift_cli.measure.compiled import CompileMode
     from repshift_cli.measure.device import resolve_device, resolve_dtype
     from repshift_cli.models.attention_mode import AttentionMode
 
-    baselines = options.split_values(against or [])
+    baselines, ways = split_ways(options.split_values(against or []))
     check_names(baselines)
     sweep = [
         BenchSettings(
@@ -168,6 +177,7 @@ def command(
             _choices("--compile", compile or ["off"], get_args(CompileMode)),
         )
     ]
+    check_ways(ways, sweep, data)
     screen = ui.Screen()
     opened = [_open_all(models or [], recipe, replace(load, img_size=size), trust) for size in sizes or [None]]
     for note in dict.fromkeys(note for each in opened for model in each.values() for note in model.loaded.notes):
@@ -180,7 +190,15 @@ def command(
     if data is not None and units:
         raise UsageError(f"--data is for images, and the model takes {min(units)}s", "Leave --data out.")
     source = Source(open_images(data, images), images, workers) if data is not None else None
-    report = run_sweep(contenders, batches, sweep, screen, source)
+    missing: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="repshift-") as folder:
+        if ways:
+            exported = partial(
+                exported_ways, folder=Path(folder), calibration=calibration, progress=Once(screen), targets=("onnx",)
+            )
+            contenders, missing = with_ways(contenders, opened, ways, exported)
+        report = run_sweep(contenders, batches, sweep, screen, source)
+        report = replace(report, missing={**missing, **report.missing})
     checks = check_limits(limits, report)
 
     def print_report() -> None:

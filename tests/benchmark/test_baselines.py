@@ -219,12 +219,6 @@ class TestUnsupported:
             contenders_against({"tiny": opened(tiny_vit())}, ["tomee"])
         assert "Did you mean tome?" in str(found.value.hint)
 
-    @pytest.mark.parametrize("name", ["int8", "bfloat16", "smaller-input", "smaller-model", "compile"])
-    def test_other_ways_to_run_are_those_of_advise(self, name: str) -> None:
-        with pytest.raises(UsageError, match=f"{name} is not a baseline") as found:
-            contenders_against({"tiny": opened(tiny_vit())}, [name])
-        assert "repshift advise" in str(found.value.hint)
-
     def test_nothing_is_compressed(self) -> None:
         model = opened(tiny_vit())
         dense = Opened(model.loaded, None)
