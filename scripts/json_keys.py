@@ -71,6 +71,8 @@ COMMANDS = {
     "visualize": ("visualize", "vit.safetensors", "--count", "2"),
     "report": ("report", "vit.safetensors", "--count", "2"),
     "demo": ("demo", "-o", "demo"),
+    "recipes list": ("recipes", "list"),
+    "recipes show": ("recipes", "show", "deit_small_paper"),
     "doctor": ("doctor",),
 }
 """Commands in the order in which they run; later ones read files of earlier ones."""
