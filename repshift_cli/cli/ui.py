@@ -152,7 +152,8 @@ def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequen
         shown = [[visible(cell) for cell in row] for row in (columns, *rows)]
         widths = _column_widths(list(zip(*shown, strict=True)), console.width)
         if widths is None:
-            console.print(Text("\n".join(_as_lines(shown[0], shown[1:], left))), soft_wrap=True)
+            for line in _as_lines(shown[0], shown[1:], left):
+                console.print(_wrapped(line, console.width), markup=False, soft_wrap=True)
         else:
             for index, column in enumerate(shown[0]):
                 justify: Literal["left", "right"] = "left" if index < left else "right"
@@ -167,7 +168,7 @@ def _column_widths(columns: Sequence[Sequence[str]], available: int) -> list[int
     """The widths of columns in which no word is broken, from their cells; None if they need more than is available."""
     from rich.cells import cell_len
 
-    widths = [max(map(cell_len, cells)) for cells in columns]
+    widths = [max(1, *map(cell_len, cells)) for cells in columns]
     words = [[cell_len(word) for cell in cells for word in cell.split()] for cells in columns]
     least = [min(max(lengths, default=0), _LONGEST_WORD) for lengths in words]
     available -= _COLUMN_GAP * (len(widths) - 1)

@@ -125,6 +125,6 @@ def test_a_table_breaks_no_words(
 def test_a_table_of_many_columns_is_printed_by_rows(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "12")
+    monkeypatch.setenv("COLUMNS", "16")
     ui.print_table(None, ["", "top-1 %", "GMACs"], [["dense", "97.5", "0.11"], ["compressed", "", "0.07"]])
     assert capsys.readouterr().out == "dense\n  top-1 % 97.5\n  GMACs 0.11\ncompressed\n  GMACs 0.07\n\n"
