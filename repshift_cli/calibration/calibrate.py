@@ -159,8 +159,9 @@ class Calibration:
             numbers = (
                 f"random dropping kept {random.agreement:.1%} of predictions, the chosen score {chosen.agreement:.1%}"
             )
+        found = "no score is clearly better" if self.sigmas >= 0 else "the chosen score is worse"
         return CheckFailed(
-            f"no score is clearly better than random dropping: {numbers} "
+            f"{found} than random dropping: {numbers} "
             f"({self.sigmas:.1f} standard errors, {len(chosen.distances)} inputs)",
             "Calibrate on more inputs of the model's own kind, drop fewer tokens, or add --force.",
         )

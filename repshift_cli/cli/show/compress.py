@@ -89,7 +89,7 @@ def _show_calibration(calibration: Calibration, unit: str) -> None:
     tried = sum(len(choice.candidates) for choice in calibration.sites)
     title = f"Calibration: {tried} candidates on {calibration.images} unlabelled {unit}s, {calibration.seconds:.0f} s"
     ui.print_table(title, [f"on the held-out {unit}s", f"{unit}s", "prediction distance", "unchanged"], rows)
-    verdict = "NOT clearly better than random dropping"
+    verdict = f"{'NOT clearly better' if calibration.sigmas >= 0 else 'WORSE'} than random dropping"
     if calibration.clear:
         verdict = "clearly better than random dropping"
     elif calibration.mild:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from repshift_cli.checkpoints.builtin import BUILTIN
+
 _DIGITS = 12
 """Of a SHA-256, to recognise a file."""
 
@@ -66,6 +68,8 @@ def _quality(document: Mapping[str, Any]) -> str:
     if not measured or measured["agreement"] is None:
         return ""
     images = measured["images"]
+    if images["where"].startswith("builtin:") and f"builtin:{document['model']['name']}" not in BUILTIN:
+        return "not measured on images of the model's own kind"
     return f"{measured['agreement']:.1%} of predictions unchanged on {images['count']} inputs of {images['where']}"
 
 
