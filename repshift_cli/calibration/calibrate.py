@@ -46,7 +46,7 @@ _MARGIN_SIGMAS = 1.0
 
 _RANDOM_SEEDS = (0, 1)
 _FIT_SEED = 0
-_CLEAR_SIGMAS = 3.0
+CLEAR_SIGMAS = 3.0
 _CLEAR_SHARE = 0.9
 MIN_IMAGES = 8
 _MILD_AGREEMENT = 0.9
@@ -77,6 +77,15 @@ class Deviation:
     def agreement(self) -> float | None:
         """Share of unchanged predictions."""
         return math.fsum(self.agreeing) / len(self.agreeing) if self.agreeing else None
+
+    def compare(self, dense: ReferenceOutputs, start: int) -> None:
+        """Compare all outputs, from image `start` on, with those of the dense model."""
+        given = dense.of(torch.cat(self.outputs))
+        wanted = dense.reference[start : start + len(given)]
+        far = distance(wanted, given, dense.are_logits)
+        self.distances = torch.where(far.isfinite(), far, math.inf).tolist()
+        if dense.are_logits:
+            self.agreeing = agreement(wanted, given).tolist()
 
     def numbers(self) -> dict[str, Any]:
         """Number of images, mean distance and share of unchanged predictions."""
@@ -207,7 +216,7 @@ def calibrate(
     sample = next(model.parameters())
     images = images.to(device=sample.device, dtype=sample.dtype)
     sites = {site.name: site for site in family.sites(model)}
-    border = math.ceil(_CHOOSING_SHARE * len(images))
+    border = choosing_images(len(images))
     with ExitStack() as stack:
         stack.callback(family.adapt(model))  # compare with the dense model as adapted for reduction
         unfitted_plan, plan = plan, fit_open(model, plan, images[:border], batch_size, progress)
@@ -228,9 +237,14 @@ def calibrate(
         default = run.check(with_defaults(unfitted_plan, sites), border)
     random = _mean_of(draws)
     sigmas = paired_sigmas(random.distances, result.distances)
-    clear = sigmas >= _CLEAR_SIGMAS and result.distance <= _CLEAR_SHARE * random.distance
+    clear = sigmas >= CLEAR_SIGMAS and result.distance <= _CLEAR_SHARE * random.distance
     seconds = time.monotonic() - begin
     return Calibration(tuple(choices), result, random, default, sigmas, clear, len(images), identity, seconds)
+
+
+def choosing_images(images: int) -> int:
+    """Number of images for choosing; the rest of them is held out."""
+    return math.ceil(_CHOOSING_SHARE * images)
 
 
 def fit_open(model: nn.Module, plan: Plan, images: Tensor, batch_size: int, progress: Progress) -> Plan:
@@ -301,7 +315,7 @@ class CandidateRunner:
         finally:
             branched.detach()
         for candidate in candidates:
-            self._judge(candidate, 0)
+            candidate.compare(self.dense, 0)
 
     def check(self, plan: Plan, start: int) -> Deviation:
         """The deviation of a plan on the images from `start` on."""
@@ -311,17 +325,8 @@ class CandidateRunner:
         finally:
             compressed.detach()
         result = Deviation(outputs=[output])
-        self._judge(result, start)
+        result.compare(self.dense, start)
         return result
-
-    def _judge(self, outcome: Deviation, start: int) -> None:
-        """Compare all outputs, from image `start` on, with those of the dense model."""
-        given = self.dense.of(torch.cat(outcome.outputs))
-        wanted = self.dense.reference[start : start + len(given)]
-        far = distance(wanted, given, self.dense.are_logits)
-        outcome.distances = torch.where(far.isfinite(), far, math.inf).tolist()
-        if self.dense.are_logits:
-            outcome.agreeing = agreement(wanted, given).tolist()
 
 
 def runnable(planned: PlanSite, site: Site) -> list[Metric]:
@@ -337,7 +342,7 @@ def runnable(planned: PlanSite, site: Site) -> list[Metric]:
 
 def _steps(variants: Sequence[int], images: int) -> int:
     """Number of images in the dense pass, all rounds and the final checks."""
-    border = math.ceil(_CHOOSING_SHARE * images)
+    border = choosing_images(images)
     checks = 2 + len(_RANDOM_SEEDS)
     steps = images + checks * (images - border)
     for count in (count for count in variants if count > 1):
