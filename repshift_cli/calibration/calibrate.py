@@ -216,7 +216,7 @@ def calibrate(
     sample = next(model.parameters())
     images = images.to(device=sample.device, dtype=sample.dtype)
     sites = {site.name: site for site in family.sites(model)}
-    border = choosing_images(len(images))
+    border = math.ceil(_CHOOSING_SHARE * len(images))
     with ExitStack() as stack:
         stack.callback(family.adapt(model))  # compare with the dense model as adapted for reduction
         unfitted_plan, plan = plan, fit_open(model, plan, images[:border], batch_size, progress)
@@ -240,11 +240,6 @@ def calibrate(
     clear = sigmas >= CLEAR_SIGMAS and result.distance <= _CLEAR_SHARE * random.distance
     seconds = time.monotonic() - begin
     return Calibration(tuple(choices), result, random, default, sigmas, clear, len(images), identity, seconds)
-
-
-def choosing_images(images: int) -> int:
-    """Number of images for choosing; the rest of them is held out."""
-    return math.ceil(_CHOOSING_SHARE * images)
 
 
 def fit_open(model: nn.Module, plan: Plan, images: Tensor, batch_size: int, progress: Progress) -> Plan:
@@ -342,7 +337,7 @@ def runnable(planned: PlanSite, site: Site) -> list[Metric]:
 
 def _steps(variants: Sequence[int], images: int) -> int:
     """Number of images in the dense pass, all rounds and the final checks."""
-    border = choosing_images(images)
+    border = math.ceil(_CHOOSING_SHARE * images)
     checks = 2 + len(_RANDOM_SEEDS)
     steps = images + checks * (images - border)
     for count in (count for count in variants if count > 1):

@@ -14,13 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repshift_cli.calibration.calibrate import (
-    CLEAR_SIGMAS,
-    MIN_IMAGES,
-    Deviation,
-    choosing_images,
-    paired_sigmas,
-)
+from repshift_cli.calibration.calibrate import CLEAR_SIGMAS, MIN_IMAGES, Deviation, paired_sigmas
 from repshift_cli.calibration.outputs import ReferenceOutputs, divergence, reference_outputs, run_batches
 from repshift_cli.errors import CheckFailed, DataError, ModelError, UsageError, first_line
 from repshift_cli.measure.device import out_of_memory
@@ -99,7 +93,7 @@ def recover(  # noqa: PLR0917
     """
     if len(images) < MIN_IMAGES:
         raise DataError(f"recovery needs at least {MIN_IMAGES} images, there are {len(images)}")
-    begin, border = time.monotonic(), choosing_images(len(images))
+    begin, border = time.monotonic(), len(images) // 2  # not more than calibration and search choose on
     values = {name: value.detach().clone() for name, value in _trainable(compressed).items()}
     if (count := sum(map(Tensor.numel, values.values()))) > _MOST_VALUES:
         raise UsageError(
@@ -137,10 +131,10 @@ def _trainable(compressed: CompressedModel) -> dict[str, nn.Parameter]:
     found = {}
     for path, module in model.named_modules():
         head = isinstance(module, nn.Linear) and module.out_features == classes and module not in blocks
-        for leaf, parameter in module.named_parameters(path, recurse=False):
-            bias = leaf.endswith("bias") and parameter.ndim == 1
+        for name, parameter in module.named_parameters(path, recurse=False):
+            bias = name.endswith("bias") and parameter.ndim == 1
             if head or bias or "Norm" in type(module).__name__:
-                found[leaf] = parameter
+                found[name] = parameter
     return found
 
 

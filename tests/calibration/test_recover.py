@@ -73,7 +73,7 @@ class TestTrained:
 
     def test_only_norms_biases_and_the_last_layer(self, found: tuple[CompressedModel, Recovery, nn.Module]) -> None:
         model, result, _ = found
-        assert changed(model) == set(result.tensors)
+        assert changed(model) <= set(result.tensors)
         assert {"head.weight", "head.bias", "norm.weight", "blocks.0.attn.qkv.bias"} <= changed(model)
         left = {name.rpartition(".")[2] for name in dict(model.model.named_parameters()).keys() - changed(model)}
         assert not {name for name in changed(model) if "norm" not in name and not name.endswith("bias")} - {
@@ -115,17 +115,17 @@ class TestAnyModel:
     def test_poolings_and_reducers(self, variant: dict[str, Any], reducer: str) -> None:
         model = tiny_vit(**variant).requires_grad_(False)
         found = attach(model, make_plan(model, make_recipe(metric="{kind: token_norm}", reducer=reducer)))
-        assert set(run(found).tensors) == changed(found)
+        assert set(run(found).tensors) >= changed(found) != set()
 
     def test_vim(self) -> None:
         model = tiny_vim().requires_grad_(False)
         found = compressed(model)
-        assert set(run(found, vim_images(model, 16)).tensors) == changed(found) != set()
+        assert set(run(found, vim_images(model, 16)).tensors) >= changed(found) != set()
 
     def test_cnn(self) -> None:
         found = compressed_cnn()
         found.model.requires_grad_(False)
-        assert set(run(found, maps(16)).tensors) == changed(found)
+        assert set(run(found, maps(16)).tensors) >= changed(found)
         assert {name.rpartition(".")[0].rpartition(".")[2] for name in changed(found)} > {"fc", "bn1"}
 
     def test_transformers(self) -> None:
@@ -133,7 +133,7 @@ class TestAnyModel:
         found = compressed(model)
         result = run(found, tiny_inputs(model, 16))
         assert "classifier.weight" in result.tensors
-        assert set(result.tensors) == changed(found)
+        assert set(result.tensors) >= changed(found)
 
 
 class TestRefused:

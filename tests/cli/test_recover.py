@@ -40,7 +40,7 @@ def files(cli: Command, dense: Path, recipe: Path, photos: Path, keep: None) -> 
 def test_the_file(files: tuple[Path, Path, str], dense: Path) -> None:
     plain, small, shown = files
     assert "Recovery: 1 passes, 16 unlabelled images" in shown
-    assert "dense weights and 36 tensors changed" in shown
+    assert "dense weights and 37 tensors changed" in shown
     document = read_weights(small).document
     assert document is not None
     assert document["format_version"] == 8
@@ -60,7 +60,7 @@ def test_inspect_diff_and_dense(files: tuple[Path, Path, str], cli: Command, den
     plain, small, _ = files
     names = json.loads(cli("inspect", small, "--json").stdout)["provenance"]["recovered"]
     assert "values" not in names
-    assert "weights  36 tensors (norms, biases, last layer) changed by --recover" in cli("inspect", small).stdout
+    assert "weights  37 tensors (norms, biases, last layer) changed by --recover" in cli("inspect", small).stdout
     differ = json.loads(cli("diff", plain, small, "--json").stdout)
     assert set(differ["weights_differ"]) == set(names["tensors"]) > {"head.weight"}
     assert not json.loads(cli("diff", small, small, "--json").stdout)["weights_differ"]
