@@ -74,7 +74,7 @@ class Opened:
     def weights(self) -> dict[str, Tensor]:
         """The tensors of the file, with recovered weights in place of the dense model's."""
         replaced = self.compressed.replaced if self.compressed is not None else None
-        return self.loaded.tensors | (replaced.parameters() if replaced is not None else {})
+        return {**self.loaded.tensors, **(replaced.parameters() if replaced is not None else {})}
 
     @property
     def macs(self) -> int:

@@ -147,15 +147,15 @@ class TestRefused:
             run(compressed(tiny_vit()))
 
     def test_a_model_without_gradients(self) -> None:
-        model = tiny_vit().requires_grad_(False)
+        model: Any = tiny_vit().requires_grad_(False)
         found = compressed(model)
-        model.head.register_forward_hook(lambda module, args, output: output.detach())  # type: ignore[union-attr, operator]
+        model.head.register_forward_hook(lambda module, args, output: output.detach())
         with pytest.raises(ModelError, match="cannot be trained here"):
             run(found)
         assert found.replaced is None
 
     def test_outputs_that_are_not_finite(self) -> None:
-        model = tiny_vit().requires_grad_(False)
-        model.head.weight.fill_(math.nan)  # type: ignore[union-attr, operator]
+        model: Any = tiny_vit().requires_grad_(False)
+        model.head.weight.fill_(math.nan)
         with pytest.raises(CheckFailed, match="not finite"):
             run(compressed(model))

@@ -78,6 +78,12 @@ def test_the_folder_for_timm(files: tuple[Path, Path, str], cli: Command) -> Non
         assert torch.equal(artifact.load(Path("hub"))(images()), artifact.load(small)(images()))
 
 
+def test_a_dense_export(files: tuple[Path, Path, str], cli: Command) -> None:
+    """It is compared with the dense model; a trace must not take its constants from the recovered weights."""
+    outcome = cli("export", files[1], "--to", "pt2", "--dense", "-o", "dense.pt2")
+    assert outcome.rc == 0, outcome.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
