@@ -27,8 +27,8 @@ _LEARNING_RATE = 1e-3
 _MOST_NORM = 1.0
 """Gradients are scaled to at most this norm."""
 
-_MOST_VALUES = 2_500_000
-"""The checkpoint stores the values in its metadata, which have a limit of 16 MiB."""
+_MOST_VALUES = 10_000_000
+"""The checkpoint stores the values in its metadata; safetensors limits these to 100 MB."""
 
 
 @dataclass(frozen=True)
