@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import repshift_cli
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.load import load_checkpoint
-from repshift_cli.checkpoints.recovered import recovered_part
 from repshift_cli.checkpoints.options import LoadOptions
+from repshift_cli.checkpoints.recovered import recovered_part
 from repshift_cli.checkpoints.weights import read_weights
 from repshift_cli.compression.job import CompressionJob, wrap_module
 from repshift_cli.compression.notes import Notes
