@@ -34,7 +34,12 @@ COMMANDS = {
     "compress dry run": ("compress", "builtin:vit-digits", "--dry-run"),
     "compress": ("compress", "builtin:vit-digits", "-o", "vit.safetensors", "--calibration-images", "64", *QUICK),
     "compress cnn": ("compress", "builtin:cnn-digits", "-o", "cnn.safetensors", "--calibration-images", "32", *QUICK),
+    "compress recover": (
+        *("compress", "builtin:vit-digits-small", "-r", "default", "--recover", "8", "-o", "recovered.safetensors"),
+        *("--calibration-images", "128", *QUICK),
+    ),
     "inspect compressed": ("inspect", "vit.safetensors"),
+    "inspect recovered": ("inspect", "recovered.safetensors"),
     "dense": ("dense", "vit.safetensors"),
     "diff": ("diff", "vit.safetensors", "vit_dense.safetensors"),
     "bench": ("bench", "vit.safetensors", "--against", "bipartite,class-attention", *QUICK),

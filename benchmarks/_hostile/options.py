@@ -67,7 +67,7 @@ _SLOW = {"--export": ("onnx", "aoti", "pt2"), "--compile": ("default", "frozen",
 """Values that compile, which takes minutes."""
 
 _LARGE = {"--batch-size", "-b", "--img-size", "--images", "--calibration-images", "--batch", "--frames", "--workers"}
-_LONG = {"--seconds", "--min-runs", "--evaluations"}
+_LONG = {"--seconds", "--min-runs", "--evaluations", "--recover"}
 """Options that ask for long work: the largest values that are allowed are not tried."""
 
 _OUTPUTS = (

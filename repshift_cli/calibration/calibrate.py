@@ -46,7 +46,7 @@ _MARGIN_SIGMAS = 1.0
 
 _RANDOM_SEEDS = (0, 1)
 _FIT_SEED = 0
-_CLEAR_SIGMAS = 3.0
+CLEAR_SIGMAS = 3.0
 _CLEAR_SHARE = 0.9
 MIN_IMAGES = 8
 _MILD_AGREEMENT = 0.9
@@ -77,6 +77,15 @@ class Deviation:
     def agreement(self) -> float | None:
         """Share of unchanged predictions."""
         return math.fsum(self.agreeing) / len(self.agreeing) if self.agreeing else None
+
+    def compare(self, dense: ReferenceOutputs, start: int) -> None:
+        """Compare all outputs, from image `start` on, with those of the dense model."""
+        given = dense.of(torch.cat(self.outputs))
+        wanted = dense.reference[start : start + len(given)]
+        far = distance(wanted, given, dense.are_logits)
+        self.distances = torch.where(far.isfinite(), far, math.inf).tolist()
+        if dense.are_logits:
+            self.agreeing = agreement(wanted, given).tolist()
 
     def numbers(self) -> dict[str, Any]:
         """Number of images, mean distance and share of unchanged predictions."""
@@ -229,7 +238,7 @@ def calibrate(
         default = run.check(with_defaults(unfitted_plan, sites), border)
     random = _mean_of(draws)
     sigmas = paired_sigmas(random.distances, result.distances)
-    clear = sigmas >= _CLEAR_SIGMAS and result.distance <= _CLEAR_SHARE * random.distance
+    clear = sigmas >= CLEAR_SIGMAS and result.distance <= _CLEAR_SHARE * random.distance
     seconds = time.monotonic() - begin
     return Calibration(tuple(choices), result, random, default, sigmas, clear, len(images), identity, seconds)
 
@@ -302,7 +311,7 @@ class CandidateRunner:
         finally:
             branched.detach()
         for candidate in candidates:
-            self._judge(candidate, 0)
+            candidate.compare(self.dense, 0)
 
     def check(self, plan: Plan, start: int) -> Deviation:
         """The deviation of a plan on the images from `start` on."""
@@ -312,17 +321,8 @@ class CandidateRunner:
         finally:
             compressed.detach()
         result = Deviation(outputs=[output])
-        self._judge(result, start)
+        result.compare(self.dense, start)
         return result
-
-    def _judge(self, outcome: Deviation, start: int) -> None:
-        """Compare all outputs, from image `start` on, with those of the dense model."""
-        given = self.dense.of(torch.cat(outcome.outputs))
-        wanted = self.dense.reference[start : start + len(given)]
-        far = distance(wanted, given, self.dense.are_logits)
-        outcome.distances = torch.where(far.isfinite(), far, math.inf).tolist()
-        if self.dense.are_logits:
-            outcome.agreeing = agreement(wanted, given).tolist()
 
 
 def runnable(planned: PlanSite, site: Site) -> list[Metric]:

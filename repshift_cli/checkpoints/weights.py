@@ -46,7 +46,7 @@ from repshift_cli.utils.suggest import first_names
 METADATA_KEY = "repshift"
 """Key of our JSON document in the metadata of a safetensors file (see docs/artifact.md)."""
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 """Version of that document. Readers refuse newer ones. Increase it with any change that an older reader would miss."""
 
 INDEX_SUFFIX = ".safetensors.index.json"

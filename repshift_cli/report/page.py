@@ -81,6 +81,7 @@ def render(opened: Opened, name: str, provenance: Mapping[str, str], added: Adde
         unreadable=[title for title, bad in titles.items() if bad],
         gmacs=(opened.dense_macs / 1e9, opened.macs / 1e9),
         plan=compressed.plan,
+        recovered=len(compressed.replaced.parameters()) if compressed.replaced is not None else 0,
         merges=isinstance(build_reducer(compressed.plan.reducer), Merger),
         bars=token_bars(compressed),
         latencies=latencies,
