@@ -16,7 +16,7 @@ from typing import get_args
 from _results import latency, page_name, publish, table, words
 from _timing import cpu_settings
 
-from repshift_cli.benchmark.baselines import contenders_against, dense_copy
+from repshift_cli.benchmark.baselines import contenders_against
 from repshift_cli.benchmark.report import BenchReport, Ratio, Run
 from repshift_cli.benchmark.run import Contender, run_bench
 from repshift_cli.checkpoints.options import LoadOptions
@@ -26,6 +26,7 @@ from repshift_cli.measure.compiled import CompileMode
 from repshift_cli.measure.device import DTYPES
 from repshift_cli.measure.latency import compute_speedup
 from repshift_cli.planning.plan import Plan
+from repshift_cli.reduction.baselines import dense_copy
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.utils.progress import Progress
 

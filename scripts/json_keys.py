@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,29 @@ from typing import Any
 KEYS = Path(__file__).resolve().parents[1] / "tests" / "vectors" / "json_keys.json"
 
 QUICK = ("--seconds", "0.1", "-b", "2", "--threads", "1")
+TINY = (
+    *("--model-args", "num_classes=0", "--model-args", "embed_dim=48", "--model-args", "depth=4"),
+    *("--img-size", "64"),
+)
+"""A model that is exported many times in seconds."""
+
 COMMANDS = {
     "inspect": ("inspect", "builtin:vit-digits"),
     "inspect video": ("inspect", "builtin:umt-shapes"),
     "compress dry run": ("compress", "builtin:vit-digits", "--dry-run"),
     "compress": ("compress", "builtin:vit-digits", "-o", "vit.safetensors", "--calibration-images", "64", *QUICK),
     "compress cnn": ("compress", "builtin:cnn-digits", "-o", "cnn.safetensors", "--calibration-images", "32", *QUICK),
+    "compress recover": (
+        *("compress", "builtin:vit-digits-small", "-r", "default", "--recover", "8", "-o", "recovered.safetensors"),
+        *("--calibration-images", "128", *QUICK),
+    ),
     "inspect compressed": ("inspect", "vit.safetensors"),
+    "inspect recovered": ("inspect", "recovered.safetensors"),
     "dense": ("dense", "vit.safetensors"),
     "diff": ("diff", "vit.safetensors", "vit_dense.safetensors"),
     "bench": ("bench", "vit.safetensors", "--against", "bipartite,class-attention", *QUICK),
     "bench data": ("bench", "vit.safetensors", "--data", "builtin:digits", "--images", "8", *QUICK),
+    "bench ways": ("bench", "vit.safetensors", "--against", "smaller-input,bfloat16,compile", *QUICK),
     "bench limits": ("bench", "vit.safetensors", "--budget", "macs<=0.99", "--compile", "off", *QUICK),
     "eval": (
         "eval",
@@ -44,19 +57,26 @@ COMMANDS = {
         "--save-predictions",
         "p.npz",
     ),
+    "eval several": (
+        *("eval", "vit.safetensors", "builtin:vit-digits", "--dataset", "builtin:digits", "--limit", "20"),
+        *("--against", "random"),
+    ),
     "eval dense": ("eval", "builtin:vit-digits", "--limit", "20"),
     "compress encoder": (
-        *("compress", "vit_tiny_patch16_224", "--model-args", "num_classes=0", "-o", "encoder.safetensors"),
-        *("--no-calibrate", *QUICK),
+        *("compress", "vit_tiny_patch16_224", *TINY, "-o", "encoder.safetensors", "--no-calibrate", *QUICK),
     ),
     "eval embeddings": ("eval", "encoder.safetensors", "--embeddings", "builtin:digits", "--limit", "24"),
     "eval retrieval": ("eval", "builtin:umt-shapes", "--limit", "8", "--threads", "1"),
     "eval answers": ("eval", "builtin:umt-shapes-qa", "--limit", "8", "--threads", "1"),
     "compare": ("compare", "p_dense.npz", "p.npz"),
-    "advise": ("advise", "vit.safetensors", "--data", "builtin:digits", "--images", "8", *QUICK),
+    "advise": ("advise", "encoder.safetensors", "--data", "builtin:digits", "--images", "8", *QUICK),
     "search": (
         *("search", "builtin:vit-digits", "--target", "macs=0.6", "--images", "32", "--evaluations", "6"),
         *("-o", "found.yaml", "--save", "found.safetensors", "--state", "state.json", *QUICK),
+    ),
+    "sweep": (
+        *("sweep", "builtin:vit-digits-small", "--ratios", "0.3", "--metrics", "token_norm,random", "--images", "16"),
+        *("--reducers", "prune,vid_tldr", "-b", "2", "--threads", "1", "-o", "swept"),
     ),
     "compress to a target": (
         *("compress", "builtin:vit-digits", "--target", "macs=0.6", "-o", "target.safetensors", "--calibration-images"),
@@ -71,6 +91,8 @@ COMMANDS = {
     "visualize": ("visualize", "vit.safetensors", "--count", "2"),
     "report": ("report", "vit.safetensors", "--count", "2"),
     "demo": ("demo", "-o", "demo"),
+    "recipes list": ("recipes", "list"),
+    "recipes show": ("recipes", "show", "deit_small_paper"),
     "doctor": ("doctor",),
 }
 """Commands in the order in which they run; later ones read files of earlier ones."""
@@ -93,11 +115,12 @@ def collect(folder: Path) -> dict[str, list[str]]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, arguments in COMMANDS.items():
         command = [sys.executable, "-m", "repshift_cli", *arguments, "--json"]
+        begin = time.monotonic()
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
         if done.returncode:
             raise SystemExit(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stderr}")
         keys[name] = sorted(set(key_paths(json.loads(done.stdout))))
-        print(f"{name}: {len(keys[name])} keys", file=sys.stderr)
+        print(f"{name}: {len(keys[name])} keys, {time.monotonic() - begin:.0f} s", file=sys.stderr)
     return keys
 
 

@@ -9,6 +9,7 @@ that is there already is left alone.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.create import create
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
+from repshift_cli.checkpoints.recovered import recovered_part
 from repshift_cli.checkpoints.weights import Source
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.planning.recipe import Recipe
@@ -41,11 +43,18 @@ VERSIONS: dict[int, tuple[str | None, dict[str, Any], str, str]] = {
     4: (None, VIT, "token_norm", "merge"),
     6: (None, {**VIT, "global_pool": "avg"}, "token_norm", "prune"),  # 5 is of a library, written by `compress`
     7: (None, VIT, "token_norm", "prune"),
+    8: (None, VIT, "token_norm", "prune"),
 }
 
 
 EXTRA = {6: "restore: true\n", 7: "last_block: exact\n"}
 """Of the recipes; before 7 the last block was full."""
+
+RECOVERED = ("norm.weight", "head.weight")
+"""Parameters with other values, of version 8."""
+
+NUMBERS = {"images": 8, "distance": 0.5, "agreement": 0.5}
+FOUND = {"images": 16, "data": {}, "passes": 1, "before": NUMBERS, "after": NUMBERS, "sigmas": 4.0}
 
 
 def main() -> None:
@@ -60,6 +69,7 @@ def main() -> None:
             args,
             f"version: 1\nmetric: {{kind: {score}}}\nreducer: {{kind: {reducer}}}\nlayers: {LAYERS}\n"
             + EXTRA.get(version, "last_block: full\n"),
+            RECOVERED if version == 8 else (),
         )
         expected |= {f"v{version}/input": inputs, f"v{version}/output": output}
         sys.stdout.write(f"{path}: {path.stat().st_size} bytes\n")
@@ -67,7 +77,9 @@ def main() -> None:
 
 
 @torch.no_grad()
-def write(path: Path, architecture: str | None, args: dict[str, Any], text: str) -> tuple[torch.Tensor, torch.Tensor]:
+def write(
+    path: Path, architecture: str | None, args: dict[str, Any], text: str, recovered: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     model = create(architecture, args, path.name).eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -77,9 +89,13 @@ def write(path: Path, architecture: str | None, args: dict[str, Any], text: str)
     loaded = LoadedModel(model, description, Source("object", None, None), dict(model.state_dict()))
     recipe = Recipe.parse(text)
     plan = with_defaults(resolve_for(model, recipe), {site.name: site for site in match(model).sites(model)})
-    artifact.save(path, loaded, artifact.make_document(loaded, plan, recipe, None, {}))
+    values = {name: model.get_parameter(name) + 0.5 for name in recovered}
+    part = recovered_part(FOUND, values) if values else None
+    artifact.save(path, loaded, artifact.make_document(loaded, plan, recipe, None, {}, recovered=part))
     inputs = torch.randn(2, *preprocessing.shape)
-    return inputs, attach(model, plan)(inputs)
+    compressed = attach(model, plan)
+    compressed.replace_parameters(values)
+    return inputs, compressed(inputs)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ The CNN needs both too: a run of 400 steps gets to 92%, without the patch loss t
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -25,17 +24,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from store_builtin import ASSETS, store
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from repshift_cli.checkpoints.create import create
 from repshift_cli.checkpoints.loaded import ModelDescription
-from repshift_cli.checkpoints.weights import METADATA_KEY
 from repshift_cli.data.builtin.digits import SCENE_SIZE, DigitScenes
 from repshift_cli.data.preprocessing import Preprocessing
 
-ASSETS = Path(__file__).resolve().parents[1] / "repshift_cli" / "assets"
 BACKGROUND = 10
 CROWD = 5
 CROWDED_SHARE = 0.4
@@ -293,10 +290,7 @@ def main() -> None:
 def save(model: nn.Module, setup: Setup, name: str, path: Path) -> None:
     """Write a checkpoint that says itself how to build the model."""
     preprocessing = Preprocessing((3, SCENE_SIZE, SCENE_SIZE), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
-    description = ModelDescription(name, setup.architecture, setup.args(), preprocessing)
-    document = json.dumps({"model": description.to_dict()})
-    save_file(model.state_dict(), path, metadata={"format": "pt", METADATA_KEY: document})
-    print(f"{path}: {path.stat().st_size} bytes")
+    store(path, model.state_dict(), ModelDescription(name, setup.architecture, setup.args(), preprocessing))
 
 
 if __name__ == "__main__":

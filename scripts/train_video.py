@@ -5,13 +5,13 @@
 One vision and one text encoder learn both tasks: retrieval by a contrastive loss and a matching loss with the hardest
 negative of the batch, question answering by the decoder's loss (UMT, arXiv 2303.16058, sections 3.2 and 4.3). A second,
 temporary head reads each token in the beginning (which shape covers its patch, in which colour, moving where), as the
-image models have one; it is not stored. The result is stored as two checkpoints under the authors' keys.
+image models have one; it is not stored. The result is stored under the authors' keys, in a file of the encoders and one
+of the rest of each model.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -19,19 +19,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from store_builtin import ASSETS, store
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from repshift_cli.checkpoints.loaded import ModelDescription
-from repshift_cli.checkpoints.weights import METADATA_KEY
 from repshift_cli.data.builtin import moving_shapes as world
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.data.video.tokenizer import Tokenizer
 from repshift_cli.models.bert import TextShape
 from repshift_cli.models.umt import UmtAnswering, UmtRetrieval, VisionShape
 
-ASSETS = Path(__file__).resolve().parents[1] / "repshift_cli" / "assets"
 TRAIN_SEED = 0
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TEMPERATURE = 0.07
@@ -229,16 +227,16 @@ def check(student: Student, setup: Setup, tokenizer: Tokenizer) -> dict[str, flo
 def save(student: Student, setup: Setup, folder: Path) -> None:
     size = (3, setup.vision.img_size, setup.vision.img_size)
     preprocessing = Preprocessing(size, MEAN, STD, "bicubic", 1.0, "squash", frames=setup.vision.frames)
-    for name, model, embed_dim in (
-        ("umt-shapes", student.retrieval, setup.embed_dim),
-        ("umt-shapes-qa", student.answering, 0),
-    ):
+    models = {"umt-shapes": student.retrieval.state_dict(), "umt-shapes-qa": student.answering.state_dict()}
+    first, second = models.values()
+    shared = {key for key in first.keys() & second.keys() if torch.equal(first[key], second[key])}
+    store(folder / "umt_encoders.safetensors", {key: first[key] for key in shared})
+    for name, tensors in models.items():
+        embed_dim = setup.embed_dim if name == "umt-shapes" else 0
         sizes = {"vision": asdict(setup.vision), "text": asdict(setup.text), "embed_dim": embed_dim}
-        args = {**sizes, "pooling": "all"}
-        description = ModelDescription(name, "umt", args, preprocessing)
-        tensors = {key: value.detach().clone().contiguous() for key, value in model.state_dict().items()}
-        metadata = {"format": "pt", METADATA_KEY: json.dumps({"model": description.to_dict()})}
-        save_file(tensors, folder / f"{name.replace('-', '_')}.safetensors", metadata=metadata)
+        description = ModelDescription(name, "umt", {**sizes, "pooling": "all"}, preprocessing)
+        own = {key: value for key, value in tensors.items() if key not in shared}
+        store(folder / f"{name.replace('-', '_')}.safetensors", own, description)
 
 
 if __name__ == "__main__":

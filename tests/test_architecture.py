@@ -17,8 +17,8 @@ from repshift_cli.planning.registry import members
 ROOT = Path(repshift_cli.__file__).parent
 
 ORDER = (
-    "cli -> export, report -> compression -> search, evaluation, benchmark, visualize -> checkpoints, calibration"
-    " -> reduction -> data, planning, measure -> models, utils -> ops -> errors, version"
+    "cli -> export, report, sweep -> compression -> search, evaluation, benchmark, visualize -> checkpoints, "
+    "calibration -> reduction -> data, planning, measure -> models, utils -> ops -> errors, version"
 )
 """A folder imports only from folders to its right. Folders of one group do not import each other."""
 

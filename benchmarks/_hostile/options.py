@@ -28,7 +28,10 @@ _CHOSEN = {
     "--attention": ("flash", "sdpa:flash", "sdpa:cudnn", "sdpa:", "explicit"),
     "--dtype": ("float16", "bfloat16", "float64", "int8", "complex64"),
     "--device": ("cpu:0", "cpu:9", "meta", "mps", "cuda:-1", "cuda:x"),
-    "--against": ("tome", "bipartite,bipartite", "class-attention", "x", ","),
+    "--against": (
+        *("tome", "bipartite,bipartite", "class-attention", "x", ","),
+        *("smaller-input", "bfloat16", "smaller-model", "smaller-model=", "smaller-model=x", "int8=x"),
+    ),
     "--recipe": ("deit_base_paper", "default", "vim_tiny_paper", "file.txt", "/dev/stdin"),
     "--model": ("vit_base_patch16_224", "resnet50", "hf-hub:x/y", "vim_tiny", "local-dir:x", "\ud800"),
     "--compile": ("off", "x"),
@@ -51,6 +54,12 @@ _CHOSEN = {
     "--prompt": ("{}", "a {}.", "{0.__class__}"),
     "--class-names": ("missing.txt", "folder"),
     "--recall-at": ("1,10", "0", "1,", "1e3"),
+    "--ratios": ("0.2,0.3", "0.99", "1", "0.2,", "nan"),
+    "--macs": ("0.8,0.5", "0.01", "1", "0,1"),
+    "--metrics": ("shift,fitted", "token-norm", "x", "fitted,x"),
+    "--reducers": ("prune,merge", "vid_tldr", "bipartite", "x"),
+    "--layers": ("0,2", "blocks.1", "9", "-1", "0,0"),
+    "--seeds": ("0,1", "0,0", "-1", "2147483648"),
     "--plot": ("o.png", "o.pdf", "o.jpg", ".svg", "o"),
     "--export": ("onnx", "hub", "x"),
 }
@@ -58,7 +67,7 @@ _SLOW = {"--export": ("onnx", "aoti", "pt2"), "--compile": ("default", "frozen",
 """Values that compile, which takes minutes."""
 
 _LARGE = {"--batch-size", "-b", "--img-size", "--images", "--calibration-images", "--batch", "--frames", "--workers"}
-_LONG = {"--seconds", "--min-runs", "--evaluations"}
+_LONG = {"--seconds", "--min-runs", "--evaluations", "--recover"}
 """Options that ask for long work: the largest values that are allowed are not tried."""
 
 _OUTPUTS = (
@@ -101,11 +110,16 @@ def _base(name: str, rng: random.Random, good: Good) -> list[str]:
             ["compress", BUILTIN, "--dry-run"],
         ],
         "search": [[*good.search(), "-o", "o.yaml"]],
+        "sweep": [
+            [*("sweep", SMALL, "--ratios", "0.3", "--metrics", "token_norm", "--images", "4"), "-o", "o"],
+            [*("sweep", SMALL, "--macs", "0.7", "--data", data, "--metrics", "random", "--images", "4"), "-o", "o"],
+        ],
         "export": [["export", str(good.artifact), "--to", "hub", "-o", "o"]],
         "bench": [["bench", str(good.artifact), "--seconds", "0", "--min-runs", "1", "-b", "1"]],
         "eval": [
             good.evaluate(BUILTIN),
             good.evaluate(str(good.artifact), "--compare-dense"),
+            good.evaluate(str(good.artifact), BUILTIN, "--against", "random"),
             ["eval", VIDEO, "--limit", "2", "--dataset", "builtin:shapes"],
         ],
         "compare": [["compare", str(good.predictions), str(good.predictions)]],

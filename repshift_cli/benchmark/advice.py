@@ -139,7 +139,7 @@ def advise(opened: Opened, question: Question, exported: Exported, progress: Pro
         found = list(_models(opened, question))
         models = [each for each in found if isinstance(each, Way)]
         found += [*ways.in_bfloat16(opened), *ways.compiled(opened, question.batch)]
-        found += exported(models, Path(folder), question.calibration, _Once(progress))
+        found += exported(models, Path(folder), question.calibration, Once(progress))
         rows = [each for each in found if isinstance(each, Way)]
         timings = _time(rows, question, progress)
         quality, measure = _compare(opened, rows, question, batch, progress)
@@ -167,7 +167,7 @@ def _models(opened: Opened, question: Question) -> Iterator[Way | Missing]:
         yield ways.smaller_model(name, classes)
 
 
-class _Once:
+class Once:
     """Progress that shows each message once, though several files are written."""
 
     def __init__(self, progress: Progress) -> None:

@@ -17,7 +17,7 @@ from repshift_cli.utils.stats import significant
 MemoryFormat = Literal["contiguous", "channels_last"]
 
 Role = Literal["dense", "compressed", "peer"]
-"""The dense model, the compressed model, or a baseline (`peer` in JSON and CSV)."""
+"""The dense model, the compressed model, or a baseline or another way to run the model (`peer`)."""
 
 _BOUND_BY_READING = 0.5
 """Share of time spent waiting for data above which reading limits the speed, not the model."""
@@ -25,7 +25,7 @@ _BOUND_BY_READING = 0.5
 _CSV_COLUMNS = (
     *("name", "batch", "gmacs", "latency_ms_median", "latency_ms_p10", "latency_ms_p90", "latency_ms_p99"),
     *("throughput", "peak_memory_mb", "device", "dtype", "threads", "attention", "attention_mode", "compile"),
-    *("image_size", "role", "compile_s", "recompiles"),
+    *("image_size", "role", "compile_s", "recompiles", "bytes"),
     *("over_dense", "over_dense_p10", "over_dense_p90", "over_dense_clear", "efficiency"),
     *("ours_over_it", "ours_over_it_p10", "ours_over_it_p90", "ours_over_it_clear"),
     *("end_to_end_per_s_median", "end_to_end_per_s_p10", "end_to_end_per_s_p90", "waiting", "bottleneck"),
@@ -83,6 +83,7 @@ class Run:
         macs: multiply-accumulates of one image.
         peak_bytes: of a batch; None if it cannot be measured, inside a compiled graph or another runtime.
         attention: the attention kernel in use, see `observed_attention`.
+        bytes: of the file or the weights; None if other ways to run the model are not measured.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Run:
     role: Role = "dense"
     attention: str = "none"
     compilation: Compilation | None = None
+    bytes: int | None = None
 
     @property
     def batch(self) -> int:
@@ -120,6 +122,7 @@ class Run:
             "peak_memory_mb": None if self.peak_bytes is None else round(self.peak_bytes / 1e6, 3),
             "compile_s": self.compilation and round(self.compilation.seconds, 3),
             "recompiles": self.compilation and self.compilation.recompiles,
+            "bytes": self.bytes,
         }
 
 
@@ -295,6 +298,7 @@ class BenchReport:
     Attributes:
         device: product name of the CPU or GPU.
         end_to_end: empty without images to read.
+        missing: reasons by the names of ways to run the model that do not exist here.
     """
 
     device: str
@@ -303,6 +307,7 @@ class BenchReport:
     ratios: tuple[Ratio, ...]
     memory_format: MemoryFormat = "contiguous"
     end_to_end: tuple[EndToEnd, ...] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:
@@ -337,6 +342,7 @@ class BenchReport:
             "ratios": [ratio.to_dict() for ratio in self.ratios],
             "break_even": [found.to_dict() for found in self.break_even],
             "end_to_end": [found.to_dict() for found in self.end_to_end],
+            "missing": [{"name": name, "reason": reason} for name, reason in self.missing.items()],
         }
 
     def to_csv(self) -> str:
@@ -357,7 +363,8 @@ class BenchReport:
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         over_dense = {(ratio.setting, ratio.name): ratio for ratio in self.ratios if self._is_dense(ratio)}
-        over_baseline = {(ratio.setting, ratio.against): ratio for ratio in self.ratios if not self._is_dense(ratio)}
+        ours = (ratio for ratio in self.ratios if ratio.role == "compressed")
+        over_baseline = {(ratio.setting, ratio.against): ratio for ratio in ours if not self._is_dense(ratio)}
         passes = {(found.setting, name): each for found in self.end_to_end for name, each in found.sides.items()}
         for run in self.runs:
             row, key = run.to_dict(), (run.setting, run.name)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,9 @@ class Contender:
         context: to be entered for each run of `module`, such as the switch to the dense model.
         baselines: names of the baselines that it is compared with.
         preprocessing: of images from files, if known.
+        takes: size of its inputs, if it is timed with contenders of another `input_size`.
+        compile: mode of torch.compile, if not that of the setting.
+        bytes: of the file or the weights, if they are to be compared.
     """
 
     name: str
@@ -58,6 +62,9 @@ class Contender:
     is_baseline: bool = False
     baselines: tuple[str, ...] = ()
     preprocessing: Preprocessing | None = None
+    takes: tuple[int, ...] | None = None
+    compile: CompileMode | None = None
+    bytes: int | None = None
 
     @property
     def role(self) -> Role:
@@ -114,7 +121,7 @@ def contenders_of(opened: Mapping[str, Opened]) -> list[Contender]:
         key = (_weights_identity(model), description.name, size)
         if key not in dense:
             taken = {contender.name for contender in dense.values()} | set(opened)
-            name = "dense" if single else _unused(f"{description.name} dense", taken)
+            name = "dense" if single else unused(f"{description.name} dense", taken)
             context = nullcontext if model.compressed is None else model.compressed.dense
             dense[key] = Contender(
                 name, model.module, model.dense_macs, size, context=context, preprocessing=preprocessing
@@ -151,7 +158,8 @@ def _weights_identity(opened: Opened) -> str | int:
     return source or loaded.source.sha256 or id(opened)
 
 
-def _unused(name: str, taken: set[str]) -> str:
+def unused(name: str, taken: set[str]) -> str:
+    """The name, with a number if it is taken."""
     if name not in taken:
         return name
     return next(each for number in count(2) if (each := f"{name} {number}") not in taken)
@@ -192,6 +200,7 @@ def run_sweep(
     runs: list[Run] = []
     ratios: list[Ratio] = []
     end_to_end: list[EndToEnd] = []
+    missing: dict[str, str] = {}
 
     def report() -> BenchReport:
         return BenchReport(
@@ -201,6 +210,7 @@ def run_sweep(
             runs=tuple(runs),
             ratios=tuple(ratios),
             end_to_end=tuple(end_to_end),
+            missing=missing,
         )
 
     with num_threads(sweep[0].threads) as threads:
@@ -216,10 +226,11 @@ def run_sweep(
                     group = [contender for contender in contenders if contender.input_size == size]
                     for batch in batches:
                         try:
-                            measured, read = _bench_group(group, batch, settings, progress, source)
+                            measured, read, failed = _bench_group(group, batch, settings, progress, source)
                         except RepshiftError as error:
                             error.document = report().to_dict() if runs else {}
                             raise
+                        missing |= failed
                         runs += measured
                         ratios += _ratios(group, measured)
                         end_to_end += [read] if read else []
@@ -276,24 +287,32 @@ def _prepared(modules: Sequence[nn.Module], settings: BenchSettings, progress: P
 
 def _bench_group(
     group: Sequence[Contender], batch: int, settings: BenchSettings, progress: Progress, source: Source | None
-) -> tuple[list[Run], EndToEnd | None]:
+) -> tuple[list[Run], EndToEnd | None, dict[str, str]]:
+    """Runs, passes from files, and why contenders cannot be compiled."""
     height, width = group[0].input_size[-2:]
     dtype = str(settings.dtype).removeprefix("torch.")
     setting = Setting(batch, (height, width), dtype, settings.attention, settings.compile)
     place = settings.placement
-    inputs = torch.randn(batch, *group[0].input_size, generator=torch.Generator().manual_seed(0))
-    inputs = inputs.to(place.device, place.dtype, memory_format=place.memory_format)
-    max_seconds = settings.seconds * len(group)
-    graphs = nullcontext() if settings.compile == "off" else fresh_graphs()
+    sizes = {each.name: each.takes or each.input_size for each in group}
+    random = {size: torch.randn(batch, *size, generator=torch.Generator().manual_seed(0)) for size in sizes.values()}
+    placed = {
+        size: each.to(place.device, place.dtype, memory_format=place.memory_format) for size, each in random.items()
+    }
+    inputs = {name: placed[size] for name, size in sizes.items()}
+    compiling = settings.compile != "off" or any(each.compile for each in group)
+    graphs = fresh_graphs() if compiling else nullcontext()
     with _explain_memory(batch, settings.device), graphs:
-        for contender in group:
-            _check_finite(contender, inputs)
-        attention = [_observed(contender, inputs) for contender in group]
-        subjects = [_subject(contender, inputs, settings.compile) for contender in group]
-        memory = [_peak(subject, inputs, settings) for subject in subjects]
+        subjects, missing = _subjects(group, inputs, settings)
+        group = [each for each in group if each.name not in missing]
+        attention = [_observed(each, inputs[each.name]) for each in group]
+        memory = [_peak(each, inputs[each.name], settings.device) for each in subjects]
+        max_seconds = settings.seconds * len(group)
         timings = measure_latency(
-            subjects,
-            inputs,
+            [
+                replace(each, run=partial(lambda run, own, _: run(own), each.run, inputs[each.name]))
+                for each in subjects
+            ],
+            inputs[group[0].name],
             max_seconds=max_seconds,
             warmup=_WARMUP_ROUNDS[settings.device.type],
             progress=progress,
@@ -309,11 +328,12 @@ def _bench_group(
                 role=contender.role,
                 attention=kernel,
                 compilation=_compilation(subject.run),
+                bytes=contender.bytes,
             )
             for contender, subject, peak, kernel in zip(group, subjects, memory, attention, strict=True)
         ]
         if source is None:
-            return runs, None
+            return runs, None, missing
         assert group[0].preprocessing is not None
         end_to_end = measure_end_to_end(
             subjects,
@@ -325,7 +345,25 @@ def _bench_group(
             max_seconds=max_seconds,
             progress=progress,
         )
-    return runs, end_to_end
+    return runs, end_to_end, missing
+
+
+def _subjects(
+    group: Sequence[Contender], inputs: Mapping[str, Tensor], settings: BenchSettings
+) -> tuple[list[Subject], dict[str, str]]:
+    """What is timed, and why contenders cannot be compiled; an error if the others are no comparison."""
+    found: list[Subject] = []
+    missing: dict[str, str] = {}
+    for contender in group:
+        own = inputs[contender.name]
+        _check_finite(contender, own)
+        try:
+            found.append(_subject(contender, own, contender.compile or settings.compile))
+        except UsageError as error:
+            missing[contender.name] = error.message
+            if contender.compile is None or not any(each.is_baseline and each.name not in missing for each in group):
+                raise
+    return found, missing
 
 
 def _subject(contender: Contender, inputs: Tensor, mode: CompileMode) -> Subject:
@@ -341,9 +379,9 @@ def _compilation(run: Callable[[Tensor], Any]) -> Compilation | None:
     return Compilation(run.seconds, run.recompiles) if isinstance(run, Compiled) else None
 
 
-def _peak(subject: Subject, inputs: Tensor, settings: BenchSettings) -> int | None:
+def _peak(subject: Subject, inputs: Tensor, device: torch.device) -> int | None:
     # On the CPU tensors inside a graph are not visible, and CUDA graphs keep their memory between runs.
-    if settings.compile != "off" and (settings.device.type, settings.compile) != ("cuda", "default"):
+    if isinstance(subject.run, Compiled) and (device.type, subject.run.mode) != ("cuda", "default"):
         return None
     if isinstance(subject.run, Runtime) and subject.run.hides_memory:
         return None
@@ -369,9 +407,10 @@ def _observed(contender: Contender, inputs: Tensor) -> str:
 def _ratios(group: Sequence[Contender], runs: Sequence[Run]) -> Iterator[Ratio]:
     measured = {run.name: run for run in runs}
     for contender in group:
-        run = measured[contender.name]
         for name in (*([contender.against] if contender.against else []), *contender.baselines):
-            other = measured[name]
+            if not measured.keys() >= {contender.name, name}:  # one could not be compiled
+                continue
+            run, other = measured[contender.name], measured[name]
             speedup = compute_speedup(other.timing, run.timing)
             yield Ratio(run.setting, run.name, name, other.macs / run.macs, speedup, contender.role)
 

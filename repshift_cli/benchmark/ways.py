@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repshift_cli.benchmark.baselines import dense_copy, shared_copy
 from repshift_cli.checkpoints.artifact import Opened, open_model
 from repshift_cli.checkpoints.exported import quiet_logs
 from repshift_cli.data.preprocessing import Preprocessing
@@ -22,6 +21,7 @@ from repshift_cli.measure.cpu import INSTRUCTIONS, cpu_features
 from repshift_cli.measure.environment import cxx_compiler
 from repshift_cli.measure.macs import count_macs
 from repshift_cli.measure.memory import parameter_bytes
+from repshift_cli.reduction.baselines import dense_copy, shared_copy
 from repshift_cli.reduction.compressed_model import CompressedModel
 
 _STEP = 32
@@ -92,8 +92,8 @@ def in_bfloat16(opened: Opened) -> Iterator[Way | Missing]:
 
 def compiled(opened: Opened, batch: int) -> Iterator[Way | Missing]:
     """Both models compiled by torch for one batch size."""
-    if cxx_compiler() is None:
-        yield Missing("torch.compile", "there is no C++ compiler: install g++")
+    if missing := no_compiler():
+        yield missing
         return
     compressed = _compressed(opened)
     shape = opened.loaded.description.preprocessing.shape
@@ -109,8 +109,15 @@ def compiled(opened: Opened, batch: int) -> Iterator[Way | Missing]:
         yield replace(way, name=f"{way.name}, torch.compile", run=function, context=nullcontext, opened=None)
 
 
+def no_compiler() -> Missing | None:
+    """Why torch.compile cannot work here."""
+    return Missing("torch.compile", "there is no C++ compiler: install g++") if cxx_compiler() is None else None
+
+
 def smaller_input(opened: Opened) -> Way | Missing:
     """The dense model on the largest images whose multiply-accumulates are at most those of the compressed model."""
+    if (unit := opened.loaded.description.preprocessing.unit) != "image":
+        return Missing("smaller input", f"the model takes {unit}s")
     dense, preprocessing = dense_copy(_compressed(opened)), opened.loaded.description.preprocessing
     channels, height, width = preprocessing.input_size
     patch = getattr(getattr(dense, "patch_embed", None), "patch_size", None)

@@ -55,7 +55,7 @@ _MARGIN_SIGMAS = 1.0
 _RANDOM_SEEDS = (0, 1)
 _COVERING = {"grid", "random"}
 _FIT_SEED = 0
-_CLEAR_SIGMAS = 3.0
+CLEAR_SIGMAS = 3.0
 _CLEAR_SHARE = 0.9
 MIN_IMAGES = 8
 _MILD_AGREEMENT = 0.9
@@ -86,6 +86,15 @@ class Deviation:
     def agreement(self) -> float | None:
         """Share of unchanged predictions."""
         return math.fsum(self.agreeing) / len(self.agreeing) if self.agreeing else None
+
+    def compare(self, dense: ReferenceOutputs, start: int) -> None:
+        """Compare all outputs, from image `start` on, with those of the dense model."""
+        given = dense.of(torch.cat(self.outputs))
+        wanted = dense.reference[start : start + len(given)]
+        far = distance(wanted, given, dense.are_logits)
+        self.distances = torch.where(far.isfinite(), far, math.inf).tolist()
+        if dense.are_logits:
+            self.agreeing = agreement(wanted, given).tolist()
 
     def numbers(self) -> dict[str, Any]:
         """Number of images, mean distance and share of unchanged predictions."""
@@ -181,8 +190,9 @@ class Calibration:
             numbers = (
                 f"random dropping kept {random.agreement:.1%} of predictions, the chosen score {chosen.agreement:.1%}"
             )
+        found = "no score is clearly better" if self.sigmas >= 0 else "the chosen score is worse"
         return CheckFailed(
-            f"no score is clearly better than random dropping: {numbers} "
+            f"{found} than random dropping: {numbers} "
             f"({self.sigmas:.1f} standard errors, {len(chosen.distances)} inputs)",
             "Calibrate on more inputs of the model's own kind, drop fewer tokens, or add --force.",
         )
@@ -261,7 +271,7 @@ def calibrate(
         default = run.check(with_defaults(usual or unfitted_plan, sites), border)
     random = _mean_of(draws)
     sigmas = paired_sigmas(random.distances, result.distances)
-    clear = sigmas >= _CLEAR_SIGMAS and result.distance <= _CLEAR_SHARE * random.distance
+    clear = sigmas >= CLEAR_SIGMAS and result.distance <= _CLEAR_SHARE * random.distance
     seconds = time.monotonic() - begin
     return Calibration(tuple(choices), result, random, default, sigmas, clear, len(images), identity, seconds, cover)
 
@@ -362,7 +372,7 @@ class CandidateRunner:
         finally:
             branched.detach()
         for candidate in candidates:
-            self._judge(candidate, 0)
+            candidate.compare(self.dense, 0)
 
     def check(self, plan: Plan, start: int, stop: int | None = None) -> Deviation:
         """The deviation of a plan on the images from `start` on, up to `stop`."""
@@ -372,17 +382,8 @@ class CandidateRunner:
         finally:
             compressed.detach()
         result = Deviation(outputs=[output])
-        self._judge(result, start)
+        result.compare(self.dense, start)
         return result
-
-    def _judge(self, outcome: Deviation, start: int) -> None:
-        """Compare all outputs, from image `start` on, with those of the dense model."""
-        given = self.dense.of(torch.cat(outcome.outputs))
-        wanted = self.dense.reference[start : start + len(given)]
-        far = distance(wanted, given, self.dense.are_logits)
-        outcome.distances = torch.where(far.isfinite(), far, math.inf).tolist()
-        if self.dense.are_logits:
-            outcome.agreeing = agreement(wanted, given).tolist()
 
 
 def runnable(planned: PlanSite, site: Site) -> list[Metric]:

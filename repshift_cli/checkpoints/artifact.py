@@ -24,7 +24,8 @@ from repshift_cli.checkpoints.libraries.base import library_of
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import LoadOptions
-from repshift_cli.checkpoints.schema import ArtifactDocument, RecipePart, SourcePart, creation
+from repshift_cli.checkpoints.recovered import recovered_values
+from repshift_cli.checkpoints.schema import ArtifactDocument, RecipePart, RecoveredPart, SourcePart, creation
 from repshift_cli.checkpoints.weights import METADATA_KEY, Source
 from repshift_cli.errors import CheckpointError, ModelError, OutputError, RecipeError
 from repshift_cli.models.tensor_model import library_model
@@ -49,6 +50,9 @@ _PART_VERSIONS = {"fuse": 4, "merge": 4, "bipartite": 4, "fitted": 4, "vid_tldr"
 _PART_VERSIONS |= dict.fromkeys(("redundancy", "grid", "mixed", "stratified"), 8)
 """The first format version with this metric or reducer; 1 for others."""
 
+_RECOVERED_VERSION = 8
+"""The first format version with recovered weights, which older readers would miss."""
+
 
 @dataclass
 class Opened:
@@ -66,6 +70,12 @@ class Opened:
     def module(self) -> nn.Module:
         """The module to run."""
         return self.compressed if self.compressed is not None else self.loaded.model
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors of the file, with recovered weights in place of the dense model's."""
+        replaced = self.compressed.replaced if self.compressed is not None else None
+        return {**self.loaded.tensors, **(replaced.parameters() if replaced is not None else {})}
 
     @property
     def macs(self) -> int:
@@ -104,13 +114,15 @@ def attach_loaded(
     """Attach a plan to a loaded model, and give the result its preprocessing and a writer; errors as `attach`.
 
     Args:
-        recipe, calibration: where the plan comes from; by default from the checkpoint.
+        recipe, calibration: where the plan comes from; by default from the checkpoint, as are recovered weights.
     """
     described = loaded.description.architecture is not None or loaded.description.args
     computed = "" if described else computation(library_model(loaded.model))  # before attention modules are replaced
     compressed = attach(loaded.model, plan)
     compressed.preprocessing = loaded.description.preprocessing
     stored = loaded.document or {}
+    if recipe is None:
+        compressed.replace_parameters(recovered_values(stored, loaded.model, loaded.source.path or "the checkpoint"))
     part = _recipe_part(recipe) if recipe is not None else RecipePart(**stored["recipe"])
     found = calibration if recipe is not None else stored.get("calibration")
     compressed.writer = Writer(loaded.description, computed, loaded.source, part, found)
@@ -185,10 +197,11 @@ def make_document(  # noqa: PLR0917
     calibration: dict[str, Any] | None,
     measured: dict[str, Any],
     search: dict[str, Any] | None = None,
+    recovered: RecoveredPart | None = None,
 ) -> dict[str, Any]:
     """The JSON document of a compressed checkpoint, see `ArtifactDocument`."""
     document = ArtifactDocument(
-        format_version=_version_of(plan),
+        format_version=max(_version_of(plan), _RECOVERED_VERSION if recovered else 1),
         **creation(),
         model=loaded.description,
         plan=plan,
@@ -197,8 +210,10 @@ def make_document(  # noqa: PLR0917
         calibration=calibration,
         measured=without_timings(measured),
         search=without_timings(search),
+        recovered=recovered,
     )
-    return document.model_dump(mode="json", exclude=None if search else {"search"})
+    left_out = {name for name, part in (("search", search), ("recovered", recovered)) if not part}
+    return document.model_dump(mode="json", exclude=left_out)
 
 
 def _recipe_part(recipe: Recipe) -> RecipePart:

@@ -67,11 +67,17 @@ def stored_document(weights: Weights, config: Mapping[str, Any], path: Path) -> 
     """Our document in the metadata of the weights, else in the configuration at `path`, else None.
 
     Other tools keep the configuration when they write the weights again without metadata. Raises CheckpointError if
-    the document is damaged or of a newer version.
+    the document is damaged, of a newer version, or has recovered weights, which are for the weights before.
     """
     if weights.document is not None or config.get(OWNER) is None:
         return weights.document
-    return parse_document(json.dumps(config[OWNER]), str(path), "format_version", FORMAT_VERSION)
+    found = parse_document(json.dumps(config[OWNER]), str(path), "format_version", FORMAT_VERSION)
+    if found.get("recovered"):
+        raise CheckpointError(
+            f"{path}: another tool wrote the weights again, and --recover was for the weights before",
+            f"Remove the key {OWNER!r} from it to open the dense model.",
+        )
+    return found
 
 
 def write_config(path: Path, config: Mapping[str, Any], loaded: LoadedModel, document: Mapping[str, Any]) -> None:
@@ -83,6 +89,8 @@ def write_config(path: Path, config: Mapping[str, Any], loaded: LoadedModel, doc
     # the arguments of the model are in the configuration and not repeated in the document
     args = {key: value for key, value in loaded.description.args.items() if key == "tower"}
     stored = {**document, "model": {**loaded.description.to_dict(), "args": args}}
+    if "recovered" in document:
+        stored["recovered"] = {**document["recovered"], "values": ""}  # they are in the metadata of the weights
     content = json.dumps({**config, OWNER: stored}, indent=2, allow_nan=False)
     try:
         path.write_text(f"{content}\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -216,10 +217,18 @@ def _note_extreme(loaded: LoadedModel) -> None:
 def _load_builtin(name: str, options: LoadOptions) -> LoadedModel:
     if name not in BUILTIN:
         raise UsageError(f"unknown built-in model {name}", f"{nearest(name, BUILTIN)}Allowed: {', '.join(BUILTIN)}.")
-    with as_file(files("repshift_cli").joinpath("assets").joinpath(BUILTIN[name].file)) as path:
-        weights = read_weights(path, options.weights)
-        weights.source = Source("builtin", name, weights.source.sha256)
-        return _from_weights(weights, replace(options, model_name=None), name)
+    parts = [_read_asset(file, options) for file in BUILTIN[name].files]
+    digests = [str(part.source.sha256) for part in parts]
+    digest = digests[0] if len(parts) == 1 else sha256("\n".join(digests).encode()).hexdigest()
+    tensors = {key: value for part in parts for key, value in part.tensors.items()}
+    widened = {key: value.float() if value.dtype == torch.float16 else value for key, value in tensors.items()}
+    weights = replace(parts[0], tensors=widened, source=Source("builtin", name, digest))
+    return _from_weights(weights, replace(options, model_name=None), name)
+
+
+def _read_asset(file: str, options: LoadOptions) -> Weights:
+    with as_file(files("repshift_cli").joinpath("assets").joinpath(file)) as path:
+        return read_weights(path, options.weights)
 
 
 def _load_folder(folder: Path, options: LoadOptions) -> LoadedModel:

@@ -75,9 +75,8 @@ class LoadedModel:
         return self.source.origin == "builtin" or f"builtin:{self.description.name}" in BUILTIN
 
 
-def differing_tensors(first: LoadedModel, second: LoadedModel) -> list[str]:
+def differing_tensors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that only one has, or that differ in dtype, shape or bits."""
-    a, b = first.tensors, second.tensors
 
     def equal(name: str) -> bool:
         if name not in a or name not in b or a[name].dtype != b[name].dtype or a[name].shape != b[name].shape:

@@ -58,6 +58,28 @@ def creation() -> dict[str, Any]:
     }
 
 
+class RecoveredPart(_Part):
+    """Parameters of the compressed model whose values differ from the tensors of the file, which are the dense model's.
+
+    Attributes:
+        images: number of images for training and checking together; `data` says which.
+        passes: over the images for training, the first half.
+        tensors: names of the parameters, in the order of `values`.
+        before, after: images, distance and agreement on the held-out half.
+        sigmas: by how many standard errors `after` is better.
+        values: float32, little-endian, base64.
+    """
+
+    images: PositiveInt
+    data: dict[str, Any]
+    passes: PositiveInt
+    tensors: list[Name] = Field(min_length=1)
+    before: dict[str, Any]
+    after: dict[str, Any]
+    sigmas: float
+    values: str
+
+
 class ArtifactDocument(_Part):
     """The metadata of a compressed checkpoint, see docs/artifact.md."""
 
@@ -72,6 +94,7 @@ class ArtifactDocument(_Part):
     measured: dict[str, Any]
     versions: dict[str, str]
     search: dict[str, Any] | None = None
+    recovered: RecoveredPart | None = None
 
 
 class DenseDocument(_Part):
@@ -161,6 +184,7 @@ class ExportDocument(_Part):
         tuned: whether the fastest kernels were chosen by timing.
         quantized: null for a model in floating point.
         verified: null if nothing was compared.
+        recovered: names of the parameters that differ from the dense model's.
     """
 
     export_version: PositiveInt
@@ -183,6 +207,7 @@ class ExportDocument(_Part):
     quantized: Quantization | None = None
     device: str = Field(pattern=r"^(cpu|cuda(:\d{1,3})?)$")
     verified: Verdict | None
+    recovered: list[Name] = []
 
     @model_validator(mode="after")
     def _check_shapes(self) -> ExportDocument:

@@ -31,6 +31,7 @@ from repshift_cli.cli import (
     recipes,
     report,
     search,
+    sweep,
     ui,
     visualize,
 )
@@ -54,6 +55,7 @@ app = typer.Typer(
 _COMMANDS: dict[str, Callable[..., None]] = {
     "compress": compress.command,
     "search": search.command,
+    "sweep": sweep.command,
     "export": export.command,
     "bench": bench.command,
     "advise": advise.command,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum
@@ -63,8 +64,13 @@ def command(
         typer.Option(
             metavar="NAME[,NAME]",
             help="Also time these baselines, on the same weights and at the same cost: explicit, class-attention, "
-            "class-attention-row, bipartite, tome, fuse. The dense model is always timed.",
+            "class-attention-row, bipartite, tome, fuse, random; and other ways to run the model: int8, bfloat16, "
+            "compile, smaller-input, smaller-model=NAME. The dense model is always timed.",
         ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Images for static --against int8; without them int8 is dynamic."),
     ] = None,
     load: LoadOptions,
     trust: options.Trust = False,
@@ -135,21 +141,24 @@ def command(
     from repshift_cli.utils.files import check_outputs
 
     batches = _batch_sizes(batch_size or DEFAULT_BATCHES)
-    sizes: list[ImageSize | None] = [ImageSize.parse(text) for text in _split(img_size or [])]
+    sizes: list[ImageSize | None] = [ImageSize.parse(text) for text in options.split_values(img_size or [])]
     limits = [BenchLimit.parse(text) for text in budget or []]
     if plot is not None:
         check_figure_path("--plot", plot)
     check_outputs({"--csv": csv, "--plot": plot}, force)
 
+    from repshift_cli.benchmark.advice import Once
     from repshift_cli.benchmark.baselines import check_names, contenders_against
     from repshift_cli.benchmark.end_to_end import Source
     from repshift_cli.benchmark.run import BenchSettings, run_sweep
+    from repshift_cli.benchmark.way_contenders import check_ways, split_ways, with_ways
     from repshift_cli.data.inputs import open_images
+    from repshift_cli.export.ways import exported_ways
     from repshift_cli.measure.compiled import CompileMode
     from repshift_cli.measure.device import resolve_device, resolve_dtype
     from repshift_cli.models.attention_mode import AttentionMode
 
-    baselines = _split(against or [])
+    baselines, ways = split_ways(options.split_values(against or []))
     check_names(baselines)
     sweep = [
         BenchSettings(
@@ -163,11 +172,12 @@ def command(
             compile=mode,
         )
         for kind, how, mode in product(
-            _split(dtype or ["float32"]),
+            options.split_values(dtype or ["float32"]),
             _choices("--attention", attention or ["auto"], get_args(AttentionMode)),
             _choices("--compile", compile or ["off"], get_args(CompileMode)),
         )
     ]
+    check_ways(ways, sweep, data)
     screen = ui.Screen()
     opened = [_open_all(models or [], recipe, replace(load, img_size=size), trust) for size in sizes or [None]]
     for note in dict.fromkeys(note for each in opened for model in each.values() for note in model.loaded.notes):
@@ -180,7 +190,15 @@ def command(
     if data is not None and units:
         raise UsageError(f"--data is for images, and the model takes {min(units)}s", "Leave --data out.")
     source = Source(open_images(data, images), images, workers) if data is not None else None
-    report = run_sweep(contenders, batches, sweep, screen, source)
+    missing: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="repshift-") as folder:
+        if ways:
+            exported = partial(
+                exported_ways, folder=Path(folder), calibration=calibration, progress=Once(screen), targets=("onnx",)
+            )
+            contenders, missing = with_ways(contenders, opened, ways, exported)
+        report = run_sweep(contenders, batches, sweep, screen, source)
+        report = replace(report, missing={**missing, **report.missing})
     checks = check_limits(limits, report)
 
     def print_report() -> None:
@@ -193,28 +211,24 @@ def command(
     require_met(checks)
 
 
-def _split(values: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(part.strip() for value in values for part in value.split(",")))
-
-
 def _choices(option: str, values: Sequence[str], allowed: Sequence[_Value]) -> list[_Value]:
     """The allowed values that are named in comma-separated lists."""
     by_name = {str(value): value for value in allowed}
-    for text in _split(values):
+    for text in options.split_values(values):
         if text not in by_name:
             raise UsageError(f"unknown {option} {text!r}: allowed: {', '.join(by_name)}", nearest(text, by_name))
-    return [by_name[text] for text in _split(values)]
+    return [by_name[text] for text in options.split_values(values)]
 
 
 def _batch_sizes(values: Sequence[str]) -> list[int]:
     """The batch sizes in comma-separated lists, without repetitions."""
     low, high = RANGES["batch_size"]
-    for text in _split(values):
+    for text in options.split_values(values):
         if not text.isascii() or not text.isdigit() or len(text) > len(str(high)) or not low <= int(text) <= high:
             raise UsageError(
                 f"invalid --batch-size {text!r}: must be an integer >= {low} and <= {high}, or several (1,8)"
             )
-    return list(dict.fromkeys(int(text) for text in _split(values)))
+    return list(dict.fromkeys(int(text) for text in options.split_values(values)))
 
 
 def _open_all(names: Sequence[str], recipe: str | None, load: LoadOptions, trust: bool) -> dict[str, Opened]:
@@ -226,19 +240,8 @@ def _open_all(names: Sequence[str], recipe: str | None, load: LoadOptions, trust
         opened = compress_dense(name, recipe or DEFAULT_RECIPE, replace(load, model_name=None))
         return {opened.loaded.description.name: opened}
     if recipe is None:
-        return {label: open_any(name, load, trust) for label, name in _labels(names).items()}
-    return {label: compress_dense(name, recipe, load) for label, name in _labels(names).items()}
-
-
-def _labels(names: Sequence[str]) -> dict[str, str]:
-    """Models by label: the stem of the file, or the whole name if two stems are the same."""
-    from repshift_cli.utils.files import weight_stem
-
-    stems = [weight_stem(name) for name in names]
-    labels = {name if stems.count(stem) > 1 else stem: name for name, stem in zip(names, stems, strict=True)}
-    if len(labels) < len(names):
-        raise UsageError(f"a model is given twice: {', '.join(names)}")
-    return labels
+        return {label: open_any(name, load, trust) for label, name in options.label_models(names).items()}
+    return {label: compress_dense(name, recipe, load) for label, name in options.label_models(names).items()}
 
 
 def _write_csv(report: BenchReport, path: Path | None, force: bool) -> None:

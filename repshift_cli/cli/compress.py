@@ -67,6 +67,15 @@ def command(
     calibrate: Annotated[
         bool, typer.Option("--calibrate/--no-calibrate", help="Choose on images what the recipe leaves open.")
     ] = True,
+    recover: Annotated[
+        int | None,
+        options.number(
+            "recover",
+            help="Train norms, biases and the last layer on the outputs of the dense model, without labels: number of "
+            "passes over half of the calibration images, such as 10. Kept if clearly better on the other half.",
+            show_default="off",
+        ),
+    ] = None,
     calibration_images: Annotated[
         int | None,
         options.number(
@@ -114,6 +123,7 @@ def command(
         calibration=calibration,
         class_order=class_order,
         calibrate=calibrate,
+        recover=recover,
         calibration_images=calibration_images,
         device=device,
         dtype=dtype,

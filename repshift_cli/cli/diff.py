@@ -31,14 +31,14 @@ def command(
     from repshift_cli.checkpoints.loaded import differing_tensors
 
     sides = [open_model(first), open_model(second)]
-    tensors = differing_tensors(*(side.loaded for side in sides))
+    tensors = differing_tensors(*(side.weights for side in sides))
     a, b = (_facts(side) for side in sides)
     differing = [(name, a.get(name), b.get(name)) for name in dict.fromkeys((*a, *b)) if a.get(name) != b.get(name)]
     if json:
         found = {name: {"a": one, "b": other} for name, one, other in differing}
         ui.result.keep({"a": first, "b": second, "weights_differ": tensors, "differing": found})
         return
-    total = len(sides[0].loaded.tensors.keys() | sides[1].loaded.tensors.keys())
+    total = len(sides[0].weights.keys() | sides[1].weights.keys())
     listed = f": {', '.join(tensors[:_SHOWN])}{', ...' if len(tensors) > _SHOWN else ''}" if tensors else ""
     ui.print_text(f"weights  {f'{len(tensors)} of {total} tensors differ{listed}' if tensors else 'equal'}")
     if differing:

@@ -30,6 +30,7 @@ from repshift_cli.cli.show.evaluate import (
     warn_of_guessing,
     warn_of_skipped,
 )
+from repshift_cli.cli.show.several import several_numbers, show_several
 from repshift_cli.cli.torchrun import (
     Interrupted,
     own_device,
@@ -39,24 +40,30 @@ from repshift_cli.cli.torchrun import (
 from repshift_cli.errors import INTERRUPTED, OutputError, UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from repshift_cli.checkpoints.artifact import Opened
     from repshift_cli.data.dataset import ImageDataset
     from repshift_cli.evaluation.classification.result import Evaluation
+    from repshift_cli.evaluation.models import Candidate
     from repshift_cli.utils.distributed import Processes
     from repshift_cli.utils.progress import Progress
 
 _DEFAULT_MODEL = "builtin:vit-digits"
 _DEFAULT_DATASET = "builtin:digits"
 _BUILTIN = "builtin:"
+_ALONE = "Give one model, and leave --against out."
 
 
 @options.takes_model
 def command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A checkpoint, an exported file, or a built-in model.")
-    ] = _DEFAULT_MODEL,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Checkpoints, exported files, or built-in models. Several are compared on the same images. "
+            f"Default: {_DEFAULT_MODEL}.",
+            show_default=False,
+        ),
+    ] = None,
     *,
     dataset: Annotated[
         str | None,
@@ -78,6 +85,14 @@ def command(
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Also evaluate the dense model, on the same inputs.")
     ] = False,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[,NAME]",
+            help="With labels: also evaluate the dense model and these baselines, on the same weights and at the same "
+            "cost: class-attention, bipartite, tome, fuse, random.",
+        ),
+    ] = None,
     load: LoadOptions,
     trust: options.Trust = False,
     batch_size: Annotated[
@@ -216,16 +231,24 @@ def command(
     the embeddings are to the dense ones (--embeddings). For models with a text tower: zero-shot (--class-names).
     """
     with rank_zero_errors():
+        names = options.label_models(models or [_DEFAULT_MODEL])
+        baselines = options.split_values(against or [])
+        first, several = next(iter(names.values())), len(names) > 1 or bool(baselines)
+        for option, value in (("--embeddings", embeddings), ("--save-predictions", save_predictions)):
+            if several and value is not None:
+                raise UsageError(f"{option} is for one model, without --against", _ALONE)
         of_embeddings = EmbeddingOptions.of(embeddings, index, recall_at, save_embeddings, compare_dense, force)
         zero_shot = ZeroShotOptions.of(class_names, prompt, embeddings)
         predictions = _prediction_paths(save_predictions, compare_dense, force)
         if of_embeddings is None:
-            dataset = _dataset_of(model, dataset, annotations)
+            dataset = _dataset_of(first, dataset, annotations)
 
         from repshift_cli.checkpoints.exported import open_any
+        from repshift_cli.evaluation.models import check_against
         from repshift_cli.measure.device import num_threads, resolve_device, resolve_dtype
         from repshift_cli.utils.distributed import together
 
+        check_against(baselines)
         place = resolve_device(own_device(device))
         settings = {
             "batch_size": batch_size,
@@ -236,7 +259,7 @@ def command(
             "attention": attention.value,
         }
         given = EvalOptions(
-            model,
+            first,
             dataset,
             data_dir,
             order,
@@ -249,29 +272,41 @@ def command(
             json,
             settings,
             zero_shot,
+            tuple(baselines),
+            several,
         )
         video = VideoOptions(annotations, videos, answers, vocab, rerank, rerank_k, paragraph, pooling)
         screen = screen_of_first()
         with num_threads(threads), together(place) as group:
-            opened = group.agreed(lambda: open_any(model, load, trust))
-            for note in opened.loaded.notes:
+            opened = group.agreed(lambda: {label: open_any(name, load, trust) for label, name in names.items()})
+            for note in dict.fromkeys(note for each in opened.values() for note in each.loaded.notes):
                 screen.note(note)
-            of_images = opened.loaded.description.preprocessing.frames is None
+            texts = [label for label, each in opened.items() if not zero_shot and _takes_texts(each)]
             if of_embeddings is not None:
-                evaluate_embeddings(opened, given, video, of_embeddings, screen)
-            elif of_images or zero_shot or getattr(opened.loaded.model, "num_classes", None):
+                evaluate_embeddings(*opened.values(), given, video, of_embeddings, screen)
+            elif not texts:
                 _evaluate_images(opened, given, video, screen, group)
+            elif several:
+                raise UsageError(f"{texts[0]} takes videos with texts, and is evaluated alone", _ALONE)
             else:
-                evaluate_videos(opened, given, video, screen)
+                evaluate_videos(*opened.values(), given, video, screen)
+
+
+def _takes_texts(opened: Opened) -> bool:
+    """Whether it is a video-text model."""
+    videos = opened.loaded.description.preprocessing.frames is not None
+    return videos and not getattr(opened.loaded.model, "num_classes", None)
 
 
 def _evaluate_images(
-    opened: Opened, given: EvalOptions, video: VideoOptions, screen: Progress, group: Processes
+    opened: Mapping[str, Opened], given: EvalOptions, video: VideoOptions, screen: Progress, group: Processes
 ) -> None:
-    from repshift_cli.evaluation.classification.evaluate import evaluate, finish
+    from repshift_cli.evaluation.classification.evaluate import finish
+    from repshift_cli.evaluation.classification.several import evaluate_passes
     from repshift_cli.evaluation.models import head_size
 
-    usual = IMAGE_BATCH if opened.loaded.description.preprocessing.frames is None else VIDEO_BATCH
+    first = next(iter(opened.values()))
+    usual = IMAGE_BATCH if first.loaded.description.preprocessing.frames is None else VIDEO_BATCH
     settings = given.settings | {"batch_size": given.settings["batch_size"] or usual}
     models, labelled = group.agreed(lambda: _open_images(opened, given, video))
     labelled.info.report(screen)
@@ -281,22 +316,21 @@ def _evaluate_images(
         # with predictions to save, the run continues although nothing can be printed
         with suppress(*(OSError, OutputError) if given.predictions else ()):
             announce_dataset(opened, labelled)
-    result = evaluate(
+    result = evaluate_passes(
         models,
         labelled,
-        opened.loaded.description.preprocessing,
-        num_classes=head_size(next(iter(models.values())) if given.zero_shot else opened.loaded.model),
+        num_classes=head_size(next(iter(models.values())).module if given.zero_shot else first.loaded.model),
         progress=screen,
         group=group,
         resume=given.resume,
-        keep_rows=bool(given.predictions),
+        keep_rows=bool(given.predictions) or given.several,
         **settings,
     )
     if group.is_first:
         try:
             saved = () if result.interrupted else _save_predictions(result, labelled, given)
         finally:
-            _report(result, labelled, opened, given)
+            _report(result, labelled, models, given)
         if not given.json:
             ui.print_text(*(f"wrote {path}" for path in saved))
     if given.resume is not None and not result.interrupted:
@@ -307,41 +341,45 @@ def _evaluate_images(
 
 
 def _open_images(
-    opened: Opened, given: EvalOptions, video: VideoOptions
-) -> tuple[Mapping[str, nn.Module], ImageDataset]:
+    opened: Mapping[str, Opened], given: EvalOptions, video: VideoOptions
+) -> tuple[Mapping[str, Candidate], ImageDataset]:
     """The models, and the dataset with the labels of the head."""
     from repshift_cli.data.catalog import open_dataset
     from repshift_cli.data.sources.folder import MEDIA
-    from repshift_cli.evaluation.models import head_size, models_of
-    from repshift_cli.models.tensor_model import class_names
+    from repshift_cli.evaluation.classification.several import label_for_all
+    from repshift_cli.evaluation.models import candidates_of, check_comparison
 
-    if given.zero_shot:
-        encoders = models_of(opened, given.compare_dense, given.name)
-        models = given.zero_shot.classifiers(encoders, opened, given.name, given.settings["device"])
-    unit = opened.loaded.description.preprocessing.unit
+    unit = next(iter(opened.values())).loaded.description.preprocessing.unit
     refuse_videos(given.name, given.dataset, video, "images" if unit == "image" else f"labelled {MEDIA[unit].unit}")
     assert given.dataset is not None
     data = open_dataset(given.dataset, given.data_dir, given.limit, given.seed, given.order, unit=unit)
+    check_comparison(next(iter(opened.values())), given.compare_dense, given.name)
+    models = candidates_of(opened, given.compare_dense, given.against)
     if given.zero_shot:
-        return models, given.zero_shot.labelled(data)
-    labelled = data.for_head(head_size(opened.loaded.model), class_names(opened.loaded.model))
-    return models_of(opened, given.compare_dense, given.name), labelled
+        return given.zero_shot.classifiers(models, opened, given.settings["device"]), given.zero_shot.labelled(data)
+    return models, label_for_all(data, opened)
 
 
-def _report(result: Evaluation, data: ImageDataset, opened: Opened, given: EvalOptions) -> None:
-    from repshift_cli.evaluation.models import COMPRESSED, DENSE
+def _report(result: Evaluation, data: ImageDataset, models: Mapping[str, Candidate], given: EvalOptions) -> None:
+    from repshift_cli.evaluation.classification.several import compare_models
 
     warn_of_skipped(result)
-    macs = {COMPRESSED: opened.macs, DENSE: opened.dense_macs}
+    macs = {name: candidate.macs for name, candidate in models.items()}
+    paired = compare_models(result, data, models) if given.several else None
     if given.json:
-        preprocessing = opened.loaded.description.preprocessing
-        document = evaluation_document(result, macs, given.name, preprocessing, data)
+        several = several_numbers(result, paired, models) if paired else None
+        preprocessing = next(iter(models.values())).preprocessing
+        document = evaluation_document(result, macs, given.name, preprocessing, data, several=several)
         ui.result.keep(document | {"zero_shot": given.zero_shot and given.zero_shot.document()})
+    elif paired:
+        show_several(result, paired, models)
     else:
         show_evaluation(result, macs)
-    warn_of_guessing(result)
+    warn_of_guessing(result, paired.reference if paired else list(result.scores)[-1])
     if result.interrupted:
         resume = f"; run the same command to continue from {given.resume}" if given.resume else ""
+        left = ", ".join(name for name in models if name not in result.scores)
+        resume += f"; not evaluated: {left}" if left else ""
         ui.warn(f"interrupted: this is the result of {result.images} of {result.total} {result.unit}{resume}")
 
 

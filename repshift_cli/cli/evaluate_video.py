@@ -39,6 +39,8 @@ class EvalOptions:
     """Options that models of images and of videos share.
 
     `settings` are the arguments that `classification.evaluate` and `video_text.settings.VideoSettings` have in common.
+    `name` is the first model, `against` are names of baselines, and `several` is whether there are other models or
+    baselines.
     """
 
     name: str
@@ -54,6 +56,8 @@ class EvalOptions:
     json: bool
     settings: dict[str, Any]
     zero_shot: ZeroShotOptions | None = None
+    against: tuple[str, ...] = ()
+    several: bool = False
 
 
 @dataclass(frozen=True)

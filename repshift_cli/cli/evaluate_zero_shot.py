@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,10 @@ from repshift_cli.utils.files import sha256_of
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from repshift_cli.checkpoints.artifact import Opened
     from repshift_cli.data.dataset import ImageDataset
+    from repshift_cli.evaluation.models import Candidate
     from repshift_cli.utils.progress import Progress
 
 _PROMPT = "a photo of a {}."
@@ -50,17 +50,26 @@ class ZeroShotOptions:
         return {"class_names": listed, "prompts": list(self.prompts)}
 
     def classifiers(
-        self, models: Mapping[str, nn.Module], opened: Opened, name: str, device: torch.device
-    ) -> dict[str, nn.Module]:
-        """The models with the same embeddings of the classes; raises UsageError for a model with classes."""
+        self, models: Mapping[str, Candidate], opened: Mapping[str, Opened], device: torch.device
+    ) -> dict[str, Candidate]:
+        """The models with the embeddings of the classes, computed once for each opened model.
+
+        Raises:
+            UsageError: an opened model has classes.
+        """
         from repshift_cli.evaluation.zero_shot import ZeroShotClassifier, class_embeddings
 
-        if classes := int(getattr(opened.loaded.model, "num_classes", 0) or 0):
-            raise UsageError(f"--class-names: {name} has a head of {classes} classes", "Leave --class-names out.")
-        opened.loaded.model.to(device)
-        found = class_embeddings(opened.loaded, self.names, self.prompts)
+        embeddings = {}
+        for label, each in opened.items():
+            if classes := int(getattr(each.loaded.model, "num_classes", 0) or 0):
+                raise UsageError(f"--class-names: {label} has a head of {classes} classes", "Leave --class-names out.")
+            each.loaded.model.to(device)
+            embeddings[id(each)] = class_embeddings(each.loaded, self.names, self.prompts)
         texts = (*self.names, "", *self.prompts)
-        return {key: ZeroShotClassifier(model, found, texts) for key, model in models.items()}
+        return {
+            name: replace(each, module=ZeroShotClassifier(each.module, embeddings[id(each.opened)], texts))
+            for name, each in models.items()
+        }
 
     def labelled(self, data: ImageDataset) -> ImageDataset:
         """The images with labels by the names; raises DataError for another number of classes."""

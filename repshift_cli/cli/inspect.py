@@ -133,7 +133,7 @@ def _show(document: dict[str, Any], preprocessing: Any) -> None:
     ui.print_text(f"input    {preprocessing}")
     prefix, patches = document["prefix_tokens"], document["patch_tokens"]
     if prefix or "grid" not in document["sites"][0]:
-        protected = f"{prefix} protected token{'' if prefix == 1 else 's'} (class, registers)"
+        protected = "1 protected token (class)" if prefix == 1 else f"{prefix} protected tokens (class, registers)"
         ui.print_text(f"tokens   {f'{protected} + ' if prefix else ''}{patches} patches")
     else:
         ui.print_text("tokens   positions of feature maps; whole rows and columns are dropped")
@@ -144,7 +144,8 @@ def _show(document: dict[str, Any], preprocessing: Any) -> None:
         ui.print_text(f"metric   after {site}: {describe_metric(row['metric'])}")
     if document["last_block"] == "exact":
         ui.print_text(EXACT)
-    for title, text in (describe(document["provenance"]) if document["provenance"] else {}).items():
+    made = {**document["provenance"], "model": model} if document["provenance"] else None
+    for title, text in (describe(made) if made else {}).items():
         ui.print_text(f"{title:<8} {text}")
     ui.print_text("")
     rows = []

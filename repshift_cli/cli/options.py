@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import wraps
 from pathlib import Path
@@ -289,6 +289,26 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
         raise UsageError(
             f"invalid {option} {text!r}: must be one number or one per channel", f"For example: {option} 0.5,0.5,0.5."
         ) from error
+
+
+def split_values(values: Sequence[str]) -> list[str]:
+    """The values in comma-separated lists, without repetitions."""
+    return list(dict.fromkeys(part.strip() for value in values for part in value.split(",")))
+
+
+def label_models(names: Sequence[str]) -> dict[str, str]:
+    """Models by label: the stem of the file, or the whole name if two stems are the same.
+
+    Raises:
+        UsageError: a model is given twice.
+    """
+    from repshift_cli.utils.files import weight_stem
+
+    stems = [weight_stem(name) for name in names]
+    labels = {name if stems.count(stem) > 1 else stem: name for name, stem in zip(names, stems, strict=True)}
+    if len(labels) < len(names):
+        raise UsageError(f"a model is given twice: {', '.join(names)}")
+    return labels
 
 
 class Pooling(str, Enum):

@@ -22,11 +22,18 @@ class ScheduleKind(str, Enum):
 
 
 @app.command("list", cls=guard.Command)
-def list_shipped() -> None:
+def list_shipped(*, json: options.AsJson = False) -> None:
     """List the shipped recipes."""
     from repshift_cli.planning.recipe import Recipe, shipped_recipes
 
     recipes = {name: Recipe.parse(text, f"{name}.yaml") for name, text in shipped_recipes().items()}
+    if json:
+        found = [
+            {"name": name, "description": each.description, "model": each.model, "schedules": list(each.schedules)}
+            for name, each in recipes.items()
+        ]
+        ui.result.keep({"recipes": found})
+        return
     rows = [
         [name, "; schedules: ".join(filter(None, (recipe.description, ", ".join(recipe.schedules))))]
         for name, recipe in recipes.items()
@@ -39,13 +46,23 @@ def show(
     name: Annotated[
         str, typer.Argument(metavar="RECIPE", help="A shipped recipe, `default`, or a compressed checkpoint.")
     ],
+    *,
     blocks: Annotated[int, options.number("blocks", help="Number of blocks of the model, for `default`.")] = 12,
     calibrated: Annotated[
         bool, typer.Option("--calibrated", help="Compressed checkpoints: print the calibrated metric of each site.")
     ] = False,
+    json: options.AsJson = False,
 ) -> None:
     """Print a recipe as YAML, to save and edit."""
     text = _calibrated(name) if calibrated else _text(name, blocks)
+    if json:
+        from repshift_cli.planning.recipe import Recipe
+        from repshift_cli.reduction.checks import check_components
+
+        recipe = Recipe.parse(text, name)
+        check_components(recipe)  # else an option can be anything
+        ui.result.keep({"name": name, "text": text, "recipe": recipe.model_dump(mode="json")})
+        return
     typer.echo("\n".join(map(ui.visible, text.split("\n"))), nl=False)  # without the line breaks of `print_text`
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from repshift_cli.errors import OutputError, RepshiftError
 from repshift_cli.utils.progress import SilentTask, Task
@@ -31,6 +31,12 @@ _LINE_SECONDS = 10.0
 
 _MINUTES_FROM = 120
 """Seconds from which the time that is left is given in minutes."""
+
+_LONGEST_WORD = 24
+"""Letters of the longest word that a table does not break; longer are names of files."""
+
+_COLUMN_GAP = 2
+"""Spaces between the columns of a table."""
 
 JSON_VERSION = 1
 """Version of the JSON of all commands. It grows when a key is removed or changes its meaning, not with new keys."""
@@ -123,25 +129,64 @@ def print_text(*lines: str) -> None:
     """Print lines of text without markup; errors as `_stdout`."""
     with _stdout() as console:
         for line in lines:
-            # rich breaks words that are longer than a line, such as names of files, so that they cannot be copied
-            text = textwrap.fill(visible(line), console.width, break_long_words=False, break_on_hyphens=False)
-            console.print(text, markup=False, soft_wrap=True)
+            console.print(_wrapped(line, console.width), markup=False, soft_wrap=True)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Text in lines of a width. Longer words, such as names of files, are not broken, so that they can be copied."""
+    return textwrap.fill(visible(text), width, break_long_words=False, break_on_hyphens=False)
 
 
 def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """Print a table; the first `left` columns are text, the others numbers. Errors as `_stdout`."""
+    """Print a table; the first `left` columns are text, the others numbers. Errors as `_stdout`.
+
+    If the columns are too many for the terminal, each row is printed as lines of `column value`.
+    """
     from rich.table import Table
     from rich.text import Text
 
-    shown = Text(visible(title)) if title else None
-    table = Table(title=shown, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(Text(visible(column)), justify="left" if index < left else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(visible(cell)) for cell in row))
+    table = Table(header_style="bold", box=None, pad_edge=False)
     with _stdout() as console:
-        console.print(table)
+        if title:
+            console.print(Text(_wrapped(title, console.width), style="bold"), soft_wrap=True)
+        shown = [[visible(cell) for cell in row] for row in (columns, *rows)]
+        widths = _column_widths(list(zip(*shown, strict=True)), console.width)
+        if widths is None:
+            for line in _as_lines(shown[0], shown[1:], left):
+                console.print(_wrapped(line, console.width), markup=False, soft_wrap=True)
+        else:
+            for index, column in enumerate(shown[0]):
+                justify: Literal["left", "right"] = "left" if index < left else "right"
+                table.add_column(Text(column), justify=justify, overflow="fold", width=widths[index])
+            for row in shown[1:]:
+                table.add_row(*map(Text, row))
+            console.print(table)
         console.print()
+
+
+def _column_widths(columns: Sequence[Sequence[str]], available: int) -> list[int] | None:
+    """The widths of columns in which no word is broken, from their cells; None if they need more than is available."""
+    from rich.cells import cell_len
+
+    widths = [max(1, *map(cell_len, cells)) for cells in columns]
+    words = [[cell_len(word) for cell in cells for word in cell.split()] for cells in columns]
+    least = [min(max(lengths, default=0), _LONGEST_WORD) for lengths in words]
+    available -= _COLUMN_GAP * (len(widths) - 1)
+    if sum(least) > available:
+        return None
+    while sum(widths) > available:
+        widest = max((index for index in range(len(widths)) if widths[index] > least[index]), key=widths.__getitem__)
+        widths[widest] -= 1
+    return widths
+
+
+def _as_lines(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> Iterator[str]:
+    """The cells of a table as lines; the text of a row comes first, and its numbers are indented."""
+    for row in rows:
+        cells = [f"{column} {cell}".strip() for column, cell in zip(columns, row, strict=True) if cell]
+        texts = sum(map(bool, row[:left]))
+        yield ", ".join(cells[:texts])
+        yield from (f"  {cell}" for cell in cells[texts:])
 
 
 class _Settings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from repshift_cli.calibration.calibrate import MIN_IMAGES
 from repshift_cli.checkpoints.loaded import LoadedModel
@@ -23,13 +24,14 @@ _KINDS = {
 
 
 def draw_images(job: CompressionJob, settings: Settings, amounts: Amounts) -> tuple[ImageBatch | None, ImageBatch]:
-    """Images for calibration (None if nothing is calibrated) and others for the comparison of predictions."""
+    """Images for calibration and recovery (None if there is neither) and others for the comparison of predictions."""
 
     def load(where: str | None, count: int) -> ImageBatch:
         return load_job_inputs(job.loaded, where, count, settings.seed, job.notes)
 
     where = settings.calibration or settings.data
-    if not (job.has_open_fields and settings.calibrate) or (where is None and not job.loaded.is_builtin):
+    needed = bool(settings.recover) or (job.has_open_fields and settings.calibrate)
+    if not needed or (where is None and not job.loaded.is_builtin):
         if settings.calibration:
             job.notes.note("nothing is calibrated, so the images of --calibration only serve the comparison")
         return None, load(settings.data or where, amounts.agreement)
@@ -38,9 +40,11 @@ def draw_images(job: CompressionJob, settings: Settings, amounts: Amounts) -> tu
     return load(where, amounts.calibration), load(settings.data, amounts.agreement)
 
 
-def load_job_inputs(loaded: LoadedModel, where: str | None, count: int, seed: int, notes: Notes) -> ImageBatch:
-    """Load images, or built-in scenes, with the preprocessing of the model."""
-    batch = load_inputs(where, count, loaded.description.preprocessing, seed)
+def load_job_inputs(
+    loaded: LoadedModel, where: str | None, count: int, seed: int, notes: Notes, **options: Any
+) -> ImageBatch:
+    """Load images, or built-in scenes, with the preprocessing of the model; `options` are those of `load_inputs`."""
+    batch = load_inputs(where, count, loaded.description.preprocessing, seed, **options)
     _report(batch, notes)
     return batch
 

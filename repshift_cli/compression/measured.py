@@ -11,6 +11,7 @@ from torch import Tensor
 
 from repshift_cli.calibration.calibrate import Calibration
 from repshift_cli.calibration.outputs import agreement, divergence, reference_outputs
+from repshift_cli.calibration.recover import Recovery
 from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.compression.settings import Settings
 from repshift_cli.data.inputs import ImageBatch
@@ -99,6 +100,7 @@ class CompressReport:
         calibration: None if nothing was calibrated.
         measured: None for a dry run.
         found: the search for a target; None without one.
+        recovery: None without --recover.
     """
 
     loaded: LoadedModel
@@ -112,6 +114,7 @@ class CompressReport:
     output: Path | None
     notes: tuple[str, ...]
     found: FinishedSearch | None = None
+    recovery: Recovery | None = None
 
     def to_dict(self) -> dict[str, Any]:
         document: dict[str, Any] = {
@@ -132,6 +135,8 @@ class CompressReport:
         }
         if self.found:
             document["search"] = self.found.provenance()
+        if self.recovery:
+            document["recovery"] = {"kept": self.recovery.kept, **self.recovery.to_dict()}
         return document | (self.measured.to_dict() if self.measured else {})
 
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 from repshift_cli.calibration.calibrate import Calibration
 from repshift_cli.calibration.fit import is_classifier
+from repshift_cli.calibration.recover import Recovery, recover
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.loaded import LoadedModel
+from repshift_cli.checkpoints.recovered import recovered_part
 from repshift_cli.compression.inputs import draw_images, is_same_folder, load_job_inputs, load_search_inputs
 from repshift_cli.compression.job import CompressionJob, load_dense
 from repshift_cli.compression.measured import CompressReport, Measured, check_counts, check_outputs, measure_models
@@ -62,6 +64,7 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
     device, dtype = resolve_device(settings.device), resolve_dtype(settings.dtype)
     notes = Notes(progress)
     loaded = load_dense(name, settings.load, recipe, notes, settings.force)
+    _check_recover(settings, loaded)
     if settings.output and not dry_run:
         artifact.check_save(settings.output, settings.force, loaded)
     if target:
@@ -79,7 +82,21 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
     amounts = Amounts.of(settings, loaded)
     for_calibration, for_agreement = draw_images(job, settings, amounts)
     plan, calibration = _choose_metric(job, for_calibration, settings, amounts.batch)
-    return _finish(job, plan, for_agreement, settings, calibration=calibration)
+    return _finish(job, plan, for_agreement, settings, calibration=calibration, for_recovery=for_calibration)
+
+
+def _check_recover(settings: Settings, loaded: LoadedModel) -> None:
+    """Raise UsageError if this model cannot be recovered, before any work."""
+    reasons = {
+        "the model takes clips": loaded.description.preprocessing.frames is not None,
+        "only a part of the model is compressed (--tower)": "tower" in loaded.description.args,
+        f"training needs float32, not {settings.dtype}": settings.dtype != "float32",
+    }
+    for reason, holds in reasons.items():
+        if settings.recover and holds:
+            raise UsageError(f"--recover: {reason}", "Leave it out.")
+    if settings.recover and not (settings.calibration or settings.data or loaded.is_builtin):
+        raise UsageError("--recover: there are no images of the model's own kind", "Add --calibration DIR.")
 
 
 def search_checkpoint(name: str, settings: Settings, request: SearchRequest, progress: Progress) -> FinishedSearch:
@@ -145,7 +162,7 @@ def _compress_to_target(
     images = found.heldout
     if settings.data and settings.calibration and not is_same_folder(settings.data, settings.calibration):
         images = load_job_inputs(loaded, settings.data, amounts.agreement, settings.seed, notes)
-    return _finish(job, job.default_plan(), images, settings, found=found)
+    return _finish(job, job.default_plan(), images, settings, found=found, for_recovery=inputs)
 
 
 def _without_labels(goal: SearchTarget, inputs: ImageBatch, notes: Notes) -> SearchTarget:
@@ -197,7 +214,7 @@ def _choose_metric(
     """Set the open fields of the metric, by calibration if there are images for it."""
     if not job.has_open_fields:
         return job.default_plan(), None
-    if images is None:
+    if images is None or not settings.calibrate:
         why = "--no-calibrate was given" if not settings.calibrate else "there are no images of the model's own kind"
         job.notes.warn(not_calibrated(why, "Give unlabelled images with --calibration DIR"))
         return job.default_plan(), None
@@ -227,8 +244,10 @@ def _finish(
     *,
     calibration: Calibration | None = None,
     found: FinishedSearch | None = None,
+    for_recovery: ImageBatch | None = None,
 ) -> CompressReport:
     loaded, sample = job.loaded, next(job.loaded.model.parameters())
+    recovery: Recovery | None = None
     compressed = attach(loaded.model, plan)
     checked = images.tensor.to(device=sample.device, dtype=sample.dtype)
     check_counts(compressed, loaded)
@@ -236,11 +255,16 @@ def _finish(
         job.notes.note(note)
     with attention_mode(compressed, settings.attention):
         check_outputs(compressed, checked[:2])
+        if settings.recover and for_recovery is not None:
+            inputs, identity = for_recovery.tensor.to(sample), for_recovery.identity
+            recovery = recover(compressed, inputs, identity, settings.recover, settings.seed, job.notes.progress)
+            if not recovery.kept:
+                job.notes.warn("--recover: not clearly better on the held-out images, so the weights are unchanged")
         batch_size = Amounts.of(settings, loaded).batch
         measured = measure_models(compressed, images, checked, settings, batch_size, job.notes.progress)
     if images.builtin and not loaded.is_builtin:
         measured = replace(measured, agreement=None)  # predictions on images of another kind say nothing
-    report = _report(job, compressed, calibration, measured, found)
+    report = replace(_report(job, compressed, calibration, measured, found), recovery=recovery)
     if settings.output is None:
         return report
     document = artifact.make_document(
@@ -250,6 +274,9 @@ def _finish(
         calibration.to_dict() if calibration else None,
         measured.to_dict(),
         found.provenance() if found else None,
+        recovered_part(recovery.to_dict(), compressed.replaced.parameters())
+        if recovery and compressed.replaced
+        else None,
     )
     try:
         artifact.save(settings.output, loaded, document, settings.force)

@@ -29,6 +29,7 @@ class Settings:
         data: images for the comparison of predictions (folder or dataset); None for built-in scenes.
         calibration: images for calibration; None for `data`, or built-in scenes for a built-in model.
         calibrate: whether open fields of the metric are calibrated.
+        recover: passes over the calibration images that train norms, biases and the last layer; None for no training.
         calibration_images, agreement_images, batch_size: None for the `Amounts` of the model.
         seconds: time for the latency measurement.
         attention: implementation of attention during search and measurement; the written file does not depend on it.
@@ -43,6 +44,7 @@ class Settings:
     calibration: str | None = None
     class_order: str | None = None
     calibrate: bool = True
+    recover: int | None = None
     calibration_images: int | None = None
     agreement_images: int | None = None
     device: str = "cpu"
@@ -55,7 +57,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_ranges(batch_size=self.batch_size, seconds=self.seconds, seed=self.seed)
-        check_ranges(calibration_images=self.calibration_images or None)
+        check_ranges(calibration_images=self.calibration_images or None, recover=self.recover)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import pairwise
@@ -70,6 +70,7 @@ def load_inputs(
     class_names: Sequence[str] = (),
     test_scenes: bool = False,
     class_order: str | None = None,
+    without: Collection[str] = (),
 ) -> ImageBatch:
     """Draw images, clips or spectrograms, as the model takes. The same arguments and files give the same inputs.
 
@@ -85,6 +86,7 @@ def load_inputs(
         test_scenes: draw built-in scenes, or images of `fashion-mnist`, of the test split instead of the training
             split, which no evaluation uses.
         class_order: as for `open_dataset`.
+        without: `ImageBatch.names` of inputs that are not drawn.
 
     Raises:
         DataError: there is no input, or none that can be read; or they are nearly equal (unless `test_scenes`).
@@ -102,7 +104,7 @@ def load_inputs(
         else:
             files = _open_images(where, count, seed, num_classes, class_names, test_scenes, class_order, unit)
             source = _file_source(*files, preprocessing)
-    places, tensors, labels, skipped = _draw(source, count, seed)
+    places, tensors, labels, skipped = _draw(source, count, seed, without)
     if not test_scenes:
         _check_distinct(tensors, source, preprocessing)
     unlabelled = source.unlabelled
@@ -180,13 +182,17 @@ def _check_distinct(tensors: Sequence[Tensor], source: _Source, preprocessing: P
         )
 
 
-def _draw(source: _Source, count: int, seed: int) -> tuple[list[int], list[Tensor], list[int], list[str]]:
+def _draw(
+    source: _Source, count: int, seed: int, without: Collection[str]
+) -> tuple[list[int], list[Tensor], list[int], list[str]]:
     """Draw readable inputs: their numbers, tensors and labels, and what was skipped."""
     places: list[int] = []
     tensors: list[Tensor] = []
     labels: list[int] = []
     skipped: list[str] = []
     for index in range(source.total) if source.in_order else shuffled(source.total, seed):
+        if without and readable_name(source.sample_id(index)) in without:
+            continue
         try:
             tensor, label = source.load(index)
         except UnreadableSample as error:
@@ -197,6 +203,10 @@ def _draw(source: _Source, count: int, seed: int) -> tuple[list[int], list[Tenso
         labels.append(label)
         if len(places) == count:
             break
+    if not places and not skipped:
+        raise DataError(
+            f"all {source.total} {source.kind} of {source.name} are used already", "Use fewer, or give another folder."
+        )
     if not places:
         raise DataError(f"none of the {len(skipped)} {source.kind} in {source.name} can be read; {skipped[0]}")
     return places, tensors, labels, skipped

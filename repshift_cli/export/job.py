@@ -105,7 +105,7 @@ def export(opened: Opened, request: Request, progress: Progress) -> Exported:
     check(request)
     subject, output, wanted = Subject.of(opened, request), request.output, FORMATS[request.target]
     made = atomic_folder(output, wanted.files, request.force) if wanted.files else _atomic_file(output, request.force)
-    with made as path:
+    with subject.context(), made as path:  # the whole time: a trace must not exchange parameters
         draft = wanted.write(subject, request, path, progress)
         document = draft.document
         if request.verify:

@@ -125,5 +125,6 @@ class Subject:
             tuned=request.tune,
             device=str(request.device),
             verified=None,
+            recovered=[] if self.dense else (stored.get("recovered") or {}).get("tensors", []),
         )
         return ExportDocument.model_validate(fields)

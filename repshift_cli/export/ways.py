@@ -1,4 +1,4 @@
-"""The ways to run a model in other runtimes than torch, for `repshift advise`."""
+"""The ways to run a model in other runtimes than torch, for `repshift advise` and `bench`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ _RUNTIMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def exported_ways(
-    models: Sequence[Way], folder: Path, calibration: str | None, progress: Progress
+    models: Sequence[Way],
+    folder: Path,
+    calibration: str | None,
+    progress: Progress,
+    targets: Sequence[str] = tuple(_RUNTIMES),
 ) -> Iterator[Way | Missing]:
     """Models in the runtimes that are installed, in float32 and in int8; static int8 with images to calibrate."""
-    for target, label in ((target, label) for target, label in _RUNTIMES.items() if target in FORMATS):
+    for target, label in ((target, _RUNTIMES[target]) for target in targets if target in FORMATS):
         for quantize in (None, "int8" if calibration else "int8-dynamic"):
             name = label if quantize is None else f"{quantize}, {label}"
             for number, way in enumerate(models):
@@ -36,7 +40,8 @@ def exported_ways(
                 try:
                     written = export(way.opened, request, progress)
                 except RepshiftError as error:
-                    yield Missing(f"{way.name}, {name}" if number else name, error.message)
+                    install = f". {error.hint}" if "pip install" in (error.hint or "") else ""
+                    yield Missing(f"{way.name}, {name}" if number else name, f"{error.message}{install}")
                     if number:
                         continue
                     break  # most likely none of the models can be exported so

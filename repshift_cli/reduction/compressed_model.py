@@ -7,7 +7,7 @@ library's code in the dense and in the compressed model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from repshift_cli.reduction.last_block import ExactLastBlock, register_last_bloc
 from repshift_cli.reduction.metrics.base import Metric, SiteContext, build_metric
 from repshift_cli.reduction.metrics.random import Random
 from repshift_cli.reduction.reducers.base import Dims, Merger, Pruner, build_reducer
+from repshift_cli.reduction.replaced import ReplacedParameters
 from repshift_cli.reduction.restore import register_restore
 from repshift_cli.reduction.token_stream import TokenStream
 from repshift_cli.reduction.token_trace import MapState
@@ -108,10 +109,12 @@ class CompressedModel(nn.Module):
         layout: the tokens and sites of the dense model.
         preprocessing: the evaluation transform of the model if it is known (`load` and `compress` set it).
         writer: writes the model to a path for `save` (set as `preprocessing`).
+        replaced: the parameters that differ from the dense model's; None if all are the same.
     """
 
     preprocessing: Preprocessing | None = None
     writer: Callable[[CompressedModel, Path, bool], Path] | None = None
+    replaced: ReplacedParameters | None = None
 
     def __init__(self, model: nn.Module, plan: Plan, metrics: Sequence[tuple[Metric, ...]]) -> None:
         """Check the plan and hook the model; `metrics` has one tuple per site of the plan."""
@@ -178,19 +181,36 @@ class CompressedModel(nn.Module):
 
     @contextmanager
     def dense(self) -> Iterator[nn.Module]:
-        """Run as the dense model, on the same weights, inside the context."""
+        """Run as the dense model, on its own weights, inside the context."""
         hooks: list[SiteHook | ExactLastBlock] = [*self._hooks, *self._last_block]
         before = [(hook, hook.enabled) for hook in hooks]
         refusing = {name: self.model.__dict__.pop(name) for name in _MAP_METHODS if name in self.model.__dict__}
         for hook in hooks:
             hook.enabled = False
+        replaced = self.replaced if self.replaced is not None and self.replaced.active else None
+        if replaced is not None:
+            replaced.exchange()
         try:
             yield self.model
         finally:
+            if replaced is not None and self._attached:
+                replaced.exchange()
             for hook, enabled in before:
                 hook.enabled = enabled
             if self._hooks:
                 self.model.__dict__.update(refusing)
+
+    def replace_parameters(self, values: Mapping[str, Tensor]) -> None:
+        """Use other values for some parameters. `dense` and `detach` have the dense model's, and those are not changed.
+
+        Args:
+            values: by the name of the parameter in the library's model, of its shape; none for the dense model's.
+        """
+        if self.replaced is not None:
+            self.replaced.restore()
+        self.replaced = ReplacedParameters(library_model(self.model), values) if values else None
+        if self.replaced is not None:
+            self._attachment.undo.append(self.replaced.restore)
 
     @contextmanager
     def at_random(self, seed: int = 0) -> Iterator[None]:
@@ -252,10 +272,16 @@ class CompressedModel(nn.Module):
             force: replace an existing file.
 
         Raises:
-            ModelError: the model was attached without a description, or its description is not known.
+            ModelError: the model was attached without a description, its description is not known, or `compress
+                --recover` changed its weights.
             UsageError: the file exists, or the name does not fit.
             OutputError: it cannot be written.
         """
+        if self.replaced is not None:
+            raise ModelError(
+                "the model has recovered weights, and `save` writes one set of weights",
+                "Copy its checkpoint. To fine-tune, compress without --recover.",
+            )
         if self.writer is None:
             raise ModelError(
                 "the model has no description, so a reader could not build it",

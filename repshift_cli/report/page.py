@@ -55,10 +55,10 @@ def render(opened: Opened, name: str, provenance: Mapping[str, str], added: Adde
     measured, bad_measured = read_part(Measured, document, "measured")
     calibration, bad_calibration = read_part(Calibration, document, "calibration")
     search, bad_search = read_part(Search, document, "search")
-    titles = {"measured": bad_measured and not _untimed(document), "calibration": bad_calibration, "search": bad_search}
+    titles = {"measured": bad_measured, "calibration": bad_calibration, "search": bad_search}
     unit = opened.loaded.description.preprocessing.unit
     quality = _quality(opened, measured, unit)
-    latencies = {"dense": measured.dense.latency_ms, "compressed": measured.compressed.latency_ms} if measured else {}
+    latencies = measured.latencies if measured else {}
     style, script = (files(__package__).joinpath(each).read_text("utf-8") for each in ("page.css", "page.js"))
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize
@@ -81,9 +81,11 @@ def render(opened: Opened, name: str, provenance: Mapping[str, str], added: Adde
         unreadable=[title for title, bad in titles.items() if bad],
         gmacs=(opened.dense_macs / 1e9, opened.macs / 1e9),
         plan=compressed.plan,
+        recovered=len(compressed.replaced.parameters()) if compressed.replaced is not None else 0,
         merges=isinstance(build_reducer(compressed.plan.reducer), Merger),
         bars=token_bars(compressed),
-        latency=interval_plot(latencies) if measured else None,
+        latencies=latencies,
+        latency=interval_plot(latencies) if latencies else None,
         calibration=calibration,
         candidates=_CANDIDATES,
         search=search,
@@ -116,22 +118,14 @@ def token_bars(compressed: CompressedModel) -> Bars:
 
 def _speed(measured: Measured | None) -> str:
     """The headline of speed."""
-    if measured is None:
+    latencies, ratio = (measured.latencies, measured.ratio.latency) if measured else ({}, None)
+    if not measured or not latencies or not ratio:
         return "speed not measured"
-    dense, compressed, ratio = measured.dense.latency_ms, measured.compressed.latency_ms, measured.ratio
-    if ratio.latency_clear:
-        return f"{ratio.latency:.2f}x faster"
-    if dense.p90 < compressed.p10:
-        return f"{1 / ratio.latency:.2f}x slower"
+    if measured.ratio.latency_clear:
+        return f"{ratio:.2f}x faster"
+    if latencies["dense"].p90 < latencies["compressed"].p10:
+        return f"{1 / ratio:.2f}x slower"
     return "no clear speed-up"
-
-
-def _untimed(document: Mapping[str, Any]) -> bool:
-    """Whether times were left out of the file, for `SOURCE_DATE_EPOCH`."""
-    try:
-        return document["measured"]["ratio"]["latency"] is None
-    except (LookupError, TypeError):
-        return False
 
 
 def _quality(opened: Opened, measured: Measured | None, unit: str) -> dict[str, str]:

@@ -37,18 +37,18 @@ class Spread(Part):
 
 
 class Cost(Part):
-    """Of the dense or of the compressed model."""
+    """Of the dense or of the compressed model; with `SOURCE_DATE_EPOCH` null."""
 
-    latency_ms: Spread
-    throughput: Positive
-    peak_memory_mb: Amount
+    latency_ms: Spread | None
+    throughput: Positive | None
+    peak_memory_mb: Amount | None
 
 
 class Costs(Part):
     """Dense / compressed."""
 
-    latency: Positive
-    latency_clear: bool
+    latency: Positive | None
+    latency_clear: bool | None
 
 
 class Inputs(Part):
@@ -73,6 +73,13 @@ class Measured(Part):
     dtype: str
     threads: Count
     attention: str
+
+    @property
+    def latencies(self) -> dict[str, Spread]:
+        """Of each model, if both were timed; else empty."""
+        found = {"dense": self.dense.latency_ms, "compressed": self.compressed.latency_ms}
+        timed = {name: spread for name, spread in found.items() if spread and self.ratio.latency}
+        return timed if len(timed) == len(found) else {}
 
 
 class Numbers(Part):

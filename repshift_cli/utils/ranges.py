@@ -24,6 +24,7 @@ RANGES: Mapping[str, tuple[int, int]] = MappingProxyType(
         "min_runs": (1, 100_000),
         "patch_tokens": (1, 1_000_000),
         "prefix_tokens": (0, 1000),
+        "recover": (1, 1000),
         "rerank_k": (1, 65_536),
         "search_images": (16, 10_000),
         "seconds": (0, 86_400),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import exp, lgamma, log, sqrt
+from statistics import stdev
 from typing import Literal
 
 GuessVerdict = Literal["above", "not above", "below", "undecided"]
 """A proportion against guessing."""
 
-_Z = 1.959963984540054
+Z95 = 1.959963984540054
 """Quantile of the normal distribution for 95%."""
 
 
@@ -23,11 +25,11 @@ def percent_interval(correct: int, total: int) -> tuple[float, float]:
     return 100.0 * low, 100.0 * high
 
 
-def wilson_interval(correct: int, total: int, z: float = _Z) -> tuple[float, float]:
+def wilson_interval(correct: float, total: int, z: float = Z95) -> tuple[float, float]:
     """Wilson score interval of a proportion.
 
     Args:
-        correct, total: `0 <= correct <= total`, `total > 0`.
+        correct, total: `0 <= correct <= total`, `total > 0`; `correct` can be a mean over several runs.
         z: quantile of the normal distribution; the default gives 95%.
 
     Returns:
@@ -56,14 +58,14 @@ def against_guessing(correct: int, total: int, chance: float) -> GuessVerdict:
     return "not above" if wilson_interval(int(total * (1 + chance) / 2), total)[0] > chance else "undecided"
 
 
-def paired_difference(lost: int, won: int, total: int, z: float = _Z) -> tuple[float, float]:
+def paired_difference(lost: float, won: float, total: int, z: float = Z95) -> tuple[float, float]:
     """Interval of the difference of two paired proportions (Bonett and Price, 2012).
 
     Wald's interval with one more of each change, which keeps its coverage for few changes.
 
     Args:
-        lost: items that only the first counted.
-        won: items that only the second counted.
+        lost: items that only the first counted; a mean over several runs need not be an integer.
+        won: items that only the second counted, likewise.
         total: all items, `total > 0`.
 
     Returns:
@@ -75,6 +77,20 @@ def paired_difference(lost: int, won: int, total: int, z: float = _Z) -> tuple[f
     spread = z * sqrt((down + up - (up - down) ** 2) / (total + 2))
     plain = (won - lost) / total
     return min(plain, max(-1.0, up - down - spread)), max(plain, min(1.0, up - down + spread))
+
+
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Quantiles of Student's t distribution for 95%, for 1 to 9 degrees of freedom."""
+
+
+def mean_spread(values: Sequence[float]) -> float:
+    """Half of the 95% interval of a mean over independent runs, by Student's t; 0 for one run."""
+    freedom = len(values) - 1
+    if freedom < 1:
+        return 0.0
+    # beyond the table the first term of the Cornish-Fisher expansion, which is within 0.02
+    quantile = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else Z95 + (Z95**3 + Z95) / (4 * freedom)
+    return quantile * stdev(values) / sqrt(len(values))
 
 
 def mcnemar(lost: int, won: int) -> float:

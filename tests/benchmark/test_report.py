@@ -34,6 +34,7 @@ class TestJson:
             "ratios",
             "break_even",
             "end_to_end",
+            "missing",
         }
         setting = {"batch": 4, "image_size": 224, "dtype": "float32", "attention_mode": "auto", "compile": "off"}
         assert found["runs"][1] == {
@@ -47,6 +48,7 @@ class TestJson:
             "peak_memory_mb": 6.0,
             "compile_s": None,
             "recompiles": None,
+            "bytes": None,
         }
         assert found["ratios"][0] == {
             **setting,

@@ -20,10 +20,11 @@ from timm.models import save_for_hf
 from tiny import images, save_weights, tiny_vit
 from torch import nn
 
+import repshift_cli
 from repshift_cli.checkpoints.build import build
 from repshift_cli.checkpoints.builtin import BUILTIN
 from repshift_cli.checkpoints.load import load_checkpoint
-from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
+from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription, differing_tensors
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.weights import read_weights
 from repshift_cli.data.preprocessing import Preprocessing
@@ -261,6 +262,16 @@ class TestNames:
         assert loaded.source.origin == "builtin"
         assert loaded.description.preprocessing.frames or loaded.model.num_classes == 10
         assert loaded.description.preprocessing.input_size[0] == 3
+        assert {each.dtype for each in loaded.tensors.values() if each.is_floating_point()} == {torch.float32}
+
+    def test_the_built_in_models_are_small(self) -> None:
+        assets = Path(repshift_cli.__file__).parent / "assets"
+        assert sum(path.stat().st_size for path in assets.iterdir()) < 11_000_000
+
+    def test_what_models_share_is_stored_once(self) -> None:
+        first, second = (load_checkpoint(name) for name in ("builtin:umt-shapes", "builtin:umt-shapes-qa"))
+        assert len(differing_tensors(first, second)) < len(first.tensors) / 2
+        assert first.source.sha256 != second.source.sha256
 
     def test_a_model_name_that_timm_does_not_have(self, model: nn.Module, tmp_path: Path) -> None:
         path = save_weights(model, tmp_path / "weights.safetensors")

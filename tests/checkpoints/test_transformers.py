@@ -23,6 +23,7 @@ import repshift_cli
 from repshift_cli.checkpoints import artifact
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.options import LoadOptions
+from repshift_cli.checkpoints.recovered import recovered_part
 from repshift_cli.checkpoints.weights import read_weights
 from repshift_cli.compression.job import CompressionJob, wrap_module
 from repshift_cli.compression.notes import Notes
@@ -108,6 +109,22 @@ def edit(folder: Path, name: str = "config.json", **values: Any) -> Path:
 def run(path: Path) -> Tensor:
     with torch.no_grad():
         return artifact.load(path)(images())
+
+
+def test_recovered_weights(vit: Path, tmp_path: Path) -> None:
+    """They are with the weights; a folder whose weights were written again by another tool is refused."""
+    model, recipe = repshift_cli.compress(vit, Recipe.parse(RECIPE)), Recipe.parse(RECIPE)
+    numbers = {"images": 8, "distance": 0.5, "agreement": 0.5}
+    found = {"images": 16, "data": {}, "passes": 1, "before": numbers, "after": numbers, "sigmas": 4.0}
+    bias = model.model.get_parameter("inner.classifier.bias")
+    part = recovered_part(found, {"classifier.bias": bias + 1})
+    document = artifact.make_document(load_checkpoint(vit), model.plan, recipe, None, {}, recovered=part)
+    artifact.save(tmp_path / "out", load_checkpoint(vit), document)
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "out"), model(images()) + 1)
+    transformers.ViTForImageClassification.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="another tool wrote the weights again"):
+        load_checkpoint(tmp_path / "other")
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -97,8 +97,8 @@ class TestHelp:
             (["visualize"], ["--json", "--output"]),
             (["demo"], ["--json"]),
             (["recipes"], ["list", "show", "check", "import"]),
-            (["recipes", "list"], []),
-            (["recipes", "show"], ["--blocks"]),
+            (["recipes", "list"], ["--json"]),
+            (["recipes", "show"], ["--blocks", "--calibrated", "--json"]),
             (["recipes", "check"], []),
             (["recipes", "import"], ["--kind", "--blocks", "--tokens", "--prefix", "--output", "--force"]),
         ],
@@ -217,6 +217,19 @@ class TestRecipes:
         outcome = cli("recipes", "list")
         assert outcome.rc == 0
         assert all(name in outcome.stdout for name in shipped_recipes())
+
+    def test_json(self, cli: Command) -> None:
+        listed = json.loads(cli("recipes", "list", "--json").stdout)["recipes"]
+        assert [each["name"] for each in listed] == sorted(shipped_recipes())
+        assert all(each.keys() == {"name", "description", "model", "schedules"} for each in listed)
+        shown = json.loads(cli("recipes", "show", "deit_small_paper", "--json").stdout)
+        assert shown["text"] == shipped_recipes()["deit_small_paper"]
+        assert shown["recipe"]["layers"][0]["drop_ratio"] == 0.2
+
+    def test_json_of_an_invalid_recipe(self, cli: Command, tmp_path: Path) -> None:
+        text = "version: 1\nmetric: {kind: token_norm, extra: .inf}\nlayers: [{layer: 0, drop_ratio: 0.2}]\n"
+        (tmp_path / "bad.yaml").write_text(text)
+        explained(cli("recipes", "show", "bad.yaml", "--json"), 2, "extra")
 
     @pytest.mark.parametrize("name", sorted(shipped_recipes()))
     def test_show_and_check(self, name: str, cli: Command) -> None:

@@ -9,11 +9,14 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from paths import ROOT
 
-FILES = {"vit_digits_repshift.safetensors", "kept_tokens.png", "report.html", "report.json"}
+ONNX = ("vit_digits_dense.onnx", "vit_digits_repshift.onnx")
+FILES = {"vit_digits_repshift.safetensors", "kept_tokens.png", "report.html", "report.json", *ONNX}
 
 
 def call(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -62,7 +65,8 @@ def test_results(run: tuple[Path, str]) -> None:
     assert report["eval"]["images"] == 1000
     assert report["eval"]["top1"] == summary["top1"]["compressed"]
     assert report["eval"]["dense"]["top1"] == summary["top1"]["dense"]
-    assert [entry["batch"] for entry in summary["speedup"]] == [1, 8, 32]
+    assert [(entry["runtime"], entry["batch"]) for entry in summary["speedup"]] == [("torch", 32), ("onnx", 1)]
+    assert {entry["name"] for entry in report["bench_onnx"]["runs"]} == {Path(name).stem for name in ONNX}
     assert {entry["name"] for entry in report["bench"]["runs"]} == {"dense", "compressed"}
     assert report["compress"]["search"]["met"]
     assert report["compress"]["search"]["limit"]["reached"] <= 1
@@ -76,9 +80,9 @@ def test_fits_80_columns_and_ends_with_a_summary(run: tuple[Path, str]) -> None:
     summary = printed[printed.index("Summary ---") :]
     share = r"[\d.]+% \[[\d.]+-[\d.]+\]"
     assert re.search(rf"accuracy  {share} dense -> {share} compressed\n +on 1000 test scenes", summary)
-    assert re.search(r"batch 1: (no speed-up|[\d.]+x faster)", summary)
+    assert re.search(r"batch 1, ONNX Runtime: (no speed-up|[\d.]+x faster)", summary)
     assert re.search(r"batch 32: (no speed-up|[\d.]+x faster)", summary)
-    for name in FILES:
+    for name in FILES - {ONNX[0]}:
         assert name in summary
 
 
@@ -87,16 +91,16 @@ def test_the_printed_commands_work(run: tuple[Path, str]) -> None:
     folder, printed = run
     steps = commands(printed)
     assert [words[:2] for words in steps] == [
-        ["repshift", name] for name in ("compress", "eval", "bench", "visualize", "report", "compress", "export")
-    ]
+        ["repshift", name] for name in ("compress", "eval", "bench", "export", "export", "bench", "visualize", "report")
+    ] + [["repshift", "compress"], ["repshift", "export"]]
     report = json.loads((folder / "repshift_demo" / "report.json").read_text())
     evaluated = call(*steps[1][1:], "--json", cwd=folder)
     assert evaluated.returncode == 0, evaluated.stderr
     assert json.loads(evaluated.stdout)["top1"] == report["eval"]["top1"]
-    shown = call(*steps[3][1:], "--json", "--force", cwd=folder)
+    shown = call(*steps[6][1:], "--json", "--force", cwd=folder)
     assert shown.returncode == 0, shown.stderr
     assert json.loads(shown.stdout)["images"] == report["visualize"]["images"]
-    for index in (0, 2):
+    for index in (0, 2, 3, 4, 5):
         tried = call(*steps[index][1:], "--help", cwd=folder)  # options are checked for their names at least
         assert tried.returncode == 0, tried.stderr
 
@@ -140,3 +144,16 @@ def test_long_commands_break_before_an_option() -> None:
     assert [line.endswith("\\") for line in lines] == [True] * (len(lines) - 1) + [False]
     (words,) = commands("\n".join(lines))
     assert words == ["repshift", "compress", "builtin:vit-digits", "--output", folder, "--seconds", "2"]
+
+
+def test_without_onnx_runtime_the_summary_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
+    from repshift_cli.cli.demo import _Files, _show_summary
+
+    score = SimpleNamespace(top1=97.5, top1_interval=(96.0, 98.5))
+    evaluation: Any = SimpleNamespace(scores={"dense": score, "compressed": score}, images=1000)
+    timing: Any = SimpleNamespace(ratios=[SimpleNamespace(batch=32, speedup="1.90x faster")])
+    _show_summary(evaluation, {"torch": timing}, {"dense": 10**9, "compressed": 4 * 10**8}, _Files(Path("demo")), 50.0)
+    printed = capsys.readouterr().out
+    assert "batch 32: 1.90x faster\n          batch 1: not timed, needs ONNX Runtime: pip install" in printed
+    assert ".onnx" not in printed
+    assert max(map(len, printed.splitlines())) <= 80

@@ -250,7 +250,7 @@ def test_a_table_says_that_images_are_left_out_and_a_compressed_model_is_judged_
         batch_size=4,
     )
     show_evaluation(result, {"compressed": 1})
-    warn_of_guessing(result)
+    warn_of_guessing(result, "compressed")
     out, err = capsys.readouterr()
     assert "d, 40 of 43 images, 3 could not be read" in out
     assert "top-1 of the compressed model is 10.00%" in err

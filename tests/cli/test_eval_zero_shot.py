@@ -149,6 +149,11 @@ def test_accuracy_of_the_compressed_and_the_dense_model(root: Path, cli: Command
     correct = sum(rows[key] == answers[key] for key in rows)
     assert document["dense"]["top1"] == pytest.approx(100 * correct / 30)
     assert document["agreement"] < 100
+    several = cli("eval", "fast", "--against", "random", *options)
+    assert several.rc == 0, several.stderr
+    found = {row["name"]: row["top1"] for row in json.loads(several.stdout)["models"]}
+    assert list(found) == ["compressed", "dense", "random"]
+    assert (found["compressed"], found["dense"]) == (document["top1"], document["dense"]["top1"])
 
 
 def test_names_that_are_not_folders_are_matched_by_order(root: Path, cli: Command, tmp_path: Path) -> None:

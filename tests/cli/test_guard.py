@@ -63,7 +63,7 @@ def test_every_error_is_one_json_document(cli: Command) -> None:
         (("compare", "a.npz", "b.npz"), 4, "there is no file a.npz"),
         (("compress", "m", "--seconds", "-1"), 2, "Invalid value for '--seconds'"),
         (("bench", "m", "--csv", "a", "--csv", "b"), 2, "--csv is given more than once"),
-        (("recipes", "show", "default"), 2, "No such option: --json"),
+        (("recipes", "check", "default"), 2, "No such option: --json"),
         (("compres",), 2, "No such command 'compres'"),
     )
     for arguments, rc, message in cases:

@@ -74,3 +74,9 @@ def test_any_content_is_described(part: Any) -> None:
     found = describe(document)
     assert found["source"] == "file"
     assert set(found.values()) <= {"2026 by repshift 1", "file", "r", "cannot be read"}
+
+
+def test_predictions_on_images_of_another_kind_are_not_shown() -> None:
+    document: dict[str, Any] = {"measured": {"agreement": 0.5, "images": {"where": "builtin:digits", "count": 32}}}
+    assert describe({**document, "model": {"name": "vit-digits"}})["quality"].startswith("50.0% of predictions")
+    assert describe({**document, "model": {"name": "deit_small"}})["quality"].startswith("not measured")

@@ -92,12 +92,13 @@ def test_a_narrow_terminal(cli: Command, dense: Path, recipe: Path, monkeypatch:
     stem = "a_name_that_does_not_fit_into_a_line_of_sixty_columns_as_a_whole"
     name = f"{stem}.safetensors"
     quick = ("--seconds", "0", "-b", "2", "--threads", "1")
-    for command in (("compress", dense, "-r", recipe, *quick, "-o", name), ("inspect", name), ("bench", name, *quick)):
+    commands = (("compress", dense, "-r", recipe, *quick, "-o", name), ("inspect", name), ("bench", name, *quick))
+    for command in (*commands, ("recipes", "list"), ("doctor",), ("eval", "builtin:vit-digits-small", "--limit", "4")):
         outcome = cli(*command)
         assert outcome.rc == 0, outcome.stderr
         lines = [line.rstrip() for line in outcome.stdout.splitlines()]
         assert not [line for line in lines if len(line) > 60 and " " in line.strip()]
-        assert command[0] == "inspect" or any(stem in line for line in lines)  # a name is not broken
+        assert name not in command or command[0] == "inspect" or any(stem in line for line in lines)
         assert "\u2026" not in outcome.stdout  # nothing is cut
 
 
@@ -106,3 +107,24 @@ def test_columns_of_0_are_ignored(capsys: pytest.CaptureFixture[str], monkeypatc
     ui.print_text("three images")
     ui.print_table(None, ("images",), (("3",),))
     assert capsys.readouterr().out.split() == ["three", "images", "images", "3"]
+
+
+@pytest.mark.parametrize("width", [80, 50, 20])
+def test_a_table_breaks_no_words(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    cells = [["model", "metrics", "images per second"], ["dense", "token_norm, representation_shift", "97.06-98.44"]]
+    ui.print_table("A title of this table", cells[0], cells[1:], left=2)
+    printed = capsys.readouterr().out
+    words = " ".join(["A title of this table", *cells[0], *cells[1]]).replace(",", "").split()
+    assert set(words) <= set(printed.replace(",", "").split())
+    assert width == 20 or max(map(len, printed.splitlines())) <= width
+
+
+def test_a_table_of_many_columns_is_printed_by_rows(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "16")
+    ui.print_table(None, ["", "top-1 %", "GMACs"], [["dense", "97.5", "0.11"], ["compressed", "", "0.07"]])
+    assert capsys.readouterr().out == "dense\n  top-1 % 97.5\n  GMACs 0.11\ncompressed\n  GMACs 0.07\n\n"

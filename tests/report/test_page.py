@@ -158,6 +158,16 @@ def test_what_was_not_measured_is_said() -> None:
     assert "quality not measured" in page_of(opened(1, measured=foreign)).text
 
 
+def test_a_file_without_timings() -> None:
+    untimed = {"latency_ms": None, "throughput": None, "peak_memory_mb": None}
+    ratio = {"macs": 1.2, "latency": None, "latency_clear": None}
+    page = page_of(opened(1, measured=measured(dense=untimed, compressed=untimed, ratio=ratio)))
+    assert "Speed not measured, 96.9% of predictions unchanged" in page.text
+    assert "Peak memory" not in page.text
+    assert "Not measured. Run: repshift bench." in page.text
+    assert "cannot be read" not in page.text
+
+
 def test_a_damaged_part_is_left_out() -> None:
     for part in (3, "text", {"agreement": "x"}, [[]], {"ratio": {"latency": 10**400}}):
         page = page_of(opened(1, measured=part, calibration=part, search=part))

@@ -30,6 +30,10 @@ def show(report: BenchReport, opened: Mapping[str, Opened], verdicts: Sequence[L
         _show_panel(report, panel, unit)
     if (fewest := min(run.latency.count for run in report.runs)) < _ENOUGH_RUNS:
         ui.print_text(f"Only {fewest} run{'s' if fewest > 1 else ''} of each: too few for reliable intervals.")
+    for name, reason in report.missing.items():
+        ui.print_text(f"left out: {name}: {reason}")
+    if any(run.bytes for run in report.runs):
+        ui.print_text("Outputs were not compared: repshift advise does that.")
     if not report.ratios:
         ui.print_text("Nothing to compare: {}. {}".format(*why_nothing([opened])))
     for verdict in verdicts:
@@ -71,6 +75,9 @@ def _show_panel(report: BenchReport, panel: str, unit: str) -> None:
     several = len({ratio.name for ratio in ours}) > 1
     for ratio in ours:
         ui.print_text(f"batch {ratio.batch}{f', {ratio.name}' if several else ''}: {ratio}")
+    for ratio in ratios:
+        if ratio.role == "peer" and ratio.against not in dense:
+            ui.print_text(f"batch {ratio.batch}, {ratio.name} against {ratio.against}: {ratio}")
     for found in report.break_even:
         if found.setting.without_batch == panel and found.against in dense and len(found.tried) > 1:
             ui.print_text(f"{f'{found.name}: ' if several else ''}{found}")
@@ -87,18 +94,22 @@ def _show_panel(report: BenchReport, panel: str, unit: str) -> None:
 
 def _show_runs(runs: Sequence[Run], unit: str) -> None:
     with_memory = any(run.peak_bytes is not None for run in runs)
+    with_bytes = any(run.bytes for run in runs)
     columns = ["batch", "model", "GMACs", "ms [p10-p90]", f"{unit}s/s", *["peak MB"] * with_memory]
+    columns += ["file MB"] * with_bytes
     rows = []
     for run in runs:
         row = [str(run.batch), run.name, _number(run.macs / 1e9), _spread(run.latency), _number(run.throughput)]
         row += ["-" if run.peak_bytes is None else _number(run.peak_bytes * 1e-6)] * with_memory
+        row += ["-" if run.bytes is None else _number(run.bytes * 1e-6)] * with_bytes
         rows.append(row)
     ui.print_table(None, columns, rows, left=2)
 
 
 def _show_baselines(runs: Sequence[Run], ratios: Sequence[Ratio], dense: set[str]) -> None:
     over_dense = {(ratio.batch, ratio.name): ratio for ratio in ratios if ratio.against in dense}
-    ours = {(ratio.batch, ratio.against): ratio for ratio in ratios if ratio.against not in dense}
+    own_ratios = (ratio for ratio in ratios if ratio.role == "compressed")
+    ours = {(ratio.batch, ratio.against): ratio for ratio in own_ratios if ratio.against not in dense}
     macs = {run.name: run.macs for run in runs}
     own_macs = {ratio.against: macs[ratio.name] for ratio in ours.values()}
     rows = []

@@ -10,6 +10,7 @@ from repshift_cli.utils.files import size_of
 
 if TYPE_CHECKING:
     from repshift_cli.calibration.calibrate import Calibration
+    from repshift_cli.calibration.recover import Recovery
     from repshift_cli.compression.measured import CompressReport, Measured
 
 
@@ -17,12 +18,16 @@ def show_compression(report: CompressReport) -> None:
     """Print the report in 80 columns."""
     plan, unit = report.plan, report.loaded.description.preprocessing.unit
     params = sum(parameter.numel() for parameter in report.loaded.model.parameters())
-    ui.print_text(f"model   {report.loaded.description.name} ({report.family}), {params:,} parameters, unchanged")
+    changed = report.recovery if report.recovery and report.recovery.kept else None
+    state = f"{len(changed.tensors)} tensors changed" if changed else "unchanged"
+    ui.print_text(f"model   {report.loaded.description.name} ({report.family}), {params:,} parameters, {state}")
     ui.print_text(f"recipe  {report.recipe.place.name}")
     ui.print_text(f"reducer {plan.reducer.kind}")
     ui.print_text("")
     if report.calibration:
         _show_calibration(report.calibration, unit)
+    if report.recovery:
+        _show_recovery(report.recovery, unit)
     if report.found:
         from repshift_cli.cli.show.search import show_found
 
@@ -40,7 +45,8 @@ def show_compression(report: CompressReport) -> None:
         ui.print_text("Dry run: nothing was run, measured or written.")
     if report.output:
         size = size_of(report.output) / 1e6
-        ui.print_text(f"wrote   {report.output} ({size:.1f} MB; weights are unchanged, so is the size)")
+        weights = f"dense weights and {state}" if changed else "weights are unchanged, so is the size"
+        ui.print_text(f"wrote   {report.output} ({size:.1f} MB; {weights})")
 
 
 def _show_measured(measured: Measured, unit: str) -> None:
@@ -89,7 +95,7 @@ def _show_calibration(calibration: Calibration, unit: str) -> None:
     tried = sum(len(choice.candidates) for choice in calibration.sites)
     title = f"Calibration: {tried} candidates on {calibration.images} unlabelled {unit}s, {calibration.seconds:.0f} s"
     ui.print_table(title, [f"on the held-out {unit}s", f"{unit}s", "prediction distance", "unchanged"], rows)
-    verdict = "NOT clearly better than random dropping"
+    verdict = f"{'NOT clearly better' if calibration.sigmas >= 0 else 'WORSE'} than random dropping"
     if calibration.clear:
         verdict = "clearly better than random dropping"
     elif calibration.mild:
@@ -97,6 +103,15 @@ def _show_calibration(calibration: Calibration, unit: str) -> None:
     elif calibration.accepted:
         verdict = "not clearly better than random dropping, and not worse"
     ui.print_text(f"        {verdict} ({calibration.sigmas:.1f} standard errors)")
+    ui.print_text("")
+
+
+def _show_recovery(recovery: Recovery, unit: str) -> None:
+    rows = [[name, *_cells(getattr(recovery, name).numbers())] for name in ("before", "after")]
+    title = f"Recovery: {recovery.passes} passes, {recovery.images} unlabelled {unit}s, {recovery.seconds:.0f} s"
+    ui.print_table(title, [f"on the held-out {unit}s", f"{unit}s", "prediction distance", "unchanged"], rows)
+    kept = f"kept, {len(recovery.tensors)} norms, biases and last-layer tensors" if recovery.kept else "NOT kept"
+    ui.print_text(f"        {kept} ({recovery.sigmas:.1f} standard errors)")
     ui.print_text("")
 
 

@@ -17,13 +17,17 @@ if TYPE_CHECKING:
 _SCORE_KEYS = ("top1", "top5", "top1_interval", "top5_interval", "top1_correct", "top5_correct", "images_per_s")
 
 
-def announce_dataset(opened: Opened, data: ImageDataset) -> None:
-    """Print the model, the dataset and the preprocessing."""
-    ui.print_text(f"model:         {opened.loaded.description.name}")
+def announce_dataset(opened: Mapping[str, Opened], data: ImageDataset) -> None:
+    """Print the models, the dataset and the preprocessing."""
+    descriptions = {label: each.loaded.description for label, each in opened.items()}
+    for label, each in descriptions.items():
+        ui.print_text(f"model:         {each.name}" + (f" ({label})" if len(opened) > 1 else ""))
     ui.print_text(f"dataset:       {data.description}")
     if data.outputs is not None:
         ui.print_text(f"classes:       {len(data.outputs)} of the head, those of the dataset")
-    ui.print_text(f"preprocessing: {opened.loaded.description.preprocessing}", "")
+    for how in dict.fromkeys(each.preprocessing for each in descriptions.values()):
+        ui.print_text(f"preprocessing: {how}")
+    ui.print_text("")
 
 
 def warn_of_skipped(result: Evaluation) -> None:
@@ -33,9 +37,8 @@ def warn_of_skipped(result: Evaluation) -> None:
     list_names(PADDED, result.padded)
 
 
-def warn_of_guessing(result: Evaluation) -> None:
-    """Warn if a model is not better than guessing; the dense one if it was evaluated."""
-    name = list(result.scores)[-1]
+def warn_of_guessing(result: Evaluation, name: str) -> None:
+    """Warn if a model is not better than guessing."""
     score, verdict = result.scores[name], result.against_guessing(name)
     found = f"top-1 of the {name} model is {score.top1:.2f}%, guessing among {result.outputs} classes gives"
     chance = f"{100 / result.outputs:.4g}%"
@@ -58,9 +61,7 @@ def show_evaluation(result: Evaluation, macs: Mapping[str, int]) -> None:
 
     columns = ("model", "top-1 %", "95%", "top-5 %", "95%", "GMACs", f"{result.unit}/s")
     rows = [_row(name, score, macs[name]) for name, score in result.scores.items()]
-    part = f" of {result.total}" if result.images < result.total else ""
-    unreadable = f", {len(result.skipped)} could not be read" if result.skipped else ""
-    ui.print_table(f"{result.dataset}, {result.images}{part} {result.unit}{unreadable}", columns, rows)
+    ui.print_table(title_of(result), columns, rows)
     if result.same_top1 is not None:
         low, high = percent_interval(result.same_top1, result.images)
         change = result.scores[COMPRESSED].top1 - result.scores[DENSE].top1
@@ -68,6 +69,18 @@ def show_evaluation(result: Evaluation, macs: Mapping[str, int]) -> None:
             f"top-1 {change:+.2f} points against dense; {result.same_top1} of {result.images} predictions are the same "
             f"({100 * result.same_top1 / result.images:.2f}%, 95%: {low:.2f}-{high:.2f})"
         )
+    show_speed(result)
+
+
+def title_of(result: Evaluation) -> str:
+    """The dataset, and how many of its images were classified."""
+    part = f" of {result.total}" if result.images < result.total else ""
+    unreadable = f", {len(result.skipped)} could not be read" if result.skipped else ""
+    return f"{result.dataset}, {result.images}{part} {result.unit}{unreadable}"
+
+
+def show_speed(result: Evaluation) -> None:
+    """Print the speed from end to end, what limits it, and the attention kernels."""
     ui.print_text(f"{result.unit}/s is model time only; end to end: {result.images_per_s:.1f} {result.unit}/s")
     ui.print_text(_pace_words(result.pace))
     observed = {name: score.attention for name, score in result.scores.items() if score.attention is not None}
@@ -76,16 +89,20 @@ def show_evaluation(result: Evaluation, macs: Mapping[str, int]) -> None:
 
 
 def _row(name: str, score: Score, macs: int) -> tuple[str, ...]:
-    gmacs = macs / 1e9
     return (
         name,
         f"{score.top1:.2f}",
         "{:.2f}-{:.2f}".format(*score.top1_interval),
         f"{score.top5:.2f}",
         "{:.2f}-{:.2f}".format(*score.top5_interval),
-        f"{gmacs:.3g}" if gmacs < 1 else f"{gmacs:.2f}",
+        gmacs_words(macs),
         f"{score.images_per_s:.1f}",
     )
+
+
+def gmacs_words(macs: int) -> str:
+    """1e9 multiply-accumulates, in three digits or two decimals."""
+    return f"{macs / 1e9:.3g}" if macs < 1e9 else f"{macs / 1e9:.2f}"  # noqa: PLR2004
 
 
 def _pace_words(pace: Pace) -> str:
@@ -105,8 +122,10 @@ def evaluation_document(
     model: str,
     preprocessing: Preprocessing,
     data: ImageDataset | None = None,
+    *,
+    several: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The JSON document of the command."""
+    """The JSON document of the command; `several` of `several_numbers` in place of the numbers of `model`."""
     first, *others = result.scores
     found = {
         "model": model,
@@ -115,7 +134,7 @@ def evaluation_document(
         "of": result.total,
         "outputs": result.outputs,
         "skipped": len(result.skipped),
-        **_numbers(result, first, macs),
+        **(several or numbers_of(result, first, macs)),
         "interrupted": result.interrupted,
         "end_to_end_images_per_s": result.images_per_s,
         "data": {
@@ -135,13 +154,14 @@ def evaluation_document(
         order = found["class_order"] = data.info.class_order
         found["classes"] = None if order is None else list(data.classes or ())
         found["left_out"] = dict(data.info.left_out)
-    if others:
-        found["dense"] = _numbers(result, others[0], macs)
+    if others and several is None:
+        found["dense"] = numbers_of(result, others[0], macs)
         found["agreement"] = result.agreement
     return found
 
 
-def _numbers(result: Evaluation, name: str, macs: Mapping[str, int]) -> dict[str, Any]:
+def numbers_of(result: Evaluation, name: str, macs: Mapping[str, int]) -> dict[str, Any]:
+    """What the JSON document has of one model."""
     score = result.scores[name]
     return {
         **{key: getattr(score, key) for key in _SCORE_KEYS},

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from repshift_cli.checkpoints.builtin import BUILTIN
+
 _DIGITS = 12
 """Of a SHA-256, to recognise a file."""
 
@@ -13,7 +15,10 @@ _PARTS = ("created", "repshift_version", "versions", "source", "recipe", "calibr
 
 def provenance(document: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of the document of a compressed checkpoint that say how it was made, for JSON."""
-    return {name: document.get(name) for name in _PARTS}
+    parts = {name: document.get(name) for name in _PARTS}
+    if recovered := document.get("recovered"):
+        parts["recovered"] = {name: part for name, part in recovered.items() if name != "values"}
+    return parts
 
 
 def describe(document: Mapping[str, Any]) -> dict[str, str]:
@@ -51,6 +56,17 @@ def _search(document: Mapping[str, Any]) -> str:
     return f"for {search['target']}, on {search['data']['where']}" if search else ""
 
 
+def _recovered(document: Mapping[str, Any]) -> str:
+    recovered = document.get("recovered")
+    if not recovered:
+        return ""
+    before, after = (recovered[name]["distance"] for name in ("before", "after"))
+    return (
+        f"{len(recovered['tensors'])} tensors (norms, biases, last layer) changed by --recover on "
+        f"{recovered['images']} inputs: held-out distance {before:.4f} -> {after:.4f}"
+    )
+
+
 def _speed(document: Mapping[str, Any]) -> str:
     measured = document.get("measured")
     if not measured or measured["ratio"]["latency"] is None:
@@ -66,6 +82,8 @@ def _quality(document: Mapping[str, Any]) -> str:
     if not measured or measured["agreement"] is None:
         return ""
     images = measured["images"]
+    if images["where"].startswith("builtin:") and f"builtin:{document['model']['name']}" not in BUILTIN:
+        return "not measured on images of the model's own kind"
     return f"{measured['agreement']:.1%} of predictions unchanged on {images['count']} inputs of {images['where']}"
 
 
@@ -75,6 +93,7 @@ _LINES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "recipe": lambda document: str(document["recipe"]["name"]),
     "metrics": _calibration,
     "search": _search,
+    "weights": _recovered,
     "speed": _speed,
     "quality": _quality,
 }

@@ -149,9 +149,15 @@ def _card(document: ExportDocument, in_timm: bool) -> str:
         f"# {model.name}{', with fewer tokens' if plan else ''}",
     ]
     if plan:
+        weights = "The weights are those of the dense model."
+        if document.recovered:
+            weights = (
+                f"`{_WEIGHTS}` has the weights of the dense model; with fewer tokens {len(document.recovered)} tensors "
+                "(norms, biases, last layer) have other values, which are in its metadata."
+            )
         parts.append(
-            f"This model drops unimportant tokens between some of its layers: {reduced}. The weights are those of the "
-            f"dense model. Made by [repshift](https://arxiv.org/abs/2508.00367) {document.repshift_version}."
+            f"This model drops unimportant tokens between some of its layers: {reduced}. {weights} "
+            f"Made by [repshift](https://arxiv.org/abs/2508.00367) {document.repshift_version}."
         )
         rows = [f"| {site.site} | {site.tokens_in} | {site.tokens_out} |" for site in plan.sites]
         parts.append("\n".join(["| after | tokens in | tokens out |", "|---|--:|--:|", *rows]))

@@ -1,0 +1,1 @@
+"""Compare scores and reducers: quality over MACs for a grid of combinations."""
