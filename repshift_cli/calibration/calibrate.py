@@ -28,18 +28,16 @@ from torch import Tensor, nn
 from repshift_cli.calibration.fit import fit_scores
 from repshift_cli.calibration.outputs import ReferenceOutputs, agreement, distance, reference_outputs, run_batches
 from repshift_cli.errors import CheckFailed, DataError, RecipeError
-from repshift_cli.planning.layout import After
 from repshift_cli.planning.plan import Plan, PlanSite
 from repshift_cli.planning.recipe import ComponentSpec
 from repshift_cli.reduction.checks import feeds
 from repshift_cli.reduction.compressed_model import attach, branch
 from repshift_cli.reduction.families.base import Family, Site
 from repshift_cli.reduction.metrics.base import Metric, build_metric
+from repshift_cli.reduction.metrics.coverage import Coverage
 from repshift_cli.reduction.metrics.fitted import Fitted
 from repshift_cli.reduction.metrics.grid import Grid
 from repshift_cli.reduction.metrics.random import Random
-from repshift_cli.reduction.metrics.stratified import Stratified
-from repshift_cli.reduction.metrics.wrapper import Wrapper
 from repshift_cli.reduction.plans import with_defaults
 from repshift_cli.utils.progress import Progress, Task
 
@@ -250,7 +248,7 @@ def calibrate(
         variants = [runnable(planned, sites[planned.site]) for planned in plan.sites]
         if cover:
             variants = [
-                [*found, *covering(found[0], sites[planned.site], planned.after)]
+                [*found, *covering(found[0], sites[planned.site], planned)]
                 for found, planned in zip(variants, plan.sites, strict=True)
             ]
         steps = _steps([len(found) for found in variants], len(images)) + cover * border
@@ -276,10 +274,11 @@ def calibrate(
     return Calibration(tuple(choices), result, random, default, sigmas, clear, len(images), identity, seconds, cover)
 
 
-def covering(metric: Metric, site: Site, after: After) -> list[Metric]:
-    """Candidates that cover the image at the site: stratified by the metric, random, and last even where possible."""
-    found = [Stratified(of=metric.spec(), window=2), Random(seed=len(_RANDOM_SEEDS)), Grid()]
-    return [candidate for candidate in found if feeds(candidate, site, after)]
+def covering(metric: Metric, site: Site, planned: PlanSite) -> list[Metric]:
+    """Candidates that leave no region empty: by similarity, at random, and last by position where it is known."""
+    own: list[Metric] = [] if planned.grid_in else [Coverage(of=inner(metric).spec())]  # costly on a large map
+    found = [*own, Random(seed=len(_RANDOM_SEEDS)), Grid()]
+    return [candidate for candidate in found if feeds(candidate, site, planned.after)]
 
 
 def _covered(
@@ -310,18 +309,19 @@ def fit_open(model: nn.Module, plan: Plan, images: Tensor, batch_size: int, prog
 
 
 def unfitted(metric: Metric) -> bool:
-    """Whether the metric, or the one that it changes, needs weights and has none yet."""
-    if isinstance(metric, Wrapper):
-        return unfitted(metric.inner)
-    return isinstance(metric, Fitted) and metric.open
+    """Whether the metric, or the one inside it, needs weights and has none yet."""
+    return isinstance(inner(metric), Fitted) and metric.open
+
+
+def inner(metric: Metric) -> Metric:
+    """The score that a metric is computed from."""
+    return metric.inner if isinstance(metric, Coverage) else metric
 
 
 def with_weights(spec: ComponentSpec, fitted: ComponentSpec) -> ComponentSpec:
     """An unfitted metric with the fitted score in place of its own."""
     metric = build_metric(spec)
-    if not isinstance(metric, Wrapper):
-        return fitted
-    return ComponentSpec.model_validate({**spec.model_dump(), "of": with_weights(metric.of, fitted).model_dump()})
+    return metric.around(fitted).spec() if isinstance(metric, Coverage) else fitted
 
 
 def choose_metric(run: CandidateRunner, plan: Plan, variants: Sequence[Metric], count: int) -> SiteChoice:

@@ -47,7 +47,7 @@ _SIZE_BYTES = 8
 """Length of the number in front of the header of a safetensors file."""
 
 _PART_VERSIONS = {"fuse": 4, "merge": 4, "bipartite": 4, "fitted": 4, "vid_tldr": 3, "attention_entropy": 3}
-_PART_VERSIONS |= dict.fromkeys(("redundancy", "grid", "mixed", "stratified"), 8)
+_PART_VERSIONS |= dict.fromkeys(("coverage", "redundancy", "grid"), 8)
 """The first format version with this metric or reducer; 1 for others."""
 
 _RECOVERED_VERSION = 8
@@ -225,8 +225,7 @@ def _version_of(plan: Plan) -> int:
     kinds = {plan.reducer.kind, *(site.metric.kind for site in plan.sites)}
     family = next(family for family in families() if family.name == plan.family)
     restore, last_block = 6 if plan.restore else 1, 7 if plan.last_block == "exact" else 1
-    options = 8 if plan.reducer.options.keys() & {"floor", "match"} else 1
-    return max(family.format_version, restore, last_block, options, *(_PART_VERSIONS.get(kind, 1) for kind in kinds))
+    return max(family.format_version, restore, last_block, *(_PART_VERSIONS.get(kind, 1) for kind in kinds))
 
 
 def check_save(path: Path, force: bool, loaded: LoadedModel | None = None) -> None:

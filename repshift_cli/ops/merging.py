@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,9 +9,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from repshift_cli.ops.tokens import add_at, gather_tokens
-
-_ROWS = 512
-"""Rows of a similarity map at a time: that of 2352 tokens takes 22 MB per image."""
 
 
 class Pairs(NamedTuple):
@@ -44,37 +40,6 @@ def nearest(sources: Tensor, targets: Tensor) -> Tensor:
         return (sources @ unit_length(targets).mT).argmax(dim=-1)
     lengths = torch.linalg.vector_norm(targets, dim=-1).clamp_min(torch.finfo(targets.dtype).tiny)
     return ((sources @ targets.mT) / lengths.unsqueeze(1)).argmax(dim=-1)
-
-
-def nearest_with_cosine(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """As `nearest`, and the cosine of each source to its target, float32 `[B, S]`."""
-    alike, place = (unit_length(sources) @ unit_length(targets).mT).max(dim=-1)
-    return place, alike.float()
-
-
-def mutual_first(scores: Tensor, features: Tensor, floor: float = -1.0) -> Tensor:
-    """Scores with which the less important tokens of mutual nearest pairs are the lowest, the most similar first.
-
-    Two tokens are a pair if each is the one with the largest cosine to the other, and it is not below the floor.
-
-    Args:
-        scores: float32 `[B, N]`, large ones are important; of equal ones the lower index is.
-        features: `[B, N, C]`.
-
-    Returns float32 `[B, N]`; the other tokens are in the order of their scores.
-    """
-    count, unit = scores.shape[1], unit_length(features)
-    found: list[tuple[Tensor, Tensor]] = []
-    here = torch.arange(count, device=scores.device)
-    for first, rows in zip(range(0, count, _ROWS), unit.split(_ROWS, dim=1), strict=True):
-        itself = here[first : first + _ROWS].unsqueeze(1) == here
-        best = (rows @ unit.mT).float().masked_fill(itself, -math.inf).max(dim=-1)
-        found.append((best.values, best.indices))
-    alike, partner = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-    other = scores.gather(1, partner)
-    lower = (scores < other) | ((scores == other) & (here > partner))
-    source = lower & (partner.gather(1, partner) == here) & (alike >= floor)
-    return torch.where(source, -2 - alike, unit_range(scores))
 
 
 def key_features(keys: Tensor) -> Tensor:

@@ -255,7 +255,7 @@ class TestCoverage:
         assert progress.made == progress.announced
         for choice in found.sites:
             kinds = {candidate.metric.kind for candidate in choice.candidates}
-            assert kinds == {"representation_shift", "stratified", "random", "grid"}
+            assert kinds == {"representation_shift", "coverage", "random", "grid"}
         compressed = attach(model, plan.with_metrics(found.specs))
         with torch.no_grad():
             assert compressed(batch).isfinite().all()

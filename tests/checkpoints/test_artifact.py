@@ -189,10 +189,8 @@ class TestDocument:
             ("{kind: token_norm}", "fuse", 4),
             ("{kind: token_norm}", "bipartite", 4),
             ("{kind: redundancy}", "prune", 8),
-            ("{kind: token_norm}", "merge, floor: 0.5", 8),
             ("{kind: grid}", "prune", 8),
-            ("{kind: mixed}", "prune", 8),
-            ("{kind: stratified}", "prune", 8),
+            ("{kind: coverage}", "prune", 8),
             (f"{{kind: fitted, weights: {Fitted.of([0.5] * 32).weights}}}", "prune", 4),
         ],
     )

@@ -144,7 +144,6 @@ REDUCERS = [
     "prune",
     "merge",
     "merge, similarity: keys",
-    "merge, match: mutual, floor: 0.3",
     "fuse",
     "fuse, carry: true",
     "bipartite",

@@ -17,7 +17,7 @@ from repshift_cli.calibration.calibrate import unfitted, with_weights
 from repshift_cli.errors import RecipeError
 from repshift_cli.planning.recipe import ComponentSpec
 from repshift_cli.reduction.compressed_model import CompressedModel
-from repshift_cli.reduction.metrics import redundancy, stratified
+from repshift_cli.reduction.metrics import coverage, redundancy
 from repshift_cli.reduction.metrics.base import SiteContext, Tap, build_metric
 from repshift_cli.reduction.metrics.fitted import Fitted
 from repshift_cli.reduction.metrics.representation_shift import Distance, Operation, Reading, RepresentationShift
@@ -207,14 +207,24 @@ def test_redundancy_is_the_mean_of_clipped_similarities(similarity: str, monkeyp
     torch.testing.assert_close(in_parts, found)
 
 
-def test_mixed_is_the_difference_of_standardised_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    metric = "{kind: mixed, of: {kind: token_norm, polarity: smallest}, weight: 2.0, margin: 0.2}"
-    (found,) = scores_at(compressed(tiny_vit(), one_site(metric)), images(2), monkeypatch)
-    parts = []
-    for part in ("{kind: token_norm}", "{kind: redundancy, margin: 0.2}"):
-        (score,) = scores_at(compressed(tiny_vit(), one_site(part)), images(2), monkeypatch)
-        parts.append((score - score.mean(1, keepdim=True)) / score.std(1, correction=0, keepdim=True))
-    torch.testing.assert_close(found, -parts[0] - 2 * parts[1], rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("rows", [512, 5])
+def test_coverage_is_the_distance_to_a_more_important_token(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coverage, "_ROWS", rows)
+    metric = "{kind: coverage, of: {kind: token_norm, polarity: smallest}, weight: 2.0}"
+    (found,) = scores_at(compressed(tiny_vit(reg_tokens=2), one_site(metric)), images(2), monkeypatch)
+    exact = tiny_vit(reg_tokens=2).double()
+    with torch.no_grad():
+        tokens = exact.blocks[LAYER](stream_before(exact, LAYER, images(2).double()))[:, 3:]
+    for row in range(2):
+        score = -tokens[row].norm(dim=-1)
+        alike = torch.nn.functional.cosine_similarity(tokens[row][:, None], tokens[row][None], dim=-1)
+        for index in range(PATCHES):
+            above = alike[index][score > score[index]]
+            far = 1 - (above.max() if len(above) else torch.tensor(-1.0))
+            standard = (score[index] - score.mean()) / score.std(correction=0)
+            torch.testing.assert_close(
+                found[row, index].double(), far.double().log() + 2 * standard, rtol=1e-3, atol=1e-3
+            )
 
 
 class TestCoverage:
@@ -235,69 +245,40 @@ class TestCoverage:
             assert kept[layer].tolist() == [sorted(order[:count].tolist())] * 2
             assert torch.bincount(self.windows(order[:count])).min() >= count // 4
 
-    def test_stratified_keeps_the_best_of_each_window(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        metric = "{kind: stratified, of: {kind: token_norm}, window: 2}"
-        model = compressed(tiny_vit(), make_recipe(self.LAYERS, metric))
-        kept = model.trace(images(2)).kept
-        norms: list[Tensor] = []
-        score = TokenNorm.score
-
-        def watch(*arguments: Any) -> Tensor:
-            norms.append(score(*arguments))
-            return norms[-1]
-
-        monkeypatch.setattr(TokenNorm, "score", watch)
-        with torch.no_grad():
-            model(images(2))
-        for row in range(2):
-            before = torch.arange(PATCHES)
-            for scores, after in zip((norms[0][row], norms[1][row]), (kept[0][row], kept[2][row]), strict=True):
-                rank = [
-                    int(((self.windows(before) == window) & (scores > score)).sum())
-                    for window, score in zip(self.windows(before), scores, strict=True)
-                ]
-                best = sorted(range(len(before)), key=lambda index: (rank[index], -float(scores[index])))
-                assert after.tolist() == sorted(before[best[: len(after)]].tolist())
-                before = after
-            assert len(self.windows(kept[2][row]).unique()) == 4
-
-    def test_frames_have_their_own_windows(self) -> None:
-        places = torch.arange(32).unsqueeze(0)
-        windows = stratified._windows(places, (2, 4, 4), 2)
-        assert torch.bincount(windows.flatten().unique(return_inverse=True)[1]).tolist() == [4] * 8
-
     def test_a_family_without_positions_refuses(self) -> None:
         model = tiny_umt()
         with pytest.raises(RecipeError, match=r"grid needs patch_place, which blocks\.0 does not provide"):
             compressed(model, make_recipe("[{layer: 0, drop_ratio: 0.2}]", "{kind: grid}"))
 
 
-class TestWrapper:
+class TestScoreInside:
     def test_weights_are_fitted_inside(self) -> None:
-        spec = ComponentSpec(kind="stratified", of={"kind": "mixed", "weight": 1.0})
+        spec = ComponentSpec(kind="coverage")
         assert unfitted(build_metric(spec))
         found = build_metric(with_weights(spec, Fitted.of([0.5] * 32).spec()))
         assert not unfitted(found)
         assert (found.channels, found.open) == (32, False)
         assert build_metric(found.spec()) == found
-        assert not unfitted(build_metric(ComponentSpec(kind="mixed", of={"kind": "token_norm"})))
+        assert not unfitted(build_metric(ComponentSpec(kind="coverage", of={"kind": "token_norm"})))
 
-    def test_open_fields_of_both_are_tried(self) -> None:
-        spec = ComponentSpec(kind="mixed", of={"kind": "representation_shift", "operation": "block", "distance": "l2"})
-        assert len(build_metric(spec).variants()) == 6
-        assert str(build_metric(spec).with_defaults()).startswith("mixed (representation_shift (block, l2, update")
+    def test_its_open_fields_are_tried(self) -> None:
+        spec = ComponentSpec(
+            kind="coverage", of={"kind": "representation_shift", "operation": "block", "distance": "l2"}
+        )
+        assert len(build_metric(spec).variants()) == 2
+        assert str(build_metric(spec).with_defaults()).startswith("coverage (representation_shift (block, l2, update")
 
     @pytest.mark.parametrize(
         ("of", "message"),
         [
             ("{kind: fited}", "metric.of: metric.kind: unknown metric 'fited' Did you mean fitted?"),
             ("{kind: token_norm, colour: red}", "metric.of: unknown key metric.colour"),
-            ("{kind: mixed, of: {kind: mixed, of: {kind: mixed}}}", "metric.of: is nested too deeply"),
+            ("{kind: coverage}", "metric.of: should be another score"),
         ],
     )
     def test_a_wrong_inner_score_is_named(self, of: str, message: str) -> None:
         with pytest.raises(RecipeError, match=re.escape(message)):
-            build_metric(make_recipe(metric=f"{{kind: stratified, of: {of}}}").metric)
+            build_metric(make_recipe(metric=f"{{kind: coverage, of: {of}}}").metric)
 
 
 class TestRandom:

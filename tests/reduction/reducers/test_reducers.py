@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from repshift_cli.errors import RecipeError
-from repshift_cli.ops.merging import key_features, merge_into, mutual_first, nearest, pair
+from repshift_cli.ops.merging import key_features, merge_into, nearest, pair
 from repshift_cli.ops.tokens import keep_top_behind
 from repshift_cli.planning.recipe import ComponentSpec
 from repshift_cli.reduction.reducers.base import Dims, Merged, Merger, Pruner, build_reducer, reducer_kinds
@@ -34,8 +34,6 @@ TOME = load_file(VECTORS / "tome.safetensors")
 MERGERS: dict[str, Merger] = {
     "merge": Merge(),
     "merge_by_keys": Merge(similarity="keys"),
-    "merge_pairs": Merge(match="mutual"),
-    "merge_pairs_by_keys": Merge(match="mutual", similarity="keys"),
     "fuse": Fuse(),
     "fuse_carry": Fuse(carry=True),
     "bipartite": Bipartite(),
@@ -271,7 +269,7 @@ class TestAll:
             return merger.merge(tokens, sizes, scores, case.count(merger), 1, seen).tokens
 
         leaves = [tensor.double().requires_grad_() for tensor in (case.tokens, case.sizes, case.scores)]
-        with_scores = name != "bipartite" and not name.startswith("merge")
+        with_scores = name not in ("merge", "merge_by_keys", "bipartite")
         assert torch.autograd.gradcheck(run, leaves, check_undefined_grad=False)
         output = run(*leaves)
         (to_tokens,) = torch.autograd.grad(output.square().sum(), leaves[:1], retain_graph=True)
@@ -441,44 +439,6 @@ class TestAgainstLoops:
         assert found.sizes.tolist() == [[1.0, 1.0, 4.0]]
         torch.testing.assert_close(found.tokens, torch.tensor([[[5.0, 0.0], [0.0, 2.0], [5.0, 0.25]]]))
 
-    @pytest.mark.parametrize("similarity", ["hidden", "keys"])
-    @given(cases())
-    def test_below_the_floor_a_token_is_dropped(self, similarity: Any, case: Case) -> None:
-        floor = 0.2
-        free, found = case.run(Merge(similarity=similarity)), case.run(Merge(similarity=similarity, floor=floor))
-        features = case.keys.mean(dim=1) if similarity == "keys" else case.tokens
-        assert torch.equal(found.places, free.places)
-        for row, kept in enumerate(left(case, found)):
-            targets = naive_merge(case, row, kept, features)
-            near = {one: to for one, to in targets.items() if cosine(features[row, one], features[row, to]) >= floor}
-            tokens, sizes = naive_means(case.tokens[row], case.sizes[row], near, kept)
-            torch.testing.assert_close(found.sizes[row].double(), sizes)
-            torch.testing.assert_close(found.tokens[row].double(), tokens, rtol=1e-5, atol=1e-5)
-        lowest = case.run(Merge(similarity=similarity, floor=-1.0))
-        torch.testing.assert_close(lowest.tokens, free.tokens)
-
-    @given(cases(), st.sampled_from([-1.0, 0.3]))
-    def test_mutual_pairs_go_first(self, case: Case, floor: float) -> None:
-        found, count = case.run(Merge(match="mutual", floor=floor)), case.count(Merge())
-        for row, kept in enumerate(found.places.tolist()):
-            tokens, scores = case.tokens[row, case.prefix :], case.scores[row].tolist()
-            everyone = range(case.patches)
-            best = [max((j for j in everyone if j != i), key=lambda j: cosine(tokens[i], tokens[j])) for i in everyone]
-            alike = [cosine(tokens[i], tokens[best[i]]) for i in everyone]
-            sources = [i for i in everyone if best[best[i]] == i and scores[i] < scores[best[i]] and alike[i] >= floor]
-            order = sorted(sources, key=lambda i: -alike[i])
-            order += sorted(set(everyone) - set(sources), key=lambda i: scores[i])
-            assert kept == sorted(order[count:])
-            for source, target in zip(found.sources[row].tolist(), found.targets[row].tolist(), strict=True):
-                if source in sources and best[source] in kept:
-                    assert kept[target] == best[source]
-
-    def test_pairs_in_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        scores, features = torch.randn(2, 11), torch.randn(2, 11, 4)
-        whole = mutual_first(scores, features)
-        monkeypatch.setattr("repshift_cli.ops.merging._ROWS", 3)
-        torch.testing.assert_close(mutual_first(scores, features), whole)
-
     @given(cases())
     def test_vid_tldr_does_not_merge_the_prefix(self, case: Case) -> None:
         found = case.run(VidTLDR())
@@ -543,16 +503,12 @@ class TestPieces:
         for patches, dropped in ((tokens, tokens // 3), (tokens, 0)):
             assert Merge().macs(patches, dropped, dims) == dropped * (patches - dropped) * 384
             assert Merge(similarity="keys").macs(patches, dropped, dims) == dropped * (patches - dropped) * 64
-            mutual = Merge(match="mutual").macs(patches, dropped, dims)
-            assert mutual == (dropped * (patches - dropped) + patches**2) * 384
             assert Bipartite().macs(patches, dropped, dims) == (patches // 2) * ((patches + 1) // 2) * 64
             assert Fuse().macs(patches, dropped, dims) == Prune().macs(patches, dropped, dims) == 0
 
     def test_options_are_checked(self) -> None:
         options: list[dict[str, Any]] = [
             {"kind": "merge", "similarity": "colour"},
-            {"kind": "merge", "floor": 1.5},
-            {"kind": "merge", "match": "all"},
             {"kind": "fuse", "carry": "maybe"},
             {"kind": "bipartite", "similarity": "keys"},
         ]
