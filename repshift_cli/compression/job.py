@@ -32,7 +32,7 @@ from repshift_cli.reduction.plans import has_open_fields, resolve_for, with_defa
 from repshift_cli.reduction.specs.maps import map_blocks
 
 _DEFAULTS = {
-    "default": "tokens are merged by a score that is fitted to the model, the best on real images",
+    "default": "tokens are merged if a more important one is similar, the best on real images",
     "matching": "similar tokens are merged, the best without images; it is not checked on images of the model's kind",
     "paper": "tokens are dropped by their shift, since those of this model cannot be merged",
 }

@@ -293,7 +293,7 @@ def _with_ratio(entry: Any, ratio: Any) -> Any:
 
 
 SCALED = {
-    "default": ("Tokens are merged; the score is fitted on images without labels.", "{kind: fitted}", "merge"),
+    "default": ("Tokens are merged; the score is fitted on images without labels.", "{kind: coverage}", "merge"),
     "matching": ("Similar tokens are merged, which needs no score and no images.", None, "bipartite"),
     "paper": (
         "Operation, distance, reading and polarity are left to calibration.",

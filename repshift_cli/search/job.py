@@ -163,8 +163,9 @@ def start_recipe(
         target = request.target
         wanted = {"recall": target.value, "k": target.k} if target.k else {target.kind.replace("-", "_"): target.value}
         budget = Budget.model_validate(wanted)
-        fitted = isinstance(build_reducer(reducers[0]), Merger) or is_classifier(loaded.model)
-        metric = ComponentSpec(kind="fitted" if fitted else "representation_shift")
+        metric = ComponentSpec(kind="fitted" if is_classifier(loaded.model) else "representation_shift")
+        if isinstance(build_reducer(reducers[0]), Merger):
+            metric = ComponentSpec(kind="coverage")
         return Recipe(version=1, budget=budget, metric=metric, reducer=reducers[0], restore=restore), reducers
     if recipe.last_block == "exact":
         check_exact(family, loaded.model, recipe.place)

@@ -509,7 +509,7 @@ class TestParts:
 
     def test_registries_have_one_member_per_file(self) -> None:
         scores = {"attention_entropy", "class_attention", "fitted", "random", "representation_shift", "token_norm"}
-        scores |= {"grid", "mixed", "redundancy", "stratified"}
+        scores |= {"coverage", "grid", "redundancy"}
         assert set(metric_kinds()) == scores
         assert set(reducer_kinds()) == REDUCERS
 

@@ -65,8 +65,9 @@ class Coverage(Metric):
         scores = self.inner.score(seen, site)
         scores = scores if self.inner.keeps_largest else -scores
         features = unit_length(seen["block_output"][:, site.prefix :])
-        parts = zip(features.split(_ROWS, dim=1), scores.split(_ROWS, dim=1), strict=True)
-        nearest = torch.cat([_nearest_above(part, own, features, scores) for part, own in parts], dim=1)
+        parts = [slice(first, first + _ROWS) for first in range(0, scores.shape[1], _ROWS)]
+        rows = [_nearest_above(features[:, part], scores[:, part], features, scores) for part in parts]
+        nearest = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
         centred = scores - scores.mean(dim=1, keepdim=True)
         standard = centred / centred.square().mean(dim=1, keepdim=True).sqrt().clamp_min(_TINY)
         return (1.0 - nearest).clamp_min(_TINY).log() + self.weight * standard

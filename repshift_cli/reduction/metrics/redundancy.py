@@ -44,7 +44,8 @@ class Redundancy(Metric):
     def score(self, seen: Mapping[str, Tensor], site: SiteContext) -> Tensor:
         found = key_features(seen["attention_key"]) if self.similarity == "keys" else seen["block_output"]
         features = unit_length(found[:, site.prefix :])
-        rows = [energy(part, features, self._margin) for part in features.split(_ROWS, dim=1)]
+        firsts = range(0, features.shape[1], _ROWS)
+        rows = [energy(features[:, first : first + _ROWS], features, self._margin) for first in firsts]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
     def macs(self, tokens: int, site: SiteContext) -> int:

@@ -21,7 +21,6 @@ from repshift_cli.reduction.metrics import coverage, redundancy
 from repshift_cli.reduction.metrics.base import SiteContext, Tap, build_metric
 from repshift_cli.reduction.metrics.fitted import Fitted
 from repshift_cli.reduction.metrics.representation_shift import Distance, Operation, Reading, RepresentationShift
-from repshift_cli.reduction.metrics.token_norm import TokenNorm
 
 LAYER = 2
 WITH_PARTS = sorted(set(VARIANTS) - {"parallel_things_block"})
