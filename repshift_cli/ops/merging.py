@@ -42,41 +42,6 @@ def nearest(sources: Tensor, targets: Tensor) -> Tensor:
     return ((sources @ targets.mT) / lengths.unsqueeze(1)).argmax(dim=-1)
 
 
-<<<<<<< HEAD
-=======
-def nearest_with_cosine(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """As `nearest`, and the cosine of each source to its target, float32 `[B, S]`."""
-    alike, place = (unit_length(sources) @ unit_length(targets).mT).max(dim=-1)
-    return place, alike.float()
-
-
-def mutual_first(scores: Tensor, features: Tensor, floor: float = -1.0) -> Tensor:
-    """Scores with which the less important tokens of mutual nearest pairs are the lowest, the most similar first.
-
-    Two tokens are a pair if each is the one with the largest cosine to the other, and it is not below the floor.
-
-    Args:
-        scores: float32 `[B, N]`, large ones are important; of equal ones the lower index is.
-        features: `[B, N, C]`.
-
-    Returns float32 `[B, N]`; the other tokens are in the order of their scores.
-    """
-    count, unit = scores.shape[1], unit_length(features)
-    found: list[tuple[Tensor, Tensor]] = []
-    here = torch.arange(count, device=scores.device)
-    for first in range(0, count, _ROWS):
-        rows = slice(first, first + _ROWS)
-        itself = here[rows].unsqueeze(1) == here
-        best = (unit[:, rows] @ unit.mT).float().masked_fill(itself, -math.inf).max(dim=-1)
-        found.append((best.values, best.indices))
-    alike, partner = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-    other = scores.gather(1, partner)
-    lower = (scores < other) | ((scores == other) & (here > partner))
-    source = lower & (partner.gather(1, partner) == here) & (alike >= floor)
-    return torch.where(source, -2 - alike, unit_range(scores))
-
-
->>>>>>> f8cd24f (Similarity maps in parts by slices, which export as one operation)
 def key_features(keys: Tensor) -> Tensor:
     """The features of ToMe: the mean of the keys over the heads, `[B, heads, T, d]` to `[B, T, d]`."""
     return keys.mean(dim=1)

@@ -144,8 +144,8 @@ def start_recipe(
     """The start recipe of a search, and the reducers to try; the recipe has the first of them.
 
     Without a recipe and without reducers in the request, these are merge and prune if the family can merge, else
-    prune. Without a recipe the metric is `fitted`. It was the best one for the built-in classifiers, and for the
-    built-in video models where tokens are merged. Where video tokens are pruned, representation shift was better
+    prune. Without a recipe the metric is `coverage` where tokens are merged (docs/results/leaderboard.md). Where they
+    are dropped, `fitted` was the best one for the built-in classifiers, and representation shift for video models
     (docs/results.md).
 
     Raises:
