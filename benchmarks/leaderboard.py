@@ -142,7 +142,7 @@ class Study:
         return self.way(found)
 
     def in_every_block(self, ratio: float) -> Way:
-        """ToMe (arXiv 2210.09461): as many tokens merged in every block, in the later ones one less, within the ratio."""
+        """ToMe (arXiv 2210.09461): as many tokens merged in each block, in later ones one less, within the ratio."""
         blocks = self.layout.blocks - (1 if self.layout.prefix_tokens else 0)  # nothing is gained behind the last block
         for total in range(1, blocks * self.layout.patch_tokens):
             left, drops = self.layout.patch_tokens, []
@@ -231,8 +231,8 @@ class Board:
     """The rows of one model: a file with a JSON document per line.
 
     Attributes:
-        rows: by method and ratio. A row has `macs`, `classes` and `margins` (see `predicted`), `emptied`, `plan`, `seconds`,
-            and `error` where a method has no model at that ratio.
+        rows: by method and ratio. A row has `macs`, `classes` and `margins` (see `predicted`), `emptied`, `plan`,
+            `seconds`, and `error` where a method has no model at that ratio.
     """
 
     def __init__(self, name: str) -> None:

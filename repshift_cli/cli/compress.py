@@ -29,6 +29,16 @@ def command(
             "--recipe", "-r", metavar="RECIPE", help="A YAML file or a shipped recipe (repshift recipes list)."
         ),
     ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="The score of tokens in place of the recipe's, such as fitted or coverage."),
+    ] = None,
+    reducer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND", help="What happens to dropped tokens, in place of the recipe's: prune, merge, ..."
+        ),
+    ] = None,
     target: options.Targets = None,
     speedup: Annotated[
         str | None,
@@ -115,6 +125,8 @@ def command(
     output = output or default_output(checkpoint, "_repshift.safetensors")
     settings = Settings(
         recipe=recipe,
+        metric=metric,
+        reducer=reducer,
         target=search_target,
         limit=limit,
         load=load,

@@ -68,7 +68,7 @@ def compress(
         options = options or LoadOptions()
         options = options if img_size is None else replace(options, img_size=img_size)
         loaded = load_dense(model, options, recipe, notes)
-    job = CompressionJob(loaded, recipe, notes, calibration is not None)
+    job = CompressionJob(loaded, recipe, notes, images=calibration is not None)
     plan, calibrated = job.default_plan(), None
     if calibration is None and job.has_open_fields:
         if any(unfitted(build_metric(site.metric)) for site in job.plan.sites):

@@ -18,12 +18,12 @@ from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.weights import Source
 from repshift_cli.compression.notes import Notes
-from repshift_cli.compression.recipe import check_recipe_model
+from repshift_cli.compression.recipe import check_recipe_model, with_parts
 from repshift_cli.data.preprocessing import Preprocessing
 from repshift_cli.errors import CheckpointError, RecipeError, UsageError
 from repshift_cli.models.tensor_model import library_model
 from repshift_cli.planning.plan import Plan
-from repshift_cli.planning.recipe import Recipe, scaled_recipe
+from repshift_cli.planning.recipe import ComponentSpec, Recipe, scaled_recipe
 from repshift_cli.reduction.checks import check_feeds
 from repshift_cli.reduction.families.base import Family, match
 from repshift_cli.reduction.families.transformer import as_function, tower_of
@@ -47,13 +47,28 @@ class CompressionJob:
         free: whether no metric was asked for, so that calibration can also drop tokens by their position.
     """
 
-    def __init__(self, loaded: LoadedModel, recipe: Recipe | None, notes: Notes, images: bool = False) -> None:
-        self.loaded, self.notes = loaded, notes
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        recipe: Recipe | None,
+        notes: Notes,
+        *,
+        images: bool = False,
+        parts: Mapping[str, ComponentSpec] | None = None,
+    ) -> None:
+        """Take a recipe, or the default one.
+
+        Args:
+            images: whether there are images to fit a score on; without a recipe it decides which one is used.
+            parts: metric and reducer in place of those of the recipe.
+        """
+        self.loaded, self.notes, self._parts = loaded, notes, parts or {}
         self.family = match(loaded.model)
-        self.free = recipe is None or not (
-            "metric" in recipe.model_fields_set or any(drop.metric is not None for drop in recipe.layers)
+        self.free = "metric" not in self._parts and (
+            recipe is None
+            or not ("metric" in recipe.model_fields_set or any(drop.metric is not None for drop in recipe.layers))
         )
-        self.recipe = recipe or self._default_recipe(images)
+        self.recipe = with_parts(recipe, self._parts) if recipe else self._default_recipe(images)
         self._by_default = recipe is None
         check_recipe_model(self.recipe, loaded.description)
         self.plan = resolve_for(loaded.model, self.recipe)
@@ -88,32 +103,35 @@ class CompressionJob:
     def _default_recipe(self, images: bool) -> Recipe:
         """Without a recipe: the best one of docs/results/leaderboard.md that the model and the images allow."""
         layers = [site.layer for site in self.family.layout(self.loaded.model).sites]
-        kind = "default" if images else "matching"
+        kind, blocks = "default", len(layers)
+        if not images:
+            kind = "paper" if self._parts else "matching"
+        recipe = self._scaled(kind, layers)
         try:
-            recipe = self._scaled(kind, layers)
             resolve_for(self.loaded.model, recipe)
         except RecipeError:  # tokens of the model cannot be merged
+            if "reducer" in self._parts:
+                raise
             kind = "paper"
             recipe = self._scaled(kind, layers)
-        blocks = len(layers)
         schedule = ", ".join(f"{{layer: {drop.layer}, drop_ratio: {drop.drop_ratio}}}" for drop in recipe.layers)
         if layers == list(range(blocks)):
             schedule = f"to see or change it: repshift recipes show {kind} --blocks {blocks}"
-        self.notes.note(
-            f"no recipe was given: {_DEFAULTS[kind]}, at the paper's schedule scaled to {blocks} blocks ({schedule})"
-        )
+        why = "metric and reducer are as given" if self._parts else _DEFAULTS[kind]
+        self.notes.note(f"no recipe was given: {why}, at the paper's schedule scaled to {blocks} blocks ({schedule})")
         return recipe
 
     def _scaled(self, kind: str, layers: Sequence[int]) -> Recipe:
         restore = self.family.needs_restore(self.loaded.model) is not None
-        return scaled_recipe(kind, len(layers), layers, restore)
+        return with_parts(scaled_recipe(kind, len(layers), layers, restore), self._parts)
 
     def _paper_plan(self) -> Plan | None:
         """Without a recipe, the plan of the paper's choice to compare with."""
         if not self._by_default:
             return None
         layers = [site.layer for site in self.family.layout(self.loaded.model).sites]
-        return resolve_for(self.loaded.model, self._scaled("paper", layers))
+        restore = self.family.needs_restore(self.loaded.model) is not None
+        return resolve_for(self.loaded.model, scaled_recipe("paper", len(layers), layers, restore))
 
     def _check_feeds(self) -> None:
         for planned in self.plan.sites:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from repshift_cli.checkpoints.identify.names import canonical_name, encoder_name
 from repshift_cli.checkpoints.loaded import ModelDescription
-from repshift_cli.errors import RecipeError
-from repshift_cli.planning.recipe import Recipe
+from repshift_cli.errors import RecipeError, UsageError
+from repshift_cli.planning.recipe import ComponentSpec, Recipe
 from repshift_cli.reduction.checks import check_components
+from repshift_cli.reduction.metrics.base import metric_kinds
+from repshift_cli.reduction.reducers.base import reducer_kinds
+from repshift_cli.utils.suggest import nearest
 
 
 def checked_recipe(recipe: Recipe | str | Path | None) -> Recipe | None:
@@ -18,6 +23,30 @@ def checked_recipe(recipe: Recipe | str | Path | None) -> Recipe | None:
     if recipe is not None:
         check_components(recipe)
     return recipe
+
+
+def named_parts(metric: str | None, reducer: str | None) -> dict[str, ComponentSpec]:
+    """The metric and the reducer that options name, with open fields, by their key in a recipe.
+
+    Raises a UsageError for an unknown one.
+    """
+    found = {}
+    for key, kind, known in (("metric", metric, metric_kinds()), ("reducer", reducer, reducer_kinds())):
+        if kind is not None and kind not in known:
+            raise UsageError(f"--{key}: unknown {key} {kind!r}", f"{nearest(kind, known)}Allowed: {', '.join(known)}.")
+        if kind is not None:
+            found[key] = ComponentSpec(kind=kind)
+    return found
+
+
+def with_parts(recipe: Recipe, parts: Mapping[str, ComponentSpec]) -> Recipe:
+    """The recipe with another metric at all layers, or another reducer."""
+    if not parts:
+        return recipe
+    changes: dict[str, Any] = dict(parts)
+    if "metric" in parts:
+        changes["layers"] = tuple(drop.model_copy(update={"metric": None}) for drop in recipe.layers)
+    return Recipe.parse(recipe.model_copy(update=changes).to_yaml(), recipe.place.name)
 
 
 def require_layers(recipe: Recipe | None) -> Recipe | None:

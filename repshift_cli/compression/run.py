@@ -14,7 +14,7 @@ from repshift_cli.compression.inputs import draw_images, is_same_folder, load_jo
 from repshift_cli.compression.job import CompressionJob, load_dense
 from repshift_cli.compression.measured import CompressReport, Measured, check_counts, check_outputs, measure_models
 from repshift_cli.compression.notes import Notes, not_calibrated
-from repshift_cli.compression.recipe import check_recipe_model, checked_recipe
+from repshift_cli.compression.recipe import check_recipe_model, checked_recipe, named_parts, with_parts
 from repshift_cli.compression.settings import Amounts, Settings
 from repshift_cli.data.inputs import ImageBatch
 from repshift_cli.errors import CheckFailed, RepshiftError, UsageError
@@ -52,7 +52,7 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
     """
     if settings.output and not dry_run:
         artifact.check_save(settings.output, settings.force)
-    recipe = checked_recipe(settings.recipe)
+    recipe, parts = checked_recipe(settings.recipe), named_parts(settings.metric, settings.reducer)
     target = _target(settings, recipe)
     if target and dry_run:
         raise UsageError(
@@ -70,9 +70,10 @@ def compress_checkpoint(name: str, settings: Settings, progress: Progress, dry_r
     if target:
         loaded.model.to(device=device, dtype=dtype)
         check_attention(loaded.model, settings.attention)
-        return _compress_to_target(loaded, recipe, target, settings, notes)
+        return _compress_to_target(loaded, recipe and with_parts(recipe, parts), target, settings, notes)
     where = settings.calibration or settings.data
-    job = CompressionJob(loaded, recipe, notes, settings.calibrate and (where is not None or loaded.is_builtin))
+    images = settings.calibrate and (where is not None or loaded.is_builtin)
+    job = CompressionJob(loaded, recipe, notes, images=images, parts=parts)
     if dry_run:
         if job.has_open_fields:
             notes.note("calibration chooses the score; shown is the score without images")
@@ -146,7 +147,8 @@ def _compress_to_target(
     count = max(_search_images(settings, loaded, goal, amounts.calibration) for goal in goals)
     inputs = load_search_inputs(loaded, settings, count, notes)
     target, *limits = (_without_labels(goal, inputs, notes) for goal in goals)
-    request = SearchRequest(target, _QUICK_EVALUATIONS, seconds=min(settings.seconds, _QUICK_SECONDS))
+    reducers = (settings.reducer,) if settings.reducer else ()
+    request = SearchRequest(target, _QUICK_EVALUATIONS, reducers, seconds=min(settings.seconds, _QUICK_SECONDS))
     found = _search(loaded, recipe, request, settings, inputs, notes)
     if found.result.interrupted:
         raise KeyboardInterrupt
@@ -191,6 +193,8 @@ def _search(  # noqa: PLR0917
 ) -> FinishedSearch:
     family = match(loaded.model)
     start, reducers = start_recipe(recipe, request, loaded, family)
+    if settings.metric:
+        start = with_parts(start, named_parts(settings.metric, None))
     check_components(start)
     check_recipe_model(start, loaded.description)
     notes.note(f"searching for {request.target} on {inputs.description}")

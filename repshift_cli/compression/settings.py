@@ -21,6 +21,7 @@ class Settings:
 
     Attributes:
         recipe: file or shipped name; None for the default schedule.
+        metric, reducer: kinds in place of those of the recipe.
         target: target of a search (`macs=0.65`) that replaces the layers of the recipe; None for the recipe's own
             budget or layers.
         limit: limit of quality (`max-drop=1`) for the schedule that a search for a cost finds.
@@ -36,6 +37,8 @@ class Settings:
     """
 
     recipe: str | None = None
+    metric: str | None = None
+    reducer: str | None = None
     target: SearchTarget | None = None
     limit: SearchTarget | None = None
     load: LoadOptions = field(default_factory=LoadOptions)
