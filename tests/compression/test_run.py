@@ -124,7 +124,7 @@ class TestFile:
     def test_the_default_schedule_is_named(self, dense: Path) -> None:
         report = run(dense, dry_run=True)
         assert [site.layer for site in report.plan.sites] == [0, 1, 2]
-        assert any("no recipe was given" in note and "default --blocks 4" in note for note in report.notes)
+        assert any("no recipe was given" in note and "matching --blocks 4" in note for note in report.notes)
 
     @pytest.mark.slow
     def test_a_model_without_a_head(self, tmp_path: Path) -> None:
@@ -340,7 +340,20 @@ class TestModelInMemory:
         assert str(model._hooks[0].metrics[0]) == "representation_shift (mlp, l2, update, largest)"
 
     def test_the_default_recipe(self) -> None:
-        assert [site.layer for site in compress(tiny_vit()).plan.sites] == [0, 1, 2]
+        plan = compress(tiny_vit()).plan
+        assert [site.layer for site in plan.sites] == [0, 1, 2]
+        assert plan.reducer.kind == "bipartite"  # needs no images
+
+    def test_the_default_recipe_with_images(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Calibration, "accepted", True)
+        plan = compress(tiny_vit(), calibration=images(16)).plan
+        assert plan.reducer.kind == "merge"
+        assert {site.metric.kind for site in plan.sites} <= {"coverage", "grid", "random"}
+
+    def test_the_default_recipe_of_a_model_that_cannot_merge(self) -> None:
+        model = timm.create_model("resnet10t", num_classes=3).eval()
+        plan = compress(model, img_size=64).plan
+        assert (plan.reducer.kind, plan.sites[0].metric.kind) == ("prune", "representation_shift")
 
     def test_calibrated_on_a_tensor(self) -> None:
         from calibration.test_calibrate import planted
@@ -410,3 +423,34 @@ def test_an_unsupported_metric_of_one_layer_is_reported_with_its_line(tmp_path: 
         compress_checkpoint("vit_small_patch16_18x2_224", settings, Silent(), dry_run=True)
     line = int(caught.value.message.split(":")[1])
     assert "class_attention" in Path(path).read_text().splitlines()[line - 1]
+
+
+class TestNamedParts:
+    """`--metric` and `--reducer`."""
+
+    def test_in_place_of_the_default(self, dense: Path) -> None:
+        report = run(dense, reducer="prune", metric="token_norm")
+        assert (report.plan.reducer.kind, report.plan.sites[0].metric.kind) == ("prune", "token_norm")
+        assert any("metric and reducer are as given" in note for note in report.notes)
+
+    def test_in_place_of_those_of_a_recipe(self, dense: Path, tmp_path: Path) -> None:
+        layers = "[{layer: 0, keep_tokens: 9, metric: {kind: class_attention}}]"
+        report = run(dense, recipe=recipe_file(tmp_path, layers=layers), reducer="merge", metric="token_norm")
+        assert (report.plan.reducer.kind, report.plan.sites[0].metric.kind) == ("merge", "token_norm")
+        assert report.plan.sites[0].tokens_out == 10
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"metric": "fited"}, "--metric: unknown metric 'fited'"),
+            ({"reducer": "prun"}, "--reducer: unknown reducer 'prun'"),
+        ],
+    )
+    def test_an_unknown_part(self, options: dict[str, str], message: str, dense: Path) -> None:
+        with pytest.raises(UsageError, match=message) as caught:
+            run(dense, **options)
+        assert "Did you mean" in str(caught.value.hint)
+
+    def test_a_reducer_that_the_model_does_not_support(self, tmp_path: Path) -> None:
+        with pytest.raises(RecipeError, match="merge merges tokens"):
+            run("builtin:cnn-digits", reducer="merge")
