@@ -355,6 +355,10 @@ def _open_images(
     data = open_dataset(given.dataset, given.data_dir, given.limit, given.seed, given.order, unit=unit)
     check_comparison(next(iter(opened.values())), given.compare_dense, given.name)
     models = candidates_of(opened, given.compare_dense, given.against)
+    if given.resume and len({each.preprocessing for each in models.values()}) > 1:
+        raise UsageError(
+            "--resume: the models have different preprocessing", "Leave it out, or evaluate them one by one."
+        )
     if given.zero_shot:
         return given.zero_shot.classifiers(models, opened, given.settings["device"]), given.zero_shot.labelled(data)
     return models, label_for_all(data, opened)
