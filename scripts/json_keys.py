@@ -22,6 +22,7 @@ from typing import Any
 KEYS = Path(__file__).resolve().parents[1] / "tests" / "vectors" / "json_keys.json"
 
 QUICK = ("--seconds", "0.1", "-b", "2", "--threads", "1")
+VIT = "builtin:vit-digits-small"
 TINY = (
     *("--model-args", "num_classes=0", "--model-args", "embed_dim=48", "--model-args", "depth=4"),
     *("--img-size", "64"),
@@ -29,13 +30,13 @@ TINY = (
 """A model that is exported many times in seconds."""
 
 COMMANDS = {
-    "inspect": ("inspect", "builtin:vit-digits"),
+    "inspect": ("inspect", VIT),
     "inspect video": ("inspect", "builtin:umt-shapes"),
-    "compress dry run": ("compress", "builtin:vit-digits", "--dry-run"),
-    "compress": ("compress", "builtin:vit-digits", "-o", "vit.safetensors", "--calibration-images", "64", *QUICK),
+    "compress dry run": ("compress", VIT, "--dry-run"),
+    "compress": ("compress", VIT, "-o", "vit.safetensors", "--calibration-images", "64", *QUICK),
     "compress cnn": ("compress", "builtin:cnn-digits", "-o", "cnn.safetensors", "--calibration-images", "32", *QUICK),
     "compress recover": (
-        *("compress", "builtin:vit-digits-small", "-r", "default", "--recover", "8", "-o", "recovered.safetensors"),
+        *("compress", VIT, "-r", "default", "--recover", "8", "-o", "recovered.safetensors"),
         *("--calibration-images", "128", *QUICK),
     ),
     "inspect compressed": ("inspect", "vit.safetensors"),
@@ -58,10 +59,10 @@ COMMANDS = {
         "p.npz",
     ),
     "eval several": (
-        *("eval", "vit.safetensors", "builtin:vit-digits", "--dataset", "builtin:digits", "--limit", "20"),
+        *("eval", "vit.safetensors", VIT, "--dataset", "builtin:digits", "--limit", "20"),
         *("--against", "random"),
     ),
-    "eval dense": ("eval", "builtin:vit-digits", "--limit", "20"),
+    "eval dense": ("eval", VIT, "--limit", "20"),
     "compress encoder": (
         *("compress", "vit_tiny_patch16_224", *TINY, "-o", "encoder.safetensors", "--no-calibrate", *QUICK),
     ),
@@ -71,15 +72,15 @@ COMMANDS = {
     "compare": ("compare", "p_dense.npz", "p.npz"),
     "advise": ("advise", "encoder.safetensors", "--data", "builtin:digits", "--images", "8", *QUICK),
     "search": (
-        *("search", "builtin:vit-digits", "--target", "macs=0.6", "--images", "32", "--evaluations", "6"),
+        *("search", VIT, "--target", "macs=0.6", "--images", "32", "--evaluations", "6"),
         *("-o", "found.yaml", "--save", "found.safetensors", "--state", "state.json", *QUICK),
     ),
     "sweep": (
-        *("sweep", "builtin:vit-digits-small", "--ratios", "0.3", "--metrics", "token_norm,random", "--images", "16"),
+        *("sweep", VIT, "--ratios", "0.3", "--metrics", "token_norm,random", "--images", "16"),
         *("--reducers", "prune,vid_tldr", "-b", "2", "--threads", "1", "-o", "swept"),
     ),
     "compress to a target": (
-        *("compress", "builtin:vit-digits", "--target", "macs=0.6", "-o", "target.safetensors", "--calibration-images"),
+        *("compress", VIT, "--target", "macs=0.6", "-o", "target.safetensors", "--calibration-images"),
         *("32", "--data", "builtin:digits", *QUICK),
     ),
     "export onnx": ("export", "vit.safetensors", "--to", "onnx"),
