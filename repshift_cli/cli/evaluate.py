@@ -233,7 +233,8 @@ def command(
     with rank_zero_errors():
         names = options.label_models(models or [_DEFAULT_MODEL])
         baselines = options.split_values(against or [])
-        first, several = next(iter(names.values())), len(names) > 1 or bool(baselines)
+        label, first = next(iter(names.items()))
+        several = len(names) > 1 or bool(baselines)
         for option, value in (("--embeddings", embeddings), ("--save-predictions", save_predictions)):
             if several and value is not None:
                 raise UsageError(f"{option} is for one model, without --against", _ALONE)
@@ -283,13 +284,13 @@ def command(
                 screen.note(note)
             texts = [label for label, each in opened.items() if not zero_shot and _takes_texts(each)]
             if of_embeddings is not None:
-                evaluate_embeddings(*opened.values(), given, video, of_embeddings, screen)
+                evaluate_embeddings(opened[label], given, video, of_embeddings, screen)
             elif not texts:
                 _evaluate_images(opened, given, video, screen, group)
             elif several:
                 raise UsageError(f"{texts[0]} takes videos with texts, and is evaluated alone", _ALONE)
             else:
-                evaluate_videos(*opened.values(), given, video, screen)
+                evaluate_videos(opened[label], given, video, screen)
 
 
 def _takes_texts(opened: Opened) -> bool:
@@ -355,6 +356,10 @@ def _open_images(
     data = open_dataset(given.dataset, given.data_dir, given.limit, given.seed, given.order, unit=unit)
     check_comparison(next(iter(opened.values())), given.compare_dense, given.name)
     models = candidates_of(opened, given.compare_dense, given.against)
+    if given.resume and len({each.preprocessing for each in models.values()}) > 1:
+        raise UsageError(
+            "--resume: the models have different preprocessing", "Leave it out, or evaluate them one by one."
+        )
     if given.zero_shot:
         return given.zero_shot.classifiers(models, opened, given.settings["device"]), given.zero_shot.labelled(data)
     return models, label_for_all(data, opened)

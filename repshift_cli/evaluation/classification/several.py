@@ -90,16 +90,12 @@ def evaluate_passes(models: Mapping[str, Candidate], dataset: ImageDataset, **se
     If a later pass is interrupted, the result has the models of those before it.
 
     Raises:
-        CheckFailed: other images could be read in one pass than in another; or as `evaluate`, with its other errors.
-        UsageError: `resume` is given and there are several passes.
+        CheckFailed: other images could be read in one pass than in another; or as `evaluate`, with its other errors. A
+            `resume` is for one pass.
     """
     groups: dict[Preprocessing, dict[str, nn.Module]] = {}
     for name, candidate in models.items():
         groups.setdefault(candidate.preprocessing, {})[name] = candidate.module
-    if len(groups) > 1 and settings.get("resume"):
-        raise UsageError(
-            "--resume: the models have different preprocessing", "Leave it out, or evaluate them one by one."
-        )
     passes: list[Evaluation] = []
     for preprocessing, modules in groups.items():
         try:
