@@ -20,7 +20,6 @@ import base64
 import copy
 import json
 import math
-import os
 import tempfile
 import time
 import zlib
@@ -58,7 +57,7 @@ from repshift_cli.search.target import SearchTarget
 from repshift_cli.utils.progress import Silent
 from repshift_cli.utils.stats import mcnemar, paired_difference, percent_interval
 
-FOLDER = Path(os.environ.get("REPSHIFT_FASHION", Path(__file__).resolve().parent / "fashion"))
+FOLDER = Path(__file__).resolve().parent / "fashion"
 RATIOS = (0.8, 0.65, 0.5, 0.35)
 LAYERS = (0, 3, 6)
 BATCH = 50
