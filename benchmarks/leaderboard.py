@@ -373,6 +373,8 @@ def page(names: Sequence[str], threads: int) -> None:
         )
         for ratio in sorted({at for _, at in board.rows if at < 1}, reverse=True):
             body += [f"### {ratio} of the MACs", ratio_table(board, ratio, dense, labels, study.dense_macs)]
+        if found := two_plans(board, labels):
+            body += ["### Two plans", found, TWO_PLANS_NOTE]
     machine = f"{device_name(torch.device('cpu'))}, float32, {threads} threads; onnxruntime {version('onnxruntime')}"
     publish("leaderboard", "Quality on real images at equal cost", machine, body, dry_run=False)
 
@@ -383,6 +385,37 @@ NOTE = (
     "(McNemar's exact test, p >= 0.05). *Emptied*: windows of 2x2 patches of which no token is left. *Batch*: speed-up "
     "in ONNX Runtime, median of the dense model over that of the row."
 )
+
+
+TWO_PLANS_NOTE = (
+    "All images take the shorter plan, and those with the smallest margins of it take the longer one too, so many that "
+    "the mean MACs are those of the single plan. Both are the best rows of the searches and of the grid at their ratio."
+)
+
+
+def two_plans(board: Board, labels: np.ndarray) -> str:
+    """Easy images by a short plan, the others also by a longer one, at the mean MACs of one plan."""
+
+    def best(ratio: float) -> str:
+        rows = [name for name, at in board.rows if at == ratio and board.rows[name, at].get("plan")]
+        return max(rows, key=lambda name: (board.values(name, ratio) == labels).sum())
+
+    cells = []
+    for short, single, long in ((0.35, 0.5, 0.65), (0.35, 0.5, 0.8), (0.35, 0.5, 1.0)):
+        if not {short, single, long} <= {at for _, at in board.rows}:
+            continue
+        names = [best(short), best(single), best(long) if long < 1 else "dense"]
+        costs = [board.rows[name, at]["macs"] for name, at in zip(names, (short, single, long), strict=True)]
+        count = int(len(labels) * (costs[1] - costs[0]) / costs[2])
+        hard = board.values(names[0], short, "margins").argsort(kind="stable")[:count]
+        classes = board.values(names[0], short).copy()
+        classes[hard] = board.values(names[2], long)[hard]
+        both, one = classes == labels, board.values(names[1], single) == labels
+        chance = mcnemar(int((one & ~both).sum()), int((both & ~one).sum()))
+        share = f"{count / len(labels):.0%}"
+        cells.append([f"{short} and {long}", share, f"{both.mean():.2%}", f"{one.mean():.2%}", f"{chance:.3f}"])
+    columns = ["plans", "take both", "top-1", f"one plan, {RATIOS[2]}", "p"]
+    return table(columns, cells) if cells else ""
 
 
 def ratio_table(board: Board, ratio: float, dense: np.ndarray, labels: np.ndarray, dense_macs: int) -> str:
