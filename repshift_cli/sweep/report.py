@@ -327,7 +327,8 @@ def _means(results: Sequence[Result], measure: Measure, images: int) -> list[flo
 
 def _by_image(results: Sequence[Result], measure: Measure, images: int) -> NDArray[np.float64]:
     """The mean over the results of each image, `[images]`."""
-    return np.mean([from_bits(getattr(each, measure), images) for each in results], axis=0)
+    found: NDArray[np.float64] = np.mean([from_bits(getattr(each, measure), images) for each in results], axis=0)
+    return found
 
 
 def _tex(text: str) -> str:
