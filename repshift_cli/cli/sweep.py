@@ -94,7 +94,7 @@ def command(
     threads: options.Threads = None,
     json: options.AsJson = False,
 ) -> None:
-    """Compare scores and reducers: quality over MACs, with intervals, as tables and a plot."""
+    """Compare scores and reducers over MACs: tables and a plot."""
     with rank_zero_errors():
         from repshift_cli.planning.recipe import ComponentSpec
         from repshift_cli.sweep.results import check_folder

@@ -12,7 +12,7 @@ from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.compression.job import CompressionJob
 from repshift_cli.compression.notes import Notes
 from repshift_cli.errors import RecipeError, UsageError
-from repshift_cli.planning.recipe import ComponentSpec, LayerDrop, Place, Recipe, StrictModel, default_recipe, validate
+from repshift_cli.planning.recipe import ComponentSpec, LayerDrop, Place, Recipe, StrictModel, scaled_recipe, validate
 from repshift_cli.reduction.compressed_model import attach
 from repshift_cli.reduction.families.base import match
 from repshift_cli.reduction.metrics.base import build_metric
@@ -92,7 +92,7 @@ def combinations_of(
         check_ranges(seed=seed)
     if not layers:
         sites = [site.layer for site in match(loaded.model).layout(loaded.model).sites]
-        layers = [drop.layer for drop in default_recipe(len(sites), sites).layers]
+        layers = [drop.layer for drop in scaled_recipe("paper", len(sites), sites).layers]
     found: dict[Combination, None] = {}
     for (cost, amount), metric, reducer, seed in product(amounts, metrics, reducers, seeds):
         scored = build_reducer(reducer).scored

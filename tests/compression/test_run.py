@@ -453,4 +453,4 @@ class TestNamedParts:
 
     def test_a_reducer_that_the_model_does_not_support(self, tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match="merge merges tokens"):
-            run("builtin:cnn-digits", reducer="merge")
+            run("builtin:cnn-digits", reducer="merge", load=LoadOptions())

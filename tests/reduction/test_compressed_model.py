@@ -44,7 +44,7 @@ from repshift_cli.reduction.reducers.base import Merged
 
 def tensors_of(model: nn.Module) -> set[str]:
     """The tensors that a block of this model provides to metrics."""
-    return {"block_input", "block_output", *match(model).sites(model)[0].probes}
+    return {"block_input", "block_output", "patch_place", *match(model).sites(model)[0].probes}
 
 
 REFUSED = [

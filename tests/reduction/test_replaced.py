@@ -9,8 +9,8 @@ import torch
 from tiny import compressed, images, tiny_vit
 from torch import Tensor, nn
 
-from repshift_cli.benchmark.baselines import dense_copy, shared_copy
 from repshift_cli.errors import ModelError
+from repshift_cli.reduction.baselines import dense_copy, shared_copy
 from repshift_cli.reduction.compressed_model import CompressedModel, detach
 
 NAMES = ("norm.weight", "blocks.1.mlp.fc1.bias", "head.weight")

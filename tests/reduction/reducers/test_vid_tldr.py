@@ -148,7 +148,10 @@ class TestAttentionEntropy:
         assert AttentionEntropy().keeps_largest
 
     def test_costs_the_whole_map(self) -> None:
-        assert AttentionEntropy().macs(197, 384) == 197 * 197 * 384
+        assert (
+            AttentionEntropy().macs(197, SiteContext(0, 1, True, width=384, head=64, attention_channels=384))
+            == 197 * 197 * 384
+        )
 
 
 class TestSaliency:
