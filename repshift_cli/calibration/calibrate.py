@@ -276,8 +276,9 @@ def calibrate(
 
 def covering(metric: Metric, site: Site, planned: PlanSite) -> list[Metric]:
     """Candidates that leave no region empty: by similarity, at random, and last by position where it is known."""
-    own: list[Metric] = [] if planned.grid_in else [Coverage(of=inner(metric).spec())]  # costly on a large map
-    found = [*own, Random(seed=len(_RANDOM_SEEDS)), Grid()]
+    # a map of similarities is costly for a large feature map
+    own = [] if planned.grid_in or isinstance(metric, Coverage) else [Coverage(of=metric.spec())]
+    found: list[Metric] = [*own, Random(seed=len(_RANDOM_SEEDS)), Grid()]
     return [candidate for candidate in found if feeds(candidate, site, planned.after)]
 
 
