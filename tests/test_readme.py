@@ -23,7 +23,7 @@ def commands_in(text: str) -> list[str]:
     return [
         line.removeprefix("$ ").partition("#")[0].strip()
         for block in re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-        for line in block.replace("\\\n", " ").splitlines()
+        for line in block.replace("\\\n", "").splitlines()
         if line.removeprefix("$ ").startswith("repshift ")
     ]
 

@@ -295,7 +295,7 @@ def _show_summary(
     names = {"torch": "", "onnx": ", ONNX Runtime"}
     speeds = [f"batch {ratio.batch}{names[key]}: {ratio.speedup}" for key in timings for ratio in timings[key].ratios]
     if "onnx" not in timings:
-        speeds.append(f"batch {_EXPORTED_BATCH}: not timed: {_INSTALL}")
+        speeds.append(f"batch {_EXPORTED_BATCH}: needs ONNX Runtime: {_INSTALL}")
     lines += [f"{'' if index else 'speed':10}{text}" for index, text in enumerate(speeds)]
     lines += [
         f"files     {files.folder}/",

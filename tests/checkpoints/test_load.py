@@ -24,7 +24,7 @@ import repshift_cli
 from repshift_cli.checkpoints.build import build
 from repshift_cli.checkpoints.builtin import BUILTIN
 from repshift_cli.checkpoints.load import load_checkpoint
-from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription, differing_tensors
+from repshift_cli.checkpoints.loaded import LoadedModel, ModelDescription
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.checkpoints.weights import read_weights
 from repshift_cli.data.preprocessing import Preprocessing
@@ -270,7 +270,9 @@ class TestNames:
 
     def test_what_models_share_is_stored_once(self) -> None:
         first, second = (load_checkpoint(name) for name in ("builtin:umt-shapes", "builtin:umt-shapes-qa"))
-        assert len(differing_tensors(first.tensors, second.tensors)) < len(first.tensors) / 2
+        shared = [key for key in first.tensors.keys() & second.tensors.keys() if first.tensors[key].ndim > 1]
+        assert len(shared) > 50
+        assert all(first.tensors[key].equal(second.tensors[key]) for key in shared)
         assert first.source.sha256 != second.source.sha256
 
     def test_a_model_name_that_timm_does_not_have(self, model: nn.Module, tmp_path: Path) -> None:

@@ -154,6 +154,6 @@ def test_without_onnx_runtime_the_summary_says_what_to_install(capsys: pytest.Ca
     timing: Any = SimpleNamespace(ratios=[SimpleNamespace(batch=32, speedup="1.90x faster")])
     _show_summary(evaluation, {"torch": timing}, {"dense": 10**9, "compressed": 4 * 10**8}, _Files(Path("demo")), 50.0)
     printed = capsys.readouterr().out
-    assert "batch 32: 1.90x faster\n          batch 1: not timed: pip install" in printed
+    assert "batch 32: 1.90x faster\n          batch 1: needs ONNX Runtime: pip install" in printed
     assert ".onnx" not in printed
     assert max(map(len, printed.splitlines())) <= 80
