@@ -14,8 +14,7 @@ from outcome import Command, Outcome
 
 from repshift_cli.benchmark import run as benchmark
 from repshift_cli.benchmark.report import BenchReport
-from repshift_cli.cli import bench
-from repshift_cli.cli.options import label_models
+from repshift_cli.cli import bench, options
 from repshift_cli.errors import UsageError
 
 QUICK = ("--seconds", "0", "--min-runs", "2", "--threads", "1")
@@ -289,14 +288,14 @@ class TestParsing:
             bench._batch_sizes([text])
 
     def test_labels(self) -> None:
-        assert label_models(["x/a.safetensors", "y/b.pth", "vit.v2"]) == {
+        assert options.label_models(["x/a.safetensors", "y/b.pth", "vit.v2"]) == {
             "a": "x/a.safetensors",
             "b": "y/b.pth",
             "vit.v2": "vit.v2",
         }
-        assert list(label_models(["x/a.pt", "y/a.pt"])) == ["x/a.pt", "y/a.pt"]
+        assert list(options.label_models(["x/a.pt", "y/a.pt"])) == ["x/a.pt", "y/a.pt"]
         with pytest.raises(UsageError, match="a model is given twice"):
-            label_models(["a.pt", "a.pt"])
+            options.label_models(["a.pt", "a.pt"])
 
 
 class TestCompile:
