@@ -138,7 +138,7 @@ def contenders_of(opened: Mapping[str, Opened]) -> list[Contender]:
 def _exported_contenders(exported: Mapping[str, OpenedExport]) -> Iterator[Contender]:
     """Exported files, dense ones first; others are compared with a dense float file of the same kind and weights."""
     keys = {
-        label: (each.runtime.document.kind, each.weights, each.loaded.description.preprocessing.shape)
+        label: (each.runtime.document.kind, each.weights_id, each.loaded.description.preprocessing.shape)
         for label, each in exported.items()
     }
     plain = {label for label, each in exported.items() if not (each.reduced or each.runtime.document.quantized)}

@@ -282,7 +282,7 @@ class OpenedExport(Opened):
         return self.runtime.document.plan is not None
 
     @property
-    def weights(self) -> str:
+    def weights_id(self) -> str:
         """Identity of the weights: their hash, or the name of the model without a file."""
         document = self.runtime.document
         return document.source.sha256 or document.model.name

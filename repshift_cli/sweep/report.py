@@ -83,7 +83,7 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         one, ratios = self.combination, [each.ratio for each in self.results if each.ratio is not None]
         clear = [each.clear for each in self.results if each.clear is not None]
-        document = {
+        document: dict[str, Any] = {
             "cost": one and one.cost,
             "amount": one and one.amount,
             "layers": one and list(one.layers),
@@ -118,7 +118,7 @@ class Unsupported:
         """Each metric, reducer and reason once."""
         found: dict[tuple[str | None, str, str], dict[float, None]] = {}
         for one, error in refused:
-            key = (one.metric and label(one.metric), label(one.reducer), error.message)
+            key = (label(one.metric) if one.metric else None, label(one.reducer), error.message)
             found.setdefault(key, {})[one.amount] = None
         return tuple(Unsupported(*key[:2], tuple(amounts), key[2]) for key, amounts in found.items())
 

@@ -197,7 +197,7 @@ class _Run:
     def key(self, combination: Combination | None) -> str:
         """The key of its result."""
         batch = self._calibration(combination)
-        return key_of(combination, batch and batch.identity["sha256"])
+        return key_of(combination, None if batch is None else batch.identity["sha256"])
 
     def _calibration(self, combination: Combination | None) -> ImageBatch | None:
         if combination is None or combination.seed is None or not combination.calibrated:
@@ -234,7 +234,7 @@ class _Run:
             compressed.detach()
         return Result(
             combination=combination,
-            calibration=batch and batch.identity["sha256"],
+            calibration=None if batch is None else batch.identity["sha256"],
             ratio=ratio,
             macs=macs,
             clear=clear,
