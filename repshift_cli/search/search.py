@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import product
 
 import torch
 from torch import nn
@@ -39,10 +38,6 @@ _MIN_IMAGES = 16
 
 _SITE_LIMITS = (2, 3, 4, 6)
 """Numbers of sites of the first schedules, besides one without a limit: the additive model uses too many sites."""
-
-_SPREAD_SHARES, _SPREAD_POWERS, _SPREAD_DEPTH = (0.7, 1.0), (0.7, 1.0, 2.0), 0.8
-"""Schedules over many sites: the share of the sites that drop tokens, the power by which the dropped share grows with
-depth, and that share at the end, before they are scaled to the budget."""
 
 _BATCH = 4
 """Neighbours per step. The last one is drawn at random."""
@@ -210,7 +205,6 @@ def _improve(state: SearchState) -> None:
     half = state.settings.evaluations // 2
     generator = random.Random(state.settings.seed)  # noqa: S311 (a search, not a secret)
     _compare_with_paper(state)
-    _try_shapes(state)
     _refine(state, half, generator)
     _try_reducers(state)
     _refine(state, state.settings.evaluations - half, generator)
@@ -241,23 +235,6 @@ def _choose_metrics_again(state: SearchState) -> None:
     state.keep(state.evaluator.try_candidates([changed]))
     if state.found.candidate is not best or (changed is not None and changed.key == best.key):
         state.method = replace(state.method, metrics=metrics)
-
-
-def _try_shapes(state: SearchState) -> None:
-    """Try few tokens at each of many sites: the additive model does not see that their harm is less than its sum."""
-    best, tokens, costs = state.found.candidate, state.planner.tokens, state.costs
-    budget = state.target.budget if state.target.limits_cost else best.macs
-    method = state.method.along(best.plan)
-    sites = len(costs.by_macs(method.reducer).worthwhile)
-    candidates = []
-    for share, power in product(_SPREAD_SHARES, _SPREAD_POWERS):
-        last = max(2, round(share * sites))
-        kept = tuple(
-            round(tokens * (1 - _SPREAD_DEPTH * min(1.0, (site + 1) / last) ** power))
-            for site in range(costs.macs.sites)
-        )
-        candidates.append(costs.on_budget(kept, budget, method, "spread"))
-    state.keep(state.evaluator.try_candidates(candidates))
 
 
 def _compare_with_paper(state: SearchState) -> None:
