@@ -46,6 +46,12 @@ def check_plan(
             )
         for metric in site_metrics:
             check_feeds(metric, site, planned.after)
+            if planned.grid_in and metric.pairwise:
+                raise RecipeError(
+                    f"{metric.kind} needs to compare all positions of a map with each other at {site.name}, which "
+                    "costs more than the layers",
+                    "Use representation_shift or fitted.",
+                )
             if site.width and metric.channels not in (None, site.width):
                 raise RecipeError(
                     f"{metric.kind} has weights for {metric.channels} channels, and tokens at {site.name} have "

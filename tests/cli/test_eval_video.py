@@ -176,7 +176,8 @@ class TestRetrieval:
             assert part in done.stderr
         assert "shorter than a clip" in done.stderr
         stopped = cli(*arguments, "--strict")
-        assert (stopped.rc, stopped.stdout) == (4, "")
+        assert stopped.rc == 4
+        assert json.loads(stopped.stdout)["exit_code"] == 4
         assert "00003.mp4" in stopped.stderr
         _shape_videos.write_clip(np.zeros((4, 32, 32, 3), np.uint8), videos / "00003.mp4")
         stopped = cli(*arguments, "--strict")

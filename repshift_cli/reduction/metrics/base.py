@@ -52,10 +52,12 @@ class SiteContext:
 class Metric(StrictModel, ABC):
     """A score. Its fields are the keys under `metric` in a recipe.
 
-    A field that is None is open: calibration chooses one of `variants`, else `with_defaults` fills it.
+    A field that is None is open: calibration chooses one of `variants`, else `with_defaults` fills it. `pairwise` is
+    whether it compares all tokens with each other, which is refused for feature maps.
     """
 
     kind: ClassVar[str]
+    pairwise: ClassVar[bool] = False
     polarity: Polarity | None = "largest"
 
     @abstractmethod

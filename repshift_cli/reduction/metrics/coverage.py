@@ -34,6 +34,7 @@ class Coverage(Metric):
     """
 
     kind: ClassVar[str] = "coverage"
+    pairwise: ClassVar[bool] = True
 
     of: ComponentSpec = ComponentSpec(kind="fitted")
     weight: Annotated[StrictFloat, Field(ge=0, le=100)] = 0.5

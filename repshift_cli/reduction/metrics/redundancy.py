@@ -33,6 +33,7 @@ class Redundancy(Metric):
     """
 
     kind: ClassVar[str] = "redundancy"
+    pairwise: ClassVar[bool] = True
 
     similarity: Literal["hidden", "keys"] = "hidden"
     margin: Margin | None = None
