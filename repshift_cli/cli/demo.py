@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -296,7 +297,9 @@ def _show_summary(
     speeds = [f"batch {ratio.batch}{names[key]}: {ratio.speedup}" for key in timings for ratio in timings[key].ratios]
     if "onnx" not in timings:
         speeds.append(f"batch {_EXPORTED_BATCH}: needs ONNX Runtime: {_INSTALL}")
-    lines += [f"{'' if index else 'speed':10}{text}" for index, text in enumerate(speeds)]
+    for index, text in enumerate(speeds):
+        first = f"{'' if index else 'speed':10}"
+        lines += wrap(text, _WIDTH, initial_indent=first, subsequent_indent=" " * 12, break_on_hyphens=False)
     lines += [
         f"files     {files.folder}/",
         f"{'':12}{files.model.name:34}the compressed model",
