@@ -21,7 +21,8 @@ def describe_tokens(tokens: int, grid: Sequence[int] | None) -> str:
 
 
 def describe_metric(metric: Mapping[str, object]) -> str:
-    """`mlp, l2, update, largest` for representation shift, kind and options for others."""
-    options = [str(value) for key, value in metric.items() if key != "kind"]
+    """`mlp, l2, update, largest` for representation shift, kind and options for others, of a score inside its kind."""
+    parts = (value["kind"] if isinstance(value, Mapping) else value for key, value in metric.items() if key != "kind")
+    options = [str(part) for part in parts]
     values = ", ".join(option for option in options if len(option) <= _LONGEST_OPTION)
     return values if metric["kind"] == "representation_shift" else f"{metric['kind']} ({values})"

@@ -15,10 +15,13 @@ EXACT = "last block: exact (prefix tokens only; outputs are those of the full bl
 
 def show_sites(plan: Plan, title: str) -> None:
     """Print the metric and the tokens of each site."""
+    from repshift_cli.reduction.reducers.base import build_reducer
+
+    scored = build_reducer(plan.reducer).scored
     rows = [
         [
             site.site,
-            describe_metric(site.metric.model_dump()),
+            describe_metric(site.metric.model_dump()) if scored else "not used",
             describe_tokens(site.tokens_in, site.grid_in),
             describe_tokens(site.tokens_out, site.grid_out),
         ]
