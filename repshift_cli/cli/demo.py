@@ -248,10 +248,10 @@ class _Demo:
 
 
 def _command_lines(words: list[str]) -> list[str]:
-    """A command behind a prompt; long lines break before an option."""
-    parts: list[str] = []
-    for word in map(shlex.quote, words):
-        if word.startswith("-") or not parts:
+    """A command behind a prompt; long lines break before an option or a file, not behind an option."""
+    parts = [" ".join(words[:2])]
+    for word in map(shlex.quote, words[2:]):
+        if word.startswith("-") or not parts[-1].startswith("-"):
             parts.append(word)
         else:
             parts[-1] += f" {word}"
