@@ -16,7 +16,7 @@ from repshift_cli.checkpoints.loaded import LoadedModel
 from repshift_cli.checkpoints.options import LoadOptions
 from repshift_cli.compression.inputs import load_job_inputs
 from repshift_cli.compression.job import CompressionJob, load_dense, show_assumptions, wrap_module
-from repshift_cli.compression.notes import Notes, not_calibrated
+from repshift_cli.compression.notes import UNCHECKED, Notes, not_calibrated
 from repshift_cli.compression.recipe import checked_recipe, require_layers
 from repshift_cli.compression.run import search_loaded
 from repshift_cli.compression.settings import Settings
@@ -78,6 +78,8 @@ def compress(
             )
         advice = "Give images of the model's own kind: calibration=FOLDER or a tensor"
         warnings.warn(not_calibrated("there are no images", advice), stacklevel=2)
+    elif calibration is None and recipe is None:
+        warnings.warn(UNCHECKED, stacklevel=2)
     if calibration is not None and job.has_open_fields:
         if isinstance(calibration, Tensor):
             found = job.calibrate(calibration, {"where": "tensor", "count": len(calibration)}, batch_size=16)

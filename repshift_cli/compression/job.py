@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,18 +102,18 @@ class CompressionJob:
 
     def _default_recipe(self, images: bool) -> Recipe:
         """Without a recipe: the best one of docs/results/leaderboard.md that the model and the images allow."""
-        layers = [site.layer for site in self.family.layout(self.loaded.model).sites]
-        kind, blocks = "default", len(layers)
+        layers, kind = self._layers, "default"
         if not images:
             kind = "paper" if self._parts else "matching"
-        recipe = self._scaled(kind, layers)
+        recipe = with_parts(self._scaled(kind), self._parts)
         try:
             resolve_for(self.loaded.model, recipe)
         except RecipeError:  # tokens of the model cannot be merged
             if "reducer" in self._parts:
                 raise
             kind = "paper"
-            recipe = self._scaled(kind, layers)
+            recipe = with_parts(self._scaled(kind), self._parts)
+        blocks = len(layers)
         schedule = ", ".join(f"{{layer: {drop.layer}, drop_ratio: {drop.drop_ratio}}}" for drop in recipe.layers)
         if layers == list(range(blocks)):
             schedule = f"to see or change it: repshift recipes show {kind} --blocks {blocks}"
@@ -121,17 +121,19 @@ class CompressionJob:
         self.notes.note(f"no recipe was given: {why}, at the paper's schedule scaled to {blocks} blocks ({schedule})")
         return recipe
 
-    def _scaled(self, kind: str, layers: Sequence[int]) -> Recipe:
+    @property
+    def _layers(self) -> list[int]:
+        return [site.layer for site in self.family.layout(self.loaded.model).sites]
+
+    def _scaled(self, kind: str) -> Recipe:
         restore = self.family.needs_restore(self.loaded.model) is not None
-        return with_parts(scaled_recipe(kind, len(layers), layers, restore), self._parts)
+        return scaled_recipe(kind, len(self._layers), self._layers, restore)
 
     def _paper_plan(self) -> Plan | None:
         """Without a recipe, the plan of the paper's choice to compare with."""
         if not self._by_default:
             return None
-        layers = [site.layer for site in self.family.layout(self.loaded.model).sites]
-        restore = self.family.needs_restore(self.loaded.model) is not None
-        return resolve_for(self.loaded.model, scaled_recipe("paper", len(layers), layers, restore))
+        return resolve_for(self.loaded.model, self._scaled("paper"))
 
     def _check_feeds(self) -> None:
         for planned in self.plan.sites:

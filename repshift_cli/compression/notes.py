@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from repshift_cli.utils.progress import Progress
 
+UNCHECKED = (
+    "NOT CHECKED: there are no images. Similar tokens are merged; whether the predictions of this model stay was not "
+    "measured. Give images of the model's own kind: calibration=FOLDER or a tensor"
+)
+"""The warning of the Python API for a model that is merged without images."""
+
 
 def not_calibrated(why: str, advice: str) -> str:
     """The warning that open fields of a metric get the values of the paper."""
