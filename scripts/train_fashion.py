@@ -1,11 +1,13 @@
 """Train the models of the benchmark on real images, Fashion-MNIST, on a CPU.
 
-    python scripts/train_fashion.py vit_100 --threads 2
-    python scripts/train_fashion.py vit_196 --threads 2 --start benchmarks/fashion/vit_100.safetensors
-    python scripts/train_fashion.py cnn --minutes 20
+    python scripts/train_fashion.py cnn --threads 2
+    python scripts/train_fashion.py vit_100 --threads 2 --teacher benchmarks/fashion/cnn.safetensors
+    python scripts/train_fashion.py vit_196 --threads 2 --start benchmarks/fashion/vit_100.safetensors \
+        --teacher benchmarks/fashion/cnn.safetensors
 
 Objects fill the images, so all tokens matter. `vit_100` has 10x10 patches and the mean of the tokens, `vit_196` 14x14
-patches and a class token, both 12 blocks. `cnn` is a narrow ResNet-18.
+patches and a class token, both 12 blocks. `cnn` is a narrow ResNet-18, and can teach them: half of the loss is then the
+cross entropy with its probabilities for the same augmented images (Touvron et al. 2021, DeiT, soft distillation).
 
 The ViTs learn on small images first, with fewer tokens and an interpolated position table. Their attention starts as in
 Trockman and Kolter 2023 (mimetic initialisation), and the matrices of their blocks are trained with orthogonal updates
@@ -35,6 +37,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, pad
 
 from repshift_cli.checkpoints.create import create
+from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.checkpoints.loaded import ModelDescription
 from repshift_cli.checkpoints.weights import METADATA_KEY
 from repshift_cli.data.preprocessing import Preprocessing
@@ -101,7 +104,7 @@ SETUPS = {
         side=28,
         epochs=3,
         seed=1,
-        sides=((0.5, 14), (0.8, 20)),
+        sides=((0.4, 20),),
     ),
     "cnn": Setup(architecture="resnet18", args=RESNET, side=56, epochs=8, seed=2, shift=4),
 }
@@ -225,8 +228,22 @@ def model_input(images: Tensor, side: int) -> Tensor:
     """Normalised images, float32 `[B, 3, side, side]`."""
     scaled = images[:, None].float().div_(255).sub_(MEAN).div_(STD)
     if side != images.shape[-1]:
-        scaled = interpolate(scaled, (side, side), mode="bilinear", antialias=True)
+        mode = "bilinear" if side < images.shape[-1] else "bicubic"
+        scaled = interpolate(scaled, (side, side), mode=mode, antialias=True)
     return scaled.expand(-1, 3, -1, -1)
+
+
+class Teacher:
+    """A trained model whose probabilities are learned, float32 `[B, classes]`."""
+
+    def __init__(self, path: Path) -> None:
+        loaded = load_checkpoint(str(path))
+        self.model = loaded.model.to(memory_format=torch.channels_last)
+        self.side = loaded.description.preprocessing.input_size[1]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.model(model_input(images, self.side)).softmax(-1)
 
 
 class Training:
@@ -236,10 +253,13 @@ class Training:
         identity: what a checkpoint must agree on to be continued.
     """
 
-    def __init__(self, setup: Setup, model: nn.Module, identity: dict[str, Any]) -> None:
+    def __init__(
+        self, setup: Setup, model: nn.Module, identity: dict[str, Any], rate: float, teacher: Teacher | None
+    ) -> None:
         self.setup = setup
         self.model = model
         self.identity = identity
+        self.teacher = teacher
         self.done = 0
         named = dict(model.named_parameters())
         matrices = {key: one for key, one in named.items() if key.startswith("blocks.") and one.ndim == 2}
@@ -247,14 +267,18 @@ class Training:
         decayed = [one for one in others if one.ndim > 1 and one is not named.get("pos_embed")]
         kept = [one for one in others if not any(one is other for other in decayed)]
         groups = [{"params": decayed, "weight_decay": setup.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
-            (torch.optim.AdamW(groups, lr=setup.learning_rate, betas=(0.9, 0.98), fused=True), setup.learning_rate)
-        ]
+        adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [(adamw, rate * setup.learning_rate)]
         if matrices:
-            self.optimizers.append((Muon(matrices.values(), setup.matrix_rate), setup.matrix_rate))
+            matrix_rate = rate * setup.matrix_rate
+            self.optimizers.append((Muon(matrices.values(), matrix_rate), matrix_rate))
 
     def backward(self, images: Tensor, labels: Tensor, side: int) -> float:
-        loss = cross_entropy(self.model(model_input(images, side)), labels, label_smoothing=0.1)
+        logits = self.model(model_input(images, side))
+        if self.teacher is None:
+            loss = cross_entropy(logits, labels, label_smoothing=0.1)
+        else:
+            loss = (cross_entropy(logits, labels) + cross_entropy(logits, self.teacher(images))) / 2
         loss.backward()
         return loss.item()
 
@@ -298,7 +322,7 @@ class Training:
 
 def epochs_within(minutes: float, setup: Setup, model: nn.Module, images: Tensor, labels: Tensor) -> int:
     """The number of epochs that fit, by the time of a few steps at each size of images."""
-    probe = Training(setup, copy.deepcopy(model).train(), {})
+    probe = Training(setup, copy.deepcopy(model).train(), {}, 1.0, None)
     step = begin = 0.0
     for end, side in (*setup.sides, (1.0, setup.side)):
         seconds = []
@@ -340,6 +364,8 @@ def parse() -> argparse.Namespace:
     length.add_argument("--minutes", type=float, help="time budget; the number of epochs is measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--start", type=Path, help="weights of another ViT to start from")
+    parser.add_argument("--teacher", type=Path, help="checkpoint of a model to learn from")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor of the learning rates")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint")
     parser.add_argument("--checkpoint", type=Path, help="default: OUTPUT.ckpt")
     parser.add_argument("--output", type=Path, help="default: benchmarks/fashion/NAME.safetensors")
@@ -368,7 +394,10 @@ def main() -> None:
         epochs = epochs_within(given.minutes, setup, model, images, labels)
     else:
         epochs = given.epochs or setup.epochs
-    run = Training(setup, model, {"name": given.name, "epochs": epochs, "images": len(images)})
+    teacher = None if given.teacher is None else Teacher(given.teacher)
+    identity = {"name": given.name, "epochs": epochs, "images": len(images)}
+    identity |= {"teacher": str(given.teacher), "rate": given.rate}
+    run = Training(setup, model, identity, given.rate, teacher)
     if resumed:
         run.resume(checkpoint)
     while run.done < epochs:

@@ -73,7 +73,10 @@ def test_training(script: ModuleType, tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(SystemExit, match="checkpoint of another run"):
         train("vit_100", "parts.safetensors", "--resume", "--epochs", "3")
 
-    train("vit_196", "next.safetensors", "--minutes", "0.01", "--start", str(tmp_path / "whole.safetensors"))
+    first = str(tmp_path / "whole.safetensors")
+    taught = train("vit_100", "taught.safetensors", "--teacher", first)
+    assert not torch.equal(taught["head.weight"], whole["head.weight"])
+    train("vit_196", "next.safetensors", "--minutes", "0.01", "--start", first)
     loaded = load_checkpoint(tmp_path / "next.safetensors")
     assert loaded.description.name == "vit_196"
     assert loaded.description.preprocessing.input_size == (3, 12, 12)
