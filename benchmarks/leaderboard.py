@@ -8,9 +8,10 @@
 run adds what is missing. `speed` times rows in ONNX Runtime, the dense model and the rows in turn; run it alone.
 `publish` writes the page.
 
-At a ratio, the methods of the grid drop the same share after blocks 0, 3 and 6: the smallest at which the MACs, those
-of score and reducer included, are within the ratio. Scores are fitted, calibrated and searched on training images
-without labels. The models are those of `scripts/train_fashion.py`.
+At a ratio, the methods of the grid drop the same share after three blocks, the first and those at a quarter and at half
+of all: the smallest at which the MACs, those of score and reducer included, are within the ratio. In a CNN they drop
+rows and columns. Scores are fitted, calibrated and searched on training images without labels. The models are those of
+`scripts/train_fashion.py`.
 """
 
 from __future__ import annotations
@@ -59,7 +60,6 @@ from repshift_cli.utils.stats import mcnemar, paired_difference, percent_interva
 
 FOLDER = Path(__file__).resolve().parent / "fashion"
 RATIOS = (0.8, 0.65, 0.5, 0.35)
-LAYERS = (0, 3, 6)
 BATCH = 50
 CALIBRATION_IMAGES = 512
 HALVINGS = 12
@@ -106,23 +106,27 @@ class Study:
         self.family = match(self.model)
         self.layout = self.family.layout(self.model)
         self.dense_macs = self.family.macs(self.model, None)
+        self.sequence = self.layout.map_size is None
         self.calibration = load_images(self.preprocessing, True, CALIBRATION_IMAGES)[0]
 
     def methods(self, smaller: Sequence[str]) -> Iterator[tuple[str, Callable[[float], Way]]]:
         """Name and function of each method; the function takes a MAC ratio."""
         for name, score in SCORES.items():
-            for reducer in REDUCERS:
+            for reducer in REDUCERS if self.sequence else ("prune",):
                 yield f"{name}, {reducer}", partial(self.at_sites, score, {"kind": reducer})
-        yield "bipartite", partial(self.at_sites, RANDOM, {"kind": "bipartite"})
-        yield "ToMe in every block", self.in_every_block
-        for reducer in ("merge", "prune"):
-            yield f"searched, {reducer}", partial(self.searched, SCORES["coverage"], {"kind": reducer})
+        if self.sequence:
+            yield "bipartite", partial(self.at_sites, RANDOM, {"kind": "bipartite"})
+            yield "ToMe in every block", self.in_every_block
+            yield "searched, merge", partial(self.searched, SCORES["coverage"], {"kind": "merge"})
+        score = SCORES["coverage" if self.sequence else "fitted"]
+        yield "searched, prune", partial(self.searched, score, {"kind": "prune"})
         yield "smaller images", self.smaller_images
         for name in smaller:
             yield f"model {name}", partial(self.other_model, name)
 
-    def at_sites(self, score: Spec, reducer: Spec, ratio: float, layers: Sequence[int] = LAYERS) -> Way:
+    def at_sites(self, score: Spec, reducer: Spec, ratio: float) -> Way:
         """Equal shares at the sites."""
+        layers = (0, self.layout.blocks // 4, self.layout.blocks // 2)
 
         def plan(share: float) -> Plan | None:
             drops = [{"layer": layer, "drop_ratio": round(share, 4)} for layer in layers]
@@ -169,11 +173,12 @@ class Study:
 
     def smaller_images(self, ratio: float) -> Way:
         """The dense model on the largest images within the ratio."""
-        patch: Any = self.model.patch_embed
-        step = patch.patch_size[0]
+        patch: Any = getattr(self.model, "patch_embed", None)
+        step = 1 if patch is None else patch.patch_size[0]
         for side in range(self.preprocessing.input_size[1] - step, 0, -step):
             model: Any = copy.deepcopy(self.model)
-            model.set_input_size(img_size=(side, side))
+            if patch is not None:
+                model.set_input_size(img_size=(side, side))
             macs = count_macs(model, (3, side, side))
             if macs <= ratio * self.dense_macs:
                 return Way(None, model.eval(), macs, replace(self.preprocessing, input_size=(3, side, side)))
@@ -273,7 +278,10 @@ def evaluate(way: Way, images: dict[tuple[int, ...], Tensor]) -> dict[str, Any]:
         return predicted(way.model, images[shape])
     compressed = attach(way.model, way.plan)
     try:
-        return {**predicted(compressed, images[shape]), "emptied": emptied(compressed, images[shape][:TRACED])}
+        found: dict[str, Any] = predicted(compressed, images[shape])
+        if not way.plan.grids_kept:
+            found["emptied"] = emptied(compressed, images[shape][:TRACED])
+        return found
     finally:
         compressed.detach()
 
@@ -366,7 +374,8 @@ def page(names: Sequence[str], threads: int) -> None:
         dense = board.values("dense", 1.0)
         right = int((dense == labels).sum())
         low, high = percent_interval(right, len(labels))
-        tokens = f"{study.layout.patch_tokens} patches, {study.layout.blocks} blocks"
+        tokens = f"{study.layout.patch_tokens} patches, " if study.sequence else ""
+        tokens += f"{study.layout.blocks} blocks"
         body.append(
             f"## {name}: {tokens}, {study.dense_macs / 1e6:.0f} MMACs, "
             f"top-1 {right / len(labels):.2%} [{low:.1f}, {high:.1f}]"
