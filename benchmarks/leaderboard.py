@@ -305,7 +305,7 @@ def run(name: str, smaller: Sequence[str], wanted: Sequence[str], ratios: Sequen
         board.add("dense", 1.0, macs=study.dense_macs, plan=None, **evaluate(dense, images))
     for ratio in ratios:
         for method, make in study.methods(smaller):
-            if (method, ratio) in board.rows or (wanted and not any(word in method for word in wanted)):
+            if (method, ratio) in board.rows or not chosen(method, wanted):
                 continue
             begin = time.monotonic()
             try:
@@ -321,49 +321,66 @@ def run(name: str, smaller: Sequence[str], wanted: Sequence[str], ratios: Sequen
             print(f"{words}, {prepared:.0f} + {time.monotonic() - begin - prepared:.0f} s", flush=True)
 
 
-def speed(name: str, threads: int) -> None:
-    """Time the rows with a plan in ONNX Runtime: the dense model and all rows of a ratio in turn."""
+def speed(name: str, smaller: Sequence[str], wanted: Sequence[str], ratios: Sequence[float], threads: int) -> None:
+    """Time rows in ONNX Runtime: the dense model and all rows of a ratio in turn."""
     import onnxruntime
 
     study, board = Study(name), Board(name)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    dense = Way(None, study.model, study.dense_macs, study.preprocessing)
+    makers = dict(study.methods(smaller))
     with tempfile.TemporaryDirectory() as folder:
-        for ratio in RATIOS:
-            rows = {method: row for (method, at), row in board.rows.items() if at == ratio and row.get("plan")}
-            timing = {method: row for method, row in rows.items() if "speed" not in row}
-            if not timing:
-                continue
-            sessions = {}
-            for number, (method, row) in enumerate([("dense", None), *timing.items()]):
-                path = Path(folder) / f"{ratio}-{number}.onnx"
-                write_onnx(study, row, path)
-                sessions[method] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            seconds = {batch: time_sessions(sessions, study.preprocessing, batch) for batch in (1, 8)}
-            for method, row in timing.items():
+        for ratio in ratios:
+            rows = {method: board.rows.get((method, ratio), {}) for method in makers if chosen(method, wanted)}
+            rows = {method: row for method, row in rows.items() if "classes" in row and "speed" not in row}
+            ways = {"dense": dense}
+            for method, row in rows.items():
+                plan = row["plan"] and Plan.model_validate(row["plan"])
+                ways[method] = replace(dense, plan=plan) if plan else makers[method](ratio)
+            seconds = time_ways(study, ways, Path(folder), options) if rows else {}
+            for method, row in rows.items():
                 gains = {str(batch): found["dense"] / found[method] for batch, found in seconds.items()}
                 values = {key: value for key, value in row.items() if key not in {"method", "ratio"}}
                 board.add(method, ratio, **values, speed=gains)
                 print(name, ratio, method, gains, flush=True)
 
 
-def write_onnx(study: Study, row: Mapping[str, Any] | None, path: Path) -> None:
-    compressed = None if row is None else attach(study.model, Plan.model_validate(row["plan"]))
+def chosen(method: str, wanted: Sequence[str]) -> bool:
+    return not wanted or any(word in method for word in wanted)
+
+
+def time_ways(study: Study, ways: Mapping[str, Way], folder: Path, options: Any) -> dict[int, dict[str, float]]:
+    """By batch size, the median seconds of each way as an ONNX graph."""
+    import onnxruntime
+
+    feeds: dict[str, tuple[Any, str, tuple[int, ...]]] = {}
+    for number, (method, way) in enumerate(ways.items()):
+        path = folder / f"{number}.onnx"
+        write_onnx(study, way, path)
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        feeds[method] = session, session.get_inputs()[0].name, way.preprocessing.input_size
+        path.unlink()
+    random = np.random.default_rng(0)
+    seconds = {}
+    for batch in (1, 8):
+        runners = {
+            method: partial(session.run, None, {key: random.standard_normal((batch, *shape), dtype=np.float32)})
+            for method, (session, key, shape) in feeds.items()
+        }
+        seconds[batch] = timed(runners, SPEED_ROUNDS)
+    return seconds
+
+
+def write_onnx(study: Study, way: Way, path: Path) -> None:
+    description = replace(study.loaded.description, preprocessing=way.preprocessing)
+    loaded = replace(study.loaded, model=way.model, description=description)
+    compressed = None if way.plan is None else attach(way.model, way.plan)
     try:
-        export(Opened(study.loaded, compressed), Request("onnx", path, verify=False), Silent())
+        export(Opened(loaded, compressed), Request("onnx", path, verify=False), Silent())
     finally:
         if compressed is not None:
             compressed.detach()
-
-
-def time_sessions(sessions: Mapping[str, Any], preprocessing: Preprocessing, batch: int) -> dict[str, float]:
-    pixels = np.random.default_rng(0).standard_normal((batch, *preprocessing.input_size), dtype=np.float32)
-
-    def runner(session: Any) -> Callable[[], object]:
-        feed = {session.get_inputs()[0].name: pixels}
-        return lambda: session.run(None, feed)
-
-    return timed({name: runner(session) for name, session in sessions.items()}, SPEED_ROUNDS)
 
 
 def page(names: Sequence[str], threads: int) -> None:
@@ -467,10 +484,11 @@ def main() -> None:
         page(options.models, options.threads)
         return
     for name in options.models:
+        smaller = [each for each in options.smaller if each != name]
         if options.step == "run":
-            run(name, [each for each in options.smaller if each != name], options.methods, options.ratios)
+            run(name, smaller, options.methods, options.ratios)
         else:
-            speed(name, options.threads)
+            speed(name, smaller, options.methods, options.ratios, options.threads)
 
 
 if __name__ == "__main__":
