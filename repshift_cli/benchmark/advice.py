@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +138,7 @@ def advise(opened: Opened, question: Question, exported: Exported, progress: Pro
         found = list(_models(opened, question))
         models = [each for each in found if isinstance(each, Way)]
         found += [*ways.in_bfloat16(opened), *ways.compiled(opened, question.batch)]
-        found += exported(models, Path(folder), question.calibration, Once(progress))
+        found += exported(models, Path(folder), question.calibration, progress)
         rows = [each for each in found if isinstance(each, Way)]
         timings = _time(rows, question, progress)
         quality, measure = _compare(opened, rows, question, batch, progress)
@@ -165,14 +164,6 @@ def _models(opened: Opened, question: Question) -> Iterator[Way | Missing]:
     classes = int(getattr(opened.loaded.model, "num_classes", 0) or 0)
     for name in question.smaller_models:
         yield ways.smaller_model(name, classes)
-
-
-class Once:
-    """Progress that shows each message once, though several files are written."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.task = progress.task
-        self.note, self.warn = cache(progress.note), cache(progress.warn)
 
 
 def _time(rows: Sequence[Way], question: Question, progress: Progress) -> dict[str, Timing]:

@@ -147,7 +147,6 @@ def command(
         check_figure_path("--plot", plot)
     check_outputs({"--csv": csv, "--plot": plot}, force)
 
-    from repshift_cli.benchmark.advice import Once
     from repshift_cli.benchmark.baselines import check_names, contenders_against
     from repshift_cli.benchmark.end_to_end import Source
     from repshift_cli.benchmark.run import BenchSettings, run_sweep
@@ -194,7 +193,7 @@ def command(
     with tempfile.TemporaryDirectory(prefix="repshift-") as folder:
         if ways:
             exported = partial(
-                exported_ways, folder=Path(folder), calibration=calibration, progress=Once(screen), targets=("onnx",)
+                exported_ways, folder=Path(folder), calibration=calibration, progress=screen, targets=("onnx",)
             )
             contenders, missing = with_ways(contenders, opened, ways, exported)
         report = run_sweep(contenders, batches, sweep, screen, source)

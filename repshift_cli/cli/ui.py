@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TextIO
 
 from repshift_cli.errors import OutputError, RepshiftError
 from repshift_cli.utils.progress import SilentTask, Task
@@ -190,14 +190,17 @@ def _as_lines(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) 
 
 
 class _Settings:
-    """What `--quiet` and `--log-file` set."""
+    """What `--quiet` and `--log-file` set, and the notes and warnings that this command has printed."""
 
     quiet = False
     log: TextIO | None = None
+    printed: ClassVar[set[str]] = set()
 
 
 def configure(quiet: bool = False, log_file: Path | None = None) -> None:
     """Set whether notes and progress are printed, and the file to which notes, warnings and errors are appended.
+
+    A command starts: what earlier ones in this process have printed may be printed again.
 
     Raises:
         OutputError: the file cannot be written.
@@ -206,6 +209,7 @@ def configure(quiet: bool = False, log_file: Path | None = None) -> None:
         with suppress(OSError):
             _Settings.log.close()
     _Settings.quiet, _Settings.log = quiet, None
+    _Settings.printed.clear()
     try:
         if log_file is not None:
             _Settings.log = log_file.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
@@ -222,16 +226,24 @@ def log(kind: str, text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Print a warning."""
-    log("warning", text)
-    _print_stderr(("warning:", "yellow"), f" {text}")
+    """Print a warning, once per command: several models or files may have the same one."""
+    if _is_new(text):
+        log("warning", text)
+        _print_stderr(("warning:", "yellow"), f" {text}")
 
 
 def remark(text: str) -> None:
-    """Print a note."""
-    log("note", text)
-    if not _Settings.quiet:
-        _print_stderr(text)
+    """Print a note, once per command and not after the same warning."""
+    if _is_new(text):
+        log("note", text)
+        if not _Settings.quiet:
+            _print_stderr(text)
+
+
+def _is_new(text: str) -> bool:
+    new = text not in _Settings.printed
+    _Settings.printed.add(text)
+    return new
 
 
 def error(problem: RepshiftError) -> None:

@@ -70,6 +70,17 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(
     assert capsys.readouterr().err == ""
 
 
+def test_a_note_is_printed_once_per_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        ui.configure()
+        for screen in (ui.Screen(), ui.Screen()):
+            screen.warn("no images")
+            screen.note("no images")
+            screen.note("tracing")
+            ui.remark("tracing")
+        assert capsys.readouterr().err.splitlines() == ["warning: no images", "tracing"]
+
+
 def test_quiet_and_the_log(cli: Command, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "built as a ViT" in cli("inspect", dense).stderr
     outcome = cli("--quiet", "--log-file", "log.txt", "inspect", dense)
