@@ -9,7 +9,7 @@ differ between machines.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from copy import deepcopy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,33 +33,44 @@ _FLOAT_OUTPUT = ("MatMul", "Gemm")
 
 
 class OnnxMaker(Maker):
-    """Makes graphs with the quantiser of ONNX Runtime, static or dynamic."""
+    """Makes graphs with the quantiser of ONNX Runtime, static or dynamic.
 
-    def __init__(self, watched: ModelProto, job: Job) -> None:
+    The graph in float32 stays on the disk: in memory it would be one more copy of the weights.
+    """
+
+    def __init__(self, source: Path, job: Job) -> None:
         import onnx
         from onnxruntime.quantization import quant_pre_process
 
         self._job, self._static = job, job.request.quantize == "int8"
-        source, self._path = job.folder / "float.onnx", job.folder / "prepared.onnx"
-        onnx.save(watched, str(source))
+        self._path = job.folder / "prepared.onnx"
         with quiet():
             quant_pre_process(str(source), str(self._path), skip_symbolic_shape=True)
-        self._model = onnx.load(str(self._path))
-        standard = [entry for entry in self._model.opset_import if not entry.domain]
-        del self._model.opset_import[:]  # the optimiser names all domains that it knows
-        self._model.opset_import.extend(standard)
-        onnx.save(self._model, str(self._path))
+        model = onnx.load(str(self._path))
+        standard = [entry for entry in model.opset_import if not entry.domain]
+        del model.opset_import[:]  # the optimiser names all domains that it knows
+        model.opset_import.extend(standard)
+        onnx.save(model, str(self._path))
         self._ranges: Any = None
-        nodes = _find_layers(self._model.graph, static=self._static)
+        nodes = _find_layers(model.graph, static=self._static)
         self.layers = [node.name for node in nodes if node.op_type in _PRODUCTS]
-        self.titles = module_names(self._model.graph)
+        self.titles = module_names(model.graph)
         self._between = [node.name for node in nodes if node.op_type not in _PRODUCTS]
         self._tensors = {name for node in nodes for name in node.input if name}
         self._tensors |= {node.output[0] for node in nodes if node.op_type not in _FLOAT_OUTPUT}
-        self._tensors -= {weight.name for weight in self._model.graph.initializer}
+        self._tensors -= {weight.name for weight in model.graph.initializer}
 
     def calibrate(self, images: Tensor) -> float:
-        """Record histograms of the activations, with one batch in memory at a time, and take the best percentile."""
+        """Take the percentile whose ranges give the least error."""
+        tried = []
+        for percentile, ranges in zip(_PERCENTILES, self._record(images), strict=True):
+            self._ranges = ranges
+            tried.append((error(self, self.build(()), self._job.known), percentile, ranges))
+        _, best, self._ranges = min(tried, key=lambda each: each[0])
+        return best
+
+    def _record(self, images: Tensor) -> list[Any]:
+        """The ranges of each percentile, from histograms of the activations, with one batch in memory at a time."""
         from onnxruntime.quantization.calibrate import PercentileCalibrater
 
         found = PercentileCalibrater(self._path, augmented_model_path=str(self._job.folder / "augmented.onnx"))
@@ -68,20 +79,19 @@ class OnnxMaker(Maker):
         with quiet():
             found.augment_graph()
             found.create_inference_session()
+        del found.model  # the session has its own copy
         parts = self._job.batches(images)
         with self._job.progress.task("calibrating", len(parts)) as task:
             for part in parts:
                 with quiet():
                     found.collect_data(_OneBatch({self._job.document.input.name: part.contiguous().numpy()}))
                 task.advance()
-        tried = []
+        ranges = []
         for percentile in _PERCENTILES:
             found.collector.percentile = percentile
             with quiet():
-                self._ranges = found.compute_data()
-            tried.append((error(self, self.build(()), self._job.known), percentile, self._ranges))
-        _, best, self._ranges = min(tried, key=lambda each: each[0])
-        return best
+                ranges.append(found.compute_data())
+        return ranges
 
     def build(self, excluded: Collection[str]) -> ModelProto:
         """The graph with all layers but these in int8."""
@@ -90,7 +100,7 @@ class OnnxMaker(Maker):
 
         chosen = [name for name in self.layers if name not in excluded]
         if not chosen and not self._between:  # no names mean all nodes
-            return self._model
+            return onnx.load(str(self._path))
         if not self._static:
             path = self._job.folder / "dynamic.onnx"
             with quiet():
@@ -105,7 +115,7 @@ class OnnxMaker(Maker):
                 )
             return onnx.load(str(path))
         quantizer = QDQQuantizer(
-            deepcopy(self._model),
+            onnx.load(str(self._path)),
             per_channel=True,
             reduce_range=True,
             weight_qType=QuantType.QInt8,

@@ -33,7 +33,7 @@ from repshift_cli.reduction.compressed_model import Trace
 from repshift_cli.utils.progress import Progress
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto
+    from onnx import GraphProto
 
 _HELD_OUT, _TRIED = 100, 16
 """Inputs that the agreement is measured on, and how many of them serve choices between graphs."""
@@ -107,9 +107,6 @@ class Maker(ABC):
     titles: dict[str, str]
 
     @abstractmethod
-    def __init__(self, watched: ModelProto, job: Job) -> None: ...
-
-    @abstractmethod
     def calibrate(self, images: Tensor) -> float | None:
         """Find the ranges of activations on images `[B, ...]`; returns their percentile, None for none."""
 
@@ -122,8 +119,8 @@ class Maker(ABC):
         """Outputs of a graph as those of `Draft.reopen`: the output, the output again, the kept positions."""
 
 
-def quantize(make: Callable[[ModelProto, Job], Maker], watched: ModelProto, job: Job) -> Quantized:
-    """Quantise an ONNX graph that returns the kept positions too.
+def quantize(make: Callable[[Job], Maker], job: Job) -> Quantized:
+    """Quantise the graph that `make` reads, which returns the kept positions too.
 
     Raises:
         CheckFailed: no mix of layers in int8 and float32 meets the agreement.
@@ -133,7 +130,7 @@ def quantize(make: Callable[[ModelProto, Job], Maker], watched: ModelProto, job:
     job.progress.note(f"quantising to {request.quantize}")
     if note := int8_note():
         job.progress.warn(note)
-    maker = make(watched, job)
+    maker = make(job)
     percentile = None if calibration is None else maker.calibrate(calibration.tensor)
     known = job.known if request.verify else []
     excluded = _fit(maker, job, known) if request.verify else []

@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,10 @@ def _write(subject: Subject, request: Request, path: Path, progress: Progress) -
     known: Sequence[tuple[Tensor, Trace]] = ()
     if drawn:
         job = quantize.Job(subject, request, document, path.parent, drawn, progress)
-        made = quantize.quantize(OnnxMaker, watched, job)
+        source = path.with_stem("float")
+        onnx.save(watched, str(source))
+        del watched  # the weights once less in memory
+        made = quantize.quantize(partial(OnnxMaker, source), job)
         watched, known = made.graph, made.known
         document = document.model_copy(update={"quantized": made.part})
     model = _without_outputs(watched, places)

@@ -6,6 +6,7 @@ As in ONNX, the kept positions of each site are extra outputs while the model is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ def _write(subject: Subject, request: Request, path: Path, progress: Progress) -
     known: Sequence[tuple[Tensor, Trace]] = ()
     if drawn:
         job = quantize.Job(subject, request, document, path, drawn, progress)
-        made = quantize.quantize(OpenVinoMaker, graph, job)
+        made = quantize.quantize(partial(OpenVinoMaker, graph), job)
         watched, known = made.graph, made.known
         document = document.model_copy(update={"quantized": made.part})
     else:
