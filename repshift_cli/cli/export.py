@@ -36,25 +36,30 @@ def command(
         typer.Option(
             "--output",
             "-o",
+            metavar="PATH",
             help="File or folder.",
             show_default=f"<model> and {', '.join(known.suffix for known in FORMATS.values())}",
         ),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="Compress a dense model first, without calibration.")
+        str | None,
+        typer.Option("--recipe", "-r", metavar="RECIPE", help="Compress a dense model first, without calibration."),
     ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Export the dense model of a compressed one.")] = False,
     batch: Annotated[str, typer.Option(metavar="N|dynamic", help="Batch size: any, or N.")] = _DYNAMIC,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="float32 (default), float16 or bfloat16; for hub the default is that of the file.", show_default=False
+            metavar="DTYPE",
+            help="float32 (default), float16 or bfloat16; for hub the default is that of the file.",
+            show_default=False,
         ),
     ] = None,
     opset: Annotated[
-        int | None, typer.Option(help="ONNX opset, 18 to 23 (default: 20); 23 has attention as one operator.")
+        int | None,
+        typer.Option(metavar="N", help="ONNX opset, 18 to 23 (default: 20); 23 has attention as one operator."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda; a package is compiled for it.")] = "cpu",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda; a package is compiled for it.")] = "cpu",
     tune: Annotated[
         bool,
         typer.Option("--tune", help="aoti: time several kernels for each product on this machine and use the fastest."),

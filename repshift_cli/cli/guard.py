@@ -43,6 +43,14 @@ class Command(TyperCommand):
                 raise UsageError(f"{param.opts[0]} is given more than once", "Give it once.")
         return super().parse_args(ctx, args)
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters. Help shows an argument by its name alone, without a Python type such as `<list[str]>`."""
+        params = super().get_params(ctx)
+        for param in params:
+            if param.param_type_name == "argument":
+                param.display_type_rich = lambda ctx: None
+        return params
+
 
 def _set_variables(param: Any, command: str) -> None:
     """Set the variables of an option."""

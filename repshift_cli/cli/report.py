@@ -33,7 +33,7 @@ def command(
         ),
     ] = None,
     class_order: options.ClassOrder = None,
-    count: Annotated[int, typer.Option(min=1, max=16, help="Number of images.")] = _IMAGES,
+    count: Annotated[int, typer.Option(min=1, max=16, metavar="N", help="Number of images.")] = _IMAGES,
     bench: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Add a result of `repshift bench FILE --json`.")
     ] = None,

@@ -37,7 +37,9 @@ def command(
     target: options.Target = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", "-r", help="Gives the metric and the reducer; its layers are not used."),
+        typer.Option(
+            "--recipe", "-r", metavar="RECIPE", help="Gives the metric and the reducer; its layers are not used."
+        ),
     ] = None,
     data: Annotated[
         str | None,

@@ -36,7 +36,13 @@ def command(
     class_order: options.ClassOrder = None,
     count: Annotated[
         int | None,
-        typer.Option(min=1, max=64, help="Number of images or clips.", show_default=f"{_IMAGES}, or {_CLIPS} clips"),
+        typer.Option(
+            min=1,
+            max=64,
+            metavar="N",
+            help="Number of images or clips.",
+            show_default=f"{_IMAGES}, or {_CLIPS} clips",
+        ),
     ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="Image file (.png, .svg or .pdf).")

@@ -32,11 +32,11 @@ from repshift_cli.reduction.plans import has_open_fields, resolve_for, with_defa
 from repshift_cli.reduction.specs.maps import map_blocks
 
 _DEFAULTS = {
-    "default": "tokens are merged if a more important one is similar, the best on real images",
-    "matching": "similar tokens are merged, the best without images; it is not checked on images of the model's kind",
-    "paper": "tokens are dropped by their shift, since those of this model cannot be merged",
+    "default": ("tokens are merged if a more important one is similar", ". This was best on real images."),
+    "matching": ("similar tokens are merged", ". This was best without images; it is not checked on your data."),
+    "paper": ("tokens are dropped by their shift, since those of this model cannot be merged", ""),
 }
-"""Why a scaled recipe is used, by its name."""
+"""What a scaled recipe does and why it is used, by its name."""
 
 
 class CompressionJob:
@@ -117,8 +117,10 @@ class CompressionJob:
         schedule = ", ".join(f"{{layer: {drop.layer}, drop_ratio: {drop.drop_ratio}}}" for drop in recipe.layers)
         if layers == list(range(blocks)):
             schedule = f"to see or change it: repshift recipes show {kind} --blocks {blocks}"
-        why = "metric and reducer are as given" if self._parts else _DEFAULTS[kind]
-        self.notes.note(f"no recipe was given: {why}, at the paper's schedule scaled to {blocks} blocks ({schedule})")
+        what, why = ("metric and reducer are as given", "") if self._parts else _DEFAULTS[kind]
+        self.notes.note(
+            f"no recipe was given: {what}, at the paper's schedule scaled to {blocks} blocks ({schedule}){why}"
+        )
         return recipe
 
     @property

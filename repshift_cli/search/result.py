@@ -204,7 +204,8 @@ class SearchResult:
         reached = "it cannot be measured" if value is None else f"it is {limit.reached(value)}"
         problem = f"at {self.target} the limit {limit} is missed: {reached} on {images} held-out images"
         if not force:
-            raise CheckFailed(problem, "Allow a larger loss or a higher cost, or add --force.")
+            hint = f"To find the lowest cost within {limit}, ask for it alone. --force writes the file all the same."
+            raise CheckFailed(problem, hint)
         warn(problem)
 
     def heldout_quality(self, target: SearchTarget) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,7 @@ class TestHelp:
         missing = [option for option in options if option not in outcome.stdout]
         assert missing == []
         assert all(len(line) <= 80 for line in outcome.stdout.splitlines())
+        assert re.findall(r"<(?:str|int|float|path|list).*?>", outcome.stdout) == []  # types of Python
 
     def test_help_without_a_command(self, cli: Command) -> None:
         outcome = cli()
