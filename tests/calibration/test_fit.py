@@ -7,19 +7,21 @@ import copy
 import itertools
 import pickle
 from array import array
+from typing import Any
 
 import pytest
 import torch
 from tiny import images, tiny_vit
 from torch import Tensor, nn
 
-from repshift_cli.calibration.calibrate import calibrate
+from repshift_cli.calibration.calibrate import calibrate, with_weights
 from repshift_cli.calibration.fit import fit_scores, influence
 from repshift_cli.calibration.outputs import agreement
 from repshift_cli.checkpoints.load import load_checkpoint
 from repshift_cli.compression.api import compress
 from repshift_cli.data.inputs import load_inputs
 from repshift_cli.errors import CheckFailed, RecipeError
+from repshift_cli.measure.macs import count_macs
 from repshift_cli.planning.recipe import ComponentSpec, Recipe
 from repshift_cli.reduction.compressed_model import CompressedModel, attach
 from repshift_cli.reduction.families.base import match
@@ -62,6 +64,16 @@ class TestWeights:
         scores = Fitted.of([1.0, 0.0, -2.0]).score({"block_output": tokens}, SITE)
         assert scores.dtype == torch.float32
         assert torch.allclose(scores, tokens[:, 1:, 0] - 2 * tokens[:, 1:, 2], atol=1e-6)
+
+    @pytest.mark.parametrize("kind", ["{kind: fitted}", "{kind: coverage}"])
+    @pytest.mark.parametrize("options", [{}, {"class_token": False, "global_pool": "avg"}], ids=["class", "mean"])
+    def test_the_plan_has_the_counted_operations(self, kind: str, options: dict[str, Any]) -> None:
+        """Without a class token the tokens keep the strides of the patch embedding, which selects another kernel."""
+        model = tiny_vit(**options)
+        plan = resolve_for(model, recipe(kind, reducer="merge"))
+        weights = Fitted.of([0.5] * 32).spec()
+        fitted = attach(model, plan.with_metrics([with_weights(site.metric, weights) for site in plan.sites]))
+        assert count_macs(model, (3, 32, 32)) == fitted.macs(counted=True)
 
     def test_half_precision_is_summed_in_float32(self) -> None:
         tokens = torch.randn(1, 200, 64)

@@ -72,7 +72,9 @@ class Fitted(Metric):
         return frozenset({"block_output"})
 
     def score(self, seen: Mapping[str, Tensor], site: SiteContext) -> Tensor:
-        tokens = seen["block_output"].float()
+        # Without a class token the stream keeps the strides of the patch embedding. Torch would then run a batched
+        # product, which is counted; that of contiguous tokens is not, and `macs` leaves it out.
+        tokens = seen["block_output"].float().contiguous()
         weights = self.vector.to(tokens.device)  # no copy after `on`
         # autocast would round a matrix product to half precision, and make many scores equal
         device = tokens.device.type
