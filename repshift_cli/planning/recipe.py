@@ -250,6 +250,8 @@ class Recipe(StrictModel):
         if kind:
             raise RecipeError(f"{source} is a folder, not a recipe", "Give a YAML file.")
         hint = nearest(path.name.removesuffix(".yaml"), shipped) + "`repshift recipes list` shows the shipped ones."
+        if str(path) in SCALED:
+            hint = f"It is scaled to a model: `repshift recipes show {path} --blocks 12 > recipe.yaml` writes it."
         raise RecipeError(f"no recipe {source}: no such file, and none of that name is shipped", hint)
 
     @classmethod

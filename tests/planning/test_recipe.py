@@ -457,6 +457,11 @@ class TestLoad:
             Recipe.load("deit_smal_paper")
         assert "Did you mean deit_small_paper?" in str(caught.value)
 
+    def test_the_recipe_that_is_scaled_to_a_model_has_a_command(self) -> None:
+        with pytest.raises(RecipeError, match="no recipe default") as caught:
+            Recipe.load("default")
+        assert "repshift recipes show default --blocks 12" in str(caught.value)
+
     def test_a_path_is_never_a_shipped_name(self, tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match="no such file"):
             Recipe.load(tmp_path / "deit_small_paper.yaml")
