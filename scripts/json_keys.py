@@ -36,7 +36,7 @@ COMMANDS = {
     "compress": ("compress", VIT, "-o", "vit.safetensors", "--calibration-images", "64", *QUICK),
     "compress cnn": ("compress", "builtin:cnn-digits", "-o", "cnn.safetensors", "--calibration-images", "32", *QUICK),
     "compress recover": (
-        *("compress", VIT, "-r", "default", "--recover", "8", "-o", "recovered.safetensors"),
+        *("compress", VIT, "--recover", "8", "-o", "recovered.safetensors"),
         *("--calibration-images", "128", *QUICK),
     ),
     "inspect compressed": ("inspect", "vit.safetensors"),
