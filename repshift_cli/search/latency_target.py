@@ -26,14 +26,20 @@ class _Timed(NamedTuple):
 
 
 def corrected_by_latency(costs: CostModel, target: SearchTarget, method: Method) -> CostModel:
-    """The cost model, scaled by the measured latency of its best schedule for the target."""
+    """The cost model, scaled by the measured latency of its best schedule for the target.
+
+    If it predicts that no schedule meets the target, it is scaled by the cheapest one: a time that was disturbed must
+    not rule out a target that can be met.
+    """
     best = costs.front(method.reducer).best(target.budget)
     candidate = None if best is None else costs.on_budget(best.kept, target.budget, method, "additive model")
-    # the cheapest schedule may meet the target although the model predicts that none does
-    candidate = candidate or costs.cheapest(method)
-    if candidate is None:
-        return costs
-    return costs.corrected(candidate, costs.planner.evaluator.cached_latency(candidate.plan))
+    if candidate is not None:
+        costs = costs.corrected(candidate, costs.planner.evaluator.cached_latency(candidate.plan))
+    if candidate is None or costs.front(method.reducer).best(target.budget) is None:
+        cheapest = costs.cheapest(method)
+        if cheapest is not None:
+            costs = costs.corrected(cheapest, costs.planner.evaluator.cached_latency(cheapest.plan))
+    return costs
 
 
 def meet_latency(
