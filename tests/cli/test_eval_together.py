@@ -102,6 +102,32 @@ def test_several_processes_give_the_same_counts(arguments: list[str], expected: 
     assert done.stderr.count("images could not be read") == 1
 
 
+MEASURED = ("data", "images_per_s", "end_to_end_images_per_s")
+"""Times, and what depends on the number of processes."""
+
+
+def counted(text: str) -> dict[str, Any]:
+    """The document of several models without what depends on time."""
+    document = json.loads(text)
+    for part in (document, *document["models"]):
+        for key in MEASURED:
+            part.pop(key, None)
+    return dict(document)
+
+
+def test_several_models_are_compared_by_several_processes(
+    arguments: list[str], compressed: Path, cli: Command, tmp_path: Path
+) -> None:
+    two = [str(compressed), "builtin:cnn-digits", *arguments[1:]]
+    alone = cli("eval", *two)
+    assert alone.rc == 0, alone.stderr
+    done = launch(2, *two, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = counted(done.stdout)
+    assert [row["name"] for row in found["models"]] == ["small", "small, dense", "builtin:cnn-digits"]
+    assert found == counted(alone.stdout)
+
+
 def test_a_killed_run_is_resumed_with_another_number_of_processes(
     arguments: list[str], expected: dict[str, Any], cli: Command, tmp_path: Path
 ) -> None:
