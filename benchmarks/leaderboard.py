@@ -8,7 +8,7 @@
 run adds what is missing. `speed` times rows in ONNX Runtime, the dense model and the rows in turn; run it alone.
 `publish` writes the page.
 
-At a ratio, the methods of the grid drop the same share after three blocks, the first and those at a quarter and at half
+At a ratio, the methods of the grid drop the same share after three sites, the first and those at a quarter and at half
 of all: the smallest at which the MACs, those of score and reducer included, are within the ratio. In a CNN they drop
 rows and columns. Scores are fitted, calibrated and searched on training images without labels. The models are those of
 `scripts/train_fashion.py`.
@@ -111,7 +111,10 @@ class Study:
 
     def methods(self, smaller: Sequence[str]) -> Iterator[tuple[str, Callable[[float], Way]]]:
         """Name and function of each method; the function takes a MAC ratio."""
-        for name, score in SCORES.items():
+        for name, given in SCORES.items():
+            score = (
+                given if self.sequence or given["kind"] != "representation_shift" else {**given, "operation": "block"}
+            )
             for reducer in REDUCERS if self.sequence else ("prune",):
                 yield f"{name}, {reducer}", partial(self.at_sites, score, {"kind": reducer})
         if self.sequence:
@@ -126,7 +129,8 @@ class Study:
 
     def at_sites(self, score: Spec, reducer: Spec, ratio: float) -> Way:
         """Equal shares at the sites."""
-        layers = (0, self.layout.blocks // 4, self.layout.blocks // 2)
+        sites = [site.layer for site in self.layout.sites]
+        layers = [sites[place] for place in sorted({0, len(sites) // 4, len(sites) // 2})]
 
         def plan(share: float) -> Plan | None:
             drops = [{"layer": layer, "drop_ratio": round(share, 4)} for layer in layers]
@@ -135,10 +139,9 @@ class Study:
         low, high = 0.0, LARGEST_SHARE
         for _ in range(HALVINGS):
             middle = (low + high) / 2
-            found = plan(middle)
-            low, high = (
-                (low, middle) if found is not None and self.macs(found) <= ratio * self.dense_macs else (middle, high)
-            )
+            found = plan(middle)  # None if a share is too large for the model or the reducer
+            enough = found is None or self.macs(found) <= ratio * self.dense_macs
+            low, high = (low, middle) if enough else (middle, high)
         found = plan(high)
         if found is None or self.macs(found) > ratio * self.dense_macs:
             raise RepshiftError("no share is enough")
@@ -169,7 +172,10 @@ class Study:
             batch_size=64,
             seconds=0,
         )
-        return self.way(search(self.model, self.family, settings, Silent()).plan)
+        found = search(self.model, self.family, settings, Silent())
+        if not found.met:
+            raise RepshiftError(f"the nearest is {found.nearest:.3f}")
+        return self.way(found.plan)
 
     def smaller_images(self, ratio: float) -> Way:
         """The dense model on the largest images within the ratio."""
