@@ -45,7 +45,7 @@ class Command(TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The parameters. Help shows an argument by its name alone, without a Python type such as `<list[str]>`."""
-        params = super().get_params(ctx)
+        params: list[Any] = super().get_params(ctx)
         for param in params:
             if param.param_type_name == "argument":
                 param.display_type_rich = lambda ctx: None
