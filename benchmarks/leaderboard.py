@@ -1,11 +1,12 @@
 """Quality of the methods to reduce tokens on real images, Fashion-MNIST, at equal cost.
 
     python benchmarks/leaderboard.py run vit_196 vit_100 --threads 2
-    python benchmarks/leaderboard.py speed vit_196 vit_100 --threads 2
+    python benchmarks/leaderboard.py speed vit_196 vit_100 --threads 1
     python benchmarks/leaderboard.py publish vit_196 vit_100
 
 `run` evaluates each method at each MAC ratio on the test images and writes each row to the state file at once; a second
-run adds what is missing. `speed` times rows in ONNX Runtime, the dense model and the rows in turn; run it alone.
+run adds what is missing. `speed` times rows in ONNX Runtime, the dense model and the rows in turn; run it alone, on one
+thread, for the threads of one session disturb the next one.
 `publish` writes the page.
 
 At a ratio, the methods of the grid drop the same share after three sites, the first and those at a quarter and at half
