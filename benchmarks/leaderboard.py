@@ -6,8 +6,7 @@
 
 `run` evaluates each method at each MAC ratio on the test images and writes each row to the state file at once; a second
 run adds what is missing. `speed` times rows in ONNX Runtime, the dense model and the rows in turn; run it alone, on one
-thread, for the threads of one session disturb the next one.
-`publish` writes the page.
+thread, for the threads of one session disturb the next one. `publish` writes the page.
 
 At a ratio, the methods of the grid drop the same share after three sites, the first and those at a quarter and at half
 of all: the smallest at which the MACs, those of score and reducer included, are within the ratio. In a CNN they drop
